@@ -1,0 +1,82 @@
+"""See what a capability of a language model is made of, cut it out of the weights, and test whether it is gone."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that holds it, loaded on first use: `import repedit` is cheap.
+_NAMES = {
+    "load": "repedit.models",
+    "Subject": "repedit.models",
+    "fetch": "repedit.fetching",
+    "wrap": "repedit.bridges",
+    "Site": "repedit.sites",
+    "Point": "repedit.sites",
+    "AffineMap": "repedit.maps",
+    "LowRank": "repedit.maps",
+    "Diagonal": "repedit.maps",
+    "Chain": "repedit.maps",
+    "Activity": "repedit.stats",
+    "collect": "repedit.activations",
+    "predictions": "repedit.prediction",
+    "score": "repedit.importance",
+    "top": "repedit.selection",
+    "prune": "repedit.selection",
+    "agreement": "repedit.importance",
+    "random_like": "repedit.selection",
+    "Score": "repedit.importance",
+    "CollinearWarning": "repedit.importance",
+    "trajectory": "repedit.trajectories",
+    "Trajectory": "repedit.trajectories",
+    "Step": "repedit.trajectories",
+    "Edit": "repedit.edit",
+    "Plan": "repedit.plan",
+    "apply": "repedit.rewrite.live",
+    "diff": "repedit.rewrite.comparison",
+    "export": "repedit.rewrite.checkpoint",
+    "check_architecture": "repedit.arch.check",
+    "register": "repedit.arch",
+    "resolve": "repedit.arch",
+}
+_ROOMS = ("arch", "data", "errors", "plot")
+
+__all__ = [*_NAMES, *_ROOMS, "__version__"]  # pyright: ignore
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"repedit.{name}")
+    if name not in _NAMES:
+        raise AttributeError(f"module 'repedit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from repedit import arch, data, errors, plot
+    from repedit.activations import collect
+    from repedit.arch import register, resolve
+    from repedit.arch.check import check_architecture
+    from repedit.bridges import wrap
+    from repedit.edit import Edit
+    from repedit.fetching import fetch
+    from repedit.importance import CollinearWarning, Score, agreement, score
+    from repedit.maps import AffineMap, Chain, Diagonal, LowRank
+    from repedit.models import Subject, load
+    from repedit.plan import Plan
+    from repedit.prediction import predictions
+    from repedit.rewrite.checkpoint import export
+    from repedit.rewrite.comparison import diff
+    from repedit.rewrite.live import apply
+    from repedit.selection import prune, random_like, top
+    from repedit.sites import Point, Site
+    from repedit.stats import Activity
+    from repedit.trajectories import Step, Trajectory, trajectory

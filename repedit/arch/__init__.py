@@ -1,0 +1,27 @@
+"""Architectures as data, matched against real tensors and proved on real forward passes."""
+
+from repedit.arch import families as _families  # fills the table
+from repedit.arch.anatomy import Anatomy, Branch, Neurons, Specs, TensorSpec, View, anatomy
+from repedit.arch.architecture import Architecture, BiasFlag, Experts, Reader, Writer, families, register, resolve
+from repedit.arch.taps import Visit, hooks_at
+
+__all__ = [
+    "Anatomy",
+    "Architecture",
+    "BiasFlag",
+    "Branch",
+    "Experts",
+    "Neurons",
+    "Reader",
+    "Specs",
+    "TensorSpec",
+    "View",
+    "Visit",
+    "Writer",
+    "anatomy",
+    "families",
+    "hooks_at",
+    "register",
+    "resolve",
+]
+del _families

@@ -1,0 +1,147 @@
+"""An architecture as a row of data: where a family keeps its neurons, its writers and its norms.
+
+Paths are relative to a block unless said otherwise. Widths are never computed here: they are read from weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from repedit.errors import UnknownArchitecture, nearest
+from repedit.sites import Point
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A projection whose output joins the residual stream; `norm` is the post-norm it passes first, if any."""
+
+    module: str
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The rows of a projection that feed neurons.
+
+    layout "stacked": neuron j is row part * f + j of [part 0; part 1; ...]; "tail": the last rows (fused q, k, v);
+    "per_head": rows are (head, 3, e) and the part picks q, k or v of each head.
+    """
+
+    module: str
+    part: int = 0
+    parts: int = 1
+    layout: Literal["stacked", "tail", "per_head"] = "stacked"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: fused tensors in memory, one tensor an expert on disk."""
+
+    module: str = "mlp.experts"
+    """In memory: gate_up_proj (E, 2f, d) with rows [gate; up], and down_proj (E, d, f)."""
+    block: str = "mlp"
+    """The module whose output is the routed sum, added to the stream."""
+    gate: str = "mlp.experts.{e}.gate_proj.weight"
+    up: str = "mlp.experts.{e}.up_proj.weight"
+    down: str = "mlp.experts.{e}.down_proj.weight"
+    count: str = "num_experts"
+    """Name of the config field that holds E."""
+
+
+@dataclass(frozen=True)
+class BiasFlag:
+    """A config flag that adds a bias to every module it governs, in every layer."""
+
+    flag: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family: where things are. `resolve` fills the last block of fields from a config."""
+
+    model_type: str
+    base: str
+    """Name of the backbone inside the causal model; its prefix may be absent in old checkpoints."""
+    blocks: str
+    """Path of the list of blocks inside the backbone."""
+    attention: Writer
+    values: Reader
+    mlp: Writer | None
+    readers: tuple[Reader, ...]
+    experts: Experts | None = None
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    """Stream writers in the backbone besides the blocks, the token embedding first."""
+    embedding_scaled: bool = False
+    """The token embedding is multiplied by sqrt(d) in the forward pass."""
+    head: str = "lm_head"
+    disk_head: str = "lm_head"
+    transposed: bool = False
+    """Projections are Conv1D, stored (in, out)."""
+    unit_gain: bool = False
+    """Norms multiply by 1 + weight."""
+    gated: bool = True
+    """z = act(gate) * up, so the sign of z says nothing."""
+    parallel: bool | str = False
+    """Attention and MLP read the same stream (no resid.mid): True, or the config flag that says so."""
+    bias_flags: Mapping[Point, BiasFlag] = field(default_factory=dict)
+    requires: tuple[tuple[str, object, str], ...] = ()
+    """(config field, value it must have, what another value means): variants this row does not describe."""
+
+    n_layers: int = 0
+    n_heads: int = 0
+    n_experts: int = 0
+    tied: bool = False
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The points this family has, in forward order."""
+        return tuple(p for p in Point if not (p is Point.RESID_MID and self.parallel))
+
+
+_ROWS: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture, *, replace: bool = False) -> None:
+    """Add a family to the table; `replace=True` allows overriding a row.
+
+    Raises:
+        UnknownArchitecture: if the model type has a row already and `replace` is False.
+    """
+    if architecture.model_type in _ROWS and not replace:
+        raise UnknownArchitecture(f"{architecture.model_type!r} has a row already; pass replace=True to override it")
+    _ROWS[architecture.model_type] = architecture
+
+
+def families() -> Mapping[str, Architecture]:
+    """The table of families by model type."""
+    return _ROWS
+
+
+def resolve(config: Any) -> Architecture:
+    """The row of the family table for a config, with heads, layers, ties and experts filled in.
+
+    Raises:
+        UnknownArchitecture: if the model type has no row, or the config is a variant the row does not describe.
+    """
+    row = _ROWS.get(config.model_type)
+    if row is None:
+        raise UnknownArchitecture(
+            f"no row for model_type {config.model_type!r}; {nearest(config.model_type, _ROWS)} "
+            "Supply one with repedit.arch.register(Architecture(model_type=..., base=..., blocks=..., attention=Writer(...), "
+            "values=Reader(...), mlp=Writer(...), readers=(Reader(...), ...))) and prove it with check_architecture(model)"
+        )
+    for name, value, meaning in row.requires:
+        found = getattr(config, name)
+        if found != value:
+            raise UnknownArchitecture(f"{config.model_type} with {name}={found!r} is not supported: {meaning}")
+    return replace(
+        row,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_experts=getattr(config, row.experts.count) if row.experts else 0,
+        tied=bool(config.tie_word_embeddings),
+        parallel=bool(getattr(config, row.parallel)) if isinstance(row.parallel, str) else row.parallel,
+    )

@@ -1,0 +1,187 @@
+"""A corpus: documents with identities, cut into token chunks that every measurement shares.
+
+Documents, never chunks, are what splits keep apart: two chunks of one document are not independent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from repedit.errors import DataError, NotEnoughRows
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with a name that is unique in its corpus."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Token chunks padded on the right to one length."""
+
+    input_ids: Int[Tensor, "b t"]
+    attention_mask: Bool[Tensor, "b t"]
+    document: tuple[str, ...]
+    """Id of the document each chunk comes from."""
+
+
+class Batches(Protocol):
+    """What measurements need of a corpus: a name, a hash, and batches of tokens."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def hash(self) -> str: ...
+    def batches(self, tokenizer: Any, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Named documents."""
+
+    documents: tuple[Document, ...]
+    name: str = "corpus"
+
+    def __post_init__(self) -> None:
+        ids = [d.id for d in self.documents]
+        if not any(d.text.strip() for d in self.documents):
+            raise DataError(f"corpus {self.name!r} is empty: {len(ids)} documents, none with text")
+        if len(set(ids)) != len(ids):
+            raise DataError(
+                f"corpus {self.name!r}: document id {next(i for i in ids if ids.count(i) > 1)!r} appears twice"
+            )
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __repr__(self) -> str:
+        return f"Corpus({self.name!r}, {len(self)} documents, {self.characters} characters)"
+
+    @property
+    def characters(self) -> int:
+        """Total length of the texts."""
+        return sum(len(d.text) for d in self.documents)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over ids and texts, in order."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(f"{document.id}\0{document.text}\0".encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
+    def halves(self, seed: int = 0) -> tuple[Corpus, Corpus]:
+        """Two corpora of about equal length that share no document: one to collect on, one to evaluate on.
+
+        Documents with the same text stay together. Membership depends on the seed and the text alone.
+        """
+        groups: dict[str, list[Document]] = {}
+        for document in self.documents:
+            key = hashlib.sha256(f"{seed}:{document.text}".encode(errors="surrogatepass")).hexdigest()
+            groups.setdefault(key, []).append(document)
+        if len(groups) < 2:
+            raise NotEnoughRows(f"corpus {self.name!r} has {len(groups)} distinct document, halves need at least 2")
+        order = [groups[key] for key in sorted(groups)]
+        cut, used = 1, len(order[0][0].text) * len(order[0])
+        while cut < len(order) - 1 and used < self.characters / 2:
+            used += len(order[cut][0].text) * len(order[cut])
+            cut += 1
+        collect, evaluate = ([d for group in part for d in group] for part in (order[:cut], order[cut:]))
+        return Corpus(tuple(collect), f"{self.name}/collect"), Corpus(tuple(evaluate), f"{self.name}/evaluate")
+
+    def excerpts(self, count: int, *, characters: int = 1600, seed: int = 0) -> Corpus:
+        """`count` random excerpts of about `characters`, each from another document where there are enough.
+
+        An excerpt begins at the start of a line, so that code keeps its indentation.
+        """
+        rng = random.Random(seed)
+        order = [d for d in self.documents if d.text.strip()]
+        rng.shuffle(order)
+        found = []
+        for number in range(count):
+            document = order[number % len(order)]
+            starts = [
+                0,
+                *(i + 1 for i, c in enumerate(document.text) if c == "\n" and i + 1 + characters <= len(document.text)),
+            ]
+            start = rng.choice(starts)
+            found.append(Document(f"{document.id}@{start}#{number}", document.text[start : start + characters]))
+        return Corpus(tuple(found), self.name)
+
+    def batches(self, tokenizer: Any, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
+        """Consecutive chunks of at most `length` tokens, longest first, padded on the right.
+
+        The beginning-of-sequence token is put before each chunk where the tokenizer adds one by itself. A last chunk
+        of a single token predicts nothing and is joined to none: it is left out.
+        """
+        prefix = list(tokenizer("")["input_ids"])
+        chunks: list[tuple[str, list[int]]] = []
+        for document in self.documents:
+            ids = tokenizer(document.text, add_special_tokens=False)["input_ids"] if document.text else []
+            step = length - len(prefix)
+            chunks += [(document.id, prefix + ids[i : i + step]) for i in range(0, len(ids), step) if len(ids) - i > 1]
+        chunks.sort(key=lambda chunk: -len(chunk[1]))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        for i in range(0, len(chunks), batch_size):
+            yield _padded(chunks[i : i + batch_size], pad)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Batches that are tokenised already; used as they are."""
+
+    items: tuple[Batch, ...]
+    name: str = "tokens"
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over the token ids and masks."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(f"{item.input_ids.tolist()}{item.attention_mask.tolist()}".encode())
+        return digest.hexdigest()
+
+    def batches(self, tokenizer: Any = None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
+        """The batches as they were given; tokenizer, length and batch size play no part."""
+        yield from self.items
+
+
+def tokens(batches: Iterable[Mapping[str, Tensor]], name: str = "tokens") -> Tokens:
+    """Wrap an iterable of tokenised batches (`input_ids`, and `attention_mask` where rows are padded).
+
+    Raises:
+        DataError: if it is empty, or a batch has no input_ids.
+    """
+    items = []
+    for number, batch in enumerate(batches):
+        if "input_ids" not in batch:
+            raise DataError(f"batch {number} has fields {sorted(batch)}, input_ids is needed")
+        ids = torch.as_tensor(batch["input_ids"])
+        mask = (
+            torch.as_tensor(batch["attention_mask"]).bool()
+            if "attention_mask" in batch
+            else torch.ones_like(ids, dtype=torch.bool)
+        )
+        items.append(Batch(ids, mask, tuple(f"{number}.{row}" for row in range(ids.shape[0]))))
+    if not items:
+        raise DataError(f"corpus {name!r} is empty: no batches")
+    return Tokens(tuple(items), name)
+
+
+def _padded(chunks: Sequence[tuple[str, list[int]]], pad: int) -> Batch:
+    width = max(len(ids) for _, ids in chunks)
+    rows = [ids + [pad] * (width - len(ids)) for _, ids in chunks]
+    mask = [[True] * len(ids) + [False] * (width - len(ids)) for _, ids in chunks]
+    return Batch(torch.tensor(rows), torch.tensor(mask), tuple(name for name, _ in chunks))

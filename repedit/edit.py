@@ -1,0 +1,187 @@
+"""An edit: a frozen mapping from sites to affine maps, with where it came from.
+
+Everything that finds a capability produces one of these, and everything that removes it consumes one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from repedit import hooks
+from repedit.arch import Anatomy, hooks_at
+from repedit.errors import CheckpointError, FingerprintError, NotFoldable, ShapeError
+from repedit.maps import AffineMap, Chain, Diagonal, LowRank
+from repedit.models import Subject
+from repedit.sites import Point, Site
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """Affine maps by site. `a | b` applies a, then b."""
+
+    maps: Mapping[Site, AffineMap]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """method, options, seed, data, model fingerprint, versions, parents; plain JSON values, no clock, no path."""
+
+    def __post_init__(self) -> None:
+        ordered = {site: self.maps[site] for site in sorted(self.maps)}
+        object.__setattr__(self, "maps", MappingProxyType(ordered))
+        object.__setattr__(self, "provenance", MappingProxyType(json.loads(json.dumps(dict(self.provenance)))))
+
+    def __or__(self, then: Edit) -> Edit:
+        """This edit, then another: maps of a shared site compose, and both provenances are kept as parents.
+
+        Raises:
+            FingerprintError: if the two were made for different models.
+        """
+        mine, theirs = self.provenance.get("model"), then.provenance.get("model")
+        if mine and theirs and mine != theirs:
+            raise FingerprintError(f"the edits were made for different models: {mine[:12]} and {theirs[:12]}")
+        maps = dict(self.maps)
+        for site, map_ in then.maps.items():
+            maps[site] = map_ @ maps[site] if site in maps else map_
+        parents = [dict(self.provenance), dict(then.provenance)]
+        return Edit(maps, {"method": "composition", "model": mine or theirs, "parents": parents})
+
+    @contextmanager
+    def hooked(self, subject: Subject) -> Iterator[None]:
+        """Apply the edit while the context is open, without touching a weight.
+
+        Raises:
+            ShapeError: if a map's width is not the site's.
+        """
+        with hooks.installed(self.hooks(subject)):
+            yield
+
+    def hooks(self, subject: Subject) -> list[hooks.Hook]:
+        """The hooks that carry the edit, in forward order."""
+        plan = subject.anatomy
+        check_widths(self, plan)
+        return [
+            hook
+            for site, map_ in self.maps.items()
+            for hook in hooks_at(subject.model, plan, site, _visit(map_), replaces=True)
+        ]
+
+    def describe(self) -> str:
+        """One line a site: the map, the rank it removes, the TransformerLens name; then what made the edit."""
+        lines = [f"{site}  ({site.hook_name})  {describe_map(map_)}" for site, map_ in self.maps.items()]
+        lines += [f"sink neurons pruned at {site}: {found}" for site, found in self.provenance.get("sinks", {}).items()]
+        return "\n".join(
+            [*lines, f"made by: {json.dumps({k: v for k, v in self.provenance.items() if k != 'parents'})}"]
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: "<site>/u|v|center|scale|shift", and a JSON header with the provenance."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        kinds: dict[str, list[str]] = {}
+        for site, map_ in self.maps.items():
+            links = map_.maps if isinstance(map_, Chain) else (map_,)
+            kinds[str(site)] = [type(link).__name__ for link in links]
+            for number, link in enumerate(links):
+                tensors |= {f"{site}/{number}/{name}": value.contiguous() for name, value in _fields(link)}
+        header = {"format": FORMAT, "kind": "edit", "maps": kinds, "provenance": dict(self.provenance)}
+        # save_file shares nothing between names, so u and v of a projection are written twice; they are small.
+        save_file(
+            {k: v.clone() for k, v in tensors.items()},
+            str(path),
+            metadata={"repedit": json.dumps(header, sort_keys=True)},
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> Edit:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: if the file is not a saved edit.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("repedit", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read as a saved edit: {error}") from error
+        if header.get("kind") != "edit" or header.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is not a saved edit of format {FORMAT}; write one with edit.save(path)")
+        maps = {Site.parse(site): _rebuilt(site, kinds, tensors) for site, kinds in header["maps"].items()}
+        return Edit(maps, header["provenance"])
+
+
+def describe_map(map_: AffineMap) -> str:
+    """A few words on a map: what it does and the rank it removes."""
+    if isinstance(map_, Diagonal) and map_.is_mask:
+        return f"{map_.rank_removed} of {map_.width} neurons {'filled' if map_.offset is not None else 'zeroed'}"
+    return f"{type(map_).__name__} of width {map_.width}, removes rank {map_.rank_removed}"
+
+
+def exactness(site: Site, plan: Anatomy) -> str:
+    """How exactly weights can equal the edit at a site: "exact", "subspace-exact" or "hook-only"."""
+    if site.point in (Point.RESID_MID, Point.RESID_POST) or (site.point is Point.RESID_PRE and site.layer > 0):
+        return "hook-only"
+    if site.point in (Point.ATTN_OUT, Point.MLP_OUT) and plan.branch(site.layer, site.point).gain is not None:
+        return "subspace-exact"
+    return "exact"
+
+
+def check_widths(edit: Edit, plan: Anatomy) -> None:
+    """Refuse an edit whose maps do not fit the sites of this model.
+
+    Raises:
+        UnknownSite: if a layer or point is not in the model.
+        ShapeError: if a width differs, or an expert layer gets a map that mixes neurons of different experts.
+    """
+    from repedit.sites import select
+
+    for site, map_ in edit.maps.items():
+        select(site, len(plan.layers), plan.architecture.points)
+        width = plan.width_of(site.layer, site.point)
+        if map_.width != width:
+            raise ShapeError(
+                f"the map for {site} has width {map_.width}, the site has width {width}; was the edit fitted on another model?"
+            )
+        if (
+            site.point is Point.MLP_NEURONS
+            and plan.branch(site.layer, site.point).routed
+            and not isinstance(map_, Diagonal)
+        ):
+            raise NotFoldable(
+                f"{site} holds the neurons of several experts, which no single token passes together; only a Diagonal fits, or edit {site.layer}.mlp.out"
+            )
+
+
+def _visit(map_: AffineMap) -> Any:
+    def visit(x: Tensor, at: slice, _tokens: Tensor | None) -> Tensor:
+        if at == slice(None):
+            return map_(x)
+        assert isinstance(map_, Diagonal)
+        return Diagonal(map_.scale[at], None if map_.shift is None else map_.shift[at])(x)
+
+    return visit
+
+
+def _fields(link: AffineMap) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value) for name, value in vars(link).items() if value is not None)
+
+
+def _rebuilt(site: str, kinds: list[str], tensors: Mapping[str, Tensor]) -> AffineMap:
+    types = {"LowRank": LowRank, "Diagonal": Diagonal}
+    links = []
+    for number, kind in enumerate(kinds):
+        prefix = f"{site}/{number}/"
+        found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        links.append(types[kind](**found))
+    return links[0] if len(links) == 1 else Chain(tuple(links))

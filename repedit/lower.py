@@ -1,0 +1,164 @@
+"""From an edit to a plan: which weights equal each map, exactly, or a refusal that says why not.
+
+Only tensor names and shapes are needed, so a plan for a checkpoint of any size is made from its headers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from einops import rearrange
+from torch import Tensor
+
+from repedit.arch import Anatomy, Architecture, Branch, Specs, TensorSpec, View, anatomy
+from repedit.edit import Edit, check_widths, describe_map, exactness
+from repedit.errors import ArgumentError, NoBiasSlot, NotFoldable
+from repedit.maps import AffineMap, Diagonal
+from repedit.plan import Operation, Plan
+from repedit.sites import Point, Site
+
+
+def lower(
+    change: Edit,
+    architecture: Architecture,
+    specs: Specs,
+    *,
+    tied: Literal["untie", "both"] = "untie",
+    sides: Literal["all", "output"] = "all",
+) -> Plan:
+    """The plan that makes weights equal an edit.
+
+    Args:
+        specs: shape and dtype by tensor name, of a live model or of checkpoint headers.
+        tied: what becomes of an output head tied to an edited embedding: "untie" keeps the head as it is, "both"
+            edits it too (no hook equals that).
+        sides: "all" also zeroes the rows that feed a pruned neuron, so that plain fine-tuning cannot revive it;
+            "output" zeroes only the columns it writes with.
+    Raises:
+        NotFoldable: if no weight equals the edit at a site; NoBiasSlot if only a bias is missing.
+        ShapeError, UnknownSite: if the edit was made for another model.
+    """
+    if tied not in ("untie", "both") or sides not in ("all", "output"):
+        raise ArgumentError(f"tied={tied!r}, sides={sides!r}: tied is 'untie' or 'both', sides is 'all' or 'output'")
+    plan = anatomy(architecture, specs)
+    check_widths(change, plan)
+    build = _Builder(plan, specs, tied, sides)
+    for site, map_ in change.maps.items():
+        build.site(site, map_)
+    return Plan(
+        operations={name: tuple(ops) for name, ops in build.operations.items()},
+        exactness={site: exactness(site, plan) for site in change.maps},
+        store=plan.store,
+        unties=build.unties,
+        added=build.added,
+        config=build.config,
+        provenance={**change.provenance, "sides": sides},
+        maps={site: describe_map(map_) for site, map_ in change.maps.items()},
+    )
+
+
+class _Builder:
+    """Collects the operations of one plan, site by site in forward order."""
+
+    def __init__(self, plan: Anatomy, specs: Specs, tied: str, sides: str) -> None:
+        self.plan, self.specs, self.tied, self.sides = plan, specs, tied, sides
+        self.operations: dict[str, list[Operation]] = {}
+        self.unties: dict[str, str] = {}
+        self.added: dict[str, TensorSpec] = {}
+        self.config: dict[str, Any] = {}
+
+    def site(self, site: Site, map_: AffineMap) -> None:
+        if exactness(site, self.plan) == "hook-only":
+            raise NotFoldable(
+                f"{site} is a residual stream: every later layer still receives what earlier layers wrote, so no weight equals an "
+                f"edit there. Edit the writers ({site.layer}.attn.out, {site.layer}.mlp.out), or use edit.hooked(subject)"
+            )
+        if site.point is Point.RESID_PRE:
+            self._embeddings(map_)
+            return
+        branch = self.plan.branch(site.layer, site.point)
+        if site.point is branch.inner:
+            self._neurons(site, branch, map_)
+        else:
+            self._out(site, branch, map_)
+
+    def _add(self, operation: Operation) -> None:
+        self.operations.setdefault(operation.view.tensor, []).append(operation)
+
+    def _neurons(self, site: Site, branch: Branch, map_: AffineMap) -> None:
+        offset = map_.offset
+        for part in branch.parts:
+            if branch.routed:
+                assert isinstance(map_, Diagonal)
+                piece: AffineMap = Diagonal(map_.scale[part.start : part.stop])
+            else:
+                piece = map_
+            self._add(Operation("inputs", part.out, piece))
+            if isinstance(piece, Diagonal) and piece.is_mask and self.sides == "all":
+                self._silence(branch, part.readers, piece.kept)
+        if offset is not None:
+            bias = self._bias(site, branch, "a fill value other than zero (use fill='zero')")
+            self._add(Operation("carry", View(bias), constant=offset, weight=branch.parts[0].out))
+
+    def _silence(self, branch: Branch, readers: tuple[View, ...], kept: Tensor) -> None:
+        """Zero the rows that feed pruned neurons; a value row only when every query head that shares it is pruned."""
+        if branch.group > 1:
+            kept = rearrange(kept, "(kv g e) -> kv g e", g=branch.group, e=branch.head_width).any(1).reshape(-1)
+        if bool(kept.all()):
+            return
+        for view in readers:
+            self._add(Operation("outputs", view, Diagonal.mask(kept)))
+
+    def _out(self, site: Site, branch: Branch, map_: AffineMap) -> None:
+        offset = map_.offset
+        gain = {"gain": branch.gain, "unit_gain": self.plan.architecture.unit_gain}
+        if offset is not None and branch.gain is not None:
+            raise NotFoldable(
+                f"{site} follows the post-norm {branch.gain}, which has no bias to hold the map's offset; "
+                "fit without a center (affine=False), or use the hook"
+            )
+        for part in branch.parts:
+            self._add(Operation("outputs", part.out, map_, **gain))  # type: ignore[arg-type]
+        if offset is not None:
+            bias = self._bias(site, branch, "the map's offset (fit without a center, affine=False)")
+            self._add(Operation("outputs", View(bias), map_, constant=offset))
+        elif branch.bias is not None or (branch.bias_name in self.added):
+            self._add(Operation("outputs", View(str(branch.bias_name)), map_, **gain))  # type: ignore[arg-type]
+
+    def _bias(self, site: Site, branch: Branch, reason: str) -> str:
+        """The bias of a writer; adds the family's biases (as zeros, in every layer) where a config flag allows."""
+        if branch.bias is not None:
+            return branch.bias
+        slot = self.plan.architecture.bias_flags.get(branch.outer)
+        if slot is None or branch.bias_name is None:
+            raise NoBiasSlot(
+                f"{site}: {self.plan.architecture.model_type} has no bias at {branch.writer} to hold {reason}; or use edit.hooked(subject)"
+            )
+        for block in self.plan.block_paths:
+            for module in slot.modules:
+                weight = self.specs.get(f"{block}.{module}.weight")
+                if weight is not None and f"{block}.{module}.bias" not in self.specs:
+                    self.added[f"{block}.{module}.bias"] = TensorSpec((weight.shape[0],), weight.dtype)
+        self.config[slot.flag] = True
+        return branch.bias_name
+
+    def _embeddings(self, map_: AffineMap) -> None:
+        """0.resid.pre is the sum of the embeddings: each takes the linear part, the token table takes the offset."""
+        offset = map_.offset
+        tokens, *others = self.plan.embeddings
+        scale = self.plan.width**0.5 if self.plan.architecture.embedding_scaled else 1.0
+        self._add(
+            Operation(
+                "outputs", View(tokens, transposed=True), map_, constant=None if offset is None else offset / scale
+            )
+        )
+        for name in others:
+            self._add(Operation("outputs", View(name, transposed=True), map_))
+        if not self.plan.architecture.tied:
+            return
+        if self.tied == "untie":
+            self.config["tie_word_embeddings"] = False
+            if self.plan.store == "live" or self.plan.head not in self.specs:
+                self.unties[self.plan.head] = tokens
+        elif self.plan.store == "disk" and self.plan.head in self.specs:
+            self.operations[self.plan.head] = list(self.operations[tokens])

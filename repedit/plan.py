@@ -1,0 +1,136 @@
+"""A plan: which stored tensors an edit changes and how, made from names and shapes alone.
+
+`Plan.apply` is pure; the drivers in `rewrite` carry a plan out on a live model or on the files of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from repedit.arch import Specs, TensorSpec, View
+from repedit.errors import NotFoldable, PlanMismatch
+from repedit.maps import AffineMap
+from repedit.sites import Site
+
+Read = Callable[[str], Tensor]
+"""Name -> the tensor as it is before the plan."""
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One change of a logical matrix W (out, in), or of a bias b seen as (out, 1).
+
+    "outputs": W -> M W, or D^-1 M D W with D the gain of a post-norm, plus `constant` on every column.
+    "inputs":  W -> W M.
+    "carry":   b -> b + W c, with W read from `weight` and c the `constant`: a constant input moved into the bias.
+    """
+
+    kind: Literal["outputs", "inputs", "carry"]
+    view: View
+    map: AffineMap | None = None
+    constant: Tensor | None = None
+    weight: View | None = None
+    gain: str | None = None
+    unit_gain: bool = False
+
+    def __call__(self, tensor: Tensor, read: Read) -> Tensor:
+        """The edited tensor, in the dtype of `tensor`."""
+        return self.view.edit(tensor, lambda w: self._edited(w, read))
+
+    def describe(self) -> str:
+        """A few words for the summary."""
+        what = f"{type(self.map).__name__} of rank {self.map.rank_removed}" if self.map else "constant"
+        return f"{self.kind}: {what}" + (f" within gain {self.gain}" if self.gain else "")
+
+    def _edited(self, w: Tensor, read: Read) -> Tensor:
+        if self.kind == "carry":
+            assert self.weight is not None and self.constant is not None
+            return w + (self.weight.read(read(self.weight.tensor)).to(w) @ self.constant.to(w))[:, None]
+        assert self.map is not None
+        if self.kind == "inputs":
+            return self.map.right(w)
+        gain = self._gain(read, w)
+        out = self.map.left(w) if gain is None else self.map.left(w * gain) / gain
+        return out if self.constant is None else out + self.constant.to(out)[:, None]
+
+    def _gain(self, read: Read, like: Tensor) -> Tensor | None:
+        if self.gain is None:
+            return None
+        gain = read(self.gain).to(like) + (1.0 if self.unit_gain else 0.0)
+        zeros = int((gain == 0).sum())
+        if zeros:
+            raise NotFoldable(
+                f"{self.view.tensor} passes the post-norm {self.gain}, {zeros} of whose gains are 0: what it multiplies "
+                "by 0 cannot be edited before it; use the hook, or another site"
+            )
+        return gain[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Operations by tensor name, with everything else that must change."""
+
+    operations: Mapping[str, tuple[Operation, ...]]
+    exactness: Mapping[Site, str]
+    store: Literal["live", "disk"]
+    """Whether names are those of a model in memory or of checkpoint files."""
+    unties: Mapping[str, str] = field(default_factory=dict)
+    """Output head -> embedding whose original values it keeps."""
+    added: Mapping[str, TensorSpec] = field(default_factory=dict)
+    """Tensors that do not exist yet (biases); they start at zero."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the model's config that change."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    maps: Mapping[Site, str] = field(default_factory=dict)
+    """One line on the map at each site."""
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Every tensor that is written, added or untied."""
+        return frozenset(self.operations) | frozenset(self.added) | frozenset(self.unties)
+
+    def check(self, specs: Specs) -> None:
+        """Refuse a store that lacks a planned tensor.
+
+        Raises:
+            PlanMismatch: naming the tensors.
+        """
+        absent = sorted(set(self.operations) - set(specs) - set(self.added))
+        if absent:
+            raise PlanMismatch(
+                f"the plan names tensors this {self.store} store does not hold: {absent[:5]} ({len(absent)} in all)"
+            )
+
+    def apply(self, name: str, tensor: Tensor, read: Read) -> Tensor:
+        """The tensor after the plan; computed in float32 (float64 for float64) and rounded once.
+
+        Args:
+            read: gives other tensors as they were before the plan (a weight behind a bias, a norm's gain).
+        """
+        work = tensor if tensor.dtype == torch.float64 else tensor.float()
+        for operation in self.operations.get(name, ()):
+            work = operation(work, read)
+        return work.to(tensor.dtype)
+
+    def summary(self, specs: Specs | None = None) -> str:
+        """What carrying the plan out would do: the dry run."""
+        lines = [f"{site}: {self.maps.get(site, 'edited')}; {kind}" for site, kind in self.exactness.items()]
+        total = 0
+        for name, operations in sorted(self.operations.items()):
+            spec = (specs or {}).get(name) or self.added.get(name)
+            size = torch.Size(spec.shape).numel() * spec.dtype.itemsize if spec else 0
+            total += size
+            lines.append(
+                f"  {name} {tuple(spec.shape) if spec else ''} {operations[0].describe()}"
+                + (f" and {len(operations) - 1} more" if len(operations) > 1 else "")
+            )
+        lines += [f"  {head}: untied, keeps the original {source}" for head, source in self.unties.items()]
+        lines += [f"  {name}: added" for name in sorted(set(self.added) - set(self.operations))]
+        lines += [f"config: {key} = {json.dumps(value)}" for key, value in self.config.items()]
+        return "\n".join([*lines, f"{len(self.touched)} tensors touched, {total / 1e6:.1f} MB rewritten"])

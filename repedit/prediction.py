@@ -1,0 +1,156 @@
+"""How well a model predicts the next token of a text: what pruning is judged by."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from repedit.activations import batches, named_batch
+from repedit.data import Batch, Batches
+from repedit.edit import Edit
+from repedit.errors import FingerprintError, NotEnoughRows, NotFinite
+from repedit.models import Subject
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Next-token predictions by chunk of text; sums in float64."""
+
+    ids: tuple[str, ...]
+    count: NDArray[np.int64]
+    hits: NDArray[np.int64]
+    hits10: NDArray[np.int64]
+    loss: NDArray[np.float64]
+    """Summed negative log-likelihood, in nats."""
+
+    @property
+    def top1(self) -> float:
+        """Share of tokens predicted first."""
+        return float(self.hits.sum() / self.count.sum())
+
+    @property
+    def top10(self) -> float:
+        """Share of tokens among the ten most likely."""
+        return float(self.hits10.sum() / self.count.sum())
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean negative log-likelihood a token, in nats."""
+        return float(self.loss.sum() / self.count.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean_loss)."""
+        return float(np.exp(self.mean_loss))
+
+
+def predictions(
+    subject: Subject,
+    corpus: Batches,
+    *,
+    edit: Edit | None = None,
+    skip: set[int] | None = None,
+    length: int = 128,
+    batch_size: int = 8,
+    limit_tokens: int | None = None,
+    progress: bool | None = None,
+) -> Predictions:
+    """How well the model predicts each next token of a corpus, by chunk.
+
+    Args:
+        edit: an edit that is active during the pass.
+        skip: token ids that are not counted as targets (the commonest tokens, say).
+        limit_tokens: stop after the batch that reaches this many predictions.
+    Raises:
+        NotEnoughRows: if there is nothing to predict.
+        NotFinite: if the loss is not finite.
+    """
+    ids: list[str] = []
+    rows: list[tuple[int, int, int, float]] = []
+    with edit.hooked(subject) if edit else nullcontext(), torch.no_grad():
+        for number, batch in enumerate(batches(subject, corpus, length, batch_size, progress, "predict")):
+            with named_batch(number):
+                logits = subject.model(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+                ).logits
+                rows += [_predicted(logits[i], batch, i, skip) for i in range(len(batch.document))]
+            ids += batch.document
+            if limit_tokens is not None and sum(row[0] for row in rows) >= limit_tokens:
+                break
+    if not sum(row[0] for row in rows):
+        raise NotEnoughRows(f"corpus {corpus.name!r} holds no token with a next token to predict; give longer text")
+    count, hits, hits10, loss = zip(*rows, strict=True)
+    return Predictions(tuple(ids), np.array(count), np.array(hits), np.array(hits10), np.array(loss))
+
+
+def _predicted(
+    logits: Float[Tensor, "t v"], batch: Batch, row: int, skip: set[int] | None
+) -> tuple[int, int, int, float]:
+    mask, ids = batch.attention_mask[row], batch.input_ids[row]
+    use = mask[:-1] & mask[1:]
+    targets = ids[1:][use]
+    scores = logits[:-1][use].float()
+    if skip:
+        keep = ~torch.isin(targets, torch.tensor(sorted(skip), device=targets.device))
+        targets, scores = targets[keep], scores[keep]
+    if not len(targets):
+        return 0, 0, 0, 0.0
+    own = scores.gather(1, targets[:, None])
+    loss = float((scores.logsumexp(1) - own[:, 0]).double().sum())
+    if not np.isfinite(loss):
+        raise NotFinite(f"the loss of document {batch.document[row]!r} is {loss}; load the model in float32?")
+    # Ties count against the model: a token is a hit at k when fewer than k others score as high.
+    above = (scores >= own).sum(1) - 1
+    return len(targets), int((above < 1).sum()), int((above < 10).sum()), loss
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an edit did to one set of texts: relative change of top-1 accuracy, with a paired bootstrap interval."""
+
+    drop: float
+    """100 (1 - edited / original), per cent."""
+    low: float
+    high: float
+    loss_rise: float
+    """Nats a token."""
+
+
+def effect(original: Predictions, edited: Predictions, *, resamples: int = 1000, seed: int = 0) -> Effect:
+    """The drop of top-1 accuracy with its 95 % interval, resampling chunks and using each resample for both models.
+
+    Raises:
+        FingerprintError: if the two were not measured on the same chunks.
+    """
+    check_same_chunks(original, edited)
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(original.ids), (resamples, len(original.ids)))
+    before, after = (p.hits[draws].sum(1) / np.maximum(p.count[draws].sum(1), 1) for p in (original, edited))
+    low, high = np.quantile(100 * (1 - after / np.maximum(before, 1e-12)), [0.025, 0.975])
+    rise = edited.mean_loss - original.mean_loss
+    return Effect(drop(original, edited), float(low), float(high), rise)
+
+
+def drop(original: Predictions, edited: Predictions) -> float:
+    """Relative drop of top-1 accuracy in per cent: 100 (1 - edited / original); 0 where the original has none right."""
+    check_same_chunks(original, edited)
+    return 100 * (1 - edited.top1 / original.top1) if original.top1 else 0.0
+
+
+def check_same_chunks(original: Predictions, edited: Predictions) -> None:
+    """Refuse to compare predictions of different texts.
+
+    Raises:
+        FingerprintError: with the first difference.
+    """
+    if original.ids != edited.ids or not np.array_equal(original.count, edited.count):
+        raise FingerprintError(
+            f"the two predictions are of different texts: {len(original.ids)} and {len(edited.ids)} chunks, "
+            f"{int(original.count.sum())} and {int(edited.count.sum())} tokens; evaluate both on one corpus"
+        )

@@ -1,0 +1,128 @@
+"""Carry an edit out on a model in memory; the original stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repedit.edit import Edit
+from repedit.errors import ArgumentError, NoOpEdit, OffloadedTensors, PlanMismatch, QuantizedModel
+from repedit.lower import lower
+from repedit.models import Subject
+from repedit.plan import Plan
+
+
+def apply(
+    change: Edit | Plan, subject: Subject, *, inplace: bool = False, allow_identity: bool = False, **options: Any
+) -> Subject:
+    """The subject with the edit in its weights.
+
+    The result shares every untouched tensor with the original, which is bitwise unchanged. With `inplace=True` the
+    given model itself is edited, and nothing but its files can bring it back.
+
+    Args:
+        options: passed to lowering: tied="untie" | "both", sides="all" | "output".
+    Raises:
+        NotFoldable: if no weight equals the edit.
+        QuantizedModel, OffloadedTensors: if the weights cannot be edited in memory.
+        NoOpEdit: if nothing would change, unless `allow_identity=True`.
+    """
+    plan = planned(change, subject, **options)
+    if plan.store == "disk":
+        raise ArgumentError("this plan was made for checkpoint files; make one for the model, or pass the edit itself")
+    before = dict(subject.model.named_parameters(remove_duplicate=False))
+    new = _new_tensors(plan, before)
+    changed = [name for name, value in new.items() if name not in before or not torch.equal(value, before[name])]
+    if not changed and not allow_identity:
+        raise NoOpEdit(noop_message(list(plan.operations)))
+    model = subject.model if inplace else _shared_clone(subject.model)
+    for key, value in plan.config.items():
+        setattr(model.config, key, value)
+    for name, value in new.items():
+        _set(model, name, value, before)
+    _verify(model, plan, before)
+    return Subject(model, subject.tokenizer, _architecture(subject, plan), None)
+
+
+def planned(change: Edit | Plan, subject: Subject, **options: Any) -> Plan:
+    """The plan of a change for this model in memory, after the checks that forbid any edit.
+
+    Raises:
+        QuantizedModel, OffloadedTensors: if the weights cannot be edited in memory.
+    """
+    if subject.quantizer:
+        raise QuantizedModel(
+            f"the weights are quantised ({subject.quantizer}) and cannot be edited exactly; load with dequantisation or the "
+            "unquantised base. Measuring works"
+        )
+    meta = [name for name, p in subject.model.named_parameters() if p.device.type == "meta"]
+    if meta:
+        raise OffloadedTensors(
+            f"{len(meta)} tensors are not in memory ({', '.join(meta[:3])}, ...); "
+            "use repedit.export(edit, source=directory, target=...), which streams the files"
+        )
+    plan = change if isinstance(change, Plan) else lower(change, subject.architecture, subject.specs, **options)
+    plan.check(subject.specs)
+    return plan
+
+
+def noop_message(names: list[str]) -> str:
+    """What to tell a user whose edit changes nothing."""
+    return (
+        f"the edit changes nothing: {len(names)} tensors came out equal ({', '.join(names[:3])}); is it the identity, made for "
+        "other neurons, or swallowed by rounding in this dtype? Pass allow_identity=True to go on"
+    )
+
+
+def _new_tensors(plan: Plan, before: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def read(name: str) -> Tensor:
+        return before[name].detach()
+
+    new: dict[str, Tensor] = {}
+    device = next(iter(before.values())).device
+    for name, spec in plan.added.items():
+        new[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+    for name in plan.operations:
+        new[name] = plan.apply(name, new[name] if name in new else read(name), read)
+    for head, embedding in plan.unties.items():
+        new[head] = read(embedding).clone()
+    return new
+
+
+def _shared_clone(model: Any) -> Any:
+    """A model with its own modules and config that shares every tensor."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(t): t for t in tensors})
+
+
+def _set(model: nn.Module, name: str, value: Tensor, before: dict[str, nn.Parameter]) -> None:
+    """Give every name of one tensor a new parameter, so that ties survive; an untied head was given its own value."""
+    old = before.get(name)
+    parameter = nn.Parameter(value, requires_grad=True if old is None else old.requires_grad)
+    current = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    aliases = (
+        [name] if current is None else [n for n, p in model.named_parameters(remove_duplicate=False) if p is current]
+    )
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))  # type: ignore[union-attr]
+    for alias in aliases if tied else [name]:
+        path, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(path), leaf, parameter)
+
+
+def _verify(model: nn.Module, plan: Plan, before: dict[str, nn.Parameter]) -> None:
+    after = dict(model.named_parameters(remove_duplicate=False))
+    touched = {name for name, p in after.items() if before.get(name) is not p}
+    aliases = {name for name in touched if any(after[name] is after[other] for other in plan.touched if other != name)}
+    if touched - aliases != plan.touched - aliases:
+        missed, extra = sorted(plan.touched - touched), sorted(touched - plan.touched)
+        raise PlanMismatch(f"planned but untouched: {missed[:5]}; touched but not planned: {extra[:5]}")
+
+
+def _architecture(subject: Subject, plan: Plan) -> Any:
+    from dataclasses import replace
+
+    tied = plan.config.get("tie_word_embeddings", subject.architecture.tied)
+    return replace(subject.architecture, tied=bool(tied))

@@ -1,0 +1,132 @@
+"""What an export says of itself: the manifest repedit.json and the model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from repedit.plan import Plan
+
+PACKAGES = ("repedit", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One touched tensor."""
+
+    relative: float
+    """||after - before|| / ||before||, infinite for a tensor that is new."""
+    before: str | None
+    """sha256 of the bytes; None for a tensor that is new."""
+    after: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of repedit.json; sorted keys, no clock, no path."""
+
+    base: Mapping[str, Any]
+    edit: Mapping[str, Any]
+    sites: Mapping[str, Mapping[str, str]]
+    plan: Mapping[str, Mapping[str, Any]]
+    unties: Mapping[str, str]
+    added: tuple[str, ...]
+    config: Mapping[str, Any]
+    files: Mapping[str, str]
+    dtype: str | None
+    versions: Mapping[str, str]
+    loaders: tuple[str, ...] = ("transformers.AutoModelForCausalLM", "repedit.load")
+    structure: str = "keep"
+    format: int = 1
+
+    @property
+    def relative_change(self) -> float:
+        """The largest relative change of a tensor that existed before."""
+        found = [c["relative_change"] for c in self.plan.values() if c["relative_change"] is not None]
+        return max(found, default=0.0)
+
+    def to_json(self) -> str:
+        """The text of repedit.json."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def manifest(plan: Plan, changes: Mapping[str, Change], source: Path, new: Path, dtype: str | None) -> Manifest:
+    """Hash every file of the new checkpoint and of its source, and record what was done."""
+    return Manifest(
+        base={"name": source.name if source.name != "unedited" else "in-memory model", "files": _hashes(source)},
+        edit=dict(plan.provenance),
+        sites={str(site): {"map": plan.maps.get(site, ""), "exactness": kind} for site, kind in plan.exactness.items()},
+        plan={name: _entry(plan, name, change) for name, change in sorted(changes.items())},
+        unties=dict(plan.unties),
+        added=tuple(sorted(plan.added)),
+        config=dict(plan.config),
+        files=_hashes(new),
+        dtype=dtype,
+        versions={name: version(name) for name in PACKAGES},
+    )
+
+
+def card(plan: Plan, record: Manifest, source: Path) -> str:
+    """The model card: what the checkpoint is, what was changed, and what that does not show."""
+    name = record.base["name"]
+    base = (
+        (source / "README.md").read_text(encoding="utf-8", errors="replace") if (source / "README.md").exists() else ""
+    )
+    licence = next((line for line in base.splitlines() if line.startswith("license:")), None)
+    front = [
+        "---",
+        *([licence] if licence else []),
+        f"base_model: {name}",
+        "base_model_relation: finetune",
+        "tags: [repedit, model-editing]",
+        "---",
+    ]
+    sites = [f"| {site} | {row['map']} | {row['exactness']} |" for site, row in record.sites.items()]
+    return "\n".join(
+        [
+            *front,
+            f"# {name}, edited",
+            "",
+            f"Weights of `{name}` edited with repedit {record.versions['repedit']}: {len(record.plan)} tensors changed, all "
+            "others are byte-identical to the base. Plain `AutoModelForCausalLM.from_pretrained` loads this directory.",
+            "",
+            "| site | edit | exactness |",
+            "|---|---|---|",
+            *sites,
+            "",
+            f"Method: {plan.provenance.get('method', 'unknown')}. Full provenance, with the hash of every file, is in `repedit.json`.",
+            "",
+            "**What this does not show.** A capability that a benchmark no longer sees may come back after a little "
+            "fine-tuning or under other prompts. Nothing here says that knowledge is gone until it has been attacked.",
+            "",
+            *(["## Card of the base", "", _body(base)] if base else []),
+        ]
+    )
+
+
+def _body(text: str) -> str:
+    parts = text.split("---", 2)
+    return parts[2].strip() if text.startswith("---") and len(parts) == 3 else text
+
+
+def _entry(plan: Plan, name: str, change: Change) -> dict[str, Any]:
+    return {
+        "operations": [operation.describe() for operation in plan.operations.get(name, ())],
+        "relative_change": None if change.before is None else change.relative,
+        "sha256_before": change.before,
+        "sha256_after": change.after,
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            with open(path, "rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

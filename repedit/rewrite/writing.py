@@ -1,0 +1,147 @@
+"""Write the shards of an edited checkpoint, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repedit.arch import TensorSpec
+from repedit.plan import Plan
+from repedit.rewrite.manifest import Change
+from repedit.shards import INDEX, SINGLE, Shards, header, raw_bytes
+
+_METADATA = {"format": "pt"}
+
+
+def write_weights(
+    plan: Plan, shards: Shards, target: Path, *, dtype: torch.dtype | None = None, link: bool = True
+) -> dict[str, Change]:
+    """Write every shard to `target` with the plan carried out; returns what became of each touched tensor.
+
+    A shard without touched tensors is linked or copied; one with touched tensors is copied and the bytes of those are
+    replaced, header and offsets staying as they are. New tensors go to a shard of their own.
+    """
+    changes: dict[str, Change] = {}
+    extra = _extra_tensors(plan, shards)
+    files = {file: _renamed(file, shards, bool(extra)) for file in shards.files}
+    for file, name in files.items():
+        if dtype is not None:
+            changes |= _converted(plan, shards, file, target / name, dtype)
+        else:
+            changes |= _patched(plan, shards, file, target / name, link)
+    names = {tensor: files[entry.file] for tensor, entry in shards.entries.items()}
+    if extra:
+        name = (
+            f"model-{len(files) + 1:05d}-of-{len(files) + 1:05d}.safetensors"
+            if not shards.indexed
+            else "model-added.safetensors"
+        )
+        tensors = {key: value if dtype is None else value.to(dtype) for key, value in extra.items()}
+        changes |= {key: _change(None, value) for key, value in tensors.items()}
+        _write_shard(tensors, target / name)
+        names |= dict.fromkeys(tensors, name)
+    _write_index(shards, names, target, changed=bool(extra) or dtype is not None)
+    return changes
+
+
+def _renamed(file: str, shards: Shards, grows: bool) -> str:
+    """A lone model.safetensors would hide the index that a second shard needs."""
+    return f"model-{1:05d}-of-{2:05d}.safetensors" if grows and not shards.indexed and file == SINGLE else file
+
+
+def _extra_tensors(plan: Plan, shards: Shards) -> dict[str, Tensor]:
+    new = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in plan.added.items()}
+    new = {name: plan.apply(name, value, shards.read) for name, value in new.items()}
+    return new | {head: shards.read(embedding) for head, embedding in plan.unties.items()}
+
+
+def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) -> dict[str, Change]:
+    source = (shards.directory / file).resolve()
+    touched = [name for name in plan.operations if name in shards.entries and shards.entries[name].file == file]
+    if not touched:
+        _link_or_copy(source, target, link)
+        return {}
+    shutil.copyfile(source, target)
+    changes = {}
+    with open(target, "r+b") as out:
+        for name in touched:
+            before = shards.read(name)
+            after = plan.apply(name, before, shards.read)
+            out.seek(shards.entries[name].start)
+            out.write(raw_bytes(after))
+            changes[name] = _change(before, after)
+    return changes
+
+
+def _converted(plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype) -> dict[str, Change]:
+    names = [name for name, entry in shards.entries.items() if entry.file == file]
+    specs = {name: _cast(shards.entries[name].spec, dtype) for name in names}
+    head, ranges = header(specs, _METADATA)
+    changes = {}
+    with open(target, "wb") as out:
+        out.write(head)
+        for name in sorted(names, key=lambda n: ranges[n][0]):
+            before = shards.read(name)
+            after = (
+                plan.apply(name, before, shards.read).to(specs[name].dtype)
+                if name in plan.operations
+                else before.to(specs[name].dtype)
+            )
+            out.write(raw_bytes(after))
+            if name in plan.operations:
+                changes[name] = _change(before, after)
+    return changes
+
+
+def _cast(spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
+    return TensorSpec(spec.shape, dtype if spec.dtype.is_floating_point else spec.dtype)
+
+
+def _write_shard(tensors: Mapping[str, Tensor], target: Path) -> None:
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    head, _ = header(specs, _METADATA)
+    with open(target, "wb") as out:
+        out.write(head)
+        for tensor in tensors.values():
+            out.write(raw_bytes(tensor))
+
+
+def _write_index(shards: Shards, names: Mapping[str, str], target: Path, *, changed: bool) -> None:
+    if not changed and shards.indexed:
+        shutil.copyfile(shards.directory / INDEX, target / INDEX)
+        return
+    if len(set(names.values())) == 1 and not shards.indexed:
+        return
+    files = sorted(set(names.values()))
+    size = sum((target / file).stat().st_size for file in files)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _link_or_copy(source: Path, target: Path, link: bool) -> None:
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # another file system, or one without hard links: a copy has the same bytes
+    shutil.copyfile(source, target)
+
+
+def _change(before: Tensor | None, after: Tensor) -> Change:
+    relative = float("inf")
+    if before is not None:
+        old = before.double()
+        relative = float((after.double() - old).norm() / old.norm().clamp(min=1e-300))
+    return Change(
+        relative=relative,
+        before=None if before is None else hashlib.sha256(raw_bytes(before)).hexdigest(),
+        after=hashlib.sha256(raw_bytes(after)).hexdigest(),
+    )

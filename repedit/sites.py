@@ -1,0 +1,135 @@
+"""Where an edit happens: a layer and a point in it.
+
+`str(site)` is "7.mlp.neurons". TransformerLens hook names ("blocks.7.mlp.hook_post") are accepted wherever a site is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from repedit.errors import UnknownSite, nearest
+
+
+class Point(StrEnum):
+    """A named tensor of a transformer block, in the order of the forward pass."""
+
+    RESID_PRE = "resid.pre"
+    ATTN_NEURONS = "attn.neurons"
+    ATTN_OUT = "attn.out"
+    RESID_MID = "resid.mid"
+    MLP_NEURONS = "mlp.neurons"
+    MLP_OUT = "mlp.out"
+    RESID_POST = "resid.post"
+
+    @property
+    def order(self) -> int:
+        """Position in the forward pass of a block; operations on one tensor are carried out in this order."""
+        return list(Point).index(self)
+
+
+HOOK_NAMES: Mapping[Point, str] = {
+    Point.RESID_PRE: "hook_resid_pre",
+    Point.ATTN_NEURONS: "attn.hook_z",
+    Point.ATTN_OUT: "hook_attn_out",
+    Point.RESID_MID: "hook_resid_mid",
+    Point.MLP_NEURONS: "mlp.hook_post",
+    Point.MLP_OUT: "hook_mlp_out",
+    Point.RESID_POST: "hook_resid_post",
+}
+_LENS = re.compile(r"blocks\.(\*|\d+(?:-\d+)?)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One point of one layer; layer 0 is the first block."""
+
+    layer: int
+    point: Point
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "point", _point(str(self.point), str(self.layer)))
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.point}"
+
+    def __lt__(self, other: Site) -> bool:
+        return (self.layer, self.point.order) < (other.layer, other.point.order)
+
+    @property
+    def hook_name(self) -> str:
+        """The TransformerLens name of this site, such as "blocks.7.mlp.hook_post"."""
+        return f"blocks.{self.layer}.{HOOK_NAMES[self.point]}"
+
+    @staticmethod
+    def parse(text: str | Site) -> Site:
+        """The site that `text` names: "7.mlp.neurons" or "blocks.7.mlp.hook_post".
+
+        Raises:
+            UnknownSite: if the text names no point, or a range of layers.
+        """
+        if isinstance(text, Site):
+            return text
+        layers, point = _split(text)
+        if not layers.isdigit():
+            raise UnknownSite(f"{text!r} names several layers, one site is needed; use select() for a range")
+        return Site(int(layers), _point(point, text))
+
+
+def select(
+    selector: str | Site | Iterable[str | Site], layers: int, points: Iterable[Point] | None = None
+) -> tuple[Site, ...]:
+    """The sites a selector names, in forward order, each once.
+
+    A selector is "7.mlp.neurons", "4-9.mlp.out", "*.mlp.neurons", several of these joined by commas, a Site, or a
+    list of any of them.
+
+    Args:
+        layers: number of blocks of the model.
+        points: the points this model has; all of them when None.
+    Raises:
+        UnknownSite: if a layer or point does not exist in this model, or nothing is named.
+    """
+    valid = tuple(Point) if points is None else tuple(points)
+    parts = [selector] if isinstance(selector, str | Site) else list(selector)
+    found: set[Site] = set()
+    for part in parts:
+        for text in str(part).split(","):
+            found.update(_expand(text.strip(), layers, valid))
+    if not found:
+        raise UnknownSite(f"selector {selector!r} names no site; try '*.mlp.neurons'")
+    return tuple(sorted(found))
+
+
+def _expand(text: str, layers: int, points: tuple[Point, ...]) -> list[Site]:
+    span, name = _split(text)
+    point = _point(name, text)
+    if point not in points:
+        raise UnknownSite(f"{text!r}: this family has no {point}; its points are {', '.join(points)}")
+    first, last = (0, layers - 1) if span == "*" else (int(span.split("-")[0]), int(span.split("-")[-1]))
+    if last >= layers or first > last:
+        raise UnknownSite(f"{text!r} asks for layers {first}..{last}; layers are 0..{layers - 1}")
+    return [Site(layer, point) for layer in range(first, last + 1)]
+
+
+def _split(text: str) -> tuple[str, str]:
+    lens = _LENS.fullmatch(text)
+    layers, _, point = (lens[1], ".", lens[2]) if lens else text.partition(".")
+    if not re.fullmatch(r"\*|\d+(-\d+)?", layers) or not point:
+        raise UnknownSite(
+            f"{text!r} is not a site; write layer.point such as '7.mlp.neurons', '4-9.mlp.out' or '*.mlp.out'"
+        )
+    return layers, point
+
+
+def _point(name: str, text: str) -> Point:
+    by_hook = {hook: point for point, hook in HOOK_NAMES.items()}
+    if name in by_hook:
+        return by_hook[name]
+    if name not in list(Point):
+        raise UnknownSite(
+            f"{text!r}: no point is called {name!r}; {nearest(name, list(Point))} Points: {', '.join(Point)}"
+        )
+    return Point(name)

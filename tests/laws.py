@@ -1,0 +1,128 @@
+"""The laws every edit obeys, as functions that raise AssertionError when one is broken.
+
+test_laws.py runs them over all families; test_sabotage.py gives each a broken twin that it must catch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import repedit as rp
+from repedit.edit import Edit
+from repedit.models import Subject
+from tests.tiny import ids, logits
+
+# Largest logit difference allowed, over the spread of the logits. Measured over all families and edits of this file
+# (worst case in brackets): float64 2e-14, float32 5e-6, bfloat16 0.08 (a rounded weight against a rounded activation).
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-5, torch.bfloat16: 0.15}
+# ||V^T out|| / ||out|| after a projection: float64 3e-16, float32 2e-7, bfloat16 4e-3.
+LEAK = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Logits agree within the tolerance of their dtype."""
+    error = float((found.double() - expected.double()).abs().max() / expected.double().std())
+    assert error <= TOLERANCE[dtype], f"relative error {error:.1e} exceeds {TOLERANCE[dtype]:.0e}"
+
+
+def hooked_equals_rewritten(subject: Subject, edit: Edit, apply: Callable[..., Subject] = rp.apply) -> None:
+    """An edit as a hook and as weights gives the same logits, and moves them."""
+    base = logits(subject)
+    with edit.hooked(subject):
+        hooked = logits(subject)
+    assert float((hooked - base).abs().max()) > 1e-3 * float(base.std()), "the edit does not move the logits"
+    assert_close(logits(apply(edit, subject)), hooked, base.dtype)
+
+
+def rewritten_equals_exported(subject: Subject, edit: Edit, folder: Path, export: Callable[..., object] = rp.export) -> None:
+    """Exported files hold exactly the weights of the edited model, and load without repedit's help."""
+    from transformers import AutoModelForCausalLM
+
+    export(edit, subject, folder / "edited")
+    edited = rp.apply(edit, subject).model
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "edited", dtype="auto", attn_implementation="eager")
+    expected = dict(edited.named_parameters(remove_duplicate=False))
+    found = dict(loaded.named_parameters(remove_duplicate=False))
+    assert set(found) == set(expected)
+    different = [name for name in found if not torch.equal(found[name], expected[name])]
+    assert not different, f"exported weights differ from the rewritten ones: {different}"
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids(), use_cache=False).logits, logits(rp.wrap(edited)))
+
+
+def subspace_is_gone(subject: Subject, edit: Edit, apply: Callable[..., Subject] = rp.apply) -> None:
+    """After a projection at an output, that output has no component in the subspace."""
+    edited = apply(edit, subject)
+    for site, map_ in edit.maps.items():
+        before, after = (seen_at(s, site) for s in (subject, edited))
+        assert leak(before, map_.v) > 1e-2, "the subspace was not there to begin with"
+        # transformers computes every norm in float32, so a post-norm output is no better than that.
+        normed = subject.anatomy.branch(site.layer, site.point).gain is not None
+        limit = max(LEAK[before.dtype], LEAK[torch.float32] if normed else 0.0)
+        assert leak(after, map_.v) <= limit, f"leak {leak(after, map_.v):.1e} at {site}"
+
+
+def original_is_untouched(subject: Subject, edit: Edit, apply: Callable[..., Subject] = rp.apply) -> None:
+    """Applying an edit changes no byte of the original, and shares what it does not touch."""
+    before = {n: p.detach().clone() for n, p in subject.model.named_parameters()}
+    tied = subject.model.config.tie_word_embeddings
+    edited = apply(edit, subject)
+    assert subject.model.config.tie_word_embeddings == tied
+    assert all(torch.equal(p, before[n]) for n, p in subject.model.named_parameters())
+    after = dict(edited.model.named_parameters(remove_duplicate=False))
+    mine = dict(subject.model.named_parameters(remove_duplicate=False))
+    shared = [n for n in mine if after[n] is mine[n]]
+    assert len(shared) >= len(mine) - len(after) // 2, "untouched tensors are copied"
+
+
+def composition(subject: Subject, first: Edit, second: Edit, join: Callable[[Edit, Edit], Edit] = lambda a, b: a | b) -> None:
+    """a | b is a, then b: nested hooks, and one edit after another in the weights."""
+    joined = join(first, second)
+    with first.hooked(subject), second.hooked(subject):
+        nested = logits(subject)
+    with joined.hooked(subject):
+        assert_close(logits(subject), nested, nested.dtype)
+    assert_close(logits(rp.apply(second, rp.apply(first, subject))), logits(rp.apply(joined, subject)), nested.dtype)
+
+
+def round_trip(edit: Edit, path: Path, save: Callable[[Edit, Path], None] = Edit.save) -> None:
+    """An edit that was saved and loaded is the same value."""
+    save(edit, path)
+    again = Edit.load(path)
+    assert list(again.maps) == list(edit.maps)
+    assert dict(again.provenance) == dict(edit.provenance)
+    for site, map_ in edit.maps.items():
+        x = torch.randn(5, map_.width, dtype=torch.float64)
+        assert torch.equal(again.maps[site](x), map_(x))
+
+
+def hooks_are_gone(subject: Subject, edit: Edit) -> None:
+    """An exception inside the context leaves no hook behind."""
+    base = logits(subject)
+    try:
+        with edit.hooked(subject):
+            raise KeyError("as it happens")
+    except KeyError:
+        pass
+    assert torch.equal(logits(subject), base)
+
+
+def seen_at(subject: Subject, site: rp.Site) -> Tensor:
+    """The tensor at a site on fixed ids."""
+    from repedit.arch import hooks_at
+    from repedit.hooks import installed
+
+    seen: list[Tensor] = []
+    hooks = hooks_at(subject.model, subject.anatomy, site, lambda x, at, tokens: seen.append(x.clone()), replaces=False)
+    with installed(hooks):
+        logits(subject)
+    return seen[0]
+
+
+def leak(x: Tensor, v: Tensor) -> float:
+    """Share of x in the span of the orthonormal v."""
+    return float((x.double() @ v.double()).norm() / x.double().norm())
