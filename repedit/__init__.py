@@ -21,13 +21,15 @@ _NAMES = {
     "Chain": "repedit.maps",
     "Activity": "repedit.stats",
     "collect": "repedit.activations",
+    "peaks": "repedit.distribution",
     "predictions": "repedit.prediction",
     "score": "repedit.importance",
     "top": "repedit.selection",
     "prune": "repedit.selection",
     "agreement": "repedit.importance",
     "random_like": "repedit.selection",
-    "Score": "repedit.importance",
+    "Score": "repedit.scores",
+    "Scores": "repedit.scores",
     "CollinearWarning": "repedit.importance",
     "trajectory": "repedit.trajectories",
     "Trajectory": "repedit.trajectories",
@@ -35,8 +37,10 @@ _NAMES = {
     "Edit": "repedit.edit",
     "Plan": "repedit.plan",
     "apply": "repedit.rewrite.live",
-    "diff": "repedit.rewrite.comparison",
+    "diff": "repedit.rewrite.difference",
     "export": "repedit.rewrite.checkpoint",
+    "reload_check": "repedit.rewrite.reloading",
+    "compare": "repedit.metrics.comparison",
     "check_architecture": "repedit.arch.check",
     "register": "repedit.arch",
     "resolve": "repedit.arch",
@@ -66,16 +70,20 @@ if TYPE_CHECKING:
     from repedit.arch import register, resolve
     from repedit.arch.check import check_architecture
     from repedit.bridges import wrap
+    from repedit.distribution import peaks
     from repedit.edit import Edit
     from repedit.fetching import fetch
-    from repedit.importance import CollinearWarning, Score, agreement, score
+    from repedit.importance import CollinearWarning, agreement, score
     from repedit.maps import AffineMap, Chain, Diagonal, LowRank
+    from repedit.metrics.comparison import compare
     from repedit.models import Subject, load
     from repedit.plan import Plan
     from repedit.prediction import predictions
     from repedit.rewrite.checkpoint import export
-    from repedit.rewrite.comparison import diff
+    from repedit.rewrite.difference import diff
     from repedit.rewrite.live import apply
+    from repedit.rewrite.reloading import reload_check
+    from repedit.scores import Score, Scores
     from repedit.selection import prune, random_like, top
     from repedit.sites import Point, Site
     from repedit.stats import Activity

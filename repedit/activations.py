@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from repedit.arch import hooks_at
+from repedit.counting import Count, CountingRule
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import NoGradient, NotEnoughRows, NotFinite, QuantizedModel, RepeditError
@@ -23,8 +25,6 @@ from repedit.hooks import Hook, installed
 from repedit.models import Subject
 from repedit.sites import Point, Site
 from repedit.stats import Activity
-
-Count = Callable[[Batch], Bool[Tensor, "b t"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,16 +99,11 @@ def collect(
         for site in chosen
     }
     watch = _Watch(subject, found, gradients)
-    special = (
-        None
-        if special_tokens or subject.tokenizer is None
-        else torch.tensor(sorted(set(subject.tokenizer.all_special_ids)), dtype=torch.long)
-    )
+    rule = CountingRule(subject.tokenizer, first_position, special_tokens, count)
     seen = counted = 0
     with edit.hooked(subject) if edit else nullcontext(), installed(watch.hooks()):
         for number, batch in enumerate(batches(subject, corpus, length, batch_size, progress, "collect")):
-            first = _first(batch.attention_mask)
-            mask = batch.attention_mask & (count(batch) if count else _counted(batch, first, special, first_position))
+            mask, first = rule(batch)
             with named_batch(number):
                 watch.run(batch, mask, first)
             seen, counted = seen + int(batch.attention_mask.sum()), counted + int(mask.sum())
@@ -116,15 +111,14 @@ def collect(
                 break
     if not counted:
         raise NotEnoughRows(
-            f"corpus {corpus.name!r}: {seen} tokens seen, 0 counted (padding, first positions counted={first_position}, "
-            f"special tokens counted={special_tokens}{', your count rule' if count else ''}); give longer text"
+            f"corpus {corpus.name!r}: {seen} tokens seen, 0 counted ({rule.describe()}); give longer text"
         )
     return Collection(
         statistics={site: value.cpu() for site, value in found.items()},
         model=subject.fingerprint() + ("" if edit is None else f"+{len(edit.maps)} maps"),
         corpus=corpus.name,
         data_hash=corpus.hash,
-        rule={"first_position": first_position, "special_tokens": special_tokens, "custom": count is not None},
+        rule=rule.plain(),
         seen=seen,
         counted=counted,
         units={site: _units(subject, site) for site in chosen},
@@ -148,7 +142,7 @@ class _Watch:
 
     def run(self, batch: Batch, mask: Tensor, first: Tensor) -> None:
         self.mask, self.first = mask, first
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long(), "use_cache": False}
+        inputs = inputs_of(batch)
         if not self.gradients:
             with torch.no_grad():
                 self.subject.model.base_model(**inputs)
@@ -177,8 +171,9 @@ class _Watch:
         return visit
 
     def _update(self, site: Site, x: Tensor, at: slice, tokens: Tensor | None, grad: Tensor | None) -> None:
+        # OPT flattens its tokens before the MLP, so the rows of x may be (b t) as well as (b, t).
         mask, first = (
-            m.to(x.device) if tokens is None else m.reshape(-1)[tokens.cpu()].to(x.device)
+            (m if tokens is None else m.reshape(-1)[tokens.to(m.device)]).reshape(x.shape[:-1]).to(x.device)
             for m in (self.mask, self.first)
         )
         try:
@@ -201,13 +196,14 @@ def batches(
         )
 
 
-def _first(mask: Tensor) -> Tensor:
-    return mask & (mask.cumsum(1) == 1)
+def inputs_of(batch: Batch) -> dict[str, Any]:
+    """What the forward pass of a model takes for a batch.
 
-
-def _counted(batch: Batch, first: Tensor, special: Tensor | None, first_position: bool) -> Tensor:
-    mask = batch.attention_mask if first_position else batch.attention_mask & ~first
-    return mask if special is None else mask & ~torch.isin(batch.input_ids, special.to(batch.input_ids.device))
+    Positions are spelled out where a row is padded on the left: GPT-2 and GPT-Neo would count the padding.
+    """
+    mask = batch.attention_mask
+    found = {"input_ids": batch.input_ids, "attention_mask": mask.long(), "use_cache": False}
+    return found if bool(mask[:, 0].all()) else found | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def _loss(logits: Float[Tensor, "b t v"], batch: Batch, mask: Tensor) -> Tensor:

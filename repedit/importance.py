@@ -6,9 +6,7 @@ Selective pruning, Pochinkov and Schoots 2024 (arXiv 2403.01267), with per-layer
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -28,6 +26,7 @@ from repedit.errors import (
     nearest,
 )
 from repedit.models import Subject
+from repedit.scores import Score, Scores
 from repedit.sites import Point, Site
 from repedit.stats import Activity
 
@@ -36,53 +35,13 @@ from repedit.stats import Activity
 COLLINEAR = 0.65
 # A sink neuron's rms at the first position, over its layer's median: 73 of 46,080 neurons of SmolLM2-135M pass 100.
 SINK_RATIO = 100.0
+GRADIENT_IMPORTANCES = ("gxa", "taylor", "fisher", "attribution", "attribution_mean")
 _GUARDED = ("rms", "std", "fisher")
 _SIGNED = ("attribution", "attribution_mean")
 
 
 class CollinearWarning(UserWarning):
     """Forget and retain importances are nearly the same, so a score would remove both capabilities."""
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """How specific each neuron of a site is to the forget set; higher is more specific."""
-
-    site: Site
-    values: Float[Tensor, " d"]
-    """float64; -inf where a neuron must not be selected."""
-    importance: str
-    combine: str
-    agreement: float
-    """Spearman's rank correlation of the two importances."""
-    sinks: tuple[int, ...] = ()
-    """Neurons whose first-position rms exceeds 100 times the layer's median."""
-    protected: bool = False
-    """Whether sinks are kept from selection."""
-    units: Mapping[str, int] = ()  # type: ignore[assignment]
-    """Neurons a head and a key-value group hold, for attention sites."""
-
-
-@dataclass(frozen=True, eq=False)
-class Scores(Mapping[Site, Score]):
-    """One Score a site, with where they come from."""
-
-    by_site: Mapping[Site, Score]
-    provenance: Mapping[str, Any]
-
-    def __getitem__(self, site: Site | str) -> Score:
-        return self.by_site[Site.parse(site)]
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.by_site)
-
-    def __len__(self) -> int:
-        return len(self.by_site)
-
-    @property
-    def agreement(self) -> float:
-        """Median Spearman correlation over sites."""
-        return float(torch.tensor([s.agreement for s in self.values()], dtype=torch.float64).quantile(0.5))
 
 
 def score(
@@ -141,7 +100,14 @@ def score(
         if guard:
             value[list(sinks)] = -torch.inf
         found[site] = Score(site, value, importance, combine, agreements[site], sinks, guard, dict(forget.units[site]))
-    options = {"importance": importance, "combine": combine, "eps": eps, "lam": lam, "norm": norm, "weighted": weighted}
+    options: dict[str, Any] = {
+        "importance": importance,
+        "combine": combine,
+        "eps": eps,
+        "lam": lam,
+        "norm": norm,
+        "weighted": weighted,
+    }
     options |= {"protect_sinks": guard, "rule": dict(forget.rule)} | ({"second": second} if combine == "rank" else {})
     data = {
         role: {"name": c.corpus, "hash": c.data_hash, "tokens": c.counted}

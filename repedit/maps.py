@@ -45,7 +45,7 @@ class AffineMap(ABC):
     @property
     @abstractmethod
     def offset(self) -> Float[Tensor, " d"] | None:
-        """The vector c, or None where it is zero."""
+        """The vector c, or None where it is zero; in float64 where it has to be computed."""
 
     def __matmul__(self, first: AffineMap) -> AffineMap:
         """The map that applies `first`, then this one; stays factored."""
@@ -89,7 +89,9 @@ class LowRank(AffineMap):
             RankError: if the columns are linearly dependent or more than the width.
         """
         q, r = torch.linalg.qr(basis.double())
-        if basis.shape[1] > basis.shape[0] or (basis.shape[1] and r.diagonal().abs().min() <= 1e-10 * r.abs().max()):
+        # What is left of a column after the ones before it; a dependent column leaves its own rounding.
+        left = r.diagonal().abs() / r.norm(dim=0)[: len(r)]
+        if basis.shape[1] > basis.shape[0] or not bool((left > max(1e-10, 8 * torch.finfo(basis.dtype).eps)).all()):
             raise RankError(
                 f"a basis of shape {tuple(basis.shape)} is not of full column rank; remove dependent columns"
             )
@@ -104,7 +106,7 @@ class LowRank(AffineMap):
             RankError: if V^T U is singular.
         """
         inner = v.double().T @ u.double()
-        if u.shape[1] and torch.linalg.cond(inner) > 1e12:
+        if u.shape[1] and not torch.linalg.cond(inner) <= 1e12:
             raise RankError("V^T U is singular: u and v of an oblique projection must not be orthogonal to each other")
         return LowRank((u.double() @ torch.linalg.inv(inner)).to(u.dtype), v, center)
 
@@ -120,7 +122,8 @@ class LowRank(AffineMap):
 
     @property
     def offset(self) -> Float[Tensor, " d"] | None:
-        return None if self.center is None else self.u @ (self.v.T @ self.center)
+        center = self.center
+        return None if center is None else self.u.double() @ (self.v.double().T @ center.double())
 
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         self._check(x.shape[-1])
@@ -224,7 +227,7 @@ class Chain(AffineMap):
     def offset(self) -> Float[Tensor, " d"] | None:
         if all(m.offset is None for m in self.maps):
             return None
-        return self(torch.zeros(self.width, dtype=torch.float64)).float()
+        return self(torch.zeros(self.width, dtype=torch.float64))
 
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         work = _work(x)
@@ -252,8 +255,7 @@ def _work(x: Tensor) -> Tensor:
 
 def _composed(last: AffineMap, first: AffineMap) -> AffineMap:
     if isinstance(last, Diagonal) and isinstance(first, Diagonal):
-        shift = None if first.offset is None and last.offset is None else last(_zeros_or(first.offset, first))
-        return Diagonal(last.scale * first.scale.to(last.scale), shift)
+        return _multiplied(last, first)
     if isinstance(last, LowRank) and isinstance(first, LowRank):
         merged = _merged(last, first)
         if merged is not None:
@@ -262,8 +264,11 @@ def _composed(last: AffineMap, first: AffineMap) -> AffineMap:
     return Chain(cast("tuple[LowRank | Diagonal, ...]", links))
 
 
-def _zeros_or(offset: Tensor | None, like: Diagonal) -> Tensor:
-    return torch.zeros_like(like.scale) if offset is None else offset
+def _multiplied(last: Diagonal, first: Diagonal) -> Diagonal:
+    scale = last.scale.double() * first.scale.to(last.scale.device).double()
+    start = torch.zeros_like(scale) if first.offset is None else first.offset.to(scale)
+    shift = None if first.offset is None and last.offset is None else last(start)
+    return Diagonal(scale.to(torch.promote_types(last.scale.dtype, first.scale.dtype)), shift)
 
 
 def _links(map_: AffineMap) -> tuple[AffineMap, ...]:

@@ -5,10 +5,10 @@ A path is tried first, then the built-in name, then a hub id. No code of a check
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +18,25 @@ import torch
 from torch import nn
 
 from repedit.arch import Anatomy, Architecture, TensorSpec, anatomy, resolve
-from repedit.errors import ArgumentError, CheckpointError, NotAModel, NotFinite, NotFound, UnknownArchitecture, nearest
+from repedit.arch.check import check_modules
+from repedit.errors import (
+    ArgumentError,
+    CheckpointError,
+    NotAModel,
+    NotFinite,
+    NotFound,
+    RepeditError,
+    UnknownArchitecture,
+    nearest,
+)
 from repedit.fetching import DEFAULT, cached
-from repedit.shards import open_shards
+from repedit.fingerprints import fingerprint, state
+from repedit.shards import floating, open_shards
 from repedit.sites import Point, Site, select
 
 log = logging.getLogger("repedit")
-_VOLATILE = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-_fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+_TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
+_as_read: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +47,7 @@ class Subject:
     tokenizer: Any | None
     architecture: Architecture
     source: Path | None = None
-    """Directory whose files hold exactly these weights; None for an in-memory or edited model."""
+    """Directory the weights were read from; None for an in-memory or edited model."""
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -74,14 +85,12 @@ class Subject:
 
     def fingerprint(self) -> str:
         """sha256 over the name, dtype, shape and bytes of every parameter, and the config without volatile keys."""
-        parameters = sorted(self.model.named_parameters(remove_duplicate=False), key=lambda item: item[0])
-        # In-place edits raise a tensor's version, so an unchanged key means unchanged bytes.
-        key = tuple((name, p.data_ptr(), p._version) for name, p in parameters)
-        known = _fingerprints.get(self.model)
-        if known is None or known[0] != key:
-            known = (key, _digest(parameters, self.model.config.to_dict()))
-            _fingerprints[self.model] = known
-        return known[1]
+        return fingerprint(self.model)
+
+    @property
+    def files(self) -> Path | None:
+        """`source` while its files hold exactly these weights; None once a weight was changed in memory."""
+        return self.source if self.source and _as_read.get(self.model) == state(self.model) else None
 
     def need_tokenizer(self) -> Any:
         """The tokenizer.
@@ -129,27 +138,28 @@ def load(
         trust_remote_code: run code that a hub repository ships; off unless you ask.
     Raises:
         NotFound: if nothing of that name exists, or it is not fetched yet.
-        CheckpointError: if files are missing, corrupt, pickled or leave the directory.
-        UnknownArchitecture: if no row of the family table fits.
+        CheckpointError: if files are missing, corrupt, pickled or leave the directory, or lack a weight.
+        UnknownArchitecture: if no row of the family table fits; no weight is read then.
         NotFinite: if a weight is NaN or infinite.
+        ArgumentError: if there is no such dtype or device.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    target, wanted = _device(device), dtype if dtype == "auto" else floating(dtype)
     place, options = _located(name, trust_remote_code)
     options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
-    target = "cpu" if device == "auto" and not torch.cuda.is_available() else ("cuda" if device == "auto" else device)
     extra = {"device_map": device_map} if device_map is not None else {}
     extra |= {"attn_implementation": attention} if attention else {}
-    model = AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, use_safetensors=True, **options, **extra)
+    with _typed_errors(place):
+        if "gguf_file" not in options:
+            _check_config(place, options)
+        model = _weights(place, dtype=wanted, **options, **extra)
     as_stored = dtype == "auto"
     if as_stored and target == "cpu" and model.dtype == torch.float16:
         log.info("float16 is slow and inexact on a CPU: loaded in float32; pass dtype='float16' to keep it")
         model, as_stored = model.float(), False
     model = (model if device_map is not None else model.to(target)).eval()
     options.pop("quantization_config", None)
-    tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
     source = place if isinstance(place, Path) and "gguf_file" not in options and as_stored else None
-    subject = subject_of(model, tokenizer, source=source)
+    subject = subject_of(model, _tokenizer(place, options), source=source)
     _check_finite(model)
     return subject
 
@@ -172,8 +182,21 @@ def subject_of(model: Any, tokenizer: Any | None = None, *, source: Path | None 
             f"{type(model).__name__} is not a decoder-only causal language model; load it with AutoModelForCausalLM"
         )
     subject = Subject(model, tokenizer, resolve(model.config), source)
-    _check_orientation(subject)
+    check_modules(model, subject.anatomy)
+    if source is not None:
+        _as_read[model] = state(model)
     return subject
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"device={name!r} cannot be used: {reason}; give 'auto', 'cpu' or 'cuda'") from error
+    return name
 
 
 def _located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict[str, Any]]:
@@ -189,26 +212,76 @@ def _located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dic
         return path, {"trust_remote_code": trust_remote_code}
     if str(name) == DEFAULT:
         return cached(), {}
-    if str(name)[:1] in "./~" or str(name).count("/") != 1:
+    if path.exists() or str(name)[:1] in "./~" or str(name).count("/") != 1:
         parent = path.absolute().parent
-        names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        close = nearest(path.name, [*names, DEFAULT])
+        names = [p.name for p in parent.iterdir() if p.is_dir() or p.suffix == ".gguf"] if parent.is_dir() else []
+        found = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
         raise NotFound(
-            f"{path.absolute()} does not exist and {str(name)!r} is not the built-in name {DEFAULT!r}; {close} "
-            "Hub ids are tried only for 'owner/name'"
+            f"{path.absolute()} {found} and {str(name)!r} is not the built-in name {DEFAULT!r}; "
+            f"{nearest(path.name, [*names, DEFAULT])} Hub ids are tried only for 'owner/name'"
         )
     return str(name), {"trust_remote_code": trust_remote_code}
 
 
-def _digest(parameters: list[tuple[str, nn.Parameter]], config: dict[str, Any]) -> str:
-    digest = hashlib.sha256(
-        json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True, default=str).encode()
+@contextmanager
+def _typed_errors(place: Path | str) -> Iterator[None]:
+    """What transformers and safetensors raise, as an error of repedit that says where it looked."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except RepeditError:
+        raise
+    except (OSError, SafetensorError) as error:
+        if isinstance(place, Path):
+            raise CheckpointError(f"{place.absolute()} cannot be loaded: {error}; download it again") from error
+        raise NotFound(
+            f"the hub id {place!r} could not be loaded, and no directory has that name: {error} Give the path of a local "
+            f"directory, or get the built-in model {DEFAULT!r} once with: repedit fetch"
+        ) from error
+
+
+def _check_config(place: Path | str, options: dict[str, Any]) -> None:
+    """Refuse a model that no row fits before its weights are read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(place), **options)
+    except ValueError as error:
+        raise UnknownArchitecture(f"the config of {place} cannot be used: {error}") from error
+    if config.is_encoder_decoder:
+        raise UnknownArchitecture(
+            f"{place} is an encoder-decoder ({config.model_type}), not a decoder-only causal language model; give one of those"
+        )
+    resolve(config)
+
+
+def _weights(place: Path | str, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # transformers fills absent weights with random numbers and only logs it.
+    model, report = AutoModelForCausalLM.from_pretrained(
+        str(place), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    for name, p in parameters:
-        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        if p.device.type != "meta":
-            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    reshaped = {item[0] for item in report["mismatched_keys"]}
+    if report["missing_keys"] or reshaped:
+        raise CheckpointError(
+            f"{place} does not hold the model its config describes: missing {sorted(report['missing_keys'])[:3]} "
+            f"({len(report['missing_keys'])} in all), of another shape {sorted(reshaped)[:3]} ({len(reshaped)} in all); "
+            "is a shard or the right config.json missing?"
+        )
+    return model
+
+
+def _tokenizer(place: Path | str, options: dict[str, Any]) -> Any | None:
+    from transformers import AutoTokenizer
+
+    plain = isinstance(place, Path) and "gguf_file" not in options
+    if plain and not any(path.name.startswith(_TOKENIZERS) for path in Path(place).iterdir()):
+        log.warning("%s holds no tokenizer files: loaded without one, so nothing that reads text will work", place)
+        return None
+    with _typed_errors(place):
+        return AutoTokenizer.from_pretrained(str(place), **options)
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -217,22 +290,4 @@ def _check_finite(model: nn.Module) -> None:
             where = tuple(int(i) for i in (~torch.isfinite(p)).nonzero()[0])
             raise NotFinite(
                 f"weight {name!r} is not finite at {where} ({p.dtype}); the checkpoint is damaged, download it again"
-            )
-
-
-def _check_orientation(subject: Subject) -> None:
-    """The row says how projections are stored; the live modules must agree."""
-    row = subject.architecture
-    for branch in (b for pair in subject.anatomy.layers for b in pair):
-        module = subject.model.get_submodule(branch.writer)
-        if branch.routed:
-            layout = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
-            wrong = {k: getattr(module, k, v) for k, v in layout.items() if getattr(module, k, v) != v}
-            if wrong:
-                raise UnknownArchitecture(f"{branch.writer} stores its experts with {wrong}, the row expects {layout}")
-        elif (type(module).__name__ == "Conv1D") != row.transposed or not (
-            row.transposed or isinstance(module, nn.Linear)
-        ):
-            raise UnknownArchitecture(
-                f"{branch.writer} is a {type(module).__name__}; the {row.model_type} row says transposed={row.transposed}"
             )

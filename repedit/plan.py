@@ -124,8 +124,7 @@ class Plan:
         total = 0
         for name, operations in sorted(self.operations.items()):
             spec = (specs or {}).get(name) or self.added.get(name)
-            size = torch.Size(spec.shape).numel() * spec.dtype.itemsize if spec else 0
-            total += size
+            total += spec.nbytes if spec else 0
             lines.append(
                 f"  {name} {tuple(spec.shape) if spec else ''} {operations[0].describe()}"
                 + (f" and {len(operations) - 1} more" if len(operations) > 1 else "")

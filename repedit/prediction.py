@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations import batches, named_batch
+from repedit.activations import batches, inputs_of, named_batch
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite
@@ -76,9 +76,7 @@ def predictions(
     with edit.hooked(subject) if edit else nullcontext(), torch.no_grad():
         for number, batch in enumerate(batches(subject, corpus, length, batch_size, progress, "predict")):
             with named_batch(number):
-                logits = subject.model(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
-                ).logits
+                logits = subject.model(**inputs_of(batch)).logits
                 rows += [_predicted(logits[i], batch, i, skip) for i in range(len(batch.document))]
             ids += batch.document
             if limit_tokens is not None and sum(row[0] for row in rows) >= limit_tokens:

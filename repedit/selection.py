@@ -21,8 +21,8 @@ from repedit.errors import (
     UnknownName,
     nearest,
 )
-from repedit.importance import Score, Scores
 from repedit.maps import Diagonal
+from repedit.scores import Score, Scores
 from repedit.sites import Site
 
 Keep = dict[Site, Bool[Tensor, " d"]]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from repedit.arch import TensorSpec
-from repedit.errors import CheckpointError, NotFound
+from repedit.errors import ArgumentError, CheckpointError, NotFound
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -81,6 +81,18 @@ class Shards:
         )
 
 
+def floating(name: str | torch.dtype) -> torch.dtype:
+    """A floating dtype by its name in torch.
+
+    Raises:
+        ArgumentError: if there is no such dtype, or it is not a floating one.
+    """
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ArgumentError(f"dtype={name!r} is not a floating dtype; give 'float32', 'bfloat16' or 'float16'")
+    return found
+
+
 def open_shards(directory: str | Path) -> Shards:
     """Read the index and every header of a checkpoint directory.
 
@@ -96,9 +108,9 @@ def open_shards(directory: str | Path) -> Shards:
         if not (root / SINGLE).exists():
             raise CheckpointError(_no_weights(root))
         return Shards(root, _entries(root, SINGLE), indexed=False)
-    weight_map = _json(index).get("weight_map", {})
+    weight_map = _weight_map(index)
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
+        if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{index} names {file!r}, which leaves the directory; nothing was read")
         if not (root / file).exists():
             raise CheckpointError(f"{index} names the shard {file!r}, which is absent from {root}; download it again")
@@ -116,10 +128,13 @@ def header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tupl
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset, ranges = 0, {}
     for name, spec in specs.items():
-        size = torch.Size(spec.shape).numel() * spec.dtype.itemsize
-        table[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + size]}
-        ranges[name] = (offset, offset + size)
-        offset += size
+        table[name] = {
+            "dtype": CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        ranges[name] = (offset, offset + spec.nbytes)
+        offset += spec.nbytes
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
@@ -139,17 +154,21 @@ def _entries(root: Path, file: str) -> dict[str, Entry]:
             length = int.from_bytes(handle.read(8), "little")
             if not 0 < length <= size - 8:
                 raise ValueError(f"header length {length} in a file of {size} bytes")
-            table = json.loads(handle.read(length))
-    except (ValueError, OSError) as error:
+            table = dict(json.loads(handle.read(length)))
+        table.pop("__metadata__", None)
+        items = {
+            name: (str(i["dtype"]), tuple(map(int, i["shape"])), *map(int, i["data_offsets"]))
+            for name, i in table.items()
+        }
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise CheckpointError(f"shard {path} is corrupt: {error}; download it again") from error
-    table.pop("__metadata__", None)
     entries = {}
-    for name, item in table.items():
-        if item["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {item['dtype']}, which is not supported")
-        spec = TensorSpec(tuple(item["shape"]), DTYPES[item["dtype"]])
-        start, stop = (8 + length + offset for offset in item["data_offsets"])
-        if stop > size or stop - start != torch.Size(spec.shape).numel() * spec.dtype.itemsize:
+    for name, (code, shape, first, last) in items.items():
+        if code not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r} has dtype {code}, which is not supported")
+        spec = TensorSpec(shape, DTYPES[code])
+        start, stop = 8 + length + first, 8 + length + last
+        if first < 0 or stop > size or stop - start != spec.nbytes:
             raise CheckpointError(
                 f"shard {path} is truncated: tensor {name!r} ends at byte {stop} of {size}; download it again"
             )
@@ -167,8 +186,23 @@ def _no_weights(root: Path) -> str:
     return f"{root} holds no {SINGLE} and no {INDEX}; is it a model directory?"
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object on disk.
+
+    Raises:
+        CheckpointError: if the file is absent or holds something else.
+    """
     try:
-        return dict(json.loads(path.read_text()))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}; download it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(found).__name__}, an object was expected; download it again")
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names; download it again")
+    return found

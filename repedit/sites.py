@@ -51,6 +51,8 @@ class Site:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "point", _point(str(self.point), str(self.layer)))
+        if self.layer < 0:
+            raise UnknownSite(f"layer {self.layer} does not exist; layer 0 is the first block")
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.point}"

@@ -21,13 +21,12 @@ from repedit.activations import collect
 from repedit.data import Batches, Corpus
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, FractionError, OverlapError, SelectionError
-from repedit.importance import Scores, score
+from repedit.importance import GRADIENT_IMPORTANCES, score
 from repedit.models import Subject
 from repedit.prediction import Predictions, drop, predictions
+from repedit.scores import Scores
 from repedit.selection import check_fraction, prune
 from repedit.sites import Site
-
-_NEEDS_GRADIENTS = ("gxa", "taylor", "fisher", "attribution", "attribution_mean")
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +151,7 @@ def trajectory(
 
     def scored(edit: Edit | None) -> Scores:
         options = {
-            "gradients": importance in _NEEDS_GRADIENTS or combine == "rank",
+            "gradients": importance in GRADIENT_IMPORTANCES or combine == "rank",
             "progress": progress,
             **(collect_options or {}),
         }

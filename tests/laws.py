@@ -44,7 +44,7 @@ def rewritten_equals_exported(subject: Subject, edit: Edit, folder: Path, export
 
     export(edit, subject, folder / "edited")
     edited = rp.apply(edit, subject).model
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "edited", dtype="auto", attn_implementation="eager")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "edited", dtype="auto", attn_implementation="eager", experts_implementation="eager")
     expected = dict(edited.named_parameters(remove_duplicate=False))
     found = dict(loaded.named_parameters(remove_duplicate=False))
     assert set(found) == set(expected)

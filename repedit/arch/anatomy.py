@@ -7,63 +7,15 @@ must be there; a layer that matches in no way or in two ways is an error, never 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from repedit.arch.architecture import Architecture, Experts, Reader, Writer
+from repedit.arch.views import Specs, View
 from repedit.errors import UnknownArchitecture, nearest
 from repedit.sites import Point
 
 Store = Literal["live", "disk"]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-Specs = Mapping[str, TensorSpec]
-
-
-@dataclass(frozen=True)
-class View:
-    """A logical (out, in) matrix, or a vector of outputs, inside a stored tensor.
-
-    The stored rows from `start` on are read as (groups, parts, size) and `part` is picked of each group.
-    """
-
-    tensor: str
-    expert: int | None = None
-    start: int = 0
-    groups: int = 1
-    parts: int = 1
-    part: int = 0
-    transposed: bool = False
-
-    def edit(self, stored: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """A copy of the stored tensor in which this matrix is replaced by function(matrix); a vector becomes (out, 1)."""
-        result = stored.clone()
-        window = self._window(result)
-        matrix = window.flatten(0, 1)
-        new = function(matrix[:, None] if matrix.ndim == 1 else matrix)
-        window.copy_(new.reshape(window.shape))
-        return result
-
-    def read(self, stored: Tensor) -> Tensor:
-        """The matrix, or vector, itself."""
-        return self._window(stored).flatten(0, 1)
-
-    def _window(self, stored: Tensor) -> Tensor:
-        block = stored if self.expert is None else stored[self.expert]
-        block = block.T if self.transposed and block.ndim == 2 else block
-        return block[self.start :].unflatten(0, (self.groups, self.parts, -1))[:, self.part]
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,11 @@ def check_architecture(model: Any, *, tolerance: float = TOLERANCE) -> Architect
             proofs += [check.neurons(layer, branch), check.out(layer, branch)]
     report = ArchitectureReport(check.plan.architecture.model_type, tuple(proofs))
     if not report.passed:
-        bad = [f"{p.site} (moved {p.moved:.1e}, hook against weights {p.error:.1e}{p.note})" for p in proofs if not p.passed]
+        bad = [
+            f"{p.site} (moved {p.moved:.1e}, hook against weights {p.error:.1e}{p.note})"
+            for p in proofs
+            if not p.passed
+        ]
         raise UnknownArchitecture(f"the {report.model_type} row does not describe this model at {'; '.join(bad[:4])}")
     return report
 
@@ -98,9 +102,7 @@ class _Check:
         hooks = hooks_at(self.model, self.plan, site, lambda x, at, _: x * keep[at].to(x), replaces=True)
         hooked = self.logits(hooks=hooks)
         columns = self._edited((p.out, keep[p.start : p.stop], True) for p in branch.parts)
-        rows = self._edited(
-            (view, self._feeding(branch, p, keep), False) for p in branch.parts for view in p.readers
-        )
+        rows = self._edited((view, self._feeding(branch, p, keep), False) for p in branch.parts for view in p.readers)
         error = max(float((self.logits(t) - hooked).abs().max()) for t in (columns, rows))
         return self._proof(site, hooked, error, "" if branch.parts[0].readers else "; no readers")
 

@@ -106,7 +106,7 @@ def _set(model: nn.Module, name: str, value: Tensor, before: dict[str, nn.Parame
     aliases = (
         [name] if current is None else [n for n, p in model.named_parameters(remove_duplicate=False) if p is current]
     )
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))  # type: ignore[union-attr]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     for alias in aliases if tied else [name]:
         path, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(path), leaf, parameter)

@@ -41,7 +41,9 @@ def diff(base: Subject | str | Path, edited: Subject | str | Path) -> list[Diffe
     gone = sorted(set(first) - set(last))
     reshaped = sorted(n for n in set(first) & set(last) if first[n] != last[n])
     if gone or reshaped:
-        raise FingerprintError(f"the checkpoints are of different models: {len(gone)} tensors are gone, {len(reshaped)} have another shape ({(gone + reshaped)[0]})")
+        raise FingerprintError(
+            f"the checkpoints are of different models: {len(gone)} tensors are gone, {len(reshaped)} have another shape ({(gone + reshaped)[0]})"
+        )
     found = []
     for name in sorted(last):
         new = read_last(name).double()

@@ -1,0 +1,5 @@
+"""`python -m repedit`."""
+
+from repedit.cli import main
+
+main()

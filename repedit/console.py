@@ -1,0 +1,81 @@
+"""Values -> rich tables and JSON; what the command line shows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+out = Console()
+err = Console(stderr=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """One table; numbers are right-aligned."""
+    drawn = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(_text(cell) for cell in row))
+    out.print(drawn)
+
+
+def show_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    json.dump(value, sys.stdout, indent=2, sort_keys=True, default=str)
+    sys.stdout.write("\n")
+
+
+def stage(text: str) -> None:
+    """A line about what is being done, on standard error."""
+    err.print(f"[dim]..[/dim] {text}", highlight=False)
+
+
+def comparison_rows(comparison: Any) -> list[list[Any]]:
+    """One row a corpus: accuracy and perplexity before and after, the drop with its interval."""
+    rows = []
+    for name, before in comparison.base.items():
+        after, found = comparison.edited[name], comparison.effect(name)
+        rows.append([
+            name, f"{before.top1:.1%}", f"{after.top1:.1%}", f"{found.drop:.1f} % ({found.low:.1f} to {found.high:.1f})",
+            f"{before.perplexity:.1f}", f"{after.perplexity:.1f}", int(before.count.sum()),
+        ])  # fmt: skip
+    return rows
+
+
+COMPARISON_COLUMNS = (
+    "text", "next token right, before", "after", "relative drop (95 % interval)", "perplexity, before", "after", "tokens",
+)  # fmt: skip
+
+
+def comparison_json(comparison: Any) -> dict[str, Any]:
+    """The same as plain values, with the generations."""
+    found = {}
+    for name, before in comparison.base.items():
+        after, change = comparison.edited[name], comparison.effect(name)
+        found[name] = {
+            "top1": [before.top1, after.top1], "perplexity": [before.perplexity, after.perplexity],
+            "drop_percent": change.drop, "interval": [change.low, change.high], "tokens": int(before.count.sum()),
+        }  # fmt: skip
+    texts = zip(comparison.prompts, comparison.base_text, comparison.edited_text, strict=True)
+    return {"corpora": found, "generations": [{"prompt": p, "base": a, "edited": b} for p, a, b in texts]}
+
+
+def show_generations(comparison: Any) -> None:
+    """Each prompt with both continuations."""
+    rows = [
+        [prompt, before.strip() or "(nothing)", after.strip() or "(nothing)"]
+        for prompt, before, after in zip(comparison.prompts, comparison.base_text, comparison.edited_text, strict=True)
+    ]
+    table("What each model writes (greedy)", ("prompt", "original", "edited"), rows)
+
+
+def _text(cell: Any) -> Any:
+    from rich.text import Text
+
+    return Text(f"{cell:.3g}" if isinstance(cell, float) else str(cell))

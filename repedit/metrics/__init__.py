@@ -1,0 +1,1 @@
+"""Measurements of a model's behaviour, one family a file."""

@@ -1,0 +1,23 @@
+"""Figures of what was measured: every function takes values and returns a matplotlib Figure, and shows nothing.
+
+Save one with `figure.savefig("drops.png", dpi=200)`; a notebook shows it when it is the last value of a cell. Orange
+is forget and blue is retain. Colours come from Okabe and Ito's set, cividis and PuOr, and marks, hatches or line
+styles repeat what colour says, so that a grey print can be read.
+"""
+
+from repedit.plot.cloud import importances
+from repedit.plot.drops import selectivity_strip, trajectory
+from repedit.plot.heat import specialization
+from repedit.plot.histogram import activations
+from repedit.plot.removal import overlap, pruned_per_layer, transfer
+
+__all__ = [
+    "activations",
+    "importances",
+    "overlap",
+    "pruned_per_layer",
+    "selectivity_strip",
+    "specialization",
+    "trajectory",
+    "transfer",
+]

@@ -1,0 +1,163 @@
+"""The whole pruning job: collect on one half of each corpus, prune, measure on the other half beside random controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repedit import data
+from repedit.activations import Collection, collect
+from repedit.data import Corpus
+from repedit.edit import Edit
+from repedit.errors import DataError, FingerprintError, SelectionError
+from repedit.importance import GRADIENT_IMPORTANCES, score
+from repedit.models import Subject
+from repedit.prediction import Effect, effect, predictions
+from repedit.scores import Scores
+from repedit.selection import prune, random_like
+from repedit.trajectories import trajectory
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What `pruned` does."""
+
+    fraction: float
+    sites: str = "*.mlp.neurons"
+    importance: str = "abs"
+    combine: str = "difference"
+    steps: int = 1
+    max_retain_drop: float | None = None
+    """Per cent of the original top-1 accuracy."""
+    cap_per_layer: float | None = None
+    control: int = 0
+    """Random controls to measure."""
+    tokens: int = 8000
+    batch_size: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """An edit and what it does to both sets."""
+
+    edit: Edit
+    effects: Mapping[str, tuple[Effect, Effect]]
+    """(forget, retain) of the edit and of each control."""
+    exceeded: bool
+    """The retain drop exceeds the limit."""
+
+    @property
+    def count(self) -> int:
+        """Neurons pruned."""
+        return sum(map_.rank_removed for map_ in self.edit.maps.values())
+
+
+def pruned(
+    subject: Subject,
+    forget: str,
+    retain: str,
+    options: PruneOptions,
+    *,
+    scores: str | Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Pruned:
+    """Prune, and measure on documents that were not collected on.
+
+    Args:
+        scores: a file of `Scores.save`, in place of collecting.
+    Raises:
+        FingerprintError: if the scores were made on another model.
+    """
+    corpora = [_corpus(name) for name in (forget, retain)]
+    (forget_fit, forget_eval), (retain_fit, retain_eval) = (c.halves(options.seed) for c in corpora)
+    reading: dict[str, Any] = {"limit_tokens": options.tokens, "batch_size": options.batch_size}
+    if scores is not None:
+        edit = prune(_loaded(scores, subject), fraction=options.fraction, cap_per_layer=options.cap_per_layer)
+    elif options.steps > 1:
+        say(f"Pruning in {options.steps} steps, collecting again before each")
+        edit = _stepped(subject, (forget_fit, forget_eval), (retain_fit, retain_eval), options, reading)
+    else:
+        say(f"Collecting on {forget_fit} and {retain_fit}")
+        sides = collected(
+            subject, forget_fit, retain_fit, options.sites, options.importance, options.combine, **reading
+        )
+        found = score(sides[0], sides[1], importance=options.importance, combine=options.combine)
+        edit = prune(found, fraction=options.fraction, cap_per_layer=options.cap_per_layer)
+    say(f"Measuring on {forget_eval} and {retain_eval}")
+    named = {"pruned": edit} | {f"random {i}": random_like(edit, seed=options.seed + i) for i in range(options.control)}
+    effects: dict[str, list[Effect]] = {label: [] for label in named}
+    for corpus in (forget_eval, retain_eval):
+        base = predictions(subject, corpus, **reading)
+        for label, change in named.items():
+            effects[label].append(effect(base, predictions(subject, corpus, edit=change, **reading), seed=options.seed))
+    limit = options.max_retain_drop
+    exceeded = limit is not None and effects["pruned"][1].drop > limit
+    return Pruned(edit, {label: (found[0], found[1]) for label, found in effects.items()}, exceeded)
+
+
+def collected(
+    subject: Subject,
+    forget: data.Batches,
+    retain: data.Batches,
+    sites: str,
+    importance: str,
+    combine: str,
+    *,
+    tokens: int | None = None,
+    **options: Any,
+) -> tuple[Collection, Collection]:
+    """Both collections a score needs, with gradients where it needs them."""
+    if tokens is not None:
+        options["limit_tokens"] = tokens
+    gradients = importance in GRADIENT_IMPORTANCES or combine == "rank"
+    first, last = (collect(subject, c, sites, gradients=gradients, **options) for c in (forget, retain))
+    return first, last
+
+
+def _stepped(
+    subject: Subject,
+    forget: tuple[Corpus, Corpus],
+    retain: tuple[Corpus, Corpus],
+    options: PruneOptions,
+    reading: dict[str, Any],
+) -> Edit:
+    found = trajectory(
+        subject,
+        forget[0],
+        retain[0],
+        sites=options.sites,
+        fraction_per_step=options.fraction / options.steps,
+        steps=options.steps,
+        importance=options.importance,
+        combine=options.combine,
+        evaluate_forget=forget[1],
+        evaluate_retain=retain[1],
+        max_retain_drop=options.max_retain_drop,
+        cap_per_layer=options.cap_per_layer,
+        seed=options.seed,
+        collect_options=reading,
+        evaluate_options=reading,
+    )
+    try:
+        return found.best(options.max_retain_drop).edit
+    except SelectionError:
+        return found.steps[1].edit
+
+
+def _corpus(name: str) -> Corpus:
+    found = data.read(name)
+    if not isinstance(found, Corpus):
+        raise DataError(f"{name!r} holds token batches; pruning needs documents, to split them")
+    return found
+
+
+def _loaded(path: str | Path, subject: Subject) -> Scores:
+    found = Scores.load(path)
+    if found.provenance.get("model") != subject.fingerprint():
+        raise FingerprintError(
+            f"{path} holds scores of model {str(found.provenance.get('model'))[:12]}, this model is {subject.fingerprint()[:12]}; score this one"
+        )
+    return found

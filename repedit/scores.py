@@ -1,0 +1,94 @@
+"""Scores: how specific each neuron is to the forget set, by site, with where that comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from repedit.errors import CheckpointError
+from repedit.sites import Site
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How specific each neuron of a site is to the forget set; higher is more specific."""
+
+    site: Site
+    values: Float[Tensor, " d"]
+    """float64; -inf where a neuron must not be selected."""
+    importance: str
+    combine: str
+    agreement: float
+    """Spearman's rank correlation of the two importances."""
+    sinks: tuple[int, ...] = ()
+    """Neurons whose first-position rms exceeds 100 times the layer's median."""
+    protected: bool = False
+    """Whether sinks are kept from selection."""
+    units: Mapping[str, int] = field(default_factory=dict)
+    """Neurons a head and a key-value group hold, for attention sites."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[Site, Score]):
+    """One Score a site, with where they come from."""
+
+    by_site: Mapping[Site, Score]
+    provenance: Mapping[str, Any]
+
+    def __getitem__(self, site: Site | str) -> Score:
+        return self.by_site[Site.parse(site)]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.by_site)
+
+    def __len__(self) -> int:
+        return len(self.by_site)
+
+    @property
+    def agreement(self) -> float:
+        """Median Spearman correlation over sites."""
+        return float(torch.tensor([s.agreement for s in self.values()], dtype=torch.float64).quantile(0.5))
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, a vector a site, with everything else in its header."""
+        from safetensors.torch import save_file
+
+        plain = {
+            str(site): {k: v for k, v in vars(s).items() if k not in ("site", "values")} for site, s in self.items()
+        }
+        header = {"format": FORMAT, "kind": "scores", "sites": plain, "provenance": dict(self.provenance)}
+        save_file(
+            {str(site): s.values for site, s in self.items()}, str(path), metadata={"repedit": json.dumps(header)}
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: if the file is not saved scores.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("repedit", "{}"))
+                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read as saved scores: {error}") from error
+        if header.get("kind") != "scores" or header.get("format") != FORMAT:
+            raise CheckpointError(f"{path} does not hold scores of format {FORMAT}; write them with scores.save(path)")
+        found = {}
+        for name, row in header["sites"].items():
+            site = Site.parse(name)
+            found[site] = Score(site, values[name], **(row | {"sinks": tuple(row["sinks"])}))
+        return Scores({site: found[site] for site in sorted(found)}, header["provenance"])

@@ -1,0 +1,97 @@
+"""The main job from end to end on one model: find the code neurons, prune them, export, measure, draw.
+
+What `repedit demo` runs; every step is a public call that a notebook can repeat.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from repedit import plot
+from repedit.activations import Collection, collect
+from repedit.data import Corpus, code, prose
+from repedit.edit import Edit
+from repedit.errors import TargetExists
+from repedit.importance import score
+from repedit.metrics.comparison import Comparison, compare
+from repedit.models import load
+from repedit.prediction import Effect, effect, predictions
+from repedit.rewrite.checkpoint import export
+from repedit.rewrite.manifest import Manifest
+from repedit.rewrite.reloading import Reload, reload_check
+from repedit.scores import Scores
+from repedit.selection import prune, random_like
+
+PROMPTS = ("def read_lines(path):\n    ", "The river rises in the mountains and")
+FRACTION = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Walkthrough:
+    """What the demo did and measured."""
+
+    edit: Edit
+    manifest: Manifest
+    comparison: Comparison
+    control: dict[str, Effect]
+    """The effect of pruning as many random neurons in each layer."""
+    reload: Reload
+    target: Path
+    figures: tuple[Path, ...]
+
+
+def walkthrough(
+    model: str, target: str | Path, *, tokens: int = 4000, seed: int = 0, say: Callable[[str], None] = lambda text: None
+) -> Walkthrough:
+    """Prune the neurons a model uses for code and hardly for prose, export the result and compare it with the original.
+
+    Collection and evaluation use different documents. The target directory is replaced if an earlier export is there.
+
+    Args:
+        tokens: counted tokens to collect, and to evaluate, on each set.
+        say: called with a line about each stage.
+    Raises:
+        TargetExists: if the target holds something that is not an export of repedit.
+    """
+    out = Path(target)
+    if out.exists() and not (out / "repedit.json").exists():
+        raise TargetExists(f"{out.absolute()} exists and is not an export of repedit; give another --out")
+    say(f"Loading {model}")
+    subject = load(model)
+    (forget, forget_eval), (retain, retain_eval) = code(seed=seed).halves(seed), prose().halves(seed)
+    say(f"Collecting neuron activations on {forget.name} and {retain.name}, {tokens} tokens each")
+    sides = [collect(subject, c, limit_tokens=tokens) for c in (forget, retain)]
+    scores = score(sides[0], sides[1])
+    edit = prune(scores, fraction=FRACTION)
+    say(f"Writing the pruned checkpoint to {out}")
+    figures = out.parent / f".{out.name}.figures"
+    _draw(figures, sides, scores, edit, seed)
+    manifest = export(edit, subject, out, overwrite=True)
+    shutil.move(str(figures), out / "figures")
+    say("Reloading it with plain transformers, in a process that cannot import repedit")
+    reload = reload_check(out)
+    say(
+        f"Measuring the original, the exported checkpoint and a random control on other documents, {tokens} tokens a set"
+    )
+    named = (Corpus(forget_eval.documents, "code"), Corpus(retain_eval.documents, "prose"))
+    comparison = compare(subject, load(out), named, prompts=PROMPTS, limit_tokens=tokens)
+    control = random_like(edit, seed=seed)
+    random = {
+        c.name: effect(comparison.base[c.name], predictions(subject, c, edit=control, limit_tokens=tokens))
+        for c in named
+    }
+    return Walkthrough(edit, manifest, comparison, random, reload, out, tuple(sorted((out / "figures").glob("*.png"))))
+
+
+def _draw(folder: Path, sides: list[Collection], scores: Scores, edit: Edit, seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "specialization": plot.specialization(scores),
+        "importances": plot.importances(sides[0], sides[1], edit=edit),
+        "pruned_per_layer": plot.pruned_per_layer(edit, control=random_like(edit, seed=seed)),
+    }
+    for name, figure in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Description": f"repedit demo, seed {seed}"})
