@@ -33,7 +33,7 @@ _NAMES = {
     "CollinearWarning": "repedit.importance",
     "trajectory": "repedit.trajectories",
     "Trajectory": "repedit.trajectories",
-    "Step": "repedit.trajectories",
+    "Step": "repedit.shelf",
     "Edit": "repedit.edit",
     "Plan": "repedit.plan",
     "apply": "repedit.rewrite.live",
@@ -45,7 +45,7 @@ _NAMES = {
     "register": "repedit.arch",
     "resolve": "repedit.arch",
 }
-_ROOMS = ("arch", "data", "errors", "plot")
+_ROOMS = ("arch", "data", "errors", "fit", "plot")
 
 __all__ = [*_NAMES, *_ROOMS, "__version__"]  # pyright: ignore
 
@@ -65,7 +65,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from repedit import arch, data, errors, plot
+    from repedit import arch, data, errors, fit, plot
     from repedit.activations import collect
     from repedit.arch import register, resolve
     from repedit.arch.check import check_architecture
@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from repedit.rewrite.reloading import reload_check
     from repedit.scores import Score, Scores
     from repedit.selection import prune, random_like, top
+    from repedit.shelf import Step
     from repedit.sites import Point, Site
     from repedit.stats import Activity
-    from repedit.trajectories import Step, Trajectory, trajectory
+    from repedit.trajectories import Trajectory, trajectory

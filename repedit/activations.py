@@ -5,6 +5,7 @@ Statistics are reduced inside the hook, so memory does not grow with tokens.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,15 @@ from repedit.arch import hooks_at
 from repedit.counting import Count, CountingRule
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
-from repedit.errors import NoGradient, NotEnoughRows, NotFinite, QuantizedModel, RepeditError
+from repedit.errors import (
+    FingerprintError,
+    NoGradient,
+    NotEnoughRows,
+    NotFinite,
+    QuantizedModel,
+    RepeditError,
+    UnknownSite,
+)
 from repedit.hooks import Hook, installed
 from repedit.models import Subject
 from repedit.sites import Point, Site
@@ -33,7 +42,7 @@ class Collection(Mapping[Site, Activity]):
 
     statistics: Mapping[Site, Activity]
     model: str
-    """Fingerprint of the model, with the edit's hash appended where one was active."""
+    """Fingerprint of the model's weights."""
     corpus: str
     data_hash: str
     rule: Mapping[str, bool]
@@ -44,6 +53,8 @@ class Collection(Mapping[Site, Activity]):
     """Neurons a unit: {"head": e, "kv_group": G e} for attention sites."""
     gated: bool
     seconds_in_hooks: float = field(default=0.0, compare=False)
+    edit: str = ""
+    """Hash of the edit that was active, empty where none was."""
 
     def __getitem__(self, site: Site | str) -> Activity:
         return self.statistics[Site.parse(site)]
@@ -54,10 +65,30 @@ class Collection(Mapping[Site, Activity]):
     def __len__(self) -> int:
         return len(self.statistics)
 
+    def only(self, point: str | Point) -> Collection:
+        """The part of the collection at one point, such as "attn.neurons"."""
+        kept = {site: value for site, value in self.items() if site.point == point}
+        return replace(self, statistics=kept, units={site: self.units[site] for site in kept})
+
     def __add__(self, other: Collection) -> Collection:
-        """Both collections as one: the sums of every site are added."""
-        merged = {site: self[site] + other[site] for site in self}
-        return replace(self, statistics=merged, seen=self.seen + other.seen, counted=self.counted + other.counted)
+        """Both collections as one: the sums of every site are added.
+
+        Raises:
+            FingerprintError: if they were not collected at the same sites of one model, by one rule.
+        """
+        for what in ("model", "edit", "rule", "units"):
+            mine, theirs = (getattr(side, what) for side in (self, other))
+            if mine != theirs:
+                raise FingerprintError(f"cannot merge collections: {what} is {mine} and {theirs}; collect both alike")
+        return replace(
+            self,
+            statistics={site: self[site] + other[site] for site in self},
+            corpus=self.corpus if self.corpus == other.corpus else f"{self.corpus}+{other.corpus}",
+            data_hash=hashlib.sha256("+".join(sorted((self.data_hash, other.data_hash))).encode()).hexdigest(),
+            seen=self.seen + other.seen,
+            counted=self.counted + other.counted,
+            seconds_in_hooks=self.seconds_in_hooks + other.seconds_in_hooks,
+        )
 
 
 def collect(
@@ -92,6 +123,7 @@ def collect(
         NoGradient: if gradients are asked for where none can be had.
     """
     chosen = subject.select(sites)
+    _check_neurons(chosen)
     _check_gradients(subject, chosen, gradients)
     plan = subject.anatomy
     found = {
@@ -103,8 +135,8 @@ def collect(
     seen = counted = 0
     with edit.hooked(subject) if edit else nullcontext(), installed(watch.hooks()):
         for number, batch in enumerate(batches(subject, corpus, length, batch_size, progress, "collect")):
-            mask, first = rule(batch)
             with named_batch(number):
+                mask, first = rule(batch)
                 watch.run(batch, mask, first)
             seen, counted = seen + int(batch.attention_mask.sum()), counted + int(mask.sum())
             if limit_tokens is not None and counted >= limit_tokens:
@@ -115,7 +147,7 @@ def collect(
         )
     return Collection(
         statistics={site: value.cpu() for site, value in found.items()},
-        model=subject.fingerprint() + ("" if edit is None else f"+{len(edit.maps)} maps"),
+        model=subject.fingerprint(),
         corpus=corpus.name,
         data_hash=corpus.hash,
         rule=rule.plain(),
@@ -124,6 +156,7 @@ def collect(
         units={site: _units(subject, site) for site in chosen},
         gated=subject.architecture.gated,
         seconds_in_hooks=watch.seconds,
+        edit=edit.hash if edit else "",
     )
 
 
@@ -153,7 +186,7 @@ class _Watch:
             logits = self.subject.model(inputs_embeds=embedded, **inputs).logits
             loss = _loss(logits, batch, mask)
         if not bool(torch.isfinite(loss)):
-            raise NotFinite(f"the loss is {float(loss)}; load the model in float32?")
+            raise NotFinite(f"the loss is {loss.item()}; load the model in float32?")
         held = list(self.held.values())
         for (site, z), grad in zip(self.held.items(), torch.autograd.grad(loss, held), strict=True):
             self._update(site, z.detach(), slice(None), None, grad)
@@ -206,11 +239,25 @@ def inputs_of(batch: Batch) -> dict[str, Any]:
     return found if bool(mask[:, 0].all()) else found | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, with half types widened: log-probabilities of bfloat16 are coarse."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _loss(logits: Float[Tensor, "b t v"], batch: Batch, mask: Tensor) -> Tensor:
     """Summed negative log-likelihood of the next token, over the predictions made at counted positions."""
     use = mask[:, :-1] & batch.attention_mask[:, 1:]
-    picked = logits[:, :-1][use].float().log_softmax(-1)
+    picked = at_least_float32(logits[:, :-1][use]).log_softmax(-1)
     return -picked.gather(1, batch.input_ids[:, 1:][use][:, None]).sum()
+
+
+def _check_neurons(sites: tuple[Site, ...]) -> None:
+    for site in sites:
+        if site.point not in (Point.MLP_NEURONS, Point.ATTN_NEURONS):
+            raise UnknownSite(
+                f"{site} is not made of neurons: activity is collected at mlp.neurons and attn.neurons; "
+                "try '*.mlp.neurons'"
+            )
 
 
 def _check_gradients(subject: Subject, sites: tuple[Site, ...], gradients: bool) -> None:

@@ -5,6 +5,7 @@ I_f and I_r are vectors by site, float64. Every combination is finite where both
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -47,11 +48,11 @@ def _difference(first: Values, last: Values, _extra: Values, options: Options) -
 
 
 def _ratio(first: Values, last: Values, _extra: Values, options: Options) -> Values:
-    return {site: first[site] / (last[site] + _eps(options.eps, last[site])) for site in first}
+    return {site: first[site] / (last[site] + _eps(options.eps, first[site], last[site])) for site in first}
 
 
 def _logratio(first: Values, last: Values, _extra: Values, options: Options) -> Values:
-    eps = {site: _eps(options.eps, last[site]) for site in first}
+    eps = {site: _eps(options.eps, first[site], last[site]) for site in first}
     return {site: (first[site] + eps[site]).log() - (last[site] + eps[site]).log() for site in first}
 
 
@@ -64,9 +65,9 @@ def _rank(first: Values, last: Values, extra: Values, options: Options) -> Value
 def _setdiff(first: Values, last: Values, _extra: Values, options: Options) -> Values:
     assert options.q is not None and options.p is not None
     most, held = _ranks(first), _ranks(last)
-    # The fraction of a tie-break never reaches 1, so order inside each class follows I_f.
+    # The fraction of a tie-break never reaches 1, so order inside each class follows I_f. 1e-9: 1 - 0.9 < 0.1.
     return {
-        site: ((most[site] > 1 - options.q) & (held[site] <= 1 - options.p)).double() + 0.5 * most[site]
+        site: ((most[site] > 1 - options.q + 1e-9) & (held[site] <= 1 - options.p + 1e-9)).double() + 0.5 * most[site]
         for site in first
     }
 
@@ -80,17 +81,18 @@ COMBINATIONS: Mapping[str, Callable[[Values, Values, Values, Options], Values]] 
 }
 
 
-def _eps(eps: str | float, last: Tensor) -> Tensor:
-    if isinstance(eps, str):
-        kind, _, number = eps.partition(":")
-        try:
-            scale = float(number)
-        except ValueError:
-            scale = -1.0
-        if kind != "rel" or scale < 0:
-            raise UnknownName(f"eps={eps!r}; write 'rel:1e-3' (times the layer's median) or a number")
-        return (scale * last.median()).clamp(min=TINY)
-    return torch.tensor(float(eps), dtype=torch.float64).clamp(min=TINY)
+def _eps(eps: str | float, first: Tensor, last: Tensor) -> Tensor:
+    relative = isinstance(eps, str)
+    kind, _, number = eps.partition(":") if isinstance(eps, str) else ("rel", "", eps)
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = -1.0
+    if kind != "rel" or not 0 <= scale < math.inf:
+        raise UnknownName(f"eps={eps!r}; write 'rel:1e-3' (times the layer's median of I_r) or a number >= 0")
+    # The least eps keeps I_f / eps finite where I_r is 0.
+    least = TINY * max(1.0, float(first.max()))
+    return (scale * last.median() if relative else torch.tensor(scale, dtype=torch.float64)).clamp(min=least)
 
 
 def _ranks(values: Values) -> Values:

@@ -26,7 +26,7 @@ class CountingRule:
         """(counted, first): masks (b, t); padding is in neither."""
         first = batch.attention_mask & (batch.attention_mask.cumsum(1) == 1)
         if self.custom is not None:
-            return batch.attention_mask & self.custom(batch), first
+            return batch.attention_mask & self.custom(batch).to(batch.attention_mask), first
         mask = batch.attention_mask if self.first_position else batch.attention_mask & ~first
         return mask & ~torch.isin(batch.input_ids, self.special.to(batch.input_ids.device)), first
 

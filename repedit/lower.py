@@ -5,6 +5,7 @@ Only tensor names and shapes are needed, so a plan for a checkpoint of any size 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from einops import rearrange
@@ -158,7 +159,9 @@ class _Builder:
             return
         if self.tied == "untie":
             self.config["tie_word_embeddings"] = False
-            if self.plan.store == "live" or self.plan.head not in self.specs:
-                self.unties[self.plan.head] = tokens
-        elif self.plan.store == "disk" and self.plan.head in self.specs:
-            self.operations[self.plan.head] = list(self.operations[tokens])
+            self.unties[self.plan.head] = tokens
+        elif self.plan.head in self.specs:
+            # Files may hold the head although it is tied; transformers unties the two where their values differ.
+            self.operations[self.plan.head] = [
+                replace(op, view=replace(op.view, tensor=self.plan.head)) for op in self.operations[tokens]
+            ]

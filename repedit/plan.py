@@ -81,7 +81,7 @@ class Plan:
     store: Literal["live", "disk"]
     """Whether names are those of a model in memory or of checkpoint files."""
     unties: Mapping[str, str] = field(default_factory=dict)
-    """Output head -> embedding whose original values it keeps."""
+    """Output head -> embedding whose original values it keeps where it has no values of its own."""
     added: Mapping[str, TensorSpec] = field(default_factory=dict)
     """Tensors that do not exist yet (biases); they start at zero."""
     config: Mapping[str, Any] = field(default_factory=dict)

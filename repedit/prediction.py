@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations import batches, inputs_of, named_batch
+from repedit.activations import at_least_float32, batches, inputs_of, named_batch
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite
@@ -93,7 +93,7 @@ def _predicted(
     mask, ids = batch.attention_mask[row], batch.input_ids[row]
     use = mask[:-1] & mask[1:]
     targets = ids[1:][use]
-    scores = logits[:-1][use].float()
+    scores = at_least_float32(logits[:-1][use])
     if skip:
         keep = ~torch.isin(targets, torch.tensor(sorted(skip), device=targets.device))
         targets, scores = targets[keep], scores[keep]

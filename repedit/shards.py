@@ -103,11 +103,11 @@ def open_shards(directory: str | Path) -> Shards:
     root = Path(directory)
     if not root.is_dir():
         raise NotFound(f"{root.resolve()} is not a directory")
+    if (root / SINGLE).exists():  # transformers reads this file and no other, even beside an index
+        return Shards(root, _entries(root, SINGLE), indexed=False)
     index = root / INDEX
     if not index.exists():
-        if not (root / SINGLE).exists():
-            raise CheckpointError(_no_weights(root))
-        return Shards(root, _entries(root, SINGLE), indexed=False)
+        raise CheckpointError(_no_weights(root))
     weight_map = _weight_map(index)
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):
@@ -156,24 +156,27 @@ def _entries(root: Path, file: str) -> dict[str, Entry]:
                 raise ValueError(f"header length {length} in a file of {size} bytes")
             table = dict(json.loads(handle.read(length)))
         table.pop("__metadata__", None)
-        items = {
-            name: (str(i["dtype"]), tuple(map(int, i["shape"])), *map(int, i["data_offsets"]))
-            for name, i in table.items()
-        }
+        entries = {name: _entry(path, name, item, 8 + length) for name, item in table.items()}
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise CheckpointError(f"shard {path} is corrupt: {error}; download it again") from error
-    entries = {}
-    for name, (code, shape, first, last) in items.items():
-        if code not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {code}, which is not supported")
-        spec = TensorSpec(shape, DTYPES[code])
-        start, stop = 8 + length + first, 8 + length + last
-        if first < 0 or stop > size or stop - start != spec.nbytes:
+    for name, entry in entries.items():
+        if entry.start < 8 + length or entry.stop > size or entry.stop - entry.start != entry.spec.nbytes:
             raise CheckpointError(
-                f"shard {path} is truncated: tensor {name!r} ends at byte {stop} of {size}; download it again"
+                f"shard {path} is truncated: tensor {name!r} ends at byte {entry.stop} of {size}; download it again"
             )
-        entries[name] = Entry(file, spec, start, stop)
     return entries
+
+
+def _entry(path: Path, name: str, item: Any, base: int) -> Entry:
+    if item["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {item['dtype']}, which is not supported; is it quantised? Use the base"
+        )
+    first, last = item["data_offsets"]
+    spec = TensorSpec(tuple(int(n) for n in item["shape"]), DTYPES[item["dtype"]])
+    return Entry(path.name, spec, base + int(first), base + int(last))
 
 
 def _no_weights(root: Path) -> str:

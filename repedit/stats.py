@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -137,7 +138,7 @@ class Activity:
         """sqrt(mean z^2)."""
         return (self.variance + self.mean.square()).sqrt()
 
-    def _items(self) -> Iterator[tuple[str, Tensor | None]]:
+    def _items(self) -> Iterator[tuple[str, Any]]:
         return ((f.name, getattr(self, f.name)) for f in fields(self))
 
     def _rows(self, x: Tensor, mask: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:

@@ -20,24 +20,14 @@ from tqdm.auto import tqdm
 from repedit.activations import collect
 from repedit.data import Batches, Corpus
 from repedit.edit import Edit
-from repedit.errors import FingerprintError, FractionError, OverlapError, SelectionError
+from repedit.errors import FractionError, OverlapError, SelectionError
 from repedit.importance import GRADIENT_IMPORTANCES, score
 from repedit.models import Subject
-from repedit.prediction import Predictions, drop, predictions
+from repedit.prediction import drop, predictions
 from repedit.scores import Scores
 from repedit.selection import check_fraction, prune
+from repedit.shelf import Shelf, Step
 from repedit.sites import Site
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One point of a trajectory."""
-
-    fraction: float
-    """Share of all scored neurons that are pruned."""
-    edit: Edit
-    forget: Predictions
-    retain: Predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,51 +126,84 @@ def trajectory(
         )
     forget_fit, forget_eval = (forget, evaluate_forget) if evaluate_forget is not None else forget.halves(seed)
     retain_fit, retain_eval = (retain, evaluate_retain) if evaluate_retain is not None else retain.halves(seed)
-    shared = sum(_shared(subject, a, b) for a, b in ((forget_fit, forget_eval), (retain_fit, retain_eval)))
-    if shared and not allow_overlap:
-        raise OverlapError(
-            f"collection and evaluation share {shared} chunks of tokens; split by document, or pass allow_overlap=True"
-        )
-    provenance = {
-        "method": "trajectory", "importance": importance, "combine": combine, "fraction_per_step": fraction_per_step,
-        "recollect": recollect, "sites": str(sites), "seed": seed, "model": subject.fingerprint(), "overlap": shared,
-        "data": {role: c.hash for role, c in (("forget", forget_fit), ("retain", retain_fit), ("evaluate_forget", forget_eval), ("evaluate_retain", retain_eval))},
-        "options": {"collect": _plain(collect_options), "score": _plain(score_options), "cap": cap_per_layer},
-    }  # fmt: skip
-    shelf = _Shelf(resume, provenance)
-
-    def scored(edit: Edit | None) -> Scores:
-        options = {
-            "gradients": importance in GRADIENT_IMPORTANCES or combine == "rank",
-            "progress": progress,
-            **(collect_options or {}),
-        }
-        sides = [collect(subject, c, sites, edit=edit, **options) for c in (forget_fit, retain_fit)]
-        return score(
-            sides[0], sides[1], importance=importance, combine=combine, warn=edit is None, **(score_options or {})
-        )
-
-    def evaluated(fraction: float, edit: Edit) -> Step:
-        options = {"progress": progress, **(evaluate_options or {})}
-        sides = [predictions(subject, c, edit=edit, **options) for c in (forget_eval, retain_eval)]
-        return Step(fraction, edit, sides[0], sides[1])
-
-    done = [shelf.get(0) or shelf.put(0, evaluated(0.0, Edit({}, {"method": "none", "model": provenance["model"]})))]
+    gradients = importance in GRADIENT_IMPORTANCES or combine == "rank"
+    run = _Run(
+        subject, sites, (forget_fit, retain_fit), (forget_eval, retain_eval),
+        collecting={"gradients": gradients, "progress": progress, **(collect_options or {})},
+        scoring={"importance": importance, "combine": combine, **(score_options or {})},
+        evaluating={"progress": progress, **(evaluate_options or {})},
+    )  # fmt: skip
+    fixed = {
+        "fraction_per_step": fraction_per_step,
+        "recollect": recollect,
+        "cap_per_layer": cap_per_layer,
+        "seed": seed,
+    }
+    provenance = run.provenance() | fixed | {"overlap": run.overlap(allow_overlap)}
+    shelf = Shelf(resume, provenance)
+    unpruned = Edit({}, {"method": "none", "model": provenance["model"]})
+    done = [shelf.get(0) or shelf.put(0, run.evaluated(0.0, unpruned))]
     order: Scores | None = None
     for number in tqdm(range(1, steps + 1), desc="trajectory", disable=None if progress is None else not progress):
         step = shelf.get(number)
         if step is None:
             if order is None or recollect:
-                order = scored(done[-1].edit if number > 1 else None)
+                order = run.scored(done[-1].edit if number > 1 and recollect else None)
             edit = _grown(done[-1].edit, order, number, fraction_per_step, cap_per_layer)
-            step = shelf.put(number, evaluated(number * fraction_per_step, edit))
+            step = shelf.put(number, run.evaluated(number * fraction_per_step, edit))
         done.append(step)
         so_far = Trajectory(tuple(done), provenance)
-        if (stop is not None and stop(so_far)) or (
-            max_retain_drop is not None and so_far.drops()[-1][0] > max_retain_drop
-        ):
+        over = max_retain_drop is not None and so_far.drops()[-1][0] > max_retain_drop
+        if over or (stop is not None and stop(so_far)):
             break
     return Trajectory(tuple(done), provenance)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every step of a trajectory does, with its options."""
+
+    subject: Subject
+    sites: str | Site | list[str | Site]
+    fit: tuple[Batches, Batches]
+    """(forget, retain)"""
+    test: tuple[Batches, Batches]
+    collecting: Mapping[str, Any]
+    scoring: Mapping[str, Any]
+    evaluating: Mapping[str, Any]
+
+    def scored(self, edit: Edit | None) -> Scores:
+        sides = [collect(self.subject, c, self.sites, edit=edit, **self.collecting) for c in self.fit]
+        return score(sides[0], sides[1], warn=edit is None, **self.scoring)
+
+    def evaluated(self, fraction: float, edit: Edit) -> Step:
+        sides = [predictions(self.subject, c, edit=edit, **self.evaluating) for c in self.test]
+        return Step(fraction, edit, sides[0], sides[1])
+
+    def overlap(self, allowed: bool) -> int:
+        """Chunks that are both collected and evaluated on."""
+        shared = sum(_shared(self.subject, a, b) for a, b in zip(self.fit, self.test, strict=True))
+        if shared and not allowed:
+            raise OverlapError(
+                f"collection and evaluation share {shared} chunks of tokens; split by document, or pass allow_overlap=True"
+            )
+        return shared
+
+    def provenance(self) -> dict[str, Any]:
+        names = ("forget", "retain", "evaluate_forget", "evaluate_retain")
+        data = {name: c.hash for name, c in zip(names, (*self.fit, *self.test), strict=True)}
+        options = {
+            "collect": _plain(self.collecting),
+            "score": _plain(self.scoring),
+            "evaluate": _plain(self.evaluating),
+        }
+        return {
+            "method": "trajectory",
+            "sites": str(self.sites),
+            "model": self.subject.fingerprint(),
+            "data": data,
+            "options": options,
+        }
 
 
 def _grown(edit: Edit, scores: Scores, number: int, per_step: float, cap: float | None) -> Edit:
@@ -195,8 +218,8 @@ def _grown(edit: Edit, scores: Scores, number: int, per_step: float, cap: float 
     return prune(Scores(marked, scores.provenance), fraction=min(1.0, number * per_step), cap_per_layer=cap)
 
 
-def _plain(options: Mapping[str, Any] | None) -> dict[str, str]:
-    return {key: str(value) for key, value in sorted((options or {}).items())}
+def _plain(options: Mapping[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in sorted(options.items()) if key != "progress"}
 
 
 def _shared(subject: Subject, first: Batches, second: Batches) -> int:
@@ -210,51 +233,3 @@ def _shared(subject: Subject, first: Batches, second: Batches) -> int:
         }
 
     return len(chunks(first) & chunks(second))
-
-
-class _Shelf:
-    """Finished steps on disk, so that an interrupted run goes on."""
-
-    def __init__(self, folder: str | Path | None, provenance: Mapping[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text, path = json.dumps(provenance, sort_keys=True, indent=2), self.folder / "run.json"
-        if path.exists() and path.read_text() != text:
-            old = json.loads(path.read_text())
-            key = next(k for k in sorted({*old, *provenance}) if old.get(k) != json.loads(text).get(k))
-            raise FingerprintError(
-                f"{self.folder} holds steps of another run: {key} was {old.get(key)}, now {provenance.get(key)}; give another directory"
-            )
-        path.write_text(text)
-
-    def get(self, number: int) -> Step | None:
-        if self.folder is None or not (self.folder / f"step-{number:03d}.json").exists():
-            return None
-        row = json.loads((self.folder / f"step-{number:03d}.json").read_text())
-        sides = {side: _predictions(row[side]) for side in ("forget", "retain")}
-        return Step(
-            row["fraction"], Edit.load(self.folder / f"step-{number:03d}.safetensors"), sides["forget"], sides["retain"]
-        )
-
-    def put(self, number: int, step: Step) -> Step:
-        if self.folder is not None:
-            step.edit.save(self.folder / f"step-{number:03d}.safetensors")
-            row = {"fraction": step.fraction} | {side: _row(getattr(step, side)) for side in ("forget", "retain")}
-            path = self.folder / f"step-{number:03d}.json"
-            # The JSON marks the step as finished, so it comes last and at once.
-            path.with_suffix(".tmp").write_text(json.dumps(row))
-            path.with_suffix(".tmp").rename(path)
-        return step
-
-
-def _row(predictions: Predictions) -> dict[str, Any]:
-    return {"ids": list(predictions.ids)} | {
-        k: getattr(predictions, k).tolist() for k in ("count", "hits", "hits10", "loss")
-    }
-
-
-def _predictions(row: Mapping[str, Any]) -> Predictions:
-    arrays = {k: np.array(row[k], dtype=np.int64) for k in ("count", "hits", "hits10")}
-    return Predictions(tuple(row["ids"]), **arrays, loss=np.array(row["loss"], dtype=np.float64))

@@ -25,7 +25,7 @@ from repedit.rewrite.reloading import Reload, reload_check
 from repedit.scores import Scores
 from repedit.selection import prune, random_like
 
-PROMPTS = ("def read_lines(path):\n    ", "The river rises in the mountains and")
+PROMPTS = ("def factorial(n):\n", "The capital of France is")
 FRACTION = 0.01
 
 
@@ -39,6 +39,8 @@ class Walkthrough:
     control: dict[str, Effect]
     """The effect of pruning as many random neurons in each layer."""
     reload: Reload
+    total: int
+    """Neurons that were scored."""
     target: Path
     figures: tuple[Path, ...]
 
@@ -83,7 +85,9 @@ def walkthrough(
         c.name: effect(comparison.base[c.name], predictions(subject, c, edit=control, limit_tokens=tokens))
         for c in named
     }
-    return Walkthrough(edit, manifest, comparison, random, reload, out, tuple(sorted((out / "figures").glob("*.png"))))
+    total = sum(len(s.values) for s in scores.values())
+    pictures = tuple(sorted((out / "figures").glob("*.png")))
+    return Walkthrough(edit, manifest, comparison, random, reload, total, out, pictures)
 
 
 def _draw(folder: Path, sides: list[Collection], scores: Scores, edit: Edit, seed: int) -> None:
@@ -91,7 +95,7 @@ def _draw(folder: Path, sides: list[Collection], scores: Scores, edit: Edit, see
     drawn = {
         "specialization": plot.specialization(scores),
         "importances": plot.importances(sides[0], sides[1], edit=edit),
-        "pruned_per_layer": plot.pruned_per_layer(edit, control=random_like(edit, seed=seed)),
+        "pruned_per_layer": plot.pruned_per_layer(edit, control=random_like(edit, seed=seed), layers=len(scores)),
     }
     for name, figure in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Description": f"repedit demo, seed {seed}"})

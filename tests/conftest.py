@@ -9,6 +9,29 @@ from jaxtyping import install_import_hook
 
 install_import_hook("repedit", "beartype.beartype")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """The tiny Llama in three shards, among files that travel with a model and files that do not; not to be written."""
+    from tests.tiny import tiny
+
+    folder = tmp_path_factory.mktemp("source") / "llama"
+    tiny("llama").model.save_pretrained(folder, max_shard_size="20KB")
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "modeling_own.py",
+        "optimizer.pt",
+        "pytorch_model.bin",
+        ".git",
+    ):
+        (folder / name).write_text(f"content of {name}")
+    for name in ("adapter_config.json", "pytorch_model.bin.index.json", "extra.safetensors"):
+        (folder / name).write_text("{}")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nThe card of the base.\n")
+    return folder

@@ -38,16 +38,21 @@ def hooked_equals_rewritten(subject: Subject, edit: Edit, apply: Callable[..., S
     assert_close(logits(apply(edit, subject)), hooked, base.dtype)
 
 
-def rewritten_equals_exported(subject: Subject, edit: Edit, folder: Path, export: Callable[..., object] = rp.export) -> None:
+def rewritten_equals_exported(
+    subject: Subject, edit: Edit, folder: Path, export: Callable[..., object] = rp.export
+) -> None:
     """Exported files hold exactly the weights of the edited model, and load without repedit's help."""
     from transformers import AutoModelForCausalLM
 
     export(edit, subject, folder / "edited")
     edited = rp.apply(edit, subject).model
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "edited", dtype="auto", attn_implementation="eager", experts_implementation="eager")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder / "edited", dtype="auto", attn_implementation="eager", experts_implementation="eager"
+    )
     expected = dict(edited.named_parameters(remove_duplicate=False))
     found = dict(loaded.named_parameters(remove_duplicate=False))
     assert set(found) == set(expected)
+    assert loaded.config.tie_word_embeddings == edited.config.tie_word_embeddings, "the tie flag is not honoured"
     different = [name for name in found if not torch.equal(found[name], expected[name])]
     assert not different, f"exported weights differ from the rewritten ones: {different}"
     with torch.no_grad():
@@ -79,7 +84,9 @@ def original_is_untouched(subject: Subject, edit: Edit, apply: Callable[..., Sub
     assert len(shared) >= len(mine) - len(after) // 2, "untouched tensors are copied"
 
 
-def composition(subject: Subject, first: Edit, second: Edit, join: Callable[[Edit, Edit], Edit] = lambda a, b: a | b) -> None:
+def composition(
+    subject: Subject, first: Edit, second: Edit, join: Callable[[Edit, Edit], Edit] = lambda a, b: a | b
+) -> None:
     """a | b is a, then b: nested hooks, and one edit after another in the weights."""
     joined = join(first, second)
     with first.hooked(subject), second.hooked(subject):

@@ -106,5 +106,9 @@ def test_centered_projection_goes_to_a_bias(family, tmp_path: Path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_edit_round_trip(family, tmp_path: Path):
     subject = tiny(family)
-    edit = fill(subject, "1.mlp.neurons") | projection(subject, "0.attn.out", center=True) | projection(subject, "1.resid.post", 0)
+    edit = (
+        fill(subject, "1.mlp.neurons")
+        | projection(subject, "0.attn.out", center=True)
+        | projection(subject, "1.resid.post", 0)
+    )
     laws.round_trip(edit, tmp_path / "edit.safetensors")

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_batch_size_and_merge_order_do_not_matter(cuts, mean):
     z, mask = _normal(400, 4, mean=mean), _normal(400, seed=1) > 0
     whole = rp.Activity.zeros(4).update(z, mask, first=~mask)
     edges = [0, *sorted(cuts), 400]
-    parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [slice(a, b) for a, b in pairwise(edges)]
     stream, merged = rp.Activity.zeros(4), rp.Activity.zeros(4)
     for part in parts:
         stream.update(z[part], mask[part], first=~mask[part])
@@ -168,16 +169,27 @@ def _padded(x, before, after):
     return tokens([{k: torch.nn.functional.pad(v, (before, after)) for k, v in batch.items()}])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padding_and_batch_size_do_not_matter_to_a_model(family):
-    subject, x = tiny(family, torch.float64), ids(4, 9)
+def _assert_same_activity(subject, x, others, limit):
     where = ["*.mlp.neurons", "*.attn.neurons"]
     whole = rp.collect(subject, _padded(x, 0, 0), where)
-    singly = tokens([{"input_ids": row[None]} for row in x])
-    for other in (_padded(x, 0, 3), _padded(x, 0, 17), _padded(x, 4, 0), _padded(x, 2, 5), singly):
+    for other in others:
         again = rp.collect(subject, other, where)
         for site in whole:
-            _assert_same(whole[site], again[site])
+            _assert_same(whole[site], again[site], limit)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_length_and_batch_size_do_not_matter_to_a_model(family):
+    x = ids(4, 9)
+    singly = tokens([{"input_ids": row[None]} for row in x])
+    _assert_same_activity(tiny(family, torch.float64), x, [_padded(x, 0, 3), _padded(x, 0, 17), singly], ORDER)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_side_does_not_matter_to_a_model(family):
+    # float32 (measured 3e-6): the eager attention of transformers is NaN in float64 where a row is all padding.
+    x = ids(4, 9)
+    _assert_same_activity(tiny(family), x, [_padded(x, 4, 0), _padded(x, 2, 5)], 1e-5)
 
 
 def test_collecting_equals_a_naive_pass():

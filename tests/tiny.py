@@ -25,7 +25,15 @@ _COMMON: dict[str, Any] = {
 }
 _GROUPED = _COMMON | {"num_key_value_heads": 2}
 _WIDE = _GROUPED | {"head_dim": 10}
-_OLD = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_OLD = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED | {"tie_word_embeddings": True},
@@ -37,7 +45,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": _WIDE,
     "gemma3_text": _WIDE,
     "gpt2": _OLD,
-    "gpt_neo": {"vocab_size": VOCABULARY, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neo": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "gptj": _OLD | {"rotary_dim": 4},
     "gpt_neox": _COMMON,
     "opt": _COMMON | {"ffn_dim": 40, "word_embed_proj_dim": 24},
@@ -49,7 +66,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere": _GROUPED,
     "mixtral": _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": _WIDE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    "qwen3_moe": _WIDE
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
 }
 FAMILIES = tuple(CONFIGS)
 

@@ -242,9 +242,7 @@ class _Matcher:
     def _views(self, block: str, reader: Reader, **layout: int) -> tuple[View, ...]:
         names = (f"{block}{reader.module}.weight", f"{block}{reader.module}.bias")
         return tuple(
-            View(name, transposed=self.architecture.transposed, **layout)  # type: ignore[arg-type]
-            for name in names
-            if name in self.specs
+            View(name, transposed=self.architecture.transposed, **layout) for name in names if name in self.specs
         )
 
     def _columns(self, view: View) -> int:

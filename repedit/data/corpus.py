@@ -10,13 +10,13 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from repedit.errors import DataError, NotEnoughRows
+from repedit.errors import ArgumentError, DataError, NotEnoughRows
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Batch:
     """Id of the document each chunk comes from."""
 
 
+@runtime_checkable
 class Batches(Protocol):
     """What measurements need of a corpus: a name, a hash, and batches of tokens."""
 
@@ -85,10 +86,14 @@ class Corpus:
     def halves(self, seed: int = 0) -> tuple[Corpus, Corpus]:
         """Two corpora of about equal length that share no document: one to collect on, one to evaluate on.
 
-        Documents with the same text stay together. Membership depends on the seed and the text alone.
+        Documents with the same text stay together, and blank ones are left out. Membership depends on the seed and
+        the text alone.
+
+        Raises:
+            NotEnoughRows: if fewer than two documents differ.
         """
         groups: dict[str, list[Document]] = {}
-        for document in self.documents:
+        for document in (d for d in self.documents if d.text.strip()):
             key = hashlib.sha256(f"{seed}:{document.text}".encode(errors="surrogatepass")).hexdigest()
             groups.setdefault(key, []).append(document)
         if len(groups) < 2:
@@ -125,8 +130,16 @@ class Corpus:
 
         The beginning-of-sequence token is put before each chunk where the tokenizer adds one by itself. A last chunk
         of a single token predicts nothing and is joined to none: it is left out.
+
+        Raises:
+            ArgumentError: if chunks of that length predict nothing.
         """
         prefix = list(tokenizer("")["input_ids"])
+        if length < len(prefix) + 2 or batch_size < 1:
+            raise ArgumentError(
+                f"length={length}, batch_size={batch_size}: a chunk needs at least {len(prefix) + 2} tokens "
+                f"({len(prefix)} of them the tokenizer's own), a batch at least 1 chunk"
+            )
         chunks: list[tuple[str, list[int]]] = []
         for document in self.documents:
             ids = tokenizer(document.text, add_special_tokens=False)["input_ids"] if document.text else []

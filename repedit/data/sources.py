@@ -104,15 +104,27 @@ def _paragraphs(content: str, prefix: str) -> tuple[Document, ...]:
 
 
 def _text(path: Path, _field: str) -> tuple[Document, ...]:
-    return _paragraphs(path.read_text(encoding="utf-8"), path.stem)
+    return _paragraphs(_content(path), path.stem)
 
 
 def _jsonl(path: Path, field: str) -> tuple[Document, ...]:
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: a JSON string may hold U+2028 and its like as they are.
+    for number, line in enumerate(_content(path).split("\n"), 1):
         if line.strip():
-            documents.append(_row(path, number, json.loads(line) if line.strip().startswith("{") else None, field))
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, row {number}: not JSON: {error}; one object a line is expected") from error
+            documents.append(_row(path, number, row, field))
     return tuple(documents)
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}; convert it first") from error
 
 
 def _parquet(path: Path, field: str) -> tuple[Document, ...]:
@@ -129,4 +141,5 @@ def _row(path: Path, number: int, row: Any, field: str) -> Document:
         raise DataError(
             f"{path}, row {number}: the field {field!r} must hold a text; found {found}. Name another with text=..."
         )
-    return Document(str(row.get("id", f"{path.stem}/{number}")), row[field])
+    name = row.get("id")
+    return Document(f"{path.stem}/{number}" if name is None else str(name), row[field])

@@ -67,15 +67,17 @@ def activations(
     edges = np.histogram_bin_edges(np.concatenate(sides), bins)
     figure = canvas(7.0, 4.8)
     axes = figure.subplots()
+    facts: list[str] = []
     axes.axvline(0, color="black", linewidth=1, label="zero")
     for role, corpus, values in zip(("forget", "retain"), (forget, retain), sides, strict=True):
-        _histogram(axes, f"{role} {corpus.name}, {len(values):,} tokens", role, values, edges)
+        _histogram(axes, f"{role} ({corpus.name})", role, values, edges)
+        facts.append(f"{role} {corpus.name}, {len(values):,} tokens")
     axes.set(
         xlabel=f"activation z of neuron {neuron}", ylabel="density, per unit of z", yscale="log" if log else "linear"
     )
     legend_below(figure, axes)
-    facts = [f"{len(edges) - 1} bins", f"model {subject.fingerprint()[:8]}"] + (["edited"] if edit else [])
-    entitle(figure, f"Activation of neuron {neuron} of {place} on both sets", facts)
+    seen = [f"{bins} bins", f"model {subject.fingerprint()[:8]}"] + (["edited"] if edit else [])
+    entitle(figure, f"Activation of neuron {neuron} of {place} on both sets", [*facts, *seen])
     return figure
 
 

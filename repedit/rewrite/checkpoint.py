@@ -6,27 +6,29 @@ At most a few tensors are in memory. The target appears whole, by one rename: a 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from repedit.arch import resolve
+from repedit.arch import Architecture, resolve
 from repedit.edit import Edit
 from repedit.errors import (
-    ArgumentError,
     CheckpointError,
     NoOpEdit,
     NotFound,
     PlanMismatch,
     QuantizedModel,
+    RepeditError,
     TargetExists,
+    UnknownArchitecture,
 )
 from repedit.lower import lower
 from repedit.models import Subject
@@ -34,11 +36,12 @@ from repedit.plan import Plan
 from repedit.rewrite.live import noop_message, planned
 from repedit.rewrite.manifest import Change, Manifest, card, manifest
 from repedit.rewrite.writing import write_weights
-from repedit.shards import Shards, open_shards
+from repedit.shards import Shards, floating, open_shards, read_json
 
 # Weights of other formats, optimiser states and adapters are not part of an exported checkpoint.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".lock")
-_REPLACED = {"model.safetensors.index.json", "README.md", "repedit.json", "config.json"}
+_REPLACED = {"README.md", "repedit.json", "config.json", "adapter_config.json"}
+log = logging.getLogger("repedit")
 
 
 def export(
@@ -71,67 +74,77 @@ def export(
         CheckpointError: if the source is damaged or the disk is full; nothing is left behind.
     """
     out = Path(target).absolute()
-    with _workplace(out, overwrite) as place, _files_of(source, place, max_shard_size, change, options) as directory:
-        if out == directory or out.is_relative_to(directory):
-            raise TargetExists(f"the target {out} is the source {directory}, or lies inside it; give another target")
+    to = None if dtype is None else floating(dtype)
+    files = _files_of(source, change, options)
+    _check_target(out, files, overwrite)
+    with _workplace(out) as place:
+        directory = files or _saved(source, place, max_shard_size)
         shards = open_shards(directory)
-        config = _config(directory)
-        plan = _plan(change, config, shards, options)
-        _check_space(shards, place)
+        plan = _plan(change, _architecture(directory), shards, options)
+        _check_space(place, _bytes_to_write(plan, shards, place, to, link))
         new = place / "checkpoint"
         new.mkdir()
-        changes = write_weights(plan, shards, new, dtype=_dtype(dtype), link=link)
+        changes = write_weights(plan, shards, new, dtype=to, link=link)
         _check_changes(plan, changes, allow_identity, dtype)
         _copy_others(directory, new)
         _write_config(directory, new, plan, dtype, identity=not plan.config and dtype is None)
         record = manifest(plan, changes, directory, new, dtype)
-        (new / "README.md").write_text(card(plan, record, directory))
-        (new / "repedit.json").write_text(record.to_json())
+        (new / "README.md").write_text(card(plan, record, directory), encoding="utf-8")
+        (new / "repedit.json").write_text(record.to_json(), encoding="utf-8")
         _sync(new)
-        _install(new, out, overwrite)
+        _install(new, out)
     return record
 
 
-@dataclass(frozen=True)
-class _Config:
-    architecture: Any
-    raw: dict[str, Any]
+def _files_of(source: Subject | str | Path, change: Edit | Plan, options: Any) -> Path | None:
+    """The directory that holds the unedited weights; None for a model that is only in memory."""
+    if not isinstance(source, Subject):
+        return _directory(source)
+    planned(change, source, **options)
+    if source.source is not None and source.files is None:
+        log.info(
+            "weights were changed in memory since they were read from %s: exporting those in memory", source.source
+        )
+    return None if source.files is None else source.files.absolute()
+
+
+def _check_target(out: Path, files: Path | None, overwrite: bool) -> None:
+    empty = out.is_dir() and not any(out.iterdir())
+    if files is not None:
+        real, origin = out.resolve(), files.resolve()
+        if real.is_relative_to(origin) or origin.is_relative_to(real):
+            raise TargetExists(
+                f"the target {out} and the source {files} are the same or one lies inside the other; give another target"
+            )
+    if out.exists() and not empty and not overwrite:
+        raise TargetExists(f"{out} exists; pass overwrite=True to replace it, or give another target")
 
 
 @contextmanager
-def _workplace(out: Path, overwrite: bool) -> Iterator[Path]:
+def _workplace(out: Path) -> Iterator[Path]:
     """A temporary sibling of the target, removed whatever happens."""
-    if out.exists() and not overwrite:
-        raise TargetExists(f"{out} exists; pass overwrite=True to replace it, or give another target")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    place = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
         yield place
-    except OSError as error:
-        if isinstance(error, CheckpointError | TargetExists | NotFound):
-            raise
+    except RepeditError:
+        raise
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"writing {out} failed: {error}; nothing was written") from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
 
 
-@contextmanager
-def _files_of(
-    source: Subject | str | Path, place: Path, max_shard_size: str, change: Edit | Plan, options: Any
-) -> Iterator[Path]:
-    """The directory that holds the unedited weights; a model in memory is saved first, which gives the right names."""
-    if not isinstance(source, Subject):
-        yield _directory(source)
-        return
-    planned(change, source, **options)
-    if source.source is not None:
-        yield source.source.absolute()
-        return
+def _saved(subject: Any, place: Path, max_shard_size: str) -> Path:
+    """A model in memory saved as it is, by transformers, which knows the names its tensors have on disk."""
     folder = place / "unedited"
-    source.model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(folder)
-    yield folder
+    _check_space(place, sum(p.nbytes for p in subject.model.parameters()))
+    subject.model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if subject.tokenizer is not None:
+        subject.tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _directory(source: str | Path) -> Path:
@@ -147,36 +160,39 @@ def _directory(source: str | Path) -> Path:
     )
 
 
-def _config(directory: Path) -> _Config:
+def _architecture(directory: Path) -> Architecture:
     from transformers import AutoConfig
 
-    raw = json.loads((directory / "config.json").read_text())
+    raw = read_json(directory / "config.json")
     quantizer = raw.get("quantization_config")
     if quantizer:
         raise QuantizedModel(
             f"{directory} is quantised ({quantizer.get('quant_method', 'unknown')}) and cannot be edited exactly; export from the "
             "unquantised base. Measuring works"
         )
-    return _Config(resolve(AutoConfig.from_pretrained(directory, trust_remote_code=False)), raw)
+    try:
+        return resolve(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    except ValueError as error:
+        raise UnknownArchitecture(f"the config of {directory} cannot be used: {error}") from error
 
 
-def _plan(change: Edit | Plan, config: _Config, shards: Shards, options: Any) -> Plan:
-    plan = change if isinstance(change, Plan) else lower(change, config.architecture, shards.specs, **options)
+def _plan(change: Edit | Plan, architecture: Architecture, shards: Shards, options: Any) -> Plan:
+    plan = change if isinstance(change, Plan) else lower(change, architecture, shards.specs, **options)
     plan.check(shards.specs)
     return plan
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ArgumentError(f"dtype={name!r} is not a floating dtype; give 'float32', 'bfloat16' or 'float16'")
-    return found
+def _bytes_to_write(plan: Plan, shards: Shards, place: Path, dtype: torch.dtype | None, link: bool) -> int:
+    """What the new shards take: files that are hard links take nothing."""
+    linked = link and dtype is None and shards.directory.stat().st_dev == place.stat().st_dev
+    touched = {shards.entries[name].file for name in plan.operations if name in shards.entries}
+    added = sum(spec.nbytes for spec in plan.added.values())
+    added += sum(shards.specs[name].nbytes for name in plan.unties.values())
+    files = touched if linked else shards.files
+    return added + sum((shards.directory / file).stat().st_size for file in files)
 
 
-def _check_space(shards: Shards, place: Path) -> None:
-    need = sum((shards.directory / file).stat().st_size for file in shards.files)
+def _check_space(place: Path, need: int) -> None:
     free = shutil.disk_usage(place).free
     if free < need:
         raise CheckpointError(
@@ -198,6 +214,7 @@ def _copy_others(directory: Path, new: Path) -> None:
             path.is_file()
             and path.suffix not in _LEFT_OUT
             and path.name not in _REPLACED
+            and not path.name.endswith(".index.json")
             and not path.name.startswith(".")
         ):
             shutil.copyfile(path.resolve(), new / path.name)
@@ -207,11 +224,11 @@ def _write_config(directory: Path, new: Path, plan: Plan, dtype: str | None, *, 
     if identity:
         shutil.copyfile(directory / "config.json", new / "config.json")
         return
-    config = json.loads((directory / "config.json").read_text()) | dict(plan.config)
+    config = read_json(directory / "config.json") | dict(plan.config)
     if dtype is not None:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)
-    (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:
@@ -220,13 +237,13 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _install(new: Path, out: Path, overwrite: bool) -> None:
+def _install(new: Path, out: Path) -> None:
     aside = new.parent / "replaced"
-    if overwrite and out.exists():
+    if out.exists():
         out.rename(aside)
     try:
         new.rename(out)
-    except OSError:
+    except BaseException:  # an interrupt too: the old checkpoint must not go with the temporary directory
         if aside.exists():
             aside.rename(out)
         raise

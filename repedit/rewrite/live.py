@@ -82,14 +82,17 @@ def _new_tensors(plan: Plan, before: dict[str, nn.Parameter]) -> dict[str, Tenso
         return before[name].detach()
 
     new: dict[str, Tensor] = {}
-    device = next(iter(before.values())).device
     for name, spec in plan.added.items():
-        new[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+        new[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=_weight_of(name, before).device)
     for name in plan.operations:
         new[name] = plan.apply(name, new[name] if name in new else read(name), read)
     for head, embedding in plan.unties.items():
-        new[head] = read(embedding).clone()
+        new[head] = read(head if head in before else embedding).clone()
     return new
+
+
+def _weight_of(bias: str, before: dict[str, nn.Parameter]) -> nn.Parameter:
+    return before[f"{bias.removesuffix('.bias')}.weight"]
 
 
 def _shared_clone(model: Any) -> Any:
@@ -101,7 +104,7 @@ def _shared_clone(model: Any) -> Any:
 def _set(model: nn.Module, name: str, value: Tensor, before: dict[str, nn.Parameter]) -> None:
     """Give every name of one tensor a new parameter, so that ties survive; an untied head was given its own value."""
     old = before.get(name)
-    parameter = nn.Parameter(value, requires_grad=True if old is None else old.requires_grad)
+    parameter = nn.Parameter(value, requires_grad=(_weight_of(name, before) if old is None else old).requires_grad)
     current = dict(model.named_parameters(remove_duplicate=False)).get(name)
     aliases = (
         [name] if current is None else [n for n, p in model.named_parameters(remove_duplicate=False) if p is current]

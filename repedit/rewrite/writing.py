@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -37,17 +38,18 @@ def write_weights(
         else:
             changes |= _patched(plan, shards, file, target / name, link)
     names = {tensor: files[entry.file] for tensor, entry in shards.entries.items()}
+    specs = {tensor: spec if dtype is None else _cast(spec, dtype) for tensor, spec in shards.specs.items()}
     if extra:
-        name = (
-            f"model-{len(files) + 1:05d}-of-{len(files) + 1:05d}.safetensors"
-            if not shards.indexed
-            else "model-added.safetensors"
-        )
+        name = _added_name(set(files.values()), shards.indexed)
         tensors = {key: value if dtype is None else value.to(dtype) for key, value in extra.items()}
         changes |= {key: _change(None, value) for key, value in tensors.items()}
         _write_shard(tensors, target / name)
         names |= dict.fromkeys(tensors, name)
-    _write_index(shards, names, target, changed=bool(extra) or dtype is not None)
+        specs |= {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in tensors.items()}
+    for head in set(plan.unties) - set(extra):  # the files hold it already, and keep it
+        kept = shards.read(head)
+        changes[head] = _change(kept, kept)
+    _write_index(shards, names, specs, target, changed=bool(extra) or dtype is not None)
     return changes
 
 
@@ -59,7 +61,16 @@ def _renamed(file: str, shards: Shards, grows: bool) -> str:
 def _extra_tensors(plan: Plan, shards: Shards) -> dict[str, Tensor]:
     new = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in plan.added.items()}
     new = {name: plan.apply(name, value, shards.read) for name, value in new.items()}
-    return new | {head: shards.read(embedding) for head, embedding in plan.unties.items()}
+    heads = {head: embedding for head, embedding in plan.unties.items() if head not in shards.entries}
+    return new | {head: shards.read(embedding) for head, embedding in heads.items()}
+
+
+def _added_name(taken: set[str], indexed: bool) -> str:
+    """A file name that no shard has: an export of an export has such a file already."""
+    if not indexed:
+        return "model-00002-of-00002.safetensors"
+    names = ("model-added.safetensors", *(f"model-added-{n}.safetensors" for n in range(2, len(taken) + 3)))
+    return next(name for name in names if name not in taken)
 
 
 def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) -> dict[str, Change]:
@@ -85,7 +96,7 @@ def _converted(plan: Plan, shards: Shards, file: str, target: Path, dtype: torch
     specs = {name: _cast(shards.entries[name].spec, dtype) for name in names}
     head, ranges = header(specs, _METADATA)
     changes = {}
-    with open(target, "wb") as out:
+    with open(target, "xb") as out:
         out.write(head)
         for name in sorted(names, key=lambda n: ranges[n][0]):
             before = shards.read(name)
@@ -107,22 +118,27 @@ def _cast(spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
 def _write_shard(tensors: Mapping[str, Tensor], target: Path) -> None:
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     head, _ = header(specs, _METADATA)
-    with open(target, "wb") as out:
+    # "x": the name may be a hard link to a file of the source, which must never be opened for writing.
+    with open(target, "xb") as out:
         out.write(head)
         for tensor in tensors.values():
             out.write(raw_bytes(tensor))
 
 
-def _write_index(shards: Shards, names: Mapping[str, str], target: Path, *, changed: bool) -> None:
+def _write_index(
+    shards: Shards, names: Mapping[str, str], specs: Mapping[str, TensorSpec], target: Path, *, changed: bool
+) -> None:
     if not changed and shards.indexed:
         shutil.copyfile(shards.directory / INDEX, target / INDEX)
         return
     if len(set(names.values())) == 1 and not shards.indexed:
         return
-    files = sorted(set(names.values()))
-    size = sum((target / file).stat().st_size for file in files)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
-    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    total = {
+        "total_size": sum(spec.nbytes for spec in specs.values()),
+        "total_parameters": sum(prod(spec.shape) for spec in specs.values()),
+    }
+    index = {"metadata": total, "weight_map": dict(sorted(names.items()))}
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _link_or_copy(source: Path, target: Path, link: bool) -> None:

@@ -1,0 +1,119 @@
+"""What collecting activity costs on a CPU: share of the forward, memory, and time against others on the same tensors.
+
+Run as `python -m bench.cpu`. The peer is compared where it is installed:
+pip install --no-deps --target .cache/peers taker==1.2.3 welford-torch
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import repedit as rp
+from bench.record import record
+from bench.timing import cpu, paired
+from repedit.data.corpus import tokens
+from repedit.kernels import reference
+
+PEERS = Path(__file__).parents[1] / ".cache" / "peers"
+
+
+def share_in_hooks(subject: rp.Subject, repeats: int = 5) -> dict[str, Any]:
+    """CPU spent in the hooks over CPU of the rest of the same forward, MLP neurons, 8 x 128 tokens."""
+    batch = {"input_ids": torch.randint(3, 40_000, (8, 128), generator=torch.Generator().manual_seed(0))}
+    shares = []
+    for number in range(repeats + 1):
+        found: list[Any] = []
+        total = cpu(lambda: found.append(rp.collect(subject, tokens([batch], f"r{number}"), progress=False)))  # noqa: B023
+        shares.append(found[0].seconds_in_hooks / (total - found[0].seconds_in_hooks))
+    q20, median, q80 = np.quantile(shares[1:], [0.2, 0.5, 0.8])
+    status = "not resolved" if q20 <= 0.06 < q80 else ("pass" if q80 <= 0.06 else "fail")
+    return {
+        "name": "share of the forward in hooks",
+        "median": median,
+        "q20": q20,
+        "q80": q80,
+        "n": repeats,
+        "bar": "<= 0.06",
+        "status": status,
+    }
+
+
+def memory(subject: rp.Subject) -> dict[str, Any]:
+    """Growth of resident memory between 4,096 and 16,384 collected tokens."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 40_000, (8, 128), generator=generator)} for _ in range(16)]
+    rp.collect(subject, tokens(batches[:4], "warm"), progress=False)
+    before = resident()
+    rp.collect(subject, tokens(batches, "all"), progress=False)
+    growth = (resident() - before) / 1e6
+    return {
+        "name": "resident growth, 4k to 16k tokens",
+        "megabytes": growth,
+        "bar": "< 20 MB",
+        "status": "pass" if growth < 20 else "fail",
+    }
+
+
+def against_reductions(z: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """Four plain float32 reductions over the counted rows."""
+
+    def plain() -> None:
+        rows = z[mask]
+        rows.sum(0), rows.abs().sum(0), rows.square().sum(0), (rows > 0).sum(0)
+
+    ratio = paired(lambda: reference.activity(z, mask), plain)
+    return ratio.row("four plain reductions / ours", ">= 2.8", lambda r: r >= 2.8)
+
+
+def against_taker(z: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """The published collector, on the same activations; its class is read from the installed package."""
+    source = PEERS / "taker" / "data_classes.py"
+    if not source.exists():
+        return {"name": "taker 1.2.3 / ours", "status": f"skipped: {source} is absent"}
+    sys.path.insert(0, str(PEERS))
+    from welford_torch import Welford
+
+    tree = ast.parse(source.read_text())
+    wanted = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name in ("ActivationCollector", "ActivationSummary")
+    ]
+    scope: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "Tuple": tuple, "Welford": Welford}
+    # The whole module imports packages that its collector does not use and that current transformers no longer has.
+    exec(compile(ast.Module([n for n in wanted if n.name == "ActivationCollector"], []), str(source), "exec"), scope)
+
+    def peer() -> None:
+        collector = scope["ActivationCollector"]((z.shape[1],), "cpu")
+        collector.add_all(z[mask])
+
+    ratio = paired(lambda: reference.activity(z, mask), peer)
+    return ratio.row("taker 1.2.3 / ours", ">= 10", lambda r: r >= 10)
+
+
+def resident() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def main() -> None:
+    """Measure, print, record."""
+    torch.set_num_threads(1)
+    subject = rp.load("smollm2-135m")
+    z = torch.randn(1024, 1536, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1024, dtype=torch.bool)
+    mask[::128] = False
+    rows = [share_in_hooks(subject), memory(subject), against_reductions(z, mask), against_taker(z, mask)]
+    for row in rows:
+        print(row)
+    print(record("cpu", rows, seed=0, model=subject.fingerprint()))
+
+
+if __name__ == "__main__":
+    main()

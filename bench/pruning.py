@@ -1,0 +1,141 @@
+"""Selective pruning of SmolLM2-135M: forget = CPython standard library, retain = WikiText-2 test.
+
+Scores are collected on 64 chunks of 128 tokens a set, drops are measured on 32 other chunks of other documents, for
+three chunk seeds. Run as `python -m bench.pruning [--seeds 3] [--learned]`; about 10 minutes a seed on two cores, and
+15 more for the learned masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import repedit as rp
+from bench.corpora import chunks, splits
+from bench.record import record, spread
+from repedit.data import Corpus
+from repedit.edit import Edit
+from repedit.models import Subject
+from repedit.prediction import Predictions, drop, predictions
+
+COLLECT, EVALUATE = 64, 32
+TOKENS = {"collect": 8128, "evaluate": 4064}
+BARS: dict[str, tuple[str, Callable[[dict[str, float]], bool]]] = {
+    "abs ratio, MLP, 5 %": (
+        "selectivity >= 35, prose drop <= 12",
+        lambda r: r["selectivity"] >= 35 and r["prose"] <= 12,
+    ),
+    "abs difference, MLP, 1 %": (
+        "selectivity >= 36, prose drop <= 11",
+        lambda r: r["selectivity"] >= 36 and r["prose"] <= 11,
+    ),
+    "random like abs ratio 5 %": ("|selectivity| <= 8", lambda r: abs(r["selectivity"]) <= 8),
+    "reversed abs ratio, MLP, 5 %": ("prose minus code >= 22", lambda r: -r["selectivity"] >= 22),
+    "MLP minus attention, abs ratio 5 %": ("selectivity >= 20", lambda r: r["selectivity"] >= 20),
+    "rms ratio, MLP, 3 %, sinks guarded": ("prose drop <= 8", lambda r: r["prose"] <= 8),
+    "rms ratio, MLP, 3 %, sinks not guarded": ("prose drop >= 20", lambda r: r["prose"] >= 20),
+    "signed attribution, MLP, 1 %": ("selectivity <= 10", lambda r: r["selectivity"] <= 10),
+    "learned mask, MLP and attention": (
+        "selectivity >= 59.6, prose drop <= 10; moonshot 75",
+        lambda r: r["selectivity"] >= 59.6 and r["prose"] <= 10,
+    ),
+}
+
+
+def edits(subject: Subject, code: Corpus, prose: Corpus) -> dict[str, Edit]:
+    """The edits to compare, by name."""
+    options = {"limit_tokens": TOKENS["collect"], "progress": False}
+    both = [rp.collect(subject, c, "*.mlp.neurons,*.attn.neurons", gradients=True, **options) for c in (code, prose)]
+    f, r = (collection.only("mlp.neurons") for collection in both)
+    fa, ra = (collection.only("attn.neurons") for collection in both)
+    ratio = rp.prune(rp.score(f, r, combine="ratio"), fraction=0.05)
+    rms = [rp.score(f, r, importance="rms", combine="ratio", protect_sinks=guard) for guard in (True, False)]
+    signed = rp.score(f, r, importance="attribution", signed=True)
+    found = {
+        "abs ratio, MLP, 5 %": ratio,
+        "abs difference, MLP, 1 %": rp.prune(rp.score(f, r), fraction=0.01),
+        "abs difference, sinks guarded, MLP, 1 %": rp.prune(rp.score(f, r, protect_sinks=True), fraction=0.01),
+        "gxa difference, MLP, 1 %": rp.prune(rp.score(f, r, importance="gxa"), fraction=0.01),
+        "rank of abs ratio and gxa, MLP, 5 %": rp.prune(rp.score(f, r, combine="rank"), fraction=0.05),
+        "reversed abs ratio, MLP, 5 %": rp.prune(rp.score(r, f, combine="ratio"), fraction=0.05),
+        "abs ratio, attention, 5 %": rp.prune(rp.score(fa, ra, combine="ratio"), fraction=0.05),
+        "rms ratio, MLP, 3 %, sinks guarded": rp.prune(rms[0], fraction=0.03),
+        "rms ratio, MLP, 3 %, sinks not guarded": rp.prune(rms[1], fraction=0.03),
+        "signed attribution, MLP, 1 %": rp.prune(signed, fraction=0.01),
+    }
+    return found | {f"random like abs ratio 5 % #{i}": rp.random_like(ratio, seed=i) for i in range(5)}
+
+
+def measured(subject: Subject, base: dict[str, Predictions], test: dict[str, Corpus], edit: Edit) -> dict[str, float]:
+    """Relative drops, selectivity and loss rises of an edit."""
+    after = {name: _predicted(subject, corpus, edit) for name, corpus in test.items()}
+    drops = {name: drop(base[name], after[name]) for name in test}
+    rises = {f"{name} loss rise": after[name].mean_loss - base[name].mean_loss for name in test}
+    return (
+        drops
+        | rises
+        | {"selectivity": drops["code"] - drops["prose"], "neurons": sum(m.rank_removed for m in edit.maps.values())}
+    )
+
+
+def one_seed(subject: Subject, seed: int, learned: bool) -> dict[str, dict[str, float]]:
+    """Every row for one draw of chunks."""
+    halves = splits()
+    fit = {name: chunks(development, COLLECT, seed) for name, (development, _) in halves.items()}
+    test = {name: chunks(evaluation, EVALUATE, seed) for name, (_, evaluation) in halves.items()}
+    base = {name: _predicted(subject, corpus, None) for name, corpus in test.items()}
+    if learned:
+        development = {name: half[0] for name, half in halves.items()}
+        edit = rp.fit.gates(subject, development["code"], development["prose"], seed=seed)
+        return {"learned mask, MLP and attention": measured(subject, base, test, edit)}
+    rows = {}
+    for name, edit in edits(subject, fit["code"], fit["prose"]).items():
+        rows[name] = measured(subject, base, test, edit)
+        print(
+            f"seed {seed}  {name:45s} code {rows[name]['code']:6.1f}  prose {rows[name]['prose']:6.1f}  selectivity {rows[name]['selectivity']:6.1f}",
+            flush=True,
+        )
+    random = [rows.pop(name) for name in list(rows) if name.startswith("random like")]
+    rows["random like abs ratio 5 %"] = {key: sum(r[key] for r in random) / len(random) for key in random[0]}
+    mlp, attention = rows["abs ratio, MLP, 5 %"], rows["abs ratio, attention, 5 %"]
+    rows["MLP minus attention, abs ratio 5 %"] = {"selectivity": mlp["selectivity"] - attention["selectivity"]}
+    return rows
+
+
+def main() -> None:
+    """Measure, print one line a method, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--learned", action="store_true", help="only the learned masks, into pruning_learned.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    subject = rp.load("smollm2-135m")
+    runs = [one_seed(subject, seed, arguments.learned) for seed in range(arguments.seeds)]
+    rows: list[dict[str, Any]] = []
+    for name in runs[0]:
+        keys = runs[0][name]
+        row: dict[str, Any] = {"name": name, **{key: spread([run[name][key] for run in runs]) for key in keys}}
+        bar, passes = BARS.get(name, ("", None))
+        status = "recorded" if passes is None else ("pass" if passes({k: row[k]["mean"] for k in keys}) else "fail")
+        rows.append(row | {"bar": bar, "status": status})
+        numbers = "  ".join(f"{key} {row[key]['mean']:.1f}" for key in ("code", "prose", "selectivity") if key in row)
+        print(f"{status:9s} {name:45s} {numbers}  {bar}")
+    name = "pruning_learned" if arguments.learned else "pruning"
+    context = {
+        "seeds": list(range(arguments.seeds)),
+        "model": subject.fingerprint(),
+        "unit": "per cent of the original top-1 accuracy",
+    }
+    print(record(name, rows, **context, tokens=TOKENS))
+
+
+def _predicted(subject: Subject, corpus: Corpus, edit: Edit | None) -> Predictions:
+    return predictions(subject, corpus, edit=edit, limit_tokens=TOKENS["evaluate"], progress=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Write what a benchmark measured, with everything needed to run it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, rows: list[dict[str, Any]], **context: Any) -> Path:
+    """bench/results/NAME.json: rows, command, commit, date, host and versions."""
+    root = Path(__file__).parents[1]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root
+    ).stdout.strip()
+    content = {
+        "bench": name,
+        "command": f"python -m bench.{name} {' '.join(sys.argv[1:])}".strip(),
+        "commit": commit,
+        "date": date.today().isoformat(),
+        "host": {"machine": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
+        "versions": {p: version(p) for p in ("torch", "transformers", "numpy")},
+        "rows": rows,
+        **context,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation over seeds, and the values."""
+    array = np.array(values, dtype=float)
+    return {
+        "mean": round(float(array.mean()), 2),
+        "sd": round(float(array.std(ddof=1)), 2) if len(array) > 1 else None,
+        "values": [round(v, 2) for v in values],
+    }

@@ -1,0 +1,43 @@
+"""The command line: one function a verb; each parses, calls one public function and shows what it returns.
+
+Exit codes: 0 done, 1 unexpected exception, 2 bad input, 3 the retain limit was exceeded at once (prune).
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from repedit.cli import cut, look, start
+
+app = typer.Typer(
+    name="repedit",
+    help="See what a capability of a language model is made of, cut it out of the weights, and test what is left.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (
+    start.demo,
+    start.fetch,
+    look.doctor,
+    look.inspect,
+    cut.score,
+    cut.prune,
+    cut.apply,
+    look.diff,
+    look.compare,
+):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Run the command line; bad input ends with exit code 2 and one message."""
+    from repedit.errors import RepeditError
+
+    try:
+        app()
+    except RepeditError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(2)

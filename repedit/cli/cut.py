@@ -1,0 +1,199 @@
+"""Verbs that find and remove: score, prune, apply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Seed, Sites, Text, Tokens, opened
+
+
+def score(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Where to write the scores (.safetensors).")],
+    forget: Text = "code",
+    retain: Text = "prose",
+    sites: Sites = "*.mlp.neurons",
+    importance: Annotated[str, typer.Option(help="abs, rms, std, gxa, fisher, ...")] = "abs",
+    combine: Annotated[str, typer.Option(help="difference, ratio, logratio, rank, setdiff.")] = "difference",
+    tokens: Tokens = 8000,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Score every neuron by how specific it is to the forget set."""
+    from repedit import console
+
+    subject = opened(model, device, dtype)
+    scores = _scored(subject, forget, retain, sites, importance, combine, tokens, batch_size)
+    scores.save(out)
+    counts = {role: row["tokens"] for role, row in scores.provenance["data"].items()}
+    found = {
+        "out": str(out),
+        "tokens": counts,
+        "agreement": scores.agreement,
+        "sinks": sum(len(s.sinks) for s in scores.values()),
+    }
+    if json:
+        console.show_json(found)
+        return
+    best = sorted(
+        ((float(v), str(site), i) for site, s in scores.items() for v, i in zip(*s.values.topk(3), strict=True)),
+        reverse=True,
+    )
+    console.table("Most specific neurons", ("site", "neuron", "score"), [[site, int(i), v] for v, site, i in best[:10]])
+    console.out.print(
+        f"{counts['forget']} forget and {counts['retain']} retain tokens; median rank correlation {scores.agreement:.2f}; written to {out}"
+    )
+
+
+def prune(
+    model: Model,
+    fraction: Annotated[float, typer.Option(help="Share of all scored neurons to prune, in [0, 1].")],
+    out: Annotated[Path, typer.Option(help="x.safetensors writes the edit, a directory the edited checkpoint.")],
+    scores: Annotated[
+        Path | None, typer.Option(help="Scores written by `repedit score`; else --forget and --retain.")
+    ] = None,
+    forget: Text = "code",
+    retain: Text = "prose",
+    sites: Sites = "*.mlp.neurons",
+    importance: Annotated[str, typer.Option(help="abs, rms, std, gxa, fisher, ...")] = "abs",
+    combine: Annotated[str, typer.Option(help="difference, ratio, logratio, rank, setdiff.")] = "difference",
+    steps: Annotated[int, typer.Option(help="Prune in this many steps, collecting again before each.")] = 1,
+    max_retain_drop: Annotated[
+        float | None, typer.Option(help="Largest drop on the retain set, per cent; exit 3 if exceeded at once.")
+    ] = None,
+    cap_per_layer: Annotated[float | None, typer.Option(help="Largest share of a layer that may go.")] = None,
+    control: Annotated[int, typer.Option(help="Random controls to measure beside the edit.")] = 0,
+    tokens: Tokens = 8000,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
+    json: Json = False,
+) -> None:
+    """Prune the neurons most specific to the forget set, measure both sets, and write an edit or a checkpoint."""
+    from repedit import console
+    from repedit.pruning import PruneOptions, pruned
+
+    subject = opened(model, device, dtype)
+    options = PruneOptions(
+        fraction=fraction, sites=sites, importance=importance, combine=combine, steps=steps, max_retain_drop=max_retain_drop,
+        cap_per_layer=cap_per_layer, control=control, tokens=tokens, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    found = pruned(subject, forget, retain, options, scores=scores, say=console.stage)
+    rows = [
+        [
+            label,
+            f"{f.drop:.1f} ({f.low:.1f} to {f.high:.1f})",
+            f"{r.drop:.1f} ({r.low:.1f} to {r.high:.1f})",
+            f"{f.drop - r.drop:.1f}",
+        ]
+        for label, (f, r) in found.effects.items()
+    ]
+    if json:
+        console.show_json(
+            {
+                "drops": {k: {"forget": f.drop, "retain": r.drop} for k, (f, r) in found.effects.items()},
+                "pruned": found.count,
+                "out": str(out),
+                "dry_run": dry_run,
+            }
+        )
+    else:
+        console.table(
+            f"{found.count} neurons pruned; drops in per cent of the original top-1 accuracy (95 % interval)",
+            ("", "forget", "retain", "selectivity"),
+            rows,
+        )
+    if found.exceeded:
+        console.err.print(
+            f"[bold]Nothing written[/bold]: the retain drop exceeds {max_retain_drop} % at once; lower --fraction"
+        )
+        raise typer.Exit(3)
+    if not dry_run:
+        _write(found.edit, subject, out, overwrite)
+    elif not json:
+        console.out.print(_plan(found.edit, subject), highlight=False)
+
+
+def apply(
+    edit: Annotated[Path, typer.Argument(help="A saved edit (.safetensors).")],
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="Directory of the edited checkpoint.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Convert every tensor, to bfloat16 say.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
+    verify: Annotated[bool, typer.Option(help="Load the result in a process without repedit.")] = True,
+    json: Json = False,
+) -> None:
+    """Write the checkpoint of a saved edit, streamed from the files of the model."""
+    from repedit import console
+    from repedit.edit import Edit
+    from repedit.errors import ArgumentError
+    from repedit.rewrite.checkpoint import export
+
+    loaded = Edit.load(edit)
+    if dry_run:
+        console.out.print(_plan(loaded, opened(model, "auto", "auto")), highlight=False)
+        return
+    if out is None:
+        raise ArgumentError("--out is needed: the directory to write (or --dry-run)")
+    source: Any = model if Path(model).is_dir() or model == "smollm2-135m" else opened(model, "auto", "auto")
+    record = export(loaded, source, out, dtype=dtype, overwrite=overwrite)
+    if verify:
+        _verify(out)
+    if json:
+        console.show_json(
+            {"out": str(out), "tensors": len(record.plan), "largest_relative_change": record.relative_change}
+        )
+    else:
+        console.out.print(
+            f"{out}: {len(record.plan)} tensors changed, largest relative change {record.relative_change:.3g}"
+        )
+
+
+def _scored(
+    subject: Any, forget: str, retain: str, sites: str, importance: str, combine: str, tokens: int, batch_size: int
+) -> Any:
+    from repedit import data
+    from repedit.importance import score as scored
+    from repedit.pruning import collected
+
+    sides = collected(
+        subject, data.read(forget), data.read(retain), sites, importance, combine, tokens=tokens, batch_size=batch_size
+    )
+    return scored(*sides, importance=importance, combine=combine)
+
+
+def _write(edit: Any, subject: Any, out: Path, overwrite: bool) -> None:
+    from repedit import console
+    from repedit.rewrite.checkpoint import export
+
+    if out.suffix == ".safetensors":
+        edit.save(out)
+    else:
+        export(edit, subject, out, overwrite=overwrite)
+        _verify(out)
+    console.err.print(f"written: {out}")
+
+
+def _verify(out: Path) -> None:
+    from repedit import console
+    from repedit.rewrite.reloading import reload_check
+
+    found = reload_check(out)
+    console.err.print(
+        f"verified: plain transformers loads {found.parameters:,} parameters in a process without repedit"
+    )
+
+
+def _plan(edit: Any, subject: Any) -> str:
+    from repedit.lower import lower
+
+    return lower(edit, subject.architecture, subject.specs).summary(subject.specs)

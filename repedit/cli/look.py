@@ -1,0 +1,109 @@
+"""Verbs that look and change nothing: doctor, inspect, diff, compare."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Tokens, opened
+
+
+def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: Json = False) -> None:
+    """Prove on a real forward pass that repedit edits this model where it says it does."""
+    from repedit import console
+    from repedit.arch.check import check_architecture
+
+    subject = opened(model, device, dtype)
+    report = check_architecture(subject.model)
+    rows = [[str(p.site), p.site.hook_name, p.moved, p.error, p.note.strip("; ")] for p in report.proofs]
+    if json:
+        console.show_json({"model_type": report.model_type, "passed": report.passed, "proofs": rows})
+        return
+    columns = ("site", "TransformerLens name", "logits moved", "hook against weights", "note")
+    console.table(
+        f"{report.model_type}: every tap edited by hook and in the weights (shares of the logits' spread)",
+        columns,
+        rows,
+    )
+    console.out.print(
+        f"{len(rows)} taps passed; dtype {subject.model.dtype}, device {subject.device}, quantiser {subject.quantizer}"
+    )
+
+
+def inspect(
+    model: Model,
+    sites: Annotated[
+        str, typer.Option(help="Which sites to list.")
+    ] = "0.mlp.neurons,0.attn.neurons,0.mlp.out,0.attn.out,0.resid.pre",
+    json: Json = False,
+) -> None:
+    """Show where this model can be cut: sites, module paths, tensors, widths and exactness."""
+    from repedit import console
+    from repedit.edit import exactness
+
+    subject = opened(model, "auto", "auto")
+    chosen = {str(site): site for site in subject.select(sites)}
+    rows = [
+        row | {"exactness": exactness(chosen[row["site"]], subject.anatomy)}
+        for row in subject.sites()
+        if row["site"] in chosen
+    ]
+    if json:
+        console.show_json(
+            {"model_type": subject.architecture.model_type, "fingerprint": subject.fingerprint(), "sites": rows}
+        )
+        return
+    columns = ("site", "hook", "module", "tensor", "width", "experts", "exactness")
+    plan = subject.anatomy
+    console.table(
+        f"{subject.architecture.model_type}: {len(plan.layers)} layers of width {plan.width}, {subject.architecture.n_heads} heads, "
+        f"tied {subject.architecture.tied}", columns, [[row[c] for c in columns] for row in rows],
+    )  # fmt: skip
+
+
+def diff(base: Model, edited: Annotated[str, typer.Argument(help="The other checkpoint.")], json: Json = False) -> None:
+    """List every tensor that differs between two checkpoints."""
+    from dataclasses import asdict
+
+    from repedit import console
+    from repedit.rewrite.difference import diff as differences
+
+    found = differences(base, edited)
+    if json:
+        console.show_json([asdict(d) for d in found])
+        return
+    columns = ("tensor", "norm", "relative", "rank", "rows", "columns")
+    console.table(
+        f"{len(found)} tensors differ",
+        columns,
+        [[getattr(d, c) if getattr(d, c) is not None else "" for c in columns] for d in found],
+    )
+
+
+def compare(
+    base: Model,
+    edited: Annotated[str, typer.Argument(help="The other checkpoint.")],
+    text: Annotated[list[str] | None, typer.Option(help="A corpus to measure; repeat for several.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt to continue; repeat for several.")] = None,
+    tokens: Tokens = 4000,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity, top-1 accuracy and generations of two checkpoints, side by side."""
+    from repedit import console, data
+    from repedit.metrics.comparison import compare as compared
+    from repedit.walkthrough import PROMPTS
+
+    subjects = [opened(name, device, dtype) for name in (base, edited)]
+    corpora: list[Any] = [data.read(name) for name in text or ["code", "prose"]]
+    found = compared(
+        subjects[0], subjects[1], corpora, prompts=prompt or PROMPTS, limit_tokens=tokens, batch_size=batch_size
+    )
+    if json:
+        console.show_json(console.comparison_json(found))
+        return
+    console.table(f"{base} against {edited}", console.COMPARISON_COLUMNS, console.comparison_rows(found))
+    console.show_generations(found)

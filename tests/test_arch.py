@@ -1,0 +1,239 @@
+"""Rows of the family table: each is proved on a forward pass, and each wrong field is found out."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import repedit as rp
+from repedit.arch import Experts, Reader, TensorSpec, Writer, anatomy, families, hooks_at, register, resolve
+from repedit.arch import architecture as table_module
+from repedit.edit import Edit
+from repedit.errors import UnknownArchitecture, UnknownSite
+from repedit.hooks import installed
+from repedit.models import subject_of
+from repedit.shards import open_shards
+from tests import laws
+from tests.edits import mask
+from tests.tiny import FAMILIES, ids, logits, tiny
+
+ROUTED = ("mixtral", "olmoe", "qwen3_moe")
+GATE, UP = Reader("mlp.gate_proj"), Reader("mlp.up_proj")
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A copy of the table, so that a test may register rows."""
+    monkeypatch.setattr(table_module, "_ROWS", dict(families()))
+    return families()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_is_proved(family):
+    report = rp.check_architecture(tiny(family).model)
+    assert report.passed and report.model_type == family
+    assert [str(p.site) for p in report.proofs if p.site.layer == 1] == [f"1.{point}" for point in PROVED]
+    assert max(p.error for p in report.proofs) < 1e-5
+
+
+PROVED = ("attn.neurons", "attn.out", "mlp.neurons", "mlp.out", "resid.post")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2"])
+def test_half_types_are_proved_in_float32_and_left_as_they_were(family):
+    model = tiny(family, torch.bfloat16).model
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert max(p.error for p in rp.check_architecture(model).proofs) < 1e-5
+    assert all(torch.equal(p, before[name]) and p.dtype == torch.bfloat16 for name, p in model.named_parameters())
+
+
+WRONG = [
+    ("llama", {"attention": Writer("self_attn.q_proj")}, r"does not describe this model at 0\.attn\.neurons"),
+    ("llama", {"mlp": Writer("mlp.up_proj")}, "gate_proj has 40 rows, 1 x 24 neurons were expected"),
+    ("llama", {"values": Reader("self_attn.k_proj")}, r"does not describe this model at 0\.attn\.neurons"),
+    ("llama", {"transposed": True}, "o_proj is a Linear; the llama row says transposed=True"),
+    ("llama", {"readers": (GATE,)}, "has 1 readers; the llama row with gated=True needs 2"),
+    ("llama", {"readers": (GATE, Reader("mlp.down_proj"))}, "down_proj has 24 rows, 1 x 40 neurons"),
+    ("llama", {"gated": False}, "has 2 readers; the llama row with gated=False needs 1"),
+    ("llama", {"parallel": True}, r"0\.resid\.post .*parallel=True"),
+    ("llama", {"embeddings": ("wte",)}, r"tensor 'model\.wte\.weight' of the llama row is missing"),
+    ("llama", {"head": "output"}, "names the module 'output', which the model lacks"),
+    ("llama", {"blocks": "h"}, r"the config has 2 layers, the weights hold layers \[\]"),
+    ("gpt2", {"transposed": False}, "c_attn has 24 rows, which 4 heads of width 6 cannot share"),
+    ("gpt2", {"values": Reader("attn.c_attn")}, "c_attn has 72 rows, which 4 heads"),
+    ("gpt2", {"embeddings": ("wte",)}, r"does not describe this model at 0\.resid\.pre"),
+    ("gpt_neo", {"transposed": True}, "is a Linear; the gpt_neo row says transposed=True"),
+    ("gpt_neox", {"values": Reader("attention.query_key_value", 1, 3, "per_head")}, r"0\.attn\.neurons"),
+    ("gpt_neox", {"parallel": False}, r"0\.resid\.post .*parallel=False"),
+    ("gptj", {"parallel": False}, r"0\.resid\.post .*parallel=False"),
+    ("phi", {"gated": True}, "has 1 readers; the phi row with gated=True needs 2"),
+    ("phi3", {"readers": (Reader("mlp.gate_up_proj", 0, 2),) * 2}, "has 1 readers; the phi3 row"),
+    ("phi3", {"values": Reader("self_attn.qkv_proj")}, "qkv_proj has 48 rows, which 4 heads"),
+    ("gemma", {"embedding_scaled": False}, r"does not describe this model at 0\.resid\.pre"),
+    ("gemma2", {"mlp": Writer("mlp.down_proj")}, r"0\.resid\.post .*sum of the outputs against the stream"),
+    ("gemma2", {"attention": Writer("self_attn.o_proj")}, r"0\.resid\.post .*sum of the outputs"),
+    ("gemma2", {"unit_gain": False}, r"0\.attn\.out .*leak of the subspace"),
+    ("olmo2", {"unit_gain": True}, r"0\.attn\.out .*leak of the subspace"),
+    ("olmo2", {"mlp": Writer("mlp.down_proj", norm="post_attention_layernorm")}, r"0\.mlp\.out .*leak|0\.resid\.post"),
+    ("mixtral", {"experts": Experts(count="num_local_experts", block="mlp.gate")}, "a tensor of another width"),
+    ("mixtral", {"experts": Experts(count="num_local_experts", block="moe")}, "module 'model.layers.0.moe'"),
+    ("mixtral", {"experts": Experts("mlp.router", count="num_local_experts")}, "must match one way, it matches 0"),
+    ("mixtral", {"experts": Experts(count="num_experts_per_tok")}, "the config has 2 experts, the weights hold 4"),
+]
+
+
+@pytest.mark.parametrize(("family", "fields", "message"), WRONG, ids=[f"{f}-{next(iter(d))}" for f, d, _ in WRONG])
+def test_a_wrong_field_is_found_out(family, fields, message, table):
+    model = tiny(family).model
+    rp.register(replace(table[family], **fields), replace=True)
+    with pytest.raises(UnknownArchitecture, match=message):
+        rp.check_architecture(model)
+
+
+@pytest.mark.parametrize("fields", [{"transposed": True}, {"readers": (GATE,)}, {"head": "output"}])
+def test_wrapping_finds_what_needs_no_forward_pass(fields, table):
+    model = tiny("llama").model
+    rp.register(replace(table["llama"], **fields), replace=True)
+    with pytest.raises(UnknownArchitecture, match="llama row"):
+        subject_of(model)
+
+
+def test_experts_without_tokens_are_named():
+    report = rp.check_architecture(tiny("mixtral", num_local_experts=40, num_experts_per_tok=1).model)
+    assert any("received no token" in p.note for p in report.proofs)
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "message"),
+    [
+        ("llama", "model.layers.1.self_attn.o_proj.weight", "o_proj.weight' of the llama row is missing; did you mean"),
+        ("llama", "model.layers.1.mlp.down_proj.weight", r"MLP of model\.layers\.1 must match one way, it matches 0"),
+        ("llama", "model.layers.0.mlp.up_proj.weight", "up_proj.weight' of the llama row is missing"),
+        ("llama", "model.layers.0.self_attn.v_proj.weight", "v_proj.weight' of the llama row is missing"),
+        (
+            "gemma2",
+            "model.layers.1.post_feedforward_layernorm.weight",
+            "layernorm.weight' of the gemma2 row is missing",
+        ),
+        ("gpt2", "transformer.wpe.weight", "wpe.weight' of the gpt2 row is missing"),
+        ("mixtral", "model.layers.0.mlp.experts.gate_up_proj", "gate_up_proj' of the mixtral row is missing"),
+    ],
+)
+def test_a_renamed_tensor_raises(family, old, message):
+    subject = tiny(family)
+    specs = {("renamed" if name == old else name): spec for name, spec in subject.specs.items()}
+    with pytest.raises(UnknownArchitecture, match=message):
+        anatomy(subject.architecture, specs)
+
+
+def test_a_missing_layer_raises():
+    subject = tiny("llama")
+    specs = {name: spec for name, spec in subject.specs.items() if ".layers.1." not in name}
+    with pytest.raises(UnknownArchitecture, match=r"has 2 layers, the weights hold layers \[0\].* is a shard missing"):
+        anatomy(subject.architecture, specs)
+
+
+def test_a_layer_that_is_dense_and_routed_raises():
+    subject = tiny("qwen3_moe")
+    specs = {**subject.specs, "model.layers.1.mlp.down_proj.weight": TensorSpec((24, 40), torch.float32)}
+    with pytest.raises(UnknownArchitecture, match="must match one way, it matches 2: dense True, fused experts True"):
+        anatomy(subject.architecture, specs)
+
+
+@pytest.mark.parametrize(("new", "found"), [(4, "5"), (7, r"\[0, 1, 2, 3, 7\]")])
+def test_an_extra_expert_on_disk_raises(new, found, tmp_path):
+    subject = tiny("mixtral")
+    subject.model.save_pretrained(tmp_path)
+    specs = open_shards(tmp_path).specs
+    extra = {n.replace("experts.3", f"experts.{new}"): s for n, s in specs.items() if "layers.1" in n}
+    with pytest.raises(UnknownArchitecture, match=f"the config has 4 experts, the weights hold {found}"):
+        anatomy(subject.architecture, specs | extra)
+
+
+def test_the_post_norm_opt_is_refused():
+    with pytest.raises(UnknownArchitecture, match="do_layer_norm_before=False is not supported: this is the post-norm"):
+        tiny("opt", do_layer_norm_before=False)
+
+
+def test_an_unknown_model_type_names_the_fields_of_a_row():
+    fields = "base=.*blocks=.*attention=Writer.*values=Reader.*mlp=Writer.*readers=.*check_architecture"
+    with pytest.raises(UnknownArchitecture, match=f"no row for model_type 'lama'; did you mean 'llama'.*{fields}"):
+        resolve(SimpleNamespace(model_type="lama"))
+
+
+def test_a_row_is_registered_once_unless_replaced(table):
+    with pytest.raises(UnknownArchitecture, match="'llama' has a row already; pass replace=True"):
+        register(table["llama"])
+    register(replace(table["llama"], gated=False), replace=True)
+    assert not families()["llama"].gated
+
+
+def test_parallel_families_have_no_middle_of_the_stream():
+    subject, site = tiny("gptj"), rp.Site.parse("0.resid.mid")
+    with pytest.raises(UnknownSite, match=r"gptj adds attention and MLP in parallel, so resid\.mid does not exist"):
+        hooks_at(subject.model, subject.anatomy, site, lambda x, at, tokens: None, replaces=False)
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_expert_neurons_equal_a_naive_loop(family):
+    subject, seen, inputs = tiny(family), {}, []
+    branch = subject.anatomy.layers[1][1]
+    module = subject.model.get_submodule(branch.writer)
+    module.register_forward_pre_hook(lambda _, args: inputs.extend(args))
+    site = rp.Site(1, rp.Point.MLP_NEURONS)
+    with installed(hooks_at(subject.model, subject.anatomy, site, note(seen), replaces=False)):
+        logits(subject)
+    expected = naive(module, branch, inputs[0], inputs[1])
+    assert seen.keys() == expected.keys() and len(seen) == 2 * ids().numel()
+    assert all(torch.allclose(seen[key], expected[key], atol=1e-6) for key in seen)
+
+
+def note(seen):
+    """A visit that keeps the neurons of each (expert, token)."""
+
+    def visit(x, at, tokens):
+        seen.update({(at.start, int(token)): row for token, row in zip(tokens, x, strict=True)})
+
+    return visit
+
+
+def naive(module, branch, hidden, index):
+    """Neurons of each (first neuron of the expert, token), one matrix times one vector at a time."""
+    found = {}
+    for token, experts in enumerate(index.tolist()):
+        for e in experts:
+            gate, up = (module.gate_up_proj[e] @ hidden[token]).chunk(2)
+            found[branch.parts[e].start, token] = (module.act_fn(gate) * up).detach()
+    return found
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_nested_edits_of_the_same_experts_compose(family):
+    subject = tiny(family, torch.float64)
+    width = subject.anatomy.width_of(1, rp.Point.MLP_NEURONS)
+    scales = [torch.rand(width, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    first, second, third = (Edit({rp.Site.parse("1.mlp.neurons"): rp.Diagonal(scale)}) for scale in scales)
+    with first.hooked(subject), second.hooked(subject), third.hooked(subject):
+        nested = logits(subject)
+    product = Edit({rp.Site.parse("1.mlp.neurons"): rp.Diagonal(scales[0] * scales[1] * scales[2])})
+    laws.assert_close(nested, logits(rp.apply(product, subject)), torch.float32)
+
+
+@pytest.mark.parametrize(("heads", "zeroed"), [((0,), False), ((1,), False), ((0, 1), True)])
+def test_a_value_row_is_zeroed_only_with_all_heads_that_share_it(heads, zeroed):
+    subject, keep = tiny("llama"), torch.ones(24, dtype=torch.bool)
+    keep[[6 * head + 2 for head in heads]] = False
+    edit = Edit({rp.Site.parse("1.attn.neurons"): rp.Diagonal.mask(keep)})
+    block = rp.apply(edit, subject).model.model.layers[1].self_attn
+    assert not block.o_proj.weight[:, ~keep].any()
+    assert bool(block.v_proj.weight[2].any()) is not zeroed
+    laws.hooked_equals_rewritten(subject, edit)
+
+
+def test_dense_and_routed_layers_live_in_one_model():
+    subject = tiny("qwen3_moe")
+    dense, routed = (pair[1] for pair in subject.anatomy.layers)
+    assert (dense.routed, dense.width, len(dense.parts)) == (False, 40, 1)
+    assert (routed.routed, routed.width, len(routed.parts)) == (True, 64, 4)
+    laws.hooked_equals_rewritten(subject, mask(subject, "0.mlp.neurons") | mask(subject, "1.mlp.neurons"))

@@ -1,0 +1,254 @@
+"""An export records what it did, stands on its own, and leaves nothing behind when it cannot finish."""
+
+import errno
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import repedit as rp
+from repedit.errors import ArgumentError, CheckpointError, NotFound, PlanMismatch
+from repedit.lower import lower
+from repedit.rewrite import checkpoint, writing
+from repedit.shards import open_shards
+from tests.damage import sha
+from tests.edits import fill, mask, projection
+from tests.tiny import ids, logits, tiny
+
+
+@pytest.fixture
+def edit():
+    return mask(tiny("llama"), "1.mlp.neurons")
+
+
+def content(folder):
+    """Every file of a directory by name, as its hash."""
+    return {path.name: sha(path) for path in folder.iterdir()}
+
+
+def test_the_manifest_tells_the_truth(source, edit, tmp_path):
+    record = rp.export(edit, source, tmp_path / "out")
+    assert (tmp_path / "out" / "repedit.json").read_text() == record.to_json()
+    assert dict(record.files) == {
+        k: v for k, v in content(tmp_path / "out").items() if k not in ("repedit.json", "README.md")
+    }
+    assert dict(record.base["files"]) == {k: v for k, v in content(source).items() if k != ".git"}
+    for name, entry in record.plan.items():
+        before, after = open_shards(source).read(name), open_shards(tmp_path / "out").read(name)
+        assert entry["sha256_before"] == writing._change(None, before).after
+        assert entry["sha256_after"] == writing._change(None, after).after
+
+
+def test_the_manifest_holds_no_path_and_no_time(source, edit, tmp_path):
+    texts = [rp.export(edit, source, tmp_path / name).to_json() for name in ("one", "two")]
+    assert texts[0] == texts[1] and "/tmp" not in texts[0] and str(Path.home()) not in texts[0]
+    assert not re.search(r"\d\d:\d\d|20\d\d-\d\d", texts[0])
+
+
+def test_the_card_says_what_was_done(source, edit, tmp_path):
+    rp.export(edit, source, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\nbase_model: llama\nbase_model_relation: finetune\n")
+    assert "| 1.mlp.neurons |" in card and "neurons zeroed | exact |" in card and "The card of the base." in card
+
+
+def test_files_that_belong_to_the_model_travel_and_others_stay(source, edit, tmp_path):
+    rp.export(edit, source, tmp_path / "out")
+    before, after = content(source), content(tmp_path / "out")
+    stay = {
+        "optimizer.pt",
+        "pytorch_model.bin",
+        ".git",
+        "adapter_config.json",
+        "pytorch_model.bin.index.json",
+        "extra.safetensors",
+    }
+    assert before.keys() - after.keys() == stay and after.keys() - before.keys() == {"repedit.json"}
+    assert all(before[name] == after[name] for name in ("tokenizer.json", "chat_template.jinja", "modeling_own.py"))
+
+
+def test_a_full_disk_is_noticed_first(source, edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    for origin in (source, tiny("llama")):
+        with pytest.raises(CheckpointError, match=r"has 0\.0 GB free, the checkpoint needs .* nothing was written"):
+            rp.export(edit, origin, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_linked_shards_need_no_space(source, edit, tmp_path, monkeypatch):
+    entries = open_shards(source).entries
+    touched = {
+        entries[name].file for name in lower(edit, tiny("llama").architecture, open_shards(source).specs).operations
+    }
+    free = sum((source / file).stat().st_size for file in touched)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    rp.export(edit, source, tmp_path / "linked")
+    with pytest.raises(CheckpointError, match="the checkpoint needs"):
+        rp.export(edit, source, tmp_path / "copied", link=False)
+
+
+def failing(error, at):
+    """A function that raises at its n-th call."""
+    calls = itertools.count(1)
+
+    def raw_bytes(tensor):
+        if next(calls) == at:
+            raise error
+        return original(tensor)
+
+    original = writing.raw_bytes
+    return raw_bytes
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_an_error_in_the_middle_leaves_nothing(at, source, edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "raw_bytes", failing(OSError(errno.ENOSPC, "No space left on device"), at))
+    with pytest.raises(CheckpointError, match="writing .*out failed: .*No space left on device; nothing was written"):
+        rp.export(edit, source, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing_and_the_old_target(source, edit, tmp_path, monkeypatch):
+    rp.export(edit, source, tmp_path / "out")
+    before = content(tmp_path / "out")
+    monkeypatch.setattr(writing, "raw_bytes", failing(KeyboardInterrupt(), 2))
+    with pytest.raises(KeyboardInterrupt):
+        rp.export(edit, source, tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and content(tmp_path / "out") == before
+
+
+def test_an_interrupt_between_the_renames_brings_the_old_target_back(source, edit, tmp_path, monkeypatch):
+    rp.export(edit, source, tmp_path / "out")
+    before, rename = content(tmp_path / "out"), Path.rename
+
+    def interrupted(self, target):
+        if self.name == "checkpoint":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rp.export(edit, source, tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and content(tmp_path / "out") == before
+
+
+def test_a_failed_save_of_a_model_in_memory_is_typed(edit, tmp_path, monkeypatch):
+    subject = tiny("llama")
+    monkeypatch.setattr(subject.model, "save_pretrained", failing(SafetensorError("No space left"), 1))
+    with pytest.raises(CheckpointError, match="No space left; nothing was written"):
+        rp.export(edit, subject, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+WRITES = [(shutil, "copyfile"), (os, "link"), (os, "fsync"), (Path, "write_text"), (Path, "rename"), (Path, "mkdir"),
+          (writing, "raw_bytes"), (writing, "header"), (shutil, "rmtree")]  # fmt: skip
+
+
+def dies_at(k, run):
+    """Run in a forked child that is gone at its k-th write, with no clean-up; whether it got to the end."""
+    child = os.fork()
+    if not child:
+        calls = itertools.count(1)
+        for owner, name in WRITES:
+            setattr(owner, name, dying(getattr(owner, name), calls, k))
+        try:
+            run()
+        finally:
+            os._exit(0 if next(calls) <= k else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def dying(function, calls, k):
+    return lambda *args, **options: os._exit(9) if next(calls) == k else function(*args, **options)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_kill_at_any_write_leaves_the_target_absent_or_whole(grows, source, edit, tmp_path):
+    edit = edit | fill(tiny("llama"), "0.mlp.neurons") if grows else edit
+    rp.export(edit, source, tmp_path / "whole")
+    done, seen = False, []
+    for k in itertools.count(1):
+        done = dies_at(k, lambda: rp.export(edit, source, tmp_path / "out"))
+        seen.append((tmp_path / "out").exists())
+        assert not seen[-1] or content(tmp_path / "out") == content(tmp_path / "whole")
+        if done:
+            break
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert len(seen) > 15 and seen == sorted(seen) and seen[-1]
+
+
+def test_a_kill_while_overwriting_leaves_the_old_or_the_new_or_neither(source, edit, tmp_path):
+    new = projection(tiny("llama"), "1.mlp.out")
+    for name, change in (("old", edit), ("new", new)):
+        rp.export(change, source, tmp_path / name)
+    states = [content(tmp_path / name) for name in ("old", "new")]
+    for k in itertools.count(1):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(tmp_path / "old", tmp_path / "out")
+        done = dies_at(k, lambda: rp.export(new, source, tmp_path / "out", overwrite=True))
+        assert not (tmp_path / "out").exists() or content(tmp_path / "out") in states
+        if done:
+            break
+
+
+def test_a_plan_for_another_store_is_refused(source, edit, tmp_path):
+    plan = lower(edit, tiny("llama").architecture, tiny("llama").specs)
+    stray = replace(plan, operations={"model.nope": next(iter(plan.operations.values()))})
+    with pytest.raises(
+        PlanMismatch, match=r"names tensors this live store does not hold: \['model\.nope'\] \(1 in all\)"
+    ):
+        rp.export(stray, source, tmp_path / "out")
+
+
+def test_a_writer_that_skips_a_tensor_is_found_out(source, edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_weights", lambda *args, **options: {})
+    with pytest.raises(
+        PlanMismatch, match=r"planned but untouched: \['model\.layers\.1.*; touched but not planned: \[\]"
+    ):
+        rp.export(edit, source, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_are_checked_before_work(source, edit, tmp_path):
+    with pytest.raises(ArgumentError, match="dtype='int8' is not a floating dtype"):
+        rp.export(edit, source, tmp_path / "out", dtype="int8")
+    with pytest.raises(NotFound, match=r"nope is not a directory; .*export\(edit, rp\.load\(\.\.\.\), target\)"):
+        rp.export(edit, tmp_path / "nope", tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="writing .*/file/out failed"):
+        rp.export(edit, source, tmp_path / "file" / "out")
+
+
+RELOAD = """
+import sys; sys.modules["repedit"] = None
+import torch; from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+for folder in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager", output_loading_info=True)
+    assert not any(info.values()), info
+    torch.save(model(input_ids=torch.load(sys.argv[1]), use_cache=False).logits.detach(), folder + "/logits.pt")
+"""
+
+
+def test_exports_load_bit_equal_where_repedit_is_absent(tmp_path):
+    edits = {"llama": lambda s: projection(s, "0.resid.pre"), "gpt2": lambda s: fill(s, "1.mlp.neurons"),
+             "smollm3": lambda s: fill(s, "0.attn.neurons"), "mixtral": lambda s: projection(s, "1.mlp.out"),
+             "gpt_neox": lambda s: projection(s, "0.resid.pre"), "gemma2": lambda s: projection(s, "1.mlp.out")}  # fmt: skip
+    torch.save(ids(), tmp_path / "ids.pt")
+    for family, make in edits.items():
+        rp.export(make(tiny(family)), tiny(family), tmp_path / family)
+    folders = [str(tmp_path / family) for family in edits]
+    subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path / "ids.pt"), *folders], check=True, cwd=tmp_path)
+    for family, make in edits.items():
+        assert torch.equal(
+            torch.load(tmp_path / family / "logits.pt"), logits(rp.apply(make(tiny(family)), tiny(family)))
+        )

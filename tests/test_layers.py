@@ -1,0 +1,115 @@
+"""Imports only go down: the AST of every module against the table of layers."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "repedit"
+LAYERS = (
+    ("errors", "sites", "maps", "kernels"),
+    ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "models"),
+    ("plan", "edit", "lower", "activations", "counting", "distribution", "prediction", "combination", "scores", "shelf",
+     "importance", "selection", "trajectories", "pruning", "fit"),
+    ("rewrite",),
+    ("bridges", "metrics"),
+    ("plot", "walkthrough"),
+    ("console", "cli", "__main__"),
+)  # fmt: skip
+LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+# Inside a layer an import is allowed where this table lists it, so no cycle can appear.
+INSIDE = {
+    "sites": {"errors"}, "maps": {"errors"},
+    "arch": {"hooks"}, "shards": {"arch"}, "models": {"arch", "shards", "fetching", "fingerprints"},
+    "edit": set(), "plan": set(), "lower": {"edit", "plan"}, "counting": set(),
+    "activations": {"counting", "edit"}, "distribution": {"activations", "counting", "edit"},
+    "prediction": {"activations", "edit"}, "combination": set(), "scores": set(),
+    "importance": {"activations", "combination", "scores"}, "selection": {"activations", "edit", "scores"},
+    "shelf": {"edit", "prediction"}, "trajectories": {"shelf", "activations", "edit", "importance", "prediction", "scores", "selection"},
+    "pruning": {"activations", "edit", "importance", "prediction", "scores", "selection", "trajectories"},
+    "fit": {"edit"}, "walkthrough": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
+}  # fmt: skip
+# Libraries with side effects or long imports, and the only rooms that may import them at the top of a module.
+ONLY_IN = {
+    "matplotlib": {"plot"}, "typer": {"cli"}, "rich": {"console"}, "triton": {"kernels"},
+    "transformers": set(), "transformer_lens": set(), "nnsight": set(),
+}  # fmt: skip
+# Where transformers may be imported inside a function.
+TRANSFORMERS_IN = {"models", "fetching", "rewrite", "metrics", "bridges", "cli", "arch"}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names of every import in a tree."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def violations(path: Path) -> list[str]:
+    """Imports of a module that go up, or sideways without leave."""
+    mine, found = room(path), []
+    for name in imported(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] != "repedit" or parts[1] == mine or parts[1] == "__version__":
+            continue
+        other = parts[1]
+        allowed = LEVEL[other] < LEVEL[mine] or other == "errors" or other in INSIDE.get(mine, set())
+        found += [] if allowed else [f"{path.name} ({mine}) imports {name}"]
+    return found
+
+
+def top_level(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {name.split(".")[0] for name in imported(tree)}
+
+
+def test_every_room_has_a_layer():
+    assert {room(path) for path in FILES} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_go_down(path):
+    assert violations(path) == []
+
+
+def test_an_upward_import_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_layers.PACKAGE", tmp_path)
+    (tmp_path / "maps.py").write_text("from repedit.edit import Edit\n")
+    assert violations(tmp_path / "maps.py") == ["maps.py (maps) imports repedit.edit.Edit"]
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_heavy_libraries_stay_in_their_rooms(library):
+    assert {room(path) for path in FILES if library in top_level(path)} <= ONLY_IN[library]
+
+
+def test_transformers_is_imported_where_the_design_says():
+    users = {
+        room(path)
+        for path in FILES
+        if any(n.split(".")[0] == "transformers" for n in imported(ast.parse(path.read_text())))
+    }
+    assert users <= TRANSFORMERS_IN
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_rooms_are_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            documented = len((ast.get_docstring(node, clean=False) or "").splitlines())
+            signature = node.body[0].lineno - node.lineno
+            assert (node.end_lineno or 0) - node.lineno + 1 - documented - signature <= 50, node.name

@@ -1,0 +1,247 @@
+"""Loading and wrapping: what comes in is left as it is, and what is wrong with it is said before any work."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import repedit as rp
+from repedit.errors import (
+    ArgumentError,
+    CheckpointError,
+    NotAModel,
+    NotFinite,
+    NotFound,
+    QuantizedModel,
+    UnknownArchitecture,
+)
+from repedit.models import subject_of
+from repedit.shards import INDEX, SINGLE, open_shards
+from tests.damage import UP, config, header, index, mapped, not_a_number, pickled, tensor, weights
+from tests.edits import mask
+from tests.tiny import logits, tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with the tiny Llama saved as one file ("one") and in shards ("many"), and its tokenizer."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("saved")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w3"))
+    for name, size in (("one", "1GB"), ("many", "20KB")):
+        tiny("llama").model.save_pretrained(folder / name, max_shard_size=size)
+        PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2").save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def broken(saved, tmp_path):
+    """Copies a saved directory and lets a function damage it."""
+
+    def damaged(damage, base="one"):
+        folder = shutil.copytree(saved / base, tmp_path / "broken")
+        damage(folder)
+        return folder
+
+    return damaged
+
+
+@pytest.mark.parametrize("name", ["one", "many"])
+def test_a_directory_loads(saved, name):
+    subject = rp.load(saved / name, attention="eager")
+    assert torch.equal(logits(subject), logits(tiny("llama")))
+    assert subject.source == subject.files == saved / name
+    assert len(open_shards(saved / name).files) == {"one": 1, "many": 3}[name]
+
+
+def test_a_single_file_beside_an_index_is_the_one_that_counts(saved, broken):
+    folder = broken(lambda f: save_file({k: 2 * v for k, v in tensors(saved).items()}, f / SINGLE), "many")
+    assert torch.equal(open_shards(folder).read(UP), rp.load(folder).model.get_parameter(UP))
+    assert torch.equal(open_shards(folder).read(UP), 2 * open_shards(saved / "many").read(UP))
+
+
+def tensors(saved):
+    return load_file(saved / "one" / SINGLE)
+
+
+def test_fingerprint_names_the_weights_not_the_files(saved):
+    prints = {rp.load(saved / name).fingerprint() for name in ("one", "many", "one")}
+    assert prints == {tiny("llama").fingerprint()} and prints != {tiny("llama", torch.float64).fingerprint()}
+
+
+def by_data(subject):
+    subject.model.get_parameter(UP).data[3] = 0
+
+
+def by_optimizer(subject):
+    subject.model.get_parameter(UP).grad = torch.ones(40, 24)
+    torch.optim.SGD([subject.model.get_parameter(UP)], lr=1e-3).step()
+
+
+def by_swapping_rows(subject):
+    rows = subject.model.get_parameter(UP).data
+    rows.copy_(rows.flip(0))
+
+
+def by_apply(subject):
+    rp.apply(mask(subject, "1.mlp.neurons"), subject, inplace=True)
+
+
+@pytest.mark.parametrize("change", [by_data, by_optimizer, by_swapping_rows, by_apply])
+def test_a_change_in_memory_changes_the_fingerprint_and_leaves_the_files(saved, change):
+    subject = rp.load(saved / "one")
+    before = subject.fingerprint()
+    change(subject)
+    assert subject.fingerprint() != before and subject.files is None and subject.source == saved / "one"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_wrapping_mutates_nothing(family):
+    model = tiny(family).model.train()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    settings = (model.config.to_dict(), [p.requires_grad for p in model.parameters()], model.training)
+    rp.wrap(subject_of(model)).fingerprint()
+    assert settings == (model.config.to_dict(), [p.requires_grad for p in model.parameters()], model.training)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_float16_becomes_float32_on_a_cpu_unless_asked_for(saved, tmp_path):
+    tiny("llama", torch.float16).model.save_pretrained(tmp_path)
+    wide, narrow = rp.load(tmp_path, device="cpu"), rp.load(tmp_path, device="cpu", dtype="float16")
+    assert wide.model.dtype == torch.float32 and wide.source is None
+    assert narrow.model.dtype == torch.float16
+
+
+def test_a_directory_without_tokenizer_loads_and_says_so(tmp_path, caplog):
+    tiny("llama").model.save_pretrained(tmp_path)
+    subject = rp.load(tmp_path)
+    assert "holds no tokenizer files" in caplog.text
+    with pytest.raises(ArgumentError, match="this needs a tokenizer"):
+        subject.need_tokenizer()
+
+
+def test_code_in_a_checkpoint_does_not_run(broken):
+    def malicious(folder):
+        (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+        config(auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})(folder)
+
+    folder = broken(malicious)
+    rp.load(folder)
+    assert not (folder / "ran").exists()
+
+
+DAMAGED = [
+    ("one", pickled, CheckpointError, r"only pickled weights \(pytorch_model\.bin\).* convert them to safetensors"),
+    ("one", lambda f: (f / "config.json").unlink(), CheckpointError, r"holds no config\.json; is it a model directory"),
+    ("one", lambda f: (f / SINGLE).unlink(), CheckpointError, r"holds no model\.safetensors and no model\.safetensors"),
+    ("one", lambda f: (f / "config.json").write_text("{"), CheckpointError, "cannot be loaded.*not a valid JSON"),
+    ("one", config(model_type="zorg"), UnknownArchitecture, "cannot be used.*zorg"),
+    ("one", config(num_hidden_layers=3), CheckpointError, r"missing .*layers\.2.* \(9 in all\)"),
+    ("one", config(intermediate_size=41), CheckpointError, r"of another shape .*down_proj.*\(6 in all\)"),
+    ("one", weights(lambda data: data[:-100]), CheckpointError, "truncated: tensor .* ends at byte"),
+    ("one", weights(lambda data: b""), CheckpointError, "corrupt: header length 0 in a file of 0 bytes"),
+    (
+        "one",
+        weights(lambda data: b"\xff" * 8 + data[8:]),
+        CheckpointError,
+        "corrupt: header length 18446744073709551615",
+    ),
+    ("one", weights(lambda data: data[:8] + b"x" * 50 + data[58:]), CheckpointError, "corrupt: .*download it again"),
+    ("one", header([1]), CheckpointError, "corrupt"),
+    ("one", header({"a": "b"}), CheckpointError, "corrupt"),
+    ("one", tensor(data_offsets=[-4, 0]), CheckpointError, "truncated"),
+    ("one", tensor(shape=[2]), CheckpointError, "truncated"),
+    ("one", tensor(dtype="F4"), CheckpointError, "tensor 'a' has dtype F4, which is not supported; is it quantised"),
+    ("one", not_a_number, NotFinite, rf"weight '{UP}' is not finite at \(3, 4\) \(torch\.float32\)"),
+    ("many", lambda f: (f / "model-00002-of-00003.safetensors").unlink(), CheckpointError, "which is absent from"),
+    ("many", mapped("../one/model.safetensors"), CheckpointError, "leaves the directory; nothing was read"),
+    ("many", mapped(".."), CheckpointError, "leaves the directory; nothing was read"),
+    ("many", mapped("/etc/passwd"), CheckpointError, "leaves the directory; nothing was read"),
+    ("many", mapped("model-00001-of-00003.safetensors"), CheckpointError, rf"no shard holds: \['{UP}'\] \(1 in all\)"),
+    ("many", mapped(7), CheckpointError, "no weight_map from tensor names to file names"),
+    ("many", index(lambda _: {}), CheckpointError, "no weight_map"),
+    ("many", index(lambda _: [1]), CheckpointError, "holds a JSON list, an object was expected"),
+    ("many", lambda f: (f / INDEX).write_text("{"), CheckpointError, "cannot be read as JSON"),
+]
+
+
+@pytest.mark.parametrize(("base", "damage", "error", "message"), DAMAGED, ids=[row[3][:30] for row in DAMAGED])
+def test_a_damaged_directory_is_refused(broken, base, damage, error, message):
+    folder = broken(damage, base)
+    with pytest.raises(error, match=message):
+        rp.load(folder)
+
+
+def test_a_missing_path_names_the_nearest_directories(saved):
+    with pytest.raises(NotFound, match=r"onne does not exist.*did you mean 'one'.* only for 'owner/name'"):
+        rp.load(saved / "onne")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("owner/name", "hub id 'owner/name' could not be loaded.* repedit fetch"),
+        ("a/b/c", "does not exist and 'a/b/c' is not the built-in name"),
+        ("smollm2-135m", "the default model is not at .* get it once with: repedit fetch smollm2-135m"),
+        (__file__, r"neither a directory nor a \.gguf file"),
+    ],
+)
+def test_a_name_that_is_not_there(name, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path))
+    with pytest.raises(NotFound, match=f"(?s){message}"):
+        rp.load(name)
+
+
+@pytest.mark.parametrize(("option", "value"), [("dtype", "floaty"), ("dtype", "int8"), ("device", "gpu")])
+def test_an_unknown_option_is_refused(saved, option, value):
+    with pytest.raises(ArgumentError, match=f"{option}='{value}' (is not a floating|cannot be used).* give '"):
+        rp.load(saved / "one", **{option: value})
+
+
+def encoder_decoder(folder=None):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    with pytest.raises(UnknownArchitecture, match="T5ForConditionalGeneration is not a decoder-only causal language"):
+        rp.wrap(encoder_decoder())
+    encoder_decoder().save_pretrained(tmp_path)
+    with pytest.raises(UnknownArchitecture, match=r"is an encoder-decoder \(t5\), not a decoder-only"):
+        rp.load(tmp_path)
+
+
+def test_an_encoder_is_refused():
+    with pytest.raises(UnknownArchitecture, match="LlamaModel is not a decoder-only causal language model"):
+        rp.wrap(tiny("llama").model.model)
+
+
+@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), "gpt2", None])
+def test_what_is_no_model_is_refused(thing):
+    with pytest.raises(NotAModel, match=f"{type(thing).__name__} is not a transformers model; pass an AutoModel"):
+        rp.wrap(thing)
+
+
+def test_a_quantised_model_is_wrapped_but_not_edited(tmp_path):
+    model = tiny("llama").model
+    model.config.quantization_config = {"quant_method": "gptq"}
+    subject = rp.wrap(model)
+    assert subject.quantizer == "gptq" and len(subject.sites()) == 14
+    for edit in (lambda e: rp.apply(e, subject), lambda e: rp.export(e, subject, tmp_path / "out")):
+        with pytest.raises(QuantizedModel, match=r"quantised \(gptq\).*unquantised base\. Measuring works"):
+            edit(mask(subject, "1.mlp.neurons"))
+
+
+def test_a_quantised_directory_is_not_exported(broken, tmp_path):
+    folder = broken(config(quantization_config={"quant_method": "awq"}))
+    with pytest.raises(QuantizedModel, match=r"quantised \(awq\).* unquantised base"):
+        rp.export(mask(tiny("llama"), "1.mlp.neurons"), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

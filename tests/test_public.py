@@ -1,0 +1,56 @@
+"""The public names, and that importing them costs nothing."""
+
+import subprocess
+import sys
+
+import repedit as rp
+
+NAMES = {
+    "Activity", "AffineMap", "Chain", "CollinearWarning", "Diagonal", "Edit", "LowRank", "Plan", "Point", "Score",
+    "Scores", "Site", "Step", "Subject", "Trajectory", "agreement", "apply", "check_architecture", "collect", "compare",
+    "diff", "export", "fetch", "load", "peaks", "predictions", "prune", "random_like", "register", "reload_check",
+    "resolve", "score", "top", "trajectory", "wrap",
+}  # fmt: skip
+ROOMS = {"arch", "data", "errors", "fit", "plot"}
+HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "scipy")
+
+
+def loaded_by(code: str) -> set[str]:
+    """Which heavy libraries a fresh interpreter has loaded after running some code."""
+    script = f"import sys\n{code}\nprint('loaded', *(n for n in {HEAVY} if n in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.strip().splitlines()[-1].split()[1:])
+
+
+def test_public_names_are_pinned():
+    assert set(rp.__all__) == NAMES | ROOMS | {"__version__"}
+
+
+def test_every_public_name_is_there():
+    for name in NAMES | ROOMS:
+        assert getattr(rp, name) is not None
+
+
+def test_public_functions_are_documented():
+    for name in NAMES:
+        assert (getattr(rp, name).__doc__ or "").strip(), name
+
+
+def test_import_is_cheap():
+    assert loaded_by("import repedit") == set()
+
+
+def test_help_does_not_import_torch():
+    code = "from typer.testing import CliRunner\nfrom repedit.cli import app\nassert CliRunner().invoke(app, ['prune', '--help']).exit_code == 0"
+    assert loaded_by(code) == set()
+
+
+def test_import_does_load_what_it_needs():
+    assert "torch" in loaded_by("import repedit; repedit.LowRank")
+
+
+def test_no_module_hides_a_public_callable():
+    import importlib.util
+
+    rooms = {name for name in NAMES if importlib.util.find_spec(f"repedit.{name}")}
+    assert rooms == set()
