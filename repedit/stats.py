@@ -110,16 +110,15 @@ class Activity:
                 "one statistic has gradient sums, the other has not; use collect(..., gradients=True) for both"
             )
         a, b = self._about(self.shift), other._about(self.shift)
-        return Activity(
-            **{
-                name: value if name == "shift" else (None if value is None else value + getattr(b, name))
-                for name, value in a._items()
-            }
-        )
+        merged: Any = {
+            name: value if name == "shift" or value is None else value + getattr(b, name) for name, value in a._items()
+        }
+        return Activity(**merged)
 
     def cpu(self) -> Activity:
         """The same values in main memory."""
-        return Activity(**{name: None if value is None else value.cpu() for name, value in self._items()})
+        moved: Any = {name: None if value is None else value.cpu() for name, value in self._items()}
+        return Activity(**moved)
 
     @property
     def mean(self) -> Float[Tensor, " d"]:

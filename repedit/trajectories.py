@@ -18,9 +18,9 @@ import torch
 from tqdm.auto import tqdm
 
 from repedit.activations import collect
-from repedit.data import Batches, Corpus
+from repedit.data import Batches, Corpus, Tokens
 from repedit.edit import Edit
-from repedit.errors import FractionError, OverlapError, SelectionError
+from repedit.errors import ArgumentError, FractionError, OverlapError, SelectionError
 from repedit.importance import GRADIENT_IMPORTANCES, score
 from repedit.models import Subject
 from repedit.prediction import drop, predictions
@@ -65,9 +65,11 @@ class Trajectory:
 
     def area(self) -> float:
         """Separability: area under (acc_retain, acc_forget) over the triangle 0.5 acc_retain0 acc_forget0."""
-        retain, forget = (np.array([getattr(s, side).top1 for s in self.steps]) for side in ("retain", "forget"))
-        order = np.argsort(retain)
-        return float(np.trapezoid(forget[order], retain[order]) / (0.5 * retain[0] * forget[0]))
+        # Backwards and stable: steps of equal retain accuracy stay in the order of the path.
+        path = self.steps[::-1]
+        retain, forget = (np.array([getattr(step, side).top1 for step in path]) for side in ("retain", "forget"))
+        order = np.argsort(retain, kind="stable")
+        return float(np.trapezoid(forget[order], retain[order]) / (0.5 * retain[-1] * forget[-1]))
 
     def to_json(self) -> str:
         """Fractions, drops and losses of every step, with the provenance."""
@@ -81,8 +83,8 @@ class Trajectory:
 
 def trajectory(
     subject: Subject,
-    forget: Corpus,
-    retain: Corpus,
+    forget: Corpus | Tokens,
+    retain: Corpus | Tokens,
     *,
     sites: str | Site | list[str | Site] = "*.mlp.neurons",
     fraction_per_step: float = 0.01,
@@ -117,6 +119,7 @@ def trajectory(
     Raises:
         FractionError: if steps * fraction_per_step exceeds 1.
         OverlapError: if collection and evaluation share chunks.
+        ArgumentError: if tokenised batches come without a corpus to evaluate on.
         FingerprintError: if `resume` holds steps of another run.
     """
     check_fraction("fraction_per_step", fraction_per_step)
@@ -124,8 +127,8 @@ def trajectory(
         raise FractionError(
             f"{steps} steps of {fraction_per_step} prune more than everything; at most {int(1 / fraction_per_step + 1e-9)} steps"
         )
-    forget_fit, forget_eval = (forget, evaluate_forget) if evaluate_forget is not None else forget.halves(seed)
-    retain_fit, retain_eval = (retain, evaluate_retain) if evaluate_retain is not None else retain.halves(seed)
+    forget_fit, forget_eval = _parts("forget", forget, evaluate_forget, seed)
+    retain_fit, retain_eval = _parts("retain", retain, evaluate_retain, seed)
     gradients = importance in GRADIENT_IMPORTANCES or combine == "rank"
     run = _Run(
         subject, sites, (forget_fit, retain_fit), (forget_eval, retain_eval),
@@ -174,7 +177,7 @@ class _Run:
 
     def scored(self, edit: Edit | None) -> Scores:
         sides = [collect(self.subject, c, self.sites, edit=edit, **self.collecting) for c in self.fit]
-        return score(sides[0], sides[1], warn=edit is None, **self.scoring)
+        return score(sides[0], sides[1], **({"warn": edit is None} | dict(self.scoring)))
 
     def evaluated(self, fraction: float, edit: Edit) -> Step:
         sides = [predictions(self.subject, c, edit=edit, **self.evaluating) for c in self.test]
@@ -206,6 +209,14 @@ class _Run:
         }
 
 
+def _parts(role: str, corpus: Corpus | Tokens, evaluate: Batches | None, seed: int) -> tuple[Batches, Batches]:
+    if evaluate is not None:
+        return corpus, evaluate
+    if isinstance(corpus, Corpus):
+        return corpus.halves(seed)
+    raise ArgumentError(f"the {role} batches are tokens, which have no documents to split by; pass evaluate_{role}")
+
+
 def _grown(edit: Edit, scores: Scores, number: int, per_step: float, cap: float | None) -> Edit:
     """The edit with the next neurons added; what is pruned already scores highest, so it stays and counts."""
     pruned = {site: ~map_.kept for site, map_ in edit.maps.items()}  # type: ignore[attr-defined]
@@ -219,7 +230,8 @@ def _grown(edit: Edit, scores: Scores, number: int, per_step: float, cap: float 
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in sorted(options.items()) if key != "progress"}
+    # A function by its name: its address differs from run to run.
+    return {k: getattr(v, "__qualname__", str(v)) for k, v in sorted(options.items()) if k != "progress"}
 
 
 def _shared(subject: Subject, first: Batches, second: Batches) -> int:
@@ -227,8 +239,8 @@ def _shared(subject: Subject, first: Batches, second: Batches) -> int:
 
     def chunks(corpus: Batches) -> set[bytes]:
         return {
-            hashlib.sha256(ids[mask].numpy().tobytes()).digest()
-            for batch in corpus.batches(subject.tokenizer)
+            hashlib.sha256(ids[mask].cpu().numpy().tobytes()).digest()
+            for batch in corpus.batches(subject.need_tokenizer() if isinstance(corpus, Corpus) else None)
             for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         }
 

@@ -203,7 +203,7 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path):
         ([], "corpus 'texts' is empty: 0 documents"),
         (["", "  "], "corpus 'texts' is empty: 2 documents, none with text"),
         (["a", 3], "item 1 is a int; give strings, or mappings with input_ids"),
-        ([{"ids": [1]}], r"batch 0 has fields \['ids'\], input_ids is needed"),
+        ([{"ids": torch.ones(1)}], r"batch 0 has fields \['ids'\], input_ids is needed"),
     ],
 )
 def test_a_bad_list_is_refused(items, message):

@@ -107,19 +107,21 @@ def test_observing_a_site_does_not_change_the_logits(family, point):
 
 def test_the_middle_of_a_block_is_its_input_and_the_attention_output():
     subject = tiny("llama", torch.float64)
-    pre, out, mid = (seen_at(subject, rp.Site(1, point)) for point in ("resid.pre", "attn.out", "resid.mid"))
+    pre, out, mid = (seen_at(subject, rp.Site.parse(f"1.{point}")) for point in ("resid.pre", "attn.out", "resid.mid"))
     torch.testing.assert_close(mid, pre + out, rtol=0, atol=0)
-    mlp, post = (seen_at(subject, rp.Site(1, point)) for point in ("mlp.out", "resid.post"))
+    mlp, post = (seen_at(subject, rp.Site.parse(f"1.{point}")) for point in ("mlp.out", "resid.post"))
     torch.testing.assert_close(mid + mlp, post, rtol=1e-12, atol=1e-12)
 
 
 def test_a_parallel_block_has_no_middle():
     subject = tiny("gptj")
     with pytest.raises(UnknownSite, match=r"0.resid.mid: gptj adds attention and MLP in parallel"):
-        hooks_at(subject.model, subject.anatomy, rp.Site(0, "resid.mid"), lambda x, at, tokens: None, replaces=False)
+        hooks_at(
+            subject.model, subject.anatomy, rp.Site.parse("0.resid.mid"), lambda x, at, tokens: None, replaces=False
+        )
 
 
 def test_a_layer_that_does_not_exist_has_no_hooks():
     subject = tiny("llama")
     with pytest.raises(UnknownSite, match=r"2.mlp.out: layers are 0..1"):
-        hooks_at(subject.model, subject.anatomy, rp.Site(2, "mlp.out"), lambda x, at, tokens: None, replaces=False)
+        hooks_at(subject.model, subject.anatomy, rp.Site.parse("2.mlp.out"), lambda x, at, tokens: None, replaces=False)

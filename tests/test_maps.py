@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -201,6 +202,15 @@ def test_a_tensor_of_another_width_is_refused(map_, call):
         call(map_)
 
 
+@pytest.fixture
+def unchecked():
+    """Without the shape-checked imports of the tests, which would refuse first: what a user sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ShapeError, match=r"u \(7, 3\), v \(7, 2\), center None do not fit"):
         rp.LowRank(U, V[:, :2])

@@ -30,7 +30,7 @@ REFUSALS = {
     "signed difference": ({"importance": "attribution_mean"}, UnsuitableImportance, "combine='difference' with signed=True to insist"),
     "weights absent": ({"weighted": True}, ArgumentError, "weighted=True needs the outgoing weights: pass subject="),
     "setdiff alone": ({"combine": "setdiff"}, ArgumentError, "combine='setdiff' needs the fractions q and p .*q=None, p=None"),
-    "setdiff per cent": ({"combine": "setdiff", "q": 5, "p": 0.1}, ArgumentError, "found q=5, p=0.1"),
+    "setdiff per cent": ({"combine": "setdiff", "q": 5.0, "p": 0.1}, ArgumentError, r"found q=5.0, p=0.1"),
 }  # fmt: skip
 
 

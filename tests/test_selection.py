@@ -146,6 +146,14 @@ def test_provenance_says_how_the_neurons_were_chosen():
     assert "sink neurons pruned at 0.mlp.neurons: [0]" in edit.describe()
 
 
+def test_the_hash_of_an_edit_is_of_its_maps_alone(tmp_path):
+    edit = rp.prune(_random(), fraction=0.3)
+    edit.save(tmp_path / "edit.safetensors")
+    assert rp.Edit(edit.maps, {"method": "other"}).hash == edit.hash == rp.Edit.load(tmp_path / "edit.safetensors").hash
+    moved = {rp.Site(site.layer + 2, site.point): map_ for site, map_ in edit.maps.items()}
+    assert len({edit.hash, rp.Edit(moved).hash, rp.prune(_random(), fraction=0.31).hash, rp.Edit({}).hash}) == 4
+
+
 def _counts(edit):
     return {str(site): map_.rank_removed for site, map_ in edit.maps.items()}
 
@@ -169,18 +177,18 @@ def test_a_uniform_control_spreads_the_same_total():
     edit = rp.prune(_scores([9] * 10, range(10)), fraction=0.75)
     assert _counts(edit) == {MLP[0]: 10, MLP[1]: 5}
     assert _counts(rp.random_like(edit, seed=0, match="uniform")) == {MLP[0]: 8, MLP[1]: 7}
-    widths = {rp.Site(layer, "mlp.neurons"): 10 for layer in range(4)}
+    widths = {rp.Site(layer, rp.Point.MLP_NEURONS): 10 for layer in range(4)}
     spread = rp.random_like(edit, seed=0, match="uniform", widths=widths)
     assert list(_counts(spread).values()) == [4, 4, 4, 3]
 
 
 REFUSALS = {
-    "per cent": ({"fraction": 5}, FractionError, r"fraction=5: a fraction lies in \[0, 1\]; did you mean 0.05\?"),
+    "per cent": ({"fraction": 5.0}, FractionError, r"fraction=5.0: a fraction lies in \[0, 1\]; did you mean 0.05\?"),
     "negative": ({"fraction": -0.1}, FractionError, r"fraction=-0.1: a fraction lies in \[0, 1\]$"),
     "nan": ({"fraction": float("nan")}, FractionError, "fraction=nan: a fraction lies in"),
-    "cap": ({"fraction": 0.1, "cap_per_layer": 50}, FractionError, "cap_per_layer=50: .*did you mean 0.5"),
+    "cap": ({"fraction": 0.1, "cap_per_layer": 50.0}, FractionError, "cap_per_layer=50.0: .*did you mean 0.5"),
     "none": ({"fraction": 0.009}, SelectionError, "fraction=0.009 of 100 neurons selects none; the smallest fraction that selects one is 0.01"),
-    "zero": ({"fraction": 0}, SelectionError, "fraction=0 of 100 neurons selects none"),
+    "zero": ({"fraction": 0.0}, SelectionError, r"fraction=0.0 of 100 neurons selects none"),
     "too many": ({"fraction": 0.6, "cap_per_layer": 0.5}, SelectionError, "asks for 60 of 100 neurons, 50 may be selected; lower the fraction, raise cap"),
     "scope": ({"fraction": 0.1, "scope": "layers"}, UnknownName, "scope='layers'; did you mean 'layer'"),
     "unit": ({"fraction": 0.1, "unit": "heads"}, UnknownName, "unit='heads'; did you mean 'head'"),

@@ -21,14 +21,14 @@ def test_every_site_is_read_back_from_its_name(site):
 @given(site=sites)
 def test_transformer_lens_names_are_read_and_written(site):
     assert rp.Site.parse(site.hook_name) == site
-    assert rp.Site(site.layer, HOOK_NAMES[site.point]) == site
+    assert rp.Site.parse(f"{site.layer}.{HOOK_NAMES[site.point]}") == site
 
 
 def test_names_are_spelled_as_in_the_readme():
     assert str(rp.Site(7, Point.MLP_NEURONS)) == "7.mlp.neurons"
     assert rp.Site.parse("blocks.7.mlp.hook_post") == rp.Site.parse("7.mlp.neurons")
     assert rp.Site.parse("blocks.0.attn.hook_z").hook_name == "blocks.0.attn.hook_z"
-    assert rp.Site(3, "resid.mid").point is Point.RESID_MID
+    assert rp.Site.parse("3.resid.mid").point is Point.RESID_MID
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,11 @@ def test_names_are_spelled_as_in_the_readme():
         ("1-2.attn.out", ["1.attn.out", "2.attn.out"]),
         ("2-2.attn.out", ["2.attn.out"]),
         ("3.mlp.out, 0.attn.neurons", ["0.attn.neurons", "3.mlp.out"]),
-        (["1.mlp.out", rp.Site(1, "attn.out"), "1.mlp.out"], ["1.attn.out", "1.mlp.out"]),
+        (["1.mlp.out", rp.Site.parse("1.attn.out"), "1.mlp.out"], ["1.attn.out", "1.mlp.out"]),
         (["0-1.mlp.out", "1-2.mlp.out"], ["0.mlp.out", "1.mlp.out", "2.mlp.out"]),
         ("blocks.*.hook_mlp_out", ["0.mlp.out", "1.mlp.out", "2.mlp.out", "3.mlp.out"]),
         ("blocks.1-2.attn.hook_z", ["1.attn.neurons", "2.attn.neurons"]),
-        (rp.Site(3, "resid.post"), ["3.resid.post"]),
+        (rp.Site.parse("3.resid.post"), ["3.resid.post"]),
     ],
     ids=str,
 )
@@ -94,7 +94,7 @@ def test_a_selector_that_names_nothing_says_why(selector, message):
 
 def test_a_site_with_a_negative_layer_is_refused():
     with pytest.raises(UnknownSite, match=r"layer -1 does not exist; layer 0 is the first block"):
-        rp.Site(-1, "mlp.out")
+        rp.Site(-1, Point.MLP_OUT)
 
 
 def test_a_subject_selects_among_its_own_points():

@@ -126,10 +126,10 @@ class _Search:
             held = torch.autograd.grad(good, inputs)
         if not bool(torch.isfinite(bad + good)):
             raise NotFinite(
-                f"step {self.count}: forget loss {float(bad)}, retain loss {float(good)}; load the model in float32?"
+                f"step {self.count}: forget loss {bad.item()}, retain loss {good.item()}; load the model in float32?"
             )
         self._adam({s: g + weight * h for s, g, h in zip(self.open, gradient, held, strict=True)}, self.rate * shrink)
-        return float(bad), float(good)
+        return float(bad.detach()), float(good.detach())
 
     def edit(self, provenance: Mapping[str, Any]) -> Edit:
         """The masks of the gates that are closed."""
@@ -144,11 +144,16 @@ class _Search:
     def _adam(self, gradients: Mapping[Site, Tensor], rate: float) -> None:
         self.count += 1
         for site, g in gradients.items():
-            first = self.first[site].mul_(0.9).add_(g, alpha=0.1) / (1 - 0.9**self.count)
-            second = self.second[site].mul_(0.99).addcmul_(g, g, value=0.01) / (1 - 0.99**self.count)
-            # The site's own rms as epsilon: neurons with tiny gradients do not drift at full speed.
-            update = first / (second.sqrt() + second.mean().sqrt() + 1e-12)
-            self.theta[site] = (self.theta[site] - rate * update).clamp(-1, 1)
+            self.first[site].mul_(0.9).add_(g, alpha=0.1)
+            self.second[site].mul_(0.99).addcmul_(g, g, value=0.01)
+        second = {site: value / (1 - 0.99**self.count) for site, value in self.second.items()}
+        for site, value in second.items():
+            # The rms over all neurons of a kind as epsilon: those with tiny gradients do not drift at full speed.
+            alike = torch.cat([v.cpu() for other, v in second.items() if other.point is site.point])
+            step = (
+                self.first[site] / (1 - 0.9**self.count) / (value.sqrt() + alike.mean().sqrt().to(value.device) + 1e-12)
+            )
+            self.theta[site] = (self.theta[site] - rate * step).clamp(-1, 1)
 
     def _visit(self, site: Site) -> Any:
         return lambda x, at, _tokens: x * self.open[site][at].to(x.dtype)

@@ -1,0 +1,129 @@
+"""Every verb through the command line, on a tiny saved model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from repedit.cli import app
+from tests.saved import saved
+
+VERBS = ("demo", "fetch", "doctor", "inspect", "score", "prune", "apply", "diff", "compare")
+# An untrained model uses the same neurons for everything, and score says so.
+pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.CollinearWarning")
+LIMITED = ("--tokens", "400")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(saved(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def run(*words: str, code: int = 0) -> str:
+    """Standard output of a verb."""
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_a_verb_does(verb):
+    assert "Usage" in run(verb, "--help")
+
+
+def test_doctor_passes_every_tap(model):
+    found = json.loads(run("doctor", model, "--json"))
+    assert found["passed"] and len(found["proofs"]) == 11
+
+
+def test_inspect_lists_the_sites(model):
+    row = json.loads(run("inspect", model, "--sites", "1.mlp.neurons", "--json"))["sites"][0]
+    assert (row["hook"], row["width"], row["exactness"]) == ("blocks.1.mlp.hook_post", 128, "exact")
+
+
+def test_score_then_prune_then_apply_then_diff(model, tmp_path: Path):
+    scores, edit, out = tmp_path / "scores.safetensors", tmp_path / "edit.safetensors", tmp_path / "edited"
+    run("score", model, "--out", scores, *LIMITED)
+    found = json.loads(
+        run(
+            "prune", model, "--scores", scores, "--fraction", "0.1", "--out", edit, "--control", "1", "--json", *LIMITED
+        )
+    )
+    assert found["pruned"] == 25 and set(found["drops"]) == {"pruned", "random 0"}
+    applied = json.loads(run("apply", edit, model, "--out", out, "--json"))
+    differences = json.loads(run("diff", model, out, "--json"))
+    assert len(differences) == applied["tensors"] > 0
+
+
+def test_prune_in_steps_writes_a_checkpoint(model, tmp_path: Path):
+    run("prune", model, "--fraction", "0.1", "--steps", "2", "--out", tmp_path / "edited", *LIMITED)
+    assert (tmp_path / "edited" / "repedit.json").exists()
+
+
+def test_dry_run_writes_nothing(model, tmp_path: Path):
+    text = run("prune", model, "--fraction", "0.1", "--out", tmp_path / "edited", "--dry-run", *LIMITED)
+    assert "tensors touched" in text and not (tmp_path / "edited").exists()
+
+
+def test_a_retain_limit_exceeded_at_once_exits_3(model, tmp_path: Path):
+    run(
+        "prune",
+        model,
+        "--fraction",
+        "0.9",
+        "--max-retain-drop",
+        "-1000000",
+        "--out",
+        tmp_path / "edited",
+        *LIMITED,
+        code=3,
+    )
+    assert not (tmp_path / "edited").exists()
+
+
+def test_compare_shows_both_models(model):
+    text = run("compare", model, model, "--text", "prose", "--prompt", "A river", "--json", *LIMITED)
+    found = json.loads(text)
+    assert found["corpora"]["prose"]["drop_percent"] == 0.0
+    assert found["generations"][0]["base"] == found["generations"][0]["edited"]
+
+
+def test_tables_are_printed_without_json(model, tmp_path: Path):
+    assert "every tap" in run("doctor", model)
+    assert "layers of width 24" in run("inspect", model)
+    assert "median rank correlation" in run("score", model, "--out", tmp_path / "s.safetensors", *LIMITED)
+    assert "0 tensors differ" in run("diff", model, model)
+    assert "What each model writes" in run("compare", model, model, *LIMITED)
+
+
+def test_demo_runs_from_end_to_end(model, tmp_path: Path):
+    text = run("demo", "--model", model, "--out", tmp_path / "edited", "--tokens", "400")
+    assert "2 of 256 MLP neurons pruned" in text and "What each model writes" in text
+    assert len(list((tmp_path / "edited" / "figures").glob("*.png"))) == 3
+
+
+def test_demo_does_not_overwrite_what_is_not_its_own(model, tmp_path: Path):
+    (tmp_path / "edited").mkdir()
+    (tmp_path / "edited" / "thesis.tex").write_text("mine")
+    result = CliRunner().invoke(app, ["demo", "--model", model, "--out", str(tmp_path / "edited")])
+    assert "is not an export of repedit" in str(result.exception)
+    assert (tmp_path / "edited" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "./nowhere"], "NotFound: .* does not exist"),
+        (["apply", "no.safetensors", "./nowhere"], "CheckpointError: no.safetensors cannot be read"),
+    ],
+)
+def test_bad_input_exits_2_with_one_message(words, message):
+    done = subprocess.run([sys.executable, "-m", "repedit", *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.match(message, done.stderr) and "Traceback" not in done.stderr
