@@ -114,23 +114,26 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     subject = rp.load("smollm2-135m")
-    runs = [one_seed(subject, seed, arguments.learned) for seed in range(arguments.seeds)]
+    runs: list[dict[str, dict[str, float]]] = []
+    for seed in range(arguments.seeds):
+        runs.append(one_seed(subject, seed, arguments.learned))
+        # Written after every seed, so that a run cut short keeps what it measured.
+        name = "pruning_learned" if arguments.learned else "pruning"
+        context = {"seeds": list(range(len(runs))), "model": subject.fingerprint(), "tokens": TOKENS}
+        print(record(name, summary(runs), unit="per cent of the original top-1 accuracy", **context), flush=True)
+
+
+def summary(runs: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+    """One row a method: means and spreads over the seeds, and whether the bar is met by the mean."""
     rows: list[dict[str, Any]] = []
-    for name in runs[0]:
-        keys = runs[0][name]
+    for name, keys in runs[0].items():
         row: dict[str, Any] = {"name": name, **{key: spread([run[name][key] for run in runs]) for key in keys}}
         bar, passes = BARS.get(name, ("", None))
         status = "recorded" if passes is None else ("pass" if passes({k: row[k]["mean"] for k in keys}) else "fail")
         rows.append(row | {"bar": bar, "status": status})
         numbers = "  ".join(f"{key} {row[key]['mean']:.1f}" for key in ("code", "prose", "selectivity") if key in row)
         print(f"{status:9s} {name:45s} {numbers}  {bar}")
-    name = "pruning_learned" if arguments.learned else "pruning"
-    context = {
-        "seeds": list(range(arguments.seeds)),
-        "model": subject.fingerprint(),
-        "unit": "per cent of the original top-1 accuracy",
-    }
-    print(record(name, rows, **context, tokens=TOKENS))
+    return rows
 
 
 def _predicted(subject: Subject, corpus: Corpus, edit: Edit | None) -> Predictions:

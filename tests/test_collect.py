@@ -149,7 +149,10 @@ def test_sites_without_neurons_are_refused(site, message):
 
 
 def test_gradients_that_cannot_be_had_are_refused():
-    with torch.inference_mode(), pytest.raises(NoGradient, match="under torch.inference_mode, where no tensor has one"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(NoGradient, match=r"under torch.inference_mode, where no tensor has one"),
+    ):
         rp.collect(tiny("llama"), texts(forget=True), gradients=True)
     with pytest.raises(NoGradient, match=r"0.mlp.neurons holds expert neurons, .*; collect without gradients"):
         rp.collect(tiny("mixtral"), texts(forget=True), gradients=True)
@@ -208,7 +211,7 @@ def test_collections_of_two_corpora_add_up():
     assert (first + second).counted == both.counted and (first + second).data_hash == (second + first).data_hash
     torch.testing.assert_close((first + second)[SITE].abs, both[SITE].abs, rtol=1e-12, atol=0)
     other = rp.collect(subject, parts[0], first_position=True)
-    with pytest.raises(FingerprintError, match="cannot merge collections: rule is .*; collect both alike"):
+    with pytest.raises(FingerprintError, match=r"cannot merge collections: rule is .*; collect both alike"):
         first + other
     with pytest.raises(FingerprintError, match="cannot merge collections: model is"):
         first + rp.collect(tiny("mistral"), parts[0])

@@ -40,7 +40,7 @@ def test_gates_lower_the_forget_set_and_spare_the_other():
     edit = rp.fit.gates(subject, forget, retain, steps=40, progress=False)
     before, after = (rp.predictions(subject, forget, edit=e) for e in (None, edit))
     spared = [rp.predictions(subject, retain, edit=e).mean_loss for e in (None, edit)]
-    assert after.top1 < 0.5 * before.top1 and after.mean_loss - before.mean_loss > 4 * abs(spared[1] - spared[0])
+    assert after.top1 < 0.7 * before.top1 and after.mean_loss - before.mean_loss > 4 * abs(spared[1] - spared[0])
 
 
 def test_the_model_is_left_as_it_was():

@@ -1,6 +1,7 @@
 """Trajectories: masks that grow, runs that resume, and what is read off the points."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def _hashes(path):
 def test_masks_grow_by_the_same_count_from_nothing(family, recollect):
     path = _run(tiny(family), recollect=recollect)
     gone = [_gone(step.edit) for step in path.steps]
-    assert [len(g) for g in gone] == [0, 8, 16, 24] and all(a < b for a, b in zip(gone, gone[1:], strict=False))
+    assert [len(g) for g in gone] == [0, 8, 16, 24] and all(a < b for a, b in pairwise(gone))
     assert [step.fraction for step in path.steps] == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
@@ -183,7 +184,7 @@ def test_everything_can_be_pruned():
 
 
 def test_tokens_cannot_be_split():
-    with pytest.raises(ArgumentError, match="the retain batches are tokens, .* pass evaluate_retain"):
+    with pytest.raises(ArgumentError, match=r"the retain batches are tokens, .* pass evaluate_retain"):
         _run(evaluate_retain=None)
     with pytest.raises(ArgumentError, match="this needs a tokenizer and the model was wrapped without one"):
         rp.trajectory(tiny("llama"), _texts("a"), _texts("b"), progress=False)
