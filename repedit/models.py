@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from repedit.arch import Anatomy, Architecture, TensorSpec, anatomy, resolve
-from repedit.arch.check import check_modules
+from repedit.arch.modules import check_modules
 from repedit.errors import (
     ArgumentError,
     CheckpointError,

@@ -39,9 +39,9 @@ class Operation:
     gain: str | None = None
     unit_gain: bool = False
 
-    def __call__(self, tensor: Tensor, read: Read) -> Tensor:
-        """The edited tensor, in the dtype of `tensor`."""
-        return self.view.edit(tensor, lambda w: self._edited(w, read))
+    def __call__(self, tensor: Tensor, read: Read) -> None:
+        """Carry the change out on `tensor`, in place."""
+        self.view.change(tensor, lambda w: self._edited(w, read))
 
     def describe(self) -> str:
         """A few words for the summary."""
@@ -113,9 +113,10 @@ class Plan:
         Args:
             read: gives other tensors as they were before the plan (a weight behind a bias, a norm's gain).
         """
-        work = tensor if tensor.dtype == torch.float64 else tensor.float()
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        work = tensor.detach().to(wide, copy=True)
         for operation in self.operations.get(name, ()):
-            work = operation(work, read)
+            operation(work, read)
         return work.to(tensor.dtype)
 
     def summary(self, specs: Specs | None = None) -> str:

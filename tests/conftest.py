@@ -35,3 +35,8 @@ def source(tmp_path_factory):
         (folder / name).write_text("{}")
     (folder / "README.md").write_text("---\nlicense: mit\n---\nThe card of the base.\n")
     return folder
+
+
+def pytest_configure(config) -> None:
+    """A collinear score is an error unless a test says otherwise; named here, after the import hook is in place."""
+    config.addinivalue_line("filterwarnings", "error::repedit.importance.CollinearWarning")

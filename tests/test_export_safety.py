@@ -61,18 +61,13 @@ def test_the_card_says_what_was_done(source, edit, tmp_path):
     assert "| 1.mlp.neurons |" in card and "neurons zeroed | exact |" in card and "The card of the base." in card
 
 
+STAY = {"optimizer.pt", "pytorch_model.bin", ".git", "adapter_config.json", "pytorch_model.bin.index.json", "extra.safetensors"}  # fmt: skip
+
+
 def test_files_that_belong_to_the_model_travel_and_others_stay(source, edit, tmp_path):
     rp.export(edit, source, tmp_path / "out")
     before, after = content(source), content(tmp_path / "out")
-    stay = {
-        "optimizer.pt",
-        "pytorch_model.bin",
-        ".git",
-        "adapter_config.json",
-        "pytorch_model.bin.index.json",
-        "extra.safetensors",
-    }
-    assert before.keys() - after.keys() == stay and after.keys() - before.keys() == {"repedit.json"}
+    assert before.keys() - after.keys() == STAY and after.keys() - before.keys() == {"repedit.json"}
     assert all(before[name] == after[name] for name in ("tokenizer.json", "chat_template.jinja", "modeling_own.py"))
 
 
@@ -126,15 +121,16 @@ def test_an_interrupt_leaves_nothing_and_the_old_target(source, edit, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and content(tmp_path / "out") == before
 
 
+def interrupted(self, target, rename=Path.rename):
+    """Path.rename, stopped as the new checkpoint is about to take the place of the old."""
+    if self.name == "checkpoint":
+        raise KeyboardInterrupt
+    return rename(self, target)
+
+
 def test_an_interrupt_between_the_renames_brings_the_old_target_back(source, edit, tmp_path, monkeypatch):
     rp.export(edit, source, tmp_path / "out")
-    before, rename = content(tmp_path / "out"), Path.rename
-
-    def interrupted(self, target):
-        if self.name == "checkpoint":
-            raise KeyboardInterrupt
-        return rename(self, target)
-
+    before = content(tmp_path / "out")
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rp.export(edit, source, tmp_path / "out", overwrite=True)
@@ -186,10 +182,10 @@ def test_a_kill_at_any_write_leaves_the_target_absent_or_whole(source, edit, tmp
 
 
 def test_a_kill_while_overwriting_leaves_the_old_or_the_new_or_neither(source, edit, tmp_path):
-    new = projection(tiny("llama"), "1.mlp.out")
+    new, states = projection(tiny("llama"), "1.mlp.out"), []
     for name, change in (("old", edit), ("new", new)):
         rp.export(change, source, tmp_path / name)
-    states = [content(tmp_path / name) for name in ("old", "new")]
+        states.append(content(tmp_path / name))
     for k in itertools.count(1):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.copytree(tmp_path / "old", tmp_path / "out")
@@ -238,16 +234,22 @@ for folder in sys.argv[2:]:
 """
 
 
+EXPORTS = {
+    "llama": lambda s: projection(s, "0.resid.pre"),
+    "gpt2": lambda s: fill(s, "1.mlp.neurons"),
+    "smollm3": lambda s: fill(s, "0.attn.neurons"),
+    "mixtral": lambda s: projection(s, "1.mlp.out"),
+    "gpt_neox": lambda s: projection(s, "0.resid.pre"),
+    "gemma2": lambda s: projection(s, "1.mlp.out"),
+}
+
+
 def test_exports_load_bit_equal_where_repedit_is_absent(tmp_path):
-    edits = {"llama": lambda s: projection(s, "0.resid.pre"), "gpt2": lambda s: fill(s, "1.mlp.neurons"),
-             "smollm3": lambda s: fill(s, "0.attn.neurons"), "mixtral": lambda s: projection(s, "1.mlp.out"),
-             "gpt_neox": lambda s: projection(s, "0.resid.pre"), "gemma2": lambda s: projection(s, "1.mlp.out")}  # fmt: skip
     torch.save(ids(), tmp_path / "ids.pt")
-    for family, make in edits.items():
+    for family, make in EXPORTS.items():
         rp.export(make(tiny(family)), tiny(family), tmp_path / family)
-    folders = [str(tmp_path / family) for family in edits]
+    folders = [str(tmp_path / family) for family in EXPORTS]
     subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path / "ids.pt"), *folders], check=True, cwd=tmp_path)
-    for family, make in edits.items():
-        assert torch.equal(
-            torch.load(tmp_path / family / "logits.pt"), logits(rp.apply(make(tiny(family)), tiny(family)))
-        )
+    for family, make in EXPORTS.items():
+        expected = logits(rp.apply(make(tiny(family)), tiny(family)))
+        assert torch.equal(torch.load(tmp_path / family / "logits.pt"), expected)

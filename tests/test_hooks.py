@@ -54,6 +54,12 @@ def test_a_hook_replaces_and_an_observer_does_not(side, call):
     assert torch.equal(seen[0], NEW * (1 if side == "input" else 2))
 
 
+def test_an_observed_output_is_the_very_same_object():
+    module, output = nn.Identity(), Pair(X, "rest")
+    with installed([Hook(module, "output", lambda x: None)]):
+        assert module(output) is output
+
+
 def test_hooks_of_one_module_act_in_the_order_given():
     module = Chatty()
     with installed([Hook(module, "output", lambda x: x + 1), Hook(module, "output", lambda x: x * 3)]):

@@ -200,20 +200,22 @@ def test_collecting_equals_a_naive_pass():
         _assert_is(stat, _naive(seen_at(subject, site), mask), NAIVE)
 
 
-def _negative_log_likelihood(subject, x):
-    picked = subject.model(input_ids=x).logits[:, 1:-1].log_softmax(-1)
-    return -picked.gather(2, x[:, 2:, None]).sum()
+def _loss(subject, x, mask):
+    """Negative log-likelihood of the predictions made at the positions of the mask."""
+    found = subject.model(input_ids=x).logits[:, :-1].log_softmax(-1).gather(2, x[:, 1:, None])[..., 0]
+    return -found[mask[:, :-1]].sum()
 
 
+@pytest.mark.parametrize("stop", [11, 4], ids=["all", "first positions"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
-def test_gradient_sums_equal_autograd(family):
+def test_gradient_sums_equal_autograd(family, stop):
     subject, x, seen = tiny(family, torch.float64), ids(), []
-    writer = subject.model.get_submodule(subject.anatomy.branch(1, rp.Point.MLP_NEURONS).writer)
+    mask = ((torch.arange(11) > 0) & (torch.arange(11) < stop)).expand(3, 11)
+    writer = subject.model.get_submodule(subject.anatomy.branch(0, rp.Point.MLP_NEURONS).writer)
     with installed([Hook(writer, "input", lambda z: seen.append(z))]):
-        loss = _negative_log_likelihood(subject, x)
+        loss = _loss(subject, x, mask)
     z, grad = (t.reshape(*x.shape, -1) for t in (seen[0].detach(), torch.autograd.grad(loss, seen)[0]))
-    mask = torch.ones_like(x).bool().index_fill(1, torch.tensor([0]), False)
-    found = rp.collect(subject, tokens([{"input_ids": x}]), gradients=True)["1.mlp.neurons"]
+    found = rp.collect(subject, tokens([{"input_ids": x}]), count=lambda _: mask, gradients=True)["0.mlp.neurons"]
     _assert_is(found, _naive(z, mask, grad), 1e-9)
 
 
@@ -236,10 +238,17 @@ def test_expert_neurons_count_the_tokens_routed_to_them(family):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_no_activation_outlives_its_hook(gradients):
-    subject, seen = tiny("llama"), []
+    subject, seen, alive = tiny("llama"), [], []
     writers = [subject.model.get_submodule(b.writer) for pair in subject.anatomy.layers for b in pair]
-    with installed([Hook(w, "input", lambda x: seen.append(weakref.ref(x))) for w in writers]):
-        found = rp.collect(subject, _padded(ids(2, 9), 0, 0), ["*.mlp.neurons", "*.attn.neurons"], gradients=gradients)
-    gc.collect()
-    assert len(seen) == 4 and all(ref() is None for ref in seen)
+
+    def at_the_start_of_a_batch(_x):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in seen))
+
+    start = Hook(subject.model.get_submodule("model.layers.0"), "input", at_the_start_of_a_batch)
+    corpus = tokens([{"input_ids": ids(2, 9, seed)} for seed in range(3)])
+    with installed([start, *(Hook(w, "input", lambda x: seen.append(weakref.ref(x))) for w in writers)]):
+        found = rp.collect(subject, corpus, ["*.mlp.neurons", "*.attn.neurons"], gradients=gradients)
+    assert len(seen) == 12 and alive == [0, 0, 0]
+    assert not any(ref() is not None for ref in seen)
     assert max(v.numel() for s in found.values() for v in vars(s).values() if v is not None) == 40

@@ -1,15 +1,16 @@
 """Prove a row of the family table on a real forward pass.
 
 For every branch of every layer: zeroing neurons by a hook, by the columns they write with, and by the rows that feed
-them must give the same logits, and logits that differ from the original's; mapping the output by a hook and in the
-weights must agree too (for post-norm families: must erase the same subspace). For every layer: the block adds the two
-outputs to the stream and nothing else, and the MLP sees the attention unless the row says parallel. The embeddings
-add up to 0.resid.pre.
+them must change what the layer adds to the stream, and change it alike; mapping the output by a hook and in the weights
+must agree too (for post-norm families: must erase the same subspace). For every layer: it adds the two outputs to the
+stream and nothing else, the next layer receives that, and the MLP sees the attention unless the row says parallel. The
+embeddings add up to 0.resid.pre.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.func import functional_call
 
 from repedit.arch.anatomy import Anatomy, Branch, Neurons, anatomy
 from repedit.arch.architecture import resolve
+from repedit.arch.modules import check_modules
 from repedit.arch.taps import hooks_at
 from repedit.arch.views import TensorSpec, View
 from repedit.errors import ShapeError, UnknownArchitecture
@@ -26,9 +28,10 @@ from repedit.hooks import Hook, installed
 from repedit.maps import LowRank
 from repedit.sites import Point, Site
 
-# Largest logit difference between hook and weights, over the logits' spread: 4e-6 was seen over all rows of the table
-# in float32 (tests/test_arch.py); a wrong row moves logits by more than 1e-2 of the spread.
+# Over all rows of the table in float32 the largest error seen is 4e-6 (tests/test_arch.py); a wrong row gives more than 1e-2.
 TOLERANCE = 1e-3
+OUTS = (Point.ATTN_OUT, Point.MLP_OUT)
+STREAM = (Point.RESID_PRE, *OUTS, Point.RESID_POST)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Proof:
 
     site: Site
     moved: float
-    """Largest change the edit makes to the logits (resid.pre: to itself; resid.post: to mlp.out), over their spread."""
+    """Largest change the edit makes to what the layer adds to the stream, over its spread."""
     error: float
     """Largest difference between hook and weights, on the same scale."""
     passed: bool
@@ -70,7 +73,8 @@ def check_architecture(model: Any, *, tolerance: float = TOLERANCE) -> Architect
     plan = anatomy(resolve(model.config), specs)
     check_modules(model, plan)
     try:
-        proofs = _proofs(_Check(model, plan, tolerance))
+        with _evaluated(model):
+            proofs = _proofs(_Check(model, plan, tolerance))
     except ShapeError as error:
         raise UnknownArchitecture(
             f"the {plan.architecture.model_type} row points at a tensor of another width: {error}"
@@ -82,42 +86,6 @@ def check_architecture(model: Any, *, tolerance: float = TOLERANCE) -> Architect
     return report
 
 
-def check_modules(model: nn.Module, plan: Anatomy) -> None:
-    """Compare a row with the live modules: they exist, store weights the way it says, and have as many readers.
-
-    Raises:
-        UnknownArchitecture: naming the first module that disagrees.
-    """
-    row = plan.architecture
-    _module(model, row.head, row.model_type)
-    for branch in (b for pair in plan.layers for b in pair):
-        module = _module(model, branch.writer, row.model_type)
-        _module(model, branch.joined, row.model_type)
-        kind = type(module).__name__
-        if branch.routed:
-            layout = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
-            wrong = {k: getattr(module, k, v) for k, v in layout.items() if getattr(module, k, v) != v}
-            if wrong:
-                raise UnknownArchitecture(f"{branch.writer} stores its experts with {wrong}, the row expects {layout}")
-        elif (kind == "Conv1D") != row.transposed or not (row.transposed or isinstance(module, nn.Linear)):
-            raise UnknownArchitecture(
-                f"{branch.writer} is a {kind}; the {row.model_type} row says transposed={row.transposed}"
-            )
-        readers = {(v.tensor.rpartition(".")[0], v.part) for v in branch.parts[0].readers}
-        needed = 2 if row.gated and branch.inner is Point.MLP_NEURONS else 1
-        if len(readers) != needed:
-            raise UnknownArchitecture(
-                f"{branch.writer} has {len(readers)} readers; the {row.model_type} row with gated={row.gated} needs {needed} different ones"
-            )
-
-
-def _module(model: nn.Module, path: str, model_type: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise UnknownArchitecture(f"the {model_type} row names the module {path!r}, which the model lacks") from error
-
-
 def _proofs(check: _Check) -> list[Proof]:
     proofs = [check.embeddings()]
     for layer, pair in enumerate(check.plan.layers):
@@ -127,24 +95,31 @@ def _proofs(check: _Check) -> list[Proof]:
     return proofs
 
 
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Dropout is off inside."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class _Check:
+    """One forward pass of the model records what each block receives; each proof then runs its block alone."""
+
     def __init__(self, model: Any, plan: Anatomy, tolerance: float) -> None:
         self.model, self.plan, self.tolerance = model, plan, tolerance
         # A rounding can send a token to another expert, so half types are checked in float32.
         self.wide = {n: p.float() for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)}
         self.parameters = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)} | self.wide
         self.generator = torch.Generator().manual_seed(0)
-        device = model.get_input_embeddings().weight.device
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.ids = torch.randint(vocabulary, (2, 12), generator=self.generator).to(device)
-        self.base = self.logits()
-        self.spread = float(self.base.std()) or 1.0
-
-    def logits(self, changed: Mapping[str, Tensor] | None = None, hooks: list[Hook] | None = None) -> Tensor:
-        inputs = {"input_ids": self.ids, "use_cache": False}
-        with installed(hooks or []):
-            weights = self.wide | dict(changed or {})
-            return functional_call(self.model, weights, (), inputs, tie_weights=True).logits.float()
+        self.calls: list[tuple[Any, Any]] = []
+        blocks = [model.get_submodule(path) for path in plan.block_paths]
+        self.start = self._whole([Hook(block, "call", self._record) for block in blocks])
+        self.base = [self._outs(layer) for layer in range(len(blocks))]
 
     def neurons(self, layer: int, branch: Branch) -> Proof:
         """Zero half of the neurons (whole shared heads) three ways."""
@@ -157,19 +132,19 @@ class _Check:
             used.add(at.start)
             return x * keep[at].to(x)
 
-        hooked = self.logits(hooks=hooks_at(self.model, self.plan, site, silence, replaces=True))
+        hooked = self._outs(layer, hooks=hooks_at(self.model, self.plan, site, silence, replaces=True))
         columns = self._edited((p.out, keep[p.start : p.stop], True) for p in branch.parts)
         rows = self._edited((view, self._feeding(branch, p, keep), False) for p in branch.parts for view in p.readers)
-        error = max(float((self.logits(t) - hooked).abs().max()) for t in (columns, rows))
+        error = max(_distance(self._outs(layer, changed), hooked) for changed in (columns, rows))
         idle = [e for e, p in enumerate(branch.parts) if branch.routed and p.start not in used]
         return self._proof(site, hooked, error, f"; experts {idle} received no token" if idle else "")
 
     def out(self, layer: int, branch: Branch) -> Proof:
         """Remove a random plane from what the branch adds to the stream, by a hook and in the weights."""
         site = Site(layer, branch.outer)
-        map_ = LowRank.projection(torch.randn(self.plan.width, 2, generator=self.generator).to(self.base.device))
-        hooked = self.logits(hooks=hooks_at(self.model, self.plan, site, lambda x, at, _: map_(x), replaces=True))
-        gain = None
+        map_ = LowRank.projection(torch.randn(self.plan.width, 2, generator=self.generator))
+        hooks = hooks_at(self.model, self.plan, site, lambda x, at, _: map_(x), replaces=True)
+        hooked, gain = self._outs(layer, hooks=hooks), None
         if branch.gain is not None:
             gain = self.parameters[branch.gain].float() + (1.0 if self.plan.architecture.unit_gain else 0.0)
         views = [p.out for p in branch.parts] + ([View(branch.bias)] if branch.bias else [])
@@ -178,52 +153,82 @@ class _Check:
             stored = changed.get(view.tensor, self.parameters[view.tensor])
             changed[view.tensor] = view.edit(stored, lambda w: _within(map_, w, gain))
         if gain is None:
-            return self._proof(site, hooked, float((self.logits(changed) - hooked).abs().max()))
-        return self._proof(site, hooked, self._leak(site, map_, changed) * self.spread, "; leak of the subspace")
+            return self._proof(site, hooked, _distance(self._outs(layer, changed), hooked))
+        x = self._seen(layer, [branch.outer], changed)[0]
+        leak = float((x @ map_.v.to(x.device)).norm() / x.norm())
+        return self._proof(site, hooked, leak, "; leak of the subspace")
 
     def stream(self, layer: int) -> Proof:
-        """resid.post = resid.pre + attn.out + mlp.out, and mlp.out depends on attn.out unless they are parallel."""
-        sites = [Site(layer, p) for p in (Point.RESID_PRE, Point.ATTN_OUT, Point.MLP_OUT, Point.RESID_POST)]
-        pre, attention, mlp, post = self._seen(sites)
+        """resid.post = resid.pre + attn.out + mlp.out reaches the next layer; mlp.out needs attn.out unless parallel."""
+        pre, attention, mlp, post = self._seen(layer, STREAM)
+        following = self._seen(layer + 1, [Point.RESID_PRE])[0] if layer + 1 < len(self.base) else post
         # Some families flatten batch and tokens around the MLP.
-        error = float((pre + attention + mlp.reshape(post.shape) - post).abs().max() / post.std())
-        turn = hooks_at(self.model, self.plan, sites[1], lambda x, at, _: x.flip(-1), replaces=True)
-        moved = float((self._seen([sites[2]], hooks=turn)[0] - mlp).abs().max() / mlp.std())
+        error = _distance(pre + attention + mlp.reshape(post.shape), post) + _distance(following.to(post), post)
+        site = Site(layer, Point.ATTN_OUT)
+        turn = hooks_at(self.model, self.plan, site, lambda x, at, _: x.flip(-1), replaces=True)
+        moved = _distance(self._seen(layer, [Point.MLP_OUT], hooks=turn)[0], mlp)
         parallel = bool(self.plan.architecture.parallel)
         note = f"; parallel={parallel}, sum of the outputs against the stream"
-        return Proof(sites[3], moved, error, error <= self.tolerance and (moved > 1e-6) != parallel, note)
+        passed = error <= self.tolerance and (moved > 1e-6) != parallel
+        return Proof(Site(layer, Point.RESID_POST), moved, error, passed, note)
 
     def embeddings(self) -> Proof:
         """Mapping every embedding, and shifting the token table, does the same to the stream."""
-        site, width = Site(0, Point.RESID_PRE), self.plan.width
-        map_ = LowRank.projection(torch.randn(width, 2, generator=self.generator).to(self.base.device))
-        shift = torch.randn(width, generator=self.generator).to(self.base.device)
+        width, before = self.plan.width, self.start
+        map_ = LowRank.projection(torch.randn(width, 2, generator=self.generator))
+        shift = torch.randn(width, generator=self.generator).to(before.device)
         scale = width**0.5 if self.plan.architecture.embedding_scaled else 1.0
         changed = {}
         for name in self.plan.embeddings:
-            constant = shift / scale if name == self.plan.embeddings[0] else 0.0
-            changed[name] = (map_(self.parameters[name].float()) + constant).to(self.parameters[name].dtype)
-        before, after = self._seen([site])[0], self._seen([site], changed)[0]
-        error, moved = after - map_(before) - shift, after - before
-        spread = before.std()
-        relative = float(error.abs().max() / spread)
-        return Proof(site, float(moved.abs().max() / spread), relative, relative <= self.tolerance)
+            constant = shift / scale if name == self.plan.embeddings[0] else torch.zeros_like(shift)
+            table = self.parameters[name]
+            changed[name] = (map_(table.float()) + constant.to(table.device)).to(table.dtype)
+        after = self._whole([], changed)
+        error = _distance(after, map_(before) + shift)
+        return Proof(Site(0, Point.RESID_PRE), _distance(after, before), error, error <= self.tolerance)
 
-    def _seen(self, sites: list[Site], changed: Mapping[str, Tensor] | None = None, hooks: Any = ()) -> list[Tensor]:
-        """The tensors at some sites, in the order given."""
-        seen: dict[Site, Tensor] = {}
+    def _whole(self, hooks: list[Hook], changed: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run the whole model; 0.resid.pre."""
+        embedding, seen = self.model.get_input_embeddings().weight, []
+        ids = torch.randint(embedding.shape[0], (2, 12), generator=torch.Generator().manual_seed(0))
+        inputs = {"input_ids": ids.to(embedding.device), "use_cache": False}
+        block = self.model.get_submodule(self.plan.block_paths[0])
+        with installed([*hooks, Hook(block, "input", lambda x: seen.append(x.float()))]):
+            functional_call(self.model, self.wide | dict(changed or {}), (), inputs, tie_weights=True)
+        return seen[0]
 
-        def watch(site: Site) -> list[Hook]:
+    def _record(self, _module: Any, args: Any, kwargs: Any, _output: Any) -> None:
+        self.calls.append((args, kwargs))
+
+    def _outs(self, layer: int, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()) -> Tensor:
+        """attn.out and mlp.out of a layer, one row a token."""
+        return torch.cat([x.reshape(-1, self.plan.width) for x in self._seen(layer, OUTS, changed, hooks)])
+
+    def _seen(
+        self,
+        layer: int,
+        points: Sequence[Point],
+        changed: Mapping[str, Tensor] | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> list[Tensor]:
+        """The tensors at some points of a layer, which runs on what it received in the whole model."""
+        seen: dict[Point, Tensor] = {}
+
+        def watch(point: Point) -> list[Hook]:
+            site = Site(layer, point)
             return hooks_at(
-                self.model, self.plan, site, lambda x, at, _: seen.update({site: x.float()}), replaces=False
+                self.model, self.plan, site, lambda x, at, _: seen.update({point: x.float()}), replaces=False
             )
 
-        self.logits(changed, [*hooks, *(hook for site in sites for hook in watch(site))])
-        return [seen[site] for site in sites]
-
-    def _leak(self, site: Site, map_: LowRank, changed: Mapping[str, Tensor]) -> float:
-        x = self._seen([site], changed)[0]
-        return float((x @ map_.v).norm() / x.norm())
+        path, (args, kwargs) = self.plan.block_paths[layer], self.calls[layer]
+        weights = {
+            n.removeprefix(f"{path}."): t
+            for n, t in (self.wide | dict(changed or {})).items()
+            if n.startswith(f"{path}.")
+        }
+        with installed([*hooks, *(hook for point in points for hook in watch(point))]):
+            functional_call(self.model.get_submodule(path), weights, args, kwargs)
+        return [seen[point] for point in points]
 
     def _edited(self, items: Any) -> dict[str, Tensor]:
         changed: dict[str, Tensor] = {}
@@ -241,12 +246,16 @@ class _Check:
     def _half(self, count: int, size: int) -> Tensor:
         keep = torch.ones(count, dtype=torch.bool)
         keep[torch.randperm(count, generator=self.generator)[: max(1, count // 2)]] = False
-        return keep.repeat_interleave(size).to(self.base.device)
+        return keep.repeat_interleave(size)
 
     def _proof(self, site: Site, hooked: Tensor, error: float, note: str = "") -> Proof:
-        moved = float((hooked - self.base).abs().max()) / self.spread
-        relative = error / self.spread
-        return Proof(site, moved, relative, moved > 1e-6 and relative <= self.tolerance, note)
+        moved = _distance(hooked, self.base[site.layer])
+        return Proof(site, moved, error, moved > 1e-6 and error <= self.tolerance, note)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the spread of what was expected."""
+    return float((found - expected).abs().max() / expected.std())
 
 
 def _within(map_: LowRank, w: Tensor, gain: Tensor | None) -> Tensor:

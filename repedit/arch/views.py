@@ -44,11 +44,15 @@ class View:
     def edit(self, stored: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A copy of the stored tensor in which this matrix is replaced by function(matrix); a vector becomes (out, 1)."""
         result = stored.clone()
-        window = self._window(result)
+        self.change(result, function)
+        return result
+
+    def change(self, stored: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        """The same in place: a hundred experts in one tensor need no hundred copies of it."""
+        window = self._window(stored)
         matrix = window.flatten(0, 1)
         new = function(matrix[:, None] if matrix.ndim == 1 else matrix)
         window.copy_(new.reshape(window.shape))
-        return result
 
     def read(self, stored: Tensor) -> Tensor:
         """The matrix, or vector, itself."""
