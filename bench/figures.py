@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import repedit as rp
 from bench.corpora import chunks, splits
 from repedit import plot
-from repedit.prediction import drop
+from repedit.activations.prediction import drop
 
 FIGURES = Path(__file__).parents[1] / "figures"
 SEED = 0

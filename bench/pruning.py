@@ -16,10 +16,10 @@ import torch
 import repedit as rp
 from bench.corpora import chunks, splits
 from bench.record import record, spread
+from repedit.activations.prediction import Predictions, drop, predictions
 from repedit.data import Corpus
 from repedit.edit import Edit
 from repedit.models import Subject
-from repedit.prediction import Predictions, drop, predictions
 
 COLLECT, EVALUATE = 64, 32
 TOKENS = {"collect": 8128, "evaluate": 4064}

@@ -20,20 +20,20 @@ _NAMES = {
     "Diagonal": "repedit.maps",
     "Chain": "repedit.maps",
     "Activity": "repedit.stats",
-    "collect": "repedit.activations",
-    "peaks": "repedit.distribution",
-    "predictions": "repedit.prediction",
-    "score": "repedit.importance",
-    "top": "repedit.selection",
-    "prune": "repedit.selection",
-    "agreement": "repedit.importance",
-    "random_like": "repedit.selection",
-    "Score": "repedit.scores",
-    "Scores": "repedit.scores",
-    "CollinearWarning": "repedit.importance",
-    "trajectory": "repedit.trajectories",
-    "Trajectory": "repedit.trajectories",
-    "Step": "repedit.shelf",
+    "collect": "repedit.activations.collection",
+    "peaks": "repedit.activations.distribution",
+    "predictions": "repedit.activations.prediction",
+    "score": "repedit.importance.scoring",
+    "top": "repedit.importance.selection",
+    "prune": "repedit.importance.selection",
+    "agreement": "repedit.importance.scoring",
+    "random_like": "repedit.importance.selection",
+    "Score": "repedit.importance.scores",
+    "Scores": "repedit.importance.scores",
+    "CollinearWarning": "repedit.importance.scoring",
+    "trajectory": "repedit.importance.trajectories",
+    "Trajectory": "repedit.importance.trajectories",
+    "Step": "repedit.importance.shelf",
     "Edit": "repedit.edit",
     "Plan": "repedit.plan",
     "apply": "repedit.rewrite.live",
@@ -66,26 +66,26 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from repedit import arch, data, errors, fit, plot
-    from repedit.activations import collect
+    from repedit.activations.collection import collect
+    from repedit.activations.distribution import peaks
+    from repedit.activations.prediction import predictions
     from repedit.arch import register, resolve
     from repedit.arch.check import check_architecture
     from repedit.bridges import wrap
-    from repedit.distribution import peaks
     from repedit.edit import Edit
     from repedit.fetching import fetch
-    from repedit.importance import CollinearWarning, agreement, score
+    from repedit.importance.scores import Score, Scores
+    from repedit.importance.scoring import CollinearWarning, agreement, score
+    from repedit.importance.selection import prune, random_like, top
+    from repedit.importance.shelf import Step
+    from repedit.importance.trajectories import Trajectory, trajectory
     from repedit.maps import AffineMap, Chain, Diagonal, LowRank
     from repedit.metrics.comparison import compare
     from repedit.models import Subject, load
     from repedit.plan import Plan
-    from repedit.prediction import predictions
     from repedit.rewrite.checkpoint import export
     from repedit.rewrite.difference import diff
     from repedit.rewrite.live import apply
     from repedit.rewrite.reloading import reload_check
-    from repedit.scores import Score, Scores
-    from repedit.selection import prune, random_like, top
-    from repedit.shelf import Step
     from repedit.sites import Point, Site
     from repedit.stats import Activity
-    from repedit.trajectories import Trajectory, trajectory

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repedit import plot
-from repedit.activations import Collection, collect
+from repedit.activations.collection import Collection, collect
+from repedit.activations.prediction import Effect, effect, predictions
 from repedit.data import Corpus, code, prose
 from repedit.edit import Edit
 from repedit.errors import TargetExists
-from repedit.importance import score
+from repedit.importance.scores import Scores
+from repedit.importance.scoring import score
+from repedit.importance.selection import prune, random_like
 from repedit.metrics.comparison import Comparison, compare
 from repedit.models import load
-from repedit.prediction import Effect, effect, predictions
 from repedit.rewrite.checkpoint import export
 from repedit.rewrite.manifest import Manifest
 from repedit.rewrite.reloading import Reload, reload_check
-from repedit.scores import Scores
-from repedit.selection import prune, random_like
 
 PROMPTS = ("def factorial(n):\n", "The capital of France is")
 FRACTION = 0.01

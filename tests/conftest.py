@@ -39,4 +39,4 @@ def source(tmp_path_factory):
 
 def pytest_configure(config) -> None:
     """A collinear score is an error unless a test says otherwise; named here, after the import hook is in place."""
-    config.addinivalue_line("filterwarnings", "error::repedit.importance.CollinearWarning")
+    config.addinivalue_line("filterwarnings", "error::repedit.importance.scoring.CollinearWarning")

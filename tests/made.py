@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import repedit as rp
-from repedit.activations import Collection
+from repedit.activations.collection import Collection
 
 WIDTHS = {"0.mlp.neurons": 6, "1.mlp.neurons": 5}
 

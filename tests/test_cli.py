@@ -16,7 +16,7 @@ from tests.saved import saved
 
 VERBS = ("demo", "fetch", "doctor", "inspect", "score", "prune", "apply", "diff", "compare")
 # An untrained model uses the same neurons for everything, and score says so.
-pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.CollinearWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
 LIMITED = ("--tokens", "400")
 
 

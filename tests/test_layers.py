@@ -11,8 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "repedit"
 LAYERS = (
     ("errors", "sites", "maps", "kernels"),
     ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "models"),
-    ("plan", "edit", "lower", "activations", "counting", "distribution", "prediction", "combination", "scores", "shelf",
-     "importance", "selection", "trajectories", "pruning", "fit"),
+    ("plan", "edit", "lower", "activations", "importance", "fit"),
     ("rewrite",),
     ("bridges", "metrics"),
     ("plot", "walkthrough"),
@@ -23,12 +22,7 @@ LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 INSIDE = {
     "sites": {"errors"}, "maps": {"errors"},
     "arch": {"hooks"}, "shards": {"arch"}, "models": {"arch", "shards", "fetching", "fingerprints"},
-    "edit": set(), "plan": set(), "lower": {"edit", "plan"}, "counting": set(),
-    "activations": {"counting", "edit"}, "distribution": {"activations", "counting", "edit"},
-    "prediction": {"activations", "edit"}, "combination": set(), "scores": set(),
-    "importance": {"activations", "combination", "scores"}, "selection": {"activations", "edit", "scores"},
-    "shelf": {"edit", "prediction"}, "trajectories": {"shelf", "activations", "edit", "importance", "prediction", "scores", "selection"},
-    "pruning": {"activations", "edit", "importance", "prediction", "scores", "selection", "trajectories"},
+    "lower": {"edit", "plan"}, "activations": {"edit"}, "importance": {"activations", "edit"},
     "fit": {"edit"}, "walkthrough": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
 }  # fmt: skip
 # Libraries with side effects or long imports, and the only rooms that may import them at the top of a module.

@@ -14,8 +14,8 @@ from matplotlib.transforms import Bbox
 from numpy.testing import assert_allclose
 
 from repedit import plot
-from repedit.activations import Collection, collect
-from repedit.combination import COMBINATIONS
+from repedit.activations.collection import Collection, collect
+from repedit.activations.prediction import Predictions
 from repedit.data.corpus import Tokens, tokens
 from repedit.edit import Edit
 from repedit.errors import (
@@ -28,16 +28,16 @@ from repedit.errors import (
     UnknownSite,
     UnsuitableImportance,
 )
-from repedit.importance import IMPORTANCES, Score, Scores, agreement
+from repedit.importance.combination import COMBINATIONS
+from repedit.importance.scoring import IMPORTANCES, Score, Scores, agreement
+from repedit.importance.selection import prune, random_like, top
+from repedit.importance.trajectories import Step, Trajectory
 from repedit.maps import Diagonal, LowRank
 from repedit.plot.canvas import ink, percent, spans
 from repedit.plot.cloud import MEANINGS
 from repedit.plot.heat import SCALES
-from repedit.prediction import Predictions
-from repedit.selection import prune, random_like, top
 from repedit.sites import Point, Site
 from repedit.stats import Activity
-from repedit.trajectories import Step, Trajectory
 from tests.tiny import ids, tiny
 
 LAYERS, WIDTH = 3, 40

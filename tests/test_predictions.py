@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repedit as rp
+from repedit.activations.prediction import Predictions, drop, effect
 from repedit.data.corpus import tokens
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite
-from repedit.prediction import Predictions, drop, effect
 from tests.edits import mask
 from tests.tiny import ids, tiny
 

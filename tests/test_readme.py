@@ -14,7 +14,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
-@pytest.mark.filterwarnings("ignore::repedit.importance.CollinearWarning")
+@pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
 def test_the_first_example_runs(tmp_path: Path, monkeypatch):
     model = saved(tmp_path / "tiny")
     original = rp.load

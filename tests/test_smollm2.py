@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import repedit as rp
+from repedit.activations.prediction import drop
 from repedit.errors import NotFound
 from repedit.fetching import cached
 from repedit.lower import lower
-from repedit.prediction import drop
 from repedit.rewrite.reloading import reload_check
 from repedit.shards import open_shards
 from tests.laws import leak
@@ -86,7 +86,9 @@ def test_pruning_code_neurons_spares_prose_and_random_ones_spare_both(lm):
     edit = rp.prune(rp.score(f, r, combine="ratio"), fraction=0.05)
     found = {}
     for label, change in {"pruned": edit, "random": rp.random_like(edit, seed=0)}.items():
-        sides = [[rp.predictions(lm, test[n], edit=e, limit_tokens=3100) for e in (None, change)] for n in ("code", "prose")]
+        sides = [
+            [rp.predictions(lm, test[n], edit=e, limit_tokens=3100) for e in (None, change)] for n in ("code", "prose")
+        ]
         found[label] = [drop(*side) for side in sides]
     assert found["pruned"][0] - found["pruned"][1] >= 35 and found["pruned"][1] <= 12
     # One seed of the control; the mean of five is held within 8 by bench/pruning.py.

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import repedit as rp
+from repedit.activations.prediction import Predictions
 from repedit.data import Corpus, Document
 from repedit.data.corpus import tokens
 from repedit.errors import ArgumentError, FingerprintError, FractionError, OverlapError, SelectionError
 from repedit.models import Subject
-from repedit.prediction import Predictions
 from tests.letters import Letters
 from tests.planted import NEURONS, planted, texts
 from tests.tiny import ids, logits, tiny

@@ -79,7 +79,7 @@ def prune(
 ) -> None:
     """Prune the neurons most specific to the forget set, measure both sets, and write an edit or a checkpoint."""
     from repedit import console
-    from repedit.pruning import PruneOptions, pruned
+    from repedit.importance.job import PruneOptions, pruned
 
     subject = opened(model, device, dtype)
     options = PruneOptions(
@@ -162,8 +162,8 @@ def _scored(
     subject: Any, forget: str, retain: str, sites: str, importance: str, combine: str, tokens: int, batch_size: int
 ) -> Any:
     from repedit import data
-    from repedit.importance import score as scored
-    from repedit.pruning import collected
+    from repedit.importance.job import collected
+    from repedit.importance.scoring import score as scored
 
     sides = collected(
         subject, data.read(forget), data.read(retain), sites, importance, combine, tokens=tokens, batch_size=batch_size

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from repedit.activations.prediction import Effect, Predictions, effect, predictions
 from repedit.data import Batches
 from repedit.metrics.generation import continuations
 from repedit.models import Subject
-from repedit.prediction import Effect, Predictions, effect, predictions
 
 
 @dataclass(frozen=True, eq=False)

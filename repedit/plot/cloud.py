@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from repedit.activations import Collection
+from repedit.activations.collection import Collection
 from repedit.edit import Edit
 from repedit.errors import SelectionError, UnknownName, UnsuitableImportance, nearest
-from repedit.importance import IMPORTANCES, agreement
+from repedit.importance.scoring import IMPORTANCES, agreement
 from repedit.plot.canvas import MARKERS, SEQUENTIAL, canvas, entitle, legend_below, point_name, removed, spans
 from repedit.sites import Site
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from repedit.errors import ArgumentError, SelectionError, UnknownName, nearest
+from repedit.importance.trajectories import Trajectory
 from repedit.plot.canvas import MARKERS, NEUTRAL, SERIES, SMALL, canvas, entitle, legend_below, model, percent, texts
-from repedit.trajectories import Trajectory
 
 Points = Sequence[tuple[float, float]] | NDArray[np.float64]
 KINDS: Mapping[str, dict[str, Any]] = {

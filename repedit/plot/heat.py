@@ -15,7 +15,8 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from repedit.errors import ArgumentError
-from repedit.importance import Scores
+from repedit.importance.scoring import Scores
+from repedit.importance.selection import Keep, top
 from repedit.plot.canvas import (
     DIVERGING,
     SMALL,
@@ -29,7 +30,6 @@ from repedit.plot.canvas import (
     point_name,
     spans,
 )
-from repedit.selection import Keep, top
 from repedit.sites import Site
 
 Rows = NDArray[np.float64]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations import batches, named_batch
+from repedit.activations.collection import batches, named_batch
 from repedit.arch import hooks_at
 from repedit.data import Batch, Batches
 from repedit.edit import Edit

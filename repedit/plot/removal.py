@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, SelectionError, ShapeError
+from repedit.importance.trajectories import Trajectory
 from repedit.plot.canvas import (
     SEQUENTIAL,
     SERIES,
@@ -32,7 +33,6 @@ from repedit.plot.canvas import (
     spans,
 )
 from repedit.sites import Point, Site
-from repedit.trajectories import Trajectory
 
 Table = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from repedit.activations import Collection
+from repedit.activations.collection import Collection
 from repedit.edit import Edit
 from repedit.errors import (
     ArgumentError,
@@ -21,8 +21,8 @@ from repedit.errors import (
     UnknownName,
     nearest,
 )
+from repedit.importance.scores import Score, Scores
 from repedit.maps import Diagonal
-from repedit.scores import Score, Scores
 from repedit.sites import Site
 
 Keep = dict[Site, Bool[Tensor, " d"]]

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from scipy import stats as scipy_stats
 from torch import Tensor
 
-from repedit.activations import Collection
-from repedit.combination import COMBINATIONS, Options, Values
+from repedit.activations.collection import Collection
 from repedit.errors import (
     ArgumentError,
     FingerprintError,
@@ -25,8 +24,9 @@ from repedit.errors import (
     UnsuitableImportance,
     nearest,
 )
+from repedit.importance.combination import COMBINATIONS, Options, Values
+from repedit.importance.scores import Score, Scores
 from repedit.models import Subject
-from repedit.scores import Score, Scores
 from repedit.sites import Point, Site
 from repedit.stats import Activity
 

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from repedit.activations.counting import Count, CountingRule
 from repedit.arch import hooks_at
-from repedit.counting import Count, CountingRule
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import (

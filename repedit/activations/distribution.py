@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.activations import batches, inputs_of
+from repedit.activations.collection import batches, inputs_of
+from repedit.activations.counting import CountingRule
 from repedit.arch import hooks_at
-from repedit.counting import CountingRule
 from repedit.data import Batches
 from repedit.edit import Edit
 from repedit.errors import ArgumentError

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from repedit.activations.prediction import Predictions
 from repedit.edit import Edit
 from repedit.errors import FingerprintError
-from repedit.prediction import Predictions
 
 
 @dataclass(frozen=True, eq=False)

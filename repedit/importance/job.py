@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from repedit import data
-from repedit.activations import Collection, collect
+from repedit.activations.collection import Collection, collect
+from repedit.activations.prediction import Effect, effect, predictions
 from repedit.data import Corpus
 from repedit.edit import Edit
 from repedit.errors import DataError, FingerprintError, SelectionError
-from repedit.importance import GRADIENT_IMPORTANCES, score
+from repedit.importance.scores import Scores
+from repedit.importance.scoring import GRADIENT_IMPORTANCES, score
+from repedit.importance.selection import prune, random_like
+from repedit.importance.trajectories import trajectory
 from repedit.models import Subject
-from repedit.prediction import Effect, effect, predictions
-from repedit.scores import Scores
-from repedit.selection import prune, random_like
-from repedit.trajectories import trajectory
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from repedit.activations import collect
+from repedit.activations.collection import collect
+from repedit.activations.prediction import drop, predictions
 from repedit.data import Batches, Corpus, Tokens
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, FractionError, OverlapError, SelectionError
-from repedit.importance import GRADIENT_IMPORTANCES, score
+from repedit.importance.scores import Scores
+from repedit.importance.scoring import GRADIENT_IMPORTANCES, score
+from repedit.importance.selection import check_fraction, prune
+from repedit.importance.shelf import Shelf, Step
 from repedit.models import Subject
-from repedit.prediction import drop, predictions
-from repedit.scores import Scores
-from repedit.selection import check_fraction, prune
-from repedit.shelf import Shelf, Step
 from repedit.sites import Site
 
 

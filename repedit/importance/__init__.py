@@ -1,0 +1,1 @@
+"""From statistics of two sets to an edit: importances, scores, selections, and trajectories of growing edits."""
