@@ -5,7 +5,10 @@ Only tensor names and shapes are needed, so a plan for a checkpoint of any size 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any, Literal
 
 from einops import rearrange
@@ -20,7 +23,7 @@ from repedit.sites import Point, Site
 
 
 def lower(
-    change: Edit,
+    change: Edit | Sequence[Edit],
     architecture: Architecture,
     specs: Specs,
     *,
@@ -30,6 +33,7 @@ def lower(
     """The plan that makes weights equal an edit.
 
     Args:
+        change: an edit, or several of them, carried out left to right.
         specs: shape and dtype by tensor name, of a live model or of checkpoint headers.
         tied: what becomes of an output head tied to an edited embedding: "untie" keeps the head as it is, "both"
             edits it too (no hook equals that).
@@ -42,19 +46,20 @@ def lower(
     if tied not in ("untie", "both") or sides not in ("all", "output"):
         raise ArgumentError(f"tied={tied!r}, sides={sides!r}: tied is 'untie' or 'both', sides is 'all' or 'output'")
     plan = anatomy(architecture, specs)
-    check_widths(change, plan)
+    edit = change if isinstance(change, Edit) else reduce(or_, change)
+    check_widths(edit, plan)
     build = _Builder(plan, specs, tied, sides)
-    for site, map_ in change.maps.items():
+    for site, map_ in edit.maps.items():
         build.site(site, map_)
     return Plan(
         operations={name: tuple(ops) for name, ops in build.operations.items()},
-        exactness={site: exactness(site, plan) for site in change.maps},
+        exactness={site: exactness(site, plan) for site in edit.maps},
         store=plan.store,
         unties=build.unties,
         added=build.added,
         config=build.config,
-        provenance={**change.provenance, "sides": sides},
-        maps={site: describe_map(map_) for site, map_ in change.maps.items()},
+        provenance={**edit.provenance, "sides": sides},
+        maps={site: describe_map(map_) for site, map_ in edit.maps.items()},
     )
 
 

@@ -122,8 +122,9 @@ class LowRank(AffineMap):
 
     @property
     def offset(self) -> Float[Tensor, " d"] | None:
-        center = self.center
-        return None if center is None else self.u.double() @ (self.v.double().T @ center.double())
+        if self.center is None or not self.u.shape[1]:
+            return None
+        return self.u.double() @ (self.v.double().T @ self.center.double())
 
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         self._check(x.shape[-1])
@@ -257,8 +258,7 @@ def _composed(last: AffineMap, first: AffineMap) -> AffineMap:
     if isinstance(last, Diagonal) and isinstance(first, Diagonal):
         return _multiplied(last, first)
     if isinstance(last, LowRank) and isinstance(first, LowRank):
-        merged = _merged(last, first)
-        if merged is not None:
+        if (merged := _merged(last, first)) is not None:
             return merged
     links = (*_links(first), *_links(last))
     return Chain(cast("tuple[LowRank | Diagonal, ...]", links))

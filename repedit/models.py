@@ -6,6 +6,7 @@ A path is tried first, then the built-in name, then a hub id. No code of a check
 from __future__ import annotations
 
 import logging
+import struct
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -232,7 +233,9 @@ def _typed_errors(place: Path | str) -> Iterator[None]:
         yield
     except RepeditError:
         raise
-    except (OSError, SafetensorError) as error:
+    except ValueError as error:
+        raise ArgumentError(f"{place} cannot be loaded with these options: {error}") from error
+    except (OSError, SafetensorError, struct.error) as error:
         if isinstance(place, Path):
             raise CheckpointError(f"{place.absolute()} cannot be loaded: {error}; download it again") from error
         raise NotFound(

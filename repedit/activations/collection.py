@@ -112,7 +112,7 @@ def collect(
     gradients the language-model head is not run.
 
     Args:
-        gradients: also sum z * dL/dz, with L the next-token loss of the predictions made at counted tokens.
+        gradients: also sum z * dL/dz, with L the summed loss of the predictions of counted tokens.
         count: a rule of your own: batch -> mask (b, t), replacing the default one (padding still never counts).
         edit: an edit that is active during the pass.
         limit_tokens: stop after the batch that reaches this many counted tokens.
@@ -245,8 +245,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def _loss(logits: Float[Tensor, "b t v"], batch: Batch, mask: Tensor) -> Tensor:
-    """Summed negative log-likelihood of the next token, over the predictions made at counted positions."""
-    use = mask[:, :-1] & batch.attention_mask[:, 1:]
+    """Summed negative log-likelihood of the counted tokens, each predicted from the position before it."""
+    use = batch.attention_mask[:, :-1] & mask[:, 1:]
     picked = at_least_float32(logits[:, :-1][use]).log_softmax(-1)
     return -picked.gather(1, batch.input_ids[:, 1:][use][:, None]).sum()
 

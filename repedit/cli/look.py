@@ -20,9 +20,9 @@ def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: J
     if json:
         console.show_json({"model_type": report.model_type, "passed": report.passed, "proofs": rows})
         return
-    columns = ("site", "TransformerLens name", "logits moved", "hook against weights", "note")
+    columns = ("site", "TransformerLens name", "moved", "hook against weights", "note")
     console.table(
-        f"{report.model_type}: every tap edited by hook and in the weights (shares of the logits' spread)",
+        f"{report.model_type}: every tap edited by hook and in the weights (shares of the spread of what the layer adds)",
         columns,
         rows,
     )

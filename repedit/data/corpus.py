@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ class Document:
 
     id: str
     text: str
+    origin: str = ""
+    """Id of the document this is an excerpt of; excerpts of one document are never split apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,22 +89,24 @@ class Corpus:
     def halves(self, seed: int = 0) -> tuple[Corpus, Corpus]:
         """Two corpora of about equal length that share no document: one to collect on, one to evaluate on.
 
-        Documents with the same text stay together, and blank ones are left out. Membership depends on the seed and
-        the text alone.
+        Documents with the same text, and excerpts of one document, stay together; blank ones are left out. Membership
+        depends on the seed and the text (of an excerpt: where it is from) alone.
 
         Raises:
             NotEnoughRows: if fewer than two documents differ.
         """
         groups: dict[str, list[Document]] = {}
         for document in (d for d in self.documents if d.text.strip()):
-            key = hashlib.sha256(f"{seed}:{document.text}".encode(errors="surrogatepass")).hexdigest()
+            key = hashlib.sha256(
+                f"{seed}:{document.origin or document.text}".encode(errors="surrogatepass")
+            ).hexdigest()
             groups.setdefault(key, []).append(document)
         if len(groups) < 2:
             raise NotEnoughRows(f"corpus {self.name!r} has {len(groups)} distinct document, halves need at least 2")
         order = [groups[key] for key in sorted(groups)]
-        cut, used = 1, len(order[0][0].text) * len(order[0])
+        cut, used = 1, _length(order[0])
         while cut < len(order) - 1 and used < self.characters / 2:
-            used += len(order[cut][0].text) * len(order[cut])
+            used += _length(order[cut])
             cut += 1
         collect, evaluate = ([d for group in part for d in group] for part in (order[:cut], order[cut:]))
         return Corpus(tuple(collect), f"{self.name}/collect"), Corpus(tuple(evaluate), f"{self.name}/evaluate")
@@ -117,12 +122,16 @@ class Corpus:
         found = []
         for number in range(count):
             document = order[number % len(order)]
-            starts = [
-                0,
-                *(i + 1 for i, c in enumerate(document.text) if c == "\n" and i + 1 + characters <= len(document.text)),
-            ]
+            ends = document.text[: max(0, len(document.text) - characters)]
+            starts = [0, *(match.end() for match in re.finditer("\n", ends))]
             start = rng.choice(starts)
-            found.append(Document(f"{document.id}@{start}#{number}", document.text[start : start + characters]))
+            found.append(
+                Document(
+                    f"{document.id}@{start}#{number}",
+                    document.text[start : start + characters],
+                    document.origin or document.id,
+                )
+            )
         return Corpus(tuple(found), self.name)
 
     def batches(self, tokenizer: Any, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
@@ -191,6 +200,10 @@ def tokens(batches: Iterable[Mapping[str, Tensor]], name: str = "tokens") -> Tok
     if not items:
         raise DataError(f"corpus {name!r} is empty: no batches")
     return Tokens(tuple(items), name)
+
+
+def _length(group: Sequence[Document]) -> int:
+    return sum(len(document.text) for document in group)
 
 
 def _padded(chunks: Sequence[tuple[str, list[int]]], pad: int) -> Batch:

@@ -124,6 +124,11 @@ def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[
         raise ArgumentError(
             f"random_like needs an edit made of neuron masks; {next(s for s in edit.maps if s not in masks)} is not one"
         )
+    filled = [site for site, map_ in masks.items() if map_.offset is not None]
+    if filled:
+        raise ArgumentError(
+            f"{filled[0]} is filled with constants, and other neurons' are not known; make the control of the zero-filled edit"
+        )
     sizes = dict(widths) if widths and match == "uniform" else {site: map_.width for site, map_ in masks.items()}
     counts = {site: map_.rank_removed for site, map_ in masks.items()}
     if match == "uniform":

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ log = logging.getLogger("repedit")
 
 
 def export(
-    change: Edit | Plan,
+    change: Edit | Plan | Sequence[Edit],
     source: Subject | str | Path,
     target: str | Path,
     *,
@@ -96,7 +96,7 @@ def export(
     return record
 
 
-def _files_of(source: Subject | str | Path, change: Edit | Plan, options: Any) -> Path | None:
+def _files_of(source: Subject | str | Path, change: Edit | Plan | Sequence[Edit], options: Any) -> Path | None:
     """The directory that holds the unedited weights; None for a model that is only in memory."""
     if not isinstance(source, Subject):
         return _directory(source)
@@ -176,7 +176,7 @@ def _architecture(directory: Path) -> Architecture:
         raise UnknownArchitecture(f"the config of {directory} cannot be used: {error}") from error
 
 
-def _plan(change: Edit | Plan, architecture: Architecture, shards: Shards, options: Any) -> Plan:
+def _plan(change: Edit | Plan | Sequence[Edit], architecture: Architecture, shards: Shards, options: Any) -> Plan:
     plan = change if isinstance(change, Plan) else lower(change, architecture, shards.specs, **options)
     plan.check(shards.specs)
     return plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,12 @@ from repedit.plan import Plan
 
 
 def apply(
-    change: Edit | Plan, subject: Subject, *, inplace: bool = False, allow_identity: bool = False, **options: Any
+    change: Edit | Plan | Sequence[Edit],
+    subject: Subject,
+    *,
+    inplace: bool = False,
+    allow_identity: bool = False,
+    **options: Any,
 ) -> Subject:
     """The subject with the edit in its weights.
 
@@ -24,6 +30,7 @@ def apply(
     given model itself is edited, and nothing but its files can bring it back.
 
     Args:
+        change: an edit, several of them (carried out left to right), or a plan made for this model.
         options: passed to lowering: tied="untie" | "both", sides="all" | "output".
     Raises:
         NotFoldable: if no weight equals the edit.
@@ -47,7 +54,7 @@ def apply(
     return Subject(model, subject.tokenizer, _architecture(subject, plan), None)
 
 
-def planned(change: Edit | Plan, subject: Subject, **options: Any) -> Plan:
+def planned(change: Edit | Plan | Sequence[Edit], subject: Subject, **options: Any) -> Plan:
     """The plan of a change for this model in memory, after the checks that forbid any edit.
 
     Raises:
