@@ -120,7 +120,10 @@ def main() -> None:
         # Written after every seed, so that a run cut short keeps what it measured.
         name = "pruning_learned" if arguments.learned else "pruning"
         context = {"seeds": list(range(len(runs))), "model": subject.fingerprint(), "tokens": TOKENS}
-        print(record(name, summary(runs), unit="per cent of the original top-1 accuracy", **context), flush=True)
+        print(
+            record(name, summary(runs), module="pruning", unit="per cent of the original top-1 accuracy", **context),
+            flush=True,
+        )
 
 
 def summary(runs: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 
 
-def record(name: str, rows: list[dict[str, Any]], **context: Any) -> Path:
+def record(name: str, rows: list[dict[str, Any]], *, module: str | None = None, **context: Any) -> Path:
     """bench/results/NAME.json: rows, command, commit, date, host and versions."""
     root = Path(__file__).parents[1]
     commit = subprocess.run(
@@ -25,7 +25,7 @@ def record(name: str, rows: list[dict[str, Any]], **context: Any) -> Path:
     ).stdout.strip()
     content = {
         "bench": name,
-        "command": f"python -m bench.{name} {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m bench.{module or name} {' '.join(sys.argv[1:])}".strip(),
         "commit": commit,
         "date": date.today().isoformat(),
         "host": {"machine": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},

@@ -7,16 +7,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-out = Console()
+# A pipe has no width of its own; 120 columns keep names whole.
+out = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """One table; numbers are right-aligned."""
-    drawn = Table(title=title, title_justify="left")
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
         drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -46,6 +48,15 @@ def comparison_rows(comparison: Any) -> list[list[Any]]:
             f"{before.perplexity:.1f}", f"{after.perplexity:.1f}", int(before.count.sum()),
         ])  # fmt: skip
     return rows
+
+
+def effect_rows(effects: Any) -> list[list[str]]:
+    """One row an edit: both drops with their intervals, and their difference."""
+
+    def cell(effect: Any) -> str:
+        return f"{effect.drop:.1f} ({effect.low:.1f} to {effect.high:.1f})"
+
+    return [[label, cell(f), cell(r), f"{f.drop - r.drop:.1f}"] for label, (f, r) in effects.items()]
 
 
 COMPARISON_COLUMNS = (

@@ -257,11 +257,9 @@ def _work(x: Tensor) -> Tensor:
 def _composed(last: AffineMap, first: AffineMap) -> AffineMap:
     if isinstance(last, Diagonal) and isinstance(first, Diagonal):
         return _multiplied(last, first)
-    if isinstance(last, LowRank) and isinstance(first, LowRank):
-        if (merged := _merged(last, first)) is not None:
-            return merged
+    merged = _merged(last, first) if isinstance(last, LowRank) and isinstance(first, LowRank) else None
     links = (*_links(first), *_links(last))
-    return Chain(cast("tuple[LowRank | Diagonal, ...]", links))
+    return Chain(cast("tuple[LowRank | Diagonal, ...]", links)) if merged is None else merged
 
 
 def _multiplied(last: Diagonal, first: Diagonal) -> Diagonal:

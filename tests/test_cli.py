@@ -66,6 +66,20 @@ def test_prune_in_steps_writes_a_checkpoint(model, tmp_path: Path):
     assert (tmp_path / "edited" / "repedit.json").exists()
 
 
+def test_a_learned_mask_needs_no_fraction(model, tmp_path: Path, monkeypatch):
+    import repedit.importance.job as job
+
+    quick = lambda *a, **o: __import__("repedit").fit.gates(*a, **o, steps=4, learning_rate=0.5)  # noqa: E731
+    monkeypatch.setattr(job, "gates", quick)
+    found = json.loads(run("prune", model, "--learned", "--out", tmp_path / "edit.safetensors", "--json", *LIMITED))
+    assert found["pruned"] > 0 and (tmp_path / "edit.safetensors").exists()
+
+
+def test_prune_without_a_fraction_says_so(model, tmp_path: Path):
+    result = CliRunner().invoke(app, ["prune", model, "--out", str(tmp_path / "edited")])
+    assert "a fraction is needed" in str(result.exception)
+
+
 def test_dry_run_writes_nothing(model, tmp_path: Path):
     text = run("prune", model, "--fraction", "0.1", "--out", tmp_path / "edited", "--dry-run", *LIMITED)
     assert "tensors touched" in text and not (tmp_path / "edited").exists()

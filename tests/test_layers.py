@@ -22,7 +22,7 @@ LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 INSIDE = {
     "sites": {"errors"}, "maps": {"errors"},
     "arch": {"hooks"}, "shards": {"arch"}, "models": {"arch", "shards", "fetching", "fingerprints"},
-    "lower": {"edit", "plan"}, "activations": {"edit"}, "importance": {"activations", "edit"},
+    "lower": {"edit", "plan"}, "activations": {"edit"}, "importance": {"activations", "edit", "fit"},
     "fit": {"edit"}, "walkthrough": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
 }  # fmt: skip
 # Libraries with side effects or long imports, and the only rooms that may import them at the top of a module.

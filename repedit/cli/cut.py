@@ -52,14 +52,19 @@ def score(
 
 def prune(
     model: Model,
-    fraction: Annotated[float, typer.Option(help="Share of all scored neurons to prune, in [0, 1].")],
     out: Annotated[Path, typer.Option(help="x.safetensors writes the edit, a directory the edited checkpoint.")],
+    fraction: Annotated[float | None, typer.Option(help="Share of all scored neurons to prune, in [0, 1].")] = None,
+    learned: Annotated[
+        bool, typer.Option("--learned", help="Learn the mask by gradient: far more selective, 15 minutes on two cores.")
+    ] = False,
     scores: Annotated[
         Path | None, typer.Option(help="Scores written by `repedit score`; else --forget and --retain.")
     ] = None,
     forget: Text = "code",
     retain: Text = "prose",
-    sites: Sites = "*.mlp.neurons",
+    sites: Annotated[
+        str | None, typer.Option(help="Which neurons; MLP by default, attention too if --learned.")
+    ] = None,
     importance: Annotated[str, typer.Option(help="abs, rms, std, gxa, fisher, ...")] = "abs",
     combine: Annotated[str, typer.Option(help="difference, ratio, logratio, rank, setdiff.")] = "difference",
     steps: Annotated[int, typer.Option(help="Prune in this many steps, collecting again before each.")] = 1,
@@ -83,34 +88,16 @@ def prune(
 
     subject = opened(model, device, dtype)
     options = PruneOptions(
-        fraction=fraction, sites=sites, importance=importance, combine=combine, steps=steps, max_retain_drop=max_retain_drop,
+        fraction=fraction, learned=learned, sites=sites, importance=importance, combine=combine, steps=steps, max_retain_drop=max_retain_drop,
         cap_per_layer=cap_per_layer, control=control, tokens=tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     found = pruned(subject, forget, retain, options, scores=scores, say=console.stage)
-    rows = [
-        [
-            label,
-            f"{f.drop:.1f} ({f.low:.1f} to {f.high:.1f})",
-            f"{r.drop:.1f} ({r.low:.1f} to {r.high:.1f})",
-            f"{f.drop - r.drop:.1f}",
-        ]
-        for label, (f, r) in found.effects.items()
-    ]
     if json:
-        console.show_json(
-            {
-                "drops": {k: {"forget": f.drop, "retain": r.drop} for k, (f, r) in found.effects.items()},
-                "pruned": found.count,
-                "out": str(out),
-                "dry_run": dry_run,
-            }
-        )
+        drops = {label: {"forget": f.drop, "retain": r.drop} for label, (f, r) in found.effects.items()}
+        console.show_json({"drops": drops, "pruned": found.count, "out": str(out), "dry_run": dry_run})
     else:
-        console.table(
-            f"{found.count} neurons pruned; drops in per cent of the original top-1 accuracy (95 % interval)",
-            ("", "forget", "retain", "selectivity"),
-            rows,
-        )
+        title = f"{found.count} neurons pruned; drops in per cent of the original top-1 accuracy (95 % interval)"
+        console.table(title, ("", "forget", "retain", "selectivity"), console.effect_rows(found.effects))
     if found.exceeded:
         console.err.print(
             f"[bold]Nothing written[/bold]: the retain drop exceeds {max_retain_drop} % at once; lower --fraction"

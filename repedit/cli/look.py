@@ -16,11 +16,11 @@ def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: J
 
     subject = opened(model, device, dtype)
     report = check_architecture(subject.model)
-    rows = [[str(p.site), p.site.hook_name, p.moved, p.error, p.note.strip("; ")] for p in report.proofs]
+    rows = [[str(p.site), p.moved, p.error, p.note.strip("; ")] for p in report.proofs]
     if json:
         console.show_json({"model_type": report.model_type, "passed": report.passed, "proofs": rows})
         return
-    columns = ("site", "TransformerLens name", "moved", "hook against weights", "note")
+    columns = ("site", "moved", "hook against weights", "note")
     console.table(
         f"{report.model_type}: every tap edited by hook and in the weights (shares of the spread of what the layer adds)",
         columns,
@@ -54,7 +54,7 @@ def inspect(
             {"model_type": subject.architecture.model_type, "fingerprint": subject.fingerprint(), "sites": rows}
         )
         return
-    columns = ("site", "hook", "module", "tensor", "width", "experts", "exactness")
+    columns = ("site", "hook", "tensor", "width", "experts", "exactness")
     plan = subject.anatomy
     console.table(
         f"{subject.architecture.model_type}: {len(plan.layers)} layers of width {plan.width}, {subject.architecture.n_heads} heads, "

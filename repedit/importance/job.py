@@ -12,7 +12,8 @@ from repedit.activations.collection import Collection, collect
 from repedit.activations.prediction import Effect, effect, predictions
 from repedit.data import Corpus
 from repedit.edit import Edit
-from repedit.errors import DataError, FingerprintError, SelectionError
+from repedit.errors import ArgumentError, DataError, FingerprintError, SelectionError
+from repedit.fit import gates
 from repedit.importance.scores import Scores
 from repedit.importance.scoring import GRADIENT_IMPORTANCES, score
 from repedit.importance.selection import prune, random_like
@@ -24,8 +25,12 @@ from repedit.models import Subject
 class PruneOptions:
     """What `pruned` does."""
 
-    fraction: float
-    sites: str = "*.mlp.neurons"
+    fraction: float | None = None
+    """Share of the scored neurons; a learned mask finds its own."""
+    sites: str | None = None
+    """MLP neurons by default; a learned mask takes attention neurons too."""
+    learned: bool = False
+    """Learn the mask by gradient (repedit.fit.gates) in place of scoring."""
     importance: str = "abs"
     combine: str = "difference"
     steps: int = 1
@@ -73,19 +78,8 @@ def pruned(
     """
     corpora = [_corpus(name) for name in (forget, retain)]
     (forget_fit, forget_eval), (retain_fit, retain_eval) = (c.halves(options.seed) for c in corpora)
+    edit = _edit(subject, forget_fit, retain_fit, options, scores, say)
     reading: dict[str, Any] = {"limit_tokens": options.tokens, "batch_size": options.batch_size}
-    if scores is not None:
-        edit = prune(_loaded(scores, subject), fraction=options.fraction, cap_per_layer=options.cap_per_layer)
-    elif options.steps > 1:
-        say(f"Pruning in {options.steps} steps, collecting again before each")
-        edit = _stepped(subject, (forget_fit, forget_eval), (retain_fit, retain_eval), options, reading)
-    else:
-        say(f"Collecting on {forget_fit} and {retain_fit}")
-        sides = collected(
-            subject, forget_fit, retain_fit, options.sites, options.importance, options.combine, **reading
-        )
-        found = score(sides[0], sides[1], importance=options.importance, combine=options.combine)
-        edit = prune(found, fraction=options.fraction, cap_per_layer=options.cap_per_layer)
     say(f"Measuring on {forget_eval} and {retain_eval}")
     named = {"pruned": edit} | {f"random {i}": random_like(edit, seed=options.seed + i) for i in range(options.control)}
     effects: dict[str, list[Effect]] = {label: [] for label in named}
@@ -117,24 +111,48 @@ def collected(
     return first, last
 
 
-def _stepped(
+def _edit(
     subject: Subject,
-    forget: tuple[Corpus, Corpus],
-    retain: tuple[Corpus, Corpus],
+    forget: Corpus,
+    retain: Corpus,
     options: PruneOptions,
-    reading: dict[str, Any],
+    scores: str | Path | None,
+    say: Callable[[str], None],
 ) -> Edit:
+    if options.learned:
+        say(f"Learning a mask on {forget} and {retain}")
+        sites = options.sites or "*.mlp.neurons,*.attn.neurons"
+        return gates(subject, forget, retain, sites=sites, seed=options.seed)
+    if options.fraction is None:
+        raise ArgumentError("a fraction is needed, such as 0.01, unless the mask is learned")
+    if scores is not None:
+        return prune(_loaded(scores, subject), fraction=options.fraction, cap_per_layer=options.cap_per_layer)
+    if options.steps > 1:
+        say(f"Pruning in {options.steps} steps, collecting again before each")
+        return _stepped(subject, forget, retain, options.fraction / options.steps, options)
+    say(f"Collecting on {forget} and {retain}")
+    reading = {"limit_tokens": options.tokens, "batch_size": options.batch_size}
+    sites = options.sites or "*.mlp.neurons"
+    sides = collected(subject, forget, retain, sites, options.importance, options.combine, **reading)
+    found = score(sides[0], sides[1], importance=options.importance, combine=options.combine)
+    return prune(found, fraction=options.fraction, cap_per_layer=options.cap_per_layer)
+
+
+def _stepped(subject: Subject, forget: Corpus, retain: Corpus, per_step: float, options: PruneOptions) -> Edit:
+    """The best step of a trajectory, chosen on documents that are neither collected on nor reported on."""
+    (forget_fit, forget_choose), (retain_fit, retain_choose) = (c.halves(options.seed + 1) for c in (forget, retain))
+    reading = {"limit_tokens": options.tokens, "batch_size": options.batch_size}
     found = trajectory(
         subject,
-        forget[0],
-        retain[0],
-        sites=options.sites,
-        fraction_per_step=options.fraction / options.steps,
+        forget_fit,
+        retain_fit,
+        sites=options.sites or "*.mlp.neurons",
+        fraction_per_step=per_step,
         steps=options.steps,
         importance=options.importance,
         combine=options.combine,
-        evaluate_forget=forget[1],
-        evaluate_retain=retain[1],
+        evaluate_forget=forget_choose,
+        evaluate_retain=retain_choose,
         max_retain_drop=options.max_retain_drop,
         cap_per_layer=options.cap_per_layer,
         seed=options.seed,
