@@ -1,8 +1,8 @@
 """Selective pruning of SmolLM2-135M: forget = CPython standard library, retain = WikiText-2 test.
 
 Scores are collected on 64 chunks of 128 tokens a set, drops are measured on 32 other chunks of other documents, for
-three chunk seeds. Run as `python -m bench.pruning [--seeds 3] [--learned]`; about 10 minutes a seed on two cores, and
-15 more for the learned masks.
+three chunk seeds. Run as `python -m bench.pruning [--part scores | reversed | learned]`; a seed of scores takes about 6
+minutes on two cores, one of a learned mask 12.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ BARS: dict[str, tuple[str, Callable[[dict[str, float]], bool]]] = {
     ),
     "random like abs ratio 5 %": ("|selectivity| <= 8", lambda r: abs(r["selectivity"]) <= 8),
     "reversed abs ratio, MLP, 5 %": ("prose minus code >= 22", lambda r: -r["selectivity"] >= 22),
+    "reversed abs ratio, sinks guarded, MLP, 5 %": ("prose minus code >= 22", lambda r: -r["selectivity"] >= 22),
     "MLP minus attention, abs ratio 5 %": ("selectivity >= 20", lambda r: r["selectivity"] >= 20),
     "rms ratio, MLP, 3 %, sinks guarded": ("prose drop <= 8", lambda r: r["prose"] <= 8),
     "rms ratio, MLP, 3 %, sinks not guarded": ("prose drop >= 20", lambda r: r["prose"] >= 20),
@@ -43,6 +44,17 @@ BARS: dict[str, tuple[str, Callable[[dict[str, float]], bool]]] = {
         lambda r: r["selectivity"] >= 59.6 and r["prose"] <= 10,
     ),
 }
+
+
+def reversed_edits(subject: Subject, code: Corpus, prose: Corpus) -> dict[str, Edit]:
+    """Forget prose and keep code; sink neurons, which serve both, count as prose unless they are guarded."""
+    f, r = (rp.collect(subject, c, limit_tokens=TOKENS["collect"], progress=False) for c in (code, prose))
+    return {
+        f"reversed abs ratio, sinks {name}, MLP, 5 %": rp.prune(
+            rp.score(r, f, combine="ratio", protect_sinks=guard), fraction=0.05
+        )
+        for name, guard in (("guarded", True), ("not guarded", False))
+    }
 
 
 def edits(subject: Subject, code: Corpus, prose: Corpus) -> dict[str, Edit]:
@@ -81,23 +93,28 @@ def measured(subject: Subject, base: dict[str, Predictions], test: dict[str, Cor
     )
 
 
-def one_seed(subject: Subject, seed: int, learned: bool) -> dict[str, dict[str, float]]:
-    """Every row for one draw of chunks."""
+def one_seed(subject: Subject, seed: int, part: str) -> dict[str, dict[str, float]]:
+    """Every row of a part for one draw of chunks."""
     halves = splits()
     fit = {name: chunks(development, COLLECT, seed) for name, (development, _) in halves.items()}
     test = {name: chunks(evaluation, EVALUATE, seed) for name, (_, evaluation) in halves.items()}
     base = {name: _predicted(subject, corpus, None) for name, corpus in test.items()}
-    if learned:
-        development = {name: half[0] for name, half in halves.items()}
-        edit = rp.fit.gates(subject, development["code"], development["prose"], seed=seed)
-        return {"learned mask, MLP and attention": measured(subject, base, test, edit)}
+    if part == "learned":
+        found = {
+            "learned mask, MLP and attention": rp.fit.gates(subject, halves["code"][0], halves["prose"][0], seed=seed)
+        }
+    else:
+        found = {"scores": edits, "reversed": reversed_edits}[part](subject, fit["code"], fit["prose"])
     rows = {}
-    for name, edit in edits(subject, fit["code"], fit["prose"]).items():
-        rows[name] = measured(subject, base, test, edit)
-        print(
-            f"seed {seed}  {name:45s} code {rows[name]['code']:6.1f}  prose {rows[name]['prose']:6.1f}  selectivity {rows[name]['selectivity']:6.1f}",
-            flush=True,
-        )
+    for name, edit in found.items():
+        rows[name] = row = measured(subject, base, test, edit)
+        numbers = f"code {row['code']:6.1f}  prose {row['prose']:6.1f}  selectivity {row['selectivity']:6.1f}"
+        print(f"seed {seed}  {name:45s} {numbers}", flush=True)
+    return with_derived(rows) if part == "scores" else rows
+
+
+def with_derived(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The mean of the random controls, and MLP against attention."""
     random = [rows.pop(name) for name in list(rows) if name.startswith("random like")]
     rows["random like abs ratio 5 %"] = {key: sum(r[key] for r in random) / len(random) for key in random[0]}
     mlp, attention = rows["abs ratio, MLP, 5 %"], rows["abs ratio, attention, 5 %"]
@@ -110,20 +127,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--learned", action="store_true", help="only the learned masks, into pruning_learned.json")
+    parser.add_argument("--part", choices=("scores", "reversed", "learned"), default="scores")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     subject = rp.load("smollm2-135m")
+    name = "pruning" if arguments.part == "scores" else f"pruning_{arguments.part}"
     runs: list[dict[str, dict[str, float]]] = []
     for seed in range(arguments.seeds):
-        runs.append(one_seed(subject, seed, arguments.learned))
+        runs.append(one_seed(subject, seed, arguments.part))
         # Written after every seed, so that a run cut short keeps what it measured.
-        name = "pruning_learned" if arguments.learned else "pruning"
         context = {"seeds": list(range(len(runs))), "model": subject.fingerprint(), "tokens": TOKENS}
-        print(
-            record(name, summary(runs), module="pruning", unit="per cent of the original top-1 accuracy", **context),
-            flush=True,
-        )
+        unit = "per cent of the original top-1 accuracy"
+        print(record(name, summary(runs), module="pruning", unit=unit, **context), flush=True)
 
 
 def summary(runs: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
