@@ -6,8 +6,8 @@ Each PNG carries its command and seed in its metadata.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 import repedit as rp
@@ -29,7 +29,6 @@ def save(figure: Figure, name: str) -> None:
 
 def main() -> None:
     """Measure and draw."""
-    torch.set_num_threads(2)
     lm = rp.load("smollm2-135m")
     halves = splits()
     fit = {name: chunks(half[0], 40, SEED) for name, half in halves.items()}
@@ -52,24 +51,24 @@ def main() -> None:
     ]
     save(plot.transfer(table, list(test), overlap=plot.overlap(list(edits.values()))), "transfer")
 
-    options = {
-        "collect_options": READ,
-        "evaluate_options": READ,
-        "evaluate_forget": test["code"],
-        "evaluate_retain": test["prose"],
-    }
+    less = READ | {"limit_tokens": 2032}
+    options: dict[str, Any] = {
+        "collect_options": READ, "evaluate_options": less, "evaluate_forget": test["code"], "evaluate_retain": test["prose"],
+    }  # fmt: skip
     runs = [
-        rp.trajectory(
-            lm, fit["code"], fit["prose"], fraction_per_step=0.004, steps=5, combine=combine, progress=False, **options
-        )
-        for combine in ("difference", "ratio")
+        rp.trajectory(lm, fit["code"], fit["prose"], fraction_per_step=0.004, steps=5, progress=False, **how, **options)
+        for how in ({"combine": "difference"}, {"combine": "ratio", "recollect": False})
     ]
+    base = {name: getattr(runs[0].steps[0], side) for name, side in (("code", "forget"), ("prose", "retain"))}
     control = []
     for seed in range(3):
         random = rp.random_like(runs[0].steps[-1].edit, seed=seed)
-        after = {name: rp.predictions(lm, corpus, edit=random, **READ) for name, corpus in test.items()}
+        after = {name: rp.predictions(lm, corpus, edit=random, **less) for name, corpus in test.items()}
         control.append((drop(base["prose"], after["prose"]), drop(base["code"], after["code"])))
-    save(plot.trajectory(*runs, labels=["difference of abs", "ratio of abs"], control=control), "trajectory")
+    save(
+        plot.trajectory(*runs, labels=["difference, collected again", "ratio, one order"], control=control),
+        "trajectory",
+    )
 
 
 if __name__ == "__main__":
