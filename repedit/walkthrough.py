@@ -46,7 +46,7 @@ class Walkthrough:
 
 
 def walkthrough(
-    model: str, target: str | Path, *, tokens: int = 4000, seed: int = 0, say: Callable[[str], None] = lambda text: None
+    model: str, target: str | Path, *, tokens: int = 3000, seed: int = 0, say: Callable[[str], None] = lambda text: None
 ) -> Walkthrough:
     """Prune the neurons a model uses for code and hardly for prose, export the result and compare it with the original.
 

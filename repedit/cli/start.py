@@ -13,7 +13,7 @@ from repedit.cli.options import Json, Seed, Tokens, quiet
 def demo(
     out: Annotated[Path, typer.Option(help="Directory of the edited checkpoint.")] = Path("edited"),
     model: Annotated[str, typer.Option(help="Model to edit.")] = "smollm2-135m",
-    tokens: Tokens = 4000,
+    tokens: Tokens = 3000,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
