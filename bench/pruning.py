@@ -63,17 +63,19 @@ def edits(subject: Subject, code: Corpus, prose: Corpus) -> dict[str, Edit]:
     both = [rp.collect(subject, c, "*.mlp.neurons,*.attn.neurons", gradients=True, **options) for c in (code, prose)]
     f, r = (collection.only("mlp.neurons") for collection in both)
     fa, ra = (collection.only("attn.neurons") for collection in both)
-    ratio = rp.prune(rp.score(f, r, combine="ratio"), fraction=0.05)
+    ratio = rp.prune(rp.score(f, r, combine="ratio", protect_sinks=False), fraction=0.05)
     rms = [rp.score(f, r, importance="rms", combine="ratio", protect_sinks=guard) for guard in (True, False)]
-    signed = rp.score(f, r, importance="attribution", signed=True)
+    signed = rp.score(f, r, importance="attribution", signed=True, protect_sinks=False)
     found = {
         "abs ratio, MLP, 5 %": ratio,
-        "abs difference, MLP, 1 %": rp.prune(rp.score(f, r), fraction=0.01),
+        "abs difference, MLP, 1 %": rp.prune(rp.score(f, r, protect_sinks=False), fraction=0.01),
         "abs difference, sinks guarded, MLP, 1 %": rp.prune(rp.score(f, r, protect_sinks=True), fraction=0.01),
-        "gxa difference, MLP, 1 %": rp.prune(rp.score(f, r, importance="gxa"), fraction=0.01),
-        "rank of abs ratio and gxa, MLP, 5 %": rp.prune(rp.score(f, r, combine="rank"), fraction=0.05),
-        "reversed abs ratio, MLP, 5 %": rp.prune(rp.score(r, f, combine="ratio"), fraction=0.05),
-        "abs ratio, attention, 5 %": rp.prune(rp.score(fa, ra, combine="ratio"), fraction=0.05),
+        "gxa difference, MLP, 1 %": rp.prune(rp.score(f, r, importance="gxa", protect_sinks=False), fraction=0.01),
+        "rank of abs ratio and gxa, MLP, 5 %": rp.prune(
+            rp.score(f, r, combine="rank", protect_sinks=False), fraction=0.05
+        ),
+        "reversed abs ratio, MLP, 5 %": rp.prune(rp.score(r, f, combine="ratio", protect_sinks=False), fraction=0.05),
+        "abs ratio, attention, 5 %": rp.prune(rp.score(fa, ra, combine="ratio", protect_sinks=False), fraction=0.05),
         "rms ratio, MLP, 3 %, sinks guarded": rp.prune(rms[0], fraction=0.03),
         "rms ratio, MLP, 3 %, sinks not guarded": rp.prune(rms[1], fraction=0.03),
         "signed attribution, MLP, 1 %": rp.prune(signed, fraction=0.01),

@@ -163,7 +163,7 @@ def _with_sink(neuron, size):
     return collection(rows_of(1), "f", first=first), collection(rows_of(2), "r")
 
 
-@pytest.mark.parametrize(("importance", "guard", "guarded"), [("abs", "auto", False), ("abs", True, True), ("rms", "auto", True), ("std", "auto", True), ("fisher", "auto", True), ("rms", False, False)])  # fmt: skip
+@pytest.mark.parametrize(("importance", "guard", "guarded"), [("abs", True, True), ("abs", False, False), ("rms", True, True), ("std", True, True), ("fisher", True, True), ("rms", False, False)])  # fmt: skip
 def test_sinks_are_named_and_guarded_where_asked(importance, guard, guarded):
     scores = rp.score(*_with_sink(3, 101.0), importance=importance, protect_sinks=guard, warn=False)
     for found in scores.values():

@@ -36,7 +36,6 @@ COLLINEAR = 0.65
 # A sink neuron's rms at the first position, over its layer's median: 73 of 46,080 neurons of SmolLM2-135M pass 100.
 SINK_RATIO = 100.0
 GRADIENT_IMPORTANCES = ("gxa", "taylor", "fisher", "attribution", "attribution_mean")
-_GUARDED = ("rms", "std", "fisher")
 _SIGNED = ("attribution", "attribution_mean")
 
 
@@ -59,7 +58,7 @@ def score(
     weighted: bool = False,
     signed: bool = False,
     subject: Subject | None = None,
-    protect_sinks: bool | str = "auto",
+    protect_sinks: bool = True,
     warn: bool = True,
 ) -> Scores:
     """A score for every neuron, from its importance I_f on the forget and I_r on the retain set.
@@ -76,7 +75,8 @@ def score(
         eps: "rel:1e-3" is 1e-3 times the layer's median of I_r; a number is absolute.
         weighted: multiply importances by the norm of the neuron's outgoing weights (needs `subject`).
         signed: allow what is refused because the sign of z or of an attribution says little.
-        protect_sinks: keep attention-sink neurons from selection; "auto" does for rms, std and fisher.
+        protect_sinks: keep attention-sink neurons from selection; they serve every text. Without the guard the default
+            demo (SmolLM2-135M, seed 0, 3,000 tokens) let one in, and prose fell by 44 % in place of 7 %.
     Raises:
         ShapeError, FingerprintError: if the two sets were not collected on the same sites of one model.
         OverlapError: if they are the same data. MissingStatistic: if gradient sums are needed and absent.
@@ -92,15 +92,16 @@ def score(
     extra = _importances(forget, second, None) if combine == "rank" else {}
     values = COMBINATIONS[combine](first, last, extra, Options(eps, lam, norm, q, p, importance in _SIGNED))
     agreements = {site: _spearman(first[site], last[site]) for site in first}
-    guard = importance in _GUARDED if protect_sinks == "auto" else bool(protect_sinks)
     found = {}
     for site in forget:
         dead = (first[site] == 0) & (last[site] == 0)
         value = torch.where(dead, values[site].min(), values[site])
         sinks = _sinks(forget[site], retain[site])
-        if guard:
+        if protect_sinks:
             value[list(sinks)] = -torch.inf
-        found[site] = Score(site, value, importance, combine, agreements[site], sinks, guard, dict(forget.units[site]))
+        found[site] = Score(
+            site, value, importance, combine, agreements[site], sinks, protect_sinks, dict(forget.units[site])
+        )
     options: dict[str, Any] = {
         "importance": importance,
         "combine": combine,
@@ -109,7 +110,9 @@ def score(
         "norm": norm,
         "weighted": weighted,
     }
-    options |= {"protect_sinks": guard, "rule": dict(forget.rule)} | ({"second": second} if combine == "rank" else {})
+    options |= {"protect_sinks": protect_sinks, "rule": dict(forget.rule)} | (
+        {"second": second} if combine == "rank" else {}
+    )
     data = {
         role: {"name": c.corpus, "hash": c.data_hash, "tokens": c.counted}
         for role, c in (("forget", forget), ("retain", retain))
