@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repedit import hooks
+from repedit import container, hooks
 from repedit.arch import Anatomy, hooks_at
-from repedit.errors import CheckpointError, FingerprintError, NotFoldable, ShapeError
+from repedit.errors import FingerprintError, NotFoldable, ShapeError
 from repedit.maps import AffineMap, Chain, Diagonal, LowRank
 from repedit.models import Subject
 from repedit.sites import Point, Site
-
-FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,22 +95,14 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: "<site>/u|v|center|scale|shift", and a JSON header with the provenance."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         kinds: dict[str, list[str]] = {}
         for site, map_ in self.maps.items():
             links = map_.maps if isinstance(map_, Chain) else (map_,)
             kinds[str(site)] = [type(link).__name__ for link in links]
             for number, link in enumerate(links):
-                tensors |= {f"{site}/{number}/{name}": value.contiguous() for name, value in _fields(link)}
-        header = {"format": FORMAT, "kind": "edit", "maps": kinds, "provenance": dict(self.provenance)}
-        # save_file shares nothing between names, so u and v of a projection are written twice; they are small.
-        save_file(
-            {k: v.clone() for k, v in tensors.items()},
-            str(path),
-            metadata={"repedit": json.dumps(header, sort_keys=True)},
-        )
+                tensors |= {f"{site}/{number}/{name}": value for name, value in _fields(link)}
+        container.write(path, "edit", tensors, {"maps": kinds, "provenance": dict(self.provenance)})
 
     @staticmethod
     def load(path: str | Path) -> Edit:
@@ -121,16 +111,7 @@ class Edit:
         Raises:
             CheckpointError: if the file is not a saved edit.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("repedit", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as a saved edit: {error}") from error
-        if header.get("kind") != "edit" or header.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is not a saved edit of format {FORMAT}; write one with edit.save(path)")
+        tensors, header = container.read(path, "edit")
         maps = {Site.parse(site): _rebuilt(site, kinds, tensors) for site, kinds in header["maps"].items()}
         return Edit(maps, header["provenance"])
 

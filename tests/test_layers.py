@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "repedit"
 LAYERS = (
     ("errors", "sites", "maps", "kernels"),
-    ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "models"),
+    ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "container", "models"),
     ("plan", "edit", "lower", "activations", "importance", "fit"),
     ("rewrite",),
     ("bridges", "metrics"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.errors import CheckpointError
+from repedit import container
 from repedit.sites import Site
-
-FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +57,11 @@ class Scores(Mapping[Site, Score]):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, a vector a site, with everything else in its header."""
-        from safetensors.torch import save_file
-
         plain = {
             str(site): {k: v for k, v in vars(s).items() if k not in ("site", "values")} for site, s in self.items()
         }
-        header = {"format": FORMAT, "kind": "scores", "sites": plain, "provenance": dict(self.provenance)}
-        save_file(
-            {str(site): s.values for site, s in self.items()}, str(path), metadata={"repedit": json.dumps(header)}
-        )
+        values = {str(site): s.values for site, s in self.items()}
+        container.write(path, "scores", values, {"sites": plain, "provenance": dict(self.provenance)})
 
     @staticmethod
     def load(path: str | Path) -> Scores:
@@ -77,16 +70,7 @@ class Scores(Mapping[Site, Score]):
         Raises:
             CheckpointError: if the file is not saved scores.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("repedit", "{}"))
-                values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as saved scores: {error}") from error
-        if header.get("kind") != "scores" or header.get("format") != FORMAT:
-            raise CheckpointError(f"{path} does not hold scores of format {FORMAT}; write them with scores.save(path)")
+        values, header = container.read(path, "scores")
         found = {}
         for name, row in header["sites"].items():
             site = Site.parse(name)
