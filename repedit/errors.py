@@ -13,6 +13,8 @@ and the like keep working.
     |- ShapeError, DeviceError (ValueError), DtypeError (TypeError)
     |- DataError (ValueError)                  a bad row, field or empty set
     |  |- OverlapError, NotEnoughRows, NotFinite
+    |  |- NothingLeft, NoSignal                a fit that finds nothing to remove
+    |- NotConverged, TrainingError (RuntimeError), TooLarge (MemoryError)
     |- MissingStatistic (ValueError), NoGradient (RuntimeError)
     |- NotFound (FileNotFoundError), NotAModel (TypeError), UnknownArchitecture (ValueError)
     |- QuantizedModel, OffloadedTensors, FingerprintError (ValueError)
@@ -20,6 +22,7 @@ and the like keep working.
     |- NotFoldable (ValueError)
     |  `- NoBiasSlot
     |- PlanMismatch (RuntimeError), NoOpEdit (ValueError)
+    |- KernelUnavailable (RuntimeError)        a kernel was asked for by name and cannot run here
     `- MissingDependency (ImportError)
 """
 
@@ -84,6 +87,26 @@ class NotFinite(DataError):
     """A weight, activation or loss is NaN or infinite."""
 
 
+class NothingLeft(DataError):
+    """The forget set has no energy outside what the retain set uses."""
+
+
+class NoSignal(DataError):
+    """The labels or classes do not differ, so there is nothing to erase."""
+
+
+class TrainingError(RepeditError, RuntimeError):
+    """Training cannot go on: the loss is not finite, or a batch has nothing to learn from."""
+
+
+class NotConverged(RepeditError, RuntimeError):
+    """An eigen-solver stopped before its residual was small."""
+
+
+class TooLarge(RepeditError, MemoryError):
+    """A statistic would need more memory than is free."""
+
+
 class MissingStatistic(RepeditError, ValueError):
     """A score or fill needs a statistic that was not collected."""
 
@@ -138,6 +161,10 @@ class PlanMismatch(RepeditError, RuntimeError):
 
 class NoOpEdit(RepeditError, ValueError):
     """The edit changes nothing."""
+
+
+class KernelUnavailable(RepeditError, RuntimeError):
+    """A kernel was asked for by name and cannot run here."""
 
 
 class MissingDependency(RepeditError, ImportError):

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.activations.collection import batches, inputs_of
 from repedit.activations.counting import CountingRule
+from repedit.activations.passes import batches, inputs_of
 from repedit.arch import hooks_at
 from repedit.data import Batches
 from repedit.edit import Edit

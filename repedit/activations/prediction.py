@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.collection import at_least_float32, batches, inputs_of, named_batch
+from repedit.activations.passes import at_least_float32, batches, inputs_of, named_batch
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite

@@ -1,4 +1,4 @@
-"""Running statistics of a site: a few float64 vectors, added to batch by batch and merged exactly.
+"""How active each neuron of a site is: a few float64 vectors, added to batch by batch and merged exactly.
 
 Nothing of size tokens x width is kept, so data-parallel collection is one sum over workers.
 """
