@@ -1,12 +1,14 @@
-"""What collecting activity costs on a CPU: share of the forward, memory, and time against others on the same tensors.
+"""What the inner loops cost on a CPU: share of the forward, memory, and time against others on the same tensors.
 
-Run as `python -m bench.cpu`. The peer is compared where it is installed:
+Run as `python -m bench.cpu` for the collection of activity, with `--part project` for projections. The peer is compared where it is installed:
 pip install --no-deps --target .cache/peers taker==1.2.3 welford-torch
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,22 +99,66 @@ def against_taker(z: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     return ratio.row("taker 1.2.3 / ours", ">= 10", lambda r: r >= 10)
 
 
+def projections(n: int, d: int = 576, k: int = 16) -> list[dict[str, Any]]:
+    """The blocked projection and weight rewrites against the plain expressions, and against torch.compile."""
+    x, m = (torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(n, d), (d,)]))
+    u, v = (torch.linalg.qr(torch.randn(d, k, generator=torch.Generator().manual_seed(s)))[0] for s in (2, 3))
+    w = x.T.contiguous()
+    plain = lambda x: x - (x - m) @ v @ u.T  # noqa: E731
+    forms = {
+        "x - (x @ v) @ u.T": (lambda: reference.project(x, u, v), lambda: x - (x @ v) @ u.T),
+        "x - ((x - m) @ v) @ u.T": (lambda: reference.project(x, u, v, m), lambda: plain(x)),
+        "w - u @ (v.T @ w)": (lambda: reference.left(w, u, v), lambda: w - u @ (v.T @ w)),
+        "w - (w @ u) @ v.T, in place": (lambda: reference.right(x, u, v, out=x), lambda: x.sub_((x @ u) @ v.T)),
+    }
+    if shutil.which("g++") or shutil.which("clang++"):
+        compiled = torch.compile(plain)
+        forms["torch.compile, x - ((x - m) @ v) @ u.T"] = (forms["x - ((x - m) @ v) @ u.T"][0], lambda: compiled(x))
+    rows = []
+    # 20 calls a measurement: one takes about a millisecond.
+    many = lambda run: lambda: [run() for _ in range(20)]  # noqa: E731
+    with torch.no_grad():
+        for name, (ours, theirs) in forms.items():
+            ratio = paired(many(ours), many(theirs), pairs=15)
+            rows.append(ratio.row(f"{name} / ours", ">= 1.0", lambda r: r >= 1.0, shape=[n, d, k], dtype="float32"))
+    return rows
+
+
 def resident() -> int:
     """Resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def main() -> None:
-    """Measure, print, record."""
-    torch.set_num_threads(1)
+def activity() -> None:
+    """Measure the collection of activity, print, record."""
     subject = rp.load("smollm2-135m")
     z = torch.randn(1024, 1536, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(1024, dtype=torch.bool)
     mask[::128] = False
     rows = [share_in_hooks(subject), memory(subject), against_reductions(z, mask), against_taker(z, mask)]
+    show(rows)
+    print(record("cpu", rows, seed=0, model=subject.fingerprint()))
+
+
+def project() -> None:
+    """Measure projections, print, record."""
+    rows = [row for n in (1024, 8192) for row in projections(n)]
+    show(rows)
+    print(record("cpu-project", rows, module="cpu", seed=0))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One line a row."""
     for row in rows:
         print(row)
-    print(record("cpu", rows, seed=0, model=subject.fingerprint()))
+
+
+def main() -> None:
+    """Run one part."""
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=("activity", "project"), default="activity")
+    {"activity": activity, "project": project}[parser.parse_args().part]()
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The inner loops: their meaning in plain torch, and later the kernels that do the same faster."""
+"""The inner loops: their meaning in plain torch, the kernels that do the same faster, and the choice between them."""

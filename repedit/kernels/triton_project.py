@@ -1,0 +1,193 @@
+"""Launch the low-rank kernel: forward, gradients, and the weight rewrite that is the same kernel.
+
+The kernel path is one custom operator with a fake implementation and registered gradients, so torch.compile sees no
+graph break. With t = x V - c and the gradient g of y:
+
+    dx = g - (g U) V^T  (the same kernel, U and V swapped)    dU = -g^T t    dV = -x^T (g U)    dc = sum of g U
+
+and c = center V carries the rest: dV gains center (dc)^T, which makes it -(x - center)^T (g U). Saved are x (n, d),
+only where V asks for a gradient, and t (n, k), only where U does; the products run over blocks of rows in float32.
+"""
+
+# mypy: disable-error-code="import-untyped, import-not-found"
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from repedit.errors import KernelUnavailable
+from repedit.kernels.tiles import Tile, tile
+from repedit.kernels.triton_tilings import resident, split_apply, split_reduce, two_sweeps
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Rows of a block in the products of the backward pass: 4096 rows summed in float32, blocks added up.
+ROWS = 4096
+
+
+def project(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    center: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    tiling: str = "auto",
+) -> Tensor:
+    """x - ((x - center) V) U^T (+ residual) on CUDA, or anywhere under the interpreter; differentiable.
+
+    Raises:
+        KernelUnavailable: if the tiling does not exist for this width, rank and dtype.
+    """
+    # Leading axes that do not collapse into one stride (a slice of positions, say) cost a copy here.
+    rows = x.reshape(-1, x.shape[-1])
+    added = None if residual is None else residual.reshape(rows.shape)
+    # V as the kernel sees it: with another rounding, c would differ from m V by 2^-9 of the mean in bfloat16.
+    c = None if center is None else center.float() @ v.to(x.dtype).float()
+    save = torch.is_grad_enabled() and u.requires_grad
+    out, _ = _project(rows, u, v, c, added, tiling, save)
+    return out.reshape(x.shape)
+
+
+def right(w: Tensor, u: Tensor, v: Tensor, *, out: Tensor | None = None, tiling: str = "auto") -> Tensor:
+    """W - (W U) V^T: the rows of W are the tokens, U and V swapped; `out=w` is safe, a row is read before it is written."""
+    out = torch.empty_like(w) if out is None else out
+    run(w, v.to(w.dtype), u.to(w.dtype), None, None, out, None, plan(w, u, tiling))
+    return out
+
+
+def plan(x: Tensor, u: Tensor, tiling: str = "auto") -> Tile:
+    """The tile for these rows.
+
+    Raises:
+        KernelUnavailable: if the tiling does not exist for them.
+    """
+    found = tile(x.shape[-1], u.shape[1], x.element_size(), tiling, major=major(x.device))
+    if found is None:
+        raise KernelUnavailable(
+            f"{tiling!r} does not exist for rows of {x.shape[-1]} elements of {x.dtype} at rank {u.shape[1]}; use 'auto'"
+        )
+    return found
+
+
+# Spelled out: read from annotations it could not be under decorators that check types.
+SCHEMA = "(Tensor x, Tensor u, Tensor v, Tensor? c, Tensor? residual, str tiling, bool save) -> (Tensor, Tensor)"
+
+
+@torch.library.custom_op("repedit::project", mutates_args=(), schema=SCHEMA)
+def _project(
+    x: Tensor, u: Tensor, v: Tensor, c: Tensor | None, residual: Tensor | None, tiling: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    """y and, if asked for, t in float32 (otherwise without rows)."""
+    out, t = torch.empty_like(x), x.new_empty((x.shape[0] if save else 0, u.shape[1]), dtype=torch.float32)
+    run(x, u.to(x.dtype), v.to(x.dtype), c, residual, out, t if save else None, plan(x, u, tiling))
+    return out, t
+
+
+@_project.register_fake
+def _(
+    x: Tensor, u: Tensor, v: Tensor, c: Tensor | None, residual: Tensor | None, tiling: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((x.shape[0] if save else 0, u.shape[1]), dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, u, v, _, _, ctx.tiling, save = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, u, v, output[1] if save else None)
+
+
+def _backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, u, v, t = ctx.saved_tensors
+    need_x, need_u, need_v, need_c, need_residual = ctx.needs_input_grad[:5]
+    dx = dv = dc = None
+    if need_x or need_v or need_c:
+        # g U is the t of the swapped kernel; it is stored where dV or dc needs it.
+        dx, gu = _project(g, v, u, None, None, ctx.tiling, need_v or need_c)
+        dv = -_product(x, gu).to(v.dtype) if need_v else None
+        dc = gu.sum(0) if need_c else None
+    du = -_product(g, t).to(u.dtype) if need_u else None
+    return dx, du, dv, dc, g if need_residual else None, None, None
+
+
+_project.register_autograd(_backward, setup_context=_setup)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b in float32, over blocks of rows: no float32 copy of a."""
+    total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
+    for start in range(0, a.shape[0], ROWS):
+        total.addmm_(a[start : start + ROWS].float().T, b[start : start + ROWS])
+    return total
+
+
+def run(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    c: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    t: Tensor | None,
+    plan: Tile,
+    *,
+    upcast: bool = INTERPRETED,
+    precision: str = "ieee",
+) -> None:
+    """Write y (n, d) into `out` and, where given, t (n, k) in float32; `out` may be x itself.
+
+    Args:
+        precision: of float32 products; "tf32" is faster from rank 32 on and errs by 1e-3.
+    """
+    if x.shape[0] == 0:
+        return
+    n, d, k = *x.shape, u.shape[1]
+    flags = {
+        "CENTER": c is not None,
+        "RESIDUAL": residual is not None,
+        "SAVE": t is not None,
+        "UPCAST": upcast,
+        "PRECISION": precision,
+        "BM": plan.rows,
+        "BD": plan.columns,
+        "R": plan.rank,
+    }
+    options = {"num_warps": plan.warps, "enable_fp_fusion": True}
+    added = x if residual is None else residual
+    pointers = (x if c is None else c, added, out, x if t is None else t, n, d, k)
+    ends = (*added.stride(), *out.stride())
+    grid = triton.cdiv(n, plan.rows)
+    chunks = triton.cdiv(d, plan.columns)
+    if plan.tiling != "split":
+        kernel = resident if plan.tiling == "resident" else two_sweeps
+        sizes = {"CHUNKS": chunks, "STAGES": plan.stages}
+        kernel[(grid,)](
+            x, u, v, *pointers, *x.stride(), *u.stride(), *v.stride(), *ends, **flags, **sizes, **options
+        )  # fmt: skip
+        return
+    each = triton.cdiv(chunks, splits(x.device, grid, chunks))
+    count = triton.cdiv(chunks, each)
+    parts = torch.empty(count, n, plan.rank, dtype=torch.float32, device=x.device)
+    shared = {name: flags[name] for name in ("UPCAST", "PRECISION", "BM", "BD", "R")}
+    split_reduce[(grid, count)](
+        x, v, parts, n, d, k, *x.stride(), *v.stride(), **shared, CHUNKS=each, STAGES=plan.stages, **options
+    )
+    split_apply[(grid, chunks)](
+        x, u, parts, *pointers, *x.stride(), *u.stride(), *ends, **flags, SPLITS=count, **options
+    )
+
+
+@cache
+def major(device: torch.device) -> int:
+    """The card's compute capability; the interpreter takes the tiles of 9.0."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def splits(device: torch.device, grid: int, chunks: int) -> int:
+    """Into how many parts the sum over the width is cut: enough programs for every processor, at most 8 parts."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return max(1, min(8, chunks, processors // grid))
