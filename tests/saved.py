@@ -21,6 +21,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+def merging_tokenizer(*pairs: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """One token a byte, but one for each pair, spaces and all: a token may span the end of a prompt."""
+    written = [tuple(part.replace(" ", "\u0120") for part in pair) for pair in pairs]
+    names = (*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in written))
+    inner = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=written))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
 def saved(folder: Path, family: str = "llama") -> Path:
     """A directory with a tiny model and its tokenizer."""
     subject = tiny(family, vocab_size=260, intermediate_size=128, max_position_embeddings=256)

@@ -1,6 +1,33 @@
-"""Texts to measure on: built-in corpora, your own files, and splits that share no document."""
+"""Texts and facts to measure on: built-in ones, your own files, and splits that share no document and no entity."""
 
+from repedit.data.catalogue import DOMAINS, facts
 from repedit.data.corpus import Batch, Batches, Corpus, Document, Tokens
+from repedit.data.domains import Fact, Facts, by_domain, with_paraphrases
+from repedit.data.inventing import invented
+from repedit.data.rows import Row, Rows, as_batches
 from repedit.data.sources import BUILTIN, code, named, prose, read
+from repedit.data.splits import Splits
 
-__all__ = ["BUILTIN", "Batch", "Batches", "Corpus", "Document", "Tokens", "code", "named", "prose", "read"]
+__all__ = [
+    "BUILTIN",
+    "DOMAINS",
+    "Batch",
+    "Batches",
+    "Corpus",
+    "Document",
+    "Fact",
+    "Facts",
+    "Row",
+    "Rows",
+    "Splits",
+    "Tokens",
+    "as_batches",
+    "by_domain",
+    "code",
+    "facts",
+    "invented",
+    "named",
+    "prose",
+    "read",
+    "with_paraphrases",
+]

@@ -38,6 +38,10 @@ class Batch:
     attention_mask: Bool[Tensor, "b t"]
     document: tuple[str, ...]
     """Id of the document each chunk comes from."""
+    answer: Bool[Tensor, "b t"] | None = None
+    """True on the tokens of the answer; None where the text has no answers."""
+    entity: Bool[Tensor, "b t"] | None = None
+    """True on the last token of the entity in the prompt, nowhere in a row without one."""
 
 
 @runtime_checkable

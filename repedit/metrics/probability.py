@@ -1,0 +1,226 @@
+"""Whether a model knows facts: the probability it gives to their answers, or what it writes by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from repedit.activations.passes import at_least_float32
+from repedit.data import Fact, Facts
+from repedit.data.domains import normalized
+from repedit.data.rows import encoded
+from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
+from repedit.models import Subject
+
+HOWS = ("choice", "greedy")
+RULES = ("sum", "mean")
+_ROWS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class FactsAccuracy:
+    """Which facts a model got right, in the order they were given."""
+
+    correct: NDArray[np.bool_]
+    graded: NDArray[np.float64]
+    """Log-probability of the right answer, in nats; a token where the rule is "mean"."""
+    ids: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return f"FactsAccuracy({self.accuracy:.3f} of {len(self.ids)} facts, 95 % interval {low:.3f} to {high:.3f})"
+
+    @property
+    def accuracy(self) -> float:
+        """Share of facts that were right."""
+        return float(self.correct.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy."""
+        n, p, z = len(self.ids), self.accuracy, 1.959963984540054
+        middle, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def facts_accuracy(
+    subject: Subject,
+    facts: Facts | Iterable[Fact],
+    *,
+    how: str = "choice",
+    rule: str = "sum",
+    batch_size: int | str = "auto",
+) -> FactsAccuracy:
+    """Which facts a model gets right.
+
+    "choice": the right answer has the highest log-probability after the prompt among the choices, each after one
+    space; a tie is wrong. "greedy": the normalised answer stands in the greedy continuation of the prompt, which has
+    as many tokens as the longest answer and 4 more.
+
+    Args:
+        facts: Facts (those to forget), or facts.
+        rule: what compares answers of several tokens: the "sum" of their log-probabilities, or the "mean" a token.
+        batch_size: facts a forward pass; "auto" is 16, about a hundred short rows with their choices.
+    Raises:
+        UnknownName: if there is no such way or rule.
+        DataError: if there are no facts, a fact has no choices, or two choices are the same tokens.
+        NotFinite: if a log-probability is not finite.
+    """
+    for what, value, valid in (("how", how, HOWS), ("rule", rule, RULES)):
+        if value not in valid:
+            raise UnknownName(f"{what}={value!r}; {nearest(value, valid)}")
+    if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
+        raise ArgumentError(f"batch_size={batch_size!r}; give 'auto' or a number of rows, at least 1")
+    items = facts.forget if isinstance(facts, Facts) else tuple(facts)
+    if not items:
+        raise DataError("there are no facts to score; give at least one")
+    bare = next((fact.id for fact in items if not fact.choices), None)
+    if how == "choice" and bare is not None:
+        raise DataError(f"fact {bare!r} has no choices; give some, or how='greedy'")
+    options = [fact.choices if how == "choice" else (fact.answer,) for fact in items]
+    rows = _ROWS if batch_size == "auto" else int(batch_size)
+    scores = [part if rule == "sum" else part / count for part, count in _scores(subject, items, options, rows)]
+    right = [choices.index(fact.answer) for fact, choices in zip(items, options, strict=True)]
+    graded = np.array([score[i] for score, i in zip(scores, right, strict=True)])
+    if how == "choice":
+        correct = [bool((score >= score[i]).sum() == 1) for score, i in zip(scores, right, strict=True)]
+    else:
+        correct = _written(subject, items, rows)
+    return FactsAccuracy(np.array(correct), graded, tuple(fact.id for fact in items))
+
+
+class _Question(NamedTuple):
+    """The tokens that all choices of a fact begin with, and how each goes on."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+
+
+def _scores(
+    subject: Subject, items: Sequence[Fact], options: Sequence[Sequence[str]], rows: int
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """(summed log-probability, number of tokens) of the choices of every fact."""
+    tokenizer = subject.need_tokenizer()
+    asked = [_question(tokenizer, fact, choices) for fact, choices in zip(items, options, strict=True)]
+    found: dict[int, NDArray[np.float64]] = {}
+    for part in _parts([question.prompt for question in asked], rows):
+        found |= zip(part, _answered(subject, [asked[i] for i in part]), strict=True)
+    for i, fact in enumerate(items):
+        if not np.isfinite(found[i]).all():
+            raise NotFinite(
+                f"fact {fact.id!r}: the log-probabilities of {list(options[i])} are {found[i].tolist()}; "
+                "load the model in float32?"
+            )
+    return [(found[i], np.array([float(len(tokens)) for tokens in asked[i].answers])) for i in range(len(items))]
+
+
+def _question(tokenizer: Any, fact: Fact, choices: Sequence[str]) -> _Question:
+    texts = [encoded(tokenizer, fact.prompt, choice) for choice in choices]
+    # One start for all choices: a token merged across the boundary counts for each of them.
+    start = min(start for _, start in texts)
+    if not start:
+        raise DataError(f"fact {fact.id!r}: no token stands before the answer; give a longer prompt")
+    for i, (ids, _) in enumerate(texts):
+        if len(ids) == start:
+            raise DataError(f"fact {fact.id!r}: the choice {choices[i]!r} has no token of its own; reword it")
+        same = next((choices[j] for j in range(i) if texts[j].ids == ids), None)
+        if same is not None:
+            raise DataError(
+                f"fact {fact.id!r}: the choices {same!r} and {choices[i]!r} are the same tokens; reword one"
+            )
+    return _Question(texts[0].ids[:start], [ids[start:] for ids, _ in texts])
+
+
+def _parts(prompts: Sequence[list[int]], rows: int) -> Iterator[list[int]]:
+    """Indices of prompts of one length, at most `rows` together, so that no prompt is padded."""
+    for length in sorted({len(ids) for ids in prompts}):
+        group = [i for i, ids in enumerate(prompts) if len(ids) == length]
+        yield from (group[i : i + rows] for i in range(0, len(group), rows))
+
+
+def _answered(subject: Subject, questions: Sequence[_Question]) -> list[NDArray[np.float64]]:
+    """The summed log-probability of every choice of questions whose prompts have one length.
+
+    The prompts are read once. Then the tree of choices is read level by level, each distinct beginning once, on top of
+    what its prompt left in the cache; so nothing is padded and nothing is read twice.
+    """
+    found = [np.zeros(len(question.answers)) for question in questions]
+    nodes: list[tuple[int, tuple[int, ...]]] = [(number, ()) for number in range(len(questions))]
+    ids = torch.tensor([question.prompt for question in questions], device=subject.device)
+    length, cache = 0, None
+    with torch.no_grad():
+        while nodes:
+            length += ids.shape[1]
+            mask = torch.ones(len(nodes), length, dtype=torch.long, device=subject.device)
+            out = subject.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = out.past_key_values
+            ends = [(row, *end) for row, node in enumerate(nodes) for end in _ends(node, questions)]
+            logs = _picked(out.logits[:, 0], [row for row, _, _ in ends], [token for _, _, token in ends])
+            for (row, choice, _), value in zip(ends, logs, strict=True):
+                found[nodes[row][0]][choice] += value
+            parents, nodes = _children(nodes, questions)
+            if nodes:
+                cache.batch_select_indices(torch.tensor(parents, device=subject.device))
+                ids = torch.tensor([[path[-1]] for _, path in nodes], device=subject.device)
+    return found
+
+
+def _ends(node: tuple[int, tuple[int, ...]], questions: Sequence[_Question]) -> list[tuple[int, int]]:
+    """(choice, its next token) of every choice that goes on from a node."""
+    number, path = node
+    answers = questions[number].answers
+    return [(i, a[len(path)]) for i, a in enumerate(answers) if len(a) > len(path) and tuple(a[: len(path)]) == path]
+
+
+def _children(
+    nodes: Sequence[tuple[int, tuple[int, ...]]], questions: Sequence[_Question]
+) -> tuple[list[int], list[tuple[int, tuple[int, ...]]]]:
+    """The distinct beginnings one token longer from which a choice still goes on, and the row of each one's parent."""
+    found: dict[tuple[int, tuple[int, ...]], int] = {}
+    for row, (number, path) in enumerate(nodes):
+        for choice, token in _ends((number, path), questions):
+            if len(questions[number].answers[choice]) > len(path) + 1:
+                found[(number, (*path, token))] = row
+    return list(found.values()), list(found)
+
+
+def _picked(logits: Float[Tensor, "r v"], rows: list[int], tokens: list[int]) -> list[float]:
+    """Log-probabilities of tokens, one at a row."""
+    wide = at_least_float32(logits)
+    return (wide[rows, tokens] - wide.logsumexp(-1)[rows]).double().tolist()
+
+
+def _written(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
+    """Whether each answer stands in the greedy continuation of its prompt."""
+    tokenizer = subject.need_tokenizer()
+    texts = [encoded(tokenizer, fact.prompt, fact.answer) for fact in items]
+    prompts = [list(tokenizer(fact.prompt)["input_ids"]) for fact in items]
+    tokens = max(len(ids) - start for ids, start in texts) + 4
+    found = [False] * len(items)
+    for part in _parts(prompts, rows):
+        ids = torch.tensor([prompts[i] for i in part], device=subject.device)
+        for i, text in zip(part, _continued(subject, ids, tokens), strict=True):
+            answer = normalized(items[i].answer)
+            found[i] = f" {answer} " in f" {normalized(text)} " if answer else items[i].answer in text
+    return found
+
+
+def _continued(subject: Subject, ids: Int[Tensor, "b t"], tokens: int) -> list[str]:
+    tokenizer = subject.need_tokenizer()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        out = subject.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+            pad_token_id=pad, temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+    return list(tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
