@@ -20,6 +20,8 @@ _NAMES = {
     "Diagonal": "repedit.maps",
     "Chain": "repedit.maps",
     "Activity": "repedit.stats",
+    "Moments": "repedit.stats",
+    "CrossMoments": "repedit.stats",
     "collect": "repedit.activations.collection",
     "peaks": "repedit.activations.distribution",
     "predictions": "repedit.activations.prediction",
@@ -36,11 +38,18 @@ _NAMES = {
     "Step": "repedit.importance.shelf",
     "Edit": "repedit.edit",
     "Plan": "repedit.plan",
+    "mrp": "repedit.fit.mrp",
+    "MRPConfig": "repedit.fit.training",
+    "ContinualMRP": "repedit.fit.continual",
+    "erase_stream": "repedit.fit.streams",
     "apply": "repedit.rewrite.live",
+    "certificate": "repedit.rewrite.certificates",
+    "Certificate": "repedit.rewrite.certificates",
     "diff": "repedit.rewrite.difference",
     "export": "repedit.rewrite.checkpoint",
     "reload_check": "repedit.rewrite.reloading",
     "compare": "repedit.metrics.comparison",
+    "facts_accuracy": "repedit.metrics.probability",
     "check_architecture": "repedit.arch.check",
     "register": "repedit.arch",
     "resolve": "repedit.arch",
@@ -74,6 +83,10 @@ if TYPE_CHECKING:
     from repedit.bridges import wrap
     from repedit.edit import Edit
     from repedit.fetching import fetch
+    from repedit.fit.continual import ContinualMRP
+    from repedit.fit.mrp import mrp
+    from repedit.fit.streams import erase_stream
+    from repedit.fit.training import MRPConfig
     from repedit.importance.scores import Score, Scores
     from repedit.importance.scoring import CollinearWarning, agreement, score
     from repedit.importance.selection import prune, random_like, top
@@ -81,11 +94,13 @@ if TYPE_CHECKING:
     from repedit.importance.trajectories import Trajectory, trajectory
     from repedit.maps import AffineMap, Chain, Diagonal, LowRank
     from repedit.metrics.comparison import compare
+    from repedit.metrics.probability import facts_accuracy
     from repedit.models import Subject, load
     from repedit.plan import Plan
+    from repedit.rewrite.certificates import Certificate, certificate
     from repedit.rewrite.checkpoint import export
     from repedit.rewrite.difference import diff
     from repedit.rewrite.live import apply
     from repedit.rewrite.reloading import reload_check
     from repedit.sites import Point, Site
-    from repedit.stats import Activity
+    from repedit.stats import Activity, CrossMoments, Moments

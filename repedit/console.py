@@ -77,11 +77,38 @@ def comparison_json(comparison: Any) -> dict[str, Any]:
     return {"corpora": found, "generations": [{"prompt": p, "base": a, "edited": b} for p, a, b in texts]}
 
 
-def show_generations(comparison: Any) -> None:
+KNOWLEDGE_COLUMNS = ("domain", "", "right, before", "after (95 % interval)", "chance", "facts")
+
+
+def knowledge_rows(found: Any, forgotten: Any) -> list[list[Any]]:
+    """One row a domain: accuracy before and after, and what guessing would get."""
+    rows = []
+    for name, k in found.items():
+        low, high = k.after.interval
+        role = "forget" if name in forgotten else "keep"
+        rows.append([
+            name, role, f"{k.before.accuracy:.1%}", f"{k.after.accuracy:.1%} ({low:.1%} to {high:.1%})", f"{k.chance:.1%}",
+            len(k.after.ids),
+        ])  # fmt: skip
+    return rows
+
+
+def forgotten_json(found: Any) -> dict[str, Any]:
+    """The second act of the demo as plain values."""
+    rows = {**found.trained, "capitals, unseen phrasing": found.unseen}
+    return {
+        "facts": {name: {"before": k.before.accuracy, "after": k.after.accuracy, "interval": k.after.interval} for name, k in rows.items()},
+        "generations": [{"prompt": p, "base": a, "edited": b} for p, a, b in zip(found.prompts, found.before, found.after, strict=True)],
+        "certificate": {k: v for k, v in found.manifest.certificate.items() if k != "tensors"},
+        "target": found.target,
+    }  # fmt: skip
+
+
+def show_generations(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
     """Each prompt with both continuations."""
     rows = [
-        [prompt, before.strip() or "(nothing)", after.strip() or "(nothing)"]
-        for prompt, before, after in zip(comparison.prompts, comparison.base_text, comparison.edited_text, strict=True)
+        [prompt, old.strip() or "(nothing)", new.strip() or "(nothing)"]
+        for prompt, old, new in zip(prompts, before, after, strict=True)
     ]
     table("What each model writes (greedy)", ("prompt", "original", "edited"), rows)
 

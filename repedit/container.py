@@ -14,12 +14,13 @@ from repedit.errors import CheckpointError
 FORMAT = 1
 _KINDS = {
     "edit": ("a saved edit", "is not a saved edit", "write one with edit.save(path)"),
+    "training": ("a saved training state", "does not hold a training state", "let resume= write one"),
     "scores": ("saved scores", "does not hold scores", "write them with scores.save(path)"),
 }
 
 
 def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a header of plain JSON values; kind is "edit" or "scores"."""
+    """Write tensors and a header of plain JSON values; kind is a key of the table above."""
     from safetensors.torch import save_file
 
     text = json.dumps({"format": FORMAT, "kind": kind, **header}, sort_keys=True)

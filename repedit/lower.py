@@ -60,6 +60,7 @@ def lower(
         config=build.config,
         provenance={**edit.provenance, "sides": sides},
         maps={site: describe_map(map_) for site, map_ in edit.maps.items()},
+        ranks={site: map_.rank_removed for site, map_ in edit.maps.items()},
     )
 
 

@@ -55,11 +55,12 @@ class Operation:
         assert self.map is not None
         if self.kind == "inputs":
             return self.map.right(w)
-        gain = self._gain(read, w)
+        gain = self.gain_of(read, w)
         out = self.map.left(w) if gain is None else self.map.left(w * gain) / gain
         return out if self.constant is None else out + self.constant.to(out)[:, None]
 
-    def _gain(self, read: Read, like: Tensor) -> Tensor | None:
+    def gain_of(self, read: Read, like: Tensor) -> Tensor | None:
+        """The gain of the post-norm as a column, or None where none follows."""
         if self.gain is None:
             return None
         gain = read(self.gain).to(like) + (1.0 if self.unit_gain else 0.0)
@@ -89,6 +90,8 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     maps: Mapping[Site, str] = field(default_factory=dict)
     """One line on the map at each site."""
+    ranks: Mapping[Site, int] = field(default_factory=dict)
+    """Directions removed at each site."""
 
     @property
     def touched(self) -> frozenset[str]:

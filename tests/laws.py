@@ -133,3 +133,29 @@ def seen_at(subject: Subject, site: rp.Site) -> Tensor:
 def leak(x: Tensor, v: Tensor) -> float:
     """Share of x in the span of the orthonormal v."""
     return float((x.double() @ v.double()).norm() / x.double().norm())
+
+
+def stream_is_empty(
+    subject: Subject,
+    basis: Tensor,
+    erase: Callable[..., Edit] = rp.erase_stream,
+    apply: Callable[..., Subject] = rp.apply,
+) -> None:
+    """After a stream erasure no point of the residual stream, as the norms read it, has a component in the basis."""
+    edit = erase(subject, basis)
+    edited = apply(edit, subject)
+    u = next(iter(edit.maps.values())).u
+    points = subject.select(["*.resid.pre", "*.resid.post"])
+    for site in points:
+        before, after = (read_by_norms(s, site) for s in (subject, edited))
+        assert leak(before, u) > 1e-2, "the subspace was not there to begin with"
+        # transformers computes every norm in float32, so a stream that post-norms write to is no better than that.
+        normed = subject.anatomy.branch(0, rp.Point.MLP_OUT).gain is not None
+        limit = max(LEAK[before.dtype], LEAK[torch.float32] if normed else 0.0)
+        assert leak(after, u) <= limit, f"leak {leak(after, u):.1e} at {site}"
+
+
+def read_by_norms(subject: Subject, site: rp.Site) -> Tensor:
+    """The stream, without its mean where the family's norms take it away."""
+    x = seen_at(subject, site)
+    return x - x.mean(-1, keepdim=True) if subject.architecture.centered else x

@@ -12,9 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from repedit.cli import app
+from repedit.data import Facts, by_domain, facts
 from tests.saved import saved
 
-VERBS = ("demo", "fetch", "doctor", "inspect", "score", "prune", "apply", "diff", "compare")
+VERBS = ("demo", "fetch", "doctor", "inspect", "score", "prune", "project", "apply", "diff", "compare")
 # An untrained model uses the same neurons for everything, and score says so.
 pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
 LIMITED = ("--tokens", "400")
@@ -117,9 +118,42 @@ def test_tables_are_printed_without_json(model, tmp_path: Path):
 
 
 def test_demo_runs_from_end_to_end(model, tmp_path: Path):
-    text = run("demo", "--model", model, "--out", tmp_path / "edited", "--tokens", "400")
+    text = run("demo", "--model", model, "--out", tmp_path / "edited", "--tokens", "400", "--act", "code")
     assert "2 of 256 MLP neurons pruned" in text and "What each model writes" in text
     assert len(list((tmp_path / "edited" / "figures").glob("*.png"))) == 3
+
+
+def test_the_second_act_forgets_and_exports(model, tmp_path: Path, monkeypatch):
+    few = lambda items: tuple(fact for part in by_domain(items).values() for fact in part[:4])  # noqa: E731
+    whole = facts("capitals")
+    small = Facts(few(whole.forget), few(whole.retain), "capitals")
+    monkeypatch.setattr("repedit.walkthrough.projecting.facts", lambda *args, **options: small)
+    words = ("demo", "--model", model, "--out", tmp_path / "edited", "--act", "capitals", "--steps", "2")
+    found = json.loads(run(*words, "--json"))["capitals"]
+    assert {"capitals", "capitals, unseen phrasing", "symbols"} <= set(found["facts"])
+    assert found["certificate"]["form"] == "folded" and found["certificate"]["worst_leak"] < 1e-5
+    assert (tmp_path / "edited-capitals" / "repedit.json").exists()
+    assert "in words training never saw" in run(*words)
+    assert "act='third'; valid names" in str(CliRunner().invoke(app, ["demo", "--act", "third"]).exception)
+
+
+def test_project_writes_an_edit_and_goes_on_from_it(model, tmp_path: Path):
+    facts = tmp_path / "facts.jsonl"
+    rows = [
+        {"id": f"{role}/{i}", "entity": name, "prompt": f"{name} is", "answer": word, "choices": ["red", "green", "blue"], "domain": role, "role": role}
+        for role, names in (("forget", "ABCD"), ("retain", "EFGH"))
+        for i, (name, word) in enumerate(zip(names, ("red", "green", "blue", "red"), strict=True))
+    ]  # fmt: skip
+    facts.write_text("\n".join(json.dumps(row) for row in rows))
+    common = ("project", model, "--forget", facts, "--sites", "0.mlp.out", "--steps", "2", "--json")
+    first = json.loads(run(*common, "--rank", "2", "--out", tmp_path / "one.safetensors"))
+    assert first["rank"] == {"0.mlp.out": 2} and first["domains"]["forget"]["role"] == "forget"
+    words = ("--rank", "1", "--method", "cpca", "--previous", tmp_path / "one.safetensors", "--out", tmp_path / "two")
+    assert json.loads(run(*common, *words))["rank"] == {"0.mlp.out": 3}
+    assert json.loads((tmp_path / "two" / "repedit.json").read_text())["certificate"]["rank"] == 3
+    plan = run(*common[:-1], "--rank", "2", "--out", tmp_path / "none", "--dry-run")
+    assert "model.layers.0.mlp.down_proj.weight" in plan and not (tmp_path / "none").exists()
+    assert "Facts right" in run(*common[:-1], "--rank", "2", "--method", "random", "--out", tmp_path / "r.safetensors")
 
 
 def test_demo_does_not_overwrite_what_is_not_its_own(model, tmp_path: Path):

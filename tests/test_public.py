@@ -6,10 +6,11 @@ import sys
 import repedit as rp
 
 NAMES = {
-    "Activity", "AffineMap", "Chain", "CollinearWarning", "Diagonal", "Edit", "LowRank", "Plan", "Point", "Score",
-    "Scores", "Site", "Step", "Subject", "Trajectory", "agreement", "apply", "check_architecture", "collect", "compare",
-    "diff", "export", "fetch", "load", "peaks", "predictions", "prune", "random_like", "register", "reload_check",
-    "resolve", "score", "top", "trajectory", "wrap",
+    "Activity", "AffineMap", "Certificate", "Chain", "CollinearWarning", "ContinualMRP", "CrossMoments", "Diagonal",
+    "Edit", "LowRank", "MRPConfig", "Moments", "Plan", "Point", "Score", "Scores", "Site", "Step", "Subject",
+    "Trajectory", "agreement", "apply", "certificate", "check_architecture", "collect", "compare", "diff",
+    "erase_stream", "export", "facts_accuracy", "fetch", "load", "mrp", "peaks", "predictions", "prune", "random_like",
+    "register", "reload_check", "resolve", "score", "top", "trajectory", "wrap",
 }  # fmt: skip
 ROOMS = {"arch", "data", "errors", "fit", "plot"}
 HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "scipy")

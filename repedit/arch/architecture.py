@@ -82,6 +82,8 @@ class Architecture:
     """Projections are Conv1D, stored (in, out)."""
     unit_gain: bool = False
     """Norms multiply by 1 + weight."""
+    centered: bool = False
+    """Norms subtract the mean of the stream first (LayerNorm)."""
     gated: bool = True
     """z = act(gate) * up, so the sign of z says nothing."""
     parallel: bool | str = False

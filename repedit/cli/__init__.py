@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from repedit.cli import cut, look, start
+from repedit.cli import cut, look, project, start
 
 app = typer.Typer(
     name="repedit",
@@ -25,6 +25,7 @@ for verb in (
     look.inspect,
     cut.score,
     cut.prune,
+    project.project,
     cut.apply,
     look.diff,
     look.compare,

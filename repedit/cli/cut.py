@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Seed, Sites, Text, Tokens, opened
+from repedit.cli.writing import plan_of, write
+from repedit.cli.writing import verify as verified
 
 
 def score(
@@ -104,9 +106,9 @@ def prune(
         )
         raise typer.Exit(3)
     if not dry_run:
-        _write(found.edit, subject, out, overwrite)
+        write(found.edit, subject, out, overwrite)
     elif not json:
-        console.out.print(_plan(found.edit, subject), highlight=False)
+        console.out.print(plan_of(found.edit, subject), highlight=False)
 
 
 def apply(
@@ -127,14 +129,14 @@ def apply(
 
     loaded = Edit.load(edit)
     if dry_run:
-        console.out.print(_plan(loaded, opened(model, "auto", "auto")), highlight=False)
+        console.out.print(plan_of(loaded, opened(model, "auto", "auto")), highlight=False)
         return
     if out is None:
         raise ArgumentError("--out is needed: the directory to write (or --dry-run)")
     source: Any = model if Path(model).is_dir() or model == "smollm2-135m" else opened(model, "auto", "auto")
     record = export(loaded, source, out, dtype=dtype, overwrite=overwrite)
     if verify:
-        _verify(out)
+        verified(out)
     if json:
         console.show_json(
             {"out": str(out), "tensors": len(record.plan), "largest_relative_change": record.relative_change}
@@ -156,31 +158,3 @@ def _scored(
         subject, data.read(forget), data.read(retain), sites, importance, combine, tokens=tokens, batch_size=batch_size
     )
     return scored(*sides, importance=importance, combine=combine)
-
-
-def _write(edit: Any, subject: Any, out: Path, overwrite: bool) -> None:
-    from repedit import console
-    from repedit.rewrite.checkpoint import export
-
-    if out.suffix == ".safetensors":
-        edit.save(out)
-    else:
-        export(edit, subject, out, overwrite=overwrite)
-        _verify(out)
-    console.err.print(f"written: {out}")
-
-
-def _verify(out: Path) -> None:
-    from repedit import console
-    from repedit.rewrite.reloading import reload_check
-
-    found = reload_check(out)
-    console.err.print(
-        f"verified: plain transformers loads {found.parameters:,} parameters in a process without repedit"
-    )
-
-
-def _plan(edit: Any, subject: Any) -> str:
-    from repedit.lower import lower
-
-    return lower(edit, subject.architecture, subject.specs).summary(subject.specs)

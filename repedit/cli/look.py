@@ -13,12 +13,17 @@ def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: J
     """Prove on a real forward pass that repedit edits this model where it says it does."""
     from repedit import console
     from repedit.arch.check import check_architecture
+    from repedit.kernels.dispatch import choose
 
     subject = opened(model, device, dtype)
     report = check_architecture(subject.model)
     rows = [[str(p.site), p.moved, p.error, p.note.strip("; ")] for p in report.proofs]
+    widths = sorted({row["width"] for row in subject.sites()})
+    kernels = {width: choose(subject.device, subject.model.dtype, (width, 16)) for width in widths}
     if json:
-        console.show_json({"model_type": report.model_type, "passed": report.passed, "proofs": rows})
+        console.show_json(
+            {"model_type": report.model_type, "passed": report.passed, "proofs": rows, "kernels": kernels}
+        )
         return
     columns = ("site", "moved", "hook against weights", "note")
     console.table(
@@ -29,6 +34,8 @@ def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: J
     console.out.print(
         f"{len(rows)} taps passed; dtype {subject.model.dtype}, device {subject.device}, quantiser {subject.quantizer}"
     )
+    for width, (name, reason) in kernels.items():
+        console.out.print(f"projection of rank 16 at width {width}: {name} ({reason})")
 
 
 def inspect(
@@ -106,4 +113,4 @@ def compare(
         console.show_json(console.comparison_json(found))
         return
     console.table(f"{base} against {edited}", console.COMPARISON_COLUMNS, console.comparison_rows(found))
-    console.show_generations(found)
+    console.show_generations(found.prompts, found.base_text, found.edited_text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,23 +11,43 @@ from repedit.cli.options import Json, Seed, Tokens, quiet
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory of the edited checkpoint.")] = Path("edited"),
+    out: Annotated[
+        Path, typer.Option(help="Directory of the first edited checkpoint; the second gets '-capitals'.")
+    ] = Path("edited"),
     model: Annotated[str, typer.Option(help="Model to edit.")] = "smollm2-135m",
     tokens: Tokens = 3000,
+    act: Annotated[str, typer.Option(help="code (pruning), capitals (projection), or both.")] = "both",
+    steps: Annotated[int, typer.Option(help="Training steps of the second act.")] = 40,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Prune the code neurons of the default model, export it, and compare it with the original."""
+    """Prune the code neurons of the default model; make it forget the capitals; export both and compare."""
     from repedit import console
-    from repedit.walkthrough import walkthrough
+    from repedit.errors import UnknownName, nearest
+    from repedit.walkthrough import forget_capitals, walkthrough
 
     quiet()
-    found = walkthrough(model, out, tokens=tokens, seed=seed, say=console.stage)
+    if act not in ("both", "code", "capitals"):
+        raise UnknownName(f"act={act!r}; {nearest(act, ('both', 'code', 'capitals'))}")
+    found: dict[str, Any] = {}
+    if act in ("both", "code"):
+        first = walkthrough(model, out, tokens=tokens, seed=seed, say=console.stage)
+        found["code"] = console.comparison_json(first.comparison) | {"target": first.target, "figures": first.figures}
+        if not json:
+            _show_pruning(first)
+    if act in ("both", "capitals"):
+        place = out.with_name(f"{out.name}-capitals")
+        second = forget_capitals(model, place, steps=steps, seed=seed, say=console.stage)
+        found["capitals"] = console.forgotten_json(second)
+        if not json:
+            _show_forgotten(second)
     if json:
-        console.show_json(
-            console.comparison_json(found.comparison) | {"target": found.target, "figures": found.figures}
-        )
-        return
+        console.show_json(found)
+
+
+def _show_pruning(found: Any) -> None:
+    from repedit import console
+
     pruned = sum(map_.rank_removed for map_ in found.edit.maps.values())
     rows = console.comparison_rows(found.comparison)
     console.table(
@@ -48,12 +68,34 @@ def demo(
             for i, label in enumerate(("neurons specific to code", "as many random neurons in each layer"))
         ],
     )
-    console.show_generations(found.comparison)
+    comparison = found.comparison
+    console.show_generations(comparison.prompts, comparison.base_text, comparison.edited_text)
     console.out.print(
         f"[bold]{found.target}/[/bold] is a plain checkpoint: AutoModelForCausalLM.from_pretrained('{found.target}')"
     )
     console.out.print(f"Figures: {', '.join(str(path) for path in found.figures)}")
     console.out.print("Pruned is not proved gone: a little fine-tuning may bring the capability back.")
+
+
+def _show_forgotten(found: Any) -> None:
+    from repedit import console
+
+    rows = console.knowledge_rows(found.trained, {"capitals"})
+    (unseen,) = console.knowledge_rows({"capitals, in words training never saw": found.unseen}, {*()})
+    rows.insert(1, [unseen[0], "forget", *unseen[2:]])
+    ranks = {map_.rank_removed for map_ in found.edit.maps.values()}
+    title = (
+        f"Projections of rank {max(ranks)} at {len(found.edit.maps)} MLP outputs, folded into the weights: facts right"
+    )
+    console.table(title, console.KNOWLEDGE_COLUMNS, rows)
+    console.show_generations(found.prompts, found.before, found.after)
+    leak = found.manifest.certificate["worst_leak"]
+    console.out.print(
+        f"[bold]{found.target}/[/bold] is a plain checkpoint; the largest leak along a removed direction is {leak:.0e}"
+    )
+    console.out.print(
+        "Folded is not proved forgotten: other paths may hold the facts, and half of them teach the rest."
+    )
 
 
 def fetch(

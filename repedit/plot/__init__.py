@@ -7,17 +7,29 @@ styles repeat what colour says, so that a grey print can be read.
 
 from repedit.plot.cloud import importances
 from repedit.plot.drops import selectivity_strip, trajectory
+from repedit.plot.energies import spectra
 from repedit.plot.heat import specialization
 from repedit.plot.histogram import activations
+from repedit.plot.layers import layer_rank
+from repedit.plot.leaks import leakage
 from repedit.plot.removal import overlap, pruned_per_layer, transfer
+from repedit.plot.tasks import continual, principal_angles
+from repedit.plot.tradeoffs import TradeOff, rank_tradeoff
 
 __all__ = [
+    "TradeOff",
     "activations",
+    "continual",
     "importances",
+    "layer_rank",
+    "leakage",
     "overlap",
+    "principal_angles",
     "pruned_per_layer",
+    "rank_tradeoff",
     "selectivity_strip",
     "specialization",
+    "spectra",
     "trajectory",
     "transfer",
 ]

@@ -80,7 +80,7 @@ def export(
     with _workplace(out) as place:
         directory = files or _saved(source, place, max_shard_size)
         shards = open_shards(directory)
-        plan = _plan(change, _architecture(directory), shards, options)
+        plan = _plan(change, architecture_of(directory), shards, options)
         _check_space(place, _bytes_to_write(plan, shards, place, to, link))
         new = place / "checkpoint"
         new.mkdir()
@@ -160,7 +160,12 @@ def _directory(source: str | Path) -> Path:
     )
 
 
-def _architecture(directory: Path) -> Architecture:
+def architecture_of(directory: Path) -> Architecture:
+    """The family row of a checkpoint directory.
+
+    Raises:
+        QuantizedModel, UnknownArchitecture: if it cannot be edited.
+    """
     from transformers import AutoConfig
 
     raw = read_json(directory / "config.json")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.plan import Plan
+from repedit.rewrite.certificates import TensorCertificate, check_leaks, combined
 
 PACKAGES = ("repedit", "torch", "transformers", "safetensors")
 
@@ -24,6 +25,8 @@ class Change:
     before: str | None
     """sha256 of the bytes; None for a tensor that is new."""
     after: str
+    certificate: TensorCertificate | None = None
+    """What is left of the directions a projection removed."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Manifest:
     files: Mapping[str, str]
     dtype: str | None
     versions: Mapping[str, str]
+    certificate: Mapping[str, Any] | None = None
+    """rank, leak before and after the cast, exactness, per tensor; None where nothing was projected."""
     loaders: tuple[str, ...] = ("transformers.AutoModelForCausalLM", "repedit.load")
     structure: str = "keep"
     format: int = 1
@@ -68,6 +73,7 @@ def manifest(plan: Plan, changes: Mapping[str, Change], source: Path, new: Path,
         files=_hashes(new),
         dtype=dtype,
         versions={name: version(name) for name in PACKAGES},
+        certificate=_certificate(plan, changes),
     )
 
 
@@ -107,6 +113,14 @@ def card(plan: Plan, record: Manifest, source: Path) -> str:
             *(["## Card of the base", "", _body(base)] if base else []),
         ]
     )
+
+
+def _certificate(plan: Plan, changes: Mapping[str, Change]) -> dict[str, Any] | None:
+    rows = {name: change.certificate for name, change in sorted(changes.items()) if change.certificate is not None}
+    if not rows:
+        return None
+    check_leaks(rows)
+    return combined(plan, rows, "folded").plain()
 
 
 def _body(text: str) -> str:

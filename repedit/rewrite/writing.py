@@ -15,6 +15,7 @@ from torch import Tensor
 
 from repedit.arch import TensorSpec
 from repedit.plan import Plan
+from repedit.rewrite.certificates import TensorCertificate, certified
 from repedit.rewrite.manifest import Change
 from repedit.shards import INDEX, SINGLE, Shards, header, raw_bytes
 
@@ -87,7 +88,7 @@ def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) ->
             after = plan.apply(name, before, shards.read)
             out.seek(shards.entries[name].start)
             out.write(raw_bytes(after))
-            changes[name] = _change(before, after)
+            changes[name] = _change(before, after, certified(plan, name, before, after, shards.read))
     return changes
 
 
@@ -107,7 +108,7 @@ def _converted(plan: Plan, shards: Shards, file: str, target: Path, dtype: torch
             )
             out.write(raw_bytes(after))
             if name in plan.operations:
-                changes[name] = _change(before, after)
+                changes[name] = _change(before, after, certified(plan, name, before, after, shards.read))
     return changes
 
 
@@ -151,7 +152,7 @@ def _link_or_copy(source: Path, target: Path, link: bool) -> None:
     shutil.copyfile(source, target)
 
 
-def _change(before: Tensor | None, after: Tensor) -> Change:
+def _change(before: Tensor | None, after: Tensor, proof: TensorCertificate | None = None) -> Change:
     relative = float("inf")
     if before is not None:
         old = before.double()
@@ -160,4 +161,5 @@ def _change(before: Tensor | None, after: Tensor) -> Change:
         relative=relative,
         before=None if before is None else hashlib.sha256(raw_bytes(before)).hexdigest(),
         after=hashlib.sha256(raw_bytes(after)).hexdigest(),
+        certificate=proof,
     )

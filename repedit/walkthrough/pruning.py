@@ -1,6 +1,6 @@
-"""The main job from end to end on one model: find the code neurons, prune them, export, measure, draw.
+"""The first act: find the neurons of code, prune them, export, measure, draw.
 
-What `repedit demo` runs; every step is a public call that a notebook can repeat.
+Every step is a public call that a notebook can repeat.
 """
 
 from __future__ import annotations

@@ -1,0 +1,204 @@
+"""MRP on SmolLM2-135M: make it forget a domain of facts, keep the others, and see what brings the facts back.
+
+Training sees the first three phrasings of every forget fact and a list form; phrasings 3 and 4 are never trained on.
+Retain facts are split by entity: one half is trained on, the other is scored. Accuracy is 8-way multiple choice by
+answer log-probability. Perplexity is on WikiText-2 documents that no setting was chosen on.
+
+Run as `python -m bench.mrp --part one|tasks|attack|rounding --seed N`; each part writes bench/results/mrp-PART-N.json,
+and `--part report` joins them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import repedit as rp
+from bench.corpora import splits
+from bench.record import RESULTS, record
+from bench.relearning import gradient_difference, relearn, rounded
+from repedit.data import Fact, Splits, with_paraphrases
+from repedit.edit import Edit
+from repedit.models import Subject
+
+TASKS = ("capitals", "symbols", "opposites", "past_tenses")
+UNTOUCHED = ("languages",)
+TRAINED, UNSEEN = (0,), (3, 4)
+SETTINGS: dict[str, Any] = {"sites": "0-11.mlp.out", "rank": 16}
+CONFIG: dict[str, Any] = {"steps": 110, "start": "random", "kl_weight": 2.0, "text_rows": 2}
+TOKENS = 4064
+
+
+def seen(items: Sequence[Fact]) -> tuple[Fact, ...]:
+    """The facts with the phrasings that training may see: their own and the first two others."""
+    return tuple(replace(fact, paraphrases=fact.paraphrases[:2]) for fact in items)
+
+
+class Bench:
+    """The model, the facts of each domain, and what a model is scored on."""
+
+    def __init__(self) -> None:
+        self.lm = rp.load("smollm2-135m")
+        facts = [rp.data.facts(name) for name in (*TASKS, *UNTOUCHED)]
+        self.facts = {f.name: f.forget for f in facts}
+        halves = {name: Splits.of(items, seed=0) for name, items in self.facts.items()}
+        self.train = {name: half.train for name, half in halves.items()}
+        self.test = {name: half.test for name, half in halves.items()}
+        self.prose = splits()["prose"][1]
+
+    def retain_of(self, forgotten: Sequence[str]) -> tuple[Fact, ...]:
+        """The training half of every domain that has not been forgotten."""
+        return seen([fact for name, items in self.train.items() if name not in forgotten for fact in items])
+
+    def forgetting(self, lm: Subject, domain: str) -> dict[str, float]:
+        """Accuracy on a forgotten domain: in its own phrasing, and in those never trained on."""
+        found = {f"phrasing {i}": self.accuracy(lm, self.facts[domain], i) for i in (*TRAINED, *UNSEEN)}
+        return found | {"unseen": sum(found[f"phrasing {i}"] for i in UNSEEN) / len(UNSEEN)}
+
+    def keeping(self, lm: Subject, forgotten: Sequence[str]) -> dict[str, float]:
+        """Accuracy on the test half of the other domains, and perplexity on prose."""
+        found = {name: self.accuracy(lm, items, 0) for name, items in self.test.items() if name not in forgotten}
+        return found | {"perplexity": rp.predictions(lm, self.prose, limit_tokens=TOKENS, progress=False).perplexity}
+
+    @staticmethod
+    def accuracy(lm: Subject, items: Sequence[Fact], phrasing: int) -> float:
+        """Share of facts that are right in one phrasing."""
+        return rp.facts_accuracy(lm, with_paraphrases(items, only=[phrasing])).accuracy
+
+    def row(self, name: str, seed: int, lm: Subject, domain: str, **more: Any) -> dict[str, Any]:
+        """One line of the table."""
+        found = {
+            "name": name,
+            "seed": seed,
+            "forget": self.forgetting(lm, domain),
+            "retain": self.keeping(lm, [domain]),
+        }
+        print(name, seed, found["forget"], found["retain"], more, flush=True)
+        return found | more
+
+    def edit(self, domain: str, seed: int, previous: Edit | None = None, forgotten: Sequence[str] = ()) -> Edit:
+        """The trained projection for a domain."""
+        return rp.mrp(
+            self.lm, forget=seen(self.facts[domain]), retain=self.retain_of((*forgotten, domain)), previous=previous,
+            config={**CONFIG, "seed": seed}, progress=False, **SETTINGS,
+        )  # fmt: skip
+
+
+def one(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Capitals: trained projection, random projection of the same rank, gradient difference at matched forgetting."""
+    lm = bench.lm
+    start = time.time()
+    edit = bench.edit("capitals", seed)
+    minutes = (time.time() - start) / 60
+    edit.save(folder / f"capitals-{seed}.safetensors")
+    rows = [bench.row("original", seed, lm, "capitals")] if seed == 0 else []
+    edited = rp.apply(edit, lm)
+    rows.append(bench.row("MRP", seed, edited, "capitals", minutes=minutes, steps=edit.provenance["steps_run"]))
+    blank = rp.mrp(lm, forget=bench.facts["capitals"], retain=bench.train["symbols"], method="random",
+                   config={"seed": seed}, progress=False, **SETTINGS)  # fmt: skip
+    rows.append(bench.row("random", seed, rp.apply(blank, lm), "capitals"))
+    goal = rows[-2]["forget"]["phrasing 0"]
+    start = time.time()
+    student, steps = matched(bench, seed, goal)
+    torch.save(student.model.state_dict(), folder / f"difference-{seed}.pt")
+    minutes = (time.time() - start) / 60
+    return [*rows, bench.row("gradient difference", seed, student, "capitals", minutes=minutes, steps=steps)]
+
+
+def matched(bench: Bench, seed: int, goal: float) -> tuple[Subject, int]:
+    """Gradient difference until it forgets the trained phrasing as well as MRP does."""
+    return gradient_difference(
+        bench.lm, seen(bench.facts["capitals"]), bench.retain_of(["capitals"]), rp.data.prose(), seed=seed,
+        until=lambda lm: bench.accuracy(lm, bench.facts["capitals"], 0) <= goal,
+    )  # fmt: skip
+
+
+def tasks(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Four domains one after another; after each, every domain is scored."""
+    edit, rows = None, []
+    for number, name in enumerate(TASKS):
+        edit = bench.edit(name, seed, edit, TASKS[:number])
+        edited = rp.apply(edit, bench.lm)
+        done = TASKS[: number + 1]
+        row = {"name": f"after {name}", "seed": seed, "forgotten": {d: bench.forgetting(edited, d) for d in done}}
+        row["retain"] = bench.keeping(edited, done)
+        print(row, flush=True)
+        rows.append(row)
+    assert edit is not None
+    edit.save(folder / f"tasks-{seed}.safetensors")
+    return rows
+
+
+def attack(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Relearn half of the capitals, test on the other half: original, projection kept frozen, folded, difference."""
+    halves = Splits.of(bench.facts["capitals"], seed=seed)
+    edit = Edit.load(folder / f"capitals-{seed}.safetensors")
+    rows = []
+    for name in ("original", "MRP, folded", "MRP, hook kept", "gradient difference"):
+        for rate in (2e-5, 1e-4):
+            lm = rp.load("smollm2-135m") if name == "MRP, hook kept" else _attacked(bench, name, seed, folder, edit)
+            kept = edit.hooked(lm) if name == "MRP, hook kept" else None
+            student = relearn(lm, seen(halves.train), rate=rate, steps=40, seed=seed, hooked=kept)
+            with edit.hooked(student) if kept else torch.no_grad():
+                found = {side: bench.accuracy(student, items, 0) for side, items in (("T", halves.train), ("V", halves.test))}  # fmt: skip
+                found |= {"V unseen": bench.accuracy(student, halves.test, UNSEEN[0])}
+            rows.append({"name": name, "seed": seed, "rate": rate, "steps": 40, **found})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _attacked(bench: Bench, name: str, seed: int, folder: Path, edit: Edit) -> Subject:
+    if name == "original":
+        return bench.lm
+    if name == "MRP, folded":
+        return rp.apply(edit, bench.lm)
+    student = rp.load("smollm2-135m")
+    student.model.load_state_dict(torch.load(folder / f"difference-{seed}.pt"))
+    return student
+
+
+def rounding(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """The folded projection after rounding the block matrices to 8, 4 and 3 bits."""
+    edited = rp.apply(Edit.load(folder / f"capitals-{seed}.safetensors"), bench.lm)
+    rows = []
+    for bits in (8, 4, 3):
+        for name, lm in (("original", bench.lm), ("MRP, folded", edited)):
+            student = rounded(lm, bits)
+            scored = rp.facts_accuracy(student, bench.facts["capitals"])
+            other = bench.accuracy(student, bench.facts["capitals"], UNSEEN[0])
+            rows.append({"name": name, "seed": seed, "bits": bits, "forget": scored.accuracy, "interval": scored.interval, "unseen": other})  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+PARTS = {"one": one, "tasks": tasks, "attack": attack, "rounding": rounding}
+
+
+def main() -> None:
+    """Run one part for one seed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=[*PARTS], required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".cache/bench-mrp"), help="Where edits and models are kept."
+    )
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    bench = Bench()
+    counts = {name: len(items) for name, items in bench.facts.items()}
+    rows = PARTS[options.part](bench, options.seed, options.folder)
+    path = record(
+        f"mrp-{options.part}-{options.seed}", rows, module="mrp", settings={**SETTINGS, **CONFIG}, facts=counts
+    )
+    print(path, "of", RESULTS)
+
+
+if __name__ == "__main__":
+    main()

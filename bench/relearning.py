@@ -1,0 +1,112 @@
+"""Training all weights of a copy: gradient difference as a baseline of forgetting, and relearning as an attack on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from repedit.activations.passes import inputs_of
+from repedit.data import Batches, Fact
+from repedit.fit.objective import forgetting, retained, targets_of, teaching
+from repedit.fit.sampling import Sampler, training_rows
+from repedit.models import Subject, subject_of
+
+
+def gradient_difference(
+    lm: Subject,
+    forget: Sequence[Fact],
+    retain: Sequence[Fact],
+    text: Batches,
+    *,
+    rate: float = 2e-5,
+    steps: int = 120,
+    batch_size: int = 8,
+    seed: int = 0,
+    until: Callable[[Subject], bool] = lambda _: False,
+    every: int = 10,
+) -> tuple[Subject, int]:
+    """A copy of the model after AdamW steps on -min(CE_f, cap) + KL_r, the objective of MRP with all weights free.
+
+    Returns it with the steps taken: training ends when `until` says so, asked every `every` steps.
+    """
+    student = trainable(lm)
+    bad = Sampler(lm, training_rows(forget, "forget", shown=3, seed=seed), batch_size, length=128, seed=seed)
+    kept = [Sampler(lm, training_rows(retain, "retain", shown=3, seed=seed), batch_size, length=128, seed=seed),
+            Sampler(lm, text, 2, length=48, seed=seed)]  # fmt: skip
+    loss_of = forgetting(bad, lm, among="answers", cap=None)
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        batches = [sampler.at(step) for sampler in kept]
+        teachers = [teaching(lm, rows) for rows in batches]
+        batch = bad.at(step)
+        optimizer.zero_grad()
+        loss, _ = loss_of(student.model(**inputs_of(batch)).logits, batch)
+        for rows, teacher in zip(batches, teachers, strict=True):
+            loss = loss + retained(student, rows, teacher)[0]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % every == 0 and until(student):
+            return student, step + 1
+    return student, steps
+
+
+def relearn(
+    lm: Subject,
+    train: Sequence[Fact],
+    *,
+    rate: float,
+    steps: int,
+    batch_size: int = 8,
+    seed: int = 0,
+    hooked: AbstractContextManager[None] | None = None,
+) -> Subject:
+    """A copy of the model, fine-tuned on the answers of some facts, all weights free, AdamW, 10 % warm-up.
+
+    Args:
+        hooked: hooks that are active on `lm` itself during training, which is then trained in place.
+    """
+    student = trainable(lm) if hooked is None else lm
+    for p in student.model.parameters():
+        p.requires_grad_(True)
+    rows = Sampler(student, training_rows(train, "train"), batch_size, length=128, seed=seed)
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=rate, weight_decay=0.0)
+    with hooked or nullcontext():
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / (0.1 * steps))
+            batch = rows.at(step)
+            optimizer.zero_grad()
+            logits, use = student.model(**inputs_of(batch)).logits, targets_of(batch)
+            cross_entropy(logits[:, :-1][use[:, 1:]], batch.input_ids[use]).backward()
+            torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
+            optimizer.step()
+    return student
+
+
+def trainable(lm: Subject) -> Subject:
+    """A copy whose weights may move."""
+    model = copy.deepcopy(lm.model)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    return subject_of(model, lm.tokenizer)
+
+
+def rounded(lm: Subject, bits: int, group: int = 64) -> Subject:
+    """A copy whose block matrices are rounded to a symmetric grid of 2^bits - 1 levels, a scale a group of inputs.
+
+    int8: a scale a row; int4 and int3: a scale for each `group` inputs. Embeddings, head and norms are left alone.
+    """
+    model = copy.deepcopy(lm.model)
+    levels = 2 ** (bits - 1) - 1
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 2 and ".layers." in name:
+                size = p.shape[1] if bits == 8 else group
+                rows = p.reshape(p.shape[0], -1, size)
+                scale = (rows.abs().amax(-1, keepdim=True) / levels).clamp_min(1e-12)
+                p.copy_(((rows / scale).round().clamp(-levels, levels) * scale).reshape(p.shape))
+    return subject_of(model, lm.tokenizer)

@@ -1,0 +1,270 @@
+"""MRP: irreversible projections of hidden states, from a closed form or trained, one task after another."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repedit.data import Batches, prose
+from repedit.edit import Edit, exactness
+from repedit.errors import (
+    ArgumentError,
+    FingerprintError,
+    QuantizedModel,
+    RankError,
+    ShapeError,
+    TrainingError,
+    UnknownName,
+    nearest,
+)
+from repedit.fit.bases import Bases
+from repedit.fit.methods import FITS
+from repedit.fit.objective import forgetting
+from repedit.fit.sampling import Sampler, check_disjoint, neighbours, training_rows
+from repedit.fit.starting import fitted
+from repedit.fit.streams import stream_sites
+from repedit.fit.subspace import is_orthogonal, union
+from repedit.fit.training import History, MRPConfig, Sources, train
+from repedit.hooks import installed
+from repedit.maps import LowRank
+from repedit.models import Subject
+from repedit.sites import Site
+
+
+class RankWarning(UserWarning):
+    """A site loses so many directions that what is retained must suffer."""
+
+
+class HookOnlyWarning(UserWarning):
+    """No weight equals the edit at some of the sites."""
+
+
+REFERENCE = MRPConfig(
+    steps=None, epochs=2, lr=2e-4, batch_size=5, optimizer="sgd", cap=float("inf"), among="vocabulary",
+    retain_weight=1.2, kl_weight=0.0, text_rows=0, shown=0, forget_at="everywhere", anneal=0.0, clip=1.0, start="residual_pca",
+)  # fmt: skip
+"""The published settings (used with rank=2), with the defects of the published code corrected."""
+
+
+def mrp(
+    subject: Subject,
+    *,
+    forget: Any,
+    retain: Any,
+    sites: str | Site | list[str | Site] = "*.mlp.out",
+    rank: int = 16,
+    method: str = "mrp",
+    config: MRPConfig | Mapping[str, Any] | None = None,
+    text: Batches | str | None = "prose",
+    previous: Edit | None = None,
+    stop: Callable[[Subject], bool] | None = None,
+    resume: str | Path | None = None,
+    progress: bool | None = None,
+) -> Edit:
+    """Find the directions of hidden states whose removal loses the forget set and keeps the retain set.
+
+    At each site x -> x - U U^T x, U (d, rank) orthonormal. A closed form gives the start; training then moves U to
+    minimise -min(CE_f, cap) + retain_weight CE_r + kl_weight KL(original || edited), with the weights frozen. The edit is
+    the union of what `previous` removes and the new directions, jointly orthonormal: earlier tasks never come back.
+
+    Args:
+        forget, retain: facts (every phrasing they carry is used), rows, a corpus, or texts.
+        sites: where to project; "stream" for one basis removed by every writer of the residual stream.
+        method: "mrp" trains; the name of a closed form (`rp.fit.FITS`) takes what it finds.
+        config: settings of the training, or a mapping of the ones to change.
+        text: running text whose predictions are kept as well; the built-in prose by default, None for none.
+        previous: the edit of earlier tasks. It is active while statistics are taken and bases are trained; its sites that
+            are not among `sites` are carried along unchanged.
+        stop: called with the edited subject every `evaluate_every` steps; True ends the training.
+        resume: a file the run is saved to on its way, and goes on from where it exists.
+    Raises:
+        OverlapError, DataError: if the sets share rows, or one is empty.
+        RankError: if the rank is not possible at a site beside what was removed before.
+        UnknownName: if the method or a key of the config does not exist.
+        FingerprintError: if `previous` was made for another model. ArgumentError: if it holds other than projections.
+        QuantizedModel: if the weights are quantised. TrainingError: if a loss is not finite.
+    Reference: Wu et al. 2025, arXiv 2508.15449; cap, retain KL, exact union of tasks and folding are ours.
+    """
+    settings = _settings(config)
+    check_method(method)
+    if subject.quantizer:
+        raise QuantizedModel(
+            f"the weights are quantised ({subject.quantizer}); load the unquantised base, requantise the result"
+        )
+    bad, good = (
+        training_rows(source, role, shown=settings.shown, seed=settings.seed)
+        for role, source in (("forget", forget), ("retain", retain))
+    )
+    check_disjoint(bad, good)
+    kept = prose() if text == "prose" else None if text is None else training_rows(text, "text")
+    shared = sites == "stream"
+    chosen = stream_sites(subject) if shared else subject.select(sites)
+    _warn_hook_only(subject, chosen)
+    earlier = _checked(previous, subject, chosen, rank, shared)
+    starts = fitted(
+        subject, bad, good, chosen, method=settings.start if method == "mrp" else method, rank=rank,
+        seed=settings.seed, earlier=previous, shared=shared, progress=progress,
+    )  # fmt: skip
+    record = _record(subject, method, settings, sites, rank, {"forget": bad, "retain": good, "text": kept})
+    if method != "mrp":
+        return _with(previous, {site: _joined(earlier.get(site), map_) for site, map_ in starts.items()}, record, {})
+    bases = Bases(subject, starts, earlier, shared=shared)
+    weights = subject.fingerprint()
+    others = Edit({s: m for s, m in previous.maps.items() if s not in earlier}) if previous else Edit({})
+    with installed(others.hooks(subject)):
+        history = train(
+            bases, _sources(subject, bad, good, kept, settings), settings, stop=stop, progress=progress,
+            state=None if resume is None else Path(resume), key={k: record[k] for k in ("model", "data", "sites", "rank")},
+        )  # fmt: skip
+    if subject.fingerprint() != weights:
+        raise TrainingError("the weights changed while the bases were trained; does a hook of yours write to them?")
+    return _with(previous, bases.maps(), record, _summary(history, bases))
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that does not exist.
+
+    Raises:
+        UnknownName: with the nearest names.
+    """
+    if method != "mrp" and method not in FITS:
+        raise UnknownName(f"method={method!r} does not exist; {nearest(method, ('mrp', *FITS))}")
+
+
+def _settings(config: MRPConfig | Mapping[str, Any] | None) -> MRPConfig:
+    if config is None or isinstance(config, MRPConfig):
+        return config or MRPConfig()
+    known = asdict(MRPConfig())
+    for name in config:
+        if name not in known:
+            raise UnknownName(f"config has no key {name!r}; {nearest(name, known)}")
+    fixed = {"steps": None, **config} if config.get("epochs") is not None else dict(config)
+    return replace(MRPConfig(), **fixed)
+
+
+def _checked(
+    previous: Edit | None, subject: Subject, sites: Sequence[Site], rank: int, shared: bool
+) -> dict[Site, LowRank]:
+    """The maps of earlier tasks at the sites of this one; refusals before anything is computed."""
+    if previous is not None:
+        made_for = previous.provenance.get("model")
+        if made_for and made_for != subject.fingerprint():
+            raise FingerprintError(
+                f"previous was made for model {made_for[:12]}, this one is {subject.fingerprint()[:12]}; give the unedited "
+                "model, previous is hooked into it"
+            )
+    found: dict[Site, LowRank] = {}
+    for site in sites:
+        width = subject.anatomy.width_of(site.layer, site.point)
+        map_ = None if previous is None else previous.maps.get(site)
+        if map_ is not None:
+            if map_.width != width:
+                raise ShapeError(
+                    f"{site}: previous has width {map_.width}, the site has width {width}; is it of another model?"
+                )
+            if not isinstance(map_, LowRank) or map_.center is not None or not is_orthogonal(map_):
+                raise ArgumentError(
+                    f"{site}: previous holds a {type(map_).__name__} that is no orthogonal projection; training goes on from "
+                    "orthogonal ones only. Compose other maps afterwards, with previous | edit"
+                )
+            found[site] = map_
+        taken = found[site].u.shape[1] if site in found else 0
+        if not 1 <= rank < width - taken:
+            raise RankError(
+                f"{site}: rank {rank} was asked for, 1 to {width - taken - 1} is possible beside the {taken} removed before"
+            )
+    first = next(iter(found.values()), None)
+    if (
+        shared
+        and first is not None
+        and (len(found) < len(sites) or any(not torch.equal(m.u, first.u) for m in found.values()))
+    ):
+        raise ArgumentError(
+            "sites='stream' goes on from a stream erasure only; previous removes other bases at other writers"
+        )
+    return found
+
+
+def _warn_hook_only(subject: Subject, sites: Iterable[Site]) -> None:
+    found = [site for site in sites if exactness(site, subject.anatomy) == "hook-only"]
+    if found:
+        warnings.warn(
+            f"{found[0]} and {len(found) - 1} other sites are residual streams, which no weight equals: the edit works as a "
+            f"hook only. Foldable alternatives: {found[0].layer}.mlp.out, {found[0].layer}.attn.out, sites='stream'",
+            HookOnlyWarning,
+            stacklevel=3,
+        )
+
+
+def _sources(subject: Subject, forget: Batches, retain: Batches, text: Batches | None, config: MRPConfig) -> Sources:
+    bad = Sampler(subject, forget, config.batch_size, length=config.length, seed=config.seed)
+    near, rest = neighbours(forget, retain)
+    parts = [part for part in (near, rest) if part is not None]
+    size = -(-config.batch_size // len(parts))
+    kept = [Sampler(subject, part, size, length=config.length, seed=config.seed) for part in parts]
+    if text is not None and config.text_rows:
+        kept.append(Sampler(subject, text, config.text_rows, length=config.text_length, seed=config.seed))
+    return Sources(bad, tuple(kept), forgetting(bad, subject, among=config.among, cap=config.cap))
+
+
+def _record(
+    subject: Subject, method: str, config: MRPConfig, sites: Any, rank: int, data: Mapping[str, Batches | None]
+) -> dict[str, Any]:
+    return {
+        "method": method,
+        "sites": ",".join(map(str, sites)) if isinstance(sites, list | tuple) else str(sites),
+        "rank": rank,
+        "options": {k: str(v) if v == float("inf") else v for k, v in asdict(config).items()}
+        if method == "mrp"
+        else {},
+        "seed": config.seed,
+        "model": subject.fingerprint(),
+        "data": {role: {"name": c.name, "hash": c.hash} for role, c in data.items() if c is not None},
+        "versions": {name: version(name) for name in ("repedit", "torch", "transformers")},
+    }
+
+
+def _summary(history: History, bases: Bases) -> dict[str, Any]:
+    rounded = {name: [round(v, 4) for v in getattr(history, name)] for name in ("forget", "right", "divergence")}
+    return {
+        "steps_run": len(history.forget),
+        "stopped": history.reason,
+        "history": rounded,
+        "overlap": round(bases.overlap(), 4),
+    }
+
+
+def _joined(earlier: LowRank | None, new: LowRank) -> LowRank:
+    """Both tasks at one site: the union of orthogonal projections, else the factored product."""
+    if earlier is None:
+        return new
+    if new.center is None and is_orthogonal(new):
+        return union(earlier, new)
+    composed = new @ earlier
+    if not isinstance(composed, LowRank):
+        raise ArgumentError("the map found does not compose with previous into one projection; use previous | edit")
+    return composed
+
+
+def _with(
+    previous: Edit | None, maps: Mapping[Site, LowRank], record: Mapping[str, Any], summary: Mapping[str, Any]
+) -> Edit:
+    carried = {} if previous is None else {site: map_ for site, map_ in previous.maps.items() if site not in maps}
+    parents = [] if previous is None else [dict(previous.provenance)]
+    extra = {"parents": parents, "carried": [str(site) for site in carried]} if parents else {}
+    found = Edit({**carried, **maps}, {**record, **summary, **extra})
+    wide = {str(site): m.rank_removed for site, m in maps.items() if m.rank_removed > m.width / 4}
+    if wide:
+        site, rank = max(wide.items(), key=lambda item: item[1])
+        warnings.warn(
+            f"{len(wide)} sites remove more than a quarter of their directions ({site}: {rank}); retained behaviour suffers there",
+            RankWarning,
+            stacklevel=3,
+        )
+    return found

@@ -1,0 +1,99 @@
+"""Certificates: what is measured of a fold, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import repedit as rp
+from repedit.errors import ArgumentError, NotFoldable, PlanMismatch
+from repedit.rewrite.certificates import LIMITS
+from tests.edits import mask, projection
+from tests.test_laws import every_dtype, every_family
+from tests.tiny import tiny
+
+
+@every_dtype
+@every_family
+@pytest.mark.parametrize("site", ["1.mlp.out", "0.attn.out"])
+def test_a_fold_leaves_only_rounding(family, site, dtype):
+    subject = tiny(family, dtype)
+    edit = projection(subject, site)
+    found = rp.certificate(rp.apply(edit, subject), edit, subject)
+    post = subject.anatomy.branch(1, rp.Point.MLP_OUT).gain is not None
+    assert (found.form, found.rank) == ("folded", 3)
+    assert found.exactness == ("subspace-exact" if post else "exact")
+    assert found.worst_leak <= LIMITS[dtype]
+    for row in found.tensors.values():
+        assert row.rank == 3 and row.leak_computed <= 1e-5 and abs(row.residue) < 5e-3
+
+
+def test_the_leak_is_the_one_computed_by_hand():
+    subject = tiny("llama", torch.bfloat16)
+    edit = projection(subject, "1.mlp.out")
+    edited = rp.apply(edit, subject)
+    ((name, row),) = rp.certificate(edited, edit, subject).tensors.items()
+    u = next(iter(edit.maps.values())).u.double()
+    old, new = (u.T @ dict(s.model.named_parameters())[name].detach().double() for s in (subject, edited))
+    assert row.leak == pytest.approx(float(new.norm() / old.norm()))
+    assert row.residue == pytest.approx(float((old * new).sum() / old.square().sum()))
+    assert row.leak > 100 * row.leak_computed and row.dtype == "bfloat16"
+
+
+def test_weights_that_were_not_edited_are_a_hook_and_hold_everything():
+    subject = tiny("llama")
+    edit = projection(subject, "1.mlp.out")
+    found = rp.certificate(subject, edit, subject)
+    assert found.form == "hook" and found.worst_leak == pytest.approx(1.0)
+    assert "whoever removes the hook has the original back" in found.describe()
+
+
+def test_half_a_fold_is_refused():
+    subject = tiny("llama")
+    edit = projection(subject, "1.mlp.out") | projection(subject, "0.attn.out")
+    half = rp.apply(projection(subject, "1.mlp.out"), subject)
+    with pytest.raises(
+        PlanMismatch, match=r"1 of 2 tensors hold removed directions still, such as .*layers\.0.* \(leak 1\)"
+    ):
+        rp.certificate(half, edit, subject)
+
+
+def test_an_affine_map_is_measured_about_its_center():
+    for family in ("gpt2", "llama"):
+        subject = tiny(family)
+        edit = projection(subject, "1.mlp.out", center=True)
+        found = rp.certificate(rp.apply(edit, subject), edit, subject)
+        assert found.form == "folded" and len(found.tensors) == 2 and found.worst_leak < 1e-5
+
+
+def test_a_stream_erasure_and_a_reader_side_edit_are_certified_too():
+    subject = tiny("llama")
+    edit = rp.erase_stream(subject, torch.randn(24, 2, dtype=torch.float64)) | projection(subject, "0.mlp.neurons")
+    found = rp.certificate(rp.apply(edit, subject), edit, subject)
+    assert found.rank == 2 * 5 + 3 and len(found.tensors) == 5 and found.worst_leak < 1e-5
+
+
+def test_the_manifest_carries_the_certificate_and_files_can_be_certified(tmp_path: Path):
+    subject = tiny("llama")
+    edit = projection(subject, "1.mlp.out")
+    rp.export(rp.Edit({}), subject, tmp_path / "original", allow_identity=True)
+    rp.export(edit, tmp_path / "original", tmp_path / "edited", dtype="bfloat16")
+    written = json.loads((tmp_path / "edited" / "repedit.json").read_text())["certificate"]
+    found = rp.certificate(tmp_path / "edited", edit, tmp_path / "original")
+    assert written == json.loads(json.dumps(found.plain()))
+    assert found.tensors["model.layers.1.mlp.down_proj.weight"].dtype == "bfloat16"
+    assert json.loads((tmp_path / "original" / "repedit.json").read_text())["certificate"] is None
+    with pytest.raises(ArgumentError, match="edited is in memory and original a directory"):
+        rp.certificate(subject, edit, tmp_path / "original")
+
+
+def test_edits_without_a_projection_or_without_weights_are_refused():
+    subject = tiny("llama")
+    pruned = mask(subject, "1.mlp.neurons")
+    with pytest.raises(ArgumentError, match="the edit holds no projection"):
+        rp.certificate(rp.apply(pruned, subject), pruned, subject)
+    with pytest.raises(NotFoldable, match="residual stream"):
+        rp.certificate(subject, projection(subject, "0.resid.post"), subject)

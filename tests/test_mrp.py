@@ -1,0 +1,332 @@
+"""Training of projections: exact gradients, frozen weights, nested tasks, and refusals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+import repedit as rp
+from repedit.arch import hooks_at
+from repedit.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    FingerprintError,
+    OverlapError,
+    QuantizedModel,
+    RankError,
+    ShapeError,
+    TrainingError,
+    UnknownName,
+)
+from repedit.fit.bases import Bases
+from repedit.fit.mrp import REFERENCE, HookOnlyWarning, RankWarning, mrp
+from repedit.fit.objective import Forgetting, forgetting, targets_of
+from repedit.fit.sampling import Sampler, collated, neighbours, training_rows
+from repedit.fit.training import _positions
+from repedit.hooks import installed
+from repedit.models import subject_of
+from tests.saved import byte_tokenizer
+from tests.tiny import tiny
+
+SITES = "*.mlp.out"
+SHORT = {"steps": 3, "batch_size": 4, "text_rows": 0, "evaluate_every": 1}
+
+
+def small(family: str = "llama", dtype: torch.dtype = torch.float32):
+    model = tiny(family, vocab_size=260, max_position_embeddings=256).model.to(dtype)
+    return subject_of(model, byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return rp.data.invented(4, 2, 0)
+
+
+def test_a_trained_edit_holds_orthonormal_bases_and_leaves_the_weights_alone(facts):
+    lm = small()
+    weights, needs = lm.fingerprint(), [p.requires_grad for p in lm.model.parameters()]
+    edit = mrp(lm, forget=facts.forget, retain=facts.retain, sites=SITES, rank=3, config=SHORT, text=None)
+    assert lm.fingerprint() == weights
+    assert [p.requires_grad for p in lm.model.parameters()] == needs
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    for map_ in edit.maps.values():
+        assert map_.u.shape == (24, 3)
+        assert torch.allclose(map_.u.double().T @ map_.u.double(), torch.eye(3, dtype=torch.float64), atol=1e-6)
+    record = edit.provenance
+    assert record["steps_run"] == 3 and record["stopped"] == "all 3 steps taken" and 0 < record["overlap"] < 1
+    assert set(record["data"]) == {"forget", "retain"} and record["options"]["steps"] == 3
+
+
+def test_training_lowers_the_probability_of_the_answers(facts):
+    lm = small()
+    config = {**SHORT, "steps": 25, "batch_size": 8}
+    edit = mrp(lm, forget=facts.forget, retain=facts.retain, sites=SITES, rank=6, config=config, text=None)
+    losses = edit.provenance["history"]["forget"]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_the_same_seed_gives_the_same_edit_and_another_seed_another(facts):
+    lm = small()
+    found = [
+        mrp(lm, forget=facts.forget, retain=facts.retain, rank=2, config={**SHORT, "seed": seed}, text=None).hash
+        for seed in (0, 0, 1)
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_gradients_through_the_qr_equal_finite_differences(facts):
+    lm = small("gpt2", torch.float64)  # its LayerNorm computes in float64
+    site = rp.Site.parse("1.mlp.out")
+    start = rp.LowRank.projection(torch.randn(24, 3, dtype=torch.float64))
+    earlier = rp.LowRank.projection(torch.randn(24, 2, dtype=torch.float64))
+    bases = Bases(lm, {site: start}, {site: earlier})
+    sampler = Sampler(lm, training_rows(facts.forget, "forget"), 4, length=200, seed=0)
+    loss = forgetting(sampler, lm, among="vocabulary", cap=math.inf)
+    batch = sampler.at(0)
+
+    def value() -> torch.Tensor:
+        bases.refresh()
+        with installed(bases.hooks()):
+            return loss(lm.model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits.double(), batch)[0]
+
+    (w,) = bases.weights.values()
+    (gradient,) = torch.autograd.grad(value(), [w])
+    direction = torch.randn_like(w)
+    with torch.no_grad():
+        w += 1e-6 * direction
+        high = value()
+        w -= 2e-6 * direction
+        low = value()
+    assert float((high - low) / 2e-6) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+
+
+def test_tasks_nest_and_stay_jointly_orthonormal(facts):
+    lm = small()
+    parts = [facts.forget[i::2] for i in range(2)]
+    series = rp.ContinualMRP(lm, sites=SITES, rank=2, config=SHORT, text=None)
+    edits = [series.add_task(f"task {i}", forget=part, retain=facts.retain) for i, part in enumerate(parts)]
+    for early, late in pairwise(edits):
+        for site in early.maps:
+            p, q = (torch.eye(24, dtype=torch.float64) - m.u.double() @ m.v.double().T for m in (early.maps[site], late.maps[site]))  # fmt: skip
+            assert float((q @ p - q).norm()) < 1e-6 and float((p @ q - q).norm()) < 1e-6
+            assert late.maps[site].rank_removed == early.maps[site].rank_removed + 2
+    assert edits[-1].provenance["tasks"] == ["task 0", "task 1"]
+
+
+def test_a_series_is_saved_and_gone_on_with(facts, tmp_path):
+    lm = small()
+    series = rp.ContinualMRP(lm, sites=SITES, rank=2, config=SHORT, text=None)
+    series.add_task("one", forget=facts.forget[:2], retain=facts.retain)
+    series.save(tmp_path / "series.safetensors")
+    again = rp.ContinualMRP.load(tmp_path / "series.safetensors", lm, config=SHORT, text=None)
+    assert again.tasks == ("one",) and again.edit.hash == series.edit.hash and again.rank == 2
+    both = [s.add_task("two", forget=facts.forget[2:], retain=facts.retain).hash for s in (series, again)]
+    assert both[0] == both[1]
+    with pytest.raises(ArgumentError, match=r"task 'one' was added before; tasks are \['one', 'two'\]"):
+        again.add_task("one", forget=facts.forget[:2], retain=facts.retain)
+    rp.Edit({}).save(tmp_path / "plain.safetensors")
+    with pytest.raises(ArgumentError, match="is no series of tasks"):
+        rp.ContinualMRP.load(tmp_path / "plain.safetensors", lm)
+
+
+def test_previous_sites_that_are_not_asked_for_are_carried_along(facts):
+    lm = small()
+    first = mrp(lm, forget=facts.forget[:2], retain=facts.retain, sites="0.mlp.out", rank=2, config=SHORT, text=None)
+    both = mrp(
+        lm, forget=facts.forget[2:], retain=facts.retain, sites="1.mlp.out", rank=2, config=SHORT, text=None, previous=first
+    )  # fmt: skip
+    assert [str(site) for site in both.maps] == ["0.mlp.out", "1.mlp.out"]
+    assert both.provenance["carried"] == ["0.mlp.out"]
+    assert torch.equal(both.maps[rp.Site.parse("0.mlp.out")].u, first.maps[rp.Site.parse("0.mlp.out")].u)
+
+
+def test_a_broken_run_goes_on_to_the_same_edit(facts, tmp_path):
+    lm = small()
+    options = {"forget": facts.forget, "retain": facts.retain, "rank": 2, "text": None}
+    whole = mrp(lm, config={**SHORT, "steps": 6}, **options)
+    calls = []
+
+    def interrupt(_: rp.Subject) -> bool:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        mrp(lm, config={**SHORT, "steps": 6}, resume=tmp_path / "state", stop=interrupt, **options)
+    assert not any(m._forward_hooks for m in lm.model.modules())
+    resumed = mrp(lm, config={**SHORT, "steps": 6}, resume=tmp_path / "state", **options)
+    assert resumed.provenance["steps_run"] == 6
+    for site in whole.maps:
+        assert torch.allclose(whole.maps[site].u, resumed.maps[site].u, atol=1e-6)
+    with pytest.raises(CheckpointError, match=r"other settings \(config\); remove it"):
+        mrp(lm, config={**SHORT, "steps": 7}, resume=tmp_path / "state", **options)
+
+
+def test_training_stops_by_the_callers_rule_at_chance_and_at_the_budget(facts):
+    lm = small()
+    options = {"forget": facts.forget, "retain": facts.retain, "rank": 2, "text": None}
+    edit = mrp(lm, config={**SHORT, "steps": 9}, stop=lambda _: True, **options)
+    assert (edit.provenance["steps_run"], edit.provenance["stopped"]) == (1, "the caller's stop rule")
+    edit = mrp(lm, config={**SHORT, "steps": 40, "patience": 2, "among": "vocabulary"}, **options)
+    assert edit.provenance["steps_run"] == 2 and "no more often than by chance" in edit.provenance["stopped"]
+    edit = mrp(lm, config={**SHORT, "steps": 40, "retain_budget": 0.0}, **options)
+    assert edit.provenance["steps_run"] == 20 and "the budget is 0.0" in edit.provenance["stopped"]
+
+
+def test_the_forget_loss_is_capped_and_counts_first_answer_tokens_among_the_answers():
+    batch = rp.data.Batch(
+        torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4, dtype=torch.bool), ("a",),
+        answer=torch.tensor([[False, False, True, True]]),
+    )  # fmt: skip
+    assert targets_of(batch, 0).tolist() == [[False, False, True, False]]
+    assert targets_of(batch).tolist() == [[False, False, True, True]]
+    logits = torch.zeros(1, 4, 10)
+    logits[0, 1, 7], logits[0, 1, 3] = 2.0, 9.0
+    among = Forgetting(torch.tensor([6, 7]), math.inf, 0.5, 0)
+    loss, right = among(logits, batch)
+    assert float(loss) == pytest.approx(-math.log(1 + math.exp(-2.0))) and right == 1.0
+    everything = Forgetting(None, 4.0, 0.1)
+    assert float(everything(logits, batch)[0]) == pytest.approx(-(4.0 + math.log(10)) / 2, abs=1e-3)
+    blank = replace(batch, answer=torch.zeros(1, 4, dtype=torch.bool))
+    with pytest.raises(TrainingError, match="no token to forget"):
+        among(logits, blank)
+
+
+def test_the_projection_acts_where_it_should_while_the_forget_loss_is_taken(facts):
+    lm = small()
+    site = rp.Site.parse("0.mlp.out")
+    bases = Bases(lm, {site: rp.LowRank.projection(torch.randn(24, 3))}, {})
+    batch = Sampler(lm, training_rows(facts.forget, "forget"), 3, length=200, seed=0).at(0)
+    seen: list[torch.Tensor] = []
+    watch = hooks_at(lm.model, lm.anatomy, site, lambda x, *_: seen.append(x.clone()), replaces=False)
+    q = bases.now[site].detach()
+    for only in (batch.entity, None):
+        bases.only = only
+        with installed([*bases.hooks(), *watch]), torch.no_grad():
+            lm.model(batch.input_ids, attention_mask=batch.attention_mask.long())
+        gone = (seen[-1] @ q).abs().amax(-1) < 1e-5
+        assert torch.equal(gone, batch.entity if only is not None else torch.ones_like(gone))
+    assert torch.equal(_positions(batch, "entity", 0), batch.entity) and _positions(batch, "everywhere", 1) is None
+    assert torch.equal(_positions(batch, "both", 1), batch.entity) and _positions(batch, "both", 2) is None
+    unmarked = replace(batch, entity=torch.zeros_like(batch.entity))
+    assert bool(_positions(unmarked, "entity", 0).all())
+
+
+def test_facts_are_shown_without_words_and_neighbours_are_found(facts):
+    rows = training_rows(facts.forget, "forget", shown=1, seed=0)
+    lists = [row for row in rows.items if row.id.endswith("#shown")]
+    assert len(lists) == len(facts.forget)
+    for row, fact in zip(lists, facts.forget, strict=True):
+        first, last = row.prompt.split("\n")
+        assert last == f"{fact.entity}:" and row.answer == fact.answer and fact.entity not in first
+        assert any(first == f"{other.entity}: {other.answer}" for other in facts.forget)
+    mine, other = facts.forget[0], facts.retain[0]
+    near = replace(other, id="near", entity=mine.entity)
+    sides = neighbours(training_rows([mine], "forget"), training_rows([near, other], "retain"))
+    assert [{row.id.split("#")[0] for row in side.items} for side in sides] == [{"near"}, {other.id}]
+    assert neighbours(training_rows([mine], "forget"), training_rows([other], "retain"))[0] is None
+
+
+def test_padding_changes_no_training_batch(facts):
+    lm = small()
+    long = replace(facts.forget[0], prompt="x " * 60 + facts.forget[0].prompt)
+    alone, beside = (Sampler(lm, training_rows(items, "forget"), 50, length=250, seed=0) for items in (facts.forget[1:3], (long, *facts.forget[1:3])))  # fmt: skip
+    loss = Forgetting(None, math.inf, 0.1)
+    with torch.no_grad():
+        values = []
+        for sampler in (alone, beside):
+            rows = [r for r in sampler.rows if r.document[0] != long.id and not r.document[0].startswith(f"{long.id}#")]
+            batch = collated(rows if sampler is alone else sampler.rows)
+            kept = [i for i, name in enumerate(batch.document) if name in {r.document[0] for r in rows}]
+            logits = lm.model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits.double()
+            part = replace(
+                batch,
+                document=tuple(batch.document[i] for i in kept),
+                **{k: getattr(batch, k)[kept] for k in ("input_ids", "attention_mask", "answer", "entity")},
+            )
+            values.append(float(loss(logits[kept], part)[0]))
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["residual_pca", "cpca", "gen_eig", "oblique", "mean_difference", "lda", "random"])
+def test_closed_forms_need_no_training(facts, method):
+    lm = small()
+    options = {"forget": facts.forget, "retain": facts.retain, "sites": SITES, "rank": 1, "text": None}
+    edit = mrp(lm, method=method, **options)
+    assert [m.rank_removed for m in edit.maps.values()] == [1, 1]
+    assert edit.provenance["method"] == method and "history" not in edit.provenance
+
+
+@pytest.mark.parametrize("method", ["leace", "grad_pca"])
+def test_closed_forms_from_labels_and_gradients(facts, method):
+    edit = mrp(small(), forget=facts.forget, retain=facts.retain, method=method, rank=2, text=None)
+    assert all(m.rank_removed >= 1 for m in edit.maps.values())
+
+
+def test_the_published_settings_run(facts):
+    config = replace(REFERENCE, epochs=1, batch_size=20)
+    edit = mrp(small(), forget=facts.forget, retain=facts.retain, sites="0.mlp.out", rank=2, config=config, text=None)
+    assert edit.provenance["steps_run"] == math.ceil(len(training_rows(facts.forget, "f").items) / 20)
+
+
+def test_the_stream_is_trained_as_one_basis(facts):
+    lm = small()
+    edit = mrp(lm, forget=facts.forget, retain=facts.retain, sites="stream", rank=2, config=SHORT, text=None)
+    assert [str(site) for site in edit.maps] == ["0.resid.pre", "0.attn.out", "0.mlp.out", "1.attn.out", "1.mlp.out"]
+    assert len({map_.u.data_ptr() for map_ in edit.maps.values()}) <= 5
+    first, *rest = edit.maps.values()
+    assert all(torch.equal(first.u, map_.u) for map_ in rest)
+    more = mrp(lm, forget=facts.forget[:2], retain=facts.retain, sites="stream", rank=1, config=SHORT, text=None, previous=edit)  # fmt: skip
+    assert {map_.rank_removed for map_ in more.maps.values()} == {3}
+
+
+def test_warnings_name_what_cannot_be_folded_and_what_is_too_much(facts):
+    lm = small()
+    options = {"forget": facts.forget, "retain": facts.retain, "config": SHORT, "text": None}
+    with pytest.warns(HookOnlyWarning, match=r"0\.resid\.post .* Foldable alternatives: 0\.mlp\.out"):
+        mrp(lm, sites="0.resid.post", rank=2, **options)
+    with pytest.warns(RankWarning, match=r"more than a quarter .*0\.mlp\.out: 7"):
+        mrp(lm, sites="0.mlp.out", rank=7, **options)
+
+
+def test_refusals_change_nothing(facts):
+    lm = small()
+    weights = lm.fingerprint()
+    options = {"forget": facts.forget, "retain": facts.retain, "config": SHORT, "text": None}
+    cases = [
+        ({"method": "mpr"}, UnknownName, "method='mpr' does not exist; did you mean 'mrp'"),
+        ({"config": {"step": 3}}, UnknownName, "config has no key 'step'; did you mean 'steps'"),
+        ({"config": {"steps": 0}}, ArgumentError, "steps out of range"),
+        ({"config": {"steps": 3, "epochs": 2, "among": "words"}}, ArgumentError, "give one of them|among"),
+        ({"retain": facts.forget}, OverlapError, r"share \d+ rows, the first is"),
+        ({"retain": []}, DataError, "found nothing"),
+        ({"rank": 24}, RankError, r"0\.mlp\.out: rank 24 was asked for, 1 to 23 is possible"),
+        ({"rank": 0}, RankError, "rank 0 was asked for"),
+        ({"sites": "stream", "previous": rp.Edit({rp.Site.parse("0.mlp.out"): rp.Diagonal(torch.ones(24))})}, ArgumentError, "Diagonal that is no orthogonal projection"),
+        ({"previous": rp.Edit({}, {"model": "0" * 64})}, FingerprintError, "previous was made for model 000000000000"),
+        ({"previous": rp.Edit({rp.Site.parse("0.mlp.out"): rp.LowRank.projection(torch.eye(12, 1))})}, ShapeError, "previous has width 12, the site has width 24"),
+        ({"previous": rp.Edit({rp.Site.parse("0.mlp.out"): rp.LowRank.oblique(torch.eye(24, 1), torch.ones(24, 1))})}, ArgumentError, "goes on from orthogonal ones only"),
+    ]  # fmt: skip
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            mrp(lm, **{**options, **change})
+    assert lm.fingerprint() == weights
+
+
+def test_a_quantised_model_and_a_broken_one_are_refused(facts, monkeypatch):
+    lm = small()
+    options = {"forget": facts.forget, "retain": facts.retain, "config": {**SHORT, "start": "random"}, "text": None}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(lm), "quantizer", "bitsandbytes")
+        with pytest.raises(QuantizedModel, match="load the unquantised base"):
+            mrp(lm, **options)
+    with torch.no_grad():
+        lm.model.lm_head.weight[0] = float("nan")
+    with pytest.raises(TrainingError, match=r"step 0: forget loss nan|step 0: .*retain KL nan"):
+        mrp(lm, **options)
