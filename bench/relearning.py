@@ -23,11 +23,11 @@ def gradient_difference(
     text: Batches,
     *,
     rate: float = 2e-5,
-    steps: int = 120,
+    steps: int = 90,
     batch_size: int = 8,
     seed: int = 0,
     until: Callable[[Subject], bool] = lambda _: False,
-    every: int = 10,
+    every: int = 15,
 ) -> tuple[Subject, int]:
     """A copy of the model after AdamW steps on -min(CE_f, cap) + KL_r, the objective of MRP with all weights free.
 

@@ -70,6 +70,15 @@ def test_moments_equal_a_naive_float64_pass(n, d, seed, mean, dtype):
     assert stat.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [255, 256, 300])
+def test_wide_sites_are_summed_by_halves(width, dtype):
+    rows, mask = _rows(700, width, mean=5.0, dtype=dtype), torch.arange(700) % 5 > 0
+    stat = Moments(width).update(rows[:300], mask[:300]).update(rows[300:], mask[300:])
+    _assert_naive(stat, rows[mask], NAIVE[dtype])
+    assert torch.equal(stat.second, stat.second.T) and torch.equal((stat + Moments(width)).scatter.T, stat.scatter)
+
+
 @given(cuts=st.lists(st.integers(0, 300), max_size=4), mean=st.sampled_from([0.0, 1e3]), back=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_merging_is_exact(cuts, mean, back):

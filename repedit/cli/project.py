@@ -21,8 +21,9 @@ def project(
         str | None, typer.Option(help="Facts to keep; by default those of the file, or the other domains.")
     ] = None,
     sites: Annotated[
-        str, typer.Option(help="Where to project: '0-11.mlp.out', '*.attn.out', or 'stream'.")
-    ] = "*.mlp.out",
+        str | None,
+        typer.Option(help="Where to project: '0-11.mlp.out', 'stream'; by default mlp.out of the early layers."),
+    ] = None,
     rank: Annotated[int, typer.Option(help="Directions removed at each site.")] = 16,
     method: Annotated[
         str, typer.Option(help="mrp trains; cpca, residual_pca, leace, oblique, ... fit at once.")

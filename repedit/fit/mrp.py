@@ -57,7 +57,7 @@ def mrp(
     *,
     forget: Any,
     retain: Any,
-    sites: str | Site | list[str | Site] = "*.mlp.out",
+    sites: str | Site | list[str | Site] | None = None,
     rank: int = 16,
     method: str = "mrp",
     config: MRPConfig | Mapping[str, Any] | None = None,
@@ -75,7 +75,8 @@ def mrp(
 
     Args:
         forget, retain: facts (every phrasing they carry is used), rows, a corpus, or texts.
-        sites: where to project; "stream" for one basis removed by every writer of the residual stream.
+        sites: where to project; None for mlp.out of the first 40 % of the layers, where facts enter the stream, at the
+            last token of what they are about; "stream" for one basis removed by every writer of the residual stream.
         method: "mrp" trains; the name of a closed form (`rp.fit.FITS`) takes what it finds.
         config: settings of the training, or a mapping of the ones to change.
         text: running text whose predictions are kept as well; the built-in prose by default, None for none.
@@ -103,6 +104,7 @@ def mrp(
     )
     check_disjoint(bad, good)
     kept = prose() if text == "prose" else None if text is None else training_rows(text, "text")
+    sites = early_sites(subject) if sites is None else sites
     shared = sites == "stream"
     chosen = stream_sites(subject) if shared else subject.select(sites)
     _warn_hook_only(subject, chosen)
@@ -125,6 +127,15 @@ def mrp(
     if subject.fingerprint() != weights:
         raise TrainingError("the weights changed while the bases were trained; does a hook of yours write to them?")
     return _with(previous, bases.maps(), record, _summary(history, bases))
+
+
+def early_sites(subject: Subject) -> str:
+    """The selector of mlp.out in the first 40 % of the layers.
+
+    In SmolLM2-135M projections there carried over to phrasings that training never saw (seat of government: .51 right,
+    from .84); the same number of projections at layers 8 to 20 did not (.92 right in one of them).
+    """
+    return f"0-{max(1, round(0.4 * len(subject.anatomy.layers))) - 1}.mlp.out"
 
 
 def check_method(method: str) -> None:

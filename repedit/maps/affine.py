@@ -26,7 +26,10 @@ class AffineMap(ABC):
 
     @abstractmethod
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """Mx + c, in the dtype of x; half types are computed in float32 and rounded once."""
+        """Mx + c, in the dtype of x; half types are computed in float32 and rounded once.
+
+        Where a GPU kernel runs, its products take half operands and are summed in float32 (repedit.kernels).
+        """
 
     @abstractmethod
     def left(self, w: Float[Tensor, "d i"]) -> Float[Tensor, "d i"]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from repedit.errors import ArgumentError, NotEnoughRows, ShapeError
-from repedit.stats.rows import BLOCK, centre, centred, check_finite, counted, exact_products
+from repedit.stats.rows import BLOCK, centre, centred, check_finite, counted, exact_products, triangle, whole
 
 
 class Moments:
@@ -28,6 +28,7 @@ class Moments:
         """float64 once a float64 row was seen: the precision that what is fitted should have."""
         self._shift = torch.zeros(width, dtype=torch.float64, device=device)
         self._total = torch.zeros(width, dtype=torch.float64, device=device)
+        # Of sum (x - shift)(x - shift)^T the lower triangle.
         self._square = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def __repr__(self) -> str:
@@ -51,7 +52,7 @@ class Moments:
             for block in rows.split(BLOCK):
                 rest = centred(block, shift)
                 sums.append(rest.sum(0))
-                products.append(rest.T @ rest)
+                products.append(triangle(rest))
                 check_finite(products[-1].diagonal(), "the sum of squares of coordinate")
         self._shift, self.count = shift, self.count + rows.shape[0]
         self.dtype = torch.promote_types(self.dtype, sums[0].dtype)
@@ -86,7 +87,7 @@ class Moments:
     @property
     def scatter(self) -> Float[Tensor, "d d"]:
         """sum (x - mean)(x - mean)^T."""
-        return self._square - torch.outer(self._total, self._total / max(self.count, 1))
+        return whole(self._square) - torch.outer(self._total, self._total) / max(self.count, 1)
 
     @property
     def covariance(self) -> Float[Tensor, "d d"]:

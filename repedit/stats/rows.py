@@ -12,6 +12,9 @@ from torch import Tensor
 
 from repedit.errors import NotFinite, ShapeError
 
+# From this width on half a product beats a whole one on a CPU: of its time it takes 1.05 at width 128, 0.92 at 256,
+# 0.67 at 576, 0.53 at 1536 (1024 rows, one thread).
+TRIANGLE_WIDTH = 256
 # Rows whose products are summed in float32 before they are added to float64: 1e6 rows err by 4e-6 of a block
 # instead of the 6e-2 (worst case) of float32 throughout.
 BLOCK = 4096
@@ -43,6 +46,22 @@ def centred(block: Float[Tensor, "n d"], shift: Float[Tensor, " d"]) -> Float[Te
     """block - shift, in float32, or in float64 where the block is."""
     work = torch.float64 if block.dtype == torch.float64 else torch.float32
     return block.to(work) - shift.to(work)
+
+
+def triangle(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+    """X^T X, of which the lower triangle may be relied on; the rest may be 0 (a symmetric rank-n update does half)."""
+    if rows.device.type != "cpu" or rows.shape[1] < TRIANGLE_WIDTH:
+        return rows.T @ rows
+    from scipy.linalg import blas
+
+    update = blas.dsyrk if rows.dtype == torch.float64 else blas.ssyrk
+    # A row-major (n, d) is a column-major (d, n): the transposes cost nothing, and turn upper into lower.
+    return torch.from_numpy(update(1.0, rows.contiguous().numpy().T).T)
+
+
+def whole(lower: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The symmetric matrix with this lower triangle."""
+    return lower.tril() + lower.tril(-1).T
 
 
 def check_finite(values: Float[Tensor, " d"], what: str) -> None:

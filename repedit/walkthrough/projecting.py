@@ -22,8 +22,6 @@ PROMPTS = (
     "The chemical symbol for gold is",
     "The opposite of hot is",
 )
-DEPTH = 0.4
-"""Share of the layers that are edited, the first ones: facts enter the stream there, at the subject's last token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +61,9 @@ def forget_capitals(
     subject, asked = load(model), facts("capitals", seed=seed)
     halves = Splits.of(asked.retain, seed=seed)
     shown = tuple(replace(fact, paraphrases=fact.paraphrases[:3]) for fact in asked.forget)
-    sites = f"0-{max(1, round(DEPTH * len(subject.anatomy.layers))) - 1}.mlp.out"
     rank = min(16, subject.anatomy.width // 8)
-    say(f"Training projections at {sites}, rank {rank}, {steps} steps: forget {len(shown)} capitals, keep the rest")
-    edit = mrp(
-        subject, forget=shown, retain=halves.train, sites=sites, rank=rank, config={"steps": steps, "seed": seed}
-    )
+    say(f"Training projections of rank {rank} for {steps} steps: forget {len(shown)} capitals, keep the rest")
+    edit = mrp(subject, forget=shown, retain=halves.train, rank=rank, config={"steps": steps, "seed": seed})
     say(f"Writing the projected checkpoint to {out}")
     manifest = export(edit, subject, out, overwrite=True)
     edited = load(out)

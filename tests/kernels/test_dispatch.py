@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jaxtyping
 import pytest
 import torch
@@ -187,11 +190,19 @@ def test_doctor_says_what_runs_at_the_widths_of_the_model(tmp_path):
     assert "projection of rank 16 at width 24: reference (cpu tensors: blocked torch code)" in said
 
 
+ONE_GRAPH = """
+import torch, repedit as rp
+map_ = rp.LowRank.projection(torch.randn(96, 5), torch.randn(96))
+x = torch.randn(33, 96)
+compiled = torch.compile(lambda x: 2 * map_(x), backend="aot_eager", fullgraph=True)
+torch.testing.assert_close(compiled(x), 2 * map_(x), rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
 def test_a_compiler_sees_one_graph():
-    c = case(33, 96, 5)
-    map_ = rp.LowRank(c.u, c.v, c.center)
-    compiled = torch.compile(lambda x: 2 * map_(x), backend="aot_eager", fullgraph=True)
-    assert error(compiled(c.x), 2 * c.expected) <= 1e-6
+    # In a process without the shape-checked imports, which a compiler cannot follow.
+    assert subprocess.run([sys.executable, "-c", ONE_GRAPH]).returncode == 0
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
