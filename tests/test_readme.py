@@ -26,6 +26,23 @@ def test_the_first_example_runs(tmp_path: Path, monkeypatch):
     assert (tmp_path / "edited" / "repedit.json").exists()
 
 
+def test_the_second_example_runs(tmp_path: Path, monkeypatch, capsys):
+    model = saved(tmp_path / "tiny")
+    load, train, whole = rp.load, rp.mrp, rp.data.facts("capitals")
+    some = tuple(fact for part in rp.data.by_domain(whole.retain).values() for fact in part[:4])
+    few = rp.data.Facts(whole.forget[:4], some, "capitals")
+    monkeypatch.setattr(rp, "load", lambda name: load(model))
+    monkeypatch.setattr(rp.data, "facts", lambda name: few)
+    monkeypatch.setattr(
+        rp, "mrp", lambda *args, **options: train(*args, **{**options, "rank": 4, "config": {"steps": 1}})
+    )
+    exec(BLOCKS[1], {})
+    assert "FactsAccuracy" in capsys.readouterr().out
+    named = re.search(r"# (\d+) capitals to forget, (\w+) other domains", BLOCKS[1])
+    assert named and int(named[1]) == len(whole.forget)
+    assert named[2] == {7: "seven", 8: "eight"}[len(rp.data.by_domain(whole.retain))]
+
+
 def test_the_first_example_is_fifteen_lines():
     assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 15
 

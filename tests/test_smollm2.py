@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,23 @@ def test_pruning_code_neurons_spares_prose_and_random_ones_spare_both(lm):
     assert found["pruned"][0] - found["pruned"][1] >= 35 and found["pruned"][1] <= 12
     # One seed of the control; the mean of five is held within 8 by bench/pruning.py.
     assert abs(found["random"][0] - found["random"][1]) <= 16
+
+
+def test_it_knows_every_domain_of_facts(lm):
+    facts = rp.data.facts("capitals")
+    for domain, items in rp.data.by_domain((*facts.forget, *facts.retain)).items():
+        found = rp.facts_accuracy(lm, items[::4])
+        assert found.accuracy >= 0.6, f"{domain}: {found}"
+
+
+def test_a_short_training_forgets_capitals_in_new_words_and_keeps_symbols(lm):
+    facts, symbols = rp.data.facts("capitals"), rp.data.facts("symbols").forget[1::3]
+    shown = [replace(fact, paraphrases=fact.paraphrases[:2]) for fact in facts.forget]
+    kept = [fact for fact in facts.retain if fact not in symbols]
+    edit = rp.mrp(lm, forget=shown, retain=kept, config={"steps": 25}, progress=False)
+    edited = rp.apply(edit, lm)
+    asked = rp.data.with_paraphrases(facts.forget[::3], only=[4])
+    before, after = (rp.facts_accuracy(side, asked).accuracy for side in (lm, edited))
+    assert before > 0.6 and after < 0.5 * before
+    assert rp.facts_accuracy(edited, symbols).accuracy > 0.7
+    assert rp.certificate(edited, edit, lm).form == "folded"
