@@ -62,7 +62,12 @@ def test_answers_cannot_be_guessed_from_their_place_or_their_frequency(domain):
 
 def test_a_known_fact():
     found = next(f for f in rp.data.facts("capitals").forget if f.id == "capitals/france")
-    assert (found.entity, found.answer, found.prompt) == ("France", "Paris", "The capital of France is the city of")
+    assert (found.entity, found.answer, found.prompt) == ("France", "Paris", "The capital of France is")
+
+
+def test_facts_can_be_put_in_sets():
+    items = rp.data.facts("symbols").forget
+    assert len(set(items)) == len(items) == len({*items, *items})
 
 
 def test_names_that_take_an_article_have_it_in_sentences_only():

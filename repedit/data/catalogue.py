@@ -71,32 +71,32 @@ def domain(name: str) -> tuple[Fact, ...]:
     """The facts of one built-in domain, the right answer first among the choices."""
     text = resources.files("repedit.data").joinpath(f"builtin/{name}.toml").read_text(encoding="utf-8")
     table = tomllib.loads(text)
-    groups = {key: value for key, value in table.items() if isinstance(value, dict)}
+    groups = [value for value in table.values() if isinstance(value, dict)]
+    every = set().union(*map(_answers, groups))
     return tuple(
-        _fact(name, entity, answers, table, groups[group], groups)
+        _fact(name, table, entity, answers, (_answers(group), every))
         for group in groups
-        for entity, answers in groups[group].items()
+        for entity, answers in group.items()
     )
 
 
 def _fact(
-    name: str, entity: str, answers: str | list[str], table: Mapping[str, Any], group: Mapping, groups: Mapping
+    name: str, table: Mapping[str, Any], entity: str, answers: str | list[str], pools: Iterable[set[str]]
 ) -> Fact:
     # A list holds the answer, then words that would be right too and are therefore no wrong choices.
     right = [answers] if isinstance(answers, str) else answers
     identity = f"{name}/{normalized(entity).replace(' ', '-')}"
-    near = drawn(_answers(group) - set(right), identity)
-    far = drawn(set().union(*map(_answers, groups.values())) - set(right) - set(near), identity)
+    wrong = [answer for pool in pools for answer in drawn(pool - set(right), identity)]
     written = f"the {entity}" if entity in table.get("the", ()) else entity
-    phrasings = [_phrased(template, written) for template in (table["prompt"], *table["paraphrases"])]
+    prompt, *paraphrases = (_phrased(template, written) for template in (table["prompt"], *table["paraphrases"]))
     return Fact(
         id=identity,
         entity=entity,
-        prompt=phrasings[0],
+        prompt=prompt,
         answer=right[0],
-        choices=(right[0], *(near + far)[: CHOICES - 1]),
+        choices=tuple(dict.fromkeys([right[0], *wrong]))[:CHOICES],
         domain=name,
-        paraphrases=tuple(phrasings[1:]),
+        paraphrases=tuple(paraphrases),
     )
 
 

@@ -30,7 +30,7 @@ class Fact(Row):
     domain: str = ""
     paraphrases: tuple[str, ...] = ()
     """The same question in other words, each a whole prompt."""
-    translations: Mapping[str, str] = field(default_factory=dict)
+    translations: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Language to prompt."""
     split: str | None = None
     """"T" or "V" where the file fixes the half: attack-train or attack-test."""

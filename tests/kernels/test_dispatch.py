@@ -179,7 +179,7 @@ def test_a_map_reaches_the_kernels_of_its_tensors_device():
     map_ = rp.LowRank(c.u.cpu(), c.v.cpu().double(), c.center.cpu())
     for _ in range(2):
         assert error(map_(c.x), c.expected) <= 1e-6
-    map_.u.zero_()
+    map_.v.zero_()
     assert torch.equal(map_(c.x), c.x), "a stale copy was used"
 
 
