@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repedit.activations.collection import Collection, collect
 from repedit.activations.counting import positions
-from repedit.data import Batch, Batches
+from repedit.data import Batch, Batches, Facts, Rows
 from repedit.edit import Edit
 from repedit.errors import DataError, RepeditError, UnknownName, nearest
 from repedit.fit.methods import FITS
@@ -98,16 +98,16 @@ def _statistics(
     kind: dict[str, Any] = (
         {"statistic": CrossMoments, "gradients": True} if method == "grad_pca" else {"statistic": Moments}
     )
-    return (
-        collect(subject, forget, names, count=telling, **kind, **options),
-        collect(subject, retain, names, count=telling, **kind, **options),
-    )
+    sides = [
+        collect(subject, side, names, count=telling if isinstance(side, Rows | Facts) else None, **kind, **options)
+        for side in (forget, retain)
+    ]
+    return sides[0], sides[1]
 
 
 def telling(batch: Batch) -> Tensor:
-    """The positions that tell: those that predict an answer and the entity's last token; all where none is marked."""
-    if batch.answer is None:
-        return batch.attention_mask
+    """The positions of a row that tell: those that predict the answer, and the entity's last token."""
+    assert batch.answer is not None
     before = torch.cat([batch.answer[:, 1:], torch.zeros_like(batch.answer[:, :1])], 1)
     return before if batch.entity is None else before | batch.entity
 
