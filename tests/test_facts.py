@@ -2,7 +2,9 @@
 
 import json
 import re
+import tomllib
 from collections import Counter
+from importlib import resources
 
 import pytest
 
@@ -75,9 +77,21 @@ def test_names_that_take_an_article_have_it_in_sentences_only():
     assert all("the Netherlands" in p or p.startswith("The Netherlands") for p in found.prompts)
 
 
+def _groups(domain):
+    text = resources.files("repedit.data").joinpath(f"builtin/{domain}.toml").read_text(encoding="utf-8")
+    return [group for group in tomllib.loads(text).values() if isinstance(group, dict)]
+
+
+def test_wrong_choices_come_from_the_group_where_it_is_large_enough():
+    choices = {f.entity: f.choices for f in rp.data.facts("capitals").forget}
+    groups = [group for group in _groups("capitals") if len(group) > 7]
+    assert len(groups) == 4 and all(set(choices[e]) <= set(group.values()) for group in groups for e in group)
+
+
 def test_words_that_would_be_right_too_are_no_wrong_choices():
-    found = next(f for f in rp.data.facts("opposites").forget if f.entity == "big")
-    assert found.answer == "small" and not {"little", "tiny"} & set(found.choices)
+    right = {e: answers for group in _groups("opposites") for e, answers in group.items() if isinstance(answers, list)}
+    choices = {f.entity: f.choices for f in rp.data.facts("opposites").forget}
+    assert all(set(choices[entity]) & set(answers) == {answers[0]} for entity, answers in right.items())
 
 
 def test_a_built_in_name_retains_every_other_domain():
@@ -139,6 +153,12 @@ def test_forget_and_retain_must_differ():
 def test_sets_that_cannot_be_scored_are_refused(forget, error, message):
     with pytest.raises(error, match=message):
         Facts(forget)
+
+
+def test_the_hash_sees_both_sides():
+    items = [fact(i) for i in range(5)]
+    sides = [((0, 1), ()), ((0, 1), (2,)), ((0, 1), (3,)), ((0, 2), (3,)), ((2, 0), (3,))]
+    assert len({Facts(*(tuple(items[i] for i in side) for side in pair)).hash for pair in sides}) == 5
 
 
 def test_phrasings_become_facts():

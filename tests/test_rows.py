@@ -82,10 +82,13 @@ def test_the_entity_mask_is_on_the_last_token_of_the_last_mention(prompt, entity
         assert batch.entity[0].nonzero().item() == end - 1
 
 
-def test_an_entity_merged_with_what_follows_is_found_at_the_merged_token():
-    tokenizer = merging_tokenizer(("n", " "))
+@pytest.mark.parametrize(
+    ("merges", "token"), [([("n", " ")], "n "), ([("n", " "), ("n", "n "), ("A", "nn ")], "Ann ")], ids=["end", "whole"]
+)
+def test_an_entity_merged_with_what_follows_is_found_at_the_merged_token(merges, token):
+    tokenizer = merging_tokenizer(*merges)
     batch = next(Rows((Row("Ann has a", "dog", "0", entity="Ann"),)).batches(tokenizer))
-    assert tokenizer.decode(batch.input_ids[0][batch.entity[0]]) == "n "
+    assert tokenizer.decode(batch.input_ids[0][batch.entity[0]]) == token
 
 
 def test_rows_keep_their_order_and_names_and_their_hash_sees_every_field():
