@@ -86,6 +86,7 @@ class Bench:
         """The trained projection for a domain."""
         return rp.mrp(
             self.lm, forget=seen(self.facts[domain]), retain=self.retain_of((*forgotten, domain)), previous=previous,
+            forgotten=[seen(self.facts[name]) for name in forgotten],
             config={"seed": seed}, progress=False, **SETTINGS,
         )  # fmt: skip
 

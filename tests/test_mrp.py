@@ -125,6 +125,7 @@ def test_a_series_is_saved_and_gone_on_with(facts, tmp_path):
     series.save(tmp_path / "series.safetensors")
     again = rp.ContinualMRP.load(tmp_path / "series.safetensors", lm, config=SHORT, text=None)
     assert again.tasks == ("one",) and again.edit.hash == series.edit.hash and again.rank == 2
+    again.forgotten = series.forgotten
     both = [s.add_task("two", forget=facts.forget[2:], retain=facts.retain).hash for s in (series, again)]
     assert both[0] == both[1]
     with pytest.raises(ArgumentError, match=r"task 'one' was added before; tasks are \['one', 'two'\]"):
@@ -132,6 +133,16 @@ def test_a_series_is_saved_and_gone_on_with(facts, tmp_path):
     rp.Edit({}).save(tmp_path / "plain.safetensors")
     with pytest.raises(ArgumentError, match="is no series of tasks"):
         rp.ContinualMRP.load(tmp_path / "plain.safetensors", lm)
+
+
+def test_earlier_tasks_are_rehearsed(facts):
+    """With the earlier set at hand the training is another one, and that set's answers end up less likely."""
+    lm = small()
+    options = {"sites": SITES, "rank": 3, "config": {**SHORT, "steps": 30, "kl_weight": 0.0}, "text": None}
+    first = mrp(lm, forget=facts.forget[:2], retain=facts.retain, **options)
+    task = {"forget": facts.forget[2:], "retain": facts.retain, "previous": first, **options}
+    kept = [rp.facts_accuracy(rp.apply(mrp(lm, **task, forgotten=sets), lm), facts.forget[:2]).graded.mean() for sets in ((), [facts.forget[:2]])]  # fmt: skip
+    assert kept[1] < kept[0] - 0.1
 
 
 def test_previous_sites_that_are_not_asked_for_are_carried_along(facts):

@@ -17,7 +17,8 @@ class ContinualMRP:
     """A growing edit: task t is fitted and trained in the complement of what tasks < t removed.
 
     The removed span only grows, U_t being orthogonal to U_1 .. U_{t-1}: P_{t+1} P_t = P_t P_{t+1} = P_{t+1}. The model is
-    never changed; `edit` is what there is to hook, apply or export.
+    never changed; `edit` is what there is to hook, apply or export. The forget sets of earlier tasks are rehearsed while a
+    new one is trained, as long as they are in memory: a series that was loaded has none.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class ContinualMRP:
         self.subject, self.sites, self.rank, self.options = subject, sites, rank, options
         self.edit = Edit({})
         self.tasks: tuple[str, ...] = ()
+        self.forgotten: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return f"ContinualMRP(tasks={list(self.tasks)}, sites={self.sites!r}, rank={self.rank} a task)"
@@ -41,9 +43,10 @@ class ContinualMRP:
             raise ArgumentError(f"task {name!r} was added before; tasks are {list(self.tasks)}")
         found = mrp(
             self.subject, forget=forget, retain=retain, sites=self.sites, rank=rank or self.rank,
-            previous=self.edit if self.tasks else None, **{**self.options, **options},
+            previous=self.edit if self.tasks else None, forgotten=self.forgotten, **{**self.options, **options},
         )  # fmt: skip
         names = (*self.tasks, name)
+        self.forgotten = (*self.forgotten, forget)
         self.edit, self.tasks = Edit(found.maps, {**found.provenance, "tasks": list(names)}), names
         return self.edit
 

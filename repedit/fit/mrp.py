@@ -63,6 +63,7 @@ def mrp(
     config: MRPConfig | Mapping[str, Any] | None = None,
     text: Batches | str | None = "prose",
     previous: Edit | None = None,
+    forgotten: Sequence[Any] = (),
     stop: Callable[[Subject], bool] | None = None,
     resume: str | Path | None = None,
     progress: bool | None = None,
@@ -82,6 +83,8 @@ def mrp(
         text: running text whose predictions are kept as well; the built-in prose by default, None for none.
         previous: the edit of earlier tasks. It is active while statistics are taken and bases are trained; its sites that
             are not among `sites` are carried along unchanged.
+        forgotten: the forget sets of earlier tasks. Their directions stay removed anyway, but training may open other ways to
+            the same answers; with the sets at hand it is made not to.
         stop: called with the edited subject every `evaluate_every` steps; True ends the training.
         resume: a file the run is saved to on its way, and goes on from where it exists.
     Raises:
@@ -121,7 +124,7 @@ def mrp(
     others = Edit({s: m for s, m in previous.maps.items() if s not in earlier}) if previous else Edit({})
     with installed(others.hooks(subject)):
         history = train(
-            bases, _sources(subject, bad, good, kept, settings), settings, stop=stop, progress=progress,
+            bases, _sources(subject, bad, good, kept, settings, forgotten), settings, stop=stop, progress=progress,
             state=None if resume is None else Path(resume), key={k: record[k] for k in ("model", "data", "sites", "rank")},
         )  # fmt: skip
     if subject.fingerprint() != weights:
@@ -213,7 +216,9 @@ def _warn_hook_only(subject: Subject, sites: Iterable[Site]) -> None:
         )
 
 
-def _sources(subject: Subject, forget: Batches, retain: Batches, text: Batches | None, config: MRPConfig) -> Sources:
+def _sources(
+    subject: Subject, forget: Batches, retain: Batches, text: Batches | None, config: MRPConfig, forgotten: Sequence[Any]
+) -> Sources:  # fmt: skip
     bad = Sampler(subject, forget, config.batch_size, length=config.length, seed=config.seed)
     near, rest = neighbours(forget, retain)
     parts = [part for part in (near, rest) if part is not None]
@@ -221,7 +226,15 @@ def _sources(subject: Subject, forget: Batches, retain: Batches, text: Batches |
     kept = [Sampler(subject, part, size, length=config.length, seed=config.seed) for part in parts]
     if text is not None and config.text_rows:
         kept.append(Sampler(subject, text, config.text_rows, length=config.text_length, seed=config.seed))
-    return Sources(bad, tuple(kept), forgetting(bad, subject, among=config.among, cap=config.cap))
+    options = {"length": config.length, "seed": config.seed}
+    before = [
+        Sampler(
+            subject, training_rows(s, "forgotten", shown=config.shown, seed=config.seed), config.batch_size, **options
+        )
+        for s in forgotten
+    ]
+    losses = [forgetting(sampler, subject, among=config.among, cap=config.cap) for sampler in (bad, *before)]
+    return Sources(bad, tuple(kept), losses[0], tuple(zip(before, losses[1:], strict=True)))
 
 
 def _record(

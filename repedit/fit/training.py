@@ -106,6 +106,8 @@ class Sources:
     forget: Sampler
     retain: tuple[Sampler, ...]
     loss: Forgetting
+    earlier: tuple[tuple[Sampler, Forgetting], ...] = ()
+    """Sets forgotten before; one of them a step, in turn, must stay lost."""
 
 
 def train(
@@ -180,7 +182,7 @@ def _step(
         bases.only = _positions(batch, config.forget_at, step)
         forget, right = sources.loss(subject.model(**inputs_of(batch)).logits, batch)
         bases.only = None
-        loss, divergence = forget, 0.0
+        loss, divergence = forget + _staying(subject, sources, step), 0.0
         for rows, teacher in zip(kept, teachers, strict=True):
             kl, ce = retained(subject, rows, teacher)
             loss = loss + config.kl_weight * kl + (config.retain_weight * ce if rows.answer is not None else 0.0)
@@ -198,6 +200,15 @@ def _step(
     history.forget.append(float(forget.detach()))
     history.right.append(right)
     history.divergence.append(divergence)
+
+
+def _staying(subject: Subject, sources: Sources, step: int) -> Tensor | float:
+    """The forget loss of one earlier task, with the whole projection."""
+    if not sources.earlier:
+        return 0.0
+    sampler, loss = sources.earlier[step % len(sources.earlier)]
+    batch = sampler.at(step // len(sources.earlier))
+    return loss(subject.model(**inputs_of(batch)).logits, batch)[0]
 
 
 def _positions(batch: Batch, where: str, step: int) -> Tensor | None:
