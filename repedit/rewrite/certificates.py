@@ -17,6 +17,8 @@ from repedit.lower import lower
 from repedit.maps import LowRank
 from repedit.models import Subject
 from repedit.plan import Operation, Plan, Read
+from repedit.rewrite.families import architecture_of
+from repedit.shards import open_shards
 
 # ||V^T W'|| / ||V^T W|| that rounding alone can leave. Measured at k = 1 to 16: float32 4e-7, float16 2e-4, bfloat16
 # 1.7e-3 (6e-3 at k = 1, width 2048).
@@ -181,9 +183,6 @@ def _store(source: Subject | str | Path) -> tuple[Architecture, Specs, Read]:
     if isinstance(source, Subject):
         held = dict(source.model.named_parameters(remove_duplicate=False))
         return source.architecture, source.specs, lambda name: held[name].detach()
-    from repedit.rewrite.checkpoint import architecture_of
-    from repedit.shards import open_shards
-
     directory = Path(source).expanduser()
     shards = open_shards(directory)
     return architecture_of(directory), shards.specs, shards.read

@@ -18,21 +18,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from repedit.arch import Architecture, resolve
+from repedit.arch import Architecture
 from repedit.edit import Edit
 from repedit.errors import (
     CheckpointError,
     NoOpEdit,
     NotFound,
     PlanMismatch,
-    QuantizedModel,
     RepeditError,
     TargetExists,
-    UnknownArchitecture,
 )
 from repedit.lower import lower
 from repedit.models import Subject
 from repedit.plan import Plan
+from repedit.rewrite.families import architecture_of
 from repedit.rewrite.live import noop_message, planned
 from repedit.rewrite.manifest import Change, Manifest, card, manifest
 from repedit.rewrite.writing import write_weights
@@ -158,27 +157,6 @@ def _directory(source: str | Path) -> Path:
     raise NotFound(
         f"{path.absolute()} is not a directory; a hub id is exported by loading it first: export(edit, rp.load(...), target)"
     )
-
-
-def architecture_of(directory: Path) -> Architecture:
-    """The family row of a checkpoint directory.
-
-    Raises:
-        QuantizedModel, UnknownArchitecture: if it cannot be edited.
-    """
-    from transformers import AutoConfig
-
-    raw = read_json(directory / "config.json")
-    quantizer = raw.get("quantization_config")
-    if quantizer:
-        raise QuantizedModel(
-            f"{directory} is quantised ({quantizer.get('quant_method', 'unknown')}) and cannot be edited exactly; export from the "
-            "unquantised base. Measuring works"
-        )
-    try:
-        return resolve(AutoConfig.from_pretrained(directory, trust_remote_code=False))
-    except ValueError as error:
-        raise UnknownArchitecture(f"the config of {directory} cannot be used: {error}") from error
 
 
 def _plan(change: Edit | Plan | Sequence[Edit], architecture: Architecture, shards: Shards, options: Any) -> Plan:
