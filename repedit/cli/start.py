@@ -17,7 +17,7 @@ def demo(
     model: Annotated[str, typer.Option(help="Model to edit.")] = "smollm2-135m",
     tokens: Tokens = 3000,
     act: Annotated[str, typer.Option(help="code (pruning), capitals (projection), or both.")] = "both",
-    steps: Annotated[int, typer.Option(help="Training steps of the second act.")] = 40,
+    steps: Annotated[int, typer.Option(help="Training steps of the second act.")] = 30,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:

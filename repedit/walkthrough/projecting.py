@@ -42,7 +42,7 @@ class Forgotten:
 
 
 def forget_capitals(
-    model: str, target: str | Path, *, steps: int = 40, count: int = 60, seed: int = 0,
+    model: str, target: str | Path, *, steps: int = 30, count: int = 30, seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Forgotten:  # fmt: skip
     """Train a projection that loses the capitals, fold it into the weights, export, and ask the exported model.
