@@ -29,6 +29,11 @@ def positions(kind: str) -> Count | None:
         return None
     if kind not in _MARKS:
         raise UnknownName(f"positions({kind!r}) does not exist; {nearest(kind, (*_MARKS, 'content'))}")
+    return marked(kind)
+
+
+def marked(kind: str) -> Count:
+    """The rule of a mark: "answer", "before_answer" or "entity"."""
     return _Marked(kind)
 
 

@@ -50,7 +50,7 @@ class Forgetting:
 
 def forgetting(sampler: Sampler, subject: Subject, *, among: str, cap: float | None) -> Forgetting:
     """The forget loss of a set of rows; `cap` replaces 1.2 ln(candidates)."""
-    answers = answers_of(sampler.rows)
+    answers = [answer for row in sampler.rows for answer in answers_of(row)]
     place = _common(answers)
     firsts = sorted({answer[place] for answer in answers if len(answer) > place})
     use = among == "answers" and len(firsts) > 1
@@ -63,9 +63,11 @@ def forgetting(sampler: Sampler, subject: Subject, *, among: str, cap: float | N
     )
 
 
-def answers_of(rows: Sequence[Batch]) -> list[tuple[int, ...]]:
-    """The token ids of the answer of each row, of rows one by one; empty where a row marks none."""
-    return [() if row.answer is None else tuple(row.input_ids[row.answer].tolist()) for row in rows]
+def answers_of(batch: Batch) -> list[tuple[int, ...]]:
+    """The token ids of the answer of each row; empty where none are marked."""
+    if batch.answer is None:
+        return [()] * len(batch.document)
+    return [tuple(ids[mask].tolist()) for ids, mask in zip(batch.input_ids, batch.answer, strict=True)]
 
 
 def targets_of(batch: Batch, place: int | None = None) -> Bool[Tensor, "b t"]:

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from repedit.activations.collection import Collection, collect
-from repedit.activations.counting import positions
+from repedit.activations.counting import marked
 from repedit.data import Batch, Batches, Facts, Rows
 from repedit.edit import Edit
 from repedit.errors import DataError, RepeditError, UnknownName, nearest
 from repedit.fit.methods import FITS
+from repedit.fit.objective import answers_of
 from repedit.maps import LowRank
 from repedit.models import Subject
 from repedit.sites import Site
 from repedit.stats import CrossMoments, Moments, pooled
 
 RANKLESS = ("mean_difference", "lda", "leace")
+_BEFORE, _ENTITY = marked("before_answer"), marked("entity")
 
 
 def fitted(
@@ -90,7 +92,7 @@ def _statistics(
     names: list[str | Site] = list(sites)
     if method == "leace":
         labels = _Answers(subject, forget)
-        both: dict[str, Any] = {**options, "count": positions("before_answer")}
+        both: dict[str, Any] = {**options, "count": _BEFORE}
         return (
             collect(subject, forget, names, statistic=Moments, **both),
             collect(subject, forget, names, statistic=CrossMoments, labels=labels, **both),
@@ -107,9 +109,7 @@ def _statistics(
 
 def telling(batch: Batch) -> Tensor:
     """The positions of a row that tell: those that predict the answer, and the entity's last token."""
-    assert batch.answer is not None
-    before = torch.cat([batch.answer[:, 1:], torch.zeros_like(batch.answer[:, :1])], 1)
-    return before if batch.entity is None else before | batch.entity
+    return _BEFORE(batch) | _ENTITY(batch)
 
 
 class _Answers:
@@ -120,18 +120,13 @@ class _Answers:
         for batch in corpus.batches(subject.tokenizer, batch_size=64):
             if batch.answer is None:
                 raise DataError(f"method='leace' needs rows with marked answers; {corpus.name!r} marks none")
-            found |= set(_answers(batch))
+            found |= set(answers_of(batch))
         self.classes = {answer: number for number, answer in enumerate(sorted(found))}
 
     def __call__(self, batch: Batch) -> Tensor:
-        number = torch.tensor([self.classes[answer] for answer in _answers(batch)])
+        number = torch.tensor([self.classes[answer] for answer in answers_of(batch)])
         one_hot = torch.nn.functional.one_hot(number, len(self.classes)).to(batch.input_ids.device, torch.float32)
         return one_hot[:, None].expand(-1, batch.input_ids.shape[1], -1)
-
-
-def _answers(batch: Batch) -> list[tuple[int, ...]]:
-    assert batch.answer is not None
-    return [tuple(ids[mask].tolist()) for ids, mask in zip(batch.input_ids, batch.answer, strict=True)]
 
 
 def _seed(seed: int, site: Site | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,8 +115,8 @@ def certified(plan: Plan, name: str, before: Tensor, after: Tensor, read: Read) 
     computed = after if after.dtype == wide else plan.apply(name, before.to(wide), read)
     sums = torch.zeros(4, dtype=torch.float64)
     for operation in operations:
-        for old, new, exact in _coordinates(operation, before, after, computed, read):
-            sums += torch.stack([old.square().sum(), new.square().sum(), exact.square().sum(), (old * new).sum()]).cpu()
+        old, new, exact = _coordinates(operation, before, after, computed, read)
+        sums += torch.stack([old.square().sum(), new.square().sum(), exact.square().sum(), (old * new).sum()]).cpu()
     size = sums[0].clamp(min=1e-300)
     return TensorCertificate(
         # Experts share one map: a direction that four of them lose is one direction.
@@ -158,7 +158,7 @@ def check_leaks(tensors: Mapping[str, TensorCertificate]) -> None:
 
 def _coordinates(
     operation: Operation, before: Tensor, after: Tensor, computed: Tensor, read: Read
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Coordinates of the old, the stored and the uncast tensor along the removed directions, in float64."""
     map_, view, offset = operation.map, operation.view, operation.constant
     assert isinstance(map_, LowRank)
@@ -176,7 +176,7 @@ def _coordinates(
         held = map_.v.double().cpu().T @ offset.double().cpu()[:, None]
         old, *rest = (c.cpu() for c in found)
         found = [torch.cat([old, held], 1), *(torch.cat([c - held, torch.zeros_like(held)], 1) for c in rest)]
-    yield found[0], found[1], found[2]
+    return found[0], found[1], found[2]
 
 
 def _store(source: Subject | str | Path) -> tuple[Architecture, Specs, Read]:

@@ -14,8 +14,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from repedit.errors import MissingStatistic, NotFinite, ShapeError
+from repedit.errors import MissingStatistic, ShapeError
 from repedit.kernels import dispatch
+from repedit.stats.rows import check_finite, check_rows
 
 GRADIENT_FIELDS = ("gxa_abs", "gxa", "gxa_square", "grad")
 # A first batch whose |mean| exceeds 30 standard deviations is summed about its mean: float32 block sums of squares
@@ -141,21 +142,13 @@ class Activity:
         return ((f.name, getattr(self, f.name)) for f in fields(self))
 
     def _rows(self, x: Tensor, mask: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:
-        width = len(range(*at.indices(self.width)))
-        if x.shape[-1] != width:
-            raise ShapeError(f"the statistic has width {width}, the activations have width {x.shape[-1]}")
-        if mask is not None and mask.shape != x.shape[:-1]:
-            raise ShapeError(
-                f"mask {tuple(mask.shape)} must have the leading shape of the activations, {tuple(x.shape[:-1])}"
-            )
+        check_rows(x, mask, len(range(*at.indices(self.width))))
         rows = rearrange(x.detach(), "... d -> (...) d")
         return rows, torch.ones(rows.shape[0], dtype=torch.bool, device=x.device) if mask is None else mask.reshape(-1)
 
     def _add(self, sums: dict[str, Tensor], count: float, at: slice) -> None:
         for name, value in sums.items():
-            if not bool(torch.isfinite(value).all()):
-                bad = int((~torch.isfinite(value)).nonzero()[0])
-                raise NotFinite(f"the sum {name!r} of neuron {bad} is not finite; load the model in float32?")
+            check_finite(value, f"the sum {name!r} of neuron")
         for name, value in sums.items():
             getattr(self, name)[at] += value
         self.count[at] += count

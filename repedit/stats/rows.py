@@ -26,15 +26,24 @@ def counted(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: in
     Raises:
         ShapeError: if x is not of this width, or the mask does not have its leading shape.
     """
+    check_rows(x, mask, width)
+    rows = rearrange(x.detach(), "... d -> (...) d")
+    # Always cut, so that the same rows give the same bits wherever the padding is.
+    return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
+
+
+def check_rows(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> None:
+    """Refuse rows that do not fit a statistic.
+
+    Raises:
+        ShapeError: if x is not of this width, or the mask does not have its leading shape.
+    """
     if x.shape[-1] != width:
         raise ShapeError(f"the statistic has width {width}, the activations have width {x.shape[-1]}")
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ShapeError(
             f"mask {tuple(mask.shape)} must have the leading shape of the activations, {tuple(x.shape[:-1])}"
         )
-    rows = rearrange(x.detach(), "... d -> (...) d")
-    # Always cut, so that the same rows give the same bits wherever the padding is.
-    return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
 
 
 def centre(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
