@@ -4,8 +4,8 @@ Training sees the first three phrasings of every forget fact and a list form; ph
 Retain facts are split by entity: one half is trained on, the other is scored. Accuracy is 8-way multiple choice by
 answer log-probability. Perplexity is on WikiText-2 documents that no setting was chosen on.
 
-Run as `python -m bench.mrp --part one|tasks|attack|rounding --seed N`; each part writes bench/results/mrp-PART-N.json,
-and `--part report` joins them.
+Run as `python -m bench.mrp --part one|tasks|attack|rounding|ranks --seed N`; each part writes bench/results/mrp-PART-N.json,
+and `python -m bench.mrp_report` joins them. Settings are compared with `--part ranks` on entity halves of its own seed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ TRAINED, UNSEEN = (0,), (3, 4)
 SETTINGS: dict[str, Any] = {"sites": "0-11.mlp.out", "rank": 16}
 """The rest are the defaults of `rp.mrp`, which were chosen on capitals, one seed, scored by first tokens."""
 TOKENS = 4064
+RANKS = (2, 4, 8, 16, 32)
 
 
 def seen(items: Sequence[Fact]) -> tuple[Fact, ...]:
@@ -43,11 +44,11 @@ def seen(items: Sequence[Fact]) -> tuple[Fact, ...]:
 class Bench:
     """The model, the facts of each domain, and what a model is scored on."""
 
-    def __init__(self) -> None:
+    def __init__(self, split: int = 0) -> None:
         self.lm = rp.load("smollm2-135m")
         facts = [rp.data.facts(name) for name in (*TASKS, *UNTOUCHED)]
         self.facts = {f.name: f.forget for f in facts}
-        halves = {name: Splits.of(items, seed=0) for name, items in self.facts.items()}
+        halves = {name: Splits.of(items, seed=split) for name, items in self.facts.items()}
         self.train = {name: half.train for name, half in halves.items()}
         self.test = {name: half.test for name, half in halves.items()}
         self.prose = splits()["prose"][1]
@@ -82,12 +83,15 @@ class Bench:
         print(name, seed, found["forget"], found["retain"], more, flush=True)
         return found | more
 
-    def edit(self, domain: str, seed: int, previous: Edit | None = None, forgotten: Sequence[str] = ()) -> Edit:
+    def edit(
+        self, domain: str, seed: int, previous: Edit | None = None, forgotten: Sequence[str] = (), **changed: Any
+    ) -> Edit:
         """The trained projection for a domain."""
+        config = {"seed": seed} | {k: v for k, v in changed.items() if k not in SETTINGS}
         return rp.mrp(
             self.lm, forget=seen(self.facts[domain]), retain=self.retain_of((*forgotten, domain)), previous=previous,
             forgotten=[seen(self.facts[name]) for name in forgotten],
-            config={"seed": seed}, progress=False, **SETTINGS,
+            config=config, progress=False, **(SETTINGS | {k: v for k, v in changed.items() if k in SETTINGS}),
         )  # fmt: skip
 
 
@@ -180,7 +184,17 @@ def rounding(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"one": one, "tasks": tasks, "attack": attack, "rounding": rounding}
+def ranks(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Capitals at several ranks: what a larger projection takes with it."""
+    rows = [bench.row("original", seed, bench.lm, "capitals", rank=0)]
+    for rank in RANKS:
+        edit = bench.edit("capitals", seed, rank=rank)
+        edit.save(folder / f"rank-{rank}-{seed}.safetensors")
+        rows.append(bench.row("MRP", seed, rp.apply(edit, bench.lm), "capitals", rank=rank))
+    return rows
+
+
+PARTS = {"ranks": ranks, "one": one, "tasks": tasks, "attack": attack, "rounding": rounding}
 
 
 def main() -> None:
@@ -194,7 +208,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    bench = Bench()
+    bench = Bench(options.seed if options.part == "ranks" else 0)
     counts = {name: len(items) for name, items in bench.facts.items()}
     rows = PARTS[options.part](bench, options.seed, options.folder)
     path = record(

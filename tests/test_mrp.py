@@ -25,7 +25,7 @@ from repedit.errors import (
 )
 from repedit.fit.bases import Bases
 from repedit.fit.mrp import REFERENCE, HookOnlyWarning, RankWarning, mrp
-from repedit.fit.objective import Forgetting, forgetting, targets_of
+from repedit.fit.objective import _common, Forgetting, forgetting, targets_of
 from repedit.fit.sampling import Sampler, collated, neighbours, training_rows
 from repedit.fit.training import _positions
 from repedit.hooks import installed
@@ -175,6 +175,10 @@ def test_a_broken_run_goes_on_to_the_same_edit(facts, tmp_path):
     assert resumed.provenance["steps_run"] == 6
     for site in whole.maps:
         assert torch.allclose(whole.maps[site].u, resumed.maps[site].u, atol=1e-6)
+    with pytest.raises(CheckpointError, match=r"other settings \(previous\); remove it"):
+        mrp(lm, config={**SHORT, "steps": 6}, resume=tmp_path / "state", previous=whole, **options)
+    with pytest.raises(CheckpointError, match=r"other settings \(data\); remove it"):
+        mrp(lm, config={**SHORT, "steps": 6}, resume=tmp_path / "state", forgotten=[facts.forget[:2]], **options)
     with pytest.raises(CheckpointError, match=r"other settings \(config\); remove it"):
         mrp(lm, config={**SHORT, "steps": 7}, resume=tmp_path / "state", **options)
 
@@ -207,6 +211,12 @@ def test_the_forget_loss_is_capped_and_counts_first_answer_tokens_among_the_answ
     blank = replace(batch, answer=torch.zeros(1, 4, dtype=torch.bool))
     with pytest.raises(TrainingError, match="no token to forget"):
         among(logits, blank)
+
+
+def test_an_answer_that_begins_all_others_still_has_a_token_to_lose():
+    assert _common([(3, 5), (3, 6, 7)]) == 1 and _common([(3, 5, 6), (3, 5, 7)]) == 2
+    assert _common([(3,), (3, 5)]) == 0 and _common([(3, 5), (3, 5, 6), (3, 5, 7)]) == 1
+    assert _common([(3, 5), (3, 5)]) == 0 and _common([(), ()]) == 0
 
 
 def test_the_projection_acts_where_it_should_while_the_forget_loss_is_taken(facts):

@@ -86,7 +86,8 @@ def mrp(
         forgotten: the forget sets of earlier tasks. Their directions stay removed anyway, but training may open other ways to
             the same answers; with the sets at hand it is made not to.
         stop: called with the edited subject every `evaluate_every` steps; True ends the training.
-        resume: a file the run is saved to on its way, and goes on from where it exists.
+        resume: a file the run is saved to on its way, and goes on from where it exists. Closed forms take one pass: for
+            them `forgotten`, `stop` and `resume` say nothing.
     Raises:
         OverlapError, DataError: if the sets share rows, or one is empty.
         RankError: if the rank is not possible at a site beside what was removed before.
@@ -116,7 +117,9 @@ def mrp(
         subject, bad, good, chosen, method=settings.start if method == "mrp" else method, rank=rank,
         seed=settings.seed, earlier=previous, shared=shared, progress=progress,
     )  # fmt: skip
-    record = _record(subject, method, settings, sites, rank, {"forget": bad, "retain": good, "text": kept})
+    rehearsed = [training_rows(s, "forgotten", shown=settings.shown, seed=settings.seed) for s in forgotten]
+    data = {"forget": bad, "retain": good, "text": kept} | {f"forgotten {i}": rows for i, rows in enumerate(rehearsed)}
+    record = _record(subject, method, settings, sites, rank, data)
     if method != "mrp":
         return _with(previous, {site: _joined(earlier.get(site), map_) for site, map_ in starts.items()}, record, {})
     bases = Bases(subject, starts, earlier, shared=shared)
@@ -124,8 +127,8 @@ def mrp(
     others = Edit({s: m for s, m in previous.maps.items() if s not in earlier}) if previous else Edit({})
     with installed(others.hooks(subject)):
         history = train(
-            bases, _sources(subject, bad, good, kept, settings, forgotten), settings, stop=stop, progress=progress,
-            state=None if resume is None else Path(resume), key={k: record[k] for k in ("model", "data", "sites", "rank")},
+            bases, _sources(subject, bad, good, kept, settings, rehearsed), settings, stop=stop, progress=progress,
+            state=None if resume is None else Path(resume), key={k: record[k] for k in ("model", "data", "sites", "rank")} | {"previous": previous.hash if previous else ""},
         )  # fmt: skip
     if subject.fingerprint() != weights:
         raise TrainingError("the weights changed while the bases were trained; does a hook of yours write to them?")
@@ -217,7 +220,7 @@ def _warn_hook_only(subject: Subject, sites: Iterable[Site]) -> None:
 
 
 def _sources(
-    subject: Subject, forget: Batches, retain: Batches, text: Batches | None, config: MRPConfig, forgotten: Sequence[Any]
+    subject: Subject, forget: Batches, retain: Batches, text: Batches | None, config: MRPConfig, rehearsed: Sequence[Batches]
 ) -> Sources:  # fmt: skip
     bad = Sampler(subject, forget, config.batch_size, length=config.length, seed=config.seed)
     near, rest = neighbours(forget, retain)
@@ -226,13 +229,7 @@ def _sources(
     kept = [Sampler(subject, part, size, length=config.length, seed=config.seed) for part in parts]
     if text is not None and config.text_rows:
         kept.append(Sampler(subject, text, config.text_rows, length=config.text_length, seed=config.seed))
-    options = {"length": config.length, "seed": config.seed}
-    before = [
-        Sampler(
-            subject, training_rows(s, "forgotten", shown=config.shown, seed=config.seed), config.batch_size, **options
-        )
-        for s in forgotten
-    ]
+    before = [Sampler(subject, rows, config.batch_size, length=config.length, seed=config.seed) for rows in rehearsed]
     losses = [forgetting(sampler, subject, among=config.among, cap=config.cap) for sampler in (bad, *before)]
     return Sources(bad, tuple(kept), losses[0], tuple(zip(before, losses[1:], strict=True)))
 

@@ -79,9 +79,9 @@ def targets_of(batch: Batch, place: int | None = None) -> Bool[Tensor, "b t"]:
 
 
 def _common(answers: Sequence[tuple[int, ...]]) -> int:
-    """Length of the beginning that all answers share: a space of its own, for tokenizers that have one."""
+    """Length of the beginning that all answers share, such as a space of its own; at least a token of each is left to lose."""
     distinct = sorted(set(answers))
-    return shared(distinct[0], distinct[-1]) if len(distinct) > 1 else 0
+    return max(0, min(shared(distinct[0], distinct[-1]), len(distinct[0]) - 1)) if len(distinct) > 1 else 0
 
 
 def retained(

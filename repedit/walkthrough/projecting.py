@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from repedit.data import Fact, Splits, by_domain, facts
+from repedit.data import Splits, by_domain, facts, with_paraphrases
 from repedit.edit import Edit
-from repedit.errors import TargetExists
 from repedit.fit.mrp import mrp
 from repedit.metrics.generation import continuations
 from repedit.metrics.knowledge import Knowledge, knowledge
 from repedit.models import load
 from repedit.rewrite.checkpoint import export
 from repedit.rewrite.manifest import Manifest
+from repedit.walkthrough.targets import free
 
 PROMPTS = (
     "The capital of France is",
@@ -55,9 +55,7 @@ def forget_capitals(
     Raises:
         TargetExists: if the target holds something that is not an export of repedit.
     """
-    out = Path(target)
-    if out.exists() and not (out / "repedit.json").exists():
-        raise TargetExists(f"{out.absolute()} exists and is not an export of repedit; give another --out")
+    out = free(target)
     subject, asked = load(model), facts("capitals", seed=seed)
     halves = Splits.of(asked.retain, seed=seed)
     shown = tuple(replace(fact, paraphrases=fact.paraphrases[:3]) for fact in asked.forget)
@@ -69,12 +67,8 @@ def forget_capitals(
     edited = load(out)
     say(f"Asking both models: {count} facts a domain, eight choices each")
     tested = [fact for part in (shown, *by_domain(halves.test).values()) for fact in part[:count]]
-    held = tuple(_asked(fact, len(fact.paraphrases)) for fact in asked.forget[:count])
+    held = with_paraphrases(asked.forget[:count], only=[4])
     trained = knowledge(subject, edited, tested)
     (unseen,) = knowledge(subject, edited, held).values()
     before, after = (continuations(side, PROMPTS, tokens=8) for side in (subject, edited))
     return Forgotten(edit, manifest, trained, unseen, PROMPTS, before, after, out)
-
-
-def _asked(fact: Fact, number: int) -> Fact:
-    return replace(fact, prompt=fact.prompts[number], paraphrases=())

@@ -15,7 +15,6 @@ from repedit.activations.collection import Collection, collect
 from repedit.activations.prediction import Effect, effect, predictions
 from repedit.data import Corpus, code, prose
 from repedit.edit import Edit
-from repedit.errors import TargetExists
 from repedit.importance.scores import Scores
 from repedit.importance.scoring import score
 from repedit.importance.selection import prune, random_like
@@ -24,6 +23,7 @@ from repedit.models import load
 from repedit.rewrite.checkpoint import export
 from repedit.rewrite.manifest import Manifest
 from repedit.rewrite.reloading import Reload, reload_check
+from repedit.walkthrough.targets import free
 
 PROMPTS = ("def factorial(n):\n", "The capital of France is")
 FRACTION = 0.01
@@ -58,9 +58,7 @@ def walkthrough(
     Raises:
         TargetExists: if the target holds something that is not an export of repedit.
     """
-    out = Path(target)
-    if out.exists() and not (out / "repedit.json").exists():
-        raise TargetExists(f"{out.absolute()} exists and is not an export of repedit; give another --out")
+    out = free(target)
     say(f"Loading {model}")
     subject = load(model)
     (forget, forget_eval), (retain, retain_eval) = code(seed=seed).halves(seed), prose().halves(seed)
