@@ -25,7 +25,7 @@ from repedit.errors import (
 )
 from repedit.fit.bases import Bases
 from repedit.fit.mrp import REFERENCE, HookOnlyWarning, RankWarning, mrp
-from repedit.fit.objective import _common, Forgetting, forgetting, targets_of
+from repedit.fit.objective import Forgetting, _common, forgetting, targets_of
 from repedit.fit.sampling import Sampler, collated, neighbours, training_rows
 from repedit.fit.training import _positions
 from repedit.hooks import installed
