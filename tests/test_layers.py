@@ -13,8 +13,8 @@ LAYERS = (
     ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "container", "models"),
     ("plan", "edit", "lower", "activations", "importance", "fit"),
     ("rewrite",),
-    ("bridges", "metrics"),
-    ("plot", "walkthrough"),
+    ("bridges", "metrics", "attacks"),
+    ("plot", "report", "walkthrough"),
     ("console", "cli", "__main__"),
 )  # fmt: skip
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
@@ -23,7 +23,7 @@ INSIDE = {
     "sites": {"errors"}, "maps": {"errors", "kernels"}, "kernels": {"errors"},
     "arch": {"hooks"}, "shards": {"arch"}, "models": {"arch", "shards", "fetching", "fingerprints"},
     "lower": {"edit", "plan"}, "activations": {"edit"}, "importance": {"activations", "edit", "fit"},
-    "fit": {"activations", "edit"}, "walkthrough": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
+    "fit": {"activations", "edit"}, "walkthrough": {"plot"}, "attacks": {"metrics"}, "report": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
 }  # fmt: skip
 # Libraries with side effects or long imports, and the only rooms that may import them at the top of a module.
 ONLY_IN = {
@@ -31,7 +31,7 @@ ONLY_IN = {
     "transformers": set(), "transformer_lens": set(), "nnsight": set(),
 }  # fmt: skip
 # Where transformers may be imported inside a function.
-TRANSFORMERS_IN = {"models", "fetching", "rewrite", "metrics", "bridges", "cli", "arch"}
+TRANSFORMERS_IN = {"attacks", "models", "fetching", "rewrite", "metrics", "bridges", "cli", "arch"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

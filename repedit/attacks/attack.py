@@ -1,0 +1,166 @@
+"""What an attack is, and what it found.
+
+An attack asks a model the facts of V after doing something to it, in one or several settings. It holds the weights or
+only the prompts, and may use the answers of T. It works on a copy: the model it is given is never changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repedit.data import Splits
+from repedit.errors import ArgumentError, RepeditError, ShapeError
+from repedit.metrics.probability import FactsAccuracy
+from repedit.models import Subject
+
+RAN, FAILED, UNINFORMATIVE, SKIPPED = "ran", "failed to train", "uninformative", "skipped"
+STATUSES = (RAN, FAILED, UNINFORMATIVE, SKIPPED)
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What one attack found on one model: which facts were right, in each of its settings.
+
+    Raises:
+        ArgumentError: if the status is none of the four.
+        ShapeError: if the arrays are not settings x items.
+    """
+
+    attack: str
+    seed: int
+    status: str
+    """ "ran", "failed to train" (no evidence), "uninformative" (the attack breaks the original too) or "skipped"."""
+    reason: str
+    """Why it did not run, or what a reader should know."""
+    items: tuple[str, ...]
+    """Ids of the facts asked, in the order of the columns."""
+    settings: tuple[str, ...]
+    """One name a row, such as "lr=5e-05 step=40"."""
+    correct: NDArray[np.int8]
+    """1 where the fact was right; settings x items."""
+    graded: NDArray[np.float64]
+    """Log-probability of the right answer, nats; settings x items."""
+    train_accuracy: float | None = None
+    """Of the best setting on T, for attacks that train on T."""
+    tokens: int = 0
+    """Tokens that went through the model in training."""
+    seconds: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Plain JSON values that explain the attack: the kind of a probe, the loss of each step."""
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ArgumentError(f"finding {self.attack!r}: status {self.status!r}; it is one of {STATUSES}")
+        shape = (len(self.settings), len(self.items))
+        if self.correct.shape != shape or self.graded.shape != shape:
+            raise ShapeError(
+                f"finding {self.attack!r}: {self.correct.shape} answers and {self.graded.shape} grades for {shape[0]} settings "
+                f"and {shape[1]} items"
+            )
+
+    @property
+    def accuracy(self) -> Mapping[str, float]:
+        """Share of the facts that were right, by setting."""
+        return {name: float(row.mean()) for name, row in zip(self.settings, self.correct, strict=True)}
+
+
+class Outcome(NamedTuple):
+    """What the function of an attack returns."""
+
+    answers: Mapping[str, FactsAccuracy]
+    """By setting; every setting asks the same facts in the same order. Empty where the attack could not be done."""
+    reason: str = ""
+    train_accuracy: float | None = None
+    tokens: int = 0
+    details: Mapping[str, Any] = {}
+    status: str = RAN
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Something done to a model before it is asked; called with a model and splits, it gives a `Finding`."""
+
+    name: str
+    family: str
+    level: str
+    """ "B": prompts and samples only. "W": the weights."""
+    uses_train: bool
+    """Whether the answers of T are used; else every fact can be asked at once."""
+    settings: Mapping[str, Any]
+    """What it was built with, as plain JSON values; two attacks of one name and settings do the same."""
+    run: Callable[[Subject, Splits, int], Outcome]
+    """(model, splits, seed) -> outcome. It must leave the model as it was, also after an exception."""
+    seed: int = 0
+    decides: bool = True
+    """False for what is shown beside the verdict and never enters it."""
+
+    def __call__(self, subject: Subject, splits: Splits) -> Finding:
+        """Attack the model with T and ask it V.
+
+        Raises:
+            RepeditError: what the attack raised, with its name put before; nothing becomes "no recovery".
+        """
+        start = time.perf_counter()
+        try:
+            found = self.run(subject, splits, self.seed)
+        except RepeditError as error:
+            raise type(error)(f"attack {self.name!r}: {error}") from error
+        except Exception as error:
+            error.add_note(f"in attack {self.name!r} with {dict(self.settings)}, seed {self.seed}")
+            raise
+        return _finding(self, found, splits, time.perf_counter() - start)
+
+    def at(self, seed: int) -> Attack:
+        """The same attack with another seed."""
+        return replace(self, seed=seed)
+
+
+def skipped(reason: str) -> Outcome:
+    """The outcome of an attack that cannot be done here; the report lists it and no pass is possible by it."""
+    return Outcome({}, reason, status=SKIPPED)
+
+
+def joined(parts: Sequence[Finding]) -> Finding:
+    """The findings of both folds as one: the settings of the first, the items of all.
+
+    Raises:
+        ArgumentError: if the parts are of different attacks or settings, or ask a fact twice.
+    """
+    first = parts[0]
+    bad = next((p for p in parts if p.status in (SKIPPED, FAILED)), first)
+    if bad.status == SKIPPED:
+        return bad
+    items = tuple(item for part in parts for item in part.items)
+    if any((p.attack, p.seed, p.settings) != (first.attack, first.seed, first.settings) for p in parts):
+        raise ArgumentError(f"findings of {[(p.attack, p.seed, p.settings) for p in parts]} cannot be joined")
+    if len(set(items)) < len(items):
+        raise ArgumentError(f"attack {first.attack!r}: {len(items) - len(set(items))} facts were asked in both folds")
+    trained = [p.train_accuracy for p in parts if p.train_accuracy is not None]
+    return replace(
+        first, status=bad.status, reason=bad.reason, items=items,
+        correct=np.concatenate([p.correct for p in parts], 1), graded=np.concatenate([p.graded for p in parts], 1),
+        train_accuracy=min(trained, default=None), tokens=sum(p.tokens for p in parts),
+        seconds=sum(p.seconds for p in parts), details={"folds": [dict(p.details) for p in parts]},
+    )  # fmt: skip
+
+
+def _finding(attack: Attack, found: Outcome, splits: Splits, seconds: float) -> Finding:
+    asked = tuple(fact.id for fact in splits.test)
+    for name, answers in found.answers.items():
+        if answers.ids != asked:
+            raise ShapeError(f"attack {attack.name!r}, {name!r}: {len(answers.ids)} facts asked, V has {len(asked)}")
+    items = asked if found.answers else ()
+    rows = list(found.answers.values())
+    return Finding(
+        attack=attack.name, seed=attack.seed, status=found.status, reason=found.reason,
+        items=items, settings=tuple(found.answers),
+        correct=np.array([r.correct for r in rows], dtype=np.int8).reshape(len(rows), len(items)),
+        graded=np.array([r.graded for r in rows], dtype=np.float64).reshape(len(rows), len(items)),
+        train_accuracy=found.train_accuracy, tokens=found.tokens, seconds=seconds, details=found.details,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Reports as pages: console table, Markdown, one self-contained HTML page."""
