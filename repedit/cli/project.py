@@ -28,7 +28,7 @@ def project(
     method: Annotated[
         str, typer.Option(help="mrp trains; cpca, residual_pca, leace, oblique, ... fit at once.")
     ] = "mrp",
-    steps: Annotated[int, typer.Option(help="Training steps of mrp.")] = 110,
+    steps: Annotated[int, typer.Option(help="x,
     previous: Annotated[Path | None, typer.Option(help="The edit of earlier tasks, which stay removed.")] = None,
     resume: Annotated[Path | None, typer.Option(help="File to save the training to, and to go on from.")] = None,
     batch_size: BatchSize = 8,

@@ -22,7 +22,7 @@ class ContinualMRP:
     """
 
     def __init__(
-        self, subject: Subject, *, sites: str | Site | list[str | Site] | None = None, rank: int = 16, **options: Any
+        self, subject: Subject, *, sites: str | Site | list[str | Site] | None = None, rank: int = 8, **options: Any
     ) -> None:
         """Rank is that of each task; `options` are those of `rp.mrp` (config, method, text, progress)."""
         self.subject, self.sites, self.rank, self.options = subject, sites, rank, options

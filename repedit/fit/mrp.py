@@ -58,7 +58,7 @@ def mrp(
     forget: Any,
     retain: Any,
     sites: str | Site | list[str | Site] | None = None,
-    rank: int = 16,
+    rank: int = 8,
     method: str = "mrp",
     config: MRPConfig | Mapping[str, Any] | None = None,
     text: Batches | str | None = "prose",

@@ -32,7 +32,7 @@ class MRPConfig:
         ArgumentError: if a value is out of range.
     """
 
-    steps: int | None = 110
+    steps: int | None = 150
     epochs: int | None = None
     """Passes over the forget rows, in place of `steps`."""
     lr: float = 0.01
@@ -46,7 +46,7 @@ class MRPConfig:
     """Tokens of such a chunk."""
     retain_weight: float = 0.0
     """Of the cross-entropy on the retain rows."""
-    kl_weight: float = 1.2
+    kl_weight: float = 1.6
     """Of KL(original || edited) on the retain rows and on the text, in nats a token."""
     shown: int = 3
     """Also ask each fact after this many others of its domain, in a list without words; 0 for not."""
