@@ -24,11 +24,11 @@ def project(
         str | None,
         typer.Option(help="Where to project: '0-11.mlp.out', 'stream'; by default mlp.out of the early layers."),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Directions removed at each site.")] = 16,
+    rank: Annotated[int, typer.Option(help="Directions removed at each site.")] = 8,
     method: Annotated[
         str, typer.Option(help="mrp trains; cpca, residual_pca, leace, oblique, ... fit at once.")
     ] = "mrp",
-    steps: Annotated[int, typer.Option(help="x,
+    steps: Annotated[int, typer.Option(help="Training steps of mrp.")] = 150,
     previous: Annotated[Path | None, typer.Option(help="The edit of earlier tasks, which stay removed.")] = None,
     resume: Annotated[Path | None, typer.Option(help="File to save the training to, and to go on from.")] = None,
     batch_size: BatchSize = 8,
