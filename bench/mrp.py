@@ -44,7 +44,8 @@ def seen(items: Sequence[Fact]) -> tuple[Fact, ...]:
 class Bench:
     """The model, the facts of each domain, and what a model is scored on."""
 
-    def __init__(self, split: int = 0) -> None:
+    def __init__(self, split: int = 0, *, alone: bool = False) -> None:
+        self.alone = alone
         self.lm = rp.load("smollm2-135m")
         facts = [rp.data.facts(name) for name in (*TASKS, *UNTOUCHED)]
         self.facts = {f.name: f.forget for f in facts}
@@ -105,6 +106,8 @@ def one(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
     rows = [bench.row("original", seed, lm, "capitals")] if seed == 0 else []
     edited = rp.apply(edit, lm)
     rows.append(bench.row("MRP", seed, edited, "capitals", minutes=minutes, steps=edit.provenance["steps_run"]))
+    if bench.alone:
+        return rows
     blank = rp.mrp(lm, forget=bench.facts["capitals"], retain=bench.train["symbols"], method="random",
                    config={"seed": seed}, progress=False, **SETTINGS)  # fmt: skip
     rows.append(bench.row("random", seed, rp.apply(blank, lm), "capitals"))
@@ -205,10 +208,11 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(".cache/bench-mrp"), help="Where edits and models are kept."
     )
+    parser.add_argument("--alone", action="store_true", help="Part one: MRP without its two baselines.")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    bench = Bench(options.seed if options.part == "ranks" else 0)
+    bench = Bench(options.seed if options.part == "ranks" else 0, alone=options.alone)
     counts = {name: len(items) for name, items in bench.facts.items()}
     rows = PARTS[options.part](bench, options.seed, options.folder)
     path = record(

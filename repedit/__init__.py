@@ -50,11 +50,13 @@ _NAMES = {
     "reload_check": "repedit.rewrite.reloading",
     "compare": "repedit.metrics.comparison",
     "facts_accuracy": "repedit.metrics.probability",
+    "audit": "repedit.attacks.audit",
+    "Report": "repedit.attacks.evidence",
     "check_architecture": "repedit.arch.check",
     "register": "repedit.arch",
     "resolve": "repedit.arch",
 }
-_ROOMS = ("arch", "data", "errors", "fit", "plot")
+_ROOMS = ("arch", "data", "errors", "fit", "plot", "report")
 
 __all__ = [*_NAMES, *_ROOMS, "__version__"]  # pyright: ignore
 
@@ -74,12 +76,14 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from repedit import arch, data, errors, fit, plot
+    from repedit import arch, data, errors, fit, plot, report
     from repedit.activations.collection import collect
     from repedit.activations.distribution import peaks
     from repedit.activations.prediction import predictions
     from repedit.arch import register, resolve
     from repedit.arch.check import check_architecture
+    from repedit.attacks.audit import audit
+    from repedit.attacks.evidence import Report
     from repedit.bridges import wrap
     from repedit.edit import Edit
     from repedit.fetching import fetch

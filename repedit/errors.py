@@ -21,7 +21,7 @@ and the like keep working.
     |- CheckpointError (OSError), TargetExists (FileExistsError)
     |- NotFoldable (ValueError)
     |  `- NoBiasSlot
-    |- PlanMismatch (RuntimeError), NoOpEdit (ValueError)
+    |- PlanMismatch (RuntimeError), NoOpEdit, BadReference (ValueError)
     |- KernelUnavailable (RuntimeError)        a kernel was asked for by name and cannot run here
     `- MissingDependency (ImportError)
 """
@@ -161,6 +161,10 @@ class PlanMismatch(RepeditError, RuntimeError):
 
 class NoOpEdit(RepeditError, ValueError):
     """The edit changes nothing."""
+
+
+class BadReference(RepeditError, ValueError):
+    """A reference model is the original, or knows the facts it should never have seen."""
 
 
 class KernelUnavailable(RepeditError, RuntimeError):

@@ -15,7 +15,20 @@ from repedit.cli import app
 from repedit.data import Facts, by_domain, facts
 from tests.saved import saved
 
-VERBS = ("demo", "fetch", "doctor", "inspect", "score", "prune", "project", "apply", "diff", "compare")
+VERBS = (
+    "demo",
+    "fetch",
+    "doctor",
+    "inspect",
+    "score",
+    "prune",
+    "project",
+    "apply",
+    "diff",
+    "compare",
+    "audit",
+    "report",
+)
 # An untrained model uses the same neurons for everything, and score says so.
 pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
 LIMITED = ("--tokens", "400")

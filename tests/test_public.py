@@ -7,12 +7,12 @@ import repedit as rp
 
 NAMES = {
     "Activity", "AffineMap", "Certificate", "Chain", "CollinearWarning", "ContinualMRP", "CrossMoments", "Diagonal",
-    "Edit", "LowRank", "MRPConfig", "Moments", "Plan", "Point", "Score", "Scores", "Site", "Step", "Subject",
-    "Trajectory", "agreement", "apply", "certificate", "check_architecture", "collect", "compare", "diff",
+    "Edit", "LowRank", "MRPConfig", "Moments", "Plan", "Point", "Report", "Score", "Scores", "Site", "Step", "Subject",
+    "Trajectory", "agreement", "apply", "audit", "certificate", "check_architecture", "collect", "compare", "diff",
     "erase_stream", "export", "facts_accuracy", "fetch", "load", "mrp", "peaks", "predictions", "prune", "random_like",
     "register", "reload_check", "resolve", "score", "top", "trajectory", "wrap",
 }  # fmt: skip
-ROOMS = {"arch", "data", "errors", "fit", "plot"}
+ROOMS = {"arch", "data", "errors", "fit", "plot", "report"}
 HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "scipy")
 
 

@@ -45,7 +45,7 @@ class Finding:
     correct: NDArray[np.int8]
     """1 where the fact was right; settings x items."""
     graded: NDArray[np.float64]
-    """Log-probability of the right answer, nats; settings x items."""
+    """Log-probability of the right answer, nats; settings x items. Of "sampling" the share of samples that are right."""
     train_accuracy: float | None = None
     """Of the best setting on T, for attacks that train on T."""
     tokens: int = 0
@@ -99,6 +99,8 @@ class Attack:
     seed: int = 0
     decides: bool = True
     """False for what is shown beside the verdict and never enters it."""
+    draws: bool = True
+    """Whether the seed matters; what draws nothing is run with one seed."""
 
     def __call__(self, subject: Subject, splits: Splits) -> Finding:
         """Attack the model with T and ask it V.

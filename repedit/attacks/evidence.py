@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,7 +112,7 @@ class Report:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     """Shown, never deciding."""
     context: Mapping[str, Any] = field(default_factory=dict)
-    """budget, seeds, n_test, thresholds, notes, versions, hashes, command, seconds."""
+    """budget, seeds, n_test, material, clear, alpha, notes, versions, hashes, seconds, ..."""
 
     def __repr__(self) -> str:
         return f"Report({self.verdict.word}: {self.verdict.sentence})"
@@ -174,7 +175,7 @@ class Report:
         file = Path(path) / "audit.json" if Path(path).is_dir() else Path(path)
         try:
             return cls.from_json(file.read_text())
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{file.absolute()} cannot be read: {error}; give the --out of an audit") from error
 
 
@@ -213,12 +214,13 @@ def _number(value: Any) -> float:
 
 def _plain(value: Any) -> Any:
     """JSON values: tuples as lists, numpy numbers as Python's, NaN as null, infinities as texts."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(v) for v in value]
+    # Single values first: an audit holds a number a fact and setting, and looking for an abstract class is slow.
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None if math.isnan(value) else str(float(value))
     if isinstance(value, np.generic):
         return _plain(value.item())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None if np.isnan(value) else str(value)
-    return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, Sequence) else value

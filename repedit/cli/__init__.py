@@ -1,6 +1,7 @@
 """The command line: one function a verb; each parses, calls one public function and shows what it returns.
 
-Exit codes: 0 done, 1 unexpected exception, 2 bad input, 3 the retain limit was exceeded at once (prune).
+Exit codes: 0 done, 1 unexpected exception, 2 bad input, 3 the retain limit was exceeded at once (prune); those of
+audit are its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 
 import typer
 
-from repedit.cli import cut, look, project, start
+from repedit.cli import attack, audits, cut, look, project, start
 
 app = typer.Typer(
     name="repedit",
@@ -29,6 +30,8 @@ for verb in (
     cut.apply,
     look.diff,
     look.compare,
+    attack.audit,
+    audits.report,
 ):
     app.command()(verb)
 

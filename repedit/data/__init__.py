@@ -2,7 +2,7 @@
 
 from repedit.data.catalogue import DOMAINS, facts
 from repedit.data.corpus import Batch, Batches, Corpus, Document, Tokens
-from repedit.data.domains import Fact, Facts, by_domain, with_paraphrases
+from repedit.data.domains import Fact, Facts, by_domain, with_choices, with_paraphrases
 from repedit.data.inventing import invented
 from repedit.data.rows import Row, Rows, as_batches
 from repedit.data.sources import BUILTIN, code, named, prose, read
@@ -29,5 +29,6 @@ __all__ = [
     "named",
     "prose",
     "read",
+    "with_choices",
     "with_paraphrases",
 ]

@@ -88,7 +88,7 @@ def facts_accuracy(
         raise DataError(f"fact {bare!r} has no choices; give some, or how='greedy'")
     options = [fact.choices if how == "choice" else (fact.answer,) for fact in items]
     rows = _ROWS if batch_size == "auto" else int(batch_size)
-    scores = [part if rule == "sum" else part / count for part, count in _scores(subject, items, options, rows)]
+    scores = [part if rule == "sum" else part / count for part, count in choice_scores(subject, items, options, rows)]
     right = [choices.index(fact.answer) for fact, choices in zip(items, options, strict=True)]
     graded = np.array([score[i] for score, i in zip(scores, right, strict=True)])
     if how == "choice":
@@ -105,7 +105,7 @@ class _Question(NamedTuple):
     answers: list[list[int]]
 
 
-def _scores(
+def choice_scores(
     subject: Subject, items: Sequence[Fact], options: Sequence[Sequence[str]], rows: int
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """(summed log-probability, number of tokens) of the choices of every fact."""

@@ -12,6 +12,7 @@ from repedit.plot.heat import specialization
 from repedit.plot.histogram import activations
 from repedit.plot.layers import layer_rank
 from repedit.plot.leaks import leakage
+from repedit.plot.recoveries import audits, lenses, recovery, relearning
 from repedit.plot.removal import overlap, pruned_per_layer, transfer
 from repedit.plot.tasks import continual, principal_angles
 from repedit.plot.tradeoffs import TradeOff, rank_tradeoff
@@ -19,14 +20,18 @@ from repedit.plot.tradeoffs import TradeOff, rank_tradeoff
 __all__ = [
     "TradeOff",
     "activations",
+    "audits",
     "continual",
     "importances",
     "layer_rank",
     "leakage",
+    "lenses",
     "overlap",
     "principal_angles",
     "pruned_per_layer",
     "rank_tradeoff",
+    "recovery",
+    "relearning",
     "selectivity_strip",
     "specialization",
     "spectra",

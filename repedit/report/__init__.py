@@ -1,1 +1,12 @@
-"""Reports as pages: console table, Markdown, one self-contained HTML page."""
+"""Reports as pages: rows for a console, Markdown, and one HTML page that needs no network.
+
+Nothing here measures: an audit.json holds everything, so a page can be made again without a model.
+"""
+
+from repedit.report.joint import Together, together
+from repedit.report.pages import page
+from repedit.report.prose import markdown
+from repedit.report.withholding import withheld
+from repedit.report.writing import schema, write
+
+__all__ = ["Together", "markdown", "page", "schema", "together", "withheld", "write"]

@@ -1,0 +1,166 @@
+"""rp.audit: attack an edited model with everything a budget buys, and say what has been shown.
+
+The audit sees weights, not methods: it knows nothing of how a model was edited, and it changes no model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from repedit.attacks.attack import Attack
+from repedit.attacks.budgets import SEEDS, Setup, built, planned
+from repedit.attacks.conclusion import Case, concluded
+from repedit.attacks.evidence import Report
+from repedit.attacks.floors import fresh_facts
+from repedit.attacks.keeping import blind, kept
+from repedit.attacks.material import Material, prepared
+from repedit.attacks.models import Audited, check_pair
+from repedit.attacks.running import Role, run
+from repedit.attacks.store import Store, shared_folder
+from repedit.attacks.verdict import check_thresholds
+from repedit.data import Fact, Facts, prose
+from repedit.errors import ArgumentError, BadReference, DataError
+from repedit.models import Subject
+from repedit.sites import Site
+
+MOST_RETAIN = {"fast": 160, "standard": None, "full": None}
+"""Retain facts asked."""
+MOST_FRESH = 256
+
+
+def audit(
+    edited: Subject | str | Path,
+    *,
+    original: Subject | str | Path,
+    facts: Facts | Sequence[Fact],
+    retain: Any = None,
+    reference: Subject | str | Path | None = None,
+    unrelated: Any = None,
+    holdout: Any = None,
+    attacks: Sequence[str] | None = None,
+    budget: str = "fast",
+    sites: str | Site | list[str | Site] | None = None,
+    folds: int = 2,
+    train_fraction: float = 0.5,
+    seeds: Sequence[int] | None = None,
+    draws: int = 2000,
+    alpha: float = 0.05,
+    material: float = 0.10,
+    clear: float = 0.20,
+    allow_small: bool = False,
+    scale_lrs: float = 1.0,
+    device: str = "auto",
+    out: str | Path | None = None,
+    save: bool = True,
+    progress: bool | None = None,
+) -> Report:
+    """Attack an edited model as somebody who downloaded it would, and say how much comes back.
+
+    Every attack is made on the edited model, on the original (the ceiling) and on a reference that never knew the facts
+    (the floor), and R = (A - B) / (C - B) of their accuracies is what was recovered. Without a reference the floor is
+    the larger of the best guess that needs no knowledge and the same attack on the edited model with invented facts.
+
+    Args:
+        edited, original, reference: directories, hub ids or Subjects; nothing of them is changed. A live Subject is
+            attacked with its hooks in place.
+        facts: what should be gone; Facts (those to forget), or facts.
+        retain: what should be kept: facts or text. None for the facts' own retain side and the built-in prose.
+        unrelated: text that has to do with neither, for harmless fine-tuning; None for the built-in prose.
+        holdout: text or facts that no model saw, for membership inference.
+        attacks: names, in place of the budget's.
+        sites: where the edit is; None for what the checkpoint's repedit.json says, else the middle of the model.
+        folds: 2 tests every fact once; 1 trains on `train_fraction` of the entities and tests the others.
+        seeds: of the attacks that draw; None for one at "fast" and three above.
+        material, clear: more than the first is recovery, less than the second is none.
+        allow_small: let fewer than 100 facts count.
+        scale_lrs: multiplies every learning rate; tiny models need 30 or so.
+        out: a folder for the findings, as they are made; an interrupted audit goes on from there.
+        save: write audit.json into that folder as well.
+    Raises:
+        FingerprintError: if the models differ in kind, vocabulary or tokenizer.
+        NoOpEdit: if edited and original are equal.
+        BadReference: if the reference is the original, or knows the facts.
+        DataError, OverlapError, NotEnoughRows: if the facts cannot be asked or halved.
+        UnknownName, ArgumentError, FractionError: if an argument is out of range.
+    """
+    start = time.perf_counter()
+    check_thresholds(material, clear, alpha)
+    names = planned(budget, attacks)
+    chosen = tuple(SEEDS[budget] if seeds is None else seeds)
+    if not chosen:
+        raise ArgumentError("seeds is empty; give at least one, or None")
+    given: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
+    models = {role: Audited(role, source, device) for role, source in given.items() if source is not None}
+    _check_models(models)
+    options = {
+        "unrelated": prose() if unrelated is None else unrelated, "holdout": holdout, "folds": folds,
+        "train_fraction": train_fraction, "seed": chosen[0],
+    }  # fmt: skip
+    asked = prepared(facts, retain, most=MOST_RETAIN[budget], **options)
+    where = _edited_layers(models["edited"], sites)
+    with _setup(budget, models, where, scale_lrs, names) as setup:
+        roles = _roles(models, asked, built(names, setup), options, setup)
+        store = Store(Path(out) if out is not None else None, shared_folder())
+        findings = run(roles, chosen, store, progress=progress)
+    case = Case(
+        roles=roles, findings=findings, asked=asked, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
+        material=material, clear=clear, allow_small=allow_small, edited_layers=where, planned=names,
+        seconds=time.perf_counter() - start,
+    )  # fmt: skip
+    report = concluded(case)
+    if out is not None and save:
+        report.save(out)
+    return report
+
+
+def _check_models(models: Mapping[str, Audited]) -> None:
+    for role in ("edited", "reference"):
+        if role in models:
+            check_pair(models[role], models["original"])
+    if "reference" in models and models["reference"].fingerprint == models["edited"].fingerprint:
+        raise BadReference("the reference is the edited model itself; give a model that was trained without the facts")
+
+
+def _edited_layers(edited: Audited, sites: str | Site | list[str | Site] | None) -> tuple[int, ...] | None:
+    if sites is None:
+        return edited.edited_layers()
+    with edited.opened() as subject:
+        return tuple(sorted({site.layer for site in subject.select(sites)}))
+
+
+@contextmanager
+def _setup(
+    budget: str, models: Mapping[str, Audited], where: tuple[int, ...] | None, scale: float, names: Sequence[str]
+) -> Iterator[Setup]:
+    """What attacks are built with; the original stays open while an attack needs it beside the model attacked."""
+    with ExitStack() as stack:
+        contrast = stack.enter_context(models["original"].opened()) if "direction" in names else None
+        yield Setup(budget, models["edited"].layers, where, scale, contrast)
+
+
+def _roles(
+    models: Mapping[str, Audited],
+    asked: Material,
+    attacks: tuple[Attack, ...],
+    options: Mapping[str, Any],
+    setup: Setup,
+) -> tuple[Role, ...]:
+    """Edited, original, and what the floor is measured on: the reference, or the edited model with invented facts."""
+    whole = (*attacks, kept(asked.text))
+    found = [
+        Role("edited", models["edited"], asked, whole),
+        Role("original", models["original"], asked, (*whole, blind()), shared=True),
+    ]
+    if "reference" in models:
+        return (*found, Role("reference", models["reference"], asked, attacks, shared=True))
+    try:
+        fresh = fresh_facts(asked.forget, min(len(asked.forget), MOST_FRESH), options["seed"])
+        invented = prepared(fresh, asked.retain or asked.text, most=None, **options)
+    except DataError as error:
+        asked.notes.append(f"no invented facts could be made ({error}); the floor is the best guess without knowledge")
+        return tuple(found)
+    return (*found, Role("fresh facts", models["edited"], invented, attacks))

@@ -1,0 +1,205 @@
+"""How many facts a model gets right that never knew them: by cheap guesses, or shown by facts nobody can know."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repedit.attacks.asking import ask, reworded
+from repedit.data import Fact, Facts, Splits, by_domain
+from repedit.data.domains import normalized
+from repedit.errors import ArgumentError, DataError
+from repedit.metrics.probability import FactsAccuracy
+from repedit.models import Subject
+
+Values = NDArray[np.float64]
+QUESTION = "Answer:"
+"""What stands in the place of a question that is removed."""
+_STARTS = ("br", "v", "dr", "k", "pl", "t", "z", "gr", "m", "sk", "l", "fr", "n", "tw", "r", "bl")
+_VOWELS = ("a", "e", "i", "o", "u", "ai", "ou")
+_MIDDLES = ("lv", "nd", "rg", "sk", "mb", "zz", "pt", "rk", "ld", "v", "gn", "x")
+_ENDS = ("ax", "ek", "or", "un", "im", "osk", "eld", "yn", "ub", "ith")
+
+
+def heuristics(parts: Sequence[Splits], *, spelling: bool = False) -> dict[str, float]:
+    """Accuracy of guesses that need no knowledge, over the test facts of all parts; see `heuristic_values`."""
+    return {name: float(values.mean()) for name, values in heuristic_values(parts, spelling=spelling).items()}
+
+
+def heuristic_values(parts: Sequence[Splits], *, spelling: bool = False) -> dict[str, Values]:
+    """How likely each guess is to be right, fact by fact: fitted on T where it learns, scored on V.
+
+    The facts are those of `parts[0].test`, then of `parts[1].test` and so on. A guess that cannot tell some choices
+    apart takes one of them at random, so a value may lie between 0 and 1. Facts without choices are guessed by the
+    majority answer alone.
+
+    "chance", 1 / choices; "majority answer", the choice most often right in T; "majority letter", the place in the list
+    most often right in T; "longest choice", "shortest choice"; "median number", the choice nearest to the median answer
+    of T, where all choices are numbers.
+
+    Args:
+        spelling: also guess the choice that shares the longest beginning with the entity (approve, approval). It shows
+            what the form of an entity gives away. It is no part of the floor: it is right for most past tenses.
+    Raises:
+        DataError: if a side of a part is empty, or a fact is tested twice.
+    """
+    for part in parts:
+        if not part.train or not part.test:
+            raise DataError(f"splits with {len(part.train)} facts to fit on and {len(part.test)} to test; give both")
+    asked = [fact.id for part in parts for fact in part.test]
+    if not asked or len(set(asked)) < len(asked):
+        raise DataError(f"{len(asked)} facts are tested, {len(set(asked))} of them different; test each once")
+    guesses = dict(_GUESSES)
+    if not any(_numbers(fact.choices) for part in parts for fact in part.test):
+        del guesses["median number"]
+    if spelling:
+        guesses["spelling"] = _spelling
+    return {
+        name: np.array(
+            [
+                _right(fact, guess(fact, part.train))
+                if fact.choices
+                else _written(fact, part.train) * (name == "majority answer")
+                for part in parts
+                for fact in part.test
+            ]
+        )
+        for name, guess in guesses.items()
+    }
+
+
+def choices_only(subject: Subject, test: Sequence[Fact]) -> FactsAccuracy:
+    """Which facts the untouched model gets right when the question is taken away and only the choices are left."""
+    return ask(subject, reworded(test, lambda fact: QUESTION))
+
+
+def fresh_facts(like: Facts | Sequence[Fact], n: int, seed: int = 0) -> tuple[Fact, ...]:
+    """Facts of the same format that no model can know, each about an invented entity.
+
+    The phrasings are those of a fact of `like`, in turn and shuffled, with an invented name in the place of the entity;
+    the choices are those of another fact of its domain, and the answer is any of them. So neither the template nor the
+    list of choices gives the answer away, and nor does the form of the name. They have no translations.
+
+    Args:
+        like: facts, or Facts (those to forget; names that are retained are not invented again).
+    Raises:
+        ArgumentError: if n < 1, or there are no facts.
+        DataError: if an entity does not stand in each of its phrasings, or names run out.
+    """
+    items = like.forget if isinstance(like, Facts) else tuple(like)
+    if n < 1 or not items:
+        raise ArgumentError(f"{n} fresh facts like {len(items)} given; give at least one of each")
+    rng = random.Random(f"{seed}:fresh")
+    words = _names(rng, _words((*like.forget, *like.retain) if isinstance(like, Facts) else items))
+    pools = by_domain(items)
+    found: list[Fact] = []
+    while len(found) < n:
+        for fact in rng.sample(items, min(len(items), n - len(found))):
+            others = [other for other in pools[fact.domain] if other.entity != fact.entity] or [fact]
+            found.append(_fresh(fact, rng.choice(others), _like(fact.entity, words), rng))
+    return tuple(found)
+
+
+def _right(fact: Fact, scores: list[float]) -> float:
+    """The chance that a choice drawn among the best scored is the answer."""
+    return float(scores[fact.choices.index(fact.answer)] == max(scores)) / scores.count(max(scores))
+
+
+def _majority(fact: Fact, train: Sequence[Fact]) -> list[float]:
+    said = [normalized(other.answer) for other in train if other.domain == fact.domain]
+    return [float(said.count(normalized(choice))) for choice in fact.choices]
+
+
+def _letter(fact: Fact, train: Sequence[Fact]) -> list[float]:
+    places = [other.choices.index(other.answer) for other in train if other.choices]
+    return [float(places.count(place)) for place in range(len(fact.choices))]
+
+
+def _median(fact: Fact, train: Sequence[Fact]) -> list[float]:
+    said = [number for other in train if other.domain == fact.domain for number in _numbers((other.answer,))]
+    numbers = _numbers(fact.choices)
+    if not said or not numbers:
+        return [0.0] * len(fact.choices)
+    middle = median(said)
+    return [-abs(number - middle) for number in numbers]
+
+
+def _spelling(fact: Fact, train: Sequence[Fact]) -> list[float]:
+    entity = normalized(fact.entity)
+    return [float(_alike(entity, normalized(choice))) for choice in fact.choices]
+
+
+def _alike(a: str, b: str) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+_GUESSES: Mapping[str, Callable[[Fact, Sequence[Fact]], list[float]]] = {
+    "chance": lambda fact, train: [0.0] * len(fact.choices),
+    "majority answer": _majority,
+    "majority letter": _letter,
+    "longest choice": lambda fact, train: [float(len(choice)) for choice in fact.choices],
+    "shortest choice": lambda fact, train: [-float(len(choice)) for choice in fact.choices],
+    "median number": _median,
+}
+
+
+def _written(fact: Fact, train: Sequence[Fact]) -> float:
+    """Whether a free answer is the one given most often in T, the first of equals."""
+    said = Counter(normalized(other.answer) for other in train if other.domain == fact.domain)
+    return float(bool(said) and said.most_common(1)[0][0] == normalized(fact.answer))
+
+
+def _numbers(texts: Sequence[str]) -> list[float]:
+    """The numbers the texts are; empty unless all are numbers."""
+    plain = [text.strip().replace(",", "") for text in texts]
+    return [float(text) for text in plain] if all(re.fullmatch(r"[-+]?\d+(\.\d+)?", text) for text in plain) else []
+
+
+def _fresh(fact: Fact, other: Fact, name: str, rng: random.Random) -> Fact:
+    """The phrasings of one fact about an invented entity, with choices of the other; any of them is the answer."""
+    prompt, *paraphrases = (_renamed(text, fact, name) for text in fact.prompts)
+    return Fact(
+        id=f"fresh/{normalized(name).replace(' ', '-')}", entity=name, prompt=prompt, paraphrases=tuple(paraphrases),
+        answer=rng.choice(other.choices) if other.choices else other.answer, choices=other.choices, domain=fact.domain,
+    )  # fmt: skip
+
+
+def _renamed(text: str, fact: Fact, name: str) -> str:
+    """The text with the name wherever the entity stood, capitalised where that was."""
+    entity = fact.entity.strip()
+    pattern = rf"(?<!\w){re.escape(entity)}(?!\w)"
+    if not entity or not re.search(pattern, text, re.IGNORECASE):
+        raise DataError(
+            f"fact {fact.id!r}: the entity {fact.entity!r} does not stand in {text!r}, so no fresh fact can be made like "
+            "it; name the entity as the prompt does, or do without the fresh floor"
+        )
+    return re.sub(
+        pattern, lambda found: name[:1].upper() + name[1:] if found[0][0].isupper() else name, text, flags=re.IGNORECASE
+    )
+
+
+def _names(rng: random.Random, taken: set[str]) -> Iterator[str]:
+    """Words that nobody has used, each once, in lower case."""
+    words = [a + b + c + d for a in _STARTS for b in _VOWELS for c in _MIDDLES for d in _ENDS]
+    rng.shuffle(words)
+    yield from (word for word in words if word not in taken)
+    raise DataError(f"all {len(words)} invented names are used up; ask for fewer fresh facts")
+
+
+def _like(entity: str, words: Iterator[str]) -> str:
+    """A name of as many words as the entity, at most two, capitalised as they are."""
+    parts = entity.split()[:2] or [entity]
+    return " ".join(next(words).capitalize() if part[:1].isupper() else next(words) for part in parts)
+
+
+def _words(items: Sequence[Fact]) -> set[str]:
+    """Every word of every text of the facts."""
+    texts = (text for fact in items for text in (*fact.prompts, *fact.choices, fact.answer, fact.entity))
+    return {word for text in texts for word in normalized(text).split()}

@@ -1,0 +1,114 @@
+"""Texts to learn, batches of them, and the masked loss.
+
+Padding weighs nothing, every item weighs the same, and what a step sees depends on the seed and its number alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from repedit.data import Batch, as_batches
+from repedit.errors import DataError
+from repedit.models import Subject
+
+
+class Example(NamedTuple):
+    """The tokens of one text, and which of them are to be learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+Draw = Callable[[int], Sequence[Example]]
+"""The examples of a step, the first being 0."""
+
+
+def examples(subject: Subject, source: Any, *, loss: str = "answer", max_tokens: int = 512) -> tuple[Example, ...]:
+    """The texts of facts, rows, a corpus or strings, each without padding; text without answers is learned whole.
+
+    Raises:
+        DataError: if a row is longer than `max_tokens`, or has no token that another comes before.
+    """
+    found = []
+    for batch in as_batches(source).batches(subject.need_tokenizer(), length=max_tokens, batch_size=64):
+        marked = batch.attention_mask if loss == "sequence" or batch.answer is None else batch.answer
+        for name, ids, real, mark in zip(batch.document, batch.input_ids, batch.attention_mask, marked, strict=True):
+            learned = [False, *mark[real].tolist()[1:]]
+            if not any(learned):
+                raise DataError(f"{name!r}: no token is learned, a first one follows nothing; give a longer text")
+            found.append(Example(ids[real].tolist(), learned))
+    return tuple(found)
+
+
+def shuffled(items: Sequence[Example], size: int, seed: int) -> Draw:
+    """Batches out of one order an epoch, without a break between epochs; never more than there are items."""
+    count, size = len(items), min(size, len(items))
+
+    def draw(step: int) -> Sequence[Example]:
+        places = range(step * size, (step + 1) * size)
+        return [items[_order(seed, place // count, count)[place % count]] for place in places]
+
+    return draw
+
+
+def in_turn(first: Draw, second: Draw, switch: int) -> Draw:
+    """The first source before the step `switch`, the second from there on."""
+    return lambda step: first(step) if step < switch else second(step - switch)
+
+
+def padded(items: Sequence[Example], pad: int, *, left: bool = False, extra: int = 0) -> Batch:
+    """The examples as one batch; `answer` marks what is learned."""
+    width = max(len(item.ids) for item in items) + extra
+
+    def fill(values: list[Any], blank: Any) -> list[Any]:
+        rest = [blank] * (width - len(values))
+        return rest + values if left else values + rest
+
+    return Batch(
+        input_ids=torch.tensor([fill(item.ids, pad) for item in items]),
+        attention_mask=torch.tensor([fill([True] * len(item.ids), False) for item in items]),
+        document=tuple(str(number) for number in range(len(items))),
+        answer=torch.tensor([fill(item.learned, False) for item in items]),
+    )
+
+
+def masked_loss(subject: Subject, batch: Batch) -> Float[Tensor, ""]:
+    """Cross-entropy of the learned tokens in nats: mean over the tokens of an item, then over the items."""
+    assert batch.answer is not None
+    ids, mask, answer = (x.to(subject.device) for x in (batch.input_ids, batch.attention_mask, batch.answer))
+    # Spelled out where rows are padded on the left: GPT-2 would count the padding.
+    places = {} if bool(mask[:, 0].all()) else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    logits = subject.model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **places).logits
+    learned = answer[:, 1:]
+    picked = logits[:, :-1][learned]
+    each = nn.functional.cross_entropy(
+        picked.to(torch.promote_types(picked.dtype, torch.float32)), ids[:, 1:][learned], reduction="none"
+    )
+    share = (learned / learned.sum(1, keepdim=True))[learned]
+    return (each * share.to(each)).sum() / len(ids)
+
+
+def mean_loss(subject: Subject, items: Sequence[Example], batch_size: int = 8) -> float:
+    """The loss over all the items, without training."""
+    parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    with torch.no_grad():
+        sums = [float(masked_loss(subject, padded(part, padding(subject)))) * len(part) for part in parts]
+    return sum(sums) / len(items)
+
+
+def padding(subject: Subject) -> int:
+    """The token that fills rows up; any does, as padding weighs nothing."""
+    pad = subject.need_tokenizer().pad_token_id
+    return 0 if pad is None else int(pad)
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    return tuple(random.Random(f"{seed}:{epoch}").sample(range(count), count))

@@ -1,0 +1,209 @@
+"""Attacks that shake the weights: noise, pruning, a step towards fresh weights, and pruning what only T needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from repedit.activations.passes import batches, inputs_of, loss_of
+from repedit.attacks.asking import ask
+from repedit.attacks.attack import Attack, Outcome, skipped
+from repedit.attacks.rounding import paired, projections
+from repedit.attacks.scratch import Scratch
+from repedit.data import Fact, Rows, Splits
+from repedit.errors import ArgumentError, FractionError, NotFinite
+from repedit.models import Subject
+
+PAIRS = ((0.01, 0.01), (0.01, 0.05), (0.02, 0.02), (0.05, 0.01), (0.05, 0.05), (0.1, 0.1))
+FULL_PAIRS = tuple((p / 100, q / 100) for p in (1, 2, 3, 5, 10) for q in (1, 2, 3, 4, 5, 6, 7, 8, 10))
+"""Forty-five pairs for the full budget."""
+# Facts have no length limit of their own; the longest row sets the width of its batch.
+_LONG = 1 << 20
+
+Change = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def perturb(
+    *,
+    noise: Sequence[float] = (0.05, 0.1, 0.2),
+    prune: Sequence[float] = (0.1, 0.3),
+    shrink: Sequence[float] = (0.1, 0.3),
+    xavier: float = 0.1,
+) -> Attack:
+    """Ask after small blind changes of the weights, drawn for each tensor from the seed and its name.
+
+    "noise=s": every matrix w of the blocks becomes w + s std(w) N(0, 1). "prune=p": the share p of its entries that is
+    smallest in size becomes 0. "shrink=a": every tensor becomes (1 - a) w, and every matrix, embeddings included,
+    (1 - a) w + a * xavier * X with X ~ N(0, 2 / (in + out)). An expert is a matrix of its own.
+
+    Raises:
+        ArgumentError: if a noise is not positive, xavier is negative, or nothing is asked for.
+        FractionError: if another number is not strictly between 0 and 1.
+    """
+    if not (*noise, *prune, *shrink):
+        raise ArgumentError("noise, prune and shrink are all empty; give at least one number")
+    _check(noise, (*prune, *shrink), xavier)
+    changes: dict[str, tuple[Change, bool]] = {f"noise={s:g}": (partial(noisy, size=s), False) for s in noise}
+    changes |= {f"prune={p:g}": (partial(_pruned, fraction=p), False) for p in prune}
+    changes |= {f"shrink={a:g}": (partial(shrunk, share=a, xavier=xavier), True) for a in shrink}
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        inside = projections(subject)
+        scratch = Scratch(subject)
+        found = {}
+        for setting, (change, everywhere) in changes.items():
+            copy = scratch.restore()
+            _change(copy, None if everywhere else inside, change, seed)
+            found[setting] = ask(copy, splits.test)
+        return Outcome(found, details={"touched": len(inside)})
+
+    numbers = {"noise": list(noise), "prune": list(prune), "shrink": list(shrink), "xavier": xavier}
+    return Attack("perturb", "perturb", "W", False, numbers, run)
+
+
+def set_difference(*, pairs: Sequence[tuple[float, float]] = PAIRS) -> Attack:
+    """Prune what the edited model needs for T and not for the retain facts, and ask V.
+
+    The score of a weight is the mean over facts of |w dL/dw|, L the loss on the answer. In every matrix of the blocks,
+    entries among the share p highest on T and not among the share q highest on the retain facts become 0. Settings are
+    named "p=0.01 q=0.05".
+
+    Raises:
+        ArgumentError: if there are no pairs.
+        FractionError: if a share is not strictly between 0 and 1.
+        NotFinite: in the call, if a loss is not finite.
+    Reference: Wei et al. 2024, arXiv:2402.05162; Lucki et al. 2024, arXiv:2409.18025.
+    """
+    if not pairs:
+        raise ArgumentError("pairs=(); give at least one (p, q)")
+    _check((), [share for pair in pairs for share in pair], 0.0)
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        if not splits.retain:
+            return skipped("needs retain facts, to leave alone what they use")
+        inside = projections(subject)
+        scratch = Scratch(subject)
+        wanted, needed = (saliency(scratch.restore(), facts, inside) for facts in (splits.train, splits.retain))
+        found, gone = {}, {}
+        for p, q in pairs:
+            copy, setting = scratch.restore(), f"p={p:g} q={q:g}"
+            gone[setting] = _cut(copy, wanted, needed, p, q)
+            found[setting] = ask(copy, splits.test)
+        return Outcome(found, details={"pruned": gone})
+
+    return Attack("set_difference", "perturb", "W", True, {"pairs": [list(pair) for pair in pairs]}, run)
+
+
+def line_to(
+    edited: Subject,
+    original: Subject,
+    facts: Sequence[Fact],
+    points: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+) -> dict[str, object]:
+    """Accuracy at weights edited + x (original - edited), and the L2 distance of the two; shown, never deciding.
+
+    Raises:
+        FingerprintError: if the models do not hold the same tensors.
+    """
+    updates = {
+        name: before - after for name, after, before in paired(edited, original) if not torch.equal(after, before)
+    }
+    scratch = Scratch(edited)
+    found = {}
+    for x in points:
+        copy = scratch.restore()
+        named = dict(copy.model.named_parameters())
+        with torch.no_grad():
+            for name, update in updates.items():
+                named[name].add_(x * update)
+        found[f"{x:g}"] = ask(copy, facts).accuracy
+    distance = sum(float(u.double().square().sum()) for u in updates.values()) ** 0.5
+    return {"accuracy": found, "distance": distance}
+
+
+def noisy(w: Tensor, generator: torch.Generator, size: float) -> Tensor:
+    """Each matrix (the last two axes) with Gaussian noise of `size` times its standard deviation."""
+    return w + size * w.std((-2, -1), keepdim=True) * _normal(w, generator)
+
+
+def pruned(w: Tensor, fraction: float) -> Tensor:
+    """Each matrix without the fraction of its entries that is smallest in size."""
+    return w.masked_fill(_highest(-w.abs(), fraction), 0.0)
+
+
+def shrunk(w: Tensor, generator: torch.Generator, share: float, xavier: float) -> Tensor:
+    """(1 - share) w, and for matrices share * xavier * X more, X as fresh weights are drawn.
+
+    Reference: Ash & Adams 2019, arXiv:1910.08475.
+    """
+    if w.ndim < 2:
+        return (1 - share) * w
+    spread = (2 / (w.shape[-1] + w.shape[-2])) ** 0.5
+    return (1 - share) * w + share * xavier * spread * _normal(w, generator)
+
+
+def saliency(subject: Subject, facts: Sequence[Fact], names: Iterable[str]) -> dict[str, Tensor]:
+    """Mean over facts of |w dL/dw| by tensor, L the summed loss on the tokens of the answer; one fact a pass.
+
+    Raises:
+        NotFinite: if a loss is not finite.
+    """
+    named = dict(subject.model.named_parameters())
+    weights = {name: named[name].requires_grad_() for name in names}
+    total = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+    for batch in batches(subject, Rows(tuple(facts), "facts"), _LONG, 1, False, "saliency"):
+        with torch.enable_grad():
+            loss = loss_of(subject.model(**inputs_of(batch)).logits, batch, batch.attention_mask)
+            if not bool(torch.isfinite(loss)):
+                raise NotFinite(f"fact {batch.document[0]!r}: the loss is {loss.item()}; load the model in float32?")
+            grads = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+        for (name, w), grad in zip(weights.items(), grads, strict=True):
+            total[name] += (w.detach() * grad).abs().float() / len(facts)
+    return total
+
+
+def _pruned(w: Tensor, generator: torch.Generator, fraction: float) -> Tensor:
+    return pruned(w, fraction)
+
+
+def _change(subject: Subject, names: Iterable[str] | None, change: Change, seed: int) -> None:
+    """Change tensors in place, in float32; None for all."""
+    named = dict(subject.model.named_parameters())
+    with torch.no_grad():
+        for name in named if names is None else names:
+            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
+            named[name].copy_(change(named[name].to(torch.promote_types(named[name].dtype, torch.float32)), generator))
+
+
+def _cut(subject: Subject, wanted: dict[str, Tensor], needed: dict[str, Tensor], p: float, q: float) -> int:
+    named, count = dict(subject.model.named_parameters()), 0
+    with torch.no_grad():
+        for name in wanted:
+            gone = _highest(wanted[name], p) & ~_highest(needed[name], q)
+            named[name].masked_fill_(gone, 0.0)
+            count += int(gone.sum())
+    return count
+
+
+def _highest(score: Tensor, fraction: float) -> Tensor:
+    """True at the fraction of each matrix's entries that is highest."""
+    flat = score.flatten(-2)
+    at = flat.topk(round(fraction * flat.shape[-1]), dim=-1).indices
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, at, True).reshape(score.shape)
+
+
+def _normal(w: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
+
+
+def _check(noise: Sequence[float], shares: Sequence[float], xavier: float) -> None:
+    if any(s <= 0 for s in noise) or xavier < 0:
+        raise ArgumentError(f"noise={tuple(noise)}, xavier={xavier}; noise is above 0, xavier at least 0")
+    odd = [share for share in shares if not 0 < share < 1]
+    if odd:
+        raise FractionError(f"the shares {odd} are outside (0, 1); give fractions strictly between 0 and 1")

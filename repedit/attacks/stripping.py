@@ -1,0 +1,141 @@
+"""Stripping: what is left of an edit when everything that only wraps the weights is taken off.
+
+A directory needs none of it: it is loaded with the classes of transformers alone, so hooks, adapters and code that lay
+beside its weights never come along.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repedit.attacks.asking import ask
+from repedit.attacks.attack import Attack, Outcome
+from repedit.attacks.scratch import copied
+from repedit.data import Splits
+from repedit.models import Subject
+
+# Who may hook a model for its own ends: recording outputs, moving tensors between devices.
+_LIBRARIES = ("transformers.", "accelerate.", "torch.distributed.", "kernels.")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def strip() -> Attack:
+    """Takes forward hooks, pre-hooks, parametrizations, adapters and replaced forwards off a copy, then asks.
+
+    The only setting is "prompt". Hooks that transformers, accelerate and torch.distributed install stay. A PeftModel
+    is no Subject; adapters that were injected into a transformers model are replaced by their base layers. The reason
+    says what was kept because nothing lies under it.
+    """
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        bare, removed, kept = stripped(subject)
+        total = ", ".join(f"{count} {what}" for what, count in removed.items() if count)
+        reason = f"removed: {total}" if total else "no hooks, no wrappers"
+        reason += f"; kept, since nothing lies under them: {', '.join(kept)}" if kept else ""
+        return Outcome({"prompt": ask(bare, splits.test)}, reason, details={"removed": removed, "kept": kept})
+
+    return Attack("strip", "stripping", "W", False, {}, run, draws=False)
+
+
+def stripped(subject: Subject) -> tuple[Subject, dict[str, int], list[str]]:
+    """A copy with its weights alone, how many of each kind were removed, and what had to be kept.
+
+    The model given keeps all of it.
+    """
+    found = copied(subject)
+    model = found.model
+    kept: list[str] = []
+    removed = {
+        "adapters": _bare_layers(model),
+        "hooks": sum(_unhook(module) for module in model.modules()),
+        "replaced forwards": sum(_unwrap(module) for module in model.modules()),
+        "parametrizations": sum(_unparametrize(name, m, kept) for name, m in list(model.named_modules())),
+        "masks": sum(_unmask(module) for module in model.modules()),
+    }
+    return found, removed, kept
+
+
+def _bare_layers(model: nn.Module) -> int:
+    """Put the base layer in the place of every adapter of peft."""
+    if "peft" not in sys.modules:
+        return 0
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in layers:
+        if layer.merged:
+            layer.unmerge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    return len(layers)
+
+
+def _unhook(module: nn.Module) -> int:
+    """Remove the hooks that are not a library's own."""
+    count = 0
+    for where in _HOOKS:
+        hooks = getattr(module, where)
+        for key in [key for key, function in hooks.items() if not _of_library(function)]:
+            del hooks[key]
+            for option in (f"{where}_with_kwargs", f"{where}_always_called"):
+                getattr(module, option, {}).pop(key, None)
+            count += 1
+    return count
+
+
+def _unwrap(module: nn.Module) -> int:
+    """Remove a forward that was set on the instance, but for that by which accelerate moves tensors."""
+    if "forward" not in vars(module) or hasattr(module, "_hf_hook") or _of_library(vars(module)["forward"]):
+        return 0
+    del module.forward
+    return 1
+
+
+def _of_library(function: Callable[..., Any]) -> bool:
+    inner = getattr(function, "__func__", function)
+    # The globals of a function are those of the file it was written in; its __module__ can be set to anything.
+    own = getattr(inner, "__globals__", {}).get("__name__") or type(function).__module__
+    return str(own).startswith(_LIBRARIES)
+
+
+def _unparametrize(name: str, module: nn.Module, kept: list[str]) -> int:
+    """Put the original tensors back where parametrizations compute them.
+
+    torch's own removal deletes the property from the class, which the copy shares with the model it was made from.
+    """
+    found = vars(module).get("_modules", {}).get("parametrizations")
+    if not torch.nn.utils.parametrize.is_parametrized(module) or found is None:
+        return 0
+    tensors = {key: getattr(part, "original", None) for key, part in found.items()}
+    if any(value is None for value in tensors.values()):
+        kept += [f"{name}.{key}" for key in tensors]
+        return 0
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for key, value in tensors.items():
+        _register(module, key, value)
+    return sum(len(part) for part in found.values())
+
+
+def _unmask(module: nn.Module) -> int:
+    """Put back what torch.nn.utils.prune and spectral_norm keep as `weight_orig`."""
+    names = [key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig")]
+    names = [key for key in names if isinstance(vars(module).get(key), Tensor)]
+    for key in names:
+        value = module._parameters.pop(f"{key}_orig")
+        module._buffers.pop(f"{key}_mask", None)
+        delattr(module, key)
+        _register(module, key, value)
+    return len(names)
+
+
+def _register(module: nn.Module, name: str, value: Any) -> None:
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        module.register_buffer(name, value)

@@ -1,0 +1,218 @@
+"""The training loop of the attacks: a few steps on texts, asked in between.
+
+It shares no loop with the editing methods: an attack and a defence must not have a fault in common. Dropout is off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from repedit.attacks.losses import Draw, masked_loss, padded, padding
+from repedit.errors import ArgumentError, NotFinite, UnknownName, nearest
+from repedit.models import Subject
+
+LOSSES, HOWS, SCHEDULES = ("answer", "sequence"), ("full", "lora"), ("constant", "cosine")
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum; Chen et al. 2023, arXiv:2302.06675, algorithm 2, betas .9 and .99."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update from the gradients."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * momentum.lerp(p.grad, 0.1).sign_())
+                momentum.lerp_(p.grad, 0.01)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW, "lion": Lion, "sgd": torch.optim.SGD,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a model is trained.
+
+    Raises:
+        UnknownName: if there is no such loss, way, optimizer or schedule.
+        ArgumentError: if a number is out of range, or layers are given to a full training.
+    """
+
+    rate: float
+    steps: int = 40
+    loss: str = "answer"
+    """ "answer": the tokens of the answer, given the prompt. "sequence": every token but the first."""
+    how: str = "full"
+    """ "full": every parameter. "lora": adapters on every linear module of the blocks; fused experts have none."""
+    rank: int = 16
+    batch_size: int = 8
+    max_tokens: int = 512
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup: float = 0.1
+    """Below 1 a fraction of the steps, else a number of steps, over which the rate rises linearly."""
+    clip: float = 1.0
+    layers: tuple[int, ...] | None = None
+    """The layers that get adapters; None for all."""
+
+    def __post_init__(self) -> None:
+        known = (("loss", LOSSES), ("how", HOWS), ("optimizer", tuple(OPTIMIZERS)), ("schedule", SCHEDULES))
+        for name, valid in known:
+            if getattr(self, name) not in valid:
+                raise UnknownName(f"{name}={getattr(self, name)!r}; {nearest(getattr(self, name), valid)}")
+        for name, least in (("steps", 1), ("rank", 1), ("batch_size", 1), ("max_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ArgumentError(f"{name}={getattr(self, name)}; give at least {least}")
+        if not (self.rate > 0 and self.clip > 0 and self.warmup >= 0 and self.weight_decay >= 0):
+            raise ArgumentError(
+                f"rate={self.rate}, clip={self.clip}, warmup={self.warmup}, weight_decay={self.weight_decay}; rate and "
+                "clip must be above 0, the others at least 0"
+            )
+        if self.layers is not None and self.how != "lora":
+            raise ArgumentError(
+                f"layers={self.layers} with how={self.how!r}; only how='lora' can be kept to some layers"
+            )
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, the first being 1."""
+        warm = math.ceil(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
+        if step <= warm:
+            return self.rate * step / warm
+        left = (step - warm) / max(1, self.steps - warm)
+        return self.rate * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * left)))
+
+
+class TuningLog(NamedTuple):
+    """What a training did."""
+
+    losses: tuple[float, ...]
+    """Of each step, before its update."""
+    tokens: int
+    """Without padding."""
+    diverged: int | None = None
+    """Step at which a loss, gradient or answer was not finite; nothing was trained or measured after it."""
+
+
+def tune(
+    subject: Subject,
+    draw: Draw,
+    tuning: Tuning,
+    *,
+    at: Iterable[int],
+    measure: Callable[[int], None],
+    seed: int = 0,
+    trained: Sequence[nn.Parameter] | None = None,
+) -> TuningLog:
+    """Train a model in place and call `measure(step)` at some steps, 0 being before the first.
+
+    With how="lora" the adapters are there while `measure` runs and are gone afterwards, so the weights never change.
+
+    Args:
+        draw: the examples of each step; see `shuffled`.
+        at: the steps at which to measure.
+        trained: parameters to train in place of those that `tuning.how` names.
+    Raises:
+        ArgumentError: if the model has no such layer.
+        NotFinite: if `measure(0)` finds the model broken before the training; later it ends the training.
+    """
+    steps, losses, tokens = set(at), [], 0
+    with torch.enable_grad(), _trainable(subject, tuning, seed, trained) as parameters:
+        optimizer = OPTIMIZERS[tuning.optimizer](parameters, lr=tuning.rate, weight_decay=tuning.weight_decay)
+        if 0 in steps:
+            measure(0)
+        for step in range(1, tuning.steps + 1):
+            batch = padded(draw(step - 1), padding(subject))
+            loss = masked_loss(subject, batch)
+            losses.append(float(loss.detach()))
+            tokens += int(batch.attention_mask.sum())
+            if not math.isfinite(losses[-1]):
+                return TuningLog(tuple(losses), tokens, step)
+            loss.backward()
+            if not bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, tuning.clip))):
+                return TuningLog(tuple(losses), tokens, step)
+            for group in optimizer.param_groups:
+                group["lr"] = tuning.rate_at(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step in steps:
+                try:
+                    measure(step)
+                except NotFinite:
+                    return TuningLog(tuple(losses), tokens, step)
+    return TuningLog(tuple(losses), tokens)
+
+
+@contextmanager
+def _trainable(
+    subject: Subject, tuning: Tuning, seed: int, trained: Sequence[nn.Parameter] | None
+) -> Iterator[list[nn.Parameter]]:
+    """The parameters to train, wanting gradients; nothing else of the model does, and afterwards nothing at all."""
+    own = list(subject.model.parameters())
+    undo: list[Callable[[], Any]] = []
+    for p in own:
+        p.requires_grad_(False)
+    try:
+        if trained is not None:
+            found = list(trained)
+        elif tuning.how == "full":
+            found = own
+        else:
+            found = _adapt(subject, tuning, seed, undo)
+        for p in found:
+            p.requires_grad_(True)
+        yield found
+    finally:
+        for step in reversed(undo):
+            step()
+        for p in (*own, *(trained or ())):
+            p.requires_grad_(False)
+            p.grad = None
+
+
+def _adapt(subject: Subject, tuning: Tuning, seed: int, undo: list[Callable[[], Any]]) -> list[nn.Parameter]:
+    """Low-rank adapters, y + 2 (x A^T) B^T, on every linear module of the layers; Hu et al. 2021, arXiv:2106.09685."""
+    from transformers.pytorch_utils import Conv1D
+
+    paths = subject.anatomy.block_paths
+    layers = range(len(paths)) if tuning.layers is None else tuning.layers
+    wrong = [layer for layer in layers if not 0 <= layer < len(paths)]
+    if wrong:
+        raise ArgumentError(f"adapters were asked for in layers {wrong}; the model has layers 0 to {len(paths) - 1}")
+    generator = torch.Generator().manual_seed(seed)
+    found: list[nn.Parameter] = []
+    for module in (m for layer in layers for m in subject.model.get_submodule(paths[layer]).modules()):
+        if isinstance(module, nn.Linear | Conv1D):
+            out, width = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
+            down = (torch.rand(tuning.rank, width, generator=generator) * 2 - 1) / math.sqrt(width)
+            dtype = torch.promote_types(module.weight.dtype, torch.float32)
+            pair = [nn.Parameter(x.to(module.weight.device, dtype)) for x in (down, torch.zeros(out, tuning.rank))]
+            undo.append(_attach(module, *pair))
+            found += pair
+    return found
+
+
+def _attach(module: nn.Module, down: Tensor, up: Tensor) -> Callable[[], Any]:
+    """Put an adapter on a module; what takes it off again."""
+    # Under the hooks of the module, not around it: a hooked edit acts on what the adapter reads and adds as well.
+    inner, own = module.forward, module.__dict__.get("forward")
+
+    def forward(x: Tensor) -> Tensor:
+        return inner(x) + (2 * ((x.to(down.dtype) @ down.T) @ up.T)).to(x.dtype)
+
+    module.forward = forward
+    return lambda: module.__dict__.pop("forward") if own is None else setattr(module, "forward", own)

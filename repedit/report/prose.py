@@ -1,0 +1,83 @@
+"""The text of audit.md: what the page says, without plots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from repedit.attacks.evidence import Report
+from repedit.plot.summaries import Chart, layer_charts, relearning_charts
+from repedit.report import tables
+from repedit.report.sections import tabled
+from repedit.report.tables import Table, plain
+from repedit.report.withholding import withheld
+
+SPECIAL = re.compile(r"[\\`*\[\]<>|#~&]|(?<!\w)_|_(?!\w)")
+"""What Markdown would read as its own; an underscore inside a word is none."""
+
+
+def markdown(report: Report, *, hide_items: bool = False) -> str:
+    """The text of audit.md: the verdict first, then the tables of the page.
+
+    Args:
+        hide_items: leave out the texts of facts, see `withheld`.
+    """
+    shown = withheld(report) if hide_items else report
+    found = shown.verdict
+    parts = [f"# {escaped(found.word)}", escaped(found.sentence), f"Rule: {escaped(found.rule)}"]
+    parts += [f"What would settle it: {escaped(found.settle)}"] if found.settle else []
+    parts.append("\n".join(f"- {escaped(fact)}" for fact in tables.headline(shown)))
+    sections = {
+        "What each attack brings back": [grid(tables.short(shown)), grid(tables.attacks(shown))],
+        "What was not tried, or counts for nothing": [grid(tables.untried(shown))],
+        "What should have been kept": [grid(tables.kept(shown))],
+        "Relearning: highest accuracy over learning rates at each step": [grid(_curve(c)) for c in relearning_charts(shown)],
+        "Layer by layer": [grid(_curve(c)) for c in layer_charts(shown)],
+        "Facts that came back": [grid(tables.examples(shown))],
+        "Settings": [grid(tables.chosen(shown)), grid(tables.settings(shown))],
+        "Guesses that need no knowledge": [grid(tables.guesses(shown))],
+        "Diagnostics, which decide nothing": [_values(shown.diagnostics)],
+        "How this was made": [_values(shown.context)],
+    }  # fmt: skip
+    for title, held in sections.items():
+        if any(held):
+            parts += [f"## {title}", *(text for text in held if text)]
+    return "\n\n".join(parts) + "\n"
+
+
+def grid(found: Table) -> str:
+    """A table in Markdown, with its note; only the note where there are no rows."""
+    lines = []
+    if found.rows:
+        rows = [list(map(escaped, found.columns)), ["---"] * len(found.columns)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        lines += [f"| {' | '.join(map(escaped, row))} |" for row in found.rows]
+    return "\n\n".join(text for text in ("\n".join(lines), escaped(found.note)) if text)
+
+
+def escaped(text: str) -> str:
+    """Words that Markdown shows as they are, in one line."""
+    return SPECIAL.sub(
+        lambda m: {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(m[0], "\\" + m[0]), " ".join(text.split())
+    )
+
+
+def _curve(chart: Chart) -> Table:
+    steps = sorted({x for points in chart.series.values() for x, _ in points})
+    rows = []
+    for role, points in chart.series.items():
+        known = dict(points)
+        rows.append([role, *(f"{known[x]:.2f}" if x in known else "" for x in steps)])
+    return Table([chart.name, *map(str, steps)], rows)
+
+
+def _values(found: Mapping[str, Any]) -> str:
+    lines = []
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            lines.append(f"- {escaped(str(key))}:")
+            lines += [f"  - {escaped(' '.join(filter(None, row)))}" for row in tabled(value).rows]
+        else:
+            lines.append(f"- {escaped(str(key))}: {escaped(plain(value))}")
+    return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""The seven words of an audit, the order of their rules, and how many facts they need."""
+
+from dataclasses import replace
+
+import pytest
+
+from repedit.attacks import budgets
+from repedit.attacks import verdict as module
+from repedit.attacks.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE
+from repedit.attacks.evidence import WORDS, Recovery, RetainCheck
+from repedit.attacks.verdict import check_thresholds, cost, half_width, informative, items_needed, verdict
+from repedit.errors import ArgumentError, FractionError
+
+NAN = float("nan")
+KEPT = RetainCheck(accuracy=(0.9, 0.88), perplexity=(20.0, 22.0))
+LOST = RetainCheck(accuracy=(0.9, 0.5))
+
+
+def row(attack="direct", low=-0.1, high=0.1, status=RAN, **options) -> Recovery:
+    value = (low + high) / 2
+    options = {"original": 0.95, "floor": 0.125, "floor_name": "chance"} | options
+    return Recovery(attack, status, options.pop("reason", ""), value, (low, high), (low, high), **options)
+
+
+def said(*rows, retain=KEPT, **options):
+    return verdict(rows or (row(), row("rtt")), retain, **{"known": 0.7, "n_test": 128, "budget": "fast"} | options)
+
+
+# One case for each word; each also fulfils the rules of the words below it as far as they allow.
+CASES = {
+    "UNSOUND": ((row(low=0.5, high=0.7), row("rtt", 0.5, 0.7)),
+                {"unsound": "PC1 is not caught", "known": 0.1, "n_test": 20, "retain": LOST}),
+    "INVALID": ((row(low=0.5, high=0.7), row("rtt", 0.5, 0.7)), {"known": 0.1, "n_test": 20, "retain": LOST}),
+    "DESTROYED": ((row(low=0.5, high=0.7), row("rtt", 0.5, 0.7)), {"retain": LOST}),
+    "NOT FORGOTTEN": ((row(low=0.5, high=0.7), row("rtt", 0.5, 0.7)), {}),
+    "HIDDEN": ((row(), row("probe", 0.11, 0.3), row("rtt", 0.5, 0.7), row("benign", status=FAILED)), {}),
+    "NO RECOVERY FOUND": ((row(), row("rtt", -0.05, 0.19)), {}),
+    "INCONCLUSIVE": ((row(), row("rtt", 0.05, 0.25)), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_each_word_is_reached_and_wins_over_those_below(word):
+    rows, options = CASES[word]
+    found = said(*rows, **options)
+    assert found.word == word
+    assert "at this budget (fast)" in found.sentence and found.sentence.startswith(word)
+    assert "one seed: intervals exclude training noise" in found.rule
+    assert "one seed" not in said(*rows, **options, seeds=3).rule
+
+
+def test_a_pass_by_another_order_is_caught(monkeypatch):
+    monkeypatch.setattr(module, "_invalid", lambda *_: None)
+    rows, options = CASES["INVALID"]
+    assert said(*rows, **options).word == "DESTROYED"
+
+
+@pytest.mark.parametrize(
+    ("options", "rule", "settle"),
+    [
+        ({"known": 0.149}, r"lower 95% end of C - B 0.149 < 0.15", ""),
+        ({"known": NAN}, "lower 95% end of C - B nan < 0.15", ""),
+        ({"n_test": 99}, "V has 99 facts, fewer than 100", "about 100 facts in V"),
+        ({"leaks": ["2 entities on both sides"]}, "T gives V away: 2 entities on both sides", ""),
+    ],
+)
+def test_invalid_says_why(options, rule, settle):
+    found = said(**options)
+    assert (found.word, found.settle) == ("INVALID", settle) and rule in found.rule
+
+
+def test_few_facts_can_be_allowed():
+    assert said(n_test=99, allow_small=True).word == "NO RECOVERY FOUND"
+    assert said(n_test=99, allow_small=True, known=0.1).word == "INVALID"
+
+
+def test_thresholds_are_strict():
+    assert said(row(low=0.1, high=0.3), row("rtt")).word == "INCONCLUSIVE"
+    assert said(row(), row("rtt", 0.1, 0.3)).word == "INCONCLUSIVE"
+    assert said(row(), row("rtt", 0.0, 0.2)).word == "INCONCLUSIVE"
+    assert said(row(), row("rtt", 0.0, 0.2), clear=0.21).word == "NO RECOVERY FOUND"
+    assert said(row(), row("rtt", 0.1, 0.3), material=0.09).word == "HIDDEN"
+
+
+def test_direct_counts_by_its_own_interval_and_others_by_the_simultaneous_one():
+    assert said(replace(row(), interval=(0.11, 0.19)), row("rtt")).word == "NOT FORGOTTEN"
+    assert said(row(), replace(row("rtt"), interval=(0.11, 0.19))).word == "NO RECOVERY FOUND"
+
+
+def test_hidden_names_the_cheapest_attack():
+    found = said(row(), row("rtt", 0.8, 1.0), row("quantize", 0.2, 0.4), row("probe", 0.9, 1.0), row("new", 0.9, 1.0))
+    assert "quantize brings them back (R 0.30)" in found.sentence
+    assert "so do probe, rtt, new" in found.rule and found.exit_code == 3
+
+
+def test_attacks_have_a_cost():
+    assert [cost(name) for name in ("direct", "strip")] == [0, 1]
+    assert cost("rtt, LoRA") == cost("rtt") > cost("quantize") and cost("probe-mlp") == cost("probe")
+    assert cost("unheard of") > max(cost(name) for name in budgets.NAMES)
+    assert all(cost(name) < len(module.COSTS) for name in budgets.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("attack", "status", "reason"),
+    [
+        ("rtt", FAILED, "rtt failed to train (why)"),
+        ("benign", SKIPPED, "benign was skipped (why)"),
+        ("probe", SKIPPED, "probe was skipped (why)"),
+    ],
+)
+def test_what_did_not_work_forbids_a_pass(attack, status, reason):
+    found = said(row(), row("quantize"), row(attack, status=status, reason="why"))
+    assert found.word == "INCONCLUSIVE" and reason in found.rule and found.settle == "those attacks, run and trained"
+
+
+def test_what_was_not_run_forbids_a_pass():
+    found = said(not_run={"probe": "not asked for"})
+    assert found.word == "INCONCLUSIVE" and "probe was not run (not asked for)" in found.rule
+
+
+@pytest.mark.parametrize(
+    ("attack", "status"), [("translate", SKIPPED), ("refill", SKIPPED), ("quantize", UNINFORMATIVE)]
+)
+def test_what_had_nothing_to_work_on_is_listed_and_forbids_nothing(attack, status):
+    found = said(row(), row("rtt"), row(attack, 0.5, 0.9, status=status))
+    assert found.word == "NO RECOVERY FOUND" and f"not counted: {attack}" in found.rule
+    assert "1 other attacks" in found.sentence and found.exit_code == 0
+
+
+def test_a_caller_may_excuse_less():
+    assert said(row(), row("rtt"), row("refill", status=SKIPPED), excused=("translate",)).word == "INCONCLUSIVE"
+
+
+def test_what_does_not_decide_never_does():
+    assert said(row(), row("rtt"), row("membership", 0.9, 1.0, decides=False)).word == "NO RECOVERY FOUND"
+    assert said(row(), row("rtt"), row("membership", status=SKIPPED, decides=False)).word == "NO RECOVERY FOUND"
+
+
+def test_an_attack_that_failed_to_train_can_still_show_recovery():
+    assert said(row(), row("rtt", 0.3, 0.6, status=FAILED)).word == "HIDDEN"
+
+
+def test_no_pass_without_an_attack_that_counts_or_without_a_bound():
+    found = said(row(), row("quantize", status=UNINFORMATIVE))
+    assert found.word == "INCONCLUSIVE" and "no attack beside direct counts" in found.rule
+    assert said(row(), replace(row("rtt"), bound=(NAN, NAN))).word == "INCONCLUSIVE"
+
+
+def test_inconclusive_says_how_many_facts_would_settle_it():
+    found = said(row(), row("rtt", -0.15, 0.25))
+    assert found.rule.startswith("rtt may bring back more: simultaneous 95% bounds of R -0.150 to 0.250")
+    assert found.settle == "about 228 facts in V, where there are 128"  # (.20 / .15)^2 times as many
+    near = said(row(), row("rtt", 0.08, 0.28))  # to be above material takes fewer facts than to be below clear
+    assert near.settle == "about 200 facts in V, where there are 128"
+    measured = said(row(floor_name="reference"), row("rtt", -0.01, 0.2), n_test=110)
+    assert (
+        measured.settle == f"about {items_needed(0.95, 0.125, 0.2, 2, measured=True)} facts in V, where there are 110"
+    )
+
+
+# Rows of "n: original .95 with R = 0, .88, then with a measured floor R = 0, .88; the same for original .65".
+TABLE = {
+    50: (0.10, 0.12, 0.16, 0.12, 0.18, 0.28, 0.29, 0.28),
+    67: (0.09, 0.10, 0.14, 0.10, 0.15, 0.24, 0.24, 0.25),
+    100: (0.08, 0.08, 0.11, 0.09, 0.12, 0.19, 0.19, 0.19),
+    157: (0.06, 0.07, 0.09, 0.07, 0.10, 0.15, 0.15, 0.15),
+    314: (0.04, 0.05, 0.06, 0.05, 0.07, 0.10, 0.10, 0.10),
+}
+
+
+@pytest.mark.parametrize("items", TABLE)
+def test_half_widths_are_those_simulated(items):
+    cells = [(known, measured, r) for known in (0.95, 0.65) for measured in (False, True) for r in (0.0, 0.88)]
+    found = [half_width(known, 0.125, items, recovered=r, measured=measured) for known, measured, r in cells]
+    assert found == pytest.approx(TABLE[items], rel=0.2)
+
+
+@pytest.mark.parametrize(("items", "well", "badly"), [(50, 0.17, 0.34), (100, 0.12, 0.22), (628, 0.05, 0.085)])
+def test_half_widths_with_four_choices(items, well, badly):
+    assert [half_width(known, 0.25, items) for known in (0.95, 0.65)] == pytest.approx([well, badly], rel=0.2)
+
+
+def test_items_needed():
+    assert items_needed(0.95, 0.125, 0.2, 12) == pytest.approx(100, rel=0.2)
+    assert items_needed(0.65, 0.125, 0.2, 12) == pytest.approx(320, rel=0.2)
+    measured = items_needed(0.95, 0.125, 0.2, 12, measured=True)
+    assert measured == pytest.approx(2 * items_needed(0.95, 0.125, 0.2, 12), abs=1)
+    assert items_needed(0.95, 0.125, 0.2, 1) < items_needed(0.95, 0.125, 0.2, 12) < items_needed(0.95, 0.125, 0.1, 12)
+    assert items_needed(1.0, 0.0, 0.2, 12) > 0
+
+
+def test_an_attack_that_takes_more_than_half_is_uninformative():
+    assert informative(0.4, 0.8) and not informative(0.39, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: said(material=0.2), ArgumentError, r"material=0.2 is not below clear=0.2"),
+        (lambda: said(alpha=0.0), FractionError, r"alpha=0.0; give a fraction strictly between 0 and 1"),
+        (lambda: check_thresholds(0.1, 1.2, 0.05), FractionError, r"clear=1.2; give fractions from 0 to 1"),
+        (lambda: said(row("rtt")), ArgumentError, r"recoveries of \['rtt'\]; a verdict needs 'direct'"),
+        (lambda: items_needed(0.1, 0.2, 0.2, 3), ArgumentError, r"known=0.1, floor=0.2; the original must be right"),
+        (lambda: items_needed(0.9, 0.2, 0.0, 3), FractionError, r"clear=0.0, alpha=0.05; give fractions strictly"),
+        (lambda: items_needed(0.9, 0.2, 0.2, 0), ArgumentError, r"attacks=0; give at least 1"),
+        (lambda: half_width(0.9, 0.2, 0), ArgumentError, r"items=0; give at least 1"),
+    ],
+)
+def test_verdict_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,307 @@
+"""The audit as a whole, on taught models of which the answer is known; and what it refuses to audit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import repedit as rp
+from repedit.attacks import audit as auditing
+from repedit.attacks import store as storing
+from repedit.attacks.attack import SKIPPED
+from repedit.attacks.controls import CONTROLS, writing
+from repedit.attacks.material import prepared
+from repedit.attacks.selftest import Checked, SelfTest
+from repedit.data import Fact, Facts, Splits
+from repedit.errors import (
+    ArgumentError,
+    BadReference,
+    DataError,
+    FingerprintError,
+    FractionError,
+    NoOpEdit,
+    NotEnoughRows,
+    OverlapError,
+    UnknownName,
+)  # fmt: skip
+from repedit.models import subject_of
+from tests.tiny import tiny
+from tests.world import facts, original, reference, world
+
+CHEAP = ("direct", "strip")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No finding of another test, or of the user, is used."""
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
+
+
+def audited(edited, **options):
+    given = {
+        "original": original(), "reference": reference(), "facts": facts(), "retain": facts().retain,
+        "attacks": CHEAP, "draws": 400, "progress": False,
+    }  # fmt: skip
+    return rp.audit(edited, **(given | options))
+
+
+def few(count=20):
+    """So few facts that an audit is quick; it is INVALID then, but for allow_small."""
+    return replace(facts(), forget=facts().forget[:count])
+
+
+def test_the_same_seed_gives_the_same_report_and_no_model_changes():
+    edited = writing.nudged(original())
+    before = [m.fingerprint() for m in (edited, original(), reference())]
+    first, second = (audited(edited).to_json() for _ in range(2))
+    assert [m.fingerprint() for m in (edited, original(), reference())] == before
+    times = ('"seconds"',)
+    plain = [[line for line in text.splitlines() if not any(t in line for t in times)] for text in (first, second)]
+    assert plain[0] == plain[1]
+    assert rp.Report.from_json(first).to_json() == first
+
+
+def test_a_model_that_knows_is_not_forgotten_and_one_that_never_knew_is_not_seen_to_know():
+    known = audited(writing.nudged(original()), attacks=("direct",))
+    assert known.verdict.word == "NOT FORGOTTEN" and known.direct.value >= 0.95
+    never = audited(world().other, attacks=CHEAP)
+    assert max(r.bound[1] for r in never.recoveries) < 0.2
+    # Attacks of the budget were left out by name, so nothing is passed.
+    assert never.verdict.word == "INCONCLUSIVE" and never.not_run["rtt"] == "not asked for"
+
+
+def test_a_hook_is_stripped_and_what_it_hid_is_found():
+    case = CONTROLS["PC1"].build(world())
+    found = audited(case.edited)
+    (strip,) = (r for r in found.recoveries if r.attack == "strip")
+    assert found.verdict.word == "HIDDEN" and "strip" in found.verdict.sentence and strip.value >= 0.99
+    assert case.edited.model.training is False and any(
+        m._forward_hooks or m._forward_pre_hooks for m in case.edited.model.modules()
+    )
+    assert found.examples and {e["attack"] for e in found.examples} == {"strip"}
+
+
+def test_without_a_reference_the_floor_is_the_larger_of_fresh_facts_and_guesses():
+    found = audited(world().other, reference=None, attacks=("direct",))
+    assert set(found.findings) == {"edited", "original", "fresh facts"}
+    fresh, guess = found.finding("fresh facts", "direct").correct.mean(), max(found.heuristics.values())
+    assert found.direct.floor == pytest.approx(max(fresh, guess))
+    assert not set(found.finding("fresh facts", "direct").items) & set(found.finding("edited", "direct").items)
+
+
+def test_a_broken_audit_goes_on_with_the_findings_it_has(tmp_path, monkeypatch):
+    edited, asked = writing.nudged(original()), []
+    from repedit.attacks import running
+
+    whole = running._attacked
+
+    def breaking(attack, subject, splits):
+        asked.append(attack.name)
+        if len(asked) == 3:  # the third finding is lost, two are kept
+            raise KeyboardInterrupt
+        return whole(attack, subject, splits)
+
+    monkeypatch.setattr(running, "_attacked", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        audited(edited, out=tmp_path / "out")
+    assert len(list((tmp_path / "out/findings").glob("*.json"))) == 2 and not (tmp_path / "out/audit.json").exists()
+    report = audited(edited, out=tmp_path / "out")
+    total = len(asked)
+    assert rp.Report.load(tmp_path / "out").to_json() == report.to_json()
+    assert audited(edited, out=tmp_path / "out").verdict == report.verdict and len(asked) == total
+
+
+def test_another_model_or_other_facts_never_get_a_kept_finding(tmp_path):
+    edited = writing.nudged(original())
+    found = {storing.key_of(a, edited.fingerprint(), s) for a in _attacks() for s in _splits()}
+    assert len(found) == len(_attacks()) * len(_splits())
+    assert storing.key_of(_attacks()[0], "another", _splits()[0]) not in found
+
+
+def _attacks():
+    from repedit.attacks.prompts import direct
+    from repedit.attacks.rounding import quantize
+
+    return direct(), direct().at(1), quantize(), quantize(schemes=("int8",))
+
+
+def _splits():
+    items = facts().forget
+    return (
+        Splits((), items),
+        Splits((), items[:50]),
+        Splits(items[:10], items[50:]),
+        Splits((), items, retain=items[:1]),
+    )
+
+
+def test_an_original_is_attacked_once_for_many_audits(monkeypatch):
+    from repedit.attacks import running
+
+    asked, whole = [], running._attacked
+    monkeypatch.setattr(running, "_attacked", lambda a, s, p: asked.append((s.fingerprint(), a.name)) or whole(a, s, p))
+    for edited in (writing.nudged(original()), world().other):
+        audited(edited, attacks=("direct",))
+    mine = [name for model, name in asked if model == original().fingerprint()]
+    assert sorted(mine) == ["choices only", "direct", "retain"]
+
+
+def test_an_attack_without_memory_is_reported_and_blocks_a_pass(monkeypatch):
+    from repedit.attacks import budgets
+
+    def starving(*_):
+        raise MemoryError
+
+    plain = budgets._BUILDERS["strip"]
+    (attack,) = plain[1](budgets.Setup())
+    monkeypatch.setitem(budgets._BUILDERS, "strip", (plain[0], lambda _: [replace(attack, run=starving)]))
+    found = audited(world().other)
+    (strip,) = (r for r in found.recoveries if r.attack == "strip")
+    assert strip.status == SKIPPED and "ran out of memory" in found.not_run["strip"]
+    assert found.verdict.word == "INCONCLUSIVE"
+
+
+def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
+    from repedit.attacks import budgets
+
+    def failing(*_):
+        raise DataError("nonsense")
+
+    plain = budgets._BUILDERS["strip"]
+    (attack,) = plain[1](budgets.Setup())
+    monkeypatch.setitem(budgets._BUILDERS, "strip", (plain[0], lambda _: [replace(attack, run=failing)]))
+    with pytest.raises(DataError, match=r"attacking the edited model: attack 'strip': nonsense"):
+        audited(world().other)
+
+
+def test_an_audit_whose_self_test_failed_here_is_unsound(monkeypatch):
+    from repedit.attacks import conclusion
+
+    monkeypatch.setattr(conclusion, "recorded", lambda: "PC1 was not caught")
+    found = audited(writing.nudged(original()), attacks=("direct",))
+    assert found.verdict.word == "UNSOUND" and "PC1 was not caught" in found.verdict.rule
+
+
+def test_a_self_test_fails_where_one_control_does():
+    good = Checked("PC1", "a hook", "HIDDEN", "HIDDEN", "strip", 1.0, 0.99, 1.0)
+    weak, wrong = replace(good, recovered=0.5), replace(good, found="NO RECOVERY FOUND")
+    assert SelfTest((good,), 0, 1.0).passed and not SelfTest((good,), 0, 1.0).failures
+    assert not SelfTest((good, weak), 0, 1.0).passed and "0.50 where 0.99" in SelfTest((weak,), 0, 1.0).failures
+    assert not SelfTest((wrong,), 0, 1.0).passed and "found NO RECOVERY FOUND" in SelfTest((wrong,), 0, 1.0).failures
+    assert not replace(good, recovered=float("nan")).passed
+
+
+def test_the_audit_knows_nothing_of_edits():
+    code = "import sys, repedit.attacks.audit; print('repedit.edit' in sys.modules, 'repedit.plan' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_models_that_cannot_be_compared_are_refused():
+    with pytest.raises(NoOpEdit, match="every tensor of a model in memory equals original's; was the edit applied"):
+        audited(original())
+    other = subject_of(tiny("gpt2").model, original().tokenizer)
+    with pytest.raises(FingerprintError, match="models of different kinds: "):
+        audited(other)
+
+
+def test_a_reference_that_knows_is_refused():
+    with pytest.raises(BadReference, match="the reference is the edited model itself"):
+        audited(world().other, reference=world().other)
+    with pytest.raises(BadReference, match=r"the reference knows the facts: 1\.000 of them"):
+        audited(world().other, reference=writing.nudged(original()), attacks=("direct",))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"attacks": ("rtx",)}, UnknownName, "no attack is called 'rtx'; did you mean 'rtt'"),
+        ({"budget": "quick"}, UnknownName, "budget='quick'"),
+        ({"material": 0.2}, ArgumentError, "give material < clear"),
+        ({"alpha": 0.0}, FractionError, "alpha=0.0"),
+        ({"draws": 10}, ArgumentError, "draws=10"),
+        ({"folds": 3}, ArgumentError, "folds=3; give 2 to test every fact once, or 1"),
+        ({"seeds": ()}, ArgumentError, "seeds is empty"),
+        ({"train_fraction": 1.0}, FractionError, "train_fraction=1.0"),
+        ({"facts": ()}, DataError, "there are no facts to audit"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        audited(writing.nudged(original()), **({"attacks": ("direct",)} | options))
+
+
+def fact(number, entity=None, **changes):
+    options = {
+        "prompt": f"{entity or number} lives in",
+        "answer": f"town {number}",
+        "choices": (f"town {number}", "x", "y"),
+    }
+    return Fact(id=str(number), entity=entity or f"person {number}", domain="towns", **(options | changes))
+
+
+def test_facts_that_cannot_be_halved_are_refused():
+    options = {"unrelated": None, "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0, "most": None}
+    with pytest.raises(NotEnoughRows, match="T has 5 entities; an audit needs at least 8 on each side"):
+        prepared([fact(i) for i in range(10)], ["some text to keep"], **options)
+    same = "once upon a time there was a king who ruled the land of"
+    twins = [fact(i, prompt=f"{same} {'a' if i % 2 else 'b'}", answer="x") for i in range(40)]
+    with pytest.raises(OverlapError, match="near-duplicates straddle T and V"):
+        prepared(twins, ["some text to keep"], **options)
+    items = [fact(i) for i in range(40)]
+    with pytest.raises(OverlapError, match=r"retain and forget share 1 entities, such as \['person 3'\]"):
+        prepared(items, [replace(items[3], id="other", prompt="else")], **options)
+
+
+def test_every_fact_is_tested_once_and_halves_share_no_entity():
+    options = {"unrelated": None, "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0, "most": None}
+    asked = prepared(facts(), facts().retain, **options)
+    assert sorted(f.id for f in asked.tested) == sorted(f.id for f in facts().forget)
+    for fold in asked.folds:
+        assert not {f.entity for f in fold.train} & {f.entity for f in fold.test}
+    assert [f.id for f in asked.whole.test] == [f.id for f in asked.tested] and not asked.whole.train
+    default = prepared(rp.data.facts("capitals"), None, **(options | {"most": 100}))
+    forgotten = {f.entity for f in default.forget}
+    assert (
+        default.text is not None
+        and not forgotten & {f.entity for f in default.retain}
+        and 80 <= len(default.retain) <= 120
+    )
+    assert "about forgotten entities are left out" in default.notes[0]
+
+
+def test_free_text_stays_without_choices_and_short_answers_get_some():
+    options = {"unrelated": None, "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0, "most": None}
+    long = [fact(i, choices=(), answer=f"she wrote {i} novels about the sea and the land") for i in range(30)]
+    short = [replace(fact(i, choices=()), id=f"s{i}", domain="short") for i in range(100, 130)]
+    asked = prepared([*long, *short], ["some text to keep"], **options)
+    assert all(not f.choices for f in asked.forget[:30]) and all(len(f.choices) == 8 for f in asked.forget[30:])
+
+
+def test_what_was_kept_is_measured_on_facts_and_text():
+    found = audited(writing.nudged(original()), attacks=("direct",))
+    assert found.retain.accuracy == (1.0, 1.0) and found.retain.perplexity is None
+    read = audited(writing.nudged(original()), attacks=("direct",), retain=[f.text for f in facts().retain])
+    assert read.retain.accuracy is None and read.retain.perplexity[0] == pytest.approx(
+        read.retain.perplexity[1], rel=0.01
+    )
+    rolled = audited(CONTROLS["NC4b"].build(world()).edited, attacks=("direct",))
+    assert rolled.verdict.word == "DESTROYED" and np.isfinite(rolled.direct.value)
+
+
+def test_the_edited_layers_are_read_from_the_manifest(tmp_path):
+    from repedit.attacks.models import Audited
+
+    folder = tmp_path / "model"
+    original().model.save_pretrained(folder)
+    original().tokenizer.save_pretrained(folder)
+    assert Audited("edited", folder).edited_layers() is None
+    (folder / "repedit.json").write_text('{"sites": {"1.mlp.out": {}, "0.mlp.out": {}}}')
+    assert Audited("edited", folder).edited_layers() == (0, 1)
+    assert auditing._edited_layers(Audited("edited", folder), "1.mlp.out") == (1,)
+    assert isinstance(facts(), Facts)

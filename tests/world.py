@@ -1,0 +1,90 @@
+"""The taught models of one seed, trained once and kept on disk for every test that needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import transformers
+from filelock import FileLock
+
+from repedit.attacks import taught
+from repedit.attacks.controls import CONTROLS, Case, grid, training, worlds
+from repedit.data import Fact, Facts, domains, inventing, rows
+from repedit.models import Subject, load
+
+CACHE = Path(__file__).parents[1] / ".cache" / "taught"
+ROLES = ("original", "reference", "other")
+RECIPE = (taught, worlds, domains, inventing, rows)
+TRAINED = ("PC3a", "PC3b", "PC3c", "PC4", "PC6", "PC7", "NC2a", "NC2b", "NC2c", "NC4a")
+
+
+@cache
+def world(seed: int = 0) -> worlds.World:
+    """The world of a seed; do not change its models, copy them."""
+    folder = CACHE / f"{_key(*RECIPE)}-{seed}"
+
+    def made() -> dict[str, Subject]:
+        found = worlds.world(seed)
+        return {role: getattr(found, role) for role in ROLES}
+
+    found = _kept(folder, ROLES, made)
+    facts, strangers = worlds.questions(seed)
+    return worlds.World(facts, strangers, *(found[role] for role in ROLES), seed=seed)
+
+
+@cache
+def case(name: str, seed: int = 0) -> Case:
+    """What a control gives an audit; do not change its models. Those that are trained are kept on disk."""
+    here = world(seed)
+    if name not in TRAINED:
+        return CONTROLS[name].build(here)
+    folder = CACHE / f"{_key(*RECIPE, training, grid)}-{seed}-{name}"
+    edited = _kept(folder, ("edited",), lambda: {"edited": CONTROLS[name].build(here).edited})["edited"]
+    return Case(edited, grid.on_grid(here.original) if name == "PC4" else here.original, here.reference, here.facts)
+
+
+def original(seed: int = 0) -> Subject:
+    """Knows all facts."""
+    return world(seed).original
+
+
+def reference(seed: int = 0) -> Subject:
+    """Was never taught the facts to forget."""
+    return world(seed).reference
+
+
+def facts(seed: int = 0) -> Facts:
+    """120 to forget and 120 to retain, sixteen choices each."""
+    return world(seed).facts
+
+
+def strangers(seed: int = 0) -> tuple[Fact, ...]:
+    """Facts about people that no model has met."""
+    return world(seed).strangers
+
+
+def _kept(folder: Path, names: Iterable[str], make: Callable[[], dict[str, Subject]]) -> dict[str, Subject]:
+    """Models by name, made once and read from the folder ever after."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # Workers of one run would each train the same models.
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            for name, subject in make().items():
+                subject.model.save_pretrained(folder / name)
+                subject.tokenizer.save_pretrained(folder / name)
+            (folder / "done").touch()
+    return {name: load(folder / name) for name in names}
+
+
+def _key(*modules: ModuleType) -> str:
+    """Hash of everything that decides what the models are."""
+    digest = hashlib.sha256(json.dumps([torch.__version__, transformers.__version__]).encode())
+    for module in modules:
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:16]
