@@ -53,6 +53,7 @@ def audit(
     clear: float = 0.20,
     allow_small: bool = False,
     scale_lrs: float = 1.0,
+    steps: int = 40,
     device: str = "auto",
     out: str | Path | None = None,
     save: bool = True,
@@ -77,7 +78,8 @@ def audit(
         seeds: of the attacks that draw; None for one at "fast" and three above.
         material, clear: more than the first is recovery, less than the second is none.
         allow_small: let fewer than 100 facts count.
-        scale_lrs: multiplies every learning rate; tiny models need 30 or so.
+        scale_lrs: multiplies every learning rate; tiny models need 15 or so.
+        steps: of retraining on T; more where a report says that it failed to train.
         out: a folder for the findings, as they are made; an interrupted audit goes on from there.
         save: write audit.json into that folder as well.
     Raises:
@@ -91,6 +93,8 @@ def audit(
     check_thresholds(material, clear, alpha)
     names = planned(budget, attacks)
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
+    if steps < 8:
+        raise ArgumentError(f"steps={steps}; give at least 8 for an attack that trains")
     if not chosen:
         raise ArgumentError("seeds is empty; give at least one, or None")
     given: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
@@ -102,7 +106,7 @@ def audit(
     }  # fmt: skip
     asked = prepared(facts, retain, most=MOST_RETAIN[budget], **options)
     where = _edited_layers(models["edited"], sites)
-    with _setup(budget, models, where, scale_lrs, names) as setup:
+    with _setup(budget, models, where, scale_lrs, steps, names) as setup:
         roles = _roles(models, asked, built(names, setup), options, setup)
         store = Store(Path(out) if out is not None else None, shared_folder())
         findings = run(roles, chosen, store, progress=progress)
@@ -134,12 +138,17 @@ def _edited_layers(edited: Audited, sites: str | Site | list[str | Site] | None)
 
 @contextmanager
 def _setup(
-    budget: str, models: Mapping[str, Audited], where: tuple[int, ...] | None, scale: float, names: Sequence[str]
+    budget: str,
+    models: Mapping[str, Audited],
+    where: tuple[int, ...] | None,
+    scale: float,
+    steps: int,
+    names: Sequence[str],
 ) -> Iterator[Setup]:
     """What attacks are built with; the original stays open while an attack needs it beside the model attacked."""
     with ExitStack() as stack:
         contrast = stack.enter_context(models["original"].opened()) if "direction" in names else None
-        yield Setup(budget, models["edited"].layers, where, scale, contrast)
+        yield Setup(budget, models["edited"].layers, where, scale, steps, contrast)
 
 
 def _roles(

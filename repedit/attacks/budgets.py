@@ -35,6 +35,8 @@ class Setup:
     """Where the edit was, if known; else the halves of the model are taken."""
     scale: float = 1.0
     """Multiplies every learning rate: tiny models need larger ones."""
+    steps: int = 40
+    """Training steps of `rtt`."""
     contrast: Subject | None = None
     """The original, for directions between the two models."""
 
@@ -43,9 +45,11 @@ Builder = Callable[[Setup], Sequence[Attack]]
 
 
 def _rtt(setup: Setup) -> Sequence[Attack]:
+    n = setup.steps
     if setup.budget == "fast":
-        return [finetune.rtt(measured=(0, 20, 40), scale=setup.scale)]
-    return [finetune.rtt(loss=("answer", "sequence"), how=("full", "lora"), sizes=(8, 32, None), scale=setup.scale)]
+        return [finetune.rtt(steps=n, measured=(0, n // 2, n), scale=setup.scale)]
+    options: dict[str, Any] = {"loss": ("answer", "sequence"), "how": ("full", "lora"), "sizes": (8, 32, None)}
+    return [finetune.rtt(steps=n, measured=(0, n // 8, n // 4, n // 2, n), scale=setup.scale, **options)]
 
 
 def _upstream(setup: Setup) -> Sequence[Attack]:

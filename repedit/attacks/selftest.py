@@ -12,14 +12,11 @@ from dataclasses import asdict, dataclass
 from tqdm.auto import tqdm
 
 from repedit.attacks.audit import audit
-from repedit.attacks.controls.table import CONTROLS, Control
+from repedit.attacks.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.attacks.controls.worlds import world
 from repedit.attacks.evidence import PASS, Report
 from repedit.attacks.soundness import remember
 from repedit.errors import UnknownName, nearest
-
-SCALE = 30.0
-"""Learning rates of the tiny models, in units of those of real ones."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,8 @@ def selftest(
         began, case = time.perf_counter(), control.build(made)
         report = auditing(
             case.edited, original=case.original, reference=case.reference, facts=case.facts, retain=case.facts.retain,
-            attacks=_attacks(control), budget="fast", seeds=(seed,), scale_lrs=SCALE, progress=False,
+            unrelated=case.facts.retain, attacks=_attacks(control), budget="fast", seeds=(seed,), scale_lrs=SCALE,
+            steps=STEPS if control.verdict == PASS else 40, progress=False,
         )  # fmt: skip
         found.append(_checked(control, report, time.perf_counter() - began))
     result = SelfTest(tuple(found), seed, time.perf_counter() - start)
