@@ -1,0 +1,115 @@
+"""The verb `audit`: what it prints, writes and exits with; and the self-test whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+from typer.testing import CliRunner
+
+from repedit.attacks import selftest as testing
+from repedit.attacks.controls import CONTROLS, writing
+from repedit.attacks.estimating import estimate
+from repedit.attacks.selftest import Checked, SelfTest, selftest
+from repedit.attacks.soundness import recorded, remember
+from repedit.cli import app
+from repedit.errors import RepeditError, UnknownName
+from tests.world import facts, original, reference, world
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The original, an edited model that still knows, the reference, and the facts, as a user has them."""
+    root = tmp_path_factory.mktemp("audit")
+    for name, subject in (("original", original()), ("edited", writing.nudged(original())), ("reference", reference())):
+        subject.model.save_pretrained(root / name)
+        subject.tokenizer.save_pretrained(root / name)
+    rows = [(fact, role) for role in ("forget", "retain") for fact in getattr(facts(), role)]
+    keep = ("id", "prompt", "answer", "entity", "domain", "choices")
+    lines = [json.dumps({k: v for k, v in asdict(f).items() if k in keep} | {"role": role}) for f, role in rows]
+    (root / "facts.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def run(*words, code):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.stdout
+
+
+def asked(files):
+    return (
+        "audit", files / "edited", "--original", files / "original", "--facts", files / "facts.jsonl",
+        "--reference", files / "reference", "--attacks", "direct,strip",
+    )  # fmt: skip
+
+
+def test_an_audit_prints_its_verdict_writes_its_pages_and_exits_with_its_code(files, tmp_path):
+    text = run(*asked(files), "--out", tmp_path / "out", code=3)
+    assert "NOT FORGOTTEN" in text and "direct" in text
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"audit.json", "audit.md", "audit.html", "recovery.png"}
+    found = json.loads(run(*asked(files), "--out", tmp_path / "out", "--json", code=3))
+    assert found["verdict"]["word"] == "NOT FORGOTTEN" and found["verdict"]["exit_code"] == 3
+    hidden = run(*asked(files), "--out", tmp_path / "hidden", "--hide-items", code=3)
+    assert "NOT FORGOTTEN" in hidden
+    page = (tmp_path / "hidden/audit.html").read_text()
+    assert facts().forget[0].prompt not in page and facts().forget[0].id not in page
+
+
+def test_a_dry_run_attacks_nothing_and_says_what_it_would_cost(files):
+    text = run(*asked(files), "--dry-run", code=0)
+    assert "nothing was attacked" in text and "strip" in text
+    cost = estimate(original(), facts(), attacks=("direct", "rtt", "quantize"))
+    assert cost["attacks"]["rtt"]["steps"] == 2 * 3 * 40 and cost["attacks"]["quantize"]["questions"] == 4 * 120
+    assert cost["minutes"] == pytest.approx(sum(c["seconds"] for c in cost["attacks"].values()) / 60)
+
+
+def test_what_is_missing_is_named():
+    result = CliRunner().invoke(app, ["audit", "somewhere"])
+    assert isinstance(result.exception, RepeditError)
+    assert "--original and --facts missing" in str(result.exception)
+
+
+def test_a_self_test_is_remembered_and_a_failed_one_exits_with_6(monkeypatch):
+    assert recorded() is None
+    good = Checked("PC1", "a hook", "HIDDEN", "HIDDEN", "strip", 1.0, 0.99, 1.0)
+    bad = Checked("NC1", "never taught", "NO RECOVERY FOUND", "HIDDEN", "", float("nan"), 0.0, 1.0)
+    for checks, code in (((good,), 0), ((good, bad), 6)):
+        monkeypatch.setattr(testing, "selftest", lambda seed, checks=checks: SelfTest(checks, seed, 2.0))
+        text = run("audit", "--selftest", code=code)
+        assert "PC1" in text and f"{len(checks) - (code == 6)} of {len(checks)} controls pass" in text
+    remember("NC1 failed", [asdict(bad)])
+    assert recorded() == "NC1 failed"
+
+
+def test_a_self_test_of_some_controls_runs_them_and_is_not_recorded(monkeypatch):
+    monkeypatch.setattr(testing, "world", world)
+    found = selftest(controls=("PC0", "PC1"), progress=False)
+    assert [c.control for c in found.checks] == ["PC0", "PC1"] and found.passed and recorded() is None
+    with pytest.raises(UnknownName, match="no control is called 'PC99'"):
+        selftest(controls=("PC99",))
+
+
+def test_a_self_test_catches_an_audit_that_strips_nothing(monkeypatch):
+    from dataclasses import replace
+
+    from repedit.attacks import budgets
+    from repedit.attacks.prompts import direct
+
+    monkeypatch.setitem(budgets._BUILDERS, "strip", ("fast", lambda _: [replace(direct(), name="strip")]))
+    monkeypatch.setattr(testing, "world", world)
+    found = selftest(controls=("PC1",), progress=False)
+    assert not found.passed and "PC1" in found.failures
+
+
+@pytest.mark.slow
+def test_every_control_comes_out_as_it_must():
+    found = selftest(progress=False)
+    assert found.passed, found.failures
+    assert {c.control for c in found.checks} == {name for name, c in CONTROLS.items() if c.quick} and recorded() == ""

@@ -1,0 +1,49 @@
+"""What MRP does to a model that was taught facts: they go, the others stay, and a random projection does neither."""
+
+from __future__ import annotations
+
+import pytest
+
+import repedit as rp
+from repedit.attacks.asking import ask
+from tests.world import world
+
+RANK = 16
+"""A quarter of the width of the taught models."""
+
+
+def accuracies(seed: int, method: str) -> tuple[float, float]:
+    """(forget, retain) after projecting a taught model at the outputs of both MLPs; 1 and 1 before."""
+    made = world(seed)
+    edit = rp.mrp(
+        made.original, forget=made.facts.forget, retain=made.facts.retain, sites="*.mlp.out", rank=RANK, method=method,
+        text=None, config={"steps": 200, "shown": 0, "seed": seed}, progress=False,
+    )  # fmt: skip
+    edited = rp.apply(edit, made.original)
+    return ask(edited, made.facts.forget).accuracy, ask(edited, made.facts.retain).accuracy
+
+
+def forgets(found: list[tuple[float, float]]) -> None:
+    """The law, on the mean over seeds."""
+    forget, retain = (sum(values) / len(found) for values in zip(*found, strict=True))
+    assert forget <= 0.60 and retain >= 0.95
+
+
+def test_taught_facts_are_forgotten_and_the_others_kept():
+    forgets([accuracies(0, "mrp")])
+
+
+def test_a_random_projection_of_the_same_rank_breaks_the_law():
+    found = [accuracies(0, "random")]
+    assert found[0][0] >= 0.95
+    with pytest.raises(AssertionError):
+        forgets(found)
+
+
+@pytest.mark.slow
+def test_taught_facts_are_forgotten_over_seeds():
+    trained = [accuracies(seed, "mrp") for seed in range(3)]
+    blind = [accuracies(seed, "random") for seed in range(3)]
+    forgets(trained)
+    gaps = [sum(retain - forget for forget, retain in found) / len(found) for found in (trained, blind)]
+    assert gaps[1] < gaps[0] / 3
