@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 import repedit as rp
+from repedit.attacks.controls import writing
 from tests.saved import saved
+from tests.world import facts as known
+from tests.world import original, reference
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
@@ -41,6 +44,21 @@ def test_the_second_example_runs(tmp_path: Path, monkeypatch, capsys):
     named = re.search(r"# (\d+) capitals to forget, (\w+) other domains", BLOCKS[1])
     assert named and int(named[1]) == len(whole.forget)
     assert named[2] == {7: "seven", 8: "eight"}[len(rp.data.by_domain(whole.retain))]
+
+
+def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
+    edited, plain, source = writing.nudged(original()), rp.audit, original
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rp.data, "facts", lambda name: known())
+    options = {"reference": reference(), "retain": known().retain, "attacks": ("direct",)}
+    monkeypatch.setattr(
+        rp, "audit", lambda _, original, facts, out: plain(edited, original=source(), facts=facts, out=out, **options)
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS[2], {"rp": rp})
+    assert "NOT FORGOTTEN" in capsys.readouterr().out
+    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[2]):
+        assert (tmp_path / "audit" / name).exists()
 
 
 def test_the_first_example_is_fifteen_lines():
