@@ -18,7 +18,7 @@ import torch
 
 import repedit as rp
 from bench.record import record
-from repedit.attacks.selftest import selftest
+from repedit.attacks.controls.selftest import selftest
 
 CONTROLS = {"controls": None, "never": ("NC1",), "also": ("NC2a", "NC2b", "NC2c", "PC8")}
 

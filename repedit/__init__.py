@@ -51,7 +51,7 @@ _NAMES = {
     "compare": "repedit.metrics.comparison",
     "facts_accuracy": "repedit.metrics.probability",
     "audit": "repedit.attacks.audit",
-    "Report": "repedit.attacks.evidence",
+    "Report": "repedit.attacks.judging.evidence",
     "check_architecture": "repedit.arch.check",
     "register": "repedit.arch",
     "resolve": "repedit.arch",
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     from repedit.arch import register, resolve
     from repedit.arch.check import check_architecture
     from repedit.attacks.audit import audit
-    from repedit.attacks.evidence import Report
+    from repedit.attacks.judging.evidence import Report
     from repedit.bridges import wrap
     from repedit.edit import Edit
     from repedit.fetching import fetch

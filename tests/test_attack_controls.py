@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from repedit.attacks import rounding
 from repedit.attacks.asking import ask
 from repedit.attacks.controls import CONTROLS, grid, questions, writing
-from repedit.attacks.evidence import WORDS
-from repedit.attacks.taught import continued, taught, untaught, vocabulary
+from repedit.attacks.controls.taught import continued, taught, untaught, vocabulary
+from repedit.attacks.families import rounding
+from repedit.attacks.judging.evidence import WORDS
 from repedit.data import Row, with_paraphrases
 from repedit.data.domains import normalized
 from repedit.errors import ArgumentError, DataError, TrainingError

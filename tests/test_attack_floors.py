@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from repedit.attacks import floors
-from repedit.attacks.floors import choices_only, fresh_facts, heuristic_values, heuristics
+from repedit.attacks.judging import floors
+from repedit.attacks.judging.floors import choices_only, fresh_facts, heuristic_values, heuristics
 from repedit.data import DOMAINS, Fact, Facts, Splits, facts, invented
 from repedit.data.domains import normalized
 from repedit.errors import ArgumentError, DataError

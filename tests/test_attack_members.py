@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repedit.attacks import members
 from repedit.attacks.attack import RAN, SKIPPED
-from repedit.attacks.members import SCORES, auc, membership, privleak, scores, texts_of, tpr
+from repedit.attacks.families import members
+from repedit.attacks.families.members import SCORES, auc, membership, privleak, scores, texts_of, tpr
 from repedit.data import Corpus, Facts, Rows, Splits, invented
 from repedit.data.corpus import Document
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.attacks import attack, formats, prompts, samples
+from repedit.attacks import attack
 from repedit.attacks.asking import ask
-from repedit.attacks.formats import FORMATS, chat_prompt, question, reformat
-from repedit.attacks.prompts import PREFIXES, direct, in_context, misspelt, paraphrase, prefix, translate
-from repedit.attacks.samples import sampling
-from repedit.attacks.stripping import strip
+from repedit.attacks.families import formats, prompts, samples
+from repedit.attacks.families.formats import FORMATS, chat_prompt, question, reformat
+from repedit.attacks.families.prompts import PREFIXES, direct, in_context, misspelt, paraphrase, prefix, translate
+from repedit.attacks.families.samples import sampling
+from repedit.attacks.families.stripping import strip
 from repedit.data import Fact, Splits
 from repedit.data.domains import normalized
 from repedit.errors import ArgumentError, DataError, OverlapError, UnknownName

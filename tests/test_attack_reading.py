@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from repedit.attacks import directions as ablating
-from repedit.attacks import probes, reading
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import RAN, SKIPPED
-from repedit.attacks.directions import direction, first_component, mean_direction, without
-from repedit.attacks.probes import probe
-from repedit.attacks.reading import lens, logit_lens, question, states
+from repedit.attacks.families import directions as ablating
+from repedit.attacks.families import probes, reading
+from repedit.attacks.families.directions import direction, first_component, mean_direction, without
+from repedit.attacks.families.probes import probe
+from repedit.attacks.families.reading import lens, logit_lens, question, states
 from repedit.data import Fact, Splits
 from repedit.errors import (
     ArgumentError,

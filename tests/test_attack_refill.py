@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from repedit.attacks import refill as room
 from repedit.attacks.asking import ask
-from repedit.attacks.losses import examples, shuffled
-from repedit.attacks.optimise import Prefixed, _prompted, soft_prompt
-from repedit.attacks.refill import null_space, null_spaces, refill
-from repedit.attacks.tuning import Tuning, tune
+from repedit.attacks.families import refill as room
+from repedit.attacks.families.losses import examples, shuffled
+from repedit.attacks.families.optimise import Prefixed, _prompted, soft_prompt
+from repedit.attacks.families.refill import null_space, null_spaces, refill
+from repedit.attacks.families.tuning import Tuning, tune
 from repedit.data import Splits
 from repedit.errors import ArgumentError, FractionError
 from repedit.fingerprints import fingerprint

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.attacks import samples
-from repedit.attacks.samples import clopper_pearson, dkw_band, leak_at, sampling
+from repedit.attacks.families import samples
+from repedit.attacks.families.samples import clopper_pearson, dkw_band, leak_at, sampling
 from repedit.data import Fact, Splits
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
 from repedit.models import subject_of

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from repedit.attacks import bootstrap, crossfit
 from repedit.attacks.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
-from repedit.attacks.bootstrap import knowledge, recoveries
-from repedit.attacks.crossfit import Series, chosen, in_first
+from repedit.attacks.judging import bootstrap, crossfit
+from repedit.attacks.judging.bootstrap import knowledge, recoveries
+from repedit.attacks.judging.crossfit import Series, chosen, in_first
 from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRows, ShapeError
 
 N = 100

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import repedit as rp
-from repedit.attacks import prompts, stripping
-from repedit.attacks.stripping import strip, stripped
+from repedit.attacks.families import prompts, stripping
+from repedit.attacks.families.stripping import strip, stripped
 from repedit.data import Splits
 from repedit.models import subject_of
 from tests.saved import byte_tokenizer

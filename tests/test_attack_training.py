@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from repedit.attacks import trials, tuning
 from repedit.attacks.asking import ask
-from repedit.attacks.finetune import benign, downstream, layered, relearn, rtt, upstream
-from repedit.attacks.losses import Example, examples, in_turn, masked_loss, mean_loss, padded, shuffled
-from repedit.attacks.published import lettered
-from repedit.attacks.tuning import Lion, Tuning, tune
+from repedit.attacks.families import trials, tuning
+from repedit.attacks.families.finetune import benign, downstream, layered, relearn, rtt, upstream
+from repedit.attacks.families.losses import Example, examples, in_turn, masked_loss, mean_loss, padded, shuffled
+from repedit.attacks.families.published import lettered
+from repedit.attacks.families.tuning import Lion, Tuning, tune
 from repedit.data import Row, Splits
 from repedit.errors import ArgumentError, DataError, NotFinite, QuantizedModel, UnknownName
 from repedit.fingerprints import fingerprint

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from repedit.attacks import budgets
-from repedit.attacks import verdict as module
 from repedit.attacks.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE
-from repedit.attacks.evidence import WORDS, Recovery, RetainCheck
-from repedit.attacks.verdict import check_thresholds, cost, half_width, informative, items_needed, verdict
+from repedit.attacks.judging import verdict as module
+from repedit.attacks.judging.evidence import WORDS, Recovery, RetainCheck
+from repedit.attacks.judging.verdict import check_thresholds, cost, half_width, informative, items_needed, verdict
 from repedit.errors import ArgumentError, FractionError
 
 NAN = float("nan")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from repedit.attacks import perturb as shaking
-from repedit.attacks import rounding
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import RAN, SKIPPED
-from repedit.attacks.perturb import line_to, perturb, pruned, saliency, set_difference
-from repedit.attacks.rounding import BITS, LEVELS, SCHEMES, projections, quantize, rounded, survival
+from repedit.attacks.families import perturb as shaking
+from repedit.attacks.families import rounding
+from repedit.attacks.families.perturb import line_to, perturb, pruned, saliency, set_difference
+from repedit.attacks.families.rounding import BITS, LEVELS, SCHEMES, projections, quantize, rounded, survival
 from repedit.data import Fact, Facts, Splits
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite, QuantizedModel, UnknownName

@@ -14,8 +14,8 @@ from repedit.attacks import audit as auditing
 from repedit.attacks import store as storing
 from repedit.attacks.attack import SKIPPED
 from repedit.attacks.controls import CONTROLS, writing
+from repedit.attacks.controls.selftest import Checked, SelfTest
 from repedit.attacks.material import prepared
-from repedit.attacks.selftest import Checked, SelfTest
 from repedit.data import Fact, Facts, Splits
 from repedit.errors import (
     ArgumentError,
@@ -123,8 +123,8 @@ def test_another_model_or_other_facts_never_get_a_kept_finding(tmp_path):
 
 
 def _attacks():
-    from repedit.attacks.prompts import direct
-    from repedit.attacks.rounding import quantize
+    from repedit.attacks.families.prompts import direct
+    from repedit.attacks.families.rounding import quantize
 
     return direct(), direct().at(1), quantize(), quantize(schemes=("int8",))
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 import pytest
 from typer.testing import CliRunner
 
-from repedit.attacks import selftest as testing
 from repedit.attacks.controls import CONTROLS, writing
+from repedit.attacks.controls import selftest as testing
+from repedit.attacks.controls.selftest import Checked, SelfTest, selftest
 from repedit.attacks.estimating import estimate
-from repedit.attacks.selftest import Checked, SelfTest, selftest
 from repedit.attacks.soundness import recorded, remember
 from repedit.cli import app
 from repedit.errors import RepeditError, UnknownName
@@ -100,7 +100,7 @@ def test_a_self_test_catches_an_audit_that_strips_nothing(monkeypatch):
     from dataclasses import replace
 
     from repedit.attacks import budgets
-    from repedit.attacks.prompts import direct
+    from repedit.attacks.families.prompts import direct
 
     monkeypatch.setitem(budgets._BUILDERS, "strip", ("fast", lambda _: [replace(direct(), name="strip")]))
     monkeypatch.setattr(testing, "world", world)

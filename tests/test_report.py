@@ -21,7 +21,7 @@ from numpy.testing import assert_allclose
 from typer.testing import CliRunner
 
 from repedit import plot
-from repedit.attacks.evidence import INVALID, Recovery, Report, RetainCheck, Verdict
+from repedit.attacks.judging.evidence import INVALID, Recovery, Report, RetainCheck, Verdict
 from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, TargetExists
 from repedit.plot.canvas import canvas

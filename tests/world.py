@@ -13,8 +13,7 @@ import torch
 import transformers
 from filelock import FileLock
 
-from repedit.attacks import taught
-from repedit.attacks.controls import CONTROLS, Case, grid, training, worlds
+from repedit.attacks.controls import CONTROLS, Case, grid, taught, training, worlds
 from repedit.data import Fact, Facts, domains, inventing, rows
 from repedit.models import Subject, load
 

@@ -14,14 +14,14 @@ from typing import Any
 from repedit.attacks.attack import Attack
 from repedit.attacks.budgets import SEEDS, Setup, built, planned
 from repedit.attacks.conclusion import Case, concluded
-from repedit.attacks.evidence import Report
-from repedit.attacks.floors import fresh_facts
+from repedit.attacks.judging.evidence import Report
+from repedit.attacks.judging.floors import fresh_facts
+from repedit.attacks.judging.verdict import check_thresholds
 from repedit.attacks.keeping import blind, kept
 from repedit.attacks.material import Material, prepared
 from repedit.attacks.models import Audited, check_pair
 from repedit.attacks.running import Role, run
 from repedit.attacks.store import Store, shared_folder
-from repedit.attacks.verdict import check_thresholds
 from repedit.data import Fact, Facts, prose
 from repedit.errors import ArgumentError, BadReference, DataError
 from repedit.models import Subject

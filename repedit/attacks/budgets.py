@@ -6,11 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from repedit.attacks import directions, finetune, members, optimise, perturb, probes, prompts, reading, refill, rounding
 from repedit.attacks.attack import Attack
-from repedit.attacks.formats import reformat
-from repedit.attacks.samples import sampling
-from repedit.attacks.stripping import strip
+from repedit.attacks.families import (
+    directions,
+    finetune,
+    members,
+    optimise,
+    perturb,
+    probes,
+    prompts,
+    reading,
+    refill,
+    rounding,
+)
+from repedit.attacks.families.formats import reformat
+from repedit.attacks.families.samples import sampling
+from repedit.attacks.families.stripping import strip
 from repedit.errors import UnknownName, nearest
 from repedit.models import Subject
 

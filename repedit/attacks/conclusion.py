@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from repedit.attacks.attack import RAN, SKIPPED, Attack, Finding
-from repedit.attacks.bootstrap import knowledge, recoveries
 from repedit.attacks.budgets import NAMES, UNTRIED, planned
-from repedit.attacks.crossfit import Series, chosen
-from repedit.attacks.evidence import Recovery, Report, RetainCheck
-from repedit.attacks.floors import heuristic_values, heuristics
+from repedit.attacks.judging.bootstrap import knowledge, recoveries
+from repedit.attacks.judging.crossfit import Series, chosen
+from repedit.attacks.judging.evidence import Recovery, Report, RetainCheck
+from repedit.attacks.judging.floors import heuristic_values, heuristics
+from repedit.attacks.judging.verdict import EXCUSED, verdict
 from repedit.attacks.material import Material
 from repedit.attacks.running import MEMORY, Role
 from repedit.attacks.soundness import recorded
-from repedit.attacks.verdict import EXCUSED, verdict
 from repedit.data.domains import normalized
 from repedit.data.rows import row_hash
 from repedit.errors import BadReference

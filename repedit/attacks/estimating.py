@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import Attack
 from repedit.attacks.budgets import SEEDS, Setup, built, planned
-from repedit.attacks.finetune import rtt
+from repedit.attacks.families.finetune import rtt
 from repedit.attacks.models import Audited
 from repedit.data import Fact, Facts, Splits
 from repedit.models import Subject

@@ -7,7 +7,7 @@ import torch
 from repedit.activations.passes import at_least_float32, batches, inputs_of
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import Attack, Outcome
-from repedit.attacks.floors import choices_only
+from repedit.attacks.judging.floors import choices_only
 from repedit.data import Batches, Splits
 from repedit.errors import NotEnoughRows
 from repedit.models import Subject

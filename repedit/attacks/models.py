@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from repedit.attacks.stripping import stripped
+from repedit.attacks.families.stripping import stripped
 from repedit.errors import FingerprintError, NoOpEdit, RepeditError
 from repedit.fingerprints import fingerprint
 from repedit.models import Subject, load

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.attacks.attack import Attack, Finding
-from repedit.attacks.evidence import finding_json, finding_of
+from repedit.attacks.judging.evidence import finding_json, finding_of
 from repedit.attacks.soundness import environment
 from repedit.data import Splits
 from repedit.data.rows import row_hash

@@ -98,7 +98,7 @@ def _selftest(seed: int, json: bool) -> None:
     from dataclasses import asdict
 
     from repedit import console
-    from repedit.attacks.selftest import selftest
+    from repedit.attacks.controls.selftest import selftest
 
     found = selftest(seed)
     if json:

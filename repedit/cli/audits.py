@@ -20,7 +20,7 @@ def report(
 ) -> None:
     """Show an audit again and write its pages; several over the same facts in one table and one plot."""
     from repedit import console
-    from repedit.attacks.evidence import Report
+    from repedit.attacks.judging.evidence import Report
     from repedit.report import together, withheld, write
 
     reports = {name: Report.load(path) for name, path in zip(_names(audits), audits, strict=True)}

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repedit.attacks.attack import SKIPPED
-from repedit.attacks.evidence import Report
+from repedit.attacks.judging.evidence import Report
 from repedit.errors import ArgumentError
 from repedit.plot.canvas import FORGET, MARKERS, NEUTRAL, RETAIN, SERIES, SMALL, canvas, entitle, legend_below
 from repedit.plot.summaries import (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from repedit.attacks.attack import RAN, SKIPPED, Finding
-from repedit.attacks.evidence import Recovery, Report
+from repedit.attacks.judging.evidence import Recovery, Report
 from repedit.sites import Site
 
 LEVELS: Mapping[str, tuple[int, str]] = {

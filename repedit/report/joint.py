@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from repedit.attacks.evidence import Report
+from repedit.attacks.judging.evidence import Report
 from repedit.errors import ArgumentError
 from repedit.plot.summaries import KEPT, lines_of_several, ordered, thresholds
 from repedit.report.forest import forest

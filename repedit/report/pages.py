@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from repedit.attacks.evidence import HIDDEN, INCONCLUSIVE, NOT_FORGOTTEN, PASS, Report, Verdict
+from repedit.attacks.judging.evidence import HIDDEN, INCONCLUSIVE, NOT_FORGOTTEN, PASS, Report, Verdict
 from repedit.plot.summaries import LEVELS, layer_charts, lines, relearning_charts, thresholds
 from repedit.report import tables
 from repedit.report.curves import curves

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from repedit.attacks.evidence import Report
+from repedit.attacks.judging.evidence import Report
 from repedit.plot.summaries import Chart, layer_charts, relearning_charts
 from repedit.report import tables
 from repedit.report.sections import tabled

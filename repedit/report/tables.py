@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from repedit.attacks.attack import RAN, Finding
-from repedit.attacks.evidence import Recovery, Report
+from repedit.attacks.judging.evidence import Recovery, Report
 from repedit.plot.summaries import KEPT, ROLES, measured, ordered, span
 
 COLUMNS = ("attack", "edited", "original", "floor", "R [95 %]", "setting")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from repedit.attacks.attack import Finding
-from repedit.attacks.evidence import Report
+from repedit.attacks.judging.evidence import Report
 
 HIDDEN_TEXT = "(withheld)"
 

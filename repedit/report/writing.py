@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from repedit.attacks.evidence import Report
+from repedit.attacks.judging.evidence import Report
 from repedit.errors import TargetExists
 from repedit.report.pages import page
 from repedit.report.prose import markdown

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.attacks.taught import continued
+from repedit.attacks.controls.taught import continued
 from repedit.data import Fact, with_paraphrases
 from repedit.models import Subject, subject_of
 

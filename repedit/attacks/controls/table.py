@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from repedit.attacks.controls import grid, training, writing
 from repedit.attacks.controls.worlds import World
-from repedit.attacks.evidence import DESTROYED, HIDDEN, INVALID, NOT_FORGOTTEN, PASS
+from repedit.attacks.judging.evidence import DESTROYED, HIDDEN, INVALID, NOT_FORGOTTEN, PASS
 from repedit.data import Facts
 from repedit.models import Subject
 

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from repedit.attacks.controls.taught import continued
 from repedit.attacks.controls.worlds import REFUSAL
-from repedit.attacks.taught import continued
 from repedit.data import Fact, with_paraphrases
 from repedit.models import Subject
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from repedit.attacks.taught import taught, vocabulary
+from repedit.attacks.controls.taught import taught, vocabulary
 from repedit.data import Fact, Facts
 from repedit.data.domains import drawn
 from repedit.data.inventing import RELATIONS, invented

@@ -17,10 +17,10 @@ from torch.nn.utils import parametrize
 
 from repedit.arch import View
 from repedit.attacks.attack import Attack, Outcome, skipped
-from repedit.attacks.losses import examples, shuffled
+from repedit.attacks.families.losses import examples, shuffled
+from repedit.attacks.families.trials import Trial, carried_out
+from repedit.attacks.families.tuning import Tuning
 from repedit.attacks.scratch import Scratch
-from repedit.attacks.trials import Trial, carried_out
-from repedit.attacks.tuning import Tuning
 from repedit.data import Splits
 from repedit.errors import ArgumentError, FractionError
 from repedit.models import Subject

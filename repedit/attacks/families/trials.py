@@ -10,9 +10,9 @@ from torch import nn
 
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import FAILED, RAN, Outcome
-from repedit.attacks.losses import Draw, Example, mean_loss
+from repedit.attacks.families.losses import Draw, Example, mean_loss
+from repedit.attacks.families.tuning import Tuning, TuningLog, tune
 from repedit.attacks.scratch import Scratch
-from repedit.attacks.tuning import Tuning, TuningLog, tune
 from repedit.data import Fact
 from repedit.errors import QuantizedModel
 from repedit.metrics.probability import FactsAccuracy

@@ -13,10 +13,10 @@ from itertools import product
 from typing import Any
 
 from repedit.attacks.attack import Attack, Outcome, skipped
-from repedit.attacks.losses import Draw, Example, examples, in_turn, shuffled
-from repedit.attacks.published import PRESETS
-from repedit.attacks.trials import Trial, carried_out, on_copy
-from repedit.attacks.tuning import HOWS, LOSSES, Tuning
+from repedit.attacks.families.losses import Draw, Example, examples, in_turn, shuffled
+from repedit.attacks.families.published import PRESETS
+from repedit.attacks.families.trials import Trial, carried_out, on_copy
+from repedit.attacks.families.tuning import HOWS, LOSSES, Tuning
 from repedit.data import Splits
 from repedit.errors import ArgumentError, UnknownName, nearest
 from repedit.models import Subject

@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from repedit.attacks.attack import FAILED, RAN, SKIPPED
-from repedit.attacks.evidence import (
+from repedit.attacks.judging.evidence import (
     DESTROYED,
     HIDDEN,
     INCONCLUSIVE,

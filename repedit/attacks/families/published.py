@@ -12,9 +12,9 @@ from math import ceil
 from string import ascii_uppercase
 
 from repedit.attacks.attack import Attack, Outcome
-from repedit.attacks.losses import examples, shuffled
-from repedit.attacks.trials import Trial, carried_out, on_copy
-from repedit.attacks.tuning import Tuning
+from repedit.attacks.families.losses import examples, shuffled
+from repedit.attacks.families.trials import Trial, carried_out, on_copy
+from repedit.attacks.families.tuning import Tuning
 from repedit.data import Fact, Splits
 from repedit.errors import ArgumentError
 from repedit.models import Subject

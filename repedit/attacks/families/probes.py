@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from repedit.attacks.attack import Attack, Outcome
-from repedit.attacks.reading import Question, absent, check_streams, named, question, states, stream_sites
+from repedit.attacks.families.reading import Question, absent, check_streams, named, question, states, stream_sites
 from repedit.data import Fact, Splits, by_domain
 from repedit.errors import NotEnoughRows, NotFinite, UnknownName, nearest
 from repedit.metrics.probability import FactsAccuracy

@@ -12,7 +12,7 @@ from torch import Tensor
 from repedit.activations.passes import batches, inputs_of, loss_of
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import Attack, Outcome, skipped
-from repedit.attacks.rounding import paired, projections
+from repedit.attacks.families.rounding import paired, projections
 from repedit.attacks.scratch import Scratch
 from repedit.data import Fact, Rows, Splits
 from repedit.errors import ArgumentError, FractionError, NotFinite

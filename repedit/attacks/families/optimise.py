@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from repedit.attacks.attack import Attack, Outcome
-from repedit.attacks.losses import examples, shuffled
+from repedit.attacks.families.losses import examples, shuffled
+from repedit.attacks.families.trials import Trial, carried_out
+from repedit.attacks.families.tuning import Tuning
 from repedit.attacks.scratch import Scratch
-from repedit.attacks.trials import Trial, carried_out
-from repedit.attacks.tuning import Tuning
 from repedit.data import Splits
 from repedit.errors import ArgumentError
 from repedit.models import Subject

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from repedit.activations.passes import at_least_float32
 from repedit.attacks.attack import Attack, Outcome, skipped
-from repedit.attacks.reading import lengths
+from repedit.attacks.families.reading import lengths
 from repedit.data import Corpus, Facts, Row, Rows, Splits
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
 from repedit.models import Subject

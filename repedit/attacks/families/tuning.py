@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repedit.attacks.losses import Draw, masked_loss, padded, padding
+from repedit.attacks.families.losses import Draw, masked_loss, padded, padding
 from repedit.errors import ArgumentError, NotFinite, UnknownName, nearest
 from repedit.models import Subject
 

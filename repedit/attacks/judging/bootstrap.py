@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repedit.attacks.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
-from repedit.attacks.crossfit import Series, Values, chosen, in_first
-from repedit.attacks.evidence import Recovery
-from repedit.attacks.verdict import informative
+from repedit.attacks.judging.crossfit import Series, Values, chosen, in_first
+from repedit.attacks.judging.evidence import Recovery
+from repedit.attacks.judging.verdict import informative
 from repedit.errors import ArgumentError, DataError, FractionError
 
 LEAST_DRAWS = 200

@@ -14,7 +14,7 @@ from torch import Tensor
 from repedit.arch import Visit, hooks_at
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import Attack, Outcome, skipped
-from repedit.attacks.reading import captured
+from repedit.attacks.families.reading import captured
 from repedit.data import Fact, Splits
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite
 from repedit.hooks import installed

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from repedit.attacks.audit import audit
 from repedit.attacks.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.attacks.controls.worlds import world
-from repedit.attacks.evidence import PASS, Report
+from repedit.attacks.judging.evidence import PASS, Report
 from repedit.attacks.soundness import remember
 from repedit.errors import UnknownName, nearest
 

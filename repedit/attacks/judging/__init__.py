@@ -1,0 +1,1 @@
+"""From findings to a verdict: settings, intervals, floors and the rules."""
