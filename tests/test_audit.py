@@ -68,6 +68,7 @@ def test_the_same_seed_gives_the_same_report_and_no_model_changes():
 def test_a_model_that_knows_is_not_forgotten_and_one_that_never_knew_is_not_seen_to_know():
     known = audited(writing.nudged(original()), attacks=("direct",))
     assert known.verdict.word == "NOT FORGOTTEN" and known.direct.value >= 0.95
+    assert len(known.diagnostics["update"]) <= 1 and known.context["command"] == ""
     never = audited(world().other, attacks=CHEAP)
     assert max(r.bound[1] for r in never.recoveries) < 0.2
     # Attacks of the budget were left out by name, so nothing is passed.
@@ -83,6 +84,10 @@ def test_a_hook_is_stripped_and_what_it_hid_is_found():
         m._forward_hooks or m._forward_pre_hooks for m in case.edited.model.modules()
     )
     assert found.examples and {e["attack"] for e in found.examples} == {"strip"}
+    for example in found.examples:
+        assert example["original"].strip().startswith(example["attacked"]) and example["attacked"] == example["answer"]
+        assert not example["edited"].strip().startswith(example["answer"])
+    assert "update" not in found.diagnostics
 
 
 def test_without_a_reference_the_floor_is_the_larger_of_fresh_facts_and_guesses():

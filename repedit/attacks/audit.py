@@ -21,6 +21,7 @@ from repedit.attacks.keeping import blind, kept
 from repedit.attacks.material import Material, prepared
 from repedit.attacks.models import Audited, check_pair
 from repedit.attacks.running import Role, run
+from repedit.attacks.showing import shown
 from repedit.attacks.store import Store, shared_folder
 from repedit.data import Fact, Facts, prose
 from repedit.errors import ArgumentError, BadReference, DataError
@@ -112,13 +113,24 @@ def audit(
         findings = run(roles, chosen, store, progress=progress)
     case = Case(
         roles=roles, findings=findings, asked=asked, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
-        material=material, clear=clear, allow_small=allow_small, edited_layers=where, planned=names,
+        material=material, clear=clear, allow_small=allow_small, edited_layers=where, planned=names, command=_command(models, facts, budget, attacks),
         seconds=time.perf_counter() - start,
     )  # fmt: skip
-    report = concluded(case)
+    report = shown(concluded(case), models)
     if out is not None and save:
         report.save(out)
     return report
+
+
+def _command(
+    models: Mapping[str, Audited], facts: Facts | Sequence[Fact], budget: str, attacks: Sequence[str] | None
+) -> str:
+    """The command line that repeats the audit; empty where a model or the facts exist in memory only."""
+    if any(model.live for model in models.values()) or not isinstance(facts, Facts):
+        return ""
+    parts = [f"repedit audit {models['edited'].name} --original {models['original'].name} --facts {facts.name}"]
+    parts += [f"--reference {models['reference'].name}"] if "reference" in models else []
+    return " ".join([*parts, f"--budget {budget}", *([f"--attacks {','.join(attacks)}"] if attacks else [])])
 
 
 def _check_models(models: Mapping[str, Audited]) -> None:

@@ -45,6 +45,7 @@ class Case:
     allow_small: bool
     edited_layers: tuple[int, ...] | None
     planned: tuple[str, ...]
+    command: str
     seconds: float
 
     @property
@@ -227,5 +228,5 @@ def _context(case: Case, known: float) -> dict[str, Any]:
         "material": case.material, "clear": case.clear, "alpha": case.alpha, "sites": case.edited_layers, "notes": notes,
         "models": {role: {"name": m.name, "fingerprint": m.fingerprint, "live": m.live} for role, m in models.items()},
         "facts": row_hash(case.asked.forget), "retain": row_hash(case.asked.retain),
-        "versions": {name: version(name) for name in _PACKAGES}, "machine": platform.machine(), "seconds": case.seconds,
+        "command": case.command, "versions": {name: version(name) for name in _PACKAGES}, "machine": platform.machine(), "seconds": case.seconds,
     }  # fmt: skip
