@@ -209,6 +209,11 @@ def _located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dic
     if path.is_dir():
         if not (path / "config.json").exists():
             raise CheckpointError(f"{path.resolve()} holds no config.json; is it a model directory?")
+        if (path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path.resolve()} holds an adapter (adapter_config.json), which transformers loads or not, as peft is there or "
+                "not; merge it (merge_and_unload) and save the model, or take the file away"
+            )
         open_shards(path)
         return path, {"trust_remote_code": trust_remote_code}
     if str(name) == DEFAULT:
@@ -290,7 +295,5 @@ def _tokenizer(place: Path | str, options: dict[str, Any]) -> Any | None:
 def _check_finite(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         if p.device.type != "meta" and p.is_floating_point() and not bool(torch.isfinite(p).all()):
-            where = tuple(int(i) for i in (~torch.isfinite(p)).nonzero()[0])
-            raise NotFinite(
-                f"weight {name!r} is not finite at {where} ({p.dtype}); the checkpoint is damaged, download it again"
-            )
+            where = f"{tuple((~torch.isfinite(p)).nonzero()[0].tolist())} ({p.dtype})"
+            raise NotFinite(f"weight {name!r} is not finite at {where}; the checkpoint is damaged, download it again")

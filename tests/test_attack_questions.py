@@ -373,13 +373,15 @@ SCORES = {
 
 @pytest.mark.parametrize("name", SCORES)
 def test_broken_odds_are_caught(name, monkeypatch):
-    monkeypatch.setattr(formats, "_scores", SCORES[name](formats._scores))
+    monkeypatch.setattr(formats, "choice_scores", SCORES[name](formats.choice_scores))
     with pytest.raises(AssertionError):
         check_odds(subject(), yes_facts())
 
 
 def test_a_model_that_says_yes_to_everything_alike_is_wrong(monkeypatch):
-    monkeypatch.setattr(formats, "_scores", lambda s, facts, options, rows: [(np.zeros(len(o)), None) for o in options])
+    monkeypatch.setattr(
+        formats, "choice_scores", lambda s, facts, options, rows: [(np.zeros(len(o)), None) for o in options]
+    )
     assert not formats.yes_no(subject(), yes_facts(), 0).correct.any()
 
 

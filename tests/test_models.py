@@ -139,6 +139,12 @@ def test_code_in_a_checkpoint_does_not_run(broken):
 DAMAGED = [
     ("one", pickled, CheckpointError, r"only pickled weights \(pytorch_model\.bin\).* convert them to safetensors"),
     ("one", lambda f: (f / "config.json").unlink(), CheckpointError, r"holds no config\.json; is it a model directory"),
+    (
+        "one",
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        CheckpointError,
+        r"holds an adapter \(adapter_config\.json\)",
+    ),
     ("one", lambda f: (f / SINGLE).unlink(), CheckpointError, r"holds no model\.safetensors and no model\.safetensors"),
     ("one", lambda f: (f / "config.json").write_text("{"), CheckpointError, "cannot be loaded.*not a valid JSON"),
     ("one", config(model_type="zorg"), UnknownArchitecture, "cannot be used.*zorg"),

@@ -10,6 +10,7 @@ import torch
 
 import repedit as rp
 from repedit.activations.prediction import drop
+from repedit.attacks.scratch import copied
 from repedit.errors import NotFound
 from repedit.fetching import cached
 from repedit.lower import lower
@@ -114,3 +115,13 @@ def test_a_short_training_forgets_capitals_in_new_words_and_keeps_symbols(lm):
     assert before > 0.6 and after < 0.5 * before
     assert rp.facts_accuracy(edited, symbols).accuracy > 0.7
     assert rp.certificate(edited, edit, lm).form == "folded"
+
+
+def test_one_changed_weight_is_audited_as_not_forgotten(lm, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
+    edited = copied(lm)
+    with torch.no_grad():
+        edited.model.model.norm.weight[0] *= 1.0001
+    found = rp.audit(edited, original=lm, facts=rp.data.facts("capitals"), attacks=("direct", "strip"), progress=False)
+    assert found.verdict.word == "NOT FORGOTTEN" and 0.95 <= found.direct.value <= 1.05
+    assert found.context["n_test"] == 151 and found.retain.destroyed == ""
