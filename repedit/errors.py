@@ -26,6 +26,9 @@ and the like keep working.
     `- MissingDependency (ImportError)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RepeditError(Exception):
     """The root of every error repedit raises on purpose."""
@@ -173,6 +176,22 @@ class KernelUnavailable(RepeditError, RuntimeError):
 
 class MissingDependency(RepeditError, ImportError):
     """An optional package is not installed, or not in a supported version."""
+
+
+@contextmanager
+def during(place: str, note: str) -> Iterator[None]:
+    """Put the place of work before the message of an error of repedit, and add a note to any other; nothing is caught.
+
+    Raises:
+        RepeditError: of the same type, "place: message".
+    """
+    try:
+        yield
+    except RepeditError as error:
+        raise type(error)(f"{place}: {error}") from error
+    except Exception as error:
+        error.add_note(note)
+        raise
 
 
 def nearest(name: str, valid: object, count: int = 3) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from repedit.data import Batch, Batches
-from repedit.errors import RepeditError
+from repedit.errors import during
 from repedit.models import Subject
 
 
@@ -55,13 +55,6 @@ def loss_of(logits: Float[Tensor, "b t v"], batch: Batch, mask: Bool[Tensor, "b 
     return -picked.gather(1, batch.input_ids[:, 1:][use][:, None]).sum()
 
 
-@contextmanager
-def named_batch(number: int) -> Iterator[None]:
+def named_batch(number: int) -> AbstractContextManager[None]:
     """Say which batch failed; nothing is skipped."""
-    try:
-        yield
-    except RepeditError as error:
-        raise type(error)(f"batch {number}: {error}") from error
-    except Exception as error:
-        error.add_note(f"in batch {number} of the corpus; no batch was skipped")
-        raise
+    return during(f"batch {number}", f"in batch {number} of the corpus; no batch was skipped")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repedit.data import Splits
-from repedit.errors import ArgumentError, RepeditError, ShapeError
+from repedit.errors import ArgumentError, ShapeError, during
 from repedit.metrics.probability import FactsAccuracy
 from repedit.models import Subject
 
@@ -109,13 +109,9 @@ class Attack:
             RepeditError: what the attack raised, with its name put before; nothing becomes "no recovery".
         """
         start = time.perf_counter()
-        try:
+        name = f"attack {self.name!r}"
+        with during(name, f"in {name} with {dict(self.settings)}, seed {self.seed}"):
             found = self.run(subject, splits, self.seed)
-        except RepeditError as error:
-            raise type(error)(f"attack {self.name!r}: {error}") from error
-        except Exception as error:
-            error.add_note(f"in attack {self.name!r} with {dict(self.settings)}, seed {self.seed}")
-            raise
         return _finding(self, found, splits, time.perf_counter() - start)
 
     def at(self, seed: int) -> Attack:

@@ -20,8 +20,8 @@ from repedit.attacks.judging.verdict import EXCUSED, verdict
 from repedit.attacks.material import Material
 from repedit.attacks.running import MEMORY, Role
 from repedit.attacks.soundness import recorded
-from repedit.data.domains import normalized
 from repedit.data.rows import row_hash
+from repedit.data.splits import entity_of
 from repedit.errors import BadReference
 
 Findings = Mapping[str, tuple[Finding, ...]]
@@ -224,7 +224,7 @@ def _context(case: Case, known: float) -> dict[str, Any]:
         notes.append("taught facts: robustness may be overstated")
     return {
         "budget": case.budget, "attacks": list(case.planned), "seeds": list(case.seeds), "n_test": len(case.asked.tested),
-        "n_entities": len({normalized(f.entity) or f.id for f in case.asked.tested}), "known": known, "draws": case.draws,
+        "n_entities": len({entity_of(f) for f in case.asked.tested}), "known": known, "draws": case.draws,
         "material": case.material, "clear": case.clear, "alpha": case.alpha, "sites": case.edited_layers, "notes": notes,
         "models": {role: {"name": m.name, "fingerprint": m.fingerprint, "live": m.live} for role, m in models.items()},
         "facts": row_hash(case.asked.forget), "retain": row_hash(case.asked.retain),

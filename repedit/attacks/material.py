@@ -9,6 +9,7 @@ from typing import Any
 
 from repedit.data import Batches, Fact, Facts, Splits, as_batches, by_domain, prose, with_choices
 from repedit.data.domains import normalized
+from repedit.data.splits import entity_of
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
 
 ENTITIES = 8
@@ -46,7 +47,7 @@ class Material:
     @property
     def entities(self) -> dict[str, str]:
         """The entity of each fact, by id."""
-        return {fact.id: normalized(fact.entity) or fact.id for fact in self.forget}
+        return {fact.id: entity_of(fact) for fact in self.forget}
 
 
 def prepared(
@@ -126,7 +127,7 @@ def _sampled(facts: tuple[Fact, ...], most: int | None, seed: int) -> tuple[Fact
 
 def _check(part: Splits) -> None:
     for name, side in (("T", part.train), ("V", part.test)):
-        found = len({normalized(fact.entity) or fact.id for fact in side})
+        found = len({entity_of(fact) for fact in side})
         if found < ENTITIES:
             raise NotEnoughRows(f"{name} has {found} entities; an audit needs at least {ENTITIES} on each side")
     texts = {normalized(fact.text): fact.id for fact in part.train}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.attacks.families.stripping import stripped
-from repedit.errors import FingerprintError, NoOpEdit, RepeditError
+from repedit.errors import FingerprintError, NoOpEdit
 from repedit.fingerprints import fingerprint
 from repedit.models import Subject, load
 
@@ -86,18 +86,6 @@ def check_pair(edited: Audited, original: Audited) -> None:
         raise NoOpEdit(
             f"every tensor of {edited.name} equals {original.role}'s; was the edit applied and saved? Nothing was attacked"
         )
-
-
-@contextmanager
-def within(what: str) -> Iterator[None]:
-    """Put the model and attack at work before an error's message."""
-    try:
-        yield
-    except RepeditError as error:
-        raise type(error)(f"{what}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while {what}")
-        raise
 
 
 def _vocabulary(tokenizer: Any) -> str:

@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 
 from repedit.attacks.attack import SKIPPED, Attack, Finding, Outcome, joined
 from repedit.attacks.material import Material
-from repedit.attacks.models import Audited, within
+from repedit.attacks.models import Audited
 from repedit.attacks.store import Store, key_of
 from repedit.data import Splits
+from repedit.errors import during
 from repedit.models import Subject
 
 MEMORY = "ran out of memory; no pass is possible without this attack"
@@ -68,14 +69,15 @@ def _runs(attack: Attack, material: Material, seeds: Sequence[int]) -> Iterator[
 
 
 def _one(role: Role, subject: Subject, attack: Attack, splits: Splits, fold: int | None, store: Store) -> Finding:
-    place = {"role": role.name} if role.name == "fresh facts" else {}
-    key = key_of(attack, role.model.fingerprint, splits, place)
+    extra = {"role": role.name} if role.name == "fresh facts" else {}
+    key = key_of(attack, role.model.fingerprint, splits, extra)
     options = hashlib.sha256(repr(sorted(attack.settings.items(), key=str)).encode()).hexdigest()[:6]
     name = f"{attack.name}-{role.name.replace(' ', '-')}-{attack.seed}-{'all' if fold is None else fold}-{options}"
     known = None if role.model.hooked else store.get(name, key, sharing=role.shared)
     if known is not None:
         return known
-    with within(f"attacking the {role.name} model"):
+    place = f"attacking the {role.name} model"
+    with during(place, f"while {place}"):
         found = _attacked(attack, subject, splits)
     if not role.model.hooked and found.reason != MEMORY:
         store.put(name, key, found, sharing=role.shared)

@@ -156,6 +156,12 @@ def drawn(items: Iterable[str], key: str) -> tuple[str, ...]:
     return tuple(sorted(items, key=lambda item: hashlib.sha256(f"{key}\0{item}".encode()).digest()))
 
 
+def holds(text: str, answer: str) -> bool:
+    """Whether the normalised answer stands in the normalised text as whole words; the bare answer where it has no words."""
+    words = normalized(answer)
+    return f" {words} " in f" {normalized(text)} " if words else answer in text
+
+
 def normalized(text: str) -> str:
     """Lower-case words without accents and punctuation, joined by one space."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))

@@ -43,10 +43,10 @@ class Splits:
             raise ArgumentError(f"fold={fold}; there are two, 0 and 1")
         items, retain = (facts.forget, facts.retain) if isinstance(facts, Facts) else (tuple(facts), ())
         train = _train_entities(items, train_fraction, seed)
-        sides = tuple(tuple(fact for fact in items if (_entity(fact) in train) == side) for side in (True, False))
+        sides = tuple(tuple(fact for fact in items if (entity_of(fact) in train) == side) for side in (True, False))
         if not all(sides):
             raise NotEnoughRows(
-                f"{len({_entity(fact) for fact in items})} entities give {len(sides[0])} facts to train on and "
+                f"{len({entity_of(fact) for fact in items})} entities give {len(sides[0])} facts to train on and "
                 f"{len(sides[1])} to test; both sides need one"
             )
         first, second = reversed(sides) if fold else sides
@@ -54,13 +54,14 @@ class Splits:
 
 
 def _train_entities(items: Sequence[Fact], fraction: float, seed: int) -> set[str]:
-    fixed = {side: {_entity(fact) for fact in items if fact.split == side} for side in ("T", "V")}
+    fixed = {side: {entity_of(fact) for fact in items if fact.split == side} for side in ("T", "V")}
     both = sorted(fixed["T"] & fixed["V"])
     if both:
         raise OverlapError(f"{len(both)} entities are fixed both in T and in V, such as {both[:5]}")
-    free = drawn({_entity(fact) for fact in items} - fixed["T"] - fixed["V"], str(seed))
+    free = drawn({entity_of(fact) for fact in items} - fixed["T"] - fixed["V"], str(seed))
     return fixed["T"] | set(free[: min(max(round(fraction * len(free)), 1), max(len(free) - 1, 0))])
 
 
-def _entity(fact: Fact) -> str:
+def entity_of(fact: Fact) -> str:
+    """What a fact is about, for splitting: its normalised entity, or its id where it names none."""
     return normalized(fact.entity) or fact.id

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repedit.activations.passes import at_least_float32
 from repedit.data import Fact, Facts
-from repedit.data.domains import normalized
+from repedit.data.domains import holds
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
 from repedit.models import Subject
@@ -112,7 +112,7 @@ def choice_scores(
     tokenizer = subject.need_tokenizer()
     asked = [_question(tokenizer, fact, choices) for fact, choices in zip(items, options, strict=True)]
     found: dict[int, NDArray[np.float64]] = {}
-    for part in _parts([question.prompt for question in asked], rows):
+    for part in lengths([question.prompt for question in asked], rows):
         found |= zip(part, _answered(subject, [asked[i] for i in part]), strict=True)
     for i, fact in enumerate(items):
         if not np.isfinite(found[i]).all():
@@ -140,7 +140,7 @@ def _question(tokenizer: Any, fact: Fact, choices: Sequence[str]) -> _Question:
     return _Question(texts[0].ids[:start], [ids[start:] for ids, _ in texts])
 
 
-def _parts(prompts: Sequence[list[int]], rows: int) -> Iterator[list[int]]:
+def lengths(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
     """Indices of prompts of one length, at most `rows` together, so that no prompt is padded."""
     for length in sorted({len(ids) for ids in prompts}):
         group = [i for i, ids in enumerate(prompts) if len(ids) == length]
@@ -208,11 +208,10 @@ def _written(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
     prompts = [list(tokenizer(fact.prompt)["input_ids"]) for fact in items]
     tokens = max(len(ids) - start for ids, start in texts) + 4
     found = [False] * len(items)
-    for part in _parts(prompts, rows):
+    for part in lengths(prompts, rows):
         ids = torch.tensor([prompts[i] for i in part], device=subject.device)
         for i, text in zip(part, _continued(subject, ids, tokens), strict=True):
-            answer = normalized(items[i].answer)
-            found[i] = f" {answer} " in f" {normalized(text)} " if answer else items[i].answer in text
+            found[i] = holds(text, items[i].answer)
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from repedit.activations.passes import at_least_float32, inputs_of
 from repedit.data import Batch, as_batches
 from repedit.errors import DataError
 from repedit.models import Subject
@@ -83,14 +85,10 @@ def masked_loss(subject: Subject, batch: Batch) -> Float[Tensor, ""]:
     """Cross-entropy of the learned tokens in nats: mean over the tokens of an item, then over the items."""
     assert batch.answer is not None
     ids, mask, answer = (x.to(subject.device) for x in (batch.input_ids, batch.attention_mask, batch.answer))
-    # Spelled out where rows are padded on the left: GPT-2 would count the padding.
-    places = {} if bool(mask[:, 0].all()) else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    logits = subject.model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **places).logits
+    logits = subject.model(**inputs_of(replace(batch, input_ids=ids, attention_mask=mask))).logits
     learned = answer[:, 1:]
-    picked = logits[:, :-1][learned]
-    each = nn.functional.cross_entropy(
-        picked.to(torch.promote_types(picked.dtype, torch.float32)), ids[:, 1:][learned], reduction="none"
-    )
+    picked = at_least_float32(logits[:, :-1][learned])
+    each = nn.functional.cross_entropy(picked, ids[:, 1:][learned], reduction="none")
     share = (learned / learned.sum(1, keepdim=True))[learned]
     return (each * share.to(each)).sum() / len(ids)
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from repedit.activations.passes import at_least_float32
 from repedit.attacks.attack import Attack, Outcome, skipped
-from repedit.attacks.families.reading import lengths
 from repedit.data import Corpus, Facts, Row, Rows, Splits
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
+from repedit.metrics.probability import lengths
 from repedit.models import Subject
 
 SCORES = ("loss", "zlib", "min-k", "min-k++")
@@ -56,7 +56,9 @@ def membership(*, share: float = 0.4, length: int = 512) -> Attack:
             "members": len(members), "holdout": len(others), "cut": cut,
         })  # fmt: skip
 
-    return Attack("membership", "members", "W", False, {"share": share, "length": length}, run, decides=False)
+    return Attack(
+        "membership", "members", "W", False, {"share": share, "length": length}, run, decides=False, draws=False
+    )
 
 
 def scores(subject: Subject, texts: Sequence[str], *, share: float = 0.4, length: int = 512) -> dict[str, Values]:

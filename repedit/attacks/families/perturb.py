@@ -95,7 +95,7 @@ def set_difference(*, pairs: Sequence[tuple[float, float]] = PAIRS) -> Attack:
             found[setting] = ask(copy, splits.test)
         return Outcome(found, details={"pruned": gone})
 
-    return Attack("set_difference", "perturb", "W", True, {"pairs": [list(pair) for pair in pairs]}, run)
+    return Attack("set_difference", "perturb", "W", True, {"pairs": [list(pair) for pair in pairs]}, run, draws=False)
 
 
 def line_to(

@@ -12,7 +12,8 @@ from dataclasses import replace
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import Attack, Outcome, skipped
 from repedit.data import Fact, Splits, by_domain
-from repedit.data.domains import drawn, normalized
+from repedit.data.domains import drawn, holds
+from repedit.data.splits import entity_of
 from repedit.errors import ArgumentError, NotEnoughRows, OverlapError, UnknownName, nearest
 from repedit.metrics.probability import FactsAccuracy
 from repedit.models import Subject
@@ -131,7 +132,7 @@ def demonstrations(splits: Splits, count: int, seed: int) -> Mapping[str, tuple[
         OverlapError: if T and V share a fact or an entity.
         NotEnoughRows: if T has too few facts that do not hold the answer asked for.
     """
-    both = sorted({_about(fact) for fact in splits.train} & {_about(fact) for fact in splits.test})
+    both = sorted({entity_of(fact) for fact in splits.train} & {entity_of(fact) for fact in splits.test})
     both += sorted({fact.id for fact in splits.train} & {fact.id for fact in splits.test})
     if both:
         raise OverlapError(f"T and V share {both[:5]}; an example would tell what is asked: split the facts by entity")
@@ -195,11 +196,6 @@ def _asked(subject: Subject, splits: Splits, prompts: Mapping[str, Sequence[str]
     return found
 
 
-def _about(fact: Fact) -> str:
-    return normalized(fact.entity) or fact.id
-
-
 def _without(facts: Sequence[Fact], answer: str) -> list[Fact]:
     """The facts whose text does not hold the answer."""
-    words = normalized(answer)
-    return [f for f in facts if not (f" {words} " in f" {normalized(f.text)} " if words else answer in f.text)]
+    return [fact for fact in facts if not holds(fact.text, answer)]

@@ -17,7 +17,7 @@ from repedit.data import Fact, Splits
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownSite
 from repedit.hooks import installed
-from repedit.metrics.probability import FactsAccuracy
+from repedit.metrics.probability import FactsAccuracy, lengths
 from repedit.models import Subject
 from repedit.sites import Point, Site
 
@@ -62,7 +62,7 @@ def logit_lens(*, streams: Sequence[str] = STREAMS, layers: Sequence[int] | None
         return Outcome(found, details={"same_first_token": alike, "absent": absent(subject, streams)})
 
     settings = {"streams": list(streams), "layers": None if layers is None else list(layers)}
-    return Attack("logit_lens", "reading", "W", False, settings, run)
+    return Attack("logit_lens", "reading", "W", False, settings, run, draws=False)
 
 
 def question(tokenizer: Any, fact: Fact, choices: Sequence[str] | None = None) -> Question:
@@ -101,7 +101,7 @@ def captured(
 
     x is (b, t, d); what is kept lies on the CPU in float32 or better. No head is run and no hook stays.
     """
-    for part in lengths(prompts):
+    for part in lengths(prompts, _ROWS):
         ids = torch.tensor([prompts[i] for i in part], device=subject.device)
         seen: dict[Site, Tensor] = {}
         hooks = [
@@ -151,13 +151,6 @@ def absent(subject: Subject, streams: Sequence[str]) -> list[str]:
 def named(site: Site) -> str:
     """The name of a setting that reads a site, such as "resid.post 3"."""
     return f"{site.point} {site.layer}"
-
-
-def lengths(prompts: Sequence[Sequence[int]], rows: int = _ROWS) -> Iterator[list[int]]:
-    """Numbers of prompts of one length, at most `rows` together."""
-    for length in sorted({len(ids) for ids in prompts}):
-        group = [i for i, ids in enumerate(prompts) if len(ids) == length]
-        yield from (group[i : i + rows] for i in range(0, len(group), rows))
 
 
 def _keeper(

@@ -61,7 +61,7 @@ def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Atta
             found[scheme] = ask(copy, splits.test)
         return Outcome(found, details={"touched": len(names), "per_row": per_row})
 
-    return Attack("quantize", "rounding", "W", False, {"schemes": list(schemes), "group": GROUP}, run)
+    return Attack("quantize", "rounding", "W", False, {"schemes": list(schemes), "group": GROUP}, run, draws=False)
 
 
 def rounded(weight: Float[Tensor, "*rows i"], scheme: str, group: int = GROUP) -> Float[Tensor, "*rows i"]:

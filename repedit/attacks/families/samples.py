@@ -16,7 +16,7 @@ from torch import Tensor
 from repedit.activations.passes import at_least_float32
 from repedit.attacks.attack import Attack, Outcome
 from repedit.data import Fact, Splits
-from repedit.data.domains import normalized
+from repedit.data.domains import holds
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
 from repedit.metrics.probability import FactsAccuracy
@@ -57,7 +57,7 @@ def sampling(
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
         texts = samples(subject, splits.test, n, top_p=top_p, temperature=temperature, seed=seed)
         pairs = zip(splits.test, texts, strict=True)
-        right = np.array([[_stands(fact.answer, text) for text in drawn] for fact, drawn in pairs])
+        right = np.array([[holds(text, fact.answer) for text in drawn] for fact, drawn in pairs])
         ids = tuple(fact.id for fact in splits.test)
         answers, details = {}, {}
         for k in ks:
@@ -245,11 +245,6 @@ def _ends(subject: Subject) -> set[int]:
     config = getattr(subject.model, "generation_config", None)
     named = [getattr(config, "eos_token_id", None), getattr(subject.need_tokenizer(), "eos_token_id", None)]
     return {int(i) for ids in named if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])}
-
-
-def _stands(answer: str, text: str) -> bool:
-    words = normalized(answer)
-    return f" {words} " in f" {normalized(text)} " if words else answer in text
 
 
 def _summary(right: NDArray[np.bool_], leaks: NDArray[np.float64]) -> dict[str, Any]:
