@@ -111,20 +111,20 @@ def one(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
     blank = rp.mrp(lm, forget=bench.facts["capitals"], retain=bench.train["symbols"], method="random",
                    config={"seed": seed}, progress=False, **SETTINGS)  # fmt: skip
     rows.append(bench.row("random", seed, rp.apply(blank, lm), "capitals"))
-    goal = rows[-2]["forget"]["phrasing 0"]
     start = time.time()
-    student, steps = matched(bench, seed, goal)
-    torch.save(student.model.state_dict(), folder / f"difference-{seed}.pt")
+    student, steps = matched(bench, seed, rows[-2]["forget"]["phrasing 0"], folder)
     minutes = (time.time() - start) / 60
     return [*rows, bench.row("gradient difference", seed, student, "capitals", minutes=minutes, steps=steps)]
 
 
-def matched(bench: Bench, seed: int, goal: float) -> tuple[Subject, int]:
-    """Gradient difference until it forgets the trained phrasing as well as MRP does."""
-    return gradient_difference(
+def matched(bench: Bench, seed: int, goal: float, folder: Path) -> tuple[Subject, int]:
+    """Gradient difference until it forgets the trained phrasing as well as MRP does; its weights are kept in the folder."""
+    student, steps = gradient_difference(
         bench.lm, seen(bench.facts["capitals"]), bench.retain_of(["capitals"]), rp.data.prose(), seed=seed,
         until=lambda lm: bench.accuracy(lm, bench.facts["capitals"], 0) <= goal,
     )  # fmt: skip
+    torch.save(student.model.state_dict(), folder / f"difference-{seed}.pt")
+    return student, steps
 
 
 def tasks(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
@@ -168,8 +168,12 @@ def _attacked(bench: Bench, name: str, seed: int, folder: Path, edit: Edit) -> S
         return bench.lm
     if name == "MRP, folded":
         return rp.apply(edit, bench.lm)
+    saved = folder / f"difference-{seed}.pt"
+    if not saved.exists():
+        goal = bench.accuracy(rp.apply(edit, bench.lm), bench.facts["capitals"], 0)
+        return matched(bench, seed, goal, folder)[0]
     student = rp.load("smollm2-135m")
-    student.model.load_state_dict(torch.load(folder / f"difference-{seed}.pt"))
+    student.model.load_state_dict(torch.load(saved))
     return student
 
 
