@@ -53,7 +53,7 @@ def rtt(
         how: "full", "lora" or both.
         sizes: numbers of facts of T to train on, drawn by the seed, the smaller inside the larger; None stands for all.
         preset: "deeb-roger": the published setting, see `published`; of the other arguments only `scale` is used.
-        scale: multiplies the rates; tiny models need 30 or so.
+        scale: multiplies the rates; tiny models need 15 or so.
         name: tells it from another of its kind in one audit.
     Raises:
         UnknownName: if there is no such preset, loss, way, optimizer or schedule.
