@@ -119,7 +119,8 @@ def test_what_was_not_run_forbids_a_pass():
 
 
 @pytest.mark.parametrize(
-    ("attack", "status"), [("translate", SKIPPED), ("refill", SKIPPED), ("quantize", UNINFORMATIVE)]
+    ("attack", "status"),
+    [*((name, SKIPPED) for name in ("translate", "refill", "upstream", "downstream")), ("quantize", UNINFORMATIVE)],
 )
 def test_what_had_nothing_to_work_on_is_listed_and_forbids_nothing(attack, status):
     found = said(row(), row("rtt"), row(attack, 0.5, 0.9, status=status))

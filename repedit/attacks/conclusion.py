@@ -100,7 +100,7 @@ def _counts(case: Case, attack: Attack) -> bool:
 def _excused(case: Case) -> frozenset[str]:
     """Attacks that had nothing to work on; one that lacked memory is never excused."""
     starved = {f.attack for found in case.findings.values() for f in found if f.reason == MEMORY}
-    return (EXCUSED | {"upstream", "downstream"}) - starved
+    return EXCUSED - starved
 
 
 def _guesses(case: Case) -> dict[str, Any]:

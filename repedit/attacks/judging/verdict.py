@@ -30,8 +30,9 @@ COSTS = (
     "set_difference", "soft_prompt", "gcg",
 )  # fmt: skip
 """Attacks by what they ask of the attacker: prompts, one change of the weights, reading states, training."""
-EXCUSED = frozenset({"translate", "refill"})
-"""Attacks that may find nothing to work on: facts without translations, weights without a null space."""
+EXCUSED = frozenset({"translate", "refill", "upstream", "downstream"})
+"""Attacks that may find nothing to work on: facts without translations, weights without a null space, no layer below or
+above the edited ones."""
 _PASSES = 0.9
 
 
