@@ -15,7 +15,7 @@ from repedit.attacks.budgets import NAMES, UNTRIED, planned
 from repedit.attacks.judging.bootstrap import knowledge, recoveries
 from repedit.attacks.judging.crossfit import Series, chosen
 from repedit.attacks.judging.evidence import Recovery, Report, RetainCheck
-from repedit.attacks.judging.floors import heuristic_values, heuristics
+from repedit.attacks.judging.floors import heuristic_values, spelling_values
 from repedit.attacks.judging.verdict import EXCUSED, verdict
 from repedit.attacks.material import Material
 from repedit.attacks.running import MEMORY, Role
@@ -213,7 +213,7 @@ def _context(case: Case, known: float) -> dict[str, Any]:
     notes = list(case.asked.notes)
     if len(case.seeds) == 1:
         notes.append("one seed: intervals exclude training noise")
-    spelt = heuristics(case.asked.folds, spelling=True)["spelling"]
+    spelt = float(spelling_values(case.asked.tested).mean())
     if spelt > 0.3:
         notes.append(
             f"the choice that begins like the entity is right for {spelt:.2f} of the facts: no knowledge is needed"

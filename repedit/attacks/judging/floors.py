@@ -27,12 +27,7 @@ _MIDDLES = ("lv", "nd", "rg", "sk", "mb", "zz", "pt", "rk", "ld", "v", "gn", "x"
 _ENDS = ("ax", "ek", "or", "un", "im", "osk", "eld", "yn", "ub", "ith")
 
 
-def heuristics(parts: Sequence[Splits], *, spelling: bool = False) -> dict[str, float]:
-    """Accuracy of guesses that need no knowledge, over the test facts of all parts; see `heuristic_values`."""
-    return {name: float(values.mean()) for name, values in heuristic_values(parts, spelling=spelling).items()}
-
-
-def heuristic_values(parts: Sequence[Splits], *, spelling: bool = False) -> dict[str, Values]:
+def heuristic_values(parts: Sequence[Splits]) -> dict[str, Values]:
     """How likely each guess is to be right, fact by fact: fitted on T where it learns, scored on V.
 
     The facts are those of `parts[0].test`, then of `parts[1].test` and so on. A guess that cannot tell some choices
@@ -43,9 +38,6 @@ def heuristic_values(parts: Sequence[Splits], *, spelling: bool = False) -> dict
     most often right in T; "longest choice", "shortest choice"; "median number", the choice nearest to the median answer
     of T, where all choices are numbers.
 
-    Args:
-        spelling: also guess the choice that shares the longest beginning with the entity (approve, approval). It shows
-            what the form of an entity gives away. It is no part of the floor: it is right for most past tenses.
     Raises:
         DataError: if a side of a part is empty, or a fact is tested twice.
     """
@@ -58,8 +50,6 @@ def heuristic_values(parts: Sequence[Splits], *, spelling: bool = False) -> dict
     guesses = dict(_GUESSES)
     if not any(_numbers(fact.choices) for part in parts for fact in part.test):
         del guesses["median number"]
-    if spelling:
-        guesses["spelling"] = _spelling
     return {
         name: np.array(
             [
@@ -72,6 +62,15 @@ def heuristic_values(parts: Sequence[Splits], *, spelling: bool = False) -> dict
         )
         for name, guess in guesses.items()
     }
+
+
+def spelling_values(facts: Sequence[Fact]) -> Values:
+    """How likely the choice is to be right that shares the longest beginning with the entity (approve, approval).
+
+    It shows what the form of an entity gives away. It is no part of the floor: it is right for most past tenses. A fact
+    without choices is 0.
+    """
+    return np.array([_right(fact, _spelling(fact)) if fact.choices else 0.0 for fact in facts])
 
 
 def choices_only(subject: Subject, test: Sequence[Fact]) -> FactsAccuracy:
@@ -130,7 +129,7 @@ def _median(fact: Fact, train: Sequence[Fact]) -> list[float]:
     return [-abs(number - middle) for number in numbers]
 
 
-def _spelling(fact: Fact, train: Sequence[Fact]) -> list[float]:
+def _spelling(fact: Fact) -> list[float]:
     entity = normalized(fact.entity)
     return [float(_alike(entity, normalized(choice))) for choice in fact.choices]
 
