@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from repedit.data import Fact
+from repedit.errors import ArgumentError, UnknownName, nearest
 from repedit.metrics.probability import FactsAccuracy, facts_accuracy
 from repedit.models import Subject
 
@@ -31,3 +32,19 @@ def ask(subject: Subject, facts: Sequence[Fact]) -> FactsAccuracy:
 def reworded(facts: Iterable[Fact], wording: Callable[[Fact], str]) -> tuple[Fact, ...]:
     """The facts under their own ids with another prompt; `wording` gives it."""
     return tuple(replace(fact, prompt=wording(fact), paraphrases=()) for fact in facts)
+
+
+def ways(what: str, names: Sequence[str] | None, known: Collection[str]) -> tuple[str, ...]:
+    """The ways to ask that are named, or all that are known where `names` is None; `what` is one of them in words.
+
+    Raises:
+        UnknownName: if one is not known.
+        ArgumentError: if none is named.
+    """
+    found = tuple(known if names is None else names)
+    bad = next((name for name in found if name not in known), None)
+    if bad is not None:
+        raise UnknownName(f"{what} {bad!r}; {nearest(bad, known)}")
+    if not found:
+        raise ArgumentError(f"no {what} to ask in; give some of {list(known)}")
+    return found

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from repedit.attacks.asking import ask, reworded
+from repedit.attacks.asking import ask, reworded, ways
 from repedit.attacks.attack import Attack, Outcome, skipped
 from repedit.data import Fact, Splits
 from repedit.data.domains import drawn
 from repedit.data.rows import joined
-from repedit.errors import ArgumentError, UnknownName, nearest
 from repedit.metrics.probability import FactsAccuracy, choice_scores
 from repedit.models import Subject
 
@@ -38,12 +37,7 @@ def reformat(*, templates: Sequence[str] | None = None, seed: int = 0) -> Attack
         ArgumentError: if none is named.
     Reference: arXiv:2411.15477 and arXiv:2603.11266, on forgetting that holds in one format only.
     """
-    names = tuple(FORMATS if templates is None else templates)
-    bad = next((name for name in names if name not in FORMATS), None)
-    if bad is not None:
-        raise UnknownName(f"form {bad!r}; {nearest(bad, FORMATS)}")
-    if not names:
-        raise ArgumentError(f"no form to ask in; give some of {list(FORMATS)}")
+    names = ways("form", templates, FORMATS)
 
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
         left_out = {name: why for name in names if (why := _obstacle(name, subject, splits.test))}

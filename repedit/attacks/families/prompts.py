@@ -9,12 +9,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from repedit.attacks.asking import ask
+from repedit.attacks.asking import ask, ways
 from repedit.attacks.attack import Attack, Outcome, skipped
 from repedit.data import Fact, Splits, by_domain
 from repedit.data.domains import drawn, holds
 from repedit.data.splits import entity_of
-from repedit.errors import ArgumentError, NotEnoughRows, OverlapError, UnknownName, nearest
+from repedit.errors import ArgumentError, NotEnoughRows, OverlapError
 from repedit.metrics.probability import FactsAccuracy
 from repedit.models import Subject
 
@@ -61,12 +61,7 @@ def prefix(*, wordings: Sequence[str] | None = None, seed: int = 0) -> Attack:
         ArgumentError: if none is named.
     Reference: Lynch et al. 2024, arXiv:2402.16835.
     """
-    names = tuple(PREFIXES if wordings is None else wordings)
-    bad = next((name for name in names if name not in PREFIXES), None)
-    if bad is not None:
-        raise UnknownName(f"wording {bad!r}; {nearest(bad, PREFIXES)}")
-    if not names:
-        raise ArgumentError(f"no wording to ask in; give some of {list(PREFIXES)}")
+    names = ways("wording", wordings, PREFIXES)
 
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
         return Outcome(_asked(subject, splits, {n: [PREFIXES[n](fact, seed) for fact in splits.test] for n in names}))
