@@ -123,21 +123,32 @@ def choice_scores(
     return [(found[i], np.array([float(len(tokens)) for tokens in asked[i].answers])) for i in range(len(items))]
 
 
-def _question(tokenizer: Any, fact: Fact, choices: Sequence[str]) -> _Question:
+def choice_tokens(tokenizer: Any, fact: Fact, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """(the tokens that all choices of a fact begin with, how each goes on).
+
+    Raises:
+        DataError: if no token stands before the answers, or a choice has no token of its own.
+    """
     texts = [encoded(tokenizer, fact.prompt, choice) for choice in choices]
     # One start for all choices: a token merged across the boundary counts for each of them.
-    start = min(start for _, start in texts)
+    start = min(text.start for text in texts)
     if not start:
         raise DataError(f"fact {fact.id!r}: no token stands before the answer; give a longer prompt")
-    for i, (ids, _) in enumerate(texts):
-        if len(ids) == start:
-            raise DataError(f"fact {fact.id!r}: the choice {choices[i]!r} has no token of its own; reword it")
-        same = next((choices[j] for j in range(i) if texts[j].ids == ids), None)
-        if same is not None:
+    empty = next((choice for choice, text in zip(choices, texts, strict=True) if len(text.ids) == start), None)
+    if empty is not None:
+        raise DataError(f"fact {fact.id!r}: the choice {empty!r} has no token of its own; reword it")
+    return texts[0].ids[:start], [text.ids[start:] for text in texts]
+
+
+def _question(tokenizer: Any, fact: Fact, choices: Sequence[str]) -> _Question:
+    asked = _Question(*choice_tokens(tokenizer, fact, choices))
+    for i, ids in enumerate(asked.answers):
+        if ids in asked.answers[:i]:
+            same = choices[asked.answers.index(ids)]
             raise DataError(
                 f"fact {fact.id!r}: the choices {same!r} and {choices[i]!r} are the same tokens; reword one"
             )
-    return _Question(texts[0].ids[:start], [ids[start:] for ids, _ in texts])
+    return asked
 
 
 def lengths(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:

@@ -14,10 +14,9 @@ from repedit.activations.passes import at_least_float32
 from repedit.arch import hooks_at
 from repedit.attacks.attack import Attack, Outcome
 from repedit.data import Fact, Splits
-from repedit.data.rows import encoded
-from repedit.errors import ArgumentError, DataError, NotFinite, UnknownSite
+from repedit.errors import ArgumentError, NotFinite, UnknownSite
 from repedit.hooks import installed
-from repedit.metrics.probability import FactsAccuracy, lengths
+from repedit.metrics.probability import FactsAccuracy, choice_tokens, lengths
 from repedit.models import Subject
 from repedit.sites import Point, Site
 
@@ -72,16 +71,8 @@ def question(tokenizer: Any, fact: Fact, choices: Sequence[str] | None = None) -
         DataError: if no token stands before the answers, or a choice has no token of its own.
     """
     options = list(choices or fact.choices or (fact.answer,))
-    texts = [encoded(tokenizer, fact.prompt, choice) for choice in options]
-    # One start for all choices: a token merged across the boundary belongs to each of them.
-    start = min(text.start for text in texts)
-    if not start:
-        raise DataError(f"fact {fact.id!r}: no token stands before the answer; give a longer prompt")
-    empty = next((choice for choice, text in zip(options, texts, strict=True) if len(text.ids) == start), None)
-    if empty is not None:
-        raise DataError(f"fact {fact.id!r}: the choice {empty!r} has no token of its own; reword it")
-    answers = [text.ids[start:] for text in texts]
-    return Question(texts[0].ids[:start], answers, options.index(fact.answer), not (choices or fact.choices))
+    prompt, answers = choice_tokens(tokenizer, fact, options)
+    return Question(prompt, answers, options.index(fact.answer), not (choices or fact.choices))
 
 
 def states(subject: Subject, prompts: Sequence[list[int]], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "n d"]]:
