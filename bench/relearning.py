@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from repedit.activations.passes import inputs_of
+from repedit.attacks.families.rounding import projections, round_matrices
 from repedit.data import Batches, Fact
 from repedit.fit.objective import forgetting, retained, targets_of, teaching
 from repedit.fit.sampling import Sampler, training_rows
@@ -95,18 +96,11 @@ def trainable(lm: Subject) -> Subject:
     return subject_of(model, lm.tokenizer)
 
 
-def rounded(lm: Subject, bits: int, group: int = 64) -> Subject:
-    """A copy whose block matrices are rounded to a symmetric grid of 2^bits - 1 levels, a scale a group of inputs.
+def rounded(lm: Subject, bits: int) -> Subject:
+    """A copy whose block matrices are stored in 8, 4 or 3 bits, as the audit rounds them: see `quantize`.
 
-    int8: a scale a row; int4 and int3: a scale for each `group` inputs. Embeddings, head and norms are left alone.
+    Embeddings, head and norms are left alone.
     """
-    model = copy.deepcopy(lm.model)
-    levels = 2 ** (bits - 1) - 1
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 2 and ".layers." in name:
-                size = p.shape[1] if bits == 8 else group
-                rows = p.reshape(p.shape[0], -1, size)
-                scale = (rows.abs().amax(-1, keepdim=True) / levels).clamp_min(1e-12)
-                p.copy_(((rows / scale).round().clamp(-levels, levels) * scale).reshape(p.shape))
-    return subject_of(model, lm.tokenizer)
+    student = trainable(lm)
+    round_matrices(student, projections(student), f"int{bits}")
+    return student

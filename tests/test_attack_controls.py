@@ -280,10 +280,7 @@ def _after(subject: Subject, side: str, layer: int) -> torch.Tensor:
 
 def _rounded(subject: Subject, scheme: str) -> Subject:
     found = subject_of(copy.deepcopy(subject.model), subject.tokenizer)
-    with torch.no_grad():
-        for name in rounding.projections(found):
-            weight = found.model.get_parameter(name)
-            weight.copy_(rounding.rounded(weight, scheme))
+    rounding.round_matrices(found, rounding.projections(found), scheme)
     return found
 
 

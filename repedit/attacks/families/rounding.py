@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -57,7 +57,7 @@ def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Atta
         found = {}
         for scheme in schemes:
             copy = scratch.restore()
-            _round(copy, names, scheme)
+            round_matrices(copy, names, scheme)
             found[scheme] = ask(copy, splits.test)
         return Outcome(found, details={"touched": len(names), "per_row": per_row})
 
@@ -112,6 +112,19 @@ def projections(subject: Subject) -> dict[str, bool]:
     return {name: subject.architecture.transposed and p.ndim == 2 for name, p in named.items()}
 
 
+def round_matrices(subject: Subject, names: Mapping[str, bool], scheme: str) -> None:
+    """Round the matrices of a model in place; `names` as `projections` gives them.
+
+    Raises:
+        UnknownName: if there is no such scheme.
+    """
+    named = dict(subject.model.named_parameters())
+    with torch.no_grad():
+        for name, transposed in names.items():
+            stored = named[name].mT if transposed else named[name]
+            stored.copy_(rounded(stored, scheme))
+
+
 def survival(edited: Subject, original: Subject, scheme: str) -> dict[str, dict[str, float]]:
     """How much of each changed matrix's update would survive rounding; shown, never deciding.
 
@@ -152,14 +165,6 @@ def paired(edited: Subject, original: Subject) -> Iterator[tuple[str, Tensor, Te
         )
     for name, p in mine.items():
         yield name, p.detach(), others[name].detach().to(p.device)
-
-
-def _round(subject: Subject, names: dict[str, bool], scheme: str) -> None:
-    named = dict(subject.model.named_parameters())
-    with torch.no_grad():
-        for name, transposed in names.items():
-            stored = named[name].mT if transposed else named[name]
-            stored.copy_(rounded(stored, scheme))
 
 
 def _widths(subject: Subject, names: dict[str, bool]) -> dict[str, int]:
