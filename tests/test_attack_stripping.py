@@ -9,7 +9,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import repedit as rp
 from repedit.attacks.families import prompts, stripping
-from repedit.attacks.families.stripping import strip, stripped
+from repedit.attacks.families.stripping import strip, stripped, wrapped
+from repedit.attacks.models import Audited
 from repedit.data import Splits
 from repedit.models import subject_of
 from tests.saved import byte_tokenizer
@@ -92,12 +93,13 @@ def check_strip(name: str, family: str) -> None:
     model = subject(family)
     before = logits(model)
     wrap, count = WRAPPERS[name]
+    assert not wrapped(model)
     wrap(model)
-    wrapped = logits(model)
-    assert not torch.equal(wrapped, before)
+    after = logits(model)
+    assert not torch.equal(after, before) and wrapped(model)
     bare, removed, kept = stripped(model)
-    assert torch.equal(logits(bare), before) and torch.equal(logits(model), wrapped)
-    assert not kept and sum(removed.values()) == count
+    assert torch.equal(logits(bare), before) and torch.equal(logits(model), after)
+    assert not kept and sum(removed.values()) == count and not wrapped(bare)
     assert subject_of(bare.model).fingerprint() == subject(family).fingerprint()
     assert not any(m._forward_hooks_with_kwargs or m._forward_hooks_always_called for m in bare.model.modules())
     again, _, _ = stripped(bare)
@@ -192,7 +194,12 @@ def test_what_has_no_original_is_kept_and_said():
     parametrizations.weight_norm(writer(model))
     before = logits(model)
     bare, removed, kept = stripped(model)
-    assert removed["parametrizations"] == 0 and len(kept) == 1 and kept[0].endswith("down_proj.weight")
+    assert (
+        not wrapped(model)
+        and removed["parametrizations"] == 0
+        and len(kept) == 1
+        and kept[0].endswith("down_proj.weight")
+    )
     assert torch.equal(logits(bare), before)
     assert strip()(model, SPLITS).reason.endswith(f"kept, since nothing lies under them: {kept[0]}")
 
@@ -217,6 +224,14 @@ def test_an_adapter_merged_into_its_layer_is_taken_out_again():
     bare, removed, _ = stripped(model)
     assert not torch.allclose(logits(model), before, atol=0.1) and removed["adapters"] == 2
     torch.testing.assert_close(logits(bare), before, atol=1e-4, rtol=1e-4)
+
+
+def test_wrappers_are_found_without_a_copy_of_the_model(monkeypatch):
+    model = subject()
+    monkeypatch.setattr(stripping, "copied", lambda subject: 1 / 0)
+    assert not Audited("edited", model).hooked
+    _hooked(model)
+    assert Audited("edited", model).hooked
 
 
 def test_peft_is_not_imported_to_find_that_there_are_no_adapters(monkeypatch):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from repedit.attacks.families.stripping import stripped
+from repedit.attacks.families.stripping import wrapped
 from repedit.errors import FingerprintError, NoOpEdit
 from repedit.fingerprints import fingerprint
 from repedit.models import Subject, load
@@ -29,7 +29,7 @@ class Audited:
             self.tokenizer = _vocabulary(subject.need_tokenizer())
             self.layers = len(subject.anatomy.layers)
             # A hook is code: nothing names it, so what was found with it is not kept for another time.
-            self.hooked = self.live and any(stripped(subject)[1].values())
+            self.hooked = self.live and wrapped(subject)
 
     @property
     def path(self) -> Path | None:

@@ -60,13 +60,24 @@ def stripped(subject: Subject) -> tuple[Subject, dict[str, int], list[str]]:
     return found, removed, kept
 
 
-def _bare_layers(model: nn.Module) -> int:
-    """Put the base layer in the place of every adapter of peft."""
+def wrapped(subject: Subject) -> bool:
+    """Whether stripping would take anything off; found on the model itself, without a copy."""
+    found = (_hooks(m) or _is_replaced(m) or _originals(m) or _masks(m) for m in subject.model.modules())
+    return bool(_adapters(subject.model)) or any(found)
+
+
+def _adapters(model: nn.Module) -> list[tuple[str, Any]]:
+    """The adapters of peft by name."""
     if "peft" not in sys.modules:
-        return 0
+        return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+def _bare_layers(model: nn.Module) -> int:
+    """Put the base layer in the place of every adapter."""
+    layers = _adapters(model)
     for name, layer in layers:
         if layer.merged:
             layer.unmerge()
@@ -75,22 +86,27 @@ def _bare_layers(model: nn.Module) -> int:
     return len(layers)
 
 
+def _hooks(module: nn.Module) -> list[tuple[str, int]]:
+    """(where, key) of the hooks that are not a library's own."""
+    return [(where, key) for where in _HOOKS for key, hook in getattr(module, where).items() if not _of_library(hook)]
+
+
 def _unhook(module: nn.Module) -> int:
-    """Remove the hooks that are not a library's own."""
-    count = 0
-    for where in _HOOKS:
-        hooks = getattr(module, where)
-        for key in [key for key, function in hooks.items() if not _of_library(function)]:
-            del hooks[key]
-            for option in (f"{where}_with_kwargs", f"{where}_always_called"):
-                getattr(module, option, {}).pop(key, None)
-            count += 1
-    return count
+    found = _hooks(module)
+    for where, key in found:
+        for name in (where, f"{where}_with_kwargs", f"{where}_always_called"):
+            getattr(module, name, {}).pop(key, None)
+    return len(found)
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether a forward was set on the instance, but for that by which accelerate moves tensors."""
+    own = vars(module).get("forward")
+    return own is not None and not hasattr(module, "_hf_hook") and not _of_library(own)
 
 
 def _unwrap(module: nn.Module) -> int:
-    """Remove a forward that was set on the instance, but for that by which accelerate moves tensors."""
-    if "forward" not in vars(module) or hasattr(module, "_hf_hook") or _of_library(vars(module)["forward"]):
+    if not _is_replaced(module):
         return 0
     del module.forward
     return 1
@@ -103,17 +119,26 @@ def _of_library(function: Callable[..., Any]) -> bool:
     return str(own).startswith(_LIBRARIES)
 
 
+def _computed(module: nn.Module) -> dict[str, Any]:
+    """The parametrizations of a module by the name of the tensor that they compute."""
+    found = vars(module).get("_modules", {}).get("parametrizations")
+    return dict(found) if found is not None and torch.nn.utils.parametrize.is_parametrized(module) else {}
+
+
+def _originals(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors under a module's parametrizations; none where one of them keeps no original."""
+    tensors: dict[str, Any] = {key: getattr(part, "original", None) for key, part in _computed(module).items()}
+    return {} if any(value is None for value in tensors.values()) else tensors
+
+
 def _unparametrize(name: str, module: nn.Module, kept: list[str]) -> int:
     """Put the original tensors back where parametrizations compute them.
 
     torch's own removal deletes the property from the class, which the copy shares with the model it was made from.
     """
-    found = vars(module).get("_modules", {}).get("parametrizations")
-    if not torch.nn.utils.parametrize.is_parametrized(module) or found is None:
-        return 0
-    tensors = {key: getattr(part, "original", None) for key, part in found.items()}
-    if any(value is None for value in tensors.values()):
-        kept += [f"{name}.{key}" for key in tensors]
+    found, tensors = _computed(module), _originals(module)
+    if not tensors:
+        kept += [f"{name}.{key}" for key in found]
         return 0
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
@@ -122,10 +147,14 @@ def _unparametrize(name: str, module: nn.Module, kept: list[str]) -> int:
     return sum(len(part) for part in found.values())
 
 
-def _unmask(module: nn.Module) -> int:
-    """Put back what torch.nn.utils.prune and spectral_norm keep as `weight_orig`."""
+def _masks(module: nn.Module) -> list[str]:
+    """The tensors of which torch.nn.utils.prune and spectral_norm keep what lies under them as `weight_orig`."""
     names = [key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig")]
-    names = [key for key in names if isinstance(vars(module).get(key), Tensor)]
+    return [key for key in names if isinstance(vars(module).get(key), Tensor)]
+
+
+def _unmask(module: nn.Module) -> int:
+    names = _masks(module)
     for key in names:
         value = module._parameters.pop(f"{key}_orig")
         module._buffers.pop(f"{key}_mask", None)
