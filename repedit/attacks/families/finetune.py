@@ -15,7 +15,7 @@ from typing import Any
 from repedit.attacks.attack import Attack, Outcome, skipped
 from repedit.attacks.families.losses import Draw, Example, examples, in_turn, shuffled
 from repedit.attacks.families.published import PRESETS
-from repedit.attacks.families.trials import Trial, carried_out, on_copy
+from repedit.attacks.families.trials import Trial, carried_out, on_copy, scaled, trial
 from repedit.attacks.families.tuning import HOWS, LOSSES, Tuning
 from repedit.data import Splits
 from repedit.errors import ArgumentError, UnknownName, nearest
@@ -77,7 +77,7 @@ def rtt(
     grid = [
         (way, replace(base, rate=rate))
         for way in hows
-        for rate in _scaled((FULL_RATES if way == "full" else LORA_RATES) if rates is None else rates, scale)
+        for rate in scaled((FULL_RATES if way == "full" else LORA_RATES) if rates is None else rates, scale)
     ]
 
     def trials(subject: Subject, splits: Splits, seed: int) -> Iterator[Trial]:
@@ -89,7 +89,7 @@ def rtt(
             extra += f" n={count or 'all'}" * (len(counts) > 1)
             known = facts if count is None or count == widest else ()
             exact = replace(tuning, how=way, loss=kind)
-            yield _trial(exact, shuffled(items, tuning.batch_size, seed), measured, extra, known=known)
+            yield trial(exact, shuffled(items, tuning.batch_size, seed), measured, extra, known=known)
 
     given = {
         "rates": None if rates is None else list(rates), "steps": steps, "measured": list(measured),
@@ -111,7 +111,7 @@ def relearn(
     """
     steps = max(measured, default=0)
     base = Tuning(1.0, steps=steps, how="lora", rank=rank, weight_decay=0.01)
-    scaled = _scaled(rates, scale)
+    tried = scaled(rates, scale)
 
     def trials(subject: Subject, splits: Splits, seed: int) -> Iterator[Trial]:
         facts, size = examples(subject, splits.train), base.batch_size
@@ -120,8 +120,8 @@ def relearn(
             kept = examples(subject, splits.retain)
             first = in_turn(shuffled(kept, size, seed), shuffled(facts, size, seed), round(_FIRST * steps))
             orders = {" order=mixed": shuffled(facts + kept, size, seed), " order=retain-first": first}
-        for rate, (order, draw) in product(scaled, orders.items()):
-            yield _trial(replace(base, rate=rate), draw, measured, order, known=splits.train)
+        for rate, (order, draw) in product(tried, orders.items()):
+            yield trial(replace(base, rate=rate), draw, measured, order, known=splits.train)
 
     given = {"rates": list(rates), "measured": list(measured), "rank": rank, "scale": scale}
     return _taught(
@@ -148,7 +148,7 @@ def benign(
         length: tokens of an unrelated item, which are chunks where the text is long.
     Reference: Qi et al. 2023, arXiv:2310.03693; Lucki et al. 2024, arXiv:2409.18025.
     """
-    base, scaled = Tuning(1.0, steps=steps), _scaled(rates, scale)
+    base, tried = Tuning(1.0, steps=steps), scaled(rates, scale)
 
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
         sources: dict[str, tuple[Example, ...]] = {}
@@ -161,9 +161,9 @@ def benign(
         if not sources:
             return skipped("needs retain facts or unrelated text; neither was given")
         trials = [
-            _trial(replace(base, rate=rate), shuffled(items, base.batch_size, seed), measured, f" on={name}",
-                   watched=_some(items, _WATCHED, seed))
-            for (name, items), rate in product(sources.items(), scaled)
+            trial(replace(base, rate=rate), shuffled(items, base.batch_size, seed), measured, f" on={name}",
+                  watched=_some(items, _WATCHED, seed))
+            for (name, items), rate in product(sources.items(), tried)
         ]  # fmt: skip
         missing = {"retain": splits.retain, "unrelated": splits.unrelated is not None}
         note = "; ".join(f"no {name} texts were given" for name, given in missing.items() if not given)
@@ -217,14 +217,14 @@ def _layered(
     rank: int = 16,
     scale: float = 1.0,
 ) -> Attack:
-    base, scaled = Tuning(1.0, steps=steps, how="lora", rank=rank), _scaled(rates, scale)
+    base, tried = Tuning(1.0, steps=steps, how="lora", rank=rank), scaled(rates, scale)
 
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
         chosen = tuple(layers(len(subject.anatomy.layers)))
         if not chosen:
             return skipped(f"of {len(subject.anatomy.layers)} layers none is {name} of the edited ones")
         draw = shuffled(examples(subject, splits.train), base.batch_size, seed)
-        trials = [_trial(replace(base, rate=r, layers=chosen), draw, measured, known=splits.train) for r in scaled]
+        trials = [trial(replace(base, rate=r, layers=chosen), draw, measured, known=splits.train) for r in tried]
         note = f"the edited layers are not known: layers {chosen[0]} to {chosen[-1]} are trained" * (given is None)
         return carried_out(trials, on_copy(subject, full=False), splits.test, seed, note)
 
@@ -253,18 +253,6 @@ def _short(counts: Sequence[int | None], splits: Splits) -> str:
     """Which sizes are more than there is."""
     have = len(splits.train)
     return "; ".join(f"T has {have} facts: n={n} trains on all of them" for n in counts if n is not None and n > have)
-
-
-def _trial(tuning: Tuning, draw: Draw, measured: Sequence[int], extra: str = "", **check: Any) -> Trial:
-    at = sorted({step for step in measured if 0 <= step <= tuning.steps} | {tuning.steps})
-    settings = {step: f"lr={tuning.rate:g} step={step}{extra}" for step in at}
-    return Trial(f"lr={tuning.rate:g}{extra}", tuning, draw, settings, **check)
-
-
-def _scaled(rates: Sequence[float], scale: float) -> tuple[float, ...]:
-    if not rates or not min(rates) * scale > 0:
-        raise ArgumentError(f"rates={tuple(rates)}, scale={scale}; give at least one rate, and both above 0")
-    return tuple(rate * scale for rate in rates)
 
 
 def _several(value: str | Sequence[str]) -> tuple[str, ...]:

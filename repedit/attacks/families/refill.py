@@ -7,6 +7,7 @@ the removed directions from them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -18,11 +19,11 @@ from torch.nn.utils import parametrize
 from repedit.arch import View
 from repedit.attacks.attack import Attack, Outcome, skipped
 from repedit.attacks.families.losses import examples, shuffled
-from repedit.attacks.families.trials import Trial, carried_out
+from repedit.attacks.families.trials import carried_out, scaled, trial
 from repedit.attacks.families.tuning import Tuning
 from repedit.attacks.scratch import Scratch
 from repedit.data import Splits
-from repedit.errors import ArgumentError, FractionError
+from repedit.errors import FractionError
 from repedit.models import Subject
 
 
@@ -45,9 +46,7 @@ def refill(
     Raises:
         ArgumentError: if a rate, a number of steps or the ratio is out of range.
     """
-    if not rates or not min(rates) * scale > 0:
-        raise ArgumentError(f"rates={tuple(rates)}, scale={scale}; give at least one rate, and both above 0")
-    base = Tuning(1.0, steps=steps)
+    base, tried = Tuning(1.0, steps=steps), scaled(rates, scale)
     _check(ratio)
 
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
@@ -57,11 +56,7 @@ def refill(
             return skipped("no null space: no write weight has singular values that are almost zero")
         filled = _parametrized(scratch, spaces)
         draw = shuffled(examples(scratch, splits.train), base.batch_size, seed)
-        trials = []
-        for rate in (scale * rate for rate in rates):
-            at = sorted({step for step in measured if 0 <= step <= steps} | {steps})
-            settings = {step: f"lr={rate:g} step={step}" for step in at}
-            trials.append(Trial(f"lr={rate:g}", Tuning(rate, steps=steps), draw, settings, known=splits.train))
+        trials = [trial(replace(base, rate=rate), draw, measured, known=splits.train) for rate in tried]
 
         def start() -> tuple[Subject, list[nn.Parameter]]:
             with torch.no_grad():

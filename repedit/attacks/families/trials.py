@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from repedit.attacks.families.losses import Draw, Example, mean_loss
 from repedit.attacks.families.tuning import Tuning, TuningLog, tune
 from repedit.attacks.scratch import Scratch
 from repedit.data import Fact
-from repedit.errors import QuantizedModel
+from repedit.errors import ArgumentError, QuantizedModel
 from repedit.metrics.probability import FactsAccuracy
 from repedit.models import Subject
 
@@ -48,6 +48,28 @@ class _Tried(NamedTuple):
     log: TuningLog
     known: float | None
     fall: float | None
+
+
+def scaled(rates: Sequence[float], scale: float) -> tuple[float, ...]:
+    """The rates times the scale.
+
+    Raises:
+        ArgumentError: if there is no rate, or one of them would not be above 0.
+    """
+    if not rates or not min(rates) * scale > 0:
+        raise ArgumentError(f"rates={tuple(rates)}, scale={scale}; give at least one rate, and both above 0")
+    return tuple(rate * scale for rate in rates)
+
+
+def trial(tuning: Tuning, draw: Draw, measured: Sequence[int], extra: str = "", **check: Any) -> Trial:
+    """A training whose settings are named "lr=5e-05 step=40" and `extra`, asked at the steps in reach and the last one.
+
+    Args:
+        check: `known` or `watched`, see `Trial`.
+    """
+    at = sorted({step for step in measured if 0 <= step <= tuning.steps} | {tuning.steps})
+    settings = {step: f"lr={tuning.rate:g} step={step}{extra}" for step in at}
+    return Trial(f"lr={tuning.rate:g}{extra}", tuning, draw, settings, **check)
 
 
 def on_copy(subject: Subject, *, full: bool) -> Start:
