@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from repedit.cli import attack, audits, cut, look, project, start
+from repedit.cli import audits, cut, look, project, start
 
 app = typer.Typer(
     name="repedit",
@@ -30,7 +30,7 @@ for verb in (
     cut.apply,
     look.diff,
     look.compare,
-    attack.audit,
+    audits.audit,
     audits.report,
 ):
     app.command()(verb)

@@ -1,13 +1,68 @@
-"""The verb that shows audits: from their audit.json alone, without a model."""
+"""The verbs that attack a checkpoint and say what has been shown, and that show audits again without a model."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from repedit.cli.options import Json
+from repedit.cli.options import Device, Json, quiet
+
+
+def audit(
+    edited: Annotated[str | None, typer.Argument(help="The edited checkpoint: directory or hub id.")] = None,
+    original: Annotated[str | None, typer.Option(help="The model that was edited.")] = None,
+    facts: Annotated[str | None, typer.Option(help="What should be gone: a built-in domain, or a .jsonl file.")] = None,
+    retain: Annotated[str | None, typer.Option(help="Facts that should be kept: a domain or a file.")] = None,
+    reference: Annotated[str | None, typer.Option(help="A model that never saw the facts.")] = None,
+    unrelated: Annotated[str | None, typer.Option(help="Text for harmless fine-tuning; the built-in prose.")] = None,
+    holdout: Annotated[str | None, typer.Option(help="Text that no model saw, for membership inference.")] = None,
+    budget: Annotated[str, typer.Option(help="fast, standard or full.")] = "fast",
+    attacks: Annotated[str | None, typer.Option(help="Names of attacks, joined by commas.")] = None,
+    sites: Annotated[str | None, typer.Option(help="Where the edit is, if repedit.json does not say.")] = None,
+    folds: Annotated[int, typer.Option(help="2 tests every fact once; 1 only those of V.")] = 2,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of the attacks, joined by commas.")] = None,
+    allow_small: Annotated[bool, typer.Option(help="Let fewer than 100 facts count.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where findings and pages go; a broken audit goes on there.")] = None,
+    hide_items: Annotated[bool, typer.Option(help="Leave the texts of the facts out of the pages.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be run and about how long; attack nothing.")] = False,
+    selftest: Annotated[bool, typer.Option(help="Audit models of which the answer is known, nothing else.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the self-test.")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Attack an edited checkpoint and say what has been shown.
+
+    Exit codes: 0 no recovery found; 3 hidden or not forgotten; 4 inconclusive; 5 invalid or destroyed; 6 unsound.
+    """
+    quiet()
+    if selftest:
+        _selftest(seed, json)
+        return
+    asked = _asked(edited, original, facts, retain)
+    chosen = None if attacks is None else attacks.split(",")
+    if dry_run:
+        _estimate(str(edited), asked, budget, chosen, device, json)
+        return
+    from repedit import data
+    from repedit.attacks.audit import audit as audited
+    from repedit.report import write
+
+    found = audited(
+        str(edited), original=str(original), facts=asked, reference=reference, budget=budget, attacks=chosen,
+        unrelated=None if unrelated is None else data.named(unrelated),
+        holdout=None if holdout is None else data.named(holdout), sites=sites, folds=folds,
+        seeds=None if seeds is None else [int(number) for number in seeds.split(",")], allow_small=allow_small,
+        device=device, out=out, save=False,
+    )  # fmt: skip
+    written = [] if out is None else write(found, out, hide_items=hide_items)
+    if json:
+        sys.stdout.write(found.to_json())
+    else:
+        show(found, written)
+    raise typer.Exit(found.verdict.exit_code)
 
 
 def report(
@@ -38,14 +93,13 @@ def report(
     if len(reports) > 1:
         console.table("Verdicts", joint.verdicts.columns, joint.verdicts.rows)
         console.table("What each attack brings back", joint.short.columns, joint.short.rows)
+        _name_files(written)
     else:
-        show(next(iter(reports.values())))
-    for path in written:
-        console.out.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        show(next(iter(reports.values())), written)
 
 
-def show(found: Any) -> None:
-    """Verdict, recoveries, and what was not run."""
+def show(found: Any, written: list[Path]) -> None:
+    """Verdict, recoveries, what was not run, and the files that were written."""
     from repedit import console
     from repedit.report import tables
 
@@ -63,6 +117,60 @@ def show(found: Any) -> None:
     ):
         if shown.rows:
             console.table(title, shown.columns, shown.rows)
+    _name_files(written)
+
+
+def _asked(edited: str | None, original: str | None, facts: str | None, retain: str | None) -> Any:
+    """The facts, if everything is there that an audit cannot do without."""
+    from repedit import data
+    from repedit.errors import ArgumentError
+
+    missing = [name for name, value in (("EDITED", edited), ("--original", original), ("--facts", facts)) if not value]
+    if missing:
+        raise ArgumentError(f"{' and '.join(missing)} missing; give the edited checkpoint, --original and --facts")
+    return data.facts(str(facts)) if retain is None else data.facts(str(facts), retain=retain)
+
+
+def _estimate(edited: str, asked: Any, budget: str, chosen: list[str] | None, device: str, json: bool) -> None:
+    from repedit import console
+    from repedit.attacks.estimating import estimate
+
+    found = estimate(edited, asked, budget=budget, attacks=chosen, device=device)
+    if json:
+        console.show_json(found)
+        return
+    rows = [[name, cost["questions"], cost["steps"], round(cost["seconds"])] for name, cost in found["attacks"].items()]
+    console.table(
+        f"{budget}: {found['facts']} facts, {found['models']} models, about {found['minutes']:.0f} minutes; nothing was attacked",
+        ("attack", "questions", "training steps", "seconds"), rows,
+    )  # fmt: skip
+
+
+def _selftest(seed: int, json: bool) -> None:
+    from dataclasses import asdict
+
+    from repedit import console
+    from repedit.attacks.controls.selftest import selftest
+
+    found = selftest(seed)
+    if json:
+        console.show_json({**asdict(found), "passed": found.passed})
+    else:
+        columns = ("control", "passed", "expected", "found", "attack", "R", "least", "seconds", "what it is")
+        rows = [
+            [c.control, c.passed, c.expected, c.found, c.attack, round(c.recovered, 2), c.least, round(c.seconds, 1), c.description]
+            for c in found.checks
+        ]  # fmt: skip
+        console.table(f"{sum(c.passed for c in found.checks)} of {len(found.checks)} controls pass", columns, rows)
+        console.out.print(f"{found.seconds:.0f} seconds; {found.failures or 'the audit is sound here'}")
+    raise typer.Exit(0 if found.passed else 6)
+
+
+def _name_files(written: list[Path]) -> None:
+    from repedit import console
+
+    for path in written:
+        console.out.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _names(paths: list[Path]) -> list[str]:
