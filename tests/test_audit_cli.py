@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 
 import pytest
@@ -60,6 +61,19 @@ def test_an_audit_prints_its_verdict_writes_its_pages_and_exits_with_its_code(fi
     assert "NOT FORGOTTEN" in hidden
     page = (tmp_path / "hidden/audit.html").read_text()
     assert facts().forget[0].prompt not in page and facts().forget[0].id not in page
+
+
+def test_a_report_names_the_command_that_repeats_it(files, tmp_path, monkeypatch):
+    options = (
+        "--attacks", "direct", "--unrelated", "prose", "--holdout", "prose", "--folds", "1",
+        "--seeds", "0,1", "--sites", "1.mlp.out", "--allow-small", "--hide-items", "--out", tmp_path / "a folder",
+    )  # fmt: skip
+    words = [str(word) for word in (*asked(files)[:-2], *options)]
+    for start, command in (("/usr/bin/repedit", ["repedit", *words]), ("/usr/bin/python", [])):
+        monkeypatch.setattr("sys.argv", [start, *words] if command else [start, "-m", "pytest"])
+        run(*words, code=3)
+        found = json.loads((tmp_path / "a folder/audit.json").read_text())
+        assert shlex.split(found["context"]["command"]) == command
 
 
 def test_a_dry_run_attacks_nothing_and_says_what_it_would_cost(files):

@@ -160,6 +160,13 @@ def test_the_verdict_comes_first_and_everything_is_said(render):
     assert CITIES[10] not in text
 
 
+@pytest.mark.parametrize("render", [markdown, lambda r: Elements(page(r)).text], ids=["markdown", "page"])
+def test_an_audit_that_no_command_repeats_has_no_line_for_one(render):
+    found = report()
+    assert "repedit audit" in render(found)
+    assert "command" not in render(replace(found, context={**found.context, "command": ""}))
+
+
 def test_a_report_with_nothing_measured_is_a_page_all_the_same():
     text = Elements(page(BARE)).text
     assert "INVALID" in text and "facts the original knows" in text and "No retain set was given." in text

@@ -59,6 +59,7 @@ def audit(
     out: str | Path | None = None,
     save: bool = True,
     progress: bool | None = None,
+    command: str = "",
 ) -> Report:
     """Attack an edited model as somebody who downloaded it would, and say how much comes back.
 
@@ -83,6 +84,7 @@ def audit(
         steps: of retraining on T; more where a report says that it failed to train.
         out: a folder for the findings, as they are made; an interrupted audit goes on from there.
         save: write audit.json into that folder as well.
+        command: what repeats the audit, shown in the report; the command line gives its own.
     Raises:
         FingerprintError: if the models differ in kind, vocabulary or tokenizer.
         NoOpEdit: if edited and original are equal.
@@ -113,24 +115,13 @@ def audit(
         findings = run(roles, chosen, store, progress=progress)
     case = Case(
         roles=roles, findings=findings, asked=asked, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
-        material=material, clear=clear, allow_small=allow_small, edited_layers=where, planned=names, command=_command(models, facts, budget, attacks),
+        material=material, clear=clear, allow_small=allow_small, edited_layers=where, planned=names, command=command,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
     report = shown(concluded(case), models)
     if out is not None and save:
         report.save(out)
     return report
-
-
-def _command(
-    models: Mapping[str, Audited], facts: Facts | Sequence[Fact], budget: str, attacks: Sequence[str] | None
-) -> str:
-    """The command line that repeats the audit; empty where a model or the facts exist in memory only."""
-    if any(model.live for model in models.values()) or not isinstance(facts, Facts):
-        return ""
-    parts = [f"repedit audit {models['edited'].name} --original {models['original'].name} --facts {facts.name}"]
-    parts += [f"--reference {models['reference'].name}"] if "reference" in models else []
-    return " ".join([*parts, f"--budget {budget}", *([f"--attacks {','.join(attacks)}"] if attacks else [])])
 
 
 def _check_models(models: Mapping[str, Audited]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,7 +56,7 @@ def audit(
         unrelated=None if unrelated is None else data.named(unrelated),
         holdout=None if holdout is None else data.named(holdout), sites=sites, folds=folds,
         seeds=None if seeds is None else [int(number) for number in seeds.split(",")], allow_small=allow_small,
-        device=device, out=out, save=False,
+        device=device, out=out, save=False, command=_command(),
     )  # fmt: skip
     written = [] if out is None else write(found, out, hide_items=hide_items)
     if json:
@@ -129,6 +130,11 @@ def _asked(edited: str | None, original: str | None, facts: str | None, retain: 
     if missing:
         raise ArgumentError(f"{' and '.join(missing)} missing; give the edited checkpoint, --original and --facts")
     return data.facts(str(facts)) if retain is None else data.facts(str(facts), retain=retain)
+
+
+def _command() -> str:
+    """The words this process was started with; empty where they are those of another program."""
+    return shlex.join(["repedit", *sys.argv[1:]]) if sys.argv[1:2] == ["audit"] else ""
 
 
 def _estimate(edited: str, asked: Any, budget: str, chosen: list[str] | None, device: str, json: bool) -> None:

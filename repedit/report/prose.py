@@ -38,7 +38,7 @@ def markdown(report: Report, *, hide_items: bool = False) -> str:
         "Settings": [grid(tables.chosen(shown)), grid(tables.settings(shown))],
         "Guesses that need no knowledge": [grid(tables.guesses(shown))],
         "Diagnostics, which decide nothing": [_values(shown.diagnostics)],
-        "How this was made": [_values(shown.context)],
+        "How this was made": [_values({k: v for k, v in shown.context.items() if v or k != "command"})],
     }  # fmt: skip
     for title, held in sections.items():
         if any(held):
