@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,31 +135,16 @@ def trajectory(
         collecting={"gradients": gradients, "progress": progress, **(collect_options or {})},
         scoring={"importance": importance, "combine": combine, **(score_options or {})},
         evaluating={"progress": progress, **(evaluate_options or {})},
+        fraction_per_step=fraction_per_step, recollect=recollect, cap_per_layer=cap_per_layer,
     )  # fmt: skip
-    fixed = {
-        "fraction_per_step": fraction_per_step,
-        "recollect": recollect,
-        "cap_per_layer": cap_per_layer,
-        "seed": seed,
-    }
-    provenance = run.provenance() | fixed | {"overlap": run.overlap(allow_overlap)}
-    shelf = Shelf(resume, provenance)
-    unpruned = Edit({}, {"method": "none", "model": provenance["model"]})
-    done = [shelf.get(0) or shelf.put(0, run.evaluated(0.0, unpruned))]
-    order: Scores | None = None
-    for number in tqdm(range(1, steps + 1), desc="trajectory", disable=None if progress is None else not progress):
-        step = shelf.get(number)
-        if step is None:
-            if order is None or recollect:
-                order = run.scored(done[-1].edit if number > 1 and recollect else None)
-            edit = _grown(done[-1].edit, order, number, fraction_per_step, cap_per_layer)
-            step = shelf.put(number, run.evaluated(number * fraction_per_step, edit))
-        done.append(step)
-        so_far = Trajectory(tuple(done), provenance)
-        over = max_retain_drop is not None and so_far.drops()[-1][0] > max_retain_drop
-        if over or (stop is not None and stop(so_far)):
-            break
-    return Trajectory(tuple(done), provenance)
+    provenance = run.provenance() | {"seed": seed, "overlap": run.overlap(allow_overlap)}
+
+    def ended(path: Trajectory) -> bool:
+        over = max_retain_drop is not None and path.drops()[-1][0] > max_retain_drop
+        return over or (stop is not None and stop(path))
+
+    numbers = tqdm(range(1, steps + 1), desc="trajectory", disable=None if progress is None else not progress)
+    return run.walked(numbers, Shelf(resume, provenance), provenance, ended)
 
 
 @dataclass(frozen=True)
@@ -174,6 +159,32 @@ class _Run:
     collecting: Mapping[str, Any]
     scoring: Mapping[str, Any]
     evaluating: Mapping[str, Any]
+    fraction_per_step: float
+    recollect: bool
+    cap_per_layer: float | None
+
+    def walked(
+        self,
+        numbers: Iterable[int],
+        shelf: Shelf,
+        provenance: Mapping[str, Any],
+        ended: Callable[[Trajectory], bool],
+    ) -> Trajectory:
+        """Steps from 1 on, those on the shelf as they are, until one ends the path; step 0 comes before them."""
+        unpruned = Edit({}, {"method": "none", "model": provenance["model"]})
+        path = Trajectory((shelf.get(0) or shelf.put(0, self.evaluated(0.0, unpruned)),), provenance)
+        order: Scores | None = None
+        for number in numbers:
+            step, last = shelf.get(number), path.steps[-1].edit
+            if step is None:
+                if order is None or self.recollect:
+                    order = self.scored(last if number > 1 and self.recollect else None)
+                edit = _grown(last, order, number, self.fraction_per_step, self.cap_per_layer)
+                step = shelf.put(number, self.evaluated(number * self.fraction_per_step, edit))
+            path = replace(path, steps=(*path.steps, step))
+            if ended(path):
+                break
+        return path
 
     def scored(self, edit: Edit | None) -> Scores:
         sides = [collect(self.subject, c, self.sites, edit=edit, **self.collecting) for c in self.fit]
@@ -206,6 +217,9 @@ class _Run:
             "model": self.subject.fingerprint(),
             "data": data,
             "options": options,
+            "fraction_per_step": self.fraction_per_step,
+            "recollect": self.recollect,
+            "cap_per_layer": self.cap_per_layer,
         }
 
 
