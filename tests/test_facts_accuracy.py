@@ -178,7 +178,7 @@ def test_bfloat16_is_scored_in_float32():
     (" Paris, which", True), ("\nparís!", True), (" It is Paris", True), (" Parisian", False), ("", False),
 ])  # fmt: skip
 def test_greedy_looks_for_the_answer_as_words(text, correct, monkeypatch):
-    monkeypatch.setattr(probability, "_continued", lambda subject, ids, tokens: [text] * len(ids))
+    monkeypatch.setattr(probability, "continued", lambda subject, ids, tokens: [text] * len(ids))
     item = fact(answer="Paris", choices=())
     found = facts_accuracy(replace(tiny("llama"), tokenizer=Letters()), (item,), how="greedy")
     assert bool(found.correct[0]) is correct and found.graded[0] < 0
@@ -187,8 +187,8 @@ def test_greedy_looks_for_the_answer_as_words(text, correct, monkeypatch):
 def test_greedy_writes_as_many_tokens_as_the_longest_answer_and_four(monkeypatch):
     subject = replace(tiny("llama", vocab_size=260), tokenizer=byte_tokenizer())
     items = [fact(i, prompt="ab" * (1 + i % 2), answer="abcde", choices=()) for i in range(5)]
-    seen, plain = [], probability._continued
-    monkeypatch.setattr(probability, "_continued", lambda *a: seen.append((a[1], a[2], plain(*a))) or seen[-1][2])
+    seen, plain = [], probability.continued
+    monkeypatch.setattr(probability, "continued", lambda *a: seen.append((a[1], a[2], plain(*a))) or seen[-1][2])
     facts_accuracy(subject, items, how="greedy", batch_size=2)
     assert [tuple(ids.shape) for ids, _, _ in seen] == [(2, 2), (1, 2), (2, 4)]
     for ids, tokens, texts in seen:

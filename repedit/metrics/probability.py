@@ -221,12 +221,13 @@ def _written(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
     found = [False] * len(items)
     for part in lengths(prompts, rows):
         ids = torch.tensor([prompts[i] for i in part], device=subject.device)
-        for i, text in zip(part, _continued(subject, ids, tokens), strict=True):
+        for i, text in zip(part, continued(subject, ids, tokens), strict=True):
             found[i] = holds(text, items[i].answer)
     return found
 
 
-def _continued(subject: Subject, ids: Int[Tensor, "b t"], tokens: int) -> list[str]:
+def continued(subject: Subject, ids: Int[Tensor, "b t"], tokens: int) -> list[str]:
+    """The greedy continuations of prompts of one length, without the prompts."""
     tokenizer = subject.need_tokenizer()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad():
