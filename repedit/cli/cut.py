@@ -59,9 +59,7 @@ def prune(
     learned: Annotated[
         bool, typer.Option("--learned", help="Learn the mask by gradient: far more selective, 15 minutes on two cores.")
     ] = False,
-    scores: Annotated[
-        Path | None, typer.Option(help="Scores written by `repedit score`; else --forget and --retain.")
-    ] = None,
+    scores: Annotated[Path | None, typer.Option(help="A file of `repedit score`; else --forget and --retain.")] = None,
     forget: Text = "code",
     retain: Text = "prose",
     sites: Annotated[
@@ -94,12 +92,7 @@ def prune(
         cap_per_layer=cap_per_layer, control=control, tokens=tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     found = pruned(subject, forget, retain, options, scores=scores, say=console.stage)
-    if json:
-        drops = {label: {"forget": f.drop, "retain": r.drop} for label, (f, r) in found.effects.items()}
-        console.show_json({"drops": drops, "pruned": found.count, "out": str(out), "dry_run": dry_run})
-    else:
-        title = f"{found.count} neurons pruned; drops in per cent of the original top-1 accuracy (95 % interval)"
-        console.table(title, ("", "forget", "retain", "selectivity"), console.effect_rows(found.effects))
+    _show(found, out, dry_run, json)
     if found.exceeded:
         console.err.print(
             f"[bold]Nothing written[/bold]: the retain drop exceeds {max_retain_drop} % at once; lower --fraction"
@@ -145,6 +138,17 @@ def apply(
         console.out.print(
             f"{out}: {len(record.plan)} tensors changed, largest relative change {record.relative_change:.3g}"
         )
+
+
+def _show(found: Any, out: Path, dry_run: bool, json: bool) -> None:
+    from repedit import console
+
+    if json:
+        drops = {label: {"forget": f.drop, "retain": r.drop} for label, (f, r) in found.effects.items()}
+        console.show_json({"drops": drops, "pruned": found.count, "out": str(out), "dry_run": dry_run})
+    else:
+        title = f"{found.count} neurons pruned; drops in per cent of the original top-1 accuracy (95 % interval)"
+        console.table(title, ("", "forget", "retain", "selectivity"), console.effect_rows(found.effects))
 
 
 def _scored(

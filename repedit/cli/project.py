@@ -59,8 +59,7 @@ def project(
     if dry_run:
         console.out.print(plan_of(edit, subject), highlight=False)
         return
-    edited = apply(edit, subject)
-    found = knowledge(subject, edited, (*facts.forget, *facts.retain))
+    found = knowledge(subject, apply(edit, subject), (*facts.forget, *facts.retain))
     _show(found, facts, edit, json, out)
     write(edit, subject, out, overwrite)
 
