@@ -46,11 +46,14 @@ def smollm2(edit: Path, facts: str, folder: Path) -> list[dict[str, Any]]:
         rp.export(rp.Edit.load(edit), source=lm, target=target)
     asked, rows = rp.data.facts(facts), []
     for name in ("first", "again"):
-        out, start = folder / f"{edit.stem}-{name}", time.time()
+        out, start, busy = folder / f"{edit.stem}-{name}", time.time(), time.process_time()
         report = rp.audit(target, original="smollm2-135m", facts=asked, out=out, progress=False)
         rp.report.write(report, out)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        row = {"name": name, "minutes": (time.time() - start) / 60, "peak_gib": memory, "verdict": report.verdict.word}
+        row = {
+            "name": name, "minutes": (time.time() - start) / 60, "core_minutes": (time.process_time() - busy) / 60,
+            "peak_gib": memory, "verdict": report.verdict.word,
+        }  # fmt: skip
         rows.append(row | {"recoveries": [asdict(r) for r in report.recoveries], "sentence": report.verdict.sentence})
         print(name, row, report.verdict, flush=True)
     return rows

@@ -12,10 +12,16 @@ import pytest
 import repedit as rp
 from repedit.attacks import audit as auditing
 from repedit.attacks import store as storing
-from repedit.attacks.attack import SKIPPED
+from repedit.attacks.attack import SKIPPED, only
 from repedit.attacks.controls import CONTROLS, writing
 from repedit.attacks.controls.selftest import Checked, SelfTest
+from repedit.attacks.families.finetune import benign, rtt
+from repedit.attacks.families.prompts import direct, in_context
+from repedit.attacks.judging.floors import fresh_facts
 from repedit.attacks.material import prepared
+from repedit.attacks.models import Audited
+from repedit.attacks.running import FRESH, Role, run
+from repedit.attacks.store import Store
 from repedit.data import Fact, Facts, Splits
 from repedit.errors import (
     ArgumentError,
@@ -33,6 +39,7 @@ from tests.tiny import tiny
 from tests.world import facts, original, reference, world
 
 CHEAP = ("direct", "strip")
+ASKED = {"unrelated": rp.data.prose(), "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0, "most": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +103,35 @@ def test_without_a_reference_the_floor_is_the_larger_of_fresh_facts_and_guesses(
     fresh, guess = found.finding("fresh facts", "direct").correct.mean(), max(found.heuristics.values())
     assert found.direct.floor == pytest.approx(max(fresh, guess))
     assert not set(found.finding("fresh facts", "direct").items) & set(found.finding("edited", "direct").items)
+
+
+def test_what_a_training_makes_is_asked_invented_facts_and_other_attacks_are_made_again():
+    known, seen = {f.id for f in few().forget}, []
+    lists = rtt(rates=(1e-3,), steps=2, measured=(2,)), in_context(counts=(2,)), benign(rates=(1e-3,), steps=2)
+    material, asked = (
+        prepared(part, facts().retain, **ASKED) for part in (few().forget, fresh_facts(few().forget, 16))
+    )
+    attacks = [replace(a, run=lambda s, x, seed, a=a: seen.append((a.name, x)) or a.run(s, x, seed)) for a in lists]
+    role = Role("edited", Audited("edited", original()), material, tuple(attacks), invented=asked)
+    found = run([role], (0,), Store(None), progress=False)
+    assert [f.attack for f in found["edited"]] == [f.attack for f in found[FRESH]] == ["rtt", "in_context", "benign"]
+    for mine, theirs in zip(found["edited"], found[FRESH], strict=True):
+        assert set(mine.items) == known and set(theirs.items) == {f.id for f in asked.forget}
+        assert mine.correct.shape == (len(mine.settings), 20) and theirs.settings == mine.settings
+    for name, part in seen:
+        taught, tested = ({f.id for f in side} for side in (part.train, part.test))
+        both = name != "in_context"
+        assert (bool(tested & known) and bool(tested - known)) == both, name
+        assert not both or taught <= known, name
+    assert [name for name, _ in seen] == ["rtt"] * 2 + ["in_context"] * 4 + ["benign"]
+
+
+def test_facts_are_taken_out_of_a_finding_by_name():
+    whole = direct()(original(), Splits((), few().forget))
+    some = [f.id for f in few().forget[3:9]]
+    found = only(whole, some)
+    assert list(found.items) == some and (found.correct == whole.correct[:, 3:9]).all()
+    assert (found.graded == whole.graded[:, 3:9]).all() and only(whole, whole.items) is whole
 
 
 def test_a_broken_audit_goes_on_with_the_findings_it_has(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ only the prompts, and may use the answers of T. It works on a copy: the model it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -114,6 +114,11 @@ class Attack:
             found = self.run(subject, splits, self.seed)
         return _finding(self, found, splits, time.perf_counter() - start)
 
+    @property
+    def trains(self) -> bool:
+        """Whether it makes another model of the one it is given, and asks that."""
+        return self.family in ("finetune", "optimise")
+
     def at(self, seed: int) -> Attack:
         """The same attack with another seed."""
         return replace(self, seed=seed)
@@ -122,6 +127,17 @@ class Attack:
 def skipped(reason: str) -> Outcome:
     """The outcome of an attack that cannot be done here; the report lists it and no pass is possible by it."""
     return Outcome({}, reason, status=SKIPPED)
+
+
+def only(finding: Finding, items: Collection[str]) -> Finding:
+    """The finding for some of its facts."""
+    columns = [i for i, item in enumerate(finding.items) if item in items]
+    if len(columns) == len(finding.items):
+        return finding
+    return replace(
+        finding, items=tuple(finding.items[i] for i in columns), correct=finding.correct[:, columns],
+        graded=finding.graded[:, columns],
+    )  # fmt: skip
 
 
 def joined(parts: Sequence[Finding]) -> Finding:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.attacks.attack import Attack
-from repedit.attacks.budgets import SEEDS, Setup, built, planned
+from repedit.attacks.budgets import MOST_FRESH, SEEDS, Setup, built, planned
 from repedit.attacks.conclusion import Case, concluded
 from repedit.attacks.judging.evidence import Report
 from repedit.attacks.judging.floors import fresh_facts
@@ -30,7 +30,6 @@ from repedit.sites import Site
 
 MOST_RETAIN = {"fast": 160, "standard": None, "full": None}
 """Retain facts asked."""
-MOST_FRESH = 256
 
 
 def audit(
@@ -110,7 +109,7 @@ def audit(
     asked = prepared(facts, retain, most=MOST_RETAIN[budget], **options)
     where = _edited_layers(models["edited"], sites)
     with _setup(budget, models, where, scale_lrs, steps, names) as setup:
-        roles = _roles(models, asked, built(names, setup), options, setup)
+        roles = _roles(models, asked, built(names, setup), budget, options)
         store = Store(Path(out) if out is not None else None, shared_folder())
         findings = run(roles, chosen, store, progress=progress)
     case = Case(
@@ -155,24 +154,21 @@ def _setup(
 
 
 def _roles(
-    models: Mapping[str, Audited],
-    asked: Material,
-    attacks: tuple[Attack, ...],
-    options: Mapping[str, Any],
-    setup: Setup,
+    models: Mapping[str, Audited], asked: Material, attacks: tuple[Attack, ...], budget: str, options: Mapping[str, Any]
 ) -> tuple[Role, ...]:
-    """Edited, original, and what the floor is measured on: the reference, or the edited model with invented facts."""
+    """Edited, original, and the reference; without one the edited model is asked invented facts as well."""
     whole = (*attacks, kept(asked.text))
-    found = [
-        Role("edited", models["edited"], asked, whole),
-        Role("original", models["original"], asked, (*whole, blind()), shared=True),
-    ]
+    original = Role("original", models["original"], asked, (*whole, blind()), shared=True)
     if "reference" in models:
-        return (*found, Role("reference", models["reference"], asked, attacks, shared=True))
+        edited = Role("edited", models["edited"], asked, whole)
+        return edited, original, Role("reference", models["reference"], asked, attacks, shared=True)
+    return Role("edited", models["edited"], asked, whole, invented=_invented(asked, budget, options)), original
+
+
+def _invented(asked: Material, budget: str, options: Mapping[str, Any]) -> Material | None:
     try:
-        fresh = fresh_facts(asked.forget, min(len(asked.forget), MOST_FRESH), options["seed"])
-        invented = prepared(fresh, asked.retain or asked.text, most=None, **options)
+        fresh = fresh_facts(asked.forget, min(len(asked.forget), MOST_FRESH[budget]), options["seed"])
+        return prepared(fresh, asked.retain or asked.text, most=None, **options)
     except DataError as error:
         asked.notes.append(f"no invented facts could be made ({error}); the floor is the best guess without knowledge")
-        return tuple(found)
-    return (*found, Role("fresh facts", models["edited"], invented, attacks))
+        return None

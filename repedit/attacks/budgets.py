@@ -27,6 +27,8 @@ from repedit.models import Subject
 
 BUDGETS = ("fast", "standard", "full")
 SEEDS = {"fast": (0,), "standard": (0, 1, 2), "full": (0, 1, 2)}
+MOST_FRESH = {"fast": 96, "standard": 256, "full": 256}
+"""Invented facts asked."""
 UNTRIED = {
     "gcg": "discrete prefixes are not searched for",
     "distillation": "the model is not distilled into another one",
@@ -52,6 +54,8 @@ class Setup:
     """The original, for directions between the two models."""
 
 
+_SHORT: Mapping[str, dict[str, Any]] = {"fast": {"length": 32, "measured": (40,)}}
+"""Harmless training at the fast budget reads shorter texts and asks at its end only."""
 Builder = Callable[[Setup], Sequence[Attack]]
 
 
@@ -85,7 +89,7 @@ _BUILDERS: Mapping[str, tuple[str, Builder]] = {
     "logit_lens": ("fast", lambda _: [reading.logit_lens()]),
     "probe": ("fast", lambda s: [probes.probe(kind=k) for k in (("linear", "mlp") if s.budget == "full" else ("linear",))]),
     "direction": ("standard", lambda s: [directions.direction(contrast=s.contrast)]),
-    "benign": ("fast", lambda s: [finetune.benign(scale=s.scale)]),
+    "benign": ("fast", lambda s: [finetune.benign(scale=s.scale, **_SHORT.get(s.budget, {}))]),
     "refill": ("fast", lambda s: [refill.refill(scale=s.scale)]),
     "relearn": ("standard", lambda s: [finetune.relearn(scale=s.scale)]),
     "upstream": ("standard", _upstream),

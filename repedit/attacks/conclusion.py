@@ -18,7 +18,7 @@ from repedit.attacks.judging.evidence import Recovery, Report, RetainCheck
 from repedit.attacks.judging.floors import heuristic_values, spelling_values
 from repedit.attacks.judging.verdict import EXCUSED, verdict
 from repedit.attacks.material import Material
-from repedit.attacks.running import MEMORY, Role
+from repedit.attacks.running import FRESH, MEMORY, Role
 from repedit.attacks.soundness import recorded
 from repedit.data.rows import row_hash
 from repedit.data.splits import entity_of
@@ -51,7 +51,8 @@ class Case:
     @property
     def entities(self) -> dict[str, str]:
         """Item id to entity, over every role."""
-        return {item: entity for role in self.roles for item, entity in role.material.entities.items()}
+        asked = [part for role in self.roles for part in (role.material, role.invented) if part is not None]
+        return {item: entity for part in asked for item, entity in part.entities.items()}
 
     @property
     def attacks(self) -> tuple[Attack, ...]:
@@ -133,11 +134,11 @@ def _floor(case: Case, edited: Sequence[Finding], guesses: Mapping[str, Any]) ->
     if case.found("reference", "direct"):
         return tuple(_or_direct(case, "reference", edited)), "reference"
     name, best = max(guesses.items(), key=lambda item: float(item[1].mean()))
-    fresh = _or_direct(case, "fresh facts", edited)
+    fresh = _or_direct(case, FRESH, edited)
     if fresh and fresh[0].status != SKIPPED and fresh[0].items:
         rate = np.mean([chosen(f, case.entities, case.seeds[0]).values.mean() for f in fresh])
         if rate >= best.mean():
-            return tuple(fresh), "fresh facts"
+            return tuple(fresh), FRESH
     # The guess holds for V in the order of the folds; an attack may have asked it in another.
     place = {fact.id: i for i, fact in enumerate(case.asked.tested)}
     return np.array([best[place[item]] for item in edited[0].items], dtype=np.float64), name
@@ -209,7 +210,7 @@ def _diagnostics(case: Case) -> dict[str, Any]:
 
 
 def _context(case: Case, known: float) -> dict[str, Any]:
-    models = {role.name: role.model for role in case.roles if role.name != "fresh facts"}
+    models = {role.name: role.model for role in case.roles}
     notes = list(case.asked.notes)
     if len(case.seeds) == 1:
         notes.append("one seed: intervals exclude training noise")

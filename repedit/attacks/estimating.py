@@ -9,27 +9,31 @@ from typing import Any, NamedTuple
 
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import Attack
-from repedit.attacks.budgets import SEEDS, Setup, built, planned
+from repedit.attacks.budgets import MOST_FRESH, SEEDS, Setup, built, planned
 from repedit.attacks.families.finetune import rtt
+from repedit.attacks.families.refill import null_spaces
 from repedit.attacks.models import Audited
 from repedit.data import Fact, Facts, Splits
 from repedit.models import Subject
 
 SAMPLE, STEPS = 24, 3
-MODELS = 3
-"""Edited, original, and the reference or the edited model with invented facts."""
 _QUESTIONS = {
-    "direct": 1.0, "strip": 1.0, "paraphrase": 4.0, "format": 9.0, "prefix": 6.0, "translate": 3.0, "in_context": 5.0,
+    "direct": 1.0, "strip": 1.0, "paraphrase": 4.0, "format": 9.0, "prefix": 6.0, "translate": 3.0, "in_context": 4.0,
     "sampling": 16.0, "perturb": 7.0, "logit_lens": 1.5, "probe": 2.5, "direction": 12.0, "membership": 1.0,
 }  # fmt: skip
 """Times the facts are asked, in units of asking one plainly; forms with longer prompts count more."""
+
+
+_TOKENS = 16
+"""Of a fact, about: a text of twice as many costs twice as much."""
 
 
 class Cost(NamedTuple):
     """Of one attack on one model."""
 
     questions: float
-    steps: int
+    steps: float
+    """Training steps, in units of one on facts."""
 
 
 def estimate(
@@ -50,14 +54,17 @@ def estimate(
     made = built(planned(budget, attacks), Setup(budget, model.layers))
     with model.opened() as subject:
         question, step = _calibrated(subject, items[:SAMPLE])
-    found = {}
+        lost = bool(null_spaces(subject)) if any(attack.name == "refill" for attack in made) else True
+    # Edited and original are trained; both, and the edited one with invented facts, are asked.
+    asked, found = 2 + min(1.0, MOST_FRESH[budget] / len(items)), {}
     for attack in made:
         cost = _cost(attack, len(items))
-        runs = MODELS * (len(SEEDS[budget]) if attack.draws else 1)
-        seconds = runs * (cost.questions * question + cost.steps * step)
+        asked_by, trained = (asked, 2.0) if attack.name != "refill" else ((asked - 1) * lost, 1.0 * lost)
+        runs = len(SEEDS[budget]) if attack.draws else 1
+        seconds = runs * (asked_by * cost.questions * question + trained * cost.steps * step)
         found[attack.name] = {"questions": round(cost.questions), "steps": cost.steps, "seconds": seconds}
     return {
-        "facts": len(items), "models": MODELS, "seconds_a_question": question, "seconds_a_step": step, "attacks": found,
+        "facts": len(items), "seconds_a_question": question, "seconds_a_step": step, "attacks": found,
         "minutes": sum(cost["seconds"] for cost in found.values()) / 60,
     }  # fmt: skip
 
@@ -82,7 +89,8 @@ def _cost(attack: Attack, facts: int) -> Cost:
             trials *= count
         steps = max(given.get("steps", 0), *given.get("measured", (0,)))
         asked = trials * len(given.get("measured", ())) + (trials if attack.uses_train else 0)
-        return Cost(asked * facts, folds * trials * steps)
+        longer = 1 / 3 + 2 / 3 * max(1.0, given["length"] / _TOKENS) if attack.name == "benign" else 1.0
+        return Cost(asked * facts, folds * trials * steps * longer)
     if "schemes" in given:
         return Cost(len(given["schemes"]) * facts, 0)
     return Cost(_QUESTIONS.get(attack.name, 4.0) * facts, 0)

@@ -147,7 +147,7 @@ def _estimate(edited: str, asked: Any, budget: str, chosen: list[str] | None, de
         return
     rows = [[name, cost["questions"], cost["steps"], round(cost["seconds"])] for name, cost in found["attacks"].items()]
     console.table(
-        f"{budget}: {found['facts']} facts, {found['models']} models, about {found['minutes']:.0f} minutes; nothing was attacked",
+        f"{budget}: {found['facts']} facts, about {found['minutes']:.0f} minutes; nothing was attacked",
         ("attack", "questions", "training steps", "seconds"), rows,
     )  # fmt: skip
 

@@ -161,14 +161,15 @@ def lengths(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
 def _answered(subject: Subject, questions: Sequence[_Question]) -> list[NDArray[np.float64]]:
     """The summed log-probability of every choice of questions whose prompts have one length.
 
-    The prompts are read once. Then the tree of choices is read level by level, each distinct beginning once, on top of
-    what its prompt left in the cache; so nothing is padded and nothing is read twice.
+    What all prompts begin with is read once, then the rest of each. Then the tree of choices is read level by level,
+    each distinct beginning once, on top of what its prompt left in the cache; nothing is padded or read twice.
     """
     found = [np.zeros(len(question.answers)) for question in questions]
     nodes: list[tuple[int, tuple[int, ...]]] = [(number, ()) for number in range(len(questions))]
     ids = torch.tensor([question.prompt for question in questions], device=subject.device)
-    length, cache = 0, None
     with torch.no_grad():
+        length, cache = _begun(subject, ids)
+        ids = ids[:, length:]
         while nodes:
             length += ids.shape[1]
             mask = torch.ones(len(nodes), length, dtype=torch.long, device=subject.device)
@@ -185,6 +186,19 @@ def _answered(subject: Subject, questions: Sequence[_Question]) -> list[NDArray[
                 cache.batch_select_indices(torch.tensor(parents, device=subject.device))
                 ids = torch.tensor([[path[-1]] for _, path in nodes], device=subject.device)
     return found
+
+
+def _begun(subject: Subject, ids: Int[Tensor, "b t"]) -> tuple[int, Any]:
+    """(tokens that all rows begin with, what reading them left in the cache, for every row); no row is read to its end."""
+    same = (ids[:, :-1] == ids[:1, :-1]).all(0)
+    length = int(same.to(torch.uint8).cumprod(0).sum())
+    if len(ids) == 1 or not length:
+        return 0, None
+    out = subject.model(
+        input_ids=ids[:1, :length], attention_mask=torch.ones_like(ids[:1, :length]), use_cache=True, logits_to_keep=1
+    )
+    out.past_key_values.batch_select_indices(torch.zeros(len(ids), dtype=torch.long, device=subject.device))
+    return length, out.past_key_values
 
 
 def _ends(node: tuple[int, tuple[int, ...]], questions: Sequence[_Question]) -> list[tuple[int, int]]:

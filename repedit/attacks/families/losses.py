@@ -81,14 +81,22 @@ def padded(items: Sequence[Example], pad: int, *, left: bool = False, extra: int
     )
 
 
+def stacked(subject: Subject, items: Sequence[Example]) -> Batch:
+    """The examples as a batch for a model, padded on the left: answers then end together, and few logits are made."""
+    return padded(items, padding(subject), left=True)
+
+
 def masked_loss(subject: Subject, batch: Batch) -> Float[Tensor, ""]:
     """Cross-entropy of the learned tokens in nats: mean over the tokens of an item, then over the items."""
     assert batch.answer is not None
     ids, mask, answer = (x.to(subject.device) for x in (batch.input_ids, batch.attention_mask, batch.answer))
-    logits = subject.model(**inputs_of(replace(batch, input_ids=ids, attention_mask=mask))).logits
-    learned = answer[:, 1:]
+    # Logits are made from the position before the first learned token on: of answers, few positions of many.
+    first = max(1, int(answer.any(0).to(torch.uint8).argmax()))
+    read = inputs_of(replace(batch, input_ids=ids, attention_mask=mask))
+    logits = subject.model(**read, logits_to_keep=ids.shape[1] - first + 1).logits
+    learned = answer[:, first:]
     picked = at_least_float32(logits[:, :-1][learned])
-    each = nn.functional.cross_entropy(picked, ids[:, 1:][learned], reduction="none")
+    each = nn.functional.cross_entropy(picked, ids[:, first:][learned], reduction="none")
     share = (learned / learned.sum(1, keepdim=True))[learned]
     return (each * share.to(each)).sum() / len(ids)
 
@@ -97,7 +105,7 @@ def mean_loss(subject: Subject, items: Sequence[Example], batch_size: int = 8) -
     """The loss over all the items, without training."""
     parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     with torch.no_grad():
-        sums = [float(masked_loss(subject, padded(part, padding(subject)))) * len(part) for part in parts]
+        sums = [float(masked_loss(subject, stacked(subject, part))) * len(part) for part in parts]
     return sum(sums) / len(items)
 
 

@@ -96,26 +96,21 @@ def carried_out(trials: Sequence[Trial], start: Start, test: Sequence[Fact], see
     A trial whose numbers are no longer finite scores what the model answers before any training from there on, and
     the reason says so. The outcome is "failed to train" where no trial learned what it was taught.
 
-    details: "curve", by step the best accuracy on V over the trials, the worst case of whoever removed the facts;
-    "losses" of every step and trial; "diverged", by trial the step.
+    details: "losses" of every step and trial; "diverged", by trial the step.
     """
     untouched = cache(lambda: ask(start()[0], test))
     answers: dict[str, FactsAccuracy] = {}
-    curve: dict[int, float] = {}
     tried: dict[str, _Tried] = {}
     if any(0 in trial.settings for trial in trials):
         answers[UNTOUCHED] = untouched()
-        curve[0] = untouched().accuracy
     for trial in trials:
         enough = any(t.known == 1.0 for t in tried.values())
         tried[trial.name] = one = _one(trial, start, test, seed, ask_known=not enough)
         for step, name in trial.settings.items():
             if step:
-                answers[name] = found = one.answers.get(step) or untouched()
-                curve[step] = max(curve.get(step, 0.0), found.accuracy)
+                answers[name] = one.answers.get(step) or untouched()
     diverged = {name: one.log.diverged for name, one in tried.items() if one.log.diverged}
     details = {
-        "curve": {str(step): value for step, value in sorted(curve.items())},
         "losses": {name: [round(loss, 4) for loss in one.log.losses] for name, one in tried.items()},
         "diverged": diverged,
     }

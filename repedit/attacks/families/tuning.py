@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from repedit.attacks.families.losses import Draw, masked_loss, padded, padding
+from repedit.attacks.families.losses import Draw, masked_loss, stacked
 from repedit.errors import ArgumentError, NotFinite, UnknownName, nearest
 from repedit.models import Subject
 
@@ -39,7 +40,7 @@ class Lion(torch.optim.Optimizer):
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW, "lion": Lion, "sgd": torch.optim.SGD,
+    "adamw": partial(torch.optim.AdamW, fused=True), "lion": Lion, "sgd": torch.optim.SGD,
 }  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def tune(
         if 0 in steps:
             measure(0)
         for step in range(1, tuning.steps + 1):
-            batch = padded(draw(step - 1), padding(subject))
+            batch = stacked(subject, draw(step - 1))
             loss = masked_loss(subject, batch)
             losses.append(float(loss.detach()))
             tokens += int(batch.attention_mask.sum())
