@@ -54,7 +54,7 @@ class Setup:
     """The original, for directions between the two models."""
 
 
-_SHORT: Mapping[str, dict[str, Any]] = {"fast": {"length": 32, "measured": (40,)}}
+_SHORT: Mapping[str, dict[str, Any]] = {"fast": {"length": 24, "measured": (40,)}}
 """Harmless training at the fast budget reads shorter texts and asks at its end only."""
 Builder = Callable[[Setup], Sequence[Attack]]
 
@@ -90,7 +90,7 @@ _BUILDERS: Mapping[str, tuple[str, Builder]] = {
     "probe": ("fast", lambda s: [probes.probe(kind=k) for k in (("linear", "mlp") if s.budget == "full" else ("linear",))]),
     "direction": ("standard", lambda s: [directions.direction(contrast=s.contrast)]),
     "benign": ("fast", lambda s: [finetune.benign(scale=s.scale, **_SHORT.get(s.budget, {}))]),
-    "refill": ("fast", lambda s: [refill.refill(scale=s.scale)]),
+    "refill": ("fast", lambda s: [refill.refill(scale=s.scale, **({"measured": (0, 20, 40)} if s.budget == "fast" else {}))]),
     "relearn": ("standard", lambda s: [finetune.relearn(scale=s.scale)]),
     "upstream": ("standard", _upstream),
     "downstream": ("standard", _downstream),
