@@ -1,8 +1,9 @@
 """The audit on models of which the answer is known, over seeds; and on SmolLM2-135M with edits of our own.
 
 `python -m bench.audit --part controls --seeds 0,1,2` runs every control of the self-test at each seed;
-`--part never --seeds 0,...,9` runs the one that was never taught the facts. `--part smollm2 --edit FILE --facts capitals`
-exports a saved edit and audits the checkpoint with the fast budget. Each writes bench/results/audit-PART.json.
+`--part never --seeds 0,...,9` runs the one that was never taught the facts. `--part projected` exports an edit that
+`bench.mrp` saved, `--part pruned` makes and exports one; the checkpoint is audited with the fast budget. Each writes
+bench/results/audit-PART.json.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import repedit as rp
 from bench.record import record
 from repedit.attacks.controls.selftest import selftest
+from repedit.data.cloze import PYTHON, cloze
 
 CONTROLS = {"controls": None, "never": ("NC1",), "also": ("NC2a", "NC2b", "NC2c", "PC8")}
 
@@ -38,40 +40,57 @@ def controls(seeds: list[int], names: tuple[str, ...] | None) -> list[dict[str, 
     return rows
 
 
-def smollm2(edit: Path, facts: str, folder: Path) -> list[dict[str, Any]]:
-    """Export an edit, audit it with the fast budget, write the pages; a second audit shows what the cache saves."""
+def projected(edit: Path, folder: Path) -> list[dict[str, Any]]:
+    """A saved projection off the capitals, audited twice: the second time shows what the cache saves."""
+    target = _exported(rp.Edit.load(edit), folder / edit.stem)
+    return [_audited(name, target, rp.data.facts("capitals"), folder) for name in ("first", "again")]
+
+
+def pruned(folder: Path) -> list[dict[str, Any]]:
+    """The neurons most specific to code pruned, as in the first example of the README; asked which word comes next in
+    code of documents that no neuron was scored on. Prose is what should have been kept."""
+    (forget, _), (retain, prose) = rp.data.code().halves(), rp.data.prose().halves()
     lm = rp.load("smollm2-135m")
-    target = folder / edit.stem
+    scores = rp.score(*(rp.collect(lm, text, limit_tokens=4000, progress=False) for text in (forget, retain)))
+    target = _exported(rp.prune(scores, fraction=0.05), folder / "pruned")
+    used = {document.origin for document in forget.documents}
+    whole = rp.data.code(characters=None)
+    rest = replace(whole, documents=tuple(d for d in whole.documents if d.id not in used))
+    facts = cloze(rest, 104, characters=48, lines=PYTHON)
+    return [_audited("pruned", target, facts, folder, retain=cloze(prose, 96, characters=48))]
+
+
+def _exported(edit: rp.Edit, target: Path) -> Path:
     if not target.exists():
-        rp.export(rp.Edit.load(edit), source=lm, target=target)
-    asked, rows = rp.data.facts(facts), []
-    for name in ("first", "again"):
-        out, start, busy = folder / f"{edit.stem}-{name}", time.time(), time.process_time()
-        report = rp.audit(target, original="smollm2-135m", facts=asked, out=out, progress=False)
-        rp.report.write(report, out)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        row = {
-            "name": name, "minutes": (time.time() - start) / 60, "core_minutes": (time.process_time() - busy) / 60,
-            "peak_gib": memory, "verdict": report.verdict.word,
-        }  # fmt: skip
-        rows.append(row | {"recoveries": [asdict(r) for r in report.recoveries], "sentence": report.verdict.sentence})
-        print(name, row, report.verdict, flush=True)
-    return rows
+        rp.export(edit, source=rp.load("smollm2-135m"), target=target)
+    return target
+
+
+def _audited(name: str, target: Path, facts: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    out, start, busy = folder / f"{target.name}-{name}", time.time(), time.process_time()
+    report = rp.audit(target, original="smollm2-135m", facts=facts, out=out, progress=False, **options)
+    row = {
+        "name": name, "minutes": (time.time() - start) / 60, "core_minutes": (time.process_time() - busy) / 60,
+        "threads": torch.get_num_threads(), "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "verdict": report.verdict.word, "sentence": report.verdict.sentence,
+    }  # fmt: skip
+    rp.report.write(report, out)
+    print(row, flush=True)
+    return row | {"retain": asdict(report.retain), "recoveries": [asdict(r) for r in report.recoveries]}
 
 
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=[*CONTROLS, "smollm2"], required=True)
+    parser.add_argument("--part", choices=[*CONTROLS, "projected", "pruned"], required=True)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--edit", type=Path)
-    parser.add_argument("--facts", default="capitals")
+    parser.add_argument("--edit", type=Path, default=Path(".cache/bench-mrp/capitals-0.safetensors"))
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench-audit"))
     options = parser.parse_args()
-    if options.part == "smollm2":
-        if options.edit is None:
-            parser.error("--part smollm2 needs --edit FILE, a saved edit")
-        rows = smollm2(options.edit, options.facts, options.folder)
+    if options.part == "projected":
+        rows = projected(options.edit, options.folder)
+    elif options.part == "pruned":
+        rows = pruned(options.folder)
     else:
         torch.set_num_threads(1)
         rows = controls([int(seed) for seed in options.seeds.split(",")], CONTROLS[options.part])

@@ -67,6 +67,10 @@ def _rtt(setup: Setup) -> Sequence[Attack]:
     return [finetune.rtt(steps=n, measured=(0, n // 8, n // 4, n // 2, n), scale=setup.scale, **options)]
 
 
+def _measured(setup: Setup) -> tuple[int, ...]:
+    return (0, 20, 40) if setup.budget == "fast" else (0, 5, 10, 20, 40)
+
+
 def _upstream(setup: Setup) -> Sequence[Attack]:
     return [finetune.upstream(min(setup.edited_layers) if setup.edited_layers else None, scale=setup.scale)]
 
@@ -90,7 +94,7 @@ _BUILDERS: Mapping[str, tuple[str, Builder]] = {
     "probe": ("fast", lambda s: [probes.probe(kind=k) for k in (("linear", "mlp") if s.budget == "full" else ("linear",))]),
     "direction": ("standard", lambda s: [directions.direction(contrast=s.contrast)]),
     "benign": ("fast", lambda s: [finetune.benign(scale=s.scale, **_SHORT.get(s.budget, {}))]),
-    "refill": ("fast", lambda s: [refill.refill(scale=s.scale, **({"measured": (0, 20, 40)} if s.budget == "fast" else {}))]),
+    "refill": ("fast", lambda s: [refill.refill(scale=s.scale, measured=_measured(s))]),
     "relearn": ("standard", lambda s: [finetune.relearn(scale=s.scale)]),
     "upstream": ("standard", _upstream),
     "downstream": ("standard", _downstream),

@@ -1,6 +1,7 @@
 """Texts and facts to measure on: built-in ones, your own files, and splits that share no document and no entity."""
 
 from repedit.data.catalogue import DOMAINS, facts
+from repedit.data.cloze import cloze
 from repedit.data.corpus import Batch, Batches, Corpus, Document, Tokens
 from repedit.data.domains import Fact, Facts, by_domain, with_choices, with_paraphrases
 from repedit.data.inventing import invented
@@ -23,6 +24,7 @@ __all__ = [
     "Tokens",
     "as_batches",
     "by_domain",
+    "cloze",
     "code",
     "facts",
     "invented",
