@@ -15,6 +15,7 @@ PYTHON = (
     r"\s*((def|class|return|import|from|if|elif|for|while|with|raise|assert|yield)\b|[\w.\[\]\"']+ [-+*/|&]?= )[^#]*$"
 )
 """Lines of Python that are neither comments nor, mostly, docstrings."""
+_START = re.compile(r"\n|(?<=[.!?]) ")
 _WORD = re.compile(r"(?<=\S )[A-Za-z_]{4,}\b")
 
 
@@ -31,7 +32,7 @@ def cloze(
 ) -> Facts:
     """Which word comes next, at places drawn from every document in turn; facts about no entity but their document.
 
-    A prompt begins at the start of a line and ends before a word of at least four letters; the wrong choices are words
+    A prompt begins at the start of a line or sentence and ends before a word of at least four letters; the wrong choices are words
     that are answers in other documents. Halves of the facts share no document.
 
     Args:
@@ -77,9 +78,10 @@ def _gaps(document: Document, characters: int, lines: re.Pattern[str], seed: int
     matches = list(_WORD.finditer(text))
     for match in random.Random(f"{seed}:{document.id}").sample(matches, len(matches)):
         place, word = match.start(), match[0]
-        starts = [0, *(end.end() for end in re.finditer(r"\n", text[:place]))]
+        starts = [0, *(end.end() for end in _START.finditer(text, 0, place))]
         start = next((s for s in reversed(starts) if characters <= place - s <= 2 * characters), None)
-        if start is not None and word.lower() not in seen and lines.match(text[starts[-1] : place]):
+        line = text[text.rfind("\n", 0, place) + 1 : place]
+        if start is not None and word.lower() not in seen and lines.match(line):
             seen.add(word.lower())
             yield _Gap(source, text[start : place - 1], word)
 
