@@ -4,7 +4,7 @@ Training sees the first three phrasings of every forget fact and a list form; ph
 Retain facts are split by entity: one half is trained on, the other is scored. Accuracy is 8-way multiple choice by
 answer log-probability. Perplexity is on WikiText-2 documents that no setting was chosen on.
 
-Run as `python -m bench.mrp --part one|tasks|attack|rounding|ranks --seed N`; each part writes bench/results/mrp-PART-N.json,
+Run as `python -m bench.mrp --part one|published|tasks|attack|rounding|ranks --seed N`; each part writes bench/results/mrp-PART-N.json,
 and `python -m bench.mrp_report` joins them. Settings are compared with `--part ranks` on entity halves of its own seed.
 """
 
@@ -25,6 +25,7 @@ from bench.record import RESULTS, record
 from bench.relearning import gradient_difference, relearn, rounded
 from repedit.data import Fact, Splits, with_paraphrases
 from repedit.edit import Edit
+from repedit.fit.mrp import REFERENCE
 from repedit.models import Subject
 
 TASKS = ("capitals", "symbols", "opposites", "past_tenses")
@@ -127,6 +128,14 @@ def matched(bench: Bench, seed: int, goal: float, folder: Path) -> tuple[Subject
     return student, steps
 
 
+def published(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Capitals with the settings of the published code, whose defects are corrected here: rank 2 at two sites."""
+    given = {name: value for name, value in asdict(REFERENCE).items() if name != "seed"}
+    edit = bench.edit("capitals", seed, sites=["10.mlp.out", "20.mlp.out"], rank=2, **given)
+    edited = rp.apply(edit, bench.lm)
+    return [bench.row("published settings", seed, edited, "capitals", steps=edit.provenance["steps_run"])]
+
+
 def tasks(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Four domains one after another; after each, every domain is scored."""
     edit, rows = None, []
@@ -201,7 +210,7 @@ def ranks(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"ranks": ranks, "one": one, "tasks": tasks, "attack": attack, "rounding": rounding}
+PARTS = {"ranks": ranks, "one": one, "published": published, "tasks": tasks, "attack": attack, "rounding": rounding}
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def shown(values: Iterable[float], digits: int = 2) -> str:
 def one() -> None:
     """Capitals, and what else is kept."""
     table = defaultdict(list)
-    for row in rows("one"):
+    for row in [*rows("one"), *rows("published")]:
         table[row["name"]].append(row)
     base = table["original"][0]
     print(

@@ -11,9 +11,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from tqdm.auto import tqdm
 
+from repedit.activations.memory import out_of_memory
 from repedit.attacks.attack import SKIPPED, Attack, Finding, Outcome, joined, only
 from repedit.attacks.material import Material
 from repedit.attacks.models import Audited
@@ -24,7 +24,7 @@ from repedit.models import Subject
 
 FRESH = "fresh facts"
 """The role of facts nobody can know."""
-MEMORY = "ran out of memory; no pass is possible without this attack"
+MEMORY = "ran out of memory, in smaller batches too; no pass is possible without this attack"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,5 +127,7 @@ def _one(
 def _attacked(attack: Attack, subject: Subject, splits: Splits) -> Finding:
     try:
         return attack(subject, splits)
-    except (MemoryError, torch.OutOfMemoryError):
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
         return replace(attack, run=lambda *_: Outcome({}, MEMORY, status=SKIPPED))(subject, splits)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from repedit.activations.memory import halving
 from repedit.activations.passes import at_least_float32
 from repedit.data import Fact, Facts
 from repedit.data.domains import holds
@@ -69,7 +70,8 @@ def facts_accuracy(
     Args:
         facts: Facts (those to forget), or facts.
         rule: what compares answers of several tokens: the "sum" of their log-probabilities, or the "mean" a token.
-        batch_size: facts a forward pass; "auto" is 32, which is some two hundred short rows with their choices.
+        batch_size: facts a forward pass; "auto" is 32, some two hundred short rows with their choices, and half as
+            many for as long as memory does not suffice.
     Raises:
         UnknownName: if there is no such way or rule.
         DataError: if there are no facts, a fact has no choices, or two choices are the same tokens.
@@ -87,14 +89,17 @@ def facts_accuracy(
     if how == "choice" and bare is not None:
         raise DataError(f"fact {bare!r} has no choices; give some, or how='greedy'")
     options = [fact.choices if how == "choice" else (fact.answer,) for fact in items]
-    rows = _ROWS if batch_size == "auto" else int(batch_size)
-    scores = [part if rule == "sum" else part / count for part, count in choice_scores(subject, items, options, rows)]
+
+    def run(rows: int) -> tuple[list[NDArray[np.float64]], list[bool]]:
+        pairs = choice_scores(subject, items, options, rows)
+        written = _written(subject, items, rows) if how == "greedy" else []
+        return [part if rule == "sum" else part / count for part, count in pairs], written
+
+    scores, correct = halving(run, _ROWS)[0] if batch_size == "auto" else run(int(batch_size))
     right = [choices.index(fact.answer) for fact, choices in zip(items, options, strict=True)]
     graded = np.array([score[i] for score, i in zip(scores, right, strict=True)])
     if how == "choice":
         correct = [bool((score >= score[i]).sum() == 1) for score, i in zip(scores, right, strict=True)]
-    else:
-        correct = _written(subject, items, rows)
     return FactsAccuracy(np.array(correct), graded, tuple(fact.id for fact in items))
 
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from repedit.attacks.families.losses import Draw, masked_loss, stacked
+from repedit.activations.memory import halving
+from repedit.attacks.families.losses import Draw, Example, masked_loss, stacked
 from repedit.errors import ArgumentError, NotFinite, UnknownName, nearest
 from repedit.models import Subject
 
@@ -131,31 +132,45 @@ def tune(
         ArgumentError: if the model has no such layer.
         NotFinite: if `measure(0)` finds the model broken before the training; later it ends the training.
     """
-    steps, losses, tokens = set(at), [], 0
+    steps, losses, tokens, size = set(at), [], 0, tuning.batch_size
     with torch.enable_grad(), _trainable(subject, tuning, seed, trained) as parameters:
         optimizer = OPTIMIZERS[tuning.optimizer](parameters, lr=tuning.rate, weight_decay=tuning.weight_decay)
         if 0 in steps:
             measure(0)
         for step in range(1, tuning.steps + 1):
-            batch = stacked(subject, draw(step - 1))
-            loss = masked_loss(subject, batch)
-            losses.append(float(loss.detach()))
-            tokens += int(batch.attention_mask.sum())
-            if not math.isfinite(losses[-1]):
+            run = partial(_gradients, subject, draw(step - 1), parameters)
+            (loss, read), size = halving(run, size)
+            losses.append(loss)
+            tokens += read
+            if not math.isfinite(loss):
                 return TuningLog(tuple(losses), tokens, step)
-            loss.backward()
             if not bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, tuning.clip))):
                 return TuningLog(tuple(losses), tokens, step)
             for group in optimizer.param_groups:
                 group["lr"] = tuning.rate_at(step)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             if step in steps:
                 try:
                     measure(step)
                 except NotFinite:
                     return TuningLog(tuple(losses), tokens, step)
     return TuningLog(tuple(losses), tokens)
+
+
+def _gradients(
+    subject: Subject, items: Sequence[Example], parameters: Sequence[nn.Parameter], size: int
+) -> tuple[float, int]:
+    """(loss, tokens) of a step, read `size` items at a time; the gradients are those of all of them together."""
+    for p in parameters:
+        p.grad = None
+    total, tokens = 0.0, 0
+    for part in (items[i : i + size] for i in range(0, len(items), size)):
+        batch = stacked(subject, part)
+        loss = masked_loss(subject, batch) * (len(part) / len(items))
+        loss.backward()
+        total += float(loss.detach())
+        tokens += int(batch.attention_mask.sum())
+    return total, tokens
 
 
 @contextmanager
