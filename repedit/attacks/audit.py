@@ -117,7 +117,7 @@ def audit(
         material=material, clear=clear, allow_small=allow_small, edited_layers=where, planned=names, command=command,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
-    report = shown(concluded(case), models)
+    report = shown(concluded(case), models, () if budget == "fast" else asked.tested)
     if out is not None and save:
         report.save(out)
     return report

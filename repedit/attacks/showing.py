@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from repedit.attacks.diagnosing import line, uds
 from repedit.attacks.families.rounding import survival
 from repedit.attacks.judging.evidence import Report
 from repedit.attacks.models import Audited
+from repedit.data import Fact
 from repedit.metrics.generation import continuations
 from repedit.models import Subject
 
@@ -16,33 +19,37 @@ TOKENS = 8
 SCHEMES = ("int8", "int4")
 
 
-def shown(report: Report, models: Mapping[str, Audited]) -> Report:
-    """The report with what each model writes after the examples' prompts, and how much of the edit rounding leaves.
+def shown(report: Report, models: Mapping[str, Audited], facts: Sequence[Fact] = ()) -> Report:
+    """The report with what each model writes after the examples' prompts, and what its edit is like.
 
     diagnostics: "update": for every changed matrix of the blocks its size, and the cosine of the rounded update with the
-    true one by scheme; its mean as "survival". An edit that lives in hooks has no such numbers. Loading costs seconds,
-    so every model is opened once.
+    true one by scheme; its mean as "survival". With facts to ask also "line", and with a reference "uds": see
+    `diagnosing`. An edit that lives in hooks has neither update nor line. Loading costs seconds, so every model is
+    opened once.
     """
     prompts = [example["prompt"] for example in report.examples]
     hooked = models["edited"].hooked or models["original"].hooked
-    words: dict[str, tuple[str, ...]] = {}
-    update: dict[str, Any] = {}
-    if prompts or not hooked:
-        with models["edited"].opened() as edited, models["original"].opened() as original:
-            words = {"edited": _written(edited, prompts), "original": _written(original, prompts)}
-            update = {} if hooked else _update(edited, original)
-    if prompts and "reference" in models:
-        with models["reference"].opened() as reference:
-            words["reference"] = _written(reference, prompts)
+    both = ("edited", "original") if prompts or facts or not hooked else ()
+    roles = (*both, *(("reference",) if "reference" in models and (prompts or facts) else ()))
+    with ExitStack() as stack:
+        opened = {role: stack.enter_context(models[role].opened()) for role in roles}
+        words = {role: continuations(subject, prompts, tokens=TOKENS) for role, subject in opened.items()}
+        found = _update(opened["edited"], opened["original"]) if opened and not hooked else {}
+        if facts:
+            found |= _diagnosed(opened, facts, plain=not hooked)
     examples = tuple(
         {**example, **{role: texts[i] for role, texts in words.items()}, "attacked": example["answer"]}
         for i, example in enumerate(report.examples)
     )
-    return replace(report, examples=examples, diagnostics={**report.diagnostics, **update})
+    return replace(report, examples=examples, diagnostics={**report.diagnostics, **found})
 
 
-def _written(subject: Subject, prompts: Sequence[str]) -> tuple[str, ...]:
-    return continuations(subject, prompts, tokens=TOKENS)
+def _diagnosed(opened: Mapping[str, Subject], facts: Sequence[Fact], *, plain: bool) -> dict[str, Any]:
+    edited, original = opened["edited"], opened["original"]
+    if edited.quantizer or original.quantizer:
+        return {}
+    found = {"line": line(edited, original, facts)} if plain else {}
+    return found | ({"uds": uds(edited, original, opened["reference"], facts)} if "reference" in opened else {})
 
 
 def _update(edited: Subject, original: Subject) -> dict[str, Any]:
