@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -105,6 +106,34 @@ def test_batches_depend_on_seed_and_step_alone():
     assert seen[:5] != seen[5:10]
     assert seen[:5] != [item for step in range(3) for item in shuffled(items, 2, seed=2)(step)][:5]
     assert len(shuffled(items, 8, seed=1)(0)) == 5
+
+
+def check_like_lengths_together(drawn):
+    """Every item once an epoch, batches of one length where there are enough, in an order that is not that of length."""
+    items = [Example([i] * (2 + i % 3), [False] * (1 + i % 3) + [True]) for i in range(24)]
+    draw = drawn(items, 4, 0)
+    for epoch in range(3):
+        batches = [draw(6 * epoch + step) for step in range(6)]
+        assert sorted(item for batch in batches for item in batch) == sorted(items)
+        lengths = [{len(item.ids) for item in batch} for batch in batches]
+        assert all(len(found) == 1 for found in lengths)
+        assert len({str(found) for found in lengths}) == 3 and lengths != sorted(lengths, key=min)
+    odd = drawn(items[:10], 4, 0)
+    seen = [item for step in range(10) for item in odd(step)]
+    assert all(sorted(seen[i : i + 10]) == sorted(items[:10]) for i in range(0, 40, 10))
+
+
+def test_texts_of_like_length_come_together():
+    check_like_lengths_together(shuffled)
+
+
+def test_an_order_by_chance_alone_is_caught():
+    def drawn(items, size, seed):
+        order = random.Random(seed).sample(items, len(items))
+        return lambda step: [order[i % len(items)] for i in range(step * size, (step + 1) * size)]
+
+    with pytest.raises(AssertionError):
+        check_like_lengths_together(drawn)
 
 
 def test_one_source_comes_after_the_other():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -50,12 +50,26 @@ def examples(subject: Subject, source: Any, *, loss: str = "answer", max_tokens:
 
 
 def shuffled(items: Sequence[Example], size: int, seed: int) -> Draw:
-    """Batches out of one order an epoch, without a break between epochs; never more than there are items."""
+    """Batches out of one order an epoch, without a break between epochs; never more than there are items.
+
+    Texts of like length come together, so that little is padding.
+    """
     count, size = len(items), min(size, len(items))
+
+    @cache
+    def order(epoch: int) -> list[int]:
+        drawing = random.Random(f"{seed}:{epoch}")
+        ranked = sorted(drawing.sample(range(count), count), key=lambda i: len(items[i].ids))
+        # The first places complete the batch that the epoch before began, the last ones begin one.
+        first = -epoch * count % size
+        last = first + (count - first) // size * size
+        whole = [ranked[i : i + size] for i in range(first, last, size)]
+        drawing.shuffle(whole)
+        return [*ranked[:first], *(i for batch in whole for i in batch), *ranked[last:]]
 
     def draw(step: int) -> Sequence[Example]:
         places = range(step * size, (step + 1) * size)
-        return [items[_order(seed, place // count, count)[place % count]] for place in places]
+        return [items[order(place // count)[place % count]] for place in places]
 
     return draw
 
@@ -113,8 +127,3 @@ def padding(subject: Subject) -> int:
     """The token that fills rows up; any does, as padding weighs nothing."""
     pad = subject.need_tokenizer().pad_token_id
     return 0 if pad is None else int(pad)
-
-
-@lru_cache(maxsize=64)
-def _order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    return tuple(random.Random(f"{seed}:{epoch}").sample(range(count), count))
