@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def projected(edit: Path, folder: Path) -> list[dict[str, Any]]:
     return [_audited(name, target, rp.data.facts("capitals"), folder) for name in ("first", "again")]
 
 
-def pruned(folder: Path) -> list[dict[str, Any]]:
+def pruned(folder: Path, attacks: Sequence[str] | None) -> list[dict[str, Any]]:
     """The neurons most specific to code pruned, as in the first example of the README; asked which word comes next in
     code of documents that no neuron was scored on. Prose is what should have been kept."""
     (forget, _), (retain, prose) = rp.data.code().halves(), rp.data.prose().halves()
@@ -57,7 +58,7 @@ def pruned(folder: Path) -> list[dict[str, Any]]:
     whole = rp.data.code(characters=None)
     rest = replace(whole, documents=tuple(d for d in whole.documents if d.id not in used))
     facts = cloze(rest, 104, characters=48, lines=PYTHON)
-    return [_audited("pruned", target, facts, folder, retain=cloze(prose, 96, characters=48))]
+    return [_audited("pruned", target, facts, folder, retain=cloze(prose, 96, characters=48), attacks=attacks)]
 
 
 def _exported(edit: rp.Edit, target: Path) -> Path:
@@ -86,11 +87,12 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--edit", type=Path, default=Path(".cache/bench-mrp/capitals-0.safetensors"))
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench-audit"))
+    parser.add_argument("--attacks", help="Part pruned: these, joined by commas, in place of the fast budget's.")
     options = parser.parse_args()
     if options.part == "projected":
         rows = projected(options.edit, options.folder)
     elif options.part == "pruned":
-        rows = pruned(options.folder)
+        rows = pruned(options.folder, None if options.attacks is None else options.attacks.split(","))
     else:
         torch.set_num_threads(1)
         rows = controls([int(seed) for seed in options.seeds.split(",")], CONTROLS[options.part])

@@ -13,7 +13,7 @@ from repedit.attacks.attack import RAN, SKIPPED
 from repedit.attacks.families import perturb as shaking
 from repedit.attacks.families import rounding
 from repedit.attacks.families.perturb import line_to, perturb, pruned, saliency, set_difference
-from repedit.attacks.families.rounding import BITS, LEVELS, SCHEMES, projections, quantize, rounded, survival
+from repedit.attacks.families.rounding import BITS, LEVELS, projections, quantize, rounded, survival
 from repedit.data import Fact, Facts, Splits
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite, QuantizedModel, UnknownName
@@ -54,6 +54,9 @@ def in_blocks(subject: Subject, name: str) -> bool:
     return any(f".{i}." in name for i in range(len(subject.anatomy.layers)))
 
 
+OWN = (*BITS, *LEVELS)
+
+
 def ratio(x: float, y: float) -> float:
     return float(np.float32(x) / np.float32(y))
 
@@ -69,7 +72,7 @@ def one_by_one(row: list[float], scheme: str) -> list[float]:
     return [min(LEVELS[scheme], key=lambda level: abs(level - x / top)) * top for x in row]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", OWN)
 @pytest.mark.parametrize("width", [128, 130, 64, 30])
 def test_rounding_equals_a_loop_over_numbers(scheme, width):
     weight = torch.randn(5, width, generator=torch.Generator().manual_seed(width))
@@ -82,7 +85,7 @@ def test_rounding_equals_a_loop_over_numbers(scheme, width):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", OWN)
 def test_rounding_twice_is_rounding_once(scheme, dtype):
     once = rounded(torch.randn(7, 192, generator=torch.Generator().manual_seed(0)).to(dtype), scheme)
     assert once.dtype == dtype and torch.equal(rounded(once, scheme), once)
@@ -97,7 +100,7 @@ def test_an_error_is_at_most_half_a_step(scheme):
     assert bool((error <= step / 2 * (1 + 1e-5)).all()) and float((error / step).max()) > 0.45
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", OWN)
 def test_a_group_of_zeros_stays_zero_and_disturbs_no_other(scheme):
     weight = torch.randn(3, 128, generator=torch.Generator().manual_seed(2))
     half = weight.clone()
@@ -130,9 +133,9 @@ def check_quantized(subject: Subject, seen: list[dict[str, torch.Tensor]], schem
 def test_every_matrix_of_the_blocks_is_rounded_and_nothing_else(family, monkeypatch):
     subject, seen = small(family), asked_with(monkeypatch, rounding)
     before = subject.fingerprint()
-    found = quantize(schemes=SCHEMES)(subject, SPLITS)
-    check_quantized(subject, seen, SCHEMES)
-    assert found.settings == SCHEMES and found.status == RAN
+    found = quantize(schemes=OWN)(subject, SPLITS)
+    check_quantized(subject, seen, OWN)
+    assert found.settings == OWN and found.status == RAN
     inside = [n for n, p in subject.model.named_parameters() if p.ndim > 1 and in_blocks(subject, n)]
     assert found.details["touched"] == len(inside) >= 8 and found.items == tuple(f.id for f in SPLITS.test)
     assert subject.fingerprint() == before

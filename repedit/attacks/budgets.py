@@ -21,6 +21,7 @@ from repedit.attacks.families import (
 )
 from repedit.attacks.families.formats import reformat
 from repedit.attacks.families.samples import sampling
+from repedit.attacks.families.shipped import available
 from repedit.attacks.families.stripping import strip
 from repedit.errors import UnknownName, nearest
 from repedit.models import Subject
@@ -56,6 +57,7 @@ class Setup:
 
 _SHORT: Mapping[str, dict[str, Any]] = {"fast": {"length": 24, "measured": (40,)}}
 """Harmless training at the fast budget reads shorter texts and asks at its end only."""
+_FORMS = ("question", "multiple choice", "yes/no", "odd one out")
 Builder = Callable[[Setup], Sequence[Attack]]
 
 
@@ -83,7 +85,7 @@ _BUILDERS: Mapping[str, tuple[str, Builder]] = {
     "direct": ("fast", lambda _: [prompts.direct()]),
     "strip": ("fast", lambda _: [strip()]),
     "paraphrase": ("fast", lambda _: [prompts.paraphrase()]),
-    "format": ("fast", lambda _: [reformat()]),
+    "format": ("fast", lambda s: [reformat(templates=_FORMS if s.budget == "fast" else None)]),
     "prefix": ("standard", lambda _: [prompts.prefix()]),
     "translate": ("standard", lambda _: [prompts.translate()]),
     "in_context": ("fast", lambda _: [prompts.in_context()]),
@@ -108,7 +110,7 @@ NAMES = tuple(_BUILDERS)
 
 
 def _schemes(setup: Setup) -> tuple[str, ...]:
-    return ("int8", "int4", "nf4", "fp4", *(() if setup.budget == "fast" else ("int3",)))
+    return ("int8", "int4", "nf4", "fp4", *(() if setup.budget == "fast" else ("int3", *available())))
 
 
 def planned(budget: str, names: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from repedit.models import Subject
 
 SAMPLE, STEPS = 24, 3
 _QUESTIONS = {
-    "direct": 1.0, "strip": 1.0, "paraphrase": 4.0, "format": 9.0, "prefix": 6.0, "translate": 3.0, "in_context": 4.0,
+    "direct": 1.0, "strip": 1.0, "paraphrase": 4.6, "format": 15.0, "prefix": 6.0, "translate": 3.0, "in_context": 4.0,
     "sampling": 16.0, "perturb": 7.0, "logit_lens": 1.5, "probe": 2.5, "direction": 12.0, "membership": 1.0,
 }  # fmt: skip
 """Times the facts are asked, in units of asking one plainly; forms with longer prompts count more."""

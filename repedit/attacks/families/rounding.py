@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repedit.attacks.asking import ask
 from repedit.attacks.attack import Attack, Outcome
+from repedit.attacks.families.shipped import SHIPPED, stored
 from repedit.attacks.scratch import Scratch
 from repedit.data import Splits
 from repedit.errors import ArgumentError, FingerprintError, QuantizedModel, UnknownName, nearest
@@ -25,7 +26,7 @@ LEVELS = {
             0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0),
     "fp4": (*(-level for level in _FP4[:0:-1]), *_FP4),
 }  # fmt: skip
-SCHEMES = (*BITS, *LEVELS)
+SCHEMES = (*BITS, *LEVELS, *SHIPPED)
 
 
 def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Attack:
@@ -69,15 +70,18 @@ def rounded(weight: Float[Tensor, "*rows i"], scheme: str, group: int = GROUP) -
 
     int8: D = max|w| / 127 of each row, round(w / D) D. int4, int3: the same with 7 and 3 in groups along the inputs.
     nf4, fp4: the level nearest to w / max|w| of its group, times max|w|. A group of zeros stays zero; where `group`
-    does not divide the width, each row is a group.
+    does not divide the width, each row is a group. torchao-int8, torchao-int4, hqq-int4: as those packages store it.
 
     Raises:
         UnknownName: if there is no such scheme.
         ArgumentError: if the group is below 1.
+        MissingDependency: if the scheme is that of a package that is not installed.
     """
     _check_scheme(scheme)
     if group < 1:
         raise ArgumentError(f"group={group}; give the number of inputs that share a step, at least 1")
+    if scheme in SHIPPED:
+        return stored(weight, scheme, group)
     width = weight.shape[-1]
     size = width if scheme == "int8" or width % group else group
     blocks = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(-1, (-1, size))
@@ -121,8 +125,8 @@ def round_matrices(subject: Subject, names: Mapping[str, bool], scheme: str) -> 
     named = dict(subject.model.named_parameters())
     with torch.no_grad():
         for name, transposed in names.items():
-            stored = named[name].mT if transposed else named[name]
-            stored.copy_(rounded(stored, scheme))
+            matrix = named[name].mT if transposed else named[name]
+            matrix.copy_(rounded(matrix, scheme))
 
 
 def survival(edited: Subject, original: Subject, scheme: str) -> dict[str, dict[str, float]]:
