@@ -14,6 +14,7 @@ and the like keep working.
     |- DataError (ValueError)                  a bad row, field or empty set
     |  |- OverlapError, NotEnoughRows, NotFinite
     |  |- NothingLeft, NoSignal                a fit that finds nothing to remove
+    |- MetricError (ValueError)                values that make no metric: NaN, out of range, of different questions
     |- NotConverged, TrainingError (RuntimeError), TooLarge (MemoryError)
     |- MissingStatistic (ValueError), NoGradient (RuntimeError)
     |- NotFound (FileNotFoundError), NotAModel (TypeError), UnknownArchitecture (ValueError)
@@ -96,6 +97,10 @@ class NothingLeft(DataError):
 
 class NoSignal(DataError):
     """The labels or classes do not differ, so there is nothing to erase."""
+
+
+class MetricError(RepeditError, ValueError):
+    """Values from which a metric cannot be computed, or not one that means anything."""
 
 
 class TrainingError(RepeditError, RuntimeError):
