@@ -1,21 +1,154 @@
-"""What a model writes."""
+"""What a model writes, and how far that agrees with a reference text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from repedit.metrics.probability import continued
+from repedit.errors import ArgumentError, DataError, MissingDependency
 from repedit.models import Subject
 
 
+def generate(
+    subject: Subject,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    chat: bool = False,
+    progress: bool | None = None,
+) -> tuple[str, ...]:
+    """The greedy continuation of each prompt, without the prompt and without special tokens.
+
+    Prompts of like length are read together, padded on the left; a padded prompt is continued as it is alone.
+
+    Args:
+        chat: put each prompt in the tokenizer's chat template, as a message of the user. This moves scores: say so
+            beside them.
+    Raises:
+        ArgumentError: without a tokenizer, or one with a chat template where it is asked for, or with a number below 1.
+        DataError: if a prompt has no token, or leaves the model no room to go on.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ArgumentError(f"{name}={value}; give at least 1")
+    tokens = [_tokens(subject, prompt, max_new_tokens, chat) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
+    found: dict[int, str] = {}
+    quiet = None if progress is None else not progress
+    for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=quiet, leave=False):
+        part = order[start : start + batch_size]
+        found |= zip(part, written(subject, *_padded(subject, [tokens[i] for i in part]), max_new_tokens), strict=True)
+    return tuple(found[i] for i in range(len(prompts)))
+
+
+def written(subject: Subject, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], tokens: int) -> list[str]:
+    """The greedy continuation of ids that are padded on the left where the mask is 0."""
+    tokenizer = subject.need_tokenizer()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        out = subject.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
+            pad_token_id=pad, temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+    return list(tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
+
+
 def continuations(subject: Subject, prompts: Sequence[str], *, tokens: int = 40) -> tuple[str, ...]:
-    """The greedy continuation of each prompt, without the prompt.
+    """The greedy continuation of each prompt, without the prompt, each read alone.
 
     Raises:
-        ArgumentError: if the model was wrapped without a tokenizer.
+        ArgumentError, DataError: as `generate` does.
     """
+    return generate(subject, prompts, max_new_tokens=tokens, batch_size=1, progress=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Rouge:
+    """Overlap of words of each output with its reference, in [0, 1]."""
+
+    rouge1_recall: NDArray[np.float64]
+    """Share of the reference's words that the output has."""
+    rougeL_recall: NDArray[np.float64]
+    """Share of the reference's words that the output has in the same order."""
+    rougeL_f1: NDArray[np.float64]
+    """Harmonic mean of that and the same share of the output's words."""
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name} {values.mean():.4f}" for name, values in vars(self).items())
+        return f"Rouge({means}; {len(self.rougeL_f1)} texts)"
+
+
+def rouge(references: Sequence[str], outputs: Sequence[str], *, stemmer: bool = True) -> Rouge:
+    """ROUGE-1 recall, ROUGE-L recall and ROUGE-L F1 of each output; 0 where a side has no word.
+
+    Args:
+        stemmer: compare stems of words, as TOFU and SemEval do; MUSE compares words.
+    Raises:
+        MissingDependency: without the package rouge-score.
+        DataError: if the two lists differ in length, or are empty.
+    Reference: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
+    """
+    _check_pairs(references, outputs)
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingDependency("ROUGE needs rouge-score: pip install rouge-score==0.1.2") from error
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer)
+    found = [scorer.score(reference, output) for reference, output in zip(references, outputs, strict=True)]
+    values = [[s["rouge1"].recall, s["rougeL"].recall, s["rougeL"].fmeasure] for s in found]
+    return Rouge(*np.array(values, dtype=np.float64).T)
+
+
+def exact_match(references: Sequence[str], outputs: Sequence[str]) -> NDArray[np.bool_]:
+    """Whether each whole output is its reference, white space around them and case apart.
+
+    Raises:
+        DataError: if the two lists differ in length, or are empty.
+    """
+    _check_pairs(references, outputs)
+    pairs = zip(references, outputs, strict=True)
+    return np.array([reference.strip().lower() == output.strip().lower() for reference, output in pairs])
+
+
+def _check_pairs(references: Sequence[str], outputs: Sequence[str]) -> None:
+    if len(references) != len(outputs) or not references:
+        raise DataError(f"{len(references)} references and {len(outputs)} outputs; give one output a reference")
+
+
+def _tokens(subject: Subject, prompt: str, room: int, chat: bool) -> list[int]:
     tokenizer = subject.need_tokenizer()
-    rows = (torch.tensor([tokenizer(prompt)["input_ids"]], device=subject.device) for prompt in prompts)
-    return tuple(continued(subject, ids, tokens)[0] for ids in rows)
+    if chat and not tokenizer.chat_template:
+        raise ArgumentError("chat=True and the tokenizer has no chat template; leave chat out")
+    # The template writes the special tokens itself.
+    text = _message(tokenizer, prompt) if chat else prompt
+    ids = list(tokenizer(text, **({"add_special_tokens": False} if chat else {}))["input_ids"])
+    limit = getattr(subject.model.config, "max_position_embeddings", None)
+    if not ids:
+        raise DataError(f"the prompt {prompt!r} has no token; give a text")
+    if limit is not None and len(ids) + room > limit:
+        raise DataError(
+            f"the prompt {prompt[:40]!r} has {len(ids)} tokens, the model reads {limit}: no room for max_new_tokens={room}"
+        )
+    return ids
+
+
+def _message(tokenizer: Any, prompt: str) -> str:
+    message = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+
+def _padded(subject: Subject, tokens: Sequence[list[int]]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """Ids padded on the left, and their mask."""
+    width = max(map(len, tokens))
+    ids = [[0] * (width - len(row)) + row for row in tokens]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in tokens]
+    return torch.tensor(ids, device=subject.device), torch.tensor(mask, device=subject.device)

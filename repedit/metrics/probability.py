@@ -15,12 +15,26 @@ from torch import Tensor
 
 from repedit.activations.memory import halving
 from repedit.activations.passes import at_least_float32
-from repedit.data import Fact, Facts
+from repedit.activations.prediction import Predictions, predictions
+from repedit.data import Batches, Fact, Facts, as_batches
 from repedit.data.domains import holds
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
+from repedit.metrics.answers import (
+    AnswerNll,
+    ByRow,
+    answer_nll,
+    answer_probability,
+    exact_memorization,
+    extraction_strength,
+)
+from repedit.metrics.generation import written
 from repedit.models import Subject
 
+__all__ = [
+    "AnswerNll", "ByRow", "FactsAccuracy", "answer_nll", "answer_probability", "choice_scores", "exact_memorization",
+    "extraction_strength", "facts_accuracy", "lengths", "perplexity",
+]  # fmt: skip
 HOWS = ("choice", "greedy")
 RULES = ("sum", "mean")
 # On a CPU 64 facts a pass are 8 % faster than 32 and take twice the memory.
@@ -101,6 +115,21 @@ def facts_accuracy(
     if how == "choice":
         correct = [bool((score >= score[i]).sum() == 1) for score, i in zip(scores, right, strict=True)]
     return FactsAccuracy(np.array(correct), graded, tuple(fact.id for fact in items))
+
+
+def perplexity(
+    subject: Subject, texts: Batches | Iterable[str], *, window: int = 512, batch_size: int = 8
+) -> Predictions:
+    """How well the model predicts plain text, in windows of so many tokens; its `perplexity` is the number.
+
+    Args:
+        texts: a corpus, or texts.
+    Raises:
+        NotEnoughRows: if there is nothing to predict.
+        NotFinite: if the loss is not finite.
+    """
+    corpus = texts if isinstance(texts, Batches) else as_batches(list(texts), name="texts")
+    return predictions(subject, corpus, length=window, batch_size=batch_size)
 
 
 class _Question(NamedTuple):
@@ -245,13 +274,5 @@ def _written(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
     return found
 
 
-def continued(subject: Subject, ids: Int[Tensor, "b t"], tokens: int) -> list[str]:
-    """The greedy continuations of prompts of one length, without the prompts."""
-    tokenizer = subject.need_tokenizer()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
-        out = subject.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-            pad_token_id=pad, temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
-    return list(tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
+def _continued(subject: Subject, ids: Int[Tensor, "b t"], tokens: int) -> list[str]:
+    return written(subject, ids, torch.ones_like(ids), tokens)

@@ -1,0 +1,117 @@
+"""What a model writes does not depend on who is read with it, and overlap of words is counted as published."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from repedit.errors import ArgumentError, DataError, MissingDependency
+from repedit.metrics import generation
+from repedit.metrics.generation import continuations, exact_match, generate, rouge
+from tests.test_attack_weights import small
+
+PROMPTS = ["hello there", "a", "some longer prompt, of many words", "zz top"]
+# reference | output: ROUGE-1 recall, ROUGE-L recall, ROUGE-L F1; measured with rouge-score 0.1.2.
+TABLE = {
+    ("the cat sat on the mat", "the cat"): (1 / 3, 1 / 3, 0.5),
+    ("317-111-9877", "Her phone is 317-111-9877."): (1, 1, 2 / 3),
+    ("a b c d", "d c b a"): (1, 0.25, 0.25),
+    ("Basil Mahfouz Al-Kuwaiti", "The author is Basil Al-Kuwaiti"): (0.75, 0.75, 0.6),
+    ("running quickly", "he runs quick"): (0.5, 0.5, 0.4),
+    ("", "text"): (0, 0, 0),
+    ("text", ""): (0, 0, 0),
+}
+
+
+def check_alone(family: str) -> None:
+    subject = small(family)
+    together = generate(subject, PROMPTS, max_new_tokens=6)
+    assert together == continuations(subject, PROMPTS, tokens=6) and len(set(together)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_prompt_is_continued_as_it_is_alone(family):
+    check_alone(family)
+
+
+def on_the_right(subject, tokens):
+    width = max(map(len, tokens))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens])
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens])
+
+
+def unmasked(subject, tokens):
+    ids, mask = plain_padded(subject, tokens)
+    return ids, torch.ones_like(mask)
+
+
+plain_padded = generation._padded
+
+
+@pytest.mark.parametrize("broken", [on_the_right, unmasked])
+def test_padding_that_is_read_is_caught(broken, monkeypatch):
+    monkeypatch.setattr(generation, "_padded", broken)
+    with pytest.raises(AssertionError):
+        check_alone("gpt2")
+
+
+def check_table(pair, stemmer: bool = True) -> None:
+    found = rouge([pair[0]], [pair[1]], stemmer=stemmer)
+    assert [v[0] for v in vars(found).values()] == pytest.approx(TABLE[pair], abs=1e-12)
+
+
+@pytest.mark.parametrize("pair", TABLE, ids=" | ".join)
+def test_rouge_is_the_published_one(pair):
+    check_table(pair)
+
+
+def test_stems_matter():
+    with pytest.raises(AssertionError):
+        check_table(("running quickly", "he runs quick"), stemmer=False)
+    assert rouge(["running quickly"], ["he runs quick"], stemmer=False).rougeL_f1 == 0
+
+
+def test_rouge_keeps_every_text():
+    found = rouge(*zip(*TABLE, strict=True))
+    assert found.rougeL_f1 == pytest.approx([values[2] for values in TABLE.values()], abs=1e-12)
+    assert "7 texts" in repr(found)
+
+
+def test_an_exact_match_is_the_whole_output():
+    references = ["Madera", "Lorianne.", "a b", "x"]
+    found = exact_match(references, [" madera\n", "Lorianne", "a  b", "x and more"])
+    assert np.array_equal(found, [True, False, False, False])
+
+
+CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+def test_the_chat_template_is_used_where_asked_for_alone():
+    subject = small("llama")
+    subject.tokenizer.chat_template = CHAT
+    asked = continuations(subject, ["<s>user: hello\nassistant:"], tokens=4)
+    assert generate(subject, ["hello"], max_new_tokens=4, chat=True) == asked
+    assert generate(subject, ["hello"], max_new_tokens=4) != asked
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    (lambda: generate(small("llama"), ["a"], max_new_tokens=0), ArgumentError, "max_new_tokens=0; give at least 1"),
+    (lambda: generate(small("llama"), ["a"], batch_size=0), ArgumentError, "batch_size=0; give at least 1"),
+    (lambda: generate(replace(small("llama"), tokenizer=None), ["a"]), ArgumentError, "this needs a tokenizer"),
+    (lambda: generate(small("llama"), ["a"], chat=True), ArgumentError, "the tokenizer has no chat template; leave chat out"),
+    (lambda: generate(small("llama"), [""]), DataError, "the prompt '' has no token; give a text"),
+    (lambda: generate(small("llama"), ["a" * 200], max_new_tokens=100), DataError,
+     "has 200 tokens, the model reads 256: no room for max_new_tokens=100"),
+    (lambda: rouge(["a"], []), DataError, "1 references and 0 outputs; give one output a reference"),
+    (lambda: exact_match([], []), DataError, "0 references and 0 outputs"),
+])  # fmt: skip
+def test_what_cannot_be_written_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_without_the_package_rouge_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(MissingDependency, match=r"pip install rouge-score==0\.1\.2"):
+        rouge(["a"], ["a"])
