@@ -1,5 +1,6 @@
 """Texts and facts to measure on: built-in ones, your own files, and splits that share no document and no entity."""
 
+from repedit.data.authors import TofuRow, tofu
 from repedit.data.catalogue import DOMAINS, facts
 from repedit.data.cloze import cloze
 from repedit.data.corpus import Batch, Batches, Corpus, Document, Tokens
@@ -8,6 +9,8 @@ from repedit.data.inventing import invented
 from repedit.data.rows import Row, Rows, as_batches
 from repedit.data.sources import BUILTIN, code, named, prose, read
 from repedit.data.splits import Splits
+from repedit.data.subjects import mmlu
+from repedit.data.tasks import TaskRow, Tasks, lume, semeval
 
 __all__ = [
     "BUILTIN",
@@ -21,6 +24,9 @@ __all__ = [
     "Row",
     "Rows",
     "Splits",
+    "TaskRow",
+    "Tasks",
+    "TofuRow",
     "Tokens",
     "as_batches",
     "by_domain",
@@ -28,9 +34,13 @@ __all__ = [
     "code",
     "facts",
     "invented",
+    "lume",
+    "mmlu",
     "named",
     "prose",
     "read",
+    "semeval",
+    "tofu",
     "with_choices",
     "with_paraphrases",
 ]
