@@ -58,6 +58,10 @@ class Judgement:
         return f"{self.verdict}: {'; '.join(self.reasons)}"
 
 
+NOTHING = Signs()
+UNKNOWN = Judgement("unknown", ("no original model to compare with",))
+
+
 def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -> Judgement:
     """The first verdict whose condition holds, of those in `VERDICTS`.
 
@@ -75,7 +79,7 @@ def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -
     if not 0 <= auc_reference <= 1:
         raise ArgumentError(f"auc_reference={auc_reference}; give an AUC in [0, 1]")
     if original is None:
-        return Judgement("unknown", ("no original model to compare with",))
+        return UNKNOWN
     broken = [reason for reason in _collapse(signs, original) if reason]
     if len(broken) > 1:
         return Judgement("collapsed", tuple(broken))
@@ -113,7 +117,7 @@ def _collapse(signs: Signs, original: Signs) -> list[str]:
         _fell("retain", signs.retain, original.retain, 0.25),
         _guesses(signs, original),
         _repeats(signs),
-        _grew("perplexity", signs.perplexity, original.perplexity, 10),
+        _grew("perplexity", signs.perplexity, original.perplexity, 10.0),
     ]
 
 

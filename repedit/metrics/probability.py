@@ -118,18 +118,24 @@ def facts_accuracy(
 
 
 def perplexity(
-    subject: Subject, texts: Batches | Iterable[str], *, window: int = 512, batch_size: int = 8
+    subject: Subject,
+    texts: Batches | Iterable[str],
+    *,
+    window: int = 512,
+    batch_size: int = 8,
+    limit_tokens: int | None = None,
 ) -> Predictions:
     """How well the model predicts plain text, in windows of so many tokens; its `perplexity` is the number.
 
     Args:
         texts: a corpus, or texts.
+        limit_tokens: stop after the batch that reaches this many.
     Raises:
         NotEnoughRows: if there is nothing to predict.
         NotFinite: if the loss is not finite.
     """
     corpus = texts if isinstance(texts, Batches) else as_batches(list(texts), name="texts")
-    return predictions(subject, corpus, length=window, batch_size=batch_size)
+    return predictions(subject, corpus, length=window, batch_size=batch_size, limit_tokens=limit_tokens)
 
 
 class _Question(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repedit.errors import MetricError, UnknownName, nearest
+from repedit.metrics.means import harmonic
 
 AGGREGATES = ("closer_to_one", "true_better")
 SETS = ("retain", "real_authors", "world_facts")
@@ -184,19 +185,6 @@ def model_utility(parts: Mapping[str, Part | Mapping[str, float]]) -> float:
         means = part.means if isinstance(part, Part) else part
         terms |= {f"{name}/{term}": means.get(term) for term in TERMS}
     return harmonic(terms)
-
-
-def harmonic(terms: Mapping[str, float | None]) -> float:
-    """Harmonic mean of named terms in [0, 1]; 0 if one is 0.
-
-    Raises:
-        MetricError: if a term is missing or outside [0, 1].
-    """
-    for name, value in terms.items():
-        if value is None or not 0 <= value <= 1:
-            raise MetricError(f"the term {name!r} is {value}; give a fraction in [0, 1], not a percentage")
-    values = [float(value) for value in terms.values() if value is not None]
-    return len(values) / sum(1 / value for value in values) if all(values) else 0.0
 
 
 def _check_finite(what: str, *values: Values) -> None:
