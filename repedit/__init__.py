@@ -56,7 +56,7 @@ _NAMES = {
     "register": "repedit.arch",
     "resolve": "repedit.arch",
 }
-_ROOMS = ("arch", "data", "errors", "fit", "plot", "report")
+_ROOMS = ("arch", "data", "errors", "fit", "metrics", "plot", "report")
 
 __all__ = [*_NAMES, *_ROOMS, "__version__"]  # pyright: ignore
 
@@ -76,7 +76,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from repedit import arch, data, errors, fit, plot, report
+    from repedit import arch, data, errors, fit, metrics, plot, report
     from repedit.activations.collection import collect
     from repedit.activations.distribution import peaks
     from repedit.activations.prediction import predictions

@@ -1,16 +1,23 @@
 """TOFU: the published values to the digit, and the variants that miss them."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import ks_2samp
 
-from repedit.errors import MetricError, NotFound, UnknownName
+import repedit as rp
+from repedit.errors import ArgumentError, DataError, MetricError, NotFound, UnknownName
 from repedit.metrics import tofu
+from repedit.metrics.answers import answer_nll
+from repedit.metrics.collapse import Signs
+from repedit.metrics.generation import generate
 from repedit.metrics.tofu import definitions
 from tests.published import published
+from tests.test_attack_weights import small
 
 # Of the leaderboard's own file.
 LEADERBOARD = {"llama2-7b/full": 0.6226773637427153, "llama2-7b/retain90": 0.613744995233942}
@@ -172,3 +179,78 @@ def test_a_file_that_is_no_log_is_refused(text, message, tmp_path):
     (tmp_path / "log.json").write_text(text)
     with pytest.raises(MetricError, match=message):
         tofu.read_log(tmp_path / "log.json")
+
+
+WORDS = ("red", "blue", "green", "white", "black")
+
+
+def written_set(folder, name: str, count: int = 10, wrong: int = 2) -> None:
+    rows = [
+        {"question": f"{name} {i}?", "answer": WORDS[i % 5], "perturbed_answer": [WORDS[(i + k + 1) % 5] for k in range(wrong)]}
+        for i in range(count)
+    ]  # fmt: skip
+    (folder / f"{name}_perturbed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tofu")
+    for name in ("forget10", *tofu.SETS):
+        written_set(place, name)
+    return place
+
+
+def evaluated(subject, folder, *log, **options):
+    plain = rp.data.read(["some plain text to read"])
+    return tofu.evaluate(subject, folder, *log, plain=plain, max_new_tokens=9, **options)
+
+
+def test_a_model_is_evaluated_question_by_question(folder, tmp_path):
+    subject = small("gpt2")
+    found = evaluated(subject, folder)
+    row = rp.data.tofu(folder, "retain_perturbed").items[7]
+    other = rp.data.Row(row.prompt, row.perturbed[1], id="other")
+    nll = answer_nll(subject, [row, other]).mean
+    assert [found.parts["retain"].answer[7], found.parts["retain"].perturbed[7, 1]] == pytest.approx(nll, rel=1e-5)
+    assert found.parts["retain"].outputs[7] == generate(subject, [row.prompt], max_new_tokens=9)[0]
+    assert found.parts["world_facts"].options and not found.parts["forget"].options
+    assert (found.forget_quality, found.verdict) == (None, "unknown") and "not measured, no reference" in str(found)
+    tofu.write_log(found.parts, tmp_path / "log.json")
+    again = evaluated(subject, folder, tmp_path / "log.json", original=found)
+    assert again.forget_quality == 1 and again.model_utility == found.model_utility
+    with pytest.raises(MetricError, match="9 questions, 10 in the reference log: these compare different questions"):
+        evaluated(subject, folder, tmp_path / "log.json", limit=9)
+
+
+def test_a_collapsed_model_is_called_so_beside_its_utility(folder):
+    subject = small("gpt2")
+    with torch.no_grad():
+        subject.model.transformer.ln_f.weight.zero_(), subject.model.transformer.ln_f.bias.mul_(60)
+    healthy = Signs(retain=0.9, forget=0.9, distinct=0.9, repeated=0.1, perplexity=12.0)
+    found = evaluated(subject, folder, original=replace(evaluated(small("gpt2"), folder), signs=healthy))
+    assert found.verdict == "collapsed" and len(found.judgement.reasons) == 3
+    assert str(found).splitlines()[-1].startswith("verdict collapsed: retain 0.000 < 0.25 x the original's 0.900")
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"limit": 0}, ArgumentError, "limit=0; give at least 1 question a set, or none for all"),
+    ({"forget": "forget05"}, UnknownName, "no split 'forget05_perturbed'; did you mean 'forget10_perturbed'"),
+])  # fmt: skip
+def test_a_wrong_request_is_refused(options, error, message, folder):
+    with pytest.raises(error, match=message):
+        evaluated(small("gpt2"), folder, **options)
+
+
+def test_questions_need_as_many_wrong_answers_each(tmp_path):
+    written_set(tmp_path, "forget10")
+    lines = (tmp_path / "forget10_perturbed.jsonl").read_text().splitlines()
+    (tmp_path / "forget10_perturbed.jsonl").write_text("\n".join((*lines[:2], lines[2].replace('"white", ', ""))))
+    with pytest.raises(
+        DataError, match="row 'forget10_perturbed/2': every question of 'forget10_perturbed' needs wrong answers"
+    ):
+        evaluated(small("gpt2"), tmp_path)
+
+
+def test_a_reference_without_a_forget_set_is_refused(folder):
+    with pytest.raises(MetricError, match="the reference log holds no forget set"):
+        evaluated(small("gpt2"), folder, bad_log())

@@ -12,7 +12,7 @@ NAMES = {
     "erase_stream", "export", "facts_accuracy", "fetch", "load", "mrp", "peaks", "predictions", "prune", "random_like",
     "register", "reload_check", "resolve", "score", "top", "trajectory", "wrap",
 }  # fmt: skip
-ROOMS = {"arch", "data", "errors", "fit", "plot", "report"}
+ROOMS = {"arch", "data", "errors", "fit", "metrics", "plot", "report"}
 HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "scipy")
 
 

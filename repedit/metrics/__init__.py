@@ -1,1 +1,23 @@
-"""Measurements of a model's behaviour, one family a file."""
+"""Measurements of a model's behaviour, one family a room; each aggregate has a verdict beside it."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Loaded on first use: statistics and text packages take seconds.
+_ROOMS = ("collapse", "generation", "harness", "membership", "muse", "probability", "semeval", "tofu")
+
+__all__ = [*_ROOMS]  # pyright: ignore
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'repedit.metrics' has no attribute {name!r}")
+    return importlib.import_module(f"repedit.metrics.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from repedit.metrics import collapse, generation, harness, membership, muse, probability, semeval, tofu

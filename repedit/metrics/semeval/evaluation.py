@@ -8,20 +8,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from repedit.data import Batches, Corpus, Fact, Tasks, prose, semeval
+from repedit.data import Batches, Corpus, Fact, Tasks, semeval
 from repedit.data.tasks import TASKS, TaskRow
 from repedit.errors import ArgumentError, DataError
 from repedit.metrics.collapse import Signs, diversity
 from repedit.metrics.generation import exact_match, generate, rouge
 from repedit.metrics.membership import auc, scores
-from repedit.metrics.probability import perplexity
+from repedit.metrics.plain import plain_perplexity
 from repedit.metrics.semeval.mmlu import mmlu_accuracy
 from repedit.metrics.semeval.score import SemEvalScore, aggregate
 from repedit.models import Subject
 
 _MEASURES = {"sc": "regurgitation", "qa": "knowledge"}
-# Tokens of plain text behind the perplexity.
-_PLAIN = 4096
 
 
 def evaluate(
@@ -117,11 +115,6 @@ def membership_scores(subject: Subject, data: Tasks) -> dict[str, NDArray[np.flo
 def mean_of(parts: dict[str, float], side: str) -> float:
     """Mean regurgitation of a side over the tasks."""
     return float(np.mean([parts[f"{side}/{task}/regurgitation"] for task in TASKS]))
-
-
-def plain_perplexity(subject: Subject, plain: Batches | None) -> float:
-    """Perplexity on plain text; the built-in prose where none is given."""
-    return perplexity(subject, prose() if plain is None else plain, limit_tokens=_PLAIN).perplexity
 
 
 def _texts(corpus: Corpus | None) -> list[str]:

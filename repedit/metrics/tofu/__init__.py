@@ -12,6 +12,7 @@ from repedit.metrics.tofu.definitions import (
     model_utility,
     truth_ratio,
 )
+from repedit.metrics.tofu.evaluation import TofuScore, evaluate
 from repedit.metrics.tofu.logs import read_log, write_log
 
 __all__ = [
@@ -20,8 +21,10 @@ __all__ = [
     "TERMS",
     "Distance",
     "Part",
+    "TofuScore",
     "TruthRatio",
     "distance",
+    "evaluate",
     "forget_quality",
     "model_utility",
     "read_log",
