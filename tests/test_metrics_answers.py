@@ -84,7 +84,7 @@ def test_memorization_on_hand_made_hits(hits, memorised, extracted):
     assert (share(seen), strength(seen)) == (memorised, extracted)
 
 
-def learned(subject, rows, steps=60):
+def learned(subject, rows, steps=35):
     optimiser = torch.optim.Adam(subject.model.parameters(), lr=1e-2)
     for _ in range(steps):
         for row in rows.items:

@@ -28,7 +28,7 @@ def learned():
     subject = small("llama")
     ids = [torch.tensor([[*subject.tokenizer(text)["input_ids"], END]]) for text in EVERY]
     optimiser = torch.optim.Adam(subject.model.parameters(), lr=1e-2)
-    for _ in range(80):
+    for _ in range(45):
         for row in ids:
             subject.model(input_ids=row, labels=row).loss.backward()
         optimiser.step()
