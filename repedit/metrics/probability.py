@@ -275,10 +275,11 @@ def _written(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
     found = [False] * len(items)
     for part in lengths(prompts, rows):
         ids = torch.tensor([prompts[i] for i in part], device=subject.device)
-        for i, text in zip(part, _continued(subject, ids, tokens), strict=True):
+        for i, text in zip(part, continued(subject, ids, tokens), strict=True):
             found[i] = holds(text, items[i].answer)
     return found
 
 
-def _continued(subject: Subject, ids: Int[Tensor, "b t"], tokens: int) -> list[str]:
+def continued(subject: Subject, ids: Int[Tensor, "b t"], tokens: int) -> list[str]:
+    """The greedy continuations of prompts of one length, without the prompts."""
     return written(subject, ids, torch.ones_like(ids), tokens)
