@@ -106,6 +106,9 @@ class MetricError(RepeditError, ValueError):
 class TrainingError(RepeditError, RuntimeError):
     """Training cannot go on: the loss is not finite, or a batch has nothing to learn from."""
 
+    delta: object | None = None
+    """What gradient unlearning had changed up to the last good step, a Delta; None elsewhere."""
+
 
 class NotConverged(RepeditError, RuntimeError):
     """An eigen-solver stopped before its residual was small."""

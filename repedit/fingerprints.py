@@ -31,6 +31,14 @@ def state(model: nn.Module) -> tuple[Any, ...]:
     return tuple((name, p.data_ptr(), p._version, _checksum(p)) for name, p in parameters)
 
 
+def value_hash(tensor: Tensor) -> str:
+    """The first 16 digits of sha256 over a tensor's values: the same for bfloat16 values held in float32."""
+    wide = tensor.detach().to("cpu", torch.float32)
+    if tensor.dtype == torch.float64 and not torch.equal(wide.double(), tensor.detach().cpu()):
+        wide = tensor.detach().cpu()
+    return hashlib.sha256(wide.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
+
+
 def _checksum(p: Tensor) -> bytes:
     """Sums over 4 KB at a time: a tensor's version alone misses `weight.data[:, 5] = 0`."""
     if p.device.type == "meta":

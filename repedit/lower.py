@@ -1,67 +1,92 @@
-"""From an edit to a plan: which weights equal each map, exactly, or a refusal that says why not.
+"""From an edit or a delta to a plan: which weights equal each change, exactly, or a refusal that says why not.
 
 Only tensor names and shapes are needed, so a plan for a checkpoint of any size is made from its headers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
-from operator import or_
 from typing import Any, Literal
 
 from einops import rearrange
 from torch import Tensor
 
 from repedit.arch import Anatomy, Architecture, Branch, Specs, TensorSpec, View, anatomy
+from repedit.delta import Delta
 from repedit.edit import Edit, check_widths, describe_map, exactness
-from repedit.errors import ArgumentError, NoBiasSlot, NotFoldable
+from repedit.errors import ArgumentError, FingerprintError, NoBiasSlot, NotFoldable, nearest
 from repedit.maps import AffineMap, Diagonal
 from repedit.plan import Operation, Plan
 from repedit.sites import Point, Site
 
+EditOrDelta = Edit | Delta
+
 
 def lower(
-    change: Edit | Sequence[Edit],
+    change: EditOrDelta | Sequence[EditOrDelta],
     architecture: Architecture,
     specs: Specs,
     *,
     tied: Literal["untie", "both"] = "untie",
     sides: Literal["all", "output"] = "all",
+    any_model: bool = False,
 ) -> Plan:
-    """The plan that makes weights equal an edit.
+    """The plan that makes weights equal an edit or a delta.
 
     Args:
-        change: an edit, or several of them, carried out left to right.
+        change: an edit or a delta, or several of them, carried out left to right.
         specs: shape and dtype by tensor name, of a live model or of checkpoint headers.
         tied: what becomes of an output head tied to an edited embedding: "untie" keeps the head as it is, "both"
             edits it too (no hook equals that).
         sides: "all" also zeroes the rows that feed a pruned neuron, so that plain fine-tuning cannot revive it;
             "output" zeroes only the columns it writes with.
+        any_model: add a delta to weights other than those it was trained from. Fused experts that lie on disk one by
+            one are compared by name and shape only.
     Raises:
         NotFoldable: if no weight equals the edit at a site; NoBiasSlot if only a bias is missing.
-        ShapeError, UnknownSite: if the edit was made for another model.
+        ShapeError, UnknownSite: if the edit was made for another model. FingerprintError: if the delta was.
     """
     if tied not in ("untie", "both") or sides not in ("all", "output"):
         raise ArgumentError(f"tied={tied!r}, sides={sides!r}: tied is 'untie' or 'both', sides is 'all' or 'output'")
     plan = anatomy(architecture, specs)
-    edit = change if isinstance(change, Edit) else reduce(or_, change)
-    check_widths(edit, plan)
+    stages = _stages([change] if isinstance(change, Edit | Delta) else change)
     build = _Builder(plan, specs, tied, sides)
-    for site, map_ in edit.maps.items():
-        build.site(site, map_)
+    for stage in stages:
+        if isinstance(stage, Delta):
+            build.delta(stage, any_model)
+        else:
+            check_widths(stage, plan)
+            for site, map_ in stage.maps.items():
+                build.site(site, map_)
+    edits = [stage for stage in stages if isinstance(stage, Edit)]
+    records = [{k: v for k, v in stage.provenance.items() if k != "start"} for stage in stages]
     return Plan(
         operations={name: tuple(ops) for name, ops in build.operations.items()},
-        exactness={site: exactness(site, plan) for site in edit.maps},
+        exactness={site: exactness(site, plan) for edit in edits for site in edit.maps},
         store=plan.store,
         unties=build.unties,
         added=build.added,
         config=build.config,
-        provenance={**edit.provenance, "sides": sides},
-        maps={site: describe_map(map_) for site, map_ in edit.maps.items()},
-        ranks={site: map_.rank_removed for site, map_ in edit.maps.items()},
+        provenance={
+            **(records[0] if len(records) == 1 else {"method": "composition", "parents": records}),
+            "sides": sides,
+        },
+        maps={site: describe_map(map_) for edit in edits for site, map_ in edit.maps.items()},
+        ranks={site: map_.rank_removed for edit in edits for site, map_ in edit.maps.items()},
     )
+
+
+def _stages(changes: Sequence[EditOrDelta]) -> list[EditOrDelta]:
+    """The changes in order, neighbouring edits composed into one."""
+    found: list[EditOrDelta] = []
+    for change in changes:
+        last = found[-1] if found else None
+        if isinstance(change, Edit) and isinstance(last, Edit):
+            found[-1] = last | change
+        else:
+            found.append(change)
+    return found
 
 
 class _Builder:
@@ -89,7 +114,28 @@ class _Builder:
         else:
             self._out(site, branch, map_)
 
+    def delta(self, delta: Delta, any_model: bool) -> None:
+        """Add the differences of a delta."""
+        start = {} if any_model else delta.provenance.get("start", {})
+        for name, value in delta.tensors.items():
+            for view, piece in _placed(name, value, self.plan, self.specs):
+                if view.tensor in (*self.unties, *self.unties.values()):
+                    raise NotFoldable(
+                        f"an edit before the delta unties {view.tensor}, which was one tensor when the delta was trained; apply "
+                        "the delta first, or carry them out one after the other"
+                    )
+                whole = piece is value and not self.operations.get(view.tensor)
+                known = start.get(name) if whole else None
+                self.operations.setdefault(view.tensor, []).append(Operation("add", view, constant=piece, start=known))
+
     def _add(self, operation: Operation) -> None:
+        reads = {name for name in (operation.gain, operation.weight and operation.weight.tensor) if name}
+        stale = [n for n in reads if any(op.kind == "add" for op in self.operations.get(n, ()))]
+        if stale:
+            raise NotFoldable(
+                f"the edit of {operation.view.tensor} depends on {stale[0]}, which a delta before it changes; carry them out one "
+                "after the other: apply(edit, apply(delta, subject))"
+            )
         self.operations.setdefault(operation.view.tensor, []).append(operation)
 
     def _neurons(self, site: Site, branch: Branch, map_: AffineMap) -> None:
@@ -163,6 +209,11 @@ class _Builder:
             self._add(Operation("outputs", View(name, transposed=True), map_))
         if not self.plan.architecture.tied:
             return
+        if self.tied == "untie" and any(op.kind == "add" for op in self.operations[tokens]):
+            raise NotFoldable(
+                f"the edit unties {tokens}, which a delta before it changes; carry them out one after the other: apply(edit, "
+                "apply(delta, subject))"
+            )
         if self.tied == "untie":
             self.config["tie_word_embeddings"] = False
             self.unties[self.plan.head] = tokens
@@ -171,3 +222,53 @@ class _Builder:
             self.operations[self.plan.head] = [
                 replace(op, view=replace(op.view, tensor=self.plan.head)) for op in self.operations[tokens]
             ]
+
+
+def _placed(name: str, value: Tensor, plan: Anatomy, specs: Specs) -> Iterator[tuple[View, Tensor]]:
+    """Where a store holds a tensor that has a name in memory, and the part of the tensor that belongs there.
+
+    Raises:
+        FingerprintError: if the store has no such tensor, or one of another shape.
+    """
+    architecture = plan.architecture
+    found = next((n for n in _aliases(name, architecture) if n in specs), None)
+    pieces = [(View(found), value)] if found else list(_experts(name, value, architecture, specs))
+    if found == plan.embeddings[0] and architecture.tied and plan.head in specs:
+        # Both names are written: files may hold the head although it is tied.
+        pieces.append((View(plan.head), value))
+    for view, piece in pieces:
+        shape = specs[view.tensor].shape
+        if tuple(piece.shape) != tuple(shape):
+            raise FingerprintError(
+                f"the delta was made for another model: its {name} has shape {tuple(piece.shape)}, {view.tensor} here has {tuple(shape)}"
+            )
+    if not pieces:
+        raise FingerprintError(
+            f"the delta was made for another model: no tensor is called {name!r} here; {nearest(name, specs)}"
+        )
+    yield from pieces
+
+
+def _aliases(name: str, architecture: Architecture) -> Iterator[str]:
+    """Names that files may give to a tensor: without the backbone's, and with the expert layer's of its family on disk."""
+    row = architecture.experts
+    for known in (name, name.removeprefix(f"{architecture.base}.")):
+        yield known
+        if row is not None:
+            yield known.replace(f".{row.block}.", f".{row.down.partition('.experts')[0]}.")
+
+
+def _experts(name: str, value: Tensor, architecture: Architecture, specs: Specs) -> Iterator[tuple[View, Tensor]]:
+    """The parts of fused experts, which lie on disk as one tensor an expert."""
+    row = architecture.experts
+    block, _, leaf = name.rpartition(f".{row.module}.") if row else ("", "", "")
+    if row is None or leaf not in ("gate_up_proj", "down_proj"):
+        return
+    if f"{block}.{row.down.format(e=0)}" not in specs:
+        block = block.removeprefix(f"{architecture.base}.")
+    names = (row.gate, row.up) if leaf == "gate_up_proj" else (row.down,)
+    for e, expert in enumerate(value):
+        for path, part in zip(names, expert.chunk(len(names)), strict=True):
+            stored = f"{block}.{path.format(e=e)}"
+            if stored in specs:
+                yield View(stored), part

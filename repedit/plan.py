@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from repedit.arch import Specs, TensorSpec, View
-from repedit.errors import NotFoldable, PlanMismatch
+from repedit.errors import FingerprintError, NotFoldable, PlanMismatch
+from repedit.fingerprints import value_hash
 from repedit.maps import AffineMap
 from repedit.sites import Site
 
@@ -29,24 +30,48 @@ class Operation:
     "outputs": W -> M W, or D^-1 M D W with D the gain of a post-norm, plus `constant` on every column.
     "inputs":  W -> W M.
     "carry":   b -> b + W c, with W read from `weight` and c the `constant`: a constant input moved into the bias.
+    "add":     W -> W + D, with D the `constant`, of the shape of what the view picks.
     """
 
-    kind: Literal["outputs", "inputs", "carry"]
+    kind: Literal["outputs", "inputs", "carry", "add"]
     view: View
     map: AffineMap | None = None
     constant: Tensor | None = None
     weight: View | None = None
     gain: str | None = None
     unit_gain: bool = False
+    start: str | None = None
+    """Hash of the values that the difference was taken from; other values are refused."""
 
     def __call__(self, tensor: Tensor, read: Read) -> None:
-        """Carry the change out on `tensor`, in place."""
-        self.view.change(tensor, lambda w: self._edited(w, read))
+        """Carry the change out on `tensor`, in place.
+
+        Raises:
+            FingerprintError: if a difference was taken from other values.
+        """
+        if self.kind == "add":
+            self._add(tensor)
+        else:
+            self.view.change(tensor, lambda w: self._edited(w, read))
 
     def describe(self) -> str:
         """A few words for the summary."""
+        if self.kind == "add":
+            return "add: a difference found by training"
         what = f"{type(self.map).__name__} of rank {self.map.rank_removed}" if self.map else "constant"
         return f"{self.kind}: {what}" + (f" within gain {self.gain}" if self.gain else "")
+
+    def _add(self, tensor: Tensor) -> None:
+        assert self.constant is not None
+        if self.start is not None and value_hash(tensor) != self.start:
+            raise FingerprintError(
+                f"{self.view.tensor} holds other values ({value_hash(tensor)}) than the difference was trained from "
+                f"({self.start}): this is another model, or an edited one; pass any_model=True to add it all the same"
+            )
+        if self.view == View(self.view.tensor):
+            tensor += self.constant.to(tensor)
+        else:
+            self.view.change(tensor, lambda w: w + self.constant.to(w))  # type: ignore[union-attr]
 
     def _edited(self, w: Tensor, read: Read) -> Tensor:
         if self.kind == "carry":

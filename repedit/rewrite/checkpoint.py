@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 
 from repedit.arch import Architecture
-from repedit.edit import Edit
 from repedit.errors import (
     CheckpointError,
     NoOpEdit,
@@ -28,7 +27,7 @@ from repedit.errors import (
     RepeditError,
     TargetExists,
 )
-from repedit.lower import lower
+from repedit.lower import EditOrDelta, lower
 from repedit.models import Subject
 from repedit.plan import Plan
 from repedit.rewrite.families import architecture_of
@@ -44,7 +43,7 @@ log = logging.getLogger("repedit")
 
 
 def export(
-    change: Edit | Plan | Sequence[Edit],
+    change: EditOrDelta | Plan | Sequence[EditOrDelta],
     source: Subject | str | Path,
     target: str | Path,
     *,
@@ -65,11 +64,12 @@ def export(
         link: hard-link untouched files of one file system; False always copies.
         overwrite: replace an existing target, which is kept until the new one is whole.
         max_shard_size: size of the shards of a model that has no files yet.
-        options: passed to lowering: tied="untie" | "both", sides="all" | "output".
+        options: passed to lowering: tied="untie" | "both", sides="all" | "output", any_model=False | True.
     Raises:
         TargetExists: if the target exists, or lies inside or equals the source.
         NoOpEdit: if the edit changes no byte, unless `allow_identity=True`.
         NotFoldable, QuantizedModel: if no weight can equal the edit.
+        FingerprintError: if a delta was trained from other weights.
         CheckpointError: if the source is damaged or the disk is full; nothing is left behind.
     """
     out = Path(target).absolute()
@@ -95,7 +95,9 @@ def export(
     return record
 
 
-def _files_of(source: Subject | str | Path, change: Edit | Plan | Sequence[Edit], options: Any) -> Path | None:
+def _files_of(
+    source: Subject | str | Path, change: EditOrDelta | Plan | Sequence[EditOrDelta], options: Any
+) -> Path | None:
     """The directory that holds the unedited weights; None for a model that is only in memory."""
     if not isinstance(source, Subject):
         return _directory(source)
@@ -159,7 +161,9 @@ def _directory(source: str | Path) -> Path:
     )
 
 
-def _plan(change: Edit | Plan | Sequence[Edit], architecture: Architecture, shards: Shards, options: Any) -> Plan:
+def _plan(
+    change: EditOrDelta | Plan | Sequence[EditOrDelta], architecture: Architecture, shards: Shards, options: Any
+) -> Plan:
     plan = change if isinstance(change, Plan) else lower(change, architecture, shards.specs, **options)
     plan.check(shards.specs)
     return plan

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repedit.edit import Edit
 from repedit.errors import ArgumentError, NoOpEdit, OffloadedTensors, PlanMismatch, QuantizedModel
-from repedit.lower import lower
+from repedit.lower import EditOrDelta, lower
 from repedit.models import Subject
 from repedit.plan import Plan
 
 
 def apply(
-    change: Edit | Plan | Sequence[Edit],
+    change: EditOrDelta | Plan | Sequence[EditOrDelta],
     subject: Subject,
     *,
     inplace: bool = False,
@@ -30,10 +29,10 @@ def apply(
     given model itself is edited, and nothing but its files can bring it back.
 
     Args:
-        change: an edit, several of them (carried out left to right), or a plan made for this model.
-        options: passed to lowering: tied="untie" | "both", sides="all" | "output".
+        change: an edit or a delta, several of them (carried out left to right), or a plan made for this model.
+        options: passed to lowering: tied="untie" | "both", sides="all" | "output", any_model=False | True.
     Raises:
-        NotFoldable: if no weight equals the edit.
+        NotFoldable: if no weight equals the edit. FingerprintError: if a delta was trained from other weights.
         QuantizedModel, OffloadedTensors: if the weights cannot be edited in memory.
         NoOpEdit: if nothing would change, unless `allow_identity=True`.
     """
@@ -54,7 +53,7 @@ def apply(
     return Subject(model, subject.tokenizer, _architecture(subject, plan), None)
 
 
-def planned(change: Edit | Plan | Sequence[Edit], subject: Subject, **options: Any) -> Plan:
+def planned(change: EditOrDelta | Plan | Sequence[EditOrDelta], subject: Subject, **options: Any) -> Plan:
     """The plan of a change for this model in memory, after the checks that forbid any edit.
 
     Raises:
