@@ -37,6 +37,8 @@ _NAMES = {
     "Trajectory": "repedit.importance.trajectories",
     "Step": "repedit.importance.shelf",
     "Edit": "repedit.edit",
+    "Delta": "repedit.delta",
+    "unlearn": "repedit.gradient.unlearning",
     "Plan": "repedit.plan",
     "mrp": "repedit.fit.mrp",
     "MRPConfig": "repedit.fit.training",
@@ -56,14 +58,16 @@ _NAMES = {
     "register": "repedit.arch",
     "resolve": "repedit.arch",
 }
-_ROOMS = ("arch", "data", "errors", "fit", "metrics", "plot", "report")
+_ROOMS = {name: f"repedit.{name}" for name in ("arch", "data", "errors", "fit", "metrics", "plot", "report")} | {
+    "recipes": "repedit.gradient.recipes"
+}
 
 __all__ = [*_NAMES, *_ROOMS, "__version__"]  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
-        return importlib.import_module(f"repedit.{name}")
+        return importlib.import_module(_ROOMS[name])
     if name not in _NAMES:
         raise AttributeError(f"module 'repedit' has no attribute {name!r}")
     value = getattr(importlib.import_module(_NAMES[name]), name)
@@ -85,12 +89,15 @@ if TYPE_CHECKING:
     from repedit.attacks.audit import audit
     from repedit.attacks.judging.evidence import Report
     from repedit.bridges import wrap
+    from repedit.delta import Delta
     from repedit.edit import Edit
     from repedit.fetching import fetch
     from repedit.fit.continual import ContinualMRP
     from repedit.fit.mrp import mrp
     from repedit.fit.streams import erase_stream
     from repedit.fit.training import MRPConfig
+    from repedit.gradient import recipes
+    from repedit.gradient.unlearning import unlearn
     from repedit.importance.scores import Score, Scores
     from repedit.importance.scoring import CollinearWarning, agreement, score
     from repedit.importance.selection import prune, random_like, top

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "repedit"
 LAYERS = (
     ("errors", "sites", "maps", "kernels"),
     ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "container", "models"),
-    ("plan", "edit", "lower", "activations", "importance", "fit"),
-    ("rewrite",),
+    ("plan", "edit", "delta", "lower", "activations", "importance", "fit"),
+    ("rewrite", "gradient"),
     ("bridges", "metrics", "attacks"),
     ("plot", "report", "walkthrough"),
     ("console", "cli", "__main__"),
@@ -22,7 +22,7 @@ LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 INSIDE = {
     "sites": {"errors"}, "maps": {"errors", "kernels"}, "kernels": {"errors"},
     "arch": {"hooks"}, "shards": {"arch"}, "models": {"arch", "shards", "fetching", "fingerprints"},
-    "lower": {"edit", "plan"}, "activations": {"edit"}, "importance": {"activations", "edit", "fit"},
+    "lower": {"edit", "delta", "plan"}, "activations": {"edit"}, "importance": {"activations", "edit", "fit"},
     "fit": {"activations", "edit"}, "walkthrough": {"plot"}, "attacks": {"metrics"}, "report": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
 }  # fmt: skip
 # Libraries with side effects or long imports, and the only rooms that may import them at the top of a module.
@@ -31,7 +31,7 @@ ONLY_IN = {
     "transformers": set(), "transformer_lens": set(), "nnsight": set(),
 }  # fmt: skip
 # Where transformers may be imported inside a function.
-TRANSFORMERS_IN = {"attacks", "models", "fetching", "rewrite", "metrics", "bridges", "cli", "arch"}
+TRANSFORMERS_IN = {"attacks", "gradient", "models", "fetching", "rewrite", "metrics", "bridges", "cli", "arch"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

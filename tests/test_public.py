@@ -7,12 +7,12 @@ import repedit as rp
 
 NAMES = {
     "Activity", "AffineMap", "Certificate", "Chain", "CollinearWarning", "ContinualMRP", "CrossMoments", "Diagonal",
-    "Edit", "LowRank", "MRPConfig", "Moments", "Plan", "Point", "Report", "Score", "Scores", "Site", "Step", "Subject",
+    "Delta", "Edit", "LowRank", "MRPConfig", "Moments", "Plan", "Point", "Report", "Score", "Scores", "Site", "Step", "Subject",
     "Trajectory", "agreement", "apply", "audit", "certificate", "check_architecture", "collect", "compare", "diff",
     "erase_stream", "export", "facts_accuracy", "fetch", "load", "mrp", "peaks", "predictions", "prune", "random_like",
-    "register", "reload_check", "resolve", "score", "top", "trajectory", "wrap",
+    "register", "reload_check", "resolve", "score", "top", "trajectory", "unlearn", "wrap",
 }  # fmt: skip
-ROOMS = {"arch", "data", "errors", "fit", "metrics", "plot", "report"}
+ROOMS = {"arch", "data", "errors", "fit", "metrics", "plot", "recipes", "report"}
 HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "scipy")
 
 

@@ -1,0 +1,223 @@
+"""The loop of gradient unlearning: two sides, one gradient, one step.
+
+Role gradients add up over micro-batches before they are combined; clipping comes after, on what the combiner gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from repedit.activations.passes import inputs_of
+from repedit.data import Batch
+from repedit.errors import TrainingError
+from repedit.fit.sampling import collated
+from repedit.gradient.combine import Joined, Moment, join
+from repedit.gradient.material import Material
+from repedit.gradient.parameters import Trainee
+from repedit.gradient.recipe import Term, UnlearnRecipe
+from repedit.gradient.reference import Reference, precision, watching
+from repedit.gradient.sampling import FORGET_SIDE, RETAIN_SIDE, Draw
+from repedit.gradient.schedule import Progress
+from repedit.gradient.seen import Seen, Steering, count, layer_of
+
+SIDES = (FORGET_SIDE, RETAIN_SIDE)
+
+
+@dataclass(eq=False)
+class Training:
+    """A model in training."""
+
+    trainee: Trainee
+    reference: Reference
+    material: Material
+    recipe: UnlearnRecipe
+    micro_batch: int
+    clip: float | None
+    seed: int
+    log: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, float] = field(default_factory=dict)
+    """What the combiner keeps between steps."""
+    forwards: int = 0
+
+    def __post_init__(self) -> None:
+        self.order = self.recipe.sampler.order(self.material.topics, self.recipe.batch_size, self.seed)
+        self.total = self.recipe.steps or self.order.steps_of(self.recipe.epochs)
+        self.parameters: list[Tensor] = list(self.trainee.tensors.values())
+        self.optimiser = optimiser(self.parameters, self.recipe)
+        self.watched = {role for rule in self.recipe.stop for role in rule.watches}
+        self.steering = Steering(self.seed, self._lengths())
+
+    def run(self, *, after: Callable[[], None], progress: bool | None = None) -> tuple[str, str]:
+        """Take the steps that are left; (name of the rule that ended it, reason).
+
+        Args:
+            after: called after each step.
+        Raises:
+            TrainingError: if a loss or the gradient is not finite; the weights are those of the last good step.
+        """
+        begin = len(self.log)
+        bar = tqdm(range(begin, self.total), initial=begin, total=self.total, desc=self.recipe.name, leave=False,
+                   disable=None if progress is None else not progress)  # fmt: skip
+        for step in bar:
+            record = self._step(step)
+            self.log.append(record)
+            losses = ", ".join(f"{name} {value:.3g}" for name, value in record["losses"].items())
+            bar.set_postfix_str(f"{losses}, cos {record['cosine']:.2f}" if record["cosine"] is not None else losses)
+            after()
+            for rule in self.recipe.stop:
+                now = Progress(step + 1, (step + 1) / self.order.epoch, self.log, lambda: self.trainee.subject)
+                reason = rule.reason(now)
+                if reason:
+                    return rule.name, f"{rule.name} at step {step}: {reason}"
+        return "", f"all {self.total} steps taken"
+
+    def _step(self, step: int) -> dict[str, Any]:
+        begin, draw = perf_counter(), self.order.at(step)
+        lr = (draw.lr or self.recipe.lr) * self.recipe.schedule.factor(step, self.total)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        aside: list[Tensor | None] = [None] * len(self.parameters)
+        for side in SIDES:
+            for role in (role for role in side if role in draw.rows):
+                self._role(role, draw.rows[role], step, sums)
+            self.trainee.mask_gradients()
+            if side is FORGET_SIDE and self.recipe.combiner.separate:
+                aside = [p.grad for p in self.parameters]
+                self.optimiser.zero_grad(set_to_none=True)
+        values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
+        self._check(values, step, lr, "loss")
+        joined = self._join(aside, values, step)
+        norm = self._clipped()
+        self._check({"the combined gradient": norm}, step, lr, "norm")
+        self.optimiser.step()
+        self.trainee.restore_masked()
+        return _record(step, values, joined, norm, lr, draw, perf_counter() - begin)
+
+    def _role(self, role: str, rows: Sequence[int], step: int, sums: dict[str, Tensor]) -> None:
+        """Forward and backward of every term of a role, one forward a micro-batch."""
+        weights = {t: t.weight_at(step, self.log) for t in self.recipe.terms if t.role == role}
+        active = {term: weight for term, weight in weights.items() if weight != 0}
+        if not active and role not in self.watched:
+            return
+        held = self.material.rows[role]
+        units = {unit: sum(count(unit, held[i]) for i in rows) for unit in {"tokens", *(t.loss.unit for t in active)}}
+        for start in range(0, len(rows), self.micro_batch):
+            part = rows[start : start + self.micro_batch]
+            with torch.set_grad_enabled(bool(active)):
+                seen = self._forward(role, part, active)
+                loss = self._summed(seen, active, units, sums)
+            if loss is not None:
+                loss.backward()
+
+    def _summed(
+        self, seen: Seen, active: dict[Term, float], units: Mapping[Any, int], sums: dict[str, Tensor]
+    ) -> Tensor | None:
+        """The weighted share of a micro-batch in the losses of the step; what it adds to each is put into `sums`."""
+        parts = {f"nll {seen.role}": seen.token_nll.detach().sum() / units["tokens"]}
+        total: Tensor | None = None
+        for term, weight in active.items():
+            loss = term.loss.sum(seen) / units[term.loss.unit]
+            parts[f"loss {term.name}"] = loss.detach()
+            total = weight * loss if total is None else total + weight * loss
+        for name, value in parts.items():
+            sums[name] = sums[name] + value.double() if name in sums else value.double()
+        return total
+
+    def _forward(self, role: str, rows: Sequence[int], active: Iterable[Term]) -> Seen:
+        needs = {need for term in active for need in term.loss.needs}
+        layers = {layer_of(t.loss.options.get("layer"), self.depth) for t in active if "hidden" in t.loss.needs}
+        seen = self._seen(role, rows, self.material.rows[role], sorted(layers))
+        if "alternative" in needs:
+            seen.other = self._seen("alternative", rows, self.material.alternatives[role], [])
+        return seen
+
+    def _seen(self, role: str, rows: Sequence[int], held: Sequence[Batch], layers: Sequence[int]) -> Seen:
+        batch, states = collated([held[i] for i in rows]), dict[int, Tensor]()
+        self.forwards += 1
+        with precision(self.trainee.dtype, self.trainee.subject.device), watching(self.trainee.subject, layers, states):
+            logits = self.trainee.subject.model(**inputs_of(batch)).logits
+        topics = [self.material.topics[role][i] for i in rows] if role in self.material.topics else []
+        return Seen(batch, logits, self.reference, rows, role, states, self.depth, None, self.steering, topics)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.trainee.subject.anatomy.layers)
+
+    def _join(self, aside: list[Tensor | None], values: dict[str, float], step: int) -> Joined | None:
+        if not self.recipe.combiner.separate:
+            return None
+        retain = sum(v for name, v in values.items() if name.startswith("loss ") and name.endswith(RETAIN_SIDE))
+        return join(self.recipe.combiner, aside, self.parameters, Moment(retain, step / self.order.epoch, self.memory))
+
+    def _clipped(self) -> float:
+        limit = math.inf if self.clip is None else self.clip
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def _check(self, values: dict[str, float], step: int, lr: float, what: str) -> None:
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if bad:
+            name, value = next(iter(bad.items()))
+            last = self.log[-1]["losses"] if self.log else None
+            raise TrainingError(
+                f"step {step}: {what} of {name.removeprefix('loss ')} is {value} at lr {lr:g}; the last finite losses were {last}. The "
+                "model given is unchanged, and error.delta holds the last good state; lower lr, or load the model in float32"
+            )
+
+    def _lengths(self) -> dict[str, float]:
+        """Mean norm of the stream over the first forget batch of each topic at the start weights, for adaptive steering."""
+        terms = [t for t in self.recipe.terms if t.loss.options.get("adaptive")]
+        found: dict[str, float] = {}
+        for layer in {layer_of(t.loss.options["layer"], self.depth) for t in terms}:
+            wanted = set(self.material.topics["forget"])
+            for step in range(self.total):
+                rows = self.order.at(step).rows.get("forget", ())
+                for topic in {self.material.topics["forget"][i] for i in rows} & wanted:
+                    mine = [self.material.rows["forget"][i] for i in rows if self.material.topics["forget"][i] == topic]
+                    batch = collated(mine)
+                    seen = Seen(batch, torch.empty(0, 0, 0), self.reference, depth=self.depth)
+                    found[f"{topic} {layer}"] = float(seen.reference_hidden(layer).norm(dim=-1).mean())
+                    wanted.remove(topic)
+                if not wanted:
+                    break
+        return found
+
+
+def optimiser(parameters: Sequence[Tensor], recipe: UnlearnRecipe) -> torch.optim.Optimizer:
+    """The optimiser of a recipe; AdamW in one fused pass over the weights."""
+    chosen = recipe.optimiser
+    common: dict[str, Any] = {"lr": recipe.lr, "weight_decay": chosen.weight_decay}
+    if chosen.name == "adamw":
+        return torch.optim.AdamW(parameters, betas=chosen.betas, fused=True, **common)
+    return {"sgd": torch.optim.SGD, "adafactor": torch.optim.Adafactor}[chosen.name](parameters, **common)
+
+
+def _record(
+    step: int, values: dict[str, float], joined: Joined | None, norm: float, lr: float, draw: Draw, seconds: float
+) -> dict[str, Any]:
+    dots = None if joined is None else joined.dots
+    cosine = None if dots is None or not math.isfinite(dots.cosine) else dots.cosine
+    return {
+        "step": step,
+        "losses": {name.removeprefix("loss "): v for name, v in values.items() if name.startswith("loss ")},
+        "nll": {name.removeprefix("nll "): v for name, v in values.items() if name.startswith("nll ")},
+        "cosine": cosine,
+        "forget_norm": None if dots is None else math.sqrt(dots.forget),
+        "retain_norm": None if dots is None else math.sqrt(dots.retain),
+        "c": None if dots is None or dots.vanished else dots.both / dots.forget,
+        "fallback": bool(joined is not None and joined.fallback),
+        "norm": norm,
+        "lr": lr,
+        "rows": {role: len(rows) for role, rows in draw.rows.items()},
+        "seconds": round(seconds, 4),
+    }

@@ -1,0 +1,253 @@
+"""Losses of gradient unlearning: each returns a sum over its unit and says what the unit is.
+
+The loop divides by the count of that unit over the whole step, so that neither micro-batches nor ranks change anything.
+l_i is the summed NLL of the labels of row i, n_i their number, ref the start weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.gradient.seen import Seen
+
+Unit = Literal["tokens", "rows", "positions"]
+"""Label tokens, rows, or every real token but the first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """What one micro-batch adds to a loss."""
+
+    name: str
+    sum: Callable[[Seen], Float[Tensor, ""]]
+    """The loss summed over the units of a micro-batch."""
+    unit: Unit
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
+    """Some of "reference_rows", "reference_logits", "reference_hidden", "hidden", "alternative"."""
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})"
+
+
+def nll() -> Loss:
+    """Negative log-likelihood: sum_i l_i / sum_i n_i."""
+    return Loss("nll", lambda seen: seen.token_nll.sum(), "tokens")
+
+
+def negative_nll(cap: float | None = None) -> Loss:
+    """Gradient ascent: - sum_i l_i / sum_i n_i. It has no minimum.
+
+    Args:
+        cap: a row whose mean NLL exceeds this many nats has no gradient.
+    """
+    if cap is not None and cap <= 0:
+        raise ArgumentError(f"cap={cap}; give a number of nats above 0, or None")
+
+    def total(seen: Seen) -> Tensor:
+        if cap is None:
+            return -seen.token_nll.sum()
+        rows = seen.row_nll
+        return -torch.where(rows / seen.row_count > cap, rows.detach(), rows).sum()
+
+    return Loss("negative_nll", total, "tokens", {"cap": cap})
+
+
+def kl(direction: str = "reference_first", cache: int | None = None) -> Loss:
+    """KL divergence to the start model a label token: KL(p_ref || p), or KL(p || p_ref) with "model_first".
+
+    Args:
+        cache: keep the k largest reference probabilities and put the rest in one bucket. That is the KL of a coarser
+            distribution, never larger than the true one.
+    Raises:
+        UnknownName: if there is no such direction.
+    """
+    _known("direction", direction, ("reference_first", "model_first"))
+    if cache is not None and cache < 1:
+        raise ArgumentError(f"cache={cache}; give a number of tokens, at least 1, or None")
+
+    def total(seen: Seen) -> Tensor:
+        p, q = seen.reference_logits.log_softmax(-1), seen.label_logits.log_softmax(-1)
+        p, q = (p, q) if cache is None else _coarse(p, q, cache)
+        first, second = (p, q) if direction == "reference_first" else (q, p)
+        return (first.exp() * (first - second)).sum()
+
+    return Loss("kl", total, "tokens", {"direction": direction, "cache": cache}, frozenset({"reference_logits"}))
+
+
+def cross_entropy_to_reference() -> Loss:
+    """- sum_v p_ref log p a label token: the gradient of `kl`, a value larger by the entropy of p_ref."""
+
+    def total(seen: Seen) -> Tensor:
+        return -(seen.reference_logits.softmax(-1) * seen.label_logits.log_softmax(-1)).sum()
+
+    return Loss("cross_entropy_to_reference", total, "tokens", needs=frozenset({"reference_logits"}))
+
+
+def npo(beta: float = 0.1) -> Loss:
+    """Negative preference optimisation: -(2/beta) mean_i log sigma(beta (l_i - lref_i)).
+
+    Reference: Zhang et al. 2024, arXiv:2404.05868, equation 3.
+    """
+    _positive(beta=beta)
+
+    def total(seen: Seen) -> Tensor:
+        return -(2 / beta) * logsigmoid(beta * (seen.row_nll - seen.reference_rows)).sum()
+
+    return Loss("npo", total, "rows", {"beta": beta}, frozenset({"reference_rows"}))
+
+
+def dpo(beta: float = 0.1, alternative: bool = True) -> Loss:
+    """Direct preference of another answer: -(2/beta) mean_i log sigma(beta [(lref - l)(alternative_i) - (lref - l)(i)]).
+
+    Args:
+        alternative: False leaves out the first difference, which makes it NPO.
+    """
+    _positive(beta=beta)
+
+    def total(seen: Seen) -> Tensor:
+        margin = seen.row_nll - seen.reference_rows
+        if alternative:
+            other = seen.alternative
+            margin = margin + other.reference_rows - other.row_nll
+        return -(2 / beta) * logsigmoid(beta * margin).sum()
+
+    needs = {"reference_rows"} | ({"alternative"} if alternative else set())
+    return Loss("dpo", total, "rows", {"beta": beta, "alternative": alternative}, frozenset(needs))
+
+
+def sim_npo(beta: float = 4.5, delta: float = 0.0) -> Loss:
+    """NPO without a reference: -(2/beta) mean_i log sigma(beta (l_i / n_i - delta)).
+
+    Reference: Fan et al. 2024, arXiv:2410.07163, equation 4.
+    """
+    _positive(beta=beta)
+
+    def total(seen: Seen) -> Tensor:
+        return -(2 / beta) * logsigmoid(beta * (seen.row_nll / seen.row_count - delta)).sum()
+
+    return Loss("sim_npo", total, "rows", {"beta": beta, "delta": delta})
+
+
+def wga(beta: float = 1.0) -> Loss:
+    """Weighted gradient ascent: - mean over label tokens of p^beta (detached) x NLL, p the probability of the label."""
+    return Loss("wga", lambda seen: _weighted(seen, beta, 0.0), "tokens", {"beta": beta})
+
+
+def satimp(beta1: float = 5.0, beta2: float = 1.0) -> Loss:
+    """Saturation and importance: - mean over label tokens of p^beta1 (1 - p)^beta2 (detached) x NLL."""
+    return Loss("satimp", lambda seen: _weighted(seen, beta1, beta2), "tokens", {"beta1": beta1, "beta2": beta2})
+
+
+def undial(beta: float = 10.0) -> Loss:
+    """Self-distillation to lowered logits: mean over label tokens of CE(softmax(z_ref - beta onehot(label)), z).
+
+    Reference: Dong et al. 2024, arXiv:2402.10052.
+    """
+    _positive(beta=beta)
+
+    def total(seen: Seen) -> Tensor:
+        lowered = seen.reference_logits.scatter_add(
+            1, seen.targets[:, None], torch.full_like(seen.reference_logits[:, :1], -beta)
+        )
+        return -(lowered.softmax(-1) * seen.label_logits.log_softmax(-1)).sum()
+
+    return Loss("undial", total, "tokens", {"beta": beta}, frozenset({"reference_logits"}))
+
+
+def signed_nll(factor: float) -> Loss:
+    """factor x the mean token NLL of a row, a row: -1 unlearns, a positive factor retains."""
+    return Loss("signed_nll", lambda seen: factor * (seen.row_nll / seen.row_count).sum(), "rows", {"factor": factor})
+
+
+def logit_margin() -> Loss:
+    """Mean over label tokens of (max_v z - mean_v z)^2: it flattens what the model predicts."""
+
+    def total(seen: Seen) -> Tensor:
+        return (seen.label_logits.amax(-1) - seen.label_logits.mean(-1)).square().sum()
+
+    return Loss("logit_margin", total, "tokens")
+
+
+def rmu_forget(layer: int | None = None, coefficient: float = 2.0, adaptive: bool = False) -> Loss:
+    """Steers the residual stream of the forget set away: mean over positions of ||h - c u||^2 / d, h at `layer`.resid.post.
+
+    u is a random unit vector in the positive orthant, one a topic, drawn once by the seed.
+
+    Args:
+        layer: None for the layer at 0.22 of the depth.
+        adaptive: c is `coefficient` x the mean norm of h over the first forget batch of the topic at the start weights.
+    Reference: Li et al. 2024, arXiv:2403.03218, section 4; adaptive: Dang et al. 2024, arXiv:2408.06223.
+    """
+
+    def total(seen: Seen) -> Tensor:
+        hidden, rows = seen.hidden(layer)
+        target = seen.steering(layer, coefficient, adaptive)[rows].to(hidden)
+        return (hidden - target).square().sum() / hidden.shape[1]
+
+    options = {"layer": layer, "coefficient": coefficient, "adaptive": adaptive}
+    return Loss("rmu_forget", total, "positions", options, frozenset({"hidden"}))
+
+
+def rmu_retain(layer: int | None = None) -> Loss:
+    """Keeps the residual stream of the retain set: mean over positions of ||h - h_ref||^2 / d, h at `layer`.resid.post."""
+
+    def total(seen: Seen) -> Tensor:
+        hidden, _ = seen.hidden(layer)
+        return (hidden - seen.reference_hidden(layer).to(hidden)).square().sum() / hidden.shape[1]
+
+    return Loss("rmu_retain", total, "positions", {"layer": layer}, frozenset({"hidden", "reference_hidden"}))
+
+
+LOSSES: Mapping[str, Callable[..., Loss]] = {
+    f.__name__: f
+    for f in (nll, negative_nll, kl, cross_entropy_to_reference, npo, dpo, sim_npo, wga, satimp, undial, signed_nll,
+              logit_margin, rmu_forget, rmu_retain)
+}  # fmt: skip
+
+
+def named(name: str) -> Callable[..., Loss]:
+    """The constructor of a loss by its name.
+
+    Raises:
+        UnknownName: with the nearest names.
+    """
+    _known("loss", name, LOSSES)
+    return LOSSES[name]
+
+
+def _weighted(seen: Seen, own: float, rest: float) -> Tensor:
+    probability = torch.exp(-seen.token_nll.detach())
+    return -(probability**own * (1 - probability) ** rest * seen.token_nll).sum()
+
+
+def _coarse(
+    p: Float[Tensor, "n v"], q: Float[Tensor, "n v"], k: int
+) -> tuple[Float[Tensor, "n k1"], Float[Tensor, "n k1"]]:
+    """Both distributions on the k tokens p finds likeliest and one bucket for all others."""
+    if k >= p.shape[1]:
+        return p, q
+    chosen = p.topk(k, dim=-1).indices
+    taken = torch.zeros_like(p, dtype=torch.bool).scatter(1, chosen, True)
+    tails = [x.masked_fill(taken, -torch.inf).logsumexp(-1, keepdim=True) for x in (p, q)]
+    first, second = (torch.cat([x.gather(1, chosen), tail], 1) for x, tail in zip((p, q), tails, strict=True))
+    return first, second
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ArgumentError(f"{name}={value}; give a number above 0")
+
+
+def _known(what: str, name: str, valid: Any) -> None:
+    if name not in valid:
+        raise UnknownName(f"{what}={name!r}; {nearest(name, valid)}")

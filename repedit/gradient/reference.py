@@ -1,0 +1,110 @@
+"""The reference of the losses: the start weights, which are still there, because the subject is never changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from repedit.activations.passes import at_least_float32, inputs_of
+from repedit.arch import hooks_at
+from repedit.data import Batch
+from repedit.errors import ShapeError
+from repedit.fit.objective import targets_of
+from repedit.fit.sampling import collated
+from repedit.hooks import installed
+from repedit.models import Subject
+from repedit.sites import Point, Site
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Reference:
+    """Forward passes of the start weights, without gradients and without a second copy of any tensor."""
+
+    def __init__(self, subject: Subject, rows: Mapping[str, Sequence[Batch]] | None = None) -> None:
+        tensors = [*subject.model.parameters(), *subject.model.buffers()]
+        # Its own modules, so that neither hooks nor train mode of the subject are touched; the tensors are the subject's.
+        model = copy.deepcopy(subject.model, memo={id(tensor): tensor for tensor in tensors}).eval()
+        self.subject = Subject(model, subject.tokenizer, subject.architecture)
+        self.passes = 0
+        """Forward passes made so far."""
+        self._rows, self._known = dict(rows or {}), dict[str, Float[Tensor, " n"]]()
+
+    def logits(self, batch: Batch) -> Float[Tensor, "b t v"]:
+        """The logits of a batch."""
+        self.passes += 1
+        with torch.no_grad(), precision(self.subject.model.dtype, self.subject.device):
+            return self.subject.model(**inputs_of(batch)).logits
+
+    def states(self, batch: Batch, layers: Sequence[int]) -> dict[int, Float[Tensor, "b t d"]]:
+        """The residual stream after some layers."""
+        self.passes += 1
+        seen: dict[int, Tensor] = {}
+        with (
+            torch.no_grad(),
+            precision(self.subject.model.dtype, self.subject.device),
+            watching(self.subject, layers, seen),
+        ):
+            self.subject.model(**inputs_of(batch))
+        return seen
+
+    def rows(self, role: str, indices: Sequence[int]) -> Float[Tensor, " b"]:
+        """l_i of some rows of a role, in float64; all rows of the role are read once, on the first call."""
+        if role not in self._known:
+            self._known[role] = torch.cat([self._summed(part) for part in _eights(self._rows[role])])
+        return self._known[role][list(indices)]
+
+    def _summed(self, rows: Sequence[Batch]) -> Float[Tensor, " b"]:
+        batch = collated(rows)
+        labels = targets_of(batch)
+        picked = at_least_float32(self.logits(batch)[:, :-1][labels[:, 1:]])
+        each = nn.functional.cross_entropy(picked, batch.input_ids[labels], reduction="none").double()
+        return each.new_zeros(len(rows)).index_add(0, labels.nonzero()[:, 0], each)
+
+
+def check_vocabulary(subject: Subject, reference: Subject) -> None:
+    """Refuse a reference whose logits are about other tokens.
+
+    Raises:
+        ShapeError: with both vocabularies.
+    """
+    mine, theirs = (s.model.get_output_embeddings().weight.shape[0] for s in (subject, reference))
+    tokens = [None if s.tokenizer is None else s.tokenizer.get_vocab() for s in (subject, reference)]
+    if mine != theirs or (None not in tokens and tokens[0] != tokens[1]):
+        raise ShapeError(
+            f"the reference model has a vocabulary of {theirs} tokens, the subject one of {mine}"
+            + (", with other tokens" if mine == theirs else "")
+            + "; their predictions cannot be compared, give a reference of the same family"
+        )
+
+
+def watching(subject: Subject, layers: Sequence[int], into: dict[int, Tensor]) -> AbstractContextManager[Any]:
+    """Put the residual stream after some layers into a mapping while a forward pass runs."""
+
+    def keep(layer: int) -> Any:
+        def visit(x: Tensor, _at: slice, _tokens: Tensor | None) -> None:
+            into[layer] = x
+
+        return visit
+
+    hooks = [
+        hook
+        for layer in layers
+        for hook in hooks_at(subject.model, subject.anatomy, Site(layer, Point.RESID_POST), keep(layer), replaces=False)
+    ]
+    return installed(hooks) if hooks else nullcontext()
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """A model of a half type computes in it although what is trained is held in float32."""
+    return torch.autocast(device.type, dtype=dtype) if dtype in _HALF else nullcontext()
+
+
+def _eights(rows: Sequence[Batch]) -> list[Sequence[Batch]]:
+    return [rows[i : i + 8] for i in range(0, len(rows), 8)]

@@ -1,0 +1,221 @@
+"""rp.unlearn: train the forgetting of some rows and the keeping of others into the weights, and return the difference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repedit.delta import Delta
+from repedit.errors import ArgumentError, NoOpEdit, TrainingError
+from repedit.fingerprints import value_hash
+from repedit.gradient import state
+from repedit.gradient.loop import Training
+from repedit.gradient.masks import salient
+from repedit.gradient.material import Material, material
+from repedit.gradient.parameters import Parameters, Trainee
+from repedit.gradient.recipe import Merged, UnlearnRecipe
+from repedit.gradient.reference import Reference, check_vocabulary
+from repedit.gradient.schedule import Stop
+from repedit.models import Subject
+
+
+def unlearn(
+    subject: Subject,
+    *,
+    recipe: UnlearnRecipe | Merged,
+    forget: Any,
+    retain: Any = None,
+    update: Any = None,
+    reference: Subject | None = None,
+    parameters: Parameters | None = None,
+    lr: float | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    length: int | None = None,
+    clip: float | None = 1.0,
+    seed: int = 0,
+    stop: Sequence[Stop] = (),
+    checkpoint_every: int | None = None,
+    resume: str | Path | None = None,
+    log: str | Path | None = None,
+    allow_overlap: bool = False,
+    progress: bool | None = None,
+) -> Delta:
+    """Train a model to lose the forget set and keep the retain set; the subject itself is never changed.
+
+    Gradient methods mostly hide what they forget: run `rp.audit` on the result before you believe it.
+
+    Args:
+        recipe: from `rp.recipes`; lr, steps, epochs, batch_size, length and parameters override it, `stop` adds rules.
+        forget, retain, update: rows or facts (their answers count), a corpus or texts (all of it counts), or a mapping of
+            topics to those.
+        reference: a model the losses compare with, in place of the start weights.
+        micro_batch: rows a forward pass; gradients add up to those of the whole batch.
+        clip: largest norm of the combined gradient; None for no limit.
+        checkpoint_every: steps between saved states in `resume`.
+        resume: a file the training is saved to on its way, and goes on from where it exists.
+        log: a JSONL file that gets one line a step.
+        allow_overlap: let forget and retain share rows.
+    Raises:
+        DataError, OverlapError: if a set is missing, empty or malformed, or the sets overlap.
+        SelectionError, ShapeError: if the parameter filter or mask fits nothing, or the reference has another vocabulary.
+        QuantizedModel, OffloadedTensors: if the weights cannot be trained.
+        TrainingError: if a loss is not finite; its `delta` is the last good state.
+        NoOpEdit: if nothing changed, or rounding to the model's dtype swallows all of it.
+        FingerprintError: if `resume` holds another training.
+    """
+    if checkpoint_every is not None and (checkpoint_every < 1 or resume is None):
+        raise ArgumentError(
+            f"checkpoint_every={checkpoint_every}, resume={resume}: give a file in resume, and at least 1 step"
+        )
+    data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
+    changes = {
+        "parameters": parameters,
+        "lr": lr,
+        "steps": steps,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "length": length,
+    }
+    rest = {"reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "progress": progress}
+    if isinstance(recipe, Merged):
+        return _merged(subject, recipe, data | changes | rest | {"stop": stop}, resume, checkpoint_every, log)
+    chosen = _overridden(recipe, changes, stop)
+    if reference is not None:
+        check_vocabulary(subject, reference)
+    rows = material(subject, chosen, **data)
+    chosen = _masked(subject, chosen, rows)
+    training = Training(
+        trainee=Trainee(subject, chosen.parameters, seed=seed),
+        reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives.get("forget", [])}),
+        material=rows, recipe=chosen, micro_batch=micro_batch or chosen.batch_size, clip=clip, seed=seed,
+    )  # fmt: skip
+    record = _record(subject, reference, chosen, rows, seed, clip)
+    return _trained(training, record, None if resume is None else Path(resume), checkpoint_every, log, progress)
+
+
+def _overridden(recipe: UnlearnRecipe, changes: Mapping[str, Any], stop: Sequence[Stop]) -> UnlearnRecipe:
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "epochs" in given and "steps" not in given:
+        given["steps"] = None
+    return replace(recipe, stop=(*recipe.stop, *stop), **given)
+
+
+def _masked(subject: Subject, recipe: UnlearnRecipe, rows: Material) -> UnlearnRecipe:
+    """The recipe with the mask of its saliency, which is taken once at the start weights."""
+    if recipe.saliency is None:
+        return recipe
+    if recipe.parameters.mask is not None:
+        raise ArgumentError(f"recipe {recipe.name!r} computes its own mask and another was given; give one of them")
+    mask = salient(subject, rows.rows["forget"], recipe.saliency, recipe.parameters, recipe.batch_size)
+    return replace(recipe, parameters=replace(recipe.parameters, mask=mask))
+
+
+def _trained(
+    training: Training,
+    record: dict[str, Any],
+    path: Path | None,
+    every: int | None,
+    log: str | Path | None,
+    progress: bool | None,
+) -> Delta:
+    key = {name: record[name] for name in ("model", "options", "data", "seed")}
+    if path is not None and path.exists():
+        state.restore(path, training, key)
+    written = None if log is None else Path(log)
+    if written is not None:
+        written.write_text("".join(json.dumps(r) + "\n" for r in training.log), encoding="utf-8")
+
+    def after() -> None:
+        if written is not None:
+            with open(written, "a", encoding="utf-8") as out:
+                out.write(json.dumps(training.log[-1]) + "\n")
+        if path is not None and len(training.log) % (every or 20) == 0:
+            state.save(path, training, key)
+
+    try:
+        rule, reason = training.run(after=after, progress=progress)
+    except TrainingError as error:
+        if path is not None:
+            state.save(path, training, key)
+        error.delta = _delta(training, record | {"stopped": {"rule": "error", "reason": str(error)}})
+        raise
+    if path is not None:
+        state.save(path, training, key)
+    delta = _delta(training, record | {"stopped": {"rule": rule, "reason": reason}})
+    _check_change(delta, training)
+    return delta
+
+
+def _delta(training: Training, record: dict[str, Any]) -> Delta:
+    found = {name: value * training.recipe.scale for name, value in training.trainee.differences().items()}
+    start = {name: value_hash(_start(training, name)) for name in found}
+    return Delta(
+        found,
+        record | {"start": start, "steps_run": len(training.log), "lengths": training.steering.lengths},
+        tuple(training.log),
+    )
+
+
+def _start(training: Training, name: str) -> torch.Tensor:
+    """The weight as it was, also of a module that has an adapter."""
+    known = training.trainee.start
+    return known[name] if name in known else training.trainee.original[name]
+
+
+def _check_change(delta: Delta, training: Training) -> None:
+    def moves(name: str, value: torch.Tensor) -> bool:
+        old = _start(training, name).cpu()
+        return not torch.equal((old.to(value.dtype) + value).to(old.dtype), old)
+
+    if not any(moves(name, value) for name, value in delta.tensors.items()):
+        dtype = str(training.reference.subject.model.dtype).removeprefix("torch.")
+        largest = max((float(v.abs().max()) for v in delta.tensors.values()), default=0.0)
+        raise NoOpEdit(
+            f"the training changes nothing: 0 % of the entries differ after rounding to {dtype}, the largest difference is "
+            f"{largest:.2g}; raise lr, or train the model in float32"
+        )
+
+
+def _record(
+    subject: Subject, reference: Subject | None, recipe: UnlearnRecipe, rows: Material, seed: int, clip: float | None
+) -> dict[str, Any]:
+    return {
+        "method": recipe.name,
+        "options": recipe.plain() | {"clip": clip},
+        "formula": recipe.formula,
+        "source": recipe.source,
+        "model": subject.fingerprint(),
+        "reference": None if reference is None else reference.fingerprint(),
+        "data": dict(rows.record),
+        "seed": seed,
+        "versions": {name: version(name) for name in ("repedit", "torch", "transformers")},
+    }
+
+
+def _merged(
+    subject: Subject,
+    recipe: Merged,
+    options: dict[str, Any],
+    resume: str | Path | None,
+    every: int | None,
+    log: str | Path | None,
+) -> Delta:
+    """Each part from the same start, then TIES; states and logs of the parts are files of their own."""
+    parts = []
+    for number, part in enumerate(recipe.parts):
+        files: dict[str, Any] = {
+            name: None if path is None else Path(path).with_name(f"{Path(path).stem}-{number}{Path(path).suffix}")
+            for name, path in (("resume", resume), ("log", log))
+        }
+        parts.append(unlearn(subject, recipe=part, checkpoint_every=every, **files, **options))
+    merged = Delta.ties(parts, recipe.weights, recipe.density)
+    return Delta(merged.tensors, {**merged.provenance, "method": recipe.name, "options": recipe.plain()}, parts[0].log)
