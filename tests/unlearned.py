@@ -27,6 +27,8 @@ def subject(family: str = "llama", dtype: torch.dtype = torch.float64) -> Subjec
     for p in model.parameters():
         p.data = p.data.to(dtype)
     model.config.dtype = dtype
+    # Eager attention takes its softmax in float32, where float64's lowest number is -inf: wholly masked rows become NaN.
+    model.config._attn_implementation = "sdpa"
     return subject_of(model, found.tokenizer)
 
 

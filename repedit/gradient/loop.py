@@ -24,7 +24,7 @@ from repedit.gradient.material import Material
 from repedit.gradient.parameters import Trainee
 from repedit.gradient.recipe import Term, UnlearnRecipe
 from repedit.gradient.reference import Reference, precision, watching
-from repedit.gradient.sampling import FORGET_SIDE, RETAIN_SIDE, Draw
+from repedit.gradient.sampling import FORGET_SIDE, RETAIN_SIDE
 from repedit.gradient.schedule import Progress
 from repedit.gradient.seen import Seen, Steering, count, layer_of
 
@@ -101,7 +101,9 @@ class Training:
         self._check({"the combined gradient": norm}, step, lr, "norm")
         self.optimiser.step()
         self.trainee.restore_masked()
-        return _record(step, values, joined, norm, lr, draw, perf_counter() - begin)
+        found: dict[str, Any] = {"step": step, "epoch": round(step / self.order.epoch, 4), "norm": norm, "lr": lr}
+        found |= {"rows": {role: len(rows) for role, rows in draw.rows.items()}}
+        return found | _measured(values, joined) | {"seconds": round(perf_counter() - begin, 4)}
 
     def _role(self, role: str, rows: Sequence[int], step: int, sums: dict[str, Tensor]) -> None:
         """Forward and backward of every term of a role, one forward a micro-batch."""
@@ -202,22 +204,14 @@ def optimiser(parameters: Sequence[Tensor], recipe: UnlearnRecipe) -> torch.opti
     return {"sgd": torch.optim.SGD, "adafactor": torch.optim.Adafactor}[chosen.name](parameters, **common)
 
 
-def _record(
-    step: int, values: dict[str, float], joined: Joined | None, norm: float, lr: float, draw: Draw, seconds: float
-) -> dict[str, Any]:
+def _measured(values: Mapping[str, float], joined: Joined | None) -> dict[str, Any]:
     dots = None if joined is None else joined.dots
-    cosine = None if dots is None or not math.isfinite(dots.cosine) else dots.cosine
     return {
-        "step": step,
         "losses": {name.removeprefix("loss "): v for name, v in values.items() if name.startswith("loss ")},
         "nll": {name.removeprefix("nll "): v for name, v in values.items() if name.startswith("nll ")},
-        "cosine": cosine,
+        "cosine": None if dots is None or math.isnan(dots.cosine) else dots.cosine,
         "forget_norm": None if dots is None else math.sqrt(dots.forget),
         "retain_norm": None if dots is None else math.sqrt(dots.retain),
         "c": None if dots is None or dots.vanished else dots.both / dots.forget,
         "fallback": bool(joined is not None and joined.fallback),
-        "norm": norm,
-        "lr": lr,
-        "rows": {role: len(rows) for role, rows in draw.rows.items()},
-        "seconds": round(seconds, 4),
     }

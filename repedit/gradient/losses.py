@@ -185,7 +185,7 @@ def rmu_forget(layer: int | None = None, coefficient: float = 2.0, adaptive: boo
     Args:
         layer: None for the layer at 0.22 of the depth.
         adaptive: c is `coefficient` x the mean norm of h over the first forget batch of the topic at the start weights.
-    Reference: Li et al. 2024, arXiv:2403.03218, section 4; adaptive: Dang et al. 2024, arXiv:2408.06223.
+    Reference: Li et al. 2024, arXiv:2403.03218, section 4; adaptive: Huu-Tien et al. 2024, arXiv:2408.06223.
     """
 
     def total(seen: Seen) -> Tensor:

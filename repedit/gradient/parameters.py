@@ -21,6 +21,7 @@ from repedit.errors import (
     nearest,
 )
 from repedit.models import Subject
+from repedit.sites import Point
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ class Parameters:
     """Which tensors are trained; the conditions intersect."""
 
     layers: str = "all"
-    """ "20-29", "3", "0-2,5", or "all", which also takes embeddings, head and the last norm."""
+    """ "20-29", "3", "0-2,5", "last 8", "3 ending at 0.22" (of the depth), or "all", which also takes embeddings, head and
+    the last norm."""
     modules: tuple[str, ...] = ()
-    """Suffixes of module paths, such as "mlp.down_proj"."""
+    """Suffixes of module paths, such as "mlp.down_proj"; or "attn.out", "mlp.out" for what writes these in any family."""
     pattern: str | None = None
     """A regular expression that is searched for in the tensor name."""
     mask: Mask | None = None
@@ -80,14 +82,15 @@ class Parameters:
         named = dict(subject.model.named_parameters())
         _check_trainable(subject, named)
         found = [name for name in named if self._layer_fits(name, subject)]
+        writers = {name: point for point in ("attn.out", "mlp.out") for name in _writers(subject, point)}
         for suffix in self.modules:
-            if not any(_module(name).endswith(suffix) for name in found):
+            if not any(_module(name).endswith(suffix) or writers.get(name) == suffix for name in found):
                 known = sorted({tail for name in found for tail in _tails(_module(name), subject)})
                 raise SelectionError(
                     f"no tensor of layers {self.layers!r} belongs to a module {suffix!r}; {nearest(suffix, known)}"
                 )
         if self.modules:
-            found = [name for name in found if _module(name).endswith(self.modules)]
+            found = [n for n in found if _module(n).endswith(self.modules) or writers.get(n) in self.modules]
         if self.pattern is not None:
             matching = [name for name in found if re.search(self.pattern, name)]
             if not matching:
@@ -176,21 +179,33 @@ class Trainee:
 
 
 def layers_of(text: str, depth: int) -> tuple[int, ...]:
-    """The layers that "20-29", "3" or "0-2,5" names.
+    """The layers that "20-29", "3", "0-2,5", "last 8" or "3 ending at 0.22" names.
+
+    The last two are cut to the layers there are.
 
     Raises:
         SelectionError: if it names none, or one that does not exist.
     """
+    relative = re.fullmatch(r"last (\d+)|(\d+) ending at (0?\.\d+)", text.strip())
+    if relative:
+        end = depth - 1 if relative[1] else layer_at(float(relative[3]), depth)
+        count = int(relative[1] or relative[2])
+        return tuple(range(max(0, end - count + 1), end + 1))
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < depth:
             raise SelectionError(
-                f"layers={text!r} does not name layers of this model; they are 0 to {depth - 1}, write '2-5', '3', '0-2,5' or 'all'"
+                f"layers={text!r} does not name layers of this model; they are 0 to {depth - 1}, write '2-5', '3', '0-2,5', 'last 4' or 'all'"
             )
         found |= set(range(first, last + 1))
     return tuple(sorted(found))
+
+
+def layer_at(fraction: float, depth: int) -> int:
+    """The layer at a fraction of the depth."""
+    return min(depth - 1, round(fraction * depth))
 
 
 def check_mask(parameters: Parameters, subject: Subject, names: tuple[str, ...]) -> None:
@@ -241,6 +256,12 @@ def _module(name: str) -> str:
     """The module of a tensor; a fused tensor such as experts.down_proj counts as one itself."""
     head, _, leaf = name.rpartition(".")
     return head if leaf in ("weight", "bias") else name
+
+
+def _writers(subject: Subject, point: str) -> set[str]:
+    """The weights that write into the stream at a point."""
+    branches = [subject.anatomy.branch(layer, Point(point)) for layer in range(len(subject.anatomy.layers))]
+    return {part.out.tensor for branch in branches for part in branch.parts}
 
 
 def _tails(module: str, subject: Subject) -> set[str]:

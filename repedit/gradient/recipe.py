@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from repedit.errors import ArgumentError, UnknownName, nearest
@@ -151,6 +151,19 @@ class UnlearnRecipe:
             "saliency": None if self.saliency is None else {k: str(v) for k, v in vars(self.saliency).items()},
             "scale": self.scale,
         }
+
+
+def made(name: str, terms: tuple[Term, ...], changes: Mapping[str, Any], **defaults: Any) -> UnlearnRecipe:
+    """A recipe with its own defaults and the caller's changes.
+
+    Raises:
+        UnknownName: if a change names no field of a recipe.
+    """
+    valid = [f.name for f in fields(UnlearnRecipe) if f.name not in ("name", "terms")]
+    for key in changes:
+        if key not in valid:
+            raise UnknownName(f"recipe {name!r} has no option {key!r}; {nearest(key, valid)}")
+    return UnlearnRecipe(name, terms, **{**defaults, **changes})
 
 
 @dataclass(frozen=True, eq=False)

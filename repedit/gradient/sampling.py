@@ -53,23 +53,23 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps that see one role alone.
+    """A stretch of steps that see one role alone; terms of other roles are silent in it.
 
     Raises:
-        ArgumentError: unless exactly one of epochs and steps is given and share lies in (0, 1].
+        ArgumentError: if epochs is not positive or share lies outside (0, 1].
     """
 
     role: str
-    epochs: float | None = None
-    steps: int | None = None
+    epochs: float = 1.0
     lr: float | None = None
     share: float = 1.0
-    """Of the rows of the role, drawn by the seed."""
-    batch_size: int | None = None
+    """Of the rows of the role, drawn anew for each chunk."""
+    final: bool = False
+    """Once in the end, in place of once a chunk."""
 
     def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None) or not 0 < self.share <= 1:
-            raise ArgumentError(f"{self}: give epochs or steps, not both, and a share in (0, 1]")
+        if not self.epochs > 0 or not 0 < self.share <= 1:
+            raise ArgumentError(f"{self}: epochs must be above 0 and share in (0, 1]")
 
 
 def paired(ratio: float = 1.0) -> Sampler:
@@ -144,42 +144,47 @@ def chunked(chunk: int = 32, retain_per_forget: int = 7, epochs_per_chunk: int =
     )
 
 
-def alternate(*phases: Phase) -> Sampler:
-    """Phases one after the other, over and over; terms whose role a phase does not draw are silent in it.
+def alternate(*phases: Phase, chunk: int | None = None) -> Sampler:
+    """Phases one after the other; an epoch is one pass over them.
 
-    An epoch is one pass over the phases, or, where all of them count steps, as many as see every forget row once.
+    Args:
+        chunk: forget rows a chunk; the phases are gone through for each chunk in turn. None for all rows at once.
     """
-    if not phases:
-        raise ArgumentError("alternate() without phases; give at least one Phase")
+    _at_least_one(phases=len(phases), chunk=1 if chunk is None else chunk)
 
     def order(topics: Topics, size: int, seed: int) -> Order:
-        pools = [_pool(phase, len(topics.get(phase.role, ())), seed) for phase in phases]
-        sizes = [min(phase.batch_size or size, len(pool)) for phase, pool in zip(phases, pools, strict=True)]
-        steps = [
-            phase.steps or math.ceil((phase.epochs or 1) * len(pool) / n)
-            for phase, pool, n in zip(phases, pools, sizes, strict=True)
-        ]
+        for phase in phases:
+            if not topics.get(phase.role):
+                raise ArgumentError(f"a phase asks for {phase.role!r} rows and there are none; give {phase.role}=...")
+        forget = range(len(topics["forget"]))
+        parts = [forget[i : i + (chunk or len(forget))] for i in range(0, len(forget), chunk or len(forget))]
+        turns = [(phase, n, part) for n, part in enumerate(parts) for phase in phases if not phase.final]
+        turns += [(phase, len(parts), forget) for phase in phases if phase.final]
+        draws: list[Draw] = []
+        for phase, number, part in turns:
+            held = part if phase.role == "forget" else range(len(topics[phase.role]))
+            drawn = _shuffle(f"{seed}:share:{number}", len(held))[: max(1, round(phase.share * len(held)))]
+            n = min(size, len(drawn))
+            for step in range(math.ceil(phase.epochs * len(drawn) / n)):
+                places = _cycled(f"{phase.role}:{number}", len(drawn), n, step, seed)
+                draws.append(Draw({phase.role: tuple(held[drawn[i]] for i in places)}, phase.lr))
+        return Order(lambda step: draws[step % len(draws)], len(draws))
 
+    return Sampler("alternate", order, {"phases": [vars(phase) for phase in phases], "chunk": chunk})
+
+
+def in_turn(*roles: str) -> Sampler:
+    """One role a step, roles in turn; an epoch sees every forget row once."""
+    _at_least_one(roles=len(roles))
+
+    def order(topics: Topics, size: int, seed: int) -> Order:
         def at(step: int) -> Draw:
-            turn, place = divmod(step, sum(steps))
-            for phase, pool, n, long in zip(phases, pools, sizes, steps, strict=True):
-                if place < long:
-                    chosen = _cycled(phase.role, len(pool), n, turn * long + place, seed)
-                    return Draw({phase.role: tuple(pool[i] for i in chosen)}, phase.lr)
-                place -= long
-            raise AssertionError("a step lies in one of the phases")
+            role = roles[step % len(roles)]
+            return Draw({role: _cycled(role, len(topics[role]), size, step // len(roles), seed)})
 
-        stepwise = all(phase.steps for phase in phases)
-        return Order(at, sum(steps) * (_longest(topics, size) if stepwise else 1))
+        return Order(at, len(roles) * _longest(topics, size))
 
-    return Sampler("alternate", order, {"phases": [vars(phase) for phase in phases]})
-
-
-def _pool(phase: Phase, count: int, seed: int) -> tuple[int, ...]:
-    if not count:
-        raise ArgumentError(f"a phase asks for {phase.role!r} rows and there are none; give {phase.role}=...")
-    order = tuple(range(count)) if phase.share == 1 else _shuffle(f"{seed}:share", count)
-    return order[: max(1, round(phase.share * count))]
+    return Sampler("in_turn", order, {"roles": list(roles)})
 
 
 def _longest(topics: Topics, size: int) -> int:

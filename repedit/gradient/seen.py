@@ -14,6 +14,7 @@ from torch import Tensor
 from repedit.activations.passes import at_least_float32
 from repedit.data import Batch
 from repedit.fit.objective import targets_of
+from repedit.gradient.parameters import layer_at
 from repedit.gradient.reference import Reference
 
 
@@ -127,7 +128,7 @@ def positions(batch: Batch) -> Bool[Tensor, "b t"]:
 
 def layer_of(layer: int | None, depth: int) -> int:
     """The layer asked for, or the one at 0.22 of the depth."""
-    return round(0.22 * depth) if layer is None else layer
+    return layer_at(0.22, depth) if layer is None else layer
 
 
 def count(unit: str, batch: Batch) -> int:

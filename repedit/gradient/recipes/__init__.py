@@ -1,5 +1,65 @@
-"""Recipes of gradient unlearning, each an expression over losses, combiners, samplers and filters."""
+"""Recipes of gradient unlearning, each an expression over losses, combiners, samplers and filters.
 
-from repedit.gradient.recipes.basic import ga, grad_diff, npo_gdr
+None of them promises removal: the published attacks say that gradient methods mostly hide. Run `rp.audit`.
+"""
 
-__all__ = ["ga", "grad_diff", "npo_gdr"]
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from repedit.errors import UnknownName, nearest
+from repedit.gradient.recipe import Merged, UnlearnRecipe
+from repedit.gradient.recipes.basic import (
+    dpo,
+    ga,
+    ga_kl,
+    grad_diff,
+    npo,
+    npo_gdr,
+    npo_klr,
+    satimp,
+    sim_npo,
+    undial,
+    wga,
+)
+from repedit.gradient.recipes.joined import blur, blur_ga, blur_npo, blur_rmu, normalised_difference, primal_dual
+from repedit.gradient.recipes.published import (
+    ails_ntua,
+    cyber_for_ai,
+    multiplier,
+    small,
+    sure,
+    surgery,
+    task_vector,
+    zju_merge,
+)
+from repedit.gradient.recipes.steering import adaptive_rmu, rmu
+
+RECIPES: dict[str, Callable[..., UnlearnRecipe | Merged]] = {
+    f.__name__: f
+    for f in (
+        ga, grad_diff, ga_kl, npo, npo_gdr, npo_klr, dpo, sim_npo, wga, satimp, undial, rmu, adaptive_rmu, blur_npo, blur_ga,
+        blur_rmu, normalised_difference, primal_dual, surgery, cyber_for_ai, ails_ntua, zju_merge, multiplier, task_vector,
+    )
+}  # fmt: skip
+"""Every recipe that needs no other recipe or loss to be built from."""
+
+__all__ = [*RECIPES, "RECIPES", "blur", "named", "small", "sure"]
+
+
+def named(name: str, **options: Any) -> UnlearnRecipe | Merged:
+    """A recipe by name: "blur_npo", "ails_ntua:agad" with a variant, "sure:npo_gdr" and "small:blur_npo" over another.
+
+    Raises:
+        UnknownName: if there is no such recipe, with the nearest names.
+    """
+    head, _, rest = name.partition(":")
+    if head in ("sure", "small") and rest:
+        inner = named(rest, **options)
+        if not isinstance(inner, UnlearnRecipe):
+            raise UnknownName(f"{head} goes over one training, {rest!r} merges several; name another recipe")
+        return sure(inner) if head == "sure" else small(inner)
+    if head not in RECIPES:
+        raise UnknownName(f"no recipe is called {head!r}; {nearest(head, RECIPES)}")
+    return RECIPES[head](rest, **options) if rest else RECIPES[head](**options)
