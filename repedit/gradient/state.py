@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ def restore(path: Path, training: Training, key: Mapping[str, Any]) -> None:
         FingerprintError: if it is of another model, recipe, data or seed, naming the fields.
     """
     tensors, header = container.read(path, "training")
-    held = header["key"]
-    different = sorted(name for name in {*held, *key} if held.get(name) != key.get(name))
+    held, mine = _leaves(header["key"]), _leaves(json.loads(json.dumps(dict(key))))
+    different = sorted(name for name in {*held, *mine} if held.get(name) != mine.get(name))
     if different:
+        first = different[0]
         raise FingerprintError(
-            f"{path} holds a training that differs in {', '.join(different)}; it had {_short(held.get(different[0]))}, this one "
-            f"has {_short(key.get(different[0]))}. Remove the file, or name another"
+            f"{path} holds a training that differs in {', '.join(different[:5])}: {first} was {held.get(first)}, it is "
+            f"{mine.get(first)} now. Remove the file, or name another"
         )
     with torch.no_grad():
         for name, p in training.trainee.tensors.items():
@@ -51,6 +53,9 @@ def restore(path: Path, training: Training, key: Mapping[str, Any]) -> None:
     training.memory.update(header["memory"])
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) < 120 else f"{text[:117]}..."
+def _leaves(key: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of nested mappings under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in key.items():
+        found |= _leaves(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
+    return found
