@@ -30,6 +30,17 @@ def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Ma
     save_file(own, str(path), metadata={"repedit": text})
 
 
+def kind_of(path: str | Path) -> str | None:
+    """What a file says it holds; None where it says nothing or cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("repedit", "{}")).get("kind")
+    except (OSError, SafetensorError):
+        return None
+
+
 def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, header) of a file that `write` made.
 

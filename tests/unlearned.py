@@ -36,7 +36,7 @@ def rows(first: int = 0, last: int = 6, *, alternative: bool = True) -> tuple[Ro
     """Facts about who likes what, of unlike lengths."""
     return tuple(
         Row(fact.prompt + " x" * (i % 3), fact.answer, fact.id, "nothing" if alternative else None)
-        for i, fact in enumerate(likes.facts(first, last))
+        for i, fact in enumerate(likes.facts(first, last), first)
     )
 
 

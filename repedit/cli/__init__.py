@@ -1,7 +1,7 @@
 """The command line: one function a verb; each parses, calls one public function and shows what it returns.
 
-Exit codes: 0 done, 1 unexpected exception, 2 bad input, 3 the retain limit was exceeded at once (prune); those of
-audit are its own.
+Exit codes: 0 done, 1 unexpected exception, 2 bad input, 3 the retain limit was exceeded at once (prune) or the model
+collapsed (unlearn), 4 a loss was not finite (unlearn); those of audit are its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from repedit.cli import audits, cut, look, project, start
+from repedit.cli import audits, cut, look, project, start, unlearning
 
 app = typer.Typer(
     name="repedit",
@@ -27,6 +27,7 @@ for verb in (
     cut.score,
     cut.prune,
     project.project,
+    unlearning.unlearn,
     cut.apply,
     look.diff,
     look.compare,

@@ -105,7 +105,7 @@ def prune(
 
 
 def apply(
-    edit: Annotated[Path, typer.Argument(help="A saved edit (.safetensors).")],
+    edit: Annotated[Path, typer.Argument(help="A saved edit or delta (.safetensors).")],
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Directory of the edited checkpoint.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Convert every tensor, to bfloat16 say.")] = None,
@@ -114,13 +114,14 @@ def apply(
     verify: Annotated[bool, typer.Option(help="Load the result in a process without repedit.")] = True,
     json: Json = False,
 ) -> None:
-    """Write the checkpoint of a saved edit, streamed from the files of the model."""
-    from repedit import console
+    """Write the checkpoint of a saved edit or delta, streamed from the files of the model."""
+    from repedit import console, container
+    from repedit.delta import Delta
     from repedit.edit import Edit
     from repedit.errors import ArgumentError
     from repedit.rewrite.checkpoint import export
 
-    loaded = Edit.load(edit)
+    loaded = Delta.load(edit) if container.kind_of(edit) == "delta" else Edit.load(edit)
     if dry_run:
         console.out.print(plan_of(loaded, opened(model, "auto", "auto")), highlight=False)
         return

@@ -6,6 +6,7 @@ styles repeat what colour says, so that a grey print can be read.
 """
 
 from repedit.plot.cloud import importances
+from repedit.plot.descent import training
 from repedit.plot.drops import selectivity_strip, trajectory
 from repedit.plot.energies import spectra
 from repedit.plot.heat import specialization
@@ -35,6 +36,7 @@ __all__ = [
     "selectivity_strip",
     "specialization",
     "spectra",
+    "training",
     "trajectory",
     "transfer",
 ]

@@ -1,0 +1,158 @@
+"""The verb that unlearns by gradient steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from repedit.cli.options import Device, Dtype, Json, Model, Seed, opened
+from repedit.cli.writing import write
+
+
+def _list(wanted: bool) -> bool:
+    """Every recipe with its formula, source and defaults."""
+    if not wanted:
+        return False
+    from repedit import console
+    from repedit.gradient.recipe import Merged
+    from repedit.gradient.recipes import RECIPES
+
+    rows = []
+    for name, make in RECIPES.items():
+        found = make()
+        first = found.parts[0] if isinstance(found, Merged) else found
+        often = f"{first.steps} steps" if first.steps else f"{first.epochs:g} epochs"
+        rows.append([name, found.formula, f"lr {first.lr:g}, {often}, batch {first.batch_size}", found.source])
+    console.table(
+        "Recipes; none of them promises removal, see repedit audit", ("name", "formula", "defaults", "source"), rows
+    )
+    raise typer.Exit
+
+
+def unlearn(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="x.safetensors writes the delta, a directory the edited checkpoint.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Name, with a variant or over another: blur_npo, ails_ntua:agad, sure:npo_gdr, small:grad_diff."
+        ),
+    ] = "small:npo_gdr",
+    forget: Annotated[
+        str, typer.Option(help="A built-in domain (capitals, ...; several with +), a .jsonl of facts, or a text.")
+    ] = "capitals",
+    retain: Annotated[
+        str | None, typer.Option(help="What to keep; by default the facts that belong to --forget.")
+    ] = None,
+    update: Annotated[str | None, typer.Option(help="What to learn instead, for recipes that do (surgery).")] = None,
+    layers: Annotated[str | None, typer.Option(help="'20-29', 'last 8', or 'all'.")] = None,
+    modules: Annotated[str | None, typer.Option(help="'mlp.down_proj', 'attn.out', ...; several with commas.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="'sure:90' trains only the units of the top tenth by forget gradient.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Options of the recipe, such as lr=1e-4; repeatable.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps, in place of the recipe's.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows a forward pass.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="File to save the training to, and to go on from.")] = None,
+    log: Annotated[Path | None, typer.Option(help="JSONL file, one line a step.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
+    json: Json = False,
+    list_recipes: Annotated[
+        bool, typer.Option("--list-recipes", help="Show every recipe.", is_eager=True, callback=_list)
+    ] = False,
+) -> None:
+    """Train the forgetting of a set of rows into the weights, and write the difference; it mostly hides, so audit it."""
+    from repedit import console
+    from repedit.errors import TrainingError
+    from repedit.gradient.unlearning import unlearn as unlearned
+
+    chosen = _recipe(recipe, set_ or [], layers, modules, mask)
+    sets = _sets(chosen, forget, retain, update)
+    subject = opened(model, device, dtype)
+    try:
+        delta = unlearned(
+            subject, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log,
+            checkpoint_every=20 if resume else None, **sets,
+        )  # fmt: skip
+    except TrainingError as error:
+        console.err.print(f"TrainingError: {error}", highlight=False)
+        raise typer.Exit(4) from error
+    write(delta, subject, out, overwrite)
+    stopped = delta.provenance.get("stopped", {})
+    if json:
+        last = {key: delta.log[-1][key] for key in ("losses", "nll", "cosine")} if delta.log else {}
+        console.show_json(
+            {"out": str(out), "tensors": len(delta.tensors), "steps": len(delta.log), "stopped": stopped, "last": last}
+        )
+    else:
+        console.out.print(delta.summary(subject).rsplit("\n", 1)[0], highlight=False)
+        console.out.print(
+            f"{stopped.get('reason', '')}; {len(delta.tensors)} tensors changed. This mostly hides: repedit audit",
+            highlight=False,
+        )
+    if stopped.get("rule") == "collapse":
+        raise typer.Exit(3)
+
+
+def _recipe(name: str, settings: list[str], layers: str | None, modules: str | None, mask: str | None) -> Any:
+    from dataclasses import replace
+
+    from repedit.errors import ArgumentError
+    from repedit.gradient.recipe import UnlearnRecipe
+    from repedit.gradient.recipes import named, sure
+
+    found = named(name, **dict(_setting(text) for text in settings))
+    if not isinstance(found, UnlearnRecipe):
+        if layers or modules or mask:
+            raise ArgumentError(
+                f"recipe {name!r} merges several trainings; --layers, --modules and --mask fit a single one"
+            )
+        return found
+    changes: dict[str, Any] = {"layers": layers} if layers else {}
+    changes |= {"modules": tuple(modules.split(","))} if modules else {}
+    found = replace(found, parameters=replace(found.parameters, **changes))
+    if mask is None:
+        return found
+    kind, _, percentile = mask.partition(":")
+    if kind != "sure" or not percentile.replace(".", "", 1).isdigit():
+        raise ArgumentError(f"--mask {mask!r}; write 'sure:90'")
+    return sure(found, percentile=float(percentile))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    from json import JSONDecodeError, loads
+
+    from repedit.errors import ArgumentError
+
+    key, found, value = text.partition("=")
+    if not found:
+        raise ArgumentError(f"--set {text!r}; write name=value, such as lr=1e-4")
+    try:
+        parsed = loads(value)
+    except JSONDecodeError:
+        parsed = value
+    whole = key in ("steps", "batch_size", "length", "layer")
+    return key, float(parsed) if isinstance(parsed, int) and not isinstance(parsed, bool) and not whole else parsed
+
+
+def _sets(recipe: Any, forget: str, retain: str | None, update: str | None) -> dict[str, Any]:
+    """The sets by role; what is kept by default are the facts that belong to those to forget."""
+    from repedit import data
+    from repedit.gradient.recipe import Merged
+
+    parts = recipe.parts if isinstance(recipe, Merged) else (recipe,)
+    found: dict[str, Any] = {}
+    for role, name in (("forget", forget), ("retain", retain), ("update", update)):
+        if name is not None:
+            text = name in data.BUILTIN or name.endswith((".txt", ".md", ".parquet"))
+            found[role] = data.read(name) if text else data.facts(name).forget
+            if role == "forget" and retain is None and not text and any("retain" in part.roles for part in parts):
+                found["retain"] = data.facts(name).retain
+    return found
