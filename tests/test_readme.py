@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,20 @@ def test_the_second_example_runs(tmp_path: Path, monkeypatch, capsys):
     assert named[2] == {7: "seven", 8: "eight"}[len(rp.data.by_domain(whole.retain))]
 
 
+def test_the_unlearning_example_runs(tmp_path: Path, monkeypatch):
+    model, load, whole = saved(tmp_path / "tiny"), rp.load, rp.data.facts("capitals")
+    few = rp.data.Facts(whole.forget[:4], whole.retain[:4], "capitals")
+    monkeypatch.setattr(rp, "load", lambda name: load(model))
+    monkeypatch.setattr(rp.data, "facts", lambda name: few)
+    # The small setting names layers that a tiny model lacks.
+    monkeypatch.setattr(rp.recipes, "small", lambda recipe: replace(recipe, steps=1, batch_size=2))
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS[2], {})
+    assert (tmp_path / "unlearned" / "repedit.json").exists()
+    for name in re.findall(r"(\w+)\(", BLOCKS[2].split("# or ")[1].split("\n")[0]):
+        assert hasattr(rp.recipes, name)
+
+
 def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
     edited, plain, source = writing.nudged(original()), rp.audit, original
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
@@ -55,9 +70,9 @@ def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
         rp, "audit", lambda _, original, facts, out: plain(edited, original=source(), facts=facts, out=out, **options)
     )
     monkeypatch.chdir(tmp_path)
-    exec(BLOCKS[2], {"rp": rp})
+    exec(BLOCKS[3], {"rp": rp})
     assert "NOT FORGOTTEN" in capsys.readouterr().out
-    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[2]):
+    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[3]):
         assert (tmp_path / "audit" / name).exists()
 
 
