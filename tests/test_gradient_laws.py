@@ -67,8 +67,8 @@ def test_keeping_the_last_micro_batch_alone_is_caught(name, monkeypatch):
 def test_a_division_by_the_micro_batch_is_caught(monkeypatch):
     honest = Training._summed
 
-    def own(self, seen, active, units, sums):
-        return honest(self, seen, active, {unit: max(1, n // 3) for unit, n in units.items()}, sums)
+    def own(self, seen, active, units, *rest):
+        return honest(self, seen, active, {unit: max(1, n // 3) for unit, n in units.items()}, *rest)
 
     monkeypatch.setattr(Training, "_summed", own)
     # The rows have unlike lengths, so means of means differ from the mean.

@@ -21,6 +21,7 @@ from repedit.errors import TrainingError
 from repedit.fit.sampling import collated
 from repedit.gradient.combine import Joined, Moment, join
 from repedit.gradient.material import Material
+from repedit.gradient.parallel import Ranks
 from repedit.gradient.parameters import Trainee
 from repedit.gradient.recipe import Term, UnlearnRecipe
 from repedit.gradient.reference import Reference, precision, watching
@@ -42,6 +43,7 @@ class Training:
     micro_batch: int
     clip: float | None
     seed: int
+    ranks: Ranks = field(default_factory=Ranks)
     log: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
     """What the combiner keeps between steps."""
@@ -64,8 +66,9 @@ class Training:
             TrainingError: if a loss or the gradient is not finite; the weights are those of the last good step.
         """
         begin = len(self.log)
+        hidden = None if progress is None and self.ranks.first else not (progress and self.ranks.first)
         bar = tqdm(range(begin, self.total), initial=begin, total=self.total, desc=self.recipe.name, leave=False,
-                   disable=None if progress is None else not progress)  # fmt: skip
+                   disable=hidden)  # fmt: skip
         for step in bar:
             record = self._step(step)
             self.log.append(record)
@@ -74,7 +77,7 @@ class Training:
             after()
             for rule in self.recipe.stop:
                 now = Progress(step + 1, (step + 1) / self.order.epoch, self.log, lambda: self.trainee.subject)
-                reason = rule.reason(now)
+                reason = self.ranks.decided(rule.reason(now))
                 if reason:
                     return rule.name, f"{rule.name} at step {step}: {reason}"
         return "", f"all {self.total} steps taken"
@@ -90,11 +93,16 @@ class Training:
         for side in SIDES:
             for role in (role for role in side if role in draw.rows):
                 self._role(role, draw.rows[role], step, sums)
-            self.trainee.mask_gradients()
-            if side is FORGET_SIDE and self.recipe.combiner.separate:
+            apart = side is FORGET_SIDE and self.recipe.combiner.separate
+            if apart or side is RETAIN_SIDE:
+                self.ranks.add_gradients(self.parameters)
+                self.trainee.mask_gradients()
+            if apart:
                 aside = [p.grad for p in self.parameters]
                 self.optimiser.zero_grad(set_to_none=True)
-        values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
+        values = {}
+        if sums:
+            values = dict(zip(sums, self.ranks.total(torch.stack(list(sums.values()))).tolist(), strict=True))
         self._check(values, step, lr, "loss")
         joined = self._join(aside, values, step)
         norm = self._clipped()
@@ -103,7 +111,8 @@ class Training:
         self.trainee.restore_masked()
         found: dict[str, Any] = {"step": step, "epoch": round(step / self.order.epoch, 4), "norm": norm, "lr": lr}
         found |= {"rows": {role: len(rows) for role, rows in draw.rows.items()}}
-        return found | _measured(values, joined) | {"seconds": round(perf_counter() - begin, 4)}
+        seconds = self.ranks.slowest(perf_counter() - begin, self.trainee.subject.device)
+        return found | _measured(values, joined) | {"seconds": round(seconds, 4)}
 
     def _role(self, role: str, rows: Sequence[int], step: int, sums: dict[str, Tensor]) -> None:
         """Forward and backward of every term of a role, one forward a micro-batch."""
@@ -113,22 +122,26 @@ class Training:
             return
         held = self.material.rows[role]
         units = {unit: sum(count(unit, held[i]) for i in rows) for unit in {"tokens", *(t.loss.unit for t in active)}}
-        for start in range(0, len(rows), self.micro_batch):
-            part = rows[start : start + self.micro_batch]
+        for part, counts in self.ranks.parts(rows, self.micro_batch):
             with torch.set_grad_enabled(bool(active)):
                 seen = self._forward(role, part, active)
-                loss = self._summed(seen, active, units, sums)
+                loss = self._summed(seen, active, units, sums, 1.0 if counts else 0.0)
             if loss is not None:
                 loss.backward()
 
     def _summed(
-        self, seen: Seen, active: dict[Term, float], units: Mapping[Any, int], sums: dict[str, Tensor]
+        self,
+        seen: Seen,
+        active: dict[Term, float],
+        units: Mapping[Any, int],
+        sums: dict[str, Tensor],
+        share: float = 1.0,
     ) -> Tensor | None:
         """The weighted share of a micro-batch in the losses of the step; what it adds to each is put into `sums`."""
-        parts = {f"nll {seen.role}": seen.token_nll.detach().sum() / units["tokens"]}
+        parts = {f"nll {seen.role}": share * seen.token_nll.detach().sum() / units["tokens"]}
         total: Tensor | None = None
         for term, weight in active.items():
-            loss = term.loss.sum(seen) / units[term.loss.unit]
+            loss = share * term.loss.sum(seen) / units[term.loss.unit]
             parts[f"loss {term.name}"] = loss.detach()
             total = weight * loss if total is None else total + weight * loss
         for name, value in parts.items():

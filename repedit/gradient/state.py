@@ -16,7 +16,9 @@ from repedit.gradient.loop import Training
 
 
 def save(path: Path, training: Training, key: Mapping[str, Any]) -> None:
-    """Write trained tensors, optimiser, combiner memory and log, by one rename."""
+    """Write trained tensors, optimiser, combiner memory and log, by one rename; of several ranks the first writes."""
+    if not training.ranks.first:
+        return
     tensors = {f"w/{name}": p.detach() for name, p in training.trainee.tensors.items()}
     for number, values in training.optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser/{number}/{name}": v for name, v in values.items() if isinstance(v, Tensor)}

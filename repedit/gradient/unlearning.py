@@ -18,6 +18,7 @@ from repedit.gradient import state
 from repedit.gradient.loop import Training
 from repedit.gradient.masks import salient
 from repedit.gradient.material import Material, material
+from repedit.gradient.parallel import joined_ranks
 from repedit.gradient.parameters import Parameters, Trainee
 from repedit.gradient.recipe import Merged, UnlearnRecipe
 from repedit.gradient.reference import Reference, check_vocabulary
@@ -93,12 +94,15 @@ def unlearn(
         check_vocabulary(subject, reference)
     rows = material(subject, chosen, **data)
     chosen = _masked(subject, chosen, rows)
+    record = _record(subject, reference, chosen, rows, seed, clip)
+    ranks = joined_ranks(subject.device)
+    ranks.check_same(**record, micro_batch=micro_batch)
     training = Training(
         trainee=Trainee(subject, chosen.parameters, seed=seed),
         reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives.get("forget", [])}),
         material=rows, recipe=chosen, micro_batch=micro_batch or chosen.batch_size, clip=clip, seed=seed,
+        ranks=ranks,
     )  # fmt: skip
-    record = _record(subject, reference, chosen, rows, seed, clip)
     return _trained(training, record, None if resume is None else Path(resume), checkpoint_every, log, progress)
 
 
@@ -130,7 +134,8 @@ def _trained(
     key = {name: record[name] for name in ("model", "options", "data", "seed")}
     if path is not None and path.exists():
         state.restore(path, training, key)
-    written = None if log is None else Path(log)
+    training.ranks.check_same(**{"steps taken": len(training.log)})
+    written = None if log is None or not training.ranks.first else Path(log)
     if written is not None:
         written.write_text("".join(json.dumps(r) + "\n" for r in training.log), encoding="utf-8")
 
