@@ -9,59 +9,105 @@ import pytest
 import torch
 
 import repedit as rp
+from repedit.data import Row
+from repedit.gradient import schedule
 from repedit.gradient.parallel import Ranks
-from repedit.gradient.parameters import Parameters
+from repedit.gradient.parameters import Lora, Mask, Parameters
+from repedit.gradient.recipe import Optimiser
 from repedit.gradient.recipes import RECIPES
+from repedit.gradient.sharding import check_shardable
 from tests.ranks import together
 from tests.unlearned import rows, sides, subject
 
-NAMES = ("blur_npo", "grad_diff", "npo_gdr", "rmu")
+NAMES = ("blur_npo", "grad_diff", "npo_gdr", "rmu", "surgery", "dpo")
 SLOW = pytest.mark.slow
+Cases = tuple[tuple[str, bool], ...]
+"""Recipes, and whether the weights are sharded."""
+
+
+UPDATE = tuple(Row(row.prompt, "figs", f"new {row.id}") for row in rows(0, 3))
 
 
 def learned(name: str, **options: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Three steps of a recipe on five rows a side, so that two ranks never have equally many."""
     recipe = replace(RECIPES[name](), parameters=Parameters(), batch_size=5, lr=1e-3, length=64, steps=3, stop=())
-    sets = {"forget": rows(0, 5), "retain": rows(6, 11)}
+    sets = {"forget": rows(0, 5), "retain": rows(6, 11)} | ({"update": UPDATE} if name == "surgery" else {})
     delta = rp.unlearn(subject(), recipe=recipe, micro_batch=2, progress=False, **(sets | options))
     return dict(delta.tensors), [{k: v for k, v in record.items() if k != "seconds"} for record in delta.log]
 
 
-def several(names: tuple[str, ...], options: dict[str, Any], broken: bool = False) -> dict[str, Any]:
-    """The same for several recipes; as a broken twin every rank keeps its own gradients."""
+def several(cases: Cases, broken: bool = False, options: dict[str, Any] | None = None) -> dict[Any, Any]:
+    """The same for several recipes, whole or sharded; as a broken twin every rank keeps its own gradients."""
     if broken:
         Ranks.add_gradients = lambda self, parameters: None  # type: ignore[method-assign]
-    return {name: learned(name, **options) for name in names}
+    return {(name, shard): learned(name, shard=shard, **(options or {})) for name, shard in cases}
 
 
-def ranks_equal_one(names: tuple[str, ...], broken: bool = False, **options: Any) -> None:
+def ranks_equal_one(cases: Cases, broken: bool = False, **options: Any) -> None:
     """The weights of two ranks are those of one process, and the ranks agree to the bit, as do their logs."""
-    first, second = together(several, names, options, broken)
-    for name in names:
-        alone, log = learned(name)
-        mine, theirs = first[name], second[name]
+    first, second = together(several, cases, broken, options)
+    for case in cases:
+        alone, log = learned(case[0], **options)
+        mine, theirs = first[case], second[case]
         assert set(mine[0]) == set(theirs[0]) == set(alone)
         assert all(torch.equal(value, theirs[0][n]) for n, value in mine[0].items()), "the ranks part"
         assert mine[1] == theirs[1]
         for n, value in alone.items():
-            assert float((mine[0][n] - value).norm() / value.norm()) <= 1e-6, f"{name}: {n} differs from one process"
+            assert float((mine[0][n] - value).norm() / value.norm()) <= 1e-6, f"{case}: {n} differs from one process"
         for here, there in zip(mine[1], log, strict=True):
             assert here["losses"] == pytest.approx(there["losses"], rel=1e-9) and here["rows"] == there["rows"]
             assert here["norm"] == pytest.approx(there["norm"], rel=1e-9)
 
 
 def test_two_ranks_equal_one():
-    ranks_equal_one(("blur_npo", "rmu"))
+    ranks_equal_one((("blur_npo", False), ("rmu", True)))
 
 
 @SLOW
-def test_two_ranks_equal_one_for_other_recipes():
-    ranks_equal_one(tuple(name for name in NAMES if name not in ("blur_npo", "rmu")))
+def test_two_ranks_equal_one_for_every_recipe():
+    ranks_equal_one(tuple((name, shard) for name in NAMES for shard in (False, True)))
+
+
+@SLOW
+def test_two_ranks_equal_one_with_a_mask():
+    """20 steps' worth of weight decay would show on the entries that must stay."""
+    mask = Mask({"model.layers.0.mlp.down_proj.weight": torch.arange(48)[:, None] % 3 == 0})
+    ranks_equal_one((("grad_diff", False), ("grad_diff", True)), parameters=Parameters("0", mask=mask))
 
 
 def test_ranks_that_keep_their_own_gradients_are_caught():
     with pytest.raises(AssertionError, match="the ranks part"):
-        ranks_equal_one(("grad_diff",), broken=True)
+        ranks_equal_one((("grad_diff", False),), broken=True)
+
+
+class Halt(Exception):
+    """A break in the middle."""
+
+
+def resumed(folder: str, shard: bool) -> bool:
+    """Whether a run that was broken off after two steps of three ends as one that was not."""
+    broken = [False]
+
+    def ask(_subject: Any) -> float:
+        if broken[0]:
+            raise Halt
+        return 0.0
+
+    options = {"shard": shard, "stop": (schedule.metric(ask, above=1.0, every=2),)}
+    whole, _ = learned("blur_npo", **options)
+    options |= {"resume": f"{folder}/state.safetensors", "checkpoint_every": 1}
+    broken[0] = True
+    with pytest.raises(Halt):
+        learned("blur_npo", **options)
+    broken[0] = False
+    again, log = learned("blur_npo", **options)
+    return len(log) == 3 and all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+@SLOW
+@pytest.mark.parametrize("shard", [False, True])
+def test_ranks_resume(shard, tmp_path):
+    assert together(resumed, str(tmp_path), shard) == [True, True]
 
 
 @pytest.mark.parametrize(("count", "size", "micro"), [(5, 2, 2), (1, 3, 4), (7, 3, 2), (4, 1, 3)])
@@ -88,3 +134,20 @@ def unlike(_first: int) -> str:
 def test_ranks_with_other_rows_are_refused():
     for message in together(unlike, 0):
         assert message.startswith("ranks 0 and 1 do not train the same: data is") and "give every process" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "shard=True and this is the only process; start several with torchrun"),
+        ({"ranks": 2, "parameters": Parameters(lora=Lora(2))}, "shard=True and lora were both given"),
+        ({"ranks": 2, "optimiser": Optimiser("adafactor")}, "shard=True and optimiser adafactor were both given"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(options, message):
+    ranks = options.pop("ranks", 1)
+    with pytest.raises(rp.errors.ArgumentError, match=message):
+        check_shardable(replace(RECIPES["grad_diff"](), **options), ranks)
+    if ranks == 1:
+        with pytest.raises(rp.errors.ArgumentError, match=message):
+            rp.unlearn(subject(), recipe=rp.recipes.grad_diff(), **sides(), shard=True)

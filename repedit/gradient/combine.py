@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.gradient.tensors import is_sharded, local
 
 CHUNK = 1 << 20
 """Entries that are widened to float64 at a time."""
@@ -167,10 +168,13 @@ class Joined(NamedTuple):
 def join(combiner: Combiner, forget: Gradients, parameters: Sequence[Tensor], now: Moment) -> Joined:
     """Replace the retain gradients in `.grad` of the parameters by the combined ones, in place.
 
-    One device synchronisation: the inner products come back together.
+    One device synchronisation: the inner products come back together, of shards summed over the ranks.
     """
     retain = [p.grad for p in parameters]
-    products = torch.stack([_products(f, r, p) for f, r, p in zip(forget, retain, parameters, strict=True)]).tolist()
+    found = torch.stack([_products(f, r, p) for f, r, p in zip(forget, retain, parameters, strict=True)])
+    if is_sharded(parameters[0]):
+        torch.distributed.all_reduce(found)
+    products = found.tolist()
     sizes = [p.numel() for p in parameters]
     forgotten, retained, both = (math.fsum(column) for column in zip(*products, strict=True))
     total = Dots(forgotten, retained, both, sum(sizes))
@@ -196,8 +200,8 @@ def _weights(combiner: Combiner, dots: Dots, now: Moment) -> tuple[float, float]
 def _products(forget: Tensor | None, retain: Tensor | None, like: Tensor) -> Tensor:
     """(|g_f|^2, |g_r|^2, <g_f, g_r>) of one tensor, in float64."""
     total = torch.zeros(3, dtype=torch.float64, device=like.device)
-    flat = [None if g is None else g.reshape(-1) for g in (forget, retain)]
-    for start in range(0, like.numel(), CHUNK):
+    flat = [None if g is None else local(g).reshape(-1) for g in (forget, retain)]
+    for start in range(0, local(like).numel(), CHUNK):
         f, r = (None if g is None else g[start : start + CHUNK].double() for g in flat)
         if f is not None:
             total[0] += f @ f

@@ -28,6 +28,8 @@ from repedit.gradient.reference import Reference, precision, watching
 from repedit.gradient.sampling import FORGET_SIDE, RETAIN_SIDE
 from repedit.gradient.schedule import Progress
 from repedit.gradient.seen import Seen, Steering, count, layer_of
+from repedit.gradient.sharding import synchronise
+from repedit.gradient.tensors import whole
 
 SIDES = (FORGET_SIDE, RETAIN_SIDE)
 
@@ -122,7 +124,9 @@ class Training:
             return
         held = self.material.rows[role]
         units = {unit: sum(count(unit, held[i]) for i in rows) for unit in {"tokens", *(t.loss.unit for t in active)}}
-        for part, counts in self.ranks.parts(rows, self.micro_batch):
+        parts = self.ranks.parts(rows, self.micro_batch)
+        for number, (part, counts) in enumerate(parts, 1):
+            synchronise(self.trainee.subject.model, self.parameters, last=number == len(parts))
             with torch.set_grad_enabled(bool(active)):
                 seen = self._forward(role, part, active)
                 loss = self._summed(seen, active, units, sums, 1.0 if counts else 0.0)
@@ -177,7 +181,7 @@ class Training:
 
     def _clipped(self) -> float:
         limit = math.inf if self.clip is None else self.clip
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        return float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit)))
 
     def _check(self, values: dict[str, float], step: int, lr: float, what: str) -> None:
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}

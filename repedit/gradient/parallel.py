@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from repedit.errors import FingerprintError
-from repedit.gradient.sharding import is_sharded
+from repedit.gradient.tensors import is_sharded
 
 
 class Part(NamedTuple):

@@ -20,6 +20,7 @@ from repedit.errors import (
     ShapeError,
     nearest,
 )
+from repedit.gradient.tensors import divided, whole
 from repedit.models import Subject
 from repedit.sites import Point
 
@@ -167,15 +168,23 @@ class Trainee:
     def restore_masked(self) -> None:
         """Put masked entries back: weight decay and momentum move them although they have no gradient."""
         for name, mask in self.mask.items():
-            self.tensors[name].copy_(torch.where(mask, self.tensors[name], self.start[name].to(self.tensors[name])))
+            p = self.tensors[name]
+            p.copy_(torch.where(mask, p, divided(self.start[name].to(p.dtype), p)))
 
     def differences(self) -> dict[str, Tensor]:
-        """What training changed; tensors that did not change at all are left out."""
+        """What training changed; tensors that did not change at all are left out.
+
+        Every rank must ask, and gets all of it, tensor by tensor.
+        """
         if self.adapters is not None:
             found = self.adapters.differences()
         else:
-            found = {name: p.detach() - self.start[name].to(p) for name, p in self.tensors.items()}
+            found = {name: self._difference(name).cpu() for name in self.tensors}
         return {name: value.cpu() for name, value in found.items() if bool(value.any())}
+
+    def _difference(self, name: str) -> Tensor:
+        value = whole(self.tensors[name].detach())
+        return value - self.start[name].to(value)
 
 
 def layers_of(text: str, depth: int) -> tuple[int, ...]:
@@ -247,8 +256,8 @@ def _check_trainable(subject: Subject, named: Mapping[str, nn.Parameter]) -> Non
     places = sorted({p.device.type if p.device.type == "meta" else str(p.device) for p in named.values()})
     if len(places) > 1 or "meta" in places:
         raise OffloadedTensors(
-            f"the weights lie on {', '.join(places)}; training needs them on one device: load without device_map, or train "
-            "fewer layers of a smaller dtype"
+            f"the weights lie on {', '.join(places)}; training needs them on one device: load without device_map, and "
+            "start several ranks with torchrun and shard=True where the trained copies do not fit on one; or train fewer layers"
         )
 
 

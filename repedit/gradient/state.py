@@ -13,15 +13,16 @@ from torch import Tensor
 from repedit import container
 from repedit.errors import FingerprintError
 from repedit.gradient.loop import Training
+from repedit.gradient.tensors import divided, whole
 
 
 def save(path: Path, training: Training, key: Mapping[str, Any]) -> None:
     """Write trained tensors, optimiser, combiner memory and log, by one rename; of several ranks the first writes."""
+    tensors = {f"w/{name}": whole(p.detach()) for name, p in training.trainee.tensors.items()}
+    for number, values in training.optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser/{number}/{name}": whole(v) for name, v in values.items() if isinstance(v, Tensor)}
     if not training.ranks.first:
         return
-    tensors = {f"w/{name}": p.detach() for name, p in training.trainee.tensors.items()}
-    for number, values in training.optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser/{number}/{name}": v for name, v in values.items() if isinstance(v, Tensor)}
     temporary = path.with_name(f".{path.name}.partial")
     container.write(temporary, "training", tensors, {"log": training.log, "memory": training.memory, "key": dict(key)})
     temporary.replace(path)
@@ -44,12 +45,14 @@ def restore(path: Path, training: Training, key: Mapping[str, Any]) -> None:
         )
     with torch.no_grad():
         for name, p in training.trainee.tensors.items():
-            p.copy_(tensors[f"w/{name}"])
+            p.copy_(divided(tensors[f"w/{name}"].to(p.device), p))
     groups: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimiser/"):
             _, number, part = name.split("/")
-            groups.setdefault(int(number), {})[part] = value
+            like = training.parameters[int(number)]
+            own = divided(value.to(like.device), like) if value.shape == like.shape else value
+            groups.setdefault(int(number), {})[part] = own
     training.optimiser.load_state_dict({**training.optimiser.state_dict(), "state": groups})
     training.log.extend(header["log"])
     training.memory.update(header["memory"])

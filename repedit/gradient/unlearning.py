@@ -18,11 +18,13 @@ from repedit.gradient import state
 from repedit.gradient.loop import Training
 from repedit.gradient.masks import salient
 from repedit.gradient.material import Material, material
-from repedit.gradient.parallel import joined_ranks
+from repedit.gradient.parallel import Ranks, joined_ranks
 from repedit.gradient.parameters import Parameters, Trainee
 from repedit.gradient.recipe import Merged, UnlearnRecipe
 from repedit.gradient.reference import Reference, check_vocabulary
 from repedit.gradient.schedule import Stop
+from repedit.gradient.sharding import check_shardable
+from repedit.gradient.sharding import shard as divide
 from repedit.models import Subject
 
 
@@ -48,30 +50,35 @@ def unlearn(
     resume: str | Path | None = None,
     log: str | Path | None = None,
     allow_overlap: bool = False,
+    shard: bool = False,
     progress: bool | None = None,
 ) -> Delta:
     """Train a model to lose the forget set and keep the retain set; the subject itself is never changed.
 
     Gradient methods mostly hide what they forget: run `rp.audit` on the result before you believe it.
 
+    Under `torchrun`, or in any running process group, the ranks share the rows of each step and all return the same
+    Delta, that of one process up to the order of sums; the first of them writes the files.
+
     Args:
         recipe: from `rp.recipes`; lr, steps, epochs, batch_size, length and parameters override it, `stop` adds rules.
         forget, retain, update: rows or facts (their answers count), a corpus or texts (all of it counts), or a mapping of
             topics to those.
         reference: a model the losses compare with, in place of the start weights.
-        micro_batch: rows a forward pass; gradients add up to those of the whole batch.
+        micro_batch: rows a forward pass of a rank; gradients add up to those of the whole batch.
         clip: largest norm of the combined gradient; None for no limit.
         checkpoint_every: steps between saved states in `resume`.
         resume: a file the training is saved to on its way, and goes on from where it exists.
         log: a JSONL file that gets one line a step.
         allow_overlap: let forget and retain share rows.
+        shard: divide trained copies, gradients and optimiser among the ranks (FSDP2); the subject stays whole on each.
     Raises:
         DataError, OverlapError: if a set is missing, empty or malformed, or the sets overlap.
         SelectionError, ShapeError: if the parameter filter or mask fits nothing, or the reference has another vocabulary.
         QuantizedModel, OffloadedTensors: if the weights cannot be trained.
         TrainingError: if a loss is not finite; its `delta` is the last good state.
         NoOpEdit: if nothing changed, or rounding to the model's dtype swallows all of it.
-        FingerprintError: if `resume` holds another training.
+        FingerprintError: if `resume` holds another training, or the ranks were given different ones.
     """
     if checkpoint_every is not None and (checkpoint_every < 1 or resume is None):
         raise ArgumentError(
@@ -87,6 +94,7 @@ def unlearn(
         "length": length,
     }
     rest = {"reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "progress": progress}
+    rest["shard"] = shard
     if isinstance(recipe, Merged):
         return _merged(subject, recipe, data | changes | rest | {"stop": stop}, resume, checkpoint_every, log)
     chosen = _overridden(recipe, changes, stop)
@@ -96,9 +104,9 @@ def unlearn(
     chosen = _masked(subject, chosen, rows)
     record = _record(subject, reference, chosen, rows, seed, clip)
     ranks = joined_ranks(subject.device)
-    ranks.check_same(**record, micro_batch=micro_batch)
+    ranks.check_same(**record, micro_batch=micro_batch, shard=shard)
     training = Training(
-        trainee=Trainee(subject, chosen.parameters, seed=seed),
+        trainee=_trainee(subject, chosen, seed, ranks, shard),
         reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives.get("forget", [])}),
         material=rows, recipe=chosen, micro_batch=micro_batch or chosen.batch_size, clip=clip, seed=seed,
         ranks=ranks,
@@ -111,6 +119,16 @@ def _overridden(recipe: UnlearnRecipe, changes: Mapping[str, Any], stop: Sequenc
     if "epochs" in given and "steps" not in given:
         given["steps"] = None
     return replace(recipe, stop=(*recipe.stop, *stop), **given)
+
+
+def _trainee(subject: Subject, recipe: UnlearnRecipe, seed: int, ranks: Ranks, shard: bool) -> Trainee:
+    """What is trained, divided among the ranks where that is asked for."""
+    if shard:
+        check_shardable(recipe, ranks.size)
+    found = Trainee(subject, recipe.parameters, seed=seed)
+    if shard:
+        divide(found)
+    return found
 
 
 def _masked(subject: Subject, recipe: UnlearnRecipe, rows: Material) -> UnlearnRecipe:
