@@ -21,6 +21,7 @@ from repedit.errors import TrainingError
 from repedit.fit.sampling import collated
 from repedit.gradient.combine import Joined, Moment, join
 from repedit.gradient.material import Material
+from repedit.gradient.modes import dropping
 from repedit.gradient.parallel import Ranks
 from repedit.gradient.parameters import Trainee
 from repedit.gradient.recipe import Term, UnlearnRecipe
@@ -46,6 +47,7 @@ class Training:
     clip: float | None
     seed: int
     ranks: Ranks = field(default_factory=Ranks)
+    dropout: bool = False
     log: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
     """What the combiner keeps between steps."""
@@ -126,12 +128,15 @@ class Training:
         units = {unit: sum(count(unit, held[i]) for i in rows) for unit in {"tokens", *(t.loss.unit for t in active)}}
         parts = self.ranks.parts(rows, self.micro_batch)
         for number, (part, counts) in enumerate(parts, 1):
-            synchronise(self.trainee.subject.model, self.parameters, last=number == len(parts))
-            with torch.set_grad_enabled(bool(active)):
-                seen = self._forward(role, part, active)
-                loss = self._summed(seen, active, units, sums, 1.0 if counts else 0.0)
-            if loss is not None:
-                loss.backward()
+            model = self.trainee.subject.model
+            synchronise(model, self.parameters, last=number == len(parts))
+            # Over the backward pass too: blocks that are computed again must drop the same entries.
+            with dropping(model, f"{self.seed}:{step}:{role}:{list(part)}" if self.dropout else None):
+                with torch.set_grad_enabled(bool(active)):
+                    seen = self._forward(role, part, active)
+                    loss = self._summed(seen, active, units, sums, 1.0 if counts else 0.0)
+                if loss is not None:
+                    loss.backward()
 
     def _summed(
         self,

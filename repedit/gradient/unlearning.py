@@ -18,6 +18,7 @@ from repedit.gradient import state
 from repedit.gradient.loop import Training
 from repedit.gradient.masks import salient
 from repedit.gradient.material import Material, material
+from repedit.gradient.modes import check_dropout, recompute_blocks
 from repedit.gradient.parallel import Ranks, joined_ranks
 from repedit.gradient.parameters import Parameters, Trainee
 from repedit.gradient.recipe import Merged, UnlearnRecipe
@@ -51,6 +52,8 @@ def unlearn(
     log: str | Path | None = None,
     allow_overlap: bool = False,
     shard: bool = False,
+    gradient_checkpointing: bool = False,
+    dropout: bool = False,
     progress: bool | None = None,
 ) -> Delta:
     """Train a model to lose the forget set and keep the retain set; the subject itself is never changed.
@@ -72,6 +75,8 @@ def unlearn(
         log: a JSONL file that gets one line a step.
         allow_overlap: let forget and retain share rows.
         shard: divide trained copies, gradients and optimiser among the ranks (FSDP2); the subject stays whole on each.
+        gradient_checkpointing: compute every block again in the backward pass; less memory, more time, the same result.
+        dropout: train with the dropout of the model, drawn from the seed; references are read without it.
     Raises:
         DataError, OverlapError: if a set is missing, empty or malformed, or the sets overlap.
         SelectionError, ShapeError: if the parameter filter or mask fits nothing, or the reference has another vocabulary.
@@ -94,7 +99,7 @@ def unlearn(
         "length": length,
     }
     rest = {"reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "progress": progress}
-    rest["shard"] = shard
+    rest |= {"shard": shard, "gradient_checkpointing": gradient_checkpointing, "dropout": dropout}
     if isinstance(recipe, Merged):
         return _merged(subject, recipe, data | changes | rest | {"stop": stop}, resume, checkpoint_every, log)
     chosen = _overridden(recipe, changes, stop)
@@ -102,14 +107,16 @@ def unlearn(
         check_vocabulary(subject, reference)
     rows = material(subject, chosen, **data)
     chosen = _masked(subject, chosen, rows)
-    record = _record(subject, reference, chosen, rows, seed, clip)
+    if dropout:
+        check_dropout(subject)
+    record = _record(subject, reference, chosen, rows, seed, {"clip": clip} | ({"dropout": True} if dropout else {}))
     ranks = joined_ranks(subject.device)
     ranks.check_same(**record, micro_batch=micro_batch, shard=shard)
     training = Training(
-        trainee=_trainee(subject, chosen, seed, ranks, shard),
+        trainee=_trainee(subject, chosen, seed, ranks, shard, gradient_checkpointing),
         reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives.get("forget", [])}),
         material=rows, recipe=chosen, micro_batch=micro_batch or chosen.batch_size, clip=clip, seed=seed,
-        ranks=ranks,
+        ranks=ranks, dropout=dropout,
     )  # fmt: skip
     return _trained(training, record, None if resume is None else Path(resume), checkpoint_every, log, progress)
 
@@ -121,11 +128,13 @@ def _overridden(recipe: UnlearnRecipe, changes: Mapping[str, Any], stop: Sequenc
     return replace(recipe, stop=(*recipe.stop, *stop), **given)
 
 
-def _trainee(subject: Subject, recipe: UnlearnRecipe, seed: int, ranks: Ranks, shard: bool) -> Trainee:
-    """What is trained, divided among the ranks where that is asked for."""
+def _trainee(subject: Subject, recipe: UnlearnRecipe, seed: int, ranks: Ranks, shard: bool, recompute: bool) -> Trainee:
+    """What is trained, divided among the ranks and with blocks that are computed again where that is asked for."""
     if shard:
         check_shardable(recipe, ranks.size)
     found = Trainee(subject, recipe.parameters, seed=seed)
+    if recompute:
+        recompute_blocks(found.subject)
     if shard:
         divide(found)
     return found
@@ -209,11 +218,16 @@ def _check_change(delta: Delta, training: Training) -> None:
 
 
 def _record(
-    subject: Subject, reference: Subject | None, recipe: UnlearnRecipe, rows: Material, seed: int, clip: float | None
+    subject: Subject,
+    reference: Subject | None,
+    recipe: UnlearnRecipe,
+    rows: Material,
+    seed: int,
+    run: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
         "method": recipe.name,
-        "options": recipe.plain() | {"clip": clip},
+        "options": recipe.plain() | dict(run),
         "formula": recipe.formula,
         "source": recipe.source,
         "model": subject.fingerprint(),
