@@ -1,0 +1,95 @@
+"""One recipe on SmolLM2-135M with real facts: it forgets the capitals, and is to keep symbols, languages and prose.
+
+Training sees the first three phrasings of every capital, and half of the symbols and languages; the other half, and
+domains that it never saw, are scored, as in `bench.mrp`. Perplexity is on WikiText-2. Run as
+`python -m bench.unlearn --part smollm2 --recipe blur_npo --seed 0`; the audit, which takes longest, is made with `--audit`.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import repedit as rp
+from bench.mrp import Bench, seen
+from bench.record import record
+from repedit.models import Subject
+
+FORGET, RETAIN = "capitals", ("symbols", "languages")
+ATTACKS = ("direct", "rtt", "quantize")
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of this part."""
+    parser.add_argument(
+        "--recipe", default="blur_npo", help="Part smollm2: its name, such as blur_npo or sure:npo_gdr."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Part smollm2.")
+    parser.add_argument("--steps", type=int, help="Part smollm2: in place of the recipe's epochs.")
+    parser.add_argument("--lr", type=float, help="Part smollm2: in place of 1e-4.")
+    parser.add_argument("--audit", action="store_true", help="Part smollm2: attack the result as well.")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".cache/bench-unlearn"), help="Part smollm2: for the delta."
+    )
+
+
+def run(options: Namespace) -> None:
+    """Unlearn, score before and after, write bench/results/unlearn-smollm2-RECIPE-SEED.json and print a table."""
+    bench, name = Bench(), f"unlearn-smollm2-{options.recipe.replace(':', '-')}-{options.seed}"
+    before = scored(bench, bench.lm)
+    recipe = rp.recipes.named(f"small:{options.recipe}")
+    retain: dict[str, Any] = {domain: seen(bench.train[domain]) for domain in RETAIN}
+    start, busy = time.time(), time.process_time()
+    delta = rp.unlearn(
+        bench.lm, recipe=recipe, forget=seen(bench.facts[FORGET]), retain=retain | {"prose": rp.data.prose()},
+        steps=options.steps, lr=options.lr, seed=options.seed, progress=False,
+    )  # fmt: skip
+    spent = {"minutes": (time.time() - start) / 60, "core_minutes": (time.process_time() - busy) / 60}
+    options.folder.mkdir(parents=True, exist_ok=True)
+    delta.save(options.folder / f"{name}.safetensors")
+    edited = rp.apply(delta, bench.lm)
+    after = scored(bench, edited)
+    row: dict[str, Any] = {
+        "name": options.recipe, "seed": options.seed, "before": before, "after": after, **spent, "steps": len(delta.log),
+        "stopped": delta.provenance["stopped"]["reason"],
+        "perplexity_ratio": after["retain"]["perplexity"] / before["retain"]["perplexity"],
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }  # fmt: skip
+    if options.audit:
+        row |= {"audit": audited(bench, edited)}
+    print(record(name, [row], module="unlearn"))
+    print(table(row))
+
+
+def scored(bench: Bench, lm: Subject) -> dict[str, dict[str, float]]:
+    """Accuracy on the capitals by phrasing; on the other domains, and perplexity."""
+    return {"forget": bench.forgetting(lm, FORGET), "retain": bench.keeping(lm, [FORGET])}
+
+
+def audited(bench: Bench, edited: Subject) -> dict[str, Any]:
+    """What brings the capitals back."""
+    kept = [fact for domain in RETAIN for fact in bench.test[domain]]
+    report = rp.audit(
+        edited,
+        original=bench.lm,
+        facts=bench.facts[FORGET],
+        retain=kept,
+        attacks=ATTACKS,
+        allow_small=True,
+        progress=False,
+    )
+    return {"verdict": report.verdict.word, "recoveries": [asdict(found) for found in report.recoveries]}
+
+
+def table(row: dict[str, Any]) -> str:
+    """A Markdown table: every score before and after, and the share of it that is left."""
+    lines = [f"| {row['name']}, seed {row['seed']} | before | after | share |", "|---|---|---|---|"]
+    for side in ("forget", "retain"):
+        for name, value in row["before"][side].items():
+            found = row["after"][side][name]
+            lines.append(f"| {side}: {name} | {value:.3f} | {found:.3f} | {found / value:.3f} |")
+    return "\n".join(lines)
