@@ -178,9 +178,20 @@ def survival(old: Float[Tensor, "*rows i"], new: Float[Tensor, "*rows i"], bits:
     return float((left * true).sum() / (left.norm() * true.norm()).clamp(min=1e-300))
 
 
+def step(weight: Float[Tensor, "*rows i"], bits: int) -> Tensor:
+    """The distance of neighbouring values once a weight is stored in a number of bits: max|w| / (2^(bits-1) - 1) of each block.
+
+    A block is a row; at 4 bits each 64 inputs where 64 divides the row. (*rows, blocks, 1).
+    """
+    return _blocks(weight, bits).abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+
+
 def _rounded(weight: Float[Tensor, "*rows i"], bits: int) -> Float[Tensor, "*rows i"]:
-    """round(w / s) s with s = max|w| / (2^(bits-1) - 1) of each row; at 4 bits of each 64 inputs where 64 divides the row."""
+    """round(w / s) s with s the step of each block."""
+    size = step(weight, bits)
+    return ((_blocks(weight, bits) / size.where(size > 0, 1)).round() * size).flatten(-2)
+
+
+def _blocks(weight: Float[Tensor, "*rows i"], bits: int) -> Tensor:
     width = weight.shape[-1]
-    blocks = weight.unflatten(-1, (-1, width if width % GROUP or bits == 8 else GROUP))
-    step = blocks.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    return ((blocks / step.where(step > 0, 1)).round() * step).flatten(-2)
+    return weight.unflatten(-1, (-1, width if width % GROUP or bits == 8 else GROUP))

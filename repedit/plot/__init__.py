@@ -5,6 +5,7 @@ is forget and blue is retain. Colours come from Okabe and Ito's set, cividis and
 styles repeat what colour says, so that a grey print can be read.
 """
 
+from repedit.plot.changes import delta
 from repedit.plot.cloud import importances
 from repedit.plot.descent import training
 from repedit.plot.drops import selectivity_strip, trajectory
@@ -13,8 +14,11 @@ from repedit.plot.heat import specialization
 from repedit.plot.histogram import activations
 from repedit.plot.layers import layer_rank
 from repedit.plot.leaks import leakage
+from repedit.plot.parts import semeval
 from repedit.plot.recoveries import audits, lenses, recovery, relearning
+from repedit.plot.regions import tradeoff
 from repedit.plot.removal import overlap, pruned_per_layer, transfer
+from repedit.plot.selected import saliency
 from repedit.plot.tasks import continual, principal_angles
 from repedit.plot.tradeoffs import TradeOff, rank_tradeoff
 
@@ -23,6 +27,7 @@ __all__ = [
     "activations",
     "audits",
     "continual",
+    "delta",
     "importances",
     "layer_rank",
     "leakage",
@@ -33,9 +38,12 @@ __all__ = [
     "rank_tradeoff",
     "recovery",
     "relearning",
+    "saliency",
     "selectivity_strip",
+    "semeval",
     "specialization",
     "spectra",
+    "tradeoff",
     "training",
     "trajectory",
     "transfer",
