@@ -158,7 +158,7 @@ def test_a_mask_that_selects_nothing_is_not_drawn(tensors):
 def test_delta_points_are_the_relative_change():
     made = change("down_proj")
     shown = line(plot.delta(made, lm()), "down_proj")
-    start = dict(lm().model.named_parameters())
+    start = {name: p.detach() for name, p in lm().model.named_parameters()}
     expected = [float(v.square().mean().sqrt() / start[n].std()) for n, v in made.tensors.items()]
     assert_allclose(shown[1], expected, rtol=1e-5)
 
@@ -221,10 +221,7 @@ def test_semeval_bars_are_the_parts_and_the_title_the_verdict():
     assert "over-forgotten" in title(figure)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [({}, "was given 0 scores"), ({"npo": 0.41}, "'npo' is a float"), ({str(i): score(0.5) for i in range(7)}, "7 scores")],
-)  # fmt: skip
-def test_semeval_refuses(given, message):
-    with pytest.raises(ArgumentError, match=message):
-        plot.semeval(given)
+@pytest.mark.parametrize("count", [0, 7])
+def test_semeval_refuses(count):
+    with pytest.raises(ArgumentError, match=f"was given {count} scores; it draws 1 to 6"):
+        plot.semeval({str(i): score(0.5) for i in range(count)})

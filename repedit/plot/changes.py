@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from repedit.delta import Delta, step
@@ -46,9 +48,15 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
     held = _thresholds({name: start[name] for name in moved if start[name].ndim > 1})
     if held:
         axes.plot(*zip(*held, strict=True), color="black", linestyle="--", linewidth=1.2, label="half a step of 4 bits")
+    shown = [*moved.values(), *(value for _, value in held if value == value)]
+    # A factor of 4 on both sides: a scale of less than a decade has ticks that nobody can read.
+    axes.set_ylim(min(shown) / 4, max(shown) * 4)
     axes.set(yscale="log", ylabel="|dw| / std(w)", xlim=(-0.5, len(layers) - 0.5))
     name_layers(axes, layers)
-    axes.grid(alpha=0.25, which="both")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.25)
     legend_below(figure, axes, columns=4)
     entitle(figure, "How far the training moved each weight", [*_facts(delta), *notes])
     return figure
@@ -91,8 +99,12 @@ def _thresholds(weights: dict[str, Tensor]) -> list[tuple[float, float]]:
         layer, _ = place(name)
         half = float(step(weight, 4).double().median()) / 2
         found.setdefault(-1 if layer is None else layer, []).append(half / (float(weight.double().std()) or 1.0))
-    # Each layer as a short level stretch, so that a single layer shows too.
-    return [(layer + end, median(part)) for layer, part in sorted(found.items()) for end in (-0.5, 0.5)]
+    # Each layer as a level stretch, so that a single layer shows too; NaN leaves a gap where nothing changed.
+    return [
+        (layer + end, median(found.get(layer, [math.nan])))
+        for layer in range(max(found, default=-1) + 1)
+        for end in (-0.5, 0.5)
+    ]
 
 
 def _facts(delta: Delta) -> list[str]:

@@ -28,12 +28,9 @@ def semeval(scores: Mapping[str, SemEvalScore] | SemEvalScore, *, notes: Sequenc
         scores: name -> score, or one score.
         notes: what else the title should tell.
     Raises:
-        ArgumentError: if there is no score, a value is none, or there are more than 6.
+        ArgumentError: if there is no score, or there are more than 6.
     """
     named = {"model": scores} if isinstance(scores, SemEvalScore) else dict(scores)
-    odd = next((name for name, score in named.items() if not isinstance(score, SemEvalScore)), None)
-    if odd is not None:
-        raise ArgumentError(f"{odd!r} is a {type(named[odd]).__name__}; give scores of repedit.metrics.semeval")
     if not 1 <= len(named) <= MOST:
         raise ArgumentError(f"semeval() was given {len(named)} scores; it draws 1 to {MOST}")
     figure = canvas(9.0, 6.6 + 0.2 * len(named))

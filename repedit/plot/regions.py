@@ -18,14 +18,15 @@ NEAR = 0.05
 """How near to the retrained model, on both axes, counts as like it."""
 KEPT, LOST = 0.5, 0.25
 """Shares of the original's value: above the first the forget set is not forgotten, below the second the rest is lost."""
-MARGIN = 0.04
+MARGIN = 0.06
+"""What the axes show beyond 0 and 1; more than `NEAR`, so that its box is whole."""
 
 
 def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Figure:
     """Forget against retain, a point a seed: the best place is beside the retrained model, at the upper left.
 
     Regions are those of the verdicts on metrics: "not forgotten" right of half of the original's forget value, "retain
-    lost" below a quarter of its retain value; a box around the retrained model holds what cannot be told from it here.
+    lost" below a quarter of its retain value, one of two signs of a collapse; a box around the retrained model holds what cannot be told from it here.
 
     Args:
         results: name -> (forget, retain) of each seed, shares in [0, 1]. "original" must be among the names; "retrained"
@@ -42,16 +43,19 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
     _regions(axes, start)
     if RETRAINED in results:
         forget, retain = _mean(results[RETRAINED])
-        box = {"edgecolor": "black", "facecolor": "none", "linestyle": "--", "linewidth": 1.0}
-        label = f"within {NEAR:g} of retrained"
-        axes.add_patch(Rectangle((forget - NEAR, retain - NEAR), 2 * NEAR, 2 * NEAR, label=label, zorder=1, **box))
+        box = Rectangle(
+            (forget - NEAR, retain - NEAR), 2 * NEAR, 2 * NEAR, label=f"within {NEAR:g} of retrained", zorder=1,
+            edgecolor="black", facecolor="none", linestyle="--", linewidth=1.0,
+        )  # fmt: skip
+        axes.add_patch(box)
     styles = {ORIGINAL: ("black", "*", 130.0), RETRAINED: ("black", "D", 55.0)}
     for number, name in enumerate(name for name in results if name not in styles):
         styles[name] = (SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)], 50.0)
     for name, points in results.items():
         color, marker, size = styles[name]
+        forgotten, kept = zip(*points, strict=True)
         axes.scatter(
-            *zip(*points, strict=True), color=color, marker=marker, s=size, label=name, zorder=3, alpha=0.85,
+            forgotten, kept, color=color, marker=marker, s=size, label=name, zorder=3, alpha=0.85,
             edgecolors="white", linewidths=0.6, clip_on=False,
         )  # fmt: skip
     axes.set(

@@ -38,15 +38,15 @@ def saliency(mask: Mask, score: Scores | None = None, *, notes: Sequence[str] = 
             sums = held.setdefault((layer, module), [0, 0])
             sums[0] += int(chosen.sum())
             sums[1] += chosen.numel()
-    if not held or not any(chosen for chosen, _ in held.values()):
+    if not held or not any(picked for picked, _ in held.values()):
         raise ArgumentError(
             f"the mask of {counted(len(mask.tensors), 'tensor')} selects nothing inside a layer; draw one that does"
         )
     columns = modules(mask.tensors)
     layers = sorted({layer for layer, _ in held} | {site.layer for site in score or ()})
     grid = np.full((len(layers), len(columns)), np.nan)
-    for (layer, module), (chosen, total) in held.items():
-        grid[layers.index(layer), columns.index(module)] = 100 * chosen / total
+    for (layer, module), (picked, total) in held.items():
+        grid[layers.index(layer), columns.index(module)] = 100 * picked / total
     panels: list[_Panel] = [(grid, [short(module) for module in columns], "may move")]
     share = sum(c for c, _ in held.values()) / sum(n for _, n in held.values())
     if score is not None:
