@@ -26,7 +26,8 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
     """Forget against retain, a point a seed: the best place is beside the retrained model, at the upper left.
 
     Regions are those of the verdicts on metrics: "not forgotten" right of half of the original's forget value, "retain
-    lost" below a quarter of its retain value, one of two signs of a collapse; a box around the retrained model holds what cannot be told from it here.
+    lost" below a quarter of its retain value, one of the two signs that a collapse needs. A box around the retrained
+    model holds what cannot be told from it here.
 
     Args:
         results: name -> (forget, retain) of each seed, shares in [0, 1]. "original" must be among the names; "retrained"
@@ -99,7 +100,16 @@ def _regions(axes: Axes, start: tuple[float, float]) -> None:
     words = {
         "not forgotten": ((right + 1 + MARGIN) / 2, (floor + 1) / 2),
         "forgotten, retain kept in part or whole": ((right - MARGIN) / 2, (floor + 1) / 2),
-        "retain lost: collapsed": (0.5, (floor - MARGIN) / 2),
+        "retain lost, a sign of collapse": (0.5, (floor - MARGIN) / 2),
     }
     for text, (x, y) in words.items():
-        axes.text(x, y, text.replace(", ", ",\n"), ha="center", va="center", fontsize=SMALL, color="0.25", zorder=2)
+        axes.text(
+            x,
+            y,
+            text.replace("n, ", "n,\n"),
+            ha="center",
+            va="center",
+            fontsize=SMALL,
+            color="0.25",
+            zorder=2,
+        )
