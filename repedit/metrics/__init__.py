@@ -4,7 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: statistics and text packages take seconds.
-_ROOMS = ("collapse", "generation", "harness", "membership", "muse", "probability", "semeval", "shadows", "tofu")
+_ROOMS = (
+    "collapse",
+    "generation",
+    "harness",
+    "membership",
+    "muse",
+    "plain",
+    "probability",
+    "semeval",
+    "shadows",
+    "tofu",
+)
 
 __all__ = [*_ROOMS]  # pyright: ignore
 
@@ -20,4 +31,15 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from repedit.metrics import collapse, generation, harness, membership, muse, probability, semeval, shadows, tofu
+    from repedit.metrics import (
+        collapse,
+        generation,
+        harness,
+        membership,
+        muse,
+        plain,
+        probability,
+        semeval,
+        shadows,
+        tofu,
+    )

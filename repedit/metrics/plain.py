@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from repedit.data import Batches, prose
-from repedit.metrics.probability import perplexity
+from collections.abc import Iterable
+
+from repedit.activations.prediction import Predictions, predictions
+from repedit.data import Batches, as_batches, prose
 from repedit.models import Subject
 
 # Tokens that are read; the built-in prose has about four times as many.
 _TOKENS = 4096
+
+
+def perplexity(
+    subject: Subject,
+    texts: Batches | Iterable[str],
+    *,
+    window: int = 512,
+    batch_size: int = 8,
+    limit_tokens: int | None = None,
+) -> Predictions:
+    """How well the model predicts plain text, in windows of so many tokens; its `perplexity` is the number.
+
+    Args:
+        texts: a corpus, or texts.
+        limit_tokens: stop after the batch that reaches this many.
+    Raises:
+        NotEnoughRows: if there is nothing to predict.
+        NotFinite: if the loss is not finite.
+    """
+    corpus = texts if isinstance(texts, Batches) else as_batches(list(texts), name="texts")
+    return predictions(subject, corpus, length=window, batch_size=batch_size, limit_tokens=limit_tokens)
 
 
 def plain_perplexity(subject: Subject, plain: Batches | None) -> float:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from repedit.activations.memory import halving
 from repedit.activations.passes import at_least_float32
-from repedit.activations.prediction import Predictions, predictions
-from repedit.data import Batches, Fact, Facts, as_batches
+from repedit.data import Fact, Facts
 from repedit.data.domains import holds
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
@@ -33,7 +32,7 @@ from repedit.models import Subject
 
 __all__ = [
     "AnswerNll", "ByRow", "FactsAccuracy", "answer_nll", "answer_probability", "choice_scores", "exact_memorization",
-    "extraction_strength", "facts_accuracy", "lengths", "perplexity",
+    "extraction_strength", "facts_accuracy", "lengths",
 ]  # fmt: skip
 HOWS = ("choice", "greedy")
 RULES = ("sum", "mean")
@@ -115,27 +114,6 @@ def facts_accuracy(
     if how == "choice":
         correct = [bool((score >= score[i]).sum() == 1) for score, i in zip(scores, right, strict=True)]
     return FactsAccuracy(np.array(correct), graded, tuple(fact.id for fact in items))
-
-
-def perplexity(
-    subject: Subject,
-    texts: Batches | Iterable[str],
-    *,
-    window: int = 512,
-    batch_size: int = 8,
-    limit_tokens: int | None = None,
-) -> Predictions:
-    """How well the model predicts plain text, in windows of so many tokens; its `perplexity` is the number.
-
-    Args:
-        texts: a corpus, or texts.
-        limit_tokens: stop after the batch that reaches this many.
-    Raises:
-        NotEnoughRows: if there is nothing to predict.
-        NotFinite: if the loss is not finite.
-    """
-    corpus = texts if isinstance(texts, Batches) else as_batches(list(texts), name="texts")
-    return predictions(subject, corpus, length=window, batch_size=batch_size, limit_tokens=limit_tokens)
 
 
 class _Question(NamedTuple):
