@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 import repedit as rp
 from repedit.data import Row
+from repedit.delta import Delta
 from repedit.gradient import schedule
 from repedit.gradient.parallel import Ranks
 from repedit.gradient.parameters import Lora, Mask, Parameters
@@ -17,6 +20,7 @@ from repedit.gradient.recipe import Optimiser
 from repedit.gradient.recipes import RECIPES
 from repedit.gradient.sharding import check_shardable
 from tests.ranks import together
+from tests.saved import saved
 from tests.unlearned import rows, sides, subject
 
 NAMES = ("blur_npo", "grad_diff", "npo_gdr", "rmu", "surgery", "dpo")
@@ -151,3 +155,23 @@ def test_what_cannot_be_sharded_is_refused(options, message):
     if ranks == 1:
         with pytest.raises(rp.errors.ArgumentError, match=message):
             rp.unlearn(subject(), recipe=rp.recipes.grad_diff(), **sides(), shard=True)
+
+
+@SLOW
+def test_the_verb_runs_under_torchrun(tmp_path):
+    """Two ranks that shard, one file; the difference is that of one process."""
+    model = saved(tmp_path / "lm")
+    verb = ["-m", "repedit", "unlearn", str(model), "--recipe", "grad_diff", "--steps", "2"]
+    verb += ["--set", "batch_size=4", "--set", "lr=1e-3"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for name, command in (("one", [*verb]), ("two", [*torchrun, *verb, "--shard", "--gradient-checkpointing"])):
+        out = tmp_path / f"{name}.safetensors"
+        command += ["--out", str(out), "--device", "cpu"]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("written:") == 1
+        found.append(Delta.load(out).tensors)
+    for name, value in found[0].items():
+        # float32, and Adam divides by small numbers.
+        assert float((found[1][name] - value).norm() / value.norm()) <= 1e-2

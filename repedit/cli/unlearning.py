@@ -57,6 +57,12 @@ def unlearn(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps, in place of the recipe's.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Rows a forward pass.")] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: divide what is trained among the ranks.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute blocks again in the backward pass; saves memory.")
+    ] = False,
     resume: Annotated[Path | None, typer.Option(help="File to save the training to, and to go on from.")] = None,
     log: Annotated[Path | None, typer.Option(help="JSONL file, one line a step.")] = None,
     seed: Seed = 0,
@@ -68,22 +74,37 @@ def unlearn(
         bool, typer.Option("--list-recipes", help="Show every recipe.", is_eager=True, callback=_list)
     ] = False,
 ) -> None:
-    """Train the forgetting of a set of rows into the weights, and write the difference; it mostly hides, so audit it."""
+    """Train the forgetting of a set of rows into the weights, and write the difference; it mostly hides, so audit it.
+
+    Several processes share the work under torchrun --nproc-per-node N -m repedit unlearn ...
+    """
     from repedit import console
     from repedit.errors import TrainingError
+    from repedit.gradient.parallel import leave, own_device
     from repedit.gradient.unlearning import unlearn as unlearned
 
     chosen = _recipe(recipe, set_ or [], layers, modules, mask)
     sets = _sets(chosen, forget, retain, update)
-    subject = opened(model, device, dtype)
+    subject = opened(model, own_device(device), dtype)
     try:
         delta = unlearned(
             subject, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log,
-            checkpoint_every=20 if resume else None, **sets,
+            shard=shard, gradient_checkpointing=gradient_checkpointing, checkpoint_every=20 if resume else None, **sets,
         )  # fmt: skip
     except TrainingError as error:
         console.err.print(f"TrainingError: {error}", highlight=False)
         raise typer.Exit(4) from error
+    stopped = delta.provenance.get("stopped", {})
+    if leave():
+        _show(delta, subject, out, overwrite, json)
+    if stopped.get("rule") == "collapse":
+        raise typer.Exit(3)
+
+
+def _show(delta: Any, subject: Any, out: Path, overwrite: bool, json: bool) -> None:
+    """Write the difference and say what became of the training."""
+    from repedit import console
+
     write(delta, subject, out, overwrite)
     stopped = delta.provenance.get("stopped", {})
     if json:
@@ -97,8 +118,6 @@ def unlearn(
             f"{stopped.get('reason', '')}; {len(delta.tensors)} tensors changed. This mostly hides: repedit audit",
             highlight=False,
         )
-    if stopped.get("rule") == "collapse":
-        raise typer.Exit(3)
 
 
 def _recipe(name: str, settings: list[str], layers: str | None, modules: str | None, mask: str | None) -> Any:

@@ -113,6 +113,23 @@ def joined_ranks(device: torch.device) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
+def own_device(device: str) -> str:
+    """Under `torchrun` the CUDA device of this process, where CUDA was asked for or is there; else what was asked for."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is None or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{local}"
+
+
+def leave() -> bool:
+    """End the running process group, if there is one; whether this process was its first, or alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    first = dist.get_rank() == 0
+    dist.destroy_process_group()
+    return first
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
