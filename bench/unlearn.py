@@ -2,9 +2,11 @@
 
 `python -m bench.unlearn --part tiny --seeds 0,1,2` takes the taught models of the audit's self-test. Retain facts are
 split by person: one half is trained on, the other is scored. A second model that never saw the facts to forget is the row
-"retrained". Who does not know a fact gives one answer to all questions, so the forget column ends at how often that answer
-is right: recipes that share a start agree to the last digit there, and differ in what brings the facts back. `--part smollm2 --recipe NAME --seed N` takes SmolLM2-135M and real facts, see `bench.unlearn_smollm2`.
-Each writes bench/results/unlearn-PART.json and prints a Markdown table.
+"retrained". `--part smollm2 --recipe NAME --seed N` takes SmolLM2-135M and real facts, see `bench.unlearn_smollm2`. Each
+writes bench/results/unlearn-PART.json and prints a Markdown table.
+
+A tiny model that does not know a fact gives one answer to all questions, so the forget column ends at how often that answer
+is right; recipes that settle on the same answer agree there to the last digit, and differ in what brings the facts back.
 """
 
 from __future__ import annotations
