@@ -196,6 +196,12 @@ def test_tradeoff_points_and_regions():
     assert sorted(round(p.get_x(), 4) for p in axes.patches)[-1] == round(0.5 * 0.985, 4)
 
 
+def test_names_that_hide_each_other_are_counted():
+    given = {"original": [(1.0, 1.0)], "npo": [(0.05, 1.0)], "wga": [(0.051, 0.999)], "ga": [(0.3, 0.2)]}
+    texts = [text.get_text() for text in plot.tradeoff(given).axes[0].texts]
+    assert [text for text in texts if text.endswith("here")] == ["2 here"]
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from repedit.errors import ArgumentError, FractionError
 from repedit.plot.canvas import FORGET, MARKERS, NEUTRAL, RETAIN, SERIES, SMALL, canvas, entitle, legend_below
@@ -59,6 +60,7 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
             forgotten, kept, color=color, marker=marker, s=size, label=name, zorder=3, alpha=0.85,
             edgecolors="white", linewidths=0.6, clip_on=False,
         )  # fmt: skip
+    _count_shared(axes, results)
     axes.set(
         xlabel="forget: share still right (less is better)", ylabel="retain: share still right (more is better)",
         xlim=(-MARGIN, 1 + MARGIN), ylim=(-MARGIN, 1 + MARGIN),
@@ -87,6 +89,20 @@ def _check(results: Mapping[str, Points]) -> None:
 def _mean(points: Points) -> tuple[float, float]:
     forget, retain = zip(*points, strict=True)
     return sum(forget) / len(forget), sum(retain) / len(retain)
+
+
+def _count_shared(axes: Axes, results: Mapping[str, Points]) -> None:
+    """Say how many names lie under one mark, where some hide others."""
+    places: dict[tuple[float, ...], set[str]] = {}
+    for name, points in results.items():
+        for point in points:
+            places.setdefault(tuple(round(value, 2) for value in point), set()).add(name)
+    for place, names in places.items():
+        if len(names) > 1:
+            axes.annotate(
+                f"{len(names)} here", place, (0, -17), textcoords="offset points", ha="center", va="top", fontsize=SMALL,
+                zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")],
+            )  # fmt: skip
 
 
 def _regions(axes: Axes, start: tuple[float, float]) -> None:
