@@ -93,10 +93,10 @@ def _mean(points: Points) -> tuple[float, float]:
 
 def _count_shared(axes: Axes, results: Mapping[str, Points]) -> None:
     """Say how many names lie under one mark, where some hide others."""
-    places: dict[tuple[float, ...], set[str]] = {}
+    places: dict[tuple[float, float], set[str]] = {}
     for name, points in results.items():
-        for point in points:
-            places.setdefault(tuple(round(value, 2) for value in point), set()).add(name)
+        for forget, retain in points:
+            places.setdefault((round(forget, 2), round(retain, 2)), set()).add(name)
     for place, names in places.items():
         if len(names) > 1:
             axes.annotate(
