@@ -41,10 +41,10 @@ def controls(seeds: list[int], names: tuple[str, ...] | None) -> list[dict[str, 
     return rows
 
 
-def projected(edit: Path, folder: Path, times: int) -> list[dict[str, Any]]:
+def projected(edit: Path, folder: Path, times: int, attacks: Sequence[str] | None) -> list[dict[str, Any]]:
     """A saved projection off the capitals, audited twice: the second time shows what the cache saves."""
-    target = _exported(rp.Edit.load(edit), folder / edit.stem)
-    return [_audited(name, target, rp.data.facts("capitals"), folder) for name in ("first", "again")[:times]]
+    target, facts = _exported(rp.Edit.load(edit), folder / edit.stem), rp.data.facts("capitals")
+    return [_audited(name, target, facts, folder, attacks=attacks) for name in ("first", "again")[:times]]
 
 
 def pruned(folder: Path, attacks: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -93,12 +93,13 @@ def main() -> None:
     parser.add_argument("--edit", type=Path, default=Path(".cache/bench-mrp/capitals-0.safetensors"))
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench-audit"))
     parser.add_argument("--times", type=int, default=2, help="Part projected: 1 leaves out the audit with a cache.")
-    parser.add_argument("--attacks", help="Part pruned: these, joined by commas, in place of the fast budget's.")
+    parser.add_argument("--attacks", help="These, joined by commas, in place of the fast budget's.")
     options = parser.parse_args()
+    chosen = None if options.attacks is None else options.attacks.split(",")
     if options.part == "projected":
-        rows = projected(options.edit, options.folder, options.times)
+        rows = projected(options.edit, options.folder, options.times, chosen)
     elif options.part == "pruned":
-        rows = pruned(options.folder, None if options.attacks is None else options.attacks.split(","))
+        rows = pruned(options.folder, chosen)
     else:
         torch.set_num_threads(1)
         rows = controls([int(seed) for seed in options.seeds.split(",")], CONTROLS[options.part])

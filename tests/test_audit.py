@@ -118,6 +118,7 @@ def test_what_a_training_makes_is_asked_invented_facts_and_other_attacks_are_mad
     for mine, theirs in zip(found["edited"], found[FRESH], strict=True):
         assert set(mine.items) == known and set(theirs.items) == {f.id for f in asked.forget}
         assert mine.correct.shape == (len(mine.settings), 20) and theirs.settings == mine.settings
+        assert (theirs.seconds > 0) == (mine.attack == "in_context") and mine.seconds > 0 == theirs.tokens
     for name, part in seen:
         taught, tested = ({f.id for f in side} for side in (part.train, part.test))
         both = name != "in_context"

@@ -71,7 +71,9 @@ def _findings(
             bar.set_postfix_str(f"{name or role.name}: {attack.name}")
             found = _one(role, name, subject, seeded, splits, fold, store)
             for part, items in _sides(name or role.name, splits, role.invented):
-                parts.setdefault((part, seeded.seed), []).append(only(found, items))
+                # One training made both; its cost is counted once.
+                own = found if part == (name or role.name) else replace(found, seconds=0.0, tokens=0)
+                parts.setdefault((part, seeded.seed), []).append(only(own, items))
             bar.update()
         yield from ((name, joined(found) if len(found) > 1 else found[0]) for (name, _), found in parts.items())
 
