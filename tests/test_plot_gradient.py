@@ -21,7 +21,7 @@ from repedit.metrics.collapse import Judgement
 from repedit.metrics.semeval import PARTS, aggregate
 from repedit.plot.tensors import place
 from repedit.sites import Point, Site
-from tests.test_plot import boxes, line, title
+from tests.test_plot import boxes, laid_out, line, outside, title
 from tests.unlearned import rows, subject
 
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
@@ -87,18 +87,13 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 @cache
 def drawn(name: str) -> Figure:
-    """A figure with its layout done; no test changes one."""
-    figure = FIGURES[name]()
-    figure.draw_without_rendering()
-    return figure
+    """Drawn once; no test changes one."""
+    return laid_out(FIGURES[name]())
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_text_is_large_enough_and_not_cut_off(name):
-    page = drawn(name).bbox.padded(1)
-    found = [box for part in boxes(drawn(name)).values() for box in part]
-    assert not [b for b in found if not (page.containsx(b.x0) and page.containsx(b.x1))]
-    assert not [b for b in found if not (page.containsy(b.y0) and page.containsy(b.y1))]
+    assert not outside(drawn(name))
 
 
 @pytest.mark.parametrize("name", FIGURES)
