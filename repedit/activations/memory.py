@@ -31,7 +31,7 @@ def halving(run: Callable[[int], T], size: int) -> tuple[T, int]:
     while True:
         try:
             return run(size), size
-        except Exception as error:
+        except (MemoryError, RuntimeError) as error:
             if size <= 1 or not out_of_memory(error):
                 raise
         size //= 2

@@ -129,7 +129,7 @@ def _one(
 def _attacked(attack: Attack, subject: Subject, splits: Splits) -> Finding:
     try:
         return attack(subject, splits)
-    except Exception as error:
+    except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         return replace(attack, run=lambda *_: Outcome({}, MEMORY, status=SKIPPED))(subject, splits)
