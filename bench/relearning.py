@@ -39,7 +39,7 @@ def gradient_difference(
     kept = [Sampler(lm, training_rows(retain, "retain", shown=3, seed=seed), batch_size, length=128, seed=seed),
             Sampler(lm, text, 2, length=48, seed=seed)]  # fmt: skip
     loss_of = forgetting(bad, lm, among="answers", cap=None)
-    optimizer = torch.optim.AdamW(student.model.parameters(), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     for step in range(steps):
         batches = [sampler.at(step) for sampler in kept]
         teachers = [teaching(lm, rows) for rows in batches]
@@ -75,7 +75,7 @@ def relearn(
     for p in student.model.parameters():
         p.requires_grad_(True)
     rows = Sampler(student, training_rows(train, "train"), batch_size, length=128, seed=seed)
-    optimizer = torch.optim.AdamW(student.model.parameters(), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     with hooked or nullcontext():
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / (0.1 * steps))
