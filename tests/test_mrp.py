@@ -277,6 +277,24 @@ def test_padding_changes_no_training_batch(facts):
     assert values[0] == pytest.approx(values[1], abs=1e-5)
 
 
+def test_running_text_beside_answered_rows_loses_no_mask(facts):
+    lm = small()
+    answered = Sampler(lm, training_rows(facts.forget[:2], "facts"), 1, length=200, seed=0).rows
+    prose = Sampler(lm, training_rows(["The river runs down to the sea."], "prose"), 1, length=200, seed=0).rows
+    assert prose[0].answer is None
+    for rows in ([*answered, *prose], [*prose, *answered]):
+        batch = collated(rows)
+        for i, row in enumerate(rows):
+            width = row.input_ids.shape[1]
+            assert (
+                torch.equal(targets_of(batch)[i, :width], targets_of(row)[0]) and not targets_of(batch)[i, width:].any()
+            )
+        assert torch.equal(
+            batch.entity.any(1), torch.tensor([row.entity is not None and bool(row.entity.any()) for row in rows])
+        )
+    assert collated(prose).answer is None
+
+
 @pytest.mark.parametrize("method", ["residual_pca", "cpca", "gen_eig", "oblique", "mean_difference", "lda", "random"])
 def test_closed_forms_need_no_training(facts, method):
     lm = small()

@@ -107,8 +107,15 @@ class Sampler:
 
 
 def collated(rows: Sequence[Batch]) -> Batch:
-    """Single rows as one batch, padded on the right."""
+    """Single rows as one batch, padded on the right.
+
+    Running text among answered rows is trained on as a whole, as it is alone; it marks no entity.
+    """
     width = max(row.input_ids.shape[1] for row in rows)
+    if any(row.answer is not None for row in rows):
+        rows = [row if row.answer is not None else replace(row, answer=row.attention_mask) for row in rows]
+    if any(row.entity is not None for row in rows):
+        rows = [row if row.entity is not None else replace(row, entity=row.attention_mask & False) for row in rows]
     names = [f.name for f in fields(Batch) if isinstance(getattr(rows[0], f.name), Tensor)]
     # The token that fills the padding is never looked at: 0 is in every vocabulary.
     joined = {n: torch.cat([torch.nn.functional.pad(getattr(r, n), (0, width - r.input_ids.shape[1])) for r in rows]) for n in names}  # fmt: skip
