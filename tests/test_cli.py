@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from repedit.cli import app
 from repedit.data import Facts, by_domain, facts
+from repedit.errors import ArgumentError
+from tests.published import published
 from tests.saved import saved
 
 VERBS = (
@@ -120,6 +122,19 @@ def test_compare_shows_both_models(model):
     found = json.loads(text)
     assert found["corpora"]["prose"]["drop_percent"] == 0.0
     assert found["generations"][0]["base"] == found["generations"][0]["edited"]
+
+
+def test_compare_measures_published_benchmarks(model):
+    given = ("compare", model, model, "--metrics", "membership", "--data", str(published()), "--limit", "3")
+    values = json.loads(run(*given, "--json"))["membership"]["values"]
+    assert set(values) == {"AUC", "TPR at 1 % FPR"} and all(before == after for before, after in values.values())
+    assert "AUC of 1 means member" in run(*given)
+
+
+@pytest.mark.parametrize("half", [("--metrics", "tofu"), ("--data", ".")])
+def test_benchmarks_need_a_name_and_data(model, half):
+    with pytest.raises(ArgumentError, match="give both, or neither"):
+        CliRunner().invoke(app, ["compare", model, model, *half], catch_exceptions=False)
 
 
 def test_tables_are_printed_without_json(model, tmp_path: Path):

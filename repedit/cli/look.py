@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -93,18 +94,31 @@ def compare(
     edited: Annotated[str, typer.Argument(help="The other checkpoint.")],
     text: Annotated[list[str] | None, typer.Option(help="A corpus to measure; repeat for several.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to continue; repeat for several.")] = None,
+    metrics: Annotated[
+        str, typer.Option(help="In their place: tofu, semeval, membership; several with commas. Needs --data.")
+    ] = "",
+    folder: Annotated[
+        Path | None, typer.Option("--data", help="Holds the data of --metrics, or the folders tofu, semeval, mmlu.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each part of --metrics; all by default.")] = None,
     tokens: Tokens = 4000,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:
-    """Perplexity, top-1 accuracy and generations of two checkpoints, side by side."""
+    """Perplexity, top-1 accuracy and generations of two checkpoints, side by side; or published benchmarks."""
     from repedit import console, data
+    from repedit.errors import ArgumentError
     from repedit.metrics.comparison import compare as compared
     from repedit.walkthrough import PROMPTS
 
+    if bool(metrics) != (folder is not None):
+        raise ArgumentError(f"--metrics {metrics!r} with --data {folder}; give both, or neither")
     subjects = [opened(name, device, dtype) for name in (base, edited)]
+    if folder is not None:
+        _benchmarks(subjects, metrics.split(","), folder, limit, json)
+        return
     corpora: list[Any] = [data.read(name) for name in text or ["code", "prose"]]
     found = compared(
         subjects[0], subjects[1], corpora, prompts=prompt or PROMPTS, limit_tokens=tokens, batch_size=batch_size
@@ -114,3 +128,18 @@ def compare(
         return
     console.table(f"{base} against {edited}", console.COMPARISON_COLUMNS, console.comparison_rows(found))
     console.show_generations(found.prompts, found.base_text, found.edited_text)
+
+
+def _benchmarks(subjects: list[Any], names: list[str], folder: Path, limit: int | None, json: bool) -> None:
+    """Every part of each benchmark before and after, with the verdict."""
+    from repedit import console
+    from repedit.metrics.benchmarks import measured
+
+    found = measured(subjects[0], subjects[1], names, folder, limit=limit)
+    if json:
+        console.show_json({name: {"values": dict(b.values), "verdict": b.verdict} for name, b in found.items()})
+        return
+    for name, beside in found.items():
+        rows = [[part, f"{before:.3f}", f"{after:.3f}"] for part, (before, after) in beside.values.items()]
+        console.table(name, ("part", "base", "edited"), rows)
+        console.out.print(beside.verdict, highlight=False)

@@ -37,7 +37,7 @@ def unlearn(
     recipe: Annotated[
         str,
         typer.Option(
-            help="Name, with a variant or over another: blur_npo, ails_ntua:agad, sure:npo_gdr, small:grad_diff."
+            help="A TOML file, or a name, with a variant or over another: blur_npo, ails_ntua:agad, small:grad_diff."
         ),
     ] = "small:npo_gdr",
     forget: Annotated[
@@ -125,9 +125,14 @@ def _recipe(name: str, settings: list[str], layers: str | None, modules: str | N
 
     from repedit.errors import ArgumentError
     from repedit.gradient.recipe import UnlearnRecipe
-    from repedit.gradient.recipes import named, sure
+    from repedit.gradient.recipes import named, read, sure
 
-    found = named(name, **dict(_setting(text) for text in settings))
+    if name.endswith(".toml"):
+        if settings:
+            raise ArgumentError(f"--set {settings[0]!r} beside the file {name}; write it under [options] there")
+        found: Any = read(name)
+    else:
+        found = named(name, **dict(_setting(text) for text in settings))
     if not isinstance(found, UnlearnRecipe):
         if layers or modules or mask:
             raise ArgumentError(

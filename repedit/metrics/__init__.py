@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: statistics and text packages take seconds.
 _ROOMS = (
+    "benchmarks",
     "collapse",
     "generation",
     "harness",
@@ -32,6 +33,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from repedit.metrics import (
+        benchmarks,
         collapse,
         generation,
         harness,

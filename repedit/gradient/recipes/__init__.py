@@ -5,10 +5,14 @@ None of them promises removal: the published attacks say that gradient methods m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from repedit.errors import UnknownName, nearest
+from repedit.gradient import written
 from repedit.gradient.recipe import Merged, UnlearnRecipe
 from repedit.gradient.recipes.basic import (
     dpo,
@@ -45,7 +49,7 @@ RECIPES: dict[str, Callable[..., UnlearnRecipe | Merged]] = {
 }  # fmt: skip
 """Every recipe that needs no other recipe or loss to be built from."""
 
-__all__ = [*RECIPES, "RECIPES", "blur", "named", "small", "sure"]
+__all__ = [*RECIPES, "RECIPES", "blur", "named", "read", "small", "sure"]
 
 
 def named(name: str, **options: Any) -> UnlearnRecipe | Merged:
@@ -62,4 +66,19 @@ def named(name: str, **options: Any) -> UnlearnRecipe | Merged:
         return sure(inner) if head == "sure" else small(inner)
     if head not in RECIPES:
         raise UnknownName(f"no recipe is called {head!r}; {nearest(head, RECIPES)}")
+    own = [name for name, p in inspect.signature(RECIPES[head]).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    valid = [*own, *(f.name for f in fields(UnlearnRecipe) if f.name not in ("name", "terms"))]
+    for key in options:
+        if key not in valid:
+            raise UnknownName(f"recipe {head!r} has no option {key!r}; {nearest(key, valid)}")
     return RECIPES[head](rest, **options) if rest else RECIPES[head](**options)
+
+
+def read(path: str | Path) -> UnlearnRecipe:
+    """The recipe in a TOML file, which mirrors the dataclass and may start from a named one; see `repedit.gradient.written`.
+
+    Raises:
+        DataError: if the file cannot be read. UnknownName: if a key or name is unknown, with the nearest.
+        ArgumentError: if a value is missing or out of range.
+    """
+    return written.read(path, named)

@@ -1,0 +1,50 @@
+"""Published benchmarks on two models side by side."""
+
+from dataclasses import replace
+
+import pytest
+
+import repedit as rp
+from repedit.errors import NotFound, UnknownName
+from repedit.metrics import benchmarks, semeval, tofu
+from tests.published import published
+from tests.saved import byte_tokenizer
+from tests.tiny import tiny
+
+
+def model(seed=0):
+    return replace(tiny("gpt2", vocab_size=260, n_positions=4096, seed=seed), tokenizer=byte_tokenizer())
+
+
+def test_the_parts_are_those_of_each_benchmark():
+    one, other = model(), model(1)
+    found = benchmarks.measured(one, other, ["tofu", "semeval"], published(), limit=1)
+    before = tofu.evaluate(one, published("tofu"), limit=1)
+    after = tofu.evaluate(other, published("tofu"), limit=1, original=before)
+    assert found["tofu"].values["model utility"] == (before.model_utility, after.model_utility)
+    assert found["tofu"].values["forget probability"] == tuple(
+        s.parts["forget"].means["probability"] for s in (before, after)
+    )
+    assert found["tofu"].verdict == str(after.judgement)
+    questions = rp.data.mmlu(published("mmlu"), limit=1)
+    score = semeval.evaluate(other, published("semeval_lume"), questions, limit=1)
+    assert found["semeval"].values["final"][1] == score.final and len(found["semeval"].values) == 16
+
+
+def test_members_are_told_from_others_by_the_whole_text():
+    found = benchmarks.measured(model(), model(), ["membership"], published())["membership"].values
+    assert found["AUC"][0] == found["AUC"][1] and 0 < found["AUC"][0] < 1
+
+
+@pytest.mark.parametrize(
+    ("names", "folder", "error", "match"),
+    [
+        (["tofoo"], ".", UnknownName, "metrics='tofoo'.*tofu"),
+        (["tofu"], "absent", NotFound, "absent is no directory"),
+        (["tofu"], ".", UnknownName, "forget10"),
+        (["semeval"], ".", NotFound, "dev|test|subject|mmlu"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, names, folder, error, match):
+    with pytest.raises(error, match=match):
+        benchmarks.measured(model(), model(), names, tmp_path / folder)
