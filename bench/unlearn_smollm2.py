@@ -29,8 +29,8 @@ def add_options(parser: ArgumentParser) -> None:
         "--recipe", default="blur_npo", help="Part smollm2: its name, such as blur_npo or sure:npo_gdr."
     )
     parser.add_argument("--seed", type=int, default=0, help="Part smollm2.")
-    parser.add_argument("--steps", type=int, help="Part smollm2: in place of the recipe's epochs.")
-    parser.add_argument("--lr", type=float, help="Part smollm2: in place of 1e-4.")
+    parser.add_argument("--steps", type=int, help="Part smollm2: in place of 60.")
+    parser.add_argument("--lr", type=float, help="Part smollm2: in place of 5e-4.")
     parser.add_argument("--audit", action="store_true", help="Part smollm2: attack the result as well.")
     parser.add_argument(
         "--folder", type=Path, default=Path(".cache/bench-unlearn"), help="Part smollm2: for the delta."

@@ -49,6 +49,7 @@ _NAMES = {
     "Certificate": "repedit.rewrite.certificates",
     "diff": "repedit.rewrite.difference",
     "export": "repedit.rewrite.checkpoint",
+    "export_adapter": "repedit.rewrite.adapter",
     "reload_check": "repedit.rewrite.reloading",
     "compare": "repedit.metrics.comparison",
     "facts_accuracy": "repedit.metrics.probability",
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from repedit.metrics.probability import facts_accuracy
     from repedit.models import Subject, load
     from repedit.plan import Plan
+    from repedit.rewrite.adapter import export_adapter
     from repedit.rewrite.certificates import Certificate, certificate
     from repedit.rewrite.checkpoint import export
     from repedit.rewrite.difference import diff

@@ -9,7 +9,8 @@ NAMES = {
     "Activity", "AffineMap", "Certificate", "Chain", "CollinearWarning", "ContinualMRP", "CrossMoments", "Diagonal",
     "Delta", "Edit", "LowRank", "MRPConfig", "Moments", "Plan", "Point", "Report", "Score", "Scores", "Site", "Step", "Subject",
     "Trajectory", "agreement", "apply", "audit", "certificate", "check_architecture", "collect", "compare", "diff",
-    "erase_stream", "export", "facts_accuracy", "fetch", "load", "mrp", "peaks", "predictions", "prune", "random_like",
+    "erase_stream", "export",
+    "export_adapter", "facts_accuracy", "fetch", "load", "mrp", "peaks", "predictions", "prune", "random_like",
     "register", "reload_check", "resolve", "score", "top", "trajectory", "unlearn", "wrap",
 }  # fmt: skip
 ROOMS = {"arch", "data", "errors", "fit", "metrics", "plot", "recipes", "report"}

@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from repedit.arch import Architecture
 from repedit.errors import (
-    CheckpointError,
     NoOpEdit,
     NotFound,
     PlanMismatch,
-    RepeditError,
-    TargetExists,
 )
 from repedit.lower import EditOrDelta, lower
 from repedit.models import Subject
@@ -33,6 +26,7 @@ from repedit.plan import Plan
 from repedit.rewrite.families import architecture_of
 from repedit.rewrite.live import noop_message, planned
 from repedit.rewrite.manifest import Change, Manifest, card, manifest
+from repedit.rewrite.placing import check_space, check_target, install, sync, workplace
 from repedit.rewrite.writing import write_weights
 from repedit.shards import Shards, floating, open_shards, read_json
 
@@ -75,12 +69,12 @@ def export(
     out = Path(target).absolute()
     to = None if dtype is None else floating(dtype)
     files = _files_of(source, change, options)
-    _check_target(out, files, overwrite)
-    with _workplace(out) as place:
+    check_target(out, files, overwrite)
+    with workplace(out) as place:
         directory = files or _saved(source, place, max_shard_size)
         shards = open_shards(directory)
         plan = _plan(change, architecture_of(directory), shards, options)
-        _check_space(place, _bytes_to_write(plan, shards, place, to, link))
+        check_space(place, _bytes_to_write(plan, shards, place, to, link))
         new = place / "checkpoint"
         new.mkdir()
         changes = write_weights(plan, shards, new, dtype=to, link=link)
@@ -90,8 +84,8 @@ def export(
         record = manifest(plan, changes, directory, new, dtype)
         (new / "README.md").write_text(card(plan, record, directory), encoding="utf-8")
         (new / "repedit.json").write_text(record.to_json(), encoding="utf-8")
-        _sync(new)
-        _install(new, out)
+        sync(new)
+        install(new, out)
     return record
 
 
@@ -109,39 +103,10 @@ def _files_of(
     return None if source.files is None else source.files.absolute()
 
 
-def _check_target(out: Path, files: Path | None, overwrite: bool) -> None:
-    empty = out.is_dir() and not any(out.iterdir())
-    if files is not None:
-        real, origin = out.resolve(), files.resolve()
-        if real.is_relative_to(origin) or origin.is_relative_to(real):
-            raise TargetExists(
-                f"the target {out} and the source {files} are the same or one lies inside the other; give another target"
-            )
-    if out.exists() and not empty and not overwrite:
-        raise TargetExists(f"{out} exists; pass overwrite=True to replace it, or give another target")
-
-
-@contextmanager
-def _workplace(out: Path) -> Iterator[Path]:
-    """A temporary sibling of the target, removed whatever happens."""
-    place = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        yield place
-    except RepeditError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"writing {out} failed: {error}; nothing was written") from error
-    finally:
-        if place is not None:
-            shutil.rmtree(place, ignore_errors=True)
-
-
 def _saved(subject: Any, place: Path, max_shard_size: str) -> Path:
     """A model in memory saved as it is, by transformers, which knows the names its tensors have on disk."""
     folder = place / "unedited"
-    _check_space(place, sum(p.nbytes for p in subject.model.parameters()))
+    check_space(place, sum(p.nbytes for p in subject.model.parameters()))
     subject.model.save_pretrained(folder, max_shard_size=max_shard_size)
     if subject.tokenizer is not None:
         subject.tokenizer.save_pretrained(folder)
@@ -179,14 +144,6 @@ def _bytes_to_write(plan: Plan, shards: Shards, place: Path, dtype: torch.dtype 
     return added + sum((shards.directory / file).stat().st_size for file in files)
 
 
-def _check_space(place: Path, need: int) -> None:
-    free = shutil.disk_usage(place).free
-    if free < need:
-        raise CheckpointError(
-            f"the disk of {place.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {need / 1e9:.1f} GB; nothing was written"
-        )
-
-
 def _check_changes(plan: Plan, changes: dict[str, Change], allow_identity: bool, dtype: str | None) -> None:
     if set(changes) != set(plan.touched):
         missed, extra = sorted(plan.touched - set(changes)), sorted(set(changes) - plan.touched)
@@ -216,21 +173,3 @@ def _write_config(directory: Path, new: Path, plan: Plan, dtype: str | None, *, 
         config["dtype"] = dtype
         config.pop("torch_dtype", None)
     (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def _install(new: Path, out: Path) -> None:
-    aside = new.parent / "replaced"
-    if out.exists():
-        out.rename(aside)
-    try:
-        new.rename(out)
-    except BaseException:  # an interrupt too: the old checkpoint must not go with the temporary directory
-        if aside.exists():
-            aside.rename(out)
-        raise

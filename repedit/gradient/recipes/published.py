@@ -154,8 +154,12 @@ def task_vector(scale: float = 1.0, **changes: Any) -> UnlearnRecipe:
 
 
 def small(recipe: UnlearnRecipe) -> UnlearnRecipe:
-    """The recipe with settings for SmolLM2-135M on a CPU: what writes mlp.out in layers 20-29, batch 8, length 64, lr 1e-4."""
-    return replace(recipe, parameters=Parameters("20-29", ("mlp.out",)), batch_size=8, length=64, lr=1e-4)
+    """The recipe with settings for SmolLM2-135M on a CPU: what writes mlp.out in layers 20-29, 60 steps of 8 rows at 5e-4.
+
+    Rate and steps were chosen on the capitals with NPO, by what the training half of the other facts kept.
+    """
+    parameters = Parameters("20-29", ("mlp.out",))
+    return replace(recipe, parameters=parameters, batch_size=8, length=64, lr=5e-4, steps=60)
 
 
 def _known(variant: str, valid: tuple[str, ...]) -> None:

@@ -1,0 +1,151 @@
+"""An edit as a LoRA adapter: PEFT loads it, with it the model is the edited one, without it the original."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import repedit as rp
+from repedit.delta import Delta
+from repedit.edit import Edit
+from repedit.errors import NoOpEdit, NotFoldable, TargetExists
+from repedit.rewrite import adapter
+from repedit.rewrite.adapter import export_adapter, factors
+from repedit.sites import Site
+from tests.edits import mask, projection
+from tests.tiny import ids, tiny
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_needs_a_bias_has_one_in_the_adapter(family, tmp_path):
+    lm = tiny(family)
+    check_served(lm, projection(lm, "0.mlp.out", center=True), tmp_path / "a", merges=family == "gpt2")
+    width = lm.anatomy.width_of(0, Site.parse("0.mlp.neurons").point)
+    few = rp.Diagonal.fill(torch.arange(width) > 2, torch.ones(width))
+    check_served(lm, Edit({Site.parse("0.mlp.neurons"): few}, {}), tmp_path / "b", merges=family == "gpt2")
+
+
+FAMILIES = ("llama", "gpt2", "qwen2", "phi3", "gemma2")
+EDITS = {
+    "mask": lambda lm: mask(lm, "1.mlp.neurons", share=0.05),
+    "projection": lambda lm: projection(lm, "0.mlp.out") | projection(lm, "1.attn.out"),
+}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(ids()).logits
+
+
+def check_served(lm, edit, folder, merges=True):
+    from peft import PeftModel
+
+    before, edited = logits(lm.model), logits(rp.apply(edit, lm).model)
+    record = export_adapter(edit, lm, folder)
+    served = PeftModel.from_pretrained(tiny_again(lm), folder)
+    assert (logits(served) - edited).abs().max() < 1e-5 * edited.abs().max()
+    with served.disable_adapter():
+        assert torch.equal(logits(served), before)
+    assert (edited - before).abs().max() > 1e-3 * before.abs().max()
+    if not merges:
+        return record
+    merged = dict(served.merge_and_unload().named_parameters())
+    for name, value in rp.apply(edit, lm).model.named_parameters():
+        assert (merged[name] - value).abs().max() < 1e-6
+    return record
+
+
+def tiny_again(lm):
+    import copy
+
+    return copy.deepcopy(lm.model)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapter_is_the_edit(family, edit, tmp_path):
+    lm = tiny(family)
+    record = check_served(lm, EDITS[edit](lm), tmp_path / "adapter")
+    assert record.residual < 1e-9 and record.parameters == sum(
+        t.numel() for t in rp_tensors(tmp_path / "adapter").values()
+    )
+    if edit == "projection":
+        assert set(record.ranks.values()) == {3}
+
+
+def rp_tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_factor_that_is_lost_is_caught(tmp_path, monkeypatch):
+    true = adapter._spanned
+
+    def short(size, wanted):
+        found = true(size, wanted)
+        return found and replace(found, a=found.a[:-1], b=found.b[:, :-1])
+
+    monkeypatch.setattr(adapter, "_spanned", short)
+    lm = tiny("llama")
+    with pytest.raises(AssertionError):
+        check_served(lm, EDITS["projection"](lm), tmp_path / "adapter")
+
+
+def test_cut_neurons_are_bitwise_zero_when_merged():
+    lm = tiny("llama")
+    edit = mask(lm, "1.mlp.neurons", share=0.05)
+    gone = ~edit.maps[Site.parse("1.mlp.neurons")].kept
+    weight = lm.model.model.layers[1].mlp.down_proj.weight.detach()
+    found = factors(rp.apply(edit, lm).model.model.layers[1].mlp.down_proj.weight.detach() - weight, "down")
+    assert found.residual == 0 and found.a.shape[0] == int(gone.sum())
+    assert not (weight + (found.b @ found.a).float())[:, gone].any()
+
+
+@pytest.mark.parametrize("rank", [1, 5, 9, 17, 34])
+def test_the_rank_is_the_smallest(rank):
+    draws = torch.Generator().manual_seed(rank)
+    b, a = (torch.randn(*s, generator=draws, dtype=torch.float64) for s in ((60, rank), (rank, 80)))
+    found = factors(b @ a, "w")
+    assert found.a.shape == (rank, 80) and (found.b @ found.a - b @ a).norm() < 1e-9 * (b @ a).norm()
+
+
+def test_the_files_say_what_they_are(tmp_path):
+    lm = tiny("llama")
+    export_adapter(projection(lm, "0.mlp.out"), lm, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"model.layers.0.mlp.down_proj": 3}
+    assert json.loads((tmp_path / "adapter" / "repedit.json").read_text())["structure"] == "adapter"
+    with pytest.raises(TargetExists, match="overwrite=True"):
+        export_adapter(projection(lm, "0.mlp.out"), lm, tmp_path / "adapter")
+    export_adapter(projection(lm, "0.mlp.out", rank=2), lm, tmp_path / "adapter", overwrite=True)
+    assert set(json.loads((tmp_path / "adapter" / "repedit.json").read_text())["ranks"].values()) == {2}
+
+
+def refusals():
+    llama, gpt2 = tiny("llama"), tiny("gpt2")
+    whole = {
+        "model.layers.0.mlp.down_proj.weight": torch.randn(llama.specs["model.layers.0.mlp.down_proj.weight"].shape)
+    }
+    return [
+        (gpt2, projection(gpt2, "0.resid.pre"), {}, NotFoldable, "unties lm_head.weight"),
+        (llama, projection(llama, "0.resid.pre"), {"tied": "both"}, NotFoldable, "belongs to no linear module"),
+        (
+            llama,
+            projection(llama, "0.mlp.out"),
+            {"max_rank": 2},
+            NotFoldable,
+            "rank 3, an adapter here may have max_rank=2",
+        ),
+        (llama, Delta(whole, {}), {"any_model": True}, NotFoldable, "beyond which it is larger than the weight"),
+        (llama, projection(llama, "0.mlp.out", rank=0), {}, NoOpEdit, "changes nothing"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_what_is_no_adapter_is_refused(case, tmp_path):
+    lm, edit, options, error, match = refusals()[case]
+    with pytest.raises(error, match=match):
+        export_adapter(edit, lm, tmp_path / "adapter", **options)
+    assert not (tmp_path / "adapter").exists()
