@@ -2,8 +2,8 @@
 
 `python -m bench.unlearn --part tiny --seeds 0,1,2` takes the taught models of the audit's self-test. Retain facts are
 split by person: one half is trained on, the other is scored. A second model that never saw the facts to forget is the row
-"retrained". `--part smollm2 --recipe NAME --seed N` takes SmolLM2-135M and real facts, see `bench.unlearn_smollm2`. Each
-writes bench/results/unlearn-PART.json and prints a Markdown table.
+"retrained". `--part smollm2 --recipe NAME --seed N` takes SmolLM2-135M and real facts, see `bench.unlearn_smollm2`;
+`--part steps` measures what a step costs, see `bench.unlearn_steps`. Each writes bench/results/unlearn-PART.json and prints a Markdown table.
 
 A tiny model that does not know a fact gives one answer to all questions, so the forget column ends at how often that answer
 is right; recipes that settle on the same answer agree there to the last digit, and differ in what brings the facts back.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import repedit as rp
-from bench import unlearn_smollm2
+from bench import unlearn_smollm2, unlearn_steps
 from bench.mrp_report import shown
 from bench.record import record
 from repedit.attacks.controls import SCALE, STEPS
@@ -151,14 +151,14 @@ def _cell(values: Sequence[float]) -> str:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=["tiny", "smollm2"], required=True)
+    parser.add_argument("--part", choices=["tiny", "smollm2", "steps"], required=True)
     parser.add_argument("--seeds", default="0", help="Part tiny: seeds, joined by commas.")
     parser.add_argument("--recipes", default=",".join(RECIPES), help="Part tiny: names, joined by commas.")
     unlearn_smollm2.add_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.part == "smollm2":
-        unlearn_smollm2.run(options)
+    if options.part != "tiny":
+        unlearn_smollm2.run(options) if options.part == "smollm2" else unlearn_steps.main()
         return
     rows: list[dict[str, Any]] = []
     seeds, names = [int(seed) for seed in options.seeds.split(",")], options.recipes.split(",")
