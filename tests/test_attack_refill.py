@@ -10,9 +10,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from repedit.attacks.asking import ask
+from repedit.attacks.families import discrete
 from repedit.attacks.families import refill as room
-from repedit.attacks.families.losses import examples, shuffled
-from repedit.attacks.families.optimise import Prefixed, _prompted, soft_prompt
+from repedit.attacks.families.discrete import gcg
+from repedit.attacks.families.losses import examples, mean_loss, shuffled
+from repedit.attacks.families.optimise import Prefixed, prompted, soft_prompt
 from repedit.attacks.families.refill import null_space, null_spaces, refill
 from repedit.attacks.families.tuning import Tuning, tune
 from repedit.data import Splits
@@ -220,12 +222,12 @@ def test_vectors_equal_to_tokens_are_those_tokens():
     expected = ask(subject, [replace(fact, prompt=f"+{fact.prompt}") for fact in facts()])
     free = [replace(fact, choices=()) for fact in facts()]
     written = ask(subject, [replace(fact, prompt=f"+{fact.prompt}") for fact in free])
-    prompted = _prompted(guarded(), vectors)
-    found = ask(prompted, facts())
+    behind = prompted(guarded(), vectors)
+    found = ask(behind, facts())
     assert expected.accuracy == found.accuracy == 1.0
     # Nothing taught it to stop after the answer.
     assert written.accuracy >= 0.5
-    assert (ask(prompted, free).correct == written.correct).all()
+    assert (ask(behind, free).correct == written.correct).all()
     assert found.graded == pytest.approx(expected.graded, abs=1e-5)
 
 
@@ -242,6 +244,63 @@ class _Starting:
 
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [1] * add_special_tokens + list(text.encode())}
+
+
+def hard(**changed):
+    return gcg(**({"length": 2, "steps": 8, "candidates": 24, "measured": (4, 8)} | changed))
+
+
+def check_opened(found, subject, split):
+    assert found.settings == ("step=4", "step=8") and found.status == "ran"
+    prefix = found.details["prefix"]
+    written = [replace(fact, prompt=f"{prefix}{fact.prompt}") for fact in split.test]
+    assert found.accuracy["step=8"] == ask(subject, written).accuracy >= 0.8
+
+
+def test_a_searched_prefix_opens_a_guarded_model():
+    subject, hidden = guarded(), tuple(fact for fact in facts(8, 16) if fact.answer != "ale")
+    before = fingerprint(subject.model)
+    split = Splits(facts(0, 8), hidden)
+    assert ask(subject, split.test).accuracy == 0.0
+    check_opened(hard()(subject, split), subject, split)
+    assert fingerprint(subject.model) == before
+    assert "forward" not in subject.model.get_input_embeddings().__dict__
+
+
+def test_candidates_that_are_not_the_steepest_are_caught(monkeypatch):
+    subject, hidden = guarded(), tuple(fact for fact in facts(8, 16) if fact.answer != "ale")
+    split = Splits(facts(0, 8), hidden)
+    true = discrete._slopes
+    monkeypatch.setattr(discrete, "_slopes", lambda *given: -true(*given))
+    with pytest.raises(AssertionError):
+        check_opened(hard(top=8)(subject, split), subject, split)
+
+
+def test_the_steepest_token_is_that_of_the_gradient():
+    subject = guarded()
+    vectors = nn.Parameter(torch.zeros(2, subject.model.get_input_embeddings().weight.shape[1]))
+    held = prompted(subject, vectors)
+    items = examples(held, facts(0, 4))
+    slopes, table = discrete._slopes(held, vectors, items, [5, 6]), subject.model.get_input_embeddings().weight.detach()
+    step = 1e-2 * (table[70] - table[5])
+    with torch.no_grad():
+        losses = []
+        for sign in (1, -1):
+            vectors.copy_(table[[5, 6]])
+            vectors[0] += sign * step
+            losses.append(mean_loss(held, items))
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(slopes[0, 70] - slopes[0, 5]), rel=2e-2)
+
+
+def test_a_prefix_that_does_not_help_is_no_evidence_and_seeds_draw_others():
+    found = [hard(steps=1, candidates=1, top=1).at(seed)(pupil(), splits()) for seed in (0, 0, 1)]
+    assert found[0].status == "failed to train" and "the loss on T fell by" in found[0].reason
+    assert found[0].details == found[1].details != found[2].details
+
+
+def test_a_search_that_makes_no_sense_is_refused():
+    with pytest.raises(ArgumentError, match=r"'candidates': 0.*give at least 1 of each"):
+        gcg(candidates=0)
 
 
 def test_a_soft_prompt_that_makes_no_sense_is_refused():

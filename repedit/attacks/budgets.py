@@ -9,6 +9,7 @@ from typing import Any
 from repedit.attacks.attack import Attack
 from repedit.attacks.families import (
     directions,
+    discrete,
     finetune,
     members,
     optimise,
@@ -31,7 +32,6 @@ SEEDS = {"fast": (0,), "standard": (0, 1, 2), "full": (0, 1, 2)}
 MOST_FRESH = {"fast": 96, "standard": 256, "full": 256}
 """Invented facts asked."""
 UNTRIED = {
-    "gcg": "discrete prefixes are not searched for",
     "distillation": "the model is not distilled into another one",
     "long training": "hundreds of steps, other optimisers and other data",
 }
@@ -104,6 +104,7 @@ _BUILDERS: Mapping[str, tuple[str, Builder]] = {
     "membership": ("standard", lambda _: [members.membership()]),
     "set_difference": ("full", lambda _: [perturb.set_difference(pairs=perturb.FULL_PAIRS)]),
     "soft_prompt": ("full", lambda _: [optimise.soft_prompt()]),
+    "gcg": ("full", lambda _: [discrete.gcg()]),
 }  # fmt: skip
 NAMES = tuple(_BUILDERS)
 """Every attack, the cheapest first."""

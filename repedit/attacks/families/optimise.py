@@ -50,9 +50,9 @@ def soft_prompt(
         scratch = Scratch(subject).subject
         first = _starting(scratch, vectors, seed)
         trained = nn.Parameter(first.clone())
-        prompted = _prompted(scratch, trained)
+        held = prompted(scratch, trained)
         unit = float(scratch.model.get_input_embeddings().weight.detach().float().pow(2).mean().sqrt())
-        items = examples(prompted, splits.train)
+        items = examples(held, splits.train)
         draw = shuffled(items, base.batch_size, seed)
         at = sorted({step for step in measured if 0 < step <= steps} | {steps})
         trials = [
@@ -64,7 +64,7 @@ def soft_prompt(
         def start() -> tuple[Subject, list[nn.Parameter]]:
             with torch.no_grad():
                 trained.copy_(first)
-            return prompted, [trained]
+            return held, [trained]
 
         return carried_out(trials, start, splits.test, seed)
 
@@ -96,7 +96,7 @@ def _starting(subject: Subject, count: int, seed: int) -> Float[Tensor, "n d"]:
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
-def _prompted(subject: Subject, vectors: nn.Parameter) -> Subject:
+def prompted(subject: Subject, vectors: nn.Parameter) -> Subject:
     """The model with tokens of its own for the vectors, numbered after the vocabulary, before everything it reads."""
     table = subject.model.get_input_embeddings()
     table.forward = _looking_up(table.forward, vectors, table.weight.shape[0])
