@@ -39,7 +39,7 @@ def unlearn(
         typer.Option(
             help="A TOML file, or a name, with a variant or over another: blur_npo, ails_ntua:agad, small:grad_diff."
         ),
-    ] = "small:npo_gdr",
+    ] = "small:npo_klr",
     forget: Annotated[
         str, typer.Option(help="A built-in domain (capitals, ...; several with +), a .jsonl of facts, or a text.")
     ] = "capitals",
