@@ -216,6 +216,26 @@ def test_a_coarse_kl_is_never_larger(world):
     found = [float(world.mean(losses.kl(cache=k))) for k in (1, 5, 50, 260)]
     assert found[0] <= found[1] <= found[2] <= full + 1e-12 and found[3] == pytest.approx(full, rel=1e-12)
     assert found[0] > 0
+    some = [4, 1]
+    part, whole = (float(world.mean(losses.kl(cache=k), some)) for k in (259, None))
+    assert part == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_coarse_kl_reads_the_reference_once():
+    world = World()
+    for indices in ((0, 1), (3, 5), (0, 2)):
+        world.mean(losses.kl(cache=8), indices)
+    assert world.reference.passes == 1
+    for indices in ((0, 1), (3, 5)):
+        world.mean(losses.kl(), indices)
+    assert world.reference.passes == 3
+
+
+def test_a_coarse_kl_of_other_rows_is_caught(monkeypatch):
+    true = Reference.coarse
+    monkeypatch.setattr(Reference, "coarse", lambda self, role, indices, k: true(self, role, sorted(indices), k))
+    with pytest.raises(AssertionError):
+        test_a_coarse_kl_is_never_larger(World())
 
 
 def test_capped_rows_have_no_gradient(world):

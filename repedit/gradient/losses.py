@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.gradient.reference import bucketed
 from repedit.gradient.seen import Seen
 
 Unit = Literal["tokens", "rows", "positions"]
@@ -65,18 +66,24 @@ def kl(direction: str = "reference_first", cache: int | None = None) -> Loss:
     """KL divergence to the start model a label token: KL(p_ref || p), or KL(p || p_ref) with "model_first".
 
     Args:
-        cache: keep the k largest reference probabilities and put the rest in one bucket. That is the KL of a coarser
-            distribution, never larger than the true one.
+        cache: read the reference once, keep its k largest probabilities at every label and put the rest in one bucket:
+            no forward pass of the reference is left in a step. That is the KL of a coarser distribution, never larger than
+            the true one. None reads it at every step.
     Raises:
         UnknownName: if there is no such direction.
+        ArgumentError: if fewer than one token would be kept.
     """
     _known("direction", direction, ("reference_first", "model_first"))
     if cache is not None and cache < 1:
         raise ArgumentError(f"cache={cache}; give a number of tokens, at least 1, or None")
 
     def total(seen: Seen) -> Tensor:
-        p, q = seen.reference_logits.log_softmax(-1), seen.label_logits.log_softmax(-1)
-        p, q = (p, q) if cache is None else _coarse(p, q, cache)
+        q = seen.label_logits.log_softmax(-1)
+        if cache is None or cache >= q.shape[1]:
+            p = seen.reference_logits.log_softmax(-1)
+        else:
+            tokens, p = seen.reference.coarse(seen.role, seen.indices, cache)
+            q, p = bucketed(q, tokens), p.to(q)
         first, second = (p, q) if direction == "reference_first" else (q, p)
         return (first.exp() * (first - second)).sum()
 
@@ -227,19 +234,6 @@ def named(name: str) -> Callable[..., Loss]:
 def _weighted(seen: Seen, own: float, rest: float) -> Tensor:
     probability = torch.exp(-seen.token_nll.detach())
     return -(probability**own * (1 - probability) ** rest * seen.token_nll).sum()
-
-
-def _coarse(
-    p: Float[Tensor, "n v"], q: Float[Tensor, "n v"], k: int
-) -> tuple[Float[Tensor, "n k1"], Float[Tensor, "n k1"]]:
-    """Both distributions on the k tokens p finds likeliest and one bucket for all others."""
-    if k >= p.shape[1]:
-        return p, q
-    chosen = p.topk(k, dim=-1).indices
-    taken = torch.zeros_like(p, dtype=torch.bool).scatter(1, chosen, True)
-    tails = [x.masked_fill(taken, -torch.inf).logsumexp(-1, keepdim=True) for x in (p, q)]
-    first, second = (torch.cat([x.gather(1, chosen), tail], 1) for x, tail in zip((p, q), tails, strict=True))
-    return first, second
 
 
 def _positive(**values: float) -> None:
