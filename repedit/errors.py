@@ -174,6 +174,10 @@ class NoOpEdit(RepeditError, ValueError):
     """The edit changes nothing."""
 
 
+class ProcessFailed(RepeditError, RuntimeError):
+    """Another process of the same `torchrun` failed."""
+
+
 class BadReference(RepeditError, ValueError):
     """A reference model is the original, or knows the facts it should never have seen."""
 

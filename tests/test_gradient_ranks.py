@@ -13,12 +13,13 @@ import torch
 import repedit as rp
 from repedit.data import Row
 from repedit.delta import Delta
-from repedit.gradient import schedule
-from repedit.gradient.parallel import Ranks
+from repedit.gradient import loop, schedule
+from repedit.gradient.parallel import parts
 from repedit.gradient.parameters import Lora, Mask, Parameters
 from repedit.gradient.recipe import Optimiser
 from repedit.gradient.recipes import RECIPES
 from repedit.gradient.sharding import check_shardable
+from repedit.ranks import Ranks
 from tests.ranks import together
 from tests.saved import saved
 from tests.unlearned import rows, sides, subject
@@ -43,7 +44,7 @@ def learned(name: str, **options: Any) -> tuple[dict[str, torch.Tensor], list[di
 def several(cases: Cases, broken: bool = False, options: dict[str, Any] | None = None) -> dict[Any, Any]:
     """The same for several recipes, whole or sharded; as a broken twin every rank keeps its own gradients."""
     if broken:
-        Ranks.add_gradients = lambda self, parameters: None  # type: ignore[method-assign]
+        loop.add_gradients = lambda ranks, parameters: None  # type: ignore[assignment]
     return {(name, shard): learned(name, shard=shard, **(options or {})) for name, shard in cases}
 
 
@@ -117,12 +118,12 @@ def test_ranks_resume(shard, tmp_path):
 @pytest.mark.parametrize(("count", "size", "micro"), [(5, 2, 2), (1, 3, 4), (7, 3, 2), (4, 1, 3)])
 def test_every_row_counts_once(count, size, micro):
     """And every rank takes as many forward passes."""
-    held = [Ranks(rank, size).parts(range(10, 10 + count), micro) for rank in range(size)]
-    assert sorted(row for parts in held for part in parts if part.counts for row in part.rows) == [
+    held = [parts(Ranks(rank, size), range(10, 10 + count), micro) for rank in range(size)]
+    assert sorted(row for share in held for part in share if part.counts for row in part.rows) == [
         *range(10, 10 + count)
     ]
-    assert len({len(parts) for parts in held}) == 1
-    assert all(part.rows for parts in held for part in parts)
+    assert len({len(share) for share in held}) == 1
+    assert all(part.rows for share in held for part in share)
 
 
 def unlike(_first: int) -> str:
@@ -137,7 +138,7 @@ def unlike(_first: int) -> str:
 
 def test_ranks_with_other_rows_are_refused():
     for message in together(unlike, 0):
-        assert message.startswith("ranks 0 and 1 do not train the same: data is") and "give every process" in message
+        assert message.startswith("ranks 0 and 1 do not work on the same: data is") and "give every process" in message
 
 
 @pytest.mark.parametrize(

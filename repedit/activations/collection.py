@@ -6,7 +6,7 @@ Statistics are reduced inside the hook, so memory does not grow with tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -14,11 +14,12 @@ from typing import Any, Generic, TypeVar
 from repedit.activations.counting import Count, CountingRule
 from repedit.activations.passes import batches, named_batch
 from repedit.activations.watching import Labels, Watch
-from repedit.data import Batches
+from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows
 from repedit.hooks import installed
 from repedit.models import Subject
+from repedit.ranks import Ranks, joined_ranks
 from repedit.sites import Point, Site
 from repedit.stats import Activity, CrossMoments, Moments
 
@@ -104,6 +105,8 @@ def collect(
 ) -> Collection[Any]:
     """Statistics of a corpus at the selected sites, in one pass.
 
+    Under `torchrun` every process reads its share of the batches, and all return the statistics of the whole corpus.
+
     Padding never counts; the first position of a chunk and special tokens do not count unless asked for. Without
     gradients the language-model head is not run. The tensor that is summed is the one an edit at that site would be
     given, after `edit`.
@@ -123,25 +126,30 @@ def collect(
         TooLarge: if the covariances would not fit into memory.
         NotFinite: if an activation or the loss is not finite.
         NoGradient: if gradients are asked for where none can be had.
+        FingerprintError, ProcessFailed: if processes were given different things, or one of them failed.
     """
     watch = Watch(subject, subject.select(sites), statistic, gradients, labels)
     rule = CountingRule(subject.tokenizer, first_position, special_tokens, count)
-    seen = counted = 0
-    with edit.hooked(subject) if edit else nullcontext(), installed(watch.hooks()):
-        for number, batch in enumerate(batches(subject, corpus, length, batch_size, progress, "collect")):
-            with named_batch(number):
-                mask, first = rule(batch)
-                watch.run(batch, mask, first)
-            seen, counted = seen + int(batch.attention_mask.sum()), counted + int(mask.sum())
-            if limit_tokens is not None and counted >= limit_tokens:
-                break
+    ranks = joined_ranks(subject.device)
+    model, given = subject.fingerprint(), {"rule": rule.plain(), "sites": [str(site) for site in watch.sites]}
+    ranks.check_same(
+        model=model, corpus=corpus.hash, edit=edit.hash if edit else "", statistic=statistic.__name__, **given
+    )
+    source = batches(subject, corpus, length, batch_size, progress if ranks.first else False, "collect")
+    try:
+        with edit.hooked(subject) if edit else nullcontext(), installed(watch.hooks()):
+            seen, counted = _read(source, watch, rule, ranks, limit_tokens)
+    except Exception as error:
+        ranks.check_alive(error)
+        raise
+    ranks.check_alive(None)
     if not counted:
         raise NotEnoughRows(
             f"corpus {corpus.name!r}: {seen} tokens seen, 0 counted ({rule.describe()}); give longer text"
         )
     return Collection(
-        statistics={site: value.cpu() for site, value in watch.found.items()},
-        model=subject.fingerprint(),
+        statistics={site: value.over(ranks).cpu() for site, value in watch.found.items()},
+        model=model,
         corpus=corpus.name,
         data_hash=corpus.hash,
         rule=rule.plain(),
@@ -149,9 +157,31 @@ def collect(
         counted=counted,
         units={site: _units(subject, site) for site in watch.sites},
         gated=subject.architecture.gated,
-        seconds_in_hooks=watch.seconds,
+        seconds_in_hooks=ranks.slowest(watch.seconds, subject.device),
         edit=edit.hash if edit else "",
     )
+
+
+def _read(
+    source: Iterable[Batch], watch: Watch, rule: CountingRule, ranks: Ranks, limit: int | None
+) -> tuple[int, int]:
+    """Run this rank's batches; (tokens seen, tokens that count) of all ranks."""
+    seen = counted = 0
+    for number, batch in enumerate(source):
+        with named_batch(number):
+            mask, first = rule(batch)
+            # Every rank counts every batch, so that all stop where one process would.
+            if number % ranks.size == ranks.rank:
+                watch.run(batch, mask, first)
+        seen, counted = seen + int(batch.attention_mask.sum()), counted + int(mask.sum())
+        if limit is not None and counted >= limit:
+            break
+    if not watch.found and counted:
+        raise NotEnoughRows(
+            f"rank {ranks.rank} of {ranks.size} got no batch, and the width of the labels is known from batches alone; start "
+            "fewer processes, or lower batch_size"
+        )
+    return seen, counted
 
 
 def _units(subject: Subject, site: Site) -> dict[str, int]:

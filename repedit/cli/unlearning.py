@@ -80,8 +80,8 @@ def unlearn(
     """
     from repedit import console
     from repedit.errors import TrainingError
-    from repedit.gradient.parallel import leave, own_device
     from repedit.gradient.unlearning import unlearn as unlearned
+    from repedit.ranks import leave, own_device
 
     chosen = _recipe(recipe, set_ or [], layers, modules, mask)
     sets = _sets(chosen, forget, retain, update)

@@ -22,7 +22,7 @@ from repedit.fit.sampling import collated
 from repedit.gradient.combine import Joined, Moment, join
 from repedit.gradient.material import Material
 from repedit.gradient.modes import dropping
-from repedit.gradient.parallel import Ranks
+from repedit.gradient.parallel import add_gradients, parts
 from repedit.gradient.parameters import Trainee
 from repedit.gradient.recipe import Term, UnlearnRecipe
 from repedit.gradient.reference import Reference, precision, watching
@@ -31,6 +31,7 @@ from repedit.gradient.schedule import Progress
 from repedit.gradient.seen import Seen, Steering, count, layer_of
 from repedit.gradient.sharding import synchronise
 from repedit.gradient.tensors import whole
+from repedit.ranks import Ranks
 
 SIDES = (FORGET_SIDE, RETAIN_SIDE)
 
@@ -99,7 +100,7 @@ class Training:
                 self._role(role, draw.rows[role], step, sums)
             apart = side is FORGET_SIDE and self.recipe.combiner.separate
             if apart or side is RETAIN_SIDE:
-                self.ranks.add_gradients(self.parameters)
+                add_gradients(self.ranks, self.parameters)
                 self.trainee.mask_gradients()
             if apart:
                 aside = [p.grad for p in self.parameters]
@@ -126,10 +127,10 @@ class Training:
             return
         held = self.material.rows[role]
         units = {unit: sum(count(unit, held[i]) for i in rows) for unit in {"tokens", *(t.loss.unit for t in active)}}
-        parts = self.ranks.parts(rows, self.micro_batch)
-        for number, (part, counts) in enumerate(parts, 1):
+        shares = parts(self.ranks, rows, self.micro_batch)
+        for number, (part, counts) in enumerate(shares, 1):
             model = self.trainee.subject.model
-            synchronise(model, self.parameters, last=number == len(parts))
+            synchronise(model, self.parameters, last=number == len(shares))
             # Over the backward pass too: blocks that are computed again must drop the same entries.
             with dropping(model, f"{self.seed}:{step}:{role}:{list(part)}" if self.dropout else None):
                 with torch.set_grad_enabled(bool(active)):

@@ -19,7 +19,6 @@ from repedit.gradient.loop import Training
 from repedit.gradient.masks import salient
 from repedit.gradient.material import Material, material
 from repedit.gradient.modes import check_dropout, recompute_blocks
-from repedit.gradient.parallel import Ranks, joined_ranks
 from repedit.gradient.parameters import Parameters, Trainee
 from repedit.gradient.recipe import Merged, UnlearnRecipe
 from repedit.gradient.reference import Reference, check_vocabulary
@@ -27,6 +26,7 @@ from repedit.gradient.schedule import Stop
 from repedit.gradient.sharding import check_shardable
 from repedit.gradient.sharding import shard as divide
 from repedit.models import Subject
+from repedit.ranks import Ranks, joined_ranks
 
 
 def unlearn(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from repedit.errors import MissingStatistic, ShapeError
 from repedit.kernels import dispatch
+from repedit.ranks import Ranks
 from repedit.stats.rows import check_finite, check_rows
 
 GRADIENT_FIELDS = ("gxa_abs", "gxa", "gxa_square", "grad")
@@ -115,6 +116,16 @@ class Activity:
             name: value if name == "shift" or value is None else value + getattr(b, name) for name, value in a._items()
         }
         return Activity(**merged)
+
+    def over(self, ranks: Ranks) -> Activity:
+        """The statistic of the tokens of all ranks, on every rank: sums about the first rank's shift, added up."""
+        if ranks.size == 1:
+            return self
+        shift = ranks.of_first(torch.zeros_like(self.count) if self.shift is None else self.shift.clone())
+        mine = self._about(shift)
+        names = [name for name, value in mine._items() if name != "shift" and value is not None]
+        sums = ranks.total(torch.stack([getattr(mine, name) for name in names]))
+        return replace(mine, shift=shift if bool(shift.any()) else None, **dict(zip(names, sums, strict=True)))
 
     def cpu(self) -> Activity:
         """The same values in main memory."""

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from repedit.errors import ShapeError
+from repedit.ranks import Ranks
 from repedit.stats.rows import BLOCK, centre, centred, check_finite, counted, exact_products
 
 
@@ -80,12 +81,21 @@ class CrossMoments:
         share = other.count / count
         scatter = self.scatter + other.scatter + (self.count * share) * torch.outer(dx, dz)
         mean, other_mean = self.mean + share * dx, self.other_mean + share * dz
-        new = CrossMoments(0, 0)
-        new.width, new.other, new.count = self.width, self.other, self.count + other.count
-        new.dtype = torch.promote_types(self.dtype, other.dtype)
-        new._x, new._z = _Side.at(mean, new.count), _Side.at(other_mean, new.count)
-        new._product = scatter + torch.outer(new._x.total, new._z.total) / count
-        return new
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        return self._of(self.count + other.count, (mean, other_mean), scatter, dtype)
+
+    def over(self, ranks: Ranks) -> CrossMoments:
+        """The statistic of the rows of all ranks, on every rank: scatters about common shifts, added up."""
+        if ranks.size == 1:
+            return self
+        sums = [side.total + self.count * side.shift for side in (self._x, self._z)]
+        summed = ranks.total(torch.cat([*sums, self._product.new_tensor([self.count])]))
+        count = int(summed[-1])
+        mean, other_mean = (summed[:-1] / max(count, 1)).split([self.width, self.other])
+        rest = (self.mean - mean, self.other_mean - other_mean) if self.count else (0 * mean, 0 * other_mean)
+        scatter = ranks.total(self.scatter + self.count * torch.outer(*rest))
+        wide = ranks.any(self.dtype == torch.float64, mean.device)
+        return self._of(count, (mean, other_mean), scatter, torch.float64 if wide else torch.float32)
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
@@ -119,6 +129,13 @@ class CrossMoments:
         moved._x, moved._z = (_Side(side.shift.cpu(), side.total.cpu()) for side in (self._x, self._z))
         moved._product = self._product.cpu()
         return moved
+
+    def _of(self, count: int, means: tuple[Tensor, Tensor], scatter: Tensor, dtype: torch.dtype) -> CrossMoments:
+        new = CrossMoments(0, 0)
+        new.width, new.other, new.count, new.dtype = self.width, self.other, count, dtype
+        new._x, new._z = (_Side.at(mean, count) for mean in means)
+        new._product = scatter + torch.outer(new._x.total, new._z.total) / max(count, 1)
+        return new
 
 
 class _Side(NamedTuple):

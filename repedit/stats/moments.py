@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from repedit.errors import ArgumentError, NotEnoughRows, ShapeError
+from repedit.ranks import Ranks
 from repedit.stats.rows import BLOCK, centre, centred, check_finite, counted, exact_products, triangle, whole
 
 
@@ -78,6 +79,18 @@ class Moments:
         mean = self.mean + delta * (other.count / count)
         scatter = self.scatter + other.scatter + (self.count * other.count / count) * torch.outer(delta, delta)
         return self._of(count, mean, scatter, torch.promote_types(self.dtype, other.dtype))
+
+    def over(self, ranks: Ranks) -> Moments:
+        """The statistic of the rows of all ranks, on every rank: scatters about one common shift, added up."""
+        if ranks.size == 1:
+            return self
+        summed = ranks.total(torch.cat([self._total + self.count * self._shift, self._total.new_tensor([self.count])]))
+        count = int(summed[-1])
+        mean = summed[:-1] / max(count, 1)
+        rest = self.mean - mean if self.count else torch.zeros_like(mean)
+        scatter = ranks.total(self.scatter + self.count * torch.outer(rest, rest))
+        wide = ranks.any(self.dtype == torch.float64, mean.device)
+        return self._of(count, mean, scatter, torch.float64 if wide else torch.float32)
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
