@@ -16,6 +16,7 @@ _KINDS = {
     "edit": ("a saved edit", "is not a saved edit", "write one with edit.save(path)"),
     "delta": ("a saved delta", "is not a saved delta", "write one with delta.save(path)"),
     "training": ("a saved training state", "does not hold a training state", "let resume= write one"),
+    "collection": ("a saved collection", "does not hold a collection", "write one with collection.save(path)"),
     "scores": ("saved scores", "does not hold scores", "write them with scores.save(path)"),
 }
 

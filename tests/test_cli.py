@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import repedit as rp
 from repedit.cli import app
 from repedit.data import Facts, by_domain, facts
-from repedit.errors import ArgumentError
+from repedit.errors import ArgumentError, FingerprintError, UnknownName
 from tests.published import published
 from tests.saved import saved
 
@@ -27,6 +29,7 @@ VERBS = (
     "project",
     "apply",
     "diff",
+    "collect",
     "compare",
     "audit",
     "report",
@@ -61,6 +64,34 @@ def test_doctor_passes_every_tap(model):
 def test_inspect_lists_the_sites(model):
     row = json.loads(run("inspect", model, "--sites", "1.mlp.neurons", "--json"))["sites"][0]
     assert (row["hook"], row["width"], row["exactness"]) == ("blocks.1.mlp.hook_post", 128, "exact")
+
+
+def test_collected_statistics_give_the_same_scores(model, tmp_path: Path):
+    files = []
+    for text in ("code", "prose"):
+        files.append(str(tmp_path / f"{text}.safetensors"))
+        assert (
+            json.loads(run("collect", model, "--text", text, "--out", files[-1], *LIMITED, "--json"))["counted"] >= 400
+        )
+    run("score", model, "--forget", files[0], "--retain", files[1], "--out", tmp_path / "a.safetensors")
+    run("score", model, "--out", tmp_path / "b.safetensors", *LIMITED)
+    mine, other = (rp.Scores.load(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert all(torch.equal(mine[site].values, other[site].values) for site in other)
+    moments = tmp_path / "moments.safetensors"
+    assert "tokens counted" in run(
+        "collect", model, "--sites", "0.mlp.out", "--statistic", "moments", "--out", moments, *LIMITED
+    )
+    for words, error, match in (
+        (("score", model, "--forget", files[0], "--out", "x"), ArgumentError, "give two collections, or two texts"),
+        (("collect", model, "--statistic", "mode", "--out", "x"), UnknownName, "--statistic 'mode'.*moments"),
+        (
+            ("score", saved(tmp_path / "other", "qwen2"), "--forget", files[0], "--retain", files[1], "--out", "x"),
+            FingerprintError,
+            "collect on this one",
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
 
 
 def test_score_then_prune_then_apply_then_diff(model, tmp_path: Path):

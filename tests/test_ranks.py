@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.errors import FingerprintError, NotFinite, ProcessFailed
+from repedit import container
+from repedit.activations.collection import Collection
+from repedit.errors import CheckpointError, FingerprintError, NotFinite, ProcessFailed
 from repedit.ranks import Ranks
 from repedit.stats import Activity, CrossMoments, Moments
 from tests.ranks import together
@@ -60,6 +62,30 @@ def check_equal(limit=None, broken="", size=2):
 @pytest.mark.parametrize(("size", "limit"), [(2, None), (3, 100)])
 def test_ranks_collect_what_one_process_collects(size, limit):
     check_equal(limit, size=size)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_saved_collection_is_the_collection(name, tmp_path):
+    sites, options = STATISTICS[name]
+    made = rp.collect(subject(), rp.data.read(list(TEXTS)), sites, progress=False, **options)
+    made.save(tmp_path / "a.safetensors")
+    again = Collection.load(tmp_path / "a.safetensors")
+    assert list(again) == list(made) and again.kind == made.kind
+    assert all(
+        getattr(again, key) == getattr(made, key)
+        for key in ("model", "corpus", "data_hash", "rule", "counted", "units", "gated")
+    )
+    for site in made:
+        mine, other = made[site].state(), again[site].state()
+        assert set(mine) == set(other) and all(torch.equal(value, other[key]) for key, value in mine.items())
+    both = made + again
+    assert both.counted == 2 * made.counted and repr(both[next(iter(made))])
+
+
+def test_another_file_is_no_collection(tmp_path):
+    container.write(tmp_path / "b.safetensors", "scores", {"x": torch.ones(1)}, {})
+    with pytest.raises(CheckpointError, match="does not hold a collection"):
+        Collection.load(tmp_path / "b.safetensors")
 
 
 def test_sums_that_stay_apart_are_caught():

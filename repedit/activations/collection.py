@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from repedit import container
 from repedit.activations.counting import Count, CountingRule
 from repedit.activations.passes import batches, named_batch
 from repedit.activations.watching import Labels, Watch
@@ -64,6 +66,30 @@ class Collection(Mapping[Site, Statistic], Generic[Statistic]):
         """The part of the collection at one point, such as "attn.neurons"."""
         kept = {site: value for site, value in self.items() if site.point == point}
         return replace(self, statistics=kept, units={site: self.units[site] for site in kept})
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the sums of every site, with everything else in its header."""
+        tensors = {f"{site}/{name}": v for site, value in self.items() for name, v in value.state().items()}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("statistics", "units")}
+        units = {str(site): dict(unit) for site, unit in self.units.items()}
+        container.write(path, "collection", tensors, {"statistic": self.kind, "units": units, "collection": plain})
+
+    @staticmethod
+    def load(path: str | Path) -> Collection[Any]:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: if the file is not a saved collection.
+        """
+        tensors, header = container.read(path, "collection")
+        states: dict[str, dict[str, Any]] = {}
+        for key, value in tensors.items():
+            site, _, name = key.rpartition("/")
+            states.setdefault(site, {})[name] = value
+        make = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}[header["statistic"]]
+        found = {Site.parse(site): make.of_state(state) for site, state in states.items()}
+        units = {Site.parse(site): unit for site, unit in header["units"].items()}
+        return Collection({site: found[site] for site in sorted(found)}, units=units, **header["collection"])
 
     def __add__(self, other: Collection[Statistic]) -> Collection[Statistic]:
         """Both collections as one: the sums of every site are added.

@@ -24,6 +24,7 @@ for verb in (
     start.fetch,
     look.doctor,
     look.inspect,
+    cut.collect,
     cut.score,
     cut.prune,
     project.project,

@@ -1,4 +1,4 @@
-"""Verbs that find and remove: score, prune, apply."""
+"""Verbs that find and remove: collect, score, prune, apply."""
 
 from __future__ import annotations
 
@@ -7,16 +7,57 @@ from typing import Annotated, Any
 
 import typer
 
-from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Seed, Sites, Text, Tokens, opened
+from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Seed, Side, Sites, Text, Tokens, opened
 from repedit.cli.writing import plan_of, write
 from repedit.cli.writing import verify as verified
+
+
+def collect(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Where to write the statistics (.safetensors).")],
+    text: Text = "code",
+    sites: Sites = "*.mlp.neurons",
+    statistic: Annotated[
+        str, typer.Option(help="activity, of neurons; moments (mean and covariance), of any site.")
+    ] = "activity",
+    gradients: Annotated[bool, typer.Option("--gradients", help="Also sum activation times gradient.")] = False,
+    tokens: Annotated[int | None, typer.Option(help="Counted tokens; the whole text by default.")] = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Sum the statistics of a text at the sites, in one pass, for score and for your own analyses.
+
+    Several processes share the text under torchrun --nproc-per-node N -m repedit collect ...
+    """
+    from repedit import console, data
+    from repedit.activations.collection import collect as collected
+    from repedit.errors import UnknownName, nearest
+    from repedit.ranks import leave, own_device
+    from repedit.stats import Activity, Moments
+
+    kinds: dict[str, Any] = {"activity": Activity, "moments": Moments}
+    if statistic not in kinds:
+        raise UnknownName(f"--statistic {statistic!r}; {nearest(statistic, kinds)}")
+    found = collected(
+        opened(model, own_device(device), dtype), data.read(text), sites, statistic=kinds[statistic], gradients=gradients,
+        limit_tokens=tokens, batch_size=batch_size,
+    )  # fmt: skip
+    if not leave():
+        return
+    found.save(out)
+    if json:
+        console.show_json({"out": str(out), "sites": [str(site) for site in found], "counted": found.counted})
+    else:
+        console.out.print(f"{len(found)} sites, {found.counted} of {found.seen} tokens counted; written to {out}")
 
 
 def score(
     model: Model,
     out: Annotated[Path, typer.Option(help="Where to write the scores (.safetensors).")],
-    forget: Text = "code",
-    retain: Text = "prose",
+    forget: Side = "code",
+    retain: Side = "prose",
     sites: Sites = "*.mlp.neurons",
     importance: Annotated[str, typer.Option(help="abs, rms, std, gxa, fisher, ...")] = "abs",
     combine: Annotated[str, typer.Option(help="difference, ratio, logratio, rank, setdiff.")] = "difference",
@@ -156,10 +197,16 @@ def _scored(
     subject: Any, forget: str, retain: str, sites: str, importance: str, combine: str, tokens: int, batch_size: int
 ) -> Any:
     from repedit import data
-    from repedit.importance.job import collected
+    from repedit.errors import ArgumentError
+    from repedit.importance.job import collected, known
     from repedit.importance.scoring import score as scored
 
-    sides = collected(
-        subject, data.read(forget), data.read(retain), sites, importance, combine, tokens=tokens, batch_size=batch_size
-    )
+    saved = [name.endswith(".safetensors") for name in (forget, retain)]
+    if any(saved) and not all(saved):
+        raise ArgumentError(f"--forget {forget} and --retain {retain}: give two collections, or two texts")
+    if all(saved):
+        sides = known(forget, subject), known(retain, subject)
+    else:
+        texts = data.read(forget), data.read(retain)
+        sides = collected(subject, *texts, sites, importance, combine, tokens=tokens, batch_size=batch_size)
     return scored(*sides, importance=importance, combine=combine)

@@ -14,6 +14,7 @@ Dtype = Annotated[str, typer.Option(help="auto keeps the checkpoint's; or float3
 BatchSize = Annotated[int, typer.Option(help="Chunks of text at a time.")]
 Tokens = Annotated[int, typer.Option(help="Counted tokens to collect, and to evaluate, on each set.")]
 Text = Annotated[str, typer.Option(help="'code', 'prose', or a .txt, .jsonl or .parquet file.")]
+Side = Annotated[str, typer.Option(help="'code', 'prose', a .txt, .jsonl or .parquet file, or what collect wrote.")]
 Sites = Annotated[str, typer.Option(help="Where the neurons are: '*.mlp.neurons', '4-9.attn.neurons', ...")]
 
 

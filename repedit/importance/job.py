@@ -111,6 +111,21 @@ def collected(
     return first, last
 
 
+def known(path: str | Path, subject: Subject) -> Collection:
+    """A saved collection of this model.
+
+    Raises:
+        FingerprintError: if it is another model's.
+        CheckpointError: if the file is not a saved collection.
+    """
+    found = Collection.load(path)
+    if found.model != subject.fingerprint():
+        raise FingerprintError(
+            f"{path} was collected on model {found.model[:12]}, this model is {subject.fingerprint()[:12]}; collect on this one"
+        )
+    return found
+
+
 def _edit(
     subject: Subject,
     forget: Corpus,

@@ -5,7 +5,7 @@ Nothing of size tokens x width is kept, so data-parallel collection is one sum o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -131,6 +131,15 @@ class Activity:
         """The same values in main memory."""
         moved: Any = {name: None if value is None else value.cpu() for name, value in self._items()}
         return Activity(**moved)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every vector by its name, for a file."""
+        return {name: value for name, value in self._items() if value is not None}
+
+    @staticmethod
+    def of_state(state: Mapping[str, Tensor]) -> Activity:
+        """What `state` gave."""
+        return Activity(**{f.name: state.get(f.name) for f in fields(Activity)})  # type: ignore[arg-type]
 
     @property
     def mean(self) -> Float[Tensor, " d"]:

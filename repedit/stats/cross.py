@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -129,6 +130,27 @@ class CrossMoments:
         moved._x, moved._z = (_Side(side.shift.cpu(), side.total.cpu()) for side in (self._x, self._z))
         moved._product = self._product.cpu()
         return moved
+
+    def state(self) -> dict[str, Tensor]:
+        """Count, shifts, sums and whether a row was float64, for a file."""
+        plain = {"count": torch.tensor(self.count), "wide": torch.tensor(self.dtype == torch.float64)}
+        plain |= {
+            "x_shift": self._x.shift,
+            "x_total": self._x.total,
+            "z_shift": self._z.shift,
+            "z_total": self._z.total,
+        }
+        return plain | {"product": self._product}
+
+    @staticmethod
+    def of_state(state: Mapping[str, Tensor]) -> CrossMoments:
+        """What `state` gave."""
+        new = CrossMoments(0, 0)
+        new.width, new.other = state["product"].shape
+        new.count, new.dtype = int(state["count"]), torch.float64 if bool(state["wide"]) else torch.float32
+        new._x, new._z = (_Side(state[f"{side}_shift"], state[f"{side}_total"]) for side in ("x", "z"))
+        new._product = state["product"]
+        return new
 
     def _of(self, count: int, means: tuple[Tensor, Tensor], scatter: Tensor, dtype: torch.dtype) -> CrossMoments:
         new = CrossMoments(0, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 
@@ -122,6 +122,20 @@ class Moments:
         moved.width, moved.count, moved.dtype = self.width, self.count, self.dtype
         moved._shift, moved._total, moved._square = self._shift.cpu(), self._total.cpu(), self._square.cpu()
         return moved
+
+    def state(self) -> dict[str, Tensor]:
+        """Count, shift, sums and whether a row was float64, for a file."""
+        plain = {"count": torch.tensor(self.count), "wide": torch.tensor(self.dtype == torch.float64)}
+        return plain | {"shift": self._shift, "total": self._total, "square": self._square}
+
+    @staticmethod
+    def of_state(state: Mapping[str, Tensor]) -> Moments:
+        """What `state` gave."""
+        new = Moments(0)
+        new.width, new.count = len(state["shift"]), int(state["count"])
+        new.dtype = torch.float64 if bool(state["wide"]) else torch.float32
+        new._shift, new._total, new._square = (state[name] for name in ("shift", "total", "square"))
+        return new
 
     def _like(self, factor: float) -> Moments:
         return self._of(self.count, self.mean * factor, self.scatter * factor**2, self.dtype)
