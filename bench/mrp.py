@@ -159,7 +159,8 @@ def attack(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
     halves = Splits.of(bench.facts["capitals"], seed=seed)
     edit = Edit.load(folder / f"capitals-{seed}.safetensors")
     rows = []
-    for name in ("original", "MRP, folded", "MRP, hook kept", "gradient difference"):
+    baselines = () if bench.alone else ("gradient difference",)
+    for name in ("original", "MRP, folded", "MRP, hook kept", *baselines):
         for rate in (2e-5, 1e-4):
             lm = rp.load("smollm2-135m") if name == "MRP, hook kept" else _attacked(bench, name, seed, folder, edit)
             kept = edit.hooked(lm) if name == "MRP, hook kept" else None
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(".cache/bench-mrp"), help="Where edits and models are kept."
     )
-    parser.add_argument("--alone", action="store_true", help="Part one: MRP without its two baselines.")
+    parser.add_argument("--alone", action="store_true", help="Parts one and attack: MRP without its baselines.")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
