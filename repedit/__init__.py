@@ -47,6 +47,8 @@ _NAMES = {
     "apply": "repedit.rewrite.live",
     "certificate": "repedit.rewrite.certificates",
     "Certificate": "repedit.rewrite.certificates",
+    "slimmed": "repedit.rewrite.slim",
+    "sliced": "repedit.rewrite.slice",
     "diff": "repedit.rewrite.difference",
     "export": "repedit.rewrite.checkpoint",
     "export_adapter": "repedit.rewrite.adapter",
@@ -115,5 +117,7 @@ if TYPE_CHECKING:
     from repedit.rewrite.difference import diff
     from repedit.rewrite.live import apply
     from repedit.rewrite.reloading import reload_check
+    from repedit.rewrite.slice import sliced
+    from repedit.rewrite.slim import slimmed
     from repedit.sites import Point, Site
     from repedit.stats import Activity, CrossMoments, Moments

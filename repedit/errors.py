@@ -21,7 +21,8 @@ and the like keep working.
     |- QuantizedModel, OffloadedTensors, FingerprintError (ValueError)
     |- CheckpointError (OSError), TargetExists (FileExistsError)
     |- NotFoldable (ValueError)
-    |  `- NoBiasSlot
+    |  |- NoBiasSlot
+    |  `- NotSlimmable, NotSliceable           what an edit removes cannot be cut out of the tensors exactly
     |- PlanMismatch (RuntimeError), NoOpEdit, BadReference (ValueError)
     |- KernelUnavailable (RuntimeError)        a kernel was asked for by name and cannot run here
     `- MissingDependency (ImportError)
@@ -164,6 +165,14 @@ class NotFoldable(RepeditError, ValueError):
 
 class NoBiasSlot(NotFoldable):
     """The edit needs a bias that this family cannot hold."""
+
+
+class NotSlimmable(NotFoldable):
+    """Pruned neurons cannot be cut out of the tensors of this model, or not by this edit."""
+
+
+class NotSliceable(NotFoldable):
+    """The residual stream of this model cannot be made narrower, or not by this edit."""
 
 
 class PlanMismatch(RepeditError, RuntimeError):

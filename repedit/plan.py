@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -98,6 +99,22 @@ class Operation:
         return gain[:, None]
 
 
+class Resize(ABC):
+    """What gives a stored tensor another shape, after its operations."""
+
+    @abstractmethod
+    def __call__(self, tensor: Tensor, read: Read) -> Tensor:
+        """The tensor in its new shape, in the same dtype."""
+
+    @abstractmethod
+    def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
+        """The new shape."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A few words for the summary."""
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Operations by tensor name, with everything else that must change."""
@@ -117,11 +134,22 @@ class Plan:
     """One line on the map at each site."""
     ranks: Mapping[Site, int] = field(default_factory=dict)
     """Directions removed at each site."""
+    resized: Mapping[str, Resize] = field(default_factory=dict)
+    """Tensors whose shape changes."""
+    structure: Literal["keep", "slim", "slice"] = "keep"
+    """Whether the model keeps its shape, loses neurons and heads, or gets a narrower stream."""
+    stream: tuple[int, int] | None = None
+    """Width of the stream before and after, where it is sliced."""
+
+    @property
+    def rewritten(self) -> tuple[str, ...]:
+        """Tensors whose values come from `apply`."""
+        return tuple(dict.fromkeys([*self.operations, *self.resized]))
 
     @property
     def touched(self) -> frozenset[str]:
         """Every tensor that is written, added or untied."""
-        return frozenset(self.operations) | frozenset(self.added) | frozenset(self.unties)
+        return frozenset(self.rewritten) | frozenset(self.added) | frozenset(self.unties)
 
     def check(self, specs: Specs) -> None:
         """Refuse a store that lacks a planned tensor.
@@ -129,7 +157,7 @@ class Plan:
         Raises:
             PlanMismatch: naming the tensors.
         """
-        absent = sorted(set(self.operations) - set(specs) - set(self.added))
+        absent = sorted(set(self.rewritten) - set(specs) - set(self.added) - set(self.unties))
         if absent:
             raise PlanMismatch(
                 f"the plan names tensors this {self.store} store does not hold: {absent[:5]} ({len(absent)} in all)"
@@ -145,20 +173,32 @@ class Plan:
         work = tensor.detach().to(wide, copy=True)
         for operation in self.operations.get(name, ()):
             operation(work, read)
+        if name in self.resized:
+            work = self.resized[name](work, read)
         return work.to(tensor.dtype)
+
+    def spec(self, name: str, before: TensorSpec) -> TensorSpec:
+        """Shape and dtype of a tensor after the plan."""
+        return replace(before, shape=self.resized[name].shape(before.shape)) if name in self.resized else before
+
+    def describe(self, name: str) -> list[str]:
+        """What is done to a tensor, in order."""
+        resize = [self.resized[name].describe()] if name in self.resized else []
+        return [operation.describe() for operation in self.operations.get(name, ())] + resize
 
     def summary(self, specs: Specs | None = None) -> str:
         """What carrying the plan out would do: the dry run."""
         lines = [f"{site}: {self.maps.get(site, 'edited')}; {kind}" for site, kind in self.exactness.items()]
         total = 0
-        for name, operations in sorted(self.operations.items()):
-            spec = (specs or {}).get(name) or self.added.get(name)
+        for name in sorted(self.rewritten):
+            found, done = (specs or {}).get(name) or self.added.get(name), self.describe(name)
+            spec = found and self.spec(name, found)
             total += spec.nbytes if spec else 0
             lines.append(
-                f"  {name} {tuple(spec.shape) if spec else ''} {operations[0].describe()}"
-                + (f" and {len(operations) - 1} more" if len(operations) > 1 else "")
+                f"  {name} {tuple(spec.shape) if spec else ''} {done[-1 if name in self.resized else 0]}"
+                + (f" and {len(done) - 1} more" if len(done) > 1 else "")
             )
         lines += [f"  {head}: untied, keeps the original {source}" for head, source in self.unties.items()]
-        lines += [f"  {name}: added" for name in sorted(set(self.added) - set(self.operations))]
+        lines += [f"  {name}: added" for name in sorted(set(self.added) - set(self.rewritten))]
         lines += [f"config: {key} = {json.dumps(value)}" for key, value in self.config.items()]
         return "\n".join([*lines, f"{len(self.touched)} tensors touched, {total / 1e6:.1f} MB rewritten"])

@@ -35,3 +35,21 @@ def projection(subject: Subject, site: str, rank: int = 3, *, center: bool = Fal
     basis = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     offset = torch.randn(width, generator=generator, dtype=torch.float64) if center else None
     return Edit({where: rp.LowRank.projection(basis, offset)}, {"method": "test"})
+
+
+def pruned_layers(subject: Subject) -> Edit:
+    """Another share of the MLP neurons of each layer zeroed."""
+    layers = range(len(subject.anatomy.layers))
+    found = [mask(subject, f"{i}.mlp.neurons", share=0.3 + 0.3 * i, seed=i) for i in layers]
+    return Edit({site: map_ for edit in found for site, map_ in edit.maps.items()}, {"method": "test"})
+
+
+def pruned_groups(subject: Subject, count: int = 1) -> Edit:
+    """Some groups of heads of every layer zeroed, others in each layer."""
+    maps = {}
+    for site in subject.select("*.attn.neurons"):
+        branch = subject.anatomy.branch(site.layer, site.point)
+        keep = torch.ones(branch.width // (branch.group * branch.head_width), dtype=torch.bool)
+        keep[[(site.layer + i) % len(keep) for i in range(count)]] = False
+        maps[site] = rp.Diagonal.mask(keep.repeat_interleave(branch.group * branch.head_width))
+    return Edit(maps, {"method": "test"})

@@ -5,11 +5,13 @@ test_laws.py runs them over all families; test_sabotage.py gives each a broken t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import repedit as rp
 from repedit.edit import Edit
@@ -159,3 +161,64 @@ def read_by_norms(subject: Subject, site: rp.Site) -> Tensor:
     """The stream, without its mean where the family's norms take it away."""
     x = seen_at(subject, site)
     return x - x.mean(-1, keepdim=True) if subject.architecture.centered else x
+
+
+def slim_equals_zeroed(subject: Subject, edit: Edit, slim: Callable[..., Subject] = rp.slimmed) -> Subject:
+    """A model with neurons and heads cut out is smaller and gives the logits of one where they are zero."""
+    base, zeroed = logits(subject), logits(rp.apply(edit, subject))
+    assert float((zeroed - base).abs().max()) > 1e-3 * float(base.std()), "the edit does not move the logits"
+    small = slim(edit, subject)
+    assert parameters(small) < parameters(subject)
+    # float32; the worst over all families is 3e-6 of the spread of the logits.
+    assert float((logits(small) - zeroed).abs().max()) <= 1e-5 * max(1.0, float(base.std()))
+    return small
+
+
+def sliced_equals_erased(
+    subject: Subject, edit: Edit, slice: Callable[..., Subject] = rp.sliced, tolerance: float = 1e-9
+) -> Subject:
+    """A model with a narrower stream gives the logits of the erased one; norms in float64 where the weights are."""
+    erased, narrow = rp.apply(edit, subject), slice(edit, subject)
+    assert narrow.anatomy.width < subject.anatomy.width
+    with wide_norms(subject), wide_norms(erased), wide_norms(narrow):
+        base, expected, found = logits(subject), logits(erased), logits(narrow)
+    assert float((expected - base).abs().max()) > 0.1 * float(base.std()), "the erasure does not move the logits"
+    error = float((found - expected).abs().max())
+    assert error <= tolerance, f"logits differ by {error:.1e}"
+    return narrow
+
+
+def parameters(subject: Subject) -> int:
+    """Numbers a model holds, tied ones once."""
+    return sum(p.numel() for p in subject.model.parameters())
+
+
+@contextmanager
+def wide_norms(subject: Subject) -> Iterator[None]:
+    """Norms and embedding scale, float32 in transformers whatever the weights are, in float64 where those are."""
+    row, found = subject.architecture, []
+    embedding = subject.model.get_input_embeddings()
+    scale = getattr(embedding, "embed_scale", None)  # the root of the width, in float32
+    if scale is not None and embedding.weight.dtype == torch.float64:
+        embedding.embed_scale = torch.tensor(float(subject.anatomy.width) ** 0.5, dtype=torch.float64)
+    for module in subject.model.modules():
+        if (
+            "Norm" in type(module).__name__
+            and module.weight.dtype == torch.float64
+            and not isinstance(module, nn.LayerNorm)
+        ):
+            module.forward = partial(_normed, module, row.centered, 1.0 if row.unit_gain else 0.0)
+            found.append(module)
+    try:
+        yield
+    finally:
+        if scale is not None:
+            embedding.embed_scale = scale
+        for module in found:
+            del module.forward
+
+
+def _normed(module: nn.Module, centered: bool, unit: float, x: Tensor) -> Tensor:
+    x = x - x.mean(-1, keepdim=True) if centered else x
+    epsilon = getattr(module, "eps", None) or module.variance_epsilon
+    return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (module.weight + unit)

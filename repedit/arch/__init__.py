@@ -3,6 +3,7 @@
 from repedit.arch import families as _families  # fills the table
 from repedit.arch.anatomy import Anatomy, Branch, Neurons, anatomy
 from repedit.arch.architecture import Architecture, BiasFlag, Experts, Reader, Writer, families, register, resolve
+from repedit.arch.shrinking import Shrink
 from repedit.arch.taps import Visit, hooks_at
 from repedit.arch.views import Specs, TensorSpec, View
 
@@ -14,6 +15,7 @@ __all__ = [
     "Experts",
     "Neurons",
     "Reader",
+    "Shrink",
     "Specs",
     "TensorSpec",
     "View",

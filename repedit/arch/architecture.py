@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from repedit.arch.shrinking import Shrink
 from repedit.errors import UnknownArchitecture, nearest
 from repedit.sites import Point
 
@@ -92,10 +93,15 @@ class Architecture:
     requires: tuple[tuple[str, object, str], ...] = ()
     """(config field, value it must have, what another value means): variants this row does not describe."""
 
+    shrink: Shrink | None = None
+    """What changes with the widths of this family; None where that is not known."""
+
     n_layers: int = 0
     n_heads: int = 0
     n_experts: int = 0
     tied: bool = False
+    epsilon: float = 0.0
+    """What the norms of the stream add to the mean square; 0 where the stream has to keep its width."""
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -145,5 +151,6 @@ def resolve(config: Any) -> Architecture:
         n_heads=config.num_attention_heads,
         n_experts=getattr(config, row.experts.count) if row.experts else 0,
         tied=bool(config.tie_word_embeddings),
+        epsilon=float(getattr(config, row.shrink.epsilon)) if row.shrink and not row.shrink.whole_stream else 0.0,
         parallel=bool(getattr(config, row.parallel)) if isinstance(row.parallel, str) else row.parallel,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from repedit.arch.architecture import Architecture, BiasFlag, Experts, Reader, Writer, register
+from repedit.arch.shrinking import SHRINKS
 from repedit.sites import Point
 
 _QKVO = tuple(f"self_attn.{name}_proj" for name in "qkvo")
@@ -149,4 +150,4 @@ _TABLE = (
     replace(_EXPERTS, model_type="qwen3_moe"),
 )
 for _row in _TABLE:
-    register(_row)
+    register(replace(_row, shrink=SHRINKS.get(_row.model_type)))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from repedit.arch import Architecture, Specs
+from repedit.arch import Architecture, Specs, anatomy
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, PlanMismatch
 from repedit.lower import lower
@@ -18,6 +18,7 @@ from repedit.maps import LowRank
 from repedit.models import Subject
 from repedit.plan import Operation, Plan, Read
 from repedit.rewrite.families import architecture_of
+from repedit.rewrite.slice import slice_plan
 from repedit.shards import open_shards
 
 # ||V^T W'|| / ||V^T W|| that rounding alone can leave. Measured at k = 1 to 16: float32 4e-7, float16 2e-4, bfloat16
@@ -56,9 +57,16 @@ class Certificate:
     """Directions removed, over all sites."""
     worst_leak: float
     tensors: Mapping[str, TensorCertificate]
+    widths: tuple[int, int] | None = None
+    """Width of the stream before and after, where it was sliced: the leak is 0 by shape."""
 
     def describe(self) -> str:
         """A few lines: what holds, and what does not follow from it."""
+        if self.widths is not None:
+            return (
+                f"{self.form}: {_WORDS[self.form]}.\nThe stream has {self.widths[1]} coordinates where it had {self.widths[0]}; "
+                f"{self.exactness}.\nThis says nothing of copies of the knowledge in those that stay: attack it."
+            )
         worst = max(self.tensors, key=lambda name: self.tensors[name].leak, default="none")
         return (
             f"{self.form}: {_WORDS[self.form]}.\n{self.rank} directions over {len(self.tensors)} tensors, {self.exactness}; "
@@ -74,7 +82,7 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
     """Measure what is left of the directions an edit removes, in the weights of an edited model.
 
     leak = ||V^T W'||_F / ||V^T W||_F for each writer W (out, in), ||W' U||_F / ||W U||_F for each reader; D W in place of
-    W where a post-norm with gain D follows.
+    W where a post-norm with gain D follows. A narrower model is compared with what slicing makes of the original.
 
     Args:
         edited, original: models in memory, or checkpoint directories; both of one kind.
@@ -88,7 +96,9 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
             "edited is in memory and original a directory, or the reverse; load both, or give both directories"
         )
     architecture, specs, before = _store(original)
-    _, _, after = _store(edited)
+    other, narrower, after = _store(edited)
+    if anatomy(other, narrower).width != anatomy(architecture, specs).width:
+        return _narrowed(slice_plan(edit, architecture, specs), narrower, before, after)
     plan = lower(edit, architecture, specs)
     found = {}
     for name in plan.operations:
@@ -128,6 +138,29 @@ def certified(plan: Plan, name: str, before: Tensor, after: Tensor, read: Read) 
         residue=float(sums[3] / size),
         dtype=str(after.dtype).removeprefix("torch."),
     )
+
+
+def sliced_certificate(plan: Plan) -> Certificate:
+    """The certificate of a plan that takes the coordinates away."""
+    rank = sum(plan.ranks.values())
+    return Certificate("sliced", "exact", rank, worst_leak=0.0, tensors={}, widths=plan.stream)
+
+
+def _narrowed(plan: Plan, specs: Specs, before: Read, after: Read) -> Certificate:
+    for name in plan.resized:
+        old = before(plan.unties.get(name, name))
+        new, expected = after(name), plan.apply(name, old, before)
+        error = (
+            float((new.double() - expected.double()).norm() / expected.double().norm())
+            if new.shape == expected.shape
+            else float("inf")
+        )
+        if error > LIMITS[new.dtype]:
+            raise PlanMismatch(
+                f"{name} {tuple(new.shape)} is not what slicing makes of the original (relative error {error:.1e}); is this the model "
+                "the edit was sliced out of?"
+            )
+    return sliced_certificate(plan)
 
 
 def combined(plan: Plan, tensors: Mapping[str, TensorCertificate], form: Literal["hook", "folded"]) -> Certificate:

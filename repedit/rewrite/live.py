@@ -39,8 +39,10 @@ def apply(
     plan = planned(change, subject, **options)
     if plan.store == "disk":
         raise ArgumentError("this plan was made for checkpoint files; make one for the model, or pass the edit itself")
+    if plan.structure != "keep":
+        raise ArgumentError("this plan changes shapes; use repedit.slimmed or repedit.sliced")
     before = dict(subject.model.named_parameters(remove_duplicate=False))
-    new = _new_tensors(plan, before)
+    new = new_tensors(plan, before)
     changed = [name for name, value in new.items() if name not in before or not torch.equal(value, before[name])]
     if not changed and not allow_identity:
         raise NoOpEdit(noop_message(list(plan.operations)))
@@ -59,6 +61,18 @@ def planned(change: EditOrDelta | Plan | Sequence[EditOrDelta], subject: Subject
     Raises:
         QuantizedModel, OffloadedTensors: if the weights cannot be edited in memory.
     """
+    check_editable(subject)
+    plan = change if isinstance(change, Plan) else lower(change, subject.architecture, subject.specs, **options)
+    plan.check(subject.specs)
+    return plan
+
+
+def check_editable(subject: Subject) -> None:
+    """Refuse weights that no edit can be carried out on in memory.
+
+    Raises:
+        QuantizedModel, OffloadedTensors: with what to do instead.
+    """
     if subject.quantizer:
         raise QuantizedModel(
             f"the weights are quantised ({subject.quantizer}) and cannot be edited exactly; load with dequantisation or the "
@@ -70,9 +84,6 @@ def planned(change: EditOrDelta | Plan | Sequence[EditOrDelta], subject: Subject
             f"{len(meta)} tensors are not in memory ({', '.join(meta[:3])}, ...); "
             "use repedit.export(edit, source=directory, target=...), which streams the files"
         )
-    plan = change if isinstance(change, Plan) else lower(change, subject.architecture, subject.specs, **options)
-    plan.check(subject.specs)
-    return plan
 
 
 def noop_message(names: list[str]) -> str:
@@ -83,17 +94,21 @@ def noop_message(names: list[str]) -> str:
     )
 
 
-def _new_tensors(plan: Plan, before: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def new_tensors(plan: Plan, before: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Every tensor that the plan writes, adds or unties, by name."""
+
     def read(name: str) -> Tensor:
         return before[name].detach()
 
     new: dict[str, Tensor] = {}
     for name, spec in plan.added.items():
         new[name] = torch.zeros(spec.shape, dtype=spec.dtype, device=_weight_of(name, before).device)
-    for name in plan.operations:
-        new[name] = plan.apply(name, new[name] if name in new else read(name), read)
+    for name in plan.rewritten:
+        if name not in plan.unties:
+            new[name] = plan.apply(name, new[name] if name in new else read(name), read)
     for head, embedding in plan.unties.items():
-        new[head] = read(head if head in before else embedding).clone()
+        kept = read(head if head in before else embedding)
+        new[head] = plan.apply(head, kept, read) if head in plan.resized else kept.clone()
     return new
 
 

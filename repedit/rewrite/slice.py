@@ -1,0 +1,220 @@
+"""A narrower model: after a stream erasure the coordinates that hold nothing are taken out of every tensor.
+
+The slot is gone, so neither a hook that is removed nor a null space that is filled again can bring the directions back.
+The model may still hold copies of the information in the coordinates that stay, or learn it there again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import lcm, sqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from repedit.arch import Anatomy, Architecture, Specs, anatomy
+from repedit.edit import Edit, check_widths
+from repedit.errors import ArgumentError, NotSliceable
+from repedit.lower import lower
+from repedit.maps import LowRank
+from repedit.models import Subject
+from repedit.plan import Plan, Resize
+from repedit.rewrite.narrowing import Constant, Observe, Scaled, Write, coordinates
+from repedit.rewrite.rebuilding import rebuilt
+from repedit.sites import Point, Site
+
+
+def sliced(edit: Edit, subject: Subject, *, multiple: int = 1) -> Subject:
+    """The subject with a stream narrowed by the directions that a stream erasure removes; the logits are the erased ones.
+
+    With V (d, s) a basis of what is left, writers become V^T P W, readers W diag(gain) V sqrt(d / s), every norm's gain
+    1, and epsilon' = epsilon d / s.
+
+    Args:
+        edit: what `erase_stream` gives.
+        multiple: refuse a width s that is no multiple of this; `erase_stream(..., multiple=, retain=)` makes it one.
+    Raises:
+        NotSliceable: if the edit is no stream erasure, or the family or the width does not allow it.
+    """
+    return rebuilt(slice_plan(edit, subject.architecture, subject.specs, multiple=multiple), subject)
+
+
+def slice_plan(edit: Edit, architecture: Architecture, specs: Specs, *, multiple: int = 1, **options: Any) -> Plan:
+    """The plan of `sliced`: tensor names and shapes suffice, so a checkpoint is sliced as a stream.
+
+    Raises:
+        NotSliceable: as for `sliced`.
+    """
+    if multiple < 1 or options.pop("tied", "untie") != "untie":
+        raise ArgumentError(f"multiple={multiple}: at least 1; and a sliced head is always untied (tied='untie')")
+    shrink = architecture.shrink
+    whole = (
+        "its row does not say what changes with the width (Architecture.shrink)"
+        if shrink is None
+        else shrink.whole_stream
+    )
+    if whole:
+        raise NotSliceable(
+            f"the stream of {architecture.model_type} cannot be made narrower: {whole}; use structure='keep'"
+        )
+    plan = anatomy(architecture, specs)
+    check_widths(edit, plan)
+    map_ = erasure(edit, plan)
+    basis = coordinates(map_, centered=architecture.centered)
+    _check_width(plan, basis.shape[1], multiple)
+    build = _Builder(plan, specs, map_, basis)
+    resized = dict(build.tensors())
+    _check_complete(resized, build, specs)
+    folded = lower(edit, architecture, specs, **options)
+    return replace(
+        folded,
+        operations={},
+        resized=resized,
+        config={**folded.config, **build.config()},
+        structure="slice",
+        stream=(basis.shape[0], basis.shape[1]),
+    )
+
+
+def erasure(edit: Edit, plan: Anatomy) -> LowRank:
+    """The one projection that an edit applies at every writer of the stream.
+
+    Raises:
+        NotSliceable: naming the first site that differs.
+    """
+    layers = range(len(plan.layers))
+    writers = [Site(0, Point.RESID_PRE), *(Site(i, p) for i in layers for p in (Point.ATTN_OUT, Point.MLP_OUT))]
+    hint = "build it with erase_stream"
+    extra = sorted(set(edit.maps) - set(writers))
+    if extra:
+        raise NotSliceable(f"{extra[0]} is no writer of the stream, so this is not a stream erasure; {hint}")
+    first = edit.maps.get(writers[0])
+    for site in writers:
+        map_ = edit.maps.get(site)
+        if map_ is None:
+            raise NotSliceable(f"{site} is not edited, so the stream still receives the directions there; {hint}")
+        if not isinstance(map_, LowRank) or map_.offset is not None or not _is_projection(map_):
+            raise NotSliceable(f"{site} holds a {type(map_).__name__} that is not a linear projection; {hint}")
+        assert isinstance(first, LowRank)
+        if map_.u.shape != first.u.shape or not (torch.equal(map_.u, first.u) and torch.equal(map_.v, first.v)):
+            raise NotSliceable(f"{site} removes other directions than {writers[0]}; {hint}")
+    assert isinstance(first, LowRank)
+    if plan.architecture.centered and float(first.v.double().sum(0).abs().max()) > 1e-4 * sqrt(plan.width):
+        raise NotSliceable(
+            f"{plan.architecture.model_type} subtracts the mean, which is in the span of the directions; {hint}, which leaves it out"
+        )
+    return first
+
+
+class _Builder:
+    """Goes through the tensors of a model once and says what each becomes."""
+
+    def __init__(self, plan: Anatomy, specs: Specs, map_: LowRank, basis: Float[Tensor, "d s"]) -> None:
+        row = plan.architecture
+        assert row.shrink is not None
+        self.plan, self.row, self.shrink, self.specs, self.basis = plan, row, row.shrink, specs, basis
+        d, self.width = basis.shape
+        self.ratio = d / self.width
+        u, v = map_.u.double().cpu(), map_.v.double().cpu()
+        self.writer = basis.T - (basis.T @ u) @ v.T
+        self.readers: set[str] = set()
+
+    def tensors(self) -> Iterator[tuple[str, Resize]]:
+        tokens, *positions = self.plan.embeddings
+        scale = sqrt(self.ratio) if self.row.embedding_scaled else 1.0
+        yield tokens, Write(self.writer, True, scale)
+        for name in positions:
+            yield name, Write(self.writer, True)
+        for block, (attention, mlp) in zip(self.plan.block_paths, self.plan.layers, strict=True):
+            first, second = f"{block}.{self.shrink.attention_norm}", f"{block}.{self.shrink.mlp_norm}"
+            for norm in dict.fromkeys((first, second)):
+                yield from self._norm(norm)
+            for branch in (attention, mlp):
+                yield from ((part.out.tensor, Write(self.writer, False)) for part in branch.parts)
+                if branch.bias is not None:
+                    yield branch.bias, Write(self.writer, True)
+            for module in self.shrink.heads:
+                yield from self._reader(f"{block}.{module}", first, normed=module in self.shrink.head_norms)
+            fed = {view.tensor for part in mlp.parts for view in part.readers if not view.tensor.endswith(".bias")}
+            yield from ((name, self._observe(second)) for name in sorted(fed))
+            self.readers |= fed
+            if mlp.routed:
+                yield from self._reader(f"{block}.{self._router()}", second)
+        base = tokens.removesuffix(f"{self.row.embeddings[0]}.weight")
+        final = f"{base}{self.shrink.final_norm}"
+        yield from self._norm(final)
+        yield from self._reader(self.plan.head.removesuffix(".weight"), final)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "hidden_size": self.width,
+            "head_dim": self.plan.layers[0][0].head_width,
+            self.shrink.epsilon: self.row.epsilon * self.ratio,
+        }
+
+    def _norm(self, norm: str) -> Iterator[tuple[str, Resize]]:
+        yield f"{norm}.weight", Constant(self.width, 0.0 if self.row.unit_gain else 1.0)
+        if f"{norm}.bias" in self.specs:
+            yield f"{norm}.bias", Constant(self.width, 1.0)
+
+    def _reader(self, module: str, norm: str, *, normed: bool = False) -> Iterator[tuple[str, Resize]]:
+        extra = sqrt(self.ratio) if normed else 1.0
+        self.readers.add(f"{module}.weight")
+        yield f"{module}.weight", replace(self._observe(norm), extra=extra)
+        if normed and f"{module}.bias" in self.specs:
+            yield f"{module}.bias", Scaled(extra)
+
+    def _observe(self, norm: str) -> Observe:
+        bias = f"{norm}.bias" if f"{norm}.bias" in self.specs else None
+        return Observe(self.basis, f"{norm}.weight", self.row.unit_gain, bias, sqrt(self.ratio))
+
+    def _router(self) -> str:
+        experts = self.row.experts
+        assert experts is not None
+        block = experts.block if self.plan.store == "live" else experts.down.partition(".experts")[0]
+        return f"{block}.gate"
+
+
+def _is_projection(map_: LowRank) -> bool:
+    inner = map_.v.double().T @ map_.u.double()
+    # 1e-4: a float32 basis is orthonormal to about 1e-7.
+    return bool(((inner - torch.eye(len(inner)).to(inner)).abs() < 1e-4).all())
+
+
+def _check_width(plan: Anatomy, width: int, multiple: int) -> None:
+    """Refuse a width that the config or the caller does not allow, and name the nearest ranks that give one."""
+    row = plan.architecture
+    step = lcm(multiple, row.n_heads if row.shrink and row.shrink.divides else 1)
+    if width % step == 0 and width:
+        return
+    ranks = sorted({plan.width - s for s in (width // step * step, -(-width // step) * step) if 0 < s < plan.width})
+    heads = (
+        f" (the config of {row.model_type} insists on a multiple of its {row.n_heads} heads)"
+        if step != multiple
+        else ""
+    )
+    raise NotSliceable(
+        f"removing {plan.width - width} of {plan.width} directions leaves a width of {width}, which is no multiple of {step}{heads}; "
+        f"the nearest ranks that do are {ranks}: erase_stream(..., multiple={step}, retain=moments) adds directions"
+    )
+
+
+def _check_complete(resized: dict[str, Resize], build: _Builder, specs: Specs) -> None:
+    """Refuse a model with a tensor that the row does not account for and that may touch the stream."""
+    absent = sorted(set(resized) - set(specs) - {build.plan.head})
+    if absent:
+        raise NotSliceable(f"the row of {build.row.model_type} names {absent[0]}, which this model does not hold")
+    harmless = {f"{name.removesuffix('.weight')}.bias" for name in build.readers}
+    harmless |= {
+        f"{block}.{norm}.weight" for block in build.plan.block_paths for norm in build.shrink.head_norms.values()
+    }
+    for name, spec in specs.items():
+        suspect = build.plan.width in spec.shape or "norm" in name.split(".")[-2]
+        if suspect and name not in resized and name not in harmless:
+            raise NotSliceable(
+                f"{name} {tuple(spec.shape)} may read or write the stream and the row of {build.row.model_type} does not say how; "
+                "use structure='keep'"
+            )
