@@ -32,6 +32,7 @@ from repedit.errors import (
 )
 from repedit.fetching import DEFAULT, cached
 from repedit.fingerprints import fingerprint, state
+from repedit.ragged import quiet, refit
 from repedit.shards import floating, open_shards
 from repedit.sites import Point, Site, select
 
@@ -149,7 +150,7 @@ def load(
     options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
     extra = {"device_map": device_map} if device_map is not None else {}
     extra |= {"attn_implementation": attention} if attention else {}
-    with _typed_errors(place):
+    with _typed_errors(place), quiet(place):
         if "gguf_file" not in options:
             _check_config(place, options)
         model = _weights(place, dtype=wanted, **options, **extra)
@@ -271,7 +272,7 @@ def _weights(place: Path | str, **options: Any) -> Any:
     model, report = AutoModelForCausalLM.from_pretrained(
         str(place), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    reshaped = {item[0] for item in report["mismatched_keys"]}
+    reshaped = refit(model, resolve(model.config), place, {item[0] for item in report["mismatched_keys"]})
     if report["missing_keys"] or reshaped:
         raise CheckpointError(
             f"{place} does not hold the model its config describes: missing {sorted(report['missing_keys'])[:3]} "

@@ -7,8 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Seed, Side, Sites, Text, Tokens, opened
-from repedit.cli.writing import plan_of, write
+from repedit.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Layout,
+    Model,
+    Multiple,
+    Seed,
+    Side,
+    Sites,
+    Structure,
+    Text,
+    Tokens,
+    opened,
+)
+from repedit.cli.writing import plan_of, shaped, write
 from repedit.cli.writing import verify as verified
 
 
@@ -121,12 +136,16 @@ def prune(
     dtype: Dtype = "auto",
     dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
+    structure: Structure = "keep",
+    layout: Layout = "uniform",
+    multiple: Multiple = None,
     json: Json = False,
 ) -> None:
     """Prune the neurons most specific to the forget set, measure both sets, and write an edit or a checkpoint."""
     from repedit import console
     from repedit.importance.job import PruneOptions, pruned
 
+    shape = shaped(out, structure, layout, multiple)
     subject = opened(model, device, dtype)
     options = PruneOptions(
         fraction=fraction, learned=learned, sites=sites, importance=importance, combine=combine, steps=steps, max_retain_drop=max_retain_drop,
@@ -140,9 +159,9 @@ def prune(
         )
         raise typer.Exit(3)
     if not dry_run:
-        write(found.edit, subject, out, overwrite)
+        write(found.edit, subject, out, overwrite, shape)
     elif not json:
-        console.out.print(plan_of(found.edit, subject), highlight=False)
+        console.out.print(plan_of(found.edit, subject, shape), highlight=False)
 
 
 def apply(
@@ -153,6 +172,9 @@ def apply(
     dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
     verify: Annotated[bool, typer.Option(help="Load the result in a process without repedit.")] = True,
+    structure: Structure = "keep",
+    layout: Layout = "uniform",
+    multiple: Multiple = None,
     json: Json = False,
 ) -> None:
     """Write the checkpoint of a saved edit or delta, streamed from the files of the model."""
@@ -162,19 +184,26 @@ def apply(
     from repedit.errors import ArgumentError
     from repedit.rewrite.checkpoint import export
 
+    shape = shaped(out, structure, layout, multiple)
     loaded = Delta.load(edit) if container.kind_of(edit) == "delta" else Edit.load(edit)
     if dry_run:
-        console.out.print(plan_of(loaded, opened(model, "auto", "auto")), highlight=False)
+        console.out.print(plan_of(loaded, opened(model, "auto", "auto"), shape), highlight=False)
         return
     if out is None:
         raise ArgumentError("--out is needed: the directory to write (or --dry-run)")
     source: Any = model if Path(model).is_dir() or model == "smollm2-135m" else opened(model, "auto", "auto")
-    record = export(loaded, source, out, dtype=dtype, overwrite=overwrite)
+    record = export(loaded, source, out, dtype=dtype, overwrite=overwrite, **shape)
     if verify:
-        verified(out)
+        verified(out, record)
     if json:
         console.show_json(
-            {"out": str(out), "tensors": len(record.plan), "largest_relative_change": record.relative_change}
+            {
+                "out": str(out),
+                "tensors": len(record.plan),
+                "largest_relative_change": record.relative_change,
+                "structure": record.structure,
+                "loaders": record.loaders,
+            }
         )
     else:
         console.out.print(

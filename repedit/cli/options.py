@@ -16,6 +16,9 @@ Tokens = Annotated[int, typer.Option(help="Counted tokens to collect, and to eva
 Text = Annotated[str, typer.Option(help="'code', 'prose', or a .txt, .jsonl or .parquet file.")]
 Side = Annotated[str, typer.Option(help="'code', 'prose', a .txt, .jsonl or .parquet file, or what collect wrote.")]
 Sites = Annotated[str, typer.Option(help="Where the neurons are: '*.mlp.neurons', '4-9.attn.neurons', ...")]
+Structure = Annotated[str, typer.Option(help="keep; slim cuts pruned neurons out; slice narrows an erased stream.")]
+Layout = Annotated[str, typer.Option(help="Of slim: uniform widths, or ragged ones that only repedit.load reads.")]
+Multiple = Annotated[int | None, typer.Option(help="What new widths are multiples of; 8 for slim, 1 for slice.")]
 
 
 def quiet() -> None:

@@ -8,25 +8,28 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from repedit.arch import Architecture
+from repedit.arch import anatomy
 from repedit.errors import (
     NoOpEdit,
     NotFound,
     PlanMismatch,
 )
-from repedit.lower import EditOrDelta, lower
+from repedit.lower import EditOrDelta
 from repedit.models import Subject
 from repedit.plan import Plan
 from repedit.rewrite.families import architecture_of
-from repedit.rewrite.live import noop_message, planned
+from repedit.rewrite.live import check_editable, noop_message
 from repedit.rewrite.manifest import Change, Manifest, card, manifest
 from repedit.rewrite.placing import check_space, check_target, install, sync, workplace
+from repedit.rewrite.rebuilding import patched_config
+from repedit.rewrite.structures import structured
 from repedit.rewrite.writing import write_weights
 from repedit.shards import Shards, floating, open_shards, read_json
 
@@ -46,10 +49,14 @@ def export(
     overwrite: bool = False,
     allow_identity: bool = False,
     max_shard_size: str = "5GB",
+    structure: str = "keep",
+    layout: str = "uniform",
+    multiple: int | None = None,
     **options: Any,
 ) -> Manifest:
     """Write the edited checkpoint to `target`, a directory that AutoModelForCausalLM loads without repedit.
 
+    Which loaders can read it is in the result and logged: layers of different widths (layout="ragged") need `repedit.load`.
     Untouched tensors are byte-identical; shards without a touched tensor are hard links where possible.
 
     Args:
@@ -58,22 +65,28 @@ def export(
         link: hard-link untouched files of one file system; False always copies.
         overwrite: replace an existing target, which is kept until the new one is whole.
         max_shard_size: size of the shards of a model that has no files yet.
+        structure: "keep" every shape; "slim" cuts pruned neurons and heads out (`slimmed`); "slice" narrows an erased
+            stream (`sliced`).
+        layout, multiple: of the widths, see `slimmed` and `sliced`.
         options: passed to lowering: tied="untie" | "both", sides="all" | "output", any_model=False | True.
     Raises:
         TargetExists: if the target exists, or lies inside or equals the source.
         NoOpEdit: if the edit changes no byte, unless `allow_identity=True`.
-        NotFoldable, QuantizedModel: if no weight can equal the edit.
+        NotFoldable, NotSlimmable, NotSliceable, QuantizedModel: if no weight can equal the edit.
         FingerprintError: if a delta was trained from other weights.
         CheckpointError: if the source is damaged or the disk is full; nothing is left behind.
     """
+    plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
     out = Path(target).absolute()
     to = None if dtype is None else floating(dtype)
-    files = _files_of(source, change, options)
+    files = _files_of(source, plan_for)
     check_target(out, files, overwrite)
     with workplace(out) as place:
         directory = files or _saved(source, place, max_shard_size)
         shards = open_shards(directory)
-        plan = _plan(change, architecture_of(directory), shards, options)
+        plan = plan_for(architecture_of(directory), shards.specs)
+        plan.check(shards.specs)
+        _check_config(directory, plan)
         check_space(place, _bytes_to_write(plan, shards, place, to, link))
         new = place / "checkpoint"
         new.mkdir()
@@ -81,21 +94,23 @@ def export(
         _check_changes(plan, changes, allow_identity, dtype)
         _copy_others(directory, new)
         _write_config(directory, new, plan, dtype, identity=not plan.config and dtype is None)
-        record = manifest(plan, changes, directory, new, dtype)
+        made = anatomy(architecture_of(new), open_shards(new).specs)
+        record = manifest(plan, changes, directory, new, dtype, made)
         (new / "README.md").write_text(card(plan, record, directory), encoding="utf-8")
         (new / "repedit.json").write_text(record.to_json(), encoding="utf-8")
         sync(new)
         install(new, out)
+    if structure != "keep" or len(record.loaders) == 1:
+        log.info("%s is read by %s", out, " and ".join(record.loaders))
     return record
 
 
-def _files_of(
-    source: Subject | str | Path, change: EditOrDelta | Plan | Sequence[EditOrDelta], options: Any
-) -> Path | None:
+def _files_of(source: Subject | str | Path, plan_for: Callable[..., Plan]) -> Path | None:
     """The directory that holds the unedited weights; None for a model that is only in memory."""
     if not isinstance(source, Subject):
         return _directory(source)
-    planned(change, source, **options)
+    check_editable(source)
+    plan_for(source.architecture, source.specs).check(source.specs)
     if source.source is not None and source.files is None:
         log.info(
             "weights were changed in memory since they were read from %s: exporting those in memory", source.source
@@ -126,18 +141,18 @@ def _directory(source: str | Path) -> Path:
     )
 
 
-def _plan(
-    change: EditOrDelta | Plan | Sequence[EditOrDelta], architecture: Architecture, shards: Shards, options: Any
-) -> Plan:
-    plan = change if isinstance(change, Plan) else lower(change, architecture, shards.specs, **options)
-    plan.check(shards.specs)
-    return plan
+def _check_config(directory: Path, plan: Plan) -> None:
+    """Refuse widths that the family's config refuses, before anything is written."""
+    from transformers import AutoConfig
+
+    if plan.structure != "keep":
+        patched_config(AutoConfig.from_pretrained(directory, trust_remote_code=False), plan)
 
 
 def _bytes_to_write(plan: Plan, shards: Shards, place: Path, dtype: torch.dtype | None, link: bool) -> int:
     """What the new shards take: files that are hard links take nothing."""
     linked = link and dtype is None and shards.directory.stat().st_dev == place.stat().st_dev
-    touched = {shards.entries[name].file for name in plan.operations if name in shards.entries}
+    touched = {shards.entries[name].file for name in plan.rewritten if name in shards.entries}
     added = sum(spec.nbytes for spec in plan.added.values())
     added += sum(shards.specs[name].nbytes for name in plan.unties.values())
     files = touched if linked else shards.files

@@ -7,11 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
+from repedit.arch import Anatomy
+from repedit.arch.widths import mlp_widths, ragged_widths
 from repedit.plan import Plan
-from repedit.rewrite.certificates import TensorCertificate, check_leaks, combined
+from repedit.rewrite.certificates import TensorCertificate, check_leaks, combined, sliced_certificate
+from repedit.shards import open_shards
 
 PACKAGES = ("repedit", "torch", "transformers", "safetensors")
 
@@ -21,7 +25,7 @@ class Change:
     """One touched tensor."""
 
     relative: float
-    """||after - before|| / ||before||, infinite for a tensor that is new."""
+    """||after - before|| / ||before||, infinite for a tensor that is new or has another shape."""
     before: str | None
     """sha256 of the bytes; None for a tensor that is new."""
     after: str
@@ -47,6 +51,12 @@ class Manifest:
     """rank, leak before and after the cast, exactness, per tensor; None where nothing was projected."""
     loaders: tuple[str, ...] = ("transformers.AutoModelForCausalLM", "repedit.load")
     structure: str = "keep"
+    layout: str | None = None
+    """"uniform" or "ragged" where neurons were cut out; "ragged" too where the source was so."""
+    widths: Mapping[str, int] | None = None
+    """MLP neurons by layer (of one expert where there are experts), along with the layout; read by repedit.load."""
+    parameters: Mapping[str, int] | None = None
+    """Numbers in the files before and after, where shapes changed."""
     format: int = 1
 
     @property
@@ -60,8 +70,16 @@ class Manifest:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
 
-def manifest(plan: Plan, changes: Mapping[str, Change], source: Path, new: Path, dtype: str | None) -> Manifest:
-    """Hash every file of the new checkpoint and of its source, and record what was done."""
+def manifest(
+    plan: Plan, changes: Mapping[str, Change], source: Path, new: Path, dtype: str | None, made: Anatomy
+) -> Manifest:
+    """Hash every file of the new checkpoint and of its source, and record what was done.
+
+    Args:
+        made: the new checkpoint's anatomy, from its own config and headers.
+    """
+    ragged = bool(ragged_widths(made))
+    sized = ragged or plan.structure == "slim"
     return Manifest(
         base={"name": source.name if source.name != "unedited" else "in-memory model", "files": _hashes(source)},
         edit=dict(plan.provenance),
@@ -74,6 +92,11 @@ def manifest(plan: Plan, changes: Mapping[str, Change], source: Path, new: Path,
         dtype=dtype,
         versions={name: version(name) for name in PACKAGES},
         certificate=_certificate(plan, changes),
+        loaders=("repedit.load",) if ragged else ("transformers.AutoModelForCausalLM", "repedit.load"),
+        structure=plan.structure,
+        layout=("ragged" if ragged else "uniform") if sized else None,
+        widths={str(layer): width for layer, width in mlp_widths(made).items()} if sized else None,
+        parameters={"before": _numbers(source), "after": _numbers(new)} if plan.structure != "keep" else None,
     )
 
 
@@ -99,7 +122,8 @@ def card(plan: Plan, record: Manifest, source: Path) -> str:
             f"# {name}, edited",
             "",
             f"Weights of `{name}` edited with repedit {record.versions['repedit']}: {len(record.plan)} tensors changed, all "
-            "others are byte-identical to the base. Plain `AutoModelForCausalLM.from_pretrained` loads this directory.",
+            f"others are byte-identical to the base. {_loading(record)}",
+            *_structure(record),
             "",
             "| site | edit | exactness |",
             "|---|---|---|",
@@ -116,11 +140,41 @@ def card(plan: Plan, record: Manifest, source: Path) -> str:
 
 
 def _certificate(plan: Plan, changes: Mapping[str, Change]) -> dict[str, Any] | None:
+    if plan.structure == "slice":
+        return sliced_certificate(plan).plain()
     rows = {name: change.certificate for name, change in sorted(changes.items()) if change.certificate is not None}
     if not rows:
         return None
     check_leaks(rows)
     return combined(plan, rows, "folded").plain()
+
+
+def _loading(record: Manifest) -> str:
+    if record.layout == "ragged":
+        return "Its layers have MLPs of different widths, which `config.json` cannot say: only `repedit.load` reads this directory."
+    return "Plain `AutoModelForCausalLM.from_pretrained` loads this directory."
+
+
+def _structure(record: Manifest) -> list[str]:
+    """What changed in size, and what that does not mean."""
+    if record.parameters is None:
+        return []
+    before, after = record.parameters["before"], record.parameters["after"]
+    sizes = f"Its files hold {after:,} parameters, those of the base {before:,}."
+    if record.structure == "slim":
+        return ["", f"Pruned neurons and heads are cut out of the tensors ({record.layout} widths). {sizes}"]
+    assert record.certificate is not None
+    old, new = record.certificate["widths"]
+    return [
+        "",
+        f"The residual stream has {new} coordinates where the base has {old}. {sizes} The place of the removed directions is "
+        "gone: there is no hook to take off and no null space to fill again. The model can still hold the information in the "
+        "coordinates that stay, or learn it there again.",
+    ]
+
+
+def _numbers(folder: Path) -> int:
+    return sum(prod(spec.shape) for spec in open_shards(folder).specs.values())
 
 
 def _body(text: str) -> str:
@@ -130,8 +184,8 @@ def _body(text: str) -> str:
 
 def _entry(plan: Plan, name: str, change: Change) -> dict[str, Any]:
     return {
-        "operations": [operation.describe() for operation in plan.operations.get(name, ())],
-        "relative_change": None if change.before is None else change.relative,
+        "operations": plan.describe(name),
+        "relative_change": change.relative if isfinite(change.relative) else None,
         "sha256_before": change.before,
         "sha256_after": change.after,
     }

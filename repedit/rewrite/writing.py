@@ -28,18 +28,19 @@ def write_weights(
     """Write every shard to `target` with the plan carried out; returns what became of each touched tensor.
 
     A shard without touched tensors is linked or copied; one with touched tensors is copied and the bytes of those are
-    replaced, header and offsets staying as they are. New tensors go to a shard of their own.
+    replaced, header and offsets staying as they are, unless a shape or the dtype changes. New tensors go to a shard of
+    their own.
     """
     changes: dict[str, Change] = {}
     extra = _extra_tensors(plan, shards)
     files = {file: _renamed(file, shards, bool(extra)) for file in shards.files}
     for file, name in files.items():
-        if dtype is not None:
+        if dtype is not None or any(shards.entries[n].file == file for n in plan.resized if n in shards.entries):
             changes |= _converted(plan, shards, file, target / name, dtype)
         else:
             changes |= _patched(plan, shards, file, target / name, link)
     names = {tensor: files[entry.file] for tensor, entry in shards.entries.items()}
-    specs = {tensor: spec if dtype is None else _cast(spec, dtype) for tensor, spec in shards.specs.items()}
+    specs = {tensor: _cast(plan.spec(tensor, spec), dtype) for tensor, spec in shards.specs.items()}
     if extra:
         name = _added_name(set(files.values()), shards.indexed)
         tensors = {key: value if dtype is None else value.to(dtype) for key, value in extra.items()}
@@ -47,10 +48,10 @@ def write_weights(
         _write_shard(tensors, target / name)
         names |= dict.fromkeys(tensors, name)
         specs |= {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in tensors.items()}
-    for head in set(plan.unties) - set(extra):  # the files hold it already, and keep it
+    for head in set(plan.unties) - set(extra) - set(plan.resized):  # the files hold it already, and keep it
         kept = shards.read(head)
         changes[head] = _change(kept, kept)
-    _write_index(shards, names, specs, target, changed=bool(extra) or dtype is not None)
+    _write_index(shards, names, specs, target, changed=bool(extra or plan.resized) or dtype is not None)
     return changes
 
 
@@ -63,7 +64,8 @@ def _extra_tensors(plan: Plan, shards: Shards) -> dict[str, Tensor]:
     new = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in plan.added.items()}
     new = {name: plan.apply(name, value, shards.read) for name, value in new.items()}
     heads = {head: embedding for head, embedding in plan.unties.items() if head not in shards.entries}
-    return new | {head: shards.read(embedding) for head, embedding in heads.items()}
+    kept = {head: shards.read(embedding) for head, embedding in heads.items()}
+    return new | {n: plan.apply(n, t, shards.read) if n in plan.resized else t for n, t in kept.items()}
 
 
 def _added_name(taken: set[str], indexed: bool) -> str:
@@ -76,7 +78,7 @@ def _added_name(taken: set[str], indexed: bool) -> str:
 
 def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) -> dict[str, Change]:
     source = (shards.directory / file).resolve()
-    touched = [name for name in plan.operations if name in shards.entries and shards.entries[name].file == file]
+    touched = [name for name in plan.rewritten if name in shards.entries and shards.entries[name].file == file]
     if not touched:
         _link_or_copy(source, target, link)
         return {}
@@ -92,9 +94,10 @@ def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) ->
     return changes
 
 
-def _converted(plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype) -> dict[str, Change]:
+def _converted(plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype | None) -> dict[str, Change]:
+    """A shard written anew, because dtypes or shapes change."""
     names = [name for name, entry in shards.entries.items() if entry.file == file]
-    specs = {name: _cast(shards.entries[name].spec, dtype) for name in names}
+    specs = {name: _cast(plan.spec(name, shards.entries[name].spec), dtype) for name in names}
     head, ranges = header(specs, _METADATA)
     changes = {}
     with open(target, "xb") as out:
@@ -103,17 +106,17 @@ def _converted(plan: Plan, shards: Shards, file: str, target: Path, dtype: torch
             before = shards.read(name)
             after = (
                 plan.apply(name, before, shards.read).to(specs[name].dtype)
-                if name in plan.operations
+                if name in plan.rewritten
                 else before.to(specs[name].dtype)
             )
             out.write(raw_bytes(after))
-            if name in plan.operations:
+            if name in plan.rewritten:
                 changes[name] = _change(before, after, certified(plan, name, before, after, shards.read))
     return changes
 
 
-def _cast(spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
-    return TensorSpec(spec.shape, dtype if spec.dtype.is_floating_point else spec.dtype)
+def _cast(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
+    return spec if dtype is None or not spec.dtype.is_floating_point else TensorSpec(spec.shape, dtype)
 
 
 def _write_shard(tensors: Mapping[str, Tensor], target: Path) -> None:
@@ -154,7 +157,7 @@ def _link_or_copy(source: Path, target: Path, link: bool) -> None:
 
 def _change(before: Tensor | None, after: Tensor, proof: TensorCertificate | None = None) -> Change:
     relative = float("inf")
-    if before is not None:
+    if before is not None and before.shape == after.shape:
         old = before.double()
         relative = float((after.double() - old).norm() / old.norm().clamp(min=1e-300))
     return Change(
