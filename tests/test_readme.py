@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import repedit as rp
 from repedit.attacks.controls import writing
+from tests.edits import pruned_layers
 from tests.saved import saved
+from tests.tiny import tiny
 from tests.world import facts as known
 from tests.world import original, reference
 
@@ -61,6 +64,13 @@ def test_the_unlearning_example_runs(tmp_path: Path, monkeypatch):
         assert hasattr(rp.recipes, name)
 
 
+def test_the_smaller_example_runs(tmp_path: Path, monkeypatch):
+    lm = tiny("llama")
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS[3], {"rp": rp, "lm": lm, "edit": pruned_layers(lm), "basis": torch.randn(24, 4)})
+    assert (tmp_path / "slim" / "repedit.json").exists() and (tmp_path / "narrow" / "repedit.json").exists()
+
+
 def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
     edited, plain, source = writing.nudged(original()), rp.audit, original
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
@@ -70,9 +80,9 @@ def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
         rp, "audit", lambda _, original, facts, out: plain(edited, original=source(), facts=facts, out=out, **options)
     )
     monkeypatch.chdir(tmp_path)
-    exec(BLOCKS[3], {"rp": rp})
+    exec(BLOCKS[4], {"rp": rp})
     assert "NOT FORGOTTEN" in capsys.readouterr().out
-    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[3]):
+    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[4]):
         assert (tmp_path / "audit" / name).exists()
 
 
