@@ -47,7 +47,7 @@ def numbers(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3_moe"])
 def test_slim_files_hold_the_slim_model(family, tmp_path: Path):
     subject = tiny(family)
     edit = pruned_layers(subject)
@@ -63,7 +63,7 @@ def test_slim_files_hold_the_slim_model(family, tmp_path: Path):
         assert numbers(tmp_path / "in") - numbers(tmp_path / "out") >= 0.95 * gone - 1024
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "mixtral", "phi", "cohere"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "phi"])
 def test_sliced_files_hold_the_sliced_model(family, tmp_path: Path):
     subject = tiny(family)
     edit = erasure(subject)
@@ -79,7 +79,7 @@ def test_sliced_files_hold_the_sliced_model(family, tmp_path: Path):
     assert numbers(tmp_path / "erased") - numbers(tmp_path / "out") >= 0.95 * gone - 1024
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "olmoe"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_ragged_files_are_read_by_repedit_and_by_nothing_else(family, tmp_path: Path, caplog):
     subject = tiny(family)
     edit = pruned_layers(subject)
@@ -242,6 +242,12 @@ def test_verbs_write_other_shapes_and_say_who_reads_them(tmp_path: Path):
     words = ("prune", model, "--fraction", "0.4", "--tokens", "400", "--structure", "slim", "--layout", "ragged")
     text = run(*words, "--out", tmp_path / "ragged")
     assert "read by: repedit.load" in text and "plain transformers cannot, its layers have different widths" in text
+    words = ("prune", model, "--fraction", "0.01", "--tokens", "400", "--structure", "slim", "--out", tmp_path / "none")
+    with pytest.raises(
+        NotSlimmable, match=r"nothing would be cut.*The edit is kept in \S+none-edit.safetensors: repedit apply"
+    ):
+        CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+    assert rp.Edit.load(tmp_path / "none-edit.safetensors").maps and not (tmp_path / "none").exists()
     rp.erase_stream(rp.load(model), basis()).save(tmp_path / "edit.safetensors")
     sliced = ("apply", tmp_path / "edit.safetensors", model, "--structure", "slice")
     assert "coordinates of the stream become 20" in run(*sliced, "--dry-run")

@@ -18,14 +18,26 @@ def shaped(out: Path | None, structure: str, layout: str, multiple: int | None) 
 
 
 def write(edit: Any, subject: Any, out: Path, overwrite: bool, shape: dict[str, Any] | None = None) -> None:
-    """The edit as a file (.safetensors), or the edited checkpoint as a directory, verified."""
+    """The edit as a file (.safetensors), or the edited checkpoint as a directory, verified.
+
+    Where the shape asked for is refused, the edit, which may have taken long to find, is kept beside the directory.
+    """
     from repedit import console
+    from repedit.errors import NotSlimmable
     from repedit.rewrite.checkpoint import export
 
     if out.suffix == ".safetensors":
         edit.save(out)
     else:
-        verify(out, export(edit, subject, out, overwrite=overwrite, **(shape or {})))
+        try:
+            record = export(edit, subject, out, overwrite=overwrite, **(shape or {}))
+        except NotSlimmable as error:
+            kept = out.with_name(f"{out.name}-edit.safetensors")
+            edit.save(kept)
+            raise NotSlimmable(
+                f"{error}. The edit is kept in {kept}: repedit apply {kept} MODEL --out {out}"
+            ) from error
+        verify(out, record)
     console.err.print(f"written: {out}")
 
 
