@@ -66,6 +66,16 @@ def test_inspect_lists_the_sites(model):
     assert (row["hook"], row["width"], row["exactness"]) == ("blocks.1.mlp.hook_post", 128, "exact")
 
 
+def test_an_edit_is_written_as_an_adapter(model, tmp_path: Path):
+    edit, out = tmp_path / "edit.safetensors", tmp_path / "adapter"
+    run("prune", model, "--fraction", "0.05", "--out", edit, *LIMITED)
+    found = json.loads(run("apply", edit, model, "--structure", "adapter", "--out", out, "--json"))
+    assert found["residual"] == 0 and found["largest_rank"] > 0 and (out / "adapter_config.json").exists()
+    assert "hold both models" in run("apply", edit, model, "--structure", "adapter", "--out", out, "--overwrite")
+    with pytest.raises(ArgumentError, match="give --out"):
+        CliRunner().invoke(app, ["apply", str(edit), model, "--structure", "adapter"], catch_exceptions=False)
+
+
 def test_collected_statistics_give_the_same_scores(model, tmp_path: Path):
     files = []
     for text in ("code", "prose"):

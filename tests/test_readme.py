@@ -11,7 +11,6 @@ import torch
 
 import repedit as rp
 from repedit.attacks.controls import writing
-from tests.edits import pruned_layers
 from tests.saved import saved
 from tests.tiny import tiny
 from tests.world import facts as known
@@ -67,8 +66,10 @@ def test_the_unlearning_example_runs(tmp_path: Path, monkeypatch):
 def test_the_smaller_example_runs(tmp_path: Path, monkeypatch):
     lm = tiny("llama")
     monkeypatch.chdir(tmp_path)
-    exec(BLOCKS[3], {"rp": rp, "lm": lm, "edit": pruned_layers(lm), "basis": torch.randn(24, 4)})
-    assert (tmp_path / "slim" / "repedit.json").exists() and (tmp_path / "narrow" / "repedit.json").exists()
+    keep = rp.Diagonal.mask(torch.arange(lm.anatomy.width_of(0, rp.Point.MLP_NEURONS)) > 9)
+    edit = rp.Edit(dict.fromkeys(lm.select("*.mlp.neurons"), keep), {"method": "test"})
+    exec(BLOCKS[3], {"rp": rp, "lm": lm, "edit": edit, "basis": torch.randn(24, 4)})
+    assert all((tmp_path / name / "repedit.json").exists() for name in ("slim", "narrow", "lora"))
 
 
 def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):

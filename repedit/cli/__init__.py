@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from repedit.cli import audits, cut, look, project, start, unlearning
+from repedit.cli import applying, audits, cut, look, project, start, unlearning
 
 app = typer.Typer(
     name="repedit",
@@ -29,7 +29,7 @@ for verb in (
     cut.prune,
     project.project,
     unlearning.unlearn,
-    cut.apply,
+    applying.apply,
     look.diff,
     look.compare,
     audits.audit,

@@ -1,4 +1,4 @@
-"""Verbs that find and remove: collect, score, prune, apply."""
+"""Verbs that find and remove: collect, score, prune."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from repedit.cli.options import (
     opened,
 )
 from repedit.cli.writing import plan_of, shaped, write
-from repedit.cli.writing import verify as verified
 
 
 def collect(
@@ -162,53 +161,6 @@ def prune(
         write(found.edit, subject, out, overwrite, shape)
     elif not json:
         console.out.print(plan_of(found.edit, subject, shape), highlight=False)
-
-
-def apply(
-    edit: Annotated[Path, typer.Argument(help="A saved edit or delta (.safetensors).")],
-    model: Model,
-    out: Annotated[Path | None, typer.Option(help="Directory of the edited checkpoint.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Convert every tensor, to bfloat16 say.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
-    verify: Annotated[bool, typer.Option(help="Load the result in a process without repedit.")] = True,
-    structure: Structure = "keep",
-    layout: Layout = "uniform",
-    multiple: Multiple = None,
-    json: Json = False,
-) -> None:
-    """Write the checkpoint of a saved edit or delta, streamed from the files of the model."""
-    from repedit import console, container
-    from repedit.delta import Delta
-    from repedit.edit import Edit
-    from repedit.errors import ArgumentError
-    from repedit.rewrite.checkpoint import export
-
-    shape = shaped(out, structure, layout, multiple)
-    loaded = Delta.load(edit) if container.kind_of(edit) == "delta" else Edit.load(edit)
-    if dry_run:
-        console.out.print(plan_of(loaded, opened(model, "auto", "auto"), shape), highlight=False)
-        return
-    if out is None:
-        raise ArgumentError("--out is needed: the directory to write (or --dry-run)")
-    source: Any = model if Path(model).is_dir() or model == "smollm2-135m" else opened(model, "auto", "auto")
-    record = export(loaded, source, out, dtype=dtype, overwrite=overwrite, **shape)
-    if verify:
-        verified(out, record)
-    if json:
-        console.show_json(
-            {
-                "out": str(out),
-                "tensors": len(record.plan),
-                "largest_relative_change": record.relative_change,
-                "structure": record.structure,
-                "loaders": record.loaders,
-            }
-        )
-    else:
-        console.out.print(
-            f"{out}: {len(record.plan)} tensors changed, largest relative change {record.relative_change:.3g}"
-        )
 
 
 def _show(found: Any, out: Path, dry_run: bool, json: bool) -> None:

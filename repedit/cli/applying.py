@@ -1,0 +1,85 @@
+"""The verb that carries a saved edit or delta out on the files of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from repedit.cli.options import Json, Layout, Model, Multiple, opened
+from repedit.cli.writing import plan_of, shaped
+from repedit.cli.writing import verify as verified
+
+Shape = Annotated[
+    str,
+    typer.Option(help="keep; slim cuts pruned neurons out; slice narrows an erased stream; adapter, a LoRA for PEFT."),
+]
+
+
+def apply(
+    edit: Annotated[Path, typer.Argument(help="A saved edit or delta (.safetensors).")],
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="Directory of the edited checkpoint.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Convert every tensor, to bfloat16 say.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
+    verify: Annotated[bool, typer.Option(help="Load the result in a process without repedit.")] = True,
+    structure: Shape = "keep",
+    layout: Layout = "uniform",
+    multiple: Multiple = None,
+    json: Json = False,
+) -> None:
+    """Write the checkpoint of a saved edit or delta, streamed from the files of the model; or a LoRA adapter of it."""
+    from repedit import console, container
+    from repedit.delta import Delta
+    from repedit.edit import Edit
+    from repedit.errors import ArgumentError
+    from repedit.rewrite.checkpoint import export
+
+    loaded = Delta.load(edit) if container.kind_of(edit) == "delta" else Edit.load(edit)
+    if structure == "adapter":
+        _adapter(loaded, model, out, overwrite, json)
+        return
+    shape = shaped(out, structure, layout, multiple)
+    if dry_run:
+        console.out.print(plan_of(loaded, opened(model, "auto", "auto"), shape), highlight=False)
+        return
+    if out is None:
+        raise ArgumentError("--out is needed: the directory to write (or --dry-run)")
+    source: Any = model if Path(model).is_dir() or model == "smollm2-135m" else opened(model, "auto", "auto")
+    record = export(loaded, source, out, dtype=dtype, overwrite=overwrite, **shape)
+    if verify:
+        verified(out, record)
+    if json:
+        console.show_json(
+            {
+                "out": str(out),
+                "tensors": len(record.plan),
+                "largest_relative_change": record.relative_change,
+                "structure": record.structure,
+                "loaders": record.loaders,
+            }
+        )
+    else:
+        console.out.print(
+            f"{out}: {len(record.plan)} tensors changed, largest relative change {record.relative_change:.3g}"
+        )
+
+
+def _adapter(change: Any, model: str, out: Path | None, overwrite: bool, json: bool) -> None:
+    from repedit import console
+    from repedit.errors import ArgumentError
+    from repedit.rewrite.adapter import export_adapter
+
+    if out is None:
+        raise ArgumentError("--structure adapter writes a directory: give --out")
+    record = export_adapter(change, opened(model, "auto", "auto"), out, overwrite=overwrite)
+    found = {"out": str(out), "modules": len(record.ranks), "largest_rank": max(record.ranks.values())}
+    if json:
+        console.show_json(found | {"parameters": record.parameters, "residual": record.residual})
+        return
+    console.out.print(
+        f"{out}: adapter of {found['modules']} modules, rank at most {found['largest_rank']}, {record.parameters:,} numbers; it and "
+        "the base hold both models"
+    )
