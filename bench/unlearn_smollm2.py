@@ -7,6 +7,7 @@ domains that it never saw, are scored, as in `bench.mrp`. Perplexity is on WikiT
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from argparse import ArgumentParser, Namespace
@@ -16,7 +17,7 @@ from typing import Any
 
 import repedit as rp
 from bench.mrp import Bench, seen
-from bench.record import record
+from bench.record import RESULTS, record
 from repedit.models import Subject
 
 FORGET, RETAIN = "capitals", ("symbols", "languages")
@@ -38,8 +39,26 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Unlearn, score before and after, write bench/results/unlearn-smollm2-RECIPE-SEED.json and print a table."""
+    """Unlearn, score before and after, write bench/results/unlearn-smollm2-RECIPE-SEED.json and print a table.
+
+    With `--audit`, what an earlier run wrote is taken up where it is still there.
+    """
     bench, name = Bench(), f"unlearn-smollm2-{options.recipe.replace(':', '-')}-{options.seed}"
+    options.folder.mkdir(parents=True, exist_ok=True)
+    saved, known = options.folder / f"{name}.safetensors", RESULTS / f"{name}.json"
+    if options.audit and saved.exists() and known.exists():
+        delta, row = rp.Delta.load(saved), json.loads(known.read_text())["rows"][0]
+    else:
+        delta, row = made(bench, options)
+        delta.save(saved)
+    if options.audit:
+        row |= {"audit": audited(bench, rp.apply(delta, bench.lm))}
+    print(record(name, [row], module="unlearn"))
+    print(table(row))
+
+
+def made(bench: Bench, options: Namespace) -> tuple[rp.Delta, dict[str, Any]]:
+    """The difference that the recipe makes, and what the models score before and after."""
     before = scored(bench, bench.lm)
     recipe = rp.recipes.named(f"small:{options.recipe}")
     retain: dict[str, Any] = {domain: seen(bench.train[domain]) for domain in RETAIN}
@@ -49,20 +68,13 @@ def run(options: Namespace) -> None:
         steps=options.steps, lr=options.lr, seed=options.seed, progress=False,
     )  # fmt: skip
     spent = {"minutes": (time.time() - start) / 60, "core_minutes": (time.process_time() - busy) / 60}
-    options.folder.mkdir(parents=True, exist_ok=True)
-    delta.save(options.folder / f"{name}.safetensors")
-    edited = rp.apply(delta, bench.lm)
-    after = scored(bench, edited)
-    row: dict[str, Any] = {
+    after = scored(bench, rp.apply(delta, bench.lm))
+    return delta, {
         "name": options.recipe, "seed": options.seed, "before": before, "after": after, **spent, "steps": len(delta.log),
         "stopped": delta.provenance["stopped"]["reason"],
         "perplexity_ratio": after["retain"]["perplexity"] / before["retain"]["perplexity"],
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }  # fmt: skip
-    if options.audit:
-        row |= {"audit": audited(bench, edited)}
-    print(record(name, [row], module="unlearn"))
-    print(table(row))
 
 
 def scored(bench: Bench, lm: Subject) -> dict[str, dict[str, float]]:
