@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import repedit as rp
 from repedit.attacks import audit as auditing
@@ -249,6 +250,27 @@ def test_models_that_cannot_be_compared_are_refused():
     other = subject_of(tiny("gpt2").model, original().tokenizer)
     with pytest.raises(FingerprintError, match="models of different kinds: "):
         audited(other)
+
+
+@pytest.mark.parametrize("how", ["slim", "slice"])
+def test_a_model_of_another_shape_is_attacked(how, tmp_path):
+    """Cut neurons leave no zeros, deleted coordinates no null space; what needs equal shapes is left out."""
+    lm = original()
+    if how == "slice":
+        small = rp.sliced(rp.erase_stream(lm, torch.randn(64, 4, generator=torch.Generator().manual_seed(0))), lm)
+    else:
+        keep = rp.Diagonal.mask(torch.arange(128) > 7)
+        small = rp.slimmed(rp.Edit({site: keep for site in lm.select("*.mlp.neurons")}, {}), lm)
+    small.model.save_pretrained(tmp_path / "small")
+    lm.tokenizer.save_pretrained(tmp_path / "small")
+    some = few(24)
+    report = audited(tmp_path / "small", facts=some, attacks=("direct", "refill", "direction"), allow_small=True)
+    found = {name: report.finding("edited", name) for name in ("direct", "refill", "direction")}
+    assert max(found["direct"].accuracy.values()) == rp.facts_accuracy(small, some.forget).accuracy
+    assert (found["refill"].status, found["refill"].reason[:13]) == ("skipped", "no null space")
+    kinds = {name.split(",")[0] for name in found["direction"].settings}
+    assert ("edited - original" in kinds) == (how == "slim")
+    assert "update" not in report.diagnostics
 
 
 def test_a_reference_that_knows_is_refused():

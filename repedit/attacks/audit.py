@@ -147,9 +147,13 @@ def _setup(
     steps: int,
     names: Sequence[str],
 ) -> Iterator[Setup]:
-    """What attacks are built with; the original stays open while an attack needs it beside the model attacked."""
+    """What attacks are built with; the original stays open while an attack needs it beside the model attacked.
+
+    States of models of another width are not compared: `direction` then takes the retain facts as its contrast.
+    """
     with ExitStack() as stack:
-        contrast = stack.enter_context(models["original"].opened()) if "direction" in names else None
+        alike = len({model.width for model in models.values()}) == 1
+        contrast = stack.enter_context(models["original"].opened()) if "direction" in names and alike else None
         yield Setup(budget, models["edited"].layers, where, scale, steps, contrast)
 
 

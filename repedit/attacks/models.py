@@ -14,7 +14,8 @@ from repedit.errors import FingerprintError, NoOpEdit
 from repedit.fingerprints import fingerprint
 from repedit.models import Subject, load
 
-_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_embd", "n_layer")
+_FIELDS = ("model_type", "vocab_size", "num_hidden_layers", "n_layer")
+"""What an edited model shares with the original; a slimmed or sliced one has other widths and other numbers of heads."""
 
 
 class Audited:
@@ -27,7 +28,8 @@ class Audited:
             self.fingerprint = fingerprint(subject.model)
             self.kind = {name: getattr(subject.model.config, name, None) for name in _FIELDS}
             self.tokenizer = _vocabulary(subject.need_tokenizer())
-            self.layers = len(subject.anatomy.layers)
+            self.layers, self.width = len(subject.anatomy.layers), subject.anatomy.width
+            self.shapes = {name: spec.shape for name, spec in subject.specs.items()}
             # A hook is code: nothing names it, so what was found with it is not kept for another time.
             self.hooked = self.live and wrapped(subject)
 

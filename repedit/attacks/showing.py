@@ -24,19 +24,21 @@ def shown(report: Report, models: Mapping[str, Audited], facts: Sequence[Fact] =
 
     diagnostics: "update": for every changed matrix of the blocks its size, and the cosine of the rounded update with the
     true one by scheme; its mean as "survival". With facts to ask also "line", and with a reference "uds": see
-    `diagnosing`. An edit that lives in hooks has neither update nor line. Loading costs seconds, so every model is
+    `diagnosing`. An edit that lives in hooks or changed a shape has neither update nor line, one of another width no uds. Loading costs seconds, so every model is
     opened once.
     """
     prompts = [example["prompt"] for example in report.examples]
-    hooked = models["edited"].hooked or models["original"].hooked
-    both = ("edited", "original") if prompts or facts or not hooked else ()
+    pair = models["edited"], models["original"]
+    # Weights that hooks change, or that have another shape, have no difference.
+    apart = any(model.hooked for model in pair) or pair[0].shapes != pair[1].shapes
+    both = ("edited", "original") if prompts or facts or not apart else ()
     roles = (*both, *(("reference",) if "reference" in models and (prompts or facts) else ()))
     with ExitStack() as stack:
         opened = {role: stack.enter_context(models[role].opened()) for role in roles}
         words = {role: continuations(subject, prompts, tokens=TOKENS) for role, subject in opened.items()}
-        found = _update(opened["edited"], opened["original"]) if opened and not hooked else {}
+        found = _update(opened["edited"], opened["original"]) if opened and not apart else {}
         if facts:
-            found |= _diagnosed(opened, facts, plain=not hooked)
+            found |= _diagnosed(opened, facts, plain=not apart)
     examples = tuple(
         {**example, **{role: texts[i] for role, texts in words.items()}, "attacked": example["answer"]}
         for i, example in enumerate(report.examples)
@@ -49,7 +51,11 @@ def _diagnosed(opened: Mapping[str, Subject], facts: Sequence[Fact], *, plain: b
     if edited.quantizer or original.quantizer:
         return {}
     found = {"line": line(edited, original, facts)} if plain else {}
-    return found | ({"uds": uds(edited, original, opened["reference"], facts)} if "reference" in opened else {})
+    # States of one model are put into another.
+    same = len({subject.anatomy.width for subject in opened.values()}) == 1
+    if "reference" not in opened or not same:
+        return found
+    return found | {"uds": uds(edited, original, opened["reference"], facts)}
 
 
 def _update(edited: Subject, original: Subject) -> dict[str, Any]:
