@@ -20,11 +20,13 @@ from bench.timing import paired
 from repedit.edit import Edit
 from repedit.models import Subject
 
-FRACTIONS = (0.05, 0.1, 0.2)
+FRACTIONS = (80 / 1536, 160 / 1536, 320 / 1536)
+"""Of a layer: multiples of 8 neurons, so that nothing is padded."""
 SCORES: dict[str, dict[str, Any]] = {"|z|": {}, "|z g|": {"importance": "gxa"}}
+FILLS = {"|z|": ("zero", "mean"), "|z g|": ("mean",)}
 COLLECTED, MEASURED = 64, 32
 """Chunks of 128 tokens."""
-BARS = {0.05: 1.35, 0.1: 1.15}
+BARS = dict(zip(FRACTIONS, (1.35, 1.15, None), strict=True))
 
 
 def edits(lm: Subject, seed: int) -> Iterator[tuple[dict[str, Any], Edit]]:
@@ -34,7 +36,7 @@ def edits(lm: Subject, seed: int) -> Iterator[tuple[dict[str, Any], Edit]]:
     for name, options in SCORES.items():
         scores = rp.score(f, r, combine="ratio", **options)
         for fraction in FRACTIONS:
-            for fill in ("zero", "mean"):
+            for fill in FILLS[name]:
                 values = {"values": r} if fill == "mean" else {}
                 edit = rp.prune(scores, fraction=fraction, scope="layer", fill=fill, **values)
                 yield {"score": name, "fraction": fraction, "fill": fill}, edit
@@ -59,7 +61,7 @@ def main() -> None:
         row |= {f"{name} top-1": after[name].top1 for name in test}
         if row["score"] == "|z|" and row["fill"] == "zero":
             row["time"] = vars(paired(lambda: forward(lm, ids), lambda: forward(small, ids), pairs=5))  # noqa: B023
-        row["bar"] = BARS.get(row["fraction"])
+        row["bar"] = BARS[row["fraction"]]
         rows.append(row)
         print(row, flush=True)
     print(record("slim", rows, before={name: p.top1 for name, p in before.items()}))
@@ -69,7 +71,7 @@ def main() -> None:
     print("|---" * 7 + "|")
     for row in rows:
         time = f"{row['time']['median']:.2f}" if "time" in row else ""
-        print(f"| {row['score']} | {row['fraction']:.0%} | {row['fill']} | {row['mlp_parameters_removed']:.1%} | "
+        print(f"| {row['score']} | {row['fraction']:.1%} | {row['fill']} | {row['mlp_parameters_removed']:.1%} | "
               f"x{row['prose perplexity ratio']:.3f} | x{row['code perplexity ratio']:.3f} | {time} |")  # fmt: skip
 
 
