@@ -260,7 +260,7 @@ def test_a_model_of_another_shape_is_attacked(how, tmp_path):
         small = rp.sliced(rp.erase_stream(lm, torch.randn(64, 4, generator=torch.Generator().manual_seed(0))), lm)
     else:
         keep = rp.Diagonal.mask(torch.arange(128) > 7)
-        small = rp.slimmed(rp.Edit({site: keep for site in lm.select("*.mlp.neurons")}, {}), lm)
+        small = rp.slimmed(rp.Edit(dict.fromkeys(lm.select("*.mlp.neurons"), keep), {}), lm)
     small.model.save_pretrained(tmp_path / "small")
     lm.tokenizer.save_pretrained(tmp_path / "small")
     some = few(24)
