@@ -84,16 +84,7 @@ def scored(bench: Bench, lm: Subject) -> dict[str, dict[str, float]]:
 
 def audited(bench: Bench, edited: Subject) -> dict[str, Any]:
     """What brings the capitals back."""
-    kept = [fact for domain in RETAIN for fact in bench.test[domain]]
-    report = rp.audit(
-        edited,
-        original=bench.lm,
-        facts=bench.facts[FORGET],
-        retain=kept,
-        attacks=ATTACKS,
-        allow_small=True,
-        progress=False,
-    )
+    report = rp.audit(edited, original=bench.lm, facts=rp.data.facts(FORGET), attacks=ATTACKS, progress=False)
     return {"verdict": report.verdict.word, "recoveries": [asdict(found) for found in report.recoveries]}
 
 
