@@ -11,12 +11,14 @@ import json
 import resource
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import repedit as rp
 from bench.mrp import Bench, seen
+from bench.mrp_report import shown
 from bench.record import RESULTS, record
 from repedit.models import Subject
 
@@ -55,6 +57,7 @@ def run(options: Namespace) -> None:
         row |= {"audit": audited(bench, rp.apply(delta, bench.lm))}
     print(record(name, [row], module="unlearn"))
     print(table(row))
+    print(joined())
 
 
 def made(bench: Bench, options: Namespace) -> tuple[rp.Delta, dict[str, Any]]:
@@ -96,3 +99,38 @@ def table(row: dict[str, Any]) -> str:
             found = row["after"][side][name]
             lines.append(f"| {side}: {name} | {value:.3f} | {found:.3f} | {found / value:.3f} |")
     return "\n".join(lines)
+
+
+def joined() -> str:
+    """A Markdown table of every recipe that was run, with what its audit said where there was one."""
+    head = ("recipe", "seeds", "capitals", "in new words", "symbols and languages kept", "worst other domain kept", "perplexity",
+            "recovery by retraining", "by int4", "audit says", "core minutes")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("unlearn-smollm2-*.json")):
+        row = json.loads(path.read_text())["rows"][0]
+        found.setdefault(row["name"], []).append(row)
+    for name, rows in found.items():
+        lines.append(f"| {' | '.join((name, str(len(rows)), *_cells(rows)))} |")
+    return "\n".join(lines)
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> list[str]:
+    def share(row: dict[str, Any], names: Sequence[str]) -> float:
+        before, after = (sum(row[side]["retain"][n] for n in names) for side in ("before", "after"))
+        return float(after / before)
+
+    def back(row: dict[str, Any], attack: str) -> list[float]:
+        return [r["value"] for r in row.get("audit", {}).get("recoveries", ()) if r["attack"] == attack]
+
+    others = [n for n in rows[0]["after"]["retain"] if n not in (*RETAIN, "perplexity")]
+    worst = [min(others, key=lambda n, r=row: share(r, [n])) for row in rows]
+    least = shown(share(row, [n]) for row, n in zip(rows, worst, strict=True))
+    attacks = [[v for row in rows for v in back(row, attack)] for attack in ("rtt", "quantize")]
+    return [
+        shown(row["after"]["forget"]["phrasing 0"] for row in rows), shown(row["after"]["forget"]["unseen"] for row in rows),
+        shown(share(row, RETAIN) for row in rows), f"{least} ({', '.join(sorted(set(worst)))})",
+        f"x{shown(row['perplexity_ratio'] for row in rows)}", *(shown(v) if v else "-" for v in attacks),
+        ", ".join(sorted({row["audit"]["verdict"] for row in rows if "audit" in row})) or "-",
+        shown((row["core_minutes"] for row in rows), 0),
+    ]  # fmt: skip
