@@ -102,3 +102,9 @@ def test_what_is_wrong_is_named(read, text, error, match):
 def test_no_file(tmp_path):
     with pytest.raises(DataError, match=r"absent\.toml"):
         rp.recipes.read(tmp_path / "absent.toml")
+
+
+def test_small_reaches_the_states_a_recipe_is_about():
+    steered, plain = (rp.recipes.named(f"small:{name}") for name in ("rmu", "npo_gdr"))
+    assert steered.parameters.layers == rp.recipes.rmu().parameters.layers != "20-29"
+    assert plain.parameters.layers == "20-29" and steered.steps == plain.steps == 60
