@@ -119,9 +119,9 @@ def test_rows_of_tofu_by_hand(tmp_path):
 
 
 def test_folders_of_semeval_may_be_kept(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     for side in ("forget", "retain"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW]), tmp_path / f"{side}_train-0.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist([ROW]), tmp_path / f"{side}_train-0.parquet")
     for side in ("member", "nonmember"):
         lines(tmp_path / "mia_data" / f"{side}.jsonl", {"id": 1, "document": side})
     found = rp.data.semeval(tmp_path, "train")

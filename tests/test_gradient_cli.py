@@ -68,7 +68,9 @@ def test_unlearn_writes_a_delta_that_apply_reads(model, rows, tmp_path):
 
 
 def test_unlearn_writes_a_checkpoint(model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("repedit.cli.writing.verify", lambda out: None)  # loads it in a fresh process, for ten seconds
+    monkeypatch.setattr(
+        "repedit.cli.writing.verify", lambda out, record: None
+    )  # loads it in a fresh process, for ten seconds
     done = call(model, rows, tmp_path / "edited", "--set", "lr=1e-3", "--steps", "1")
     assert done.exit_code == 0, done.output
     assert rp.diff(model, tmp_path / "edited") and "mostly hides" in done.output
