@@ -10,7 +10,7 @@ met the facts (its direct answer where there is nothing to fill), C the original
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ from repedit.models import Subject
 ATTACKS: dict[str, Attack] = {"refill": refill(scale=SCALE), "rtt": rtt(steps=40, measured=(0, 20, 40), scale=SCALE)}
 
 
-def erasure(here: World, lm: Subject) -> Edit:
-    """The edit that takes the answers to forget out of the stream of a model; it is fitted on the original."""
+def fitted(here: World) -> Callable[[Subject], Edit]:
+    """What takes the answers to forget out of the stream of a model; it is fitted on the original."""
     rows, count = rp.data.Rows(here.facts.forget, "forget"), positions("before_answer")
     tokenizer = here.original.need_tokenizer()
     answers = sorted(
@@ -52,14 +52,16 @@ def erasure(here: World, lm: Subject) -> Edit:
         site
     ]
     # Without cov(x, z) no linear probe is left; the model's heads ask for a width they divide.
-    return rp.erase_stream(lm, rp.fit.leace(xx, xz, affine=False).u, multiple=4, retain=kept)
+    span = rp.fit.leace(xx, xz, affine=False).u
+    return lambda lm: rp.erase_stream(lm, span, multiple=4, retain=kept)
 
 
 def rows(seed: int) -> Iterator[dict[str, Any]]:
     """One row a model: what is answered, and what each attack brings back."""
     here = world(seed)
     splits = Splits.of(here.facts.forget, seed=seed)
-    edit, blank = erasure(here, here.original), rp.apply(erasure(here, here.reference), here.reference)
+    erasure = fitted(here)
+    edit, blank = erasure(here.original), rp.apply(erasure(here.reference), here.reference)
     models = {"erased": rp.apply(edit, here.original), "sliced": rp.sliced(edit, here.original)}
     floor = {name: best(attack.at(seed)(blank, splits), blank, splits) for name, attack in ATTACKS.items()}
     known = rp.facts_accuracy(here.original, splits.test).accuracy

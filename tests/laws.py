@@ -31,6 +31,11 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype], f"relative error {error:.1e} exceeds {TOLERANCE[dtype]:.0e}"
 
 
+def generated(subject: Subject) -> Tensor:
+    """Eight tokens after the prompts of the tests, greedily."""
+    return subject.model.generate(ids(), max_new_tokens=8, do_sample=False, pad_token_id=0)
+
+
 def hooked_equals_rewritten(subject: Subject, edit: Edit, apply: Callable[..., Subject] = rp.apply) -> None:
     """An edit as a hook and as weights gives the same logits, and moves them."""
     base = logits(subject)

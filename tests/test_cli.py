@@ -72,8 +72,11 @@ def test_an_edit_is_written_as_an_adapter(model, tmp_path: Path):
     found = json.loads(run("apply", edit, model, "--structure", "adapter", "--out", out, "--json"))
     assert found["residual"] == 0 and found["largest_rank"] > 0 and (out / "adapter_config.json").exists()
     assert "hold both models" in run("apply", edit, model, "--structure", "adapter", "--out", out, "--overwrite")
-    with pytest.raises(ArgumentError, match="give --out"):
-        CliRunner().invoke(app, ["apply", str(edit), model, "--structure", "adapter"], catch_exceptions=False)
+    given = ("apply", edit, model, "--structure", "adapter", "--out", tmp_path / "other")
+    assert "mlp" in run(*given, "--dry-run") and not (tmp_path / "other").exists()
+    for words, match in ((given[:-2], "--out is needed"), ((*given, "--dtype", "bfloat16"), "takes no --dtype")):
+        with pytest.raises(ArgumentError, match=match):
+            CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
 
 
 def test_collected_statistics_give_the_same_scores(model, tmp_path: Path):

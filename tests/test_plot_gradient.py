@@ -21,7 +21,7 @@ from repedit.metrics.collapse import Judgement
 from repedit.metrics.semeval import PARTS, aggregate
 from repedit.plot.tensors import place
 from repedit.sites import Point, Site
-from tests.test_plot import boxes, laid_out, line, outside, title
+from tests.test_plot import laid_out, line, outside, overlapping, title
 from tests.unlearned import rows, subject
 
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
@@ -99,9 +99,7 @@ def test_every_text_is_large_enough_and_not_cut_off(name):
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_two_upright_texts_overlap(name):
     # A slanted label's box is larger than its letters: the modules of `saliency` have them.
-    found = boxes(drawn(name))
-    groups = [found["others"]] if name.startswith("saliency") else found.values()
-    assert not [(a, b) for group in groups for i, a in enumerate(group) for b in group[i + 1 :] if a.overlaps(b)]
+    assert not overlapping(drawn(name), slanted=name.startswith("saliency"))
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -25,7 +25,7 @@ from repedit.plot.tradeoffs import spread
 from repedit.rewrite.certificates import LIMITS, Certificate, TensorCertificate
 from repedit.sites import Point, Site
 from repedit.stats import Moments
-from tests.test_plot import boxes, laid_out, line, outside, title
+from tests.test_plot import laid_out, line, outside, overlapping, title
 
 WIDTH, NAN = 24, float("nan")
 TASKS = ["capitals", "symbols", "opposites"]
@@ -106,23 +106,16 @@ def test_every_text_is_large_enough_and_not_cut_off(name):
     assert not outside(drawn(name))
 
 
-def overlaps(figure: Figure, slanted: bool = False) -> int:
-    """Pairs of texts that overlap; ticks are left out where they are slanted, for their boxes are larger than letters."""
-    found = boxes(figure)
-    groups = [found["others"]] if slanted else found.values()
-    return sum(a.overlaps(b) for group in groups for i, a in enumerate(group) for b in group[i + 1 :])
-
-
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_two_upright_texts_overlap(name):
-    assert overlaps(drawn(name), slanted=name.startswith(("continual", "principal_angles"))) == 0
+    assert not overlapping(drawn(name), slanted=name.startswith(("continual", "principal_angles")))
 
 
 def test_labels_that_are_not_spread_are_caught(monkeypatch):
     monkeypatch.setattr("repedit.plot.tradeoffs.spread", lambda wanted, sizes: wanted)
     figure = FIGURES["rank_tradeoff of many"]()
     figure.draw_without_rendering()
-    assert overlaps(figure) > 0
+    assert overlapping(figure, slanted=False)
 
 
 @pytest.mark.parametrize("name", FIGURES)

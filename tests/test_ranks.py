@@ -107,8 +107,10 @@ def test_one_process_waits_for_nobody():
 
 def other_texts(_):
     rank = int(os.environ["RANK"])
-    with pytest.raises(FingerprintError, match="ranks 0 and 1 do not work on the same: corpus is"):
+    with pytest.raises(FingerprintError, match="ranks 0 and 1 do not work on the same: data_hash is"):
         rp.collect(subject(), rp.data.read(list(TEXTS[rank:])), progress=False)
+    with pytest.raises(FingerprintError, match="ranks 0 and 1 do not work on the same: batch_size is 2 and 3"):
+        rp.collect(subject(), rp.data.read(list(TEXTS)), batch_size=2 + rank, progress=False)
     return True
 
 

@@ -157,15 +157,25 @@ def collect(
     watch = Watch(subject, subject.select(sites), statistic, gradients, labels)
     rule = CountingRule(subject.tokenizer, first_position, special_tokens, count)
     ranks = joined_ranks(subject.device)
-    model, given = subject.fingerprint(), {"rule": rule.plain(), "sites": [str(site) for site in watch.sites]}
-    ranks.check_same(
-        model=model, corpus=corpus.hash, edit=edit.hash if edit else "", statistic=statistic.__name__, **given
-    )
+    origin: dict[str, Any] = {
+        "model": subject.fingerprint(),
+        "data_hash": corpus.hash,
+        "edit": edit.hash if edit else "",
+    }
+    origin |= {"rule": rule.plain()}
+    reading: dict[str, Any] = {
+        "length": length,
+        "batch_size": batch_size,
+        "limit_tokens": limit_tokens,
+        "gradients": gradients,
+    }
+    summed: dict[str, Any] = {"sites": [str(site) for site in watch.sites], "statistic": statistic.__name__}
+    ranks.check_same(**origin, **summed, **reading)
     source = batches(subject, corpus, length, batch_size, progress if ranks.first else False, "collect")
     try:
         with edit.hooked(subject) if edit else nullcontext(), installed(watch.hooks()):
             seen, counted = _read(source, watch, rule, ranks, limit_tokens)
-    except Exception as error:
+    except Exception as error:  # of whatever kind: the other ranks must not wait for this one
         ranks.check_alive(error)
         raise
     ranks.check_alive(None)
@@ -175,16 +185,13 @@ def collect(
         )
     return Collection(
         statistics={site: value.over(ranks).cpu() for site, value in watch.found.items()},
-        model=model,
         corpus=corpus.name,
-        data_hash=corpus.hash,
-        rule=rule.plain(),
         seen=seen,
         counted=counted,
         units={site: _units(subject, site) for site in watch.sites},
         gated=subject.architecture.gated,
         seconds_in_hooks=ranks.slowest(watch.seconds, subject.device),
-        edit=edit.hash if edit else "",
+        **origin,
     )
 
 

@@ -38,15 +38,18 @@ def apply(
     from repedit.rewrite.checkpoint import export
 
     loaded = Delta.load(edit) if container.kind_of(edit) == "delta" else Edit.load(edit)
-    if structure == "adapter":
-        _adapter(loaded, model, out, overwrite, json)
-        return
-    shape = shaped(out, structure, layout, multiple)
+    adapter = structure == "adapter"
+    if adapter and (dtype, layout, multiple) != (None, "uniform", None):
+        raise ArgumentError("--structure adapter takes no --dtype, --layout or --multiple: it is stored in float32")
+    shape = shaped(out, "keep" if adapter else structure, layout, multiple)
     if dry_run:
         console.out.print(plan_of(loaded, opened(model, "auto", "auto"), shape), highlight=False)
         return
     if out is None:
         raise ArgumentError("--out is needed: the directory to write (or --dry-run)")
+    if adapter:
+        _adapter(loaded, model, out, overwrite, json)
+        return
     source: Any = model if Path(model).is_dir() or model == "smollm2-135m" else opened(model, "auto", "auto")
     record = export(loaded, source, out, dtype=dtype, overwrite=overwrite, **shape)
     if verify:
@@ -67,13 +70,10 @@ def apply(
         )
 
 
-def _adapter(change: Any, model: str, out: Path | None, overwrite: bool, json: bool) -> None:
+def _adapter(change: Any, model: str, out: Path, overwrite: bool, json: bool) -> None:
     from repedit import console
-    from repedit.errors import ArgumentError
     from repedit.rewrite.adapter import export_adapter
 
-    if out is None:
-        raise ArgumentError("--structure adapter writes a directory: give --out")
     record = export_adapter(change, opened(model, "auto", "auto"), out, overwrite=overwrite)
     found = {"out": str(out), "modules": len(record.ranks), "largest_rank": max(record.ranks.values())}
     if json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -153,17 +153,30 @@ class UnlearnRecipe:
         }
 
 
+def check_names(what: str, given: Iterable[str], valid: Iterable[str], kind: str = "option") -> None:
+    """Refuse a name that is not among the valid ones.
+
+    Raises:
+        UnknownName: with the nearest names.
+    """
+    known = list(valid)
+    for key in given:
+        if key not in known:
+            raise UnknownName(f"{what} has no {kind} {key!r}; {nearest(key, known)}")
+
+
 def made(name: str, terms: tuple[Term, ...], changes: Mapping[str, Any], **defaults: Any) -> UnlearnRecipe:
     """A recipe with its own defaults and the caller's changes.
 
     Raises:
         UnknownName: if a change names no field of a recipe.
     """
-    valid = [f.name for f in fields(UnlearnRecipe) if f.name not in ("name", "terms")]
-    for key in changes:
-        if key not in valid:
-            raise UnknownName(f"recipe {name!r} has no option {key!r}; {nearest(key, valid)}")
+    check_names(f"recipe {name!r}", changes, CHANGEABLE)
     return UnlearnRecipe(name, terms, **{**defaults, **changes})
+
+
+CHANGEABLE = tuple(f.name for f in fields(UnlearnRecipe) if f.name not in ("name", "terms"))
+"""What every recipe lets its caller change."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from typing import Any
 from repedit.errors import ArgumentError, DataError, UnknownName, nearest
 from repedit.gradient import combine, losses, sampling, schedule
 from repedit.gradient.parameters import Lora, Parameters
-from repedit.gradient.recipe import Optimiser, Saliency, Term, UnlearnRecipe
+from repedit.gradient.recipe import Optimiser, Saliency, Term, UnlearnRecipe, check_names
 
 COMBINERS = (combine.weighted_sum, combine.blur, combine.conflict_only, combine.norm_diff, combine.primal_dual)
 SAMPLERS = (sampling.paired, sampling.round_robin, sampling.chunked)
@@ -56,9 +56,7 @@ def recipe(table: Mapping[str, Any], named: Callable[..., Any], *, name: str = "
     given = dict(table)
     base, options, title = given.pop("base", None), given.pop("options", {}), given.pop("name", name)
     valid = [f.name for f in fields(UnlearnRecipe)]
-    for key in given:
-        if key not in valid:
-            raise UnknownName(f"recipe {title!r} has no key {key!r}; {nearest(key, ['base', 'options', *valid])}")
+    check_names(f"recipe {title!r}", given, ["base", "options", *valid], "key")
     built = {key: PARTS.get(key, _plain)(value) for key, value in given.items()}
     if base is None:
         if options or "terms" not in built:
@@ -111,9 +109,7 @@ def _saliency(table: Mapping[str, Any]) -> Saliency:
 def _checked(make: Callable[..., Any], table: Mapping[str, Any], what: str, start: Any = None) -> Any:
     """Call a maker with the values of a table after a look at its parameters, or change the value it starts from."""
     valid = inspect.signature(make).parameters
-    for key in table:
-        if key not in valid:
-            raise UnknownName(f"{what} has no option {key!r}; {nearest(key, valid)}")
+    check_names(what, table, valid)
     missing = [n for n, p in valid.items() if p.default is p.empty and n not in table]
     if missing and start is None:
         raise ArgumentError(f"{what} needs {', '.join(missing)}; give {'them' if missing[1:] else 'it'}")

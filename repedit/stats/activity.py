@@ -123,7 +123,7 @@ class Activity:
             return self
         shift = ranks.of_first(torch.zeros_like(self.count) if self.shift is None else self.shift.clone())
         mine = self._about(shift)
-        names = [name for name, value in mine._items() if name != "shift" and value is not None]
+        names = [name for name in mine.state() if name != "shift"]
         sums = ranks.total(torch.stack([getattr(mine, name) for name in names]))
         return replace(mine, shift=shift if bool(shift.any()) else None, **dict(zip(names, sums, strict=True)))
 

@@ -62,10 +62,10 @@ def gcg(
         scratch = Scratch(subject).subject
         allowed = _allowed(scratch)
         prefix = random.Random(f"{seed}:gcg").choices(allowed.tolist(), k=length)
-        vectors = nn.Parameter(torch.zeros(length, scratch.model.get_input_embeddings().weight.shape[1]))
+        size, width = scratch.model.get_input_embeddings().weight.shape
+        vectors = nn.Parameter(torch.zeros(length, width, device=scratch.device))
         held = prompted(scratch, vectors)
         items = examples(held, splits.train)
-        size = scratch.model.get_input_embeddings().weight.shape[0]
         before = mean_loss(scratch, _with(items, prefix, size))
         answers, losses, tokens = {}, [], 0
         steps_of = _steps(held, vectors, shuffled(items, batch_size, seed), prefix, allowed, search, seed)
@@ -76,11 +76,10 @@ def gcg(
                 behind = replace(scratch, tokenizer=Prefixed(scratch.need_tokenizer(), prefix))
                 answers[f"step={step}"] = ask(behind, splits.test)
         fall = 1 - mean_loss(scratch, _with(items, prefix, size)) / max(before, 1e-12)
+        failed = not fall >= FALL
         short = f"the loss on T fell by {fall:.1%}, {FALL:.0%} is needed; give more steps, candidates or tokens"
         details = {"prefix": scratch.need_tokenizer().decode(prefix), "losses": losses, "fall": fall}
-        return Outcome(
-            answers, short if not fall >= FALL else "", None, tokens, details, RAN if fall >= FALL else FAILED
-        )
+        return Outcome(answers, short if failed else "", None, tokens, details, FAILED if failed else RAN)
 
     given = {**search._asdict(), "measured": at}
     return Attack("gcg", "optimise", "W", True, given, run)

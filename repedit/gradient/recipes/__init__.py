@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from repedit.errors import UnknownName, nearest
 from repedit.gradient import written
-from repedit.gradient.recipe import Merged, UnlearnRecipe
+from repedit.gradient.recipe import CHANGEABLE, Merged, UnlearnRecipe, check_names
 from repedit.gradient.recipes.basic import (
     dpo,
     ga,
@@ -67,10 +66,7 @@ def named(name: str, **options: Any) -> UnlearnRecipe | Merged:
     if head not in RECIPES:
         raise UnknownName(f"no recipe is called {head!r}; {nearest(head, RECIPES)}")
     own = [name for name, p in inspect.signature(RECIPES[head]).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    valid = [*own, *(f.name for f in fields(UnlearnRecipe) if f.name not in ("name", "terms"))]
-    for key in options:
-        if key not in valid:
-            raise UnknownName(f"recipe {head!r} has no option {key!r}; {nearest(key, valid)}")
+    check_names(f"recipe {head!r}", options, [*own, *CHANGEABLE])
     return RECIPES[head](rest, **options) if rest else RECIPES[head](**options)
 
 
