@@ -80,9 +80,13 @@ class Operation:
             return w + (self.weight.read(read(self.weight.tensor)).to(w) @ self.constant.to(w))[:, None]
         assert self.map is not None
         if self.kind == "inputs":
-            return self.map.right(w)
+            return self.map.right(w, out=w)
         gain = self.gain_of(read, w)
-        out = self.map.left(w) if gain is None else self.map.left(w * gain) / gain
+        if gain is None:
+            out = self.map.left(w, out=w)
+        else:
+            scaled = w * gain
+            out = self.map.left(scaled, out=scaled).div_(gain)
         return out if self.constant is None else out + self.constant.to(out)[:, None]
 
     def gain_of(self, read: Read, like: Tensor) -> Tensor | None:
@@ -169,13 +173,15 @@ class Plan:
         Args:
             read: gives other tensors as they were before the plan (a weight behind a bias, a norm's gain).
         """
+        return self.computed(name, tensor, read).to(tensor.dtype)
+
+    def computed(self, name: str, tensor: Tensor, read: Read) -> Tensor:
+        """The tensor after the plan before it is rounded: float32, or float64 for float64."""
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         work = tensor.detach().to(wide, copy=True)
         for operation in self.operations.get(name, ()):
             operation(work, read)
-        if name in self.resized:
-            work = self.resized[name](work, read)
-        return work.to(tensor.dtype)
+        return self.resized[name](work, read) if name in self.resized else work
 
     def spec(self, name: str, before: TensorSpec) -> TensorSpec:
         """Shape and dtype of a tensor after the plan."""

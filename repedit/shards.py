@@ -141,9 +141,9 @@ def header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tupl
     return len(text).to_bytes(8, "little") + text, {name: (base + a, base + b) for name, (a, b) in ranges.items()}
 
 
-def raw_bytes(tensor: Tensor) -> bytes:
-    """The little-endian bytes of a tensor, as safetensors stores them."""
-    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The little-endian bytes of a tensor, as safetensors stores them; not copied where they are in memory so."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _entries(root: Path, file: str) -> dict[str, Entry]:

@@ -48,11 +48,14 @@ class View:
         return result
 
     def change(self, stored: Tensor, function: Callable[[Tensor], Tensor]) -> None:
-        """The same in place: a hundred experts in one tensor need no hundred copies of it."""
+        """The same in place, `function` being free to write into what it is given: a hundred experts in one tensor need
+        no hundred copies of it."""
         window = self._window(stored)
         matrix = window.flatten(0, 1)
-        new = function(matrix[:, None] if matrix.ndim == 1 else matrix)
-        window.copy_(new.reshape(window.shape))
+        given = matrix[:, None] if matrix.ndim == 1 else matrix
+        new = function(given)
+        if new.data_ptr() != window.data_ptr() or new.stride() != given.stride():
+            window.copy_(new.reshape(window.shape))
 
     def read(self, stored: Tensor) -> Tensor:
         """The matrix, or vector, itself."""

@@ -32,12 +32,12 @@ class AffineMap(ABC):
         """
 
     @abstractmethod
-    def left(self, w: Float[Tensor, "d i"]) -> Float[Tensor, "d i"]:
-        """M W: the weight whose outputs are mapped."""
+    def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
+        """M W: the weight whose outputs are mapped; `out=w` rewrites in place."""
 
     @abstractmethod
-    def right(self, w: Float[Tensor, "o d"]) -> Float[Tensor, "o d"]:
-        """W M: the weight whose inputs are mapped."""
+    def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
+        """W M: the weight whose inputs are mapped; `out=w` rewrites in place."""
 
     @property
     @abstractmethod

@@ -47,17 +47,21 @@ class Chain(AffineMap):
             work = map_(work)
         return work.to(x.dtype)
 
-    def left(self, w: Float[Tensor, "d i"]) -> Float[Tensor, "d i"]:
+    def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
         work = working(w)
         for map_ in self.maps:
-            work = map_.left(work)
-        return work.to(w.dtype)
+            work = map_.left(work, out=out if out is not None and out.dtype == work.dtype else None)
+        return _given(work.to(w.dtype), out)
 
-    def right(self, w: Float[Tensor, "o d"]) -> Float[Tensor, "o d"]:
+    def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
         work = working(w)
         for map_ in reversed(self.maps):
-            work = map_.right(work)
-        return work.to(w.dtype)
+            work = map_.right(work, out=out if out is not None and out.dtype == work.dtype else None)
+        return _given(work.to(w.dtype), out)
+
+
+def _given(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None or out is result else out.copy_(result)
 
 
 def composed(last: AffineMap, first: AffineMap) -> AffineMap:

@@ -61,12 +61,18 @@ class Diagonal(AffineMap):
         scaled = work * self.scale.to(work)
         return (scaled if self.offset is None else scaled + self.offset.to(work)).to(x.dtype)
 
-    def left(self, w: Float[Tensor, "d i"]) -> Float[Tensor, "d i"]:
+    def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
         self._check(w.shape[0])
-        work = working(w)
-        return (work * self.scale.to(work)[:, None]).to(w.dtype)
+        return _scaled(w, self.scale[:, None], out)
 
-    def right(self, w: Float[Tensor, "o d"]) -> Float[Tensor, "o d"]:
+    def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
         self._check(w.shape[1])
-        work = working(w)
-        return (work * self.scale.to(work)).to(w.dtype)
+        return _scaled(w, self.scale, out)
+
+
+def _scaled(w: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+    work = working(w)
+    if out is not None and work is w:
+        return torch.mul(w, scale.to(w), out=out)
+    new = (work * scale.to(work)).to(w.dtype)
+    return new if out is None else out.copy_(new)

@@ -80,15 +80,15 @@ class LowRank(AffineMap):
         u, v, center = self._beside(x)
         return dispatch.project(x, u, v, center)
 
-    def left(self, w: Float[Tensor, "d i"]) -> Float[Tensor, "d i"]:
+    def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
         self._check(w.shape[0])
         u, v, _ = self._beside(w)
-        return dispatch.left(w, u, v)
+        return dispatch.left(w, u, v, out=out)
 
-    def right(self, w: Float[Tensor, "o d"]) -> Float[Tensor, "o d"]:
+    def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
         self._check(w.shape[1])
         u, v, _ = self._beside(w)
-        return dispatch.right(w, u, v)
+        return dispatch.right(w, u, v, out=out)
 
     def _beside(self, x: Tensor) -> Factors:
         """The factors on the device of x, in one dtype; copies made for that are kept for as long as the map lives."""

@@ -24,6 +24,8 @@ from repedit.shards import open_shards
 # ||V^T W'|| / ||V^T W|| that rounding alone can leave. Measured at k = 1 to 16: float32 4e-7, float16 2e-4, bfloat16
 # 1.7e-3 (6e-3 at k = 1, width 2048).
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+_PART = 256
+"""Rows or columns at a time: a tensor is not held in float64."""
 _WORDS = {
     "hook": "the weights are those of the original: whoever removes the hook has the original back",
     "folded": "the directions are gone from the weights, up to rounding; the slot can be trained again",
@@ -103,7 +105,8 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
     found = {}
     for name in plan.operations:
         old = before(name) if name in specs else torch.zeros(plan.added[name].shape, dtype=plan.added[name].dtype)
-        row = certified(plan, name, old, after(name), before)
+        new = after(name)
+        row = certified(plan, name, old, new, plan.computed(name, old, before), before)
         if row is not None:
             found[name] = row
     if not found:
@@ -116,13 +119,13 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
     return combined(plan, found, "hook" if untouched else "folded")
 
 
-def certified(plan: Plan, name: str, before: Tensor, after: Tensor, read: Read) -> TensorCertificate | None:
-    """The row of one tensor; None where no projection acts on it."""
+def certified(
+    plan: Plan, name: str, before: Tensor, after: Tensor, computed: Tensor, read: Read
+) -> TensorCertificate | None:
+    """The row of one tensor, as it was, as it is stored, and before it was rounded; None where no projection acts on it."""
     operations = [op for op in plan.operations.get(name, ()) if isinstance(op.map, LowRank) and op.map.u.shape[1]]
     if not operations:
         return None
-    wide = torch.promote_types(before.dtype, torch.float32)
-    computed = after if after.dtype == wide else plan.apply(name, before.to(wide), read)
     sums = torch.zeros(4, dtype=torch.float64)
     for operation in operations:
         old, new, exact = _coordinates(operation, before, after, computed, read)
@@ -196,14 +199,20 @@ def _coordinates(
     map_, view, offset = operation.map, operation.view, operation.constant
     assert isinstance(map_, LowRank)
     found = []
+    gain = (
+        None
+        if operation.kind == "inputs"
+        else operation.gain_of(read, torch.zeros((), dtype=torch.float64, device=before.device))
+    )
     for tensor in (before, after, computed):
-        w = view.read(tensor).double()
+        w = view.read(tensor)
         w = w[:, None] if w.ndim == 1 else w
         if operation.kind == "inputs":
-            found.append(w @ map_.u.to(w))
-            continue
-        gain = operation.gain_of(read, w)
-        found.append(map_.v.to(w).T @ (w if gain is None else w * gain))
+            u = map_.u.to(w.device, torch.float64)
+            found.append(torch.cat([part.double() @ u for part in w.split(_PART)]))
+        else:
+            v = map_.v.to(w.device, torch.float64) if gain is None else gain * map_.v.to(w.device, torch.float64)
+            found.append(torch.cat([v.T @ part.double() for part in w.split(_PART, 1)], 1))
     if offset is not None:
         # An affine map holds the coordinates at those of its center; they are the measure for a bias that was zero.
         held = map_.v.double().cpu().T @ offset.double().cpu()[:, None]

@@ -1,6 +1,7 @@
 """Write an edited checkpoint that plain transformers can load.
 
-At most a few tensors are in memory. The target appears whole, by one rename: a crash leaves it absent.
+At most a few tensors are in memory. The target appears whole, by one rename: a crash leaves it absent, and the same export
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from repedit.plan import Plan
 from repedit.rewrite.families import architecture_of
 from repedit.rewrite.live import check_editable, noop_message
 from repedit.rewrite.manifest import Change, Manifest, card, manifest
-from repedit.rewrite.placing import check_space, check_target, install, sync, workplace
+from repedit.rewrite.placing import check_space, check_target, install, recover, sync, workplace
 from repedit.rewrite.rebuilding import patched_config
+from repedit.rewrite.resuming import Journal, job
 from repedit.rewrite.structures import structured
 from repedit.rewrite.writing import write_weights
 from repedit.shards import Shards, floating, open_shards, read_json
@@ -79,23 +81,24 @@ def export(
     plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
     out = Path(target).absolute()
     to = None if dtype is None else floating(dtype)
+    recover(out)
     files = _files_of(source, plan_for)
     check_target(out, files, overwrite)
-    with workplace(out) as place:
-        directory = files or _saved(source, place, max_shard_size)
-        shards = open_shards(directory)
-        plan = plan_for(architecture_of(directory), shards.specs)
-        plan.check(shards.specs)
-        _check_config(directory, plan)
-        check_space(place, _bytes_to_write(plan, shards, place, to, link))
+    ready = None if files is None else _prepared(files, plan_for)
+    with workplace(out, "" if ready is None else job(*ready, to, link)) as place:
+        plan, shards = ready or _prepared(_saved(source, place, max_shard_size), plan_for)
         new = place / "checkpoint"
-        new.mkdir()
-        changes = write_weights(plan, shards, new, dtype=to, link=link)
+        new.mkdir(exist_ok=True)
+        journal = Journal(new)
+        there = sum(path.stat().st_size for path in new.iterdir())
+        check_space(place, _bytes_to_write(plan, shards, place, to, link) - there)
+        changes = write_weights(plan, shards, new, journal, dtype=to, link=link)
         _check_changes(plan, changes, allow_identity, dtype)
+        directory = shards.directory
         _copy_others(directory, new)
         _write_config(directory, new, plan, dtype, identity=not plan.config and dtype is None)
         made = anatomy(architecture_of(new), open_shards(new).specs)
-        record = manifest(plan, changes, directory, new, dtype, made)
+        record = manifest(plan, changes, directory, new, dtype, made, journal.hashes)
         (new / "README.md").write_text(card(plan, record, directory), encoding="utf-8")
         (new / "repedit.json").write_text(record.to_json(), encoding="utf-8")
         sync(new)
@@ -116,6 +119,15 @@ def _files_of(source: Subject | str | Path, plan_for: Callable[..., Plan]) -> Pa
             "weights were changed in memory since they were read from %s: exporting those in memory", source.source
         )
     return None if source.files is None else source.files.absolute()
+
+
+def _prepared(directory: Path, plan_for: Callable[..., Plan]) -> tuple[Plan, Shards]:
+    """The plan for a checkpoint, made from its headers and checked against them, and the checkpoint."""
+    shards = open_shards(directory)
+    plan = plan_for(architecture_of(directory), shards.specs)
+    plan.check(shards.specs)
+    _check_config(directory, plan)
+    return plan, shards
 
 
 def _saved(subject: Any, place: Path, max_shard_size: str) -> Path:

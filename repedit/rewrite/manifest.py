@@ -71,24 +71,36 @@ class Manifest:
 
 
 def manifest(
-    plan: Plan, changes: Mapping[str, Change], source: Path, new: Path, dtype: str | None, made: Anatomy
+    plan: Plan,
+    changes: Mapping[str, Change],
+    source: Path,
+    new: Path,
+    dtype: str | None,
+    made: Anatomy,
+    known: Mapping[str, str],
 ) -> Manifest:
     """Hash every file of the new checkpoint and of its source, and record what was done.
 
     Args:
+        known: hashes of files of the new checkpoint; those that are hard links of the source's are known there too.
         made: the new checkpoint's anatomy, from its own config and headers.
     """
     ragged = bool(ragged_widths(made))
+    files = _hashes(new, known)
+    shared = {name: found for name, found in files.items() if _same(source / name, new / name)}
     sized = ragged or plan.structure == "slim"
     return Manifest(
-        base={"name": source.name if source.name != "unedited" else "in-memory model", "files": _hashes(source)},
+        base={
+            "name": source.name if source.name != "unedited" else "in-memory model",
+            "files": _hashes(source, shared),
+        },
         edit=dict(plan.provenance),
         sites={str(site): {"map": plan.maps.get(site, ""), "exactness": kind} for site, kind in plan.exactness.items()},
         plan={name: _entry(plan, name, change) for name, change in sorted(changes.items())},
         unties=dict(plan.unties),
         added=tuple(sorted(plan.added)),
         config=dict(plan.config),
-        files=_hashes(new),
+        files=files,
         dtype=dtype,
         versions={name: version(name) for name in PACKAGES},
         certificate=_certificate(plan, changes),
@@ -191,10 +203,16 @@ def _entry(plan: Plan, name: str, change: Change) -> dict[str, Any]:
     }
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
-            with open(path, "rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hashes(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    return {path.name: known.get(path.name) or file_hash(path) for path in files}
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)

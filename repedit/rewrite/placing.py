@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -9,9 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from repedit.errors import CheckpointError, RepeditError, TargetExists
+
+_ASIDE, _LOCK = "replaced", "lock"
 
 
 def check_target(out: Path, files: Path | None, overwrite: bool) -> None:
@@ -32,16 +36,30 @@ def check_target(out: Path, files: Path | None, overwrite: bool) -> None:
 
 
 @contextmanager
-def workplace(out: Path) -> Iterator[Path]:
-    """A temporary sibling of the target, removed whatever happens.
+def workplace(out: Path, job: str = "") -> Iterator[Path]:
+    """A temporary sibling of the target, removed whatever happens short of a kill; a job with a name finds its own again.
+
+    What other jobs left there when they were killed is removed.
 
     Raises:
-        CheckpointError: if the disk is full or refuses; nothing is left behind.
+        CheckpointError: if the disk is full or refuses, nothing being left behind; or if the job is under way elsewhere.
     """
-    place = None
+    place, lock = None, None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        place = (
+            Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
+            if not job
+            else Path(f"{out.parent / _prefix(out)}{job}")
+        )
+        place.mkdir(exist_ok=True)
+        lock = _locked(place)
+        if lock is None:
+            place = None
+            raise CheckpointError(f"{out} is being written by another process from the same source; wait for it")
+        for old in _left(out):
+            if old != place:
+                shutil.rmtree(old, ignore_errors=True)
         yield place
     except RepeditError:
         raise
@@ -50,6 +68,40 @@ def workplace(out: Path) -> Iterator[Path]:
     finally:
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
+        if lock is not None:
+            lock.release()
+
+
+def recover(out: Path) -> None:
+    """Put back a target that was moved aside by an export that was killed before the new one stood in its place."""
+    for place in _left(out):
+        if (place / _ASIDE).exists() and not out.exists():
+            (place / _ASIDE).rename(out)
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.partial-"
+
+
+def _left(out: Path) -> list[Path]:
+    """Places of exports to this target that nobody works in any more."""
+    found = []
+    for place in sorted(out.parent.glob(glob.escape(_prefix(out)) + "*")):
+        lock = _locked(place) if (place / _LOCK).exists() else None
+        if lock is not None:
+            lock.release()
+            found.append(place)
+    return found
+
+
+def _locked(place: Path) -> FileLock | None:
+    """The lock of a place, held; None where another process holds it. The system releases it when a process dies."""
+    lock = FileLock(place / _LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
 
 
 def check_space(place: Path, need: int) -> None:
@@ -74,7 +126,7 @@ def sync(folder: Path) -> None:
 
 def install(new: Path, out: Path) -> None:
     """Put a whole folder in the target's place by one rename."""
-    aside = new.parent / "replaced"
+    aside = new.parent / _ASIDE
     if out.exists():
         out.rename(aside)
     try:

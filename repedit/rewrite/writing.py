@@ -17,17 +17,20 @@ from repedit.arch import TensorSpec
 from repedit.plan import Plan
 from repedit.rewrite.certificates import TensorCertificate, certified
 from repedit.rewrite.manifest import Change
+from repedit.rewrite.resuming import Journal
 from repedit.shards import INDEX, SINGLE, Shards, header, raw_bytes
 
 _METADATA = {"format": "pt"}
+_PART = 1 << 20
+"""Numbers at a time."""
 
 
 def write_weights(
-    plan: Plan, shards: Shards, target: Path, *, dtype: torch.dtype | None = None, link: bool = True
+    plan: Plan, shards: Shards, target: Path, journal: Journal, *, dtype: torch.dtype | None = None, link: bool = True
 ) -> dict[str, Change]:
     """Write every shard to `target` with the plan carried out; returns what became of each touched tensor.
 
-    A shard without touched tensors is linked or copied; one with touched tensors is copied and the bytes of those are
+    A shard that the journal knows is there already. A shard without touched tensors is linked or copied; one with touched tensors is copied and the bytes of those are
     replaced, header and offsets staying as they are, unless a shape or the dtype changes. New tensors go to a shard of
     their own.
     """
@@ -35,10 +38,11 @@ def write_weights(
     extra = _extra_tensors(plan, shards)
     files = {file: _renamed(file, shards, bool(extra)) for file in shards.files}
     for file, name in files.items():
-        if dtype is not None or any(shards.entries[n].file == file for n in plan.resized if n in shards.entries):
-            changes |= _converted(plan, shards, file, target / name, dtype)
-        else:
-            changes |= _patched(plan, shards, file, target / name, link)
+        made = journal.known(target / name)
+        if made is None:
+            made = _shard(plan, shards, file, target / name, dtype, link)
+            journal.enter(target / name, made)
+        changes |= made
     names = {tensor: files[entry.file] for tensor, entry in shards.entries.items()}
     specs = {tensor: _cast(plan.spec(tensor, spec), dtype) for tensor, spec in shards.specs.items()}
     if extra:
@@ -76,6 +80,14 @@ def _added_name(taken: set[str], indexed: bool) -> str:
     return next(name for name in names if name not in taken)
 
 
+def _shard(
+    plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype | None, link: bool
+) -> dict[str, Change]:
+    if dtype is not None or any(shards.entries[n].file == file for n in plan.resized if n in shards.entries):
+        return _converted(plan, shards, file, target, dtype)
+    return _patched(plan, shards, file, target, link)
+
+
 def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) -> dict[str, Change]:
     source = (shards.directory / file).resolve()
     touched = [name for name in plan.rewritten if name in shards.entries and shards.entries[name].file == file]
@@ -87,10 +99,11 @@ def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) ->
     with open(target, "r+b") as out:
         for name in touched:
             before = shards.read(name)
-            after = plan.apply(name, before, shards.read)
+            computed = plan.computed(name, before, shards.read)
+            after = computed.to(before.dtype)
             out.seek(shards.entries[name].start)
             out.write(raw_bytes(after))
-            changes[name] = _change(before, after, certified(plan, name, before, after, shards.read))
+            changes[name] = _change(before, after, certified(plan, name, before, after, computed, shards.read))
     return changes
 
 
@@ -104,14 +117,13 @@ def _converted(plan: Plan, shards: Shards, file: str, target: Path, dtype: torch
         out.write(head)
         for name in sorted(names, key=lambda n: ranges[n][0]):
             before = shards.read(name)
-            after = (
-                plan.apply(name, before, shards.read).to(specs[name].dtype)
-                if name in plan.rewritten
-                else before.to(specs[name].dtype)
-            )
+            if name not in plan.rewritten:
+                out.write(raw_bytes(before.to(specs[name].dtype)))
+                continue
+            computed = plan.computed(name, before, shards.read)
+            after = computed.to(before.dtype).to(specs[name].dtype)
             out.write(raw_bytes(after))
-            if name in plan.rewritten:
-                changes[name] = _change(before, after, certified(plan, name, before, after, shards.read))
+            changes[name] = _change(before, after, certified(plan, name, before, after, computed, shards.read))
     return changes
 
 
@@ -158,11 +170,19 @@ def _link_or_copy(source: Path, target: Path, link: bool) -> None:
 def _change(before: Tensor | None, after: Tensor, proof: TensorCertificate | None = None) -> Change:
     relative = float("inf")
     if before is not None and before.shape == after.shape:
-        old = before.double()
-        relative = float((after.double() - old).norm() / old.norm().clamp(min=1e-300))
+        relative = _relative(before.reshape(-1), after.reshape(-1))
     return Change(
         relative=relative,
         before=None if before is None else hashlib.sha256(raw_bytes(before)).hexdigest(),
         after=hashlib.sha256(raw_bytes(after)).hexdigest(),
         certificate=proof,
     )
+
+
+def _relative(before: Tensor, after: Tensor) -> float:
+    """||after - before|| / ||before|| in float64, a part at a time: four times a bfloat16 tensor is not held."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for old, new in zip(before.split(_PART), after.split(_PART), strict=True):
+        wide = old.double()
+        sums += torch.stack([(new.double() - wide).square().sum(), wide.square().sum()])
+    return float((sums[0] / sums[1].clamp(min=1e-300)).sqrt())

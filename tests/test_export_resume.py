@@ -1,0 +1,166 @@
+"""An export that was killed goes on where it was, believes no shard it cannot verify, and loses nothing that was there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import repedit as rp
+from repedit.errors import CheckpointError
+from repedit.lower import lower
+from repedit.rewrite import placing, resuming, writing
+from repedit.rewrite.slice import slice_plan
+from repedit.shards import open_shards
+from tests.edits import mask, projection
+from tests.test_export_safety import content, dies_at
+from tests.tiny import tiny
+
+
+@pytest.fixture
+def edit():
+    return projection(tiny("llama"), "0.mlp.out") | mask(tiny("llama"), "1.mlp.neurons")
+
+
+@pytest.fixture
+def whole(source, edit, tmp_path):
+    """What an export that nobody disturbs makes."""
+    rp.export(edit, source, tmp_path / "whole", link=False)
+    return content(tmp_path / "whole")
+
+
+def killed(source, edit, target, after, **options):
+    """An export gone after so many finished shards; the directory it leaves."""
+    calls = iter(range(100))
+
+    def cut_off():
+        original = resuming.Journal.enter
+
+        def enter(journal, path, changes):
+            original(journal, path, changes)
+            if next(calls) == after - 1:
+                resuming.os._exit(9)
+
+        resuming.Journal.enter = enter
+        rp.export(edit, source, target, link=False, **options)
+
+    assert not dies_at(10_000, cut_off)
+    (place,) = target.parent.glob(f".{target.name}.partial-*")
+    assert not target.exists()
+    return place
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Names of the shards written from here on."""
+    found, original = [], writing._shard
+    monkeypatch.setattr(writing, "_shard", lambda *a: (found.append(a[3].name), original(*a))[1])
+    return found
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_finished_shards_are_not_written_again(after, source, edit, whole, tmp_path, written):
+    killed(source, edit, tmp_path / "out", after)
+    rp.export(edit, source, tmp_path / "out", link=False)
+    assert len(written) == 3 - after and content(tmp_path / "out") == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def damage(place):
+    """One byte of the first finished shard turned."""
+    path = place / "checkpoint" / json.loads((place / "finished.jsonl").read_text().splitlines()[0])["file"]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 255
+    path.write_bytes(data)
+
+
+def test_a_finished_shard_that_changed_since_is_written_again(source, edit, whole, tmp_path, written):
+    damage(killed(source, edit, tmp_path / "out", 2))
+    rp.export(edit, source, tmp_path / "out", link=False)
+    assert len(written) == 2 and content(tmp_path / "out") == whole
+
+
+def test_believing_the_journal_unseen_is_caught(source, edit, whole, tmp_path, monkeypatch):
+    damage(killed(source, edit, tmp_path / "out", 2))
+    rows = resuming.Journal._read
+    monkeypatch.setattr(
+        resuming, "file_hash", lambda path: next(r["sha256"] for r in rows(journal_of(path)) if r["file"] == path.name)
+    )
+    monkeypatch.setattr(resuming.Journal, "enter", lambda *a: None)
+    rp.export(edit, source, tmp_path / "out", link=False)
+    assert content(tmp_path / "out") != whole
+
+
+def journal_of(path):
+    """A journal with nothing but its file."""
+    journal = object.__new__(resuming.Journal)
+    journal.path = path.parent.parent / "finished.jsonl"
+    return journal
+
+
+def test_a_line_that_was_cut_off_is_no_line(source, edit, whole, tmp_path, written):
+    place = killed(source, edit, tmp_path / "out", 2)
+    text = (place / "finished.jsonl").read_text()
+    (place / "finished.jsonl").write_text(text[:-20])
+    rp.export(edit, source, tmp_path / "out", link=False)
+    assert len(written) == 2 and content(tmp_path / "out") == whole
+
+
+def test_another_job_starts_anew_and_clears_up(source, edit, tmp_path, written):
+    killed(source, edit, tmp_path / "out", 2)
+    other = mask(tiny("llama"), "1.mlp.neurons")
+    rp.export(other, source, tmp_path / "out", link=False)
+    rp.export(other, source, tmp_path / "plain", link=False)
+    assert len(written) == 6 and content(tmp_path / "out") == content(tmp_path / "plain")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
+
+
+def test_a_source_that_changed_is_another_job(source, edit, tmp_path, written):
+    shutil.copytree(source, tmp_path / "in")
+    killed(tmp_path / "in", edit, tmp_path / "out", 3)
+    shard = open_shards(tmp_path / "in").files[0]
+    shutil.copyfile(source / shard, tmp_path / "in" / "new")
+    (tmp_path / "in" / "new").rename(tmp_path / "in" / shard)
+    rp.export(edit, tmp_path / "in", tmp_path / "out", link=False)
+    assert len(written) == 3
+
+
+def test_jobs_differ_in_values_shapes_and_options(source, edit):
+    subject, shards = tiny("llama"), open_shards(source)
+    plans = [lower(e, subject.architecture, shards.specs) for e in (edit, edit, mask(subject, "1.mlp.neurons"))]
+    basis = torch.eye(subject.anatomy.width)[:, : subject.architecture.n_heads]
+    plans.append(slice_plan(rp.erase_stream(subject, basis), subject.architecture, shards.specs))
+    names = [resuming.job(plan, shards, None, True) for plan in plans]
+    names += [resuming.job(plans[0], shards, torch.float16, True), resuming.job(plans[0], shards, None, False)]
+    assert names[0] == names[1] and len(set(names)) == 5
+
+
+def test_an_old_target_comes_back_after_a_kill_between_the_renames(source, edit, tmp_path):
+    out = tmp_path / "out"
+    rp.export(edit, source, out)
+    before = content(out)
+
+    def cut_off():
+        Path.rename = lambda self, target: resuming.os._exit(9) if self.name == "checkpoint" else rename(self, target)
+        rp.export(mask(tiny("llama"), "1.mlp.neurons"), source, out, overwrite=True)
+
+    rename = Path.rename
+    assert not dies_at(10_000, cut_off) and not out.exists()
+    with pytest.raises(rp.errors.TargetExists):
+        rp.export(edit, source, out)
+    assert content(out) == before
+
+
+def test_two_exports_of_one_job_do_not_share_a_place(source, edit, tmp_path, written):
+    place = killed(source, edit, tmp_path / "out", 2)
+    held = placing._locked(place)
+    with pytest.raises(
+        CheckpointError, match=r"out is being written by another process from the same source; wait for it"
+    ):
+        rp.export(edit, source, tmp_path / "out", link=False)
+    rp.export(mask(tiny("llama"), "1.mlp.neurons"), source, tmp_path / "out", link=False)
+    assert place.exists()
+    held.release()
+    rp.export(edit, source, tmp_path / "out", link=False, overwrite=True)
+    assert len(written) == 4 and [p.name for p in tmp_path.iterdir()] == ["out"]
