@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.options import Json, Layout, Model, Multiple, opened
-from repedit.cli.writing import plan_of, shaped
+from repedit.cli.writing import shaped
 from repedit.cli.writing import verify as verified
 
 Shape = Annotated[
@@ -35,23 +35,25 @@ def apply(
     from repedit.delta import Delta
     from repedit.edit import Edit
     from repedit.errors import ArgumentError
-    from repedit.rewrite.checkpoint import export
+    from repedit.fetching import DEFAULT
+    from repedit.rewrite import checkpoint
 
     loaded = Delta.load(edit) if container.kind_of(edit) == "delta" else Edit.load(edit)
     adapter = structure == "adapter"
     if adapter and (dtype, layout, multiple) != (None, "uniform", None):
         raise ArgumentError("--structure adapter takes no --dtype, --layout or --multiple: it is stored in float32")
     shape = shaped(out, "keep" if adapter else structure, layout, multiple)
+    local = Path(model).is_dir() or model == DEFAULT
+    source: Any = model if local and not adapter else opened(model, "auto", "auto")
     if dry_run:
-        console.out.print(plan_of(loaded, opened(model, "auto", "auto"), shape), highlight=False)
+        console.out.print(checkpoint.dry_run(loaded, source, **shape), highlight=False)
         return
     if out is None:
         raise ArgumentError("--out is needed: the directory to write (or --dry-run)")
     if adapter:
-        _adapter(loaded, model, out, overwrite, json)
+        _adapter(loaded, source, out, overwrite, json)
         return
-    source: Any = model if Path(model).is_dir() or model == "smollm2-135m" else opened(model, "auto", "auto")
-    record = export(loaded, source, out, dtype=dtype, overwrite=overwrite, **shape)
+    record = checkpoint.export(loaded, source, out, dtype=dtype, overwrite=overwrite, **shape)
     if verify:
         verified(out, record)
     if json:
@@ -70,11 +72,11 @@ def apply(
         )
 
 
-def _adapter(change: Any, model: str, out: Path, overwrite: bool, json: bool) -> None:
+def _adapter(change: Any, source: Any, out: Path, overwrite: bool, json: bool) -> None:
     from repedit import console
     from repedit.rewrite.adapter import export_adapter
 
-    record = export_adapter(change, opened(model, "auto", "auto"), out, overwrite=overwrite)
+    record = export_adapter(change, source, out, overwrite=overwrite)
     found = {"out": str(out), "modules": len(record.ranks), "largest_rank": max(record.ranks.values())}
     if json:
         console.show_json(found | {"parameters": record.parameters, "residual": record.residual})

@@ -108,6 +108,34 @@ def export(
     return record
 
 
+def dry_run(
+    change: EditOrDelta | Plan | Sequence[EditOrDelta],
+    source: Subject | str | Path,
+    *,
+    structure: str = "keep",
+    layout: str = "uniform",
+    multiple: int | None = None,
+    **options: Any,
+) -> str:
+    """What `export` would do with these arguments, in words; of files, only the headers are read.
+
+    Raises:
+        NotFoldable, NotSlimmable, NotSliceable, QuantizedModel, CheckpointError: as `export`.
+    """
+    plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
+    files = _files_of(source, plan_for)
+    if files is None:
+        assert isinstance(source, Subject)
+        return plan_for(source.architecture, source.specs).summary(source.specs)
+    plan, shards = _prepared(files, plan_for)
+    touched = {shards.entries[name].file for name in plan.rewritten if name in shards.entries}
+    sizes = {file: (shards.directory / file).stat().st_size for file in shards.files}
+    return (
+        f"{plan.summary(shards.specs)}\n{len(touched)} of {len(sizes)} files rewritten, "
+        f"{sum(sizes[file] for file in touched) / 1e9:.2f} of {sum(sizes.values()) / 1e9:.2f} GB; the others are linked"
+    )
+
+
 def _files_of(source: Subject | str | Path, plan_for: Callable[..., Plan]) -> Path | None:
     """The directory that holds the unedited weights; None for a model that is only in memory."""
     if not isinstance(source, Subject):
