@@ -38,11 +38,16 @@ from repedit.edit import Edit
 from repedit.rewrite.checkpoint import dry_run, export
 torch.set_num_threads(1)
 who = resource.RUSAGE_CHILDREN if mode == "cp" else resource.RUSAGE_SELF
-peak = lambda: resource.getrusage(who).ru_maxrss * 1024
+peak = lambda: int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
 spent = lambda: sum(resource.getrusage(who)[:2])
 change = None if mode == "cp" else Edit.load(edit)
 base, start, wall = peak(), spent(), time.time()
-if mode == "stream":
+if mode == "stream without hashes":
+    from types import SimpleNamespace
+    from repedit.rewrite import manifest, resuming, writing
+    manifest.file_hash = resuming.file_hash = lambda path: "0" * 64
+    writing.hashlib = SimpleNamespace(sha256=lambda data: SimpleNamespace(hexdigest=lambda: "0" * 64))
+if mode.startswith("stream"):
     export(change, source, target, link=False)
 elif mode == "load-edit-save":
     subject = rp.apply(change, rp.load(source))
@@ -51,10 +56,13 @@ elif mode == "plan":
     dry_run(change, source)
 else:
     subprocess.run(["cp", "-r", source, target], check=True)
-print(json.dumps({"peak_mb": (peak() - base) / 1e6, "cpu_s": spent() - start, "wall_s": time.time() - wall}))
+print(json.dumps({"peak_mb": 0.0 if mode == "cp" else (peak() - base) / 1e6, "cpu_s": spent() - start, "wall_s": time.time() - wall}))
 """
 KILLS, ROUNDS = 50, 3
-_NOTE = "cpu_s and wall_s include a hash of every file of the source and the target, and fsync; cp has neither"
+_NOTE = (
+    "stream includes a sha256 of every file of the source and the target and of every touched tensor before and after, "
+    "certificates, and fsync; cp has none of them"
+)
 
 
 def run(mode: str, source: Path, edit: Path) -> dict[str, float]:
@@ -74,7 +82,7 @@ def smollm2(folder: Path) -> list[dict[str, Any]]:
 def large(folder: Path) -> list[dict[str, Any]]:
     """16 directions removed from everything that writes the stream: a third of all bytes, in every shard."""
     source = llama(folder / "source", **LLAMA_3B, shard_bytes=500_000_000)
-    return _compared(source, _projection(folder, LLAMA_3B), ("cp", "stream"), rounds=ROUNDS)
+    return _compared(source, _projection(folder, LLAMA_3B), ("cp", "stream", "stream without hashes"), rounds=ROUNDS)
 
 
 def plan(folder: Path) -> list[dict[str, Any]]:
@@ -134,7 +142,7 @@ def _compared(source: Path, edit: Path, modes: tuple[str, ...], rounds: int) -> 
     for mode in modes:
         of = {key: [each[mode][key] for each in found] for key in ("peak_mb", "cpu_s", "wall_s")}
         row: dict[str, Any] = {"name": mode, "rounds": rounds, **{key: statistics.median(v) for key, v in of.items()}}
-        if mode == "stream":
+        if mode.startswith("stream"):
             passed = max(of["peak_mb"]) <= limit
             row["memory"] = {
                 "bar": f"peak <= 4 x largest tensor + 64 MB = {limit:.0f} MB",

@@ -38,8 +38,8 @@ def test_the_leak_is_the_one_computed_by_hand():
     ((name, row),) = rp.certificate(edited, edit, subject).tensors.items()
     u = next(iter(edit.maps.values())).u.double()
     old, new = (u.T @ dict(s.model.named_parameters())[name].detach().double() for s in (subject, edited))
-    assert row.leak == pytest.approx(float(new.norm() / old.norm()))
-    assert row.residue == pytest.approx(float((old * new).sum() / old.square().sum()))
+    assert row.leak == pytest.approx(float(new.norm() / old.norm()), rel=1e-5)
+    assert row.residue == pytest.approx(float((old * new).sum() / old.square().sum()), rel=1e-5, abs=1e-7)
     assert row.leak > 100 * row.leak_computed and row.dtype == "bfloat16"
 
 

@@ -256,3 +256,33 @@ def test_exports_load_bit_equal_where_repedit_is_absent(tmp_path):
     for family, make in EXPORTS.items():
         expected = logits(rp.apply(make(tiny(family)), tiny(family)))
         assert torch.equal(torch.load(tmp_path / family / "logits.pt"), expected)
+
+
+def answering(result):
+    """os.copy_file_range that fails with an error number, or copies so many bytes."""
+
+    def function(*_):
+        if result:
+            raise OSError(result, os.strerror(result))
+        return 0
+
+    return function
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EOPNOTSUPP, None])
+def test_a_system_that_cannot_copy_between_files_makes_the_same_files(number, source, edit, tmp_path, monkeypatch):
+    rp.export(edit, source, tmp_path / "one", link=False)
+    if number is None:
+        monkeypatch.delattr(os, "copy_file_range")
+    else:
+        monkeypatch.setattr(os, "copy_file_range", answering(number))
+    rp.export(edit, source, tmp_path / "two", link=False)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EIO, "Input/output error"), (0, "safetensors ended early")])
+def test_a_copy_that_fails_or_ends_early_is_an_error(number, words, source, edit, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "copy_file_range", answering(number))
+    with pytest.raises(CheckpointError, match=f"{words}.*nothing was written"):
+        rp.export(edit, source, tmp_path / "out", link=False)
+    assert not list(tmp_path.iterdir())

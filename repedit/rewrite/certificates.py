@@ -25,7 +25,7 @@ from repedit.shards import open_shards
 # 1.7e-3 (6e-3 at k = 1, width 2048).
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 _PART = 256
-"""Rows or columns at a time: a tensor is not held in float64."""
+"""Rows at a time: a tensor is not held in float64."""
 _WORDS = {
     "hook": "the weights are those of the original: whoever removes the hook has the original back",
     "folded": "the directions are gone from the weights, up to rounding; the slot can be trained again",
@@ -198,27 +198,31 @@ def _coordinates(
     """Coordinates of the old, the stored and the uncast tensor along the removed directions, in float64."""
     map_, view, offset = operation.map, operation.view, operation.constant
     assert isinstance(map_, LowRank)
-    found = []
-    gain = (
-        None
-        if operation.kind == "inputs"
-        else operation.gain_of(read, torch.zeros((), dtype=torch.float64, device=before.device))
-    )
-    for tensor in (before, after, computed):
-        w = view.read(tensor)
-        w = w[:, None] if w.ndim == 1 else w
-        if operation.kind == "inputs":
-            u = map_.u.to(w.device, torch.float64)
-            found.append(torch.cat([part.double() @ u for part in w.split(_PART)]))
-        else:
-            v = map_.v.to(w.device, torch.float64) if gain is None else gain * map_.v.to(w.device, torch.float64)
-            found.append(torch.cat([v.T @ part.double() for part in w.split(_PART, 1)], 1))
+    inputs = operation.kind == "inputs"
+    factor = (map_.u if inputs else map_.v).double()
+    if not inputs:
+        gain = operation.gain_of(read, factor)
+        factor = factor if gain is None else gain * factor
+    found = [_along(view.read(tensor), factor, inputs) for tensor in (before, after, computed)]
     if offset is not None:
         # An affine map holds the coordinates at those of its center; they are the measure for a bias that was zero.
         held = map_.v.double().cpu().T @ offset.double().cpu()[:, None]
         old, *rest = (c.cpu() for c in found)
         found = [torch.cat([old, held], 1), *(torch.cat([c - held, torch.zeros_like(held)], 1) for c in rest)]
     return found[0], found[1], found[2]
+
+
+def _along(w: Tensor, factor: Tensor, inputs: bool) -> Tensor:
+    """W U for inputs, V^T W for outputs, some rows of W at a time; sums in float64, products of half types in float32."""
+    w = w[:, None] if w.ndim == 1 else w
+    f = factor.to(w.device, torch.promote_types(w.dtype, torch.float32) if w.dtype.itemsize < 4 else torch.float64)
+    parts = w.split(_PART)
+    if inputs:
+        return torch.cat([(part.to(f) @ f).double() for part in parts])
+    total = torch.zeros(f.shape[1], w.shape[1], dtype=torch.float64, device=w.device)
+    for part, rows in zip(parts, f.split(_PART), strict=True):
+        total += rows.T @ part.to(f)
+    return total
 
 
 def _store(source: Subject | str | Path) -> tuple[Architecture, Specs, Read]:

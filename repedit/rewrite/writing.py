@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -94,7 +95,7 @@ def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) ->
     if not touched:
         _link_or_copy(source, target, link)
         return {}
-    shutil.copyfile(source, target)
+    _copy(source, target)
     changes = {}
     with open(target, "r+b") as out:
         for name in touched:
@@ -164,6 +165,27 @@ def _link_or_copy(source: Path, target: Path, link: bool) -> None:
             return
         except OSError:
             pass  # another file system, or one without hard links: a copy has the same bytes
+    _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The bytes of a file, copied by the system; shared until they change where the file system can."""
+    if not hasattr(os, "copy_file_range"):
+        shutil.copyfile(source, target)
+        return
+    with open(source, "rb") as old, open(target, "xb") as new:
+        left = os.fstat(old.fileno()).st_size
+        try:
+            while left:
+                done = os.copy_file_range(old.fileno(), new.fileno(), left)
+                if not done:
+                    raise OSError(errno.EIO, f"{source} ended early")
+                left -= done
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    target.unlink()
     shutil.copyfile(source, target)
 
 
@@ -180,9 +202,9 @@ def _change(before: Tensor | None, after: Tensor, proof: TensorCertificate | Non
 
 
 def _relative(before: Tensor, after: Tensor) -> float:
-    """||after - before|| / ||before|| in float64, a part at a time: four times a bfloat16 tensor is not held."""
-    sums = torch.zeros(2, dtype=torch.float64)
+    """||after - before|| / ||before||, a part at a time: differences of half types in float32, sums in float64."""
+    work, sums = torch.promote_types(before.dtype, torch.float32), torch.zeros(2, dtype=torch.float64)
     for old, new in zip(before.split(_PART), after.split(_PART), strict=True):
-        wide = old.double()
-        sums += torch.stack([(new.double() - wide).square().sum(), wide.square().sum()])
+        wide = old.to(work)
+        sums += torch.stack([torch.linalg.vector_norm(x) for x in (new.to(work) - wide, wide)]).double().square()
     return float((sums[0] / sums[1].clamp(min=1e-300)).sqrt())
