@@ -88,7 +88,8 @@ def scored(bench: Bench, lm: Subject) -> dict[str, dict[str, float]]:
 def audited(bench: Bench, edited: Subject) -> dict[str, Any]:
     """What brings the capitals back."""
     report = rp.audit(edited, original=bench.lm, facts=rp.data.facts(FORGET), attacks=ATTACKS, progress=False)
-    return {"verdict": report.verdict.word, "recoveries": [asdict(found) for found in report.recoveries]}
+    verdict = {"verdict": report.verdict.word, "sentence": report.verdict.sentence}
+    return verdict | {"recoveries": [asdict(found) for found in report.recoveries]}
 
 
 def table(row: dict[str, Any]) -> str:

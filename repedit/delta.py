@@ -99,11 +99,11 @@ class Delta:
         to so few bits (8: by row; 4: by groups of 64 inputs): what lies near 0 does not survive.
         """
         lines = []
-        start = None if subject is None else dict(subject.model.named_parameters(remove_duplicate=False))
+        start = None if subject is None else subject.specs
         for name, value in self.tensors.items():
             size = float(value.double().square().mean().sqrt())
             row = f"{name} {tuple(value.shape)}: norm {float(value.double().norm()):.3g}, |dw| {size:.3g}"
-            lines.append((size, row if start is None else row + _against(value, start[name].detach())))
+            lines.append((size, row if subject is None else row + _against(value, subject.value(name))))
         lines.sort(key=lambda item: -item[0])
         rest = [] if start is None else [f"{len(set(start) - set(self.tensors))} tensors are untouched"]
         made = json.dumps({k: v for k, v in self.provenance.items() if k not in ("parents", "start")})

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repedit.arch.offloaded import held
+
 _VOLATILE = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
@@ -51,7 +53,7 @@ def _checksum(p: Tensor) -> bytes:
 
 def _digest(model: nn.Module, config: str) -> str:
     digest = hashlib.sha256(config.encode())
-    for name, p in sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[0]):
+    for name, p in sorted(held(model), key=lambda item: item[0]):
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
         if p.device.type != "meta":
             digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

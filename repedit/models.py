@@ -6,10 +6,7 @@ A path is tried first, then the built-in name, then a hub id. No code of a check
 from __future__ import annotations
 
 import logging
-import struct
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,24 +17,29 @@ from torch import nn
 
 from repedit.arch import Anatomy, Architecture, TensorSpec, anatomy, resolve
 from repedit.arch.modules import check_modules
+from repedit.arch.offloaded import execution_device, values
 from repedit.errors import (
     ArgumentError,
-    CheckpointError,
     NotAModel,
-    NotFinite,
-    NotFound,
-    RepeditError,
+    OffloadedTensors,
     UnknownArchitecture,
-    nearest,
 )
-from repedit.fetching import DEFAULT, cached
+from repedit.fetching import DEFAULT
 from repedit.fingerprints import fingerprint, state
-from repedit.ragged import quiet, refit
-from repedit.shards import floating, open_shards
+from repedit.opening import (
+    check_config,
+    check_finite,
+    device_named,
+    located,
+    read_tokenizer,
+    read_weights,
+    typed_errors,
+)
+from repedit.ragged import quiet
+from repedit.shards import floating
 from repedit.sites import Point, Site, select
 
 log = logging.getLogger("repedit")
-_TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
 _as_read: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
@@ -66,7 +68,25 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
-        return self.model.get_input_embeddings().weight.device
+        return execution_device(self.model.get_input_embeddings())
+
+    def value(self, name: str) -> Tensor:
+        """The values of a parameter, also where accelerate has put them off to memory or disk.
+
+        Raises:
+            OffloadedTensors: if it has none anywhere.
+        """
+        path, _, leaf = name.rpartition(".")
+        found = values(self.model.get_submodule(path), leaf).detach()
+        if found.device.type == "meta":
+            raise OffloadedTensors(
+                f"{name} has a shape and no values: the model is on the meta device; load its weights"
+            )
+        return found
+
+    def device_at(self, layer: int) -> torch.device:
+        """Where a layer computes; layers may lie on several devices."""
+        return execution_device(self.model.get_submodule(self.anatomy.block_paths[layer]))
 
     @property
     def quantizer(self) -> str | None:
@@ -145,15 +165,15 @@ def load(
         NotFinite: if a weight is NaN or infinite.
         ArgumentError: if there is no such dtype or device.
     """
-    target, wanted = _device(device), dtype if dtype == "auto" else floating(dtype)
-    place, options = _located(name, trust_remote_code)
+    target, wanted = device_named(device), dtype if dtype == "auto" else floating(dtype)
+    place, options = located(name, trust_remote_code)
     options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
     extra = {"device_map": device_map} if device_map is not None else {}
     extra |= {"attn_implementation": attention} if attention else {}
-    with _typed_errors(place), quiet(place):
+    with typed_errors(place), quiet(place):
         if "gguf_file" not in options:
-            _check_config(place, options)
-        model = _weights(place, dtype=wanted, **options, **extra)
+            check_config(place, options)
+        model = read_weights(place, dtype=wanted, **options, **extra)
     as_stored = dtype == "auto"
     if as_stored and target == "cpu" and model.dtype == torch.float16:
         log.info("float16 is slow and inexact on a CPU: loaded in float32; pass dtype='float16' to keep it")
@@ -161,8 +181,8 @@ def load(
     model = (model if device_map is not None else model.to(target)).eval()
     options.pop("quantization_config", None)
     source = place if isinstance(place, Path) and "gguf_file" not in options and as_stored else None
-    subject = subject_of(model, _tokenizer(place, options), source=source)
-    _check_finite(model)
+    subject = subject_of(model, read_tokenizer(place, options), source=source)
+    check_finite(model)
     return subject
 
 
@@ -188,113 +208,3 @@ def subject_of(model: Any, tokenizer: Any | None = None, *, source: Path | None 
     if source is not None:
         _as_read[model] = state(model)
     return subject
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(f"device={name!r} cannot be used: {reason}; give 'auto', 'cpu' or 'cuda'") from error
-    return name
-
-
-def _located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict[str, Any]]:
-    from transformers import GgufConfig
-
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return path.parent, {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise CheckpointError(f"{path.resolve()} holds no config.json; is it a model directory?")
-        if (path / "adapter_config.json").exists():
-            raise CheckpointError(
-                f"{path.resolve()} holds an adapter (adapter_config.json), which transformers loads or not, as peft is there or "
-                "not; merge it (merge_and_unload) and save the model, or take the file away"
-            )
-        open_shards(path)
-        return path, {"trust_remote_code": trust_remote_code}
-    if str(name) == DEFAULT:
-        return cached(), {}
-    if path.exists() or str(name)[:1] in "./~" or str(name).count("/") != 1:
-        parent = path.absolute().parent
-        names = [p.name for p in parent.iterdir() if p.is_dir() or p.suffix == ".gguf"] if parent.is_dir() else []
-        found = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
-        raise NotFound(
-            f"{path.absolute()} {found} and {str(name)!r} is not the built-in name {DEFAULT!r}; "
-            f"{nearest(path.name, [*names, DEFAULT])} Hub ids are tried only for 'owner/name'"
-        )
-    return str(name), {"trust_remote_code": trust_remote_code}
-
-
-@contextmanager
-def _typed_errors(place: Path | str) -> Iterator[None]:
-    """What transformers and safetensors raise, as an error of repedit that says where it looked."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except RepeditError:
-        raise
-    except ValueError as error:
-        raise ArgumentError(f"{place} cannot be loaded with these options: {error}") from error
-    except (OSError, SafetensorError, struct.error) as error:
-        if isinstance(place, Path):
-            raise CheckpointError(f"{place.absolute()} cannot be loaded: {error}; download it again") from error
-        raise NotFound(
-            f"the hub id {place!r} could not be loaded, and no directory has that name: {error} Give the path of a local "
-            f"directory, or get the built-in model {DEFAULT!r} once with: repedit fetch"
-        ) from error
-
-
-def _check_config(place: Path | str, options: dict[str, Any]) -> None:
-    """Refuse a model that no row fits before its weights are read."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(place), **options)
-    except ValueError as error:
-        raise UnknownArchitecture(f"the config of {place} cannot be used: {error}") from error
-    if config.is_encoder_decoder:
-        raise UnknownArchitecture(
-            f"{place} is an encoder-decoder ({config.model_type}), not a decoder-only causal language model; give one of those"
-        )
-    resolve(config)
-
-
-def _weights(place: Path | str, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    # transformers fills absent weights with random numbers and only logs it.
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(place), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    reshaped = refit(model, resolve(model.config), place, {item[0] for item in report["mismatched_keys"]})
-    if report["missing_keys"] or reshaped:
-        raise CheckpointError(
-            f"{place} does not hold the model its config describes: missing {sorted(report['missing_keys'])[:3]} "
-            f"({len(report['missing_keys'])} in all), of another shape {sorted(reshaped)[:3]} ({len(reshaped)} in all); "
-            "is a shard or the right config.json missing?"
-        )
-    return model
-
-
-def _tokenizer(place: Path | str, options: dict[str, Any]) -> Any | None:
-    from transformers import AutoTokenizer
-
-    plain = isinstance(place, Path) and "gguf_file" not in options
-    if plain and not any(path.name.startswith(_TOKENIZERS) for path in Path(place).iterdir()):
-        log.warning("%s holds no tokenizer files: loaded without one, so nothing that reads text will work", place)
-        return None
-    with _typed_errors(place):
-        return AutoTokenizer.from_pretrained(str(place), **options)
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, p in model.named_parameters():
-        if p.device.type != "meta" and p.is_floating_point() and not bool(torch.isfinite(p).all()):
-            where = f"{tuple((~torch.isfinite(p)).nonzero()[0].tolist())} ({p.dtype})"
-            raise NotFinite(f"weight {name!r} is not finite at {where}; the checkpoint is damaged, download it again")

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "repedit"
 LAYERS = (
     ("errors", "sites", "maps", "kernels", "ranks"),
-    ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "container", "ragged", "models"),
+    ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "container", "ragged", "opening", "models"),
     ("plan", "edit", "delta", "lower", "activations", "importance", "fit"),
     ("rewrite", "gradient"),
     ("bridges", "metrics", "attacks"),
@@ -22,7 +22,8 @@ LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 INSIDE = {
     "sites": {"errors"}, "maps": {"errors", "kernels"}, "kernels": {"errors"}, "ranks": {"errors"},
     "arch": {"hooks"}, "shards": {"arch"}, "ragged": {"arch", "shards"},
-    "models": {"arch", "shards", "fetching", "fingerprints", "ragged"},
+    "fingerprints": {"arch"}, "opening": {"arch", "shards", "fetching", "ragged"},
+    "models": {"arch", "shards", "fetching", "fingerprints", "ragged", "opening"},
     "lower": {"edit", "delta", "plan"}, "activations": {"edit"}, "importance": {"activations", "edit", "fit"},
     "fit": {"activations", "edit"}, "walkthrough": {"plot"}, "attacks": {"metrics"}, "report": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
 }  # fmt: skip
@@ -32,7 +33,18 @@ ONLY_IN = {
     "transformers": set(), "transformer_lens": set(), "nnsight": set(),
 }  # fmt: skip
 # Where transformers may be imported inside a function.
-TRANSFORMERS_IN = {"attacks", "gradient", "models", "fetching", "rewrite", "metrics", "bridges", "cli", "arch"}
+TRANSFORMERS_IN = {
+    "attacks",
+    "gradient",
+    "models",
+    "opening",
+    "fetching",
+    "rewrite",
+    "metrics",
+    "bridges",
+    "cli",
+    "arch",
+}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -75,15 +75,18 @@ class Watch:
         """Empty statistics at every site, once the width of the labels is known."""
         plan = self.subject.anatomy
         widths = {site: plan.width_of(site.layer, site.point) for site in self.sites}
-        device = self.subject.device
+        place = {site: self.subject.device_at(site.layer) for site in self.sites}
         if self.statistic is Activity:
-            self.found = {s: Activity.zeros(d, gradients=self.gradients, device=device) for s, d in widths.items()}
+            gradients = self.gradients
+            self.found = {s: Activity.zeros(d, gradients=gradients, device=place[s]) for s, d in widths.items()}
             return
-        _check_memory(sum(8 * d * (d if other is None else other) for d in widths.values()), len(widths), device)
+        for device in dict.fromkeys(place.values()):
+            here = [d for site, d in widths.items() if place[site] == device]
+            _check_memory(sum(8 * d * (d if other is None else other) for d in here), len(here), device)
         if self.statistic is Moments:
-            self.found = {site: Moments(d, device) for site, d in widths.items()}
+            self.found = {site: Moments(d, place[site]) for site, d in widths.items()}
         else:
-            self.found = {s: CrossMoments(d, d if other is None else other, device) for s, d in widths.items()}
+            self.found = {s: CrossMoments(d, d if other is None else other, place[s]) for s, d in widths.items()}
 
     def _label(self, batch: Batch, labelled: Tensor) -> None:
         if labelled.ndim != 3 or labelled.shape[:2] != batch.input_ids.shape:

@@ -23,7 +23,7 @@ from repedit.arch.architecture import resolve
 from repedit.arch.modules import check_modules
 from repedit.arch.taps import hooks_at
 from repedit.arch.views import TensorSpec, View
-from repedit.errors import ShapeError, UnknownArchitecture
+from repedit.errors import OffloadedTensors, ShapeError, UnknownArchitecture
 from repedit.hooks import Hook, installed
 from repedit.maps import LowRank
 from repedit.sites import Point, Site
@@ -68,7 +68,13 @@ def check_architecture(model: Any, *, tolerance: float = TOLERANCE) -> Architect
 
     Raises:
         UnknownArchitecture: if a tap does not do what the row says, naming the sites.
+        OffloadedTensors: if weights are not in memory.
     """
+    away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if away:
+        raise OffloadedTensors(
+            f"{len(away)} tensors are not in memory ({', '.join(away[:3])}, ...); load the model without device_map to check it"
+        )
     specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}
     plan = anatomy(resolve(model.config), specs)
     check_modules(model, plan)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repedit.arch.anatomy import Anatomy, Branch
+from repedit.arch.offloaded import values
 from repedit.errors import UnknownSite
 from repedit.hooks import Hook
 from repedit.sites import Point, Site
@@ -79,17 +80,19 @@ def _expert_pass(branch: Branch, visit: Visit, replaces: bool) -> Callable[..., 
         # Every hook here starts from the module's inputs, so an edit must take along the edits of the hooks before it.
         earlier: tuple[Visit, ...] = getattr(output, _EDITED, ())
         total = torch.zeros_like(output) if replaces else None
+        # The module has computed: accelerate may have taken its weights away again.
+        inwards, outwards = (values(module, leaf).to(hidden.device) for leaf in ("gate_up_proj", "down_proj"))
         for e, part in enumerate(branch.parts):
             tokens, slot = torch.where(index == e)
             if not len(tokens):
                 continue
-            gate, up = nn.functional.linear(hidden[tokens], module.gate_up_proj[e]).chunk(2, dim=-1)
+            gate, up = nn.functional.linear(hidden[tokens], inwards[e]).chunk(2, dim=-1)
             z = module.act_fn(gate) * up
             for step in (*earlier, visit):
                 new = step(z, slice(part.start, part.stop), tokens)
                 z = z if new is None else new
             if total is not None:
-                out = nn.functional.linear(z, module.down_proj[e]) * weights[tokens, slot, None]
+                out = nn.functional.linear(z, outwards[e]) * weights[tokens, slot, None]
                 total = total.index_add(0, tokens, out.to(total.dtype))
         if total is not None:
             setattr(total, _EDITED, (*earlier, visit))

@@ -164,9 +164,8 @@ def _importances(collection: Collection, name: str, subject: Subject | None) -> 
 
 def outgoing_norms(subject: Subject, site: Site) -> Float[Tensor, " d"]:
     """The Euclidean norm of what each neuron writes with, float64."""
-    parameters = dict(subject.model.named_parameters(remove_duplicate=False))
     parts = subject.anatomy.branch(site.layer, site.point).parts
-    return torch.cat([part.out.read(parameters[part.out.tensor].detach()).double().norm(dim=0).cpu() for part in parts])
+    return torch.cat([part.out.read(subject.value(part.out.tensor)).double().norm(dim=0).cpu() for part in parts])
 
 
 def _spearman(first: Tensor, last: Tensor) -> float:

@@ -64,7 +64,7 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
 
 def _started(delta: Delta, subject: Subject) -> dict[str, Tensor]:
     """The weights of the model by name, once they are known to be those the delta was trained from."""
-    start = {name: p.detach() for name, p in subject.model.named_parameters(remove_duplicate=False)}
+    start = {name: subject.value(name) for name in subject.specs}
     for name, value in delta.tensors.items():
         found = tuple(start[name].shape) if name in start else "absent"
         if found != tuple(value.shape):

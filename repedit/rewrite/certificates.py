@@ -227,8 +227,7 @@ def _along(w: Tensor, factor: Tensor, inputs: bool) -> Tensor:
 
 def _store(source: Subject | str | Path) -> tuple[Architecture, Specs, Read]:
     if isinstance(source, Subject):
-        held = dict(source.model.named_parameters(remove_duplicate=False))
-        return source.architecture, source.specs, lambda name: held[name].detach()
+        return source.architecture, source.specs, source.value
     directory = Path(source).expanduser()
     shards = open_shards(directory)
     return architecture_of(directory), shards.specs, shards.read

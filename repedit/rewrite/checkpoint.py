@@ -140,7 +140,8 @@ def _files_of(source: Subject | str | Path, plan_for: Callable[..., Plan]) -> Pa
     """The directory that holds the unedited weights; None for a model that is only in memory."""
     if not isinstance(source, Subject):
         return _directory(source)
-    check_editable(source)
+    if source.files is None or source.quantizer:  # weights that are put off are in the files all the same
+        check_editable(source)
     plan_for(source.architecture, source.specs).check(source.specs)
     if source.source is not None and source.files is None:
         log.info(

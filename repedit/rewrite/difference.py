@@ -70,8 +70,8 @@ def _difference(name: str, old: Tensor, new: Tensor) -> Difference:
 
 def _tensors(source: Subject | str | Path) -> tuple[Mapping[str, tuple[int, ...]], Callable[[str], Tensor]]:
     if isinstance(source, Subject):
-        parameters = dict(source.model.named_parameters())
-        return {n: tuple(p.shape) for n, p in parameters.items()}, lambda n: parameters[n].detach().cpu()
+        names = dict(source.model.named_parameters())
+        return {n: tuple(p.shape) for n, p in names.items()}, lambda name: source.value(name).cpu()
     directory = cached() if str(source) == DEFAULT and not Path(source).is_dir() else Path(source)
     shards = open_shards(directory)
     return {n: spec.shape for n, spec in shards.specs.items()}, shards.read

@@ -1,0 +1,51 @@
+"""Where the weights of a model are: in memory on one device or several, or put off by accelerate until a module computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter under each of its names, with its values also where accelerate has put them off to memory or disk.
+
+    Only a parameter that has no values anywhere is on the meta device.
+    """
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        yield name, values(model.get_submodule(path), leaf)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: the device of its parameters, or the one they are brought to where they are put off."""
+    first = next(module.parameters(), None)
+    if first is not None and first.device.type != "meta":
+        return first.device
+    for hook in (hook for part in module.modules() for hook in _hooks(part)):
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return torch.device("cpu") if first is None else first.device
+
+
+def values(module: nn.Module, leaf: str) -> Tensor:
+    """A parameter of a module with its values, where they are put off and the module is not computing too."""
+    p: Tensor = getattr(module, leaf)
+    away = _put_off(module, leaf) if p.device.type == "meta" else None
+    return p if away is None else away
+
+
+def _put_off(module: nn.Module, leaf: str) -> Tensor | None:
+    for hook in _hooks(module):
+        values = getattr(hook, "weights_map", None)
+        if values is not None and f"{getattr(values, 'prefix', '')}{leaf}" in getattr(values, "dataset", values):
+            return torch.as_tensor(values[leaf])
+    return None
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """The hooks that accelerate has put on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return tuple(getattr(hook, "hooks", () if hook is None else (hook,)))
