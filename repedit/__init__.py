@@ -52,6 +52,7 @@ _NAMES = {
     "diff": "repedit.rewrite.difference",
     "export": "repedit.rewrite.checkpoint",
     "export_adapter": "repedit.rewrite.adapter",
+    "gguf_check": "repedit.rewrite.gguf",
     "reload_check": "repedit.rewrite.reloading",
     "compare": "repedit.metrics.comparison",
     "facts_accuracy": "repedit.metrics.probability",
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     from repedit.rewrite.certificates import Certificate, certificate
     from repedit.rewrite.checkpoint import export
     from repedit.rewrite.difference import diff
+    from repedit.rewrite.gguf import gguf_check
     from repedit.rewrite.live import apply
     from repedit.rewrite.reloading import reload_check
     from repedit.rewrite.slice import sliced
