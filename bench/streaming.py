@@ -98,21 +98,16 @@ def kill(folder: Path) -> list[dict[str, Any]]:
     """SIGKILL at random points of an export; the same export is tried again, over what the kill left, until it ends."""
     source, path = _smollm2(folder)
     edit, rng = rp.Edit.load(path), random.Random(0)
-    start = time.time()
     rp.export(edit, source, folder / "whole", link=False)
-    length, whole = time.time() - start, _content(folder / "whole")
-    found = {"absent": 0, "whole": 0, "broken": 0}
-    out = folder / "out"
-    for _ in range(KILLS):
-        child = multiprocessing.get_context("fork").Process(
-            target=rp.export, args=(edit, source, out), kwargs={"link": False}
-        )
-        child.start()
-        child.join(rng.uniform(0, length))
-        if child.pid is not None and child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
-        child.join()
+    whole, out, length = _content(folder / "whole"), folder / "out", 10.0
+    found = {"absent": 0, "whole": 0, "broken": 0, "ended before the kill": 0}
+    while found["absent"] + found["whole"] + found["broken"] < KILLS:
+        start = time.time()
+        killed = _killed(rng.uniform(0, length), edit, source, out)
         state = "absent" if not out.exists() else "whole" if _content(out) == whole else "broken"
+        if not killed:
+            length = min(length, time.time() - start)
+            state = "ended before the kill" if state == "whole" else "broken"
         found[state] += 1
         if out.exists():
             _remove(out)
@@ -131,6 +126,19 @@ def kill(folder: Path) -> list[dict[str, Any]]:
             "status": status,
         }
     ]
+
+
+def _killed(after: float, edit: rp.Edit, source: Path, out: Path) -> bool:
+    """Export in a child that is killed after so many seconds; whether it was still running."""
+    child = multiprocessing.get_context("fork").Process(
+        target=rp.export, args=(edit, source, out), kwargs={"link": False}
+    )
+    child.start()
+    child.join(after)
+    if child.pid is not None and child.is_alive():
+        os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    return child.exitcode == -signal.SIGKILL
 
 
 def _compared(source: Path, edit: Path, modes: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
