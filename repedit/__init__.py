@@ -13,6 +13,9 @@ _NAMES = {
     "Subject": "repedit.models",
     "fetch": "repedit.fetching",
     "wrap": "repedit.bridges",
+    "to_lens": "repedit.bridges",
+    "to_nnsight": "repedit.bridges",
+    "lens_hooks": "repedit.bridges",
     "Site": "repedit.sites",
     "Point": "repedit.sites",
     "AffineMap": "repedit.maps",
@@ -92,7 +95,7 @@ if TYPE_CHECKING:
     from repedit.arch.check import check_architecture
     from repedit.attacks.audit import audit
     from repedit.attacks.judging.evidence import Report
-    from repedit.bridges import wrap
+    from repedit.bridges import lens_hooks, to_lens, to_nnsight, wrap
     from repedit.delta import Delta
     from repedit.edit import Edit
     from repedit.fetching import fetch

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def apply(
     """The subject with the edit in its weights.
 
     The result shares every untouched tensor with the original, which is bitwise unchanged. With `inplace=True` the
-    given model itself is edited, and nothing but its files can bring it back.
+    given model itself is edited, with every view of it (`to_lens`, `to_nnsight`), and nothing but its files can bring it back.
 
     Args:
         change: an edit or a delta, several of them (carried out left to right), or a plan made for this model.
@@ -51,6 +52,8 @@ def apply(
         setattr(model.config, key, value)
     for name, value in new.items():
         _set(model, name, value, before)
+    for view in _VIEWS.get(model, ()) if inplace else ():
+        _follow(view, model, new)
     _verify(model, plan, before)
     return Subject(model, subject.tokenizer, _architecture(subject, plan), None)
 
@@ -134,6 +137,32 @@ def _set(model: nn.Module, name: str, value: Tensor, before: dict[str, nn.Parame
     for alias in aliases if tied else [name]:
         path, _, leaf = alias.rpartition(".")
         setattr(model.get_submodule(path), leaf, parameter)
+
+
+def follows(view: nn.Module, model: nn.Module, inner: str) -> None:
+    """Have a second module tree on a model's parameters get the new ones when the model is edited in place.
+
+    Args:
+        inner: what the tree inserts into the path of a module that it wraps.
+    """
+    _VIEWS.setdefault(model, WeakSet()).add(view)
+    _INNER[view] = inner
+
+
+_VIEWS: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+_INNER: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _follow(view: nn.Module, model: nn.Module, new: Mapping[str, Tensor]) -> None:
+    held = dict(model.named_parameters(remove_duplicate=False))
+    touched = {id(held[name]) for name in new}
+    places = {
+        path.replace(_INNER[view], ""): module for path, module in view.named_modules()
+    }  # the innermost comes last
+    for name, parameter in held.items():
+        path, _, leaf = name.rpartition(".")
+        if id(parameter) in touched:
+            setattr(places[path], leaf, parameter)
 
 
 def _verify(model: nn.Module, plan: Plan, before: dict[str, nn.Parameter]) -> None:
