@@ -11,8 +11,9 @@ import torch
 
 import repedit as rp
 from repedit.attacks.controls import writing
+from tests.edits import projection
 from tests.saved import saved
-from tests.tiny import tiny
+from tests.tiny import ids, logits, tiny
 from tests.world import facts as known
 from tests.world import original, reference
 
@@ -72,6 +73,17 @@ def test_the_smaller_example_runs(tmp_path: Path, monkeypatch):
     assert all((tmp_path / name / "repedit.json").exists() for name in ("slim", "narrow", "lora"))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_example_runs():
+    lm = tiny("llama")
+    edit = projection(lm, "1.mlp.out")
+    expected, given = logits(rp.apply(edit, lm)), {"rp": rp, "lm": lm, "edit": edit, "ids": ids()}
+    exec(BLOCKS[4], given)
+    with torch.no_grad():
+        assert torch.equal(given["lens"](ids()), expected) and torch.equal(logits(lm), expected)
+    assert given["nn"]._module is lm.model
+
+
 def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
     edited, plain, source = writing.nudged(original()), rp.audit, original
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
@@ -81,9 +93,9 @@ def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
         rp, "audit", lambda _, original, facts, out: plain(edited, original=source(), facts=facts, out=out, **options)
     )
     monkeypatch.chdir(tmp_path)
-    exec(BLOCKS[4], {"rp": rp})
+    exec(BLOCKS[5], {"rp": rp})
     assert "NOT FORGOTTEN" in capsys.readouterr().out
-    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[4]):
+    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[5]):
         assert (tmp_path / "audit" / name).exists()
 
 
