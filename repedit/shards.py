@@ -71,9 +71,17 @@ class Shards:
         if name not in self.entries:
             raise CheckpointError(f"{self.directory} holds no tensor {name!r}")
         entry = self.entries[name]
-        with open(self.directory / entry.file, "rb") as file:
+        data = bytearray(entry.stop - entry.start)
+        with open(self.directory / entry.file, "rb", buffering=0) as file:
             file.seek(entry.start)
-            data = bytearray(file.read(entry.stop - entry.start))
+            done = 0
+            while done < len(data):
+                count = file.readinto(memoryview(data)[done:])
+                if not count:
+                    raise CheckpointError(
+                        f"{self.directory / entry.file} ended at byte {entry.start + done}, within {name!r}"
+                    )
+                done += count
         return (
             torch.frombuffer(data, dtype=entry.spec.dtype).reshape(entry.spec.shape)
             if data

@@ -286,3 +286,14 @@ def test_a_copy_that_fails_or_ends_early_is_an_error(number, words, source, edit
     with pytest.raises(CheckpointError, match=f"{words}.*nothing was written"):
         rp.export(edit, source, tmp_path / "out", link=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_an_error(source, edit, tmp_path):
+    shutil.copytree(source, tmp_path / "in")
+    shards = open_shards(tmp_path / "in")
+    name = max(shards.entries, key=lambda n: shards.entries[n].stop)
+    path = tmp_path / "in" / shards.entries[name].file
+    with open(path, "r+b") as file:
+        file.truncate(shards.entries[name].stop - 4)
+    with pytest.raises(CheckpointError, match=rf"{path.name} ended at byte \d+, within '{name}'"):
+        shards.read(name)

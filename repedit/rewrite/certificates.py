@@ -203,6 +203,8 @@ def _coordinates(
     if not inputs:
         gain = operation.gain_of(read, factor)
         factor = factor if gain is None else gain * factor
+    # 6e-8 of a product is lost in float32: enough beside the 2e-4 of a half type, which is what its weights are read for.
+    factor = factor.float() if before.dtype.itemsize < 4 else factor
     found = [_along(view.read(tensor), factor, inputs) for tensor in (before, after, computed)]
     if offset is not None:
         # An affine map holds the coordinates at those of its center; they are the measure for a bias that was zero.
@@ -213,9 +215,8 @@ def _coordinates(
 
 
 def _along(w: Tensor, factor: Tensor, inputs: bool) -> Tensor:
-    """W U for inputs, V^T W for outputs, some rows of W at a time; sums in float64, products of half types in float32."""
-    w = w[:, None] if w.ndim == 1 else w
-    f = factor.to(w.device, torch.promote_types(w.dtype, torch.float32) if w.dtype.itemsize < 4 else torch.float64)
+    """W U for inputs, V^T W for outputs, some rows of W at a time: products in the factor's dtype, sums in float64."""
+    w, f = w[:, None] if w.ndim == 1 else w, factor.to(w.device)
     parts = w.split(_PART)
     if inputs:
         return torch.cat([(part.to(f) @ f).double() for part in parts])
