@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from repedit.cli import applying, audits, cut, look, project, start, unlearning
+from repedit.cli import applying, audits, cut, look, project, running, start, unlearning
 
 app = typer.Typer(
     name="repedit",
@@ -34,6 +34,8 @@ for verb in (
     look.compare,
     audits.audit,
     audits.report,
+    running.run,
+    running.reproduce,
 ):
     app.command()(verb)
 

@@ -1,0 +1,96 @@
+"""The verb that carries out a whole run from one file."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.main
+
+
+def run(
+    file: Annotated[
+        Path, typer.Argument(help="TOML: model = ..., then [[step]] tables, each a verb with its options.")
+    ],
+    dry_run: Annotated[bool, typer.Option(help="Show which steps are done and which are to do.")] = False,
+) -> None:
+    """Carry out the steps of a file in order; those that are done, with what they wrote as they left it, are not repeated.
+
+    Paths are relative to the file. Where you change a step, what it wrote before is replaced; anything else in its place stops the
+    run. The exit code is that of the last audit, or of the step that failed.
+    """
+    from repedit import cli, console
+    from repedit.cli import steps
+
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    found, code, changed = steps.read(file, commands), 0, False
+    with contextlib.chdir(file.absolute().parent):
+        log = steps.Log(Path(file.name))
+        for step in found:
+            known = None if changed else log.code(step)
+            changed = changed or known is None
+            state = "to do" if known is None else "done"
+            console.err.print(
+                f"{step.number} of {len(found)}, {step.verb}: {state}" + (f" -> {step.out}" if step.out else "")
+            )
+            if dry_run or known is not None:
+                code = known or code if step.verb == "audit" else code
+                continue
+            verb = commands[step.verb]
+            ended = _ended(verb, step, step.arguments(verb, log.ours(step)))
+            if ended and step.verb != "audit":
+                console.err.print(
+                    f"step {step.number}, {step.verb}, ended with {ended}; what is done stays, run again to go on"
+                )
+                raise typer.Exit(ended)
+            log.enter(step, ended)
+            code = ended if step.verb == "audit" else code
+    raise typer.Exit(code)
+
+
+UNREPEATED = ("audit", "report")
+"""Verbs whose files hold durations."""
+
+
+def reproduce(
+    file: Annotated[Path, typer.Argument(help="The file of a run that was carried out.")],
+) -> None:
+    """Carry out the steps of a run again, in another place, and compare the hash of everything written; exit code 1 where one differs."""
+    from repedit import cli, console
+    from repedit.cli import steps
+
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    found, same = steps.read(file, commands), True
+    with contextlib.chdir(file.absolute().parent), tempfile.TemporaryDirectory() as folder:
+        log, place = steps.Log(Path(file.name)), Path(folder)
+        expected = {step.number: log.output(step) for step in found}
+        outs = [step.out for step in found if step.out is not None]
+        for step in found:
+            if step.out is None or step.verb in UNREPEATED:
+                console.out.print(f"{step.number}, {step.verb}: not compared")
+                continue
+            _ended(commands[step.verb], step, step.moved(place, outs).arguments(commands[step.verb], overwrite=False))
+            equal = steps.tree_hash(place / step.out) == expected[step.number]
+            same = same and equal
+            console.out.print(f"{step.number}, {step.verb}: {step.out} {'is the same' if equal else 'differs'}")
+    raise typer.Exit(0 if same else 1)
+
+
+def _ended(verb: Any, step: Any, words: list[str]) -> int:
+    """The exit code of a step.
+
+    Raises:
+        ArgumentError: if the command line cannot read a value.
+    """
+    from repedit.errors import ArgumentError
+
+    try:
+        result = verb.main(words, prog_name=f"repedit {step.verb}", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of the command line, whose base class typer does not export
+            raise
+        raise ArgumentError(f"step {step.number}, {step.verb}: {error.format_message()}") from error
+    return result if isinstance(result, int) else 0
