@@ -68,7 +68,9 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
-        return execution_device(self.model.get_input_embeddings())
+        embedding = self.model.get_input_embeddings()
+        found: torch.device = embedding.weight.device
+        return found if found.type != "meta" else execution_device(embedding)
 
     def value(self, name: str) -> Tensor:
         """The values of a parameter, also where accelerate has put them off to memory or disk.
