@@ -203,17 +203,16 @@ def _read(
     for number, batch in enumerate(source):
         with named_batch(number):
             mask, first = rule(batch)
-            # Every rank counts every batch, so that all stop where one process would.
-            if number % ranks.size == ranks.rank:
+            # Every rank counts every batch, so that all stop where one process would; and all shift as it would, by
+            # the first batch that counts.
+            own = number % ranks.size == ranks.rank
+            if own or (not counted and watch.statistic is not Activity):
                 watch.run(batch, mask, first)
+            if not own and not counted:
+                watch.empty()
         seen, counted = seen + int(batch.attention_mask.sum()), counted + int(mask.sum())
         if limit is not None and counted >= limit:
             break
-    if not watch.found and counted:
-        raise NotEnoughRows(
-            f"rank {ranks.rank} of {ranks.size} got no batch, and the width of the labels is known from batches alone; start "
-            "fewer processes, or lower batch_size"
-        )
     return seen, counted
 
 

@@ -71,6 +71,12 @@ class Watch:
             self._update(site, z.detach(), slice(None), None, grad)
         self.held.clear()
 
+    def empty(self) -> None:
+        """Forget what was seen and keep what second moments were shifted by."""
+        for found in self.found.values():
+            if not isinstance(found, Activity):
+                found.empty()
+
     def _begin(self, other: int | None) -> None:
         """Empty statistics at every site, once the width of the labels is known."""
         plan = self.subject.anatomy

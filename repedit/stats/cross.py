@@ -25,7 +25,7 @@ class CrossMoments:
         self.count = 0
         self.dtype = torch.float32
         """float64 once a float64 row of x was seen."""
-        self._x, self._z = _Side.zeros(width, device), _Side.zeros(other, device)
+        self._x, self._z, self._kept = _Side.zeros(width, device), _Side.zeros(other, device), False
         self._product = torch.zeros(width, other, dtype=torch.float64, device=device)
 
     def __repr__(self) -> str:
@@ -45,7 +45,7 @@ class CrossMoments:
         xs, zs = counted(x, mask, self.width), counted(z.to(x.device), mask, self.other)
         if not xs.shape[0]:
             return self
-        at = (self._x.shift, self._z.shift) if self.count else (centre(xs), centre(zs))
+        at = (self._x.shift, self._z.shift) if self.count or self._kept else (centre(xs), centre(zs))
         sums = []
         with exact_products():
             for a, b in zip(xs.split(BLOCK), zs.split(BLOCK), strict=True):
@@ -63,6 +63,12 @@ class CrossMoments:
             self._z.total.add_(b)
             self._product += product
         return self
+
+    def empty(self) -> None:
+        """Forget the rows and keep the shifts: float32 products about one shift are the same in every process."""
+        self.count, self._kept = 0, bool(self.count) or self._kept
+        for sums in (self._x.total, self._z.total, self._product):
+            sums.zero_()
 
     def __add__(self, other: CrossMoments) -> CrossMoments:
         """The statistic of both sets of rows.

@@ -29,6 +29,7 @@ class Moments:
         """float64 once a float64 row was seen: the precision that what is fitted should have."""
         self._shift = torch.zeros(width, dtype=torch.float64, device=device)
         self._total = torch.zeros(width, dtype=torch.float64, device=device)
+        self._kept = False
         # Of sum (x - shift)(x - shift)^T the lower triangle.
         self._square = torch.zeros(width, width, dtype=torch.float64, device=device)
 
@@ -47,7 +48,7 @@ class Moments:
         rows = counted(x, mask, self.width)
         if not rows.shape[0]:
             return self
-        shift = self._shift if self.count else centre(rows)
+        shift = self._shift if self.count or self._kept else centre(rows)
         sums, products = [], []
         with exact_products():
             for block in rows.split(BLOCK):
@@ -61,6 +62,12 @@ class Moments:
             self._total += total
             self._square += product
         return self
+
+    def empty(self) -> None:
+        """Forget the rows and keep the shift: float32 products about one shift are the same in every process."""
+        self.count, self._kept = 0, bool(self.count) or self._kept
+        self._total.zero_()
+        self._square.zero_()
 
     def __add__(self, other: Moments) -> Moments:
         """The statistic of both sets of rows.
