@@ -13,14 +13,14 @@ import typer.main
 
 def run(
     file: Annotated[
-        Path, typer.Argument(help="TOML: model = ..., then [[step]] tables, each a verb with its options.")
+        Path, typer.Argument(help="TOML: a model, then a list of step tables, each a verb with its options.")
     ],
     dry_run: Annotated[bool, typer.Option(help="Show which steps are done and which are to do.")] = False,
 ) -> None:
     """Carry out the steps of a file in order; those that are done, with what they wrote as they left it, are not repeated.
 
-    Paths are relative to the file. Where you change a step, what it wrote before is replaced; anything else in its place stops the
-    run. The exit code is that of the last audit, or of the step that failed.
+    Paths are relative to the file. Where you change a step, what it wrote before is replaced; anything else in its place
+    stops the run. The exit code is that of the last audit, or of the step that failed.
     """
     from repedit import cli, console
     from repedit.cli import steps
