@@ -28,6 +28,7 @@ import torch
 import repedit as rp
 from bench.checkpoints import LLAMA_3B, LLAMA_70B, llama
 from bench.record import record
+from repedit.files import file_hash
 from repedit.shards import open_shards
 
 _SCRIPT = """
@@ -186,8 +187,6 @@ def _projection(folder: Path, shape: dict[str, int]) -> Path:
 
 
 def _content(folder: Path) -> dict[str, str]:
-    from repedit.rewrite.manifest import file_hash
-
     return {path.name: file_hash(path) for path in folder.iterdir()}
 
 

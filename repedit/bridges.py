@@ -15,7 +15,7 @@ from repedit.edit import Edit
 from repedit.errors import ArgumentError, NotAModel, UnknownArchitecture, UnknownSite
 from repedit.maps import AffineMap
 from repedit.models import Subject, subject_of
-from repedit.rewrite.live import follows
+from repedit.rewrite.live import follows, shared_clone
 from repedit.sites import Point
 
 LensHook = Callable[..., Tensor]
@@ -140,8 +140,7 @@ def _check_same(bridge: Any, subject: Subject) -> None:
 
 def _clone(model: Any, *, shared: bool) -> Any:
     """A copy of the modules; of the parameters and buffers too, unless they are shared."""
-    tensors = [*model.parameters(), *model.buffers()] if shared else []
-    return copy.deepcopy(model, memo={id(t): t for t in tensors})
+    return shared_clone(model) if shared else copy.deepcopy(model)
 
 
 def _stand_in() -> Any:

@@ -28,7 +28,7 @@ and the like keep working.
     `- MissingDependency (ImportError)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -213,6 +213,18 @@ def during(place: str, note: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(note)
         raise
+
+
+def check_names(what: str, given: Iterable[str], valid: Iterable[str], kind: str = "option") -> None:
+    """Refuse a name that is not among the valid ones.
+
+    Raises:
+        UnknownName: with the nearest names.
+    """
+    known = list(valid)
+    for key in given:
+        if key not in known:
+            raise UnknownName(f"{what} has no {kind} {key!r}; {nearest(key, known)}")
 
 
 def nearest(name: str, valid: object, count: int = 3) -> str:

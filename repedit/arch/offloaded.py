@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repedit.errors import OffloadedTensors
+
 
 def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter under each of its names, with its values also where accelerate has put them off to memory or disk.
@@ -17,6 +19,17 @@ def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, _ in model.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
         yield name, values(model.get_submodule(path), leaf)
+
+
+def check_in_memory(model: nn.Module, instead: str) -> None:
+    """Refuse a model with weights that are put off, saying what to do instead.
+
+    Raises:
+        OffloadedTensors: naming the first of them.
+    """
+    away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if away:
+        raise OffloadedTensors(f"{len(away)} tensors are not in memory ({', '.join(away[:3])}, ...); {instead}")
 
 
 def execution_device(module: nn.Module) -> torch.device:

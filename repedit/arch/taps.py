@@ -79,9 +79,10 @@ def _expert_pass(branch: Branch, visit: Visit, replaces: bool) -> Callable[..., 
         hidden, index, weights = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
         # Every hook here starts from the module's inputs, so an edit must take along the edits of the hooks before it.
         earlier: tuple[Visit, ...] = getattr(output, _EDITED, ())
-        total = torch.zeros_like(output) if replaces else None
         # The module has computed: accelerate may have taken its weights away again.
-        inwards, outwards = (values(module, leaf).to(hidden.device) for leaf in ("gate_up_proj", "down_proj"))
+        inwards = values(module, "gate_up_proj").to(hidden.device)
+        outwards = values(module, "down_proj").to(hidden.device) if replaces else None
+        total = torch.zeros_like(output)
         for e, part in enumerate(branch.parts):
             tokens, slot = torch.where(index == e)
             if not len(tokens):
@@ -91,11 +92,12 @@ def _expert_pass(branch: Branch, visit: Visit, replaces: bool) -> Callable[..., 
             for step in (*earlier, visit):
                 new = step(z, slice(part.start, part.stop), tokens)
                 z = z if new is None else new
-            if total is not None:
+            if outwards is not None:
                 out = nn.functional.linear(z, outwards[e]) * weights[tokens, slot, None]
                 total = total.index_add(0, tokens, out.to(total.dtype))
-        if total is not None:
-            setattr(total, _EDITED, (*earlier, visit))
+        if outwards is None:
+            return None
+        setattr(total, _EDITED, (*earlier, visit))
         return total
 
     return hook

@@ -22,10 +22,10 @@ def run(
     Paths are relative to the file. Where you change a step, what it wrote before is replaced; anything else in its place
     stops the run. The exit code is that of the last audit, or of the step that failed.
     """
-    from repedit import cli, console
+    from repedit import console
     from repedit.cli import steps
 
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = _commands()
     found, code, changed = steps.read(file, commands), 0, False
     with contextlib.chdir(file.absolute().parent):
         log = steps.Log(Path(file.name))
@@ -37,7 +37,7 @@ def run(
                 f"{step.number} of {len(found)}, {step.verb}: {state}" + (f" -> {step.out}" if step.out else "")
             )
             if dry_run or known is not None:
-                code = known or code if step.verb == "audit" else code
+                code = known if step.verb == "audit" and known is not None else code
                 continue
             verb = commands[step.verb]
             ended = _ended(verb, step, step.arguments(verb, log.ours(step)))
@@ -59,10 +59,10 @@ def reproduce(
     file: Annotated[Path, typer.Argument(help="The file of a run that was carried out.")],
 ) -> None:
     """Carry out the steps of a run again, in another place, and compare the hash of everything written; exit code 1 where one differs."""
-    from repedit import cli, console
+    from repedit import console
     from repedit.cli import steps
 
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = _commands()
     found, same = steps.read(file, commands), True
     with contextlib.chdir(file.absolute().parent), tempfile.TemporaryDirectory() as folder:
         log, place = steps.Log(Path(file.name)), Path(folder)
@@ -79,6 +79,13 @@ def reproduce(
     raise typer.Exit(0 if same else 1)
 
 
+def _commands() -> dict[str, Any]:
+    """Every verb, by name."""
+    from repedit import cli
+
+    return dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
 def _ended(verb: Any, step: Any, words: list[str]) -> int:
     """The exit code of a step.
 
@@ -89,8 +96,6 @@ def _ended(verb: Any, step: Any, words: list[str]) -> int:
 
     try:
         result = verb.main(words, prog_name=f"repedit {step.verb}", standalone_mode=False)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # of the command line, whose base class typer does not export
-            raise
+    except typer.BadParameter as error:
         raise ArgumentError(f"step {step.number}, {step.verb}: {error.format_message()}") from error
     return result if isinstance(result, int) else 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from repedit import __version__
-from repedit.errors import ArgumentError, DataError, NotFound, TargetExists, UnknownName, nearest
+from repedit.errors import ArgumentError, DataError, NotFound, TargetExists, check_names
+from repedit.files import Lines, file_hash
 
 UNSUITED = ("run", "reproduce", "demo", "fetch")
 """Verbs that are no step of a run."""
@@ -34,13 +35,17 @@ class Step:
 
     def moved(self, place: Path, outs: Sequence[Path]) -> Step:
         """The same step elsewhere: what it and earlier steps write is there, everything else where it was."""
-        options = dict(self.options)
-        for key, value in options.items():
-            if isinstance(value, str) and any(Path(value).is_relative_to(out) for out in outs):
-                options[key] = str(place / value)
-            elif isinstance(value, str) and Path(value).exists():
-                options[key] = str(Path(value).absolute())
-        return replace(self, options=options)
+
+        def there(value: Any) -> Any:
+            if isinstance(value, list):
+                return [there(item) for item in value]
+            if not isinstance(value, str):
+                return value
+            if _written(value, outs):
+                return str(place / value)
+            return str(Path(value).absolute()) if Path(value).exists() else value
+
+        return replace(self, options={key: there(value) for key, value in self.options.items()})
 
     def arguments(self, command: Any, overwrite: bool) -> list[str]:
         """The words that follow the verb on the command line."""
@@ -76,8 +81,7 @@ def read(path: Path, commands: Mapping[str, Any]) -> list[Step]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no TOML: {error}") from error
     steps, model = found.pop("step", None), found.pop("model", None)
-    if found:
-        raise UnknownName(f"{path}: {nearest(next(iter(found)), ['model', 'step'])}")
+    check_names(str(path), found, ("model", "step"), "key")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) and "verb" in s for s in steps):
         raise DataError(f"{path} holds no [[step]] tables with a verb; a run is a list of them")
     made: list[Step] = []
@@ -99,13 +103,9 @@ def _step(
     place: Path,
 ) -> Step:
     verb = str(table.pop("verb"))
-    valid = [name for name in commands if name not in UNSUITED]
-    if verb not in valid:
-        raise UnknownName(f"step {number}: no verb of a run is called {verb!r}; {nearest(verb, valid)}")
+    check_names(f"step {number}: a run", [verb], [name for name in commands if name not in UNSUITED], "verb")
     names = {called: str(p.name) for p in commands[verb].params for called in _called(p)}
-    for key in table:
-        if key not in names:
-            raise UnknownName(f"step {number}, {verb}, has no option {key!r}; {nearest(key, list(names))}")
+    check_names(f"step {number}, {verb},", table, names)
     table = {names[key]: value for key, value in table.items()}
     if model is not None and "model" in names.values():
         table.setdefault("model", model)
@@ -113,8 +113,8 @@ def _step(
     if missing:
         raise ArgumentError(f"step {number}, {verb}, needs {', '.join(missing)}")
     outs = [step.out for step in before if step.out is not None]
-    given = [value for key, value in sorted(table.items()) if key != "out" and isinstance(value, str)]
-    inputs = [_input(place / value) for value in given if not any(Path(value).is_relative_to(out) for out in outs)]
+    given = [word for key, value in sorted(table.items()) if key != "out" for word in _words(value)]
+    inputs = [_input(place / word) for word in given if not _written(word, outs)]
     start = before[-1].key if before else __version__
     text = json.dumps([start, verb, table, inputs], sort_keys=True, default=str)
     return Step(number, verb, table, hashlib.sha256(text.encode()).hexdigest())
@@ -125,6 +125,16 @@ def _called(parameter: Any) -> list[str]:
     if parameter.param_type_name == "argument":
         return [str(parameter.name)]
     return [name.removeprefix("--").replace("-", "_") for name in parameter.opts if name.startswith("--")]
+
+
+def _words(value: Any) -> Iterator[str]:
+    """The words of an option's value: of an option that may be repeated, all of them."""
+    yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str))
+
+
+def _written(value: str, outs: Sequence[Path]) -> bool:
+    """Whether a word names something that an earlier step writes."""
+    return any(Path(value).is_relative_to(out) for out in outs)
 
 
 def _input(path: Path) -> str | None:
@@ -143,13 +153,11 @@ class Log:
     """What is finished of a run: a line of JSON a step, in a file beside it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.with_suffix(".done.jsonl")
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
-        self._rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self._lines = Lines(path.with_suffix(".done.jsonl"))
 
     def code(self, step: Step) -> int | None:
         """The exit code of a step that is done and whose output is as it was left; None of one to do."""
-        row = next((r for r in reversed(self._rows) if r["key"] == step.key), None)
+        row = self._row(step)
         if row is None or (step.out is not None and row["output"] != tree_hash(step.out)):
             return None
         return int(row["code"])
@@ -160,7 +168,7 @@ class Log:
         Raises:
             ArgumentError: if it is not done.
         """
-        row = next((r for r in reversed(self._rows) if r["key"] == step.key), None)
+        row = self._row(step)
         if row is None:
             raise ArgumentError(
                 f"step {step.number}, {step.verb}, was not run, or it or something before it changed; run it first"
@@ -175,7 +183,7 @@ class Log:
         """
         if step.out is None or not step.out.exists():
             return False
-        rows = [r for r in self._rows if r["out"] == str(step.out)]
+        rows = [r for r in self._lines.rows if r["out"] == str(step.out)]
         if not rows or rows[-1]["output"] != tree_hash(step.out):
             raise TargetExists(
                 f"step {step.number}, {step.verb}: {step.out} exists and is not what an earlier run of this file left there; "
@@ -188,9 +196,10 @@ class Log:
         out = None if step.out is None else str(step.out)
         row = {"step": step.number, "verb": step.verb, "key": step.key, "code": code, "out": out}
         row["output"] = None if step.out is None else tree_hash(step.out)
-        self._rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._lines.add(row)
+
+    def _row(self, step: Step) -> dict[str, Any] | None:
+        return next((row for row in reversed(self._lines.rows) if row["key"] == step.key), None)
 
 
 def tree_hash(path: Path) -> str | None:
@@ -200,6 +209,5 @@ def tree_hash(path: Path) -> str | None:
     digest = hashlib.sha256()
     files: Sequence[Path] = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
-        with open(file, "rb") as data:
-            digest.update(f"{file.relative_to(path)} ".encode() + hashlib.file_digest(data, "sha256").digest())
+        digest.update(f"{file.relative_to(path)} ".encode() + bytes.fromhex(file_hash(file)))
     return digest.hexdigest()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.errors import ArgumentError, UnknownName, check_names, nearest
 from repedit.gradient.combine import Combiner, weighted_sum
 from repedit.gradient.losses import Loss, nll
 from repedit.gradient.parameters import Parameters
@@ -151,18 +151,6 @@ class UnlearnRecipe:
             "saliency": None if self.saliency is None else {k: str(v) for k, v in vars(self.saliency).items()},
             "scale": self.scale,
         }
-
-
-def check_names(what: str, given: Iterable[str], valid: Iterable[str], kind: str = "option") -> None:
-    """Refuse a name that is not among the valid ones.
-
-    Raises:
-        UnknownName: with the nearest names.
-    """
-    known = list(valid)
-    for key in given:
-        if key not in known:
-            raise UnknownName(f"{what} has no {kind} {key!r}; {nearest(key, known)}")
 
 
 def made(name: str, terms: tuple[Term, ...], changes: Mapping[str, Any], **defaults: Any) -> UnlearnRecipe:

@@ -24,10 +24,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from repedit.errors import ArgumentError, DataError, UnknownName, nearest
+from repedit.errors import ArgumentError, DataError, UnknownName, check_names, nearest
 from repedit.gradient import combine, losses, sampling, schedule
 from repedit.gradient.parameters import Lora, Parameters
-from repedit.gradient.recipe import Optimiser, Saliency, Term, UnlearnRecipe, check_names
+from repedit.gradient.recipe import Optimiser, Saliency, Term, UnlearnRecipe
 
 COMBINERS = (combine.weighted_sum, combine.blur, combine.conflict_only, combine.norm_diff, combine.primal_dual)
 SAMPLERS = (sampling.paired, sampling.round_robin, sampling.chunked)

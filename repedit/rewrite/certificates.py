@@ -103,7 +103,7 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
         return _narrowed(slice_plan(edit, architecture, specs), narrower, before, after)
     plan = lower(edit, architecture, specs)
     found = {}
-    for name in plan.operations:
+    for name in (name for name in plan.operations if _projections(plan, name)):
         old = before(name) if name in specs else torch.zeros(plan.added[name].shape, dtype=plan.added[name].dtype)
         new = after(name)
         row = certified(plan, name, old, new, plan.computed(name, old, before), before)
@@ -123,7 +123,7 @@ def certified(
     plan: Plan, name: str, before: Tensor, after: Tensor, computed: Tensor, read: Read
 ) -> TensorCertificate | None:
     """The row of one tensor, as it was, as it is stored, and before it was rounded; None where no projection acts on it."""
-    operations = [op for op in plan.operations.get(name, ()) if isinstance(op.map, LowRank) and op.map.u.shape[1]]
+    operations = _projections(plan, name)
     if not operations:
         return None
     sums = torch.zeros(4, dtype=torch.float64)
@@ -141,6 +141,11 @@ def certified(
         residue=float(sums[3] / size),
         dtype=str(after.dtype).removeprefix("torch."),
     )
+
+
+def _projections(plan: Plan, name: str) -> list[Operation]:
+    """The operations on a tensor that take directions away."""
+    return [op for op in plan.operations.get(name, ()) if isinstance(op.map, LowRank) and op.map.u.shape[1]]
 
 
 def sliced_certificate(plan: Plan) -> Certificate:

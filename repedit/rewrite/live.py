@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from repedit.errors import ArgumentError, NoOpEdit, OffloadedTensors, PlanMismatch, QuantizedModel
+from repedit.arch.offloaded import check_in_memory
+from repedit.errors import ArgumentError, NoOpEdit, PlanMismatch, QuantizedModel
 from repedit.lower import EditOrDelta, lower
 from repedit.models import Subject
 from repedit.plan import Plan
@@ -47,7 +48,7 @@ def apply(
     changed = [name for name, value in new.items() if name not in before or not torch.equal(value, before[name])]
     if not changed and not allow_identity:
         raise NoOpEdit(noop_message(list(plan.operations)))
-    model = subject.model if inplace else _shared_clone(subject.model)
+    model = subject.model if inplace else shared_clone(subject.model)
     for key, value in plan.config.items():
         setattr(model.config, key, value)
     for name, value in new.items():
@@ -81,12 +82,7 @@ def check_editable(subject: Subject) -> None:
             f"the weights are quantised ({subject.quantizer}) and cannot be edited exactly; load with dequantisation or the "
             "unquantised base. Measuring works"
         )
-    meta = [name for name, p in subject.model.named_parameters() if p.device.type == "meta"]
-    if meta:
-        raise OffloadedTensors(
-            f"{len(meta)} tensors are not in memory ({', '.join(meta[:3])}, ...); "
-            "use repedit.export(edit, source=directory, target=...), which streams the files"
-        )
+    check_in_memory(subject.model, "use repedit.export(edit, source=directory, target=...), which streams the files")
 
 
 def noop_message(names: list[str]) -> str:
@@ -119,7 +115,7 @@ def _weight_of(bias: str, before: dict[str, nn.Parameter]) -> nn.Parameter:
     return before[f"{bias.removesuffix('.bias')}.weight"]
 
 
-def _shared_clone(model: Any) -> Any:
+def shared_clone(model: Any) -> Any:
     """A model with its own modules and config that shares every tensor."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, memo={id(t): t for t in tensors})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from repedit.arch import Anatomy
 from repedit.arch.widths import mlp_widths, ragged_widths
+from repedit.files import file_hash
 from repedit.plan import Plan
 from repedit.rewrite.certificates import TensorCertificate, check_leaks, combined, sliced_certificate
 from repedit.shards import open_shards
@@ -201,12 +201,6 @@ def _entry(plan: Plan, name: str, change: Change) -> dict[str, Any]:
         "sha256_before": change.before,
         "sha256_after": change.after,
     }
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hashes(folder: Path, known: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ file still has that hash, in a directory that bears the name of the same job: th
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repedit.files import Lines, file_hash
 from repedit.plan import Plan
 from repedit.rewrite.certificates import TensorCertificate
-from repedit.rewrite.manifest import Change, file_hash
+from repedit.rewrite.manifest import Change
 from repedit.shards import Shards, raw_bytes
 
 
@@ -38,10 +38,10 @@ class Journal:
     """The finished shards of one export, by file name, in a file beside their folder; every other file of it is removed."""
 
     def __init__(self, shards: Path) -> None:
-        self.path = shards.parent / "finished.jsonl"
+        self._lines = Lines(shards.parent / "finished.jsonl")
         self.hashes: dict[str, str] = {}
         """sha256 of every finished file."""
-        self._rows = {row["file"]: row for row in self._read()}
+        self._rows = {row["file"]: row for row in self._lines.rows}
         for path in shards.iterdir():
             if path.name not in self._rows:
                 path.unlink()
@@ -63,17 +63,7 @@ class Journal:
             os.fsync(file.fileno())
         self.hashes[path.name] = file_hash(path)
         rows = {name: asdict(change) for name, change in changes.items()}
-        row = {"file": path.name, "sha256": self.hashes[path.name], "changes": rows}
-        with open(self.path, "a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line break was cut off
-        return [json.loads(line) for line in lines]
+        self._lines.add({"file": path.name, "sha256": self.hashes[path.name], "changes": rows})
 
 
 def _change(plain: Mapping[str, Any]) -> Change:

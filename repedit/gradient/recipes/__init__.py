@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from repedit.errors import UnknownName, nearest
+from repedit.errors import UnknownName, check_names, nearest
 from repedit.gradient import written
-from repedit.gradient.recipe import CHANGEABLE, Merged, UnlearnRecipe, check_names
+from repedit.gradient.recipe import CHANGEABLE, Merged, UnlearnRecipe
 from repedit.gradient.recipes.basic import (
     dpo,
     ga,
