@@ -27,6 +27,7 @@ _NAMES = {
     "CrossMoments": "repedit.stats",
     "collect": "repedit.activations.collection",
     "peaks": "repedit.activations.distribution",
+    "max_activating": "repedit.activations.examples",
     "predictions": "repedit.activations.prediction",
     "score": "repedit.importance.scoring",
     "top": "repedit.importance.selection",
@@ -65,9 +66,9 @@ _NAMES = {
     "register": "repedit.arch",
     "resolve": "repedit.arch",
 }
-_ROOMS = {name: f"repedit.{name}" for name in ("arch", "data", "errors", "fit", "metrics", "plot", "report")} | {
-    "recipes": "repedit.gradient.recipes"
-}
+_ROOMS = {
+    name: f"repedit.{name}" for name in ("arch", "data", "errors", "explore", "fit", "metrics", "plot", "report")
+} | {"recipes": "repedit.gradient.recipes"}
 
 __all__ = [*_NAMES, *_ROOMS, "__version__"]  # pyright: ignore
 
@@ -87,9 +88,10 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from repedit import arch, data, errors, fit, metrics, plot, report
+    from repedit import arch, data, errors, explore, fit, metrics, plot, report
     from repedit.activations.collection import collect
     from repedit.activations.distribution import peaks
+    from repedit.activations.examples import max_activating
     from repedit.activations.prediction import predictions
     from repedit.arch import register, resolve
     from repedit.arch.check import check_architecture

@@ -14,7 +14,7 @@ LAYERS = (
     ("plan", "edit", "delta", "lower", "activations", "importance", "fit"),
     ("rewrite", "gradient"),
     ("bridges", "metrics", "attacks"),
-    ("plot", "report", "walkthrough"),
+    ("plot", "explore", "report", "walkthrough"),
     ("console", "cli", "__main__"),
 )  # fmt: skip
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
@@ -25,12 +25,12 @@ INSIDE = {
     "fingerprints": {"arch"}, "opening": {"arch", "shards", "fetching", "ragged"},
     "models": {"arch", "shards", "fetching", "fingerprints", "ragged", "opening"},
     "lower": {"edit", "delta", "plan"}, "activations": {"edit"}, "importance": {"activations", "edit", "fit"},
-    "fit": {"activations", "edit"}, "walkthrough": {"plot"}, "attacks": {"metrics"}, "report": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
+    "fit": {"activations", "edit"}, "explore": {"plot"}, "walkthrough": {"plot"}, "attacks": {"metrics"}, "report": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
 }  # fmt: skip
 # Libraries with side effects or long imports, and the only rooms that may import them at the top of a module.
 ONLY_IN = {
     "matplotlib": {"plot"}, "typer": {"cli"}, "rich": {"console"}, "triton": {"kernels"},
-    "transformers": set(), "transformer_lens": set(), "nnsight": set(),
+    "transformers": set(), "plotly": {"explore"}, "transformer_lens": set(), "nnsight": set(),
 }  # fmt: skip
 # Where transformers may be imported inside a function.
 TRANSFORMERS_IN = {

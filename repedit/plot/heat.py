@@ -107,15 +107,19 @@ SCALES: Mapping[str, Scale] = {
 }
 
 
+def reach(scale: Scale, shown: Rows) -> float:
+    """How far from no preference the colour scale goes."""
+    away = np.abs(shown - scale.neutral(shown))
+    return float(np.nanquantile(away, QUANTILE)) or float(np.nanmax(away)) or 1.0
+
+
 def _split(values: Rows, like: Mapping[Site, Rows]) -> list[Rows]:
     return np.split(values, np.cumsum([len(column) for column in like.values()])[:-1])
 
 
 def _norm(scale: Scale, shown: Rows) -> Normalize:
-    middle = scale.neutral(shown)
-    away = np.abs(shown - middle)
-    reach = float(np.nanquantile(away, QUANTILE)) or float(np.nanmax(away)) or 1.0
-    return Normalize(middle - reach, middle + reach)
+    middle, far = scale.neutral(shown), reach(scale, shown)
+    return Normalize(middle - far, middle + far)
 
 
 def _heat(axes: Axes, columns: Sequence[Rows], norm: Normalize) -> Any:
