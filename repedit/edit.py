@@ -39,6 +39,11 @@ class Edit:
         object.__setattr__(self, "maps", MappingProxyType(ordered))
         object.__setattr__(self, "provenance", MappingProxyType(json.loads(json.dumps(dict(self.provenance)))))
 
+    def __repr__(self) -> str:
+        rank = sum(map_.rank_removed for map_ in self.maps.values())
+        what = f"{len(self.maps)} sites, {next(iter(self.maps))} to {list(self.maps)[-1]}" if self.maps else "no site"
+        return f"Edit({self.provenance.get('method', 'by hand')}: {what}, removes rank {rank:,} in all)"
+
     def __or__(self, then: Edit) -> Edit:
         """This edit, then another: maps of a shared site compose, and both provenances are kept as parents.
 

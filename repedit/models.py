@@ -53,6 +53,12 @@ class Subject:
     source: Path | None = None
     """Directory the weights were read from; None for an in-memory or edited model."""
 
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        where = "in memory" if self.source is None else f"from {self.source.name}"
+        plan = self.anatomy
+        return f"Subject({self.architecture.model_type}, {len(plan.layers)} layers, width {plan.width}, {count:,} parameters, {where})"
+
     @cached_property
     def anatomy(self) -> Anatomy:
         """The architecture matched against this model's tensors."""

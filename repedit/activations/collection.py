@@ -48,6 +48,9 @@ class Collection(Mapping[Site, Statistic], Generic[Statistic]):
     edit: str = ""
     """Hash of the edit that was active, empty where none was."""
 
+    def __repr__(self) -> str:
+        return f"Collection({self.kind} at {len(self)} sites, {self.counted:,} tokens of {self.corpus})"
+
     def __getitem__(self, site: Site | str) -> Statistic:
         return self.statistics[Site.parse(site)]
 

@@ -48,6 +48,10 @@ class Examples(Mapping[Site, Float[Tensor, "k d"]]):
     tokenizer: Any
     corpus: str
 
+    def __repr__(self) -> str:
+        neurons = sum(values.shape[1] for values in self.values())
+        return f"Examples({neurons:,} neurons at {len(self)} sites, {len(self.chunks)} chunks of {self.corpus})"
+
     def __getitem__(self, site: Site | str) -> Float[Tensor, "k d"]:
         return self.activations[Site.parse(site)]
 

@@ -29,6 +29,11 @@ class Predictions:
     loss: NDArray[np.float64]
     """Summed negative log-likelihood, in nats."""
 
+    def __repr__(self) -> str:
+        return (
+            f"Predictions({self.count.sum():,} tokens, {self.top1:.1%} right, loss {self.mean_loss:.3f} nats a token)"
+        )
+
     @property
     def top1(self) -> float:
         """Share of tokens predicted first."""
@@ -118,6 +123,9 @@ class Effect:
     high: float
     loss_rise: float
     """Nats a token."""
+
+    def __str__(self) -> str:
+        return f"drop {self.drop:.1f} % ({self.low:.1f} to {self.high:.1f}), loss {self.loss_rise:+.2f} nats a token"
 
 
 def effect(original: Predictions, edited: Predictions, *, resamples: int = 1000, seed: int = 0) -> Effect:

@@ -60,7 +60,7 @@ def plotly() -> Any:
 LAYOUT: dict[str, Any] = {
     "template": "none",
     "font": {"family": "sans-serif", "size": 13, "color": "#222"},
-    "margin": {"l": 80, "r": 20, "t": 60, "b": 60},
+    "margin": {"l": 80, "r": 50, "t": 60, "b": 60},
     "paper_bgcolor": "white",
     "plot_bgcolor": "white",
     "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"family": "monospace", "size": 12, "color": "#222"}},

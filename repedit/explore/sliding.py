@@ -45,7 +45,7 @@ def trajectory(found: Trajectory) -> Explorer:
         title={"text": _title(found, start), "font": {"size": 14}},
         xaxis=axis("retain drop, %", domain=[0, 0.44]),
         yaxis=axis("forget drop, %"),
-        xaxis2=axis("layer", domain=[0.56, 1], anchor="y2", tickvals=layers),
+        xaxis2=axis("layer", domain=[0.56, 1], anchor="y2", nticks=12),
         yaxis2=axis("neurons pruned", anchor="x2", range=[0, max(map(max, heights)) * 1.05]),
         legend={"x": 0.02, "y": 0.98},
         height=480,

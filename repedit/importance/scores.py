@@ -50,6 +50,18 @@ class Scores(Mapping[Site, Score]):
     def __len__(self) -> int:
         return len(self.by_site)
 
+    def __repr__(self) -> str:
+        total = sum(len(score.values) for score in self.values())
+        kinds = sorted({f"{score.combine} of {score.importance}" for score in self.values()})
+        return f"Scores({total:,} neurons at {len(self)} sites, {', '.join(kinds)})"
+
+    def largest(self, count: int) -> tuple[tuple[Site, int, float], ...]:
+        """The neurons of highest score over all sites, the highest first: (site, neuron, score); protected ones are left out."""
+        sites = [(site, neuron) for site, score in self.items() for neuron in range(len(score.values))]
+        values = torch.cat([score.values for score in self.values()])
+        order = values.argsort(descending=True, stable=True)[:count].tolist()
+        return tuple((*sites[i], float(values[i])) for i in order if values[i] > -torch.inf)
+
     @property
     def agreement(self) -> float:
         """Median Spearman correlation over sites."""

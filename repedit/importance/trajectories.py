@@ -37,6 +37,13 @@ class Trajectory:
     steps: tuple[Step, ...]
     provenance: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        retain, forget = self.drops()[-1]
+        last = self.steps[-1].fraction
+        return (
+            f"Trajectory({len(self.steps)} steps to {last:.3g}: forget drop {forget:.1f} %, retain drop {retain:.1f} %)"
+        )
+
     def drops(self) -> list[tuple[float, float]]:
         """(retain drop, forget drop) of each step, per cent of the original top-1 accuracy."""
         first = self.steps[0]

@@ -59,6 +59,9 @@ class Manifest:
     """Numbers in the files before and after, where shapes changed."""
     format: int = 1
 
+    def __repr__(self) -> str:
+        return f"Manifest({self.edit.get('method', 'edit')}: {len(self.plan)} tensors edited, {len(self.files)} files)"
+
     @property
     def relative_change(self) -> float:
         """The largest relative change of a tensor that existed before."""
