@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 # A pipe has no width of its own; 120 columns keep names whole.
 out = Console(width=None if sys.stdout.isatty() else 120)
@@ -113,7 +116,42 @@ def show_generations(prompts: Sequence[str], before: Sequence[str], after: Seque
     table("What each model writes (greedy)", ("prompt", "original", "edited"), rows)
 
 
-def _text(cell: Any) -> Any:
-    from rich.text import Text
+def show_beside(names: Sequence[str], writings: Iterable[Sequence[Any]]) -> Sequence[Any]:
+    """Texts side by side as they grow, on a terminal; one after another when they are done, elsewhere. Returns the last ones."""
+    last: Sequence[Any] = ()
+    if not out.is_terminal:
+        *_, last = writings
+        for name, writing in zip(names, last, strict=True):
+            out.print(f"{name}: {writing.text.strip() or '(nothing)'}", highlight=False, markup=False, soft_wrap=True)
+        return last
+    with Live(console=out, refresh_per_second=12, transient=True) as live:
+        try:
+            for last in writings:
+                live.update(columns(names, [writing.text for writing in last], out.height - 6))
+        except KeyboardInterrupt:  # ends what is being written, and keeps what is there
+            if not last:
+                raise
+    out.print(columns(names, [writing.text for writing in last]))
+    return last
 
+
+def columns(names: Sequence[str], texts: Sequence[str], lines: int | None = None) -> Table:
+    """A column a text; what all texts begin with is dim. The last lines alone, where a number of them is given."""
+    width = max(10, out.width // len(texts) - 3)
+    pairs = zip(*texts, strict=False)
+    same = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, pairs)) if len(texts) > 1 else 0
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, width=out.width)
+    for name in names:
+        drawn.add_column(name, ratio=1)
+    cells = []
+    for text in texts:
+        shown = Text(text)
+        shown.stylize("dim", 0, same)
+        rows = shown.wrap(out, width)
+        cells.append(Text("\n").join(rows if lines is None else rows[-max(1, lines) :]))
+    drawn.add_row(*cells)
+    return drawn
+
+
+def _text(cell: Any) -> Any:
     return Text(f"{cell:.3g}" if isinstance(cell, float) else str(cell))

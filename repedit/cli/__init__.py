@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from repedit.cli import applying, audits, cut, look, project, running, start, unlearning
+from repedit.cli import applying, audits, chatting, cut, look, project, running, start, unlearning
 
 app = typer.Typer(
     name="repedit",
@@ -32,6 +32,7 @@ for verb in (
     applying.apply,
     look.diff,
     look.compare,
+    chatting.chat,
     audits.audit,
     audits.report,
     running.run,

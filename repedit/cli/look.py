@@ -120,14 +120,34 @@ def compare(
         _benchmarks(subjects, metrics.split(","), folder, limit, json)
         return
     corpora: list[Any] = [data.read(name) for name in text or ["code", "prose"]]
+    prompts = tuple(prompt or PROMPTS)
+    streamed = console.out.is_terminal and not json  # the same texts, seen as they are written
     found = compared(
-        subjects[0], subjects[1], corpora, prompts=prompt or PROMPTS, limit_tokens=tokens, batch_size=batch_size
+        subjects[0],
+        subjects[1],
+        corpora,
+        prompts=() if streamed else prompts,
+        limit_tokens=tokens,
+        batch_size=batch_size,
     )
     if json:
         console.show_json(console.comparison_json(found))
         return
     console.table(f"{base} against {edited}", console.COMPARISON_COLUMNS, console.comparison_rows(found))
-    console.show_generations(found.prompts, found.base_text, found.edited_text)
+    if streamed:
+        _stream(subjects, (base, edited), prompts)
+    else:
+        console.show_generations(found.prompts, found.base_text, found.edited_text)
+
+
+def _stream(subjects: list[Any], names: tuple[str, str], prompts: tuple[str, ...]) -> None:
+    """What both models write after each prompt, side by side as it comes."""
+    from repedit import console
+    from repedit.metrics.streaming import side_by_side
+
+    for prompt in prompts:
+        console.out.print(f"> {prompt}", highlight=False, markup=False)
+        console.show_beside(names, side_by_side(subjects, [prompt, prompt], max_new_tokens=40))
 
 
 def _benchmarks(subjects: list[Any], names: list[str], folder: Path, limit: int | None, json: bool) -> None:

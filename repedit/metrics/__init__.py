@@ -15,6 +15,7 @@ _ROOMS = (
     "probability",
     "semeval",
     "shadows",
+    "streaming",
     "tofu",
 )
 
@@ -43,5 +44,6 @@ if TYPE_CHECKING:
         probability,
         semeval,
         shadows,
+        streaming,
         tofu,
     )

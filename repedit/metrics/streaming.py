@@ -1,0 +1,188 @@
+"""What models write, token by token and side by side; a step of a model reads one token, the rest is in its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from repedit.errors import ArgumentError, DataError
+from repedit.models import Subject
+
+Message = Mapping[str, str]
+"""A turn of a conversation: "role" (user, assistant or system) and "content"."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a model has written so far."""
+
+    tokens: tuple[int, ...] = ()
+    """The token that ended it is the last one, if one did."""
+    text: str = ""
+    """Without special tokens, and without a character of which some bytes are still to come."""
+    ended: str = ""
+    """"" while it goes on, "stop" after a token that ends a text, "length" where no more tokens were allowed."""
+
+
+def side_by_side(
+    subjects: Sequence[Subject],
+    prompts: Sequence[str | Sequence[Message]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[tuple[Writing, ...]]:
+    """What every model has written, after each step in which each of them wrote one token more.
+
+    At temperature 0 the most likely token is taken, as `model.generate(do_sample=False)` does; otherwise one is drawn
+    from softmax(logits / temperature), by a generator of its own for each model, so that no model's draws depend on
+    another's.
+
+    Args:
+        prompts: one for each model: a text to continue, or the messages of a conversation, for the chat template.
+    Raises:
+        ArgumentError: if a number is out of range, a tokenizer or chat template is missing, or the model's own
+            settings for generation ask for what is not done here.
+        DataError: if a prompt has no token, or leaves the model no room to go on.
+    """
+    if len(subjects) != len(prompts):
+        raise ArgumentError(f"{len(subjects)} models and {len(prompts)} prompts; give one prompt a model")
+    asked = [prompt_tokens(s, prompt, room=max_new_tokens) for s, prompt in zip(subjects, prompts, strict=True)]
+    writers = [
+        stream(subject, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        for subject, ids in zip(subjects, asked, strict=True)
+    ]
+    return _together(writers)
+
+
+def stream(
+    subject: Subject, ids: Sequence[int], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+) -> Iterator[Writing]:
+    """What a model has written after each further token; see `side_by_side`.
+
+    Raises:
+        ArgumentError: if a number is out of range, or the model's own settings ask for what is not done here.
+    """
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
+        raise ArgumentError(
+            f"max_new_tokens={max_new_tokens}, temperature={temperature}; give at least 1, and a number from 0 on"
+        )
+    if not ids:
+        raise DataError("there is no token to go on from; give at least one")
+    return _written(subject, list(ids), max_new_tokens, temperature, seed, _processors(subject))
+
+
+def prompt_tokens(subject: Subject, prompt: str | Sequence[Message], *, room: int) -> list[int]:
+    """The tokens of a text, or of a conversation in the tokenizer's chat template, up to where the model is to go on.
+
+    Raises:
+        ArgumentError: without a tokenizer, or for a conversation without a chat template.
+        DataError: if there is no token, or no room for so many more.
+    """
+    tokenizer = subject.need_tokenizer()
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+    elif not tokenizer.chat_template:
+        raise ArgumentError("the tokenizer has no chat template for a conversation; give a text to continue")
+    else:
+        # The template writes the special tokens itself.
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    limit = getattr(subject.model.config, "max_position_embeddings", None)
+    if not ids:
+        raise DataError(f"the prompt {prompt!r} has no token; give a text")
+    if limit is not None and len(ids) + room > limit:
+        raise DataError(
+            f"the prompt has {len(ids)} tokens, the model reads {limit}: no room for max_new_tokens={room}; shorten either"
+        )
+    return ids
+
+
+def _together(writers: Sequence[Iterator[Writing]]) -> Iterator[tuple[Writing, ...]]:
+    """One step of every writer that goes on, until none does."""
+    states = [Writing() for _ in writers]
+    while not all(state.ended for state in states):
+        states = [state if state.ended else next(writer) for state, writer in zip(states, writers, strict=True)]
+        yield tuple(states)
+
+
+def _written(
+    subject: Subject, ids: list[int], room: int, temperature: float, seed: int, processors: Any
+) -> Iterator[Writing]:
+    tokenizer, ends = subject.need_tokenizer(), _ends(subject)
+    draws = torch.Generator().manual_seed(seed)
+    seen = torch.tensor([ids], device=subject.device)
+    fresh, cache = seen, None
+    while True:
+        logits, cache = _step(subject, seen, fresh, cache)
+        token = _chosen(processors(seen, logits), temperature, draws)
+        fresh = torch.tensor([[token]], device=subject.device)
+        seen = torch.cat([seen, fresh], dim=1)
+        tokens = seen[0, len(ids) :].tolist()
+        ended = "stop" if token in ends else "length" if len(tokens) == room else ""
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        yield Writing(tuple(tokens), text if ended else text.rstrip("\ufffd"), ended)
+        if ended:
+            return
+
+
+def _step(subject: Subject, seen: Int[Tensor, "1 t"], fresh: Int[Tensor, "1 n"], cache: Any) -> tuple[Tensor, Any]:
+    """(logits of the next token, the cache) after reading the tokens that the cache does not hold yet."""
+    # Not around the loop: a generator that waits would leave its caller without gradients.
+    with torch.no_grad():
+        out = subject.model(
+            input_ids=fresh,
+            attention_mask=torch.ones_like(seen),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    # float32, as transformers compares them.
+    return out.logits[:, -1].float(), out.past_key_values
+
+
+def _chosen(logits: Float[Tensor, "1 v"], temperature: float, draws: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    shares = (logits[0].double().cpu() / temperature).softmax(-1)
+    return int(torch.multinomial(shares, 1, generator=draws))
+
+
+def _ends(subject: Subject) -> set[int]:
+    """The tokens after which a text of this model is over."""
+    found = subject.model.generation_config.eos_token_id
+    return set(found) if isinstance(found, list) else set() if found is None else {found}
+
+
+# Settings of a checkpoint that change the most likely token, with the value that changes nothing.
+_NEUTRAL = {
+    "num_beams": 1, "guidance_scale": 1, "sequence_bias": None, "encoder_repetition_penalty": 1, "bad_words_ids": None,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None, "begin_suppress_tokens": None, "penalty_alpha": None, "stop_strings": None,
+}  # fmt: skip
+
+
+def _processors(subject: Subject) -> Any:
+    """What the model's own settings for generation do to logits: repetition penalty, repeated n-grams, suppressed tokens."""
+    from transformers.generation import logits_process as processing
+
+    own = subject.model.generation_config
+    for name, neutral in _NEUTRAL.items():
+        if getattr(own, name, None) not in (None, neutral):
+            raise ArgumentError(
+                f"the model's generation_config asks for {name}={getattr(own, name)!r}, which is not done token by token here; "
+                f"set model.generation_config.{name} = {neutral!r}, or use repedit compare"
+            )
+    found: list[Any] = []
+    if own.repetition_penalty not in (None, 1.0):
+        found.append(processing.RepetitionPenaltyLogitsProcessor(float(own.repetition_penalty)))
+    if own.no_repeat_ngram_size:
+        found.append(processing.NoRepeatNGramLogitsProcessor(own.no_repeat_ngram_size))
+    if own.suppress_tokens:
+        found.append(processing.SuppressTokensLogitsProcessor(own.suppress_tokens, device=subject.device))
+    return processing.LogitsProcessorList(found)
