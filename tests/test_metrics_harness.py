@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 import repedit as rp
+from repedit.cli import app
 from repedit.data import Fact
-from repedit.errors import ArgumentError, MissingDependency, NotFound
+from repedit.errors import ArgumentError, DataError, MissingDependency, NotFound, TargetExists, UnknownName
 from repedit.metrics import harness
 from tests.test_attack_weights import small
 
@@ -72,3 +75,92 @@ def test_a_task_that_does_not_exist_is_refused(tasks):
     pytest.importorskip("lm_eval", reason="needs the extra repedit[eval]")
     with pytest.raises(rp.errors.UnknownName, match="no task is called 'own_choice'; did you mean 'own_choices'"):
         harness.evaluate(small("gpt2"), "own_choice", include=tasks)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_task(folder, domain: str) -> None:
+    """A task asks the facts of a domain, to the letter."""
+    asked, data = rp.data.facts(domain).forget, rows_of(folder / f"repedit_{domain}.jsonl")
+    task = yaml.safe_load((folder / f"repedit_{domain}.yaml").read_text())
+    assert task["task"] == f"repedit_{domain}" and task["dataset_kwargs"]["data_files"]["test"] == str(
+        folder / f"repedit_{domain}.jsonl"
+    )
+    assert (task["doc_to_text"], task["doc_to_choice"], task["doc_to_target"]) == ("{{prompt}}", "choices", "label")
+    assert [(r["prompt"], tuple(r["choices"]), r["choices"][r["label"]]) for r in data] == [
+        (f.prompt, f.choices, f.answer) for f in asked
+    ]
+
+
+def test_the_built_in_facts_are_written_as_tasks(tmp_path):
+    folder = tmp_path / "made here"
+    assert harness.write_tasks(folder) == tuple(f"repedit_{domain}" for domain in rp.data.DOMAINS)
+    for domain in rp.data.DOMAINS:
+        check_task(folder, domain)
+    assert "Apache-2.0" in (folder / "repedit_nouns.yaml").read_text()
+    assert harness.write_tasks(folder, "nouns") == ("repedit_nouns",), "the same again is no conflict"
+    with pytest.raises(TargetExists, match=r"repedit_nouns.jsonl exists and holds something else; move it away"):
+        harness.write_tasks(folder, "nouns", seed=1)
+
+
+def test_a_wrong_label_is_caught(tmp_path, monkeypatch):
+    plain = harness._row
+    monkeypatch.setattr(harness, "_row", lambda f: json.dumps(json.loads(plain(f)) | {"label": 0}) + "\n")
+    harness.write_tasks(tmp_path, "nouns")
+    with pytest.raises(AssertionError):
+        check_task(tmp_path, "nouns")
+
+
+def test_facts_of_your_own_are_a_task_too(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": str(i), "prompt": f"{i} is", "answer": f"a{i}"}) + "\n" for i in range(9))
+    )
+    assert harness.write_tasks(tmp_path / "tasks", [path, "nouns"]) == ("repedit_mine", "repedit_nouns")
+    first = rows_of(tmp_path / "tasks" / "repedit_mine.jsonl")[0]
+    assert len(first["choices"]) == 8 and first["choices"][first["label"]] == "a0"
+    note = (tmp_path / "tasks" / "repedit_mine.yaml").read_text()
+    assert "under the terms of that file" in note and "Apache" not in note
+
+
+@pytest.mark.parametrize(("names", "error", "message"), [
+    ((), ArgumentError, r"names=\[\]; give at least one, each once"),
+    (("nouns", "nouns"), ArgumentError, "give at least one, each once"),
+    (("noun",), UnknownName, "no built-in facts are called 'noun'; did you mean 'nouns'"),
+    ("same.jsonl", DataError, "fact 'x' has no choices, and its domain no other answers; give it some"),
+])  # fmt: skip
+def test_tasks_that_cannot_be_written_are_refused(names, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "who is", "answer": "one"}
+    (tmp_path / "same.jsonl").write_text("\n".join(json.dumps(row | {"id": i, "prompt": f"{i} is"}) for i in "xyz"))
+    with pytest.raises(error, match=message):
+        harness.write_tasks(tmp_path / "tasks", names)
+    assert not (tmp_path / "tasks").exists()
+
+
+def test_the_command_line_writes_tasks_and_says_how_to_run_them(tmp_path):
+    said = CliRunner().invoke(app, ["tasks", str(tmp_path), "--facts", "nouns,symbols"]).stdout
+    assert (
+        "lm-eval run --model hf" in said and f"--include_path {tmp_path} --tasks repedit_nouns,repedit_symbols" in said
+    )
+    found = json.loads(CliRunner().invoke(app, ["tasks", str(tmp_path), "--json"]).stdout)
+    assert found["tag"] == harness.TAG and len(found["tasks"]) == len(list(tmp_path.glob("*.yaml"))) == len(
+        rp.data.DOMAINS
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_harness_counts_every_built_in_fact_as_repedit_does(family, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs the extra repedit[eval]")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    subject = small(family)
+    names = harness.write_tasks(tmp_path)
+    found = harness.evaluate(subject, harness.TAG, include=tmp_path, batch_size=64)
+    for name, domain in zip(names, rp.data.DOMAINS, strict=True):
+        known = rp.facts_accuracy(subject, rp.data.facts(domain))
+        items = {sample["doc"]["id"]: bool(sample["acc"]) for sample in found["samples"][name]}
+        assert [items[i] for i in known.ids] == known.correct.tolist(), domain
+        assert 0 < known.accuracy < 1, "a measure that moves"

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from repedit.cli import applying, audits, chatting, cut, look, project, running, start, unlearning
+from repedit.cli import applying, audits, chatting, cut, harnessing, look, project, running, start, unlearning
 
 app = typer.Typer(
     name="repedit",
@@ -35,6 +35,7 @@ for verb in (
     chatting.chat,
     audits.audit,
     audits.report,
+    harnessing.tasks,
     running.run,
     running.reproduce,
 ):

@@ -1,13 +1,22 @@
-"""The tasks of lm-evaluation-harness on a model in memory: nothing is saved, and local tasks need no network."""
+"""The tasks of lm-evaluation-harness on a model in memory: nothing is saved, and local tasks need no network.
+
+`write_tasks` writes the built-in facts, or facts of yours, as tasks that the harness runs without repedit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from repedit.errors import ArgumentError, DataError, MissingDependency, NotFound, UnknownName, nearest
+from repedit.data import DOMAINS, Fact
+from repedit.data import facts as facts_named
+from repedit.errors import ArgumentError, DataError, MissingDependency, NotFound, TargetExists, UnknownName, nearest
 from repedit.models import Subject
+
+TAG = "repedit_facts"
+"""Names all tasks of `write_tasks` at once."""
 
 
 def evaluate(
@@ -67,3 +76,85 @@ def evaluate(
             "and name its directory with include="
         ) from error
     return dict(found)
+
+
+_BUILTIN = """# {count} facts, {name}, in the words and with the wrong choices of repedit: rp.facts_accuracy(lm, rp.data.facts({name!r})).
+# The facts were written for repedit, and are licensed as it is: Apache-2.0."""
+_OWN = """# {count} facts of the file {name}, in its words: rp.facts_accuracy(lm, rp.data.facts({name!r})).
+# They are under the terms of that file."""
+_TASK = """{note}
+# The path of the data is whole, so write the tasks again where you move them. Run them without repedit:
+#   lm-eval run --model hf --model_args pretrained=MODEL --include_path {folder} --tasks {task}
+task: {task}
+tag: {tag}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: choices
+doc_to_target: label
+target_delimiter: " "
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+def write_tasks(
+    folder: str | Path, names: str | Path | Iterable[str | Path] = DOMAINS, *, seed: int = 0
+) -> tuple[str, ...]:
+    """Write facts as tasks of the harness, a YAML and a JSONL file each; returns the names of the tasks.
+
+    A task asks what `rp.facts_accuracy` asks: each fact in its own prompt, its choices after one space, the one of the
+    highest summed log-probability against the right one. Accuracies are equal but for ties, which the harness gives to
+    the first choice.
+
+    Args:
+        folder: made where it is missing; tasks that stand there with other content are not replaced.
+        names: built-in domains, or .jsonl files of facts (those to forget); the task of "capitals" is "repedit_capitals".
+            All are run together by the tag `TAG`.
+        seed: draws the order of the choices, as in `rp.data.facts`.
+    Raises:
+        UnknownName, NotFound, DataError: as `rp.data.facts` does; DataError also for a fact without choices.
+        ArgumentError: without names, or if two tasks would have one name.
+        TargetExists: if a file of that name holds something else.
+    """
+    place = Path(folder).expanduser().absolute()
+    chosen = [names] if isinstance(names, str | Path) else list(names)
+    tasks = [f"repedit_{Path(name).stem if _is_file(name) else name}" for name in chosen]
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ArgumentError(f"names={[str(name) for name in chosen]}; give at least one, each once")
+    files: dict[Path, str] = {}
+    for name, task in zip(chosen, tasks, strict=True):
+        rows = facts_named(name, seed=seed).forget
+        note = (_OWN if _is_file(name) else _BUILTIN).format(count=len(rows), name=str(name))
+        data = place / f"{task}.jsonl"
+        files[data] = "".join(_row(fact) for fact in rows)
+        files[place / f"{task}.yaml"] = _TASK.format(
+            note=note, folder=place, task=task, tag=TAG, data=json.dumps(str(data), ensure_ascii=False)
+        )
+    taken = next((path for path, text in files.items() if path.exists() and path.read_text("utf-8") != text), None)
+    if taken is not None:
+        raise TargetExists(f"{taken} exists and holds something else; move it away, or give another folder")
+    place.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
+    return tuple(tasks)
+
+
+def _is_file(name: str | Path) -> bool:
+    return isinstance(name, Path) or name.endswith(".jsonl")
+
+
+def _row(fact: Fact) -> str:
+    """A fact as a line of a task's data."""
+    if not fact.choices:
+        raise DataError(f"fact {fact.id!r} has no choices, and its domain no other answers; give it some")
+    row = {"id": fact.id, "prompt": fact.prompt, "choices": fact.choices, "label": fact.choices.index(fact.answer)}
+    return json.dumps(row, ensure_ascii=False) + "\n"
