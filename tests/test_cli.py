@@ -33,6 +33,8 @@ VERBS = (
     "compare",
     "audit",
     "report",
+    "chat",
+    "tasks",
 )
 # An untrained model uses the same neurons for everything, and score says so.
 pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")

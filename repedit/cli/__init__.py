@@ -11,12 +11,13 @@ import sys
 import typer
 
 from repedit.cli import applying, audits, chatting, cut, harnessing, look, project, running, start, unlearning
+from repedit.cli.completing import completed
+from repedit.cli.examples import epilog
 
 app = typer.Typer(
     name="repedit",
     help="See what a capability of a language model is made of, cut it out of the weights, and test what is left.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for verb in (
@@ -39,7 +40,7 @@ for verb in (
     running.run,
     running.reproduce,
 ):
-    app.command()(verb)
+    app.command(epilog=epilog(verb.__name__))(completed(verb))
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     from repedit.errors import RepeditError
 
     try:
-        app()
+        app(prog_name="repedit")
     except RepeditError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(2)

@@ -1,0 +1,69 @@
+"""Every verb has one line that works: its options exist, and its names too."""
+
+import inspect
+import re
+import shlex
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from repedit import cli
+from repedit.attacks.judging import evidence
+from repedit.attacks.judging.evidence import Verdict
+from repedit.cli import examples
+from repedit.data import BUILTIN, DOMAINS
+from repedit.fetching import DEFAULT
+from repedit.gradient.recipes import named
+
+COMMANDS = typer.main.get_command(cli.app).commands
+WORDS = ("PASS", "HIDDEN", "NOT_FORGOTTEN", "INCONCLUSIVE", "INVALID", "DESTROYED", "UNSOUND")
+
+
+def parsed(verb: str) -> dict:
+    """The parameters of a verb's example; nothing is run."""
+    program, name, *words = shlex.split(examples.EXAMPLES[verb])
+    assert (program, name) == ("repedit", verb)
+    return COMMANDS[verb].make_context(verb, words).params
+
+
+def test_every_verb_has_an_example():
+    missing = set(COMMANDS) ^ set(examples.EXAMPLES)
+    assert not missing, f"write one line for {sorted(missing)} in repedit/cli/examples.py"
+
+
+@pytest.mark.parametrize("verb", examples.EXAMPLES)
+def test_an_example_parses_and_its_names_exist(verb):
+    given = parsed(verb)
+    for key in ("model", "base", "original"):
+        assert given.get(key) in (None, DEFAULT)
+    for key in ("facts", "forget", "retain", "text"):
+        for name in given[key] if isinstance(given.get(key), list) else (given.get(key) or "").split(","):
+            assert name in ("", *BUILTIN, *DOMAINS)
+    if "recipe" in given:
+        assert named(given["recipe"])
+
+
+@pytest.mark.parametrize(
+    "broken", ["repedit fetch --nothing", "repedit fetch a b", "repedit doctor", "repedit prune m"]
+)
+def test_an_example_that_does_not_parse_is_caught(broken, monkeypatch):
+    verb = broken.split()[1]
+    monkeypatch.setitem(examples.EXAMPLES, verb, broken)
+    with pytest.raises(Exception, match=r"No such option|unexpected extra argument|Missing|required"):
+        parsed(verb)
+
+
+@pytest.mark.parametrize("verb", examples.EXAMPLES)
+def test_help_ends_with_the_example(verb):
+    shown = CliRunner().invoke(cli.app, [verb, "--help"], terminal_width=200).output
+    assert re.sub(r"\s+", " ", examples.EXAMPLES[verb]) in re.sub(r"\s+", " ", shown)
+
+
+def test_exit_codes_are_those_of_the_source():
+    for verb, module in (("prune", cli.cut), ("unlearn", cli.unlearning)):
+        raised = {int(n) for n in re.findall(r"typer.Exit\((\d)\)", inspect.getsource(module))}
+        assert raised == set(examples.OWN[verb])
+    told = {Verdict(getattr(evidence, word), "", "").exit_code for word in WORDS}
+    assert told == set(examples.OWN["audit"]) and examples.codes("audit").keys() == told | {1, 2}
+    assert set(examples.OWN) <= set(COMMANDS)

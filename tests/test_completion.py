@@ -1,0 +1,128 @@
+"""The shell completes verbs, options and the names that come with repedit, without loading torch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from repedit import data
+from repedit.attacks import budgets
+from repedit.cli import completing, names
+from repedit.cli.writing import shaped
+from repedit.errors import ArgumentError
+from repedit.fit.methods import FITS
+from repedit.gradient.recipes import RECIPES, named
+from repedit.importance.combination import COMBINATIONS
+from repedit.importance.scoring import IMPORTANCES
+from repedit.metrics.benchmarks import SUITES
+from repedit.sites import Point
+from tests.test_public import HEAVY
+
+REAL = {
+    "attacks": budgets.NAMES, "budgets": budgets.BUDGETS, "combinations": COMBINATIONS, "domains": data.DOMAINS, "fits": FITS,
+    "importances": IMPORTANCES, "metrics": SUITES, "recipes": RECIPES, "texts": data.BUILTIN,
+}  # fmt: skip
+SCRIPT = f"""
+import sys
+from repedit.cli import main
+try:
+    main()
+finally:
+    print('loaded', *(n for n in {HEAVY} if n in sys.modules), file=sys.stderr)
+"""
+
+
+def asked(words: str, cwd=None, shell: str = "bash") -> list[str]:
+    """What the shell offers after some words, the last of which is incomplete."""
+    parts = words.split(" ")
+    given = {
+        "_REPEDIT_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": str(len(parts) - 1),
+        "_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **given},
+    )  # fmt: skip
+    assert done.stderr.split() == ["loaded"], done.stderr
+    return done.stdout.split()
+
+
+def check_table(table: str) -> None:
+    assert names.names(table) == tuple(REAL[table])
+
+
+@pytest.mark.parametrize("table", names.TABLES)
+def test_names_that_are_completed_are_those_that_exist(table):
+    assert set(REAL) == set(names.TABLES)
+    check_table(table)
+
+
+def test_a_name_that_is_missing_is_caught(monkeypatch):
+    monkeypatch.setitem(REAL, "recipes", [*RECIPES, "another"])
+    with pytest.raises(AssertionError):
+        check_table("recipes")
+
+
+def test_a_table_that_was_moved_is_reported(monkeypatch):
+    monkeypatch.setitem(names.TABLES, "moved", ("data/catalogue.py", "NOWHERE"))
+    with pytest.raises(LookupError, match=r"data/catalogue.py assigns no NOWHERE"):
+        names.names("moved")
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ("repedit pru", ["prune"]),
+    ("repedit prune m --impor", ["--importance"]),
+    ("repedit unlearn m --recipe npo", ["npo", "npo_gdr", "npo_klr"]),
+    ("repedit unlearn m --recipe small:blur_n", ["small:blur_npo"]),
+    ("repedit project m --forget capitals+sy", ["capitals+symbols"]),
+    ("repedit audit e --attacks direct,q", ["direct,quantize"]),
+    ("repedit collect m --sites 4-9.mlp", ["4-9.mlp.neurons", "4-9.mlp.out"]),
+    ("repedit inspect smol", ["smollm2-135m"]),
+    ("repedit prune m --fraction 0", []),
+])  # fmt: skip
+def test_what_bash_completes(words, expected):
+    assert asked(words) == expected
+
+
+def test_what_other_shells_complete():
+    assert asked("repedit audit e --budget f", shell="fish") == ["fast", "full"]
+    assert '"standard"' in " ".join(asked("repedit audit e --budget s", shell="zsh"))
+
+
+def test_a_model_is_a_directory_too(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small.txt").touch()
+    assert asked("repedit doctor sm", cwd=tmp_path) == ["smollm2-135m", "small/"]
+    assert completing.model(f"{tmp_path}/s") == [f"{tmp_path}/small/"] and completing.model(f"{tmp_path}/small/") == []
+
+
+def test_no_name_is_offered_twice():
+    assert completing.several("domains", "+")("capitals+c") == ["capitals+cities"]
+    assert completing.recipe("small:sure:np") == []
+
+
+def test_every_recipe_that_is_offered_exists():
+    for name in completing.recipe("") + completing.recipe("sure:"):
+        if not name.endswith(":"):
+            try:
+                named(name)
+            except ArgumentError as error:
+                assert "merges several" in str(error)
+    assert completing.site("") == [f"*.{point}" for point in Point]
+
+
+def test_every_shape_that_is_offered_is_taken():
+    for structure in completing._COMPLETERS["structure"](""):
+        for layout in completing._COMPLETERS["layout"](""):
+            assert shaped(None, structure, layout, None)["structure"] == structure
+
+
+def test_the_script_for_the_shell_is_shown():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "_REPEDIT_COMPLETE": "source_bash"},
+    )
+    assert "complete -o default -F _repedit_completion repedit" in done.stdout
