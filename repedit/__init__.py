@@ -57,6 +57,7 @@ _NAMES = {
     "export": "repedit.rewrite.checkpoint",
     "export_adapter": "repedit.rewrite.adapter",
     "gguf_check": "repedit.rewrite.gguf",
+    "push": "repedit.rewrite.publishing",
     "reload_check": "repedit.rewrite.reloading",
     "compare": "repedit.metrics.comparison",
     "facts_accuracy": "repedit.metrics.probability",
@@ -123,6 +124,7 @@ if TYPE_CHECKING:
     from repedit.rewrite.difference import diff
     from repedit.rewrite.gguf import gguf_check
     from repedit.rewrite.live import apply
+    from repedit.rewrite.publishing import push
     from repedit.rewrite.reloading import reload_check
     from repedit.rewrite.slice import sliced
     from repedit.rewrite.slim import slimmed

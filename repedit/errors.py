@@ -24,6 +24,7 @@ and the like keep working.
     |  |- NoBiasSlot
     |  `- NotSlimmable, NotSliceable           what an edit removes cannot be cut out of the tensors exactly
     |- PlanMismatch (RuntimeError), NoOpEdit, BadReference (ValueError)
+    |- HubError (OSError)                      the hub refuses an upload, or cannot be reached
     |- KernelUnavailable (RuntimeError)        a kernel was asked for by name and cannot run here
     `- MissingDependency (ImportError)
 """
@@ -189,6 +190,10 @@ class ProcessFailed(RepeditError, RuntimeError):
 
 class BadReference(RepeditError, ValueError):
     """A reference model is the original, or knows the facts it should never have seen."""
+
+
+class HubError(RepeditError, OSError):
+    """The hub refuses an upload, or cannot be reached."""
 
 
 class KernelUnavailable(RepeditError, RuntimeError):

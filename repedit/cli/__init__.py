@@ -1,7 +1,8 @@
 """The command line: one function a verb; each parses, calls one public function and shows what it returns.
 
 Exit codes: 0 done, 1 unexpected exception, 2 bad input, 3 the retain limit was exceeded at once (prune) or the model
-collapsed (unlearn), 4 a loss was not finite (unlearn); those of audit are its own.
+collapsed (unlearn), 4 a loss was not finite (unlearn); those of audit are its own,
+and push ends with 3 where it uploaded nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 
 import typer
 
-from repedit.cli import applying, audits, chatting, cut, harnessing, look, project, running, start, unlearning
+from repedit.cli import applying, audits, chatting, cut, harnessing, look, project, publishing, running, start, unlearning
 from repedit.cli.completing import completed
 from repedit.cli.examples import epilog
 
@@ -37,6 +38,7 @@ for verb in (
     audits.audit,
     audits.report,
     harnessing.tasks,
+    publishing.push,
     running.run,
     running.reproduce,
 ):

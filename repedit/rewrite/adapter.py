@@ -19,6 +19,7 @@ from repedit.lower import EditOrDelta
 from repedit.models import Subject
 from repedit.plan import Plan
 from repedit.rewrite.live import noop_message, planned
+from repedit.rewrite.manifest import file_hash
 from repedit.rewrite.placing import check_target, install, sync, workplace
 
 CLOSE = 1e-9
@@ -84,7 +85,10 @@ def export_adapter(
         new.mkdir()
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         _json(new / "adapter_config.json", _config(subject, ranks, bias=bool(biases)))
-        said = {"edit": dict(plan.provenance), "ranks": ranks, "residual": record.residual, "structure": "adapter"}
+        files = {path.name: file_hash(path) for path in sorted(new.iterdir())}
+        said = {
+            "edit": dict(plan.provenance), "ranks": ranks, "residual": record.residual, "structure": "adapter", "files": files,
+        }  # fmt: skip
         _json(new / "repedit.json", said)
         sync(new)
         install(new, out)
