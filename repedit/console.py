@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import takewhile
 from typing import Any
 
@@ -14,13 +16,39 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+_keeping: ContextVar[list[dict[str, Any]] | None] = ContextVar("_keeping", default=None)
+
+
+class Output(Console):
+    """A console whose lines are kept, where somebody asked for that."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, and keep what is words."""
+        if objects and all(isinstance(item, str) for item in objects):
+            text = " ".join(objects)
+            _keep("line", text=_plain(text) if options.get("markup", True) else text)
+        super().print(*objects, **options)
+
+
 # A pipe has no width of its own; 120 columns keep names whole.
-out = Console(width=None if sys.stdout.isatty() else 120)
+out = Output(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """One table; numbers are right-aligned."""
+@contextmanager
+def kept() -> Iterator[list[dict[str, Any]]]:
+    """What is shown on standard output while this is open, as plain values: tables, generations, lines, JSON."""
+    found: list[dict[str, Any]] = []
+    token = _keeping.set(found)
+    try:
+        yield found
+    finally:
+        _keeping.reset(token)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "table") -> None:
+    """One table; numbers are right-aligned. `kind` says what it holds to who keeps it, see `kept`."""
+    _keep(kind, title=title, columns=list(columns), rows=[[str(_text(cell)) for cell in row] for row in rows])
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
@@ -32,6 +60,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 def show_json(value: Any) -> None:
     """One JSON document on standard output."""
+    _keep("json", value=json.loads(json.dumps(value, default=str)))
     json.dump(value, sys.stdout, indent=2, sort_keys=True, default=str)
     sys.stdout.write("\n")
 
@@ -113,7 +142,7 @@ def show_generations(prompts: Sequence[str], before: Sequence[str], after: Seque
         [prompt, old.strip() or "(nothing)", new.strip() or "(nothing)"]
         for prompt, old, new in zip(prompts, before, after, strict=True)
     ]
-    table("What each model writes (greedy)", ("prompt", "original", "edited"), rows)
+    table("What each model writes (greedy)", ("prompt", "original", "edited"), rows, "generations")
 
 
 def show_beside(names: Sequence[str], writings: Iterable[Sequence[Any]]) -> Sequence[Any]:
@@ -155,3 +184,13 @@ def columns(names: Sequence[str], texts: Sequence[str], lines: int | None = None
 
 def _text(cell: Any) -> Any:
     return Text(f"{cell:.3g}" if isinstance(cell, float) else str(cell))
+
+
+def _keep(kind: str, **held: Any) -> None:
+    found = _keeping.get()
+    if found is not None:
+        found.append({"kind": kind, **held})
+
+
+def _plain(markup: str) -> str:
+    return Text.from_markup(markup).plain

@@ -33,13 +33,21 @@ def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Ma
 
 def kind_of(path: str | Path) -> str | None:
     """What a file says it holds; None where it says nothing or cannot be read."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("repedit", "{}")).get("kind")
+        return header_of(path).get("kind")
     except (OSError, SafetensorError):
         return None
+
+
+def header_of(path: str | Path) -> dict[str, Any]:
+    """The header of a file, without its tensors; empty where it has none."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        found: dict[str, Any] = json.loads((file.metadata() or {}).get("repedit", "{}"))
+        return found
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -67,18 +67,30 @@ def audit(
 
 
 def report(
-    audits: Annotated[list[Path], typer.Argument(help="The --out of an audit; several are shown side by side.")],
+    audits: Annotated[
+        list[Path],
+        typer.Argument(help="The --out of an audit, several side by side; or a run: its TOML file, or its folder."),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the pages; for one audit, its own directory by default.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Where to write the pages; by default an audit's own directory, NAME.report.html beside a run.",
+        ),
     ] = None,
     hide_items: Annotated[bool, typer.Option("--hide-items", help="Leave out the texts of the facts.")] = False,
     json: Json = False,
 ) -> None:
-    """Show an audit again and write its pages; several over the same facts in one table and one plot."""
+    """Show an audit again and write its pages; several over the same facts in one table and one plot; or the page of a run."""
     from repedit import console
     from repedit.attacks.judging.evidence import Report
+    from repedit.cli.accounts import is_run, show_run
     from repedit.report import together, withheld, write
 
+    if any(map(is_run, audits)):
+        show_run(audits, out, hide_items, json)
+        return
     reports = {name: Report.load(path) for name, path in zip(_names(audits), audits, strict=True)}
     if hide_items:
         reports = {name: withheld(found) for name, found in reports.items()}

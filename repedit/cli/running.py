@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.main
+
+from repedit.cli.accounts import accounted, paged
 
 
 def run(
@@ -20,14 +23,15 @@ def run(
     """Carry out the steps of a file in order; those that are done, with what they wrote as they left it, are not repeated.
 
     Paths are relative to the file. Where you change a step, what it wrote before is replaced; anything else in its place
-    stops the run. The exit code is that of the last audit, or of the step that failed.
+    stops the run. The exit code is that of the last audit, or of the step that failed. At the end NAME.report.html tells all
+    of it, from the account that the run keeps beside the file.
     """
     from repedit import console
     from repedit.cli import steps
 
     commands = _commands()
     found, code, changed = steps.read(file, commands), 0, False
-    with contextlib.chdir(file.absolute().parent):
+    with contextlib.chdir(file.absolute().parent), paged(Path(file.name), dry_run):
         log = steps.Log(Path(file.name))
         for step in found:
             known = None if changed else log.code(step)
@@ -40,7 +44,8 @@ def run(
                 code = known if step.verb == "audit" and known is not None else code
                 continue
             verb = commands[step.verb]
-            ended = _ended(verb, step, step.arguments(verb, log.ours(step)))
+            words = step.arguments(verb, log.ours(step))
+            ended = accounted(Path(file.name), step, words, partial(_ended, verb, step, words))
             if ended and step.verb != "audit":
                 console.err.print(
                     f"step {step.number}, {step.verb}, ended with {ended}; what is done stays, run again to go on"

@@ -6,7 +6,19 @@ Nothing here measures: an audit.json holds everything, so a page can be made aga
 from repedit.report.joint import Together, together
 from repedit.report.pages import page
 from repedit.report.prose import markdown
+from repedit.report.runs import RunReport, run_page, write_run
 from repedit.report.withholding import withheld
 from repedit.report.writing import schema, write
 
-__all__ = ["Together", "markdown", "page", "schema", "together", "withheld", "write"]
+__all__ = [
+    "RunReport",
+    "Together",
+    "markdown",
+    "page",
+    "run_page",
+    "schema",
+    "together",
+    "withheld",
+    "write",
+    "write_run",
+]

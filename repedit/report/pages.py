@@ -26,24 +26,35 @@ def page(report: Report, *, hide_items: bool = False) -> str:
         hide_items: leave out the texts of facts, see `withheld`.
     """
     shown = withheld(report) if hide_items else report
+    return document(
+        f"{shown.verdict.word}: audit", [opening(shown), *told(shown), *_details(shown), _origin(shown.context)]
+    )
+
+
+def told(shown: Report, level: str = "h2") -> list[str]:
+    """What an audit found: sections under headings of this level, the figure first."""
     levels = {r.level for r in shown.recoveries}
-    legend = {tone: words for level, (tone, words) in LEVELS.items() if level in levels}
+    legend = {tone: words for held, (tone, words) in LEVELS.items() if held in levels}
     plotted = forest(lines(shown), thresholds(shown), legend) if lines(shown) else ""
     examples = tables.examples(shown)
-    body = [
-        _verdict(shown),
-        section("What each attack brings back", plotted, note(tables.INTERVALS), table(tables.attacks(shown))),
-        section("What was not tried, or counts for nothing", table(tables.untried(shown))),
-        section("What should have been kept", table(tables.kept(shown))),
+    parts = [
+        ("What each attack brings back", plotted, note(tables.INTERVALS), table(tables.attacks(shown))),
+        ("What was not tried, or counts for nothing", table(tables.untried(shown))),
+        ("What should have been kept", table(tables.kept(shown))),
         _charts("Relearning", "training step", relearning_charts(shown), "Accuracy on facts that were never trained on; at every step the highest over learning rates."),
         _charts("Layer by layer", "layer", layer_charts(shown), "What can be read from each layer; grey bands are edited layers, where they are known."),
-        section("Facts that came back", table(examples) if examples.rows or examples.note else ""),
+        ("Facts that came back", table(examples) if examples.rows or examples.note else ""),
+    ]  # fmt: skip
+    return [section(title, *inside, level=level) for title, *inside in parts]
+
+
+def _details(shown: Report) -> list[str]:
+    """How it was found."""
+    return [
         section("Settings", table(tables.chosen(shown)), table(tables.settings(shown))),
         section("Guesses that need no knowledge", table(tables.guesses(shown))),
         section("Diagnostics, which decide nothing", values(shown.diagnostics) if shown.diagnostics else ""),
-        _origin(shown.context),
-    ]  # fmt: skip
-    return document(f"{shown.verdict.word}: audit", body)
+    ]
 
 
 def document(title: str, body: list[str]) -> str:
@@ -62,10 +73,11 @@ def heading(verdict: Verdict, level: str = "h1", before: str = "") -> str:
     return element(level, text=before + verdict.word, class_=TONES.get(verdict.word, "bad"))
 
 
-def _verdict(report: Report) -> str:
+def opening(report: Report, level: str = "h1", before: str = "") -> str:
+    """The verdict with its sentence and rule, and what a reader must know beside it."""
     found = report.verdict
     parts = [
-        heading(found),
+        heading(found, level, before),
         element("p", text=found.sentence, class_="lead"),
         element("p", text=f"Rule: {found.rule}.".replace("..", ".")),
     ]
@@ -74,8 +86,8 @@ def _verdict(report: Report) -> str:
     return element("header", *parts, listed(tables.headline(report), "facts"))
 
 
-def _charts(title: str, x: str, charts: list[Any], words: str) -> str:
-    return section(title, curves(charts, x), note(words)) if charts else ""
+def _charts(title: str, x: str, charts: list[Any], words: str) -> tuple[str, ...]:
+    return (title, curves(charts, x), note(words)) if charts else (title,)
 
 
 def _origin(context: Mapping[str, Any]) -> str:

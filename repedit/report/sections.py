@@ -16,9 +16,9 @@ MOST = 400
 NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[+-]?\d+)?%?|n/a|\[.*\]\*?|")
 
 
-def section(title: str, *inside: str) -> str:
+def section(title: str, *inside: str, level: str = "h2") -> str:
     """A heading and what stands under it; nothing where there is nothing."""
-    return element("section", element("h2", text=title), *inside) if any(inside) else ""
+    return element("section", element(level, text=title), *inside) if any(inside) else ""
 
 
 def note(text: str) -> str:

@@ -1,0 +1,472 @@
+"""The page of a run tells what was asked, done, measured and not shown, and notices whatever is not as the run left it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import repedit as rp
+from repedit import console
+from repedit.cli import app
+from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound
+from repedit.report.runs import account, gather, gathering
+from repedit.report.runs.bars import bars, course, spreads, ticks
+from repedit.report.runs.page import ABSENT, rendered
+from tests.reports import CITIES, report
+from tests.saved import saved
+from tests.test_report import BROWSER, HOSTILE, Elements, measured, spoiled
+from tests.test_run import lines
+
+pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+RUN = """# Is it only the rivers?
+model = "tiny"
+
+[[step]]
+verb = "score"
+forget = "code"
+retain = "mine.jsonl"
+tokens = 400
+out = "scores.safetensors"
+
+[[step]]
+verb = "prune"
+forget = "code"
+retain = "mine.jsonl"
+tokens = 400
+fraction = 0.1
+seed = 3
+out = "edited"
+
+[[step]]
+verb = "compare"
+base = "tiny"
+edited = "edited"
+text = ["mine.jsonl"]
+tokens = 300
+prompt = ["def f(n):", "A <b>bold</b> claim"]
+
+[[step]]
+verb = "diff"
+base = "tiny"
+edited = "edited"
+"""
+AUDIT = '\n[[step]]\nverb = "audit"\nedited = "edited"\noriginal = "tiny"\nfacts = "capitals"\nout = "audit"\n'
+PARTS = (
+    "What was asked", "The model", "How it was found", "How neurons were scored", "What was selected", "How it was trained",
+    "What changed in the weights", "How exact it is", "Before and after", "Under attack", "What has not been shown", "How to make it again",
+)  # fmt: skip
+
+
+def ran(file: Path, *words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["run", str(file), *words])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder in which a run was carried out once."""
+    folder = tmp_path_factory.mktemp("made")
+    saved(folder / "tiny")
+    (folder / "mine.jsonl").write_text(lines("rivers"))
+    (folder / "run.toml").write_text(RUN)
+    ran(folder / "run.toml")
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    """A copy of it."""
+    shutil.copytree(made, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def audited(folder, monkeypatch) -> Path:
+    """The same with an audit, which was made by hand."""
+    (folder / "run.toml").write_text(RUN + AUDIT)
+    report().save(folder / "audit")
+    monkeypatch.chdir(folder)
+    account.enter(Path("run.toml"), 5, ["audit", "edited"], 3, 12.0, Path("audit"), [])
+    return folder
+
+
+def text(folder: Path, **options: Any) -> str:
+    return Elements(rp.report.run_page(folder, **options)).text
+
+
+def headings(page: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", page)
+
+
+# What it holds.
+
+
+def test_a_run_leaves_its_page(made):
+    page = (made / "run.report.html").read_text()
+    assert page == rp.report.run_page(made) == rp.report.run_page(made / "run.toml")
+    assert [title for title in headings(page) if title != "In brief"] == list(PARTS)
+    assert spoiled(page) == [] and "http" not in page and "<style>" in page
+
+
+def test_everything_that_was_asked_and_done_is_told(made):
+    shown, manifest = text(made), json.loads((made / "edited" / "repedit.json").read_text())
+    origin = manifest["edit"]
+    for words in (
+        "# Is it only the rivers?", "NOT AUDITED", "4 of 4 steps carried out", "seed, step 2, prune 3", "every file that the run read".capitalize(),
+        "repedit prune tiny --out edited --fraction 0.1 --forget code --retain mine.jsonl --tokens 400 --seed 3",
+        origin["model"], origin["method"], origin["data"]["forget"]["hash"], account.hashes(made / "mine.jsonl")[""],
+        "llama", f"{len(manifest['plan'])} tensors changed", *manifest["plan"], *manifest["base"]["files"].values(), *manifest["sites"],
+        "neurons zeroed", "exact", f"all {len(manifest['files'])} files are as they were exported", rp.__version__, manifest["versions"]["torch"],
+        "relative drop (95 % interval)", "def f(n):", "A <b>bold</b> claim", "Most specific neurons", "pruned", "tensors differ", "repedit reproduce run.toml",
+    ):  # fmt: skip
+        assert words in shown, words
+
+
+def test_what_was_not_done_is_said(made, tmp_path):
+    shown = text(made)
+    assert (
+        ABSENT["Under attack"] in shown
+        and ABSENT["How it was trained"] in shown
+        and "Nobody attacked the edited model" in shown
+    )
+    (tmp_path / "run.toml").write_text('[[step]]\nverb = "diff"\nbase = "a"\nedited = "b"\n')
+    bare = rp.report.run_page(tmp_path / "run.toml")
+    told = [title for title, words in ABSENT.items() if words in Elements(bare).text]
+    assert {*ABSENT} - {*told} == {"The model"} and [title for title in headings(bare) if title != "In brief"] == list(
+        PARTS
+    )
+    assert "0 of 1 steps carried out" in Elements(bare).text and "not run repedit diff" in Elements(bare).text
+
+
+def test_an_absence_that_is_not_said_would_be_caught(tmp_path, monkeypatch):
+    (tmp_path / "run.toml").write_text('[[step]]\nverb = "diff"\nbase = "a"\nedited = "b"\n')
+    monkeypatch.setattr("repedit.report.runs.page._part", lambda title, inside: "".join(inside))
+    assert "Under attack" not in headings(rp.report.run_page(tmp_path / "run.toml"))
+
+
+def test_an_audit_is_told_with_its_figure_and_tables(audited):
+    page = rp.report.run_page(audited)
+    shown = Elements(page).text
+    assert "run: HIDDEN" in shown and report().verdict.sentence in shown and page.count("recovered fraction R") == 2
+    for words in (
+        "0.82 [0.73, 0.91]",
+        "no budget tries it",
+        "distillation of the model",
+        "audit/audit.html",
+        "holds for the attacks that ran, at the budget fast",
+    ):
+        assert words in shown
+    assert not gather(audited).faults and ABSENT["Under attack"] not in shown
+
+
+def test_texts_are_left_out_on_request(audited):
+    assert any(city in text(audited) for city in CITIES) and "def f(n):" in Elements(rp.report.run_page(audited)).text
+    hidden = rp.report.run_page(audited, hide_items=True)
+    assert not any(city in hidden for city in CITIES) and "the texts of the facts are withheld" in hidden
+    assert hidden.count("(withheld)") == 2 * 3
+
+
+def test_the_audit_of_another_checkpoint_is_said_to_be_that(audited):
+    (audited / "run.toml").write_text(
+        (audited / "run.toml").read_text().replace('edited = "edited"\noriginal', 'edited = "other"\noriginal')
+    )
+    assert "no audit of this run attacked it" in text(audited)
+
+
+def test_no_text_of_a_run_becomes_markup(audited):
+    file = audited / "run.toml"
+    file.write_text("# " + HOSTILE.replace("\n", " ") + "\n" + file.read_text())
+    rows = [json.loads(line) for line in account.account_of(file).read_text().splitlines()]
+    for row in rows:
+        row["words"] = [word + HOSTILE for word in row["words"]]
+        row["shown"] = json.loads(json.dumps(row["shown"]).replace("code", json.dumps(HOSTILE)[1:-1]))
+        row["shown"] += [{"kind": "json", "value": {HOSTILE: [HOSTILE]}}, {"kind": "line", "text": HOSTILE}]
+    account.account_of(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = rp.report.run_page(audited)
+    assert spoiled(page) == [] and Elements(page).text.count("<script>alert(1)</script>") > 10
+
+
+def test_unescaped_text_is_caught(audited, monkeypatch):
+    monkeypatch.setattr("repedit.report.svg.escape", lambda words: words)
+    assert "b" in spoiled(rp.report.run_page(audited))
+
+
+# Whether it still holds.
+
+
+def manifest_of(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "edited" / "repedit.json"
+    held = json.loads(path.read_text())
+    change(held)
+    path.write_text(json.dumps(held))
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+ALTERED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "weights": (lambda f: flipped(f / "edited" / "model.safetensors"), r"edited/model\.safetensors: changed since the run, its sha256 is another"),
+    "a number of the manifest": (lambda f: manifest_of(f, lambda m: m["edit"].update(method="nothing")), r"edited/repedit\.json: changed since the run"),
+    "a hash of the manifest": (lambda f: manifest_of(f, lambda m: m["files"].update({"config.json": "0" * 64})), r"edited is not what its repedit\.json says: changed since the export: config\.json"),
+    "no manifest": (lambda f: (f / "edited" / "repedit.json").unlink(), r"edited/repedit\.json: gone"),
+    "a torn manifest": (lambda f: (f / "edited" / "repedit.json").write_text("{"), r"edited cannot be read: .*is not a manifest"),
+    "no checkpoint": (lambda f: shutil.rmtree(f / "edited"), "edited is gone"),
+    "a file more": (lambda f: (f / "edited" / "notes.txt").write_text("x"), r"edited/notes\.txt: new since the run"),
+    "scores": (lambda f: flipped(f / "scores.safetensors"), r"scores\.safetensors: changed since the run"),
+    "the data": (lambda f: (f / "mine.jsonl").write_text(lines("hills")), r"its input mine\.jsonl is not the one it read"),
+    "no data": (lambda f: (f / "mine.jsonl").unlink(), r"its input mine\.jsonl is gone"),
+    "what is asked": (lambda f: (f / "run.toml").write_text(RUN.replace("0.1", "0.2")), r"Step 2, prune: the file asks for something else now .*fraction was 0\.1, is 0\.2"),
+    "a verb": (lambda f: (f / "run.toml").write_text(RUN.replace('"diff"', '"compare"')), r"Step 4, diff: the file asks for something else now .*verb was diff, is compare"),
+}  # fmt: skip
+
+
+def faults(folder: Path) -> str:
+    """What stands first on the page."""
+    page = rp.report.run_page(folder)
+    return (
+        ""
+        if "CHANGED SINCE THE RUN" not in page
+        else Elements(page).text.split("Not as the run left it")[1].split("In brief")[0]
+    )
+
+
+@pytest.mark.parametrize("what", ALTERED)
+def test_whatever_is_altered_stands_first(what, folder):
+    assert faults(folder) == ""
+    alter, words = ALTERED[what]
+    alter(folder)
+    assert re.search(words, faults(folder)), faults(folder)
+    assert "still has the sha256 it had then" not in text(folder)
+
+
+def test_hashes_that_are_believed_unseen_would_be_caught(folder, monkeypatch):
+    held = {entry.out: entry.files for entry in account.entries(folder / "run.toml").values()}
+    ALTERED["weights"][0](folder)
+    monkeypatch.setattr(gathering, "hashes", lambda path: held[path.relative_to(folder).as_posix()])
+    monkeypatch.setattr(
+        "repedit.rewrite.verifying.file_hash",
+        lambda path: json.loads((folder / "edited" / "repedit.json").read_text())["files"][path.name],
+    )
+    assert faults(folder) == ""
+
+
+def test_an_audit_that_was_altered_or_torn_is_noticed(audited):
+    path = audited / "audit" / "audit.json"
+    path.write_text(path.read_text().replace('"HIDDEN"', '"NO RECOVERY FOUND"'))
+    assert "audit/audit.json: changed since the run" in faults(audited)
+    path.write_text("{")
+    assert re.search("audit cannot be read: .*this is not the JSON of an audit", faults(audited))
+    assert str(audited) not in text(audited)
+
+
+def test_a_step_that_is_older_than_what_it_speaks_of_is_noticed(audited, monkeypatch):
+    monkeypatch.chdir(audited)
+    account.enter(Path("run.toml"), 2, account.entries(Path("run.toml"))[2].words, 0, 1.0, Path("edited"), [])
+    assert "Step 5, audit was carried out before step 2 was last carried out" in faults(audited)
+
+
+def test_a_step_that_failed_is_told(folder):
+    (folder / "run.toml").write_text(RUN.replace("seed = 3", "seed = 3\nmax_retain_drop = -1000.0"))
+    said = ran(folder / "run.toml", code=3)
+    assert "page: run.report.html" in said
+    shown = Elements((folder / "run.report.html").read_text()).text
+    assert "ended with code 3" in shown and "Anything that rests on steps that were not carried out: 2, prune" in shown
+
+
+def test_a_dry_run_and_a_refused_file_leave_nothing(folder):
+    (folder / "run.report.html").unlink()
+    ran(folder / "run.toml", "--dry-run")
+    assert not (folder / "run.report.html").exists()
+
+
+def test_steps_that_are_done_keep_what_they_showed(folder):
+    before = rp.report.run_page(folder)
+    assert "done" in ran(folder / "run.toml") and rp.report.run_page(folder) == before
+
+
+# The account.
+
+
+def test_a_line_that_was_cut_off_is_none(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    path = folder / "run.account.jsonl"
+    path.write_text(path.read_text() + '{"number": 4, "ver')
+    assert len(account.entries(folder / "run.toml")) == 4
+    account.enter(Path("run.toml"), 4, ["diff", "tiny", "edited"], 0, 1.0, None, [])
+    assert account.entries(folder / "run.toml")[4].seconds == 1.0
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
+    "nothing": (lambda f: gather(f / "none.toml"), NotFound, r"none\.toml does not exist; give the TOML file of a run"),
+    "no run": (lambda f: gather(f / "edited"), NotFound, r"edited holds no account of a run \(\*\.account\.jsonl\)"),
+    "two runs": (lambda f: (shutil.copy(f / "run.account.jsonl", f / "b.account.jsonl"), gather(f)), ArgumentError, r"holds 2 runs; name one: b\.toml, run\.toml"),
+    "no steps": (lambda f: ((f / "run.toml").write_text("model = 'tiny'"), gather(f)), DataError, r"run\.toml is not the file of a run: KeyError"),
+    "steps without verbs": (lambda f: ((f / "run.toml").write_text("[[step]]\nout = 'a'"), gather(f)), DataError, r"it holds no \[\[step\]\] tables with a verb"),
+    "no TOML": (lambda f: ((f / "run.toml").unlink(), gather(f)), NotFound, r"run\.toml is not a file; give the TOML file of a run"),
+    "another account": (lambda f: ((f / "run.account.jsonl").write_text('{"a": 1}\n'), gather(f)), CheckpointError, r"is not the account of a run: 'words'; move it away"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_run_is_refused(what, folder):
+    call, error, match = REFUSED[what]
+    with pytest.raises(error, match=match):
+        call(folder)
+
+
+def test_only_what_is_shown_while_somebody_listens_is_kept(capsys):
+    with console.kept() as found:
+        console.table("A [b]title[/b]", ("x", "y"), [["a", 0.12345], ["b", 2]])
+        console.out.print("[bold]so[/bold] it is [b]", markup=True)
+        console.show_generations(["p"], [" "], ["x\ny"])
+        console.show_json({"path": Path("a")})
+    console.table("later", ("x",), [["a"]])
+    assert found[0] == {
+        "kind": "table",
+        "title": "A [b]title[/b]",
+        "columns": ["x", "y"],
+        "rows": [["a", "0.123"], ["b", "2"]],
+    }
+    assert found[1] == {"kind": "line", "text": "so it is "}
+    assert [item["kind"] for item in found[2:]] == ["generations", "json"] and found[2]["rows"] == [
+        ["p", "(nothing)", "x\ny"]
+    ]
+    assert found[3]["value"] == {"path": "a"}
+
+
+# The charts.
+
+
+def test_bars_are_as_high_as_their_numbers():
+    drawn = Elements(bars("n", {0: 4.0, 3: 1.0, 5: 2.0}, "layer", "neurons"))
+    heights = [float(str(a["height"])) for a in drawn.of("rect", "bar")]
+    assert heights == pytest.approx([4 * heights[1], heights[1], 2 * heights[1]], rel=0.02)
+
+
+def test_a_course_has_a_gap_where_nothing_is_known():
+    drawn = Elements(course("forget loss", [3.0, 2.0, float("nan"), 1.0, 0.5], "loss"))
+    assert [len(str(a["points"]).split()) for a in drawn.of("polyline")] == [2, 2]
+    assert "3 at the first of 5 steps, 0.5 at the last; 1 not finite" in str(drawn.of("svg")[0]["aria-label"])
+    assert course("one", [1.0], "loss") and course("flat", [2.0, 2.0], "loss")
+
+
+def test_spreads_stand_where_their_numbers_do():
+    drawn = Elements(spreads("s", {0: (-1.0, 0.0, 1.0, 3.0), 1: (-1.0, 0.0, 1.0, 1.0)}, "layer", "score"))
+    dots = [float(str(a["cy"])) for a in drawn.of("circle", "dot")]
+    ends = [float(str(a["y2"])) for a in drawn.of("line", "spread")]
+    assert dots[1] == ends[2] and dots[0] < ends[0]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 8.1), (0.0, 1e-4), (5.0, 4e6)])
+def test_ticks_are_round_and_inside(low, high):
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-9)
+
+
+def test_a_training_is_drawn_from_what_was_kept(tmp_path):
+    edit = rp.Edit({rp.Site.parse("1.mlp.out"): rp.LowRank.projection(torch.eye(8)[:, :2])},
+                   {"method": "mrp", "history": {"forget": [3.0, 2.0], "divergence": [0.1, 0.2]}, "stopped": "all steps"})  # fmt: skip
+    delta = rp.Delta(
+        {"w": torch.ones(2, 2)},
+        {"method": "npo"},
+        ({"losses": {"forget": 1.0, "retain": None}}, {"losses": {"forget": 0.5, "retain": 2.0}}),
+    )
+    edit.save(tmp_path / "e.safetensors")
+    delta.save(tmp_path / "d.safetensors")
+    (tmp_path / "run.toml").write_text(
+        '[[step]]\nverb = "project"\nout = "e.safetensors"\n[[step]]\nverb = "unlearn"\nout = "d.safetensors"\n'
+    )
+    page = rp.report.run_page(tmp_path / "run.toml")
+    says = [str(a["aria-label"]) for a in Elements(page).of("svg")]
+    assert {words for words in says if "first of 2 steps" in words} == {
+        "forget loss: 3 at the first of 2 steps, 2 at the last", "divergence: 0.1 at the first of 2 steps, 0.2 at the last",
+        "forget loss: 1 at the first of 2 steps, 0.5 at the last", "retain loss: n/a at the first of 2 steps, 2 at the last; 1 not finite",
+    }  # fmt: skip
+    assert (
+        "2 directions removed at mlp.out of 1 layers" in Elements(page).text
+        and "mrp; it ended so: all steps" in Elements(page).text
+    )
+
+
+# The command line.
+
+
+def shown(*words: object) -> str:
+    result = CliRunner().invoke(app, ["report", *map(str, words)])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return result.stdout
+
+
+def test_report_writes_the_page_of_a_run(folder, tmp_path):
+    assert "not as" not in shown(folder, "-o", tmp_path / "page.html").lower()
+    assert (tmp_path / "page.html").read_text() == rp.report.run_page(folder)
+    assert json.loads(shown(folder / "run.toml", "--json"))["steps"][1] == {"step": 2, "verb": "prune", "state": "done"}
+    flipped(folder / "edited" / "model.safetensors")
+    assert "Not as the run left it: Step 2, prune: edited/model.safetensors" in shown(folder, "-o", tmp_path).replace(
+        "\n", " "
+    )
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_run_is_shown_alone(folder):
+    with pytest.raises(ArgumentError, match=r"2 paths were given and one of them is a run; a run is shown alone"):
+        CliRunner().invoke(app, ["report", str(folder), str(folder)], catch_exceptions=False)
+
+
+# A browser.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on the PATH")
+@pytest.mark.parametrize(("width", "dark"), [(1100, False), (500, True)])
+def test_a_browser_lays_the_page_out_without_a_word(audited, tmp_path, width, dark):
+    flags = (
+        ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]
+        if dark
+        else ["--blink-settings=preferredColorScheme=1"]
+    )
+    page = rp.report.run_page(audited)
+    found = measured(page, tmp_path, width, *flags)
+    assert found["pairs"] == [] and found["out"] == [] and found["scroll"] <= found["width"] and found["size"] >= 10
+    assert found["paper"] == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
+    assert complaints(page, tmp_path) == []
+    assert complaints(page.replace("</body>", "<script>console.error('told')</script></body>"), tmp_path)
+
+
+def complaints(page: str, place: Path) -> list[str]:
+    """What the console of a browser says while it opens a page."""
+    (place / "silent.html").write_text(page)
+    command = [
+        str(BROWSER),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={place / 'other'}",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
+    done = subprocess.run(
+        [*command, "--dump-dom", (place / "silent.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_the_page_of_a_gathered_run_is_its_page(made):
+    assert rendered(gather(made)) == rp.report.run_page(made)
