@@ -11,7 +11,19 @@ import sys
 
 import typer
 
-from repedit.cli import applying, audits, chatting, cut, harnessing, look, project, publishing, running, start, unlearning
+from repedit.cli import (
+    applying,
+    audits,
+    chatting,
+    cut,
+    harnessing,
+    look,
+    project,
+    publishing,
+    running,
+    start,
+    unlearning,
+)
 from repedit.cli.completing import completed
 from repedit.cli.examples import epilog
 
