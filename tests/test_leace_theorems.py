@@ -235,4 +235,5 @@ def test_the_stream_of_the_published_fitter_gives_our_eraser(code, dtype):
     ours = rp.fit.leace(*_streamed(x, z, torch.arange(len(x)), dtype))
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5  # measured 1e-14 and 3e-6, theirs the larger part of it
     torch.testing.assert_close(ours.as_matrix().to(dtype), fitter.eraser.P, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(ours(x.to(dtype)), fitter.eraser(x.to(dtype)), rtol=tolerance, atol=tolerance)
+    rows = x.to(dtype)  # of size up to 30
+    torch.testing.assert_close(ours(rows), fitter.eraser(rows), rtol=tolerance, atol=10 * tolerance)
