@@ -1,7 +1,7 @@
 """What the inner loops cost on a CPU: share of the forward, memory, and time against others on the same tensors.
 
 Run as `python -m bench.cpu` for the collection of activity, with `--part project` for projections. The peer is compared where it is installed:
-pip install --no-deps --target .cache/peers taker==1.2.3 welford-torch
+`INSTALL` says how.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import ast
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from repedit.data.corpus import tokens
 from repedit.kernels import reference
 
 PEERS = Path(__file__).parents[1] / ".cache" / "peers"
+INSTALL = "pip install --no-deps --target .cache/peers taker==1.2.3 welford-torch==0.2.5"
 
 
 def share_in_hooks(subject: rp.Subject, repeats: int = 5) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def against_taker(z: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     """The published collector, on the same activations; its class is read from the installed package."""
     source = PEERS / "taker" / "data_classes.py"
     if not source.exists():
-        return {"name": "taker 1.2.3 / ours", "status": f"skipped: {source} is absent"}
+        return {"name": "taker 1.2.3 / ours", "status": f"skipped: {INSTALL}"}
     sys.path.insert(0, str(PEERS))
     from welford_torch import Welford
 
@@ -99,29 +101,51 @@ def against_taker(z: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     return ratio.row("taker 1.2.3 / ours", ">= 10", lambda r: r >= 10)
 
 
-def projections(n: int, d: int = 576, k: int = 16) -> list[dict[str, Any]]:
-    """The blocked projection and weight rewrites against the plain expressions, and against torch.compile."""
+def projections(n: int, d: int = 576, k: int = 16, modes: tuple[str, ...] = ("default",)) -> list[dict[str, Any]]:
+    """The blocked projection and weight rewrites against the plain expressions, torch.compile and concept-erasure."""
     x, m = (torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(n, d), (d,)]))
     u, v = (torch.linalg.qr(torch.randn(d, k, generator=torch.Generator().manual_seed(s)))[0] for s in (2, 3))
-    w = x.T.contiguous()
-    plain = lambda x: x - (x - m) @ v @ u.T  # noqa: E731
-    forms = {
+    w, y = x.T.contiguous(), x.clone()
+    plain = lambda x: x - ((x - m) @ v) @ u.T  # noqa: E731
+    centred = lambda: reference.project(x, u, v, m)  # noqa: E731
+    # In place it is an orthogonal projection: repeated a thousand times, an oblique one overflows.
+    forms: dict[str, tuple[Callable[[], object], Callable[[], object]] | str] = {
         "x - (x @ v) @ u.T": (lambda: reference.project(x, u, v), lambda: x - (x @ v) @ u.T),
-        "x - ((x - m) @ v) @ u.T": (lambda: reference.project(x, u, v, m), lambda: plain(x)),
+        "x - ((x - m) @ v) @ u.T": (centred, lambda: plain(x)),
         "w - u @ (v.T @ w)": (lambda: reference.left(w, u, v), lambda: w - u @ (v.T @ w)),
-        "w - (w @ u) @ v.T, in place": (lambda: reference.right(x, u, v, out=x), lambda: x.sub_((x @ u) @ v.T)),
+        "w - (w @ u) @ u.T, in place": (lambda: reference.right(y, u, u, out=y), lambda: y.sub_((y @ u) @ u.T)),
     }
-    if shutil.which("g++") or shutil.which("clang++"):
-        compiled = torch.compile(plain)
-        forms["torch.compile, x - ((x - m) @ v) @ u.T"] = (forms["x - ((x - m) @ v) @ u.T"][0], lambda: compiled(x))
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    for mode in modes:
+        name = "torch.compile" + (f" {mode}" if mode != "default" else "") + ", x - ((x - m) @ v) @ u.T"
+        forms[name] = (centred, _compiled(plain, mode, x)) if compiler else "skipped: install a C++ compiler, g++ say"
+    try:
+        from concept_erasure import LeaceEraser
+    except ImportError:
+        forms["LeaceEraser.__call__"] = "skipped: pip install concept-erasure==0.2.4"
+    else:
+        map_, eraser = rp.LowRank(u, v, m), LeaceEraser(u, v.T, m)
+        forms["LeaceEraser.__call__"] = (lambda: map_(x), lambda: eraser(x))
+    context = {"shape": [n, d, k], "dtype": "float32"}
+    # A call of 1024 rows takes about a millisecond.
+    many = lambda run: lambda: [run() for _ in range(max(4, 20 * 1024 // n))]  # noqa: E731
     rows = []
-    # 20 calls a measurement: one takes about a millisecond.
-    many = lambda run: lambda: [run() for _ in range(20)]  # noqa: E731
     with torch.no_grad():
-        for name, (ours, theirs) in forms.items():
-            ratio = paired(many(ours), many(theirs), pairs=15)
-            rows.append(ratio.row(f"{name} / ours", ">= 1.0", lambda r: r >= 1.0, shape=[n, d, k], dtype="float32"))
+        for name, form in forms.items():
+            if isinstance(form, str):
+                rows.append({"name": f"{name} / ours", "status": form, **context})
+                continue
+            torch.testing.assert_close(form[0](), form[1](), rtol=1e-4, atol=1e-4)
+            found = paired(*map(many, form), pairs=15)
+            rows.append(found.row(f"{name} / ours", ">= 1.0", lambda r: r >= 1.0, **context))
     return rows
+
+
+def _compiled(plain: Callable[[torch.Tensor], torch.Tensor], mode: str, x: torch.Tensor) -> Callable[[], object]:
+    torch._dynamo.reset()  # else the second number of rows would be compiled for any number of rows
+    compiled = torch.compile(plain, mode=mode)
+    compiled(x)
+    return lambda: compiled(x)
 
 
 def resident() -> int:

@@ -48,16 +48,14 @@ def solvers(name: str, c: torch.Tensor, pairs: int) -> list[dict[str, Any]]:
     error = subspace_error(top_eigenvectors(c, K)[1], full[-1].flip(1)[:, :K])
     bar = 0.15 if width == 2048 else None
     rows.append(_row(f"top-{K} / eigh", ratio, bar, **context, subspace_error=error))
-    if peer := _fitter(width, K):
-        peer.sigma_xx_, peer.n = c * 1e5, torch.tensor(100_000)
-        peer.sigma_xz_ = 1e5 * c @ torch.randn(width, K, generator=torch.Generator().manual_seed(1)).double()
-        ratio = paired(_uncached(peer), lambda: top_eigenvectors(c, K), pairs=pairs)
+    if peer := filled(c):
+        ratio = paired(uncached(peer), lambda: top_eigenvectors(c, K), pairs=pairs)
         rows.append(_row(f"top-{K} / LeaceFitter.eraser", ratio, 0.25 if width == 2048 else None, **context))
-        xx, xz = _statistics(peer)
-        ratio = paired(_uncached(peer), lambda: rp.fit.leace(xx, xz), pairs=pairs)
+        xx, xz = sums_of(peer)
+        ratio = paired(uncached(peer), lambda: rp.fit.leace(xx, xz), pairs=pairs)
         rows.append(_row("leace / LeaceFitter.eraser", ratio, None, **context))
     else:
-        rows.append({"name": "LeaceFitter.eraser", "status": "skipped: concept-erasure is not installed"})
+        rows.append({"name": "LeaceFitter.eraser", "status": "skipped: pip install concept-erasure==0.2.4"})
     return rows
 
 
@@ -69,21 +67,31 @@ def subspace_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def streaming(width: int) -> list[dict[str, Any]]:
     """Time of one update with 1024 float32 rows, 128 of them masked out, over the peer's with the same rows."""
+    found, context = updates(width), {"width": width, "rows": 896}
+    if found is None:
+        return [{"name": "LeaceFitter.update", "status": "skipped: pip install concept-erasure==0.2.4", **context}]
+    ours, both, theirs = found
+    return [
+        _row("Moments.update / LeaceFitter.update", paired(theirs, ours), 1.0, **context),
+        _row("Moments and CrossMoments / LeaceFitter.update", paired(theirs, both), None, **context),
+    ]
+
+
+def updates(width: int) -> tuple[Callable[[], object], Callable[[], object], Callable[[], object]] | None:
+    """One update with the same rows: of Moments, of Moments and CrossMoments, and of the peer; None without it."""
     x = torch.randn(8, 128, width, generator=torch.Generator().manual_seed(0)) + 0.5
     z = torch.nn.functional.one_hot(torch.arange(1024) % 8, 8).reshape(8, 128, 8).float()
     mask = torch.ones(8, 128, dtype=torch.bool)
     mask[:, ::8] = False
-    peer, context = _fitter(width, 8, dtype=torch.float32), {"width": width, "rows": 896}
+    peer = fitter(width, 8, dtype=torch.float32)
     if peer is None:
-        return [{"name": "LeaceFitter.update", "status": "skipped: concept-erasure is not installed", **context}]
-    both, ours = (Moments(width).update(x), CrossMoments(width, 8).update(x, z)), Moments(width).update(x)
-    theirs = lambda: peer.update(x[mask], z[mask])  # noqa: E731
-    ratio = paired(theirs, lambda: ours.update(x, mask))
-    pair = paired(theirs, lambda: (both[0].update(x, mask), both[1].update(x, z, mask)))
-    return [
-        _row("Moments.update / LeaceFitter.update", ratio, 1.0, **context),
-        _row("Moments and CrossMoments / LeaceFitter.update", pair, None, **context),
-    ]
+        return None
+    xx, xz, alone = Moments(width).update(x), CrossMoments(width, 8).update(x, z), Moments(width).update(x)
+    return (
+        lambda: alone.update(x, mask),
+        lambda: (xx.update(x, mask), xz.update(x, z, mask)),
+        lambda: peer.update(x[mask], z[mask]),
+    )
 
 
 def share_in_hooks(subject: rp.Subject, selector: str, repeats: int = 5) -> dict[str, Any]:
@@ -110,7 +118,7 @@ def _row(name: str, ratio: Any, bar: float | None, **context: Any) -> dict[str, 
     return ratio.row(name, f"<= {bar}", lambda value: value <= bar, **context)
 
 
-def _fitter(width: int, labels: int, dtype: torch.dtype = torch.float64) -> Any:
+def fitter(width: int, labels: int, dtype: torch.dtype = torch.float64) -> Any:
     try:
         from concept_erasure import LeaceFitter
     except ImportError:
@@ -118,12 +126,22 @@ def _fitter(width: int, labels: int, dtype: torch.dtype = torch.float64) -> Any:
     return LeaceFitter(width, labels, dtype=dtype, constrain_cov_trace=False)
 
 
-def _uncached(peer: Any) -> Callable[[], object]:
+def filled(c: torch.Tensor) -> Any:
+    """The peer's fitter as if it had seen 100,000 rows of this covariance and K labels; None where it is absent."""
+    peer = fitter(len(c), K)
+    if peer is not None:
+        peer.sigma_xx_, peer.n = c * 1e5, torch.tensor(100_000)
+        labels = torch.randn(len(c), K, generator=torch.Generator().manual_seed(1)).double()
+        peer.sigma_xz_ = 1e5 * c @ labels
+    return peer
+
+
+def uncached(peer: Any) -> Callable[[], object]:
     """The peer's fit from its statistics, without what it remembers of the last one."""
     return lambda: type(peer).eraser.fget.__wrapped__(peer)
 
 
-def _statistics(peer: Any) -> tuple[Moments, CrossMoments]:
+def sums_of(peer: Any) -> tuple[Moments, CrossMoments]:
     """The peer's sums as ours."""
     xx, xz = Moments(peer.x_dim), CrossMoments(peer.x_dim, peer.z_dim)
     xx.count = xz.count = int(peer.n)

@@ -18,17 +18,23 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def record(name: str, rows: list[dict[str, Any]], *, module: str | None = None, **context: Any) -> Path:
-    """bench/results/NAME.json: rows, command, commit, date, host and versions."""
+    """bench/results/NAME.json: rows, command, commit, date, host and versions; `module` "" is the package itself."""
     root = Path(__file__).parents[1]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root
     ).stdout.strip()
+    called = name if module is None else module
     content = {
         "bench": name,
-        "command": f"python -m bench.{module or name} {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m {'.'.join(['bench', called] if called else ['bench'])} {' '.join(sys.argv[1:])}".strip(),
         "commit": commit,
         "date": date.today().isoformat(),
-        "host": {"machine": platform.machine(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
+        "host": {
+            "cpu": _processor(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 2),
+        },
         "versions": {p: version(p) for p in ("torch", "transformers", "numpy")},
         "rows": rows,
         **context,
@@ -37,6 +43,13 @@ def record(name: str, rows: list[dict[str, Any]], *, module: str | None = None, 
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     return path
+
+
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def spread(values: list[float]) -> dict[str, Any]:

@@ -34,10 +34,14 @@ from repedit.shards import open_shards
 _SCRIPT = """
 import json, resource, subprocess, sys, time
 sys.argv, mode, source, target, edit = sys.argv[:1], *sys.argv[1:]
-import torch, transformers, repedit as rp
-from repedit.edit import Edit
-from repedit.rewrite.checkpoint import dry_run, export
-torch.set_num_threads(1)
+if mode != "cp":
+    import torch, transformers, repedit as rp
+    from repedit.edit import Edit
+    from repedit.rewrite.checkpoint import dry_run, export
+    torch.set_num_threads(1)
+if mode == "save_pretrained":
+    from bench.by_hand import load_edit_save
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
 who = resource.RUSAGE_CHILDREN if mode == "cp" else resource.RUSAGE_SELF
 peak = lambda: int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) * 1024
 spent = lambda: sum(resource.getrusage(who)[:2])
@@ -55,6 +59,8 @@ if mode.startswith("stream"):
 elif mode == "load-edit-save":
     subject = rp.apply(change, rp.load(source))
     subject.model.save_pretrained(target)
+elif mode == "save_pretrained":
+    load_edit_save(change, source, target)
 elif mode == "plan":
     dry_run(change, source)
 else:
@@ -78,20 +84,22 @@ def run(mode: str, source: Path, edit: Path) -> dict[str, float]:
 
 def smollm2(folder: Path) -> list[dict[str, Any]]:
     """The real model, with pruned neurons in every third layer."""
-    source, edit = _smollm2(folder)
+    source, edit = smollm2_edit(folder)
     return _compared(source, edit, ("cp", "stream", "load-edit-save"), rounds=1)
 
 
 def large(folder: Path) -> list[dict[str, Any]]:
     """16 directions removed from everything that writes the stream: a third of all bytes, in every shard."""
     source = llama(folder / "source", **LLAMA_3B, shard_bytes=500_000_000)
-    return _compared(source, _projection(folder, LLAMA_3B), ("cp", "stream", "stream without hashes"), rounds=ROUNDS)
+    return _compared(
+        source, projection_edit(folder, LLAMA_3B), ("cp", "stream", "stream without hashes"), rounds=ROUNDS
+    )
 
 
 def plan(folder: Path) -> list[dict[str, Any]]:
     """Only headers are there to be read."""
     source = llama(folder / "source", **LLAMA_70B, shard_bytes=5_000_000_000, sparse=True)
-    found = run("plan", source, _projection(folder, LLAMA_70B))
+    found = run("plan", source, projection_edit(folder, LLAMA_70B))
     shards = open_shards(source)
     sizes = {"tensors": len(shards.entries), "files": len(shards.files)}
     return [{"name": "plan of 70B", "gb": sum(s.nbytes for s in shards.specs.values()) / 1e9, **sizes, **found}]
@@ -99,7 +107,7 @@ def plan(folder: Path) -> list[dict[str, Any]]:
 
 def kill(folder: Path) -> list[dict[str, Any]]:
     """SIGKILL at random points of an export; the same export is tried again, over what the kill left, until it ends."""
-    source, path = _smollm2(folder)
+    source, path = smollm2_edit(folder)
     edit, rng = rp.Edit.load(path), random.Random(0)
     rp.export(edit, source, folder / "whole", link=False)
     whole, out, length = _content(folder / "whole"), folder / "out", 10.0
@@ -148,8 +156,7 @@ def _compared(source: Path, edit: Path, modes: tuple[str, ...], rounds: int) -> 
     """Medians of every mode over rounds that take the modes in turn, and ratios to cp within a round."""
     run("cp", source, edit)  # from here on the files are in the page cache
     found = [{mode: run(mode, source, edit) for mode in modes} for _ in range(rounds)]
-    largest = max(spec.nbytes for spec in open_shards(source).specs.values())
-    limit, rows = 4 * largest / 1e6 + 64, []
+    limit, rows = memory_limit(source), []
     for mode in modes:
         of = {key: [each[mode][key] for each in found] for key in ("peak_mb", "cpu_s", "wall_s")}
         row: dict[str, Any] = {"name": mode, "rounds": rounds, **{key: statistics.median(v) for key, v in of.items()}}
@@ -168,7 +175,13 @@ def _compared(source: Path, edit: Path, modes: tuple[str, ...], rounds: int) -> 
     return rows
 
 
-def _smollm2(folder: Path) -> tuple[Path, Path]:
+def memory_limit(source: Path) -> float:
+    """Megabytes above the imports that an export may take: 4 x the largest tensor + 64."""
+    return 4 * max(spec.nbytes for spec in open_shards(source).specs.values()) / 1e6 + 64
+
+
+def smollm2_edit(folder: Path) -> tuple[Path, Path]:
+    """The default model's directory, and an edit that prunes neurons in every third layer."""
     from repedit.fetching import cached
 
     sites = [rp.Site.parse(f"{layer}.mlp.neurons") for layer in range(0, 30, 3)]
@@ -178,7 +191,8 @@ def _smollm2(folder: Path) -> tuple[Path, Path]:
     return cached(), path
 
 
-def _projection(folder: Path, shape: dict[str, int]) -> Path:
+def projection_edit(folder: Path, shape: dict[str, int]) -> Path:
+    """An edit that takes 16 directions out of everything that writes the stream."""
     basis = torch.randn(shape["d"], 16, generator=torch.Generator().manual_seed(0))
     sites = [rp.Site.parse(f"{layer}.{point}") for layer in range(shape["layers"]) for point in ("attn.out", "mlp.out")]
     path = folder / "edit.safetensors"
