@@ -1,18 +1,25 @@
-"""Join what `python -m bench.mrp` wrote into the tables and figures of the README. Run as `python -m bench.mrp_report`."""
+"""Join what `python -m bench.mrp` wrote into the tables and figures of the README. Run as `python -m bench.mrp_report`.
+
+Where the projection that `python -m bench.mrp --part one --seed 0` saves is there, what its fold leaves in the weights is
+measured as well.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import repedit as rp
 from bench.mrp import TASKS, UNTOUCHED
-from bench.record import RESULTS
+from bench.record import RESULTS, record
 from repedit import plot
 
 FIGURES = RESULTS.parents[1] / "figures"
+EDIT = Path(".cache/bench-mrp/capitals-0.safetensors")
 
 
 def rows(part: str) -> list[dict[str, Any]]:
@@ -82,7 +89,26 @@ def attacks() -> None:
             print(part, *key, f"{len(found)} seeds", {k: shown(r[k] for r in found) for k in numbers})
 
 
+def leakage() -> None:
+    """What the fold of the first saved projection leaves in float32 and in bfloat16 weights, as a file and a figure."""
+    edit, found = rp.Edit.load(EDIT), []
+    for dtype in ("float32", "bfloat16"):
+        lm = rp.load("smollm2-135m", dtype=dtype)
+        certificate = rp.certificate(rp.apply(edit, lm), edit, lm)
+        worst = {
+            field: max(abs(getattr(row, field)) for row in certificate.tensors.values())
+            for field in ("leak_computed", "leak", "residue")
+        }
+        found.append({"name": dtype, "rank": certificate.rank, "tensors": len(certificate.tensors), **worst})
+        print(found[-1])
+    figure = plot.leakage(certificate, notes=["SmolLM2, capitals"])
+    figure.savefig(FIGURES / "leakage.png", dpi=110, metadata={"Description": f"python -m bench.mrp_report, of {EDIT}"})
+    print(record("leakage", found, module="mrp_report", seed=0, edit=edit.hash))
+
+
 if __name__ == "__main__":
+    if EDIT.exists():
+        leakage()
     one()
     if rows("tasks"):
         tasks()

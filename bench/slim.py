@@ -42,13 +42,44 @@ def edits(lm: Subject, seed: int) -> Iterator[tuple[dict[str, Any], Edit]]:
                 yield {"score": name, "fraction": fraction, "fill": fill}, edit
 
 
+def scopes(lm: Subject, seed: int) -> list[dict[str, Any]]:
+    """A tenth of the MLP neurons, as equal shares or chosen over all layers, on development documents that no score saw.
+
+    Both as zeros filled with the mean of prose: what is lost does not depend on the layout, and only ragged widths can
+    hold the second without carrying zeros.
+    """
+    parts = {name: development.halves(seed + 1) for name, (development, _) in splits().items()}
+    fit, held = (
+        {name: chunks(part[i], n, seed) for name, part in parts.items()} for i, n in ((0, COLLECTED), (1, MEASURED))
+    )
+    f, r = (rp.collect(lm, fit[name], progress=False) for name in ("code", "prose"))
+    scores = rp.score(f, r, combine="ratio")
+    before = {name: rp.predictions(lm, corpus, progress=False).perplexity for name, corpus in held.items()}
+    rows = []
+    for scope in ("layer", "global"):
+        edit = rp.prune(scores, fraction=FRACTIONS[1], scope=scope, fill="mean", values=r)
+        after = {
+            name: rp.predictions(lm, corpus, edit=edit, progress=False).perplexity for name, corpus in held.items()
+        }
+        counts = sorted(map_.rank_removed for map_ in edit.maps.values())
+        ratios = {f"{name} perplexity ratio": after[name] / before[name] for name in held}
+        rows.append({"scope": scope, "fraction": FRACTIONS[1], **ratios, "pruned in a layer": [counts[0], counts[-1]]})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
-    """Measure every cut, write bench/results/slim.json and print a table."""
+    """Measure every cut, write bench/results/slim.json and print a table; or compare scopes, bench/results/slim-scope.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    seed = parser.parse_args().seed
+    parser.add_argument("--part", choices=("cuts", "scope"), default="cuts")
+    options = parser.parse_args()
+    seed = options.seed
     torch.set_num_threads(1)
     lm = rp.load("smollm2-135m")
+    if options.part == "scope":
+        print(record("slim-scope", scopes(lm, seed), module="slim", seed=seed))
+        return
     test = {name: chunks(evaluation, MEASURED, seed) for name, (_, evaluation) in splits().items()}
     before = {name: rp.predictions(lm, corpus, progress=False) for name, corpus in test.items()}
     ids = torch.randint(100, 40000, (8, 128), generator=torch.Generator().manual_seed(0))
