@@ -22,8 +22,10 @@ from typing import Any
 from bench.peers import PARTS
 from bench.peers_figure import draw
 from bench.record import record
+from bench.streaming import NOTE as EXPORTS
 
 PEERS = ("concept-erasure", "scikit-learn", "scipy", "safetensors")
+NOTE = f"median, q20 and q80 are theirs over ours on the same input, control is ours over ours; rp.export: {EXPORTS}"
 TAKER = {"taker": "1.2.3", "welford-torch": "0.2.5"}
 
 
@@ -97,7 +99,7 @@ def main() -> int:
         print("Nothing is written: " + ("a part broke." if broken else "only some parts were measured."))
         return 1 if broken else 0
     minutes = round((time.time() - start) / 60, 1)
-    path = record("peers", rows, module="", seed=0, peers=versions(), minutes=minutes)
+    path = record("peers", rows, module="", seed=0, peers=versions(), minutes=minutes, note=NOTE)
     print(f"{path}\n{draw(path)}\n{minutes} minutes")
     return 0
 

@@ -25,7 +25,9 @@ def draw(results: Path, target: Path = FIGURES / "bench.png") -> Path:
         axes.plot(row["median"], height, "o", color=color, markersize=5)
         if row["bar"] is not None:
             axes.plot(row["bar"], height, "|", color="black", markersize=11, markeredgewidth=1.5)
-    axes.set_yticks(range(len(rows)), [f"{row['ours']} / {row['peer']}: {row['what']}" for row in rows], fontsize=7)
+    axes.set_yticks(
+        range(len(rows)), [f"{row['ours']} against {row['peer']}: {row['what']}" for row in rows], fontsize=7
+    )
     axes.set(xscale="log", ylim=(-0.7, len(rows) - 0.3))
     axes.set_xlabel("cost of the other over ours, on the same input; right of 1 ours costs less", fontsize=8)
     ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if _within(tick, axes.get_xlim())]

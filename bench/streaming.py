@@ -68,7 +68,7 @@ else:
 print(json.dumps({"peak_mb": 0.0 if mode == "cp" else (peak() - base) / 1e6, "cpu_s": spent() - start, "wall_s": time.time() - wall}))
 """
 KILLS, ROUNDS = 50, 3
-_NOTE = (
+NOTE = (
     "stream includes a sha256 of every file of the source and the target and of every touched tensor before and after, "
     "certificates, and fsync; cp has none of them"
 )
@@ -227,7 +227,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = PARTS[part](Path(folder))
     print(json.dumps(rows, indent=1))
-    print(record(f"streaming-{part}", rows, module="streaming", seed=0, note=_NOTE))
+    print(record(f"streaming-{part}", rows, module="streaming", seed=0, note=NOTE))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """What the benchmarks compare is the same work, and what they say about noise is what the protocol asks."""
 
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import repedit as rp
+from bench import cpu, peers
 from bench.__main__ import table
 from bench.by_hand import load_edit_save
 from bench.peers import taken
@@ -66,6 +69,20 @@ def test_rounds_run_both_and_ours_again():
     rounds = alternated(lambda: calls.append("a") or 2.0, lambda: calls.append("b") or 6.0, pairs=5)
     assert calls.count("a") == 1 + 2 * 5 and calls.count("b") == 1 + 5
     assert ratio(rounds) == Ratio(3.0, 3.0, 3.0, 5, (1.0, 1.0))
+
+
+def test_a_peer_that_is_absent_is_a_row_that_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.cpu.PEERS", tmp_path)
+    monkeypatch.setitem(sys.modules, "concept_erasure", None)
+    z, mask = torch.randn(8, 4), torch.ones(8, dtype=torch.bool)
+    rows = [
+        cpu.against_taker(z, mask),
+        *peers.streams(8, "concept-erasure 0.2.4"),
+        *cpu.projections(64, 8, 2, modes=()),
+    ]
+    absent = [row["status"] for row in rows if row["status"].startswith("skipped")]
+    assert len(absent) == 3 and all(status.startswith("skipped: pip install ") for status in absent)
+    assert "taker==1.2.3" in absent[0] and "concept-erasure==0.2.4" in absent[1]
 
 
 def test_the_table_names_what_is_missing(tmp_path, monkeypatch):
