@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from repedit.edit import Edit
 from repedit.fit.mrp import REFERENCE
 from repedit.models import Subject
 
+T = TypeVar("T")
 TASKS = ("capitals", "symbols", "opposites", "past_tenses")
 UNTOUCHED = ("languages", "cities", "us_cities", "nouns")
 TRAINED, UNSEEN = (0,), (3, 4)
@@ -100,22 +101,25 @@ class Bench:
 def one(bench: Bench, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Capitals: trained projection, random projection of the same rank, gradient difference at matched forgetting."""
     lm = bench.lm
-    start = time.time()
-    edit = bench.edit("capitals", seed)
-    minutes = (time.time() - start) / 60
+    edit, spent = timed(lambda: bench.edit("capitals", seed))
     edit.save(folder / f"capitals-{seed}.safetensors")
     rows = [bench.row("original", seed, lm, "capitals")] if seed == 0 else []
     edited = rp.apply(edit, lm)
-    rows.append(bench.row("MRP", seed, edited, "capitals", minutes=minutes, steps=edit.provenance["steps_run"]))
+    rows.append(bench.row("MRP", seed, edited, "capitals", **spent, steps=edit.provenance["steps_run"]))
     if bench.alone:
         return rows
     blank = rp.mrp(lm, forget=bench.facts["capitals"], retain=bench.train["symbols"], method="random",
                    config={"seed": seed}, progress=False, **SETTINGS)  # fmt: skip
     rows.append(bench.row("random", seed, rp.apply(blank, lm), "capitals"))
-    start = time.time()
-    student, steps = matched(bench, seed, rows[-2]["forget"]["phrasing 0"], folder)
-    minutes = (time.time() - start) / 60
-    return [*rows, bench.row("gradient difference", seed, student, "capitals", minutes=minutes, steps=steps)]
+    (student, steps), spent = timed(lambda: matched(bench, seed, rows[-2]["forget"]["phrasing 0"], folder))
+    return [*rows, bench.row("gradient difference", seed, student, "capitals", **spent, steps=steps)]
+
+
+def timed(run: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    """What a function gives, and the minutes it took: of the clock, and of cores."""
+    start, busy = time.time(), time.process_time()
+    found = run()
+    return found, {"minutes": (time.time() - start) / 60, "core_minutes": (time.process_time() - busy) / 60}
 
 
 def matched(bench: Bench, seed: int, goal: float, folder: Path) -> tuple[Subject, int]:
