@@ -26,11 +26,4 @@ test-all: lint
 	$(BIN)/pytest --ignore tests/kernels
 	$(BIN)/pytest tests/kernels
 
-# Ratios against others, ten to fifteen minutes; taker alone is not in the dev extra, and is skipped without this folder.
-bench: .venv/.done
-	$(BIN)/repedit fetch
-	test -d .cache/peers/taker || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-		--target .cache/peers taker==1.2.3 welford-torch==0.2.5 || true
-	$(BIN)/python -m bench
-
-.PHONY: demo lint test test-all bench
+.PHONY: bench demo docs lint test test-all

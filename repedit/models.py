@@ -78,7 +78,7 @@ class Subject:
         found: torch.device = embedding.weight.device
         return found if found.type != "meta" else execution_device(embedding)
 
-    def value(self, name: str) -> Tensor:
+    def value(self, name: str) -> torch.Tensor:
         """The values of a parameter, also where accelerate has put them off to memory or disk.
 
         Raises:

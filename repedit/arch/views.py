@@ -24,6 +24,7 @@ class TensorSpec:
 
 
 Specs = Mapping[str, TensorSpec]
+"""Shape and dtype by tensor name: all that a plan needs of a model."""
 
 
 @dataclass(frozen=True)

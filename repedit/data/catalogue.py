@@ -18,6 +18,7 @@ from repedit.data.records import recorded
 from repedit.errors import NotFound, UnknownName, nearest
 
 DOMAINS = ("capitals", "symbols", "opposites", "languages", "past_tenses", "cities", "us_cities", "nouns")
+"""The fact domains that come with repedit."""
 CHOICES = 8
 
 

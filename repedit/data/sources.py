@@ -53,6 +53,7 @@ def prose() -> Corpus:
 
 
 BUILTIN = {"code": code, "prose": prose}
+"""The corpora that come with repedit, by name."""
 
 
 def named(name: str) -> Corpus:

@@ -22,12 +22,13 @@ FITS: Mapping[str, Callable[..., LowRank]] = {
     "grad_pca": closed_form.grad_pca,
     "random": closed_form.random_basis,
 }
-# What a fit is given where it is not (forget, retain) moments.
+"""Every closed form by name; each returns a `LowRank`."""
 NEEDS: Mapping[str, str] = {
     "leace": "moments, and cross moments with labels",
     "grad_pca": "forget and retain cross moments with gradients",
     "random": "a width and a seed",
 }
+"""What a fit is given where it is not (forget, retain) moments."""
 
 
 def choose(candidates: Mapping[str, Edit], score: Callable[[Edit], Any]) -> tuple[str, Edit]:

@@ -59,7 +59,9 @@ class Judgement:
 
 
 NOTHING = Signs()
+"""Nothing was measured."""
 UNKNOWN = Judgement("unknown", ("no original model to compare with",))
+"""There is nothing to judge by."""
 
 
 def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -> Judgement:

@@ -21,8 +21,9 @@ from repedit.metrics.means import harmonic
 SIDES = ("forget", "retain")
 MEASURES = ("regurgitation", "knowledge")
 PARTS = tuple(f"{side}/{task}/{measure}" for side in SIDES for task in TASKS for measure in MEASURES)
-# MMLU accuracy below which a 7B model won no award.
+"""The twelve parts of the score: forget and retain, by task, by regurgitation and knowledge."""
 AWARD = 0.371
+"""MMLU accuracy below which a 7B model won no award."""
 
 
 @dataclass(frozen=True, eq=False)

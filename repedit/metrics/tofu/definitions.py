@@ -16,8 +16,11 @@ from repedit.errors import MetricError, UnknownName, nearest
 from repedit.metrics.means import harmonic
 
 AGGREGATES = ("closer_to_one", "true_better")
+"""How a truth ratio becomes a number in [0, 1]: for the forget set, and for every other one."""
 SETS = ("retain", "real_authors", "world_facts")
+"""The sets that model utility is made of."""
 TERMS = ("probability", "rougeL_recall", "truth_ratio")
+"""What is measured on each of them."""
 _FEWEST = 10
 
 Values = NDArray[np.float64]
