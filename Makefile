@@ -26,4 +26,19 @@ test-all: lint
 	$(BIN)/pytest --ignore tests/kernels
 	$(BIN)/pytest tests/kernels
 
-.PHONY: bench demo docs lint test test-all
+docs: .venv/.done
+	$(BIN)/python -m docs.build
+
+# Ratios against others, ten to fifteen minutes; taker alone is not in the dev extra, and is skipped without this folder.
+bench: .venv/.done
+	$(BIN)/repedit fetch
+	test -d .cache/peers/taker || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		--target .cache/peers taker==1.2.3 welford-torch==0.2.5 || true
+	$(BIN)/python -m bench
+
+# Every notebook from top to bottom on the real model, outputs kept; about half an hour.
+notebooks: .venv/.done
+	$(BIN)/repedit fetch
+	$(BIN)/python notebooks/run.py
+
+.PHONY: bench demo docs lint notebooks test test-all

@@ -1,6 +1,7 @@
 """The shell completes verbs, options and the names that come with repedit, without loading torch."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -33,15 +34,15 @@ finally:
 """
 
 
-def asked(words: str, cwd=None, shell: str = "bash") -> list[str]:
+def asked(words: str, shell: str = "bash") -> list[str]:
     """What the shell offers after some words, the last of which is incomplete."""
     parts = words.split(" ")
     given = {
-        "_REPEDIT_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": str(len(parts) - 1),
+        "_REPEDIT_COMPLETE": f"complete_{shell}", "COMP_WORDS": "\n".join(parts), "COMP_CWORD": str(len(parts) - 1),
         "_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=cwd,
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **given},
     )  # fmt: skip
     assert done.stderr.split() == ["loaded"], done.stderr
@@ -74,7 +75,9 @@ def test_a_table_that_was_moved_is_reported(monkeypatch):
     ("repedit pru", ["prune"]),
     ("repedit prune m --impor", ["--importance"]),
     ("repedit unlearn m --recipe npo", ["npo", "npo_gdr", "npo_klr"]),
-    ("repedit unlearn m --recipe small:blur_n", ["small:blur_npo"]),
+    ("repedit unlearn m --recipe small : blur_n", ["blur_npo"]),
+    ("repedit unlearn m --recipe small : blur_npo --forget capi", ["capitals"]),
+    ("repedit unlearn m --recipe sure:sim", ["sim_npo"]),
     ("repedit project m --forget capitals+sy", ["capitals+symbols"]),
     ("repedit audit e --attacks direct,q", ["direct,quantize"]),
     ("repedit collect m --sites 4-9.mlp", ["4-9.mlp.neurons", "4-9.mlp.out"]),
@@ -90,25 +93,46 @@ def test_what_other_shells_complete():
     assert '"standard"' in " ".join(asked("repedit audit e --budget s", shell="zsh"))
 
 
-def test_a_model_is_a_directory_too(tmp_path):
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small.txt").touch()
-    assert asked("repedit doctor sm", cwd=tmp_path) == ["smollm2-135m", "small/"]
-    assert completing.model(f"{tmp_path}/s") == [f"{tmp_path}/small/"] and completing.model(f"{tmp_path}/small/") == []
+def test_words_that_bash_took_apart_are_joined():
+    for words, at, expected, place in [
+        ("a small : npo", 3, "a small:npo", 1),
+        ("a small :", 2, "a small:", 1),
+        ("a b ", 2, "a b ", 2),
+        ("a b", 2, "a b", 2),
+        ("a x : y b c", 4, "a x:y b c", 2),
+    ]:
+        assert completing.joined(words.split(" "), at) == (expected.split(" "), place)
+
+
+BASH = """
+export PATH="$FOLDER:$PATH"
+eval "$(_REPEDIT_COMPLETE=source_bash repedit)"
+COMP_WORDS=(repedit unlearn m --recipe small : blur_n) COMP_CWORD=6
+_repedit_completion repedit
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+def test_bash_itself_completes(tmp_path):
+    (tmp_path / "repedit").write_text(f'#!/bin/bash\nexec {sys.executable} -m repedit "$@"\n')
+    (tmp_path / "repedit").chmod(0o755)
+    given = {**os.environ, "FOLDER": str(tmp_path), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(["bash", "--norc", "-c", BASH], capture_output=True, text=True, env=given)
+    assert done.stdout.split() == ["blur_npo"], done.stderr
 
 
 def test_no_name_is_offered_twice():
     assert completing.several("domains", "+")("capitals+c") == ["capitals+cities"]
-    assert completing.recipe("small:sure:np") == []
+    assert completing.recipe("small:sure:np") == [] and completing.recipe("small:blur_n") == ["small:blur_npo"]
 
 
 def test_every_recipe_that_is_offered_exists():
     for name in completing.recipe("") + completing.recipe("sure:"):
-        if not name.endswith(":"):
-            try:
-                named(name)
-            except ArgumentError as error:
-                assert "merges several" in str(error)
+        try:
+            named(name)
+        except ArgumentError as error:
+            assert "merges several" in str(error)
     assert completing.site("") == [f"*.{point}" for point in Point]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import repedit as rp
 from repedit.errors import ArgumentError, DataError
 from repedit.metrics import generation, streaming
 from repedit.metrics.streaming import Writing, prompt_tokens, side_by_side, stream
@@ -179,3 +180,16 @@ def asking(name, value):
 def test_what_cannot_be_streamed_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "prompt", ["The capital of France is", [{"role": "user", "content": "What is the capital of France?"}]]
+)
+def test_smollm2_streams_what_it_generates(prompt):
+    lm = rp.load("smollm2-135m")
+    ids = prompt_tokens(lm, prompt, room=40)
+    written = last(stream(lm, ids, max_new_tokens=40))
+    assert list(written.tokens) == expected(lm, ids, 40) and "Paris" in written.text
+    assert written.ended == ("length" if isinstance(prompt, str) else "stop")

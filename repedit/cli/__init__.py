@@ -7,6 +7,7 @@ and push ends with 3 where it uploaded nothing.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -24,7 +25,7 @@ from repedit.cli import (
     start,
     unlearning,
 )
-from repedit.cli.completing import completed
+from repedit.cli.completing import BASH, completed, in_bash
 from repedit.cli.examples import epilog
 
 app = typer.Typer(
@@ -62,6 +63,8 @@ def main() -> None:
     from repedit.errors import RepeditError
 
     try:
+        if os.environ.get(BASH) == "complete_bash":
+            in_bash(lambda: app(prog_name="repedit"))
         app(prog_name="repedit")
     except RepeditError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

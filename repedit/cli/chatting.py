@@ -35,7 +35,8 @@ def chat(
 ) -> None:
     """Ask the original and the edited model the same, and see both answers as they are written, side by side.
 
-    Each model sees its own answers as the conversation goes on; prompts from an argument or a pipe are asked alone.
+    Each model sees its own answers as the conversation goes on; /reset begins anew, /quit ends it, and Ctrl-C an answer.
+    Prompts from an argument or a pipe are asked alone.
     """
     from repedit import console
 

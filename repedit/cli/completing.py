@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import os
+import sys
 from collections.abc import Callable, Iterable
 from copy import copy
-from pathlib import Path
 from typing import Annotated, Any
 
 from repedit.cli.names import names
 
 Completer = Callable[[str], list[str]]
+BASH = "_REPEDIT_COMPLETE"
+"""The variable with which a shell asks."""
 
 
 def one_of(*values: str, table: str | None = None) -> Completer:
@@ -29,27 +34,17 @@ def several(table: str, by: str) -> Completer:
     return complete
 
 
-def builtin(incomplete: str) -> list[str]:
-    """The built-in model."""
+def model(incomplete: str) -> list[str]:
+    """The built-in model; the shell itself completes directories where nothing of that name is meant."""
     from repedit.fetching import DEFAULT
 
     return _matching(incomplete, (DEFAULT,))
 
 
-def model(incomplete: str) -> list[str]:
-    """The built-in model, and directories."""
-    folder = Path(incomplete).parent if not incomplete.endswith("/") else Path(incomplete)
-    start = incomplete.rpartition("/")[2]
-    inside = sorted(p for p in folder.expanduser().glob(f"{_literal(start)}*") if p.is_dir()) if folder.exists() else []
-    shown = [incomplete.removesuffix(start) + p.name + "/" for p in inside if start or not p.name.startswith(".")]
-    return [*builtin(incomplete), *shown]
-
-
 def recipe(incomplete: str) -> list[str]:
     """A recipe, or one over another: small:npo_klr, sure:npo_gdr."""
-    over, joint, last = incomplete.rpartition(":")
-    values = names("recipes") if over else (*names("recipes"), "small:", "sure:")
-    return [over + joint + name for name in _matching(last, values)] if over in ("", "small", "sure") else []
+    over = [f"{outer}:{name}" for outer in ("small", "sure") for name in names("recipes")]
+    return _matching(incomplete, (*names("recipes"), *(over if incomplete else ())))
 
 
 def site(incomplete: str) -> list[str]:
@@ -75,7 +70,7 @@ _COMPLETERS: dict[str, Completer] = {
     "layout": one_of("uniform", "ragged"),
     "method": one_of("mrp", table="fits"),
     "metrics": several("metrics", ","),
-    "name": builtin,
+    "name": model,
     "recipe": recipe,
     "sites": site,
     "statistic": one_of("activity", "moments"),
@@ -89,6 +84,32 @@ _OWN: dict[tuple[str, str], Completer] = {
     ("apply", "structure"): one_of("keep", "slim", "slice", "adapter"),
     ("tasks", "facts"): several("domains", ","),
 }
+
+
+def in_bash(run: Callable[[], Any]) -> None:
+    """Complete for bash, which takes a colon for the end of a word: join the words, and give what follows the colon."""
+    words, place = joined(os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD", "0")))
+    os.environ.update({"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(place)})
+    start = (words[place] if place < len(words) else "").rfind(":") + 1
+    with io.StringIO() as shown:
+        try:
+            with contextlib.redirect_stdout(shown):
+                run()
+        finally:
+            sys.stdout.write("".join(line[start:] + "\n" for line in shown.getvalue().splitlines()))
+
+
+def joined(words: list[str], at: int) -> tuple[list[str], int]:
+    """The words of a line with those that meet at a colon as one, and where the word is that was number `at`."""
+    found: list[str] = []
+    place = 0
+    for number, word in enumerate(words):
+        if found and (word == ":" or words[number - 1] == ":"):
+            found[-1] += word
+        else:
+            found.append(word)
+        place = len(found) - 1 if number <= at else place
+    return found, place if at < len(words) else len(found)
 
 
 def completed(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,10 +132,3 @@ def _completed(verb: str, parameter: inspect.Parameter) -> inspect.Parameter:
 
 def _matching(incomplete: str, values: Iterable[str]) -> list[str]:
     return [str(value) for value in values if value.startswith(incomplete)]
-
-
-def _literal(text: str) -> str:
-    """A part of a file name in which nothing is a pattern."""
-    import glob
-
-    return glob.escape(text)
