@@ -122,7 +122,7 @@ def test_everything_that_was_asked_and_done_is_told(made):
     shown, manifest = text(made), json.loads((made / "edited" / "repedit.json").read_text())
     origin = manifest["edit"]
     for words in (
-        "# Is it only the rivers?", "NOT AUDITED", "4 of 4 steps carried out", "seed, step 2, prune 3", "every file that the run read".capitalize(),
+        "# Is it only the rivers?", "NOT AUDITED", "4 of 4 steps carried out", "seed, step 2, prune 3", "Every file that the steps were given",
         "repedit prune tiny --out edited --fraction 0.1 --forget code --retain mine.jsonl --tokens 400 --seed 3",
         origin["model"], origin["method"], origin["data"]["forget"]["hash"], account.hashes(made / "mine.jsonl")[""],
         "llama", f"{len(manifest['plan'])} tensors changed", *manifest["plan"], *manifest["base"]["files"].values(), *manifest["sites"],
@@ -221,6 +221,10 @@ ALTERED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights": (lambda f: flipped(f / "edited" / "model.safetensors"), r"edited/model\.safetensors: changed since the run, its sha256 is another"),
     "a number of the manifest": (lambda f: manifest_of(f, lambda m: m["edit"].update(method="nothing")), r"edited/repedit\.json: changed since the run"),
     "a hash of the manifest": (lambda f: manifest_of(f, lambda m: m["files"].update({"config.json": "0" * 64})), r"edited is not what its repedit\.json says: changed since the export: config\.json"),
+    "a manifest of another shape": (
+        lambda f: manifest_of(f, lambda m: m.update(sites={"0.mlp.neurons": 3})),
+        r"edited cannot be read: its repedit\.json is not one of an export: TypeError",
+    ),
     "no manifest": (lambda f: (f / "edited" / "repedit.json").unlink(), r"edited/repedit\.json: gone"),
     "a torn manifest": (lambda f: (f / "edited" / "repedit.json").write_text("{"), r"edited cannot be read: .*is not a manifest"),
     "no checkpoint": (lambda f: shutil.rmtree(f / "edited"), "edited is gone"),
@@ -357,10 +361,10 @@ def test_bars_are_as_high_as_their_numbers():
 
 
 def test_a_course_has_a_gap_where_nothing_is_known():
-    drawn = Elements(course("forget loss", [3.0, 2.0, float("nan"), 1.0, 0.5], "loss"))
+    drawn = Elements(course("forget loss", [3.0, 2.0, float("nan"), 1.0, 0.5]))
     assert [len(str(a["points"]).split()) for a in drawn.of("polyline")] == [2, 2]
     assert "3 at the first of 5 steps, 0.5 at the last; 1 not finite" in str(drawn.of("svg")[0]["aria-label"])
-    assert course("one", [1.0], "loss") and course("flat", [2.0, 2.0], "loss")
+    assert course("one", [1.0]) and course("flat", [2.0, 2.0])
 
 
 def test_spreads_stand_where_their_numbers_do():
@@ -392,7 +396,7 @@ def test_a_training_is_drawn_from_what_was_kept(tmp_path):
     page = rp.report.run_page(tmp_path / "run.toml")
     says = [str(a["aria-label"]) for a in Elements(page).of("svg")]
     assert {words for words in says if "first of 2 steps" in words} == {
-        "forget loss: 3 at the first of 2 steps, 2 at the last", "divergence: 0.1 at the first of 2 steps, 0.2 at the last",
+        "forget loss, nats: 3 at the first of 2 steps, 2 at the last", "divergence on retain, nats: 0.1 at the first of 2 steps, 0.2 at the last",
         "forget loss: 1 at the first of 2 steps, 0.5 at the last", "retain loss: n/a at the first of 2 steps, 2 at the last; 1 not finite",
     }  # fmt: skip
     assert (

@@ -42,7 +42,7 @@ def model(run: RunReport) -> list[str]:
     )
     prints = dict.fromkeys(str(o["model"]) for o in run.origins.values() if o.get("model"))
     rows = [["asked for as", ", ".join(names) or "no model is named"]]
-    rows += [["fingerprint of its weights and config, sha256", name] for name in prints]
+    rows += [["sha256 of weights and config", name] for name in prints]
     for out in run.checkpoints:
         rows += _anatomy(out, run.file.parent / out)
     bases = {name: held.manifest["base"] for name, held in run.checkpoints.items() if "base" in held.manifest}

@@ -39,7 +39,7 @@ def spreads(name: str, values: Mapping[int, tuple[float, float, float, float]], 
     return _figure(name, axes.drawn(says, x, y, [element("g", *drawn, class_="curve edited")]))
 
 
-def course(name: str, values: Sequence[float], y: str) -> str:
+def course(name: str, values: Sequence[float]) -> str:
     """Values over steps, from step 1; where one is not finite the line has a gap."""
     finite = [value for value in values if math.isfinite(value)]
     axes = _Axes([1, len(values)], finite or [0.0])
@@ -56,7 +56,7 @@ def course(name: str, values: Sequence[float], y: str) -> str:
     says = f"{name}: {_said(values[0])} at the first of {len(values)} steps, {_said(values[-1])} at the last" + (
         f"; {gaps} not finite" if gaps else ""
     )
-    return _figure(name, axes.drawn(says, "training step", y, [element("g", *drawn, class_="curve edited")]))
+    return _figure(name, axes.drawn(says, "training step", "", [element("g", *drawn, class_="curve edited")]))
 
 
 def charts(*drawn: str) -> str:
@@ -103,7 +103,9 @@ class _Axes:
         for at in dict.fromkeys([first, *(int(t) for t in ticks(float(first), float(last)) if self._apart(t)), last]):
             parts.append(line(self.x(at), FLOOR, self.x(at), FLOOR + 4, class_="axis"))
             parts.append(label(self.x(at), FLOOR + 17, str(at), class_="tick", text_anchor="middle"))
-        parts.append(label((LEFT + RIGHT) / 2, HEIGHT - 6, f"{x}; up: {y}", class_="tick", text_anchor="middle"))
+        parts.append(
+            label((LEFT + RIGHT) / 2, HEIGHT - 6, f"{x}; up: {y}" if y else x, class_="tick", text_anchor="middle")
+        )
         return drawing(WIDTH, HEIGHT, says, *parts, *inside)
 
     def _apart(self, at: float) -> bool:

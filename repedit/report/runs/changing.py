@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,12 @@ from repedit.report.runs.showing import items
 from repedit.report.sections import element, note, table
 from repedit.report.tables import Table, number
 from repedit.rewrite.certificates import Certificate, TensorCertificate
+from repedit.sites import Site
+
+HASHES = (
+    "The sha256 of each of them before and after is in repedit.json; every other tensor is byte-identical to the base."
+)
+CONVERTED = "The sha256 of each of them before and after is in repedit.json; every tensor was converted to {}."
 
 
 def tensors(run: RunReport) -> list[str]:
@@ -23,17 +30,20 @@ def tensors(run: RunReport) -> list[str]:
             plan.items(),
             key=lambda item: -(item[1]["relative_change"] if item[1]["relative_change"] is not None else float("inf")),
         )
-        listed = [
-            [tensor, "; ".join(row["operations"]), _relative(row["relative_change"]), row["sha256_after"]]
-            for tensor, row in rows
-        ]
+        listed = [[tensor, "; ".join(row["operations"]), _relative(row["relative_change"])] for tensor, row in rows]
         parts.append(
             element("h3", text=f"{name}: {len(rows)} tensors changed" if rows else f"{name}: no list of tensors")
         )
         parts += _sizes(held.manifest)
         parts.append(
             table(
-                Table(("tensor", "what was done", "relative change", "sha256 now"), listed),
+                Table(
+                    ("tensor", "what was done", "relative change"),
+                    listed,
+                    (CONVERTED.format(held.manifest["dtype"]) if held.manifest.get("dtype") else HASHES)
+                    if listed
+                    else "",
+                ),
                 "Tensors, largest change first",
             )
         )
@@ -58,7 +68,7 @@ def exactness(run: RunReport) -> list[str]:
     parts = []
     for name, held in run.checkpoints.items():
         sites = held.manifest.get("sites") or {}
-        rows = [[site, row["map"], row["exactness"]] for site, row in sites.items()]
+        rows = [[site, sites[site]["map"], sites[site]["exactness"]] for site in sorted(sites, key=Site.parse)]
         words = ", ".join(
             f"{sum(row[2] == kind for row in rows)} sites {kind}" for kind in dict.fromkeys(row[2] for row in rows)
         )
@@ -85,7 +95,7 @@ def _certificate(found: Mapping[str, Any] | None) -> list[str]:
     held["widths"] = tuple(found["widths"]) if found.get("widths") else None
     rows = [
         [name, str(row.rank), f"{row.leak_computed:.1e}", f"{row.leak:.1e}", f"{row.residue:.1e}", row.dtype]
-        for name, row in held["tensors"].items()
+        for name, row in sorted(held["tensors"].items(), key=lambda item: _natural(item[0]))
     ]
     columns = ("tensor", "rank", "leak computed", "leak as stored", "of the original", "dtype")
     words = "Leak: what is left of a tensor along the removed directions, as a share of what was there."
@@ -118,6 +128,11 @@ def _sizes(manifest: Mapping[str, Any]) -> list[str]:
             f"An adapter of {len(manifest['ranks'])} modules, rank {max(manifest['ranks'].values())} at most: who has it and the base has both models."
         )
     return [element("p", text=" ".join(said))] if said else []
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _relative(value: float | None) -> str:

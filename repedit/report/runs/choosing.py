@@ -16,12 +16,20 @@ from repedit.importance.scores import Scores
 from repedit.report.runs.bars import bars, charts, course, spreads
 from repedit.report.runs.gathering import RunReport
 from repedit.report.runs.showing import items
-from repedit.report.sections import element, note, values
-from repedit.report.tables import plain
+from repedit.report.sections import element, note, table
+from repedit.report.tables import Table, plain
 from repedit.sites import Site
 
 NEURONS, RANK = re.compile(r"^(\d+) of (\d+) neurons"), re.compile(r"removes rank (\d+)$")
 """What `describe_map` says of a mask and of everything else."""
+METHOD = ("method", "formula", "source", "sites", "rank", "steps_run")
+"""What of a provenance stands first."""
+WORDS = {
+    "forget": "forget loss, nats",
+    "right": "share of forget tokens still right",
+    "divergence": "divergence on retain, nats",
+}
+"""What the histories of a projection's training hold."""
 Counts = dict[tuple[str, str], dict[int, float]]
 """By point and kind: a number by layer."""
 
@@ -64,31 +72,25 @@ def training(run: RunReport) -> list[str]:
     """The losses of every training, step by step, as far as they were kept."""
     parts = []
     for name, (origin, records) in _courses(run).items():
-        drawn = [course(what, held, what) for what, held in records.items() if held]
+        drawn = [course(what, held) for what, held in records.items() if held]
         stopped = origin.get("stopped")
         words = plain(stopped) if stopped else ""
         parts.append(
             charts(*drawn)
             + note(f"{name}: {origin.get('method', 'training')}" + (f"; it ended so: {words}." if words else "."))
         )
-    return parts
+    return [*parts, *items(run, "unlearn")]
 
 
 def settings(run: RunReport) -> list[str]:
-    """Method, formula, source and options of everything that was found, folded where they are many."""
+    """Method, formula and source of everything that was found, then its options, folded where they are many."""
     parts = []
     for name, origin in run.origins.items():
-        held = {
-            key: origin[key]
-            for key in ("method", "formula", "source", "sites", "rank", "steps_run")
-            if origin.get(key) is not None
-        }
-        options = {f"option {key}": value for key, value in (origin.get("options") or {}).items() if value is not None}
+        held = [[key, plain(origin[key])] for key in METHOD if origin.get(key) is not None]
+        options = [[key, plain(value)] for key, value in (origin.get("options") or {}).items() if value is not None]
         if held or options:
-            parts += [
-                element("h3", text=f"{name}: method and options"),
-                values(held | {k: plain(v) for k, v in options.items()}),
-            ]
+            parts += [element("h3", text=name), table(Table(("what", "value"), held))]
+            parts.append(table(Table(("option", "value"), options), "Options"))
     return parts
 
 
@@ -130,10 +132,7 @@ def _courses(run: RunReport) -> dict[str, tuple[Mapping[str, Any], dict[str, Seq
     for name, origin in run.origins.items():
         history = origin.get("history")
         if isinstance(history, Mapping):
-            found[name] = (
-                origin,
-                {f"{key} loss" if key != "divergence" else key: list(held) for key, held in history.items()},
-            )
+            found[name] = origin, {WORDS.get(str(key), str(key)): list(held) for key, held in history.items()}
     for name, rows in _logs(run):
         records: dict[str, list[float]] = {}
         for row in rows:

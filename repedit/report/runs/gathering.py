@@ -9,10 +9,12 @@ from typing import Any
 
 from repedit import container
 from repedit.attacks.judging.evidence import Report
-from repedit.errors import ArgumentError, NotFound, RepeditError
+from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditError
 from repedit.report.runs.account import Entry, account_of, entries, hashes, tables
+from repedit.rewrite.certificates import TensorCertificate
 from repedit.rewrite.manifest import file_hash
 from repedit.rewrite.verifying import MANIFEST, Verification, verification
+from repedit.sites import Site
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def gather(path: str | Path) -> RunReport:
         there = home / out
         try:
             if (there / MANIFEST).is_file():
-                checkpoints[out] = verification(there)
+                checkpoints[out] = _told(verification(there))
             elif (there / "audit.json").is_file():
                 audits[out] = Report.load(there)
             elif there.is_file() and container.kind_of(there):
@@ -159,6 +161,25 @@ def gather(path: str | Path) -> RunReport:
             # A page is for others, whose paths are others.
             unreadable[out] = str(error).replace(f"{home.absolute()}/", "")
     return RunReport(file, file.read_text(encoding="utf-8"), stages, checkpoints, saved, audits, unreadable)
+
+
+def _told(held: Verification) -> Verification:
+    """The same, if its manifest says all that a page tells.
+
+    Raises:
+        CheckpointError: if it does not.
+    """
+    found = held.manifest
+    try:
+        for part, keys in (("sites", ("map", "exactness")), ("plan", ("relative_change", "operations"))):
+            for row in dict(found.get(part) or {}).values():
+                _ = [row[key] for key in keys]
+        _ = [Site.parse(site) for site in found.get("sites") or {}]
+        _ = [TensorCertificate(**row) for row in ((found.get("certificate") or {"tensors": {}})["tensors"]).values()]
+        _ = dict(found.get("edit") or {}), dict((found.get("base") or {"files": {}})["files"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"its {MANIFEST} is not one of an export: {error!r}") from error
+    return held
 
 
 def _stage(number: int, asked: Mapping[str, Any], entry: Entry | None, order: Sequence[int], home: Path) -> Stage:

@@ -28,7 +28,9 @@ def _of_measuring(run: RunReport) -> Iterator[str]:
     done = [s.verb for s in run.stages if s.done]
     if not set(done) & set(MEASURES):
         yield "What the edit does to the answers of the model, and what it costs: no step compared the two models."
-    elif "compare" not in done:
+    if "project" in done:
+        yield "How the kept facts that training never saw fare: project asks the very facts it trained on."
+    if set(done) & set(MEASURES) and "compare" not in done:
         yield "What the exported files answer: prune and project measure the model in memory; a compare step reads the files."
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from repedit.report.pages import TONES, document, opening, told
 from repedit.report.runs import asked, changing, choosing
 from repedit.report.runs.gathering import RunReport, find, gather
-from repedit.report.runs.limits import limits
-from repedit.report.runs.showing import items
+from repedit.report.runs.limits import MEASURES, limits
+from repedit.report.runs.showing import first_tables, items
 from repedit.report.sections import element, listed, note, section
 from repedit.report.withholding import withheld
 
@@ -21,7 +21,7 @@ ABSENT = {
     "How it was trained": "Not run, or not kept: no training of this run left its losses. unlearn keeps them in a .safetensors file, or in the file that log names.",
     "What changed in the weights": "Not run: this run left no edit, no difference and no checkpoint.",
     "How exact it is": "Not run: without an exported checkpoint nothing says how exactly weights equal an edit.",
-    "Before and after": "Not run: no step measured the edited model beside the original (compare, prune, project or unlearn).",
+    "Before and after": "Not run: no step measured the edited model beside the original (compare, prune or project).",
     "Under attack": "Not run: nobody attacked the edited model, so nothing is known of what brings the removed back. An audit step does it.",
 }
 """What stands in place of a part that a run does not have."""
@@ -68,7 +68,7 @@ def rendered(run: RunReport, *, hide_items: bool = False) -> str:
         "How it was trained": choosing.training(run),
         "What changed in the weights": changing.tensors(run),
         "How exact it is": changing.exactness(run),
-        "Before and after": items(run, "prune", "project", "unlearn", "compare", hide=hide_items),
+        "Before and after": items(run, *MEASURES, hide=hide_items),
         "Under attack": _attacks(run, hide_items),
         "What has not been shown": [listed(limits(run), "plain")],
         "How to make it again": [
@@ -107,11 +107,13 @@ def _head(run: RunReport) -> str:
     intact = (
         ""
         if run.faults or not done
-        else note("Every file that the run read and wrote still has the sha256 it had then.")
+        else note(
+            "Every file that the steps were given, and all they wrote, still has the sha256 it had then; models are told by the hashes below."
+        )
     )
     return element(
         "header", element("h1", text=f"{run.file.stem}: {word}", class_=tone), element("p", text=sentence, class_="lead"), alarm, intact,
-        listed(facts, "facts"), section("In brief", listed(_brief(run), "plain")),
+        listed(facts, "facts"), section("In brief", listed(_brief(run), "plain"), *first_tables(run, *MEASURES)),
     )  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def _brief(run: RunReport) -> list[str]:
                 f"{name}: {certificate['form']}, {certificate['exactness']}, largest leak along a removed direction {certificate['worst_leak']:.1e}."
             )
     for name, report in run.audits.items():
-        found.append(f"{name}: {report.verdict.word}. {report.verdict.rule}")
+        found.append(f"{name}: {report.verdict.word}; {report.verdict.rule}".rstrip(".") + ".")
     return found or ["Nothing: no step left anything that can be read."]
 
 

@@ -26,6 +26,16 @@ def items(run: RunReport, *verbs: str, hide: bool = False) -> list[str]:
     return parts
 
 
+def first_tables(run: RunReport, *verbs: str) -> list[str]:
+    """The first table that each of the steps with these verbs showed: what a reader asks for first."""
+    found = dict[int, str]()
+    for stage, item in run.shown(*verbs):
+        if item["kind"] == "table" and stage.number not in found:
+            found[stage.number] = element("p", text=f"Step {stage.number}: {item['title']}", class_="caption")
+            found[stage.number] += table(Table(item["columns"], item["rows"]))
+    return list(found.values())
+
+
 def _item(item: Mapping[str, Any], hide: bool) -> str:
     kind = item["kind"]
     if kind == "line":
