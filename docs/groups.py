@@ -12,7 +12,7 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "load": ("Load a model", ("load", "wrap", "fetch", "Subject", "Site", "Point", "check_architecture", "register", "resolve")),
     "look": (
         "Look at what is inside",
-        ("collect", "peaks", "predictions", "compare", "facts_accuracy", "Activity", "Moments", "CrossMoments"),
+        ("collect", "max_activating", "peaks", "predictions", "compare", "facts_accuracy", "Activity", "Moments", "CrossMoments"),
     ),
     "score": ("Score neurons", ("score", "agreement", "Score", "Scores", "CollinearWarning")),
     "prune": ("Prune neurons", ("prune", "top", "random_like", "trajectory", "Trajectory", "Step")),
@@ -23,7 +23,7 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "unlearn": ("Unlearn by gradient", ("unlearn", "Delta")),
     "export": (
         "Rewrite weights and export",
-        ("Edit", "apply", "export", "export_adapter", "slimmed", "sliced", "Plan", "diff", "reload_check", "gguf_check"),
+        ("Edit", "apply", "export", "export_adapter", "slimmed", "sliced", "Plan", "diff", "reload_check", "gguf_check", "push"),
     ),
     "audit": ("Audit what is left", ("audit", "Report")),
     "bridges": ("Bridges to other toolkits", ("to_lens", "to_nnsight", "lens_hooks")),

@@ -73,12 +73,21 @@ def test_the_smaller_example_runs(tmp_path: Path, monkeypatch):
     assert all((tmp_path / name / "repedit.json").exists() for name in ("slim", "narrow", "lora"))
 
 
+@pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+def test_the_exploring_example_runs(tmp_path: Path):
+    lm, sets = rp.load(saved(tmp_path / "tiny")), {"forget": rp.data.code(), "retain": rp.data.prose()}
+    scores = rp.score(*(rp.collect(lm, text, limit_tokens=300) for text in sets.values()))
+    given = {"rp": rp, "lm": lm, "scores": scores, **sets}
+    exec(BLOCKS[4].replace("3000", "300"), given)
+    assert [found.corpus for found in given["examples"]] == ["code", "prose"]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_example_runs():
     lm = tiny("llama")
     edit = projection(lm, "1.mlp.out")
     expected, given = logits(rp.apply(edit, lm)), {"rp": rp, "lm": lm, "edit": edit, "ids": ids()}
-    exec(BLOCKS[4], given)
+    exec(BLOCKS[5], given)
     with torch.no_grad():
         assert torch.equal(given["lens"](ids()), expected) and torch.equal(logits(lm), expected)
     assert given["nn"]._module is lm.model
@@ -93,9 +102,9 @@ def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
         rp, "audit", lambda _, original, facts, out: plain(edited, original=source(), facts=facts, out=out, **options)
     )
     monkeypatch.chdir(tmp_path)
-    exec(BLOCKS[5], {"rp": rp})
+    exec(BLOCKS[6], {"rp": rp})
     assert "NOT FORGOTTEN" in capsys.readouterr().out
-    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[5]):
+    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[6]):
         assert (tmp_path / "audit" / name).exists()
 
 
@@ -103,9 +112,11 @@ def test_the_first_example_is_fifteen_lines():
     assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 15
 
 
-def test_every_figure_named_in_the_readme_is_there():
-    named = re.findall(r"\((figures/[^)]+)\)", README)
-    assert named and all((Path(__file__).parents[1] / name).exists() for name in named)
+def test_everything_that_a_page_links_to_is_there():
+    root = Path(__file__).parents[1]
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        named = [name.split("#")[0] for name in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text())]
+        assert named and not [name for name in named if not (page.parent / name).exists()]
 
 
 def test_every_verb_is_in_the_readme():

@@ -23,6 +23,7 @@ EXAMPLES: Mapping[str, str] = {
     "tasks": "repedit tasks harness/ --facts capitals,symbols",
     "run": "repedit run mine.toml",
     "reproduce": "repedit reproduce mine.toml",
+    "push": "repedit push edited/ me/smollm2-edited",
 }
 
 COMMON: Mapping[int, str] = {
@@ -40,6 +41,7 @@ OWN: Mapping[str, Mapping[int, str]] = {
     },
     "run": {3: "or another: the code of the step that failed, or else of the last audit"},
     "reproduce": {1: "something differs"},
+    "push": {0: "uploaded", 3: "nothing was uploaded, since --yes was not given"},
 }  # fmt: skip
 """Where a verb means something else, or more."""
 

@@ -26,10 +26,7 @@ def push(
     message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload an edited checkpoint",
     json: Json = False,
 ) -> None:
-    """Check an exported checkpoint against its manifest and upload it to the hub, what the manifest lists and nothing else.
-
-    Exit codes: 0 uploaded; 3 nothing was uploaded, since --yes was not given; 2 refused.
-    """
+    """Check an exported checkpoint against its manifest and upload it to the hub, what the manifest lists and nothing else."""
     from repedit import console
     from repedit.rewrite.publishing import push as pushed
 

@@ -21,12 +21,16 @@ class Explorer:
     still: Any
     """A matplotlib Figure of the same values."""
 
+    def __repr__(self) -> str:
+        return "Explorer: this front end shows neither plotly nor pictures; write_html(path) makes a page of it"
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         buffer = io.BytesIO()
         self.still.savefig(buffer, format="png", dpi=110)
         return {
             "application/vnd.plotly.v1+json": json.loads(self.figure.to_json()),
             "image/png": base64.b64encode(buffer.getvalue()).decode(),
+            "text/plain": repr(self),
         }
 
     def write_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
