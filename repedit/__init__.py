@@ -68,7 +68,7 @@ _NAMES = {
     "resolve": "repedit.arch",
 }
 _ROOMS = {
-    name: f"repedit.{name}" for name in ("arch", "data", "errors", "explore", "fit", "metrics", "plot", "report")
+    name: f"repedit.{name}" for name in ("arch", "data", "errors", "explore", "fit", "metrics", "plot", "report", "vision")
 } | {"recipes": "repedit.gradient.recipes"}
 
 __all__ = [*_NAMES, *_ROOMS, "__version__"]  # pyright: ignore
@@ -89,7 +89,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from repedit import arch, data, errors, explore, fit, metrics, plot, report
+    from repedit import arch, data, errors, explore, fit, metrics, plot, report, vision
     from repedit.activations.collection import collect
     from repedit.activations.distribution import peaks
     from repedit.activations.examples import max_activating

@@ -12,7 +12,7 @@ LAYERS = (
     ("errors", "sites", "maps", "kernels", "ranks", "files"),
     ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "container", "ragged", "opening", "models"),
     ("plan", "edit", "delta", "lower", "activations", "importance", "fit"),
-    ("rewrite", "gradient"),
+    ("rewrite", "gradient", "vision"),
     ("bridges", "metrics", "attacks"),
     ("plot", "explore", "report", "walkthrough"),
     ("console", "cli", "__main__"),

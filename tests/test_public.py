@@ -12,7 +12,7 @@ NAMES = {
     "erase_stream", "export", "export_adapter", "facts_accuracy", "fetch", "gguf_check", "lens_hooks", "load", "max_activating", "mrp", "peaks", "predictions", "prune", "push",
     "random_like", "register", "reload_check", "resolve", "score", "sliced", "slimmed", "to_lens", "to_nnsight", "top", "trajectory", "unlearn", "wrap",
 }  # fmt: skip
-ROOMS = {"arch", "data", "errors", "explore", "fit", "metrics", "plot", "recipes", "report"}
+ROOMS = {"arch", "data", "errors", "explore", "fit", "metrics", "plot", "recipes", "report", "vision"}
 HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "plotly", "scipy")
 
 
