@@ -1,7 +1,7 @@
-"""Whether texts look as if a model had been trained on them: scores of each text, and how well these tell two sets apart.
+"""Whether something looks as if a model had been trained on it: scores of texts, and how well scores tell two sets apart.
 
-A higher score looks more like a text of the training set, so an AUC of 1 means that members are told from the others
-without an error, and .5 that they are not told at all.
+A higher score looks more like a member of the training set, so an AUC of 1 means that members are told from the others
+without an error, and .5 that they are not told at all. Scores of images, from logits, are in `margins`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,31 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from repedit.activations.passes import at_least_float32
 from repedit.errors import ArgumentError, DataError, FractionError, MetricError, NotFinite, UnknownName, nearest
+from repedit.metrics.margins import modified_entropy
 from repedit.metrics.probability import lengths
+from repedit.metrics.separation import Values, auc, loss_attack, standard_error, tpr, tpr_at
 from repedit.models import Subject
 
 SCORES = ("loss", "zlib", "min_k", "min_k++")
 # Texts of one length that are read together; Min-K++ looks at every log-probability of every token.
 _ROWS = 4
 
-Values = NDArray[np.float64]
+__all__ = [
+    "SCORES",
+    "Values",
+    "auc",
+    "check_reading",
+    "loss_attack",
+    "modified_entropy",
+    "privleak",
+    "scores",
+    "standard_error",
+    "tpr",
+    "tpr_at",
+]
 
 
 def scores(
@@ -72,29 +85,6 @@ def scores(
         if not np.isfinite(values).all():
             raise NotFinite(f"the score {name!r} of a text is not finite; load the model in float32?")
     return found
-
-
-def auc(member: Values, nonmember: Values) -> float:
-    """Chance that a member scores above a text that is none, ties counting half (Mann-Whitney), exactly; 1 means member.
-
-    Raises:
-        DataError: if a side is empty.
-    """
-    _check_sides(member, nonmember)
-    order = np.sort(nonmember)
-    below, upto = (np.searchsorted(order, member, side=side).sum() for side in ("left", "right"))
-    return float((below + upto) / (2 * len(member) * len(nonmember)))
-
-
-def tpr(member: Values, nonmember: Values, fpr: float = 0.01) -> float:
-    """Share of members above a threshold that at most the share `fpr` of the other texts is above; 1 means member.
-
-    Raises:
-        DataError: if a side is empty.
-    """
-    _check_sides(member, nonmember)
-    threshold = np.sort(nonmember)[::-1][int(fpr * len(nonmember))]
-    return float((member > threshold).mean())
 
 
 def privleak(auc: float, auc_reference: float = 0.5) -> float:
@@ -160,8 +150,3 @@ def _logs(subject: Subject, ids: Sequence[list[int]]) -> tuple[list[Values], lis
 
 def _lowest(values: Values, share: float) -> float:
     return float(np.sort(values)[: max(1, int(share * len(values)))].mean())
-
-
-def _check_sides(pos: Values, neg: Values) -> None:
-    if not len(pos) or not len(neg):
-        raise DataError(f"{len(pos)} members and {len(neg)} others; give at least one of each")

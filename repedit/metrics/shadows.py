@@ -1,4 +1,4 @@
-"""LiRA: membership of a text by the likelihood ratio over shadow models that did and did not see it.
+"""LiRA: membership of a text or image by the likelihood ratio over shadow models that did and did not see it.
 
 It needs models trained like the one under test, half of them on each text, so it is for models that are cheap to train.
 """
@@ -52,6 +52,35 @@ def lira(
     pooled = fewest < 16 if pooled is None else pooled
     inside, outside = (_logs(target, shadows, side, pooled) for side in (seen, ~seen))
     return inside - outside
+
+
+def offline_lira(target: Values, outside: Float[ndarray, "models n"], *, pooled: bool | None = None) -> Values:
+    """(s - m_out) / d_out of every text (n,): deviations above models that never saw it; higher looks more like one seen.
+
+    For who can train models without the texts but none with them; it grows as the one-sided test of the source does.
+
+    Args:
+        outside: the scores on shadow models, none of which saw any of the texts.
+        pooled: one standard deviation for all texts; None with fewer than 16 shadow models.
+    Raises:
+        ShapeError: if the arrays do not match.
+        NotFinite: if a score is not finite.
+        NotEnoughRows: if there are fewer than two shadow models.
+        ArgumentError: if there is no text.
+    Reference: Carlini et al. 2022, arXiv:2112.03570, section VI-B.
+    """
+    if outside.shape[1:] != target.shape:
+        raise ShapeError(f"scores of {target.shape} texts, shadow scores {outside.shape}; give (n,) and (models, n)")
+    if not target.size:
+        raise ArgumentError("there is no text; give at least one")
+    if not (np.isfinite(target).all() and np.isfinite(outside).all()):
+        raise NotFinite("a score is not finite; load the models in float32?")
+    if len(outside) < 2:
+        raise NotEnoughRows(f"{len(outside)} shadow models; train at least 2 without the texts")
+    spread = outside.std(0, ddof=1)
+    if len(outside) < 16 if pooled is None else pooled:
+        spread = np.full(len(target), np.sqrt((spread**2).mean()))
+    return (target - outside.mean(0)) / np.maximum(spread, LEAST)
 
 
 def _logs(target: Values, shadows: Float[ndarray, "models n"], side: Bool[ndarray, "models n"], pooled: bool) -> Values:
