@@ -26,7 +26,7 @@ GROUP = 64
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Differences by tensor name, in float32 (float64 for a float64 model). The changed model is start + difference, rounded once."""
+    """Differences by tensor name, in float32 (float64 for a float64 model and for counts). The changed model is start + difference, rounded once."""
 
     tensors: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)

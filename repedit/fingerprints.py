@@ -27,6 +27,15 @@ def fingerprint(model: Any) -> str:
     return known[1]
 
 
+def module_fingerprint(model: nn.Module) -> str:
+    """sha256 over the name, dtype, shape and bytes of every parameter and buffer of a model without a config."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def state(model: nn.Module) -> tuple[Any, ...]:
     """A key that differs once a weight was replaced or changed in place; ten times cheaper than the fingerprint."""
     parameters = model.named_parameters(remove_duplicate=False)

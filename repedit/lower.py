@@ -17,6 +17,7 @@ from repedit.delta import Delta
 from repedit.edit import Edit, check_widths, describe_map, exactness
 from repedit.errors import ArgumentError, FingerprintError, NoBiasSlot, NotFoldable, nearest
 from repedit.maps import AffineMap, Diagonal
+from repedit.naming import by_name
 from repedit.plan import Operation, Plan
 from repedit.sites import Point, Site
 
@@ -25,7 +26,7 @@ EditOrDelta = Edit | Delta
 
 def lower(
     change: EditOrDelta | Sequence[EditOrDelta],
-    architecture: Architecture,
+    architecture: Architecture | None,
     specs: Specs,
     *,
     tied: Literal["untie", "both"] = "untie",
@@ -36,6 +37,7 @@ def lower(
 
     Args:
         change: an edit or a delta, or several of them, carried out left to right.
+        architecture: None for a model that is no language model, of which deltas alone can be lowered.
         specs: shape and dtype by tensor name, of a live model or of checkpoint headers.
         tied: what becomes of an output head tied to an edited embedding: "untie" keeps the head as it is, "both"
             edits it too (no hook equals that).
@@ -49,8 +51,10 @@ def lower(
     """
     if tied not in ("untie", "both") or sides not in ("all", "output"):
         raise ArgumentError(f"tied={tied!r}, sides={sides!r}: tied is 'untie' or 'both', sides is 'all' or 'output'")
-    plan = anatomy(architecture, specs)
     stages = _stages([change] if isinstance(change, Edit | Delta) else change)
+    if architecture is None:
+        return by_name(stages, specs, any_model)
+    plan = anatomy(architecture, specs)
     build = _Builder(plan, specs, tied, sides)
     for stage in stages:
         if isinstance(stage, Delta):

@@ -77,7 +77,9 @@ class Operation:
     def _edited(self, w: Tensor, read: Read) -> Tensor:
         if self.kind == "carry":
             assert self.weight is not None and self.constant is not None
-            return w + (self.weight.read(read(self.weight.tensor)).to(w) @ self.constant.to(w))[:, None]
+            carried = self.weight.read(read(self.weight.tensor)).to(w) @ self.constant.to(w)
+            # One value an output; those of a convolution's kernel add up, as all of them see the constant.
+            return w + carried.reshape(len(w), -1).sum(1, keepdim=True)
         assert self.map is not None
         if self.kind == "inputs":
             return self.map.right(w, out=w)
@@ -176,8 +178,8 @@ class Plan:
         return self.computed(name, tensor, read).to(tensor.dtype)
 
     def computed(self, name: str, tensor: Tensor, read: Read) -> Tensor:
-        """The tensor after the plan before it is rounded: float32, or float64 for float64."""
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        """The tensor after the plan before it is rounded: float32, or float64 for float64 and for counts."""
+        wide = torch.float32 if tensor.is_floating_point() and tensor.dtype != torch.float64 else torch.float64
         work = tensor.detach().to(wide, copy=True)
         for operation in self.operations.get(name, ()):
             operation(work, read)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "repedit"
 LAYERS = (
     ("errors", "sites", "maps", "kernels", "ranks", "files"),
     ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "container", "ragged", "opening", "models"),
-    ("plan", "edit", "delta", "lower", "activations", "importance", "fit"),
+    ("plan", "edit", "delta", "naming", "lower", "activations", "importance", "fit"),
     ("rewrite", "gradient", "vision"),
     ("bridges", "metrics", "attacks"),
     ("plot", "explore", "report", "walkthrough"),
@@ -24,8 +24,8 @@ INSIDE = {
     "arch": {"hooks"}, "shards": {"arch"}, "ragged": {"arch", "shards"},
     "fingerprints": {"arch"}, "opening": {"arch", "shards", "fetching", "ragged"},
     "models": {"arch", "shards", "fetching", "fingerprints", "ragged", "opening"},
-    "lower": {"edit", "delta", "plan"}, "activations": {"edit"}, "importance": {"activations", "edit", "fit"},
-    "fit": {"activations", "edit"}, "explore": {"plot"}, "walkthrough": {"plot"}, "attacks": {"metrics"}, "report": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
+    "naming": {"delta", "plan"}, "lower": {"edit", "delta", "plan", "naming"}, "activations": {"edit"}, "importance": {"activations", "edit", "fit"},
+    "fit": {"activations", "edit"}, "vision": {"rewrite"}, "explore": {"plot"}, "walkthrough": {"plot"}, "attacks": {"metrics"}, "report": {"plot"}, "cli": {"console"}, "__main__": {"cli"},
 }  # fmt: skip
 # Libraries with side effects or long imports, and the only rooms that may import them at the top of a module.
 ONLY_IN = {

@@ -31,7 +31,8 @@ Specs = Mapping[str, TensorSpec]
 class View:
     """A logical (out, in) matrix, or a vector of outputs, inside a stored tensor.
 
-    The stored rows from `start` on are read as (groups, parts, size) and `part` is picked of each group.
+    The stored rows from `start` on are read as (groups, parts, size) and `part` is picked of each group. With `kernel`
+    the stored tensor is the (out, in, *kernel) of a convolution, read as ((out *kernel), in).
     """
 
     tensor: str
@@ -41,6 +42,7 @@ class View:
     parts: int = 1
     part: int = 0
     transposed: bool = False
+    kernel: bool = False
 
     def edit(self, stored: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A copy of the stored tensor in which this matrix is replaced by function(matrix); a vector becomes (out, 1)."""
@@ -52,6 +54,10 @@ class View:
         """The same in place, `function` being free to write into what it is given: a hundred experts in one tensor need
         no hundred copies of it."""
         window = self._window(stored)
+        if self.kernel:
+            inputs = window.movedim(2, -1)
+            inputs.copy_(function(inputs.flatten(0, -2)).reshape(inputs.shape))
+            return
         matrix = window.flatten(0, 1)
         given = matrix[:, None] if matrix.ndim == 1 else matrix
         new = function(given)
@@ -60,7 +66,8 @@ class View:
 
     def read(self, stored: Tensor) -> Tensor:
         """The matrix, or vector, itself."""
-        return self._window(stored).flatten(0, 1)
+        window = self._window(stored)
+        return window.movedim(2, -1).flatten(0, -2) if self.kernel else window.flatten(0, 1)
 
     def _window(self, stored: Tensor) -> Tensor:
         block = stored if self.expert is None else stored[self.expert]

@@ -46,7 +46,13 @@ def train(
     loss = (lambda m, part: -cross_entropy(m, part)) if ascend else cross_entropy
     with learning(trained, task, parts, seed):
         descend(trained, optimiser, images, loss, epochs=epochs, batch=batch, order=generator(seed))
+    trained.trained_on = trained_on(model) | {i for i in images.index.tolist() if i >= 0}  # type: ignore[assignment]
     return trained
+
+
+def trained_on(model: nn.Module) -> frozenset[int]:
+    """Indices of the source images that `train` showed this model, or the one it began from; empty where none is known."""
+    return getattr(model, "trained_on", frozenset())
 
 
 def adam(model: nn.Module, task: Task, parts: Sequence[str] | None, lr: float) -> torch.optim.Adam:
