@@ -15,9 +15,10 @@ from repedit.attacks.attack import Finding
 from repedit.errors import CheckpointError
 
 SCHEMA = 1
-UNSOUND, INVALID, DESTROYED, NOT_FORGOTTEN, HIDDEN, PASS, INCONCLUSIVE = WORDS = (
-    "UNSOUND", "INVALID", "DESTROYED", "NOT FORGOTTEN", "HIDDEN", "NO RECOVERY FOUND", "INCONCLUSIVE",
+UNSOUND, INVALID, DESTROYED, NOT_FORGOTTEN, HIDDEN, OVER_FORGOTTEN, PASS, INCONCLUSIVE = WORDS = (
+    "UNSOUND", "INVALID", "DESTROYED", "NOT FORGOTTEN", "HIDDEN", "OVER-FORGOTTEN", "NO RECOVERY FOUND", "INCONCLUSIVE",
 )  # fmt: skip
+"""OVER-FORGOTTEN is said of classifiers alone, which have a retrained reference to be beyond."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,33 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """One measure of a classifier beside the same measure of models that were retrained without the forget images.
+
+    The gap is edited - reference, and two-sided: 0 is a model that never saw the images, and below 0 is no better.
+    """
+
+    measure: str
+    edited: float
+    original: float
+    reference: float = float("nan")
+    """Mean over the retrained models."""
+    value: float = float("nan")
+    """edited - reference."""
+    interval: tuple[float, float] = (float("nan"), float("nan"))
+    """Bootstrap percentiles of the gap; the same rows are drawn for all models."""
+    spread: float = float("nan")
+    """Largest difference between two retrained models."""
+    error: float = float("nan")
+    """Standard error of the edited value, by Hanley and McNeil for an AUC."""
+    members: str = ""
+    """What it is measured on, such as "120 forget images"."""
+    others: str = ""
+    """What members are told from; empty where nothing is."""
+    decides: bool = True
+
+
+@dataclass(frozen=True)
 class RetainCheck:
     """What should have been kept, before and after; None where it was not given."""
 
@@ -77,7 +105,7 @@ class RetainCheck:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of seven words, with the rule that gave it."""
+    """One of eight words, with the rule that gave it."""
 
     word: str
     sentence: str
@@ -89,8 +117,9 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """0 no recovery found; 3 hidden or not forgotten; 4 inconclusive; 5 invalid or destroyed; 6 unsound."""
-        return {PASS: 0, HIDDEN: 3, NOT_FORGOTTEN: 3, INCONCLUSIVE: 4, INVALID: 5, DESTROYED: 5, UNSOUND: 6}[self.word]
+        """0 no recovery found; 3 hidden, not or over-forgotten; 4 inconclusive; 5 invalid or destroyed; 6 unsound."""
+        codes = {PASS: 0, HIDDEN: 3, NOT_FORGOTTEN: 3, OVER_FORGOTTEN: 3, INCONCLUSIVE: 4, INVALID: 5, DESTROYED: 5, UNSOUND: 6}  # fmt: skip
+        return codes[self.word]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +142,8 @@ class Report:
     """Shown, never deciding."""
     context: Mapping[str, Any] = field(default_factory=dict)
     """budget, seeds, n_test, material, clear, alpha, notes, versions, hashes, seconds, ..."""
+    gaps: tuple[Gap, ...] = ()
+    """Of a classifier: what decides there, in place of recoveries."""
 
     def __repr__(self) -> str:
         return f"Report({self.verdict.word}: {self.verdict.sentence})"
@@ -133,7 +164,7 @@ class Report:
             "recoveries": [{**asdict(r), "ratio": r.ratio} for r in self.recoveries], "retain": asdict(self.retain),
             "findings": {role: [finding_json(f) for f in found] for role, found in self.findings.items()},
             "not_run": self.not_run, "heuristics": self.heuristics, "examples": self.examples,
-            "diagnostics": self.diagnostics, "context": self.context,
+            "diagnostics": self.diagnostics, "context": self.context, "gaps": [asdict(gap) for gap in self.gaps],
         }  # fmt: skip
         return json.dumps(_plain(found), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
@@ -154,6 +185,7 @@ class Report:
                 Verdict(**verdict), tuple(_recovery(r) for r in found["recoveries"]), RetainCheck(**retain),
                 {role: tuple(finding_of(f) for f in items) for role, items in found["findings"].items()},
                 found["not_run"], found["heuristics"], tuple(found["examples"]), found["diagnostics"], found["context"],
+                tuple(_gap(g) for g in found.get("gaps", ())),
             )  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"this is not the JSON of an audit: {type(error).__name__} {error}") from error
@@ -206,6 +238,12 @@ def _recovery(value: Mapping[str, Any]) -> Recovery:
         found[name] = tuple(_number(v) for v in found[name])
     found["settings"] = {role: tuple(names) for role, names in found["settings"].items()}
     return Recovery(**found)
+
+
+def _gap(value: Mapping[str, Any]) -> Gap:
+    numbers = {k: _number(value[k]) for k in ("edited", "original", "reference", "value", "spread", "error")}
+    low, high = value["interval"]
+    return Gap(**{**value, **numbers, "interval": (_number(low), _number(high))})
 
 
 def _number(value: Any) -> float:
