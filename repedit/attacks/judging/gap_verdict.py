@@ -25,6 +25,11 @@ from repedit.errors import ArgumentError
 
 DAMAGE, KNOWN, TOLD, RELEARNED, CLOSE, ALIKE = 0.05, 0.10, 0.05, 0.20, 0.10, 0.05
 """Accuracy lost; forget accuracy too high; bound of the AUC; relearn value; AUC and forget accuracy of a pass."""
+MARGINS = {
+    "retain or test accuracy lost": DAMAGE, "forget accuracy": KNOWN, "AUC, bound": TOLD, "relearn value": RELEARNED,
+    "AUC of a pass": CLOSE, "forget accuracy of a pass": ALIKE,
+}  # fmt: skip
+"""The same by name, for a report."""
 
 
 def verdict(found: Sequence[Gap], others: int = 0) -> Verdict:

@@ -1,0 +1,149 @@
+"""rp.audit_classifier: attack an unlearned image classifier, and compare all of it with models that never saw the images.
+
+A classifier is cheap to train, so there is what a language model never has: a reference that was retrained without the
+forget images. Everything is judged by the gap to it, in both directions.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from math import isnan
+from typing import Any
+
+from torch import nn
+
+from repedit.attacks.attack import Finding
+from repedit.attacks.families.image_members import membership, sides
+from repedit.attacks.families.image_relearning import NAME as RELEARN
+from repedit.attacks.families.image_relearning import relearn as relearning
+from repedit.attacks.families.image_relearning import relearned
+from repedit.attacks.families.image_rounding import SCHEMES, rounding
+from repedit.attacks.families.image_shadows import klom, shadows
+from repedit.attacks.judging.evidence import Gap, Report, RetainCheck
+from repedit.attacks.judging.gap_verdict import MARGINS, verdict
+from repedit.attacks.judging.gaps import AUC, Measured, gaps
+from repedit.errors import ArgumentError, BadReference, during
+from repedit.fingerprints import module_fingerprint
+from repedit.vision.task import ImageSplits, Task
+from repedit.vision.training import trained_on
+
+__all__ = ["audit_classifier", "klom", "membership", "relearning", "rounding", "shadows"]
+DRAWS = 1000
+EVIDENCE = "statistical evidence, not certified deletion: what these attacks do not find may still be there"
+UNTRIED = {
+    "shadow models": "trains eight models more; repedit.attacks.classifier.shadows does it",
+    "inversion of the classifier": "no attack here rebuilds images from the weights",
+}
+
+
+def audit_classifier(
+    edited: nn.Module,
+    original: nn.Module,
+    task: Task,
+    splits: ImageSplits,
+    *,
+    reference: nn.Module | None = None,
+    references: Sequence[nn.Module] = (),
+    relearn: bool = True,
+    seed: int = 0,
+) -> Report:
+    """Attack an edited classifier by membership, relearning and rounding, and say how far it is from a retrained one.
+
+    Every number of the report is a gap, edited less retrained, and 0 is the aim: a model that never saw the forget
+    images gives them whatever accuracy and whatever membership score it gives. No model is changed.
+
+    Args:
+        splits: those of the request; forget images are the members, holdout images what they are told from.
+        reference: trained on the retain images alone, as `rp.vision.retrain` does; without one nothing is concluded.
+        references: further retrained models; they show how far apart two retrainings are.
+        relearn: also fine-tune every model on half of the forget set; no pass is possible without.
+    Raises:
+        BadReference: if a reference saw forget images, or is the edited or original model itself.
+        ArgumentError: if the splits are those of a data plan. UnknownName, ShapeError, ArgumentError: if the task does
+            not describe a model.
+        MetricError: if an output of a model is not finite. TrainingError: if relearning diverges.
+    """
+    begin = time.perf_counter()
+    retrained = [model for model in (reference, *references) if model is not None]
+    _check(edited, original, task, splits, retrained)
+    models = {"edited": [edited], "original": [original], "reference": retrained}
+    found: dict[str, list[tuple[Finding, ...]]] = {}
+    for role, ones in models.items():
+        with during(f"the {role} model", f"in the audit of the {role} classifier, seed {seed}"):
+            found[role] = [_attacked(model, task, splits, relearn, seed) for model in ones]
+    values = {
+        role: [_measured(model, task, splits, held) for model, held in zip(ones, found[role], strict=True)]
+        for role, ones in models.items()
+    }
+    compared = gaps(values["edited"][0], values["original"][0], values["reference"], draws=DRAWS, seed=seed)
+    return Report(
+        verdict=verdict(compared, len(splits.holdout)), recoveries=(), retain=RetainCheck(), gaps=compared,
+        findings={role: tuple(f for one in held for f in one) for role, held in found.items() if held},
+        not_run=UNTRIED if relearn else {RELEARN: "relearn=False", **UNTRIED}, heuristics={},
+        context={
+            "kind": "classifier", "seeds": [seed], "draws": DRAWS, "notes": _notes(compared, len(retrained)), "margins": MARGINS,
+            "sets": {name: len(images) for name, images in splits.named.items()}, "feature": task.module,
+            "hashes": {role: [module_fingerprint(model) for model in ones] for role, ones in models.items()},
+            "versions": {name: version(name) for name in ("repedit", "torch", "numpy")}, "machine": platform.machine(),
+            "seconds": time.perf_counter() - begin,
+        },
+    )  # fmt: skip
+
+
+def _check(
+    edited: nn.Module, original: nn.Module, task: Task, splits: ImageSplits, references: Sequence[nn.Module]
+) -> None:
+    if splits.plans:
+        raise ArgumentError(
+            f"these splits were made by {', '.join(splits.plans)}; audit with the splits of the request, before any data plan"
+        )
+    for model in (edited, original, *references):
+        task.check(model, splits.forget)
+    forget = set(splits.forget.index.tolist())
+    others = {module_fingerprint(edited): "edited", module_fingerprint(original): "original"}
+    for number, model in enumerate(references):
+        shared = len(forget & trained_on(model))
+        if shared:
+            raise BadReference(
+                f"reference {number} was trained on {shared} of {len(forget)} forget images (by its recorded indices); give a "
+                "model trained on retain alone: rp.vision.retrain(build, task, splits)"
+            )
+        same = others.get(module_fingerprint(model))
+        if same:
+            raise BadReference(
+                f"reference {number} is the {same} model itself; give one that was trained without the forget images"
+            )
+
+
+def _attacked(model: nn.Module, task: Task, splits: ImageSplits, relearn: bool, seed: int) -> tuple[Finding, ...]:
+    found = [membership(model, task, splits, seed=seed)]
+    if relearn:
+        found.append(relearning(model, task, splits, seed=seed))
+    return (*found, *(rounding(model, task, splits, scheme, seed=seed) for scheme in SCHEMES))
+
+
+def _measured(model: nn.Module, task: Task, splits: ImageSplits, found: Sequence[Finding]) -> Measured:
+    by_name = {finding.attack: finding for finding in found}
+    members, others = sides(by_name["membership"])
+    more: dict[str, Any] = {"relearned": relearned(by_name[RELEARN])} if RELEARN in by_name else {}
+    forget, retain, test = (task.accuracy(model, images) for images in (splits.forget, splits.retain, splits.test))
+    return Measured(
+        forget, retain, test, members, others,
+        rounded={s: (float(by_name[s].correct.mean()), float(by_name[s].details["test"])) for s in SCHEMES},
+        sizes={"retain": len(splits.retain), "test": len(splits.test), "V": len(splits.forget) - len(splits.forget) // 2}, **more,
+    )  # fmt: skip
+
+
+def _notes(found: Sequence[Gap], references: int) -> list[str]:
+    """What a reader must know of these numbers."""
+    known: Mapping[str, Gap] = {gap.measure: gap for gap in found}
+    notes = [EVIDENCE]
+    if references == 1:
+        notes.append("one retrained model: how far apart two retrainings are is not known")
+    told = known[AUC]
+    if not isnan(told.reference) and abs(told.reference - 0.5) > 2 * told.error:
+        notes.append(f"the retrained model itself is told apart (AUC {told.reference:.2f}), so .5 is not the aim here")
+    return notes
