@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from repedit.errors import ArgumentError, UnknownName, nearest
@@ -47,3 +48,8 @@ def input_of(model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
     if not seen:
         raise ArgumentError(f"the forward pass never calls {path!r}; name a module that it calls")
     return seen[-1], output
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's parameters."""
+    return next(model.parameters()).device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,8 @@ from repedit.errors import ArgumentError, UnknownName, nearest
 from repedit.vision.splitting import other_labels
 from repedit.vision.task import Images, ImageSplits, Task
 
-
-class DataPlan(Protocol):
-    """What an unlearning request does to the training data before an ordinary fine-tune."""
-
-    def __call__(self, model: nn.Module, task: Task, splits: ImageSplits, seed: int) -> ImageSplits:
-        """New splits; those given, and the model, stay as they are."""
-        ...
+DataPlan = Callable[[nn.Module, Task, ImageSplits, int], ImageSplits]
+"""What a request does to the data before an ordinary fine-tune: (model, task, splits, seed) -> new splits; pure."""
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,18 @@ def train(
     loss = (lambda m, part: -cross_entropy(m, part)) if ascend else cross_entropy
     with learning(trained, task, parts, seed):
         descend(trained, optimiser, images, loss, epochs=epochs, batch=batch, order=generator(seed))
-    trained.trained_on = trained_on(model) | {i for i in images.index.tolist() if i >= 0}  # type: ignore[assignment]
+    trained.trained_on = trained_on(model) | seen_by(images)  # type: ignore[assignment]
     return trained
 
 
 def trained_on(model: nn.Module) -> frozenset[int]:
     """Indices of the source images that `train` showed this model, or the one it began from; empty where none is known."""
     return getattr(model, "trained_on", frozenset())
+
+
+def seen_by(images: Images) -> frozenset[int]:
+    """Indices of the source images among these."""
+    return frozenset(i for i in images.index.tolist() if i >= 0)
 
 
 def adam(model: nn.Module, task: Task, parts: Sequence[str] | None, lr: float) -> torch.optim.Adam:
@@ -76,7 +81,7 @@ def descend(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     images: Images,
-    loss: Loss,
+    loss: Loss | None = None,
     *,
     epochs: int,
     batch: int | None,
@@ -95,7 +100,7 @@ def descend(
     for _ in range(epochs):
         for rows in torch.randperm(len(own), generator=order).split(batch or len(own)):
             optimiser.zero_grad(set_to_none=True)
-            value = loss(model, own[rows])
+            value = (loss or cross_entropy)(model, own[rows])
             if not bool(torch.isfinite(value)):
                 raise TrainingError(
                     f"step {done}, seed {order.initial_seed()}: the loss is {float(value)} at lr "

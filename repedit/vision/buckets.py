@@ -1,0 +1,133 @@
+"""Images grouped by class and feature, and one image made or chosen for each group."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from repedit.vision.task import BATCH, Images, Task
+
+log = logging.getLogger(__name__)
+
+
+def buckets(model: nn.Module, task: Task, images: Images, k: int, *, seed: int = 0) -> Int[Tensor, " b"]:
+    """The bucket of each image: within each class, k-means with k centres on the model's features; ids are 0, 1, 2, ...
+
+    A class with fewer than k images gets as many clusters as it has images, which is logged with the class.
+    """
+    from sklearn.cluster import KMeans
+
+    features = task.feature(model, images).double().cpu().numpy()
+    found = torch.zeros(len(images), dtype=torch.int64)
+    small = {}
+    for label in sorted(images.classes):
+        rows = (images.y == label).nonzero()[:, 0]
+        clusters = min(k, len(rows))
+        small |= {label: clusters} if clusters < k else {}
+        fit = KMeans(n_clusters=clusters, n_init=1, random_state=seed).fit(features[rows.numpy()])
+        found[rows] = label * k + torch.from_numpy(fit.labels_).long()
+    if small:
+        log.warning(
+            "k=%d is above the size of %d classes; they get as many clusters as images: %s", k, len(small), small
+        )
+    return dense(found)
+
+
+def dense(ids: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """The same groups numbered 0, 1, 2, ... without gaps, in the same order."""
+    return torch.unique(ids, return_inverse=True)[1]
+
+
+def labels_of(images: Images, ids: Int[Tensor, " b"]) -> Int[Tensor, " B"]:
+    """The label of each bucket, which all of its images share."""
+    labels = torch.zeros(int(ids.max()) + 1, dtype=torch.int64)
+    labels[ids] = images.y
+    return labels
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose parameters take no gradient: BatchNorm of the model itself never moves."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def medoids(model: nn.Module, task: Task, images: Images, ids: Int[Tensor, " b"]) -> Images:
+    """The real image of each bucket that is nearest to the bucket's mean feature."""
+    features = task.feature(model, images).double().cpu()
+    away = (features - means(features, ids)[ids]).square().sum(1)
+    rows = [int(members[away[members].argmin()]) for members in _members(ids)]
+    return images[torch.tensor(rows, dtype=torch.int64)]
+
+
+def means(rows: Float[Tensor, "b ..."], ids: Int[Tensor, " b"]) -> Float[Tensor, "B ..."]:
+    """The mean row of each bucket."""
+    counts = ids.bincount().to(rows).reshape(-1, *(1,) * (rows.ndim - 1))
+    return rows.new_zeros(len(counts), *rows.shape[1:]).index_add_(0, ids, rows) / counts
+
+
+def matched(
+    model: nn.Module,
+    task: Task,
+    images: Images,
+    ids: Int[Tensor, " b"],
+    *,
+    steps: int = 100,
+    lr: float = 1e-3,
+    weights: str = "free",
+) -> tuple[Images, Float[Tensor, " steps"]]:
+    """One weighted sum of images a bucket whose feature matches the bucket's mean feature, and the loss at each step.
+
+    x~_b = sum_i w_i x_i over the images of b, w from 1 / |b|; Adam descends sum_b |mean_i phi(x_i) - phi(x~_b)|^2 over w,
+    phi the model's feature. All buckets are solved at once: the loss is a sum over buckets and Adam works on each entry by
+    itself, so a loop over buckets gives the same.
+
+    Args:
+        weights: "free", any real number, so pixels may leave [0, 1]; "simplex", the softmax of free numbers within a
+            bucket, which keeps them there.
+    Reference: Khan 2024, arXiv:2402.00195 (free weights).
+    """
+    phi = frozen(model)
+    like = next(phi.parameters())
+    order = ids.argsort(stable=True)
+    x, ids = images.x[order].to(like), ids[order].to(like.device)
+    counts = ids.bincount()
+    target = means(task.feature(phi, images[order]), ids)
+    start = torch.zeros(len(ids)) if weights == "simplex" else 1.0 / counts[ids].cpu().float()
+    free = start.to(like).requires_grad_(True)
+    optimiser = torch.optim.Adam([free], lr=lr)
+    losses = torch.zeros(steps, dtype=torch.float64)
+    for step in range(steps):
+        optimiser.zero_grad(set_to_none=True)
+        # At most 512 made images are alive at once.
+        for first in range(0, len(counts), BATCH):
+            rows = slice(*torch.searchsorted(ids, ids.new_tensor([first, first + BATCH])).tolist())
+            part = _weighted(x[rows], ids[rows] - first, free[rows], weights)
+            loss = (target[first : first + BATCH] - task.phi(phi, part)).square().sum()
+            loss.backward()
+            losses[step] += float(loss.detach())
+        optimiser.step()
+    with torch.no_grad():
+        pixels = _weighted(x, ids, free, weights).cpu().to(images.x.dtype)
+    pixels = pixels.clamp(0, 1) if weights == "simplex" else pixels
+    return Images(pixels, labels_of(images[order], ids.cpu()), made_index(len(counts)), weights == "simplex"), losses
+
+
+def made_index(count: int) -> Int[Tensor, " count"]:
+    """Indices of images that were made and are in no data set."""
+    return -1 - torch.arange(count)
+
+
+def _weighted(x: Tensor, ids: Tensor, free: Tensor, weights: str) -> Tensor:
+    count = int(ids.max()) + 1
+    if weights == "simplex":
+        top = free.new_full((count,), -torch.inf).scatter_reduce(0, ids, free.detach(), "amax")
+        raised = (free - top[ids]).exp()
+        free = raised / raised.new_zeros(count).index_add(0, ids, raised)[ids]
+    return x.new_zeros(count, *x.shape[1:]).index_add(0, ids, free[:, None, None, None] * x)
+
+
+def _members(ids: Tensor) -> list[Tensor]:
+    return list(ids.argsort(stable=True).split(ids.bincount().tolist()))

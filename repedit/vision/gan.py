@@ -1,0 +1,158 @@
+"""Images like those of a set, drawn by a small generative adversarial network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repedit.errors import ArgumentError, NotEnoughRows, TrainingError
+from repedit.vision.task import Images
+
+log = logging.getLogger(__name__)
+FEWEST = 16
+"""Images that a pair of networks needs at least."""
+REAL = 0.9
+"""What the discriminator is to say of a real image: one-sided label smoothing."""
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """How a pair of networks is built and trained; None takes the value for the image size.
+
+    Args:
+        latent: entries of z, 32 up to 16x16 and 64 for 28x28 and 32x32.
+        steps: 300 up to 16x16, 1500 above.
+    Raises:
+        ArgumentError: for a number out of range.
+    """
+
+    latent: int | None = None
+    steps: int | None = None
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        low = min(self.latent or 1, 1 if self.steps is None else self.steps, self.batch)
+        if low < 1 or self.latent == 0 or not self.lr > 0:
+            raise ArgumentError(
+                f"latent={self.latent}, steps={self.steps}, batch={self.batch}, lr={self.lr}: give numbers of at least 1 and a "
+                "rate above 0"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Gan:
+    """A trained generator."""
+
+    generator: nn.Module
+    latent: int
+
+    @torch.no_grad()
+    def draw(self, count: int, *, seed: int) -> Float[Tensor, "count c H W"]:
+        """Images for standard normal z; pixels lie in [0, 1]."""
+        z = torch.randn(count, self.latent, generator=torch.Generator().manual_seed(seed))
+        device = next(self.generator.parameters()).device
+        return torch.cat([self.generator(part.to(device)).cpu() for part in z.split(512)])
+
+
+def train_gan(
+    images: Images, config: GanConfig | None = None, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> Gan:
+    """A generator trained on the images with the non-saturating loss.
+
+    The discriminator descends BCE(D(x), 0.9) + BCE(D(G(z)), 0), the generator BCE(D(G(z)), 1), each with Adam. Up to
+    16x16 both are multilayer perceptrons, at 28x28 and 32x32 convolutional.
+
+    Raises:
+        NotEnoughRows: if there are fewer than 16 images. ArgumentError: if no network is made for their size.
+        TrainingError: if a loss is not finite; no generator is returned.
+    """
+    if len(images) < FEWEST:
+        raise NotEnoughRows(f"a GAN was asked for on {len(images)} images; give at least {FEWEST}")
+    config, built = config or GanConfig(), _built(tuple(images.x.shape[1:]))
+    latent = config.latent or built.latent
+    draw = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator, discriminator = (net.to(device) for net in built.networks(tuple(images.x.shape[1:]), latent))
+    optimisers = [
+        torch.optim.Adam(net.parameters(), lr=config.lr, betas=config.betas) for net in (discriminator, generator)
+    ]
+    real = images.x.float().to(device)
+    for step in range(built.steps if config.steps is None else config.steps):
+        rows = torch.randint(len(real), (min(config.batch, len(real)),), generator=draw)
+        z = torch.randn(len(rows), latent, generator=draw).to(device)
+        fake = generator(z)
+        with torch.no_grad():
+            still = fake.clone()
+        first = _bce(discriminator(real[rows]), REAL) + _bce(discriminator(still), 0.0)
+        _step(optimisers[0], first, step, seed, config.lr)
+        _step(optimisers[1], _bce(discriminator(fake), 1.0), step, seed, config.lr)
+    log.info("GAN on %d images: discriminator loss %.3g", len(images), float(first.detach()))
+    return Gan(generator.eval().requires_grad_(False), latent)
+
+
+def _step(optimiser: torch.optim.Optimizer, loss: Tensor, step: int, seed: int, lr: float) -> None:
+    if not bool(torch.isfinite(loss)):
+        raise TrainingError(f"step {step}, seed {seed}: the loss of the GAN is {float(loss)} at lr {lr:g}; lower lr")
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+
+
+def _bce(logits: Tensor, target: float) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Built:
+    networks: Callable[[Shape, int], tuple[nn.Module, nn.Module]]
+    latent: int
+    steps: int
+
+
+def _built(shape: Shape) -> _Built:
+    if max(shape[1:]) <= 16:
+        return _Built(_perceptrons, 32, 300)
+    if shape[1:] in ((28, 28), (32, 32)):
+        return _Built(_convolutional, 64, 1500)
+    raise ArgumentError(
+        f"images are {shape[1]}x{shape[2]}; generators are made for sizes up to 16x16, and for 28x28 and 32x32: resize them"
+    )
+
+
+def _perceptrons(shape: Shape, latent: int) -> tuple[nn.Module, nn.Module]:
+    size = shape[0] * shape[1] * shape[2]
+    generator = nn.Sequential(
+        nn.Linear(latent, 128), nn.LeakyReLU(0.2), nn.Linear(128, 256), nn.LeakyReLU(0.2),
+        nn.Linear(256, size), nn.Sigmoid(), nn.Unflatten(1, shape),
+    )  # fmt: skip
+    discriminator = nn.Sequential(
+        nn.Flatten(), nn.Linear(size, 256), nn.LeakyReLU(0.2), nn.Linear(256, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1)
+    )
+    return generator, discriminator
+
+
+def _convolutional(shape: Shape, latent: int) -> tuple[nn.Module, nn.Module]:
+    """28: 7 -> 14 -> 28; 32: 4 -> 8 -> 16 -> 32, halving the channels from 128; the discriminator is the mirror image."""
+    begin = 7 if shape[1] == 28 else 4
+    widths = (128, 64, shape[0]) if begin == 7 else (128, 64, 32, shape[0])
+    up: list[nn.Module] = [nn.Linear(latent, widths[0] * begin**2), nn.LeakyReLU(0.2)]
+    up.append(nn.Unflatten(1, (widths[0], begin, begin)))
+    down: list[nn.Module] = []
+    for level, (wide, narrow) in enumerate(pairwise(widths), 2):
+        last = level == len(widths)
+        up += [nn.ConvTranspose2d(wide, narrow, 4, 2, 1), nn.Sigmoid() if last else nn.LeakyReLU(0.2)]
+        down = [nn.Conv2d(narrow, wide, 4, 2, 1), nn.LeakyReLU(0.2), *down]
+    return nn.Sequential(*up), nn.Sequential(*down, nn.Flatten(), nn.Linear(widths[0] * begin**2, 1))
