@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from repedit.errors import UnknownSite, nearest
 
@@ -78,6 +79,19 @@ class Site:
         if not layers.isdigit():
             raise UnknownSite(f"{text!r} names several layers, one site is needed; use select() for a range")
         return Site(int(layers), _point(point, text))
+
+
+Place = Any
+"""What measurements are kept by: a Site of a language model, or the path of a module, a str, of any other model."""
+
+
+def place(text: str | Site) -> Place:
+    """The site that a text names, or the text itself as the path of a module."""
+    if isinstance(text, Site):
+        return text
+    layers, _, point = text.partition(".")
+    named = layers.isdigit() and point in {*Point, *HOOK_NAMES.values()}
+    return Site.parse(text) if named or _LENS.fullmatch(text) else text
 
 
 def select(

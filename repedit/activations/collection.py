@@ -22,17 +22,17 @@ from repedit.errors import FingerprintError, NotEnoughRows
 from repedit.hooks import installed
 from repedit.models import Subject
 from repedit.ranks import Ranks, joined_ranks
-from repedit.sites import Point, Site
+from repedit.sites import Place, Point, Site, place
 from repedit.stats import Activity, CrossMoments, Moments
 
 Statistic = TypeVar("Statistic", Activity, Moments, CrossMoments)
 
 
 @dataclass(frozen=True, eq=False)
-class Collection(Mapping[Site, Statistic], Generic[Statistic]):
-    """Statistics by site, with the model and the text they come from."""
+class Collection(Mapping[Place, Statistic], Generic[Statistic]):
+    """Statistics by site, with the model and the text they come from; by module path for an image classifier."""
 
-    statistics: Mapping[Site, Statistic]
+    statistics: Mapping[Place, Statistic]
     model: str
     """Fingerprint of the model's weights."""
     corpus: str
@@ -41,7 +41,7 @@ class Collection(Mapping[Site, Statistic], Generic[Statistic]):
     """Which tokens counted."""
     seen: int
     counted: int
-    units: Mapping[Site, Mapping[str, int]]
+    units: Mapping[Place, Mapping[str, int]]
     """Neurons a unit: {"head": e, "kv_group": G e} for attention sites."""
     gated: bool
     seconds_in_hooks: float = field(default=0.0, compare=False)
@@ -51,10 +51,10 @@ class Collection(Mapping[Site, Statistic], Generic[Statistic]):
     def __repr__(self) -> str:
         return f"Collection({self.kind} at {len(self)} sites, {self.counted:,} tokens of {self.corpus})"
 
-    def __getitem__(self, site: Site | str) -> Statistic:
-        return self.statistics[Site.parse(site)]
+    def __getitem__(self, site: Place) -> Statistic:
+        return self.statistics[site if site in self.statistics else Site.parse(site)]
 
-    def __iter__(self) -> Iterator[Site]:
+    def __iter__(self) -> Iterator[Place]:
         return iter(self.statistics)
 
     def __len__(self) -> int:
@@ -90,8 +90,8 @@ class Collection(Mapping[Site, Statistic], Generic[Statistic]):
             site, _, name = key.rpartition("/")
             states.setdefault(site, {})[name] = value
         make = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}[header["statistic"]]
-        found = {Site.parse(site): make.of_state(state) for site, state in states.items()}
-        units = {Site.parse(site): unit for site, unit in header["units"].items()}
+        found = {place(site): make.of_state(state) for site, state in states.items()}
+        units = {place(site): unit for site, unit in header["units"].items()}
         return Collection({site: found[site] for site in sorted(found)}, units=units, **header["collection"])
 
     def __add__(self, other: Collection[Statistic]) -> Collection[Statistic]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from repedit.arch.architecture import Architecture, Experts, Reader, Writer
 from repedit.arch.views import Specs, View
@@ -239,7 +239,7 @@ class _Matcher:
             )
         return self._views(block, reader, parts=reader.parts, part=reader.part)
 
-    def _views(self, block: str, reader: Reader, **layout: int) -> tuple[View, ...]:
+    def _views(self, block: str, reader: Reader, **layout: Any) -> tuple[View, ...]:
         names = (f"{block}{reader.module}.weight", f"{block}{reader.module}.bias")
         return tuple(
             View(name, transposed=self.architecture.transposed, **layout) for name in names if name in self.specs

@@ -14,10 +14,10 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 
 from repedit.errors import UnknownName, nearest
-from repedit.sites import Site
+from repedit.sites import Place
 
 TINY = torch.finfo(torch.float64).tiny
-Values = dict[Site, Tensor]
+Values = dict[Place, Tensor]
 
 
 @dataclass(frozen=True)

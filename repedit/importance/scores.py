@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repedit import container
-from repedit.sites import Site
+from repedit.sites import Place, Site, place
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
     """How specific each neuron of a site is to the forget set; higher is more specific."""
 
-    site: Site
+    site: Place
     values: Float[Tensor, " d"]
     """float64; -inf where a neuron must not be selected."""
     importance: str
@@ -35,16 +35,16 @@ class Score:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores(Mapping[Site, Score]):
+class Scores(Mapping[Place, Score]):
     """One Score a site, with where they come from."""
 
-    by_site: Mapping[Site, Score]
+    by_site: Mapping[Place, Score]
     provenance: Mapping[str, Any]
 
-    def __getitem__(self, site: Site | str) -> Score:
-        return self.by_site[Site.parse(site)]
+    def __getitem__(self, site: Place) -> Score:
+        return self.by_site[site if site in self.by_site else Site.parse(site)]
 
-    def __iter__(self) -> Iterator[Site]:
+    def __iter__(self) -> Iterator[Place]:
         return iter(self.by_site)
 
     def __len__(self) -> int:
@@ -85,6 +85,6 @@ class Scores(Mapping[Site, Score]):
         values, header = container.read(path, "scores")
         found = {}
         for name, row in header["sites"].items():
-            site = Site.parse(name)
+            site = place(name)
             found[site] = Score(site, values[name], **(row | {"sinks": tuple(row["sinks"])}))
         return Scores({site: found[site] for site in sorted(found)}, header["provenance"])

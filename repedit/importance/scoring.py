@@ -27,7 +27,7 @@ from repedit.errors import (
 from repedit.importance.combination import COMBINATIONS, Options, Values
 from repedit.importance.scores import Score, Scores
 from repedit.models import Subject
-from repedit.sites import Point, Site
+from repedit.sites import Place, Point, Site
 from repedit.stats import Activity
 
 # Median Spearman correlation of forget and retain importance over layers: code against WikiText 0.52, code against
@@ -123,7 +123,7 @@ def score(
     return scores
 
 
-def agreement(forget: Collection, retain: Collection, *, importance: str = "abs") -> dict[Site, float]:
+def agreement(forget: Collection, retain: Collection, *, importance: str = "abs") -> dict[Place, float]:
     """Spearman's rank correlation between forget and retain importances, by site.
 
     Raises:
@@ -185,7 +185,7 @@ def _sinks(forget: Activity, retain: Activity) -> tuple[int, ...]:
     return tuple(int(i) for i in found.nonzero()[:, 0])
 
 
-def _warn_collinear(agreements: Mapping[Site, float], median: float) -> None:
+def _warn_collinear(agreements: Mapping[Place, float], median: float) -> None:
     worst = max(agreements, key=lambda site: agreements[site])
     warnings.warn(
         f"forget and retain importances rank neurons nearly alike: median Spearman {median:.2f}, worst {worst} with "

@@ -5,8 +5,11 @@ from repedit.vision.condensation import Condense
 from repedit.vision.condensing import condense, condensed_model
 from repedit.vision.differences import apply
 from repedit.vision.distilling import salun, scrub
+from repedit.vision.erasing import class_eraser, erase_class, zero_units
+from repedit.vision.folding import fold
 from repedit.vision.gan import Gan, GanConfig, train_gan
 from repedit.vision.networks import small_cnn, small_mlp
+from repedit.vision.places import hooked, statistics
 from repedit.vision.recipes import ascend, finetune, relabel, retrain
 from repedit.vision.relabelling import DataPlan, Relabel
 from repedit.vision.schedule import PUBLISHED, Row, Schedule, overture, preparation, scheduled
@@ -33,11 +36,15 @@ __all__ = [
     "ascend",
     "buckets",
     "cifar6k",
+    "class_eraser",
     "class_splits",
     "condense",
     "condensed_model",
     "digits",
+    "erase_class",
     "finetune",
+    "fold",
+    "hooked",
     "mislabelled_splits",
     "mnist5k",
     "multi_gan",
@@ -51,8 +58,10 @@ __all__ = [
     "scrub",
     "small_cnn",
     "small_mlp",
+    "statistics",
     "train",
     "train_gan",
     "train_gans",
     "trained_on",
+    "zero_units",
 ]

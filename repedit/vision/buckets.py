@@ -23,7 +23,7 @@ def buckets(model: nn.Module, task: Task, images: Images, k: int, *, seed: int =
 
     features = task.feature(model, images).double().cpu().numpy()
     found = torch.zeros(len(images), dtype=torch.int64)
-    small = {}
+    small: dict[int, int] = {}
     for label in sorted(images.classes):
         rows = (images.y == label).nonzero()[:, 0]
         clusters = min(k, len(rows))

@@ -7,6 +7,7 @@ import hashlib
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def cifar6k(path: str | Path | None = None) -> tuple[Images, Images]:
     return sets[0], sets[1]
 
 
-def _images(pixels: NDArray[np.float64], labels: NDArray[np.generic], start: int = 0) -> Images:
+def _images(pixels: NDArray[Any], labels: NDArray[Any], start: int = 0) -> Images:
     x = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
     return Images(x, torch.from_numpy(np.asarray(labels).astype(np.int64)), torch.arange(start, start + len(x)))
 
@@ -102,7 +103,7 @@ def _file(path: str | Path | None, folder: str, name: str, way: str) -> Path:
     return file
 
 
-def _shaped(array: NDArray[np.generic], shape: tuple[int, ...], where: str) -> NDArray[np.generic]:
+def _shaped(array: NDArray[Any], shape: tuple[int, ...], where: str) -> NDArray[Any]:
     if array.shape != shape:
         raise DataError(f"{where} has shape {array.shape}, expected {shape}; is it another file?")
     return array

@@ -133,7 +133,13 @@ def multi_gan(
             "seconds": plain.provenance["seconds"],
         },
     }
-    options = {"mode": mode, "synthetic": synthetic, "epochs": epochs, "lr": lr, "gans": "given" if gans else "trained"}
+    options: dict[str, Any] = {
+        "mode": mode,
+        "synthetic": synthetic,
+        "epochs": epochs,
+        "lr": lr,
+        "gans": "given" if gans else "trained",
+    }
     # The ablation is a measurement and no part of what the recipe costs.
     begin += perf_counter() - done
     return made("multi_gan", model, trained, begin, seed, plan=planned.plans, findings=findings, **options)

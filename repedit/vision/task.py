@@ -72,8 +72,8 @@ class Images:
             raise ShapeError(
                 f"images of shapes {tuple(self.x.shape[1:])} and {tuple(other.x.shape[1:])} cannot be joined"
             )
-        joined = (torch.cat([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "index"))
-        return Images(*joined, bounded=self.bounded and other.bounded)
+        x, y, index = (torch.cat([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "index"))
+        return Images(x, y, index, self.bounded and other.bounded)
 
     def labelled(self, y: Int[Tensor, " b"]) -> Images:
         """The same images with other labels."""
