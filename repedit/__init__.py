@@ -62,6 +62,7 @@ _NAMES = {
     "compare": "repedit.metrics.comparison",
     "facts_accuracy": "repedit.metrics.probability",
     "audit": "repedit.attacks.audit",
+    "audit_classifier": "repedit.attacks.classifier",
     "Report": "repedit.attacks.judging.evidence",
     "check_architecture": "repedit.arch.check",
     "register": "repedit.arch",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from repedit.arch import register, resolve
     from repedit.arch.check import check_architecture
     from repedit.attacks.audit import audit
+    from repedit.attacks.classifier import audit_classifier
     from repedit.attacks.judging.evidence import Report
     from repedit.bridges import lens_hooks, to_lens, to_nnsight, wrap
     from repedit.delta import Delta

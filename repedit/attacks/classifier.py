@@ -23,7 +23,7 @@ from repedit.attacks.families.image_relearning import relearned
 from repedit.attacks.families.image_rounding import SCHEMES, rounding
 from repedit.attacks.families.image_shadows import klom, shadows
 from repedit.attacks.judging.evidence import Gap, Report, RetainCheck
-from repedit.attacks.judging.gap_verdict import MARGINS, verdict
+from repedit.attacks.judging.gap_verdict import MARGINS, ONE, verdict
 from repedit.attacks.judging.gaps import AUC, Measured, gaps
 from repedit.errors import ArgumentError, BadReference, during
 from repedit.fingerprints import module_fingerprint
@@ -58,7 +58,7 @@ def audit_classifier(
     Args:
         splits: those of the request; forget images are the members, holdout images what they are told from.
         reference: trained on the retain images alone, as `rp.vision.retrain` does; without one nothing is concluded.
-        references: further retrained models; they show how far apart two retrainings are.
+        references: further retrained models, best two or more: the median counts, and what lies among them is no finding.
         relearn: also fine-tune every model on half of the forget set; no pass is possible without.
     Raises:
         BadReference: if a reference saw forget images, or is the edited or original model itself.
@@ -142,7 +142,7 @@ def _notes(found: Sequence[Gap], references: int) -> list[str]:
     known: Mapping[str, Gap] = {gap.measure: gap for gap in found}
     notes = [EVIDENCE]
     if references == 1:
-        notes.append("one retrained model: how far apart two retrainings are is not known")
+        notes.append(f"one retrained model; {ONE}")
     told = known[AUC]
     if not isnan(told.reference) and abs(told.reference - 0.5) > 2 * told.error:
         notes.append(f"the retrained model itself is told apart (AUC {told.reference:.2f}), so .5 is not the aim here")

@@ -126,6 +126,7 @@ def show(found: Any, written: list[Path]) -> None:
     console.out.print("; ".join(tables.headline(found)), highlight=False, markup=False)
     for title, shown in (
         ("What each attack brings back", tables.short(found)),
+        ("Gap to the retrained model", tables.gaps(found)),
         ("Not run, or not counted", tables.untried(found)),
     ):
         if shown.rows:

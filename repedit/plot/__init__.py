@@ -6,6 +6,7 @@ styles repeat what colour says, so that a grey print can be read.
 """
 
 from repedit.plot.changes import delta
+from repedit.plot.classifiers import condensed, gap, membership
 from repedit.plot.cloud import importances
 from repedit.plot.descent import training
 from repedit.plot.drops import selectivity_strip, trajectory
@@ -26,12 +27,15 @@ __all__ = [
     "TradeOff",
     "activations",
     "audits",
+    "condensed",
     "continual",
     "delta",
+    "gap",
     "importances",
     "layer_rank",
     "leakage",
     "lenses",
+    "membership",
     "overlap",
     "principal_angles",
     "pruned_per_layer",

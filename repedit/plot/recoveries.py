@@ -74,9 +74,10 @@ def audits(reports: Mapping[str, Report]) -> Figure:
 
 
 def relearning(report: Report) -> Figure:
-    """Accuracy on facts never trained on, against training steps, for attacks that fine-tune.
+    """Accuracy on facts or images never trained on, against training steps or epochs, for attacks that fine-tune.
 
-    Every point is the worst case, the highest accuracy over learning rates at that step.
+    Every point is the worst case, the highest accuracy over learning rates at that step; of several retrained classifiers
+    it is the mean.
 
     Raises:
         ArgumentError: if no attack names two steps in its settings, as "lr=5e-05 step=40".
@@ -85,6 +86,10 @@ def relearning(report: Report) -> Figure:
     if not charts:
         raise ArgumentError(
             "no attack of this report has settings of at least two steps, such as 'lr=5e-05 step=40'; audit with an attack that fine-tunes"
+        )
+    if report.gaps:
+        return _charts(
+            charts, 3, "epoch", "Relearning: one half of the forget set is trained on, V is the other", _facts(report)
         )
     return _charts(
         charts, 3, "training step", "Relearning: worst case over learning rates at each step", _facts(report)

@@ -144,7 +144,7 @@ def layer_charts(report: Report) -> list[Chart]:
     return charts
 
 
-_STEP = r"(?:^|\s)step=(\d+)"
+_STEP = r"(?:^|\s)(?:step|epoch)=(\d+)"
 _LAYER = r"^([a-z][a-z._]*) (\d+)$"
 
 

@@ -100,6 +100,11 @@ def together(reports: Mapping[str, Report]) -> Together:
     """
     if len(reports) < 2:
         raise ArgumentError(f"together() was given {len(reports)} report; give at least two, or use page()")
+    odd = [name for name, report in reports.items() if report.gaps]
+    if odd:
+        raise ArgumentError(
+            f"{', '.join(map(repr, odd))}: audits of classifiers stand side by side in rp.plot.gap(reports), not here"
+        )
     first, *others = reports.items()
     for name, report in others:
         mine, theirs = _asked(first[1]), _asked(report)

@@ -9,6 +9,7 @@ from typing import Any
 from repedit.attacks.judging.evidence import HIDDEN, INCONCLUSIVE, NOT_FORGOTTEN, PASS, Report, Verdict
 from repedit.plot.summaries import LEVELS, layer_charts, lines, relearning_charts, thresholds
 from repedit.report import tables
+from repedit.report.classifiers import sections
 from repedit.report.curves import curves
 from repedit.report.forest import forest
 from repedit.report.sections import element, listed, note, section, table, values
@@ -26,9 +27,8 @@ def page(report: Report, *, hide_items: bool = False) -> str:
         hide_items: leave out the texts of facts, see `withheld`.
     """
     shown = withheld(report) if hide_items else report
-    return document(
-        f"{shown.verdict.word}: audit", [opening(shown), *told(shown), *_details(shown), _origin(shown.context)]
-    )
+    body = sections(shown) if shown.gaps else [*told(shown), *_details(shown)]
+    return document(f"{shown.verdict.word}: audit", [opening(shown), *body, _origin(shown.context)])
 
 
 def told(shown: Report, level: str = "h2") -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from repedit.attacks.judging.evidence import Report
 from repedit.plot.summaries import Chart, layer_charts, relearning_charts
 from repedit.report import tables
+from repedit.report.classifiers import tabled as tabled_gaps
 from repedit.report.sections import tabled
 from repedit.report.tables import Table, plain
 from repedit.report.withholding import withheld
@@ -40,6 +41,10 @@ def markdown(report: Report, *, hide_items: bool = False) -> str:
         "Diagnostics, which decide nothing": [_values(shown.diagnostics)],
         "How this was made": [_values({k: v for k, v in shown.context.items() if v or k != "command"})],
     }  # fmt: skip
+    if shown.gaps:
+        listed = {title: [grid(found)] for title, found in tabled_gaps(shown).items()}
+        names = ("Relearning: highest accuracy over learning rates at each step", "How this was made")
+        sections = listed | {name.split(":")[0]: sections[name] for name in names}
     for title, held in sections.items():
         if any(held):
             parts += [f"## {title}", *(text for text in held if text)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 from repedit.attacks.attack import RAN, Finding
@@ -94,6 +95,58 @@ def attacks(report: Report) -> Table:
         columns,
         rows,
         "The last column is the rate papers print; guessing is not taken out of it, and nothing is decided by it.",
+    )
+
+
+def gaps(report: Report) -> Table:
+    """Of a classifier: every measure beside that of the retrained model, with what it is measured on."""
+    columns = (
+        "measure",
+        "edited",
+        "retrained",
+        "original",
+        "gap",
+        "95 % of the gap",
+        "all retrained",
+        "of",
+        "told from",
+    )
+    rows = []
+    for gap in report.gaps:
+        low, high = gap.interval
+        rows.append([
+            gap.measure if gap.decides else f"{gap.measure} (not deciding)", *(number(v, 3) for v in (gap.edited, gap.reference, gap.original)),
+            f"{gap.value:+.3f}" if measured(gap.value) else "n/a", f"[{low:+.3f}, {high:+.3f}]" if measured(low, high) else "",
+            f"{gap.spread[0]:.3f} to {gap.spread[1]:.3f}" if measured(*gap.spread) else "", gap.members, gap.others,
+        ])  # fmt: skip
+    return Table(
+        columns,
+        rows,
+        "Gap = edited - retrained: 0 is a model that never saw the images; below 0 is no better than above."
+        if rows
+        else "",
+    )
+
+
+def memberships(report: Report) -> Table:
+    """Of a classifier: the AUC of every score, and the accuracy of the regression on the loss."""
+    found = {role: [f.details for f in held if f.attack == "membership"] for role, held in report.findings.items()}
+    roles = [role for role in ("edited", "reference", "original") if found.get(role)]
+    if not roles:
+        return Table((), [])
+    first = found[roles[0]][0]
+    sides = [f"{first['members']} forget images", f"{first['others']} holdout images"]
+    kinds = {f"AUC of {name}": name for name in first["auc"]}
+    kinds |= {"accuracy of a regression on the loss": "loss_lr"} if "loss_lr" in first else {}
+    rows = []
+    for name, kind in kinds.items():
+        values = {role: [{**d["auc"], **d}[kind] for d in found[role]] for role in roles}
+        rows.append([name, *(number(median(held), 3) for held in values.values()), *sides])
+    heads = [{"reference": "retrained"}.get(role, role) for role in roles]
+    return Table(
+        ("attack", *heads, "members", "non-members"),
+        rows,
+        "0.5 is no sign of membership; what counts is the retrained column.",
     )
 
 

@@ -17,12 +17,14 @@ from repedit.report.withholding import withheld
 def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[Path]:
     """Write audit.json, audit.md, audit.html and recovery.png; the folder is made where it is absent.
 
+    Of a classifier gap.png and membership.png stand in place of recovery.png.
+
     Args:
         hide_items: leave out the texts of facts in all of them, see `withheld`.
     Raises:
         TargetExists: if texts are to be left out and the folder holds an audit.json that has them: it would be lost.
     """
-    from repedit.plot import recovery
+    from repedit.plot import gap, membership, recovery
 
     target = Path(folder)
     shown = withheld(report) if hide_items else report
@@ -34,8 +36,15 @@ def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[
     target.mkdir(parents=True, exist_ok=True)
     (target / "audit.md").write_text(markdown(shown), encoding="utf-8")
     (target / "audit.html").write_text(page(shown), encoding="utf-8")
-    recovery(shown).savefig(target / "recovery.png", dpi=150)
-    return [shown.save(target), *(target / name for name in ("audit.md", "audit.html", "recovery.png"))]
+    figures = (
+        {"gap": gap({"edited": shown}), "membership": membership(shown)}
+        if shown.gaps
+        else {"recovery": recovery(shown)}
+    )
+    for name, figure in figures.items():
+        figure.savefig(target / f"{name}.png", dpi=150)
+    written = ("audit.md", "audit.html", *(f"{name}.png" for name in figures))
+    return [shown.save(target), *(target / name for name in written)]
 
 
 def schema() -> dict[str, Any]:

@@ -64,13 +64,13 @@ class Gap:
     edited: float
     original: float
     reference: float = float("nan")
-    """Mean over the retrained models."""
+    """Median over the retrained models: one of them may have trained badly."""
     value: float = float("nan")
     """edited - reference."""
     interval: tuple[float, float] = (float("nan"), float("nan"))
     """Bootstrap percentiles of the gap; the same rows are drawn for all models."""
-    spread: float = float("nan")
-    """Largest difference between two retrained models."""
+    spread: tuple[float, float] = (float("nan"), float("nan"))
+    """Lowest and highest among the retrained models, where there are several."""
     error: float = float("nan")
     """Standard error of the edited value, by Hanley and McNeil for an AUC."""
     members: str = ""
@@ -241,9 +241,9 @@ def _recovery(value: Mapping[str, Any]) -> Recovery:
 
 
 def _gap(value: Mapping[str, Any]) -> Gap:
-    numbers = {k: _number(value[k]) for k in ("edited", "original", "reference", "value", "spread", "error")}
-    low, high = value["interval"]
-    return Gap(**{**value, **numbers, "interval": (_number(low), _number(high))})
+    numbers = {k: _number(value[k]) for k in ("edited", "original", "reference", "value", "error")}
+    pairs = {k: tuple(_number(v) for v in value[k]) for k in ("interval", "spread")}
+    return Gap(**{**value, **numbers, **pairs})
 
 
 def _number(value: Any) -> float:

@@ -30,6 +30,10 @@ MARGINS = {
     "AUC of a pass": CLOSE, "forget accuracy of a pass": ALIKE,
 }  # fmt: skip
 """The same by name, for a report."""
+# Digits, four classes, five retrainings each: 10 and 12 of 80 ordered pairs lie more than .20 apart, in two draws of T.
+# With three retrained models and their median 0 and 1 of 40 do, and every relabelled and condensed model still does.
+ONE = "with one, the relearn values of two retrainings lie more than 0.20 apart in one case of eight"
+"""Why a relearn value wants several retrained models; measured on digits, one class forgotten."""
 
 
 def verdict(found: Sequence[Gap], others: int = 0) -> Verdict:
@@ -39,7 +43,7 @@ def verdict(found: Sequence[Gap], others: int = 0) -> Verdict:
     gap > .05, the relearn value > .20, or forget accuracy of the rounded model > .10. OVER-FORGOTTEN: the upper end of
     the AUC's gap < -.05. NO RECOVERY FOUND: |AUC's gap| <= .10 and |forget accuracy's gap| <= .05, and relearning was
     done; INVALID in its place where the original passes as well, so that nothing was there to forget. INCONCLUSIVE:
-    anything else. A gap no larger than the spread between retrained models is neither HIDDEN nor OVER-FORGOTTEN.
+    anything else. A value that lies among those of several retrained models is neither HIDDEN nor OVER-FORGOTTEN.
 
     Args:
         found: what `gaps` gives.
@@ -97,8 +101,10 @@ def _hidden(found: Sequence[Gap]) -> Verdict | None:
             rules.append(f"{_words(gap)} > {KNOWN}")
     if not rules:
         return None
-    names = ", ".join(rule.split(":")[0] for rule in rules)
-    return Verdict(HIDDEN, f"HIDDEN: the images are hidden, not gone; shown by {names}.", "; ".join(rules))
+    names = [rule.split(":")[0] for rule in rules]
+    lone = names == [RELEARN] and all(isnan(gap.spread[0]) for gap in found)
+    sentence = f"HIDDEN: the images are hidden, not gone; shown by {', '.join(names)}."
+    return Verdict(HIDDEN, sentence, "; ".join(rules), f"two more retrained models: {ONE}" if lone else "")
 
 
 def _over(told: Gap) -> Verdict | None:
@@ -114,7 +120,8 @@ def _passed(known: Mapping[str, Gap]) -> Verdict | None:
     told, forget = known[AUC], known[FORGET]
     if RELEARN not in known or not (_near(told.value, CLOSE) and _near(forget.value, ALIKE)):
         return None
-    rule = f"{_words(told)}, at most {CLOSE} either way; {_words(forget)}, at most {ALIKE}; {_words(known[RELEARN])}, at most {RELEARNED}"
+    relearn = "among the retrained models" if _within(known[RELEARN]) else f"at most {RELEARNED}"
+    rule = f"{_words(told)}, at most {CLOSE} either way; {_words(forget)}, at most {ALIKE}; {_words(known[RELEARN])}, {relearn}"
     if _near(told.original - told.reference, CLOSE) and _near(forget.original - forget.reference, ALIKE):
         return Verdict(
             INVALID, "INVALID: the original is as close to the retrained model, so there was nothing to forget.",
@@ -150,8 +157,9 @@ def _words(gap: Gap) -> str:
 
 
 def _within(gap: Gap) -> bool:
-    """Whether the gap is no larger than what one finds between two retrained models."""
-    return not isnan(gap.spread) and abs(gap.value) <= gap.spread
+    """Whether the edited model lies among the retrained ones."""
+    low, high = gap.spread
+    return not isnan(low) and low <= gap.edited <= high
 
 
 def _below(low: float, high: float) -> bool:

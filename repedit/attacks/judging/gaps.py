@@ -41,7 +41,7 @@ class Measured:
 def gaps(
     edited: Measured, original: Measured, references: Sequence[Measured] = (), *, draws: int = 1000, seed: int = 0
 ) -> tuple[Gap, ...]:
-    """Every measure of the edited model beside that of the original and the mean of the retrained ones.
+    """Every measure of the edited model beside that of the original and the median of the retrained ones.
 
     Without a reference the gaps are NaN.
 
@@ -69,8 +69,8 @@ def _gap(measure: str, values: Sequence[float], **more: object) -> Gap:
     edited, original, *references = values
     if not references:
         return Gap(measure, edited, original, **more)  # type: ignore[arg-type]
-    base = float(np.mean(references))
-    spread = float(np.ptp(references)) if len(references) > 1 else nan
+    base = float(np.median(references))
+    spread = (min(references), max(references)) if len(references) > 1 else (nan, nan)
     return Gap(measure, edited, original, base, edited - base, spread=spread, **more)  # type: ignore[arg-type]
 
 
@@ -93,7 +93,7 @@ def _told(models: Sequence[Measured], draws: int, seed: int) -> Gap:
         drawn = auc_draws(
             np.stack([m.members for m in kept]), np.stack([m.others for m in kept]), draws=draws, seed=seed
         )
-        more["interval"] = percentiles(drawn[0] - drawn[1:].mean(0))
+        more["interval"] = percentiles(drawn[0] - np.median(drawn[1:], 0))
     return _gap(AUC, values, **more)
 
 

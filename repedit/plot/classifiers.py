@@ -1,0 +1,194 @@
+"""What an audit of a classifier found: gaps to the retrained model, losses of forget and holdout, and made images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from repedit.attacks.attack import Finding
+from repedit.attacks.families.image_members import NAME, sides
+from repedit.attacks.judging.evidence import Gap, Report
+from repedit.attacks.judging.gap_verdict import ALIKE, CLOSE, DAMAGE, RELEARNED
+from repedit.attacks.judging.gaps import AUC, FORGET, RELEARN, RETAIN, TEST
+from repedit.errors import ArgumentError
+from repedit.metrics.separation import auc, auc_draws, percentiles
+from repedit.plot.canvas import FORGET as ORANGE
+from repedit.plot.canvas import NEUTRAL, SMALL, canvas, entitle, legend_below
+from repedit.plot.canvas import RETAIN as BLUE
+from repedit.plot.summaries import measured
+from repedit.vision.task import Images, ImageSplits
+
+PANELS: Mapping[str, tuple[float, float, str]] = {
+    FORGET: (-ALIKE, ALIKE, "forget accuracy"), RETAIN: (-DAMAGE, np.inf, "retain accuracy"),
+    TEST: (-DAMAGE, np.inf, "test accuracy"), AUC: (-CLOSE, CLOSE, "AUC of the loss"), RELEARN: (-np.inf, RELEARNED, "relearn value"),
+}  # fmt: skip
+"""Measure: the gaps that a pass allows, and the name of its panel."""
+ROLES = {"original": "original", "edited": "edited", "reference": "retrained"}
+BINS = 24
+LEAST_LOSS = 1e-5
+"""Losses below are drawn there: a report rounds scores to five digits."""
+
+
+def gap(reports: Mapping[str, Report]) -> Figure:
+    """Recipes by their gap to the retrained model, one panel a measure, one row a recipe; green bands are what a pass allows.
+
+    Bars are 95 % intervals of the AUC's gap, grey ticks several retrained models. A measure that none of the reports holds has no panel.
+
+    Raises:
+        ArgumentError: if there is no report, or one is not of a classifier with a retrained model.
+    """
+    rows = {name: _by_measure(name, report) for name, report in reports.items()}
+    if not rows:
+        raise ArgumentError("gap() was given no report to draw; pass {recipe: report}")
+    shown = [measure for measure in PANELS if any(measure in found for found in rows.values())]
+    figure = canvas(3.0 + 2.0 * len(shown), 1.9 + 0.34 * len(rows))
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, shown, strict=True):
+        low, high, title = PANELS[measure]
+        values = [found.get(measure) for found in rows.values()]
+        _panel(axes, values, (low, high))
+        axes.set_title(title, fontsize=9.5)
+        axes.set_xlabel("edited - retrained")
+    names = [f"{name}: {report.verdict.word}" for name, report in reports.items()]
+    panels[0].set_yticks(range(len(names)), names, fontsize=9)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    panels[0].plot([], [], "o", color=ORANGE, label="gap")
+    panels[0].axvspan(0, 0, color="#009E73", alpha=0.18, linewidth=0, label="what a pass allows")
+    legend_below(figure, panels[0])
+    entitle(figure, "Gap to a model that never saw the forget images", _facts(next(iter(reports.values()))))
+    return figure
+
+
+def membership(report: Report) -> Figure:
+    """Loss histograms of forget and holdout images for original, edited and retrained, with the AUC and its interval.
+
+    Raises:
+        ArgumentError: if the report holds no membership attack on images.
+    """
+    found = {name: _told(report, role) for role, name in ROLES.items()}
+    held = {name: finding for name, finding in found.items() if finding is not None}
+    if not held:
+        raise ArgumentError("the report holds no membership attack on images; draw what rp.audit_classifier returned")
+    losses = {name: [np.maximum(-side, LEAST_LOSS) for side in sides(finding)] for name, finding in held.items()}
+    every = np.concatenate([side for pair in losses.values() for side in pair])
+    edges = np.geomspace(every.min(), max(every.max(), 2 * every.min()), BINS + 1)
+    figure = canvas(max(6.0, 3.4 * len(held)), 3.6)
+    panels = figure.subplots(1, len(held), sharey=True, squeeze=False)[0]
+    for axes, (name, (forget, holdout)) in zip(panels, losses.items(), strict=True):
+        for values, colour, filled, label in ((forget, ORANGE, True, "forget"), (holdout, BLUE, False, "holdout")):
+            share = np.histogram(values, edges)[0] / len(values)
+            axes.stairs(share, edges, color=colour, fill=filled, alpha=0.5 if filled else 1.0, linewidth=1.4, label=f"{label}, {len(values)} images")  # fmt: skip
+        drawn = auc_draws(-forget[None], -holdout[None])[0]
+        low, high = percentiles(drawn)
+        axes.set_title(f"{name}: AUC {auc(-forget, -holdout):.2f} [{low:.2f}, {high:.2f}]", fontsize=9.5)
+        axes.set(xscale="log", xlabel="loss of the image's label, nats")
+    panels[0].set_ylabel("share of the images")
+    legend_below(figure, panels[0])
+    entitle(figure, "Are forget images told from images that no model saw?", [report.verdict.word, *_facts(report)])
+    return figure
+
+
+def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20) -> Figure:
+    """Images that a data plan made, each above its nearest real image of any label, by the distance of pixels.
+
+    Args:
+        splits: what a data plan such as `rp.vision.Condense` returned; made images have a negative index.
+        real: where nearest images are looked for; None for every image of these splits that was not made.
+        most: images drawn, spread over the labels.
+    Raises:
+        ArgumentError: if no image of the splits was made, or most < 1.
+    """
+    every = [images for name, images in splits.named.items() if len(images)]
+    made = [images[images.index < 0] for images in (splits.retain, splits.forget) if len(images)]
+    chosen = [images for images in made if len(images)]
+    if not chosen or most < 1:
+        raise ArgumentError(
+            f"most={most}, {sum(map(len, made))} made images; give what a data plan returned, and most >= 1"
+        )
+    first = _spread(chosen, most)
+    others = [real] if real is not None else [images[images.index >= 0] for images in every]
+    pool = torch.cat([images.x for images in others]).flatten(1)
+    labels = torch.cat([images.y for images in others])
+    near = torch.cdist(first.x.flatten(1).double(), pool.double()).argmin(1)
+    columns = min(len(first), 10)
+    rows = -(-len(first) // columns)
+    figure = canvas(1.0 * columns + 0.4, 2.3 * rows + 0.8)
+    grid = figure.subplots(2 * rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for number, x in enumerate(first.x):
+        row, column = divmod(number, columns)
+        other = pool[near[number]].reshape(x.shape)
+        for place, image, word in (
+            (2 * row, x, f"made {int(first.y[number])}"),
+            (2 * row + 1, other, f"real {int(labels[near[number]])}"),
+        ):
+            _picture(grid[place, column], image)
+            grid[place, column].set_title(word, fontsize=SMALL)
+    entitle(
+        figure, "Made images, each above its nearest real one", [*splits.plans, f"{sum(map(len, chosen))} made images"]
+    )
+    return figure
+
+
+def _by_measure(name: str, report: Report) -> dict[str, Gap]:
+    found = {gap.measure: gap for gap in report.gaps if measured(gap.value)}
+    if not found:
+        raise ArgumentError(
+            f"{name!r} has no gap to a retrained model; draw audits of classifiers, made with a reference"
+        )
+    return found
+
+
+def _panel(axes: Axes, values: Sequence[Gap | None], band: tuple[float, float]) -> None:
+    """Points at the gaps, their interval, and lowest and highest of several retrained models as ticks."""
+    reach = max([0.12, *(abs(end) for gap in values if gap for end in (gap.value, *gap.interval) if measured(end))])
+    axes.set_xlim(-1.1 * reach, 1.1 * reach)
+    axes.axvspan(max(band[0], -1.1 * reach), min(band[1], 1.1 * reach), color="#009E73", alpha=0.18, linewidth=0)
+    axes.axvline(0, color="black", linewidth=0.9)
+    for y, gap in enumerate(values):
+        if gap is None:
+            axes.text(0, y, "not measured", fontsize=SMALL, ha="center", va="center", color=NEUTRAL)
+            continue
+        if measured(*gap.interval):
+            axes.plot(gap.interval, [y, y], color=ORANGE, linewidth=2)
+        axes.plot([end - gap.reference for end in gap.spread], [y, y], "|", color=NEUTRAL, markersize=9)
+        axes.plot(gap.value, y, "o", color=ORANGE, markersize=6)
+    axes.grid(axis="x", alpha=0.25)
+
+
+def _told(report: Report, role: str) -> Finding | None:
+    found = report.finding(role, NAME)
+    return found if found is not None and "loss" in found.settings else None
+
+
+def _facts(report: Report) -> list[str]:
+    first = report.gaps[0] if report.gaps else None
+    told = next((gap for gap in report.gaps if gap.measure == AUC), None)
+    sets = [told.members, told.others] if told else []
+    count = len(report.context.get("hashes", {}).get("reference", ()))
+    return [*sets, f"{count} retrained model{'s' if count > 1 else ''}"] if first and count else sets
+
+
+def _spread(made: Sequence[Images], most: int) -> Images:
+    """At most so many images, a label at a time in turn."""
+    whole = made[0]
+    for images in made[1:]:
+        whole = whole + images
+    turn: NDArray[np.int64] = np.zeros(len(whole), dtype=np.int64)
+    for label in whole.y.unique():
+        rows = (whole.y == label).nonzero().flatten().numpy()
+        turn[rows] = np.arange(len(rows))
+    order = np.lexsort((whole.y.numpy(), turn))[:most]
+    kept = torch.as_tensor(order)
+    return whole[kept[whole.y[kept].argsort(stable=True)]]
+
+
+def _picture(axes: Axes, image: torch.Tensor) -> None:
+    shown = image.detach().clamp(0, 1).permute(1, 2, 0).numpy()
+    axes.imshow(shown[..., 0] if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=1)
