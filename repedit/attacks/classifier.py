@@ -7,11 +7,10 @@ forget images. Everything is judged by the gap to it, in both directions.
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from math import isnan
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -30,7 +29,7 @@ from repedit.fingerprints import module_fingerprint
 from repedit.vision.task import ImageSplits, Task
 from repedit.vision.training import trained_on
 
-__all__ = ["audit_classifier", "klom", "membership", "relearning", "rounding", "shadows"]
+__all__ = ["audit_classifier", "audit_classifiers", "klom", "membership", "relearning", "rounding", "shadows"]
 DRAWS = 1000
 EVIDENCE = "statistical evidence, not certified deletion: what these attacks do not find may still be there"
 UNTRIED = {
@@ -66,29 +65,64 @@ def audit_classifier(
             not describe a model.
         MetricError: if an output of a model is not finite. TrainingError: if relearning diverges.
     """
-    begin = time.perf_counter()
+    models = {"edited": edited}
+    return audit_classifiers(
+        models, original, task, splits, reference=reference, references=references, relearn=relearn, seed=seed
+    )["edited"]
+
+
+def audit_classifiers(
+    edited: Mapping[str, nn.Module],
+    original: nn.Module,
+    task: Task,
+    splits: ImageSplits,
+    *,
+    reference: nn.Module | None = None,
+    references: Sequence[nn.Module] = (),
+    relearn: bool = True,
+    seed: int = 0,
+) -> dict[str, Report]:
+    """The same for several edited models of one original, by name; the original and the references are attacked once.
+
+    Raises:
+        As `audit_classifier`.
+    """
     retrained = [model for model in (reference, *references) if model is not None]
-    _check(edited, original, task, splits, retrained)
-    models = {"edited": [edited], "original": [original], "reference": retrained}
-    found: dict[str, list[tuple[Finding, ...]]] = {}
-    for role, ones in models.items():
+    for model in edited.values():
+        _check(model, original, task, splits, retrained)
+
+    def attacked(role: str, model: nn.Module) -> _Attacked:
         with during(f"the {role} model", f"in the audit of the {role} classifier, seed {seed}"):
-            found[role] = [_attacked(model, task, splits, relearn, seed) for model in ones]
-    values = {
-        role: [_measured(model, task, splits, held) for model, held in zip(ones, found[role], strict=True)]
-        for role, ones in models.items()
+            return _attacked(model, task, splits, relearn, seed)
+
+    others = {"original": [attacked("original", original)], "reference": [attacked("reference", m) for m in retrained]}
+    return {
+        name: _report({"edited": [attacked("edited", model)], **others}, task, splits, relearn, seed)
+        for name, model in edited.items()
     }
+
+
+class _Attacked(NamedTuple):
+    """One model after all attacks."""
+
+    findings: tuple[Finding, ...]
+    measured: Measured
+    fingerprint: str
+
+
+def _report(held: Mapping[str, list[_Attacked]], task: Task, splits: ImageSplits, relearn: bool, seed: int) -> Report:
+    values = {role: [one.measured for one in ones] for role, ones in held.items()}
     compared = gaps(values["edited"][0], values["original"][0], values["reference"], draws=DRAWS, seed=seed)
+    findings = {role: tuple(f for one in ones for f in one.findings) for role, ones in held.items() if ones}
     return Report(
-        verdict=verdict(compared, len(splits.holdout)), recoveries=(), retain=RetainCheck(), gaps=compared,
-        findings={role: tuple(f for one in held for f in one) for role, held in found.items() if held},
+        verdict=verdict(compared, len(splits.holdout)), recoveries=(), retain=RetainCheck(), gaps=compared, findings=findings,
         not_run=UNTRIED if relearn else {RELEARN: "relearn=False", **UNTRIED}, heuristics={},
         context={
-            "kind": "classifier", "seeds": [seed], "draws": DRAWS, "notes": _notes(compared, len(retrained)), "margins": MARGINS,
-            "sets": {name: len(images) for name, images in splits.named.items()}, "feature": task.module,
-            "hashes": {role: [module_fingerprint(model) for model in ones] for role, ones in models.items()},
+            "kind": "classifier", "seeds": [seed], "draws": DRAWS, "notes": _notes(compared, len(values["reference"])),
+            "margins": MARGINS, "sets": {name: len(images) for name, images in splits.named.items()}, "feature": task.module,
+            "hashes": {role: [one.fingerprint for one in ones] for role, ones in held.items()},
             "versions": {name: version(name) for name in ("repedit", "torch", "numpy")}, "machine": platform.machine(),
-            "seconds": time.perf_counter() - begin,
+            "seconds": sum(f.seconds for found in findings.values() for f in found),
         },
     )  # fmt: skip
 
@@ -118,11 +152,12 @@ def _check(
             )
 
 
-def _attacked(model: nn.Module, task: Task, splits: ImageSplits, relearn: bool, seed: int) -> tuple[Finding, ...]:
+def _attacked(model: nn.Module, task: Task, splits: ImageSplits, relearn: bool, seed: int) -> _Attacked:
     found = [membership(model, task, splits, seed=seed)]
     if relearn:
         found.append(relearning(model, task, splits, seed=seed))
-    return (*found, *(rounding(model, task, splits, scheme, seed=seed) for scheme in SCHEMES))
+    found += [rounding(model, task, splits, scheme, seed=seed) for scheme in SCHEMES]
+    return _Attacked(tuple(found), _measured(model, task, splits, found), module_fingerprint(model))
 
 
 def _measured(model: nn.Module, task: Task, splits: ImageSplits, found: Sequence[Finding]) -> Measured:

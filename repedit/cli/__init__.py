@@ -24,6 +24,7 @@ from repedit.cli import (
     running,
     start,
     unlearning,
+    vision,
 )
 from repedit.cli.completing import BASH, completed, in_bash
 from repedit.cli.examples import epilog
@@ -56,6 +57,7 @@ for verb in (
     running.reproduce,
 ):
     app.command(epilog=epilog(verb.__name__))(completed(verb))
+app.add_typer(vision.app, name="vision")
 
 
 def main() -> None:

@@ -58,8 +58,10 @@ def gap(reports: Mapping[str, Report]) -> Figure:
     panels[0].set_yticks(range(len(names)), names, fontsize=9)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     panels[0].plot([], [], "o", color=ORANGE, label="gap")
+    if any(measured(*gap.spread) for found in rows.values() for gap in found.values()):
+        panels[0].plot([], [], "|", color=NEUTRAL, markersize=9, label="lowest and highest retrained model")
     panels[0].axvspan(0, 0, color="#009E73", alpha=0.18, linewidth=0, label="what a pass allows")
-    legend_below(figure, panels[0])
+    legend_below(figure, panels[0], columns=3)
     entitle(figure, "Gap to a model that never saw the forget images", _facts(next(iter(reports.values()))))
     return figure
 

@@ -100,32 +100,18 @@ def attacks(report: Report) -> Table:
 
 def gaps(report: Report) -> Table:
     """Of a classifier: every measure beside that of the retrained model, with what it is measured on."""
-    columns = (
-        "measure",
-        "edited",
-        "retrained",
-        "original",
-        "gap",
-        "95 % of the gap",
-        "all retrained",
-        "of",
-        "told from",
-    )
+    columns = ("measure", "edited", "retrained", "original", "gap", "95 %", "all retrained", "measured on")
     rows = []
     for gap in report.gaps:
         low, high = gap.interval
         rows.append([
             gap.measure if gap.decides else f"{gap.measure} (not deciding)", *(number(v, 3) for v in (gap.edited, gap.reference, gap.original)),
             f"{gap.value:+.3f}" if measured(gap.value) else "n/a", f"[{low:+.3f}, {high:+.3f}]" if measured(low, high) else "",
-            f"{gap.spread[0]:.3f} to {gap.spread[1]:.3f}" if measured(*gap.spread) else "", gap.members, gap.others,
+            f"{gap.spread[0]:.3f} to {gap.spread[1]:.3f}" if measured(*gap.spread) else "",
+            f"{gap.members} against {gap.others}" if gap.others else gap.members,
         ])  # fmt: skip
-    return Table(
-        columns,
-        rows,
-        "Gap = edited - retrained: 0 is a model that never saw the images; below 0 is no better than above."
-        if rows
-        else "",
-    )
+    note = "Gap = edited - retrained: 0 is a model that never saw the images; below 0 is no better than above."
+    return Table(columns, rows, note if rows else "")
 
 
 def memberships(report: Report) -> Table:
