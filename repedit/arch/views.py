@@ -56,7 +56,7 @@ class View:
         window = self._window(stored)
         if self.kernel:
             inputs = window.movedim(2, -1)
-            inputs.copy_(function(inputs.flatten(0, -2)).reshape(inputs.shape))
+            inputs.copy_(function(inputs.flatten(0, -2).clone()).reshape(inputs.shape))
             return
         matrix = window.flatten(0, 1)
         given = matrix[:, None] if matrix.ndim == 1 else matrix

@@ -1,6 +1,5 @@
 """Unlearning in image classifiers, where a model that never saw the images can always be trained beside the edited one."""
 
-from repedit.vision.buckets import buckets
 from repedit.vision.condensation import Condense
 from repedit.vision.condensing import condense, condensed_model
 from repedit.vision.differences import apply
@@ -8,6 +7,7 @@ from repedit.vision.distilling import salun, scrub
 from repedit.vision.erasing import class_eraser, erase_class, zero_units
 from repedit.vision.folding import fold
 from repedit.vision.gan import Gan, GanConfig, train_gan
+from repedit.vision.grouping import buckets
 from repedit.vision.networks import small_cnn, small_mlp
 from repedit.vision.places import hooked, statistics
 from repedit.vision.recipes import ascend, finetune, relabel, retrain

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from repedit.errors import ArgumentError, ShapeError, UnknownName, nearest
-from repedit.vision.buckets import buckets, dense, matched, medoids
+from repedit.vision.grouping import buckets, dense, matched, medoids
 from repedit.vision.inversion import inverted
 from repedit.vision.relabelling import training_images
 from repedit.vision.task import Images, ImageSplits, Task

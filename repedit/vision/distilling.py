@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from repedit.delta import Delta
 from repedit.errors import ArgumentError
-from repedit.vision.buckets import frozen
+from repedit.vision.grouping import frozen
 from repedit.vision.recipes import made
 from repedit.vision.relabelling import Relabel, training_images
 from repedit.vision.task import Images, ImageSplits, Task

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.errors import TrainingError
-from repedit.vision.buckets import frozen, labels_of, made_index
+from repedit.vision.grouping import frozen, labels_of, made_index
 from repedit.vision.task import Images
 
 BATCH = 128

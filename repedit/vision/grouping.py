@@ -82,7 +82,7 @@ def matched(
 
     x~_b = sum_i w_i x_i over the images of b, w from 1 / |b|; Adam descends sum_b |mean_i phi(x_i) - phi(x~_b)|^2 over w,
     phi the model's feature. All buckets are solved at once: the loss is a sum over buckets and Adam works on each entry by
-    itself, so a loop over buckets gives the same.
+    itself, so a loop over buckets gives the same. A bucket of one image is that image.
 
     Args:
         weights: "free", any real number, so pixels may leave [0, 1]; "simplex", the softmax of free numbers within a
@@ -94,6 +94,7 @@ def matched(
     order = ids.argsort(stable=True)
     x, ids = images.x[order].to(like), ids[order].to(like.device)
     counts = ids.bincount()
+    alone = counts[ids] == 1
     target = means(task.feature(phi, images[order]), ids)
     start = torch.zeros(len(ids)) if weights == "simplex" else 1.0 / counts[ids].cpu().float()
     free = start.to(like).requires_grad_(True)
@@ -104,13 +105,15 @@ def matched(
         # At most 512 made images are alive at once.
         for first in range(0, len(counts), BATCH):
             rows = slice(*torch.searchsorted(ids, ids.new_tensor([first, first + BATCH])).tolist())
-            part = _weighted(x[rows], ids[rows] - first, free[rows], weights)
+            part = weighted(x[rows], ids[rows] - first, free[rows], weights)
             loss = (target[first : first + BATCH] - task.phi(phi, part)).square().sum()
             loss.backward()
             losses[step] += float(loss.detach())
+        # A bucket of one image is matched by it; its gradient is rounding, which Adam would blow up to steps of lr.
+        free.grad[alone] = 0  # type: ignore[index]
         optimiser.step()
     with torch.no_grad():
-        pixels = _weighted(x, ids, free, weights).cpu().to(images.x.dtype)
+        pixels = weighted(x, ids, free, weights).cpu().to(images.x.dtype)
     pixels = pixels.clamp(0, 1) if weights == "simplex" else pixels
     return Images(pixels, labels_of(images[order], ids.cpu()), made_index(len(counts)), weights == "simplex"), losses
 
@@ -120,7 +123,8 @@ def made_index(count: int) -> Int[Tensor, " count"]:
     return -1 - torch.arange(count)
 
 
-def _weighted(x: Tensor, ids: Tensor, free: Tensor, weights: str) -> Tensor:
+def weighted(x: Tensor, ids: Tensor, free: Tensor, weights: str) -> Tensor:
+    """The sum of the images of each bucket with weights w, or with their softmax within the bucket."""
     count = int(ids.max()) + 1
     if weights == "simplex":
         top = free.new_full((count,), -torch.inf).scatter_reduce(0, ids, free.detach(), "amax")
