@@ -33,10 +33,12 @@ class Images:
         ShapeError, DtypeError, DataError: for pixels or labels in another layout, dtype or range; says how to convert them.
     """
 
-    x: Float[Tensor, "b c H W"]
-    y: Int[Tensor, " b"]
-    index: Int[Tensor, " b"]
-    """Index into the source data set; negative for an image that was made and not taken from it."""
+    x: Tensor
+    """Pixels (b, c, H, W), float."""
+    y: Tensor
+    """Labels (b,), int64."""
+    index: Tensor
+    """(b,), int64. Index into the source data set; negative for an image that was made and not taken from it."""
     bounded: bool = True
     """Whether pixels lie in [0, 1]; False for weighted sums of images, which may leave it."""
 

@@ -103,7 +103,7 @@ def descend(
             value = (loss or cross_entropy)(model, own[rows])
             if not bool(torch.isfinite(value)):
                 raise TrainingError(
-                    f"step {done}, seed {order.initial_seed()}: the loss is {float(value)} at lr "
+                    f"step {done}, seed {order.initial_seed()}: the loss is {float(value.detach())} at lr "
                     f"{optimiser.param_groups[0]['lr']:g}; lower lr. The model given is unchanged"
                 )
             value.backward()
