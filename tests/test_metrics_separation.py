@@ -93,6 +93,17 @@ def test_draws_are_shared_between_models():
     assert (auc_draws(member[None], other[None], draws=5, seed=1) != found[:1, :5]).any()
 
 
+def test_a_draw_is_the_auc_of_the_rows_drawn(monkeypatch):
+    """Rows that are drawn so often, repeated so often, ties and all, in parts as well as at once."""
+    member, other = normal(9, 0.5).round(), normal(7, seed=4).round()
+    times, others = (np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=20) for n in (9, 7))
+    for pairs in (1_000_000, 10):
+        monkeypatch.setattr(separation, "_PAIRS", pairs)
+        found = separation._drawn(member, other, times.astype(float), others.astype(float))
+        by_hand = [auc(np.repeat(member, t), np.repeat(other, o)) for t, o in zip(times, others, strict=True)]
+        assert found == pytest.approx(by_hand, abs=1e-12)
+
+
 def test_deviations_above_models_that_never_saw_an_image_find_members():
     rng = np.random.default_rng(0)
     ease, member = rng.normal(0, 3, 600), np.arange(600) % 2 == 0

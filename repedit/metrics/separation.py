@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from repedit.errors import ArgumentError, MetricError
 
 Values = NDArray[np.float64]
+# Pairs of rows that are compared at once.
+_PAIRS = 1_000_000
 
 
 def auc(member: Values, nonmember: Values) -> float:
@@ -117,11 +119,11 @@ def auc_draws(
     for mine, theirs in zip(member, nonmember, strict=True):
         _check_sides(mine, theirs)
     rng = np.random.default_rng(seed)
-    found = np.empty((len(member), draws))
-    for draw in range(draws):
-        rows = [rng.integers(side.shape[1], size=side.shape[1]) for side in (member, nonmember)]
-        found[:, draw] = [_auc(m[rows[0]], n[rows[1]]) for m, n in zip(member, nonmember, strict=True)]
-    return found
+    # How often each row is drawn; then a draw's AUC is a sum over pairs, and no draw is sorted anew.
+    counts = [
+        rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float) for n in (member.shape[1], nonmember.shape[1])
+    ]
+    return np.stack([_drawn(m, n, *counts) for m, n in zip(member, nonmember, strict=True)])
 
 
 def percentiles(drawn: Values, alpha: float = 0.05) -> tuple[float, float]:
@@ -140,6 +142,18 @@ def _auc(member: Values, nonmember: Values) -> float:
     order = np.sort(nonmember)
     below, upto = (np.searchsorted(order, member, side=side).sum() for side in ("left", "right"))
     return float((below + upto) / (2 * len(member) * len(nonmember)))
+
+
+def _drawn(
+    member: Values, nonmember: Values, times: Float[ndarray, "draws m"], others: Float[ndarray, "draws n"]
+) -> Values:
+    wins = np.zeros(len(times))
+    size = max(1, _PAIRS // len(nonmember))
+    for start in range(0, len(member), size):
+        part = member[start : start + size, None]
+        pairs = (part > nonmember) + 0.5 * (part == nonmember)
+        wins += ((times[:, start : start + size] @ pairs) * others).sum(1)
+    return wins / (len(member) * len(nonmember))
 
 
 def _check_sides(member: Values, nonmember: Values) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from repedit.attacks.attack import RAN, Finding
-from repedit.attacks.families.image_members import membership, named, outputs, sides
+from repedit.attacks.families.image_members import named, outputs
 from repedit.attacks.families.rounding import rounded
 from repedit.metrics.separation import auc
 from repedit.vision.task import ImageSplits, Task
@@ -30,12 +30,12 @@ def rounding(model: nn.Module, task: Task, splits: ImageSplits, scheme: str, *, 
     begin = time.perf_counter()
     copied = coarse(model, scheme)
     logits, y = outputs(copied, task, splits.forget, splits.labels), splits.forget.y.cpu()
-    told = membership(copied, task, splits, seed=seed)
+    own = logits.log_softmax(1).gather(1, y[:, None])[:, 0].numpy()
+    others = -task.losses(copied, splits.holdout).cpu().numpy()
     return Finding(
         attack=scheme, seed=seed, status=RAN, reason="", items=named("forget", splits.forget), settings=(scheme,),
-        correct=(logits.argmax(1) == y).numpy().astype(np.int8)[None],
-        graded=logits.log_softmax(1).gather(1, y[:, None]).numpy().T, seconds=time.perf_counter() - begin,
-        details={"test": task.accuracy(copied, splits.test), "retain": task.accuracy(copied, splits.retain), "auc": auc(*sides(told))},
+        correct=(logits.argmax(1) == y).numpy().astype(np.int8)[None], graded=own[None], seconds=time.perf_counter() - begin,
+        details={"test": task.accuracy(copied, splits.test), "retain": task.accuracy(copied, splits.retain), "auc": auc(own, others)},
     )  # fmt: skip
 
 
