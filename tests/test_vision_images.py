@@ -183,6 +183,7 @@ def test_damaged_files_are_refused(tmp_path):
         cifar6k(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"{PUBLISHED} is not there")
 def test_published_files_are_read():
     images = mnist5k(PUBLISHED / "mnist5k")

@@ -75,8 +75,7 @@ def train_gan(
         NotEnoughRows: if there are fewer than 16 images. ArgumentError: if no network is made for their size.
         TrainingError: if a loss is not finite; no generator is returned.
     """
-    if len(images) < FEWEST:
-        raise NotEnoughRows(f"a GAN was asked for on {len(images)} images; give at least {FEWEST}")
+    check_count(images)
     config, built = config or GanConfig(), _built(tuple(images.x.shape[1:]))
     latent = config.latent or built.latent
     draw = torch.Generator().manual_seed(seed)
@@ -98,6 +97,16 @@ def train_gan(
         _step(optimisers[1], _bce(discriminator(fake), 1.0), step, seed, config.lr)
     log.info("GAN on %d images: discriminator loss %.3g", len(images), float(first.detach()))
     return Gan(generator.eval().requires_grad_(False), latent)
+
+
+def check_count(images: Images) -> None:
+    """Refuse a set that is too small to train a pair of networks on.
+
+    Raises:
+        NotEnoughRows: with the numbers.
+    """
+    if len(images) < FEWEST:
+        raise NotEnoughRows(f"a GAN was asked for on {len(images)} images; give at least {FEWEST}")
 
 
 def _step(optimiser: torch.optim.Optimizer, loss: Tensor, step: int, seed: int, lr: float) -> None:

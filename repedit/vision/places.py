@@ -55,7 +55,7 @@ def statistics(
         def add(x: Tensor) -> None:
             rows = x.movedim(axis, -1).double()
             if statistic is CrossMoments:
-                kept = found.setdefault(path, CrossMoments(rows.shape[-1], labels))
+                kept = found.setdefault(path, CrossMoments(rows.shape[-1], labels, rows.device))
                 one_hot = functional.one_hot(now[-1], labels).double().to(rows.device)
                 kept.update(rows, one_hot.reshape(-1, *(1,) * (rows.ndim - 2), labels).expand(*rows.shape[:-1], -1))
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from torch import nn
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, UnknownName, nearest
 from repedit.vision.differences import apply
-from repedit.vision.gan import Gan, GanConfig, train_gan
+from repedit.vision.gan import Gan, GanConfig, check_count, train_gan
 from repedit.vision.reading import device_of
 from repedit.vision.recipes import made
 from repedit.vision.recipes import relabel as relabelled
@@ -22,6 +23,7 @@ from repedit.vision.relabelling import Relabel, training_images
 from repedit.vision.task import Images, ImageSplits, Task
 from repedit.vision.training import train
 
+log = logging.getLogger(__name__)
 SETS = ("retain", "forget")
 Gans = Mapping[str, Gan]
 """Trained generators by set."""
@@ -76,6 +78,8 @@ def train_gans(
     Raises:
         NotEnoughRows, ArgumentError, TrainingError: as `train_gan`.
     """
+    for which in SETS:
+        check_count(splits.named[which])
     return {
         which: train_gan(splits.named[which], gan, seed=seed + number, device=device)
         for number, which in enumerate(SETS)
@@ -99,7 +103,9 @@ def multi_gan(
 
     A quarter as many images as retain has, and as many as forget has, are drawn, times `synthetic`. The model labels them;
     then every forget label is replaced as in `Relabel`. The provenance holds the accuracies, and beside them those of the
-    same recipe without drawn images, which is `relabel`: only the difference is due to the networks.
+    same recipe without drawn images, which is `relabel`: only the difference is due to the networks. It also holds how many
+    images were drawn by the label that the model gave them: a poor generator draws for retain what the model takes for a
+    forgotten class, and those images teach it again; that is logged.
 
     Args:
         synthetic: 0 draws nothing and gives the same bits as `relabel`.
@@ -120,12 +126,16 @@ def multi_gan(
         pair = train_gans(splits, gan, seed=seed, device=device_of(model)) if gans is None else gans
         for which in SETS:
             planned = Synthesize(which, counts[which], gan or GanConfig(), pair[which])(model, task, planned, seed)
+    labels = {which: _drawn_labels(planned.named[which]) for which in SETS}
+    strange = {label: n for label, n in labels["retain"].items() if int(label) not in splits.retain.classes}
+    if strange:
+        log.warning("images drawn for retain have labels that retain lacks, by the model: %s (label: images)", strange)
     planned = Relabel(mode)(model, task, planned, seed)
     trained = train(model, task, training_images(planned), epochs=epochs, lr=lr, seed=seed)
     done = perf_counter()
     plain = relabelled(model, task, splits, mode=mode, epochs=epochs, lr=lr, seed=seed)
     findings: dict[str, Any] = {
-        "drawn": counts,
+        "drawn": labels,
         "accuracy": _accuracies(trained, task, splits),
         "ablation": {
             "synthetic": 0,
@@ -143,6 +153,11 @@ def multi_gan(
     # The ablation is a measurement and no part of what the recipe costs.
     begin += perf_counter() - done
     return made("multi_gan", model, trained, begin, seed, plan=planned.plans, findings=findings, **options)
+
+
+def _drawn_labels(images: Images) -> dict[str, int]:
+    found = images.y[images.index < 0].tolist()
+    return {str(label): found.count(label) for label in sorted(set(found))}
 
 
 def _accuracies(model: nn.Module, task: Task, splits: ImageSplits) -> dict[str, float]:
