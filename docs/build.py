@@ -14,6 +14,7 @@ from docs import groups, verbs
 from docs.groups import Page
 from docs.prose import Linked, inline, rendered, signature
 from docs.reading import Entry, entry, first_sentence
+from repedit import cli
 
 VERBS = "command-line"
 START = """import repedit as rp
@@ -33,7 +34,7 @@ def build(folder: Path) -> list[Path]:
     for page in pages:
         written[page.slug] = _page(page, entries[page.slug], places, pages)
     linked = _linked(places, VERBS, "rp")
-    body = "".join(verbs.verb(name, command, linked) for name, command in verbs.commands().items())
+    body = "".join(verbs.verb(name, command, linked) for name, command in cli.verbs().items())
     written[VERBS] = f"<h1>Command line</h1>{_verb_list()}{body}"
     if folder.exists():
         shutil.rmtree(folder)
@@ -46,7 +47,7 @@ def build(folder: Path) -> list[Path]:
 
 def _places(pages: list[Page], entries: Mapping[str, list[Entry]]) -> dict[str, str]:
     """Dotted name -> page and anchor, of every name, member, room and verb."""
-    found = {f"repedit {name}": f"{VERBS}.html#{name}" for name in verbs.commands()}
+    found = {f"repedit {name}": f"{VERBS}.html#{name}" for name in cli.verbs()}
     for page in pages:
         if page.room:
             found[page.prefix] = f"{page.slug}.html"
@@ -112,7 +113,7 @@ def _room(page: Page, linked: Linked) -> str:
 def _verb_list(file: str = "") -> str:
     rows = "".join(
         f'<tr><td><a href="{file}#{name}"><code>{name}</code></a></td><td>{html.escape(verbs.summary(command))}</td></tr>'
-        for name, command in verbs.commands().items()
+        for name, command in cli.verbs().items()
     )
     return f'<table class="overview">{rows}</table>'
 

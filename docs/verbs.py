@@ -6,16 +6,8 @@ import html
 import inspect
 from typing import Any
 
-import typer.main
-
 from docs.prose import Linked, inline, rendered
-from repedit.cli import app
 from repedit.cli.examples import EXAMPLES, codes
-
-
-def commands() -> dict[str, Any]:
-    """Every verb, in the order of --help."""
-    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def summary(command: Any) -> str:

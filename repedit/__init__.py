@@ -69,7 +69,8 @@ _NAMES = {
     "resolve": "repedit.arch",
 }
 _ROOMS = {
-    name: f"repedit.{name}" for name in ("arch", "data", "errors", "explore", "fit", "metrics", "plot", "report", "vision")
+    name: f"repedit.{name}"
+    for name in ("arch", "data", "errors", "explore", "fit", "metrics", "plot", "report", "vision")
 } | {"recipes": "repedit.gradient.recipes"}
 
 __all__ = [*_NAMES, *_ROOMS, "__version__"]  # pyright: ignore

@@ -11,6 +11,7 @@ import repedit as rp
 from docs import build, groups, verbs
 from docs.prose import rendered, signature
 from docs.reading import Entry, entry, first_sentence
+from repedit import cli
 from repedit.cli.examples import EXAMPLES
 
 PAGES = groups.pages()
@@ -91,7 +92,7 @@ def test_signatures_are_those_of_the_source():
     }
     assert (
         found["agreement"].signature
-        == "(forget: Collection, retain: Collection, *, importance: str = 'abs') -> dict[Site, float]"
+        == "(forget: Collection, retain: Collection, *, importance: str = 'abs') -> dict[Place, float]"
     )
     members = {m.name: m for m in found["LowRank"].members}
     assert members["width"].kind == "property" and members["projection"].kind == "method"
@@ -101,9 +102,9 @@ def test_signatures_are_those_of_the_source():
     assert all(not m.name.startswith("_") or m.name in ("__call__", "__matmul__") for m in found["LowRank"].members)
 
 
-@pytest.mark.parametrize("verb", verbs.commands())
+@pytest.mark.parametrize("verb", cli.verbs())
 def test_a_verb_is_shown_with_every_option(verb):
-    command = verbs.commands()[verb]
+    command = cli.verbs()[verb]
     shown = html.unescape(verbs.verb(verb, command, nowhere))
     assert EXAMPLES[verb] in shown and all(p.opts[0] in shown or p.name.upper() in shown for p in command.params)
     assert "<dt><code>2</code></dt>" in shown

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-import typer.main
 from typer.testing import CliRunner
 
+from repedit import cli
 from repedit.cli import app, steps
 from repedit.errors import ArgumentError, DataError, NotFound, RepeditError, TargetExists, UnknownName
 from tests.saved import saved
@@ -115,7 +115,7 @@ text = ["code", "mine.jsonl"]
 
 
 def step_of(file) -> steps.Step:
-    commands = typer.main.get_command(app).commands
+    commands = cli.verbs()
     return steps.read(file, commands)[0]
 
 
@@ -225,7 +225,7 @@ def test_an_absent_file_is_named(tmp_path):
 
 
 def test_flags_and_lists_become_words():
-    commands = typer.main.get_command(app).commands
+    commands = cli.verbs()
     step = steps.Step(1, "prune", {"model": "m", "fraction": 0.1, "json": True, "out": "x"}, "k")
     assert step.arguments(commands["prune"], overwrite=True)[:1] == ["m"]
     words = step.arguments(commands["prune"], overwrite=True)
@@ -238,8 +238,8 @@ def test_names_are_those_of_the_command_line(tmp_path):
     (tmp_path / "run.toml").write_text(
         '[[step]]\nverb = "compare"\nbase = "a"\nedited = "b"\ndata = "folder"\nbatch_size = 2'
     )
-    (step,) = steps.read(tmp_path / "run.toml", typer.main.get_command(app).commands)
-    words = step.arguments(typer.main.get_command(app).commands["compare"], overwrite=False)
+    (step,) = steps.read(tmp_path / "run.toml", cli.verbs())
+    words = step.arguments(cli.verbs()["compare"], overwrite=False)
     assert words == ["a", "b", "--data", "folder", "--batch-size", "2"]
 
 
@@ -247,5 +247,5 @@ def test_the_run_in_the_readme_can_be_read(tmp_path):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (block,) = re.findall(r"```toml\n(.*?)```", readme, flags=re.S)
     (tmp_path / "run.toml").write_text(block)
-    found = steps.read(tmp_path / "run.toml", typer.main.get_command(app).commands)
+    found = steps.read(tmp_path / "run.toml", cli.verbs())
     assert [step.verb for step in found] == ["prune", "compare"] and found[0].options["model"] == "smollm2-135m"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -58,6 +59,17 @@ for verb in (
 ):
     app.command(epilog=epilog(verb.__name__))(completed(verb))
 app.add_typer(vision.app, name="vision")
+
+
+def verbs() -> dict[str, Any]:
+    """Every verb by name, in the order of --help; one inside a group goes by both names, such as "vision demo"."""
+    import typer.main
+
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {part}": verb for part, verb in inner.items()}
+    return found
 
 
 def main() -> None:

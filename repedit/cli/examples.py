@@ -24,6 +24,7 @@ EXAMPLES: Mapping[str, str] = {
     "run": "repedit run mine.toml",
     "reproduce": "repedit reproduce mine.toml",
     "push": "repedit push edited/ me/smollm2-edited",
+    "vision demo": "repedit vision demo --forget class:3 --recipe relabel --out forgotten/",
 }
 
 COMMON: Mapping[int, str] = {

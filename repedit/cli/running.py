@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.main
 
 from repedit.cli.accounts import accounted, paged
 
@@ -26,10 +25,10 @@ def run(
     stops the run. The exit code is that of the last audit, or of the step that failed. At the end NAME.report.html tells all
     of it, from the account that the run keeps beside the file.
     """
-    from repedit import console
+    from repedit import cli, console
     from repedit.cli import steps
 
-    commands = _commands()
+    commands = cli.verbs()
     found, code, changed = steps.read(file, commands), 0, False
     with contextlib.chdir(file.absolute().parent), paged(Path(file.name), dry_run):
         log = steps.Log(Path(file.name))
@@ -64,10 +63,10 @@ def reproduce(
     file: Annotated[Path, typer.Argument(help="The file of a run that was carried out.")],
 ) -> None:
     """Carry out the steps of a run again, in another place, and compare the hash of everything written; exit code 1 where one differs."""
-    from repedit import console
+    from repedit import cli, console
     from repedit.cli import steps
 
-    commands = _commands()
+    commands = cli.verbs()
     found, same = steps.read(file, commands), True
     with contextlib.chdir(file.absolute().parent), tempfile.TemporaryDirectory() as folder:
         log, place = steps.Log(Path(file.name)), Path(folder)
@@ -82,13 +81,6 @@ def reproduce(
             same = same and equal
             console.out.print(f"{step.number}, {step.verb}: {step.out} {'is the same' if equal else 'differs'}")
     raise typer.Exit(0 if same else 1)
-
-
-def _commands() -> dict[str, Any]:
-    """Every verb, by name."""
-    from repedit import cli
-
-    return dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 
 
 def _ended(verb: Any, step: Any, words: list[str]) -> int:

@@ -14,7 +14,7 @@ from repedit import __version__
 from repedit.errors import ArgumentError, DataError, NotFound, TargetExists, check_names
 from repedit.files import Lines, file_hash
 
-UNSUITED = ("run", "reproduce", "demo", "fetch", "chat", "tasks", "push")
+UNSUITED = ("run", "reproduce", "demo", "fetch", "chat", "tasks", "push", "vision demo")
 """Verbs that are no step of a run."""
 
 

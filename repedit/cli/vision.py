@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from repedit.cli.examples import epilog
 from repedit.cli.options import Json, Seed
 
 app = typer.Typer(help="Make an image classifier forget, and compare it with one that never saw the images.", no_args_is_help=True)  # fmt: skip
@@ -17,7 +18,7 @@ def group() -> None:
     """Make an image classifier forget, and compare it with one that never saw the images."""
 
 
-@app.command()
+@app.command(epilog=epilog("vision demo"))
 def demo(
     data: Annotated[
         str, typer.Option(help="digits (in scikit-learn), or mnist5k and cifar6k where they are.")

@@ -20,6 +20,7 @@ from repedit.metrics.separation import Values, auc, loss_attack, standard_error,
 from repedit.models import Subject
 
 SCORES = ("loss", "zlib", "min_k", "min_k++")
+"""What a text is scored by; higher is more like a member."""
 # Texts of one length that are read together; Min-K++ looks at every log-probability of every token.
 _ROWS = 4
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from repedit.errors import ArgumentError, MetricError
 
 Values = NDArray[np.float64]
+"""Scores of examples, (n,); higher is more like a member."""
 # Pairs of rows that are compared at once.
 _PAIRS = 1_000_000
 
