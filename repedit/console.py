@@ -153,10 +153,10 @@ def show_beside(names: Sequence[str], writings: Iterable[Sequence[Any]]) -> Sequ
         for name, writing in zip(names, last, strict=True):
             out.print(f"{name}: {writing.text.strip() or '(nothing)'}", highlight=False, markup=False, soft_wrap=True)
         return last
-    with Live(console=out, refresh_per_second=12, transient=True) as live:
+    with Live(console=out, auto_refresh=False, transient=True) as live:
         try:
             for last in writings:
-                live.update(columns(names, [writing.text for writing in last], out.height - 6))
+                live.update(columns(names, [writing.text for writing in last], out.height - 6), refresh=True)
         except KeyboardInterrupt:  # ends what is being written, and keeps what is there
             if not last:
                 raise

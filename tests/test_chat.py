@@ -4,9 +4,10 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def test_what_cannot_be_asked_is_refused(models):
 
 
 @pytest.mark.slow
-def test_a_real_terminal_is_talked_to(models, tmp_path: Path):
+def test_a_real_terminal_is_talked_to(models):
     main, side = pty.openpty()
     command = [sys.executable, "-m", "repedit", "chat", models[1], "--original", models[0], "--tokens", "5", "--plain"]
     process = subprocess.Popen(
@@ -199,12 +200,23 @@ def test_a_real_terminal_is_talked_to(models, tmp_path: Path):
     )
     os.close(side)
     os.write(main, b"hello\n/quit\n")
-    shown = b""
     try:
-        while part := os.read(main, 4096):
-            shown += part
-    except OSError:
-        pass  # Linux says so when the other side is closed.
-    assert process.wait(60) == 0, shown.decode()
-    text = shown.decode()
-    assert chatting.HELP[:20] in text and "original" in text and "edited" in text and "Traceback" not in text
+        shown = until_closed(main, 300.0)
+    finally:
+        process.kill()  # which an ended process does not feel
+    assert process.wait() == 0, shown
+    assert chatting.HELP[:20] in shown and "original" in shown and "edited" in shown and "Traceback" not in shown
+
+
+def until_closed(main: int, seconds: float) -> str:
+    """What a terminal shows until the other side is closed; for so long at most."""
+    shown, end = b"", time.monotonic() + seconds
+    while select.select([main], [], [], max(0.0, end - time.monotonic()))[0]:
+        try:
+            part = os.read(main, 4096)
+        except OSError:  # Linux says so when it is closed
+            break
+        if not part:
+            break
+        shown += part
+    return shown.decode()
