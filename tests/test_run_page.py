@@ -271,6 +271,7 @@ def test_an_audit_that_was_altered_or_torn_is_noticed(audited):
     path = audited / "audit" / "audit.json"
     path.write_text(path.read_text().replace('"HIDDEN"', '"NO RECOVERY FOUND"'))
     assert "audit/audit.json: changed since the run" in faults(audited)
+    assert "audit (not as the run left it): NO RECOVERY FOUND" in text(audited)
     path.write_text("{")
     assert re.search("audit cannot be read: .*this is not the JSON of an audit", faults(audited))
     assert str(audited) not in text(audited)

@@ -44,7 +44,7 @@ class Stage:
             return "not run"
         if not self.done:
             return f"ended with code {self.entry.code}"
-        return "done, but see above" if self.faults else "done"
+        return "done, not as it was left" if self.faults else "done"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +93,11 @@ class RunReport:
                 else {name: origin}
             )
         return parts
+
+    def called(self, out: str) -> str:
+        """The name of an output, along with the warning that it is not as the run left it, where it is not."""
+        faulty = any(stage.faults for stage in self.stages if str(stage.asked.get("out")) == out)
+        return f"{out} (not as the run left it)" if faulty else out
 
     def of_kind(self, kind: str) -> Iterator[tuple[str, Path]]:
         """The saved values of one kind: "edit", "delta", "scores" or "collection"."""

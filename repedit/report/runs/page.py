@@ -123,13 +123,15 @@ def _brief(run: RunReport) -> list[str]:
     for name, held in run.checkpoints.items():
         plan, certificate = held.manifest.get("plan") or {}, held.manifest.get("certificate")
         most = max((row["relative_change"] or 0.0 for row in plan.values()), default=0.0)
-        found.append(f"{name}: {len(plan)} tensors changed, by {most:.3f} of their size at most; {held.describe()}.")
+        found.append(
+            f"{run.called(name)}: {len(plan)} tensors changed, by {most:.3f} of their size at most; {held.describe()}."
+        )
         if certificate:
             found.append(
                 f"{name}: {certificate['form']}, {certificate['exactness']}, largest leak along a removed direction {certificate['worst_leak']:.1e}."
             )
     for name, report in run.audits.items():
-        found.append(f"{name}: {report.verdict.word}; {report.verdict.rule}".rstrip(".") + ".")
+        found.append(f"{run.called(name)}: {report.verdict.word}; {report.verdict.rule}".rstrip(".") + ".")
     return found or ["Nothing: no step left anything that can be read."]
 
 
@@ -157,6 +159,6 @@ def _attacks(run: RunReport, hide_items: bool) -> list[str]:
     parts = []
     for name, report in run.audits.items():
         shown = withheld(report) if hide_items else report
-        parts += [opening(shown, "h3", f"{name}: "), *told(shown, "h3")]
+        parts += [opening(shown, "h3", f"{run.called(name)}: "), *told(shown, "h3")]
         parts.append(note(f"Settings, guesses that need no knowledge and diagnostics are in {name}/audit.html."))
     return parts
