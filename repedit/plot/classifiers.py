@@ -16,7 +16,7 @@ from repedit.attacks.judging.evidence import Gap, Report
 from repedit.attacks.judging.gap_verdict import ALIKE, CLOSE, DAMAGE, RELEARNED
 from repedit.attacks.judging.gaps import AUC, FORGET, RELEARN, RETAIN, TEST
 from repedit.errors import ArgumentError
-from repedit.metrics.separation import auc, auc_draws, percentiles
+from repedit.metrics.separation import auc_draws, percentiles
 from repedit.plot.canvas import FORGET as ORANGE
 from repedit.plot.canvas import NEUTRAL, SMALL, canvas, entitle, legend_below
 from repedit.plot.canvas import RETAIN as BLUE
@@ -76,7 +76,9 @@ def membership(report: Report) -> Figure:
     held = {name: finding for name, finding in found.items() if finding is not None}
     if not held:
         raise ArgumentError("the report holds no membership attack on images; draw what rp.audit_classifier returned")
-    losses = {name: [np.maximum(-side, LEAST_LOSS) for side in sides(finding)] for name, finding in held.items()}
+    losses = {
+        name: [np.maximum(-side.round(5), LEAST_LOSS) for side in sides(finding)] for name, finding in held.items()
+    }
     every = np.concatenate([side for pair in losses.values() for side in pair])
     edges = np.geomspace(every.min(), max(every.max(), 2 * every.min()), BINS + 1)
     figure = canvas(max(6.0, 3.4 * len(held)), 3.6)
@@ -87,7 +89,7 @@ def membership(report: Report) -> Figure:
             axes.stairs(share, edges, color=colour, fill=filled, alpha=0.5 if filled else 1.0, linewidth=1.4, label=f"{label}, {len(values)} images")  # fmt: skip
         drawn = auc_draws(-forget[None], -holdout[None])[0]
         low, high = percentiles(drawn)
-        axes.set_title(f"{name}: AUC {auc(-forget, -holdout):.2f} [{low:.2f}, {high:.2f}]", fontsize=9.5)
+        axes.set_title(f"{name}: AUC {held[name].details['auc']['loss']:.2f} [{low:.2f}, {high:.2f}]", fontsize=9.5)
         axes.set(xscale="log", xlabel="loss of the image's label, nats")
     panels[0].set_ylabel("share of the images")
     legend_below(figure, panels[0])
@@ -123,6 +125,7 @@ def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20
     grid = figure.subplots(2 * rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
+        axes.set(xticks=[], yticks=[])
     for number, x in enumerate(first.x):
         row, column = divmod(number, columns)
         other = pool[near[number]].reshape(x.shape)

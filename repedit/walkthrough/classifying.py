@@ -174,7 +174,7 @@ def _parsed(request: str) -> tuple[str, float]:
     if kind not in ("class", "mislabelled"):
         raise UnknownName(f"no request is called {kind!r}; give class:3 or mislabelled:0.1")
     try:
-        return kind, int(number or 3) if kind == "class" else float(number or 0.1)
+        return kind, float(int(number or 3) if kind == "class" else number or 0.1)
     except ValueError as error:
         raise ArgumentError(f"{request!r}: {number!r} is no number; give class:3 or mislabelled:0.1") from error
 
