@@ -23,6 +23,7 @@ from repedit.vision import (
     erase_class,
     finetune,
     mislabelled_splits,
+    mnist5k,
     multi_gan,
     relabel,
     retrain,
@@ -32,6 +33,7 @@ from repedit.vision import (
     train_gans,
 )
 from repedit.vision.grouping import matched
+from tests.published import PUBLISHED
 
 FAST = (6, 10)
 SLOW = [(2, 11), (9, 12)]
@@ -165,3 +167,15 @@ def test_wrong_labels_are_learnt_by_heart_and_forgotten_by_the_reference():
 def test_other_condensations_forget_too(plan):
     here = setting(*FAST)
     forgets(here.after(condense(*here.given, plan=plan, seed=FAST[1])), here.goal, margin=6.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"{PUBLISHED} is not there")
+def test_a_class_of_mnist_is_forgotten():
+    splits, task = class_splits(mnist5k(PUBLISHED / "mnist5k"), 4, train=1500, seed=10), Task()
+    both = splits.retain + splits.forget
+    original = train(small_cnn(both, width=8, seed=10), task, both, epochs=5, seed=10)
+    assert task.accuracy(original, splits.forget) >= 0.9
+    for delta in (relabel(original, task, splits, seed=10), condense(original, task, splits, seed=10)):
+        edited = apply(delta, original)
+        assert task.accuracy(edited, splits.forget) <= 0.05 and task.accuracy(edited, splits.test) >= 0.85

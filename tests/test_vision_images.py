@@ -252,6 +252,17 @@ def test_training_copies_and_repeats():
     )
 
 
+def test_parameters_that_take_no_gradient_do_not_learn():
+    found = request()
+    model, task = original(found, epochs=1)
+    model.beginning.requires_grad_(False)
+    trained = train(model, task, found.retain, epochs=1)
+    assert torch.equal(trained.beginning[0].weight, model.beginning[0].weight)
+    assert not torch.equal(trained.final.weight, model.final.weight) and not trained.beginning[0].weight.requires_grad
+    with pytest.raises(ArgumentError, match="nothing in beginning can learn: 2 parameters"):
+        train(model, task, found.retain, epochs=1, parts=["beginning"])
+
+
 def test_what_a_model_was_trained_on_is_known():
     found = request()
     model, task = original(found, epochs=1)

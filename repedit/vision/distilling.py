@@ -70,8 +70,8 @@ def salun(
 ) -> Delta:
     """Relabel the forget images, and let only those weights move on which the forget loss depends most.
 
-    A weight moves if its |dL_f/dw| is above the percentile of all weights; the others, and buffers outside of train mode,
-    keep their bits.
+    A weight moves if its |dL_f/dw| is above the percentile of all weights; the others keep their bits. Statistics of
+    BatchNorm follow the data.
 
     Raises:
         ArgumentError: if the percentile is not in [0, 100). TrainingError: if a loss is not finite.

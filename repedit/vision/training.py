@@ -61,10 +61,19 @@ def seen_by(images: Images) -> frozenset[int]:
 
 
 def adam(model: nn.Module, task: Task, parts: Sequence[str] | None, lr: float) -> torch.optim.Adam:
-    """Adam over the parameters of some parts and no others."""
+    """Adam over the parameters of some parts and no others.
+
+    Raises:
+        ArgumentError: if the rate is not above 0, or none of the parameters can learn.
+    """
     if not lr > 0:
         raise ArgumentError(f"lr={lr}; give a learning rate above 0")
-    return torch.optim.Adam([p for m in task.modules(model, parts or PARTS) for p in m.parameters()], lr=lr)
+    held = [p for m in task.modules(model, parts or PARTS) for p in m.parameters()]
+    if not any(p.requires_grad for p in held):
+        raise ArgumentError(
+            f"nothing in {', '.join(parts or PARTS)} can learn: {len(held)} parameters, none of which requires a gradient"
+        )
+    return torch.optim.Adam(held, lr=lr)
 
 
 def cross_entropy(model: nn.Module, images: Images) -> Tensor:
@@ -116,14 +125,17 @@ def descend(
 
 @contextmanager
 def learning(model: nn.Module, task: Task, parts: Sequence[str] | None, seed: int) -> Iterator[None]:
-    """Train mode and gradients for some parts only, with the global generator forked; eval mode everywhere on leaving."""
+    """Train mode and gradients for some parts only, with the global generator forked; eval mode everywhere on leaving.
+
+    A parameter that did not require a gradient before does not learn.
+    """
     active = {m for top in task.modules(model, parts or PARTS) for m in top.modules()}
     wanted = {p: p.requires_grad for p in model.parameters()}
     model.eval().requires_grad_(False)
     for module in active:
         module.training = True
         for p in module.parameters(recurse=False):
-            p.requires_grad_(True)
+            p.requires_grad_(wanted[p])
     if parts is None:
         model.training = True
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
