@@ -31,7 +31,8 @@ MARGINS = {
 }  # fmt: skip
 """The same by name, for a report."""
 # Digits, four classes, five retrainings each: 10 and 12 of 80 ordered pairs lie more than .20 apart, in two draws of T.
-# With three retrained models and their median 0 and 1 of 40 do, and every relabelled and condensed model still does.
+# With two and their mean one in ten does; with three and their median 0 and 1 of 40, and every relabelled and condensed
+# model still does.
 ONE = "with one, the relearn values of two retrainings lie more than 0.20 apart in one case of eight"
 """Why a relearn value wants several retrained models; measured on digits, one class forgotten."""
 
