@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from repedit.arch import Specs, TensorSpec, View
 from repedit.delta import Delta
@@ -29,7 +30,7 @@ def by_name(stages: Sequence[object], specs: Specs, any_model: bool) -> Plan:
             )
         start = {} if any_model else stage.provenance.get("start", {})
         for name, value in stage.tensors.items():
-            if name in stage.provenance.get("added", ()) and name not in specs:
+            if name in _brought(stage.provenance) and name not in specs:
                 weight = specs.get(f"{name.removesuffix('.bias')}.weight")
                 added[name] = TensorSpec(tuple(value.shape), weight.dtype if weight else value.dtype)
             found = specs.get(name) or added.get(name)
@@ -47,3 +48,8 @@ def by_name(stages: Sequence[object], specs: Specs, any_model: bool) -> Plan:
     records = [{k: v for k, v in s.provenance.items() if k != "start"} for s in stages if isinstance(s, Delta)]
     made = records[0] if len(records) == 1 else {"method": "composition", "parents": records}
     return Plan({name: tuple(ops) for name, ops in operations.items()}, {}, "live", added=added, provenance=made)
+
+
+def _brought(provenance: Mapping[str, Any]) -> set[str]:
+    """Names of the tensors that a delta, or one it was combined from, adds to the model."""
+    return set(provenance.get("added", ())).union(*(_brought(parent) for parent in provenance.get("parents", ())))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from repedit.errors import ArgumentError, DataError, ShapeError, UnknownName
+from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, UnknownName
 from repedit.vision import (
     PUBLISHED,
     Condense,
@@ -103,6 +103,14 @@ def test_many_buckets_are_solved_in_parts(setting, monkeypatch):
     parts, again = matched(model, task, splits.retain, ids, steps=5)
     torch.testing.assert_close(parts.x, whole.x, rtol=0, atol=1e-5)
     torch.testing.assert_close(again, loss, rtol=1e-4, atol=0)
+
+
+def test_matching_that_diverges_is_refused(setting):
+    model, task, splits = setting
+    with pytest.raises(
+        TrainingError, match=r"step \d+: the loss of feature matching is (nan|inf) at lr 1e\+30; lower lr"
+    ):
+        matched(model, task, splits.retain, buckets(model, task, splits.retain, 2), lr=1e30)
 
 
 def test_simplex_weights_keep_the_range_of_pixels(setting):

@@ -140,6 +140,8 @@ def test_an_absent_bias_is_added_and_listed():
     model = reading(LAYERS["no bias"](), 5, torch.float64)
     delta = fold(model, "place", maps(5)["centred"])
     assert delta.provenance["added"] == ["place.bias"] and apply(delta, model).place.bias is not None
+    half = apply(delta * 0.5, model)
+    torch.testing.assert_close(2 * half.place.bias, apply(delta, model).place.bias)
     assert model.place.bias is None and "added" not in fold(model, "place", maps(5)["low rank"]).provenance
 
 

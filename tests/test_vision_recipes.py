@@ -79,7 +79,7 @@ def differs_exactly(model, task, splits):
     delta = difference(model, trained, {"method": "test"})
     found, expected = tensors_of(apply(delta, model)), tensors_of(trained)
     for name, value in expected.items():
-        assert torch.equal(found[name], value) or float((found[name] - value).abs().max()) <= 1.2e-7 * float(
+        assert torch.equal(found[name], value) or float((found[name] - value).detach().abs().max()) <= 1.2e-7 * float(
             value.abs().max()
         ), name
     return delta
@@ -262,6 +262,8 @@ def test_drawing_that_cannot_be_done_is_refused(setting):
         multi_gan(model, task, replace(splits, forget=splits.forget[slice(0, 4)]))
     with pytest.raises(ArgumentError, match=r"synthetic=-1\.0; give 0 or more"):
         multi_gan(model, task, splits, synthetic=-1.0)
+    with pytest.raises(ArgumentError, match="gans has test; give a generator for retain and one for forget"):
+        multi_gan(model, task, splits, gans={"test": train_gan(splits.test, QUICK)})
     with pytest.raises(
         ArgumentError, match="images are 20x20; generators are made for sizes up to 16x16, and for 28x28 and 32x32"
     ):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from repedit.errors import TrainingError
 from repedit.vision.task import BATCH, Images, Task
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ def matched(
     Args:
         weights: "free", any real number, so pixels may leave [0, 1]; "simplex", the softmax of free numbers within a
             bucket, which keeps them there.
+    Raises:
+        TrainingError: if the loss is not finite; no image is returned.
     Reference: Khan 2024, arXiv:2402.00195 (free weights).
     """
     phi = frozen(model)
@@ -109,6 +112,10 @@ def matched(
             loss = (target[first : first + BATCH] - task.phi(phi, part)).square().sum()
             loss.backward()
             losses[step] += float(loss.detach())
+        if not bool(torch.isfinite(losses[step])):
+            raise TrainingError(
+                f"step {step}: the loss of feature matching is {float(losses[step])} at lr {lr:g}; lower lr"
+            )
         # A bucket of one image is matched by it; its gradient is rounding, which Adam would blow up to steps of lr.
         free.grad[alone] = 0  # type: ignore[index]
         optimiser.step()

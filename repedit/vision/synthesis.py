@@ -119,6 +119,8 @@ def multi_gan(
     """
     if not 0 <= synthetic < math.inf:
         raise ArgumentError(f"synthetic={synthetic}; give 0 or more drawn images for each of the usual number")
+    if gans is not None and set(gans) != set(SETS):
+        raise ArgumentError(f"gans has {', '.join(gans) or 'no keys'}; give a generator for retain and one for forget")
     begin = perf_counter()
     counts = {"retain": round(synthetic * len(splits.retain) / 4), "forget": round(synthetic * len(splits.forget))}
     planned = splits
