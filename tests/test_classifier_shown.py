@@ -27,6 +27,7 @@ from repedit.walkthrough.classifying import AGAIN, COLUMNS, RECIPES, Setting
 from tests.classifiers import drawn
 from tests.test_classifier_audit import made, report
 from tests.test_plot import laid_out, outside, overlapping
+from tests.test_public import loaded_by
 
 TINY = Setting(lambda images, seed: small_cnn(images, width=6, hidden=24, seed=seed), train=150, remember=20, epochs=3, lr=5e-3, tuned=1, k=2)  # fmt: skip
 
@@ -215,3 +216,8 @@ def test_the_demo_as_json_is_the_same_twice(monkeypatch):
         for name, row in found["recipes"].items():
             other = second[request]["recipes"][name]
             assert row["verdict"] == other["verdict"] and str(row["gaps"]) == str(other["gaps"])
+
+
+def test_help_of_the_demo_imports_no_torch():
+    code = "from typer.testing import CliRunner\nfrom repedit.cli import app\nassert CliRunner().invoke(app, ['vision', 'demo', '--help']).exit_code == 0"
+    assert loaded_by(code) == set()

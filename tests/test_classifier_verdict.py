@@ -92,6 +92,12 @@ def test_a_broken_model_that_no_attack_can_tell_is_destroyed():
     assert abs(told.edited - 0.5) < 0.05 and judged(wrecked).word == DESTROYED
 
 
+def test_a_model_as_bad_as_the_original_is_not_said_to_be_damaged_by_the_edit():
+    worse = replace(ORIGINAL, test=0.9)
+    assert "as the original is" in judged(measured(test=0.89), original=worse).sentence
+    assert "damaged, not edited" in judged(measured(test=0.89)).sentence
+
+
 def test_the_first_rule_that_matches_wins():
     everything = measured(1.5, forget=0.9, retain=0.1, relearned=EASY + 0.1)
     assert judged(everything).word == DESTROYED

@@ -76,7 +76,12 @@ def _destroyed(known: Mapping[str, Gap]) -> Verdict | None:
     worst = min((known[RETAIN], known[TEST]), key=lambda gap: gap.value)
     if not _below(worst.value, -DAMAGE):
         return None
-    return Verdict(DESTROYED, "DESTROYED: the model is damaged, not edited.", f"{_words(worst)} < {-DAMAGE}")
+    # Wrong labels harm the original itself: a model that still knows them is as bad, and was not made so by the edit.
+    before = _below(worst.original - worst.reference, -DAMAGE)
+    sentence = (
+        "the model is worse than a retrained one, as the original is" if before else "the model is damaged, not edited"
+    )
+    return Verdict(DESTROYED, f"DESTROYED: {sentence}.", f"{_words(worst)} < {-DAMAGE}; original {worst.original:.3f}")
 
 
 def _known(forget: Gap) -> Verdict | None:
