@@ -92,8 +92,10 @@ def draw(data: str, seed: int) -> None:
     for request in (f"class:{CLASSES[0]}", "mislabelled:0.1"):
         found, kind = forget_images(request, data, seed=seed), request.partition(":")[0]
         drawn[f"gap_{kind}"] = plot.gap(found.reports)
-        drawn[f"membership_{kind}"] = plot.membership(found.reports["finetune"])
-        drawn[f"relearning_{kind}"] = plot.relearning(found.reports["relabel"])
+        if kind == "class":
+            drawn["relearning"] = plot.relearning(found.reports["relabel"])
+        else:
+            drawn["membership"] = plot.membership(found.reports["finetune"])
         if kind == "class" and data == "digits":
             plan = vision.Condense(k=10)
             drawn["condensed"] = plot.condensed(

@@ -1,6 +1,9 @@
 """What forgetting and its audit do on digits: a class, and wrong labels that only memory can explain.
 
-The seeds and classes are none that the margins were set on. A fast run has one of each, the slow ones three.
+The seeds and classes are none that the margins were proposed on. A fast run has one of each, the slow ones three; five are in
+bench/results/vision-digits-*.json. One bar moved: a relearn value beside one retrained model, or the mean of two, calls every
+eighth or tenth retraining hidden (two retrainings of one class differ by up to .57), so a class is judged beside the median of
+three. The others hold as they were proposed; where they were met by far the measured numbers stand beside them.
 """
 
 from __future__ import annotations
@@ -104,6 +107,30 @@ def test_the_class_comes_back_two_epochs_before_a_retrained_model_learns_it(seed
 def test_one_more_retrained_model_passes(seed, label):
     recipes = ("relabel", "condense") if label is not None else ("finetune", "ascend", "relabel")
     assert audits(seed, label, *recipes)[AGAIN].verdict.word == PASS
+
+
+EVERY = [pytest.param(20, 6, marks=SLOW), *CLASSES[1:]]
+
+
+@pytest.mark.parametrize(("seed", "label"), EVERY)
+def test_synthetic_images_do_no_harm_and_no_good(seed, label):
+    # Forget 0 on five classes, as relabelling without them; 0 to 25.4 % on the four classes of the proposal.
+    found = gaps(audits(seed, label, "multi_gan", "erase_class", "finetune")["multi_gan"])
+    assert found[FORGET].edited <= 0.4 and found[TEST].value >= -0.03
+
+
+@pytest.mark.parametrize(("seed", "label"), EVERY)
+def test_an_erased_class_leaves_the_others_as_they_were(seed, label):
+    found = gaps(audits(seed, label, "multi_gan", "erase_class", "finetune")["erase_class"])
+    assert all(abs(found[name].edited - found[name].original) <= 0.03 for name in (RETAIN, TEST))
+    # It fell by 92 to 100 points on five classes.
+    assert found[FORGET].original - found[FORGET].edited >= 0.25
+
+
+@pytest.mark.parametrize(("seed", "label"), EVERY)
+def test_fine_tuning_does_not_pass_while_it_names_the_class(seed, label):
+    found = audits(seed, label, "multi_gan", "erase_class", "finetune")["finetune"]
+    assert gaps(found)[FORGET].edited <= 0.05 or found.verdict.word != PASS
 
 
 @pytest.mark.parametrize("seed", SEEDS)
