@@ -41,8 +41,17 @@ def record(name: str, rows: list[dict[str, Any]], *, module: str | None = None, 
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(_strict(content), indent=1, sort_keys=True, allow_nan=False) + "\n")
     return path
+
+
+def _strict(value: Any) -> Any:
+    """The value as JSON knows it: what is not a number is null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _processor() -> str:
