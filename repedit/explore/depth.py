@@ -22,6 +22,12 @@ from repedit.sites import Site
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """What the slider offers to prune."""
+SVG = 6000
+"""Up to so many points are drawn as SVG, which needs no WebGL."""
+HOVER = (
+    "<b>%{text}, neuron %{customdata[0]}</b><br>score %{y:.4g}, rank %{customdata[1]:,}<br>%{hovertext}<extra></extra>"
+)
+MARKER = {"size": 4.5, "colorscale": "PuOr", "reversescale": True, "line": {"width": 0.4, "color": "#777"}}
 
 
 def neurons(
@@ -55,19 +61,19 @@ def neurons(
     layers = sorted({site.layer for site in cloud.sites})
     scale = SCALES[next(iter(scores.values())).combine]
     middle, far = scale.neutral(cloud.shown), reach(scale, cloud.shown)
+    colour = cloud.shown[shown].astype(np.float32)
     figure = go.Figure(
-        (go.Scattergl if len(shown) > 6000 else go.Scatter)(
+        (go.Scattergl if len(shown) > SVG else go.Scatter)(
             x=cloud.depth[shown].astype(np.float32),
-            y=cloud.shown[shown].astype(np.float32),
+            y=colour,
             customdata=np.stack([cloud.index[shown], cloud.rank[shown]], 1).astype(np.int32),
             text=[str(cloud.sites[i]) for i in cloud.site[shown]],
             hovertext=texts_of,
             mode="markers",
-            hovertemplate="<b>%{text}, neuron %{customdata[0]}</b><br>score %{y:.4g}, rank %{customdata[1]:,}<br>%{hovertext}<extra></extra>",
-            marker={"size": 4.5, "color": cloud.shown[shown].astype(np.float32), "colorscale": "PuOr", "reversescale": True,
-                    "cmin": middle - far, "cmax": middle + far, "line": {"width": 0.4, "color": "#777"}},
+            hovertemplate=HOVER,
+            marker=MARKER | {"color": colour, "cmin": middle - far, "cmax": middle + far},
         )
-    )  # fmt: skip
+    )
     figure.update_layout(
         **LAYOUT,
         title={"text": _title(scores, len(shown), cloud), "font": {"size": 14}},
