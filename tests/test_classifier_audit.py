@@ -149,6 +149,13 @@ def test_relearning_on_what_it_asks_is_caught(monkeypatch):
         check_relearning(m.splits, seen, relearn(m.edited, m.task, m.splits))
 
 
+def test_no_more_than_64_images_are_relearnt_and_the_rest_is_asked():
+    whole = rp.vision.digits()[slice(0, 300)]
+    train_on, asked = halves(whole, 0)
+    assert (len(train_on), len(asked)) == (64, 236) and not set(train_on.index.tolist()) & set(asked.index.tolist())
+    assert [len(part) for part in halves(whole[slice(0, 9)], 0)] == [4, 5]
+
+
 def test_relearning_depends_on_its_seed_alone():
     m = made()
     first, again, other = (relearn(m.edited, m.task, m.splits, seed=seed) for seed in (1, 1, 2))

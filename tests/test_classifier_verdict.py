@@ -161,6 +161,20 @@ def test_no_pass_where_the_original_passes_too():
     assert found.word == INVALID and "nothing to forget" in found.sentence
 
 
+def test_no_pass_by_attacks_that_do_not_find_the_original_either():
+    """A class that every model learns at once: the original is no better known, so a recipe's pass would be worth nothing."""
+    quick = np.full(10, 0.93)
+    knows = replace(ORIGINAL, members=scores(0.0, FORGOTTEN, 9), relearned=quick + 0.06)
+    models = [measured(relearned=quick + 0.05), knows, measured(relearned=quick, seed=2)]
+    found = verdict(gaps(models[0], models[1], models[2:], draws=100), OTHERS)
+    assert (
+        found.word == INCONCLUSIVE
+        and "neither attack tells even the original" in found.rule
+        and "fewer images" in found.settle
+    )
+    assert judged(models[0], models[2]).word == PASS
+
+
 def test_the_number_that_would_settle_it():
     few = slice(0, 25)
     cut = [replace(m, members=m.members[few], others=m.others[few]) for m in (measured(0.42), ORIGINAL, RETRAINED)]

@@ -163,12 +163,13 @@ def _attacked(model: nn.Module, task: Task, splits: ImageSplits, relearn: bool, 
 def _measured(model: nn.Module, task: Task, splits: ImageSplits, found: Sequence[Finding]) -> Measured:
     by_name = {finding.attack: finding for finding in found}
     members, others = sides(by_name["membership"])
-    more: dict[str, Any] = {"relearned": relearned(by_name[RELEARN])} if RELEARN in by_name else {}
+    learnt = by_name.get(RELEARN)
+    more: dict[str, Any] = {} if learnt is None else {"relearned": relearned(learnt)}
     forget, retain, test = (task.accuracy(model, images) for images in (splits.forget, splits.retain, splits.test))
     return Measured(
         forget, retain, test, members, others,
         rounded={s: (float(by_name[s].correct.mean()), float(by_name[s].details["test"])) for s in SCHEMES},
-        sizes={"retain": len(splits.retain), "test": len(splits.test), "V": len(splits.forget) - len(splits.forget) // 2}, **more,
+        sizes={"retain": len(splits.retain), "test": len(splits.test), "V": len(learnt.items) if learnt else 0}, **more,
     )  # fmt: skip
 
 

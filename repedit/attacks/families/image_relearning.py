@@ -17,6 +17,9 @@ from repedit.vision.task import Images, ImageSplits, Task
 from repedit.vision.training import adam, descend, generator, learning
 
 NAME = "relearn"
+MOST = 64
+"""Images of T. With 175 of them (MNIST, a class of 3500 images) a retrained model learns the class as fast as the original
+remembers it, .93 against 1.00, and nothing could be found; with 60 (digits) it is .5 against 1.00."""
 
 
 def relearn(
@@ -29,7 +32,7 @@ def relearn(
     batch: int = 64,
     seed: int = 0,
 ) -> Finding:
-    """Fine-tune on T and ask V after every epoch; T and V are halves of the forget set.
+    """Fine-tune on T and ask V after every epoch; T is half of the forget set, at most 64 images, and V the rest.
 
     T comes with twice as many retain images, which keeps the model from collapsing onto the forget labels. Setting
     "epoch=0" is the model as it is. The same seed draws the same halves and the same order for every model; the model
@@ -69,7 +72,7 @@ def relearned(finding: Finding) -> Values:
 
 
 def halves(forget: Images, seed: int) -> tuple[Images, Images]:
-    """T and V: the forget images halved by a seeded draw.
+    """T and V: the forget images halved by a seeded draw, with at most `MOST` in T.
 
     Raises:
         NotEnoughRows: if there are fewer than four.
@@ -78,5 +81,5 @@ def halves(forget: Images, seed: int) -> tuple[Images, Images]:
         raise NotEnoughRows(
             f"{len(forget)} forget images; relearning needs two to train on and two to ask, or relearn=False"
         )
-    order = torch.randperm(len(forget), generator=generator(seed))
-    return forget[order[: len(forget) // 2]], forget[order[len(forget) // 2 :]]
+    order, count = torch.randperm(len(forget), generator=generator(seed)), min(len(forget) // 2, MOST)
+    return forget[order[:count]], forget[order[count:]]

@@ -42,9 +42,9 @@ def verdict(found: Sequence[Gap], others: int = 0) -> Verdict:
 
     DESTROYED: retain or test accuracy < -.05. NOT FORGOTTEN: forget accuracy > .10. HIDDEN: the lower end of the AUC's
     gap > .05, the relearn value > .20, or forget accuracy of the rounded model > .10. OVER-FORGOTTEN: the upper end of
-    the AUC's gap < -.05. NO RECOVERY FOUND: |AUC's gap| <= .10 and |forget accuracy's gap| <= .05, and relearning was
-    done; INVALID in its place where the original passes as well, so that nothing was there to forget. INCONCLUSIVE:
-    anything else. A value that lies among those of several retrained models is neither HIDDEN nor OVER-FORGOTTEN.
+    the AUC's gap < -.05. NO RECOVERY FOUND: |AUC's gap| <= .10 and |forget accuracy's gap| <= .05, relearning was done,
+    and it or the AUC tells the original from the retrained models; INVALID in its place where the original passes as
+    well, so that nothing was there to forget. INCONCLUSIVE: anything else. A value that lies among those of several retrained models is neither HIDDEN nor OVER-FORGOTTEN.
 
     Args:
         found: what `gaps` gives.
@@ -134,7 +134,15 @@ def _passed(known: Mapping[str, Gap]) -> Verdict | None:
             f"AUC {told.original:.3f} and forget accuracy {forget.original:.3f} of the original pass as well",
             "forget images that the original knows better than unseen ones",
         )  # fmt: skip
+    if _powerless(known):
+        return None
     return Verdict(PASS, "NO RECOVERY FOUND: by membership, relearning and rounding, beside a retrained model.", rule)
+
+
+def _powerless(known: Mapping[str, Gap]) -> bool:
+    """Whether the attacks do not even tell the original, which knows the images, from the retrained models."""
+    told, relearn = known[AUC], known[RELEARN]
+    return _near(told.original - told.reference, CLOSE) and not _below(RELEARNED, relearn.original - relearn.reference)
 
 
 def _open(known: Mapping[str, Gap], others: int) -> Verdict:
@@ -155,6 +163,12 @@ def _open(known: Mapping[str, Gap], others: int) -> Verdict:
     if RELEARN not in known:
         reasons.append("relearning was not tried")
         settle.append("relearn=True")
+    elif _powerless(known):
+        reasons.append(
+            f"neither attack tells even the original from the retrained models (AUC {told.original:.3f}, relearn "
+            f"{known[RELEARN].original:.3f} against {known[RELEARN].reference:.3f}), so that nothing was found means nothing"
+        )
+        settle.append("relearning that a retrained model does more slowly: fewer images, or steps")
     return Verdict(INCONCLUSIVE, "INCONCLUSIVE: the question stays open.", "; ".join(reasons), "; ".join(settle))
 
 
