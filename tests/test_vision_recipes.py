@@ -80,7 +80,7 @@ def differs_exactly(model, task, splits):
     found, expected = tensors_of(apply(delta, model)), tensors_of(trained)
     for name, value in expected.items():
         assert torch.equal(found[name], value) or float((found[name] - value).detach().abs().max()) <= 1.2e-7 * float(
-            value.abs().max()
+            value.detach().abs().max()
         ), name
     return delta
 
