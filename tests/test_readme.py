@@ -108,6 +108,11 @@ def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
         assert (tmp_path / "audit" / name).exists()
 
 
+def test_the_example_of_images_runs(capsys):
+    exec(BLOCKS[7], {"rp": rp})
+    assert "HIDDEN" in capsys.readouterr().out
+
+
 def test_the_first_example_is_fifteen_lines():
     assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 15
 
