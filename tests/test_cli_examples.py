@@ -14,6 +14,7 @@ from repedit.cli import examples
 from repedit.data import BUILTIN, DOMAINS
 from repedit.fetching import DEFAULT
 from repedit.gradient.recipes import named
+from repedit.walkthrough.classifying import RECIPES
 
 COMMANDS = cli.verbs()
 WORDS = ("PASS", "HIDDEN", "NOT_FORGOTTEN", "INCONCLUSIVE", "INVALID", "DESTROYED", "UNSOUND")
@@ -40,7 +41,9 @@ def test_an_example_parses_and_its_names_exist(verb):
     for key in ("facts", "forget", "retain", "text"):
         for name in given[key] if isinstance(given.get(key), list) else (given.get(key) or "").split(","):
             assert name.split(":")[0] in ("", "class", "mislabelled", *BUILTIN, *DOMAINS)
-    if "recipe" in given:
+    if verb == "vision demo":
+        assert set(given["recipe"]) <= set(RECIPES)
+    elif "recipe" in given:
         assert named(given["recipe"])
 
 
