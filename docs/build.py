@@ -1,169 +1,118 @@
-"""Write the reference: `python -m docs.build [folder]`; build/docs by default, where no file of it is kept by git."""
+"""Write the reference with pdoc: `python -m docs.build [folder]`; build/docs by default, where no file of it is kept by git."""
 
 from __future__ import annotations
 
-import html
+import ast
+import inspect
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+import warnings
 from pathlib import Path
+from types import ModuleType
+
+import pdoc.search
+from jinja2 import pass_context
+from jinja2.runtime import Context
+from markupsafe import Markup, escape
+from pdoc.doc import Module
+from pdoc.render import env
+from pdoc.render_helpers import link, linkify
 
 import repedit as rp
-from docs import groups, verbs
-from docs.groups import Page
-from docs.prose import Linked, inline, rendered, signature
-from docs.reading import Entry, entry, first_sentence
 from repedit import cli
+from repedit.cli.examples import EXAMPLES, codes
 
-VERBS = "command-line"
-START = """import repedit as rp
-
-lm = rp.load("smollm2-135m")
-scores = rp.score(rp.collect(lm, rp.data.code()), rp.collect(lm, rp.data.prose()))
-edit = rp.prune(scores, fraction=0.05)
-rp.export(edit, source=lm, target="edited/")"""
-
-
-def build(folder: Path) -> list[Path]:
-    """Every page, written to a folder that is made anew; returns their paths."""
-    pages = groups.pages()
-    entries = {page.slug: [entry(name, getattr(page.home, name), page.home) for name in page.names] for page in pages}
-    places = _places(pages, entries)
-    written = {"index": _index(pages, entries, places)}
-    for page in pages:
-        written[page.slug] = _page(page, entries[page.slug], places, pages)
-    linked = _linked(places, VERBS, "rp")
-    body = "".join(verbs.verb(name, command, linked) for name, command in cli.verbs().items())
-    written[VERBS] = f"<h1>Command line</h1>{_verb_list()}{body}"
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    shutil.copy(Path(__file__).with_name("style.css"), folder)
-    for slug, text in written.items():
-        (folder / f"{slug}.html").write_text(_whole(slug, text, pages), encoding="utf-8")
-    return sorted(folder.glob("*.html"))
+TASKS = {
+    "load": "Load a model", "Site": "Places, maps and statistics", "collect": "Look at what is inside",
+    "score": "Score and prune neurons", "Edit": "Edit: unlearn and project", "apply": "Rewrite weights and export",
+    "compare": "Measure", "audit": "Audit what is left", "check_architecture": "Architectures",
+}  # fmt: skip
+"""The name that begins each group of the first page, and the heading above it."""
+_SECTION = re.compile(r"^(Args|Raises|Warns|Returns|Yields|Example|Reference):", re.MULTILINE)
+_DOT = '</span><span class="o">.</span><span class="n">'
+_NAME = re.compile(r"\brp(?:\.\w+)+|(?<=<code>)\w+(?=</code>|\()|\b[A-Z]+[a-z]\w*[A-Z]\w*\b")
 
 
-def _places(pages: list[Page], entries: Mapping[str, list[Entry]]) -> dict[str, str]:
-    """Dotted name -> page and anchor, of every name, member, room and verb."""
-    found = {f"repedit {name}": f"{VERBS}.html#{name}" for name in cli.verbs()}
-    for page in pages:
-        if page.room:
-            found[page.prefix] = f"{page.slug}.html"
-        for shown in entries[page.slug]:
-            found[f"{page.prefix}.{shown.name}"] = f"{page.slug}.html#{shown.name}"
-            found |= {
-                f"{page.prefix}.{shown.name}.{m.name}": f"{page.slug}.html#{shown.name}.{m.name}" for m in shown.members
-            }
+def build(folder: Path) -> dict[str, Module]:
+    """Every page, in a folder that is made anew; returns the modules that have one, by name."""
+    modules = {room.__name__: documented(room) for room in rooms(rp)}
+    members = [(module.modulename, doc) for module in modules.values() for doc in module.members.values()]
+    kinds = {".".join(doc.taken_from): f"{home}.{doc.name}" for home, doc in reversed(members)}
+    warnings.filterwarnings(
+        "ignore", "Error parsing type annotation Bool"
+    )  # pdoc shows jaxtyping's "..." as it is written
+    pdoc.render.configure(show_source=False, template_directory=Path(__file__).with_name("templates"))
+    env.filters |= {"literal": literal, "linkify": linked}
+    env.globals.update(tasks=TASKS, verbs=cli.verbs(), examples=EXAMPLES, codes=codes, version=rp.__version__)
+    env.globals.update(kinds=kinds, spots=spots(modules))
+    pages = {name.replace(".", "/"): pdoc.render.html_module(module, modules) for name, module in modules.items()}
+    pages["index"] = pdoc.render.html_index(modules)
+    beside = Module(ModuleType("command-line"))
+    pages["command-line"] = env.get_template("verbs.html.jinja2").render(module=beside, all_modules=modules)
+    shutil.rmtree(folder, ignore_errors=True)
+    for slug, text in pages.items():
+        (folder / slug).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{slug}.html").write_text(text, encoding="utf-8")
+    pdoc.search.to_html = lambda text: str(escape(text))  # the results of a search show docstrings as they are, too
+    (folder / "search.js").write_text(pdoc.render.search_index(modules), encoding="utf-8")
+    return modules
+
+
+def rooms(module: ModuleType) -> list[ModuleType]:
+    """A module and those it lists, and theirs; every lazy name is put where pdoc looks for it."""
+    values = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
+    vars(module).update(values)
+    return [module, *(room for value in values.values() if isinstance(value, ModuleType) for room in rooms(value))]
+
+
+def documented(room: ModuleType) -> Module:
+    """A module whose values have their docstrings, which pdoc does not find where they are imported from elsewhere."""
+    module = Module(room)
+    for node in ast.parse(inspect.getsource(room)).body:
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            doc = module.members.get(alias.asname or alias.name)
+            if doc is not None and doc.kind == "variable" and not doc.docstring:
+                doc.docstring = documented(sys.modules[str(node.module)]).members[alias.name].docstring
+    return module
+
+
+def spots(modules: dict[str, Module]) -> dict[str, tuple[str, str]]:
+    """What docstrings call a thing -> its module and name there; first names and errors go without rp. as well."""
+    found = {}
+    for home, module in modules.items():
+        shown = home.replace("repedit", "rp", 1).replace("gradient.", "")
+        found[shown] = (home, "")
+        for doc in module.members.values():
+            found[f"{shown}.{doc.name}"] = (home, doc.name)
+            if home in ("repedit", "repedit.errors"):
+                found[doc.name] = (home, doc.name)
     return found
 
 
-def _linked(places: Mapping[str, str], slug: str, prefix: str) -> Linked:
-    """What a name on one page stands for: a name of that page's room, or of rp."""
+@pass_context
+def literal(context: Context, text: str, namespace: str = "") -> Markup:
+    """Text of a docstring as it is written, since * and _ are formulas in ours; code, sections and names are marked."""
+    module: Module = context["module"]
+    own = {*module.members, *getattr(module.get(namespace.partition(".")[0]), "members", ())}
 
-    def place(text: str) -> str | None:
-        words = text.split()
-        if words[:1] == ["repedit"] and len(words) > 1:
-            return places.get(f"repedit {words[1]}")
-        name = re.sub(r"\(.*", "", text).removeprefix("repedit.").removeprefix("rp.").strip()
-        found = places.get(f"{prefix}.{name}") or places.get(f"rp.{name}") or places.get(f"rp.errors.{name}")
-        return found.removeprefix(f"{slug}.html") if found and "#" in found else found
+    def known(match: re.Match[str]) -> str:
+        word, spot = match[0], context["spots"].get(match[0])
+        return word if spot is None or word in own else str(link(context, spot, word))
 
-    return place
-
-
-def _page(page: Page, shown: list[Entry], places: Mapping[str, str], pages: list[Page]) -> str:
-    linked = _linked(places, page.slug, page.prefix)
-    opening = rendered((page.module.__doc__ or "").strip(), linked) if page.module is not None else ""
-    inside = [other for other in pages if page.room and other.prefix.rpartition(".")[0] == page.prefix]
-    rows = "".join(_room(room, linked) for room in inside)
-    if len(shown) > 1:
-        rows += "".join(_line(e, f"#{e.name}", e.name, linked) for e in shown)
-    overview = f'<table class="overview">{rows}</table>' if rows else ""
-    body = "\n".join(_entry(e, page.prefix, linked) for e in shown)
-    return f"<h1>{_title(page)}</h1>{opening}{overview}{body}"
+    marked = re.sub(r"`+([^`]+)`+", r"<code>\1</code>", _SECTION.sub(r"<b>\1</b>", str(escape(text))))
+    return Markup(linkify(context, _NAME.sub(known, marked), namespace, False))
 
 
-def _index(pages: list[Page], entries: Mapping[str, list[Entry]], places: Mapping[str, str]) -> str:
-    linked = _linked(places, "index", "rp")
-    found = [
-        f"<h1>repedit {rp.__version__}</h1>",
-        rendered(rp.__doc__ or "", linked),
-        f"<pre>{html.escape(START)}</pre>",
-    ]
-    for page in pages:
-        if page.room:
-            continue
-        rows = "".join(_line(e, f"{page.slug}.html#{e.name}", f"rp.{e.name}", linked) for e in entries[page.slug])
-        found.append(f'<h2><a href="{page.slug}.html">{page.title}</a></h2><table class="overview">{rows}</table>')
-    rows = "".join(_room(page, linked) for page in pages if page.room)
-    found.append(
-        f'<h2>Rooms</h2><table class="overview">{rows}</table><h2><a href="{VERBS}.html">Command line</a></h2>'
-    )
-    return "\n".join([*found, _verb_list(f"{VERBS}.html")])
-
-
-def _room(page: Page, linked: Linked) -> str:
-    """A room with its first sentence."""
-    text = inline(first_sentence((page.home.__doc__ or "").strip()), linked)
-    return f'<tr><td><a href="{page.slug}.html"><code>{page.prefix}</code></a></td><td>{text}</td></tr>'
-
-
-def _verb_list(file: str = "") -> str:
-    rows = "".join(
-        f'<tr><td><a href="{file}#{name}"><code>{name}</code></a></td><td>{html.escape(verbs.summary(command))}</td></tr>'
-        for name, command in cli.verbs().items()
-    )
-    return f'<table class="overview">{rows}</table>'
-
-
-def _line(shown: Entry, place: str, name: str, linked: Linked) -> str:
-    return f'<tr><td><a href="{place}"><code>{name}</code></a></td><td>{inline(shown.summary, linked)}</td></tr>'
-
-
-def _entry(shown: Entry, prefix: str, linked: Linked) -> str:
-    members = "\n".join(_member(shown.name, m, linked) for m in shown.members)
-    return f"""<section class="entry" id="{shown.name}">
-<h3><a href="#{shown.name}"><span class="prefix">{prefix}.</span>{shown.name}</a> <span class="kind">{shown.kind}</span></h3>
-<pre class="signature"><b>{shown.name}</b>{signature(shown.signature, linked)}</pre>
-{rendered(shown.text, linked)}
-{f'<div class="members">{members}</div>' if members else ""}
-</section>"""
-
-
-def _member(owner: str, shown: Entry, linked: Linked) -> str:
-    name = f"{owner}.{shown.name}"
-    return f"""<div class="member" id="{name}">
-<pre class="signature"><a href="#{name}"><b>{shown.name}</b></a>{signature(shown.signature, linked)}</pre>
-{rendered(shown.text, linked)}
-</div>"""
-
-
-def _title(page: Page) -> str:
-    return f"<code>{page.title}</code>" if page.room else page.title
-
-
-def _whole(slug: str, body: str, pages: list[Page]) -> str:
-    """A page with its way to the others."""
-    tasks = [("index", "Overview"), *((p.slug, p.title) for p in pages if not p.room), (VERBS, "Command line")]
-    rooms = [(p.slug, p.prefix) for p in pages if p.room]
-
-    def items(rows: list[tuple[str, str]]) -> str:
-        return "".join(
-            f'<li><a {"class=here " if s == slug else ""}href="{s}.html">{html.escape(title)}</a></li>'
-            for s, title in rows
-        )
-
-    title = next(title for s, title in (*tasks, *rooms) if s == slug)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)} - repedit</title><link rel="stylesheet" href="style.css"></head>
-<body><nav><a class="brand" href="index.html">repedit</a><ul>{items(tasks)}</ul><h4>Rooms</h4><ul class="rooms">{items(rooms)}</ul></nav>
-<main>{body}</main></body></html>
-"""
+@pass_context
+def linked(context: Context, code: str, namespace: str = "", shorten: bool = True) -> Markup:
+    """pdoc's links, for types by the name they are public under and not by the file they are written in."""
+    plain = str(code).replace(_DOT, ".")
+    plain = re.sub(r"\brepedit(?:\.\w+)+", lambda m: context["kinds"].get(m[0], m[0]), plain)
+    shown = linkify(context, re.sub(r"\b(?:typing|jaxtyping|torch|pathlib)\.(?=[A-Z])", "", plain), namespace, shorten)
+    return Markup(re.sub(r"(?<=>)repedit\.(?=\w)", "rp.", shown))
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "build" / "docs"
-    print(f"{len(build(place))} pages in {place}")
+    print(f"{len(build(place))} modules in {place}")
