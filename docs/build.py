@@ -100,7 +100,8 @@ def literal(context: Context, text: str, namespace: str = "") -> Markup:
         word, spot = match[0], context["spots"].get(match[0])
         return word if spot is None or word in own else str(link(context, spot, word))
 
-    marked = re.sub(r"`+([^`]+)`+", r"<code>\1</code>", _SECTION.sub(r"<b>\1</b>", str(escape(text))))
+    marked = re.sub(r"`+([^`\n]+)`+", r"<code>\1</code>", _SECTION.sub(r"<b>\1</b>", str(escape(text))))
+    marked = re.sub(r"(^|\n\n)(    .+(?:\n.+)*)", r"\1<samp>\2</samp>", marked)  # a paragraph set in is aligned
     return Markup(linkify(context, _NAME.sub(known, marked), namespace, False))
 
 

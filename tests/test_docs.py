@@ -128,6 +128,7 @@ def test_a_docstring_is_shown_as_it_is_written_with_links(built):
     entry = html.unescape(re.search('<section id="mrp">.*?</section>', page, re.DOTALL)[0])
     assert "-min(CE_f, cap) + retain_weight CE_r + kl_weight KL(original || edited)" in entry
     assert 'href="repedit/errors.html#RankError"' in entry and 'href="repedit/fit.html#FITS">rp.fit.FITS</a>' in entry
+    assert "\n    `- MissingDependency (ImportError)</samp>" in (built / "repedit" / "errors.html").read_text()
     assert 'href="#Edit"' in entry and 'href="repedit/data.html#Batches"' in entry  # of the signature
     assert 'href="metrics/tofu.html"' in (built / "repedit" / "metrics.html").read_text().partition("<main")[2]
     assert all(f"<h2>{html.escape(title)}</h2>" in page for title in build.TASKS.values())
