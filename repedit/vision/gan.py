@@ -111,7 +111,9 @@ def check_count(images: Images) -> None:
 
 def _step(optimiser: torch.optim.Optimizer, loss: Tensor, step: int, seed: int, lr: float) -> None:
     if not bool(torch.isfinite(loss)):
-        raise TrainingError(f"step {step}, seed {seed}: the loss of the GAN is {float(loss)} at lr {lr:g}; lower lr")
+        raise TrainingError(
+            f"step {step}, seed {seed}: the loss of the GAN is {float(loss.detach())} at lr {lr:g}; lower lr"
+        )
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     optimiser.step()

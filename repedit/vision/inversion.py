@@ -40,7 +40,7 @@ def inverted(
             loss = functional.cross_entropy(judge(made), y[rows]) + functional.mse_loss(made, x[rows])
             if not bool(torch.isfinite(loss)):
                 raise TrainingError(
-                    f"epoch {epoch}, seed {seed}: the loss of inversion is {float(loss)} at lr {lr:g}; lower lr"
+                    f"epoch {epoch}, seed {seed}: the loss of inversion is {float(loss.detach())} at lr {lr:g}; lower lr"
                 )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
