@@ -18,6 +18,7 @@ import repedit as rp
 from repedit import console
 from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound
+from repedit.files import file_hash
 from repedit.report.runs import account, gather, gathering
 from repedit.report.runs.bars import bars, course, spreads, ticks
 from repedit.report.runs.page import ABSENT, rendered
@@ -124,7 +125,7 @@ def test_everything_that_was_asked_and_done_is_told(made):
     for words in (
         "# Is it only the rivers?", "NOT AUDITED", "4 of 4 steps carried out", "seed, step 2, prune 3", "Every file that the steps were given",
         "repedit prune tiny --out edited --fraction 0.1 --forget code --retain mine.jsonl --tokens 400 --seed 3",
-        origin["model"], origin["method"], origin["data"]["forget"]["hash"], account.hashes(made / "mine.jsonl")[""],
+        origin["model"], origin["method"], origin["data"]["forget"]["hash"], file_hash(made / "mine.jsonl"),
         "llama", f"{len(manifest['plan'])} tensors changed", *manifest["plan"], *manifest["base"]["files"].values(), *manifest["sites"],
         "neurons zeroed", "exact", f"all {len(manifest['files'])} files are as they were exported", rp.__version__, manifest["versions"]["torch"],
         "relative drop (95 % interval)", "def f(n):", "A <b>bold</b> claim", "Most specific neurons", "pruned", "tensors differ", "repedit reproduce run.toml",
@@ -259,7 +260,7 @@ def test_whatever_is_altered_stands_first(what, folder):
 def test_hashes_that_are_believed_unseen_would_be_caught(folder, monkeypatch):
     held = {entry.out: entry.files for entry in account.entries(folder / "run.toml").values()}
     ALTERED["weights"][0](folder)
-    monkeypatch.setattr(gathering, "hashes", lambda path: held[path.relative_to(folder).as_posix()])
+    monkeypatch.setattr(gathering, "file_hashes", lambda path: held[path.relative_to(folder).as_posix()])
     monkeypatch.setattr(
         "repedit.rewrite.verifying.file_hash",
         lambda path: json.loads((folder / "edited" / "repedit.json").read_text())["files"][path.name],

@@ -12,7 +12,7 @@ from typing import Any
 
 from repedit import __version__
 from repedit.errors import ArgumentError, DataError, NotFound, TargetExists, check_names
-from repedit.files import Lines, file_hash
+from repedit.files import Lines, file_hashes
 
 UNSUITED = ("run", "reproduce", "demo", "fetch", "chat", "tasks", "push", "vision demo")
 """Verbs that are no step of a run."""
@@ -207,7 +207,6 @@ def tree_hash(path: Path) -> str | None:
     if not path.exists():
         return None
     digest = hashlib.sha256()
-    files: Sequence[Path] = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        digest.update(f"{file.relative_to(path)} ".encode() + bytes.fromhex(file_hash(file)))
+    for name, found in file_hashes(path).items():
+        digest.update(f"{name or '.'} ".encode() + bytes.fromhex(found))
     return digest.hexdigest()

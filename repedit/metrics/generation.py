@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from repedit.errors import ArgumentError, DataError, MissingDependency
+from repedit.metrics.streaming import prompt_tokens
 from repedit.models import Subject
 
 
@@ -125,25 +125,10 @@ def _check_pairs(references: Sequence[str], outputs: Sequence[str]) -> None:
 
 
 def _tokens(subject: Subject, prompt: str, room: int, chat: bool) -> list[int]:
-    tokenizer = subject.need_tokenizer()
-    if chat and not tokenizer.chat_template:
+    if chat and not subject.need_tokenizer().chat_template:
         raise ArgumentError("chat=True and the tokenizer has no chat template; leave chat out")
-    # The template writes the special tokens itself.
-    text = _message(tokenizer, prompt) if chat else prompt
-    ids = list(tokenizer(text, **({"add_special_tokens": False} if chat else {}))["input_ids"])
-    limit = getattr(subject.model.config, "max_position_embeddings", None)
-    if not ids:
-        raise DataError(f"the prompt {prompt!r} has no token; give a text")
-    if limit is not None and len(ids) + room > limit:
-        raise DataError(
-            f"the prompt {prompt[:40]!r} has {len(ids)} tokens, the model reads {limit}: no room for max_new_tokens={room}"
-        )
-    return ids
-
-
-def _message(tokenizer: Any, prompt: str) -> str:
-    message = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    asked = [{"role": "user", "content": prompt}] if chat else prompt
+    return prompt_tokens(subject, asked, room=room, called=f"the prompt {prompt[:40]!r}")
 
 
 def _padded(subject: Subject, tokens: Sequence[list[int]]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:

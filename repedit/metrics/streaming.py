@@ -77,7 +77,9 @@ def stream(
     return _written(subject, list(ids), max_new_tokens, temperature, seed, _processors(subject))
 
 
-def prompt_tokens(subject: Subject, prompt: str | Sequence[Message], *, room: int) -> list[int]:
+def prompt_tokens(
+    subject: Subject, prompt: str | Sequence[Message], *, room: int, called: str = "the prompt"
+) -> list[int]:
     """The tokens of a text, or of a conversation in the tokenizer's chat template, up to where the model is to go on.
 
     Raises:
@@ -98,7 +100,7 @@ def prompt_tokens(subject: Subject, prompt: str | Sequence[Message], *, room: in
         raise DataError(f"the prompt {prompt!r} has no token; give a text")
     if limit is not None and len(ids) + room > limit:
         raise DataError(
-            f"the prompt has {len(ids)} tokens, the model reads {limit}: no room for max_new_tokens={room}; shorten either"
+            f"{called} has {len(ids)} tokens, the model reads {limit}: no room for max_new_tokens={room}; shorten either"
         )
     return ids
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from repedit.errors import DataError, NotFound
+from repedit.files import file_hash
 from repedit.vision.task import Images
 
 FOLDER = Path("../shared/data")
@@ -96,7 +96,7 @@ def _file(path: str | Path | None, folder: str, name: str, way: str) -> Path:
         raise NotFound(f"there is no {name} in {file.parent.absolute()}; {way}")
     source = file.parent / "SOURCE.txt"
     given = re.search(r"sha256 ([0-9a-f]{64})", source.read_text()) if source.is_file() else None
-    if given and hashlib.sha256(file.read_bytes()).hexdigest() != given[1]:
+    if given and file_hash(file) != given[1]:
         raise DataError(
             f"{file} is damaged: its sha256 is not {given[1][:12]}..., which {source.name} gives; get it again"
         )

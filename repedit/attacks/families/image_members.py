@@ -77,9 +77,14 @@ def outputs(model: nn.Module, task: Task, images: Images, labels: int) -> Tensor
     return found
 
 
+def log_probabilities(logits: Tensor, y: Tensor) -> Tensor:
+    """That of every image's label, (n,), in nats: minus the loss."""
+    return -torch.nn.functional.cross_entropy(logits, y, reduction="none")
+
+
 def _scores(logits: Tensor, y: Tensor) -> dict[str, Values]:
     found = {
         "confidence": confidence(logits), "entropy": -entropy(logits), "m_entropy": -modified_entropy(logits, y),
-        "loss": -torch.nn.functional.cross_entropy(logits, y, reduction="none"),
+        "loss": log_probabilities(logits, y),
     }  # fmt: skip
     return {name: value.numpy() for name, value in found.items()}

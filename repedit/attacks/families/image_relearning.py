@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from repedit.attacks.attack import RAN, Finding
-from repedit.attacks.families.image_members import named, outputs
+from repedit.attacks.families.image_members import log_probabilities, named, outputs
 from repedit.errors import ArgumentError, NotEnoughRows
 from repedit.metrics.separation import Values
 from repedit.vision.task import Images, ImageSplits, Task
@@ -56,7 +56,7 @@ def relearn(
             descend(student, optimiser, mixed, epochs=1, batch=batch, order=order)
             found.append(outputs(student, task, test, splits.labels))
     y = test.y.cpu()
-    own = [z.log_softmax(1).gather(1, y[:, None])[:, 0].numpy() for z in found]
+    own = [log_probabilities(z, y).numpy() for z in found]
     return Finding(
         attack=NAME, seed=seed, status=RAN, reason="", items=named("forget", test),
         settings=tuple(f"epoch={epoch}" for epoch in range(epochs + 1)),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from repedit.attacks.attack import RAN, Finding
-from repedit.attacks.families.image_members import named, outputs
+from repedit.attacks.families.image_members import log_probabilities, named, outputs
 from repedit.attacks.families.rounding import rounded
 from repedit.metrics.separation import auc
 from repedit.vision.task import ImageSplits, Task
@@ -30,7 +30,7 @@ def rounding(model: nn.Module, task: Task, splits: ImageSplits, scheme: str, *, 
     begin = time.perf_counter()
     copied = coarse(model, scheme)
     logits, y = outputs(copied, task, splits.forget, splits.labels), splits.forget.y.cpu()
-    own = logits.log_softmax(1).gather(1, y[:, None])[:, 0].numpy()
+    own = log_probabilities(logits, y).numpy()
     others = -task.losses(copied, splits.holdout).cpu().numpy()
     return Finding(
         attack=scheme, seed=seed, status=RAN, reason="", items=named("forget", splits.forget), settings=(scheme,),

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import CheckpointError, DataError, NotFound
-from repedit.rewrite.manifest import PACKAGES, file_hash
+from repedit.files import append, file_hash, file_hashes
+from repedit.rewrite.manifest import PACKAGES
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,10 @@ def enter(
     read = [word for word in given if isinstance(word, str) and word not in wrote and Path(word).is_file()]
     found = Entry(
         number, words[0], asked, tuple(words), code, seconds, None if out is None else str(out),
-        {} if out is None else hashes(out), {word: file_hash(Path(word)) for word in read}, tuple(shown),
+        {} if out is None else file_hashes(out), {word: file_hash(Path(word)) for word in read}, tuple(shown),
         {name: version(name) for name in PACKAGES},
     )  # fmt: skip
-    path = account_of(file)
-    cut = path.exists() and not path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as lines:
-        lines.write(("\n" if cut else "") + json.dumps(asdict(found)) + "\n")
+    append(account_of(file), asdict(found))
     return found
 
 
@@ -111,10 +109,3 @@ def entries(file: Path) -> dict[int, Entry]:
         found.pop(entry.number, None)
         found[entry.number] = entry
     return found
-
-
-def hashes(path: Path) -> dict[str, str]:
-    """sha256 of a file, under "", or of every file of a folder by its path there; empty where there is nothing."""
-    if path.is_file():
-        return {"": file_hash(path)}
-    return {p.relative_to(path).as_posix(): file_hash(p) for p in sorted(path.rglob("*")) if p.is_file()}

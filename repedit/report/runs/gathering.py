@@ -10,9 +10,9 @@ from typing import Any
 from repedit import container
 from repedit.attacks.judging.evidence import Report
 from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditError
-from repedit.report.runs.account import Entry, account_of, entries, hashes, tables
+from repedit.files import file_hash, file_hashes
+from repedit.report.runs.account import Entry, account_of, entries, tables
 from repedit.rewrite.certificates import TensorCertificate
-from repedit.rewrite.manifest import file_hash
 from repedit.rewrite.verifying import MANIFEST, Verification, verification
 from repedit.sites import Site
 
@@ -201,7 +201,7 @@ def _stage(number: int, asked: Mapping[str, Any], entry: Entry | None, order: Se
             f"{name} was carried out before step {later[0]} was last carried out: it speaks of what was there then."
         )
     if entry.out is not None and (entry.code == 0 or entry.verb == "audit"):
-        faults += [f"{name}: {what}." for what in _altered(entry.out, entry.files, hashes(home / entry.out))]
+        faults += [f"{name}: {what}." for what in _altered(entry.out, entry.files, file_hashes(home / entry.out))]
     for given, digest in entry.inputs.items():
         here = home / given
         if not here.is_file() or file_hash(here) != digest:
