@@ -111,12 +111,24 @@ def test_transformers_is_imported_where_the_design_says():
     assert users <= TRANSFORMERS_IN
 
 
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function from `def` to its end, without the docstring."""
+    documented = ast.get_docstring(function) is not None
+    docstring = (function.body[0].end_lineno or 0) - function.body[0].lineno + 1 if documented else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring
+
+
+def long_functions(tree: ast.AST) -> list[str]:
+    """Functions of more than 60 lines; a file may be as long as its subject is deep."""
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return [f"{node.name}: {body_lines(node)} lines" for node in functions if body_lines(node) > 60]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_rooms_are_small(path):
-    text = path.read_text()
-    assert text.count("\n") <= 300
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            documented = len((ast.get_docstring(node, clean=False) or "").splitlines())
-            signature = node.body[0].lineno - node.lineno
-            assert (node.end_lineno or 0) - node.lineno + 1 - documented - signature <= 50, node.name
+def test_functions_have_at_most_60_lines(path):
+    assert long_functions(ast.parse(path.read_text())) == []
+
+
+def test_a_long_function_is_caught():
+    body = "\n".join(["    x = 1"] * 60)
+    assert long_functions(ast.parse(f'def f():\n    """One\n    two."""\n{body}\n')) == ["f: 61 lines"]

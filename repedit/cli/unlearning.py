@@ -78,27 +78,32 @@ def unlearn(
 
     Several processes share the work under torchrun --nproc-per-node N -m repedit unlearn ...
     """
-    from repedit import console
-    from repedit.errors import TrainingError
-    from repedit.gradient.unlearning import unlearn as unlearned
     from repedit.ranks import leave, own_device
 
     chosen = _recipe(recipe, set_ or [], layers, modules, mask)
     sets = _sets(chosen, forget, retain, update)
     subject = opened(model, own_device(device), dtype)
+    delta = _trained(
+        subject, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log,
+        shard=shard, gradient_checkpointing=gradient_checkpointing, checkpoint_every=20 if resume else None, **sets,
+    )  # fmt: skip
+    if leave():
+        _show(delta, subject, out, overwrite, json)
+    if delta.provenance.get("stopped", {}).get("rule") == "collapse":
+        raise typer.Exit(3)
+
+
+def _trained(subject: Any, **options: Any) -> Any:
+    """The Delta of a training; one that failed ends the command with exit code 4."""
+    from repedit import console
+    from repedit.errors import TrainingError
+    from repedit.gradient.unlearning import unlearn as unlearned
+
     try:
-        delta = unlearned(
-            subject, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log,
-            shard=shard, gradient_checkpointing=gradient_checkpointing, checkpoint_every=20 if resume else None, **sets,
-        )  # fmt: skip
+        return unlearned(subject, **options)
     except TrainingError as error:
         console.err.print(f"TrainingError: {error}", highlight=False)
         raise typer.Exit(4) from error
-    stopped = delta.provenance.get("stopped", {})
-    if leave():
-        _show(delta, subject, out, overwrite, json)
-    if stopped.get("rule") == "collapse":
-        raise typer.Exit(3)
 
 
 def _show(delta: Any, subject: Any, out: Path, overwrite: bool, json: bool) -> None:

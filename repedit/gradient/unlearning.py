@@ -90,14 +90,7 @@ def unlearn(
             f"checkpoint_every={checkpoint_every}, resume={resume}: give a file in resume, and at least 1 step"
         )
     data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
-    changes = {
-        "parameters": parameters,
-        "lr": lr,
-        "steps": steps,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "length": length,
-    }
+    changes = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
     rest = {"reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "progress": progress}
     rest |= {"shard": shard, "gradient_checkpointing": gradient_checkpointing, "dropout": dropout}
     if isinstance(recipe, Merged):
