@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "repedit"
 LAYERS = (
-    ("errors", "sites", "maps", "kernels", "ranks", "files"),
+    ("errors", "sites", "maps", "kernels", "ranks", "files", "foreign_text"),
     ("arch", "hooks", "stats", "data", "shards", "fetching", "fingerprints", "container", "ragged", "opening", "models"),
     ("plan", "edit", "delta", "naming", "lower", "activations", "importance", "fit"),
     ("rewrite", "gradient", "vision"),
