@@ -83,7 +83,7 @@ def for_yaml(value: Any) -> str:
 
     Dumper.add_representer(str, scalar)
     # No alias for a value that stands in two places: a reader of a card may not know them.
-    Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign, assignment]
+    Dumper.ignore_aliases = lambda self, data: True
     options = {"allow_unicode": True, "sort_keys": False, "default_flow_style": False, "width": float("inf")}
     return str(yaml.dump(value, Dumper=Dumper, **options))
 
