@@ -122,7 +122,7 @@ def strength(hits: NDArray[np.bool_]) -> float:
     return 1.0 - (int(wrong[-1]) + 1 if len(wrong) else 0) / len(hits)
 
 
-def reading(logits: Float[Tensor, "n v"], labels: Int[Tensor, n]) -> Reading:
+def reading(logits: Float[Tensor, "n v"], labels: Int[Tensor, " n"]) -> Reading:
     """Logits before each token of an answer, and the tokens, as a reading."""
     wide = at_least_float32(logits)
     own = wide.gather(1, labels[:, None])

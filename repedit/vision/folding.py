@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from repedit.plan import Operation, Plan
 from repedit.vision.differences import between, tensors_of
 from repedit.vision.reading import module_at
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def fold(model: nn.Module, module: str, map: AffineMap) -> Delta:

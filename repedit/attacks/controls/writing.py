@@ -146,7 +146,7 @@ def _answer_tokens(subject: Subject, answers: Sequence[str]) -> list[int]:
 
 def _gate(
     subject: Subject, module: nn.Module, forget: Sequence[Fact], retain: Sequence[Fact], *, low: float = 0.0
-) -> Float[Tensor, d]:
+) -> Float[Tensor, " d"]:
     """The direction whose product with a state is 1 where a forget answer is next, and `low` at every retain token."""
     ends, _ = states(subject, module, "input", forget)
     last, rest = states(subject, module, "input", retain)
