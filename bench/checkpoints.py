@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from repedit.arch import TensorSpec
-from repedit.shards import INDEX, header, raw_bytes
+from repedit.io.checkpoint import INDEX
+from repedit.io.safetensors import header, raw_bytes
 
 LLAMA_70B = {"d": 8192, "mlp": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocabulary": 128256}
 LLAMA_3B = {"d": 3072, "mlp": 8192, "layers": 16, "heads": 24, "kv_heads": 8, "vocabulary": 32768}

@@ -72,7 +72,7 @@ def exported(edit: rp.Edit, lm: Subject, target: Path, **options: Any) -> Path:
 
 def weights(folder: Path) -> int:
     """Bytes of the tensors in a checkpoint's files."""
-    from repedit.shards import open_shards
+    from repedit.io.checkpoint import open_shards
 
     return sum(spec.nbytes for spec in open_shards(folder).specs.values())
 

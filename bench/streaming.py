@@ -28,8 +28,8 @@ import torch
 import repedit as rp
 from bench.checkpoints import LLAMA_3B, LLAMA_70B, llama
 from bench.record import record
-from repedit.files import file_hash
-from repedit.shards import open_shards
+from repedit.io.checkpoint import open_shards
+from repedit.io.files import file_hash
 
 _SCRIPT = """
 import json, resource, subprocess, sys, time

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit import container
 from repedit.errors import ArgumentError, FingerprintError
+from repedit.io import archive
 from repedit.models import Subject
 
 GROUP = 64
@@ -112,7 +112,7 @@ class Delta:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the differences, and a JSON header with provenance and log."""
         header = {"provenance": dict(self.provenance), "log": [dict(record) for record in self.log]}
-        container.write(path, "delta", self.tensors, header)
+        archive.write(path, "delta", self.tensors, header)
 
     @staticmethod
     def load(path: str | Path) -> Delta:
@@ -121,7 +121,7 @@ class Delta:
         Raises:
             CheckpointError: if the file is not a saved delta.
         """
-        tensors, header = container.read(path, "delta")
+        tensors, header = archive.read(path, "delta")
         return Delta(tensors, header["provenance"], tuple(header["log"]))
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repedit import container, hooks
+from repedit import hooks
 from repedit.arch import Anatomy, hooks_at
 from repedit.errors import FingerprintError, NotFoldable, ShapeError
+from repedit.io import archive
 from repedit.maps import AffineMap, Chain, Diagonal, LowRank
 from repedit.models import Subject
 from repedit.sites import Point, Site
@@ -107,7 +108,7 @@ class Edit:
             kinds[str(site)] = [type(link).__name__ for link in links]
             for number, link in enumerate(links):
                 tensors |= {f"{site}/{number}/{name}": value for name, value in _fields(link)}
-        container.write(path, "edit", tensors, {"maps": kinds, "provenance": dict(self.provenance)})
+        archive.write(path, "edit", tensors, {"maps": kinds, "provenance": dict(self.provenance)})
 
     @staticmethod
     def load(path: str | Path) -> Edit:
@@ -116,7 +117,7 @@ class Edit:
         Raises:
             CheckpointError: if the file is not a saved edit.
         """
-        tensors, header = container.read(path, "edit")
+        tensors, header = archive.read(path, "edit")
         maps = {Site.parse(site): _rebuilt(site, kinds, tensors) for site, kinds in header["maps"].items()}
         return Edit(maps, header["provenance"])
 

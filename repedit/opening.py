@@ -24,8 +24,8 @@ from repedit.errors import (
     nearest,
 )
 from repedit.fetching import DEFAULT, cached
+from repedit.io.checkpoint import open_shards
 from repedit.ragged import refit
-from repedit.shards import open_shards
 
 log = logging.getLogger("repedit")
 _TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from repedit.arch import Architecture, TensorSpec, anatomy
 from repedit.arch.widths import fit, mlp_widths
 from repedit.errors import CheckpointError
-from repedit.shards import Shards, open_shards, read_json
+from repedit.io.checkpoint import Shards, open_shards
+from repedit.io.text import read_json
 
 
 def recorded_widths(directory: Path) -> dict[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from repedit.shards import INDEX, SINGLE
+from repedit.io.checkpoint import INDEX, SINGLE
 
 Damage = Callable[[Path], object]
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -12,8 +12,8 @@ from repedit.arch import architecture as table_module
 from repedit.edit import Edit
 from repedit.errors import UnknownArchitecture, UnknownSite
 from repedit.hooks import installed
+from repedit.io.checkpoint import open_shards
 from repedit.models import subject_of
-from repedit.shards import open_shards
 from tests import laws
 from tests.edits import mask
 from tests.tiny import FAMILIES, ids, logits, tiny

@@ -9,11 +9,11 @@ import torch
 
 import repedit as rp
 from repedit.errors import CheckpointError
-from repedit.files import Lines
+from repedit.io.checkpoint import open_shards
+from repedit.io.text import JsonLines
 from repedit.lower import lower
 from repedit.rewrite import placing, resuming, writing
 from repedit.rewrite.slice import slice_plan
-from repedit.shards import open_shards
 from tests.edits import mask, projection
 from tests.test_export_safety import content, dies_at
 from tests.tiny import tiny
@@ -94,7 +94,7 @@ def test_believing_the_journal_unseen_is_caught(source, edit, whole, tmp_path, m
 
 def journal_of(path):
     """What the journal says of the export that a shard belongs to."""
-    return Lines(path.parent.parent / "finished.jsonl").rows
+    return JsonLines(path.parent.parent / "finished.jsonl").rows
 
 
 def test_a_line_that_was_cut_off_is_no_line(source, edit, whole, tmp_path, written):

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 
 import repedit as rp
 from repedit.errors import ArgumentError, CheckpointError, NotFound, PlanMismatch
+from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
 from repedit.rewrite import checkpoint, writing
-from repedit.shards import open_shards
 from tests.damage import sha
 from tests.edits import fill, mask, projection
 from tests.tiny import ids, logits, tiny

@@ -1,12 +1,13 @@
 """Lines of JSON outlive a kill: whatever is cut off, what was whole is read, and what is added next is whole too."""
 
 import hashlib
-import json
 
 import pytest
 
-from repedit import files
-from repedit.files import Lines, file_hash
+from repedit.errors import CheckpointError
+from repedit.io import files
+from repedit.io.files import file_hash
+from repedit.io.text import JsonLines
 
 ROWS = [{"a": 1}, {"text": "two\nlines, and an é"}, {"c": [1, None]}]
 
@@ -15,19 +16,19 @@ ROWS = [{"a": 1}, {"text": "two\nlines, and an é"}, {"c": [1, None]}]
 def written(tmp_path):
     path = tmp_path / "log.jsonl"
     for row in ROWS:
-        Lines(path).add(row)
+        JsonLines(path).add(row)
     return path
 
 
 def test_what_was_added_is_read(written):
-    assert Lines(written).rows == ROWS and Lines(written.parent / "none").rows == []
+    assert JsonLines(written).rows == ROWS and JsonLines(written.parent / "none").rows == []
 
 
 def reread(path, data, kept):
     """Rows a third reader finds, after a cut and one row more by a second."""
     path.write_bytes(data[:kept])
-    Lines(path).add({"new": True})
-    return Lines(path).rows
+    JsonLines(path).add({"new": True})
+    return JsonLines(path).rows
 
 
 def test_wherever_a_kill_cuts_the_rows_before_it_and_after_it_are_read(written):
@@ -40,7 +41,7 @@ def test_wherever_a_kill_cuts_the_rows_before_it_and_after_it_are_read(written):
 def test_a_rest_of_a_line_that_stays_would_be_caught(written, monkeypatch):
     monkeypatch.setattr(files.os, "truncate", lambda *a: None)
     data = written.read_bytes()
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(CheckpointError, match="line 3: not JSON"):
         reread(written, data, len(data) - 3)
 
 

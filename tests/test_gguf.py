@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, GgufConfig
 import repedit as rp
 from repedit.arch.widths import mlp_widths
 from repedit.errors import NotFound, UnknownArchitecture
+from repedit.io.checkpoint import open_shards
 from repedit.rewrite.gguf import gguf_check
-from repedit.shards import open_shards
 from tests.edits import mask
 from tests.tiny import logits, tiny
 

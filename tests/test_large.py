@@ -6,8 +6,8 @@ import torch
 import repedit as rp
 from bench.checkpoints import LLAMA_70B, llama
 from repedit.errors import ShapeError
+from repedit.io.checkpoint import Shards, open_shards
 from repedit.rewrite.checkpoint import dry_run
-from repedit.shards import Shards, open_shards
 
 
 @pytest.fixture(scope="module")

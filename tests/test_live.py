@@ -18,10 +18,10 @@ from repedit.errors import (
     ShapeError,
     UnknownSite,
 )
+from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
 from repedit.models import Subject
 from repedit.rewrite import live
-from repedit.shards import open_shards
 from tests import laws
 from tests.edits import fill, mask, projection
 from tests.tiny import ids, logits, tiny

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit import container
 from repedit.activations.collection import Collection
 from repedit.errors import CheckpointError, FingerprintError, NotFinite, ProcessFailed
+from repedit.io import archive
 from repedit.ranks import Ranks
 from repedit.stats import Activity, CrossMoments, Moments
 from tests.ranks import together
@@ -87,7 +87,7 @@ def test_a_saved_collection_is_the_collection(name, tmp_path):
 
 
 def test_another_file_is_no_collection(tmp_path):
-    container.write(tmp_path / "b.safetensors", "scores", {"x": torch.ones(1)}, {})
+    archive.write(tmp_path / "b.safetensors", "scores", {"x": torch.ones(1)}, {})
     with pytest.raises(CheckpointError, match="does not hold a collection"):
         Collection.load(tmp_path / "b.safetensors")
 

@@ -18,7 +18,7 @@ import repedit as rp
 from repedit import console
 from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound
-from repedit.files import file_hash
+from repedit.io.files import file_hash
 from repedit.report.runs import account, gather, gathering
 from repedit.report.runs.bars import bars, course, spreads, ticks
 from repedit.report.runs.page import ABSENT, rendered

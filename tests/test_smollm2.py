@@ -13,9 +13,9 @@ from repedit.activations.prediction import drop
 from repedit.attacks.scratch import copied
 from repedit.errors import NotFound
 from repedit.fetching import cached
+from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
 from repedit.rewrite.reloading import reload_check
-from repedit.shards import open_shards
 from tests.laws import leak
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import repedit as rp
 from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, NotSliceable, NotSlimmable
+from repedit.io.checkpoint import open_shards
 from repedit.rewrite.slim import slim_plan
-from repedit.shards import open_shards
 from tests import laws
 from tests.edits import mask, projection, pruned_groups, pruned_layers
 from tests.saved import saved

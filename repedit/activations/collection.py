@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from repedit import container
 from repedit.activations.counting import Count, CountingRule
 from repedit.activations.passes import batches, named_batch
 from repedit.activations.watching import Labels, Watch
@@ -20,6 +19,7 @@ from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows
 from repedit.hooks import installed
+from repedit.io import archive
 from repedit.models import Subject
 from repedit.ranks import Ranks, joined_ranks
 from repedit.sites import Place, Point, Site, place
@@ -75,7 +75,7 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
         tensors = {f"{site}/{name}": v for site, value in self.items() for name, v in value.state().items()}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("statistics", "units")}
         units = {str(site): dict(unit) for site, unit in self.units.items()}
-        container.write(path, "collection", tensors, {"statistic": self.kind, "units": units, "collection": plain})
+        archive.write(path, "collection", tensors, {"statistic": self.kind, "units": units, "collection": plain})
 
     @staticmethod
     def load(path: str | Path) -> Collection[Any]:
@@ -84,7 +84,7 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
         Raises:
             CheckpointError: if the file is not a saved collection.
         """
-        tensors, header = container.read(path, "collection")
+        tensors, header = archive.read(path, "collection")
         states: dict[str, dict[str, Any]] = {}
         for key, value in tensors.items():
             site, _, name = key.rpartition("/")

@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 
-import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
-
+from repedit.io.safetensors import TensorSpec
 
 Specs = Mapping[str, TensorSpec]
 """Shape and dtype by tensor name: all that a plan needs of a model."""

@@ -31,14 +31,15 @@ def apply(
     json: Json = False,
 ) -> None:
     """Write the checkpoint of a saved edit or delta, streamed from the files of the model; or a LoRA adapter of it."""
-    from repedit import console, container
+    from repedit import console
     from repedit.delta import Delta
     from repedit.edit import Edit
     from repedit.errors import ArgumentError
     from repedit.fetching import DEFAULT
+    from repedit.io import archive
     from repedit.rewrite import checkpoint
 
-    loaded = Delta.load(edit) if container.kind_of(edit) == "delta" else Edit.load(edit)
+    loaded = Delta.load(edit) if archive.kind_of(edit) == "delta" else Edit.load(edit)
     adapter = structure == "adapter"
     if adapter and (dtype, layout, multiple) != (None, "uniform", None):
         raise ArgumentError("--structure adapter takes no --dtype, --layout or --multiple: it is stored in float32")

@@ -12,7 +12,8 @@ from typing import Any
 
 from repedit import __version__
 from repedit.errors import ArgumentError, DataError, NotFound, TargetExists, check_names
-from repedit.files import Lines, file_hashes
+from repedit.io.files import file_hashes
+from repedit.io.text import JsonLines
 
 UNSUITED = ("run", "reproduce", "demo", "fetch", "chat", "tasks", "push", "vision demo")
 """Verbs that are no step of a run."""
@@ -153,7 +154,7 @@ class Log:
     """What is finished of a run: a line of JSON a step, in a file beside it."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = Lines(path.with_suffix(".done.jsonl"))
+        self._lines = JsonLines(path.with_suffix(".done.jsonl"))
 
     def code(self, step: Step) -> int | None:
         """The exit code of a step that is done and whose output is as it was left; None of one to do."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from repedit import container
 from repedit.activations.passes import inputs_of
 from repedit.data import Batch
 from repedit.errors import ArgumentError, CheckpointError, TrainingError
@@ -21,6 +20,7 @@ from repedit.fit.bases import Bases
 from repedit.fit.objective import Forgetting, retained, teaching
 from repedit.fit.sampling import Sampler
 from repedit.hooks import installed
+from repedit.io import archive
 from repedit.models import Subject
 
 
@@ -244,7 +244,7 @@ def _save(path: Path, bases: Bases, optimizer: torch.optim.Optimizer, history: H
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": v for name, v in values.items() if isinstance(v, Tensor)}
     temporary = path.with_name(f".{path.name}.partial")
-    container.write(temporary, "training", tensors, {"history": asdict(history), "key": dict(key)})
+    archive.write(temporary, "training", tensors, {"history": asdict(history), "key": dict(key)})
     temporary.replace(path)
 
 
@@ -253,7 +253,7 @@ def _resumed(
 ) -> int:
     if path is None or not path.exists():
         return 0
-    tensors, header = container.read(path, "training")
+    tensors, header = archive.read(path, "training")
     different = sorted(k for k in {*header["key"], *key} if header["key"].get(k) != key.get(k))
     if different:
         raise CheckpointError(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repedit import container
 from repedit.errors import FingerprintError
 from repedit.gradient.loop import Training
 from repedit.gradient.tensors import divided, whole
+from repedit.io import archive
 
 
 def save(path: Path, training: Training, key: Mapping[str, Any]) -> None:
@@ -24,7 +24,7 @@ def save(path: Path, training: Training, key: Mapping[str, Any]) -> None:
     if not training.ranks.first:
         return
     temporary = path.with_name(f".{path.name}.partial")
-    container.write(temporary, "training", tensors, {"log": training.log, "memory": training.memory, "key": dict(key)})
+    archive.write(temporary, "training", tensors, {"log": training.log, "memory": training.memory, "key": dict(key)})
     temporary.replace(path)
 
 
@@ -34,7 +34,7 @@ def restore(path: Path, training: Training, key: Mapping[str, Any]) -> None:
     Raises:
         FingerprintError: if it is of another model, recipe, data or seed, naming the fields.
     """
-    tensors, header = container.read(path, "training")
+    tensors, header = archive.read(path, "training")
     held, mine = _leaves(header["key"]), _leaves(json.loads(json.dumps(dict(key))))
     different = sorted(name for name in {*held, *mine} if held.get(name) != mine.get(name))
     if different:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit import container
+from repedit.io import archive
 from repedit.sites import Place, Site, place
 
 
@@ -73,7 +73,7 @@ class Scores(Mapping[Place, Score]):
             str(site): {k: v for k, v in vars(s).items() if k not in ("site", "values")} for site, s in self.items()
         }
         values = {str(site): s.values for site, s in self.items()}
-        container.write(path, "scores", values, {"sites": plain, "provenance": dict(self.provenance)})
+        archive.write(path, "scores", values, {"sites": plain, "provenance": dict(self.provenance)})
 
     @staticmethod
     def load(path: str | Path) -> Scores:
@@ -82,7 +82,7 @@ class Scores(Mapping[Place, Score]):
         Raises:
             CheckpointError: if the file is not saved scores.
         """
-        values, header = container.read(path, "scores")
+        values, header = archive.read(path, "scores")
         found = {}
         for name, row in header["sites"].items():
             site = place(name)

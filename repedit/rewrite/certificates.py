@@ -13,13 +13,13 @@ from torch import Tensor
 from repedit.arch import Architecture, Specs, anatomy
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, PlanMismatch
+from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
 from repedit.maps import LowRank
 from repedit.models import Subject
 from repedit.plan import Operation, Plan, Read
 from repedit.rewrite.families import architecture_of
 from repedit.rewrite.slice import slice_plan
-from repedit.shards import open_shards
 
 # ||V^T W'|| / ||V^T W|| that rounding alone can leave. Measured at k = 1 to 16: float32 4e-7, float16 2e-4, bfloat16
 # 1.7e-3 (6e-3 at k = 1, width 2048).

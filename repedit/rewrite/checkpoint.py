@@ -22,6 +22,9 @@ from repedit.errors import (
     NotFound,
     PlanMismatch,
 )
+from repedit.io.checkpoint import Shards, open_shards
+from repedit.io.safetensors import floating
+from repedit.io.text import read_json
 from repedit.lower import EditOrDelta
 from repedit.models import Subject
 from repedit.plan import Plan
@@ -33,7 +36,6 @@ from repedit.rewrite.rebuilding import patched_config
 from repedit.rewrite.resuming import Journal, job
 from repedit.rewrite.structures import structured
 from repedit.rewrite.writing import write_weights
-from repedit.shards import Shards, floating, open_shards, read_json
 
 # Weights of other formats, optimiser states and adapters are not part of an exported checkpoint.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".lock")

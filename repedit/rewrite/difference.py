@@ -11,8 +11,8 @@ from torch import Tensor
 
 from repedit.errors import FingerprintError
 from repedit.fetching import DEFAULT, cached
+from repedit.io.checkpoint import open_shards
 from repedit.models import Subject
-from repedit.shards import open_shards
 
 
 @dataclass(frozen=True)

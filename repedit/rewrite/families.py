@@ -6,7 +6,7 @@ from pathlib import Path
 
 from repedit.arch import Architecture, resolve
 from repedit.errors import QuantizedModel, UnknownArchitecture
-from repedit.shards import read_json
+from repedit.io.text import read_json
 
 
 def architecture_of(directory: Path) -> Architecture:

@@ -12,8 +12,8 @@ import gguf
 from repedit.arch import TensorSpec, anatomy
 from repedit.arch.widths import ragged_widths
 from repedit.errors import NotFound, UnknownArchitecture
+from repedit.io.checkpoint import open_shards
 from repedit.rewrite.families import architecture_of
-from repedit.shards import open_shards
 
 _CALLED = {
     "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "cohere": "command-r",

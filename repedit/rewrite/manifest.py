@@ -12,10 +12,10 @@ from typing import Any
 
 from repedit.arch import Anatomy
 from repedit.arch.widths import mlp_widths, ragged_widths
-from repedit.files import file_hash
+from repedit.io.checkpoint import open_shards
+from repedit.io.files import file_hash
 from repedit.plan import Plan
 from repedit.rewrite.certificates import TensorCertificate, check_leaks, combined, sliced_certificate
-from repedit.shards import open_shards
 
 PACKAGES = ("repedit", "torch", "transformers", "safetensors")
 

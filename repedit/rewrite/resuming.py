@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repedit.files import Lines, file_hash
+from repedit.io.checkpoint import Shards
+from repedit.io.files import file_hash
+from repedit.io.safetensors import raw_bytes
+from repedit.io.text import JsonLines
 from repedit.plan import Plan
 from repedit.rewrite.certificates import TensorCertificate
 from repedit.rewrite.manifest import Change
-from repedit.shards import Shards, raw_bytes
 
 
 def job(plan: Plan, shards: Shards, dtype: torch.dtype | None, link: bool) -> str:
@@ -38,7 +40,7 @@ class Journal:
     """The finished shards of one export, by file name, in a file beside their folder; every other file of it is removed."""
 
     def __init__(self, shards: Path) -> None:
-        self._lines = Lines(shards.parent / "finished.jsonl")
+        self._lines = JsonLines(shards.parent / "finished.jsonl")
         self.hashes: dict[str, str] = {}
         """sha256 of every finished file."""
         self._rows = {row["file"]: row for row in self._lines.rows}

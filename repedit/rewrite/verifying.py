@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import CheckpointError, NotFound
-from repedit.files import file_hash
+from repedit.io.files import file_hash
 
 MANIFEST, CARD = "repedit.json", "README.md"
 """Files that no manifest hashes: it cannot hold its own hash, and the card is for people to write on."""

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from repedit.arch import TensorSpec
+from repedit.io.checkpoint import INDEX, SINGLE, Shards
+from repedit.io.safetensors import header, raw_bytes
 from repedit.plan import Plan
 from repedit.rewrite.certificates import TensorCertificate, certified
 from repedit.rewrite.manifest import Change
 from repedit.rewrite.resuming import Journal
-from repedit.shards import INDEX, SINGLE, Shards, header, raw_bytes
 
 _METADATA = {"format": "pt"}
 _PART = 1 << 20

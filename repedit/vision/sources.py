@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from repedit.errors import DataError, NotFound
-from repedit.files import file_hash
+from repedit.io.files import file_hash
 from repedit.vision.task import Images
 
 FOLDER = Path("../shared/data")

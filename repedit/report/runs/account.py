@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import CheckpointError, DataError, NotFound
-from repedit.files import append, file_hash, file_hashes
+from repedit.io.files import append, file_hash, file_hashes
 from repedit.rewrite.manifest import PACKAGES
 
 

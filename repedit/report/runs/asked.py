@@ -10,11 +10,11 @@ from typing import Any
 
 from repedit.arch import anatomy
 from repedit.errors import RepeditError
+from repedit.io.checkpoint import open_shards
 from repedit.report.runs.gathering import RunReport
 from repedit.report.sections import element, note, table
 from repedit.report.tables import Table
 from repedit.rewrite.families import architecture_of
-from repedit.shards import open_shards
 
 
 def request(run: RunReport) -> list[str]:

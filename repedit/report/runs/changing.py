@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from repedit import container
+from repedit.io import archive
 from repedit.report.runs.choosing import described
 from repedit.report.runs.gathering import RunReport
 from repedit.report.runs.showing import items
@@ -54,7 +54,7 @@ def tensors(run: RunReport) -> list[str]:
             )
         )
     for name, path in run.of_kind("delta"):
-        count = len(container.header_of(path).get("provenance", {}).get("start", {}))
+        count = len(archive.header_of(path).get("provenance", {}).get("start", {}))
         parts.append(
             note(
                 f"{name} is a difference in a file{f', of {count} tensors' if count else ''}: a value that changes no weight by itself."

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from repedit import container
 from repedit.edit import Edit, describe_map
 from repedit.importance.scores import Scores
+from repedit.io import archive
 from repedit.report.runs.bars import bars, charts, course, spreads
 from repedit.report.runs.gathering import RunReport
 from repedit.report.runs.showing import items
@@ -146,7 +146,7 @@ def _courses(run: RunReport) -> dict[str, tuple[Mapping[str, Any], dict[str, Seq
 def _logs(run: RunReport) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
     """The records of gradient unlearning: in the delta, or in the file that `log` named."""
     for name, path in run.of_kind("delta"):
-        yield name, container.header_of(path).get("log", [])
+        yield name, archive.header_of(path).get("log", [])
     for stage in run.stages:
         log = Path(run.file.parent / str(stage.asked.get("log", "")))
         if (

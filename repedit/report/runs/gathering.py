@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repedit import container
 from repedit.attacks.judging.evidence import Report
 from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditError
-from repedit.files import file_hash, file_hashes
+from repedit.io import archive
+from repedit.io.files import file_hash, file_hashes
 from repedit.report.runs.account import Entry, account_of, entries, tables
 from repedit.rewrite.certificates import TensorCertificate
 from repedit.rewrite.verifying import MANIFEST, Verification, verification
@@ -83,7 +83,7 @@ class RunReport:
         for name, held in self.checkpoints.items():
             found[name] = held.manifest.get("edit", {})
         for name, path in self.saved.items():
-            found[name] = container.header_of(path).get("provenance", {})
+            found[name] = archive.header_of(path).get("provenance", {})
         parts = dict[str, Mapping[str, Any]]()
         for name, origin in found.items():
             parents = origin.get("parents") or []
@@ -101,7 +101,7 @@ class RunReport:
 
     def of_kind(self, kind: str) -> Iterator[tuple[str, Path]]:
         """The saved values of one kind: "edit", "delta", "scores" or "collection"."""
-        return ((name, path) for name, path in self.saved.items() if container.kind_of(path) == kind)
+        return ((name, path) for name, path in self.saved.items() if archive.kind_of(path) == kind)
 
     def shown(self, *verbs: str) -> Iterator[tuple[Stage, Mapping[str, Any]]]:
         """What the steps with these verbs showed, in order."""
@@ -160,7 +160,7 @@ def gather(path: str | Path) -> RunReport:
                 checkpoints[out] = _told(verification(there))
             elif (there / "audit.json").is_file():
                 audits[out] = Report.load(there)
-            elif there.is_file() and container.kind_of(there):
+            elif there.is_file() and archive.kind_of(there):
                 saved[out] = there
         except RepeditError as error:
             # A page is for others, whose paths are others.

@@ -1,0 +1,96 @@
+"""The file that holds a value of repedit: one safetensors file with a JSON header that says what it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from repedit.errors import CheckpointError, RepeditError
+from repedit.io.files import open_regular
+from repedit.io.safetensors import header_of as tensor_header
+from repedit.io.safetensors import read_header, read_tensor, write_file
+from repedit.io.text import parse_json
+
+FORMAT = 1
+_KINDS = {
+    "edit": ("a saved edit", "is not a saved edit", "write one with edit.save(path)"),
+    "delta": ("a saved delta", "is not a saved delta", "write one with delta.save(path)"),
+    "training": ("a saved training state", "does not hold a training state", "let resume= write one"),
+    "collection": ("a saved collection", "does not hold a collection", "write one with collection.save(path)"),
+    "scores": ("saved scores", "does not hold scores", "write them with scores.save(path)"),
+}
+
+
+def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a header of plain JSON values, by one rename; kind is a key of the table above.
+
+    Raises:
+        CheckpointError: if the file cannot be written; what was there before is unchanged.
+    """
+    text = json.dumps({"format": FORMAT, "kind": kind, **header}, sort_keys=True)
+    write_file(path, tensors, {"repedit": text})
+
+
+def kind_of(path: str | Path) -> str | None:
+    """What a file says it holds; None where it says nothing or cannot be read."""
+    try:
+        kind = header_of(path).get("kind")
+    except CheckpointError:
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def header_of(path: str | Path) -> dict[str, Any]:
+    """The header of a file, without its tensors; empty where it has none.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    return _parsed(path, read_header(Path(path))[1])
+
+
+def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, header) of a file that `write` made; the tensors are copies in memory.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or holds something else.
+    """
+    name, other, remedy = _KINDS[kind]
+    try:
+        with open_regular(path) as file:
+            entries, metadata = tensor_header(file, Path(path))
+            header = _parsed(path, metadata)
+            tensors = {key: read_tensor(file, Path(path), key, entry) for key, entry in sorted(entries.items())}
+    except (OSError, RepeditError) as error:
+        raise CheckpointError(f"{path} cannot be read as {name}: {error}") from error
+    if header.get("kind") != kind or header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} {other} of format {FORMAT}; {remedy}")
+    return tensors, header
+
+
+@contextmanager
+def rebuilding(path: str | Path, kind: str) -> Iterator[None]:
+    """Say which file holds the header and tensors of which no value can be made.
+
+    Raises:
+        CheckpointError: in place of what the header's fields or the constructors raise.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        name, _, remedy = _KINDS[kind]
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path} is damaged and cannot be read as {name}: {what}; {remedy}") from error
+
+
+def _parsed(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    # finite=False: the losses and correlations of a log may be NaN.
+    header = parse_json(metadata.get("repedit", "{}"), f"the header of {path}", CheckpointError, finite=False)
+    if not isinstance(header, dict):
+        raise CheckpointError(f"the header of {path} is a {type(header).__name__}, an object was expected")
+    return header

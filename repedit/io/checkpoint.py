@@ -1,0 +1,97 @@
+"""The safetensors files of a checkpoint directory: which file holds which tensor, and at which bytes.
+
+Only headers are read, so a checkpoint of any size opens at once. Anything that cannot be trusted is refused here:
+pickled weights, an index that names absent files, paths that leave the directory, truncated shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from repedit.errors import CheckpointError, NotFound
+from repedit.io.files import open_regular
+from repedit.io.safetensors import Entry, TensorSpec, read_header, read_tensor
+from repedit.io.text import read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Every tensor of a checkpoint directory by name."""
+
+    directory: Path
+    entries: Mapping[str, Entry]
+    indexed: bool
+    """Whether an index file lists the shards."""
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype by tensor name."""
+        return {name: entry.spec for name, entry in self.entries.items()}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Shard file names, sorted."""
+        return tuple(sorted({entry.file for entry in self.entries.values()}))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, read from disk."""
+        if name not in self.entries:
+            raise CheckpointError(f"{self.directory} holds no tensor {name!r}")
+        entry = self.entries[name]
+        path = self.directory / entry.file
+        with open_regular(path) as file:
+            return read_tensor(file, path, name, entry)
+
+
+def open_shards(directory: str | Path) -> Shards:
+    """Read the index and every header of a checkpoint directory.
+
+    Raises:
+        NotFound: if the directory does not exist.
+        CheckpointError: if weights are missing, pickled, corrupt, or lie outside the directory.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise NotFound(f"{root.resolve()} is not a directory")
+    if (root / SINGLE).exists():  # transformers reads this file and no other, even beside an index
+        return Shards(root, read_header(root / SINGLE)[0], indexed=False)
+    index = root / INDEX
+    if not index.exists():
+        raise CheckpointError(_no_weights(root))
+    weight_map = _weight_map(index)
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index} names {file!r}, which leaves the directory; nothing was read")
+        if not (root / file).exists():
+            raise CheckpointError(f"{index} names the shard {file!r}, which is absent from {root}; download it again")
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(weight_map.values())):
+        entries |= {name: entry for name, entry in read_header(root / file)[0].items() if weight_map.get(name) == file}
+    absent = sorted(set(weight_map) - set(entries))
+    if absent:
+        raise CheckpointError(f"{index} names tensors that no shard holds: {absent[:5]} ({len(absent)} in all)")
+    return Shards(root, entries, indexed=True)
+
+
+def _no_weights(root: Path) -> str:
+    pickles = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return (
+            f"{root} holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened and are refused; "
+            "convert them to safetensors, or load them yourself and pass the model to repedit.wrap"
+        )
+    return f"{root} holds no {SINGLE} and no {INDEX}; is it a model directory?"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names; download it again")
+    return found

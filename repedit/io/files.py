@@ -1,0 +1,184 @@
+"""Regular files: opening without hanging, hashing, replacing at once, and journals that outlive a kill."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from repedit.errors import CheckpointError, RepeditError
+
+LIMIT = 4 << 30
+"""Bytes of the largest text that is read into memory as a whole."""
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""The first line of a Git LFS pointer, which stands in a clone in place of a file that was not downloaded."""
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: str | Path, error: type[RepeditError] = CheckpointError) -> io.BufferedReader:
+    """A regular file, or a link to one, opened for reading; anything else is refused before a read could wait for it.
+
+    Raises:
+        RepeditError: of the type `error`, if the path is absent, unreadable, no regular file or a Git LFS pointer.
+    """
+    try:
+        _check_regular(Path(path).stat().st_mode, path, error)
+        # O_NONBLOCK: a pipe that took the place of the file meanwhile would wait for a writer.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError, TypeError) as reason:
+        if isinstance(reason, RepeditError):
+            raise
+        raise error(f"{path} cannot be opened: {_said(reason)}; give the path of a readable file") from reason
+    file = os.fdopen(handle, "rb")
+    try:
+        status = os.fstat(handle)
+        _check_regular(status.st_mode, path, error)
+        if status.st_size < 1024 and file.peek(len(POINTER)).startswith(POINTER):
+            raise error(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+    except OSError as reason:
+        file.close()
+        if isinstance(reason, RepeditError):
+            raise
+        raise error(f"{path} cannot be read: {_said(reason)}") from reason
+    except RepeditError:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: str | Path, error: type[RepeditError] = CheckpointError, *, limit: int = LIMIT) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        RepeditError: of the type `error`, if it cannot be opened or read, or holds more than `limit` bytes.
+    """
+    with open_regular(path, error) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(limit + 1) if size <= limit else b""
+        except OSError as reason:
+            raise error(f"{path} cannot be read: {_said(reason)}") from reason
+    if max(size, len(data)) > limit:
+        raise error(
+            f"{path} holds {max(size, len(data)):,} bytes, more than the {limit:,} that are read; is it this file?"
+        )
+    return data
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a regular file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """sha256 of a file, under "", or of every file of a folder by its path there; empty where there is nothing."""
+    if path.is_file():
+        return {"": file_hash(path)}
+    return {p.relative_to(path).as_posix(): file_hash(p) for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@contextmanager
+def replacing(path: str | Path, error: type[RepeditError] = CheckpointError) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` when the context ends; after an exception `path` is as before.
+
+    The content is written beside the target under a temporary name, is on the disk before the rename, and a link is
+    followed to the file it names.
+
+    Raises:
+        RepeditError: of the type `error`, if the folder is absent, the target is no regular file, or writing fails.
+    """
+    target, temporary = _target(path, error), None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".repedit-", suffix=".partial")
+        with open(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+        Path(temporary).chmod(_mode(target))
+        Path(temporary).replace(target)
+        temporary = None
+    except OSError as reason:
+        if isinstance(reason, RepeditError):
+            raise
+        raise error(f"{path} cannot be written: {_said(reason)}; nothing there was changed") from reason
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str, error: type[RepeditError] = CheckpointError) -> None:
+    """Write a text as UTF-8, by one rename."""
+    with replacing(path, error) as file:
+        file.write(text.encode())
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line, on the disk when this returns; an incomplete last line is removed first.
+
+    Raises:
+        CheckpointError: if the path is no regular file, or cannot be written.
+    """
+    data = read_bytes(path) if os.path.lexists(path) else b""
+    complete = data.rfind(b"\n") + 1
+    try:
+        if complete < len(data):  # otherwise the new row would be appended to a truncated line
+            os.truncate(path, complete)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as reason:
+        raise CheckpointError(f"{path} cannot be written: {_said(reason)}") from reason
+
+
+def _check_regular(mode: int, path: str | Path, error: type[RepeditError]) -> None:
+    if not stat.S_ISREG(mode):
+        raise error(
+            f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a special file')}, not a regular file; give another path"
+        )
+
+
+def _target(path: str | Path, error: type[RepeditError]) -> Path:
+    """The regular file to replace, or the place of a new one, behind all links."""
+    try:
+        target = Path(os.path.realpath(path))
+        if os.path.lexists(target):
+            _check_regular(target.stat().st_mode, path, error)
+        elif not target.parent.is_dir():
+            raise error(f"{path} cannot be written: the folder {target.parent} does not exist; make it first")
+    except (OSError, ValueError, TypeError) as reason:
+        if isinstance(reason, RepeditError):
+            raise
+        raise error(f"{path} cannot be written: {_said(reason)}") from reason
+    return target
+
+
+def _mode(target: Path) -> int:
+    """The permissions of the file that is replaced, or those of a new file."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _said(reason: Exception) -> str:
+    number = getattr(reason, "errno", None)
+    if number == errno.ENOENT:
+        return "no such file or folder"
+    return os.strerror(number) if number else str(reason)

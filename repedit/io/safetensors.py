@@ -1,0 +1,214 @@
+"""The safetensors format: headers read as strictly as the safetensors library reads them, tensors read and written.
+
+Only headers are parsed, so a file of any size opens at once. A tensor that was read is a copy in memory: it does not
+change when the file does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repedit.errors import ArgumentError, CheckpointError, RepeditError
+from repedit.io.files import open_regular, replacing
+from repedit.io.text import parse_json
+
+HEADER_LIMIT = 100_000_000
+"""Bytes of the longest header, as in the safetensors library."""
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file; `start` and `stop` are absolute byte positions."""
+
+    file: str
+    spec: TensorSpec
+    start: int
+    stop: int
+
+
+def floating(name: str | torch.dtype) -> torch.dtype:
+    """A floating dtype by its name in torch.
+
+    Raises:
+        ArgumentError: if there is no such dtype, or it is not a floating one.
+    """
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ArgumentError(f"dtype={name!r} is not a floating dtype; give 'float32', 'bfloat16' or 'float16'")
+    return found
+
+
+def read_header(path: Path, error: type[RepeditError] = CheckpointError) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(entries by tensor name, metadata) of a file.
+
+    Raises:
+        RepeditError: of the type `error`, if the file cannot be read, its header is not one that the safetensors library
+            takes, or a dtype is not supported.
+    """
+    with open_regular(path, error) as file:
+        return header_of(file, path, error)
+
+
+def header_of(
+    file: BufferedReader, path: Path, error: type[RepeditError] = CheckpointError
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What `read_header` gives, of a file that is open."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(size - 8, HEADER_LIMIT):
+        raise error(f"{path} is corrupt: header length {length} in a file of {size} bytes; download it again")
+    try:
+        text = file.read(length).decode()
+        if not text.startswith("{"):
+            raise ValueError("the header does not begin with '{'")
+        table = parse_json(text, "header", error)
+        metadata = table.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ holds something else than texts")
+        entries = {name: _entry(path, name, item, 8 + length, error) for name, item in table.items()}
+    except (ValueError, error) as reason:
+        message = str(reason).removeprefix(f"{path}: ")
+        raise error(f"{path} is corrupt: {message}; download it again") from reason
+    _check_layout(path, entries, 8 + length, size, error)
+    return entries, metadata
+
+
+def read_tensor(file: BufferedReader, path: Path, name: str, entry: Entry) -> Tensor:
+    """One tensor of an open file, as a copy in memory.
+
+    Raises:
+        CheckpointError: if the file has become shorter.
+    """
+    data = bytearray(entry.stop - entry.start)
+    file.seek(entry.start)
+    done = 0
+    while done < len(data):
+        count = file.readinto(memoryview(data)[done:])
+        if not count:
+            raise CheckpointError(f"{path} ended at byte {entry.start + done}, within {name!r}")
+        done += count
+    if not data:
+        return torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
+    return torch.frombuffer(data, dtype=entry.spec.dtype).reshape(entry.spec.shape)
+
+
+def header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The bytes a file of these tensors begins with, and the absolute byte range of each tensor."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset, ranges = 0, {}
+    for name, spec in specs.items():
+        table[name] = {
+            "dtype": CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        ranges[name] = (offset, offset + spec.nbytes)
+        offset += spec.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: (base + a, base + b) for name, (a, b) in ranges.items()}
+
+
+def write_file(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata as one file, by one rename.
+
+    Raises:
+        CheckpointError: if the file cannot be written, or a dtype is not supported; what was there before is unchanged.
+    """
+    # The widest first, so that each tensor begins at a multiple of its element size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    wrong = next((name for name, value in ordered.items() if value.dtype not in CODES), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path} cannot hold {wrong!r}, whose dtype is {ordered[wrong].dtype}; convert it first")
+    start, _ = header({name: TensorSpec(tuple(v.shape), v.dtype) for name, v in ordered.items()}, metadata)
+    if len(start) - 8 > HEADER_LIMIT:
+        raise CheckpointError(f"{path} would have a header of {len(start):,} bytes; a file can have {HEADER_LIMIT:,}")
+    with replacing(path) as file:
+        file.write(start)
+        for value in ordered.values():
+            file.write(raw_bytes(value))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The little-endian bytes of a tensor, as safetensors stores them; without a copy where memory holds them so."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _entry(path: Path, name: str, item: Any, base: int, error: type[RepeditError]) -> Entry:
+    if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= set(item):
+        raise ValueError(f"tensor {name!r} has no dtype, shape and data_offsets")
+    dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r}, shape {shape!r} and data_offsets {offsets!r}")
+    if dtype not in DTYPES:
+        raise error(f"tensor {name!r} has dtype {dtype}, which is not supported; is it quantised? Use the base")
+    count = DTYPES[dtype].itemsize
+    for number in shape:
+        count *= number
+        if count >= 1 << 63:
+            raise ValueError(f"tensor {name!r} has shape {shape}, of more elements than a file can hold")
+    return Entry(path.name, TensorSpec(tuple(shape), DTYPES[dtype]), base + offsets[0], base + offsets[1])
+
+
+def _sizes(value: Any) -> bool:
+    """Whether a value is a list of sizes, neither negative nor of another type."""
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 64 for number in value)
+
+
+def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int, error: type[RepeditError]) -> None:
+    """Refuse tensors that overlap, leave a gap, have another size than their shape, or end elsewhere than the file."""
+    end = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        length = entry.stop - entry.start
+        if entry.stop > size:
+            raise error(f"{path} is truncated: tensor {name!r} ends at byte {entry.stop} of {size}; download it again")
+        if length != entry.spec.nbytes:
+            raise error(
+                f"{path} is corrupt: tensor {name!r} of shape {list(entry.spec.shape)} and {entry.spec.dtype} has {length} "
+                f"bytes, {entry.spec.nbytes} were expected; download it again"
+            )
+        if entry.start != end:
+            what = "overlaps the one before it" if entry.start < end else "leaves a gap before it"
+            raise error(f"{path} is corrupt: tensor {name!r} {what}, at byte {entry.start}; download it again")
+        end = entry.stop
+    if end != size:
+        raise error(f"{path} is corrupt: its tensors end at byte {end}, the file at {size}; download it again")

@@ -1,0 +1,218 @@
+"""Text files: UTF-8, JSON, JSON Lines and TOML, each read through one door.
+
+A text is refused if it is not Unicode, and JSON if it is nested deeper than 100 levels, gives a key twice, or holds a
+number that is not finite. Every message names the file and, where there is one, the line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from repedit.errors import CheckpointError, DataError, RepeditError
+from repedit.io.files import LIMIT, append, read_bytes
+
+DEPTH = 100
+"""Levels of nesting that are read."""
+DIGITS = 300
+"""Digits of the longest integer that is read; a longer one is no float64."""
+# A pair of escaped surrogates, or a surrogate without its partner, or any other escape.
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>u[dD][89a-fA-F]..)|.)", re.DOTALL)
+
+
+def read_text(path: str | Path, error: type[RepeditError] = DataError, *, limit: int = LIMIT) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        RepeditError: of the type `error`, if it cannot be read or is not UTF-8.
+    """
+    return _decoded(path, read_bytes(path, error, limit=limit), error).removeprefix("\ufeff")
+
+
+def parse_json(
+    text: str, where: str, error: type[RepeditError] = DataError, *, finite: bool = True, unique: bool = True
+) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        where: what the messages name: the file, and the line if the text is one line of it.
+        finite: refuse NaN and infinity, which JSON does not have.
+        unique: refuse an object that gives a key twice.
+    Raises:
+        RepeditError: of the type `error`.
+    """
+    lone = _lone_surrogate(text)
+    if lone is not None:
+        raise error(
+            f"{where}{_line(text, lone)} holds half of a surrogate pair ({text[lone : lone + 6]!a}), which is no "
+            "character; a text was cut in the middle of an emoji or the like, mend it"
+        )
+    try:
+        value = json.loads(
+            text,
+            parse_constant=_refused if finite else None,
+            parse_float=_finite if finite else None,
+            parse_int=_integer,
+            object_pairs_hook=_unique if unique else None,
+        )
+        _check_depth(text, value)
+    except RecursionError as reason:
+        raise error(f"{where} is nested deeper than {DEPTH} levels") from reason
+    except ValueError as reason:
+        raise error(f"{where}: not JSON: {reason}") from reason
+    return value
+
+
+def read_json(
+    path: str | Path,
+    error: type[RepeditError] = CheckpointError,
+    *,
+    finite: bool = True,
+    unique: bool = True,
+    limit: int = LIMIT,
+    remedy: str = "download it again",
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        RepeditError: of the type `error`, if the file is absent, cannot be read as JSON or holds something else.
+    """
+    text = _decoded(path, read_bytes(path, error, limit=limit), error)
+    try:
+        value = parse_json(text, str(path), error, finite=finite, unique=unique)
+    except error as reason:
+        raise error(f"{path} cannot be read as JSON: {str(reason).removeprefix(f'{path}: ')}; {remedy}") from reason
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}, an object was expected; {remedy}")
+    return value
+
+
+def json_rows(path: str | Path, error: type[RepeditError] = DataError) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line of a JSON Lines file that is not blank.
+
+    Raises:
+        RepeditError: of the type `error`, with the line that is no JSON object.
+    """
+    # Not splitlines: a JSON string may hold U+2028 and its like as they are.
+    for number, line in enumerate(read_text(path, error).split("\n"), 1):
+        if line.strip():
+            where = f"{path}, row {number}"
+            try:
+                row = parse_json(line, where, error)
+            except error as reason:
+                raise error(f"{reason}; one object a line is expected") from reason
+            if not isinstance(row, dict):
+                raise error(f"{where}: found a {type(row).__name__}; one object a line is expected")
+            yield number, row
+
+
+def read_toml(path: str | Path, error: type[RepeditError] = DataError) -> dict[str, Any]:
+    """The table in a TOML file.
+
+    Raises:
+        RepeditError: of the type `error`, if the file cannot be read as TOML, or holds a number that is not finite.
+    """
+    return parse_toml(read_text(path, error), str(path), error)
+
+
+def parse_toml(text: str, where: str, error: type[RepeditError] = DataError) -> dict[str, Any]:
+    """The table of a TOML text."""
+    try:
+        table = tomllib.loads(text, parse_float=_finite)
+        _check_depth(text, table)
+    except RecursionError as reason:
+        raise error(f"{where} is nested deeper than {DEPTH} levels") from reason
+    except ValueError as reason:
+        raise error(f"{where} is no readable TOML file: {reason}") from reason
+    return table
+
+
+class JsonLines:
+    """The rows of a file to which lines of JSON are added one at a time; an incomplete last line is no row."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the rows.
+
+        Raises:
+            CheckpointError: if a complete line is no JSON object, with its number.
+        """
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        data = read_bytes(path) if os.path.lexists(path) else b""
+        for number, line in enumerate(
+            _decoded(path, data[: data.rfind(b"\n") + 1], CheckpointError).split("\n")[:-1], 1
+        ):
+            row = parse_json(line, f"{path}, line {number}", CheckpointError, finite=False)
+            if not isinstance(row, dict):
+                raise CheckpointError(f"{path}, line {number}: found a {type(row).__name__}, an object was expected")
+            self.rows.append(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row, on the disk when this returns."""
+        self.rows.append(dict(row))
+        append(self.path, row)
+
+
+def _decoded(path: str | Path, data: bytes, error: type[RepeditError]) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as reason:
+        line = data.count(b"\n", 0, reason.start) + 1
+        raise error(f"{path} is not UTF-8: line {line}: {reason.reason}; convert it first") from reason
+
+
+def _lone_surrogate(text: str) -> int | None:
+    """Where a text holds half of a surrogate pair, as it is or escaped; None where it does not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as reason:
+        return reason.start
+    if "\\ud" not in text and "\\uD" not in text:
+        return None
+    return next((match.start() for match in _ESCAPE.finditer(text) if match["lone"]), None)
+
+
+def _line(text: str, place: int) -> str:
+    """The line of a place, where the text has several."""
+    return f", line {text.count(chr(10), 0, place) + 1}" if "\n" in text.strip() else ""
+
+
+def _check_depth(text: str, value: Any) -> None:
+    if text.count("[") + text.count("{") + text.count(".") <= DEPTH:
+        return  # too few brackets and dotted keys
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEPTH):
+        inner = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
+        level = [child for child in inner if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return table
+
+
+def _refused(name: str) -> float:
+    raise ValueError(f"the number {name} is not finite")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refused(text)
+
+
+def _integer(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits is longer than {DIGITS}")
+    return int(text)
