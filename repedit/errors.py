@@ -29,8 +29,10 @@ and the like keep working.
     `- MissingDependency (ImportError)
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 
 
 class RepeditError(Exception):
@@ -230,6 +232,60 @@ def check_names(what: str, given: Iterable[str], valid: Iterable[str], kind: str
     for key in given:
         if key not in known:
             raise UnknownName(f"{what} has no {kind} {key!r}; {nearest(key, known)}")
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least `least`; True and False are no numbers."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a finite real number; True and False are no numbers."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_whole(least: int = 1, /, **values: object) -> None:
+    """Refuse values that are not whole numbers of at least `least`; None passes.
+
+    Raises:
+        ArgumentError: with the name and the value.
+    """
+    for name, value in values.items():
+        if value is not None and not is_whole(value, least):
+            raise ArgumentError(f"{name}={value!r}; give at least {least}, a whole number")
+
+
+def check_positive(**values: object) -> None:
+    """Refuse values that are not finite numbers above 0; None passes.
+
+    Raises:
+        ArgumentError: with the name and the value.
+    """
+    for name, value in values.items():
+        if value is not None and not (is_finite(value) and value > 0):  # type: ignore[operator]
+            raise ArgumentError(f"{name}={value!r}; give a number above 0 and below infinity")
+
+
+def check_finite(**values: object) -> None:
+    """Refuse values that are not finite real numbers; None passes.
+
+    Raises:
+        ArgumentError: with the name and the value.
+    """
+    for name, value in values.items():
+        if value is not None and not is_finite(value):
+            raise ArgumentError(f"{name}={value!r}; give a finite number")
+
+
+def check_seed(**values: object) -> None:
+    """Refuse seeds that not every generator takes, or that two numbers would share, as -1 and 1 do in `random`.
+
+    Raises:
+        ArgumentError: with the name and the value.
+    """
+    for name, value in values.items():
+        if not is_whole(value, 0) or int(value) >= 2**63:  # type: ignore[call-overload]
+            raise ArgumentError(f"{name}={value!r}; give a whole number from 0 to 2^63 - 1")
 
 
 def nearest(name: str, valid: object, count: int = 3) -> str:

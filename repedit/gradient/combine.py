@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.errors import UnknownName, check_finite, check_positive, nearest
 from repedit.gradient.tensors import is_sharded, local
 
 CHUNK = 1 << 20
@@ -78,7 +78,7 @@ def weighted_sum(gamma: float = 1.0, alpha: float = 1.0, *, separate: bool = Tru
     Args:
         separate: False adds the gradients up as they come, which saves the memory of one copy; the log then has no cosine.
     """
-    _positive(gamma=gamma, alpha=alpha)
+    check_positive(gamma=gamma, alpha=alpha)
     options = {"gamma": gamma, "alpha": alpha}
     return Combiner("weighted_sum", lambda dots, now: (gamma, alpha), options, separate)
 
@@ -102,7 +102,7 @@ def blur(
         ArgumentError: if gamma or alpha is not positive. UnknownName: if another option does not exist.
     Reference: arXiv:2506.08164.
     """
-    _positive(gamma=gamma, alpha=alpha)
+    check_positive(gamma=gamma, alpha=alpha)
     for what, value, valid in (
         ("when", when, ("always", "conflict")),
         ("scope", scope, ("global", "tensor")),
@@ -143,7 +143,8 @@ def primal_dual(epsilon: float, eta: float = 1.0, warmup_epochs: float = 5.0) ->
         epsilon: the retain loss that is allowed.
         warmup_epochs: lambda stays 1 so long.
     """
-    _positive(eta=eta)
+    check_positive(eta=eta)
+    check_finite(epsilon=epsilon, warmup_epochs=warmup_epochs)
 
     def weights(_dots: Dots, now: Moment) -> tuple[float, float]:
         found = now.state.get("lambda", 1.0)
@@ -210,9 +211,3 @@ def _products(forget: Tensor | None, retain: Tensor | None, like: Tensor) -> Ten
         if f is not None and r is not None:
             total[2] += f @ r
     return total
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ArgumentError(f"{name}={value}; give a number above 0")

@@ -15,7 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.errors import (
+    ArgumentError,
+    UnknownName,
+    check_finite,
+    check_positive,
+    is_finite,
+    is_whole,
+    nearest,
+)
 from repedit.gradient.reference import bucketed
 from repedit.gradient.seen import Seen
 
@@ -35,6 +43,9 @@ class Loss:
     needs: frozenset[str] = frozenset()
     """Some of "reference_rows", "reference_logits", "reference_hidden", "hidden", "alternative"."""
 
+    def __post_init__(self) -> None:
+        check_finite(**{name: value for name, value in self.options.items() if isinstance(value, float)})
+
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})"
 
@@ -50,7 +61,7 @@ def negative_nll(cap: float | None = None) -> Loss:
     Args:
         cap: a row whose mean NLL exceeds this many nats has no gradient.
     """
-    if cap is not None and cap <= 0:
+    if cap is not None and not (is_finite(cap) and cap > 0):
         raise ArgumentError(f"cap={cap}; give a number of nats above 0, or None")
 
     def total(seen: Seen) -> Tensor:
@@ -74,7 +85,7 @@ def kl(direction: str = "reference_first", cache: int | None = None) -> Loss:
         ArgumentError: if fewer than one token would be kept.
     """
     _known("direction", direction, ("reference_first", "model_first"))
-    if cache is not None and cache < 1:
+    if cache is not None and not is_whole(cache):
         raise ArgumentError(f"cache={cache}; give a number of tokens, at least 1, or None")
 
     def total(seen: Seen) -> Tensor:
@@ -104,7 +115,7 @@ def npo(beta: float = 0.1) -> Loss:
 
     Reference: Zhang et al. 2024, arXiv:2404.05868, equation 3.
     """
-    _positive(beta=beta)
+    check_positive(beta=beta)
 
     def total(seen: Seen) -> Tensor:
         return -(2 / beta) * logsigmoid(beta * (seen.row_nll - seen.reference_rows)).sum()
@@ -118,7 +129,7 @@ def dpo(beta: float = 0.1, alternative: bool = True) -> Loss:
     Args:
         alternative: False leaves out the first difference, which makes it NPO.
     """
-    _positive(beta=beta)
+    check_positive(beta=beta)
 
     def total(seen: Seen) -> Tensor:
         margin = seen.row_nll - seen.reference_rows
@@ -136,7 +147,7 @@ def sim_npo(beta: float = 4.5, delta: float = 0.0) -> Loss:
 
     Reference: Fan et al. 2024, arXiv:2410.07163, equation 4.
     """
-    _positive(beta=beta)
+    check_positive(beta=beta)
 
     def total(seen: Seen) -> Tensor:
         return -(2 / beta) * logsigmoid(beta * (seen.row_nll / seen.row_count - delta)).sum()
@@ -159,7 +170,7 @@ def undial(beta: float = 10.0) -> Loss:
 
     Reference: Dong et al. 2024, arXiv:2402.10052.
     """
-    _positive(beta=beta)
+    check_positive(beta=beta)
 
     def total(seen: Seen) -> Tensor:
         lowered = seen.reference_logits.scatter_add(
@@ -234,12 +245,6 @@ def named(name: str) -> Callable[..., Loss]:
 def _weighted(seen: Seen, own: float, rest: float) -> Tensor:
     probability = torch.exp(-seen.token_nll.detach())
     return -(probability**own * (1 - probability) ** rest * seen.token_nll).sum()
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ArgumentError(f"{name}={value}; give a number above 0")
 
 
 def _known(what: str, name: str, valid: Any) -> None:

@@ -18,6 +18,8 @@ from repedit.errors import (
     QuantizedModel,
     SelectionError,
     ShapeError,
+    check_positive,
+    check_whole,
     nearest,
 )
 from repedit.gradient.tensors import divided, whole
@@ -39,8 +41,8 @@ class Lora:
     """Suffixes of the modules that get adapters; all linear ones of the blocks when empty."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ArgumentError(f"rank={self.rank}; give at least 1")
+        check_whole(rank=self.rank)
+        check_positive(alpha=self.alpha)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,11 @@ class Mask:
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """Which tensors are trained; the conditions intersect."""
+    """Which tensors are trained; the conditions intersect.
+
+    Raises:
+        SelectionError: if layers, modules or the pattern cannot be meant.
+    """
 
     layers: str = "all"
     """ "20-29", "3", "0-2,5", "last 8", "3 ending at 0.22" (of the depth), or "all", which also takes embeddings, head and
@@ -70,6 +76,16 @@ class Parameters:
     """A regular expression that is searched for in the tensor name."""
     mask: Mask | None = None
     lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, str) or not self.layers.strip():
+            raise SelectionError(f"layers={self.layers!r}; write '2-5', '3', '0-2,5', 'last 4' or 'all'")
+        if isinstance(self.modules, str) or not all(isinstance(name, str) and name for name in self.modules):
+            raise SelectionError(f"modules={self.modules!r}; give a tuple of names, such as ('mlp.down_proj',)")
+        try:
+            re.compile(self.pattern or "")
+        except (re.error, TypeError) as error:
+            raise SelectionError(f"pattern={self.pattern!r} is no regular expression: {error}") from error
 
     def select(self, subject: Subject) -> tuple[str, ...]:
         """The names of the tensors, each tied one once.
@@ -199,6 +215,8 @@ def layers_of(text: str, depth: int) -> tuple[int, ...]:
     if relative:
         end = depth - 1 if relative[1] else layer_at(float(relative[3]), depth)
         count = int(relative[1] or relative[2])
+        if count < 1:
+            raise SelectionError(f"layers={text!r} names no layer; give a number of at least 1")
         return tuple(range(max(0, end - count + 1), end + 1))
     found: set[int] = set()
     for part in text.split(","):

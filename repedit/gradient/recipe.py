@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from repedit.errors import ArgumentError, UnknownName, check_names, nearest
+from repedit.errors import ArgumentError, UnknownName, check_finite, check_names, is_finite, is_whole, nearest
 from repedit.gradient.combine import Combiner, weighted_sum
 from repedit.gradient.losses import Loss, nll
 from repedit.gradient.parameters import Parameters
@@ -24,7 +24,7 @@ class Term:
     """A loss on the rows of a role, with its weight.
 
     Raises:
-        UnknownName: if there is no such role.
+        UnknownName: if there is no such role. ArgumentError: if the weight is no finite number.
     """
 
     loss: Loss
@@ -34,6 +34,8 @@ class Term:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UnknownName(f"role={self.role!r}; {nearest(self.role, ROLES)}")
+        if not callable(self.weight):
+            check_finite(weight=self.weight)
 
     @property
     def name(self) -> str:
@@ -50,7 +52,7 @@ class Optimiser:
     """One of torch's optimisers.
 
     Raises:
-        UnknownName: if there is none of that name.
+        UnknownName: if there is none of that name. ArgumentError: if a number is out of range.
     """
 
     name: str = "adamw"
@@ -60,6 +62,10 @@ class Optimiser:
     def __post_init__(self) -> None:
         if self.name not in OPTIMISERS:
             raise UnknownName(f"optimiser={self.name!r}; {nearest(self.name, OPTIMISERS)}")
+        if not (is_finite(self.weight_decay) and self.weight_decay >= 0):
+            raise ArgumentError(f"weight_decay={self.weight_decay!r}; give a number, at least 0")
+        if len(self.betas) != 2 or not all(is_finite(beta) and 0 <= beta < 1 for beta in self.betas):
+            raise ArgumentError(f"betas={self.betas!r}; give two numbers in [0, 1)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +117,24 @@ class UnlearnRecipe:
     source: str = ""
 
     def __post_init__(self) -> None:
-        wrong = [name for name in ("lr", "epochs", "batch_size") if not getattr(self, name) > 0]
-        wrong += ["steps"] if self.steps is not None and self.steps < 1 else []
-        wrong += ["length"] if self.length < 2 else []
+        for name, kind in COMPOSITE.items():
+            value = getattr(self, name)
+            if not all(isinstance(part, kind) for part in (value if name in ("terms", "stop") else (value,))):
+                raise ArgumentError(
+                    f"recipe {self.name!r}: {name}={value!r} is not made of {kind.__name__} values; write a recipe file, which "
+                    "has a table for it, or give the value in Python"
+                )
+        wrong = [n for n in ("lr", "epochs") if not (is_finite(getattr(self, n)) and getattr(self, n) > 0)]
+        wrong += [] if is_whole(self.batch_size) else ["batch_size"]
+        wrong += [] if self.steps is None or is_whole(self.steps) else ["steps"]
+        wrong += [] if is_whole(self.length, 2) else ["length"]
+        wrong += [] if is_finite(self.scale) and self.scale else ["scale"]
         wrong += [] if self.terms else ["terms"]
         if wrong:
             raise ArgumentError(
-                f"recipe {self.name!r}: {', '.join(f'{n}={getattr(self, n)}' for n in wrong)} out of range; lr, epochs, "
-                "batch_size and steps are above 0, length at least 2, and there is at least one term"
+                f"recipe {self.name!r}: {', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)} out of range; lr and epochs are "
+                "finite and above 0, batch_size and steps whole numbers from 1 on, length one from 2 on, scale is not 0, and "
+                "there is at least one term"
             )
 
     def __repr__(self) -> str:
@@ -160,11 +176,28 @@ def made(name: str, terms: tuple[Term, ...], changes: Mapping[str, Any], **defau
         UnknownName: if a change names no field of a recipe.
     """
     check_names(f"recipe {name!r}", changes, CHANGEABLE)
-    return UnlearnRecipe(name, terms, **{**defaults, **changes})
+    return UnlearnRecipe(name, terms, **settled(defaults, changes))
+
+
+def settled(defaults: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults and the changes that win over them: epochs that are given also win over a default number of steps.
+
+    Raises:
+        ArgumentError: if steps and epochs are both given.
+    """
+    given = {name: changes[name] for name in ("steps", "epochs") if changes.get(name) is not None}
+    if len(given) == 2:
+        raise ArgumentError(f"steps={given['steps']}, epochs={given['epochs']}; give one of them")
+    return {**defaults, **({"steps": None} if "epochs" in given else {}), **changes}
 
 
 CHANGEABLE = tuple(f.name for f in fields(UnlearnRecipe) if f.name not in ("name", "terms"))
 """What every recipe lets its caller change."""
+COMPOSITE: Mapping[str, Any] = {
+    "terms": Term, "combiner": Combiner, "sampler": Sampler, "parameters": Parameters, "optimiser": Optimiser,
+    "schedule": Schedule, "stop": Stop, "saliency": Saliency | None,
+}  # fmt: skip
+"""The fields of a recipe that are no plain numbers, and what each holds."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from repedit.errors import ArgumentError
+from repedit.errors import ArgumentError, check_positive, check_whole, is_finite
 
 FORGET_SIDE, RETAIN_SIDE = ("forget", "outdated"), ("retain", "update")
 """Roles by the gradient they belong to. `outdated` are the forget rows whose prompt also stands in the update set."""
@@ -68,8 +68,9 @@ class Phase:
     """Once in the end, in place of once a chunk."""
 
     def __post_init__(self) -> None:
-        if not self.epochs > 0 or not 0 < self.share <= 1:
+        if not (is_finite(self.epochs) and self.epochs > 0) or not 0 < self.share <= 1:
             raise ArgumentError(f"{self}: epochs must be above 0 and share in (0, 1]")
+        check_positive(lr=self.lr)
 
 
 def paired(ratio: float = 1.0) -> Sampler:
@@ -77,7 +78,10 @@ def paired(ratio: float = 1.0) -> Sampler:
 
     Args:
         ratio: retain rows a forget row.
+    Raises:
+        ArgumentError: if it is not above 0.
     """
+    check_positive(ratio=ratio)
 
     def order(topics: Topics, size: int, seed: int) -> Order:
         def at(step: int) -> Draw:
@@ -117,7 +121,8 @@ def chunked(chunk: int = 32, retain_per_forget: int = 7, epochs_per_chunk: int =
 
     Retain rows are taken cyclically; a chunk is gone through `epochs_per_chunk` times before the next one begins.
     """
-    _at_least_one(chunk=chunk, epochs_per_chunk=epochs_per_chunk)
+    check_whole(chunk=chunk, epochs_per_chunk=epochs_per_chunk)
+    check_whole(0, retain_per_forget=retain_per_forget)
 
     def order(topics: Topics, size: int, seed: int) -> Order:
         forget, retain = len(topics["forget"]), len(topics.get("retain", ()))
@@ -150,7 +155,7 @@ def alternate(*phases: Phase, chunk: int | None = None) -> Sampler:
     Args:
         chunk: forget rows a chunk; the phases are gone through for each chunk in turn. None for all rows at once.
     """
-    _at_least_one(phases=len(phases), chunk=1 if chunk is None else chunk)
+    check_whole(phases=len(phases), chunk=chunk)
 
     def order(topics: Topics, size: int, seed: int) -> Order:
         for phase in phases:
@@ -175,7 +180,7 @@ def alternate(*phases: Phase, chunk: int | None = None) -> Sampler:
 
 def in_turn(*roles: str) -> Sampler:
     """One role a step, roles in turn; an epoch sees every forget row once."""
-    _at_least_one(roles=len(roles))
+    check_whole(roles=len(roles))
 
     def order(topics: Topics, size: int, seed: int) -> Order:
         def at(step: int) -> Draw:
@@ -202,9 +207,3 @@ def _cycled(role: str, count: int, size: int, step: int, seed: int) -> tuple[int
 @lru_cache(maxsize=256)
 def _shuffle(key: str, count: int) -> tuple[int, ...]:
     return tuple(random.Random(key).sample(range(count), count))
-
-
-def _at_least_one(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ArgumentError(f"{name}={value}; give at least 1")

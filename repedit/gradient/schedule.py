@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.errors import (
+    ArgumentError,
+    UnknownName,
+    check_finite,
+    check_positive,
+    check_whole,
+    is_finite,
+    is_whole,
+    nearest,
+)
 from repedit.models import Subject
 
 Record = Mapping[str, Any]
@@ -31,7 +40,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise UnknownName(f"shape={self.shape!r}; {nearest(self.shape, SHAPES)}")
-        if self.warmup < 0:
+        if not is_finite(self.warmup) or self.warmup < 0:
             raise ArgumentError(f"warmup={self.warmup}; give a fraction of the steps, or a number of them, at least 0")
 
     def factor(self, step: int, total: int) -> float:
@@ -70,17 +79,20 @@ class Stop:
 
 
 def steps(n: int) -> Stop:
-    """Stop after n steps."""
+    """Stop after n steps, at least 1."""
+    check_whole(n=n)
     return Stop("steps", lambda p: f"{p.step} steps taken" if p.step >= n else "", {"n": n})
 
 
 def epochs(n: float) -> Stop:
-    """Stop after n epochs."""
+    """Stop after n epochs, above 0."""
+    check_positive(n=n)
     return Stop("epochs", lambda p: f"{p.epoch:.3g} epochs seen" if p.epoch >= n else "", {"n": n})
 
 
 def loss_above(role: str, value: float) -> Stop:
     """Stop once the NLL of a role, mean over the tokens of a step, is above a value."""
+    check_finite(value=value)
 
     def reason(p: Progress) -> str:
         found = p.log[-1]["nll"].get(role)
@@ -97,8 +109,9 @@ def metric(
     Raises:
         ArgumentError: unless exactly one of above and below is given.
     """
-    if (above is None) == (below is None) or every < 1:
+    if (above is None) == (below is None) or not is_whole(every):
         raise ArgumentError(f"above={above}, below={below}, every={every}; give one of the first two, and every >= 1")
+    check_finite(above=above, below=below)
     name = getattr(fn, "__name__", type(fn).__name__)
 
     def reason(p: Progress) -> str:
@@ -114,6 +127,7 @@ def metric(
 
 def collapse(retain_ratio: float = 3.0) -> Stop:
     """Stop once the retain NLL of the last 5 steps is above so many times that of the first 5, and 1 nat above it."""
+    check_positive(retain_ratio=retain_ratio)
 
     def reason(p: Progress) -> str:
         found = [record["nll"]["retain"] for record in p.log if "retain" in record["nll"]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, NoOpEdit, TrainingError
+from repedit.errors import ArgumentError, NoOpEdit, TrainingError, check_positive, check_seed, check_whole, is_whole
 from repedit.fingerprints import value_hash
 from repedit.gradient import state
 from repedit.gradient.loop import Training
@@ -20,7 +20,7 @@ from repedit.gradient.masks import salient
 from repedit.gradient.material import Material, material
 from repedit.gradient.modes import check_dropout, recompute_blocks
 from repedit.gradient.parameters import Parameters, Trainee
-from repedit.gradient.recipe import Merged, UnlearnRecipe
+from repedit.gradient.recipe import Merged, UnlearnRecipe, settled
 from repedit.gradient.reference import Reference, check_vocabulary
 from repedit.gradient.schedule import Stop
 from repedit.gradient.sharding import check_shardable
@@ -78,6 +78,7 @@ def unlearn(
         gradient_checkpointing: compute every block again in the backward pass; less memory, more time, the same result.
         dropout: train with the dropout of the model, drawn from the seed; references are read without it.
     Raises:
+        ArgumentError: if a number is out of range, or steps and epochs are both given.
         DataError, OverlapError: if a set is missing, empty or malformed, or the sets overlap.
         SelectionError, ShapeError: if the parameter filter or mask fits nothing, or the reference has another vocabulary.
         QuantizedModel, OffloadedTensors: if the weights cannot be trained.
@@ -85,10 +86,13 @@ def unlearn(
         NoOpEdit: if nothing changed, or rounding to the model's dtype swallows all of it.
         FingerprintError: if `resume` holds another training, or the ranks were given different ones.
     """
-    if checkpoint_every is not None and (checkpoint_every < 1 or resume is None):
+    if checkpoint_every is not None and (not is_whole(checkpoint_every) or resume is None):
         raise ArgumentError(
             f"checkpoint_every={checkpoint_every}, resume={resume}: give a file in resume, and at least 1 step"
         )
+    check_whole(micro_batch=micro_batch)
+    check_positive(clip=clip)
+    check_seed(seed=seed)
     data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
     changes = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
     rest = {"reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "progress": progress}
@@ -108,7 +112,7 @@ def unlearn(
     training = Training(
         trainee=_trainee(subject, chosen, seed, ranks, shard, gradient_checkpointing),
         reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives.get("forget", [])}),
-        material=rows, recipe=chosen, micro_batch=micro_batch or chosen.batch_size, clip=clip, seed=seed,
+        material=rows, recipe=chosen, micro_batch=chosen.batch_size if micro_batch is None else micro_batch, clip=clip, seed=seed,
         ranks=ranks, dropout=dropout,
     )  # fmt: skip
     return _trained(training, record, None if resume is None else Path(resume), checkpoint_every, log, progress)
@@ -116,9 +120,7 @@ def unlearn(
 
 def _overridden(recipe: UnlearnRecipe, changes: Mapping[str, Any], stop: Sequence[Stop]) -> UnlearnRecipe:
     given = {name: value for name, value in changes.items() if value is not None}
-    if "epochs" in given and "steps" not in given:
-        given["steps"] = None
-    return replace(recipe, stop=(*recipe.stop, *stop), **given)
+    return replace(recipe, stop=(*recipe.stop, *stop), **settled({}, given))
 
 
 def _trainee(subject: Subject, recipe: UnlearnRecipe, seed: int, ranks: Ranks, shard: bool, recompute: bool) -> Trainee:

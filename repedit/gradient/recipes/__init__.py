@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from repedit.errors import UnknownName, check_names, nearest
+from repedit.errors import UnknownName, check_finite, check_names, nearest
 from repedit.gradient import written
 from repedit.gradient.recipe import CHANGEABLE, Merged, UnlearnRecipe
 from repedit.gradient.recipes.basic import (
@@ -48,25 +48,38 @@ RECIPES: dict[str, Callable[..., UnlearnRecipe | Merged]] = {
 }  # fmt: skip
 """Every recipe that needs no other recipe or loss to be built from."""
 
+SURE = ("percentile", "unit")
+"""The options of `sure` in the name of a recipe, besides those of the recipe it goes over."""
+
 __all__ = [*RECIPES, "RECIPES", "blur", "named", "read", "small", "sure"]
 
 
 def named(name: str, **options: Any) -> UnlearnRecipe | Merged:
     """A recipe by name: "blur_npo", "ails_ntua:agad" with a variant, "sure:npo_gdr" and "small:blur_npo" over another.
 
+    An option wins over the settings of `small`, these over the defaults of the recipe.
+
     Raises:
-        UnknownName: if there is no such recipe, with the nearest names.
+        UnknownName: if there is no such recipe, variant or option, with the nearest names.
+        ArgumentError: if an option is out of range.
     """
     head, _, rest = name.partition(":")
     if head in ("sure", "small") and rest:
-        inner = named(rest, **options)
+        mine = {name: options[name] for name in SURE if head == "sure" and name in options}
+        inner = named(rest, **{name: value for name, value in options.items() if name not in mine})
         if not isinstance(inner, UnlearnRecipe):
             raise UnknownName(f"{head} goes over one training, {rest!r} merges several; name another recipe")
-        return sure(inner) if head == "sure" else small(inner)
+        changes = {name: value for name, value in options.items() if name in CHANGEABLE}
+        return sure(inner, **mine) if head == "sure" else small(inner, **changes)
     if head not in RECIPES:
         raise UnknownName(f"no recipe is called {head!r}; {nearest(head, RECIPES)}")
-    own = [name for name, p in inspect.signature(RECIPES[head]).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    check_names(f"recipe {head!r}", options, [*own, *CHANGEABLE])
+    parameters = inspect.signature(RECIPES[head]).parameters
+    own = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    check_names(f"recipe {name!r}", options, [*own, *CHANGEABLE])
+    numbers = [option for option in own if str(parameters[option].annotation).startswith(("float", "int"))]
+    check_finite(**{option: options[option] for option in numbers if option in options})
+    if rest and "variant" not in parameters:
+        raise UnknownName(f"recipe {head!r} has no variants, and {rest!r} was asked for; name {head!r} alone")
     return RECIPES[head](rest, **options) if rest else RECIPES[head](**options)
 
 

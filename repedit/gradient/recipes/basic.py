@@ -73,7 +73,7 @@ def sim_npo(
 
 def wga(*, beta: float = 1.0, gamma: float = 1.0, alpha: float = 1.0, **changes: Any) -> UnlearnRecipe:
     """gamma WGA(forget) + alpha NLL(retain); alpha 0 drops the second. It mostly hides what it forgets: run `rp.audit`."""
-    return _weighted("wga", losses.wga(beta), gamma, alpha, {"epochs": 5.0} | changes, "WGA(forget) + NLL(retain)")
+    return _weighted("wga", losses.wga(beta), gamma, alpha, changes, "WGA(forget) + NLL(retain)", epochs=5.0)
 
 
 def satimp(
@@ -85,7 +85,7 @@ def satimp(
 
 def undial(*, beta: float = 10.0, gamma: float = 1.0, alpha: float = 0.0, **changes: Any) -> UnlearnRecipe:
     """gamma UNDIAL(forget) + alpha NLL(retain); alpha 0, the default, drops the second. It mostly hides: `rp.audit`."""
-    return _weighted("undial", losses.undial(beta), gamma, alpha, {"lr": 1e-4} | changes, "UNDIAL(forget)")
+    return _weighted("undial", losses.undial(beta), gamma, alpha, changes, "UNDIAL(forget)", lr=1e-4)
 
 
 def _preference(name: str, loss: losses.Loss, kept: losses.Loss | None, changes: Any, formula: str) -> UnlearnRecipe:
@@ -93,8 +93,9 @@ def _preference(name: str, loss: losses.Loss, kept: losses.Loss | None, changes:
     return made(name, terms, changes, formula=formula, source="Zhang et al. 2024, arXiv:2404.05868")
 
 
-def _weighted(name: str, loss: losses.Loss, gamma: float, alpha: float, changes: Any, formula: str) -> UnlearnRecipe:
+def _weighted(
+    name: str, loss: losses.Loss, gamma: float, alpha: float, changes: Any, formula: str, **defaults: Any
+) -> UnlearnRecipe:
     terms = (Term(loss, "forget"), *((Term(losses.nll(), "retain"),) if alpha else ()))
-    return made(
-        name, terms, changes, combiner=weighted_sum(gamma, alpha or 1.0), formula=formula, source="open-unlearning"
-    )
+    combiner = weighted_sum(gamma, alpha or 1.0)
+    return made(name, terms, changes, combiner=combiner, formula=formula, source="open-unlearning", **defaults)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from repedit.errors import UnknownName, nearest
+from repedit.errors import UnknownName, check_names, nearest
 from repedit.gradient import losses
 from repedit.gradient.parameters import Lora, Parameters
-from repedit.gradient.recipe import Merged, Optimiser, Saliency, Term, UnlearnRecipe, made
+from repedit.gradient.recipe import CHANGEABLE, Merged, Optimiser, Saliency, Term, UnlearnRecipe, made, settled
 from repedit.gradient.recipes.basic import ga, ga_kl, grad_diff
 from repedit.gradient.sampling import Phase, alternate, chunked, in_turn
 from repedit.gradient.schedule import Record
@@ -57,7 +57,7 @@ def sure(
         inner,
         name=f"sure({inner.name})",
         saliency=options,
-        lr=lr or inner.lr,
+        lr=inner.lr if lr is None else lr,
         source=f"arXiv:2410.16454 over {inner.source}",
     )
 
@@ -111,7 +111,7 @@ def ails_ntua(variant: str = "sugd", **changes: Any) -> UnlearnRecipe:
 
 def zju_merge(**changes: Any) -> Merged:
     """Two LoRA runs of NPO + KL + NLL with other weights, merged by TIES. It mostly hides: run `rp.audit`."""
-    options = {"parameters": Parameters(lora=Lora(32, 64)), "lr": 1e-4, "epochs": 5.0} | changes
+    defaults: dict[str, Any] = {"parameters": Parameters(lora=Lora(32, 64)), "lr": 1e-4, "epochs": 5.0}
     parts = []
     for number, (forget, kl, nll) in enumerate(((0.4, 0.4, 0.2), (0.3, 0.3, 0.4))):
         terms = (
@@ -119,7 +119,8 @@ def zju_merge(**changes: Any) -> Merged:
             Term(losses.kl(), "retain", kl),
             Term(losses.nll(), "retain", nll),
         )
-        parts.append(made(f"zju_merge, part {number}", terms, options, formula=f"{forget} NPO + {kl} KL + {nll} NLL"))
+        formula = f"{forget} NPO + {kl} KL + {nll} NLL"
+        parts.append(made(f"zju_merge, part {number}", terms, changes, **(defaults | {"formula": formula})))
     formula = "TIES(.4 NPO + .4 KL + .2 NLL, .3 NPO + .3 KL + .4 NLL)"
     return Merged("zju_merge", tuple(parts), (1.0, 1.0), 0.8, formula, "ZJUKLAB at SemEval-2025 Task 4")
 
@@ -153,16 +154,18 @@ def task_vector(scale: float = 1.0, **changes: Any) -> UnlearnRecipe:
     )  # fmt: skip
 
 
-def small(recipe: UnlearnRecipe) -> UnlearnRecipe:
+def small(recipe: UnlearnRecipe, **changes: Any) -> UnlearnRecipe:
     """The recipe with settings for SmolLM2-135M on a CPU: what writes mlp.out in layers 20-29, 60 steps of 8 rows at 5e-4.
 
     Rate and steps were chosen on the capitals with NPO, by what the training half of the other facts kept. A recipe about
-    hidden states of a layer trains what it would: the last layers do not reach them.
+    hidden states of a layer trains what it would: the last layers do not reach them. Every field of a recipe can be given,
+    and wins over these settings.
     """
+    check_names(f"small({recipe.name})", changes, CHANGEABLE)
     settings: dict[str, Any] = {"batch_size": 8, "length": 64, "lr": 5e-4, "steps": 60}
     if not any("hidden" in term.loss.needs for term in recipe.terms):
         settings["parameters"] = Parameters("20-29", ("mlp.out",))
-    return replace(recipe, **settings)
+    return replace(recipe, **settled(settings, changes))
 
 
 def _known(variant: str, valid: tuple[str, ...]) -> None:
