@@ -17,7 +17,7 @@ from repedit.activations.passes import batches, named_batch
 from repedit.activations.watching import Labels, Watch
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
-from repedit.errors import FingerprintError, NotEnoughRows
+from repedit.errors import FingerprintError, NotEnoughRows, check_whole
 from repedit.hooks import installed
 from repedit.io import archive
 from repedit.models import Subject
@@ -150,6 +150,7 @@ def collect(
         edit: an edit that is active during the pass.
         limit_tokens: stop after the batch that reaches this many counted tokens.
     Raises:
+        ArgumentError: if the length, the batch size or the limit is below 1.
         UnknownSite: if the selector names a site this model has not, or one that does not have this statistic.
         NotEnoughRows: if no token counts.
         TooLarge: if the covariances would not fit into memory.
@@ -157,6 +158,7 @@ def collect(
         NoGradient: if gradients are asked for where none can be had.
         FingerprintError, ProcessFailed: if processes were given different things, or one of them failed.
     """
+    check_whole(limit_tokens=limit_tokens, length=length, batch_size=batch_size)
     watch = Watch(subject, subject.select(sites), statistic, gradients, labels)
     rule = CountingRule(subject.tokenizer, first_position, special_tokens, count)
     ranks = joined_ranks(subject.device)

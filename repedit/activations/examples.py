@@ -14,7 +14,7 @@ from repedit.activations.counting import CountingRule
 from repedit.activations.passes import batches, inputs_of
 from repedit.arch import hooks_at
 from repedit.data import Batches
-from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite
+from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite, check_whole
 from repedit.hooks import installed
 from repedit.models import Subject
 from repedit.sites import Site
@@ -104,6 +104,7 @@ def max_activating(
         ArgumentError: if a site holds expert neurons, which see different tokens each, or count is below 1.
         NotEnoughRows: if no token counts.
     """
+    check_whole(limit_tokens=limit_tokens)
     chosen, plan = subject.select(sites), subject.anatomy
     routed = [s for s in chosen if s.point.endswith("neurons") and plan.branch(s.layer, s.point).routed]
     if routed:

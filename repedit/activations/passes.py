@@ -13,14 +13,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from repedit.data import Batch, Batches
-from repedit.errors import during
+from repedit.errors import check_whole, during
 from repedit.models import Subject
 
 
 def batches(
     subject: Subject, corpus: Batches, length: int, batch_size: int, progress: bool | None, label: str
 ) -> Iterator[Batch]:
-    """The batches of a corpus on the subject's device, with a progress bar where the output is a terminal."""
+    """The batches of a corpus on the subject's device, with a progress bar where the output is a terminal.
+
+    Raises:
+        ArgumentError: if the length or the batch size is no whole number of at least 1.
+    """
+    check_whole(length=length, batch_size=batch_size)
     tokenizer = subject.tokenizer if not hasattr(corpus, "documents") else subject.need_tokenizer()
     items = list(corpus.batches(tokenizer, length=length, batch_size=batch_size))
     for batch in tqdm(

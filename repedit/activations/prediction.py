@@ -14,7 +14,7 @@ from torch import Tensor
 from repedit.activations.passes import at_least_float32, batches, inputs_of, named_batch
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
-from repedit.errors import FingerprintError, NotEnoughRows, NotFinite
+from repedit.errors import FingerprintError, NotEnoughRows, NotFinite, check_whole
 from repedit.models import Subject
 
 
@@ -73,9 +73,11 @@ def predictions(
         skip: token ids that are not counted as targets (the commonest tokens, say).
         limit_tokens: stop after the batch that reaches this many predictions.
     Raises:
+        ArgumentError: if a number is below 1.
         NotEnoughRows: if there is nothing to predict.
         NotFinite: if the loss is not finite.
     """
+    check_whole(limit_tokens=limit_tokens)
     ids: list[str] = []
     rows: list[tuple[int, int, int, float]] = []
     with edit.hooked(subject) if edit else nullcontext(), torch.no_grad():

@@ -24,7 +24,7 @@ from repedit.attacks.running import Role, run
 from repedit.attacks.showing import shown
 from repedit.attacks.store import Store, shared_folder
 from repedit.data import Fact, Facts, prose
-from repedit.errors import ArgumentError, BadReference, DataError
+from repedit.errors import ArgumentError, BadReference, DataError, check_positive, check_seed, check_whole, is_whole
 from repedit.models import Subject
 from repedit.sites import Site
 
@@ -95,10 +95,16 @@ def audit(
     check_thresholds(material, clear, alpha)
     names = planned(budget, attacks)
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
-    if steps < 8:
+    check_whole(draws=draws)
+    check_positive(scale_lrs=scale_lrs)
+    if not is_whole(steps, 8):
         raise ArgumentError(f"steps={steps}; give at least 8 for an attack that trains")
     if not chosen:
         raise ArgumentError("seeds is empty; give at least one, or None")
+    for seed in chosen:
+        check_seed(seeds=seed)
+    if len(set(chosen)) < len(chosen):
+        raise ArgumentError(f"seeds={chosen}; one that is given twice would count twice")
     given: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
     models = {role: Audited(role, source, device) for role, source in given.items() if source is not None}
     _check_models(models)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from repedit.data.domains import Fact, Facts, drawn, normalized
-from repedit.errors import ArgumentError, FractionError, NotEnoughRows, OverlapError
+from repedit.errors import ArgumentError, FractionError, NotEnoughRows, OverlapError, check_seed
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Splits:
         """
         if not 0 < train_fraction < 1:
             raise FractionError(f"train_fraction={train_fraction}; give a fraction strictly between 0 and 1")
+        check_seed(seed=seed)
         if fold not in (0, 1):
             raise ArgumentError(f"fold={fold}; there are two, 0 and 1")
         items, retain = (facts.forget, facts.retain) if isinstance(facts, Facts) else (tuple(facts), ())

@@ -18,7 +18,16 @@ from tqdm.auto import tqdm
 from repedit.arch import hooks_at
 from repedit.data import Batch, Batches, Corpus
 from repedit.edit import Edit
-from repedit.errors import ArgumentError, NotFinite, OverlapError, QuantizedModel, SelectionError
+from repedit.errors import (
+    ArgumentError,
+    NotFinite,
+    OverlapError,
+    QuantizedModel,
+    SelectionError,
+    check_seed,
+    is_finite,
+    is_whole,
+)
 from repedit.hooks import installed
 from repedit.maps import Diagonal
 from repedit.models import Subject
@@ -62,7 +71,10 @@ def gates(
         raise OverlapError(
             f"forget and retain are the same data ({forget.name!r}); nothing could be forgotten and kept at once"
         )
-    if steps < 1 or batch_size < 1 or learning_rate <= 0 or retain_weight < 0:
+    check_seed(seed=seed)
+    whole = is_whole(steps) and is_whole(batch_size)
+    finite = is_finite(learning_rate) and is_finite(retain_weight)
+    if not whole or not finite or learning_rate <= 0 or retain_weight < 0:
         raise ArgumentError(
             f"steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}, retain_weight={retain_weight}: all must be positive"
         )

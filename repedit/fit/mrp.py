@@ -21,6 +21,7 @@ from repedit.errors import (
     ShapeError,
     TrainingError,
     UnknownName,
+    is_whole,
     nearest,
 )
 from repedit.fit.bases import Bases
@@ -192,7 +193,7 @@ def _checked(
                 )
             found[site] = map_
         taken = found[site].u.shape[1] if site in found else 0
-        if not 1 <= rank < width - taken:
+        if not is_whole(rank) or not rank < width - taken:
             raise RankError(
                 f"{site}: rank {rank} was asked for, 1 to {width - taken - 1} is possible beside the {taken} removed before"
             )

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from repedit.activations.passes import inputs_of
 from repedit.data import Batch
-from repedit.errors import ArgumentError, CheckpointError, TrainingError
+from repedit.errors import ArgumentError, CheckpointError, TrainingError, check_seed, is_finite, is_whole
 from repedit.fit.bases import Bases
 from repedit.fit.objective import Forgetting, retained, teaching
 from repedit.fit.sampling import Sampler
@@ -74,15 +74,24 @@ class MRPConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ArgumentError(f"steps={self.steps}, epochs={self.epochs}: give one of them, and None for the other")
-        low = {"batch_size": 1, "shown": 0, "text_rows": 0, "text_length": 2, "evaluate_every": 1, "clip": 0, "retain_weight": 0, "kl_weight": 0}  # fmt: skip
-        wrong = [name for name, least in low.items() if getattr(self, name) < least]
-        wrong += [name for name in ("steps", "epochs") if getattr(self, name) is not None and getattr(self, name) < 1]
-        wrong += [] if self.lr > 0 and 0 <= self.anneal <= 1 else ["lr or anneal"]
+        low = {"batch_size": 1, "shown": 0, "text_rows": 0, "text_length": 2, "length": 2, "evaluate_every": 1, "clip": 0, "retain_weight": 0, "kl_weight": 0}  # fmt: skip
+        optional = ("steps", "epochs", "patience", "cap", "retain_budget")
+        numbers = {n: v for n in (*low, *optional) if (v := getattr(self, n)) is not None}
+        # An infinite cap or clip is none; NaN is below everything.
+        wrong = [name for name, value in numbers.items() if not value >= low.get(name, -math.inf)]
+        wrong += [n for n in ("steps", "epochs", "patience") if n in numbers and not is_whole(numbers[n])]
+        wrong += [
+            n
+            for n in ("batch_size", "shown", "text_rows", "length", "text_length", "evaluate_every")
+            if not is_whole(getattr(self, n), 0)
+        ]
+        wrong += [] if is_finite(self.lr) and self.lr > 0 and 0 <= self.anneal <= 1 else ["lr or anneal"]
         wrong += [] if self.among in ("answers", "vocabulary") else ["among"]
         wrong += [] if self.forget_at in ("entity", "everywhere", "both") else ["forget_at"]
         wrong += [] if self.optimizer in ("adam", "sgd") else ["optimizer"]
         if wrong:
-            raise ArgumentError(f"{', '.join(wrong)} out of range in {self}")
+            raise ArgumentError(f"{', '.join(dict.fromkeys(wrong))} out of range in {self}")
+        check_seed(seed=self.seed)
 
 
 @dataclass(eq=False)

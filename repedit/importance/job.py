@@ -12,18 +12,30 @@ from repedit.activations.collection import Collection, collect
 from repedit.activations.prediction import Effect, effect, predictions
 from repedit.data import Corpus
 from repedit.edit import Edit
-from repedit.errors import ArgumentError, DataError, FingerprintError, SelectionError
+from repedit.errors import (
+    ArgumentError,
+    DataError,
+    FingerprintError,
+    SelectionError,
+    check_finite,
+    check_seed,
+    check_whole,
+)
 from repedit.fit import gates
 from repedit.importance.scores import Scores
 from repedit.importance.scoring import GRADIENT_IMPORTANCES, score
-from repedit.importance.selection import prune, random_like
+from repedit.importance.selection import check_fraction, prune, random_like
 from repedit.importance.trajectories import trajectory
 from repedit.models import Subject
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What `pruned` does."""
+    """What `pruned` does.
+
+    Raises:
+        ArgumentError: if a number is out of range. FractionError: if a share does not lie in [0, 1].
+    """
 
     fraction: float | None = None
     """Share of the scored neurons; a learned mask finds its own."""
@@ -42,6 +54,17 @@ class PruneOptions:
     tokens: int = 8000
     batch_size: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole(steps=self.steps, tokens=self.tokens, batch_size=self.batch_size)
+        check_whole(0, control=self.control)
+        check_seed(seed=self.seed)
+        check_finite(max_retain_drop=self.max_retain_drop)
+        for name in ("fraction", "cap_per_layer"):
+            if getattr(self, name) is not None:
+                check_fraction(name, getattr(self, name))
+        if self.fraction is None and not self.learned:
+            raise ArgumentError("a fraction is needed, such as 0.01, unless the mask is learned")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +161,7 @@ def _edit(
         say(f"Learning a mask on {forget} and {retain}")
         sites = options.sites or "*.mlp.neurons,*.attn.neurons"
         return gates(subject, forget, retain, sites=sites, seed=options.seed)
-    if options.fraction is None:
-        raise ArgumentError("a fraction is needed, such as 0.01, unless the mask is learned")
+    assert options.fraction is not None
     if scores is not None:
         return prune(_loaded(scores, subject), fraction=options.fraction, cap_per_layer=options.cap_per_layer)
     if options.steps > 1:

@@ -21,7 +21,15 @@ from repedit.activations.collection import collect
 from repedit.activations.prediction import drop, predictions
 from repedit.data import Batches, Corpus, Tokens
 from repedit.edit import Edit
-from repedit.errors import ArgumentError, FractionError, OverlapError, SelectionError
+from repedit.errors import (
+    ArgumentError,
+    FractionError,
+    OverlapError,
+    SelectionError,
+    check_finite,
+    check_seed,
+    check_whole,
+)
 from repedit.importance.scores import Scores
 from repedit.importance.scoring import GRADIENT_IMPORTANCES, score
 from repedit.importance.selection import check_fraction, prune
@@ -130,6 +138,9 @@ def trajectory(
         FingerprintError: if `resume` holds steps of another run.
     """
     check_fraction("fraction_per_step", fraction_per_step)
+    check_whole(steps=steps)
+    check_seed(seed=seed)
+    check_finite(max_retain_drop=max_retain_drop)
     if steps * fraction_per_step > 1 + 1e-9:
         raise FractionError(
             f"{steps} steps of {fraction_per_step} prune more than everything; at most {int(1 / fraction_per_step + 1e-9)} steps"

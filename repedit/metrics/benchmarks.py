@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repedit.data import mmlu, semeval
-from repedit.errors import NotFound, UnknownName, nearest
+from repedit.errors import NotFound, UnknownName, check_whole, nearest
 from repedit.metrics.membership import auc, tpr
 from repedit.metrics.semeval import evaluate as semeval_score
 from repedit.metrics.semeval.evaluation import membership_scores
@@ -40,6 +40,7 @@ def measured(
         NotFound: if there is no such directory, or it lacks the data of one.
         ArgumentError, DataError, MetricError, MissingDependency: as the benchmarks do.
     """
+    check_whole(limit=limit)
     for name in names:
         if name not in SUITES:
             raise UnknownName(f"metrics={name!r}; {nearest(name, SUITES)}")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from repedit.errors import ArgumentError, DataError, MissingDependency
+from repedit.errors import ArgumentError, DataError, MissingDependency, is_whole
 from repedit.metrics.streaming import prompt_tokens
 from repedit.models import Subject
 
@@ -38,7 +38,7 @@ def generate(
         DataError: if a prompt has no token, or leaves the model no room to go on.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
+        if not is_whole(value):
             raise ArgumentError(f"{name}={value}; give at least 1")
     tokens = [_tokens(subject, prompt, max_new_tokens, chat) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from repedit.errors import ArgumentError, DataError
+from repedit.errors import ArgumentError, DataError, check_seed, is_finite, is_whole
 from repedit.models import Subject
 
 Message = Mapping[str, str]
@@ -68,7 +68,8 @@ def stream(
     Raises:
         ArgumentError: if a number is out of range, or the model's own settings ask for what is not done here.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
+    check_seed(seed=seed)
+    if not is_whole(max_new_tokens) or not is_finite(temperature) or temperature < 0:
         raise ArgumentError(
             f"max_new_tokens={max_new_tokens}, temperature={temperature}; give at least 1, and a number from 0 on"
         )

@@ -14,7 +14,7 @@ from repedit.attacks.classifier import audit_classifiers
 from repedit.attacks.judging.evidence import Report
 from repedit.attacks.judging.gaps import AUC, FORGET, RELEARN, RETAIN, TEST
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, RepeditError, UnknownName, nearest
+from repedit.errors import ArgumentError, RepeditError, UnknownName, check_seed, is_whole, nearest
 from repedit.vision import Images, ImageSplits, Task
 
 COLUMNS = (
@@ -132,7 +132,8 @@ def forget_images(
     for name in names:
         if name not in RECIPES:
             raise UnknownName(f"no recipe is called {name!r}; {nearest(name, RECIPES)}")
-    if references < 1:
+    check_seed(seed=seed)
+    if not is_whole(references):
         raise ArgumentError(f"references={references}; everything is judged beside a retrained model, give at least 1")
     images, options = _data(data, kind, setting)
     sizes = {"train": options.train, "remember": options.remember, "seed": seed}

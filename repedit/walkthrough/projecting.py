@@ -8,6 +8,7 @@ from pathlib import Path
 
 from repedit.data import Splits, by_domain, facts, with_paraphrases
 from repedit.edit import Edit
+from repedit.errors import check_seed, check_whole
 from repedit.fit.mrp import mrp
 from repedit.metrics.generation import continuations
 from repedit.metrics.knowledge import Knowledge, knowledge
@@ -55,6 +56,8 @@ def forget_capitals(
     Raises:
         TargetExists: if the target holds something that is not an export of repedit.
     """
+    check_whole(steps=steps, count=count)
+    check_seed(seed=seed)
     out = free(target)
     subject, asked = load(model), facts("capitals", seed=seed)
     halves = Splits.of(asked.retain, seed=seed)

@@ -15,6 +15,7 @@ from repedit.activations.collection import Collection, collect
 from repedit.activations.prediction import Effect, effect, predictions
 from repedit.data import Corpus, code, prose
 from repedit.edit import Edit
+from repedit.errors import check_seed, check_whole
 from repedit.importance.scores import Scores
 from repedit.importance.scoring import score
 from repedit.importance.selection import prune, random_like
@@ -58,6 +59,8 @@ def walkthrough(
     Raises:
         TargetExists: if the target holds something that is not an export of repedit.
     """
+    check_whole(tokens=tokens)
+    check_seed(seed=seed)
     out = free(target)
     say(f"Loading {model}")
     subject = load(model)

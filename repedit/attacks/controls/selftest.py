@@ -16,7 +16,7 @@ from repedit.attacks.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.attacks.controls.worlds import world
 from repedit.attacks.judging.evidence import PASS, Report
 from repedit.attacks.soundness import remember
-from repedit.errors import UnknownName, nearest
+from repedit.errors import UnknownName, check_seed, nearest
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def selftest(
     Raises:
         UnknownName: if there is no such control.
     """
+    check_seed(seed=seed)
     for name in controls or ():
         if name not in CONTROLS:
             raise UnknownName(f"no control is called {name!r}; {nearest(name, CONTROLS)}")
