@@ -95,16 +95,7 @@ def audit(
     check_thresholds(material, clear, alpha)
     names = planned(budget, attacks)
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
-    check_whole(draws=draws)
-    check_positive(scale_lrs=scale_lrs)
-    if not is_whole(steps, 8):
-        raise ArgumentError(f"steps={steps}; give at least 8 for an attack that trains")
-    if not chosen:
-        raise ArgumentError("seeds is empty; give at least one, or None")
-    for seed in chosen:
-        check_seed(seeds=seed)
-    if len(set(chosen)) < len(chosen):
-        raise ArgumentError(f"seeds={chosen}; one that is given twice would count twice")
+    _check_numbers(steps, draws, scale_lrs, chosen)
     given: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
     models = {role: Audited(role, source, device) for role, source in given.items() if source is not None}
     _check_models(models)
@@ -127,6 +118,19 @@ def audit(
     if out is not None and save:
         report.save(out)
     return report
+
+
+def _check_numbers(steps: int, draws: int, scale_lrs: float, chosen: Sequence[int]) -> None:
+    check_whole(draws=draws)
+    check_positive(scale_lrs=scale_lrs)
+    if not is_whole(steps, 8):
+        raise ArgumentError(f"steps={steps}; give at least 8 for an attack that trains")
+    if not chosen:
+        raise ArgumentError("seeds is empty; give at least one, or None")
+    for seed in chosen:
+        check_seed(seeds=seed)
+    if len(set(chosen)) < len(chosen):
+        raise ArgumentError(f"seeds={chosen}; one that is given twice would count twice")
 
 
 def _check_models(models: Mapping[str, Audited]) -> None:
