@@ -17,6 +17,7 @@ from repedit.models import subject_of
 from tests import laws
 from tests.edits import mask
 from tests.tiny import FAMILIES, ids, logits, tiny
+from tests.tolerances import close, within
 
 ROUTED = ("mixtral", "olmoe", "qwen3_moe")
 GATE, UP = Reader("mlp.gate_proj"), Reader("mlp.up_proj")
@@ -34,7 +35,7 @@ def test_every_row_is_proved(family):
     report = rp.check_architecture(tiny(family).model)
     assert report.passed and report.model_type == family
     assert [str(p.site) for p in report.proofs if p.site.layer == 1] == [f"1.{point}" for point in PROVED]
-    assert max(p.error for p in report.proofs) < 1e-5
+    within(max(p.error for p in report.proofs), "model, float32")
 
 
 PROVED = ("attn.neurons", "attn.out", "mlp.neurons", "mlp.out", "resid.post")
@@ -44,7 +45,7 @@ PROVED = ("attn.neurons", "attn.out", "mlp.neurons", "mlp.out", "resid.post")
 def test_half_types_are_proved_in_float32_and_left_as_they_were(family):
     model = tiny(family, torch.bfloat16).model
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert max(p.error for p in rp.check_architecture(model).proofs) < 1e-5
+    within(max(p.error for p in rp.check_architecture(model).proofs), "model, float32")
     assert all(torch.equal(p, before[name]) and p.dtype == torch.bfloat16 for name, p in model.named_parameters())
 
 
@@ -186,7 +187,8 @@ def test_expert_neurons_equal_a_naive_loop(family):
         logits(subject)
     expected = naive(module, branch, inputs[0], inputs[1])
     assert seen.keys() == expected.keys() and len(seen) == 2 * ids().numel()
-    assert all(torch.allclose(seen[key], expected[key], atol=1e-6) for key in seen)
+    for key, value in expected.items():
+        close(seen[key], value, "model, float32")
 
 
 def note(seen):

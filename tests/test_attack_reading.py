@@ -29,6 +29,7 @@ from repedit.models import Subject
 from repedit.sites import Point, Site
 from tests.saved import merging_tokenizer
 from tests.tiny import FAMILIES, tiny
+from tests.tolerances import close
 
 LETTERS = string.ascii_letters
 # A space and a letter are one token, so that answers differ in their first token.
@@ -73,11 +74,11 @@ def check_lens(subject: Subject) -> None:
     row = found.settings.index(f"resid.post {layer}")
     truth = ask(subject, SPLITS.test)
     assert found.correct[row].astype(bool).tolist() == truth.correct.tolist()
-    assert found.graded[row] == pytest.approx(truth.graded, abs=1e-4)
+    close(found.graded[row], truth.graded, "model, float32")
     site = Site(layer, Point.RESID_POST)
     seen = states(subject, [TOKENIZER(f.prompt)["input_ids"] for f in SPLITS.test], [site])[site]
     own = ends(subject, SPLITS.test)
-    assert torch.allclose(lens(subject, seen), own, atol=1e-4)
+    close(lens(subject, seen), own, "model, float32")
     names = [token(f" {c}") for c in "abcd"]
     assert torch.equal(lens(subject, seen)[:, names].argsort(-1), own[:, names].argsort(-1))
 
@@ -113,12 +114,12 @@ def test_streams_add_up(family):
     seen = states(subject, [TOKENIZER(f.prompt)["input_ids"] for f in FACTS], sites)
     with torch.no_grad():
         hidden = [subject.model(input_ids=torch.tensor([TOKENIZER(f.prompt)["input_ids"]]), output_hidden_states=True).hidden_states[1][0, -1] for f in FACTS]  # fmt: skip
-    assert torch.allclose(seen[Site(0, Point.RESID_POST)], torch.stack(hidden), atol=1e-5)
+    close(seen[Site(0, Point.RESID_POST)], torch.stack(hidden), "model, float32")
     for layer in range(2):
         at = {p: seen[Site(layer, Point(p))] for p in names}
-        assert torch.allclose(at["resid.pre"] + at["attn.out"] + at["mlp.out"], at["resid.post"], atol=1e-4)
+        close(at["resid.pre"] + at["attn.out"] + at["mlp.out"], at["resid.post"], "model, float32")
         if "resid.mid" in at:
-            assert torch.allclose(at["resid.mid"] + at["mlp.out"], at["resid.post"], atol=1e-4)
+            close(at["resid.mid"] + at["mlp.out"], at["resid.post"], "model, float32")
 
 
 def test_settings_name_stream_and_layer():

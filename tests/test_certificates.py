@@ -28,7 +28,7 @@ def test_a_fold_leaves_only_rounding(family, site, dtype):
     assert found.exactness == ("subspace-exact" if post else "exact")
     assert found.worst_leak <= LIMITS[dtype]
     for row in found.tensors.values():
-        assert row.rank == 3 and row.leak_computed <= 1e-5 and abs(row.residue) < 5e-3
+        assert row.rank == 3 and row.leak_computed <= 1e-5 and abs(row.residue) < 3e-2
 
 
 def test_the_leak_is_the_one_computed_by_hand():
@@ -38,8 +38,8 @@ def test_the_leak_is_the_one_computed_by_hand():
     ((name, row),) = rp.certificate(edited, edit, subject).tensors.items()
     u = next(iter(edit.maps.values())).u.double()
     old, new = (u.T @ dict(s.model.named_parameters())[name].detach().double() for s in (subject, edited))
-    assert row.leak == pytest.approx(float(new.norm() / old.norm()), rel=1e-5)
-    assert row.residue == pytest.approx(float((old * new).sum() / old.square().sum()), rel=1e-5, abs=1e-7)
+    assert row.leak == pytest.approx(float(new.norm() / old.norm()), rel=1e-4)
+    assert row.residue == pytest.approx(float((old * new).sum() / old.square().sum()), rel=1e-4, abs=1e-6)
     assert row.leak > 100 * row.leak_computed and row.dtype == "bfloat16"
 
 

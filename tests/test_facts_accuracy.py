@@ -20,6 +20,7 @@ from repedit.models import Subject
 from tests.letters import Letters
 from tests.saved import byte_tokenizer, merging_tokenizer
 from tests.tiny import FAMILIES, VOCABULARY, tiny
+from tests.tolerances import close
 
 letters = st.text("abcde", min_size=1, max_size=4)
 
@@ -73,7 +74,7 @@ def check_scores(subject: Subject, items, **options) -> None:
     for i, item in enumerate(items):
         scores = {choice: plainly(subject, item, choice) for choice in item.choices}
         own = scores.pop(item.answer)
-        assert found.graded[i] == pytest.approx(own, abs=2e-4)
+        close(found.graded[i], own, "model, float32")
         margin = own - max(scores.values())
         assert abs(margin) < 4e-4 or bool(found.correct[i]) == (margin > 0)
     assert found.ids == tuple(item.id for item in items)
@@ -152,7 +153,8 @@ def test_choices_merged_with_the_prompt_are_compared_from_one_place():
     with torch.no_grad():
         logs = subject.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     own = sum(float(logs[i - 1, ids[i]]) for i in range(4, len(ids)))
-    assert subject.tokenizer.decode(ids[4:]) == "s dog" and found.graded[0] == pytest.approx(own, abs=1e-4)
+    assert subject.tokenizer.decode(ids[4:]) == "s dog"
+    close(found.graded[0], own, "model, float32")
 
 
 def test_an_active_edit_is_seen():
@@ -171,7 +173,7 @@ def test_bfloat16_is_scored_in_float32():
     ids = [subject.tokenizer(text)["input_ids"] for text in ("what is it ", "e")]
     with torch.no_grad():
         logits = subject.model(input_ids=torch.tensor(ids[:1])).logits[0, -1]
-    assert found.graded[0] == pytest.approx(float(logits.double().log_softmax(-1)[ids[1][-1]]), abs=1e-5)
+    close(found.graded[0], float(logits.double().log_softmax(-1)[ids[1][-1]]), "model, float32")
 
 
 @pytest.mark.parametrize(("text", "correct"), [

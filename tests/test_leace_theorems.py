@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import repedit as rp
 from repedit.stats import CrossMoments, Moments
 from tests.rows import D, normal, statistics_of
+from tests.tolerances import close, relative, short, within
 
 CODES = ["one number", 2, 3, 5, 10]
 """Classes, one-hot; two of them also as one column of zeros and ones."""
@@ -233,7 +234,7 @@ def test_the_stream_of_the_published_fitter_gives_our_eraser(code, dtype):
     for rows in torch.arange(len(x)).tensor_split(7):
         fitter.update(x[rows].to(dtype), z[rows].to(dtype))
     ours = rp.fit.leace(*_streamed(x, z, torch.arange(len(x)), dtype))
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5  # measured 1e-14 and 3e-6, theirs the larger part of it
-    torch.testing.assert_close(ours.as_matrix().to(dtype), fitter.eraser.P, rtol=tolerance, atol=tolerance)
+    name = f"published eraser, {short(dtype)}"
+    close(ours.as_matrix().to(dtype), fitter.eraser.P, name)
     rows = x.to(dtype)  # of size up to 30
-    torch.testing.assert_close(ours(rows), fitter.eraser(rows), rtol=tolerance, atol=10 * tolerance)
+    within(relative(ours(rows), fitter.eraser(rows)), name)

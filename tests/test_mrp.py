@@ -32,6 +32,7 @@ from repedit.hooks import installed
 from repedit.models import subject_of
 from tests.saved import byte_tokenizer
 from tests.tiny import tiny
+from tests.tolerances import within
 
 SITES = "*.mlp.out"
 SHORT = {"steps": 3, "batch_size": 4, "text_rows": 0, "evaluate_every": 1}
@@ -135,14 +136,50 @@ def test_a_series_is_saved_and_gone_on_with(facts, tmp_path):
         rp.ContinualMRP.load(tmp_path / "plain.safetensors", lm)
 
 
+def _rehearsal_weighs_as_much_as_the_task(facts):
+    """To train on one set and rehearse another is to train on the other and rehearse the one."""
+    lm, one, other = small(), facts.forget[:2], facts.forget[2:]
+    whole = {"batch_size": 99, "optimizer": "sgd", "forget_at": "everywhere", "kl_weight": 0.0, "shown": 0}
+    runs = (
+        mrp(
+            lm,
+            forget=task,
+            forgotten=sets,
+            retain=facts.retain,
+            sites=SITES,
+            rank=3,
+            config={**SHORT, **whole},
+            text=None,
+        )
+        for task, sets in ((one, [other]), (other, [one]), (one, []))
+    )
+    first, second, alone = ([m.u @ m.u.T for m in edit.maps.values()] for edit in runs)
+    for a, b, c in zip(first, second, alone, strict=True):
+        within(float((a - b).norm()), "steps of a training, float32")
+        assert float((a - c).norm()) > 1e-3, "the rehearsal changes nothing"
+
+
 def test_earlier_tasks_are_rehearsed(facts):
-    """With the earlier set at hand the training is another one, and that set's answers end up less likely."""
-    lm = small()
-    options = {"sites": SITES, "rank": 3, "config": {**SHORT, "steps": 30, "kl_weight": 0.0}, "text": None}
-    first = mrp(lm, forget=facts.forget[:2], retain=facts.retain, **options)
-    task = {"forget": facts.forget[2:], "retain": facts.retain, "previous": first, **options}
-    kept = [rp.facts_accuracy(rp.apply(mrp(lm, **task, forgotten=sets), lm), facts.forget[:2]).graded.mean() for sets in ((), [facts.forget[:2]])]  # fmt: skip
-    assert kept[1] < kept[0] - 0.1
+    _rehearsal_weighs_as_much_as_the_task(facts)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda *_: 0.0,
+        lambda subject, sources, step: sources.loss(_logits(subject, sources, step), sources.forget.at(step))[0],
+    ],
+    ids=["none", "of the task itself"],
+)
+def test_a_rehearsal_that_is_none_is_caught(facts, monkeypatch, broken):
+    monkeypatch.setattr("repedit.fit.training._staying", broken)
+    with pytest.raises(AssertionError):
+        _rehearsal_weighs_as_much_as_the_task(facts)
+
+
+def _logits(subject, sources, step):
+    batch = sources.forget.at(step)
+    return subject.model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits
 
 
 def test_previous_sites_that_are_not_asked_for_are_carried_along(facts):

@@ -13,12 +13,11 @@ import repedit as rp
 from repedit.data.corpus import tokens
 from repedit.errors import MissingStatistic, NotFinite, ShapeError
 from repedit.hooks import Hook, installed
-from tests.laws import seen_at
+from tests.laws import FLOAT32_ATTENTION, seen_at, wide
 from tests.tiny import FAMILIES, ids, tiny
+from tests.tolerances import within
 
 SIGNED = {"total": "abs", "gxa": "gxa_abs", "grad": "grad_abs"}
-# Relative to the sum of absolute terms. Measured: float32 2e-7 against the naive pass, 6e-8 between orders.
-NAIVE, ORDER = 1e-5, 1e-6
 
 
 def _normal(*shape, seed=0, mean=0.0, std=1.0):
@@ -35,13 +34,16 @@ def _naive(z, mask, grad=None):
     return found | {"count": torch.full_like(found["total"], len(z))}
 
 
-def _assert_is(stat, naive, limit):
+def _assert_is(stat, naive, tolerance="sums in float32"):
     raw = rp.Activity.zeros(stat.width, gradients=stat.has_gradients) + stat
     for name, expected in naive.items():
         if name != "grad_abs":
             scale = naive[SIGNED.get(name, name)].clamp(min=1e-300)
             error = float(((getattr(raw, name) - expected) / scale).abs().max())
-            assert error <= (0 if name in ("count", "positive") else limit), f"{name}: {error:.1e}"
+            if name in ("count", "positive"):
+                assert error == 0, name
+            else:
+                within(error, tolerance)
 
 
 def _values(stat):
@@ -50,11 +52,11 @@ def _values(stat):
     return {name: getattr(raw, name) for name in names}
 
 
-def _assert_same(a, b, limit=ORDER):
+def _assert_same(a, b, tolerance="sums in float32"):
     a, b = _values(a), _values(b)
     for name in a:
         scale = a[SIGNED.get(name, name)].clamp(min=1e-300)
-        assert float(((a[name] - b[name]) / scale).abs().max()) <= limit, name
+        within(float(((a[name] - b[name]) / scale).abs().max()), tolerance)
 
 
 @given(n=st.integers(1, 300), f=st.integers(1, 9), seed=st.integers(0, 10**6), mean=st.sampled_from([0.0, -3.0, 500.0]))
@@ -62,13 +64,17 @@ def _assert_same(a, b, limit=ORDER):
 def test_sums_equal_a_naive_float64_pass(n, f, seed, mean):
     z, grad = _normal(n, f, seed=seed, mean=mean), _normal(n, f, seed=seed + 1)
     mask = _normal(n, seed=seed + 2) > -0.5
-    _assert_is(rp.Activity.zeros(f, gradients=True).update(z, mask, grad=grad), _naive(z, mask, grad), NAIVE)
+    _assert_is(rp.Activity.zeros(f, gradients=True).update(z, mask, grad=grad), _naive(z, mask, grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_sums_of_other_dtypes_equal_a_naive_float64_pass_over_9000_rows(dtype):
     z, mask = _normal(9000, 5).to(dtype), _normal(9000, seed=1) > 0
-    _assert_is(rp.Activity.zeros(5).update(z, mask), _naive(z, mask), 1e-12 if dtype == torch.float64 else NAIVE)
+    _assert_is(
+        rp.Activity.zeros(5).update(z, mask),
+        _naive(z, mask),
+        "sums in float64" if dtype == torch.float64 else "sums in float32",
+    )
 
 
 @given(cuts=st.lists(st.integers(0, 400), max_size=5), mean=st.sampled_from([0.0, 100.0]))
@@ -90,9 +96,9 @@ def test_merging_different_shifts_is_exact():
     near, far, other = (rp.Activity.zeros(3).update(_normal(50, 3, mean=m, seed=int(m))) for m in (0.0, 1e4, -1e3))
     assert near.shift is None and far.shift is not None and other.shift is not None
     for a, b in ((near, far), (far, other)):
-        _assert_same(a + b, b + a, 1e-14)
+        _assert_same(a + b, b + a, "sums in float64")
         torch.testing.assert_close((a + b).variance, (b + a).variance, rtol=1e-9, atol=0)
-    _assert_same((near + far) + other, near + (far + other), 1e-14)
+    _assert_same((near + far) + other, near + (far + other), "sums in float64")
 
 
 def test_std_is_the_standard_deviation():
@@ -117,7 +123,7 @@ def test_what_is_not_counted_may_be_anything(bad):
     z, mask = _normal(200, 3), _normal(200, seed=1) > 0
     dirty = torch.where(mask[:, None], z, bad)
     grad = torch.where(mask[:, None], z + 1, bad)
-    _assert_is(rp.Activity.zeros(3, gradients=True).update(dirty, mask, grad=grad), _naive(z, mask, z + 1), NAIVE)
+    _assert_is(rp.Activity.zeros(3, gradients=True).update(dirty, mask, grad=grad), _naive(z, mask, z + 1))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -169,27 +175,26 @@ def _padded(x, before, after):
     return tokens([{k: torch.nn.functional.pad(v, (before, after)) for k, v in batch.items()}])
 
 
-def _assert_same_activity(subject, x, others, limit):
+def _assert_same_activity(subject, x, name):
     where = ["*.mlp.neurons", "*.attn.neurons"]
     whole = rp.collect(subject, _padded(x, 0, 0), where)
-    for other in others:
+    singly = tokens([{"input_ids": row[None]} for row in x])
+    for other in (_padded(x, 0, 3), _padded(x, 0, 17), _padded(x, 4, 0), _padded(x, 2, 5), singly):
         again = rp.collect(subject, other, where)
         for site in whole:
-            _assert_same(whole[site], again[site], limit)
+            _assert_same(whole[site], again[site], name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padded_length_and_batch_size_do_not_matter_to_a_model(family):
-    x = ids(4, 9)
-    singly = tokens([{"input_ids": row[None]} for row in x])
-    _assert_same_activity(tiny(family, torch.float64), x, [_padded(x, 0, 3), _padded(x, 0, 17), singly], ORDER)
+def test_padding_and_batch_size_do_not_matter_to_a_model(family):
+    with wide(subject := tiny(family, torch.float64)):
+        exact = family not in FLOAT32_ATTENTION
+        _assert_same_activity(subject, ids(4, 9), "padding, float64" if exact else "padding, float32 attention")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padding_side_does_not_matter_to_a_model(family):
-    # float32 (measured 3e-6): the eager attention of transformers is NaN in float64 where a row is all padding.
-    x = ids(4, 9)
-    _assert_same_activity(tiny(family), x, [_padded(x, 4, 0), _padded(x, 2, 5)], 1e-5)
+@pytest.mark.parametrize("family", ["llama", "opt", "gptj", "mixtral"])
+def test_padding_does_not_matter_to_a_model_in_float32(family):
+    _assert_same_activity(tiny(family), ids(4, 9), "padding, float32")
 
 
 def test_collecting_equals_a_naive_pass():
@@ -197,7 +202,7 @@ def test_collecting_equals_a_naive_pass():
     found = rp.collect(subject, tokens([{"input_ids": x}]))
     mask = torch.ones_like(x).bool().index_fill(1, torch.tensor([0]), False)
     for site, stat in found.items():
-        _assert_is(stat, _naive(seen_at(subject, site), mask), NAIVE)
+        _assert_is(stat, _naive(seen_at(subject, site), mask))
 
 
 def _loss(subject, x, mask):
@@ -216,7 +221,7 @@ def test_gradient_sums_equal_autograd(family, stop):
         loss = _loss(subject, x, mask)
     z, grad = (t.reshape(*x.shape, -1) for t in (seen[0].detach(), torch.autograd.grad(loss, seen)[0]))
     found = rp.collect(subject, tokens([{"input_ids": x}]), count=lambda _: mask, gradients=True)["0.mlp.neurons"]
-    _assert_is(found, _naive(z, mask, grad), 1e-9)
+    _assert_is(found, _naive(z, mask, grad), "sums in float64")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
