@@ -83,11 +83,16 @@ def test_an_edit_that_rounding_swallows_is_refused(tmp_path):
 def test_an_existing_target_is_kept_unless_overwritten(source, edit, tmp_path):
     (tmp_path / "out").mkdir()
     rp.export(edit, source, tmp_path / "out")  # an empty directory is no loss
-    (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(TargetExists, match="out exists; pass overwrite=True"):
         rp.export(edit, source, tmp_path / "out")
-    rp.export(edit, source, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine.txt").exists() and not list(tmp_path.glob(".out*"))
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(
+        TargetExists, match=r"out is not replaced: it holds files that are not of the export: mine\.txt"
+    ):
+        rp.export(edit, source, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "mine.txt").unlink()
+    rp.export(projection(tiny("llama"), "0.mlp.out"), source, tmp_path / "out", overwrite=True)
+    assert "0.mlp.out" in (tmp_path / "out" / "README.md").read_text() and not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.parametrize("place", [".", "inside", "inside/deep", ".."])

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.errors import CheckpointError
+from repedit.errors import TargetExists
+from repedit.io import targets
 from repedit.io.checkpoint import open_shards
 from repedit.io.text import JsonLines
 from repedit.lower import lower
-from repedit.rewrite import placing, resuming, writing
+from repedit.rewrite import resuming, writing
 from repedit.rewrite.slice import slice_plan
 from tests.edits import mask, projection
 from tests.test_export_safety import content, dies_at
@@ -150,15 +151,21 @@ def test_an_old_target_comes_back_after_a_kill_between_the_renames(source, edit,
     assert content(out) == before
 
 
-def test_two_exports_of_one_job_do_not_share_a_place(source, edit, tmp_path, written):
-    place = killed(source, edit, tmp_path / "out", 2)
-    held = placing._locked(place)
-    with pytest.raises(
-        CheckpointError, match=r"out is being written by another process from the same source; wait for it"
+@pytest.mark.parametrize("other", [False, True])
+def test_a_target_that_is_being_written_is_refused_to_everybody_else(other, source, edit, tmp_path, written):
+    killed(source, edit, tmp_path / "out", 2)
+    change = mask(tiny("llama"), "1.mlp.neurons") if other else edit
+    with (
+        targets._claimed(tmp_path / "out"),
+        pytest.raises(TargetExists, match="out is being written by another export; wait for it"),
     ):
-        rp.export(edit, source, tmp_path / "out", link=False)
-    rp.export(mask(tiny("llama"), "1.mlp.neurons"), source, tmp_path / "out", link=False)
-    assert place.exists()
-    held.release()
-    rp.export(edit, source, tmp_path / "out", link=False, overwrite=True)
-    assert len(written) == 4 and [p.name for p in tmp_path.iterdir()] == ["out"]
+        rp.export(change, source, tmp_path / "out", link=False, overwrite=True)
+    rp.export(edit, source, tmp_path / "out", link=False)
+    assert len(written) == 1 and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_version_of_repedit_starts_anew(source, edit, tmp_path, written, monkeypatch):
+    killed(source, edit, tmp_path / "out", 2)
+    monkeypatch.setattr(resuming, "version", lambda name: "0.0")
+    rp.export(edit, source, tmp_path / "out", link=False)
+    assert len(written) == 3

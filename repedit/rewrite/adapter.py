@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repedit.errors import NoOpEdit, NotFoldable
+from repedit.io.targets import check_target, install, sync, workplace
 from repedit.lower import EditOrDelta
 from repedit.models import Subject
 from repedit.plan import Plan
 from repedit.rewrite.live import noop_message, planned
 from repedit.rewrite.manifest import file_hash
-from repedit.rewrite.placing import check_target, install, sync, workplace
 
 CLOSE = 1e-9
 """Largest norm of what the factors leave of a difference, as a share of the difference."""
@@ -70,17 +70,16 @@ def export_adapter(
         TargetExists: if the target exists. NoOpEdit: if nothing would change.
         QuantizedModel, OffloadedTensors, FingerprintError: as `repedit.apply`.
     """
+    out = check_target(target, overwrite=overwrite, source=subject.source)
     plan = planned(change, subject, **options)
     weights, biases = _differences(plan, subject)
     if not weights and not biases:
         raise NoOpEdit(noop_message(list(plan.operations)))
     found = {path: factors(value, path, max_rank) for path, value in weights.items()}
-    out = Path(target).absolute()
-    check_target(out, subject.source, overwrite)
     ranks = {path: f.a.shape[0] for path, f in found.items()}
     tensors = _tensors(found, biases)
     record = Adapter(ranks, max(f.residual for f in found.values()), sum(t.numel() for t in tensors.values()))
-    with workplace(out) as place:
+    with workplace(out, overwrite=overwrite) as place:
         new = place / "adapter"
         new.mkdir()
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -91,7 +90,7 @@ def export_adapter(
         }  # fmt: skip
         _json(new / "repedit.json", said)
         sync(new)
-        install(new, out)
+        install(new, out, overwrite=overwrite)
     return record
 
 

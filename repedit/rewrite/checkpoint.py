@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from repedit.errors import (
     PlanMismatch,
 )
 from repedit.io.checkpoint import Shards, open_shards
+from repedit.io.files import file_hash
 from repedit.io.safetensors import floating
+from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, sync, workplace
 from repedit.io.text import read_json
 from repedit.lower import EditOrDelta
 from repedit.models import Subject
@@ -31,7 +34,6 @@ from repedit.plan import Plan
 from repedit.rewrite.families import architecture_of
 from repedit.rewrite.live import check_editable, noop_message
 from repedit.rewrite.manifest import Change, Manifest, card, manifest
-from repedit.rewrite.placing import check_space, check_target, install, recover, sync, workplace
 from repedit.rewrite.rebuilding import patched_config
 from repedit.rewrite.resuming import Journal, job
 from repedit.rewrite.structures import structured
@@ -39,7 +41,7 @@ from repedit.rewrite.writing import write_weights
 
 # Weights of other formats, optimiser states and adapters are not part of an exported checkpoint.
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".lock")
-_REPLACED = {"README.md", "repedit.json", "config.json", "adapter_config.json"}
+_REPLACED = {CARD, MANIFEST, "config.json", "adapter_config.json"}
 log = logging.getLogger("repedit")
 
 
@@ -81,13 +83,11 @@ def export(
         CheckpointError: if the source is damaged or the disk is full; nothing is left behind.
     """
     plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
-    out = Path(target).absolute()
     to = None if dtype is None else floating(dtype)
-    recover(out)
     files = _files_of(source, plan_for)
-    check_target(out, files, overwrite)
+    out = check_target(target, overwrite=overwrite, source=files)
     ready = None if files is None else _prepared(files, plan_for)
-    with workplace(out, "" if ready is None else job(*ready, to, link)) as place:
+    with workplace(out, "" if ready is None else job(*ready, to, link), overwrite=overwrite) as place:
         plan, shards = ready or _prepared(_saved(source, place, max_shard_size), plan_for)
         new = place / "checkpoint"
         new.mkdir(exist_ok=True)
@@ -101,10 +101,11 @@ def export(
         _write_config(directory, new, plan, dtype, identity=not plan.config and dtype is None)
         made = anatomy(architecture_of(new), open_shards(new).specs)
         record = manifest(plan, changes, directory, new, dtype, made, journal.hashes)
-        (new / "README.md").write_text(card(plan, record, directory), encoding="utf-8")
-        (new / "repedit.json").write_text(record.to_json(), encoding="utf-8")
+        (new / CARD).write_text(card(plan, record, directory), encoding="utf-8")
+        record = replace(record, card=file_hash(new / CARD))
+        (new / MANIFEST).write_text(record.to_json(), encoding="utf-8")
         sync(new)
-        install(new, out)
+        install(new, out, overwrite=overwrite)
     if structure != "keep" or len(record.loaders) == 1:
         log.info("%s is read by %s", out, " and ".join(record.loaders))
     return record

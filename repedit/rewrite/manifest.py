@@ -57,6 +57,8 @@ class Manifest:
     """MLP neurons by layer (of one expert where there are experts), along with the layout; read by repedit.load."""
     parameters: Mapping[str, int] | None = None
     """Numbers in the files before and after, where shapes changed."""
+    card: str | None = None
+    """sha256 of the card as it was written, which `files` leaves out since people may write on it."""
     format: int = 1
 
     def __repr__(self) -> str:

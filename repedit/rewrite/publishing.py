@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import ArgumentError, CheckpointError, HubError, TargetExists
-from repedit.rewrite.verifying import CARD, MANIFEST, Verification, verification
+from repedit.io.targets import CARD, MANIFEST, entries
+from repedit.rewrite.verifying import Verification, verification
 
 KEPT = (".gitattributes",)
 """Files that the hub itself puts into a repository."""
@@ -137,9 +139,13 @@ def _operations(place: Path, found: Verification, stale: list[str] | None) -> li
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(place / name)) for name in found.files]
+    there = entries(place)
     for operation in additions:
         name = operation.path_in_repo
-        if name not in (MANIFEST, CARD) and operation.upload_info.sha256.hex() != found.manifest["files"][name]:
+        regular = name in there and stat.S_ISREG(there[name].st_mode)
+        if not regular or (
+            name not in (MANIFEST, CARD) and operation.upload_info.sha256.hex() != found.manifest["files"][name]
+        ):
             raise CheckpointError(f"{place / name} changed while it was read; nothing was uploaded")
     return [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale or ())]
 

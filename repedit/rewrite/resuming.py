@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,17 @@ from repedit.io.safetensors import raw_bytes
 from repedit.io.text import JsonLines
 from repedit.plan import Plan
 from repedit.rewrite.certificates import TensorCertificate
-from repedit.rewrite.manifest import Change
+from repedit.rewrite.manifest import PACKAGES, Change
 
 
 def job(plan: Plan, shards: Shards, dtype: torch.dtype | None, link: bool) -> str:
-    """What tells one export from another: the plan with its values, the size and time of every source file, the options."""
+    """What tells one export from another: the plan with its values, the state of every source file, the options, the versions."""
     digest = hashlib.sha256()
     _feed(digest, plan, {})
     for file in shards.files:
         stat = (shards.directory / file).stat()
         digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())
-    digest.update(f"{shards.directory.resolve()} {dtype} {link}".encode())
+    digest.update(f"{shards.directory.resolve()} {dtype} {link} {[version(name) for name in PACKAGES]}".encode())
     return digest.hexdigest()[:16]
 
 

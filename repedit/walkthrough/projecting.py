@@ -10,12 +10,12 @@ from repedit.data import Splits, by_domain, facts, with_paraphrases
 from repedit.edit import Edit
 from repedit.errors import check_seed, check_whole
 from repedit.fit.mrp import mrp
+from repedit.io.targets import check_target
 from repedit.metrics.generation import continuations
 from repedit.metrics.knowledge import Knowledge, knowledge
 from repedit.models import load
 from repedit.rewrite.checkpoint import export
 from repedit.rewrite.manifest import Manifest
-from repedit.walkthrough.targets import free
 
 PROMPTS = (
     "The capital of France is",
@@ -58,7 +58,7 @@ def forget_capitals(
     """
     check_whole(steps=steps, count=count)
     check_seed(seed=seed)
-    out = free(target)
+    out = check_target(target, overwrite=True)
     subject, asked = load(model), facts("capitals", seed=seed)
     halves = Splits.of(asked.retain, seed=seed)
     shown = tuple(replace(fact, paraphrases=fact.paraphrases[:3]) for fact in asked.forget)

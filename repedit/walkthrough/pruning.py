@@ -19,12 +19,12 @@ from repedit.errors import check_seed, check_whole
 from repedit.importance.scores import Scores
 from repedit.importance.scoring import score
 from repedit.importance.selection import prune, random_like
+from repedit.io.targets import add_to_manifest, check_target
 from repedit.metrics.comparison import Comparison, compare
 from repedit.models import load
 from repedit.rewrite.checkpoint import export
 from repedit.rewrite.manifest import Manifest
 from repedit.rewrite.reloading import Reload, reload_check
-from repedit.walkthrough.targets import free
 
 PROMPTS = ("def factorial(n):\n", "The capital of France is")
 FRACTION = 0.01
@@ -61,7 +61,7 @@ def walkthrough(
     """
     check_whole(tokens=tokens)
     check_seed(seed=seed)
-    out = free(target)
+    out = check_target(target, overwrite=True)
     say(f"Loading {model}")
     subject = load(model)
     (forget, forget_eval), (retain, retain_eval) = code(seed=seed).halves(seed), prose().halves(seed)
@@ -74,6 +74,7 @@ def walkthrough(
     _draw(figures, sides, scores, edit, seed)
     manifest = export(edit, subject, out, overwrite=True)
     shutil.move(str(figures), out / "figures")
+    add_to_manifest(out, [f"figures/{path.name}" for path in (out / "figures").iterdir()])
     say("Reloading it with plain transformers, in a process that cannot import repedit")
     reload = reload_check(out)
     say(
