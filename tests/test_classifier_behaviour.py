@@ -127,12 +127,6 @@ def test_an_erased_class_leaves_the_others_as_they_were(seed, label):
     assert found[FORGET].original - found[FORGET].edited >= 0.25
 
 
-@pytest.mark.parametrize(("seed", "label"), EVERY)
-def test_fine_tuning_does_not_pass_while_it_names_the_class(seed, label):
-    found = audits(seed, label, "multi_gan", "erase_class", "finetune")["finetune"]
-    assert gaps(found)[FORGET].edited <= 0.05 or found.verdict.word != PASS
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_wrong_labels_are_told_from_unseen_ones_by_the_original_alone(seed):
     for found in audits(seed, None, "finetune", "ascend", "relabel").values():

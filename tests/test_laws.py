@@ -87,8 +87,6 @@ SLOTS = {"1.mlp.neurons": (*BIASED, "llama", "smollm3"), "0.attn.neurons": tuple
 
 @pytest.mark.parametrize(("site", "family"), [(site, family) for site, names in SLOTS.items() for family in names])
 def test_fill_goes_to_a_bias(family, site, tmp_path: Path):
-    if family in ("gptj",) and "attn" in site:
-        pytest.skip("no bias there")
     subject = tiny(family)
     edit = fill(subject, site)
     laws.hooked_equals_rewritten(subject, edit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,12 @@ def test_an_edit_of_the_original_is_caught():
     subject = tiny("opt")
     inplace = lambda edit, s: apply(edit, s, inplace=True)  # noqa: E731
     caught(laws.original_is_untouched, subject, mask(subject, "1.mlp.neurons"), inplace)
+
+
+def test_a_copy_of_what_the_edit_does_not_touch_is_caught():
+    subject = tiny("opt")
+    copied = lambda edit, s: rp.wrap(copy.deepcopy(apply(edit, s).model))  # noqa: E731
+    caught(laws.original_is_untouched, subject, mask(subject, "1.mlp.neurons"), copied)
 
 
 def test_an_edit_that_does_nothing_is_caught():

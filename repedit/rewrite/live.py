@@ -107,7 +107,7 @@ def new_tensors(plan: Plan, before: dict[str, nn.Parameter]) -> dict[str, Tensor
             new[name] = plan.apply(name, new[name] if name in new else read(name), read)
     for head, embedding in plan.unties.items():
         kept = read(head if head in before else embedding)
-        new[head] = plan.apply(head, kept, read) if head in plan.resized else kept.clone()
+        new[head] = plan.apply(head, kept, read) if head in plan.resized else kept
     return new
 
 
