@@ -1,10 +1,16 @@
-"""Values -> rich tables and JSON; what the command line shows."""
+"""Values -> rich tables and JSON; what the command line shows.
+
+Every text is shown as it is: nothing in a path, a name, an error or what a model writes is read as markup or obeyed by
+the terminal. Standard output may be closed by its reader, such as `head`: what comes after is dropped, the work goes on.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import takewhile
@@ -16,23 +22,41 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from repedit.foreign_text import for_terminal
+
 _keeping: ContextVar[list[dict[str, Any]] | None] = ContextVar("_keeping", default=None)
 
 
 class Output(Console):
-    """A console whose lines are kept, where somebody asked for that."""
+    """A console that shows texts as they are, and keeps its lines where somebody asked for that."""
+
+    cut_off = False
+    """Whether its reader has closed standard output."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print, and keep what is words."""
-        if objects and all(isinstance(item, str) for item in objects):
-            text = " ".join(objects)
-            _keep("line", text=_plain(text) if options.get("markup", True) else text)
-        super().print(*objects, **options)
+        """Print; a text has neither markup nor escape sequences. On standard output, keep what is words."""
+        words = [Text(for_terminal(item, lines=True)) if isinstance(item, str) else item for item in objects]
+        if objects and not self.stderr and all(isinstance(item, str) for item in objects):
+            _keep("line", text=" ".join(objects))
+        super().print(*words, **options)
+
+    def write(self, text: str) -> None:
+        """Write a text for programs as it is."""
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except BrokenPipeError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Drop what is still to come; the file descriptor stays valid, so that Python can close it at its end."""
+        self.cut_off = self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 # A pipe has no width of its own; 120 columns keep names whole.
 out = Output(width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True)
+err = Output(stderr=True)
 
 
 @contextmanager
@@ -48,26 +72,26 @@ def kept() -> Iterator[list[dict[str, Any]]]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "table") -> None:
     """One table; numbers are right-aligned. `kind` says what it holds to who keeps it, see `kept`."""
-    _keep(kind, title=title, columns=list(columns), rows=[[str(_text(cell)) for cell in row] for row in rows])
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    _keep(kind, title=title, columns=list(columns), rows=[[_words(cell) for cell in row] for row in rows])
+    drawn = Table(title=_text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        drawn.add_column(_text(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(_text(cell) for cell in row))
     out.print(drawn)
 
 
-def show_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    _keep("json", value=json.loads(json.dumps(value, default=str)))
-    json.dump(value, sys.stdout, indent=2, sort_keys=True, default=str)
-    sys.stdout.write("\n")
+def show_json(value: Any, *, indent: int | None = 2) -> None:
+    """One JSON document on standard output; a number that is not finite is null. Without an indent it is one line."""
+    plain = _plain(value)
+    _keep("json", value=plain)
+    out.write(json.dumps(plain, indent=indent, sort_keys=indent is not None, allow_nan=False) + "\n")
 
 
 def stage(text: str) -> None:
     """A line about what is being done, on standard error."""
-    err.print(f"[dim]..[/dim] {text}", highlight=False)
+    err.print(f".. {text}")
 
 
 def comparison_rows(comparison: Any) -> list[list[Any]]:
@@ -151,7 +175,7 @@ def show_beside(names: Sequence[str], writings: Iterable[Sequence[Any]]) -> Sequ
     if not out.is_terminal:
         *_, last = writings
         for name, writing in zip(names, last, strict=True):
-            out.print(f"{name}: {writing.text.strip() or '(nothing)'}", highlight=False, markup=False, soft_wrap=True)
+            out.print(f"{name}: {writing.text.strip() or '(nothing)'}", soft_wrap=True)
         return last
     with Live(console=out, auto_refresh=False, transient=True) as live:
         try:
@@ -167,14 +191,14 @@ def show_beside(names: Sequence[str], writings: Iterable[Sequence[Any]]) -> Sequ
 def columns(names: Sequence[str], texts: Sequence[str], lines: int | None = None) -> Table:
     """A column a text; what all texts begin with is dim. The last lines alone, where a number of them is given."""
     width = max(10, out.width // len(texts) - 3)
-    pairs = zip(*texts, strict=False)
+    pairs = zip(*map(_words, texts), strict=False)
     same = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, pairs)) if len(texts) > 1 else 0
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, width=out.width)
     for name in names:
-        drawn.add_column(name, ratio=1)
+        drawn.add_column(_text(name), ratio=1)
     cells = []
     for text in texts:
-        shown = Text(text)
+        shown = _text(text)
         shown.stylize("dim", 0, same)
         rows = shown.wrap(out, width)
         cells.append(Text("\n").join(rows if lines is None else rows[-max(1, lines) :]))
@@ -182,15 +206,28 @@ def columns(names: Sequence[str], texts: Sequence[str], lines: int | None = None
     return drawn
 
 
-def _text(cell: Any) -> Any:
-    return Text(f"{cell:.3g}" if isinstance(cell, float) else str(cell))
+def _words(cell: Any) -> str:
+    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+
+
+def _text(cell: Any) -> Text:
+    return Text(for_terminal(_words(cell), lines=True))
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of the same content: keys and what JSON does not know as texts, null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item"):  # a number of numpy or torch
+        return _plain(value.item())
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _keep(kind: str, **held: Any) -> None:
     found = _keeping.get()
     if found is not None:
         found.append({"kind": kind, **held})
-
-
-def _plain(markup: str) -> str:
-    return Text.from_markup(markup).plain

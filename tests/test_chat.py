@@ -11,7 +11,6 @@ import time
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 import repedit as rp
@@ -96,7 +95,7 @@ def terminal(monkeypatch, lines: list[str]) -> io.StringIO:
     """A terminal on which somebody types."""
     shown, typed = io.StringIO(), iter(lines)
 
-    class Typed(Console):
+    class Typed(console.Output):
         def input(self, *a, **k) -> str:
             try:
                 return next(typed)
@@ -122,7 +121,7 @@ def test_the_conversation_goes_on_until_it_is_ended(models, monkeypatch):
 def test_a_prompt_that_is_too_long_does_not_end_the_conversation(models, monkeypatch, capsys):
     here = talk(models, plain=True)
     terminal(monkeypatch, ["a" * 300, "hi"])
-    monkeypatch.setattr(console, "err", Console(stderr=True, width=200))
+    monkeypatch.setattr(console, "err", console.Output(stderr=True, width=200))
     chatting._converse(here)
     assert "no room for max_new_tokens=4; shorten either" in capsys.readouterr().err and len(here.turns[0]) == 2
 

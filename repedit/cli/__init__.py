@@ -1,14 +1,14 @@
 """The command line: one function a verb; each parses, calls one public function and shows what it returns.
 
-Exit codes: 0 done, 1 unexpected exception, 2 bad input, 3 the retain limit was exceeded at once (prune) or the model
-collapsed (unlearn), 4 a loss was not finite (unlearn); those of audit are its own,
-and push ends with 3 where it uploaded nothing.
+`repedit.cli.examples` lists the exit codes, of all verbs and of each; the help of a verb shows its own.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import traceback
 from typing import Any
 
 import typer
@@ -28,7 +28,8 @@ from repedit.cli import (
     vision,
 )
 from repedit.cli.completing import BASH, completed, in_bash
-from repedit.cli.examples import epilog
+from repedit.cli.examples import CUT_OFF, INTERRUPTED, epilog
+from repedit.foreign_text import for_terminal
 
 app = typer.Typer(
     name="repedit",
@@ -73,13 +74,53 @@ def verbs() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with exit code 2 and one message."""
+    """Run the command line; bad input ends with exit code 2 and one message, see `repedit.cli.examples.COMMON`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the shell closed it: `repedit ... >&-`
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter gets its number
+    code, message = _ended()
+    if message:
+        sys.stderr.write(for_terminal(message, lines=True).rstrip("\n") + "\n")
+    shown = sys.modules.get("repedit.console")
+    try:
+        sys.stdout.flush()
+        cut_off = shown is not None and shown.out.cut_off
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        cut_off = True
+    sys.exit(code or (CUT_OFF if cut_off else 0))
+
+
+def _ended() -> tuple[int, str]:
+    """The exit code of the command line, and what to say on standard error."""
     from repedit.errors import RepeditError
 
+    # ClickException of the click inside typer, which typer does not export.
+    usage_error: type[Exception] = typer.BadParameter.__mro__[2]
     try:
         if os.environ.get(BASH) == "complete_bash":
             in_bash(lambda: app(prog_name="repedit"))
-        app(prog_name="repedit")
+        code = app(prog_name="repedit", standalone_mode=False)
     except RepeditError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        sys.exit(2)
+        return 2, f"{type(error).__name__}: {error}"
+    except usage_error as error:
+        return 2, _usage(error)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        return CUT_OFF, ""
+    except typer.Abort:
+        return 1, "Aborted."
+    except Exception:
+        return 1, traceback.format_exc()
+    return code or 0, "Interrupted." if code == INTERRUPTED else ""
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the words of a command line, and where to read what is right."""
+    context, message = getattr(error, "ctx", None), error.format_message()
+    if context is None or not message:
+        return str(message)
+    return f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\nError: {message}"

@@ -62,8 +62,8 @@ def show_run(paths: Sequence[Path], out: Path | None, hide_items: bool, json: bo
         return
     console.table(f"{found.file.name}", ("step", "verb", "state"), [[s.number, s.verb, s.state] for s in found.stages])
     for fault in found.faults:
-        console.out.print(f"Not as the run left it: {fault}", highlight=False, markup=False)
-    console.out.print(f"wrote {written}", highlight=False, markup=False, soft_wrap=True)
+        console.out.print(f"Not as the run left it: {fault}")
+    console.out.print(f"wrote {written}", soft_wrap=True)
 
 
 def _write(file: Path) -> None:

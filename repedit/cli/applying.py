@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.options import Json, Layout, Model, Multiple, opened
-from repedit.cli.writing import shaped
+from repedit.cli.writing import shaped, show_plan
 from repedit.cli.writing import verify as verified
 
 Shape = Annotated[
@@ -47,7 +47,7 @@ def apply(
     local = Path(model).is_dir() or model == DEFAULT
     source: Any = model if local and not adapter else opened(model, "auto", "auto")
     if dry_run:
-        console.out.print(checkpoint.dry_run(loaded, source, **shape), highlight=False)
+        show_plan(checkpoint.dry_run(loaded, source, **shape), out, json)
         return
     if out is None:
         raise ArgumentError("--out is needed: the directory to write (or --dry-run)")

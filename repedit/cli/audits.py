@@ -34,10 +34,7 @@ def audit(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Attack an edited checkpoint and say what has been shown.
-
-    Exit codes: 0 no recovery found; 3 hidden or not forgotten; 4 inconclusive; 5 invalid or destroyed; 6 unsound.
-    """
+    """Attack an edited checkpoint and say what has been shown."""
     quiet()
     if selftest:
         _selftest(seed, json)
@@ -47,7 +44,7 @@ def audit(
     if dry_run:
         _estimate(str(edited), asked, budget, chosen, device, json)
         return
-    from repedit import data
+    from repedit import console, data
     from repedit.attacks.audit import audit as audited
     from repedit.report import write
 
@@ -60,7 +57,7 @@ def audit(
     )  # fmt: skip
     written = [] if out is None else write(found, out, hide_items=hide_items)
     if json:
-        sys.stdout.write(found.to_json())
+        console.out.write(found.to_json())
     else:
         show(found, written)
     raise typer.Exit(found.verdict.exit_code)
@@ -122,8 +119,8 @@ def show(found: Any, written: list[Path]) -> None:
         found.verdict.settle,
     ):
         if line:
-            console.out.print(line, highlight=False, markup=False)
-    console.out.print("; ".join(tables.headline(found)), highlight=False, markup=False)
+            console.out.print(line)
+    console.out.print("; ".join(tables.headline(found)))
     for title, shown in (
         ("What each attack brings back", tables.short(found)),
         ("Gap to the retrained model", tables.gaps(found)),
@@ -189,7 +186,7 @@ def _name_files(written: list[Path]) -> None:
     from repedit import console
 
     for path in written:
-        console.out.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        console.out.print(f"wrote {path}", soft_wrap=True)
 
 
 def _names(paths: list[Path]) -> list[str]:

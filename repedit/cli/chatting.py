@@ -42,7 +42,7 @@ def chat(
 
     subjects = [opened(name, device, dtype) for name in (original, edited)]
     if not plain and not all(subject.need_tokenizer().chat_template for subject in subjects):
-        console.err.print("no chat template with these models: prompts are continued as plain text", highlight=False)
+        console.err.print("no chat template with these models: prompts are continued as plain text")
         plain = True
     talk = Talk(subjects, plain, {"max_new_tokens": tokens, "temperature": temperature}, seed)
     if prompt is None and sys.stdin.isatty() and not json:
@@ -53,7 +53,7 @@ def chat(
         if json:
             _json_line(line, talk.ask(line, _last))
             continue
-        console.out.print(f"{'' if not number else chr(10)}> {line}", highlight=False, markup=False, soft_wrap=True)
+        console.out.print(f"{'' if not number else chr(10)}> {line}", soft_wrap=True)
         talk.ask(line, _beside)
 
 
@@ -92,27 +92,27 @@ def _converse(talk: Talk) -> None:
     from repedit import console
     from repedit.errors import RepeditError
 
-    console.out.print(f"[dim]{HELP}[/dim]", highlight=False)
+    console.out.print(HELP, style="dim")
     talk.reset()
     while True:
         try:
-            line = console.out.input("[bold]>[/bold] ").strip()
+            line = console.out.input("> ", markup=False).strip()
         except (EOFError, KeyboardInterrupt):
             line = "/quit"
         if line == "/quit":
             return
         if line == "/reset":
             talk.reset()
-            console.out.print("[dim]both models begin anew[/dim]")
+            console.out.print("both models begin anew", style="dim")
         elif line.startswith("/"):
-            console.out.print(f"[dim]{HELP}[/dim]", highlight=False)
+            console.out.print(HELP, style="dim")
         elif line:
             try:
                 talk.ask(line, _beside)
             except KeyboardInterrupt:
-                console.out.print("[dim]nothing was written yet; the prompt is forgotten[/dim]")
+                console.out.print("nothing was written yet; the prompt is forgotten", style="dim")
             except RepeditError as error:
-                console.err.print(f"{type(error).__name__}: {error}", highlight=False, markup=False)
+                console.err.print(f"{type(error).__name__}: {error}")
 
 
 def _lines() -> list[str]:
@@ -133,11 +133,10 @@ def _last(writings: Writings) -> Sequence[Any]:
 
 def _json_line(prompt: str, writings: Sequence[Any]) -> None:
     """One line of JSON a prompt."""
-    import json
+    from repedit import console
 
-    found = {
+    answers = {
         name: {"text": writing.text, "tokens": len(writing.tokens), "ended": writing.ended}
         for name, writing in zip(COLUMNS, writings, strict=True)
     }
-    sys.stdout.write(json.dumps({"prompt": prompt, **found}, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    console.show_json({"prompt": prompt, **answers}, indent=None)

@@ -151,27 +151,27 @@ def prune(
         cap_per_layer=cap_per_layer, control=control, tokens=tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     found = pruned(subject, forget, retain, options, scores=scores, say=console.stage)
-    _show(found, out, dry_run, json)
+    plan = plan_of(found.edit, subject, shape) if dry_run and not found.exceeded else ""
+    _show(found, out, dry_run, plan, json)
     if found.exceeded:
-        console.err.print(
-            f"[bold]Nothing written[/bold]: the retain drop exceeds {max_retain_drop} % at once; lower --fraction"
-        )
+        console.err.print(f"Nothing written: the retain drop exceeds {max_retain_drop} % at once; lower --fraction")
         raise typer.Exit(3)
     if not dry_run:
         write(found.edit, subject, out, overwrite, shape)
-    elif not json:
-        console.out.print(plan_of(found.edit, subject, shape), highlight=False)
 
 
-def _show(found: Any, out: Path, dry_run: bool, json: bool) -> None:
+def _show(found: Any, out: Path, dry_run: bool, plan: str, json: bool) -> None:
     from repedit import console
 
     if json:
         drops = {label: {"forget": f.drop, "retain": r.drop} for label, (f, r) in found.effects.items()}
-        console.show_json({"drops": drops, "pruned": found.count, "out": str(out), "dry_run": dry_run})
+        held = {"drops": drops, "pruned": found.count, "out": str(out), "dry_run": dry_run}
+        console.show_json(held | ({"plan": plan.splitlines()} if plan else {}))
     else:
         title = f"{found.count} neurons pruned; drops in per cent of the original top-1 accuracy (95 % interval)"
         console.table(title, ("", "forget", "retain", "selectivity"), console.effect_rows(found.effects))
+        if plan:
+            console.out.print(plan)
 
 
 def _scored(

@@ -27,10 +27,14 @@ EXAMPLES: Mapping[str, str] = {
     "vision demo": "repedit vision demo --forget class:3 --recipe relabel --out forgotten/",
 }
 
+INTERRUPTED, CUT_OFF = 130, 141
+"""Exit codes that a shell gives to what SIGINT and SIGPIPE end."""
 COMMON: Mapping[int, str] = {
     0: "done",
     1: "an unexpected exception",
     2: "bad input, with one message that says what to do",
+    INTERRUPTED: "interrupted by Ctrl-C",
+    CUT_OFF: "done, but the reader of standard output had closed it, as `head` does",
 }
 """What every verb ends with."""
 OWN: Mapping[str, Mapping[int, str]] = {
@@ -55,6 +59,6 @@ def codes(verb: str) -> dict[int, str]:
 def epilog(verb: str) -> str:
     """What the help of a verb ends with: its example and, where they are its own, its exit codes."""
     lines = [f"Example: {EXAMPLES[verb]}"] if verb in EXAMPLES else []
-    if verb in OWN and verb != "audit":  # which says them in its help
+    if verb in OWN:
         lines.append("Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in codes(verb).items()))
     return "\n\n".join(lines)

@@ -32,5 +32,5 @@ def tasks(
     if json:
         console.show_json({"tasks": names, "tag": TAG, "command": command})
         return
-    console.out.print(f"{len(names)} tasks in {out}; run them with", highlight=False, markup=False, soft_wrap=True)
-    console.out.print(command, highlight=False, markup=False, soft_wrap=True)
+    console.out.print(f"{len(names)} tasks in {out}; run them with", soft_wrap=True)
+    console.out.print(command, soft_wrap=True)

@@ -146,7 +146,7 @@ def _stream(subjects: list[Any], names: tuple[str, str], prompts: tuple[str, ...
     from repedit.metrics.streaming import side_by_side
 
     for prompt in prompts:
-        console.out.print(f"> {prompt}", highlight=False, markup=False)
+        console.out.print(f"> {prompt}")
         console.show_beside(names, side_by_side(subjects, [prompt, prompt], max_new_tokens=40))
 
 
@@ -162,4 +162,4 @@ def _benchmarks(subjects: list[Any], names: list[str], folder: Path, limit: int 
     for name, beside in found.items():
         rows = [[part, f"{before:.3f}", f"{after:.3f}"] for part, (before, after) in beside.values.items()]
         console.table(name, ("part", "base", "edited"), rows)
-        console.out.print(beside.verdict, highlight=False)
+        console.out.print(beside.verdict)

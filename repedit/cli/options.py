@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 Model = Annotated[str, typer.Argument(help="Directory, GGUF file, 'smollm2-135m' or hub id.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+JSON = "Print one JSON document instead of tables."
+Json = Annotated[bool, typer.Option("--json", help=JSON)]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="auto keeps the checkpoint's; or float32, bfloat16, float16.")]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Seed, opened
-from repedit.cli.writing import plan_of, write
+from repedit.cli.writing import plan_of, show_plan, write
 
 
 def project(
@@ -42,7 +42,7 @@ def project(
     json: Json = False,
 ) -> None:
     """Remove the directions that hold a set of facts, keep the other facts, and write an edit or a checkpoint."""
-    from repedit import console, data
+    from repedit import data
     from repedit.edit import Edit
     from repedit.fit.mrp import mrp
     from repedit.metrics.knowledge import knowledge
@@ -57,7 +57,7 @@ def project(
         config=config, previous=earlier, resume=resume,
     )  # fmt: skip
     if dry_run:
-        console.out.print(plan_of(edit, subject), highlight=False)
+        show_plan(plan_of(edit, subject), out, json)
         return
     found = knowledge(subject, apply(edit, subject), (*facts.forget, *facts.retain))
     _show(found, facts, edit, json, out)

@@ -43,7 +43,7 @@ def push(
         )
     else:
         console.table("Files", ("file", "bytes"), [[name, size] for name, size in found.files.items()])
-        console.out.print(found.describe(), highlight=False, markup=False, soft_wrap=True)
+        console.out.print(found.describe(), soft_wrap=True)
         if not yes:
             console.out.print("Add --yes to upload it.")
     if not yes:

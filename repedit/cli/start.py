@@ -70,9 +70,7 @@ def _show_pruning(found: Any) -> None:
     )
     comparison = found.comparison
     console.show_generations(comparison.prompts, comparison.base_text, comparison.edited_text)
-    console.out.print(
-        f"[bold]{found.target}/[/bold] is a plain checkpoint: AutoModelForCausalLM.from_pretrained('{found.target}')"
-    )
+    console.out.print(f"{found.target}/ is a plain checkpoint: AutoModelForCausalLM.from_pretrained('{found.target}')")
     console.out.print(f"Figures: {', '.join(str(path) for path in found.figures)}")
     console.out.print("Pruned is not proved gone: a little fine-tuning may bring the capability back.")
 
@@ -91,7 +89,7 @@ def _show_forgotten(found: Any) -> None:
     console.show_generations(found.prompts, found.before, found.after)
     leak = found.manifest.certificate["worst_leak"]
     console.out.print(
-        f"[bold]{found.target}/[/bold] is a plain checkpoint; the largest leak along a removed direction is {leak:.0e}"
+        f"{found.target}/ is a plain checkpoint; the largest leak along a removed direction is {leak:.0e}"
     )
     console.out.print(
         "Folded is not proved forgotten: other paths may hold the facts, and half of them teach the rest."

@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from repedit.cli.options import Device, Dtype, Json, Model, Seed, opened
+from repedit.cli.options import JSON, Device, Dtype, Model, Seed, opened
 from repedit.cli.writing import write
 
 
-def _list(wanted: bool) -> bool:
-    """Every recipe with its formula, source and defaults."""
-    if not wanted:
-        return False
+def _list(context: Any, option: Any, value: bool) -> bool:
+    """Every recipe with its formula, source and defaults; both options come here first, and the second one shows it."""
+    seen = context.meta.setdefault("repedit.list_recipes", {})
+    seen[option.name] = value
+    if len(seen) < 2 or not seen["list_recipes"]:
+        return value
     from repedit import console
     from repedit.gradient.recipe import Merged
     from repedit.gradient.recipes import RECIPES
@@ -25,9 +27,11 @@ def _list(wanted: bool) -> bool:
         first = found.parts[0] if isinstance(found, Merged) else found
         often = f"{first.steps} steps" if first.steps else f"{first.epochs:g} epochs"
         rows.append([name, found.formula, f"lr {first.lr:g}, {often}, batch {first.batch_size}", found.source])
-    console.table(
-        "Recipes; none of them promises removal, see repedit audit", ("name", "formula", "defaults", "source"), rows
-    )
+    columns = ("name", "formula", "defaults", "source")
+    if seen["json"]:
+        console.show_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        console.table("Recipes; none of them promises removal, see repedit audit", columns, rows)
     raise typer.Exit
 
 
@@ -69,7 +73,7 @@ def unlearn(
     device: Device = "auto",
     dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
-    json: Json = False,
+    json: Annotated[bool, typer.Option("--json", help=JSON, is_eager=True, callback=_list)] = False,
     list_recipes: Annotated[
         bool, typer.Option("--list-recipes", help="Show every recipe.", is_eager=True, callback=_list)
     ] = False,
@@ -102,7 +106,7 @@ def _trained(subject: Any, **options: Any) -> Any:
     try:
         return unlearned(subject, **options)
     except TrainingError as error:
-        console.err.print(f"TrainingError: {error}", highlight=False)
+        console.err.print(f"TrainingError: {error}")
         raise typer.Exit(4) from error
 
 
@@ -118,10 +122,9 @@ def _show(delta: Any, subject: Any, out: Path, overwrite: bool, json: bool) -> N
             {"out": str(out), "tensors": len(delta.tensors), "steps": len(delta.log), "stopped": stopped, "last": last}
         )
     else:
-        console.out.print(delta.summary(subject).rsplit("\n", 1)[0], highlight=False)
+        console.out.print(delta.summary(subject).rsplit("\n", 1)[0])
         console.out.print(
             f"{stopped.get('reason', '')}; {len(delta.tensors)} tensors changed. This mostly hides: repedit audit",
-            highlight=False,
         )
 
 

@@ -47,7 +47,7 @@ def demo(
     for one in found:
         _show(one)
     for path in written:
-        console.out.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        console.out.print(f"wrote {path}", soft_wrap=True)
 
 
 def _show(found: Any) -> None:
@@ -61,10 +61,9 @@ def _show(found: Any) -> None:
         found.rows(),
     )
     for name, reason in found.refused.items():
-        console.out.print(f"{name} was not run: {reason}", highlight=False, markup=False)
+        console.out.print(f"{name} was not run: {reason}")
     console.out.print(
         "0 is a model that never saw the images; a gap below 0 is no better than one above. No recovery found is no proof of deletion.",
-        highlight=False,
     )
 
 

@@ -64,6 +64,16 @@ def verify(out: Path, record: Any) -> None:
     )
 
 
+def show_plan(plan: str, out: Path | None, json: bool) -> None:
+    """A dry run: the plan in words, or its lines in a JSON document."""
+    from repedit import console
+
+    if json:
+        console.show_json({"dry_run": True, "out": None if out is None else str(out), "plan": plan.splitlines()})
+    else:
+        console.out.print(plan)
+
+
 def plan_of(edit: Any, subject: Any, shape: dict[str, Any] | None = None) -> str:
     """The dry run."""
     from repedit.rewrite.structures import structured

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from repedit.attacks.attack import RAN, SKIPPED, Finding
 from repedit.attacks.judging.evidence import Recovery, Report
+from repedit.errors import UnknownSite
 from repedit.sites import Site
 
 LEVELS: Mapping[str, tuple[int, str]] = {
@@ -133,7 +135,7 @@ def relearning_charts(report: Report) -> list[Chart]:
 def layer_charts(report: Report) -> list[Chart]:
     """Accuracy against layers, one chart an attack and stream, for settings such as "resid.post 3"."""
     sites = report.context.get("sites") or ()
-    layers = frozenset(site if isinstance(site, int) else Site.parse(str(site)).layer for site in sites)
+    layers = frozenset(layer for layer in map(_layer, sites) if layer is not None)
     charts = []
     for name, roles in _by_attack(report, _LAYER):
         curves: dict[str, dict[str, tuple[tuple[int, float], ...]]] = {}
@@ -142,6 +144,14 @@ def layer_charts(report: Report) -> list[Chart]:
                 curves.setdefault(stream, {})[role] = points
         charts += [Chart(f"{name}, {stream}", series, layers) for stream, series in curves.items()]
     return charts
+
+
+def _layer(site: Any) -> int | None:
+    """The layer of an edited site; None of a text that names none, such as one that is withheld."""
+    try:
+        return site if isinstance(site, int) else Site.parse(str(site)).layer
+    except UnknownSite:
+        return None
 
 
 _STEP = r"(?:^|\s)(?:step|epoch)=(\d+)"

@@ -44,7 +44,7 @@ def model(run: RunReport) -> list[str]:
     rows = [["asked for as", ", ".join(names) or "no model is named"]]
     rows += [["sha256 of weights and config", name] for name in prints]
     for out in run.checkpoints:
-        rows += _anatomy(out, run.file.parent / out)
+        rows += _anatomy(out, run.file.parent / out, run.hidden)
     bases = {name: held.manifest["base"] for name, held in run.checkpoints.items() if "base" in held.manifest}
     parts = [table(Table(("what", "value"), rows))]
     if not run.checkpoints:
@@ -95,14 +95,14 @@ def _circumstances(run: RunReport) -> Table:
     return Table(("what", "value"), rows + [[name, " and ".join(found)] for name, found in versions.items()])
 
 
-def _anatomy(out: str, folder: Path) -> list[list[str]]:
+def _anatomy(out: str, folder: Path, hidden: bool) -> list[list[str]]:
     """Family and size of a checkpoint, from its config and headers."""
     try:
         specs = open_shards(folder).specs
         found = architecture_of(folder)
         plan = anatomy(found, specs)
     except RepeditError as error:
-        return [[f"{out}", f"no whole model: {error}"]]
+        return [[f"{out}", "no whole model" if hidden else f"no whole model: {error}"]]
     count = sum(prod(spec.shape) for spec in specs.values())
     kinds: dict[str, Any] = dict.fromkeys(str(spec.dtype).removeprefix("torch.") for spec in specs.values())
     size = f"{len(plan.layers)} layers of width {plan.width}, {found.n_heads} heads, {count:,} numbers in {len(specs)} tensors ({', '.join(kinds)})"

@@ -18,6 +18,7 @@ from repedit.report.runs.gathering import RunReport
 from repedit.report.runs.showing import items
 from repedit.report.sections import element, note, table
 from repedit.report.tables import Table, plain
+from repedit.report.withholding import without_texts
 from repedit.sites import Site
 
 NEURONS, RANK = re.compile(r"^(\d+) of (\d+) neurons"), re.compile(r"removes rank (\d+)$")
@@ -135,7 +136,7 @@ def _courses(run: RunReport) -> dict[str, tuple[Mapping[str, Any], dict[str, Seq
             found[name] = origin, {WORDS.get(str(key), str(key)): list(held) for key, held in history.items()}
     for name, rows in _logs(run):
         records: dict[str, list[float]] = {}
-        for row in rows:
+        for row in without_texts(rows) if run.hidden else rows:
             for key, value in (row.get("losses") or {}).items():
                 records.setdefault(f"{key} loss", []).append(float("nan") if value is None else float(value))
         if records:

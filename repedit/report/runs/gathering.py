@@ -12,6 +12,7 @@ from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditErro
 from repedit.io import archive
 from repedit.io.files import file_hash, file_hashes
 from repedit.report.runs.account import Entry, account_of, entries, tables
+from repedit.report.withholding import without_texts
 from repedit.rewrite.certificates import TensorCertificate
 from repedit.rewrite.verifying import MANIFEST, Verification, verification
 from repedit.sites import Site
@@ -63,6 +64,8 @@ class RunReport:
     audits: Mapping[str, Report]
     unreadable: Mapping[str, str]
     """What lies there and cannot be read, with the reason."""
+    hidden: bool = False
+    """Whether the texts of items are withheld, see `repedit.report.withholding`."""
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -92,7 +95,7 @@ class RunReport:
                 if origin.get("method") == "composition"
                 else {name: origin}
             )
-        return parts
+        return {name: without_texts(origin) for name, origin in parts.items()} if self.hidden else parts
 
     def called(self, out: str) -> str:
         """The name of an output, along with the warning that it is not as the run left it, where it is not."""

@@ -11,7 +11,7 @@ from repedit.report.runs.gathering import RunReport, find, gather
 from repedit.report.runs.limits import MEASURES, limits
 from repedit.report.runs.showing import first_tables, items
 from repedit.report.sections import element, listed, note, section
-from repedit.report.withholding import withheld
+from repedit.report.withholding import withheld_run
 
 ABSENT = {
     "The model": "No step of this run says which model it is about.",
@@ -34,7 +34,7 @@ def run_page(path: str | Path, *, hide_items: bool = False) -> str:
 
     Args:
         path: the TOML file of a run, or the folder that holds one.
-        hide_items: leave out the texts of facts, and what models wrote.
+        hide_items: withhold every text of an item, see `repedit.report.withholding`.
     Raises:
         NotFound: if there is no run. ArgumentError: if the folder holds several.
         DataError, CheckpointError: if the file or its account is not that of a run.
@@ -59,6 +59,7 @@ def write_run(path: str | Path, target: str | Path | None = None, *, hide_items:
 
 def rendered(run: RunReport, *, hide_items: bool = False) -> str:
     """The page of a run that was gathered."""
+    run = withheld_run(run) if hide_items else run
     parts = {
         "What was asked": asked.request(run),
         "The model": asked.model(run),
@@ -68,8 +69,8 @@ def rendered(run: RunReport, *, hide_items: bool = False) -> str:
         "How it was trained": choosing.training(run),
         "What changed in the weights": changing.tensors(run),
         "How exact it is": changing.exactness(run),
-        "Before and after": items(run, *MEASURES, hide=hide_items),
-        "Under attack": _attacks(run, hide_items),
+        "Before and after": items(run, *MEASURES),
+        "Under attack": _attacks(run),
         "What has not been shown": [listed(limits(run), "plain")],
         "How to make it again": [
             element(
@@ -154,11 +155,10 @@ def _outcome(run: RunReport) -> tuple[str, str, str]:
     return " / ".join(words), TONES.get(worst.verdict.word, "bad"), worst.verdict.sentence
 
 
-def _attacks(run: RunReport, hide_items: bool) -> list[str]:
+def _attacks(run: RunReport) -> list[str]:
     """Every audit: its verdict, the forest, the tables."""
     parts = []
     for name, report in run.audits.items():
-        shown = withheld(report) if hide_items else report
-        parts += [opening(shown, "h3", f"{run.called(name)}: "), *told(shown, "h3")]
+        parts += [opening(report, "h3", f"{run.called(name)}: "), *told(report, "h3")]
         parts.append(note(f"Settings, guesses that need no knowledge and diagnostics are in {name}/audit.html."))
     return parts
