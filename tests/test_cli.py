@@ -16,7 +16,7 @@ import repedit as rp
 from repedit.cli import app
 from repedit.data import Facts, by_domain, facts
 from repedit.errors import ArgumentError, FingerprintError, UnknownName
-from tests.published import published
+from tests.published import stand_in
 from tests.saved import saved
 
 VERBS = (
@@ -171,7 +171,7 @@ def test_compare_shows_both_models(model):
 
 
 def test_compare_measures_published_benchmarks(model):
-    given = ("compare", model, model, "--metrics", "membership", "--data", str(published()), "--limit", "3")
+    given = ("compare", model, model, "--metrics", "membership", "--data", str(stand_in()), "--limit", "3")
     values = json.loads(run(*given, "--json"))["membership"]["values"]
     assert set(values) == {"AUC", "TPR at 1 % FPR"} and all(before == after for before, after in values.values())
     assert "AUC of 1 means member" in run(*given)

@@ -8,7 +8,7 @@ import pytest
 import repedit as rp
 from repedit.data import Row, TofuRow
 from repedit.errors import ArgumentError, DataError, NotFound, UnknownName
-from tests.published import published
+from tests.published import MEMBERS, PUBLISHED, published, stand_in
 
 # (sc, qa) rows of the three tasks, by split.
 SEMEVAL = {
@@ -28,18 +28,35 @@ def test_semeval_is_read_whole(split, side):
 
 
 @pytest.mark.parametrize(("split", "texts"), [("train", 150), ("validation", 34)])
-def test_semeval_has_texts_for_a_membership_test(split, texts):
-    found = rp.data.semeval(published("semeval_lume"), split)
-    assert len(found.members) == len(found.holdout) == texts
-    assert not {d.text for d in found.members.documents} & {d.text for d in found.holdout.documents}
+def test_semeval_is_published_with_texts_for_a_membership_test(split, texts):
+    tasks = rp.data.semeval(published("semeval_lume"), split)
+    assert len(tasks.members) == len(tasks.holdout) == texts
+    assert not {d.text for d in tasks.members.documents} & {d.text for d in tasks.holdout.documents}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_rows_of_semeval_are_counted_by_task_and_kind(split):
+    tasks = rp.data.semeval(stand_in() / "semeval_lume", split)
+    assert counted(tasks.forget) == counted(tasks.retain) == [(3, 3)] * 3
+    assert len(tasks.members) == len(tasks.holdout) == MEMBERS
+    assert {d.text.split()[1] for d in tasks.members.documents} == {"member"}
+    assert all(split in row.prompt for row in (*tasks.forget.items, *tasks.retain.items))
 
 
 def test_lume_is_read_whole_and_holds_what_semeval_forgets():
-    found = rp.data.lume(published("lume"))
-    assert (len(found.forget), len(found.retain), found.members) == (2732, 2734, None)
-    inputs = {row.prompt for row in found.forget.items}
+    tasks = rp.data.lume(published("lume"))
+    assert (len(tasks.forget), len(tasks.retain), tasks.members) == (2732, 2734, None)
+    check_lume_holds_semeval(PUBLISHED)
+
+
+def check_lume_holds_semeval(place) -> None:
+    inputs = {row.prompt for row in rp.data.lume(place / "lume").forget.items}
     for split in ("train", "validation"):
-        assert {row.prompt for row in rp.data.semeval(published("semeval_lume"), split).forget.items} <= inputs
+        assert {row.prompt for row in rp.data.semeval(place / "semeval_lume", split).forget.items} <= inputs
+
+
+def test_lume_and_semeval_of_one_form_are_read_alike():
+    check_lume_holds_semeval(stand_in())
 
 
 TOFU = {
@@ -60,33 +77,71 @@ def test_tofu_is_read_whole(split):
     assert len(rows) == TOFU[split] and type(rows.items[0]) is Row and rows.name == split
 
 
-def test_what_tofu_forgets_it_does_not_retain():
+@pytest.mark.parametrize("place", [stand_in, published])
+def test_what_tofu_forgets_it_does_not_retain(place):
     sides = [
-        {row.text for row in rp.data.tofu(published("tofu"), split).items} for split in ("forget10", "retain90", "full")
+        {row.text for row in rp.data.tofu(place() / "tofu", split).items} for split in ("forget10", "retain90", "full")
     ]
     assert not sides[0] & sides[1] and sides[0] | sides[1] == sides[2]
+
+
+@pytest.mark.parametrize(("split", "rows"), [("full", 40), ("retain90", 36), ("forget10", 4)])
+def test_every_row_of_a_split_is_read(split, rows):
+    assert len(rp.data.tofu(stand_in() / "tofu", split)) == rows
 
 
 @pytest.mark.parametrize("name", PERTURBED)
 def test_wrong_answers_are_read(name):
     rows = rp.data.tofu(published("tofu"), f"{name}_perturbed").items
     assert (len(rows), {len(row.perturbed) for row in rows}) == (PERTURBED[name][0], {PERTURBED[name][1]})
+    check_paraphrases(name, rows)
+
+
+def check_paraphrases(name, rows) -> None:
     assert all((row.paraphrased == row.answer) == (name in ("real_authors", "world_facts")) for row in rows)
 
 
-def test_questions_are_put_in_a_template_and_get_refusals():
-    plain, made = (
-        rp.data.tofu(published("tofu"), "forget01", **options).items
+@pytest.mark.parametrize("name", PERTURBED)
+def test_an_answer_without_a_paraphrase_stands_for_itself(name):
+    rows = rp.data.tofu(stand_in() / "tofu", f"{name}_perturbed").items
+    assert len(rows) == 4 and {len(row.perturbed) for row in rows} == {PERTURBED[name][1]}
+    check_paraphrases(name, rows)
+
+
+@pytest.mark.parametrize(("place", "split", "refusals"), [(stand_in, "full", 8), (published, "forget01", 21)])
+def test_questions_are_put_in_a_template_and_get_refusals(place, split, refusals):
+    plain, asked = (
+        rp.data.tofu(place() / "tofu", split, **options).items
         for options in ({}, {"template": "Question: {}\nAnswer:", "refusals": True})
     )
-    assert made[3].prompt == f"Question: {plain[3].prompt}\nAnswer:" and made[3].answer == plain[3].answer
-    assert plain[3].alternative is None and len({row.alternative for row in made}) > 20
+    assert asked[3].prompt == f"Question: {plain[3].prompt}\nAnswer:" and asked[3].answer == plain[3].answer
+    assert plain[3].alternative is None and len({row.alternative for row in asked}) >= refusals
 
 
 def test_mmlu_is_read_whole():
     facts = rp.data.mmlu(published("mmlu"))
     assert len({fact.domain for fact in facts}) == 57 and len(facts) == 14042
     assert {fact.choices for fact in facts} == {("A", "B", "C", "D")}
+
+
+def test_mmlu_of_one_form_is_read_whole():
+    facts = rp.data.mmlu(stand_in() / "mmlu")
+    assert {fact.domain for fact in facts} == {"anatomy", "early_music"}
+    assert [fact.answer for fact in facts] == ["A", "B", "C", "D"] * 4
+
+
+def test_shots_come_from_dev_and_are_answered():
+    bare, shown = (rp.data.mmlu(stand_in() / "mmlu", subjects=["early_music"], shots=n, limit=3) for n in (0, 2))
+    assert [f.answer for f in bare] == [f.answer for f in shown] == ["A", "B", "C"]
+    assert bare[0].prompt.startswith(
+        "The following are multiple choice questions (with answers) about early music.\n\nQuestion 0 of test?"
+    )
+    assert (
+        shown[2].prompt.count("of dev?") == 2
+        and "Answer: A\n\n" in shown[2].prompt
+        and "Answer: B\n\n" in shown[2].prompt
+    )
+    assert shown[2].prompt.endswith("Question 2 of test?\nA. first\nB. second\nC. third\nD. fourth\nAnswer:")
 
 
 def test_mmlu_answers_its_shots():

@@ -7,7 +7,7 @@ import pytest
 from repedit.errors import NotFound, UnknownName
 from repedit.metrics import benchmarks, semeval, tofu
 from repedit.metrics.generation import generate
-from tests.published import published
+from tests.published import stand_in
 from tests.saved import byte_tokenizer
 from tests.tiny import tiny
 
@@ -22,9 +22,9 @@ def test_the_parts_are_those_of_each_benchmark(monkeypatch):
             room, "generate", lambda *given, max_new_tokens, **more: generate(*given, max_new_tokens=4, **more)
         )
     one, other = model(), model(1)
-    found = benchmarks.measured(one, other, ["tofu", "semeval"], published(), limit=1)
-    before = tofu.evaluate(one, published("tofu"), limit=1)
-    after = tofu.evaluate(other, published("tofu"), limit=1, original=before)
+    found = benchmarks.measured(one, other, ["tofu", "semeval"], stand_in(), limit=1)
+    before = tofu.evaluate(one, stand_in() / "tofu", limit=1)
+    after = tofu.evaluate(other, stand_in() / "tofu", limit=1, original=before)
     assert found["tofu"].values["model utility"] == (before.model_utility, after.model_utility)
     assert found["tofu"].values["forget probability"] == tuple(
         s.parts["forget"].means["probability"] for s in (before, after)
@@ -39,7 +39,7 @@ def test_the_parts_are_those_of_each_benchmark(monkeypatch):
 
 
 def test_members_are_told_from_others_by_the_whole_text():
-    found = benchmarks.measured(model(), model(), ["membership"], published())["membership"].values
+    found = benchmarks.measured(model(), model(), ["membership"], stand_in())["membership"].values
     assert found["AUC"][0] == found["AUC"][1] and 0 < found["AUC"][0] < 1
 
 

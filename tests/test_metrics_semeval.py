@@ -13,7 +13,7 @@ from repedit.errors import ArgumentError, DataError, MetricError
 from repedit.metrics import semeval
 from repedit.metrics.collapse import Signs, diversity, judge
 from repedit.metrics.semeval import PARTS, aggregate, final, mmlu_accuracy, score
-from tests.published import published
+from tests.published import MEMBERS, published, stand_in
 from tests.saved import byte_tokenizer
 from tests.test_attack_weights import small
 from tests.tiny import tiny
@@ -102,11 +102,11 @@ def constant():
 
 
 @cache
-def demonstrated(limit, tokens, subjects, batch_size=2):
-    facts = rp.data.mmlu(published("mmlu"), subjects=subjects, limit=limit)
+def demonstrated(place, limit, tokens, subjects, batch_size=2):
+    facts = rp.data.mmlu(place / "mmlu", subjects=subjects, limit=limit)
     return semeval.evaluate(
         constant(),
-        published("semeval_lume"),
+        place / "semeval_lume",
         facts,
         original=ORIGINAL,
         max_new_tokens=tokens,
@@ -121,23 +121,23 @@ def check_collapse(found) -> None:
 
 
 def test_a_model_that_writes_one_token_scores_well_and_is_called_collapsed():
-    found = demonstrated(2, 9, ("anatomy",))
+    found = demonstrated(stand_in(), 2, 9, ("anatomy",))
     check_collapse(found)
     assert {text for part in found.outputs.values() for text in part} == {"\x07" * 9}
     assert found.final == pytest.approx(1.25 / 3) and found.judged(None).verdict == "unknown"
-    assert len(found.items) == 14 and len(found.items["member"]) == 34
+    assert len(found.items) == 14 and len(found.items["member"]) == MEMBERS
 
 
 def test_a_verdict_that_reads_the_final_score_is_caught(monkeypatch):
     by_score = lambda signs, other, auc_reference: score.Judgement("consistent with forgetting", ())  # noqa: E731
     monkeypatch.setattr(score, "judge", by_score)
     with pytest.raises(AssertionError):
-        check_collapse(demonstrated(2, 9, ("anatomy",)).judged(ORIGINAL))
+        check_collapse(demonstrated(stand_in(), 2, 9, ("anatomy",)).judged(ORIGINAL))
 
 
 @pytest.mark.slow
 def test_the_whole_validation_split_of_a_model_that_writes_one_token():
-    found = demonstrated(None, 32, ("anatomy", "virology", "astronomy"), batch_size=8)
+    found = demonstrated(published(), None, 32, ("anatomy", "virology", "astronomy"), batch_size=8)
     check_collapse(found)
     assert sum(len(part) for part in found.outputs.values()) == 254 + 278
 
