@@ -13,6 +13,7 @@ from torch import Tensor
 
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, NotAModel, UnknownArchitecture, UnknownSite
+from repedit.hooks import evaluating
 from repedit.maps import AffineMap
 from repedit.models import Subject, subject_of
 from repedit.rewrite.live import follows, shared_clone
@@ -128,7 +129,7 @@ def _on_value(map_: AffineMap) -> LensHook:
 
 def _check_same(bridge: Any, subject: Subject) -> None:
     ids = torch.arange(3, 11, device=subject.device)[None]
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(subject.model), evaluating(bridge):
         expected, found = subject.model(ids).logits, bridge(ids)
     error = float((found - expected).abs().max() / expected.abs().max())
     if not error <= _CLOSE:

@@ -66,8 +66,9 @@ class Edit:
 
         Raises:
             ShapeError: if a map's width is not the site's.
+            HookError, ModelBusy: as `repedit.hooks.installed` says: no forward pass goes unedited in silence.
         """
-        with hooks.installed(self.hooks(subject)):
+        with hooks.installed(subject.model, self.hooks(subject)):
             yield
 
     def hooks(self, subject: Subject) -> list[hooks.Hook]:

@@ -16,6 +16,8 @@ and the like keep working.
     |  |- NothingLeft, NoSignal                a fit that finds nothing to remove
     |- MetricError (ValueError)                values that make no metric: NaN, out of range, of different questions
     |- NotConverged, TrainingError (RuntimeError), TooLarge (MemoryError)
+    |- HookError (RuntimeError)                a hook that a forward pass did not run, or could not
+    |  `- ModelBusy                            another thread uses the model
     |- MissingStatistic (ValueError), NoGradient (RuntimeError)
     |- NotFound (FileNotFoundError), NotAModel (TypeError), UnknownArchitecture (ValueError)
     |- QuantizedModel, OffloadedTensors, FingerprintError (ValueError)
@@ -112,6 +114,14 @@ class TrainingError(RepeditError, RuntimeError):
 
     delta: object | None = None
     """What gradient unlearning had changed up to the last good step, a Delta; None elsewhere."""
+
+
+class HookError(RepeditError, RuntimeError):
+    """A hook did not run in the forward pass it was installed for, or found nothing to act on."""
+
+
+class ModelBusy(HookError):
+    """Another thread uses the model."""
 
 
 class NotConverged(RepeditError, RuntimeError):

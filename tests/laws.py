@@ -136,7 +136,7 @@ def seen_at(subject: Subject, site: rp.Site) -> Tensor:
 
     seen: list[Tensor] = []
     hooks = hooks_at(subject.model, subject.anatomy, site, lambda x, at, tokens: seen.append(x.clone()), replaces=False)
-    with installed(hooks):
+    with installed(subject.model, hooks):
         logits(subject)
     return seen[0]
 

@@ -183,7 +183,7 @@ def test_expert_neurons_equal_a_naive_loop(family):
     module = subject.model.get_submodule(branch.writer)
     module.register_forward_pre_hook(lambda _, args: inputs.extend(args))
     site = rp.Site(1, rp.Point.MLP_NEURONS)
-    with installed(hooks_at(subject.model, subject.anatomy, site, note(seen), replaces=False)):
+    with installed(subject.model, hooks_at(subject.model, subject.anatomy, site, note(seen), replaces=False)):
         logits(subject)
     expected = naive(module, branch, inputs[0], inputs[1])
     assert seen.keys() == expected.keys() and len(seen) == 2 * ids().numel()

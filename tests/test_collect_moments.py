@@ -1,5 +1,7 @@
 """Moments are collected of the very tensor that an edit is given, with earlier edits active."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def _given_to_an_edit(subject, site, edit=None):
         return x
 
     hooks = hooks_at(subject.model, subject.anatomy, site, replace, replaces=True)
-    with edit.hooked(subject) if edit else installed([]), installed(hooks):
+    with edit.hooked(subject) if edit else nullcontext(), installed(subject.model, hooks):
         logits(subject)
     return seen[0]
 
@@ -119,7 +121,7 @@ def _first_order(subject, site, corpus, found, loss):
         def visit(x, _at, _tokens):
             return x + step * counted.reshape(*x.shape[:-1], 1) * (x @ a.T)
 
-        with installed(hooks_at(subject.model, subject.anatomy, site, visit, replaces=True)):
+        with installed(subject.model, hooks_at(subject.model, subject.anatomy, site, visit, replaces=True)):
             return float(loss(logits(subject)))
 
     # RMS norms and rotary angles are float32 inside, whose rounding a smaller step would show.

@@ -26,7 +26,7 @@ def searched(lm, neuron, count):
         ids = lm.tokenizer(document.text, return_tensors="pt").input_ids[:, :128]
         seen = []
         down = lm.model.model.layers[1].mlp.down_proj
-        with installed([Hook(down, "input", lambda x, seen=seen: seen.append(x))]), torch.no_grad():
+        with installed(lm.model, [Hook(down, "input", lambda x, seen=seen: seen.append(x))]), torch.no_grad():
             lm.model(ids)
         z = seen[0][0, 1:, neuron]
         at = int(z.abs().argmax()) + 1

@@ -8,7 +8,7 @@ from torch import nn
 
 import repedit as rp
 from repedit.arch import hooks_at
-from repedit.errors import UnknownSite
+from repedit.errors import HookError, UnknownSite
 from repedit.hooks import Hook, installed, primary, with_primary
 from tests.laws import seen_at
 from tests.tiny import logits, tiny
@@ -38,7 +38,7 @@ def test_replacing_the_primary_tensor_keeps_the_container(output):
 
 @pytest.mark.parametrize("output", [("text", X), None, {"hidden": X}], ids=str)
 def test_an_output_without_a_tensor_in_front_is_refused(output):
-    with pytest.raises(TypeError, match=f"a tuple that begins with one, found {type(output).__name__}"):
+    with pytest.raises(HookError, match=f"a tuple that begins with one, found {type(output).__name__}"):
         primary(output)
 
 
@@ -46,23 +46,23 @@ def test_an_output_without_a_tensor_in_front_is_refused(output):
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_a_hook_replaces_and_an_observer_does_not(side, call):
     module, seen = Chatty(), []
-    with installed([Hook(module, side, lambda x: x + 10)]):
+    with installed(module, [Hook(module, side, lambda x: x + 10)]):
         hidden, rest = call(module)
     assert torch.equal(hidden, NEW * (22 if side == "input" else 12)) and rest == "attention"
-    with installed([Hook(module, side, lambda x: seen.append(x.clone()))]):
+    with installed(module, [Hook(module, side, lambda x: seen.append(x.clone()))]):
         assert torch.equal(call(module)[0], NEW * 2)
     assert torch.equal(seen[0], NEW * (1 if side == "input" else 2))
 
 
 def test_an_observed_output_is_the_very_same_object():
     module, output = nn.Identity(), Pair(X, "rest")
-    with installed([Hook(module, "output", lambda x: None)]):
+    with installed(module, [Hook(module, "output", lambda x: None)]):
         assert module(output) is output
 
 
 def test_hooks_of_one_module_act_in_the_order_given():
     module = Chatty()
-    with installed([Hook(module, "output", lambda x: x + 1), Hook(module, "output", lambda x: x * 3)]):
+    with installed(module, [Hook(module, "output", lambda x: x + 1), Hook(module, "output", lambda x: x * 3)]):
         assert torch.equal(module(X)[0], NEW * 3)
 
 
@@ -83,21 +83,28 @@ class Logged(nn.Module):
 
 def test_hooks_are_removed_in_reverse_order_also_after_an_exception():
     log: list[str] = []
-    hooks = [Hook(Logged(name, log), "output", print) for name in "abc"]
-    with pytest.raises(KeyError, match="as it happens"), installed(hooks):
+    parts = nn.ModuleList(Logged(name, log) for name in "abc")
+    hooks = [Hook(part, "output", print) for part in parts]
+    with pytest.raises(KeyError, match="as it happens"), installed(parts, hooks):
         raise KeyError("as it happens")
     assert log == ["+a", "+b", "+c", "-c", "-b", "-a"]
 
 
+class Fixed(nn.Identity):
+    """A module that takes no hook."""
+
+    def register_forward_hook(self, *_args, **_options):
+        raise RuntimeError("no hook here")
+
+
 def test_hooks_already_installed_are_removed_when_a_later_one_fails():
-    module = nn.Identity()
-    broken = Hook(None, "output", print)  # type: ignore[arg-type]
+    model = nn.Sequential(nn.Identity(), Fixed())
     with (
-        pytest.raises(AttributeError, match="register_forward_hook"),
-        installed([Hook(module, "output", print), broken]),
+        pytest.raises(RuntimeError, match="no hook here"),
+        installed(model, [Hook(model[0], "output", print), Hook(model[1], "output", print)]),
     ):
         pass
-    assert not module._forward_hooks
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -107,7 +114,7 @@ def test_observing_a_site_does_not_change_the_logits(family, point):
     base = logits(subject)
     assert seen_at(subject, rp.Site(1, point)).abs().sum() > 0
     hooks = hooks_at(subject.model, subject.anatomy, rp.Site(1, point), lambda x, at, tokens: None, replaces=False)
-    with installed(hooks):
+    with installed(subject.model, hooks):
         assert torch.equal(logits(subject), base)
 
 

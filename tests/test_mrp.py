@@ -92,7 +92,7 @@ def test_gradients_through_the_qr_equal_finite_differences(facts):
 
     def value() -> torch.Tensor:
         bases.refresh()
-        with installed(bases.hooks()):
+        with installed(lm.model, bases.hooks()):
             return loss(lm.model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits.double(), batch)[0]
 
     (w,) = bases.weights.values()
@@ -266,7 +266,7 @@ def test_the_projection_acts_where_it_should_while_the_forget_loss_is_taken(fact
     q = bases.now[site].detach()
     for only in (batch.entity, None):
         bases.only = only
-        with installed([*bases.hooks(), *watch]), torch.no_grad():
+        with installed(lm.model, [*bases.hooks(), *watch]), torch.no_grad():
             lm.model(batch.input_ids, attention_mask=batch.attention_mask.long())
         gone = (seen[-1] @ q).abs().amax(-1) < 1e-5
         assert torch.equal(gone, batch.entity if only is not None else torch.ones_like(gone))

@@ -217,7 +217,7 @@ def test_gradient_sums_equal_autograd(family, stop):
     subject, x, seen = tiny(family, torch.float64), ids(), []
     mask = ((torch.arange(11) > 0) & (torch.arange(11) < stop)).expand(3, 11)
     writer = subject.model.get_submodule(subject.anatomy.branch(0, rp.Point.MLP_NEURONS).writer)
-    with installed([Hook(writer, "input", lambda z: seen.append(z))]):
+    with installed(subject.model, [Hook(writer, "input", lambda z: seen.append(z))]):
         loss = _loss(subject, x, mask)
     z, grad = (t.reshape(*x.shape, -1) for t in (seen[0].detach(), torch.autograd.grad(loss, seen)[0]))
     found = rp.collect(subject, tokens([{"input_ids": x}]), count=lambda _: mask, gradients=True)["0.mlp.neurons"]
@@ -230,7 +230,7 @@ def test_expert_neurons_count_the_tokens_routed_to_them(family):
     branch = subject.anatomy.branch(1, rp.Point.MLP_NEURONS)
     experts = subject.model.get_submodule(branch.writer)
     note = Hook(experts, "call", lambda module, args, kwargs, output: seen.append((*args, *kwargs.values())))
-    with installed([note]):
+    with installed(subject.model, [note]):
         found = rp.collect(subject, tokens([{"input_ids": x}]))["1.mlp.neurons"]
     hidden, index = seen[0][:2]
     counted = torch.ones_like(x).bool().index_fill(1, torch.tensor([0]), False).reshape(-1)
@@ -252,7 +252,7 @@ def test_no_activation_outlives_its_hook(gradients):
 
     start = Hook(subject.model.get_submodule("model.layers.0"), "input", at_the_start_of_a_batch)
     corpus = tokens([{"input_ids": ids(2, 9, seed)} for seed in range(3)])
-    with installed([start, *(Hook(w, "input", lambda x: seen.append(weakref.ref(x))) for w in writers)]):
+    with installed(subject.model, [start, *(Hook(w, "input", lambda x: seen.append(weakref.ref(x))) for w in writers)]):
         found = rp.collect(subject, corpus, ["*.mlp.neurons", "*.attn.neurons"], gradients=gradients)
     assert len(seen) == 12 and alive == [0, 0, 0]
     assert not any(ref() is not None for ref in seen)

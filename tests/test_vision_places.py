@@ -9,6 +9,7 @@ import repedit as rp
 from repedit.errors import (
     ArgumentError,
     FingerprintError,
+    HookError,
     NoOpEdit,
     NoSignal,
     NotEnoughRows,
@@ -274,7 +275,7 @@ def test_statistics_that_cannot_be_had_are_refused(measured):
         statistics(model, task, images, statistic=torch.Tensor)
     unused = nn.Sequential(model, nn.Identity())
     unused[1].spare = nn.Linear(2, 2)
-    with pytest.raises(ArgumentError, match=r"never calls '1.spare'"):
+    with pytest.raises(HookError, match=r"never calls '1.spare'"):
         statistics(unused.double(), Task("0.place", dict.fromkeys(task.parts, ("0",))), images, "1.spare")
 
 

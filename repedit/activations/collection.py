@@ -18,7 +18,7 @@ from repedit.activations.watching import Labels, Watch
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, check_whole
-from repedit.hooks import installed
+from repedit.hooks import evaluating, installed
 from repedit.io import archive
 from repedit.models import Subject
 from repedit.ranks import Ranks, joined_ranks
@@ -156,6 +156,7 @@ def collect(
         TooLarge: if the covariances would not fit into memory.
         NotFinite: if an activation or the loss is not finite.
         NoGradient: if gradients are asked for where none can be had.
+        HookError, ModelBusy: if a hook does not run in a pass, or another thread uses the model.
         FingerprintError, ProcessFailed: if processes were given different things, or one of them failed.
     """
     check_whole(limit_tokens=limit_tokens, length=length, batch_size=batch_size)
@@ -178,7 +179,11 @@ def collect(
     ranks.check_same(**origin, **summed, **reading)
     source = batches(subject, corpus, length, batch_size, progress if ranks.first else False, "collect")
     try:
-        with edit.hooked(subject) if edit else nullcontext(), installed(watch.hooks()):
+        with (
+            evaluating(subject.model),
+            edit.hooked(subject) if edit else nullcontext(),
+            installed(subject.model, watch.hooks()),
+        ):
             seen, counted = _read(source, watch, rule, ranks, limit_tokens)
     except Exception as error:  # of whatever kind: the other ranks must not wait for this one
         ranks.check_alive(error)

@@ -17,7 +17,7 @@ from repedit.arch import hooks_at
 from repedit.data import Batches
 from repedit.edit import Edit
 from repedit.errors import ArgumentError
-from repedit.hooks import installed
+from repedit.hooks import evaluating, installed
 from repedit.models import Subject
 from repedit.sites import Site
 
@@ -82,7 +82,7 @@ def _visited(
         return lambda x, _at, _tokens: visit(site, x[mask.reshape(x.shape[:-1]).to(x.device)].float())
 
     hooks = [h for s in sites for h in hooks_at(subject.model, subject.anatomy, s, at(s), replaces=False)]
-    with installed(hooks), torch.no_grad():
+    with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
         for batch in batches(subject, corpus, how[0], how[1], how[2], "peaks"):
             mask, _ = rule(batch)
             if bool(mask.any()):

@@ -15,7 +15,7 @@ from repedit.activations.passes import batches, inputs_of
 from repedit.arch import hooks_at
 from repedit.data import Batches
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite, check_whole
-from repedit.hooks import installed
+from repedit.hooks import evaluating, installed
 from repedit.models import Subject
 from repedit.sites import Site
 
@@ -113,7 +113,7 @@ def max_activating(
         raise ArgumentError(f"count={count}; keep at least 1 example a neuron")
     rule, best, counted = CountingRule(subject.need_tokenizer(), False, False, None), _Best(count), 0
     hooks = [h for s in chosen for h in hooks_at(subject.model, plan, s, best.visit(s), replaces=False)]
-    with installed(hooks), torch.no_grad():
+    with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
         for batch in batches(subject, corpus, length, batch_size, progress, "examples"):
             mask, _ = rule(batch)
             best.begin(mask, batch.attention_mask)

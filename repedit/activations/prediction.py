@@ -15,6 +15,7 @@ from repedit.activations.passes import at_least_float32, batches, inputs_of, nam
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite, check_whole
+from repedit.hooks import evaluating
 from repedit.models import Subject
 
 
@@ -80,7 +81,7 @@ def predictions(
     check_whole(limit_tokens=limit_tokens)
     ids: list[str] = []
     rows: list[tuple[int, int, int, float]] = []
-    with edit.hooked(subject) if edit else nullcontext(), torch.no_grad():
+    with evaluating(subject.model), edit.hooked(subject) if edit else nullcontext(), torch.no_grad():
         for number, batch in enumerate(batches(subject, corpus, length, batch_size, progress, "predict")):
             with named_batch(number):
                 logits = subject.model(**inputs_of(batch)).logits

@@ -9,13 +9,12 @@ embeddings add up to 0.resid.pre.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from repedit.arch.anatomy import Anatomy, Branch, Neurons, anatomy
@@ -25,7 +24,7 @@ from repedit.arch.offloaded import check_in_memory
 from repedit.arch.taps import hooks_at
 from repedit.arch.views import TensorSpec, View
 from repedit.errors import ShapeError, UnknownArchitecture
-from repedit.hooks import Hook, installed
+from repedit.hooks import Hook, evaluating, installed
 from repedit.maps import LowRank
 from repedit.sites import Point, Site
 
@@ -76,7 +75,7 @@ def check_architecture(model: Any, *, tolerance: float = TOLERANCE) -> Architect
     plan = anatomy(resolve(model.config), specs)
     check_modules(model, plan)
     try:
-        with _evaluated(model):
+        with evaluating(model):
             proofs = _proofs(_Check(model, plan, tolerance))
     except ShapeError as error:
         raise UnknownArchitecture(
@@ -96,18 +95,6 @@ def _proofs(check: _Check) -> list[Proof]:
             proofs += [check.neurons(layer, branch), check.out(layer, branch)]
         proofs.append(check.stream(layer))
     return proofs
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Dropout is off inside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Check:
@@ -196,7 +183,7 @@ class _Check:
         ids = torch.randint(embedding.shape[0], (2, 12), generator=torch.Generator().manual_seed(0))
         inputs = {"input_ids": ids.to(embedding.device), "use_cache": False}
         block = self.model.get_submodule(self.plan.block_paths[0])
-        with installed([*hooks, Hook(block, "input", lambda x: seen.append(x.float()))]):
+        with installed(self.model, [*hooks, Hook(block, "input", lambda x: seen.append(x.float()))]):
             functional_call(self.model, self.wide | dict(changed or {}), (), inputs, tie_weights=True)
         return seen[0]
 
@@ -229,8 +216,9 @@ class _Check:
             for n, t in (self.wide | dict(changed or {})).items()
             if n.startswith(f"{path}.")
         }
-        with installed([*hooks, *(hook for point in points for hook in watch(point))]):
-            functional_call(self.model.get_submodule(path), weights, args, kwargs)
+        block = self.model.get_submodule(path)
+        with installed(block, [*hooks, *(hook for point in points for hook in watch(point))]):
+            functional_call(block, weights, args, kwargs)
         return [seen[point] for point in points]
 
     def _edited(self, items: Any) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from repedit.arch.anatomy import Anatomy, Branch
 from repedit.arch.offloaded import values
-from repedit.errors import UnknownSite
+from repedit.errors import HookError, UnknownSite
 from repedit.hooks import Hook
+from repedit.kernels.dispatch import full_precision
 from repedit.sites import Point, Site
 
 Visit = Callable[[Tensor, slice, Tensor | None], Tensor | None]
@@ -65,6 +66,9 @@ def _middle(
         seen[:] = [x]
 
     def join(out: Tensor) -> Tensor | None:
+        if not seen:
+            # Activation checkpointing may compute a block's modules again without the block's own call.
+            raise HookError(f"{layer}.resid.mid: the attention ran outside its block, whose input is half of the sum")
         stream = seen.pop()
         new = visit(stream + out)
         return None if new is None else new - stream
@@ -90,7 +94,8 @@ def _expert_pass(branch: Branch, visit: Visit, replaces: bool) -> Callable[..., 
             gate, up = nn.functional.linear(hidden[tokens], inwards[e]).chunk(2, dim=-1)
             z = module.act_fn(gate) * up
             for step in (*earlier, visit):
-                new = step(z, slice(part.start, part.stop), tokens)
+                with full_precision(z):
+                    new = step(z, slice(part.start, part.stop), tokens)
                 z = z if new is None else new
             if outwards is not None:
                 out = nn.functional.linear(z, outwards[e]) * weights[tokens, slot, None]

@@ -16,7 +16,7 @@ from repedit.attacks.families.reading import captured
 from repedit.attacks.scratch import Scratch
 from repedit.data import Fact
 from repedit.data.rows import encoded, entity_end
-from repedit.hooks import installed
+from repedit.hooks import evaluating, installed
 from repedit.metrics.probability import lengths
 from repedit.models import Subject
 from repedit.sites import Point, Site
@@ -108,7 +108,7 @@ def _graded(
             site, states = put
             visit = _putting([items[i].entity for i in part], states[part])
             hooks = hooks_at(subject.model, subject.anatomy, site, visit, replaces=True)
-        with torch.no_grad(), installed(hooks):
+        with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
             logs = at_least_float32(subject.model(input_ids=ids, use_cache=False).logits).log_softmax(-1)
         for row, i in enumerate(part):
             span = torch.arange(items[i].start, len(items[i].ids), device=subject.device)

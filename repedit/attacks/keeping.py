@@ -10,6 +10,7 @@ from repedit.attacks.attack import Attack, Outcome
 from repedit.attacks.judging.floors import choices_only
 from repedit.data import Batches, Splits
 from repedit.errors import NotEnoughRows
+from repedit.hooks import evaluating
 from repedit.models import Subject
 
 
@@ -55,7 +56,7 @@ def perplexity(
         if count >= tokens:
             break
         use = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(subject.model):
             logits = at_least_float32(subject.model(**inputs_of(batch)).logits[:, :-1][use])
         target = batch.input_ids[:, 1:][use]
         total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))

@@ -28,7 +28,7 @@ from repedit.errors import (
     is_finite,
     is_whole,
 )
-from repedit.hooks import installed
+from repedit.hooks import evaluating, installed
 from repedit.maps import Diagonal
 from repedit.models import Subject
 from repedit.sites import Site
@@ -89,7 +89,8 @@ def gates(
     for step, (bad, good) in enumerate(
         tqdm(pairs, desc="gates", total=steps, disable=None if progress is None else not progress)
     ):
-        losses = search.step(bad, good, retain_weight, min(1.0, (steps - step) / (0.4 * steps)))
+        with evaluating(subject.model):
+            losses = search.step(bad, good, retain_weight, min(1.0, (steps - step) / (0.4 * steps)))
         history.append([round(value, 4) for value in losses])
     options = {
         "steps": steps,
@@ -130,7 +131,7 @@ class _Search:
             for s in self.open
             for h in hooks_at(self.subject.model, self.subject.anatomy, s, self._visit(s), replaces=True)
         ]
-        with installed(hooks), torch.enable_grad():
+        with installed(self.subject.model, hooks), torch.enable_grad():
             bad = margin(self._logits(forget), _targets(forget))
             gradient = torch.autograd.grad(bad, inputs)
             student = self._logits(retain).log_softmax(-1)

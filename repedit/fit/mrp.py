@@ -32,7 +32,6 @@ from repedit.fit.starting import fitted
 from repedit.fit.streams import stream_sites
 from repedit.fit.subspace import is_orthogonal, union
 from repedit.fit.training import History, MRPConfig, Sources, train
-from repedit.hooks import installed
 from repedit.maps import LowRank
 from repedit.models import Subject
 from repedit.sites import Site
@@ -126,7 +125,7 @@ def mrp(
     bases = Bases(subject, starts, earlier, shared=shared)
     weights = subject.fingerprint()
     others = Edit({s: m for s, m in previous.maps.items() if s not in earlier}) if previous else Edit({})
-    with installed(others.hooks(subject)):
+    with others.hooked(subject):
         history = train(
             bases, _sources(subject, bad, good, kept, settings, rehearsed), settings, stop=stop, progress=progress,
             state=None if resume is None else Path(resume), key={k: record[k] for k in ("model", "data", "sites", "rank")} | {"previous": previous.hash if previous else ""},

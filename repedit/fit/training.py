@@ -19,7 +19,7 @@ from repedit.errors import ArgumentError, CheckpointError, TrainingError, check_
 from repedit.fit.bases import Bases
 from repedit.fit.objective import Forgetting, retained, teaching
 from repedit.fit.sampling import Sampler
-from repedit.hooks import installed
+from repedit.hooks import evaluating, installed
 from repedit.io import archive
 from repedit.models import Subject
 
@@ -165,18 +165,16 @@ def train(
 
 @contextmanager
 def frozen(subject: Subject) -> Iterator[None]:
-    """No weight of the model gets a gradient; what required one before does again afterwards, as does train mode."""
+    """In eval mode no weight of the model gets a gradient; mode and what required a gradient come back afterwards."""
     parameters = [(p, p.requires_grad) for p in subject.model.parameters()]
-    training = subject.model.training
-    try:
-        subject.model.eval()
-        for p, _ in parameters:
-            p.requires_grad_(False)
-        yield
-    finally:
-        subject.model.train(training)
-        for p, needed in parameters:
-            p.requires_grad_(needed)
+    with evaluating(subject.model):
+        try:
+            for p, _ in parameters:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p, needed in parameters:
+                p.requires_grad_(needed)
 
 
 def _step(
@@ -187,7 +185,7 @@ def _step(
     teachers = [teaching(subject, rows) for rows in kept]
     optimizer.zero_grad()
     bases.refresh()
-    with installed(bases.hooks()), torch.enable_grad():
+    with installed(subject.model, bases.hooks()), torch.enable_grad():
         bases.only = _positions(batch, config.forget_at, step)
         forget, right = sources.loss(subject.model(**inputs_of(batch)).logits, batch)
         bases.only = None
@@ -243,7 +241,7 @@ def _reason(history: History, config: MRPConfig, chance: float) -> str:
 
 def _stopped(bases: Bases, stop: Callable[[Subject], bool]) -> bool:
     bases.refresh()
-    with installed(bases.hooks()), torch.no_grad():
+    with installed(bases.subject.model, bases.hooks()), torch.no_grad():
         return stop(bases.subject)
 
 

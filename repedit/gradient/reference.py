@@ -117,7 +117,7 @@ def watching(subject: Subject, layers: Sequence[int], into: dict[int, Tensor]) -
         for layer in layers
         for hook in hooks_at(subject.model, subject.anatomy, Site(layer, Point.RESID_POST), keep(layer), replaces=False)
     ]
-    return installed(hooks) if hooks else nullcontext()
+    return installed(subject.model, hooks) if hooks else nullcontext()
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

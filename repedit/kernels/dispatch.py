@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,6 +46,12 @@ def choose(
     return decide(torch.device(device), dtype, (shape[0], shape[1]), small, want)
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast disabled on the device of x: products are computed in the dtype they are written in."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def project(x: Tensor, u: Tensor, v: Tensor, center: Tensor | None = None, *, residual: Tensor | None = None) -> Tensor:
     """x - ((x - center) V) U^T (+ residual) on the last axis of x (..., d); differentiable.
 
@@ -54,7 +62,8 @@ def project(x: Tensor, u: Tensor, v: Tensor, center: Tensor | None = None, *, re
     _check_center(x, u, center, residual)
     name, _ = choose(x.device, x.dtype, (u.shape[0], u.shape[1]), rows=x.numel() // max(x.shape[-1], 1))
     if name == "reference":
-        return reference.project(x, u, v, center, residual=residual)
+        with full_precision(x):
+            return reference.project(x, u, v, center, residual=residual)
     from repedit.kernels import triton_project
 
     return triton_project.project(x, u, v, center, residual=residual, tiling=name)
@@ -64,7 +73,8 @@ def left(w: Tensor, u: Tensor, v: Tensor, *, out: Tensor | None = None) -> Tenso
     """W - U (V^T W) for W (d, i), by blocks of columns; `out=w` rewrites in place. Raises as `project`."""
     _check(w, u, v, "the weight", 0)
     _check_out(w, out)
-    return reference.left(w, u, v, out=out)
+    with full_precision(w):
+        return reference.left(w, u, v, out=out)
 
 
 def right(w: Tensor, u: Tensor, v: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -73,7 +83,8 @@ def right(w: Tensor, u: Tensor, v: Tensor, *, out: Tensor | None = None) -> Tens
     _check_out(w, out)
     name, _ = choose(w.device, w.dtype, (u.shape[0], u.shape[1]), rows=w.shape[0])
     if name == "reference" or (out is None and reference.recorded(w, u, v)):
-        return reference.right(w, u, v, out=out)
+        with full_precision(w):
+            return reference.right(w, u, v, out=out)
     from repedit.kernels import triton_project
 
     return triton_project.right(w, u, v, out=out, tiling=name)
@@ -92,7 +103,8 @@ def activity(
     marks = _marks(z, mask, grad, shift)
     name, _ = choose_activity(z.device, z.dtype, z.numel())
     if name == "reference":
-        return reference.activity(z, marks, grad, shift)
+        with full_precision(z):
+            return reference.activity(z, marks, grad, shift)
     from repedit.kernels import triton_activity
 
     return triton_activity.activity(z, marks, grad, shift)

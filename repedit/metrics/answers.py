@@ -16,6 +16,7 @@ from repedit.activations.passes import at_least_float32, inputs_of
 from repedit.data import Batch, Facts, Row, Rows
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, DataError, NotFinite
+from repedit.hooks import evaluating
 from repedit.models import Subject
 
 # A pass keeps the log-probabilities of a whole vocabulary for every token.
@@ -190,7 +191,7 @@ def _read(subject: Subject, tokens: Sequence[tuple[list[int], int]]) -> list[Rea
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in tokens], device=subject.device)
     sizes = torch.tensor([[len(ids)] for ids, _ in tokens], device=subject.device)
     batch = Batch(ids, torch.arange(width, device=subject.device) < sizes, ("",) * len(tokens))
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(subject.model):
         logits = subject.model(**inputs_of(batch)).logits
     return [
         reading(logits[i, start - 1 : len(row) - 1], ids[i, start : len(row)]) for i, (row, start) in enumerate(tokens)

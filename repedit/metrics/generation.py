@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from repedit.errors import ArgumentError, DataError, MissingDependency, is_whole
+from repedit.hooks import evaluating
 from repedit.metrics.streaming import prompt_tokens
 from repedit.models import Subject
 
@@ -54,7 +55,7 @@ def written(subject: Subject, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"],
     """The greedy continuation of ids that are padded on the left where the mask is 0."""
     tokenizer = subject.need_tokenizer()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(subject.model):
         out = subject.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
             pad_token_id=pad, temperature=None, top_p=None, top_k=None,

@@ -14,6 +14,7 @@ import torch
 
 from repedit.activations.passes import at_least_float32
 from repedit.errors import ArgumentError, DataError, FractionError, MetricError, NotFinite, UnknownName, nearest
+from repedit.hooks import evaluating
 from repedit.metrics.margins import modified_entropy
 from repedit.metrics.probability import lengths
 from repedit.metrics.separation import Values, auc, loss_attack, standard_error, tpr, tpr_at
@@ -139,7 +140,7 @@ def _score(kind: str, logs: Values, standard: Values, text: str, share: float) -
 def _logs(subject: Subject, ids: Sequence[list[int]]) -> tuple[list[Values], list[Values]]:
     """Log-probabilities of the tokens of texts of one length, and the same standardised as Min-K++ does."""
     tokens = torch.tensor(ids, device=subject.device)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(subject.model):
         logs = at_least_float32(subject.model(input_ids=tokens, use_cache=False).logits[:, :-1]).log_softmax(-1)
         own = logs.gather(-1, tokens[:, 1:, None])[..., 0]
         chance = logs.exp()

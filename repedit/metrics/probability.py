@@ -19,6 +19,7 @@ from repedit.data import Fact, Facts
 from repedit.data.domains import holds
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
+from repedit.hooks import evaluating
 from repedit.metrics.answers import (
     AnswerNll,
     ByRow,
@@ -185,7 +186,7 @@ def _answered(subject: Subject, questions: Sequence[_Question]) -> list[NDArray[
     found = [np.zeros(len(question.answers)) for question in questions]
     nodes: list[tuple[int, tuple[int, ...]]] = [(number, ()) for number in range(len(questions))]
     ids = torch.tensor([question.prompt for question in questions], device=subject.device)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(subject.model):
         length, cache = _begun(subject, ids)
         ids = ids[:, length:]
         while nodes:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from repedit.errors import ArgumentError, DataError, check_seed, is_finite, is_whole
+from repedit.hooks import evaluating
 from repedit.models import Subject
 
 Message = Mapping[str, str]
@@ -136,8 +137,8 @@ def _written(
 
 def _step(subject: Subject, seen: Int[Tensor, "1 t"], fresh: Int[Tensor, "1 n"], cache: Any) -> tuple[Tensor, Any]:
     """(logits of the next token, the cache) after reading the tokens that the cache does not hold yet."""
-    # Not around the loop: a generator that waits would leave its caller without gradients.
-    with torch.no_grad():
+    # Not around the loop: a generator that waits would leave its caller without gradients, and the model in eval mode.
+    with torch.no_grad(), evaluating(subject.model):
         out = subject.model(
             input_ids=fresh,
             attention_mask=torch.ones_like(seen),

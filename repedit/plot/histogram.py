@@ -17,7 +17,7 @@ from repedit.arch import hooks_at
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite
-from repedit.hooks import installed
+from repedit.hooks import evaluating, installed
 from repedit.models import Subject
 from repedit.plot.canvas import FORGET, RETAIN, canvas, entitle, legend_below
 from repedit.sites import Site
@@ -93,7 +93,8 @@ def _values(subject: Subject, site: Site, neuron: int, items: Iterable[Batch], l
             use = mask.reshape(-1).to(x.device)
             found.append(x[..., column].reshape(-1)[use if tokens is None else use[tokens]].double().cpu())
 
-    with installed(hooks_at(subject.model, subject.anatomy, site, visit, replaces=False)), torch.no_grad():
+    hooks = hooks_at(subject.model, subject.anatomy, site, visit, replaces=False)
+    with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
         counted = 0
         for number, batch in enumerate(items):
             given = batch.attention_mask

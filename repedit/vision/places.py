@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.activations.collection import Collection
-from repedit.errors import ArgumentError, NotEnoughRows, UnknownName, nearest
+from repedit.errors import NotEnoughRows, UnknownName, nearest
 from repedit.fingerprints import module_fingerprint
-from repedit.hooks import Hook, installed
+from repedit.hooks import Hook, evaluating, installed
 from repedit.maps import AffineMap
 from repedit.stats import Activity, CrossMoments, Moments
-from repedit.vision.reading import evaluating, module_at
+from repedit.vision.reading import module_at
 from repedit.vision.task import Images, Task
 
 STATISTICS = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}
@@ -38,7 +38,7 @@ def statistics(
         statistic: Activity, Moments, or CrossMoments of the rows with the one-hot label of their image.
     Raises:
         UnknownName: if there is no such module or statistic. NotEnoughRows: if there are no images.
-        ArgumentError: if the forward pass does not reach a module. NotFinite: if an input is not finite.
+        HookError: if the forward pass does not reach a module. NotFinite: if an input is not finite.
     """
     if statistic not in STATISTICS.values():
         raise UnknownName(f"statistic={statistic.__name__}; {nearest(statistic.__name__, STATISTICS)}")
@@ -65,13 +65,11 @@ def statistics(
         return add
 
     paths = modules or (task.module,)
-    with torch.no_grad(), evaluating(model), installed([Hook(module_at(model, p), "input", watch(p)) for p in paths]):
+    hooks = [Hook(module_at(model, path), "input", watch(path)) for path in paths]
+    with torch.no_grad(), evaluating(model), installed(model, hooks):
         for part in images.batches():
             now.append(part.y)
             model(part.x.to(like))
-    missed = [path for path in paths if path not in found]
-    if missed:
-        raise ArgumentError(f"the forward pass never calls {missed[0]!r}; name a module that it calls")
     return Collection(
         statistics={path: found[path].cpu() for path in paths},
         model=module_fingerprint(model),
@@ -91,10 +89,11 @@ def hooked(model: nn.Module, module: str, map: AffineMap) -> Iterator[nn.Module]
 
     Raises:
         UnknownName: if there is no such module. ShapeError: if the map is not as wide as its input.
+        HookError: at the end of a forward pass that does not reach the module.
     """
     place = module_at(model, module)
     axis = axis_of(place)
-    with installed([Hook(place, "input", lambda x: map(x.movedim(axis, -1)).movedim(-1, axis))]):
+    with installed(model, [Hook(place, "input", lambda x: map(x.movedim(axis, -1)).movedim(-1, axis))]):
         yield model
 
 

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
-from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.errors import UnknownName, nearest
 from repedit.hooks import Hook, installed
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and back to its own on leaving."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -40,13 +25,11 @@ def input_of(model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """What goes into a module when the model reads x, and the model's output.
 
     Raises:
-        ArgumentError: if the forward pass does not reach the module.
+        HookError: if the forward pass does not reach the module.
     """
     seen: list[Tensor] = []
-    with installed([Hook(module_at(model, path), "input", seen.append)]):
+    with installed(model, [Hook(module_at(model, path), "input", seen.append)]):
         output = model(x)
-    if not seen:
-        raise ArgumentError(f"the forward pass never calls {path!r}; name a module that it calls")
     return seen[-1], output
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.errors import ArgumentError, DataError, DtypeError, OverlapError, ShapeError, UnknownName, nearest
-from repedit.vision.reading import evaluating, input_of
+from repedit.hooks import evaluating
+from repedit.vision.reading import input_of
 
 BATCH = 512
 """Images that are read at once."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repedit.activations.passes import inputs_of
 from repedit.data import Fact, Rows, with_paraphrases
 from repedit.data.rows import encoded
-from repedit.hooks import Hook, installed
+from repedit.hooks import Hook, evaluating, installed
 from repedit.models import Subject, subject_of
 
 # Logits of the taught models lie within 20 of each other, states at a layer have norms of 5 to 20.
@@ -116,7 +116,7 @@ def states(
     """What a module reads, or gives, at the last token before an answer and at all others of the prompts, in every phrasing."""
     seen: list[Tensor] = []
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    with torch.no_grad(), installed([Hook(module, side, seen.append)]):
+    with torch.no_grad(), evaluating(subject.model), installed(subject.model, [Hook(module, side, seen.append)]):
         for batch in Rows(with_paraphrases(items)).batches(subject.need_tokenizer(), batch_size=64):
             seen.clear()
             subject.model(**inputs_of(batch))

@@ -74,13 +74,13 @@ def direction(contrast: Subject | None = None, *, items: int = ITEMS) -> Attack:
 
 def without(subject: Subject, directions: Mapping[int, Float[Tensor, " d"]]) -> AbstractContextManager[None]:
     """A context in which the unit direction of each layer is taken out of its block's output, at all tokens."""
-    return installed([
+    sites = {Site(layer, Point.RESID_POST): d for layer, d in directions.items()}
+    hooks = [
         hook
-        for layer, d in directions.items()
-        for hook in hooks_at(
-            subject.model, subject.anatomy, Site(layer, Point.RESID_POST), _ablation(d), replaces=True
-        )
-    ])  # fmt: skip
+        for site, d in sites.items()
+        for hook in hooks_at(subject.model, subject.anatomy, site, _ablation(d), replaces=True)
+    ]
+    return installed(subject.model, hooks)
 
 
 def mean_direction(mine: Float[Tensor, "n d"], other: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from repedit.activations.passes import at_least_float32, inputs_of
 from repedit.data import Batch, as_batches
 from repedit.errors import DataError
+from repedit.hooks import evaluating
 from repedit.models import Subject
 
 
@@ -118,7 +119,7 @@ def masked_loss(subject: Subject, batch: Batch) -> Float[Tensor, ""]:
 def mean_loss(subject: Subject, items: Sequence[Example], batch_size: int = 8) -> float:
     """The loss over all the items, without training."""
     parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(subject.model):
         sums = [float(masked_loss(subject, stacked(subject, part))) * len(part) for part in parts]
     return sum(sums) / len(items)
 

@@ -16,6 +16,7 @@ from repedit.attacks.families.rounding import paired, projections
 from repedit.attacks.scratch import Scratch
 from repedit.data import Fact, Rows, Splits
 from repedit.errors import ArgumentError, FractionError, NotFinite
+from repedit.hooks import evaluating
 from repedit.models import Subject
 
 PAIRS = ((0.01, 0.01), (0.01, 0.05), (0.02, 0.02), (0.05, 0.01), (0.05, 0.05), (0.1, 0.1))
@@ -156,7 +157,7 @@ def saliency(subject: Subject, facts: Sequence[Fact], names: Iterable[str]) -> d
     weights = {name: named[name].requires_grad_() for name in names}
     total = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
     for batch in batches(subject, Rows(tuple(facts), "facts"), _LONG, 1, False, "saliency"):
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluating(subject.model):
             loss = loss_of(subject.model(**inputs_of(batch)).logits, batch, batch.attention_mask)
             if not bool(torch.isfinite(loss)):
                 raise NotFinite(f"fact {batch.document[0]!r}: the loss is {loss.item()}; load the model in float32?")

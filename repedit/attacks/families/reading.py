@@ -15,7 +15,7 @@ from repedit.arch import hooks_at
 from repedit.attacks.attack import Attack, Outcome
 from repedit.data import Fact, Splits
 from repedit.errors import ArgumentError, NotFinite, UnknownSite
-from repedit.hooks import installed
+from repedit.hooks import evaluating, installed
 from repedit.metrics.probability import FactsAccuracy, choice_tokens, lengths
 from repedit.models import Subject
 from repedit.sites import Point, Site
@@ -102,7 +102,7 @@ def captured(
                 subject.model, subject.anatomy, site, _keeper(seen, site, ids.shape, keep), replaces=False
             )
         ]
-        with torch.no_grad(), installed(hooks):
+        with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
             subject.model.base_model(input_ids=ids, use_cache=False)
         yield part, seen
 
@@ -119,7 +119,8 @@ def lens(subject: Subject, seen: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         return seen.to(x)[None]
 
     one = torch.zeros(1, 1, dtype=torch.long, device=subject.device)
-    with torch.no_grad(), installed(hooks_at(subject.model, subject.anatomy, last, put, replaces=True)):
+    hooks = hooks_at(subject.model, subject.anatomy, last, put, replaces=True)
+    with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
         logits = subject.model(input_ids=one, use_cache=False).logits
     return at_least_float32(logits.reshape(len(seen), -1))
 

@@ -19,6 +19,7 @@ from repedit.data import Fact, Splits
 from repedit.data.domains import holds
 from repedit.data.rows import encoded
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
+from repedit.hooks import evaluating
 from repedit.metrics.probability import FactsAccuracy
 from repedit.models import Subject
 
@@ -195,7 +196,7 @@ def _drawn(
     row = np.arange(b).repeat(n)
     live = np.arange(b * n)
     ids, length, cache = torch.tensor(prompts, device=subject.device), 0, None
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(subject.model):
         for step in range(steps):
             length += ids.shape[1]
             mask = torch.ones(len(ids), length, dtype=torch.long, device=subject.device)
