@@ -29,7 +29,8 @@ _CLOSE = 1e-3
 def wrap(thing: Any, tokenizer: Any | None = None) -> Subject:
     """A Subject around a transformers model, a TransformerLens `TransformerBridge` or an nnsight `TransformersModel`.
 
-    Nothing is changed and no weight is copied; a Subject is returned as it is.
+    Nothing is changed and no weight is copied; a Subject is returned as it is, and of what `torch.compile` returned the
+    model in it is taken.
 
     Args:
         tokenizer: in place of the one that a bridge or an nnsight model carries, of which a copy is taken.
@@ -39,6 +40,7 @@ def wrap(thing: Any, tokenizer: Any | None = None) -> Subject:
     """
     if isinstance(thing, Subject):
         return thing
+    thing = getattr(thing, "_orig_mod", thing)  # what torch.compile returns has the model in it
     package = type(thing).__module__.partition(".")[0]
     if package in ("transformer_lens", "nnsight"):
         model = _unbridged(thing) if package == "transformer_lens" else getattr(thing, "_module", thing)

@@ -211,6 +211,12 @@ def subject_of(model: Any, tokenizer: Any | None = None, *, source: Path | None 
         raise UnknownArchitecture(
             f"{type(model).__name__} is not a decoder-only causal language model; load it with AutoModelForCausalLM"
         )
+    compiled = [name for name, module in model.named_modules() if hasattr(module, "_orig_mod")]
+    if compiled:
+        raise UnknownArchitecture(
+            f"{compiled[0]} is what torch.compile(module) returned, which renames the parameters in it; compile with "
+            "module.compile(), or wrap the model before it is compiled"
+        )
     subject = Subject(model, tokenizer, resolve(model.config), source)
     check_modules(model, subject.anatomy)
     if source is not None:

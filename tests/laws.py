@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import repedit as rp
 from repedit.edit import Edit
+from repedit.errors import HookError
 from repedit.models import Subject
 from tests.tiny import ids, logits
 from tests.tolerances import short, within
@@ -240,3 +241,27 @@ def _normed(module: nn.Module, centered: bool, unit: float, x: Tensor) -> Tensor
     x = x - x.mean(-1, keepdim=True) if centered else x
     epsilon = getattr(module, "eps", None) or module.variance_epsilon
     return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (module.weight + unit)
+
+
+def hooks_act_or_refuse(
+    subject: Subject, edit: Edit, run: Callable[[], Tensor], hooked: Callable[..., Any] = Edit.hooked
+) -> None:
+    """Whatever passes over hooks (compiled, scripted or skipped modules), an edit moves the logits or an error names it."""
+    before = run()
+    try:
+        with hooked(edit, subject):
+            edited = run()
+    except HookError:
+        return
+    assert not torch.equal(edited, before), "the edit was passed over in silence"
+    assert torch.equal(run(), before), "the edit outlived its context"
+
+
+def mode_does_not_matter(subject: Subject, measure: Callable[[Subject], Any]) -> None:
+    """A model in training mode is measured as in eval mode, and every module keeps the mode it had."""
+    expected = measure(subject)
+    modes = [number % 5 != 0 for number, _ in enumerate(subject.model.modules())]
+    for module, mode in zip(subject.model.modules(), modes, strict=True):
+        module.training = mode
+    assert repr(measure(subject)) == repr(expected), "dropout was on"
+    assert [module.training for module in subject.model.modules()] == modes, "a module changed its mode"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from repedit.plan import Plan
 from repedit.rewrite.live import apply
 from tests import laws
 from tests.edits import mask, projection
-from tests.tiny import tiny
+from tests.tiny import logits, tiny
 
 
 def without(plan: Plan, wrong) -> Plan:
@@ -133,3 +134,31 @@ def test_a_hook_that_stays_is_caught(monkeypatch):
     subject = tiny("llama")
     monkeypatch.setattr("torch.utils.hooks.RemovableHandle.remove", lambda self: None)
     caught(laws.hooks_are_gone, subject, mask(subject, "1.mlp.neurons"))
+
+
+def test_hooks_that_compiled_code_passes_over_are_caught():
+    subject = tiny("llama")
+    subject.model.model.layers[1].compile(backend="eager")
+
+    @contextmanager
+    def bare(edit, s):
+        handles = [hook.module.register_forward_pre_hook(lambda *_: None) for hook in edit.hooks(s)]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    caught(laws.hooks_act_or_refuse, subject, projection(subject, "1.mlp.out"), lambda: logits(subject), bare)
+
+
+def test_a_measurement_with_dropout_on_is_caught():
+    caught(laws.mode_does_not_matter, tiny("gpt2"), lambda s: logits(s).sum())
+
+
+def test_a_measurement_that_leaves_the_model_in_another_mode_is_caught():
+    def wrong(subject):
+        subject.model.eval()
+        total = logits(subject).sum()
+        subject.model.train()
+        return total
+
+    caught(laws.mode_does_not_matter, tiny("gpt2"), wrong)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.errors import ShapeError
+from repedit.errors import DtypeError, ShapeError
 
 
 class AffineMap(ABC):
@@ -66,5 +66,11 @@ class AffineMap(ABC):
 
 
 def working(x: Tensor) -> Tensor:
-    """x in the dtype the arithmetic runs in: float64 stays, everything else is float32."""
+    """x in the dtype the arithmetic runs in: float64 stays, everything else is float32.
+
+    Raises:
+        DtypeError: if x holds integers, booleans or complex numbers.
+    """
+    if not x.is_floating_point():
+        raise DtypeError(f"a map acts on floating-point numbers, the tensor is {x.dtype}; convert it with .float()")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
