@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -179,11 +178,8 @@ def collect(
     ranks.check_same(**origin, **summed, **reading)
     source = batches(subject, corpus, length, batch_size, progress if ranks.first else False, "collect")
     try:
-        with (
-            evaluating(subject.model),
-            edit.hooked(subject) if edit else nullcontext(),
-            installed(subject.model, watch.hooks()),
-        ):
+        hooks = [*(edit.hooks(subject) if edit else ()), *watch.hooks()]
+        with evaluating(subject.model), installed(subject.model, hooks):
             seen, counted = _read(source, watch, rule, ranks, limit_tokens)
     except Exception as error:  # of whatever kind: the other ranks must not wait for this one
         ranks.check_alive(error)
