@@ -18,6 +18,7 @@ from torch import Tensor
 
 from repedit.errors import ArgumentError, FingerprintError
 from repedit.io import archive
+from repedit.io.text import plain
 from repedit.models import Subject
 
 GROUP = 64
@@ -37,7 +38,9 @@ class Delta:
     def __post_init__(self) -> None:
         ordered = {name: self.tensors[name].detach() for name in sorted(self.tensors)}
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
-        object.__setattr__(self, "provenance", MappingProxyType(json.loads(json.dumps(dict(self.provenance)))))
+        object.__setattr__(
+            self, "provenance", MappingProxyType(plain(dict(self.provenance), "the provenance of a delta"))
+        )
 
     def __repr__(self) -> str:
         return f"Delta({self.provenance.get('method', 'unknown')}, {len(self.tensors)} tensors)"
@@ -122,7 +125,11 @@ class Delta:
             CheckpointError: if the file is not a saved delta.
         """
         tensors, header = archive.read(path, "delta")
-        return Delta(tensors, header["provenance"], tuple(header["log"]))
+        with archive.rebuilding(path, "delta"):
+            wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
+            if wrong is not None:
+                raise ValueError(f"the difference of {wrong!r} is of {tensors[wrong].dtype}")
+            return Delta(tensors, header["provenance"], tuple(dict(record) for record in header["log"]))
 
 
 def check_mates(deltas: Sequence[Delta], *, same_names: bool = False) -> None:

@@ -22,6 +22,7 @@ from repedit import hooks
 from repedit.arch import Anatomy, hooks_at
 from repedit.errors import FingerprintError, NotFoldable, ShapeError
 from repedit.io import archive
+from repedit.io.text import plain
 from repedit.maps import AffineMap, Chain, Diagonal, LowRank
 from repedit.models import Subject
 from repedit.sites import Point, Site
@@ -38,7 +39,9 @@ class Edit:
     def __post_init__(self) -> None:
         ordered = {site: self.maps[site] for site in sorted(self.maps)}
         object.__setattr__(self, "maps", MappingProxyType(ordered))
-        object.__setattr__(self, "provenance", MappingProxyType(json.loads(json.dumps(dict(self.provenance)))))
+        object.__setattr__(
+            self, "provenance", MappingProxyType(plain(dict(self.provenance), "the provenance of an edit"))
+        )
 
     def __repr__(self) -> str:
         rank = sum(map_.rank_removed for map_ in self.maps.values())
@@ -119,8 +122,11 @@ class Edit:
             CheckpointError: if the file is not a saved edit.
         """
         tensors, header = archive.read(path, "edit")
-        maps = {Site.parse(site): _rebuilt(site, kinds, tensors) for site, kinds in header["maps"].items()}
-        return Edit(maps, header["provenance"])
+        with archive.rebuilding(path, "edit"):
+            maps = {Site.parse(site): _rebuilt(site, kinds, tensors) for site, kinds in header["maps"].items()}
+            if tensors:
+                raise ValueError(f"it holds tensors that belong to no map: {sorted(tensors)[:3]}")
+            return Edit(maps, header["provenance"])
 
 
 def describe_map(map_: AffineMap) -> str:
@@ -179,11 +185,14 @@ def _fields(link: AffineMap) -> Iterator[tuple[str, Tensor]]:
     return ((name, value) for name, value in vars(link).items() if value is not None)
 
 
-def _rebuilt(site: str, kinds: list[str], tensors: Mapping[str, Tensor]) -> AffineMap:
+def _rebuilt(site: str, kinds: list[str], tensors: dict[str, Tensor]) -> AffineMap:
+    """The map of a site, of tensors that are taken out of the mapping."""
     types = {"LowRank": LowRank, "Diagonal": Diagonal}
+    if not isinstance(kinds, list) or not kinds or not set(kinds) <= set(types):
+        raise ValueError(f"{site} has the maps {kinds!r:.100}; a list of {' and '.join(types)} was expected")
     links = []
     for number, kind in enumerate(kinds):
         prefix = f"{site}/{number}/"
-        found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        links.append(types[kind](**found))
+        parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        links.append(types[kind](**{name.removeprefix(prefix): value for name, value in parts.items()}))
     return links[0] if len(links) == 1 else Chain(tuple(links))

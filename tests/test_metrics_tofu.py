@@ -174,7 +174,10 @@ def test_what_cannot_be_scored_is_refused(call, error, message):
         call()
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "holds a list; give a log")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "cannot be read as JSON"), ("[]", "holds a JSON list, an object was expected; give a log")],
+)
 def test_a_file_that_is_no_log_is_refused(text, message, tmp_path):
     (tmp_path / "log.json").write_text(text)
     with pytest.raises(MetricError, match=message):

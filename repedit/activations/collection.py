@@ -84,14 +84,15 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
             CheckpointError: if the file is not a saved collection.
         """
         tensors, header = archive.read(path, "collection")
-        states: dict[str, dict[str, Any]] = {}
-        for key, value in tensors.items():
-            site, _, name = key.rpartition("/")
-            states.setdefault(site, {})[name] = value
-        make = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}[header["statistic"]]
-        found = {place(site): make.of_state(state) for site, state in states.items()}
-        units = {place(site): unit for site, unit in header["units"].items()}
-        return Collection({site: found[site] for site in sorted(found)}, units=units, **header["collection"])
+        with archive.rebuilding(path, "collection"):
+            states: dict[str, dict[str, Any]] = {}
+            for key, value in tensors.items():
+                site, _, name = key.rpartition("/")
+                states.setdefault(site, {})[name] = value
+            make = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}[header["statistic"]]
+            found = {place(site): make.of_state(state) for site, state in states.items()}
+            units = {place(site): unit for site, unit in header["units"].items()}
+            return Collection({site: found[site] for site in sorted(found)}, units=units, **header["collection"])
 
     def __add__(self, other: Collection[Statistic]) -> Collection[Statistic]:
         """Both collections as one: the sums of every site are added.

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from repedit.attacks.families.stripping import wrapped
-from repedit.errors import FingerprintError, NoOpEdit
+from repedit.errors import CheckpointError, FingerprintError, NoOpEdit
 from repedit.fingerprints import fingerprint
+from repedit.io.text import read_json
 from repedit.models import Subject, load
+from repedit.sites import Site
 
 _FIELDS = ("model_type", "vocab_size", "num_hidden_layers", "n_layer")
 """What an edited model shares with the original; a slimmed or sliced one has other widths and other numbers of heads."""
@@ -58,11 +60,14 @@ class Audited:
 
     def edited_layers(self) -> tuple[int, ...] | None:
         """The layers that repedit.json says were edited; None where there is no such file."""
-        try:
-            sites = json.loads(((self.path or Path("absent")) / "repedit.json").read_text())["sites"]
-        except (OSError, ValueError, KeyError):
+        manifest = (self.path or Path("absent")) / "repedit.json"
+        if not manifest.exists():
             return None
-        found = sorted({int(name.split(".")[0]) for name in sites})
+        sites = read_json(manifest, finite=False, remedy="export again").get("sites") or {}
+        try:
+            found = sorted({Site.parse(name).layer for name in dict(sites)})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"the sites of {manifest} cannot be read: {error}; export again") from error
         return tuple(found) or None
 
 

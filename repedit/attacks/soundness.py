@@ -11,7 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from repedit.errors import CheckpointError
 from repedit.fetching import cache_folder
+from repedit.io.files import write_text
+from repedit.io.text import read_json
 
 _PACKAGES = ("torch", "transformers", "numpy")
 _ROOMS = ("attacks", "metrics", "activations", "data")
@@ -32,14 +35,14 @@ def remember(failures: str, checks: Sequence[Mapping[str, Any]]) -> None:
     """Keep what a self-test found; empty failures are a pass."""
     path = _record()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"failures": failures, "checks": list(checks)}, indent=1, sort_keys=True))
+    write_text(path, json.dumps({"failures": failures, "checks": list(checks)}, indent=1, sort_keys=True))
 
 
 def recorded() -> str | None:
     """The failures of the self-test that was last run in this environment; None where none was."""
     try:
-        return str(json.loads(_record().read_text())["failures"])
-    except (OSError, ValueError, KeyError):
+        return str(read_json(_record(), finite=False)["failures"])
+    except (CheckpointError, KeyError):
         return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ from repedit.attacks.judging.evidence import finding_json, finding_of
 from repedit.attacks.soundness import environment
 from repedit.data import Splits
 from repedit.data.rows import row_hash
+from repedit.errors import CheckpointError
 from repedit.fetching import cache_folder
+from repedit.io.files import write_text
+from repedit.io.text import read_json
 
 
 def key_of(attack: Attack, model: str, splits: Splits, extra: Mapping[str, Any] | None = None) -> str:
@@ -38,12 +40,12 @@ class Store:
     def get(self, name: str, key: str, *, sharing: bool) -> Finding | None:
         """The finding kept under a name, or in the shared cache, if its key is this one."""
         for path in self._paths(name, key, sharing):
-            try:
-                value = json.loads(path.read_text())
-            except (OSError, ValueError):
+            try:  # a damaged file is a finding that is not there: the attack runs again
+                value = read_json(path, finite=False)
+                if value.get("key") == key:
+                    return finding_of(value["finding"])
+            except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, OverflowError):
                 continue
-            if value.get("key") == key:
-                return finding_of(value["finding"])
         return None
 
     def put(self, name: str, key: str, finding: Finding, *, sharing: bool) -> None:
@@ -51,9 +53,7 @@ class Store:
         text = json.dumps({"key": key, "finding": finding_json(finding)}, indent=1, sort_keys=True)
         for path in self._paths(name, key, sharing):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            partial.write_text(text)
-            partial.replace(path)
+            write_text(path, text)
 
     def _paths(self, name: str, key: str, sharing: bool) -> list[Path]:
         found = [] if self.folder is None else [self.folder / "findings" / f"{name}.json"]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.options import Device, Json, quiet
+from repedit.io.text import parse_json
 
 
 def audit(
@@ -201,7 +202,6 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _plain(reports: dict[str, Any]) -> Any:
     """One audit as its own JSON, several by name."""
-    import json
 
-    found = {name: json.loads(report.to_json()) for name, report in reports.items()}
+    found = {name: parse_json(report.to_json(), name) for name, report in reports.items()}
     return found if len(found) > 1 else next(iter(found.values()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from repedit import __version__
 from repedit.errors import ArgumentError, DataError, NotFound, TargetExists, check_names
 from repedit.io.files import file_hashes
-from repedit.io.text import JsonLines
+from repedit.io.text import JsonLines, read_toml
 
 UNSUITED = ("run", "reproduce", "demo", "fetch", "chat", "tasks", "push", "vision demo")
 """Verbs that are no step of a run."""
@@ -77,10 +76,7 @@ def read(path: Path, commands: Mapping[str, Any]) -> list[Step]:
     """
     if not path.is_file():
         raise NotFound(f"{path.absolute()} is not a file; give a TOML file with [[step]] tables")
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no TOML: {error}") from error
+    found = read_toml(path)
     steps, model = found.pop("step", None), found.pop("model", None)
     check_names(str(path), found, ("model", "step"), "key")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) and "verb" in s for s in steps):

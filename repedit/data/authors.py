@@ -8,7 +8,8 @@ from pathlib import Path
 from repedit.data.domains import drawn
 from repedit.data.lines import folder, mappings
 from repedit.data.rows import Row, Rows
-from repedit.errors import ArgumentError, NotFound, UnknownName, nearest
+from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, nearest
+from repedit.io.text import read_text
 
 _REFUSALS = "idontknow.jsonl"
 
@@ -57,13 +58,22 @@ def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: b
             "alternative": drawn(answers, name)[0] if answers else None,
         }
         wrong = row.get("perturbed_answer")
-        more = {"paraphrased": row.get("paraphrased_answer") or row["answer"], "perturbed": tuple(wrong or ())}
+        paraphrased = row.get("paraphrased_answer") or row["answer"]
+        if not isinstance(paraphrased, str) or not _texts(wrong or []):
+            raise DataError(
+                f"{path}, row {number + 1}: paraphrased_answer must be a text and perturbed_answer a list of texts"
+            )
+        more = {"paraphrased": paraphrased, "perturbed": tuple(wrong or ())}
         rows.append(TofuRow(**common, **more) if wrong else Row(**common))
     return Rows(tuple(rows), split)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _refusals(place: Path) -> tuple[str, ...]:
     path = place / _REFUSALS
     if not path.is_file():
         raise NotFound(f"{path.absolute()} is not a file; the refusals are read from it, or leave refusals out")
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
+    return tuple(line.strip() for line in read_text(path).split("\n") if line.strip())

@@ -6,7 +6,6 @@ from the same group first, so they are answers of the same kind.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -16,6 +15,7 @@ from typing import Any
 from repedit.data.domains import Fact, Facts, drawn, normalized, with_choices
 from repedit.data.records import recorded
 from repedit.errors import NotFound, UnknownName, nearest
+from repedit.io.text import parse_toml
 
 DOMAINS = ("capitals", "symbols", "opposites", "languages", "past_tenses", "cities", "us_cities", "nouns")
 """The fact domains that come with repedit."""
@@ -71,7 +71,7 @@ def _retained(source: str | Path | Facts | Iterable[Fact]) -> tuple[Fact, ...]:
 def domain(name: str) -> tuple[Fact, ...]:
     """The facts of one built-in domain, the right answer first among the choices."""
     text = resources.files("repedit.data").joinpath(f"builtin/{name}.toml").read_text(encoding="utf-8")
-    table = tomllib.loads(text)
+    table = parse_toml(text, f"{name}.toml")
     groups = [value for value in table.values() if isinstance(value, dict)]
     every = set().union(*map(_answers, groups))
     return tuple(

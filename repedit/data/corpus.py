@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from repedit.errors import ArgumentError, DataError, NotEnoughRows
+from repedit.io.text import check_text
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Corpus:
 
     def __post_init__(self) -> None:
         ids = [d.id for d in self.documents]
+        for document in self.documents:
+            check_text(document.text, f"corpus {self.name!r}: document {document.id!r}")
         if not any(d.text.strip() for d in self.documents):
             raise DataError(f"corpus {self.name!r} is empty: {len(ids)} documents, none with text")
         if len(set(ids)) != len(ids):
@@ -87,7 +90,7 @@ class Corpus:
         """sha256 over ids and texts, in order."""
         digest = hashlib.sha256()
         for document in self.documents:
-            digest.update(f"{document.id}\0{document.text}\0".encode(errors="surrogatepass"))
+            digest.update(f"{document.id}\0{document.text}\0".encode())
         return digest.hexdigest()
 
     def halves(self, seed: int = 0) -> tuple[Corpus, Corpus]:
@@ -101,9 +104,7 @@ class Corpus:
         """
         groups: dict[str, list[Document]] = {}
         for document in (d for d in self.documents if d.text.strip()):
-            key = hashlib.sha256(
-                f"{seed}:{document.origin or document.text}".encode(errors="surrogatepass")
-            ).hexdigest()
+            key = hashlib.sha256(f"{seed}:{document.origin or document.text}".encode()).hexdigest()
             groups.setdefault(key, []).append(document)
         if len(groups) < 2:
             raise NotEnoughRows(f"corpus {self.name!r} has {len(groups)} distinct document, halves need at least 2")

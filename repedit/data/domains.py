@@ -36,6 +36,7 @@ class Fact(Row):
     """"T" or "V" where the file fixes the half: attack-train or attack-test."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in (("prompt", self.prompt), ("answer", self.answer), ("id", self.id)):
             if not value.strip():
                 raise DataError(f"fact {self.id!r}: the field {name!r} is {value!r}; give a text")

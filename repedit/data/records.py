@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from repedit.data.domains import Fact
 from repedit.errors import DataError
+from repedit.io.text import json_rows
 
 # Other names that published data sets give to the same fields.
 _ALIASES = {"question": "prompt", "input": "prompt", "output": "answer"}
@@ -21,29 +21,20 @@ def recorded(path: Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
     Without an `id` a row has the file's name and its number, without an `entity` it is its own.
 
     Raises:
-        DataError: with the row, the id, the field and what was found.
+        DataError: if the file cannot be read; with the row, the id, the field and what was found.
     """
     sides: dict[str, list[Fact]] = {"forget": [], "retain": []}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}; convert it first") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                role, fact = _fact(json.loads(line), path.stem, number)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, row {number}: not JSON: {error}; one object a line is expected") from error
-            except DataError as error:
-                raise DataError(f"{path}, row {number}: {error}") from error
-            sides[role].append(fact)
+    for number, row in json_rows(path):
+        try:
+            role, fact = _fact(row, path.stem, number)
+        except DataError as error:
+            raise DataError(f"{path}, row {number}: {error}") from error
+        sides[role].append(fact)
     return tuple(sides["forget"]), tuple(sides["retain"])
 
 
-def _fact(row: Any, stem: str, number: int) -> tuple[str, Fact]:
-    if not isinstance(row, dict):
-        raise DataError(f"found a {type(row).__name__}; one object a line is expected")
-    found: dict[str, Any] = {_ALIASES.get(str(key), str(key)): v for key, v in row.items() if v is not None}
+def _fact(row: Mapping[str, Any], stem: str, number: int) -> tuple[str, Fact]:
+    found: dict[str, Any] = {_ALIASES.get(key, key): v for key, v in row.items() if v is not None}
     name = str(found.get("id", f"{stem}/{number}"))
     role = found.get("role", "forget")
     if role not in ("forget", "retain"):

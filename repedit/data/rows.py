@@ -18,6 +18,7 @@ import torch
 
 from repedit.data.corpus import Batch, Batches, Corpus, Document
 from repedit.errors import ArgumentError, DataError
+from repedit.io.text import check_text
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Row:
     """Another answer, for losses that prefer one to the other."""
     entity: str = ""
     """What the row is about, as it is written in the prompt; empty where there is no such thing."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "answer"):
+            check_text(getattr(self, name), f"row {self.id!r}: the {name}")
 
     @property
     def text(self) -> str:

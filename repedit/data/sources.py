@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -10,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from repedit.data.corpus import Corpus, Document, Tokens, tokens
-from repedit.errors import DataError, MissingDependency, NotFound, UnknownName, nearest
+from repedit.errors import DataError, NotFound, UnknownName, nearest
+from repedit.io.files import is_file
+from repedit.io.tables import parquet_rows
+from repedit.io.text import json_rows, read_text
 
 # Not ordinary library code: tests, vendored packages, demos, generated grammars.
 _SKIPPED = {
@@ -84,12 +86,14 @@ def read(source: str | Path | Iterable[Any], *, text: str = "text", name: str | 
         return named(source)
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        if not path.is_file():
-            raise NotFound(f"{path.absolute()} is not a file; {nearest(str(source), BUILTIN)}")
+        if not is_file(path):
+            raise NotFound(f"{str(path.absolute())[:300]} is not a file; {nearest(str(source)[:200], BUILTIN)}")
         readers = {".txt": _text, ".md": _text, ".jsonl": _jsonl, ".parquet": _parquet}
         if path.suffix not in readers:
             raise DataError(f"{path}: files of kind {path.suffix!r} are not read; give one of {', '.join(readers)}")
         return Corpus(readers[path.suffix](path, text), name or path.stem)
+    if not isinstance(source, Iterable):
+        raise DataError(f"found {source!r:.100}; give a file, a list of strings, or an iterable of tokenised batches")
     items = list(source)
     if items and all(isinstance(item, Mapping) for item in items):
         return tokens(items, name or "tokens")
@@ -105,42 +109,21 @@ def _paragraphs(content: str, prefix: str) -> tuple[Document, ...]:
 
 
 def _text(path: Path, _field: str) -> tuple[Document, ...]:
-    return _paragraphs(_content(path), path.stem)
+    return _paragraphs(read_text(path), path.stem)
 
 
 def _jsonl(path: Path, field: str) -> tuple[Document, ...]:
-    documents = []
-    # Not splitlines: a JSON string may hold U+2028 and its like as they are.
-    for number, line in enumerate(_content(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, row {number}: not JSON: {error}; one object a line is expected") from error
-            documents.append(_row(path, number, row, field))
-    return tuple(documents)
-
-
-def _content(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}; convert it first") from error
+    return tuple(_row(path, number, row, field) for number, row in json_rows(path))
 
 
 def _parquet(path: Path, field: str) -> tuple[Document, ...]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingDependency("reading parquet needs pyarrow: pip install pyarrow==26.0.1") from error
-    return tuple(_row(path, i, row, field) for i, row in enumerate(parquet.read_table(path).to_pylist(), 1))
+    return tuple(_row(path, number, row, field) for number, row in enumerate(parquet_rows(path), 1))
 
 
-def _row(path: Path, number: int, row: Any, field: str) -> Document:
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+def _row(path: Path, number: int, row: Mapping[str, Any], field: str) -> Document:
+    if not isinstance(row.get(field), str):
         raise DataError(
-            f"{path}, row {number}: the field {field!r} must hold a text; found {found}. Name another with text=..."
+            f"{path}, row {number}: the field {field!r} must hold a text; found {sorted(row)}. Name another with text=..."
         )
     name = row.get("id")
     return Document(f"{path.stem}/{number}" if name is None else str(name), row[field])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from repedit.data.domains import Fact
 from repedit.data.lines import folder
 from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, nearest
+from repedit.io.tables import csv_rows
 
 LETTERS = ("A", "B", "C", "D")
 _HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
@@ -73,8 +73,7 @@ def mmlu(
 def _questions(path: Path) -> list[list[str]]:
     if not path.is_file():
         raise NotFound(f"{path.absolute()} is not a file; the shots are read from it, or give shots=0")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
+    rows = csv_rows(path)
     rows = rows[1:] if rows and rows[0] == _HEADER else rows
     for number, row in enumerate(rows, 1):
         if len(row) != len(_HEADER) or row[-1] not in (*LETTERS, "0", "1", "2", "3"):

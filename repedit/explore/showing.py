@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from repedit.errors import MissingDependency, TargetExists
+from repedit.io.text import parse_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Explorer:
         buffer = io.BytesIO()
         self.still.savefig(buffer, format="png", dpi=110)
         return {
-            "application/vnd.plotly.v1+json": json.loads(self.figure.to_json()),
+            "application/vnd.plotly.v1+json": parse_json(self.figure.to_json(), "the figure", finite=False),
             "image/png": base64.b64encode(buffer.getvalue()).decode(),
             "text/plain": repr(self),
         }

@@ -250,9 +250,7 @@ def _save(path: Path, bases: Bases, optimizer: torch.optim.Optimizer, history: H
     tensors |= {f"start/{site}": w for site, w in bases.start.items()}
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": v for name, v in values.items() if isinstance(v, Tensor)}
-    temporary = path.with_name(f".{path.name}.partial")
-    archive.write(temporary, "training", tensors, {"history": asdict(history), "key": dict(key)})
-    temporary.replace(path)
+    archive.write(path, "training", tensors, {"history": asdict(history), "key": dict(key)})
 
 
 def _resumed(
@@ -261,11 +259,23 @@ def _resumed(
     if path is None or not path.exists():
         return 0
     tensors, header = archive.read(path, "training")
-    different = sorted(k for k in {*header["key"], *key} if header["key"].get(k) != key.get(k))
+    with archive.rebuilding(path, "training"):
+        different = sorted(k for k in {*header["key"], *key} if header["key"].get(k) != key.get(k))
     if different:
         raise CheckpointError(
             f"{path} holds a run with other settings ({', '.join(different)}); remove it, or name another file"
         )
+    with archive.rebuilding(path, "training"):
+        return _restored(tensors, header, bases, optimizer, history)
+
+
+def _restored(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    bases: Bases,
+    optimizer: torch.optim.Optimizer,
+    history: History,
+) -> int:
     for site, w in bases.weights.items():
         w.data.copy_(tensors[f"w/{site}"])
         bases.start[site] = tensors[f"start/{site}"].to(w)

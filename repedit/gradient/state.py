@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from repedit.errors import FingerprintError
 from repedit.gradient.loop import Training
 from repedit.gradient.tensors import divided, whole
 from repedit.io import archive
+from repedit.io.text import plain
 
 
 def save(path: Path, training: Training, key: Mapping[str, Any]) -> None:
@@ -23,19 +23,20 @@ def save(path: Path, training: Training, key: Mapping[str, Any]) -> None:
         tensors |= {f"optimiser/{number}/{name}": whole(v) for name, v in values.items() if isinstance(v, Tensor)}
     if not training.ranks.first:
         return
-    temporary = path.with_name(f".{path.name}.partial")
-    archive.write(temporary, "training", tensors, {"log": training.log, "memory": training.memory, "key": dict(key)})
-    temporary.replace(path)
+    archive.write(path, "training", tensors, {"log": training.log, "memory": training.memory, "key": dict(key)})
 
 
 def restore(path: Path, training: Training, key: Mapping[str, Any]) -> None:
     """Go on from a file that `save` wrote.
 
     Raises:
+        CheckpointError: if the file is damaged.
         FingerprintError: if it is of another model, recipe, data or seed, naming the fields.
     """
     tensors, header = archive.read(path, "training")
-    held, mine = _leaves(header["key"]), _leaves(json.loads(json.dumps(dict(key))))
+    with archive.rebuilding(path, "training"):
+        held = _leaves(header["key"])
+    mine = _leaves(plain(dict(key), "the settings of a training"))
     different = sorted(name for name in {*held, *mine} if held.get(name) != mine.get(name))
     if different:
         first = different[0]
@@ -43,6 +44,11 @@ def restore(path: Path, training: Training, key: Mapping[str, Any]) -> None:
             f"{path} holds a training that differs in {', '.join(different[:5])}: {first} was {held.get(first)}, it is "
             f"{mine.get(first)} now. Remove the file, or name another"
         )
+    with archive.rebuilding(path, "training"):
+        _restored(tensors, header, training)
+
+
+def _restored(tensors: Mapping[str, Tensor], header: Mapping[str, Any], training: Training) -> None:
     with torch.no_grad():
         for name, p in training.trainee.tensors.items():
             p.copy_(divided(tensors[f"w/{name}"].to(p.device), p))

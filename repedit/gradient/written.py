@@ -18,16 +18,16 @@ modules = ["mlp.out"]
 from __future__ import annotations
 
 import inspect
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from repedit.errors import ArgumentError, DataError, UnknownName, check_names, nearest
+from repedit.errors import ArgumentError, RepeditError, UnknownName, check_names, nearest
 from repedit.gradient import combine, losses, sampling, schedule
 from repedit.gradient.parameters import Lora, Parameters
 from repedit.gradient.recipe import Optimiser, Saliency, Term, UnlearnRecipe
+from repedit.io.text import read_toml
 
 COMBINERS = (combine.weighted_sum, combine.blur, combine.conflict_only, combine.norm_diff, combine.primal_dual)
 SAMPLERS = (sampling.paired, sampling.round_robin, sampling.chunked)
@@ -44,11 +44,13 @@ def read(path: str | Path, named: Callable[..., Any]) -> UnlearnRecipe:
         UnknownName: if a key, loss, combiner, sampler or rule has no such name, with the nearest.
         ArgumentError: if a value is missing or out of range, or the base merges several trainings.
     """
+    table = read_toml(path)
     try:
-        text = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"{path} is no readable TOML file: {error}") from error
-    return recipe(text, named, name=Path(path).stem)
+        return recipe(table, named, name=Path(path).stem)
+    except RepeditError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        raise ArgumentError(f"{path}: a value is of another kind than its key needs: {error}") from error
 
 
 def recipe(table: Mapping[str, Any], named: Callable[..., Any], *, name: str = "written") -> UnlearnRecipe:

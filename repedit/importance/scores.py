@@ -83,8 +83,12 @@ class Scores(Mapping[Place, Score]):
             CheckpointError: if the file is not saved scores.
         """
         values, header = archive.read(path, "scores")
-        found = {}
-        for name, row in header["sites"].items():
-            site = place(name)
-            found[site] = Score(site, values[name], **(row | {"sinks": tuple(row["sinks"])}))
-        return Scores({site: found[site] for site in sorted(found)}, header["provenance"])
+        with archive.rebuilding(path, "scores"):
+            found = {}
+            for name, row in header["sites"].items():
+                site = place(name)
+                found[site] = Score(site, values.pop(name), **(row | {"sinks": tuple(row["sinks"])}))
+            wrong = [*values, *(str(site) for site, score in found.items() if score.values.ndim != 1)]
+            if wrong:
+                raise ValueError(f"the tensor {wrong[0]!r} is not the vector of a site")
+            return Scores({site: found[site] for site in sorted(found)}, dict(header["provenance"]))

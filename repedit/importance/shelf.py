@@ -12,7 +12,9 @@ import numpy as np
 
 from repedit.activations.prediction import Predictions
 from repedit.edit import Edit
-from repedit.errors import FingerprintError
+from repedit.errors import CheckpointError, FingerprintError
+from repedit.io.files import write_text
+from repedit.io.text import parse_json, read_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,23 +37,27 @@ class Shelf:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         text, path = json.dumps(provenance, sort_keys=True, indent=2), self.folder / "run.json"
-        if path.exists() and path.read_text() != text:
-            old = json.loads(path.read_text())
-            key = next(k for k in sorted({*old, *provenance}) if old.get(k) != json.loads(text).get(k))
+        if path.exists() and (old := read_json(path, remedy="remove it, or give another directory")) != parse_json(
+            text, "run"
+        ):
+            key = next(k for k in sorted({*old, *provenance}) if old.get(k) != parse_json(text, "run").get(k))
             raise FingerprintError(
                 f"{self.folder} holds steps of another run: {key} was {old.get(key)}, now {provenance.get(key)}; give another directory"
             )
-        path.write_text(text)
+        write_text(path, text)
 
     def get(self, number: int) -> Step | None:
         """A finished step, or None."""
         if self.folder is None or not (self.folder / f"step-{number:03d}.json").exists():
             return None
-        row = json.loads((self.folder / f"step-{number:03d}.json").read_text())
-        sides = {side: _predictions(row[side]) for side in ("forget", "retain")}
-        return Step(
-            row["fraction"], Edit.load(self.folder / f"step-{number:03d}.safetensors"), sides["forget"], sides["retain"]
-        )
+        path = self.folder / f"step-{number:03d}.json"
+        row = read_json(path, finite=False, remedy="remove it, and the step is made again")
+        try:
+            sides = {side: _predictions(row[side]) for side in ("forget", "retain")}
+            fraction = float(row["fraction"])
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"{path} is no step of a run: {error!r}; remove it, and it is made again") from error
+        return Step(fraction, Edit.load(path.with_suffix(".safetensors")), sides["forget"], sides["retain"])
 
     def put(self, number: int, step: Step) -> Step:
         """Keep a step; it counts as finished once its JSON is there."""
@@ -60,8 +66,7 @@ class Shelf:
             row = {"fraction": step.fraction} | {side: _row(getattr(step, side)) for side in ("forget", "retain")}
             path = self.folder / f"step-{number:03d}.json"
             # The JSON marks the step as finished, so it comes last and at once.
-            path.with_suffix(".tmp").write_text(json.dumps(row))
-            path.with_suffix(".tmp").rename(path)
+            write_text(path, json.dumps(row))
         return step
 
 

@@ -60,6 +60,14 @@ def open_regular(path: str | Path, error: type[RepeditError] = CheckpointError) 
     return file
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a path names a regular file, or a link to one; False also for what is no possible path."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: str | Path, error: type[RepeditError] = CheckpointError, *, limit: int = LIMIT) -> bytes:
     """The content of a regular file.
 

@@ -183,7 +183,7 @@ def _entry(path: Path, name: str, item: Any, base: int, error: type[RepeditError
         raise error(f"tensor {name!r} has dtype {dtype}, which is not supported; is it quantised? Use the base")
     count = DTYPES[dtype].itemsize
     for number in shape:
-        count *= number
+        count *= max(number, 1)  # strides are computed also where there is no element
         if count >= 1 << 63:
             raise ValueError(f"tensor {name!r} has shape {shape}, of more elements than a file can hold")
     return Entry(path.name, TensorSpec(tuple(shape), DTYPES[dtype]), base + offsets[0], base + offsets[1])

@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from repedit.errors import CheckpointError, DataError, RepeditError
+from repedit.errors import ArgumentError, CheckpointError, DataError, RepeditError
 from repedit.io.files import LIMIT, append, read_bytes
 
 DEPTH = 100
 """Levels of nesting that are read."""
 DIGITS = 300
 """Digits of the longest integer that is read; a longer one is no float64."""
+_SURROGATE = "holds half of a surrogate pair ({!a}), which is no character; was a text cut within an emoji? Mend it"
 # A pair of escaped surrogates, or a surrogate without its partner, or any other escape.
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>u[dD][89a-fA-F]..)|.)", re.DOTALL)
 
@@ -49,10 +50,7 @@ def parse_json(
     """
     lone = _lone_surrogate(text)
     if lone is not None:
-        raise error(
-            f"{where}{_line(text, lone)} holds half of a surrogate pair ({text[lone : lone + 6]!a}), which is no "
-            "character; a text was cut in the middle of an emoji or the like, mend it"
-        )
+        raise error(f"{where}{_line(text, lone)} {_SURROGATE.format(text[lone : lone + 6])}")
     try:
         value = json.loads(
             text,
@@ -131,6 +129,34 @@ def parse_toml(text: str, where: str, error: type[RepeditError] = DataError) -> 
     except ValueError as reason:
         raise error(f"{where} is no readable TOML file: {reason}") from reason
     return table
+
+
+def check_text(text: Any, where: str, error: type[RepeditError] = DataError) -> None:
+    """Refuse what is no Unicode text: another type, or a text with half of a surrogate pair.
+
+    Raises:
+        RepeditError: of the type `error`, with `where`.
+    """
+    if not isinstance(text, str):
+        raise error(f"{where} is a {type(text).__name__}; a text was expected")
+    try:
+        text.encode()
+    except UnicodeEncodeError as reason:
+        raise error(f"{where} {_SURROGATE.format(text[reason.start : reason.start + 1])}") from reason
+
+
+def plain(value: Any, what: str, **options: Any) -> Any:
+    """A copy of a value as JSON gives it back: tuples become lists, keys become texts.
+
+    Args:
+        options: for `json.dumps`, such as `default=str`.
+    Raises:
+        ArgumentError: if the value holds anything that JSON cannot.
+    """
+    try:
+        return json.loads(json.dumps(value, **options))
+    except (TypeError, ValueError, RecursionError) as reason:
+        raise ArgumentError(f"{what} must hold plain JSON values: {reason}") from reason
 
 
 class JsonLines:
@@ -212,7 +238,9 @@ def _finite(text: str) -> float:
     return number if math.isfinite(number) else _refused(text)
 
 
-def _integer(text: str) -> int:
+def _integer(text: str) -> int | float:
+    if text == "-0":  # JSON has a negative zero and Python's integers have none
+        return -0.0
     if len(text) > DIGITS:
         raise ValueError(f"an integer of {len(text)} digits is longer than {DIGITS}")
     return int(text)

@@ -13,6 +13,8 @@ from typing import Any
 from repedit.data import DOMAINS, Fact
 from repedit.data import facts as facts_named
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFound, TargetExists, UnknownName, nearest
+from repedit.io.files import write_text
+from repedit.io.text import read_text
 from repedit.models import Subject
 
 TAG = "repedit_facts"
@@ -139,12 +141,12 @@ def write_tasks(
         files[place / f"{task}.yaml"] = _TASK.format(
             note=note, folder=place, task=task, tag=TAG, data=json.dumps(str(data), ensure_ascii=False)
         )
-    taken = next((path for path, text in files.items() if path.exists() and path.read_text("utf-8") != text), None)
+    taken = next((path for path, text in files.items() if path.exists() and read_text(path) != text), None)
     if taken is not None:
         raise TargetExists(f"{taken} exists and holds something else; move it away, or give another folder")
     place.mkdir(parents=True, exist_ok=True)
     for path, text in files.items():
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return tuple(tasks)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from repedit.attacks.judging.evidence import Report
 from repedit.errors import TargetExists
+from repedit.io.text import parse_json
 from repedit.report.pages import page
 from repedit.report.prose import markdown
 from repedit.report.withholding import withheld
@@ -49,5 +49,7 @@ def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[
 
 def schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of audit.json."""
-    found: dict[str, Any] = json.loads(files("repedit.report").joinpath("schema.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = parse_json(
+        files("repedit.report").joinpath("schema.json").read_text(encoding="utf-8"), "schema.json"
+    )
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repedit.errors import CheckpointError
+from repedit.io.text import parse_json
 
 _SCRIPT = """
 import sys, json
@@ -50,7 +50,7 @@ def reload_check(directory: str | Path) -> Reload:
         raise CheckpointError(
             f"{directory} does not load with plain transformers: {done.stderr.strip().splitlines()[-1:]}"
         )
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = parse_json((done.stdout.strip().splitlines() or [""])[-1], "what the process printed", CheckpointError)
     if found["missing"] or found["unexpected"] or not found["finite"]:
         raise CheckpointError(
             f"{directory} loads, but {len(found['missing'])} keys are missing ({found['missing'][:3]}), "

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repedit.errors import CheckpointError
 from repedit.io.checkpoint import Shards
 from repedit.io.files import file_hash
 from repedit.io.safetensors import raw_bytes
@@ -44,7 +45,7 @@ class Journal:
         self._lines = JsonLines(shards.parent / "finished.jsonl")
         self.hashes: dict[str, str] = {}
         """sha256 of every finished file."""
-        self._rows = {row["file"]: row for row in self._lines.rows}
+        self._rows = {str(row.get("file")): row for row in self._lines.rows if "sha256" in row}
         for path in shards.iterdir():
             if path.name not in self._rows:
                 path.unlink()
@@ -58,7 +59,10 @@ class Journal:
             path.unlink(missing_ok=True)
             return None
         self.hashes[path.name] = row["sha256"]
-        return {name: _change(plain) for name, plain in row["changes"].items()}
+        try:
+            return {name: _change(plain) for name, plain in row["changes"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self._lines.path} is damaged: {error!r}; remove it, and export again") from error
 
     def enter(self, path: Path, changes: Mapping[str, Change]) -> None:
         """A shard is finished: have it on the disk first, then say so."""

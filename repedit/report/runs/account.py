@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,6 +10,7 @@ from typing import Any
 
 from repedit.errors import CheckpointError, DataError, NotFound
 from repedit.io.files import append, file_hash, file_hashes
+from repedit.io.text import JsonLines, read_toml
 from repedit.rewrite.manifest import PACKAGES
 
 
@@ -37,6 +36,13 @@ class Entry:
     versions: Mapping[str, str]
 
 
+_TYPES = {
+    "number": int, "verb": str, "asked": dict, "code": int, "seconds": int | float, "out": str | None, "files": dict,
+    "inputs": dict, "versions": dict,
+}  # fmt: skip
+"""Of the fields of an entry, as JSON gives them back."""
+
+
 def account_of(file: Path) -> Path:
     """Where the account of a run lies: run.toml -> run.account.jsonl."""
     return file.with_suffix(".account.jsonl")
@@ -51,10 +57,10 @@ def tables(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise NotFound(f"{file.absolute()} is not a file; give the TOML file of a run, or the folder that holds it")
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
+        found = read_toml(file)
         steps = [dict(step) for step in found["step"]]
         wrong = not steps or not all("verb" in step for step in steps)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{file} is not the file of a run: {error!r}") from error
     if wrong:
         raise DataError(f"{file} is not the file of a run: it holds no [[step]] tables with a verb")
@@ -96,14 +102,13 @@ def entries(file: Path) -> dict[int, Entry]:
         CheckpointError: if the account holds something else.
     """
     path, found = account_of(file), dict[int, Entry]()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in JsonLines(path).rows:
         try:
             lists = {name: tuple(row[name]) for name in ("words", "shown")}
             entry = Entry(**(row | lists))
+            wrong = [name for name, kinds in _TYPES.items() if not isinstance(getattr(entry, name), kinds)]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is {getattr(entry, wrong[0])!r:.50}")
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"{path.absolute()} is not the account of a run: {error}; move it away") from error
         found.pop(entry.number, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from repedit.edit import Edit, describe_map
 from repedit.importance.scores import Scores
 from repedit.io import archive
+from repedit.io.text import JsonLines
 from repedit.report.runs.bars import bars, charts, course, spreads
 from repedit.report.runs.gathering import RunReport
 from repedit.report.runs.showing import items
@@ -158,5 +158,5 @@ def _logs(run: RunReport) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
         ):
             yield (
                 str(stage.asked.get("out")),
-                [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()],
+                JsonLines(log).rows,
             )

@@ -11,6 +11,7 @@ from repedit.attacks.judging.evidence import Report
 from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditError
 from repedit.io import archive
 from repedit.io.files import file_hash, file_hashes
+from repedit.io.text import read_text
 from repedit.report.runs.account import Entry, account_of, entries, tables
 from repedit.report.withholding import without_texts
 from repedit.rewrite.certificates import TensorCertificate
@@ -168,7 +169,7 @@ def gather(path: str | Path) -> RunReport:
         except RepeditError as error:
             # A page is for others, whose paths are others.
             unreadable[out] = str(error).replace(f"{home.absolute()}/", "")
-    return RunReport(file, file.read_text(encoding="utf-8"), stages, checkpoints, saved, audits, unreadable)
+    return RunReport(file, read_text(file), stages, checkpoints, saved, audits, unreadable)
 
 
 def _told(held: Verification) -> Verification:
