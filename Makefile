@@ -26,6 +26,10 @@ test-all: lint
 	$(BIN)/pytest --ignore tests/kernels
 	$(BIN)/pytest tests/kernels
 
+# 2,000 damaged files for every reader; about ten minutes.
+fuzz: .venv/.done
+	REPEDIT_FUZZ_EXAMPLES=2000 $(BIN)/pytest -n 2 tests/test_fuzz.py
+
 docs: .venv/.done
 	$(BIN)/python -m docs.build
 
@@ -41,4 +45,4 @@ notebooks: .venv/.done
 	$(BIN)/repedit fetch
 	$(BIN)/python notebooks/run.py
 
-.PHONY: bench demo docs lint notebooks test test-all
+.PHONY: bench demo docs fuzz lint notebooks test test-all

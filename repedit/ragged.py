@@ -24,7 +24,7 @@ from repedit.io.text import read_json
 def recorded_widths(directory: Path) -> dict[int, int]:
     """The width of each layer that repedit.json records; empty where the config says them all."""
     path = directory / "repedit.json"
-    record = read_json(path) if path.is_file() else {}
+    record = read_json(path, finite=False) if path.is_file() else {}
     if record.get("layout") != "ragged":
         return {}
     try:

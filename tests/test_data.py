@@ -173,7 +173,7 @@ def test_lists_and_token_batches_are_read():
         ("a.txt", " \n\n ", "corpus 'a' is empty: 0 documents, none with text"),
         ("a.jsonl", '{"text": "a"}\n{"body": "b"}', r"row 2: the field 'text' must hold a text; found \['body'\]"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": 3}', r"row 3: the field 'text' must hold a text"),
-        ("a.jsonl", '"a"', "row 1: the field 'text' must hold a text; found str"),
+        ("a.jsonl", '"a"', "row 1: found a str; one object a line is expected"),
         ("a.jsonl", '{"text": "a"}\n{"text": ', "row 2: not JSON: Expecting value"),
         ("a.jsonl", '{"id": 1, "text": "a"}\n{"id": "1", "text": "b"}', "document id '1' appears twice"),
         ("a.parquet", '{"text": "a"}\n{"text": null}', "row 2: the field 'text' must hold a text"),

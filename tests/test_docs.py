@@ -3,6 +3,7 @@
 import html
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +144,15 @@ def test_every_verb_is_shown_with_its_options_example_and_exit_codes(built):
         options = [p.opts[0] if p.param_type_name == "option" else p.name.upper() for p in command.params]
         assert EXAMPLES[verb] in shown and all(option in shown for option in options), verb
         assert all(f"{code} {text}" in shown for code, text in codes(verb).items()), verb
+
+
+def test_every_guarantee_has_its_test():
+    root = Path(__file__).parents[1]
+    lines = [line for line in (root / "docs" / "guarantees.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in lines if "| promise |" not in line]
+    named = [re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", line) for line in rows]
+    assert rows and all(named), [row for row, tests in zip(rows, named, strict=True) if not tests]
+    absent = [
+        f"{file}::{test}" for tests in named for file, test in tests if f"def {test}(" not in (root / file).read_text()
+    ]
+    assert absent == []

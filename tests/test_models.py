@@ -146,7 +146,7 @@ DAMAGED = [
         r"holds an adapter \(adapter_config\.json\)",
     ),
     ("one", lambda f: (f / SINGLE).unlink(), CheckpointError, r"holds no model\.safetensors and no model\.safetensors"),
-    ("one", lambda f: (f / "config.json").write_text("{"), CheckpointError, "cannot be loaded.*not a valid JSON"),
+    ("one", lambda f: (f / "config.json").write_text("{"), CheckpointError, r"config\.json cannot be read as JSON"),
     ("one", config(model_type="zorg"), UnknownArchitecture, "cannot be used.*zorg"),
     ("one", config(num_hidden_layers=3), CheckpointError, r"missing .*layers\.2.* \(9 in all\)"),
     ("one", config(intermediate_size=41), CheckpointError, r"of another shape .*down_proj.*\(6 in all\)"),

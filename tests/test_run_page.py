@@ -227,7 +227,7 @@ ALTERED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"edited cannot be read: its repedit\.json is not one of an export: TypeError",
     ),
     "no manifest": (lambda f: (f / "edited" / "repedit.json").unlink(), r"edited/repedit\.json: gone"),
-    "a torn manifest": (lambda f: (f / "edited" / "repedit.json").write_text("{"), r"edited cannot be read: .*is not a manifest"),
+    "a torn manifest": (lambda f: (f / "edited" / "repedit.json").write_text("{"), r"edited cannot be read: .*cannot be read as JSON"),
     "no checkpoint": (lambda f: shutil.rmtree(f / "edited"), "edited is gone"),
     "a file more": (lambda f: (f / "edited" / "notes.txt").write_text("x"), r"edited/notes\.txt: new since the run"),
     "scores": (lambda f: flipped(f / "scores.safetensors"), r"scores\.safetensors: changed since the run"),
@@ -274,7 +274,7 @@ def test_an_audit_that_was_altered_or_torn_is_noticed(audited):
     assert "audit/audit.json: changed since the run" in faults(audited)
     assert "audit (not as the run left it): NO RECOVERY FOUND" in text(audited)
     path.write_text("{")
-    assert re.search("audit cannot be read: .*this is not the JSON of an audit", faults(audited))
+    assert re.search("audit cannot be read: .*the audit: not JSON", faults(audited))
     assert str(audited) not in text(audited)
 
 

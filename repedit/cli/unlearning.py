@@ -159,16 +159,15 @@ def _recipe(name: str, settings: list[str], layers: str | None, modules: str | N
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    from json import JSONDecodeError, loads
-
     from repedit.errors import ArgumentError
+    from repedit.io.text import parse_json
 
     key, found, value = text.partition("=")
     if not found:
         raise ArgumentError(f"--set {text!r}; write name=value, such as lr=1e-4")
     try:
-        parsed = loads(value)
-    except JSONDecodeError:
+        parsed = parse_json(value, key, ArgumentError)
+    except ArgumentError:
         parsed = value
     whole = key in ("steps", "batch_size", "length", "layer")
     return key, float(parsed) if isinstance(parsed, int) and not isinstance(parsed, bool) and not whole else parsed

@@ -15,6 +15,7 @@ from typing import Any
 from repedit.data.domains import Fact, Facts, drawn, normalized, with_choices
 from repedit.data.records import recorded
 from repedit.errors import NotFound, UnknownName, nearest
+from repedit.io.files import is_file, user_path
 from repedit.io.text import parse_toml
 
 DOMAINS = ("capitals", "symbols", "opposites", "languages", "past_tenses", "cities", "us_cities", "nouns")
@@ -45,8 +46,8 @@ def facts(name: str | Path, *, retain: str | Path | Facts | Iterable[Fact] | Non
 
 def _items(name: str | Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
     if _is_file(name):
-        path = Path(name).expanduser()
-        if not path.is_file():
+        path = user_path(name)
+        if not is_file(path):
             raise NotFound(f"{path.absolute()} is not a file; {nearest(str(name), DOMAINS)}")
         return recorded(path)
     chosen = str(name).split("+")

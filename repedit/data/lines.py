@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import DataError, NotFound
+from repedit.io.files import user_path
 from repedit.io.tables import parquet_rows
 from repedit.io.text import json_rows
 
@@ -17,7 +18,7 @@ def folder(directory: str | Path, what: str) -> Path:
     Raises:
         NotFound: if there is none, with what should lie in it.
     """
-    path = Path(directory).expanduser()
+    path = user_path(directory)
     if not path.is_dir():
         raise NotFound(f"{path.absolute()} is not a directory; give the one that holds {what}")
     return path

@@ -10,7 +10,7 @@ from typing import Any
 
 from repedit.data.corpus import Corpus, Document, Tokens, tokens
 from repedit.errors import DataError, NotFound, UnknownName, nearest
-from repedit.io.files import is_file
+from repedit.io.files import is_file, user_path
 from repedit.io.tables import parquet_rows
 from repedit.io.text import json_rows, read_text
 
@@ -85,14 +85,14 @@ def read(source: str | Path | Iterable[Any], *, text: str = "text", name: str | 
     if isinstance(source, str) and source in BUILTIN:
         return named(source)
     if isinstance(source, str | Path):
-        path = Path(source).expanduser()
+        path = user_path(source)
         if not is_file(path):
             raise NotFound(f"{str(path.absolute())[:300]} is not a file; {nearest(str(source)[:200], BUILTIN)}")
         readers = {".txt": _text, ".md": _text, ".jsonl": _jsonl, ".parquet": _parquet}
         if path.suffix not in readers:
             raise DataError(f"{path}: files of kind {path.suffix!r} are not read; give one of {', '.join(readers)}")
         return Corpus(readers[path.suffix](path, text), name or path.stem)
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) or isinstance(source, Mapping):
         raise DataError(f"found {source!r:.100}; give a file, a list of strings, or an iterable of tokenised batches")
     items = list(source)
     if items and all(isinstance(item, Mapping) for item in items):

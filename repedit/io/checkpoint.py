@@ -19,6 +19,16 @@ from repedit.io.text import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+"""Files of settings that transformers reads, each a JSON object."""
+_OPENED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -55,11 +65,13 @@ def open_shards(directory: str | Path) -> Shards:
 
     Raises:
         NotFound: if the directory does not exist.
-        CheckpointError: if weights are missing, pickled, corrupt, or lie outside the directory.
+        CheckpointError: if weights are missing, pickled, corrupt, or lie outside the directory, or `check_files` refuses
+            another file.
     """
     root = Path(directory)
     if not root.is_dir():
         raise NotFound(f"{root.resolve()} is not a directory")
+    check_files(root)
     if (root / SINGLE).exists():  # transformers reads this file and no other, even beside an index
         return Shards(root, read_header(root / SINGLE)[0], indexed=False)
     index = root / INDEX
@@ -78,6 +90,22 @@ def open_shards(directory: str | Path) -> Shards:
     if absent:
         raise CheckpointError(f"{index} names tensors that no shard holds: {absent[:5]} ({len(absent)} in all)")
     return Shards(root, entries, indexed=True)
+
+
+def check_files(root: Path) -> None:
+    """Refuse a directory with a file that transformers or tokenizers would hang on, or fail on without saying why.
+
+    Raises:
+        CheckpointError: if a file is no regular file, cannot be read, is a Git LFS pointer, or is one of `CONFIGS` and no JSON
+            object.
+    """
+    for path in sorted((*root.iterdir(), *root.glob("*chat_templates/*"))):
+        if path.suffix in _OPENED and not path.is_dir():
+            open_regular(path).close()
+    for name in CONFIGS:
+        if (root / name).exists():
+            # finite=False: some published configs hold Infinity, and transformers reads it.
+            read_json(root / name, finite=False)
 
 
 def _no_weights(root: Path) -> str:

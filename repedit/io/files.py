@@ -60,6 +60,14 @@ def open_regular(path: str | Path, error: type[RepeditError] = CheckpointError) 
     return file
 
 
+def user_path(path: str | Path) -> Path:
+    """A path with the home folder in place of ~; as it is if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def is_file(path: str | Path) -> bool:
     """Whether a path names a regular file, or a link to one; False also for what is no possible path."""
     try:

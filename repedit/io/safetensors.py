@@ -100,7 +100,8 @@ def header_of(
         if not text.startswith("{"):
             raise ValueError("the header does not begin with '{'")
         table = parse_json(text, "header", error)
-        metadata = table.pop("__metadata__", None) or {}
+        metadata = table.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds something else than texts")
         entries = {name: _entry(path, name, item, 8 + length, error) for name, item in table.items()}

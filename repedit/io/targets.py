@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     path = folder / MANIFEST
     if _kind(path) != "a file":
         raise NotFound(f"{folder.absolute()} holds no {MANIFEST}; give a directory that repedit exported")
-    record = read_json(path, remedy="export again")
+    record = read_json(path, finite=False, remedy="export again")
     files = record.get("files")
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise CheckpointError(f"{path.absolute()} is not a manifest with hashes of files; export again")

@@ -190,7 +190,7 @@ def _decoded(path: str | Path, data: bytes, error: type[RepeditError]) -> str:
         return data.decode()
     except UnicodeDecodeError as reason:
         line = data.count(b"\n", 0, reason.start) + 1
-        raise error(f"{path} is not UTF-8: line {line}: {reason.reason}; convert it first") from reason
+        raise error(f"{path} is not UTF-8: line {line}: {reason}; convert it first") from reason
 
 
 def _lone_surrogate(text: str) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 from repedit.data import DOMAINS, Fact
 from repedit.data import facts as facts_named
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFound, TargetExists, UnknownName, nearest
-from repedit.io.files import write_text
+from repedit.io.files import user_path, write_text
 from repedit.io.text import read_text
 from repedit.models import Subject
 
@@ -127,7 +127,7 @@ def write_tasks(
         ArgumentError: without names, or if two tasks would have one name.
         TargetExists: if a file of that name holds something else.
     """
-    place = Path(folder).expanduser().absolute()
+    place = user_path(folder).absolute()
     chosen = [names] if isinstance(names, str | Path) else list(names)
     tasks = [f"repedit_{Path(name).stem if _is_file(name) else name}" for name in chosen]
     if not tasks or len(set(tasks)) < len(tasks):

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repedit.errors import NoOpEdit, NotFoldable
+from repedit.io.files import file_hash
+from repedit.io.safetensors import write_file
 from repedit.io.targets import check_target, install, sync, workplace
 from repedit.lower import EditOrDelta
 from repedit.models import Subject
 from repedit.plan import Plan
 from repedit.rewrite.live import noop_message, planned
-from repedit.rewrite.manifest import file_hash
 
 CLOSE = 1e-9
 """Largest norm of what the factors leave of a difference, as a share of the difference."""
@@ -82,7 +82,7 @@ def export_adapter(
     with workplace(out, overwrite=overwrite) as place:
         new = place / "adapter"
         new.mkdir()
-        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_file(new / "adapter_model.safetensors", tensors, {"format": "pt"})
         _json(new / "adapter_config.json", _config(subject, ranks, bias=bool(biases)))
         files = {path.name: file_hash(path) for path in sorted(new.iterdir())}
         said = {

@@ -227,7 +227,7 @@ def _write_config(directory: Path, new: Path, plan: Plan, dtype: str | None, *, 
     if identity:
         shutil.copyfile(directory / "config.json", new / "config.json")
         return
-    config = read_json(directory / "config.json") | dict(plan.config)
+    config = read_json(directory / "config.json", finite=False) | dict(plan.config)
     if dtype is not None:
         config["dtype"] = dtype
         config.pop("torch_dtype", None)

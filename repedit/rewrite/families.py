@@ -17,7 +17,7 @@ def architecture_of(directory: Path) -> Architecture:
     """
     from transformers import AutoConfig
 
-    raw = read_json(directory / "config.json")
+    raw = read_json(directory / "config.json", finite=False)
     quantizer = raw.get("quantization_config")
     if quantizer:
         raise QuantizedModel(

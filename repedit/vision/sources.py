@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from repedit.errors import DataError, NotFound
-from repedit.io.files import file_hash
+from repedit.io.files import file_hash, user_path
 from repedit.io.tables import gzipped_numbers, npz_arrays
 from repedit.io.text import read_text
 from repedit.vision.task import Images
@@ -84,7 +84,7 @@ def _images(pixels: NDArray[Any], labels: NDArray[Any], start: int = 0) -> Image
 
 def _file(path: str | Path | None, folder: str, name: str, way: str) -> Path:
     """The file in its folder, of the sha256 that SOURCE.txt beside it gives, where there is one."""
-    file = (FOLDER / folder if path is None else Path(path).expanduser()) / name
+    file = (FOLDER / folder if path is None else user_path(path)) / name
     if not file.is_file():
         raise NotFound(f"there is no {name} in {file.parent.absolute()}; {way}")
     source = file.parent / "SOURCE.txt"

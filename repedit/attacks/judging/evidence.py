@@ -207,11 +207,11 @@ class Report:
             CheckpointError: if there is none, or it cannot be read.
         """
         file = Path(path) / "audit.json" if Path(path).is_dir() else Path(path)
-        text = read_text(file.absolute(), CheckpointError)
         try:
-            return cls.from_json(text)
+            return cls.from_json(read_text(file, CheckpointError))
         except CheckpointError as error:
-            raise CheckpointError(f"{file.absolute()} cannot be read: {error}; give the --out of an audit") from error
+            reason = str(error).removeprefix(f"{file} ")
+            raise CheckpointError(f"{file.absolute()} cannot be read: {reason}; give the --out of an audit") from error
 
 
 def finding_json(found: Finding) -> dict[str, Any]:

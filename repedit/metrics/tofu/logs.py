@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from repedit.errors import MetricError, NotFound
-from repedit.io.files import write_text
+from repedit.io.files import user_path, write_text
 from repedit.io.text import read_json
 from repedit.metrics.tofu.definitions import Part, Values
 
@@ -40,7 +40,7 @@ def read_log(source: str | Path | Mapping[str, Any]) -> dict[str, Part]:
         NotFound: if there is no such file.
         MetricError: if it holds no such object, or a quantity is missing.
     """
-    log = source if isinstance(source, Mapping) else _content(Path(source).expanduser())
+    log = source if isinstance(source, Mapping) else _content(user_path(source))
     names = [name for name in FILES if FILES[name] in log]
     if not names:
         raise MetricError(f"a log holds {', '.join(FILES.values())}; found {sorted(log)[:5]}")

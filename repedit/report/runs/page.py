@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from repedit.io.files import user_path
 from repedit.report.pages import TONES, document, opening, told
 from repedit.report.runs import asked, changing, choosing
 from repedit.report.runs.gathering import RunReport, find, gather
@@ -49,7 +50,7 @@ def write_run(path: str | Path, target: str | Path | None = None, *, hide_items:
         As `run_page`.
     """
     file = find(path)
-    place = file.with_suffix(".report.html") if target is None else Path(target).expanduser()
+    place = file.with_suffix(".report.html") if target is None else user_path(target)
     place = place / "report.html" if place.is_dir() else place
     text = run_page(file, hide_items=hide_items)
     place.parent.mkdir(parents=True, exist_ok=True)
