@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from repedit.data.domains import drawn
 from repedit.data.lines import folder, mappings
@@ -63,7 +64,7 @@ def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: b
             raise DataError(
                 f"{path}, row {number + 1}: paraphrased_answer must be a text and perturbed_answer a list of texts"
             )
-        more = {"paraphrased": paraphrased, "perturbed": tuple(wrong or ())}
+        more: dict[str, Any] = {"paraphrased": paraphrased, "perturbed": tuple(wrong or ())}
         rows.append(TofuRow(**common, **more) if wrong else Row(**common))
     return Rows(tuple(rows), split)
 
