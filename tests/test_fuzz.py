@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 
 import repedit as rp
+from repedit.activations.collection import Collection
 from repedit.attacks.judging.evidence import Report
 from repedit.errors import RepeditError
 from repedit.gradient import recipes, written
+from repedit.importance.scores import Score
 from repedit.io import safetensors, text
 from repedit.io.checkpoint import INDEX, open_shards
 from repedit.io.safetensors import read_header
@@ -165,6 +167,24 @@ def saved(kind: str) -> tuple[dict[str, Any], bytes]:
         ),
         "delta": rp.Delta({"a.weight": torch.ones(2, 3), "b": torch.zeros(2)}, {"method": "ga"}, ({"loss": 1.0},)),
     }
+    site, other = rp.Site.parse("0.mlp.neurons"), rp.Site.parse("1.mlp.neurons")
+    values["scores"] = rp.Scores(
+        {s: Score(s, torch.ones(4).double(), "abs", "ratio", 0.5, (1,)) for s in (site, other)}, {"seed": 0}
+    )
+    activity = rp.Activity.zeros(4).update(torch.randn(3, 4, generator=generator))
+    plain = {
+        "model": "m",
+        "corpus": "c",
+        "data_hash": "d",
+        "rule": {"special": False},
+        "seen": 3,
+        "counted": 3,
+        "gated": True,
+    }
+    values["collection"] = Collection({site: activity}, units={site: {}}, **plain)
+    values["moments"] = Collection(
+        {site: rp.Moments(3).update(torch.randn(5, 3, generator=generator))}, units={site: {}}, **plain
+    )
     with tempfile.TemporaryDirectory() as folder:
         values[kind].save(Path(folder) / "x.safetensors")
         return parts_of(Path(folder) / "x.safetensors")
@@ -199,6 +219,21 @@ def usable_delta(path: Path, delta: Any) -> None:
         assert set(file.keys()) == set(delta.tensors)
         assert all(torch.equal(file.get_tensor(name), value) for name, value in delta.tensors.items())
     assert delta.summary() and (delta * 2.0).tensors
+
+
+def usable_scores(path: Path, scores: Any) -> None:
+    assert scores.agreement and scores.largest(2) is not None and repr(scores)
+    again = path.parent.parent / "again.safetensors"
+    scores.save(again)
+    assert rp.Scores.load(again).keys() == scores.keys()
+
+
+def usable_collection(path: Path, collection: Any) -> None:
+    doubled = collection + collection
+    assert all(value.mean.shape == (value.width,) for value in doubled.values()) and repr(doubled)
+    again = path.parent.parent / "again.safetensors"
+    collection.save(again)
+    assert Collection.load(again).kind == collection.kind
 
 
 def directories() -> st.SearchStrategy[bytes]:
@@ -274,6 +309,9 @@ DOORS = {
     "safetensors": Door(tensor_files, read_header, as_the_library, "model.safetensors"),
     "edit": Door(lambda: archives("edit"), rp.Edit.load, usable_edit, "edit.safetensors"),
     "delta": Door(lambda: archives("delta"), rp.Delta.load, usable_delta, "delta.safetensors"),
+    "scores": Door(lambda: archives("scores"), rp.Scores.load, usable_scores, "scores.safetensors"),
+    "collection": Door(lambda: archives("collection"), Collection.load, usable_collection, "c.safetensors"),
+    "moments": Door(lambda: archives("moments"), Collection.load, usable_collection, "m.safetensors"),
     "index": Door(directories, opened, of_the_index, INDEX),
     "facts": Door(lambda: rows(FACTS), rp.data.facts, right_facts, "facts.jsonl"),
     "corpus": Door(
@@ -347,7 +385,7 @@ def test_undamaged_files_are_read(tmp_path):
     plain = {
         "json": json.dumps(TENSORS).encode(), "safetensors": file_of(json.dumps(TENSORS), BODY), "toml": TOML.encode(),
         "facts": "\n".join(map(json.dumps, FACTS)).encode(), "report": json.dumps(small_report()).encode(),
-        **{kind: file_of(json.dumps(saved(kind)[0]), saved(kind)[1]) for kind in ("edit", "delta")},
+        **{kind: file_of(json.dumps(saved(kind)[0]), saved(kind)[1]) for kind in ("edit", "delta", "scores", "collection", "moments")},
     }  # fmt: skip
     for name, data in plain.items():
         path = tmp_path / DOORS[name].name

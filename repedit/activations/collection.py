@@ -19,11 +19,17 @@ from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, check_whole
 from repedit.hooks import evaluating, installed
 from repedit.io import archive
+from repedit.io.text import check_fields
 from repedit.models import Subject
 from repedit.ranks import Ranks, joined_ranks
 from repedit.sites import Place, Point, Site, place
 from repedit.stats import Activity, CrossMoments, Moments
 
+_PLAIN = {
+    "model": str, "corpus": str, "data_hash": str, "rule": dict[str, bool | str], "seen": int, "counted": int, "gated": bool,
+    "seconds_in_hooks": int | float, "edit": str, "units": dict[str, dict[str, int]],
+}  # fmt: skip
+"""Of the fields of a collection, those that its file holds as plain values."""
 Statistic = TypeVar("Statistic", Activity, Moments, CrossMoments)
 
 
@@ -85,6 +91,7 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
         """
         tensors, header = archive.read(path, "collection")
         with archive.rebuilding(path, "collection"):
+            check_fields(header["collection"] | {"units": header["units"]}, _PLAIN, "the collection")
             states: dict[str, dict[str, Any]] = {}
             for key, value in tensors.items():
                 site, _, name = key.rpartition("/")
@@ -92,6 +99,8 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
             make = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}[header["statistic"]]
             found = {place(site): make.of_state(state) for site, state in states.items()}
             units = {place(site): unit for site, unit in header["units"].items()}
+            if not found or set(found) != set(units):
+                raise ValueError("its tensors and its units are of different sites")
             return Collection({site: found[site] for site in sorted(found)}, units=units, **header["collection"])
 
     def __add__(self, other: Collection[Statistic]) -> Collection[Statistic]:

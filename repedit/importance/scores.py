@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repedit.io import archive
+from repedit.io.text import check_fields
 from repedit.sites import Place, Site, place
 
 
@@ -32,6 +33,12 @@ class Score:
     """Whether sinks are kept from selection."""
     units: Mapping[str, int] = field(default_factory=dict)
     """Neurons a head and a key-value group hold, for attention sites."""
+
+
+_PLAIN = {
+    "importance": str, "combine": str, "agreement": int | float, "sinks": list[int], "protected": bool, "units": dict[str, int],
+}  # fmt: skip
+"""Of the fields of a score, those that a file holds as plain values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +94,7 @@ class Scores(Mapping[Place, Score]):
             found = {}
             for name, row in header["sites"].items():
                 site = place(name)
+                check_fields(row, _PLAIN, name)
                 found[site] = Score(site, values.pop(name), **(row | {"sinks": tuple(row["sinks"])}))
             wrong = [*values, *(str(site) for site, score in found.items() if score.values.ndim != 1)]
             if wrong:

@@ -11,9 +11,10 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from repedit.errors import ArgumentError, CheckpointError, DataError, RepeditError
 from repedit.io.files import LIMIT, append, read_bytes
@@ -145,6 +146,20 @@ def check_text(text: Any, where: str, error: type[RepeditError] = DataError) -> 
         raise error(f"{where} {_SURROGATE.format(text[reason.start : reason.start + 1])}") from reason
 
 
+def check_fields(row: Any, types: Mapping[str, Any], where: str, error: type[RepeditError] = CheckpointError) -> None:
+    """Refuse what is no JSON object of exactly the named fields, each of its type; true and false are no numbers.
+
+    Raises:
+        RepeditError: of the type `error`, with the field.
+    """
+    if not isinstance(row, Mapping) or set(row) != set(types):
+        found = sorted(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
+        raise error(f"{where} must hold {', '.join(types)}; found {found!s:.200}")
+    for name, kind in types.items():
+        if not _is_of(row[name], kind):
+            raise error(f"{where}: {name} is {row[name]!r:.50}")
+
+
 def plain(value: Any, what: str, **options: Any) -> Any:
     """A copy of a value as JSON gives it back: tuples become lists, keys become texts.
 
@@ -207,6 +222,17 @@ def _lone_surrogate(text: str) -> int | None:
 def _line(text: str, place: int) -> str:
     """The line of a place, where the text has several."""
     return f", line {text.count(chr(10), 0, place) + 1}" if "\n" in text.strip() else ""
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a type such as str, int | float, list[int] or dict[str, str]."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, part) for part in parts)
+    if parts:
+        inner = value.values() if isinstance(value, Mapping) else value
+        return isinstance(value, get_origin(kind)) and all(_is_of(item, parts[-1]) for item in inner)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _check_depth(text: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from repedit.errors import MissingStatistic, ShapeError
 from repedit.kernels import dispatch
 from repedit.ranks import Ranks
-from repedit.stats.rows import check_finite, check_rows
+from repedit.stats.rows import check_finite, check_rows, check_state
 
 GRADIENT_FIELDS = ("gxa_abs", "gxa", "gxa_square", "grad")
 # A first batch whose |mean| exceeds 30 standard deviations is summed about its mean: float32 block sums of squares
@@ -138,7 +138,12 @@ class Activity:
 
     @staticmethod
     def of_state(state: Mapping[str, Tensor]) -> Activity:
-        """What `state` gave."""
+        """What `state` gave.
+
+        Raises:
+            ShapeError: if the tensors are others.
+        """
+        check_state(state, {f.name: "d" for f in fields(Activity)}, {"shift", *GRADIENT_FIELDS})
         return Activity(**{f.name: state.get(f.name) for f in fields(Activity)})  # type: ignore[arg-type]
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repedit.errors import ShapeError
 from repedit.ranks import Ranks
-from repedit.stats.rows import BLOCK, centre, centred, check_finite, counted, exact_products
+from repedit.stats.rows import BLOCK, centre, centred, check_finite, check_state, counted, exact_products
 
 
 class CrossMoments:
@@ -150,7 +150,13 @@ class CrossMoments:
 
     @staticmethod
     def of_state(state: Mapping[str, Tensor]) -> CrossMoments:
-        """What `state` gave."""
+        """What `state` gave.
+
+        Raises:
+            ShapeError: if the tensors are others.
+        """
+        sides = {"x_shift": "d", "x_total": "d", "z_shift": "k", "z_total": "k"}
+        check_state(state, {"count": "", "wide": "", **sides, "product": "d k"})
         new = CrossMoments(0, 0)
         new.width, new.other = state["product"].shape
         new.count, new.dtype = int(state["count"]), torch.float64 if bool(state["wide"]) else torch.float32

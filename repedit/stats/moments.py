@@ -12,7 +12,17 @@ from torch import Tensor
 
 from repedit.errors import ArgumentError, NotEnoughRows, ShapeError
 from repedit.ranks import Ranks
-from repedit.stats.rows import BLOCK, centre, centred, check_finite, counted, exact_products, triangle, whole
+from repedit.stats.rows import (
+    BLOCK,
+    centre,
+    centred,
+    check_finite,
+    check_state,
+    counted,
+    exact_products,
+    triangle,
+    whole,
+)
 
 
 class Moments:
@@ -137,7 +147,12 @@ class Moments:
 
     @staticmethod
     def of_state(state: Mapping[str, Tensor]) -> Moments:
-        """What `state` gave."""
+        """What `state` gave.
+
+        Raises:
+            ShapeError: if the tensors are others.
+        """
+        check_state(state, {"count": "", "wide": "", "shift": "d", "total": "d", "square": "d d"})
         new = Moments(0)
         new.width, new.count = len(state["shift"]), int(state["count"])
         new.dtype = torch.float64 if bool(state["wide"]) else torch.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,26 @@ TRIANGLE_WIDTH = 256
 # Rows whose products are summed in float32 before they are added to float64: 1e6 rows err by 4e-6 of a block
 # instead of the 6e-2 (worst case) of float32 throughout.
 BLOCK = 4096
+
+
+def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, str], optional: Collection[str] = ()) -> None:
+    """Refuse tensors that are not those of a statistic.
+
+    Args:
+        shapes: the axes of every tensor, such as "d d"; an axis has one size everywhere.
+    Raises:
+        ShapeError: naming the tensor that is missing, is one too many, or has another shape.
+    """
+    odd = sorted((set(state) - set(shapes)) | (set(shapes) - set(state) - set(optional)))
+    if odd:
+        raise ShapeError(f"a statistic is made of {', '.join(shapes)}; {odd[0]!r} is missing, or is one too many")
+    sizes: dict[str, int] = {}
+    for name, value in state.items():
+        axes = shapes[name].split()
+        if len(axes) != value.ndim or any(sizes.setdefault(a, n) != n for a, n in zip(axes, value.shape, strict=True)):
+            raise ShapeError(
+                f"{name!r} of a statistic has shape {tuple(value.shape)}, expected ({shapes[name]}), {sizes}"
+            )
 
 
 def counted(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> Float[Tensor, "n d"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from repedit.errors import CheckpointError, DataError, NotFound
 from repedit.io.files import append, file_hash, file_hashes
-from repedit.io.text import JsonLines, read_toml
+from repedit.io.text import JsonLines, check_fields, read_toml
 from repedit.rewrite.manifest import PACKAGES
 
 
@@ -37,8 +37,8 @@ class Entry:
 
 
 _TYPES = {
-    "number": int, "verb": str, "asked": dict, "code": int, "seconds": int | float, "out": str | None, "files": dict,
-    "inputs": dict, "versions": dict,
+    "number": int, "verb": str, "asked": dict, "code": int, "seconds": int | float, "out": str | None, "files": dict[str, str],
+    "inputs": dict[str, str], "versions": dict[str, str], "words": list[str], "shown": list[dict],
 }  # fmt: skip
 """Of the fields of an entry, as JSON gives them back."""
 
@@ -104,13 +104,10 @@ def entries(file: Path) -> dict[int, Entry]:
     path, found = account_of(file), dict[int, Entry]()
     for row in JsonLines(path).rows:
         try:
-            lists = {name: tuple(row[name]) for name in ("words", "shown")}
-            entry = Entry(**(row | lists))
-            wrong = [name for name, kinds in _TYPES.items() if not isinstance(getattr(entry, name), kinds)]
-            if wrong:
-                raise TypeError(f"{wrong[0]} is {getattr(entry, wrong[0])!r:.50}")
-        except (TypeError, KeyError) as error:
+            check_fields(row, _TYPES, "a step")
+        except CheckpointError as error:
             raise CheckpointError(f"{path.absolute()} is not the account of a run: {error}; move it away") from error
+        entry = Entry(**(row | {name: tuple(row[name]) for name in ("words", "shown")}))
         found.pop(entry.number, None)
         found[entry.number] = entry
     return found
