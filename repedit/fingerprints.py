@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repedit.arch.offloaded import held
+from repedit.arch.offloaded import held, offloaded_file, offloaded_tensor
 
 _VOLATILE = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
@@ -37,9 +37,16 @@ def module_fingerprint(model: nn.Module) -> str:
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
-    """A key that differs once a weight was replaced or changed in place; ten times cheaper than the fingerprint."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    return tuple((name, p.data_ptr(), p._version, _checksum(p)) for name, p in parameters)
+    """A key that differs once a weight was replaced or changed in place; ten times cheaper than the fingerprint.
+
+    Of a weight that accelerate offloads, the key holds the state of its values in memory or of the file they are read from.
+    """
+    return tuple(
+        (name, p.data_ptr(), p._version, _checksum(p))
+        if p.device.type != "meta"
+        else (name, *_offloaded_state(model, name))
+        for name, p in model.named_parameters(remove_duplicate=False)
+    )
 
 
 def value_hash(tensor: Tensor) -> str:
@@ -48,6 +55,20 @@ def value_hash(tensor: Tensor) -> str:
     if tensor.dtype == torch.float64 and not torch.equal(wide.double(), tensor.detach().cpu()):
         wide = tensor.detach().cpu()
     return hashlib.sha256(wide.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
+
+
+def _offloaded_state(model: nn.Module, name: str) -> tuple[Any, ...]:
+    """Every pass puts another meta tensor in the place of an offloaded weight: its own identity says nothing."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = offloaded_tensor(module, leaf)
+    if tensor is not None:
+        return tensor.data_ptr(), tensor._version, _checksum(tensor)
+    file = offloaded_file(module, leaf)
+    if file is None or not file.exists():
+        return (None,)
+    status = file.stat()
+    return str(file), status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _checksum(p: Tensor) -> bytes:

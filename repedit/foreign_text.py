@@ -18,7 +18,7 @@ _MARKDOWN = re.compile(
 """What Markdown would read as its own, tables and bare addresses included; an underscore inside a word is none."""
 _MARKDOWN_START = re.compile(r"^(\d{1,9})([.)])(?=\s|$)|^([-+])(?=\s|$)|^([-=])(?=\4*$)")
 """What would begin a list or underline a heading at the beginning of a line."""
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9./ -]*[A-Za-z0-9]")
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/ -]*[A-Za-z0-9]")
 """Texts that every reader of YAML takes for texts without quotes, but for words such as "yes", which are quoted."""
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 _JOINERS = "\u200c\u200d"

@@ -6,6 +6,7 @@ A path is tried first, then the built-in name, then a hub id. No code of a check
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +21,14 @@ from repedit.arch.modules import check_modules
 from repedit.arch.offloaded import execution_device, values
 from repedit.errors import (
     ArgumentError,
+    CheckpointError,
     NotAModel,
     OffloadedTensors,
     UnknownArchitecture,
 )
 from repedit.fetching import DEFAULT
 from repedit.fingerprints import fingerprint, state
+from repedit.io.checkpoint import FileStates, check_unchanged, file_states
 from repedit.io.safetensors import floating
 from repedit.opening import (
     check_config,
@@ -34,13 +37,35 @@ from repedit.opening import (
     located,
     read_tokenizer,
     read_weights,
+    snapshot,
     typed_errors,
 )
 from repedit.ragged import quiet
 from repedit.sites import Point, Site, select
 
 log = logging.getLogger("repedit")
-_as_read: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_as_read: weakref.WeakKeyDictionary[nn.Module, tuple[Any, FileStates]] = weakref.WeakKeyDictionary()
+"""The state of the weights and of the files, as a model was read."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from."""
+
+    path: Path
+    """A directory, which of a hub id is its snapshot in the cache, or a GGUF file."""
+    hub_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the name of the directory or file."""
+        if self.hub_id is not None:
+            return self.hub_id
+        repository = self.path.parent.parent.name if self.path.parent.name == "snapshots" else ""
+        if repository.startswith("models--"):
+            return "/".join(repository.split("--")[1:])
+        name = self.path.stem if self.path.suffix == ".gguf" else self.path.absolute().name
+        return os.fsencode(name).decode(errors="replace")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +77,8 @@ class Subject:
     architecture: Architecture
     source: Path | None = None
     """Directory the weights were read from; None for an in-memory or edited model."""
+    origin: Origin | None = None
+    """Where the model came from before any edit, whose licence, card and tokenizer files an export takes along."""
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
@@ -119,8 +146,28 @@ class Subject:
 
     @property
     def files(self) -> Path | None:
-        """`source` while its files hold exactly these weights; None once a weight was changed in memory."""
-        return self.source if self.source and _as_read.get(self.model) == state(self.model) else None
+        """`source` while its files hold these weights, in their dtype; None once a weight or a file was changed."""
+        try:
+            return self.unchanged_files()
+        except CheckpointError:
+            return None
+
+    def unchanged_files(self) -> Path | None:
+        """`source` while the weights in memory are those that were read from its files; None once one was changed.
+
+        Raises:
+            CheckpointError: if the weights are as they were read, and the files are not.
+        """
+        weights, files = _as_read.get(self.model, (None, {}))
+        if self.source is None or weights != state(self.model):
+            return None
+        check_unchanged(
+            self.source,
+            files,
+            "since the model was loaded",
+            "load the model again to use the new files, or use the weights in memory: repedit.wrap(model.model, model.tokenizer)",
+        )
+        return self.source
 
     def need_tokenizer(self) -> Any:
         """The tokenizer.
@@ -181,22 +228,52 @@ def load(
     with typed_errors(place), quiet(place):
         if "gguf_file" not in options:
             check_config(place, options)
+        files = file_states(place) if isinstance(place, Path) and "gguf_file" not in options else None
         model = read_weights(place, dtype=wanted, **options, **extra)
-    as_stored = dtype == "auto"
-    if as_stored and target == "cpu" and model.dtype == torch.float16:
+    if dtype == "auto" and target == "cpu" and model.dtype == torch.float16:
         log.info("float16 is slow and inexact on a CPU: loaded in float32; pass dtype='float16' to keep it")
-        model, as_stored = model.float(), False
-    model = (model if device_map is not None else model.to(target)).eval()
+        model = model.float()
+    if device_map is None:
+        model = _in_own_memory(model.to(target))
+    model = model.eval()
     options.pop("quantization_config", None)
-    source = place if isinstance(place, Path) and "gguf_file" not in options and as_stored else None
-    subject = subject_of(model, read_tokenizer(place, options), source=source)
+    tokenizer = read_tokenizer(place, options)
+    source, origin = None, None
+    if isinstance(place, Path) and files is not None:
+        check_unchanged(place, files, "while the model was read", "load it again once nothing writes there any more")
+        source, origin = place, Origin(place)
+    elif isinstance(place, Path):
+        origin = Origin(place / options["gguf_file"])
+    else:
+        source = snapshot(place, getattr(model.config, "_commit_hash", None) or revision)
+        origin = None if source is None else Origin(source, place)
+    subject = subject_of(model, tokenizer, source=source, files=files, origin=origin)
     check_finite(model)
     return subject
 
 
-def subject_of(model: Any, tokenizer: Any | None = None, *, source: Path | None = None) -> Subject:
+def _in_own_memory(model: Any) -> Any:
+    """The model without memory that is mapped to files: a file that is rewritten or cut would change it."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    return model
+
+
+def subject_of(
+    model: Any,
+    tokenizer: Any | None = None,
+    *,
+    source: Path | None = None,
+    files: FileStates | None = None,
+    origin: Origin | None = None,
+) -> Subject:
     """A Subject around a transformers model in memory; the model is not changed in any way.
 
+    Args:
+        source: directory that the weights were just read from.
+        files: state of its files before they were read; None for their state now.
+        origin: where the model came from; None for `source`.
     Raises:
         NotAModel: if the object is not a transformers causal model.
         UnknownArchitecture: if no row fits, or the weights contradict the row.
@@ -217,8 +294,9 @@ def subject_of(model: Any, tokenizer: Any | None = None, *, source: Path | None 
             f"{compiled[0]} is what torch.compile(module) returned, which renames the parameters in it; compile with "
             "module.compile(), or wrap the model before it is compiled"
         )
-    subject = Subject(model, tokenizer, resolve(model.config), source)
+    origin = Origin(source) if origin is None and source is not None else origin
+    subject = Subject(model, tokenizer, resolve(model.config), source, origin)
     check_modules(model, subject.anatomy)
     if source is not None:
-        _as_read[model] = state(model)
+        _as_read[model] = (state(model), file_states(source) if files is None else files)
     return subject

@@ -24,11 +24,12 @@ from repedit.errors import (
     nearest,
 )
 from repedit.fetching import DEFAULT, cached
-from repedit.io.checkpoint import open_shards
+from repedit.io.checkpoint import TOKENIZERS, open_shards
 from repedit.ragged import refit
 
 log = logging.getLogger("repedit")
-_TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
+# What is small and belongs to a model on the hub, whether transformers asks for it or not.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def device_named(name: str) -> str:
@@ -55,7 +56,7 @@ def located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict
     """
     from transformers import GgufConfig
 
-    path = Path(name).expanduser()
+    path = Path(name).expanduser().absolute()
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     if path.is_dir():
@@ -138,12 +139,35 @@ def read_weights(place: Path | str, **options: Any) -> Any:
     return model
 
 
+def snapshot(hub_id: str, revision: str | None) -> Path | None:
+    """The directory where huggingface_hub keeps the files of a hub id that was loaded, licence and card among them.
+
+    None where it holds no safetensors weights, as when transformers took them from another revision.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers.utils import cached_file
+
+    config = cached_file(hub_id, "config.json", revision=revision)
+    if config is None:
+        return None
+    try:
+        snapshot_download(hub_id, revision=revision, allow_patterns=list(_COMPANIONS))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        log.warning("licence, card and other files of %s that are not in the cache could not be had: %s", hub_id, error)
+    try:
+        open_shards(Path(config).parent)
+    except (CheckpointError, NotFound):
+        return None
+    return Path(config).parent
+
+
 def read_tokenizer(place: Path | str, options: dict[str, Any]) -> Any | None:
     """The tokenizer; None, with a warning, where a directory holds none."""
     from transformers import AutoTokenizer
 
     plain = isinstance(place, Path) and "gguf_file" not in options
-    if plain and not any(path.name.startswith(_TOKENIZERS) for path in Path(place).iterdir()):
+    if plain and not any(path.name.startswith(TOKENIZERS) for path in Path(place).iterdir()):
         log.warning("%s holds no tokenizer files: loaded without one, so nothing that reads text will work", place)
         return None
     with typed_errors(place):

@@ -109,13 +109,29 @@ def test_a_link_to_the_source_is_the_source(source, edit, tmp_path):
         rp.export(edit, tmp_path / "link", source, overwrite=True)
 
 
+def in_hub_cache(source, cache):
+    """A snapshot of a model as the hub's client keeps it: links to blobs that are named by their hash."""
+    repository = cache / "models--someone--tiny"
+    snapshot = repository / "snapshots" / "0123456789"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(source, repository / "all")
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for path in (repository / "all").iterdir():
+        blob = path.rename(repository / "blobs" / sha(path))
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+    return snapshot
+
+
 def test_linked_sources_are_resolved(source, edit, tmp_path):
-    shutil.copytree(source, tmp_path / "blobs")
-    (tmp_path / "hub").mkdir()
-    for path in (tmp_path / "blobs").iterdir():
-        (tmp_path / "hub" / path.name).symlink_to(path)
-    rp.export(edit, tmp_path / "hub", tmp_path / "out")
+    snapshot = in_hub_cache(source, tmp_path)
+    record = rp.export(edit, snapshot, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert (
+        record.base["name"] == "someone/tiny"
+        and "base_model: someone/tiny\n" in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("grow", [lambda s: fill(s, "1.mlp.neurons"), lambda s: projection(s, "0.resid.pre")])

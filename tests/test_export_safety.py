@@ -61,14 +61,15 @@ def test_the_card_says_what_was_done(source, edit, tmp_path):
     assert "| 1.mlp.neurons |" in card and "neurons zeroed | exact |" in card and "The card of the base." in card
 
 
-STAY = {"optimizer.pt", "pytorch_model.bin", ".git", "adapter_config.json", "pytorch_model.bin.index.json", "extra.safetensors"}  # fmt: skip
+STAY = {"optimizer.pt", "modeling_own.py", "pytorch_model.bin", ".git", "adapter_config.json", "pytorch_model.bin.index.json", "extra.safetensors"}  # fmt: skip
 
 
-def test_files_that_belong_to_the_model_travel_and_others_stay(source, edit, tmp_path):
-    rp.export(edit, source, tmp_path / "out")
+def test_files_that_belong_to_the_model_travel_and_others_stay(source, edit, tmp_path, caplog):
+    record = rp.export(edit, source, tmp_path / "out")
     before, after = content(source), content(tmp_path / "out")
     assert before.keys() - after.keys() == STAY and after.keys() - before.keys() == {"repedit.json"}
-    assert all(before[name] == after[name] for name in ("tokenizer.json", "chat_template.jinja", "modeling_own.py"))
+    assert all(before[name] == after[name] for name in ("tokenizer.json", "chat_template.jinja"))
+    assert set(record.left_out) == STAY - {".git"} and "modeling_own.py (code" in caplog.text
 
 
 def test_a_full_disk_is_noticed_first(source, edit, tmp_path, monkeypatch):
@@ -84,7 +85,8 @@ def test_linked_shards_need_no_space(source, edit, tmp_path, monkeypatch):
     touched = {
         entries[name].file for name in lower(edit, tiny("llama").architecture, open_shards(source).specs).operations
     }
-    free = sum((source / file).stat().st_size for file in touched)
+    others = ("tokenizer.json", "chat_template.jinja", "generation_config.json")
+    free = sum((source / file).stat().st_size for file in (*touched, *others))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     rp.export(edit, source, tmp_path / "linked")
     with pytest.raises(CheckpointError, match="the checkpoint needs"):

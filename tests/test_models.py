@@ -114,7 +114,7 @@ def test_wrapping_mutates_nothing(family):
 def test_float16_becomes_float32_on_a_cpu_unless_asked_for(saved, tmp_path):
     tiny("llama", torch.float16).model.save_pretrained(tmp_path)
     wide, narrow = rp.load(tmp_path, device="cpu"), rp.load(tmp_path, device="cpu", dtype="float16")
-    assert wide.model.dtype == torch.float32 and wide.source is None
+    assert wide.model.dtype == torch.float32 and wide.source == wide.files == tmp_path
     assert narrow.model.dtype == torch.float16
 
 

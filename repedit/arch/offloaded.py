@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,12 +51,39 @@ def values(module: nn.Module, leaf: str) -> Tensor:
     return p if away is None else away
 
 
+def offloaded_tensor(module: nn.Module, leaf: str) -> Tensor | None:
+    """The values of an offloaded parameter where they are held in memory; None where they are on disk or nowhere."""
+    for store, key in _stores(module, leaf):
+        tensor = getattr(store, "state_dict", store if isinstance(store, dict) else {}).get(key)
+        if isinstance(tensor, Tensor):
+            return tensor
+    return None
+
+
+def offloaded_file(module: nn.Module, leaf: str) -> Path | None:
+    """The file that holds the values of an offloaded parameter; None where they are in memory or nowhere."""
+    for store, key in _stores(module, leaf):
+        entry = getattr(store, "index", {}).get(key)
+        if entry is not None:
+            folder = getattr(store, "save_folder", None) or "."
+            return Path(entry.get("safetensors_file") or Path(folder, f"{key}.dat"))
+    return None
+
+
 def _put_off(module: nn.Module, leaf: str) -> Tensor | None:
+    for store, key in _stores(module, leaf):
+        return torch.as_tensor(store[key])
+    return None
+
+
+def _stores(module: nn.Module, leaf: str) -> Iterator[tuple[Any, str]]:
+    """Where accelerate's hooks look for an offloaded parameter, and its key there."""
     for hook in _hooks(module):
         values = getattr(hook, "weights_map", None)
-        if values is not None and f"{getattr(values, 'prefix', '')}{leaf}" in getattr(values, "dataset", values):
-            return torch.as_tensor(values[leaf])
-    return None
+        if values is not None:
+            store, key = getattr(values, "dataset", values), f"{getattr(values, 'prefix', '')}{leaf}"
+            if key in store:
+                yield store, key
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ pickled weights, an index that names absent files, paths that leave the director
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,3 +124,39 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names; download it again")
     return found
+
+
+# The state of the files that a model is read from.
+
+_OTHERS = ("config.json", "generation_config.json", "special_tokens_map", "added_tokens", "chat_template", INDEX)
+TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
+"""What the files of a tokenizer begin with."""
+
+FileStates = Mapping[str, tuple[int, ...]]
+
+
+def file_states(directory: Path) -> FileStates:
+    """Device, number, size and time of every file that a model and its tokenizer are read from, behind links, by name.
+
+    A file that is replaced, rewritten, added or removed changes the result; notes and licences beside the model do not.
+    """
+    states: dict[str, tuple[int, ...]] = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix == ".safetensors" or path.name.startswith((*TOKENIZERS, *_OTHERS)):
+            with suppress(FileNotFoundError):  # a link to nothing, or removed this moment
+                status = path.stat()
+                states[path.name] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return states
+
+
+def check_unchanged(directory: Path, before: FileStates, since: str, remedy: str) -> None:
+    """Refuse files that are not in the state they were in.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    now = file_states(directory) if directory.is_dir() else {}
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise CheckpointError(f"files of {directory} changed {since}: {names}; {remedy}")

@@ -188,7 +188,7 @@ def _config(subject: Subject, ranks: Mapping[str, int], *, bias: bool) -> dict[s
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None if subject.source is None else str(subject.source),
+        "base_model_name_or_path": _base(subject),
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": dict(ranks),
@@ -200,6 +200,13 @@ def _config(subject: Subject, ranks: Mapping[str, int], *, bias: bool) -> dict[s
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _base(subject: Subject) -> str | None:
+    if subject.source is None:
+        return None
+    hub_id = None if subject.origin is None else subject.origin.hub_id
+    return str(subject.source) if hub_id is None else hub_id
 
 
 def _json(path: Path, value: Any) -> None:

@@ -23,25 +23,23 @@ from repedit.errors import (
     NotFound,
     PlanMismatch,
 )
-from repedit.io.checkpoint import Shards, open_shards
+from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
 from repedit.io.files import file_hash
 from repedit.io.safetensors import floating
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, sync, workplace
 from repedit.io.text import read_json
 from repedit.lower import EditOrDelta
-from repedit.models import Subject
+from repedit.models import Origin, Subject
 from repedit.plan import Plan
+from repedit.rewrite.companions import Companions, companions, copy_companions, used_files
 from repedit.rewrite.families import architecture_of
 from repedit.rewrite.live import check_editable, noop_message
-from repedit.rewrite.manifest import Change, Manifest, card, manifest
+from repedit.rewrite.manifest import Change, Manifest, base_card, base_of, card, manifest
 from repedit.rewrite.rebuilding import patched_config
 from repedit.rewrite.resuming import Journal, job
 from repedit.rewrite.structures import structured
 from repedit.rewrite.writing import write_weights
 
-# Weights of other formats, optimiser states and adapters are not part of an exported checkpoint.
-_LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".lock")
-_REPLACED = {CARD, MANIFEST, "config.json", "adapter_config.json"}
 log = logging.getLogger("repedit")
 
 
@@ -63,51 +61,72 @@ def export(
     """Write the edited checkpoint to `target`, a directory that AutoModelForCausalLM loads without repedit.
 
     Which loaders can read it is in the result and logged: layers of different widths (layout="ragged") need `repedit.load`.
-    Untouched tensors are byte-identical; shards without a touched tensor are hard links where possible.
+    Untouched tensors are byte-identical; shards without a touched tensor are hard links where possible. Tokenizer, licence,
+    templates and the other files of the source go along; what does not (pickles, code) is in the result and logged.
+
+    A model whose weights are as they were loaded is streamed from its files, in their dtype, also where `repedit.load` gave
+    it another one; one that was changed in memory is written as it is there. A delta that was trained on weights rounded at
+    loading is written so too.
 
     Args:
         source: a Subject, or a checkpoint directory, which is then streamed tensor by tensor.
-        dtype: convert every tensor ("bfloat16", say); None keeps each as it is.
+        dtype: convert every tensor ("bfloat16", say); None keeps each as it is in the files.
         link: hard-link untouched files of one file system; False always copies.
-        overwrite: replace an existing target, which is kept until the new one is whole.
+        overwrite: replace an earlier export, which is kept until the new one is whole; nothing else is ever replaced.
         max_shard_size: size of the shards of a model that has no files yet.
         structure: "keep" every shape; "slim" cuts pruned neurons and heads out (`slimmed`); "slice" narrows an erased
             stream (`sliced`).
         layout, multiple: of the widths, see `slimmed` and `sliced`.
         options: passed to lowering: tied="untie" | "both", sides="all" | "output", any_model=False | True.
     Raises:
-        TargetExists: if the target exists, or lies inside or equals the source.
+        TargetExists: if the target exists, is being written, or lies inside or equals the source.
         NoOpEdit: if the edit changes no byte, unless `allow_identity=True`.
         NotFoldable, NotSlimmable, NotSliceable, QuantizedModel: if no weight can equal the edit.
         FingerprintError: if a delta was trained from other weights.
-        CheckpointError: if the source is damaged or the disk is full; nothing is left behind.
+        CheckpointError: if the source is damaged, has changed since it was loaded, or holds links that leave it, or if the
+            disk is full; nothing is left behind.
     """
     plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
     to = None if dtype is None else floating(dtype)
-    files = _files_of(source, plan_for)
+    files, states = _files_of(source, plan_for)
     out = check_target(target, overwrite=overwrite, source=files)
+    origin = source.origin if isinstance(source, Subject) else None
     ready = None if files is None else _prepared(files, plan_for)
     with workplace(out, "" if ready is None else job(*ready, to, link), overwrite=overwrite) as place:
         plan, shards = ready or _prepared(_saved(source, place, max_shard_size), plan_for)
+        directory = shards.directory
+        unchanged = partial(
+            check_unchanged, directory, states or file_states(directory), "while it was exported", "export it again"
+        )
+        others = _companions(shards, origin, streamed=ready is not None)
         new = place / "checkpoint"
         new.mkdir(exist_ok=True)
         journal = Journal(new)
         there = sum(path.stat().st_size for path in new.iterdir())
-        check_space(place, _bytes_to_write(plan, shards, place, to, link) - there)
-        changes = write_weights(plan, shards, new, journal, dtype=to, link=link)
+        size = sum(path.stat().st_size for path in others.files.values())
+        check_space(place, size + _bytes_to_write(plan, shards, place, to, link) - there)
+        changes = write_weights(plan, shards, new, journal, unchanged, dtype=to, link=link)
         _check_changes(plan, changes, allow_identity, dtype)
-        directory = shards.directory
-        _copy_others(directory, new)
+        copy_companions(others, new)
         _write_config(directory, new, plan, dtype, identity=not plan.config and dtype is None)
         made = anatomy(architecture_of(new), open_shards(new).specs)
-        record = manifest(plan, changes, directory, new, dtype, made, journal.hashes)
-        (new / CARD).write_text(card(plan, record, directory), encoding="utf-8")
+        if origin is None and ready is not None:
+            origin = Origin(directory)
+        record = manifest(
+            plan, changes, base_of(shards, origin, others, ready is None), new, dtype, made, journal.hashes
+        )
+        unchanged()
+        text = card(plan, record, base_card(directory if ready or not origin else origin.path))
+        (new / CARD).write_text(text, encoding="utf-8")
         record = replace(record, card=file_hash(new / CARD))
         (new / MANIFEST).write_text(record.to_json(), encoding="utf-8")
         sync(new)
         install(new, out, overwrite=overwrite)
     if structure != "keep" or len(record.loaders) == 1:
         log.info("%s is read by %s", out, " and ".join(record.loaders))
+    if others.left_out:
+        lines = (f"{name} ({reason})" for name, reason in others.left_out.items())
+        log.warning("not part of the export to %s: %s", out, ", ".join(lines))
     return record
 
 
@@ -126,7 +145,7 @@ def dry_run(
         NotFoldable, NotSlimmable, NotSliceable, QuantizedModel, CheckpointError: as `export`.
     """
     plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
-    files = _files_of(source, plan_for)
+    files, _ = _files_of(source, plan_for)
     if files is None:
         assert isinstance(source, Subject)
         return plan_for(source.architecture, source.specs).summary(source.specs)
@@ -139,18 +158,47 @@ def dry_run(
     )
 
 
-def _files_of(source: Subject | str | Path, plan_for: Callable[..., Plan]) -> Path | None:
-    """The directory that holds the unedited weights; None for a model that is only in memory."""
+def _files_of(source: Subject | str | Path, plan_for: Callable[..., Plan]) -> tuple[Path | None, FileStates | None]:
+    """The directory that holds the unedited weights, and the state of its files; None for a model that is only in memory."""
     if not isinstance(source, Subject):
-        return _directory(source)
-    if source.files is None or source.quantizer:  # weights that are put off are in the files all the same
+        directory = _directory(source)
+        return directory, file_states(directory)
+    states = file_states(source.source) if source.source is not None and source.source.is_dir() else None
+    files = source.unchanged_files()
+    if files is None or source.quantizer:  # weights that are put off are in the files all the same
         check_editable(source)
-    plan_for(source.architecture, source.specs).check(source.specs)
-    if source.source is not None and source.files is None:
+    plan = plan_for(source.architecture, source.specs)
+    plan.check(source.specs)
+    if source.source is not None and files is None:
         log.info(
             "weights were changed in memory since they were read from %s: exporting those in memory", source.source
         )
-    return None if source.files is None else source.files.absolute()
+    if files is not None and _trained(plan) and _rounded(source, files):
+        log.info("the change was trained on weights rounded to %s: exporting those in memory", source.model.dtype)
+        files = None
+    return files, None if files is None else states
+
+
+def _trained(plan: Plan) -> bool:
+    """Whether a plan holds differences that belong to the very values they were trained from."""
+    return any(getattr(operation, "start", None) for several in plan.operations.values() for operation in several)
+
+
+def _rounded(subject: Subject, files: Path) -> bool:
+    """Whether the dtype that was asked for at loading cannot hold what is in the files."""
+    stored = {spec.dtype for spec in open_shards(files).specs.values() if spec.dtype.is_floating_point}
+    return any(torch.promote_types(dtype, subject.model.dtype) != subject.model.dtype for dtype in stored)
+
+
+def _companions(shards: Shards, origin: Origin | None, *, streamed: bool) -> Companions:
+    """What goes along: of the source, or of the directory that a model in memory once came from."""
+    hub = origin is not None and origin.hub_id is not None
+    if streamed or origin is None or not origin.path.is_dir():
+        return companions(shards.directory, used_files(shards), trusted=streamed and hub)
+    weights = frozenset((INDEX, *(path.name for path in origin.path.glob("*.safetensors"))))
+    others = companions(origin.path, weights, trusted=hub)
+    own = companions(shards.directory, used_files(shards)).files  # the tokenizer as it is in memory
+    return Companions({**others.files, **own}, others.left_out)
 
 
 def _prepared(directory: Path, plan_for: Callable[..., Plan]) -> tuple[Plan, Shards]:
@@ -209,18 +257,6 @@ def _check_changes(plan: Plan, changes: dict[str, Change], allow_identity: bool,
         raise PlanMismatch(f"planned but untouched: {missed[:5]}; touched but not planned: {extra[:5]}")
     if not allow_identity and dtype is None and all(c.before == c.after for c in changes.values()):
         raise NoOpEdit(noop_message(list(changes)))
-
-
-def _copy_others(directory: Path, new: Path) -> None:
-    for path in sorted(directory.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix not in _LEFT_OUT
-            and path.name not in _REPLACED
-            and not path.name.endswith(".index.json")
-            and not path.name.startswith(".")
-        ):
-            shutil.copyfile(path.resolve(), new / path.name)
 
 
 def _write_config(directory: Path, new: Path, plan: Plan, dtype: str | None, *, identity: bool) -> None:

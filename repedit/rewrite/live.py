@@ -56,7 +56,7 @@ def apply(
     for view in _VIEWS.get(model, ()) if inplace else ():
         _follow(view, model, new)
     _verify(model, plan, before)
-    return Subject(model, subject.tokenizer, _architecture(subject, plan), None)
+    return Subject(model, subject.tokenizer, _architecture(subject, plan), origin=subject.origin)
 
 
 def planned(change: EditOrDelta | Plan | Sequence[EditOrDelta], subject: Subject, **options: Any) -> Plan:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from math import isfinite, prod
 from pathlib import Path
@@ -12,11 +14,17 @@ from typing import Any
 
 from repedit.arch import Anatomy
 from repedit.arch.widths import mlp_widths, ragged_widths
-from repedit.io.checkpoint import open_shards
-from repedit.io.files import file_hash
+from repedit.foreign_text import for_markdown, for_yaml
+from repedit.io.checkpoint import Shards, open_shards
+from repedit.io.files import file_hash, read_bytes
+from repedit.io.targets import CARD, MANIFEST, entries
+from repedit.models import Origin
 from repedit.plan import Plan
 from repedit.rewrite.certificates import TensorCertificate, check_leaks, combined, sliced_certificate
+from repedit.rewrite.companions import Companions, used_files
 
+_FIELDS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
+"""Fields of a base's card that hold for the edited model too."""
 PACKAGES = ("repedit", "torch", "transformers", "safetensors")
 
 
@@ -31,6 +39,42 @@ class Change:
     after: str
     certificate: TensorCertificate | None = None
     """What is left of the directions a projection removed."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What was edited."""
+
+    directory: Path
+    name: str
+    files: Mapping[str, Path]
+    """By their path in the directory."""
+    left_out: Mapping[str, str]
+    """Files that are no part of the export, each with the reason."""
+    in_memory: bool
+    """Whether the weights are those of a model in memory, and not of its files."""
+
+
+def base_of(shards: Shards, origin: Origin | None, others: Companions, in_memory: bool) -> Base:
+    """What is edited: the weights of a checkpoint, and what goes along with them."""
+    folder = shards.directory
+    own = [name for name in ("config.json", CARD, MANIFEST) if (folder / name).is_file()]
+    own += [name for name in others.left_out if stat.S_ISREG(_mode(folder / name))]
+    files = {name: folder / name for name in (*used_files(shards), *own)} | dict(others.files)
+    return Base(folder, "in-memory model" if origin is None else origin.name, files, others.left_out, in_memory)
+
+
+def base_card(folder: Path) -> str:
+    """The text of the card of a base; empty where it has none."""
+    path = folder / CARD
+    return read_bytes(path).decode(errors="replace") if path.is_file() else ""
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +101,8 @@ class Manifest:
     """MLP neurons by layer (of one expert where there are experts), along with the layout; read by repedit.load."""
     parameters: Mapping[str, int] | None = None
     """Numbers in the files before and after, where shapes changed."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Files of the source that are not part of the export, each with the reason."""
     card: str | None = None
     """sha256 of the card as it was written, which `files` leaves out since people may write on it."""
     format: int = 1
@@ -78,7 +124,7 @@ class Manifest:
 def manifest(
     plan: Plan,
     changes: Mapping[str, Change],
-    source: Path,
+    base: Base,
     new: Path,
     dtype: str | None,
     made: Anatomy,
@@ -91,14 +137,11 @@ def manifest(
         made: the new checkpoint's anatomy, from its own config and headers.
     """
     ragged = bool(ragged_widths(made))
-    files = _hashes(new, known)
-    shared = {name: found for name, found in files.items() if _same(source / name, new / name)}
+    files = _hashes({name: new / name for name in entries(new)}, known)
+    shared = {name: sha for name, sha in files.items() if name in base.files and _same(base.files[name], new / name)}
     sized = ragged or plan.structure == "slim"
     return Manifest(
-        base={
-            "name": source.name if source.name != "unedited" else "in-memory model",
-            "files": _hashes(source, shared),
-        },
+        base={"name": base.name, "files": _hashes(base.files, shared), "in_memory": base.in_memory},
         edit=dict(plan.provenance),
         sites={str(site): {"map": plan.maps.get(site, ""), "exactness": kind} for site, kind in plan.exactness.items()},
         plan={name: _entry(plan, name, change) for name, change in sorted(changes.items())},
@@ -113,45 +156,48 @@ def manifest(
         structure=plan.structure,
         layout=("ragged" if ragged else "uniform") if sized else None,
         widths={str(layer): width for layer, width in mlp_widths(made).items()} if sized else None,
-        parameters={"before": _numbers(source), "after": _numbers(new)} if plan.structure != "keep" else None,
+        parameters={"before": _numbers(base.directory), "after": _numbers(new)} if plan.structure != "keep" else None,
+        left_out=dict(base.left_out),
     )
 
 
-def card(plan: Plan, record: Manifest, source: Path) -> str:
-    """The model card: what the checkpoint is, what was changed, and what that does not show."""
-    name = record.base["name"]
-    base = (
-        (source / "README.md").read_text(encoding="utf-8", errors="replace") if (source / "README.md").exists() else ""
-    )
-    licence = next((line for line in base.splitlines() if line.startswith("license:")), None)
-    front = [
-        "---",
-        *([licence] if licence else []),
-        f"base_model: {name}",
-        "base_model_relation: finetune",
-        "tags: [repedit, model-editing]",
-        "---",
+def card(plan: Plan, record: Manifest, base: str) -> str:
+    """The model card: what the checkpoint is, what was changed, and what that does not show.
+
+    Args:
+        base: text of the base's card; empty where it has none.
+    """
+    name = for_markdown(record.base["name"])
+    fields, body = _front_matter(base)
+    front = fields | {
+        "base_model": record.base["name"],
+        "base_model_relation": "finetune",
+        "tags": ["repedit", "model-editing"],
+    }
+    sites = [
+        f"| {site} | {for_markdown(row['map'])} | {for_markdown(row['exactness'])} |"
+        for site, row in record.sites.items()
     ]
-    sites = [f"| {site} | {row['map']} | {row['exactness']} |" for site, row in record.sites.items()]
+    weights, others = ("in memory of", "those in memory") if record.base["in_memory"] else ("of", "the base")
     return "\n".join(
         [
-            *front,
+            f"---\n{for_yaml(front)}---",
             f"# {name}, edited",
             "",
-            f"Weights of `{name}` edited with repedit {record.versions['repedit']}: {len(record.plan)} tensors changed, all "
-            f"others are byte-identical to the base. {_loading(record)}",
+            f"Weights {weights} {name}, edited with repedit {record.versions['repedit']}: {len(record.plan)} tensors changed, all "
+            f"others are byte-identical to {others}. {_loading(record)}",
             *_structure(record),
             "",
             "| site | edit | exactness |",
             "|---|---|---|",
             *sites,
             "",
-            f"Method: {plan.provenance.get('method', 'unknown')}. Full provenance, with the hash of every file, is in `repedit.json`.",
+            f"Method: {for_markdown(plan.provenance.get('method', 'unknown'))}. Full provenance, with the hash of every file, is in `repedit.json`.",
             "",
             "**What this does not show.** A capability that a benchmark no longer sees may come back after a little "
             "fine-tuning or under other prompts. Nothing here says that knowledge is gone until it has been attacked.",
             "",
-            *(["## Card of the base", "", _body(base)] if base else []),
+            *(["## Card of the base", "", body] if body else []),
         ]
     )
 
@@ -194,9 +240,28 @@ def _numbers(folder: Path) -> int:
     return sum(prod(spec.shape) for spec in open_shards(folder).specs.values())
 
 
-def _body(text: str) -> str:
-    parts = text.split("---", 2)
-    return parts[2].strip() if text.startswith("---") and len(parts) == 3 else text
+def _front_matter(text: str) -> tuple[dict[str, Any], str]:
+    """(fields that hold for an edited model too, body) of a card; front matter that is no YAML is shown in the body as it is."""
+    import yaml
+
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    match = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
+    if match is None:
+        return {}, text.strip()
+    body = text[match.end() :].strip()
+    try:
+        table = yaml.load(match[1], Loader=yaml.BaseLoader)  # texts and nothing else: "no" is a language here
+        if not isinstance(table, dict):
+            raise yaml.YAMLError
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}, "\n".join([*(f"    {line}" for line in match[1].splitlines()), "", body])
+    texts = {key: table[key] for key in _FIELDS if isinstance(table.get(key), str) and table[key]}
+    lists = {
+        key: table[key]
+        for key in _FIELDS
+        if isinstance(table.get(key), list) and all(isinstance(item, str) for item in table[key])
+    }
+    return {key: (texts | lists)[key] for key in _FIELDS if key in texts | lists}, body
 
 
 def _entry(plan: Plan, name: str, change: Change) -> dict[str, Any]:
@@ -208,9 +273,8 @@ def _entry(plan: Plan, name: str, change: Change) -> dict[str, Any]:
     }
 
 
-def _hashes(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    return {path.name: known.get(path.name) or file_hash(path) for path in files}
+def _hashes(files: Mapping[str, Path], known: Mapping[str, str]) -> dict[str, str]:
+    return {name: known.get(name) or file_hash(path) for name, path in sorted(files.items())}
 
 
 def _same(one: Path, other: Path) -> bool:

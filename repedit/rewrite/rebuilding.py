@@ -40,7 +40,7 @@ def rebuilt(plan: Plan, subject: Subject) -> Subject:
     for name, value in values.items():
         assert value is not None
         fit(model, name, value)
-    found = subject_of(model, subject.tokenizer)
+    found = subject_of(model, subject.tokenizer, origin=subject.origin)
     _check_shapes(found, shapes)
     return found
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -28,13 +28,23 @@ _PART = 1 << 20
 
 
 def write_weights(
-    plan: Plan, shards: Shards, target: Path, journal: Journal, *, dtype: torch.dtype | None = None, link: bool = True
+    plan: Plan,
+    shards: Shards,
+    target: Path,
+    journal: Journal,
+    unchanged: Callable[[], None],
+    *,
+    dtype: torch.dtype | None = None,
+    link: bool = True,
 ) -> dict[str, Change]:
     """Write every shard to `target` with the plan carried out; returns what became of each touched tensor.
 
     A shard that the journal knows is there already. A shard without touched tensors is linked or copied; one with touched tensors is copied and the bytes of those are
     replaced, header and offsets staying as they are, unless a shape or the dtype changes. New tensors go to a shard of
     their own.
+
+    Args:
+        unchanged: raises if the source was changed; called before a shard is entered as finished, and at the end.
     """
     changes: dict[str, Change] = {}
     extra = _extra_tensors(plan, shards)
@@ -43,6 +53,7 @@ def write_weights(
         made = journal.known(target / name)
         if made is None:
             made = _shard(plan, shards, file, target / name, dtype, link)
+            unchanged()
             journal.enter(target / name, made)
         changes |= made
     names = {tensor: files[entry.file] for tensor, entry in shards.entries.items()}
