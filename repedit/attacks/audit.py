@@ -22,7 +22,7 @@ from repedit.attacks.material import Material, prepared
 from repedit.attacks.models import Audited, check_pair
 from repedit.attacks.running import Role, run
 from repedit.attacks.showing import shown
-from repedit.attacks.store import Store, shared_folder
+from repedit.attacks.store import Store
 from repedit.data import Fact, Facts, prose
 from repedit.errors import ArgumentError, BadReference, DataError, check_positive, check_seed, check_whole, is_whole
 from repedit.models import Subject
@@ -107,7 +107,7 @@ def audit(
     where = _edited_layers(models["edited"], sites)
     with _setup(budget, models, where, scale_lrs, steps, names) as setup:
         roles = _roles(models, asked, built(names, setup), budget, options)
-        store = Store(Path(out) if out is not None else None, shared_folder())
+        store = Store(Path(out) if out is not None else None)
         findings = run(roles, chosen, store, progress=progress)
     case = Case(
         roles=roles, findings=findings, asked=asked, budget=budget, seeds=chosen, draws=draws, alpha=alpha,

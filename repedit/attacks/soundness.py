@@ -1,50 +1,85 @@
-"""Whether the self-test passed here: kept by code, versions and machine, so that an audit can say that it did not."""
+"""Whether the self-test passed here: stored by code, versions and machine, so that an audit can say that it did not."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from repedit.errors import CheckpointError
-from repedit.fetching import cache_folder
-from repedit.io.files import write_text
-from repedit.io.text import read_json
+from repedit.fetching import in_cache, write_cache
 
-_PACKAGES = ("torch", "transformers", "numpy")
-_ROOMS = ("attacks", "metrics", "activations", "data")
+PACKAGE = Path(__file__).parents[1]
 
 
 @cache
 def environment() -> str:
-    """sha256 over everything that decides what an attack finds beside its arguments: code, versions and machine."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256(json.dumps([[name, version(name)] for name in _PACKAGES]).encode())
-    digest.update(platform.machine().encode())
-    for path in sorted(path for room in _ROOMS for path in (package / room).rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    """sha256 over everything that decides what an attack finds beside its arguments: code, versions and machine.
+
+    The code is every module of repedit that the attacks import, and the versions are those of every package that these
+    modules import, quantizers included; a package that is not installed counts as absent.
+    """
+    paths, packages = sources()
+    distributions = packages_distributions()
+    held = {name: version(distributions[name][0]) if name in distributions else None for name in packages}
+    machine = [platform.machine(), list(sys.version_info[:2])]
+    digest = hashlib.sha256(json.dumps([held, machine], sort_keys=True).encode())
+    for path in paths:
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
+@cache
+def sources() -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The modules that the attacks import, themselves included, and the packages that those import, in order of name."""
+    reached: set[Path] = set()
+    packages: set[str] = set()
+    waiting = list((PACKAGE / "attacks").rglob("*.py"))
+    while waiting:
+        path = waiting.pop()
+        if path in reached:
+            continue
+        reached.add(path)
+        for name in _imported(path):
+            if name.partition(".")[0] == PACKAGE.name:
+                waiting += _files(name)
+            else:
+                packages.add(name.partition(".")[0])
+    return tuple(sorted(reached)), tuple(sorted(packages - sys.stdlib_module_names))
+
+
 def remember(failures: str, checks: Sequence[Mapping[str, Any]]) -> None:
-    """Keep what a self-test found; empty failures are a pass."""
-    path = _record()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"failures": failures, "checks": list(checks)}, indent=1, sort_keys=True))
+    """Store what a self-test found; empty failures are a pass. Without a cache it is not stored, and a warning says so."""
+    write_cache(_record(), json.dumps({"failures": failures, "checks": list(checks)}, indent=1, sort_keys=True))
 
 
 def recorded() -> str | None:
     """The failures of the self-test that was last run in this environment; None where none was."""
-    try:
-        return str(read_json(_record(), finite=False)["failures"])
-    except (CheckpointError, KeyError):
-        return None
+    value = in_cache(_record())
+    return str(value["failures"]) if isinstance(value, Mapping) and "failures" in value else None
 
 
-def _record() -> Path:
-    return cache_folder() / "selftest" / f"{environment()}.json"
+def _record() -> str:
+    return f"selftest/{environment()}.json"
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Dotted names of every import of a module, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _files(name: str) -> list[Path]:
+    """The files that importing a dotted name of repedit runs, but for the package's own, which exports everything."""
+    parts = name.split(".")[1:]
+    places = [PACKAGE.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
+    return [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from repedit.attacks.soundness import environment
 from repedit.data import Splits
 from repedit.data.rows import row_hash
 from repedit.errors import CheckpointError
-from repedit.fetching import cache_folder
-from repedit.io.files import write_text
+from repedit.fetching import cache_path, in_cache, write_cache
+from repedit.io.files import make_folder, write_text
 from repedit.io.text import read_json
 
 
@@ -31,35 +32,73 @@ def key_of(attack: Attack, model: str, splits: Splits, extra: Mapping[str, Any] 
 
 
 class Store:
-    """Findings in a folder of the audit, and those that other audits share in the user's cache."""
+    """Findings in a folder of the audit, and those that other audits share in the user's cache.
 
-    def __init__(self, folder: Path | None, shared: Path | None = None) -> None:
+    An entry that is damaged counts as absent. Without a cache an audit goes on, and a warning says so once.
+    """
+
+    def __init__(self, folder: Path | None, shared: bool = True) -> None:
         self.folder = folder
         self.shared = shared
 
     def get(self, name: str, key: str, *, sharing: bool) -> Finding | None:
-        """The finding kept under a name, or in the shared cache, if its key is this one."""
-        for path in self._paths(name, key, sharing):
-            try:  # a damaged file is a finding that is not there: the attack runs again
-                value = read_json(path, finite=False)
-                if value.get("key") == key:
-                    return finding_of(value["finding"])
-            except (CheckpointError, LookupError, TypeError, ValueError, AttributeError, OverflowError):
-                continue
-        return None
+        """The finding stored under a name, or in the shared cache, if its key is this one."""
+        held = [] if self.folder is None else [_read(self._own(name))]
+        held += [in_cache(_shared(key))] if sharing and self.shared else []
+        return next((finding for entry in held if (finding := _finding(entry, key)) is not None), None)
 
     def put(self, name: str, key: str, finding: Finding, *, sharing: bool) -> None:
-        """Keep a finding; a file is whole or absent."""
-        text = json.dumps({"key": key, "finding": finding_json(finding)}, indent=1, sort_keys=True)
-        for path in self._paths(name, key, sharing):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text)
+        """Store a finding; a file is whole or absent.
 
-    def _paths(self, name: str, key: str, sharing: bool) -> list[Path]:
-        found = [] if self.folder is None else [self.folder / "findings" / f"{name}.json"]
-        return found + ([] if self.shared is None or not sharing else [self.shared / f"{key}.json"])
+        Raises:
+            CheckpointError: if the folder of the audit cannot be written.
+        """
+        value = finding_json(finding)
+        text = json.dumps({"key": key, "sha256": _digest(value), "finding": value}, indent=1, sort_keys=True)
+        if self.folder is not None:
+            make_folder(self._own(name).parent)
+            write_text(self._own(name), text)
+        if sharing and self.shared:
+            write_cache(_shared(key), text)
+
+    def _own(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / "findings" / f"{name}.json"
 
 
-def shared_folder() -> Path:
-    """Where findings of unchanged originals and references are kept for other audits."""
-    return cache_folder() / "findings"
+def private_folder(out: Path) -> Path | None:
+    """Where an audit whose items are hidden stores its findings: in the cache, not beside pages that may be published.
+
+    None where there is no cache; such an audit cannot go on after an interruption.
+    """
+    place = hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:16]
+    return cache_path(f"audits/{place}")
+
+
+def _shared(key: str) -> str:
+    return f"findings/{key}.json"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path, finite=False)
+    except CheckpointError:
+        return None
+
+
+def _finding(entry: Any, key: str) -> Finding | None:
+    """The finding of an entry that is whole and has this key."""
+    if (
+        not isinstance(entry, Mapping)
+        or entry.get("key") != key
+        or entry.get("sha256") != _digest(entry.get("finding"))
+    ):
+        return None
+    try:
+        return finding_of(entry["finding"])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):  # written by another version
+        return None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -143,6 +143,20 @@ def write_text(path: str | Path, text: str, error: type[RepeditError] = Checkpoi
         file.write(text.encode())
 
 
+def make_folder(path: str | Path, error: type[RepeditError] = CheckpointError) -> Path:
+    """A folder, made with those above it where they are absent.
+
+    Raises:
+        RepeditError: of the type `error`, if it cannot be made or something else stands in its place.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as reason:
+        raise error(f"the folder {folder} cannot be made: {_said(reason)}; give another path") from reason
+    return folder
+
+
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """Add one JSON object as a line, on the disk when this returns; an incomplete last line is removed first.
 
