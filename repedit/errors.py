@@ -26,6 +26,7 @@ and the like keep working.
     |  |- NoBiasSlot
     |  `- NotSlimmable, NotSliceable           what an edit removes cannot be cut out of the tensors exactly
     |- PlanMismatch (RuntimeError), NoOpEdit, BadReference (ValueError)
+    |- ReportError (RuntimeError)              a page or figure of a report could not be made; the other files are there
     |- HubError (OSError)                      the hub refuses an upload, or cannot be reached
     |- KernelUnavailable (RuntimeError)        a kernel was asked for by name and cannot run here
     `- MissingDependency (ImportError)
@@ -170,6 +171,10 @@ class CheckpointError(RepeditError, OSError):
 
 class TargetExists(RepeditError, FileExistsError):
     """The target of an export exists already."""
+
+
+class ReportError(RepeditError, RuntimeError):
+    """A page or a figure of a report could not be made or written; its other files are there."""
 
 
 class NotFoldable(RepeditError, ValueError):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import CheckpointError, NotFound, RepeditError, UnknownName
-from repedit.io.files import file_hash, is_file, make_folder, write_text
+from repedit.io.files import file_hash, make_folder, write_text
 from repedit.io.text import read_json
 
 DEFAULT = "smollm2-135m"
@@ -106,7 +106,7 @@ def cached(name: str = DEFAULT) -> Path:
         NotFound: if it has not been fetched.
     """
     folder = cache_folder() / name
-    if not is_file(folder / "config.json"):
+    if not os.access(folder / "config.json", os.R_OK):
         raise NotFound(f"the default model is not at {folder}; get it once with: repedit fetch {name}")
     return folder
 
@@ -125,7 +125,7 @@ def fetch(name: str = DEFAULT, *, cache: str | Path | None = None, force: bool =
         )
     root = Path(cache) if cache is not None else cache_folder()
     target = root / name
-    if is_file(target / "config.json") and not force:
+    if os.access(target / "config.json", os.R_OK) and not force:
         return target
     make_folder(root)
     try:
@@ -142,7 +142,7 @@ def _fetched(root: Path, target: Path, force: bool) -> Path:
     from filelock import FileLock
 
     with FileLock(root / f".{target.name}.lock"):
-        if is_file(target / "config.json") and not force:
+        if os.access(target / "config.json", os.R_OK) and not force:
             return target
         with tempfile.TemporaryDirectory(dir=root) as folder:
             converted = _convert(_unpack(_download(Path(folder)), Path(folder)), Path(folder) / "converted")

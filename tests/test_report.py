@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from repedit import plot
 from repedit.attacks.judging.evidence import INVALID, Recovery, Report, RetainCheck, Verdict
 from repedit.cli import app
-from repedit.errors import ArgumentError, CheckpointError, TargetExists
+from repedit.errors import ArgumentError, CheckpointError, ReportError, TargetExists
 from repedit.plot.canvas import canvas
 from repedit.plot.summaries import layer_charts, lines, relearning_charts
 from repedit.report import markdown, page, schema, together, withheld, write
@@ -463,6 +463,41 @@ def test_items_are_hidden_on_request(tmp_path, blank):
     run(tmp_path / "one", "--hide-items", "--out", tmp_path / "public")
     assert told(tmp_path / "public") == set()
     assert not told_in(run(tmp_path / "one", "--hide-items", "--json", "--out", tmp_path / "again"))
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_data_and_the_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr("repedit.plot.recovery", lambda _: (_ for _ in ()).throw(ValueError("no such glyph")))
+    with pytest.raises(
+        ReportError,
+        match=r"lacks 1 of 3 files \(recovery\.png: ValueError: no such glyph\); audit\.md, audit\.html and audit\.json, which holds all of it, are written",
+    ):
+        write(report(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"audit.json", "audit.md", "audit.html"}
+    text = run(tmp_path)
+    assert "HIDDEN" in text
+
+
+@pytest.mark.parametrize("part", ["markdown", "page"])
+def test_a_page_that_fails_leaves_the_rest(part, tmp_path, monkeypatch, blank):
+    monkeypatch.setattr(f"repedit.report.writing.{part}", lambda _: (_ for _ in ()).throw(KeyError("kind")))
+    with pytest.raises(ReportError, match="KeyError"):
+        write(report(), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3 and Report.load(tmp_path)
+
+
+def test_a_report_that_is_interrupted_is_the_old_one_or_the_new_one(tmp_path, monkeypatch, blank):
+    write(report(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("repedit.io.files.os.fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        write(replace(report(), heuristics={}), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_findings_of_an_earlier_audit_are_not_published_with_pages_without_texts(tmp_path):
+    (tmp_path / "findings").mkdir()
+    with pytest.raises(TargetExists, match="findings names the facts of an earlier audit; give another directory"):
+        write(report(), tmp_path, hide_items=True)
 
 
 def told_in(text: str) -> set[str]:

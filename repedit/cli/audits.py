@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,20 +49,22 @@ def audit(
         return
     from repedit import console, data
     from repedit.attacks.audit import audit as audited
-    from repedit.report import write
+    from repedit.attacks.store import private_folder
+    from repedit.report import withheld, write
 
     found = audited(
         str(edited), original=str(original), facts=asked, reference=reference, budget=budget, attacks=chosen,
         unrelated=None if unrelated is None else data.named(unrelated),
         holdout=None if holdout is None else data.named(holdout), sites=sites, folds=folds,
         seeds=None if seeds is None else [int(number) for number in seeds.split(",")], allow_small=allow_small,
-        device=device, out=out, save=False, command=_command(),
+        device=device, out=private_folder(out) if hide_items and out is not None else out, save=False, command=_command(),
     )  # fmt: skip
-    written = [] if out is None else write(found, out, hide_items=hide_items)
+    written = [] if out is None else _written(partial(write, found, out, hide_items=hide_items))
+    shown = withheld(found) if hide_items else found
     if json:
-        console.out.write(found.to_json())
+        console.out.write(shown.to_json())
     else:
-        show(found, written)
+        show(shown, written)
     raise typer.Exit(found.verdict.exit_code)
 
 
@@ -91,13 +95,14 @@ def report(
         return
     reports = {name: Report.load(path) for name, path in zip(_names(audits), audits, strict=True)}
     if hide_items:
-        reports = {name: withheld(found) for name, found in reports.items()}
+        reports = {f"audit {n}": withheld(found) for n, found in enumerate(reports.values(), 1)}
     if len(reports) > 1:
         joint = together(reports)
-        written = [] if out is None else joint.write(out)
+        written = [] if out is None else _written(partial(joint.write, out))
     else:
         home = audits[0] if audits[0].is_dir() else audits[0].parent
-        written = write(next(iter(reports.values())), home if out is None else out, hide_items=hide_items)
+        only = next(iter(reports.values()))
+        written = _written(partial(write, only, home if out is None else out, hide_items=hide_items))
     if json:
         console.show_json(_plain(reports))
         return
@@ -181,6 +186,18 @@ def _selftest(seed: int, json: bool) -> None:
         console.table(f"{sum(c.passed for c in found.checks)} of {len(found.checks)} controls pass", columns, rows)
         console.out.print(f"{found.seconds:.0f} seconds; {found.failures or 'the audit is sound here'}")
     raise typer.Exit(0 if found.passed else 6)
+
+
+def _written(write: Callable[[], list[Path]]) -> list[Path]:
+    """What was written; a page or figure that could not be made costs neither the rest nor the verdict."""
+    from repedit import console
+    from repedit.errors import ReportError
+
+    try:
+        return write()
+    except ReportError as error:
+        console.err.print(f"ReportError: {error}", soft_wrap=True)
+        return []
 
 
 def _name_files(written: list[Path]) -> None:

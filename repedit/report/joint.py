@@ -8,12 +8,14 @@ from pathlib import Path
 
 from repedit.attacks.judging.evidence import Report
 from repedit.errors import ArgumentError
+from repedit.io.files import make_folder
 from repedit.plot.summaries import KEPT, lines_of_several, ordered, thresholds
 from repedit.report.forest import forest
 from repedit.report.pages import document, heading
 from repedit.report.prose import grid
 from repedit.report.sections import element, note, section, table
 from repedit.report.tables import COLUMNS, INTERVALS, Table, kept, recovered, row
+from repedit.report.writing import picture, write_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +83,19 @@ class Together:
         return document("Audits side by side", body)
 
     def write(self, folder: str | Path) -> list[Path]:
-        """Write audits.md, audits.html and recovery.png; no text of a fact is in them."""
+        """Write audits.md, audits.html and recovery.png, each by one rename; no text of a fact is in them.
+
+        Raises:
+            CheckpointError: if the folder cannot be made.
+            ReportError: if one of them cannot be made or written, once the others are.
+        """
         from repedit.plot import audits
 
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "audits.md").write_text(self.markdown(), encoding="utf-8")
-        (target / "audits.html").write_text(self.page(), encoding="utf-8")
-        audits(self.reports).savefig(target / "recovery.png", dpi=150)
-        return [target / name for name in ("audits.md", "audits.html", "recovery.png")]
+        makers = {
+            "audits.md": lambda: self.markdown().encode(), "audits.html": lambda: self.page().encode(),
+            "recovery.png": lambda: picture(lambda: audits(self.reports)),
+        }  # fmt: skip
+        return write_parts(make_folder(folder), makers)
 
 
 def together(reports: Mapping[str, Report]) -> Together:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from repedit.attacks.judging.evidence import Report
+from repedit.foreign_text import for_markdown
 from repedit.plot.summaries import Chart, layer_charts, relearning_charts
 from repedit.report import tables
 from repedit.report.classifiers import tabled as tabled_gaps
 from repedit.report.sections import tabled
 from repedit.report.tables import Table, plain
 from repedit.report.withholding import withheld
-
-SPECIAL = re.compile(r"[\\`*\[\]<>|#~&]|(?<!\w)_|_(?!\w)")
-"""What Markdown would read as its own; an underscore inside a word is none."""
 
 
 def markdown(report: Report, *, hide_items: bool = False) -> str:
@@ -26,9 +23,9 @@ def markdown(report: Report, *, hide_items: bool = False) -> str:
     """
     shown = withheld(report) if hide_items else report
     found = shown.verdict
-    parts = [f"# {escaped(found.word)}", escaped(found.sentence), f"Rule: {escaped(found.rule)}"]
-    parts += [f"What would settle it: {escaped(found.settle)}"] if found.settle else []
-    parts.append("\n".join(f"- {escaped(fact)}" for fact in tables.headline(shown)))
+    parts = [f"# {for_markdown(found.word)}", for_markdown(found.sentence), f"Rule: {for_markdown(found.rule)}"]
+    parts += [f"What would settle it: {for_markdown(found.settle)}"] if found.settle else []
+    parts.append("\n".join(f"- {for_markdown(fact)}" for fact in tables.headline(shown)))
     sections = {
         "What each attack brings back": [grid(tables.short(shown)), grid(tables.attacks(shown))],
         "What was not tried, or counts for nothing": [grid(tables.untried(shown))],
@@ -55,17 +52,10 @@ def grid(found: Table) -> str:
     """A table in Markdown, with its note; only the note where there are no rows."""
     lines = []
     if found.rows:
-        rows = [list(map(escaped, found.columns)), ["---"] * len(found.columns)]
+        rows = [list(map(for_markdown, found.columns)), ["---"] * len(found.columns)]
         lines = [f"| {' | '.join(row)} |" for row in rows]
-        lines += [f"| {' | '.join(map(escaped, row))} |" for row in found.rows]
-    return "\n\n".join(text for text in ("\n".join(lines), escaped(found.note)) if text)
-
-
-def escaped(text: str) -> str:
-    """Words that Markdown shows as they are, in one line."""
-    return SPECIAL.sub(
-        lambda m: {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(m[0], "\\" + m[0]), " ".join(text.split())
-    )
+        lines += [f"| {' | '.join(map(for_markdown, row))} |" for row in found.rows]
+    return "\n\n".join(text for text in ("\n".join(lines), for_markdown(found.note)) if text)
 
 
 def _curve(chart: Chart) -> Table:
@@ -81,8 +71,8 @@ def _values(found: Mapping[str, Any]) -> str:
     lines = []
     for key, value in found.items():
         if isinstance(value, Mapping):
-            lines.append(f"- {escaped(str(key))}:")
-            lines += [f"  - {escaped(' '.join(filter(None, row)))}" for row in tabled(value).rows]
+            lines.append(f"- {for_markdown(str(key))}:")
+            lines += [f"  - {for_markdown(' '.join(filter(None, row)))}" for row in tabled(value).rows]
         else:
-            lines.append(f"- {escaped(str(key))}: {escaped(plain(value))}")
+            lines.append(f"- {for_markdown(str(key))}: {for_markdown(plain(value))}")
     return "\n".join(lines)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from html import escape
+
+from repedit.foreign_text import for_html
 
 Length = float | int
 MARKS = ("circle", "square", "triangle", "diamond", "cross", "star")
@@ -15,8 +16,8 @@ def element(name: str, *inside: str, **attributes: object) -> str:
     Attributes are named as Python can: `class_`, `stroke_width`.
     """
     text = str(attributes.pop("text", ""))
-    listed = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(_value(v))}"' for key, v in attributes.items())
-    return f"<{name}{listed}>{escape(text)}{''.join(inside)}</{name}>"
+    listed = "".join(f' {key.rstrip("_").replace("_", "-")}="{for_html(_value(v))}"' for key, v in attributes.items())
+    return f"<{name}{listed}>{for_html(text)}{''.join(inside)}</{name}>"
 
 
 def label(x: Length, y: Length, text: str, **attributes: object) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from repedit.attacks.attack import Finding
 from repedit.errors import CheckpointError
-from repedit.io.files import write_text
+from repedit.io.files import make_folder, write_text
 from repedit.io.text import parse_json, read_text
 
 SCHEMA = 1
@@ -193,9 +193,12 @@ class Report:
             raise CheckpointError(f"this is not the JSON of an audit: {type(error).__name__} {error}") from error
 
     def save(self, folder: str | Path) -> Path:
-        """Write audit.json into the folder, which is made where it is absent."""
-        path = Path(folder) / "audit.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write audit.json into the folder, which is made where it is absent, by one rename.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        path = make_folder(folder) / "audit.json"
         write_text(path, self.to_json())
         return path
 

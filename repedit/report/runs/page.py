@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from repedit.io.files import user_path
+from repedit.io.files import make_folder, user_path, write_text
 from repedit.report.pages import TONES, document, opening, told
 from repedit.report.runs import asked, changing, choosing
 from repedit.report.runs.gathering import RunReport, find, gather
@@ -47,14 +47,14 @@ def write_run(path: str | Path, target: str | Path | None = None, *, hide_items:
     """Write the page of a run; beside its file, as NAME.report.html, where no target is given. A folder gets report.html.
 
     Raises:
-        As `run_page`.
+        As `run_page`; CheckpointError: if it cannot be written.
     """
     file = find(path)
     place = file.with_suffix(".report.html") if target is None else user_path(target)
     place = place / "report.html" if place.is_dir() else place
     text = run_page(file, hide_items=hide_items)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(text, encoding="utf-8")
+    make_folder(place.parent)
+    write_text(place, text)
     return place
 
 
