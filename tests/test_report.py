@@ -127,7 +127,7 @@ def test_no_text_of_a_report_becomes_markup():
 
 
 def test_unescaped_text_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.svg.escape", lambda text: text)
+    monkeypatch.setattr("repedit.report.svg.for_html", lambda text: text)
     assert {"script", "img", "src", "onerror"} <= set(spoiled(page(hostile(report()))))
 
 
@@ -137,7 +137,7 @@ def test_no_text_of_a_report_breaks_markdown():
 
 
 def test_torn_markdown_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.prose.escaped", lambda text: text)
+    monkeypatch.setattr("repedit.report.prose.for_markdown", lambda text: text)
     assert torn(markdown(hostile(report())))
 
 

@@ -198,7 +198,7 @@ def test_no_text_of_a_run_becomes_markup(audited):
 
 
 def test_unescaped_text_is_caught(audited, monkeypatch):
-    monkeypatch.setattr("repedit.report.svg.escape", lambda words: words)
+    monkeypatch.setattr("repedit.report.svg.for_html", lambda words: words)
     assert "b" in spoiled(rp.report.run_page(audited))
 
 
