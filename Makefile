@@ -21,6 +21,10 @@ test: lint
 	$(BIN)/pytest -n 2 --ignore tests/kernels -m "not slow and not model and not gpu"
 	$(BIN)/pytest tests/kernels -m "not slow"
 
+# The tests whose last digits depend on the CPU, under each of its capabilities with 1 and 2 threads.
+test-cpus: .venv/.done
+	$(BIN)/python -m tests.cpus $(CPUS)
+
 test-all: lint
 	$(BIN)/repedit fetch
 	$(BIN)/pytest --ignore tests/kernels
@@ -45,4 +49,4 @@ notebooks: .venv/.done
 	$(BIN)/repedit fetch
 	$(BIN)/python notebooks/run.py
 
-.PHONY: bench demo docs fuzz lint notebooks test test-all
+.PHONY: bench demo docs fuzz lint notebooks test test-all test-cpus

@@ -1,6 +1,8 @@
-"""Shared set-up: shape-checked imports, one thread, no network."""
+"""Shared set-up: shape-checked imports, one thread unless REPEDIT_TEST_THREADS says otherwise, no network."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,7 +14,7 @@ install_import_hook("repedit", "beartype.beartype")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("REPEDIT_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +42,11 @@ def source(tmp_path_factory):
 def pytest_configure(config) -> None:
     """A collinear score is an error unless a test says otherwise; named here, after the import hook is in place."""
     config.addinivalue_line("filterwarnings", "error::repedit.importance.scoring.CollinearWarning")
+
+
+def pytest_sessionfinish() -> None:
+    """Write what share of each tolerance was used, for tests/cpus.py."""
+    if path := os.environ.get("REPEDIT_TEST_SHARES"):
+        from tests.tolerances import SHARES
+
+        Path(path).write_text(json.dumps(SHARES))

@@ -30,6 +30,7 @@ def table(monkeypatch):
     return families()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_is_proved(family):
     report = rp.check_architecture(tiny(family).model)

@@ -104,6 +104,7 @@ def test_a_broken_lens_is_caught(name, monkeypatch):
         check_lens(small("llama"))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt", "mixtral", "gptj"])
 def test_streams_add_up(family):
     subject = small(family)

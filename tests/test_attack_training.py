@@ -50,6 +50,7 @@ def check_padding_weighs_nothing(subject, batch):
     within(float((found - wanted).norm() / wanted.norm()), "gradient, float32")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("extra", [0, 5])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -168,6 +169,7 @@ def linear(model):
     return [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_adapters_are_those_of_peft(family):
     """Logits and gradients agree with another implementation that holds the same numbers."""

@@ -87,6 +87,7 @@ def test_hidden_states_of_the_next_index_are_caught():
         _captured_is_hooked(subject, collect=published)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral", "gptj"])
 def test_padding_of_a_batch_does_not_matter(family):
     subject, x = tiny(family, torch.float64), ids(4, 9)
@@ -130,6 +131,7 @@ def _first_order(subject, site, corpus, found, loss):
     within(abs(found.count * float(found.second.norm()) / slope - 1), "finite difference")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("answers", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "gpt_neox", "mixtral"])
 def test_cross_moments_with_gradients_are_the_first_order_change_of_the_loss(family, answers):

@@ -12,6 +12,9 @@ from repedit.gradient import combine
 from repedit.gradient.combine import Dots, Moment, blur, conflict_only, join, norm_diff, primal_dual, weighted_sum
 from tests.unlearned import gradient, subject, training
 
+pytestmark = pytest.mark.numeric
+
+
 SHAPES = ((7, 5), (11,), (3, 4, 2))
 
 

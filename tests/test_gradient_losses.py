@@ -17,6 +17,9 @@ from repedit.gradient.reference import Reference
 from repedit.gradient.seen import Seen, Steering, count, layer_of, positions
 from tests.unlearned import rows, subject, training
 
+pytestmark = pytest.mark.numeric
+
+
 LN2 = math.log(2)
 TERMS = {
     "nll": losses.nll(), "negative_nll": losses.negative_nll(), "kl": losses.kl(), "kl back": losses.kl("model_first"),

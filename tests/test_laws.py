@@ -28,6 +28,7 @@ def test_pruning_as_hook_equals_pruning_in_weights(family, site, dtype):
     laws.hooked_equals_rewritten(subject, mask(subject, site))
 
 
+@pytest.mark.numeric
 @every_dtype
 @pytest.mark.parametrize("family", PRE_NORM)
 @pytest.mark.parametrize("site", [*OUTS, "0.resid.pre"])
@@ -36,6 +37,7 @@ def test_projection_as_hook_equals_projection_in_weights(family, site, dtype):
     laws.hooked_equals_rewritten(subject, projection(subject, site))
 
 
+@pytest.mark.numeric
 @every_dtype
 @every_family
 @pytest.mark.parametrize("site", OUTS)
@@ -65,6 +67,7 @@ def test_original_is_untouched(family):
     laws.original_is_untouched(subject, projection(subject, "0.resid.pre"))
 
 
+@pytest.mark.numeric
 @every_family
 def test_composition_of_masks_and_projections(family):
     subject = tiny(family, torch.float64)

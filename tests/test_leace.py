@@ -6,6 +6,8 @@ import torch
 import repedit as rp
 from tests.rows import EXACT, D, earlier, labelled, moments_of, normal, projects, statistics_of
 
+pytestmark = pytest.mark.numeric
+
 
 def _probe(x, z):
     """Accuracy of a logistic probe on the rows it was fitted on, over the share of the largest class."""

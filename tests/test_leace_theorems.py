@@ -14,6 +14,9 @@ from repedit.stats import CrossMoments, Moments
 from tests.rows import D, normal, statistics_of
 from tests.tolerances import close, relative, short, within
 
+pytestmark = pytest.mark.numeric
+
+
 CODES = ["one number", 2, 3, 5, 10]
 """Classes, one-hot; two of them also as one column of zeros and ones."""
 SLOPE = 1e-12

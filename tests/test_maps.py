@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 import repedit as rp
 from repedit.errors import RankError, ShapeError
 
+pytestmark = pytest.mark.numeric
+
+
 WIDTH, RANK = 7, 3
 # Worst error over the cases of this file, float64: 2e-14 (products of condition 1e2).
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}

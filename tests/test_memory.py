@@ -15,6 +15,9 @@ from repedit.errors import TooLarge
 from repedit.metrics.probability import facts_accuracy
 from tests.likes import blank, facts, pupil
 
+pytestmark = pytest.mark.numeric
+
+
 ITEMS = [Example([3, 9, 4, 7, 5][: 3 + i % 3], [False] * (2 + i % 3) + [True]) for i in range(8)]
 
 

@@ -15,6 +15,9 @@ from repedit.errors import (  # fmt: skip
 )
 from repedit.stats import CrossMoments, Moments, moments, pooled
 
+pytestmark = pytest.mark.numeric
+
+
 # Relative to the largest entry. Measured against a naive float64 pass, 64 to 60000 rows, mean 0 and -40: float32 rows
 # 3e-6, float64 rows 2e-14; merges of float64 rows about a mean of 1000: 1e-16 (mean), 5e-15 (covariance).
 NAIVE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -80,6 +80,7 @@ def test_the_same_seed_gives_the_same_edit_and_another_seed_another(facts):
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.numeric
 def test_gradients_through_the_qr_equal_finite_differences(facts):
     lm = small("gpt2", torch.float64)  # its LayerNorm computes in float64
     site = rp.Site.parse("1.mlp.out")
@@ -159,6 +160,7 @@ def _rehearsal_weighs_as_much_as_the_task(facts):
         assert float((a - c).norm()) > 1e-3, "the rehearsal changes nothing"
 
 
+@pytest.mark.numeric
 def test_earlier_tasks_are_rehearsed(facts):
     _rehearsal_weighs_as_much_as_the_task(facts)
 

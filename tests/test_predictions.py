@@ -13,6 +13,8 @@ from repedit.errors import FingerprintError, NotEnoughRows, NotFinite
 from tests.edits import mask
 from tests.tiny import ids, tiny
 
+pytestmark = pytest.mark.numeric
+
 
 def _naive(subject, x, skip=()):
     """(count, hits, hits10, loss) of one row, token by token."""

@@ -19,6 +19,9 @@ from tests.edits import mask, projection
 from tests.test_sabotage import caught
 from tests.tiny import FAMILIES, tiny
 
+pytestmark = pytest.mark.numeric
+
+
 SLICEABLE = tuple(f for f in FAMILIES if not families()[f].shrink.whole_stream)
 WHOLE = tuple(f for f in FAMILIES if f not in SLICEABLE)
 every_sliceable = pytest.mark.parametrize("family", SLICEABLE)

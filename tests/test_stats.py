@@ -67,6 +67,7 @@ def test_sums_equal_a_naive_float64_pass(n, f, seed, mean):
     _assert_is(rp.Activity.zeros(f, gradients=True).update(z, mask, grad=grad), _naive(z, mask, grad))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_sums_of_other_dtypes_equal_a_naive_float64_pass_over_9000_rows(dtype):
     z, mask = _normal(9000, 5).to(dtype), _normal(9000, seed=1) > 0
@@ -92,6 +93,7 @@ def test_batch_size_and_merge_order_do_not_matter(cuts, mean):
     _assert_same(whole, merged)
 
 
+@pytest.mark.numeric
 def test_merging_different_shifts_is_exact():
     near, far, other = (rp.Activity.zeros(3).update(_normal(50, 3, mean=m, seed=int(m))) for m in (0.0, 1e4, -1e3))
     assert near.shift is None and far.shift is not None and other.shift is not None
@@ -185,6 +187,7 @@ def _assert_same_activity(subject, x, name):
             _assert_same(whole[site], again[site], name)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_and_batch_size_do_not_matter_to_a_model(family):
     with wide(subject := tiny(family, torch.float64)):
@@ -192,6 +195,7 @@ def test_padding_and_batch_size_do_not_matter_to_a_model(family):
         _assert_same_activity(subject, ids(4, 9), "padding, float64" if exact else "padding, float32 attention")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "opt", "gptj", "mixtral"])
 def test_padding_does_not_matter_to_a_model_in_float32(family):
     _assert_same_activity(tiny(family), ids(4, 9), "padding, float32")

@@ -8,6 +8,8 @@ from repedit.errors import NotConverged
 from repedit.fit import subspace
 from tests.rows import EXACT, D, K, normal, pair, spanning
 
+pytestmark = pytest.mark.numeric
+
 
 def test_a_basis_is_reduced_to_its_rank():
     basis = normal(D, 3)

@@ -32,6 +32,9 @@ from repedit.vision import (
 )
 from tests.classifiers import LIMITS, drawn, original, reading, request
 
+pytestmark = pytest.mark.numeric
+
+
 X = torch.randn(7, 2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 LAYERS = {
     "linear": lambda: nn.Linear(5 * 16, 4),

@@ -10,6 +10,8 @@ from repedit.kernels import reference
 from repedit.kernels import triton_activity as kernel
 from tests.kernels.laws import DEVICE, LAYOUTS, activity_is_the_reference, normal
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])

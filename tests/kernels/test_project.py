@@ -22,6 +22,9 @@ from tests.kernels.laws import (
     projecting_twice_is_projecting_once,
 )
 
+pytestmark = pytest.mark.numeric
+
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS, WIDTHS, RANKS = (1, 33, 199), (96, 130, 192, 576, 760), (0, 1, 5, 16)
 every_tiling = pytest.mark.parametrize("tiling", TILINGS)
