@@ -136,6 +136,10 @@ def read_weights(place: Path | str, **options: Any) -> Any:
             f"({len(report['missing_keys'])} in all), of another shape {sorted(reshaped)[:3]} ({len(reshaped)} in all); "
             "is a shard or the right config.json missing?"
         )
+    for tensor in (*model.parameters(), *model.buffers()):
+        # transformers maps the files into memory: weights would change, or the process die, when a file does.
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
     return model
 
 

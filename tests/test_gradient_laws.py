@@ -10,7 +10,7 @@ import torch
 
 import repedit as rp
 from repedit.data import Row
-from repedit.errors import FingerprintError, NoOpEdit, TrainingError
+from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, TrainingError
 from repedit.gradient import losses
 from repedit.gradient.combine import weighted_sum
 from repedit.gradient.loop import Training
@@ -390,6 +390,32 @@ def test_resume_refuses_another_seed(tmp_path):
     rp.unlearn(subject(), **options)
     with pytest.raises(FingerprintError, match="differs in seed: seed was 0, it is 1 now"):
         rp.unlearn(subject(), seed=1, **options)
+
+
+def without(tensors, name):
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+DAMAGED = {
+    "no weight": lambda t: without(t, next(n for n in t if n.startswith("w/"))),
+    "a weight of another shape": lambda t: t | {n: v[:1] for n, v in t.items() if n.startswith("w/") and v.ndim},
+    "no state of a parameter": lambda t: {n: v for n, v in t.items() if not n.startswith("optimiser/0/")},
+    "no moment": lambda t: without(t, next(n for n in t if n.endswith("exp_avg"))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_training_state_is_refused(damage, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from repedit.io.safetensors import read_header
+
+    path = tmp_path / "s.safetensors"
+    options = {**sides(), "recipe": replace(flat("ga"), steps=1), "resume": path, "progress": False}
+    rp.unlearn(subject(), **options)
+    save_file(DAMAGED[damage](load_file(path)), path, metadata=read_header(path)[1])
+    with pytest.raises(CheckpointError, match="is damaged and cannot be read as a saved training state"):
+        rp.unlearn(subject(), **options)
 
 
 # Clipping and precision

@@ -184,6 +184,14 @@ def test_a_damaged_directory_is_refused(broken, base, damage, error, message):
         rp.load(folder)
 
 
+def test_a_loaded_model_outlives_its_files(broken):
+    folder = broken(lambda f: None, "one")
+    model = rp.load(folder).model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (folder / SINGLE).write_bytes(bytes((folder / SINGLE).stat().st_size))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_a_missing_path_names_the_nearest_directories(saved):
     with pytest.raises(NotFound, match=r"onne does not exist.*did you mean 'one'.* only for 'owner/name'"):
         rp.load(saved / "onne")

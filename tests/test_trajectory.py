@@ -12,7 +12,7 @@ import repedit as rp
 from repedit.activations.prediction import Predictions
 from repedit.data import Corpus, Document
 from repedit.data.corpus import tokens
-from repedit.errors import ArgumentError, FingerprintError, FractionError, OverlapError, SelectionError
+from repedit.errors import ArgumentError, CheckpointError, FingerprintError, FractionError, OverlapError, SelectionError
 from repedit.models import Subject
 from tests.letters import Letters
 from tests.planted import NEURONS, planted, texts
@@ -113,6 +113,15 @@ def test_a_step_without_its_json_is_made_again(tmp_path):
     (tmp_path / "step-002.json").unlink()
     (tmp_path / "step-002.safetensors").write_bytes(b"half a file")
     assert _hashes(_run(resume=tmp_path)) == _hashes(_run())
+
+
+@pytest.mark.parametrize("name", ["run.json", "step-001.json", "step-001.safetensors"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"fraction": NaN}'])
+def test_a_damaged_step_is_refused(name, content, tmp_path):
+    _run(resume=tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises((CheckpointError, FingerprintError), match=str(tmp_path)):
+        _run(resume=tmp_path)
 
 
 CHANGES = {

@@ -277,8 +277,8 @@ def _restored(
     history: History,
 ) -> int:
     for site, w in bases.weights.items():
-        w.data.copy_(tensors[f"w/{site}"])
-        bases.start[site] = tensors[f"start/{site}"].to(w)
+        w.data.copy_(archive.tensor_like(tensors, f"w/{site}", w))
+        bases.start[site] = archive.tensor_like(tensors, f"start/{site}", w).to(w)
     fresh = optimizer.state_dict()
     groups: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():

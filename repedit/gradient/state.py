@@ -23,7 +23,12 @@ def save(path: Path, training: Training, key: Mapping[str, Any]) -> None:
         tensors |= {f"optimiser/{number}/{name}": whole(v) for name, v in values.items() if isinstance(v, Tensor)}
     if not training.ranks.first:
         return
-    archive.write(path, "training", tensors, {"log": training.log, "memory": training.memory, "key": dict(key)})
+    archive.write(
+        path,
+        "training",
+        tensors,
+        {"log": training.log, "memory": training.memory, "key": dict(key), "parts": sorted(tensors)},
+    )
 
 
 def restore(path: Path, training: Training, key: Mapping[str, Any]) -> None:
@@ -49,9 +54,12 @@ def restore(path: Path, training: Training, key: Mapping[str, Any]) -> None:
 
 
 def _restored(tensors: Mapping[str, Tensor], header: Mapping[str, Any], training: Training) -> None:
+    odd = sorted(set(header["parts"]) ^ set(tensors))
+    if odd:
+        raise ValueError(f"the tensor {odd[0]!r} is missing, or is one too many")
     with torch.no_grad():
         for name, p in training.trainee.tensors.items():
-            p.copy_(divided(tensors[f"w/{name}"].to(p.device), p))
+            p.copy_(divided(archive.tensor_like(tensors, f"w/{name}", p).to(p.device), p))
     groups: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimiser/"):
@@ -60,7 +68,7 @@ def _restored(tensors: Mapping[str, Tensor], header: Mapping[str, Any], training
             own = divided(value.to(like.device), like) if value.shape == like.shape else value
             groups.setdefault(int(number), {})[part] = own
     training.optimiser.load_state_dict({**training.optimiser.state_dict(), "state": groups})
-    training.log.extend(header["log"])
+    training.log.extend(dict(record) for record in header["log"])
     training.memory.update(header["memory"])
 
 

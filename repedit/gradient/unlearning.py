@@ -25,6 +25,7 @@ from repedit.gradient.reference import Reference, check_vocabulary
 from repedit.gradient.schedule import Stop
 from repedit.gradient.sharding import check_shardable
 from repedit.gradient.sharding import shard as divide
+from repedit.io.files import append, write_text
 from repedit.models import Subject
 from repedit.ranks import Ranks, joined_ranks
 
@@ -159,12 +160,11 @@ def _trained(
     training.ranks.check_same(**{"steps taken": len(training.log)})
     written = None if log is None or not training.ranks.first else Path(log)
     if written is not None:
-        written.write_text("".join(json.dumps(r) + "\n" for r in training.log), encoding="utf-8")
+        write_text(written, "".join(json.dumps(r) + "\n" for r in training.log))
 
     def after() -> None:
         if written is not None:
-            with open(written, "a", encoding="utf-8") as out:
-                out.write(json.dumps(training.log[-1]) + "\n")
+            append(written, training.log[-1])
         if path is not None and len(training.log) % (every or 20) == 0:
             state.save(path, training, key)
 

@@ -73,6 +73,14 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, header
 
 
+def tensor_like(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """The tensor of a name, refused with a ValueError where it is absent or of another shape; see `rebuilding`."""
+    if name not in tensors or tensors[name].shape != like.shape:
+        found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+        raise ValueError(f"the tensor {name!r} {found}, {tuple(like.shape)} was expected")
+    return tensors[name]
+
+
 @contextmanager
 def rebuilding(path: str | Path, kind: str) -> Iterator[None]:
     """Say which file holds the header and tensors of which no value can be made.

@@ -163,10 +163,9 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: if the path is no regular file, or cannot be written.
     """
-    data = read_bytes(path) if os.path.lexists(path) else b""
-    complete = data.rfind(b"\n") + 1
+    size, complete = _complete(path) if os.path.lexists(path) else (0, 0)
     try:
-        if complete < len(data):  # otherwise the new row would be appended to a truncated line
+        if complete < size:  # otherwise the new row would be appended to a truncated line
             os.truncate(path, complete)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -174,6 +173,20 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
     except OSError as reason:
         raise CheckpointError(f"{path} cannot be written: {_said(reason)}") from reason
+
+
+def _complete(path: Path) -> tuple[int, int]:
+    """(bytes of a file, bytes of its complete lines)."""
+    with open_regular(path) as file:
+        size = stop = file.seek(0, os.SEEK_END)
+        while stop:
+            start = max(0, stop - 65536)
+            file.seek(start)
+            end = file.read(stop - start).rfind(b"\n")
+            if end >= 0:
+                return size, start + end + 1
+            stop = start
+    return size, 0
 
 
 def _check_regular(mode: int, path: str | Path, error: type[RepeditError]) -> None:
