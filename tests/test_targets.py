@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import threading
 from pathlib import Path
@@ -311,6 +312,25 @@ def test_an_early_check_sees_the_target_that_a_kill_moved_aside(tmp_path):
     with pytest.raises(TargetExists, match="out exists"):
         check_target(tmp_path / "out")
     assert (tmp_path / "out" / "model").exists()
+
+
+def test_a_kill_while_the_replaced_target_is_removed_leaves_the_new_one_alone(tmp_path, monkeypatch):
+    exported(tmp_path / "out")
+
+    def killed():
+        monkeypatch.setattr(shutil, "rmtree", lambda path, **_: ((path / "repedit.json").unlink(), os._exit(9)))
+        write(tmp_path / "out", overwrite=True)
+
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join()
+    assert child.exitcode == 9 and tree(tmp_path / "out") == {"model": b"new"}
+    with pytest.raises(TargetExists, match="out is not replaced"):  # this one has no manifest
+        write(tmp_path / "out", overwrite=True)
+    write(tmp_path / "other")
+    shutil.rmtree(tmp_path / "out")
+    write(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
 
 
 @pytest.mark.parametrize("kind", ["a home", "a pipe", "a socket", "a link to a directory"])

@@ -65,6 +65,7 @@ def apply(
                 "largest_relative_change": record.relative_change,
                 "structure": record.structure,
                 "loaders": record.loaders,
+                "left_out": record.left_out,
             }
         )
     else:

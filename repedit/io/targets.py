@@ -25,8 +25,8 @@ from repedit.io.text import read_json
 
 MANIFEST, CARD = "repedit.json", "README.md"
 """The record of an export, which lists its other files with their hashes; and the card, which people may write on."""
-_ASIDE, _LOCK, _MARK = "replaced", "repedit.lock", "unfinished-export.json"
-_OURS = ("checkpoint", "adapter", "unedited", "finished.jsonl", _ASIDE, _MARK)
+_ASIDE, _DISCARDED, _LOCK, _MARK = "replaced", "discarded", "repedit.lock", "unfinished-export.json"
+_OURS = ("checkpoint", "adapter", "unedited", "finished.jsonl", _DISCARDED, _MARK)
 """What a workplace may hold; anything else in it is somebody's and stays."""
 _KINDS = {stat.S_IFREG: "a file", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
@@ -421,7 +421,7 @@ def _put_back(out: Path, place: Path) -> None:
     aside = place / _ASIDE
     if aside.exists() and (not os.path.lexists(out) or not_ours(aside)):
         _rename_free(aside, out)
-    _remove(aside)
+    _discard(place)
 
 
 def _rename_free(folder: Path, out: Path) -> Path:
@@ -440,11 +440,20 @@ def _rename_free(folder: Path, out: Path) -> Path:
 
 def _clear(place: Path) -> None:
     """Remove a workplace; what somebody else put into it stays, and so does the directory then."""
+    _discard(place)
     for name in _OURS:
         _remove(place / name)
     with suppress(OSError):
         (place / _LOCK).unlink()
         place.rmdir()
+
+
+def _discard(place: Path) -> None:
+    """Remove the target that was replaced, under another name first: one that a kill left half removed must not come back."""
+    _remove(place / _DISCARDED)
+    if (place / _ASIDE).exists():
+        (place / _ASIDE).rename(place / _DISCARDED)
+        _remove(place / _DISCARDED)
 
 
 def _remove(path: Path) -> None:

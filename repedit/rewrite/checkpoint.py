@@ -23,6 +23,7 @@ from repedit.errors import (
     NotFound,
     PlanMismatch,
 )
+from repedit.foreign_text import for_terminal
 from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
 from repedit.io.files import file_hash
 from repedit.io.safetensors import floating
@@ -125,7 +126,7 @@ def export(
     if structure != "keep" or len(record.loaders) == 1:
         log.info("%s is read by %s", out, " and ".join(record.loaders))
     if others.left_out:
-        lines = (f"{name} ({reason})" for name, reason in others.left_out.items())
+        lines = (f"{for_terminal(name)} ({reason})" for name, reason in others.left_out.items())
         log.warning("not part of the export to %s: %s", out, ", ".join(lines))
     return record
 
