@@ -69,7 +69,7 @@ def installed(model: nn.Module, hooks: Sequence[Hook]) -> Iterator[None]:
     A pass that is ended by an exception, or that runs only a part of the model, needs no hook to run.
 
     Raises:
-        HookError: at the end of a forward pass of the model or its base model in which a hook did not run, naming its
+        HookError: if a module is scripted, or a compiled function installs the hooks; at the end of a forward pass of the model or its base model in which a hook did not run, naming its
             module; in training mode, where a model may drop layers, on leaving, if a hook ran in no pass.
         ModelBusy: if another thread uses the model, or runs it while the hooks are installed.
     """
@@ -183,10 +183,14 @@ class _Passes:
     def __init__(self, model: nn.Module, hooks: Sequence[Hook]) -> None:
         names = {module: name for name, module in model.named_modules()}
         for hook in hooks:
-            if hook.module not in names:
+            kind = type(hook.module).__name__
+            if isinstance(hook.module, torch.jit.ScriptModule):
                 raise HookError(
-                    f"a hook is on a {type(hook.module).__name__} that is no part of the {type(model).__name__}"
+                    f"{names.get(hook.module, kind)!r} is scripted by torch.jit, where no hook runs; give the module that "
+                    "it was scripted from"
                 )
+            if hook.module not in names:
+                raise HookError(f"a hook is on a {kind} that is no part of the {type(model).__name__}")
         base = getattr(model, "base_model", model)
         self.roots = [model] if base is model or base not in names else [model, base]
         inside = [set(root.modules()) for root in self.roots]
@@ -264,7 +268,13 @@ def _eager() -> Iterator[None]:
     """torch.compile's code runs eagerly until the last thread leaves; then the stance that was set before holds again."""
     with _turn:
         if not _stance.depth:
-            _stance.before = torch.compiler.set_stance("force_eager")
+            try:
+                _stance.before = torch.compiler.set_stance("force_eager")
+            except RuntimeError as error:
+                raise HookError(
+                    "hooks cannot be installed by a function that torch.compile compiles; install them around it, where it "
+                    "then runs eagerly"
+                ) from error
         _stance.depth += 1
     try:
         yield

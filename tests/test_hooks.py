@@ -155,10 +155,6 @@ def _compiled_forward(lm):
     lm.model.forward = torch.compile(lm.model.forward, backend="eager")
 
 
-def _scripted(lm):
-    lm.model.model.layers[1].mlp = torch.jit.trace(lm.model.model.layers[1].mlp, torch.randn(3, 11, 24))
-
-
 PASSED_OVER = {
     "model.compile": lambda lm: lm.model.compile(backend="eager"),
     "base.compile": lambda lm: lm.model.model.compile(backend="eager"),
@@ -220,14 +216,44 @@ def test_the_stance_of_the_compiler_comes_back_when_the_last_context_is_left():
     assert counted
 
 
-def test_a_scripted_module_is_refused_by_name():
-    lm = tiny("llama")
-    _scripted(lm)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_modules_are_refused_by_name():
+    lm, plain = tiny("llama"), nn.Sequential(nn.Linear(3, 3), nn.Identity())
+    lm.model.model.layers[1].mlp = torch.jit.trace(lm.model.model.layers[1].mlp, torch.randn(3, 11, 24))
+    named = r"'model.layers.1.mlp.down_proj' is scripted by torch.jit, where no hook runs"
+    with pytest.raises(HookError, match=named), projection(lm, "1.mlp.out").hooked(lm):
+        pass
+    for scripted in (torch.jit.script(plain), torch.jit.trace(plain, X)):
+        with (
+            pytest.raises(HookError, match=r"is scripted by torch.jit"),
+            installed(scripted, [Hook(scripted.get_submodule("0"), "input", print)]),
+        ):
+            pass
+
+
+def test_a_module_that_is_never_called_is_refused_at_the_end_of_the_pass():
+    part = nn.Linear(3, 3)
+    model = nn.Sequential(part, nn.Identity()).eval()
+    model.forward = lambda x: nn.functional.linear(x, part.weight)
     with (
-        pytest.raises(HookError, match=r"never calls 'model.layers.1.mlp.down_proj' in a way that runs a hook"),
-        projection(lm, "1.mlp.out").hooked(lm),
+        pytest.raises(HookError, match="the forward pass never calls '0'"),
+        installed(model, [Hook(part, "input", print)]),
     ):
-        logits(lm)
+        model(X)
+
+
+def test_a_compiled_function_installs_no_hooks():
+    model = nn.Sequential(nn.Identity()).eval()
+
+    @torch.compile(backend="eager")
+    def changed(x):
+        with installed(model, [Hook(model[0], "output", lambda x: x + 1)]):
+            return model(x)
+
+    with pytest.raises(HookError, match=r"by a function that torch.compile compiles; install them around it"):
+        changed(X)
+    with installed(model, [Hook(model[0], "output", lambda x: x + 1)]):  # nothing is left of the refusal
+        assert torch.equal(model(X), NEW)
 
 
 # Every hook runs in every pass that ends.
@@ -337,7 +363,9 @@ def test_the_middle_of_a_block_needs_the_block_to_run():
             logits(lm)
         attention._forward_pre_hooks.clear()
         assert torch.equal(logits(lm), expected)  # nothing of the pass that failed is left
-        with pytest.raises(HookError, match=r"1.resid.mid: the attention ran outside its block"):
+        with pytest.raises(
+            HookError, match=r"1.resid.mid: the attention ran outside its block.*gradient_checkpointing_disable"
+        ):
             lm.model.get_submodule(lm.anatomy.branch(1, rp.Point.ATTN_OUT).joined)(torch.zeros(1, 24))
 
 

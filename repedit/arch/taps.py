@@ -67,8 +67,10 @@ def _middle(
 
     def join(out: Tensor) -> Tensor | None:
         if not seen:
-            # Activation checkpointing may compute a block's modules again without the block's own call.
-            raise HookError(f"{layer}.resid.mid: the attention ran outside its block, whose input is half of the sum")
+            raise HookError(
+                f"{layer}.resid.mid: the attention ran outside its block, whose input is half of the sum; does gradient "
+                "checkpointing compute it again? Switch that off: model.gradient_checkpointing_disable()"
+            )
         stream = seen.pop()
         new = visit(stream + out)
         return None if new is None else new - stream
