@@ -226,7 +226,7 @@ def test_scripted_modules_are_refused_by_name():
     for scripted in (torch.jit.script(plain), torch.jit.trace(plain, X)):
         with (
             pytest.raises(HookError, match=r"is scripted by torch.jit"),
-            installed(scripted, [Hook(scripted.get_submodule("0"), "input", print)]),
+            installed(scripted, [Hook(dict(scripted.named_modules())["0"], "input", print)]),
         ):
             pass
 
