@@ -80,7 +80,7 @@ def rows(items: list[Any]) -> st.SearchStrategy[bytes]:
 
 def objects(data: bytes) -> list[Any]:
     """The rows of JSON Lines that a door has taken."""
-    return [strictly_read(line) for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+    return [strictly_read(line) for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip(b" \t\r")]
 
 
 @st.composite
@@ -292,7 +292,7 @@ def right_recipe(path: Path, recipe: Any) -> None:
 
     table = tomllib.loads(path.read_text("utf-8-sig"))
     assert isinstance(recipe, rp.recipes.UnlearnRecipe) and all(map(math.isfinite, numbers(table)))
-    assert "lr" not in table or recipe.lr == table["lr"]
+    assert "lr" not in table or recipe.lr == float(table["lr"])
 
 
 MANIFEST = {"files": {"a.txt": "0" * 64, "b.txt": "1" * 64}, "format": 1, "sites": {"0.mlp.out": {"map": "x"}}}

@@ -178,6 +178,13 @@ def test_json_that_says_nothing_certain_is_refused(content, tmp_path):
         list(text.json_rows(path))
 
 
+@pytest.mark.parametrize("line", ["\x1c", "\u2028", "\xa0", "\x00"])
+def test_a_line_of_another_blank_is_no_blank_line(line, tmp_path):
+    (tmp_path / "x.jsonl").write_text(f'{{"text": "a"}}\n \t\r\n{line}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl, row 3: not JSON"):
+        rp.data.read(tmp_path / "x.jsonl")
+
+
 @pytest.mark.parametrize("value", ["\\ud83d\\ude00", "\\\\ud83d", "\\u00e9", "\\\\\\\\ud800"])
 def test_whole_pairs_and_escaped_backslashes_are_read(value):
     assert text.parse_json(f'{{"a": "{value}"}}', "here") == {"a": json.loads(f'"{value}"')}

@@ -322,7 +322,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no steps": (lambda f: ((f / "run.toml").write_text("model = 'tiny'"), gather(f)), DataError, r"run\.toml is not the file of a run: KeyError"),
     "steps without verbs": (lambda f: ((f / "run.toml").write_text("[[step]]\nout = 'a'"), gather(f)), DataError, r"it holds no \[\[step\]\] tables with a verb"),
     "no TOML": (lambda f: ((f / "run.toml").unlink(), gather(f)), NotFound, r"run\.toml is not a file; give the TOML file of a run"),
-    "another account": (lambda f: ((f / "run.account.jsonl").write_text('{"a": 1}\n'), gather(f)), CheckpointError, r"is not the account of a run: 'words'; move it away"),
+    "another account": (lambda f: ((f / "run.account.jsonl").write_text('{"a": 1}\n'), gather(f)), CheckpointError, r"is not the account of a run: a step must hold number, verb.*; found \['a'\]; move it away"),
 }  # fmt: skip
 
 

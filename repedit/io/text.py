@@ -100,7 +100,7 @@ def json_rows(path: str | Path, error: type[RepeditError] = DataError) -> Iterat
     """
     # Not splitlines: a JSON string may hold U+2028 and its like as they are.
     for number, line in enumerate(read_text(path, error).split("\n"), 1):
-        if line.strip():
+        if line.strip(" \t\r"):  # no other character is blank in JSON
             where = f"{path}, row {number}"
             try:
                 row = parse_json(line, where, error)
