@@ -8,6 +8,7 @@ import torch
 from tests import laws
 from tests.edits import fill, mask, projection
 from tests.tiny import FAMILIES, tiny
+from tests.tolerances import TABLE
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
@@ -113,3 +114,7 @@ def test_edit_round_trip(family, tmp_path: Path):
         | projection(subject, "1.resid.post", 0)
     )
     laws.round_trip(edit, tmp_path / "edit.safetensors")
+
+
+def test_every_tolerance_leaves_a_decade():
+    assert not [name for name, row in TABLE.items() if row.limit < 10 * row.worst]

@@ -65,10 +65,20 @@ def test_a_trained_edit_holds_orthonormal_bases_and_leaves_the_weights_alone(fac
 
 def test_training_lowers_the_probability_of_the_answers(facts):
     lm = small()
-    config = {**SHORT, "steps": 25, "batch_size": 8}
-    edit = mrp(lm, forget=facts.forget, retain=facts.retain, sites=SITES, rank=6, config=config, text=None)
-    losses = edit.provenance["history"]["forget"]
-    assert sum(losses[-5:]) < sum(losses[:5])
+    # Every step sees the same whole set, so that nothing but the training moves the loss; it falls by .14 to .22.
+    config = {**SHORT, "steps": 12, "batch_size": 99, "kl_weight": 0.0, "forget_at": "everywhere", "shown": 0}
+    for seed in range(3):
+        edit = mrp(
+            lm,
+            forget=facts.forget,
+            retain=facts.retain,
+            sites=SITES,
+            rank=6,
+            config={**config, "seed": seed},
+            text=None,
+        )
+        losses = edit.provenance["history"]["forget"]
+        assert losses[-1] < losses[0] - 0.03
 
 
 def test_the_same_seed_gives_the_same_edit_and_another_seed_another(facts):

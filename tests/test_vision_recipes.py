@@ -313,11 +313,21 @@ def test_a_mask_that_is_not_used_is_caught(setting, monkeypatch):
         only_salient_weights_move(*setting, 80)
 
 
-def test_scrub_ascends_only_in_its_first_epochs(setting):
+def test_scrub_ascends_only_in_its_first_epochs(setting, monkeypatch):
+    """Minus a divergence on the forget images once, and a divergence with a cross entropy on the retain images each epoch."""
+    from repedit.vision import distilling
+
     model, task, splits = setting
-    near, away = (scrub(model, task, splits, epochs=2, max_epochs=n, lr=1e-4) for n in (0, 2))
-    loss = [float(task.losses(apply(d, model), splits.forget).mean()) for d in (near, away)]
-    assert loss[1] > loss[0]
+    seen, plain = [], distilling.descend
+
+    def descend(student, optimiser, images, loss, **options):
+        plain(student, optimiser, images, loss, **options)
+        with torch.no_grad():
+            seen.append((images is splits.forget, float(loss(student, images)) < 0))
+
+    monkeypatch.setattr(distilling, "descend", descend)
+    scrub(model, task, splits, epochs=2, max_epochs=1)
+    assert seen == [(True, True), (False, False), (False, False)]
     with pytest.raises(ArgumentError, match="max_epochs=3 with epochs=2"):
         scrub(model, task, splits, epochs=2, max_epochs=3)
     with pytest.raises(ArgumentError, match="percentile=100"):
@@ -326,5 +336,6 @@ def test_scrub_ascends_only_in_its_first_epochs(setting):
 
 def test_ascent_raises_the_loss(setting):
     model, task, splits = setting
-    edited = apply(ascend(model, task, splits, epochs=2), model)
-    assert float(task.losses(edited, splits.forget).mean()) > float(task.losses(model, splits.forget).mean())
+    edited = apply(ascend(model, task, splits, epochs=4, lr=1e-2), model)
+    # By .09 to 1.2 over three seeds.
+    assert float(task.losses(edited, splits.forget).mean()) > float(task.losses(model, splits.forget).mean()) + 0.01
