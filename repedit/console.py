@@ -100,19 +100,20 @@ def comparison_rows(comparison: Any) -> list[list[Any]]:
     for name, before in comparison.base.items():
         after, found = comparison.edited[name], comparison.effect(name)
         rows.append([
-            name, f"{before.top1:.1%}", f"{after.top1:.1%}", f"{found.drop:.1f} % ({found.low:.1f} to {found.high:.1f})",
+            name, f"{before.top1:.1%}", f"{after.top1:.1%}", found.percentage,
             f"{before.perplexity:.1f}", f"{after.perplexity:.1f}", int(before.count.sum()),
         ])  # fmt: skip
     return rows
 
 
+def percent(value: float) -> str:
+    """A percentage or a difference of two, or that it is a division by nothing."""
+    return "not defined" if value != value else f"{value:.1f}"
+
+
 def effect_rows(effects: Any) -> list[list[str]]:
     """One row an edit: both drops with their intervals, and their difference."""
-
-    def cell(effect: Any) -> str:
-        return f"{effect.drop:.1f} ({effect.low:.1f} to {effect.high:.1f})"
-
-    return [[label, cell(f), cell(r), f"{f.drop - r.drop:.1f}"] for label, (f, r) in effects.items()]
+    return [[label, f.percentage, r.percentage, percent(f.drop - r.drop)] for label, (f, r) in effects.items()]
 
 
 COMPARISON_COLUMNS = (
@@ -127,7 +128,7 @@ def comparison_json(comparison: Any) -> dict[str, Any]:
         after, change = comparison.edited[name], comparison.effect(name)
         found[name] = {
             "top1": [before.top1, after.top1], "perplexity": [before.perplexity, after.perplexity],
-            "drop_percent": change.drop, "interval": [change.low, change.high], "tokens": int(before.count.sum()),
+            **change.plain(), "tokens": int(before.count.sum()),
         }  # fmt: skip
     texts = zip(comparison.prompts, comparison.base_text, comparison.edited_text, strict=True)
     return {"corpora": found, "generations": [{"prompt": p, "base": a, "edited": b} for p, a, b in texts]}

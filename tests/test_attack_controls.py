@@ -15,7 +15,7 @@ from repedit.attacks.controls.taught import continued, taught, untaught, vocabul
 from repedit.attacks.families import rounding
 from repedit.attacks.judging.evidence import WORDS
 from repedit.data import Row, with_paraphrases
-from repedit.data.domains import normalized
+from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, TrainingError
 from repedit.metrics.generation import continuations
 from repedit.models import Subject, load, subject_of

@@ -10,7 +10,7 @@ import pytest
 from repedit.attacks.judging import floors
 from repedit.attacks.judging.floors import choices_only, fresh_facts, heuristic_values, spelling_values
 from repedit.data import DOMAINS, Fact, Facts, Splits, facts, invented
-from repedit.data.domains import normalized
+from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError
 from repedit.metrics.probability import facts_accuracy
 from tests.letters import Letters

@@ -18,7 +18,7 @@ from repedit.attacks.families.prompts import PREFIXES, direct, in_context, missp
 from repedit.attacks.families.samples import sampling
 from repedit.attacks.families.stripping import strip
 from repedit.data import Fact, Splits
-from repedit.data.domains import normalized
+from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, OverlapError, UnknownName
 from repedit.metrics import probability
 from repedit.metrics.probability import FactsAccuracy

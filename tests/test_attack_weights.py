@@ -15,7 +15,7 @@ from repedit.attacks.families import rounding
 from repedit.attacks.families.perturb import line_to, perturb, pruned, saliency, set_difference
 from repedit.attacks.families.rounding import BITS, LEVELS, projections, quantize, rounded, survival
 from repedit.data import Fact, Facts, Splits
-from repedit.data.rows import encoded
+from repedit.data.encoding import encoded
 from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite, QuantizedModel, UnknownName
 from repedit.models import Subject
 from tests.saved import byte_tokenizer

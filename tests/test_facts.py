@@ -10,7 +10,7 @@ import pytest
 
 import repedit as rp
 from repedit.data import DOMAINS, Fact, Facts
-from repedit.data.domains import normalized
+from repedit.data.grading import normalized
 from repedit.errors import (
     ArgumentError,
     DataError,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any
@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from repedit.data import Batch, Batches
-from repedit.errors import check_whole, during
+from repedit.data import Batch, Batches, Corpus, Facts, Rows
+from repedit.errors import DataError, check_whole, during
 from repedit.models import Subject
 
 
@@ -26,13 +26,61 @@ def batches(
         ArgumentError: if the length or the batch size is no whole number of at least 1.
     """
     check_whole(length=length, batch_size=batch_size)
-    tokenizer = subject.tokenizer if not hasattr(corpus, "documents") else subject.need_tokenizer()
-    items = list(corpus.batches(tokenizer, length=length, batch_size=batch_size))
+    items = list(batches_of(subject, corpus, length=length, batch_size=batch_size))
     for batch in tqdm(
         items, desc=f"{label} {corpus.name}", disable=None if progress is None else not progress, leave=False
     ):
         values = {f.name: getattr(batch, f.name) for f in fields(batch)}
         yield replace(batch, **{name: v.to(subject.device) for name, v in values.items() if isinstance(v, Tensor)})
+
+
+def batches_of(subject: Subject, corpus: Batches, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
+    """The batches of a corpus in the tokens of a model, each checked before the model reads it.
+
+    Raises:
+        ArgumentError: if the corpus is text and the model has no tokenizer.
+        DataError: if a token id or position is out of the model's range, with the document or row.
+    """
+    tokenizer = subject.need_tokenizer() if isinstance(corpus, Corpus | Rows | Facts) else subject.tokenizer
+    for batch in corpus.batches(tokenizer, length=length, batch_size=batch_size):
+        ids, mask = batch.input_ids, batch.attention_mask
+        whole = not ids.numel() or bool(mask[:, 0].all())
+        for row, name in enumerate(batch.document):
+            # Padding on the right takes up positions, on the left none; its ids go through the embedding on both sides.
+            size = ids.shape[1] if whole else int(mask[row].sum())
+            check_ids(subject, ids[row].tolist(), f"{corpus.name!r}, row {name!r}", size=size)
+        yield batch
+
+
+def check_ids(subject: Subject, ids: Sequence[int], where: str, *, size: int | None = None) -> None:
+    """Refuse token ids that the model has no embedding for, and more of them than it has positions.
+
+    Args:
+        size: positions that are taken; None for as many as there are ids.
+    Raises:
+        DataError: with the first such id and its index, or both lengths.
+    """
+    table, limit = subject.model.get_input_embeddings(), positions_of(subject)
+    rows = getattr(table, "num_embeddings", None) or table.weight.shape[0]
+    if ids and not (min(ids) >= 0 and max(ids) < rows):
+        at = next(i for i, token in enumerate(ids) if not 0 <= token < rows)
+        raise DataError(
+            f"{where}: token {at} has the id {ids[at]}, the model has embeddings for 0 to {rows - 1}; give the tokenizer that "
+            "belongs to the model, or resize its embeddings (model.resize_token_embeddings)"
+        )
+    size = len(ids) if size is None else size
+    if limit is not None and size > limit:
+        raise DataError(
+            f"{where} has {size} tokens, the model has {limit} positions; shorten it, or give a lower length"
+        )
+
+
+def positions_of(subject: Subject) -> int | None:
+    """How many positions the model has; None where any can be computed, as rotary ones are."""
+    config = subject.model.config.get_text_config()
+    if getattr(config, "rope_parameters", None):
+        return None
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def inputs_of(batch: Batch) -> dict[str, Any]:

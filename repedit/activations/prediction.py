@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,14 +123,28 @@ class Effect:
     """What an edit did to one set of texts: relative change of top-1 accuracy, with a paired bootstrap interval."""
 
     drop: float
-    """100 (1 - edited / original), per cent."""
+    """100 (1 - edited / original), per cent; NaN where the original predicts nothing right."""
     low: float
     high: float
+    """Of the 95 % interval; both NaN where the original predicts nothing right in a resample."""
     loss_rise: float
     """Nats a token."""
 
     def __str__(self) -> str:
-        return f"drop {self.drop:.1f} % ({self.low:.1f} to {self.high:.1f}), loss {self.loss_rise:+.2f} nats a token"
+        return f"drop {self.percentage}, loss {self.loss_rise:+.2f} nats a token"
+
+    @property
+    def percentage(self) -> str:
+        """The drop with its interval, in words where it is not defined."""
+        if math.isnan(self.drop):
+            return "not defined: nothing was right before the edit"
+        interval = "interval not defined: too little was right before the edit"
+        return f"{self.drop:.1f} % ({interval if math.isnan(self.low) else f'{self.low:.1f} to {self.high:.1f}'})"
+
+    def plain(self) -> dict[str, Any]:
+        """The drop in per cent and its interval as JSON values, None where not defined."""
+        values = [None if math.isnan(value) else value for value in (self.drop, self.low, self.high)]
+        return {"drop_percent": values[0], "interval": None if None in values[1:] else values[1:]}
 
 
 def effect(original: Predictions, edited: Predictions, *, resamples: int = 1000, seed: int = 0) -> Effect:
@@ -141,15 +157,16 @@ def effect(original: Predictions, edited: Predictions, *, resamples: int = 1000,
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(original.ids), (resamples, len(original.ids)))
     before, after = (p.hits[draws].sum(1) / np.maximum(p.count[draws].sum(1), 1) for p in (original, edited))
-    low, high = np.quantile(100 * (1 - after / np.maximum(before, 1e-12)), [0.025, 0.975])
+    defined = bool((before > 0).all())
+    low, high = np.quantile(100 * (1 - after / before), [0.025, 0.975]) if defined else (math.nan, math.nan)
     rise = edited.mean_loss - original.mean_loss
     return Effect(drop(original, edited), float(low), float(high), rise)
 
 
 def drop(original: Predictions, edited: Predictions) -> float:
-    """Relative drop of top-1 accuracy in per cent: 100 (1 - edited / original); 0 where the original has none right."""
+    """Relative drop of top-1 accuracy in per cent: 100 (1 - edited / original); NaN where the original has none right."""
     check_same_chunks(original, edited)
-    return 100 * (1 - edited.top1 / original.top1) if original.top1 else 0.0
+    return 100 * (1 - edited.top1 / original.top1) if original.top1 else math.nan
 
 
 def check_same_chunks(original: Predictions, edited: Predictions) -> None:

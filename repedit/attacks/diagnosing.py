@@ -15,7 +15,8 @@ from repedit.attacks.asking import ask
 from repedit.attacks.families.reading import captured
 from repedit.attacks.scratch import Scratch
 from repedit.data import Fact
-from repedit.data.rows import encoded, entity_end
+from repedit.data.encoding import encoded, entity_end
+from repedit.errors import NotFinite
 from repedit.hooks import evaluating, installed
 from repedit.metrics.probability import lengths
 from repedit.models import Subject
@@ -33,6 +34,7 @@ class _Item(NamedTuple):
     ids: list[int]
     start: int
     entity: int
+    name: str
 
 
 def line(edited: Subject, original: Subject, facts: Sequence[Fact]) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def uds(edited: Subject, original: Subject, reference: Subject, facts: Sequence[
 def _item(tokenizer: Any, fact: Fact) -> _Item | None:
     ids, start = encoded(tokenizer, fact.prompt, fact.answer)
     entity = entity_end(tokenizer, fact.prompt, fact.entity)
-    return None if entity is None or not 0 < start < len(ids) else _Item(ids, start, min(entity, start - 1))
+    return None if entity is None or not 0 < start < len(ids) else _Item(ids, start, min(entity, start - 1), fact.id)
 
 
 def _states(subject: Subject, items: Sequence[_Item]) -> Mapping[Site, Float[Tensor, "n d"]]:
@@ -113,6 +115,8 @@ def _graded(
         for row, i in enumerate(part):
             span = torch.arange(items[i].start, len(items[i].ids), device=subject.device)
             found[i] = logs[row, span - 1, ids[row, span]].double().sum().cpu()
+            if not bool(torch.isfinite(found[i])):
+                raise NotFinite(f"fact {items[i].name!r}: log P(answer) is {found[i]}; load the model in float32?")
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from repedit.data import Batches, Fact, Facts, Splits, as_batches, by_domain, prose, with_choices
-from repedit.data.domains import normalized
+from repedit.data.grading import normalized
 from repedit.data.splits import entity_of
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
 

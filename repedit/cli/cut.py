@@ -164,7 +164,10 @@ def _show(found: Any, out: Path, dry_run: bool, plan: str, json: bool) -> None:
     from repedit import console
 
     if json:
-        drops = {label: {"forget": f.drop, "retain": r.drop} for label, (f, r) in found.effects.items()}
+        drops = {
+            label: {"forget": f.plain()["drop_percent"], "retain": r.plain()["drop_percent"]}
+            for label, (f, r) in found.effects.items()
+        }
         held = {"drops": drops, "pruned": found.count, "out": str(out), "dry_run": dry_run}
         console.show_json(held | ({"plan": plan.splitlines()} if plan else {}))
     else:

@@ -62,8 +62,8 @@ def _show_pruning(found: Any) -> None:
         [
             [
                 label,
-                *(f"{drops[name][i]:.1f}" for name in ("code", "prose")),
-                f"{drops['code'][i] - drops['prose'][i]:.1f}",
+                *(console.percent(drops[name][i]) for name in ("code", "prose")),
+                console.percent(drops["code"][i] - drops["prose"][i]),
             ]
             for i, label in enumerate(("neurons specific to code", "as many random neurons in each layer"))
         ],

@@ -12,7 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from repedit.data.domains import Fact, Facts, drawn, normalized, with_choices
+from repedit.data.domains import Fact, Facts, drawn, with_choices
+from repedit.data.grading import normalized
 from repedit.data.records import recorded
 from repedit.errors import NotFound, UnknownName, nearest
 from repedit.io.files import is_file, user_path

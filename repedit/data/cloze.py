@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from repedit.data.corpus import Corpus, Document
-from repedit.data.domains import Fact, Facts, drawn, normalized
+from repedit.data.domains import Fact, Facts, drawn
+from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, NotEnoughRows
 
 PYTHON = (
@@ -60,16 +61,17 @@ def _taken(corpus: Corpus, count: int, characters: int, lines: re.Pattern[str], 
     """Gaps from every document in turn; no word is an answer twice in one document."""
     order = random.Random(seed).sample(list(corpus.documents), len(corpus))
     queues = [_gaps(document, characters, lines, seed) for document in order]
-    found: list[_Gap] = []
+    found: dict[str, _Gap] = {}
     while queues and len(found) < count:
         left = []
         for queue in queues:
             gap = next(queue, None)
             if gap is not None:
-                found.append(gap)
+                # A line of many documents goes on in several ways: one prompt has one answer.
+                found.setdefault(gap.prompt, gap)
                 left.append(queue)
         queues = left
-    return found[:count]
+    return list(found.values())[:count]
 
 
 def _gaps(document: Document, characters: int, lines: re.Pattern[str], seed: int) -> Iterator[_Gap]:

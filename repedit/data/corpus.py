@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from repedit.data.encoding import beginning, text_ids
 from repedit.errors import ArgumentError, DataError, NotEnoughRows
 from repedit.io.text import check_text
 
@@ -65,7 +66,8 @@ class Corpus:
 
     def __post_init__(self) -> None:
         ids = [d.id for d in self.documents]
-        for document in self.documents:
+        for number, document in enumerate(self.documents):
+            check_text(document.id, f"corpus {self.name!r}: the id of document {number}")
             check_text(document.text, f"corpus {self.name!r}: document {document.id!r}")
         if not any(d.text.strip() for d in self.documents):
             raise DataError(f"corpus {self.name!r} is empty: {len(ids)} documents, none with text")
@@ -148,7 +150,7 @@ class Corpus:
         Raises:
             ArgumentError: if chunks of that length predict nothing.
         """
-        prefix = list(tokenizer("")["input_ids"])
+        prefix = beginning(tokenizer)
         if length < len(prefix) + 2 or batch_size < 1:
             raise ArgumentError(
                 f"length={length}, batch_size={batch_size}: a chunk needs at least {len(prefix) + 2} tokens "
@@ -156,7 +158,7 @@ class Corpus:
             )
         chunks: list[tuple[str, list[int]]] = []
         for document in self.documents:
-            ids = tokenizer(document.text, add_special_tokens=False)["input_ids"] if document.text else []
+            ids = text_ids(tokenizer, document.text)
             step = length - len(prefix)
             chunks += [(document.id, prefix + ids[i : i + step]) for i in range(0, len(ids), step) if len(ids) - i > 1]
         chunks.sort(key=lambda chunk: -len(chunk[1]))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from repedit.data.corpus import Batch
+from repedit.data.grading import normalized, spelled
 from repedit.data.rows import Row, Rows, check_ids, row_hash
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
 
@@ -20,9 +19,11 @@ from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
 class Fact(Row):
     """A row about one entity, that can be asked in several ways.
 
+    White space around the answer and the choices is taken off: they follow the prompt as `joined` says.
+
     Raises:
         DataError: if prompt or answer is blank, the answer is not among the choices, there is one choice, or a choice
-            appears twice.
+            is blank or appears twice.
     """
 
     choices: tuple[str, ...] = ()
@@ -37,19 +38,32 @@ class Fact(Row):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        what = f"fact {self.id!r}"
+        for name in ("choices", "paraphrases"):
+            texts = getattr(self, name)
+            if isinstance(texts, str) or not isinstance(texts, Sequence):
+                raise DataError(f"{what}: the field {name!r} is {texts!r}; give a sequence of texts")
+            for number, text in enumerate(texts):
+                check_text(text, f"{what}: text {number} of the {name}")
+            object.__setattr__(self, name, tuple(texts))
         for name, value in (("prompt", self.prompt), ("answer", self.answer), ("id", self.id)):
             if not value.strip():
-                raise DataError(f"fact {self.id!r}: the field {name!r} is {value!r}; give a text")
-        choices = [choice.strip() for choice in self.choices]
-        twice = next((c for c in choices if choices.count(c) > 1), None)
-        if twice is not None:
-            raise DataError(f"fact {self.id!r}: the choice {twice!r} appears twice in {choices}")
+                raise DataError(f"{what}: the field {name!r} is {value!r}; give a text")
+        choices = {spelled(choice): choice.strip() for choice in self.choices}
+        if "" in choices:
+            raise DataError(f"{what}: a choice of {list(self.choices)} is blank; give a text or leave it out")
+        if len(choices) < len(self.choices):
+            names = [spelled(choice) for choice in self.choices]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{what}: the choice {twice!r} appears twice in {list(self.choices)}")
         if len(choices) == 1:
-            raise DataError(f"fact {self.id!r}: one choice, {choices}; give at least 2, or none")
-        if choices and self.answer not in self.choices:
-            raise DataError(f"fact {self.id!r}: the answer {self.answer!r} is not among the choices {choices}")
+            raise DataError(f"{what}: one choice, {list(self.choices)}; give at least 2, or none")
+        if choices and spelled(self.answer) not in choices:
+            raise DataError(f"{what}: the answer {self.answer!r} is not among the choices {list(self.choices)}")
         if self.split not in (None, "T", "V"):
-            raise DataError(f"fact {self.id!r}: the field 'split' is {self.split!r}; give 'T', 'V' or nothing")
+            raise DataError(f"{what}: the field 'split' is {self.split!r}; give 'T', 'V' or nothing")
+        object.__setattr__(self, "choices", tuple(choices.values()))
+        object.__setattr__(self, "answer", choices.get(spelled(self.answer), self.answer.strip()))
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -63,7 +77,7 @@ class Facts:
 
     Raises:
         NotEnoughRows: if there are fewer than two facts to forget.
-        DataError: if an id appears twice on one side.
+        DataError: if an id appears twice on one side, or a prompt with two answers.
         OverlapError: if the sides share an id, or a prompt with its answer.
     """
 
@@ -81,6 +95,7 @@ class Facts:
             other = seen.setdefault(normalized(fact.text), fact.id)
             if other != fact.id:
                 raise DataError(f"facts {self.name!r}: {other!r} and {fact.id!r} have one prompt and answer; drop one")
+        _check_one_answer((*self.forget, *self.retain), f"facts {self.name!r}")
         for what, key in (("ids", lambda f: f.id), ("prompts with answers", lambda f: normalized(f.text))):
             both = sorted({key(f) for f in self.forget} & {key(f) for f in self.retain})
             if both:
@@ -103,6 +118,18 @@ class Facts:
     def batches(self, tokenizer: Any, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
         """The facts to forget as rows; see `Rows.batches`."""
         yield from Rows(self.forget, self.name).batches(tokenizer, length=length, batch_size=batch_size)
+
+
+def _check_one_answer(items: Iterable[Fact], where: str) -> None:
+    """Refuse facts of which two have one prompt and different answers: they cannot both be right."""
+    first: dict[str, Fact] = {}
+    for fact in items:
+        other = first.setdefault(" ".join(fact.prompt.split()), fact)
+        if spelled(other.answer) != spelled(fact.answer):
+            raise DataError(
+                f"{where}: {other.id!r} and {fact.id!r} ask {fact.prompt[:80]!r} and have two answers, {other.answer!r} and "
+                f"{fact.answer!r}; keep one, or say in the prompts what differs"
+            )
 
 
 def by_domain(items: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
@@ -155,15 +182,3 @@ def with_choices(items: Sequence[Fact], *, seed: int = 0, count: int = 8) -> tup
 def drawn(items: Iterable[str], key: str) -> tuple[str, ...]:
     """The items in an order that depends on the key and on themselves alone, not on the order given."""
     return tuple(sorted(items, key=lambda item: hashlib.sha256(f"{key}\0{item}".encode()).digest()))
-
-
-def holds(text: str, answer: str) -> bool:
-    """Whether the normalised answer stands in the normalised text as whole words; the bare answer where it has no words."""
-    words = normalized(answer)
-    return f" {words} " in f" {normalized(text)} " if words else answer in text
-
-
-def normalized(text: str) -> str:
-    """Lower-case words without accents and punctuation, joined by one space."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    return " ".join(re.findall(r"\w+", plain))

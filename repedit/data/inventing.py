@@ -6,7 +6,8 @@ import random
 from typing import NamedTuple
 
 from repedit.data.catalogue import CHOICES
-from repedit.data.domains import Fact, Facts, drawn, normalized
+from repedit.data.domains import Fact, Facts, drawn
+from repedit.data.grading import normalized
 from repedit.errors import ArgumentError
 
 

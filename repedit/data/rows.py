@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from repedit.data.corpus import Batch, Batches, Corpus, Document
+from repedit.data.encoding import Encoded, encoded, entity_end, joined
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and the answer that should follow it."""
+    """A prompt and the answer that should follow it.
+
+    Raises:
+        DataError: if a field is no text.
+    """
 
     prompt: str
     answer: str
@@ -34,20 +38,15 @@ class Row:
     """What the row is about, as it is written in the prompt; empty where there is no such thing."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "answer"):
+        for name in ("id", "prompt", "answer", "entity"):
             check_text(getattr(self, name), f"row {self.id!r}: the {name}")
+        if self.alternative is not None:
+            check_text(self.alternative, f"row {self.id!r}: the alternative")
 
     @property
     def text(self) -> str:
         """Prompt and answer as one text."""
         return joined(self.prompt, self.answer)
-
-
-class Encoded(NamedTuple):
-    """The token ids of a text, and where its answer begins."""
-
-    ids: list[int]
-    start: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,36 +122,6 @@ def as_batches(source: Any, *, name: str = "rows") -> Batches:
     )
 
 
-def joined(prompt: str, answer: str) -> str:
-    """Prompt, one space and answer; no space where the prompt is empty or ends in white space."""
-    return prompt + ("" if not prompt or prompt[-1].isspace() else " ") + answer
-
-
-def encoded(tokenizer: Any, prompt: str, answer: str) -> Encoded:
-    """The tokens of prompt and answer as one text, and the index of the answer's first token.
-
-    The answer begins where the tokens of the whole text leave those of the prompt alone.
-    """
-    prefix = list(tokenizer("")["input_ids"])
-    ids = _ids(tokenizer, joined(prompt, answer))
-    return Encoded(prefix + ids, len(prefix) + shared(ids, _ids(tokenizer, prompt)))
-
-
-def entity_end(tokenizer: Any, prompt: str, entity: str) -> int | None:
-    """Index of the token that holds the last letter of the entity's last mention in the prompt; None without one."""
-    mentions = list(re.finditer(rf"(?<!\w){re.escape(entity)}(?!\w)", prompt, re.IGNORECASE)) if entity else []
-    if not mentions:
-        return None
-    upto = _ids(tokenizer, prompt[: mentions[-1].end()])
-    same = shared(upto, _ids(tokenizer, prompt))
-    return len(tokenizer("")["input_ids"]) + min(same, len(upto) - 1)
-
-
-def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def check_ids(items: Sequence[Row], where: str) -> None:
     """Refuse rows of which two have one id.
 
@@ -172,10 +141,6 @@ def row_hash(items: Sequence[Row]) -> str:
     for row in items:
         digest.update(json.dumps(asdict(row), sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def _padded(rows: Sequence[Row], found: Sequence[Encoded], ends: Sequence[int | None], pad: int) -> Batch:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from repedit.data.domains import Fact, Facts, drawn, normalized
+from repedit.data.domains import Fact, Facts, drawn
+from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, FractionError, NotEnoughRows, OverlapError, check_seed
 
 

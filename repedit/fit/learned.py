@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from repedit.activations.passes import batches_of
 from repedit.arch import hooks_at
 from repedit.data import Batch, Batches, Corpus
 from repedit.edit import Edit
@@ -193,7 +194,6 @@ def _stream(subject: Subject, corpus: Batches, steps: int, batch_size: int, leng
     """Batches without end; a Corpus gives one chunk an excerpt, so that steps see many documents."""
     if isinstance(corpus, Corpus):
         corpus = corpus.excerpts(steps * batch_size, characters=int(length * _CHARACTERS_A_TOKEN), seed=seed)
-    tokenizer = subject.need_tokenizer() if isinstance(corpus, Corpus) else subject.tokenizer
-    items = list(corpus.batches(tokenizer, length=length, batch_size=batch_size))[:steps]
+    items = list(batches_of(subject, corpus, length=length, batch_size=batch_size))[:steps]
     device = subject.device
     return cycle([Batch(b.input_ids.to(device), b.attention_mask.to(device), b.document) for b in items])

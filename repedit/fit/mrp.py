@@ -106,7 +106,7 @@ def mrp(
         training_rows(source, role, shown=settings.shown, seed=settings.seed)
         for role, source in (("forget", forget), ("retain", retain))
     )
-    check_disjoint(bad, good)
+    check_disjoint(subject, bad, good, length=settings.length)
     kept = prose() if text == "prose" else None if text is None else training_rows(text, "text")
     sites = early_sites(subject) if sites is None else sites
     shared = sites == "stream"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repedit.activations.passes import at_least_float32, inputs_of
 from repedit.data import Batch
-from repedit.data.rows import shared
+from repedit.data.encoding import shared
 from repedit.errors import TrainingError
 from repedit.fit.sampling import Sampler
 from repedit.models import Subject

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repedit.data import Batch, Batches, Corpus, Fact, Facts, Rows, as_batches, by_domain, with_paraphrases
+from repedit.activations.passes import batches_of
+from repedit.data import Batch, Batches, Document, Fact, Facts, Rows, as_batches, by_domain, with_paraphrases
 from repedit.data.demonstrations import with_demonstrations
 from repedit.data.rows import Row
 from repedit.errors import DataError, OverlapError
@@ -53,14 +54,20 @@ def neighbours(forget: Batches, retain: Batches) -> tuple[Batches | None, Batche
     return near, rest
 
 
-def check_disjoint(forget: Batches, retain: Batches) -> None:
-    """Refuse sets that share rows.
+def check_disjoint(subject: Subject, forget: Batches, retain: Batches, *, length: int = 128) -> None:
+    """Refuse sets that share rows: one text, or one row of tokens, special ones at its ends apart.
 
+    Args:
+        length: longest chunk of running text, as it is trained on.
     Raises:
         OverlapError: with the number of shared rows, and the first of them.
     """
     mine, theirs = _texts(forget), _texts(retain)
     both = [text for text in mine if text in theirs]
+    if not both and not (mine and theirs):
+        # Tokens have no text, so the other side is compared in tokens too.
+        rows = [_token_rows(subject, corpus, length) for corpus in (forget, retain)]
+        both = [name for ids, name in rows[0].items() if ids in rows[1]]
     if both or forget.hash == retain.hash:
         first = f", the first is {both[0][:80]!r}" if both else ""
         raise OverlapError(
@@ -73,8 +80,7 @@ class Sampler:
     """Rows of a corpus in batches of about one length, drawn without replacement in epochs."""
 
     def __init__(self, subject: Subject, corpus: Batches, size: int, *, length: int, seed: int) -> None:
-        tokenizer = subject.need_tokenizer() if isinstance(corpus, Corpus | Rows | Facts) else subject.tokenizer
-        found = corpus.batches(tokenizer, length=length, batch_size=64)
+        found = batches_of(subject, corpus, length=length, batch_size=64)
         self.rows = [row for batch in found for row in _single(batch, subject.device)]
         if not self.rows:
             raise DataError(f"{corpus.name!r} gives no rows; nothing can be trained on it")
@@ -134,5 +140,21 @@ def _single(batch: Batch, device: torch.device) -> list[Batch]:
 
 
 def _texts(corpus: Batches) -> dict[str, None]:
+    """The texts of a corpus, rows or facts; none of what is made of tokens."""
     items = getattr(corpus, "items", getattr(corpus, "documents", getattr(corpus, "forget", ())))
-    return dict.fromkeys(item.text for item in items if isinstance(item, Row) or hasattr(item, "text"))
+    return dict.fromkeys(item.text for item in items if isinstance(item, Row | Document) and item.text.strip())
+
+
+def _token_rows(subject: Subject, corpus: Batches, length: int) -> dict[tuple[int, ...], str]:
+    """The name of each row by its token ids, without special ones at its ends."""
+    special = set(getattr(subject.tokenizer, "all_special_ids", ()))
+    rows: dict[tuple[int, ...], str] = {}
+    for batch in batches_of(subject, corpus, length=length, batch_size=64):
+        for name, row, mask in zip(batch.document, batch.input_ids, batch.attention_mask, strict=True):
+            ids = row[mask].tolist()
+            while ids and ids[-1] in special:
+                ids.pop()
+            start = next((i for i, token in enumerate(ids) if token not in special), len(ids))
+            rows.setdefault(tuple(ids[start:]), name)
+    rows.pop((), None)
+    return rows

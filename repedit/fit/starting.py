@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repedit.activations.collection import Collection, collect
 from repedit.activations.counting import marked
+from repedit.activations.passes import batches_of
 from repedit.data import Batch, Batches, Facts, Rows
 from repedit.edit import Edit
 from repedit.errors import DataError, RepeditError, UnknownName, nearest
@@ -117,7 +118,7 @@ class _Answers:
 
     def __init__(self, subject: Subject, corpus: Batches) -> None:
         found: set[tuple[int, ...]] = set()
-        for batch in corpus.batches(subject.tokenizer, batch_size=64):
+        for batch in batches_of(subject, corpus, batch_size=64):
             if batch.answer is None:
                 raise DataError(f"method='leace' needs rows with marked answers; {corpus.name!r} marks none")
             found |= set(answers_of(batch))

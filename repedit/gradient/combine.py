@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repedit.errors import UnknownName, check_finite, check_positive, nearest
+from repedit.errors import TrainingError, UnknownName, check_finite, check_positive, nearest
 from repedit.gradient.tensors import is_sharded, local
 
 CHUNK = 1 << 20
 """Entries that are widened to float64 at a time."""
+_NOTHING = 1e-20
+"""The mean squared entry up to which a gradient counts as zero."""
 Gradients = Sequence[Tensor | None]
 """One a parameter; None where a parameter has no part in a loss."""
 
@@ -43,7 +45,14 @@ class Dots(NamedTuple):
     @property
     def vanished(self) -> bool:
         """Whether there is no forget gradient to speak of."""
-        return self.forget <= 1e-20 * self.entries
+        return self.forget <= _NOTHING * self.entries
+
+    @property
+    def present(self) -> Dots:
+        """The same with zeros in place of what there is nothing to speak of, so that nothing is divided by rounding noise."""
+        forget = 0.0 if self.vanished else self.forget
+        retain = 0.0 if self.retain <= _NOTHING * self.entries else self.retain
+        return self._replace(forget=forget, retain=retain, both=self.both if forget and retain else 0.0)
 
 
 class Moment(NamedTuple):
@@ -61,7 +70,7 @@ class Combiner:
 
     name: str
     weights: Callable[[Dots, Moment], tuple[float, float]]
-    """(a, b) of G = a g_f + b g_r."""
+    """(a, b) of G = a g_f + b g_r. An inner product is 0 where a gradient vanishes; a forget gradient that does has a = 0."""
     options: Mapping[str, Any] = field(default_factory=dict)
     separate: bool = True
     """Whether the two gradients are needed apart; False saves one copy of them."""
@@ -116,7 +125,7 @@ def blur(
             return gamma, alpha
         if role_first == "retain":
             return (gamma, alpha - gamma * dots.both / dots.retain) if dots.retain else (gamma, alpha)
-        return gamma - alpha * dots.both / dots.forget, alpha
+        return (gamma - alpha * dots.both / dots.forget, alpha) if dots.forget else (gamma, alpha)
 
     options = {"gamma": gamma, "alpha": alpha, "when": when, "scope": scope, "role_first": role_first}
     return Combiner("blur", weights, options, per_tensor=scope == "tensor")
@@ -128,10 +137,10 @@ def conflict_only(gamma: float = 1.0, alpha: float = 1.0) -> Combiner:
 
 
 def norm_diff() -> Combiner:
-    """G = g_f / |g_f| + g_r / |g_r|."""
+    """G = g_f / |g_f| + g_r / |g_r|; a gradient that vanishes is left out."""
 
     def weights(dots: Dots, _now: Moment) -> tuple[float, float]:
-        return 1 / math.sqrt(dots.forget), 1 / math.sqrt(dots.retain) if dots.retain else 0.0
+        return _inverse_norm(dots.forget), _inverse_norm(dots.retain)
 
     return Combiner("norm_diff", weights)
 
@@ -163,19 +172,29 @@ class Joined(NamedTuple):
     forget_weight: float
     retain_weight: float
     fallback: bool
-    """There was no forget gradient, so G = alpha g_r."""
+    """There was no forget gradient, so G is b g_r, with the weight b that the combiner gives."""
 
 
 def join(combiner: Combiner, forget: Gradients, parameters: Sequence[Tensor], now: Moment) -> Joined:
     """Replace the retain gradients in `.grad` of the parameters by the combined ones, in place.
 
     One device synchronisation: the inner products come back together, of shards summed over the ranks.
+
+    Raises:
+        TrainingError: if a gradient is not finite; which of the two, and the number of the first such tensor.
     """
     retain = [p.grad for p in parameters]
     found = torch.stack([_products(f, r, p) for f, r, p in zip(forget, retain, parameters, strict=True)])
     if is_sharded(parameters[0]):
         torch.distributed.all_reduce(found)
     products = found.tolist()
+    for side, name in enumerate(("forget", "retain")):
+        bad = next((number for number, row in enumerate(products) if not math.isfinite(row[side])), None)
+        if bad is not None:
+            raise TrainingError(
+                f"the {name} gradient of trained tensor {bad} is not finite (|g|^2 = {products[bad][side]}); lower lr, or load the "
+                "model in float32"
+            )
     sizes = [p.numel() for p in parameters]
     forgotten, retained, both = (math.fsum(column) for column in zip(*products, strict=True))
     total = Dots(forgotten, retained, both, sum(sizes))
@@ -193,9 +212,12 @@ def join(combiner: Combiner, forget: Gradients, parameters: Sequence[Tensor], no
 
 
 def _weights(combiner: Combiner, dots: Dots, now: Moment) -> tuple[float, float]:
-    if not dots.vanished:
-        return combiner.weights(dots, now)
-    return 0.0, float(combiner.options.get("alpha", 1.0))
+    forget, retain = combiner.weights(dots.present, now)
+    return (0.0 if dots.vanished else forget), retain
+
+
+def _inverse_norm(squared: float) -> float:
+    return 1 / math.sqrt(squared) if squared else 0.0
 
 
 def _products(forget: Tensor | None, retain: Tensor | None, like: Tensor) -> Tensor:

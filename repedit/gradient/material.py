@@ -50,7 +50,7 @@ def material(
     if not allow_overlap and "retain" in sets:
         for bad in sets["forget"].values():
             for good in sets["retain"].values():
-                check_disjoint(bad, good)
+                check_disjoint(subject, bad, good, length=recipe.length)
     record = {
         role: {topic or "all": {"name": b.name, "hash": b.hash} for topic, b in parts.items()}
         for role, parts in sets.items()

@@ -111,7 +111,8 @@ def pruned(
         for label, change in named.items():
             effects[label].append(effect(base, predictions(subject, corpus, edit=change, **reading), seed=options.seed))
     limit = options.max_retain_drop
-    exceeded = limit is not None and effects["pruned"][1].drop > limit
+    # A drop that is not defined is within no limit.
+    exceeded = limit is not None and not effects["pruned"][1].drop <= limit
     return Pruned(edit, {label: (found[0], found[1]) for label, found in effects.items()}, exceeded)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from repedit.activations.collection import collect
+from repedit.activations.passes import batches_of
 from repedit.activations.prediction import drop, predictions
 from repedit.data import Batches, Corpus, Tokens
 from repedit.edit import Edit
@@ -48,12 +50,14 @@ class Trajectory:
     def __repr__(self) -> str:
         retain, forget = self.drops()[-1]
         last = self.steps[-1].fraction
-        return (
-            f"Trajectory({len(self.steps)} steps to {last:.3g}: forget drop {forget:.1f} %, retain drop {retain:.1f} %)"
+        drops = ", ".join(
+            f"{name} drop {'not defined' if math.isnan(value) else f'{value:.1f} %'}"
+            for name, value in (("forget", forget), ("retain", retain))
         )
+        return f"Trajectory({len(self.steps)} steps to {last:.3g}: {drops})"
 
     def drops(self) -> list[tuple[float, float]]:
-        """(retain drop, forget drop) of each step, per cent of the original top-1 accuracy."""
+        """(retain drop, forget drop) of each step, per cent of the original top-1 accuracy; NaN where that is zero."""
         first = self.steps[0]
         return [(drop(first.retain, s.retain), drop(first.forget, s.forget)) for s in self.steps]
 
@@ -65,8 +69,9 @@ class Trajectory:
         """The step of largest selectivity whose retain drop, in per cent, is within the limit (None: no limit).
 
         Raises:
-            SelectionError: if no step that prunes anything is within the limit.
+            SelectionError: if no step that prunes anything is within the limit, or the original predicts nothing right.
         """
+        self._check_defined()
         points = list(zip(self.steps, self.drops(), strict=True))[1:]
         allowed = [(f - r, step) for step, (r, f) in points if retain_drop_at_most is None or r <= retain_drop_at_most]
         if not allowed:
@@ -79,17 +84,33 @@ class Trajectory:
         return self.selectivities()[self.steps.index(best)]
 
     def area(self) -> float:
-        """Separability: area under (acc_retain, acc_forget) over the triangle 0.5 acc_retain0 acc_forget0."""
+        """Separability: area under (acc_retain, acc_forget) over the triangle 0.5 acc_retain0 acc_forget0.
+
+        Raises:
+            SelectionError: if the original predicts nothing right, so that there is no triangle.
+        """
+        self._check_defined()
         # Backwards and stable: steps of equal retain accuracy stay in the order of the path.
         path = self.steps[::-1]
         retain, forget = (np.array([getattr(step, side).top1 for step in path]) for side in ("retain", "forget"))
         order = np.argsort(retain, kind="stable")
         return float(np.trapezoid(forget[order], retain[order]) / (0.5 * retain[-1] * forget[-1]))
 
+    def _check_defined(self) -> None:
+        for side in ("forget", "retain"):
+            if not getattr(self.steps[0], side).top1:
+                raise SelectionError(
+                    f"no token of the {side} set was predicted right before the edit, so no drop is defined; give other text"
+                )
+
     def to_json(self) -> str:
         """Fractions, drops and losses of every step, with the provenance."""
         rows = [
-            {"fraction": s.fraction, "retain_drop": r, "forget_drop": f, "selectivity": f - r}
+            {"fraction": s.fraction}
+            | {
+                k: None if math.isnan(v) else v
+                for k, v in (("retain_drop", r), ("forget_drop", f), ("selectivity", f - r))
+            }
             | {"forget_loss": s.forget.mean_loss, "retain_loss": s.retain.mean_loss}
             for s, (r, f) in zip(self.steps, self.drops(), strict=True)
         ]
@@ -158,7 +179,7 @@ def trajectory(
     provenance = run.provenance() | {"seed": seed, "overlap": run.overlap(allow_overlap)}
 
     def ended(path: Trajectory) -> bool:
-        over = max_retain_drop is not None and path.drops()[-1][0] > max_retain_drop
+        over = max_retain_drop is not None and not path.drops()[-1][0] <= max_retain_drop
         return over or (stop is not None and stop(path))
 
     numbers = tqdm(range(1, steps + 1), desc="trajectory", disable=None if progress is None else not progress)
@@ -272,7 +293,7 @@ def _shared(subject: Subject, first: Batches, second: Batches) -> int:
     def chunks(corpus: Batches) -> set[bytes]:
         return {
             hashlib.sha256(ids[mask].cpu().numpy().tobytes()).digest()
-            for batch in corpus.batches(subject.need_tokenizer() if isinstance(corpus, Corpus) else None)
+            for batch in batches_of(subject, corpus)
             for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
         }
 

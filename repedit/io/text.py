@@ -133,7 +133,7 @@ def parse_toml(text: str, where: str, error: type[RepeditError] = DataError) -> 
 
 
 def check_text(text: Any, where: str, error: type[RepeditError] = DataError) -> None:
-    """Refuse what is no Unicode text: another type, or a text with half of a surrogate pair.
+    """Refuse what is no Unicode text: another type, or a text with half of a surrogate pair or a null character.
 
     Raises:
         RepeditError: of the type `error`, with `where`.
@@ -144,6 +144,8 @@ def check_text(text: Any, where: str, error: type[RepeditError] = DataError) -> 
         text.encode()
     except UnicodeEncodeError as reason:
         raise error(f"{where} {_SURROGATE.format(text[reason.start : reason.start + 1])}") from reason
+    if "\0" in text:
+        raise error(f"{where} holds a null character at place {text.index(chr(0))}; take it out")
 
 
 def check_fields(row: Any, types: Mapping[str, Any], where: str, error: type[RepeditError] = CheckpointError) -> None:

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.passes import at_least_float32, inputs_of
+from repedit.activations.passes import at_least_float32, check_ids, inputs_of
 from repedit.data import Batch, Facts, Row, Rows
-from repedit.data.rows import encoded
+from repedit.data.encoding import encoded
 from repedit.errors import ArgumentError, DataError, NotFinite
 from repedit.hooks import evaluating
 from repedit.models import Subject
@@ -178,7 +178,9 @@ def _tokens(subject: Subject, rows: Sequence[Row], count_end: bool) -> list[tupl
         if not start or len(ids) == start:
             where = "after" if start else "before"
             raise DataError(f"row {row.id!r}: no token {where} the prompt's end; give a longer prompt and answer")
-        ids = ids + [tokenizer.eos_token_id] * count_end
+        # An answer may bring its own end token.
+        ids = ids + [tokenizer.eos_token_id] * (count_end and ids[-1] != tokenizer.eos_token_id)
+        check_ids(subject, ids, f"row {row.id!r}")
         if limit is not None and len(ids) > limit:
             raise DataError(f"row {row.id!r} has {len(ids)} tokens, the model reads {limit}; shorten it")
         found.append((ids, start))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from tqdm.auto import tqdm
 
 from repedit.errors import ArgumentError, DataError, MissingDependency, is_whole
 from repedit.hooks import evaluating
-from repedit.metrics.streaming import prompt_tokens
+from repedit.metrics.streaming import check_logits, ends, prompt_tokens
 from repedit.models import Subject
 
 
@@ -36,31 +38,57 @@ def generate(
             beside them.
     Raises:
         ArgumentError: without a tokenizer, or one with a chat template where it is asked for, or with a number below 1.
-        DataError: if a prompt has no token, or leaves the model no room to go on.
+        DataError: if a prompt is no text, has no token, is over, or leaves the model no room to go on.
+        NotFinite: if logits are not finite.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not is_whole(value):
             raise ArgumentError(f"{name}={value}; give at least 1")
+    if isinstance(prompts, str):
+        raise ArgumentError(f"prompts={prompts[:40]!r} is one text; give a list of prompts")
     tokens = [_tokens(subject, prompt, max_new_tokens, chat) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
     found: dict[int, str] = {}
     quiet = None if progress is None else not progress
     for start in tqdm(range(0, len(order), batch_size), desc="generate", disable=quiet, leave=False):
         part = order[start : start + batch_size]
-        found |= zip(part, written(subject, *_padded(subject, [tokens[i] for i in part]), max_new_tokens), strict=True)
+        names = [_named(prompts[i]) for i in part]
+        found |= zip(part, written(subject, [tokens[i] for i in part], max_new_tokens, names), strict=True)
     return tuple(found[i] for i in range(len(prompts)))
 
 
-def written(subject: Subject, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"], tokens: int) -> list[str]:
-    """The greedy continuation of ids that are padded on the left where the mask is 0."""
-    tokenizer = subject.need_tokenizer()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+def written(subject: Subject, prompts: Sequence[Sequence[int]], tokens: int, names: Sequence[str]) -> list[str]:
+    """The greedy continuation of each prompt: the most likely token, until one ends the text or there are so many.
+
+    Prompts of several lengths are padded on the left. `model.generate` is not used: it follows the checkpoint's settings
+    for generation, which can penalise, forbid or force tokens also where do_sample is False.
+
+    Args:
+        names: what each prompt is called in an error message.
+    Raises:
+        NotFinite: if logits are not finite.
+    """
+    tokenizer, last = subject.need_tokenizer(), ends(subject)
+    fresh, mask = _padded(subject, prompts)
+    padded = not bool(mask.all()) and "position_ids" in inspect.signature(subject.model.forward).parameters
+    texts: list[list[int]] = [[] for _ in prompts]
+    live, cache = list(range(len(prompts))), None
     with torch.no_grad(), evaluating(subject.model):
-        out = subject.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
-            pad_token_id=pad, temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
-    return list(tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
+        while live and len(texts[live[0]]) < tokens:
+            places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]} if padded else {}
+            out = subject.model(
+                input_ids=fresh, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **places
+            )
+            logits, cache = out.logits[:, -1].float(), out.past_key_values
+            for row in live:
+                check_logits(logits[row : row + 1], f"{names[row]} and {len(texts[row])} tokens more")
+            chosen = logits.argmax(-1)
+            for row, token in zip(live, chosen[live].tolist(), strict=True):
+                texts[row].append(token)
+            live = [row for row in live if texts[row][-1] not in last]
+            fresh, mask = chosen[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    cut = [text[:-1] if text and text[-1] in last else text for text in texts]
+    return list(tokenizer.batch_decode(cut, skip_special_tokens=True))
 
 
 def continuations(subject: Subject, prompts: Sequence[str], *, tokens: int = 40) -> tuple[str, ...]:
@@ -129,12 +157,16 @@ def _tokens(subject: Subject, prompt: str, room: int, chat: bool) -> list[int]:
     if chat and not subject.need_tokenizer().chat_template:
         raise ArgumentError("chat=True and the tokenizer has no chat template; leave chat out")
     asked = [{"role": "user", "content": prompt}] if chat else prompt
-    return prompt_tokens(subject, asked, room=room, called=f"the prompt {prompt[:40]!r}")
+    return prompt_tokens(subject, asked, room=room, called=_named(prompt))
 
 
-def _padded(subject: Subject, tokens: Sequence[list[int]]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+def _named(prompt: Any) -> str:
+    return f"the prompt {str(prompt)[:40]!r}"
+
+
+def _padded(subject: Subject, tokens: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
     """Ids padded on the left, and their mask."""
     width = max(map(len, tokens))
-    ids = [[0] * (width - len(row)) + row for row in tokens]
+    ids = [[0] * (width - len(row)) + list(row) for row in tokens]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in tokens]
     return torch.tensor(ids, device=subject.device), torch.tensor(mask, device=subject.device)

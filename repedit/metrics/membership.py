@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from repedit.activations.passes import at_least_float32
+from repedit.activations.passes import at_least_float32, check_ids
+from repedit.data.encoding import prompt_ids
 from repedit.errors import ArgumentError, DataError, FractionError, MetricError, NotFinite, UnknownName, nearest
 from repedit.hooks import evaluating
+from repedit.io.text import check_text
 from repedit.metrics.margins import modified_entropy
 from repedit.metrics.probability import lengths
 from repedit.metrics.separation import Values, auc, loss_attack, standard_error, tpr, tpr_at
@@ -85,7 +87,8 @@ def scores(
         found["reference"] = own - scores(reference, texts, ("loss",), length=length)["loss"]
     for name, values in found.items():
         if not np.isfinite(values).all():
-            raise NotFinite(f"the score {name!r} of a text is not finite; load the model in float32?")
+            first = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise NotFinite(f"the score {name!r} of text {first} is {values[first]}; load the model in float32?")
     return found
 
 
@@ -123,7 +126,11 @@ def _read(
 ) -> Iterator[tuple[list[int], tuple[list[Values], list[Values]]]]:
     """Indices of texts of one length, and their log-probabilities."""
     tokenizer = subject.need_tokenizer()
-    ids = [list(tokenizer(text)["input_ids"])[:length] for text in texts]
+    for i, text in enumerate(texts):
+        check_text(text, f"text {i}")
+    ids = [prompt_ids(tokenizer, text)[:length] for text in texts]
+    for i, tokens in enumerate(ids):
+        check_ids(subject, tokens, f"text {i}")
     short = next((text for text, tokens in zip(texts, ids, strict=True) if len(tokens) < 2), None)
     if short is not None:
         raise DataError(f"the text {short!r} has no token after its first, so nothing is predicted; leave it out")

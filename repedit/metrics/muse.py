@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repedit.data import Batches, Facts, Row, Rows
+from repedit.data.encoding import text_ids
 from repedit.errors import ArgumentError, DataError
+from repedit.io.text import check_text
 from repedit.metrics.collapse import NOTHING, UNKNOWN, Judgement, Signs, diversity, judge
 from repedit.metrics.generation import generate, rouge
 from repedit.metrics.membership import auc, privleak, scores
@@ -52,7 +54,9 @@ def verbatim_memorization(
     if prefix < 1 or tokens < 1:
         raise ArgumentError(f"prefix={prefix}, tokens={tokens}; give at least 1 token of each")
     tokenizer = subject.need_tokenizer()
-    ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    for i, text in enumerate(texts):
+        check_text(text, f"text {i}")
+    ids = [text_ids(tokenizer, text) for text in texts]
     short = next((text for text, own in zip(texts, ids, strict=True) if len(own) <= prefix), None)
     if not texts or short is not None:
         found = "there are no texts" if short is None else f"the text {short[:40]!r} ends within prefix={prefix} tokens"

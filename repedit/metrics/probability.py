@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repedit.activations.memory import halving
-from repedit.activations.passes import at_least_float32
+from repedit.activations.passes import at_least_float32, check_ids
 from repedit.data import Fact, Facts
-from repedit.data.domains import holds
-from repedit.data.rows import encoded
+from repedit.data.encoding import encoded, question_ids
+from repedit.data.grading import holds
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
 from repedit.hooks import evaluating
 from repedit.metrics.answers import (
@@ -130,6 +130,9 @@ def choice_scores(
     """(summed log-probability, number of tokens) of the choices of every fact."""
     tokenizer = subject.need_tokenizer()
     asked = [_question(tokenizer, fact, choices) for fact, choices in zip(items, options, strict=True)]
+    for fact, question in zip(items, asked, strict=True):
+        for answer in question.answers:
+            check_ids(subject, question.prompt + answer, f"fact {fact.id!r}")
     found: dict[int, NDArray[np.float64]] = {}
     for part in lengths([question.prompt for question in asked], rows):
         found |= zip(part, _answered(subject, [asked[i] for i in part]), strict=True)
@@ -249,16 +252,16 @@ def _written(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
     """Whether each answer stands in the greedy continuation of its prompt."""
     tokenizer = subject.need_tokenizer()
     texts = [encoded(tokenizer, fact.prompt, fact.answer) for fact in items]
-    prompts = [list(tokenizer(fact.prompt)["input_ids"]) for fact in items]
+    prompts = [question_ids(tokenizer, fact.prompt) for fact in items]
+    empty = next((fact.id for fact, ids in zip(items, prompts, strict=True) if not ids), None)
+    if empty is not None:
+        raise DataError(f"fact {empty!r}: the prompt has no tokens; give a longer one")
     tokens = max(len(ids) - start for ids, start in texts) + 4
+    for fact, ids in zip(items, prompts, strict=True):
+        check_ids(subject, ids, f"the prompt of fact {fact.id!r}", size=len(ids) + tokens - 1)
     found = [False] * len(items)
     for part in lengths(prompts, rows):
-        ids = torch.tensor([prompts[i] for i in part], device=subject.device)
-        for i, text in zip(part, continued(subject, ids, tokens), strict=True):
-            found[i] = holds(text, items[i].answer)
+        names = [f"the prompt of fact {items[i].id!r}" for i in part]
+        for i, text in zip(part, written(subject, [prompts[i] for i in part], tokens, names), strict=True):
+            found[i] = holds(text, items[i].answer, items[i].choices)
     return found
-
-
-def continued(subject: Subject, ids: Int[Tensor, "b t"], tokens: int) -> list[str]:
-    """The greedy continuations of prompts of one length, without the prompts."""
-    return written(subject, ids, torch.ones_like(ids), tokens)

@@ -10,8 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from repedit.errors import ArgumentError, DataError, check_seed, is_finite, is_whole
+from repedit.activations.passes import check_ids
+from repedit.data.encoding import chat_ids, check_open, prompt_ids
+from repedit.errors import ArgumentError, DataError, NotFinite, check_seed, is_finite, is_whole
 from repedit.hooks import evaluating
+from repedit.io.text import check_text
 from repedit.models import Subject
 
 Message = Mapping[str, str]
@@ -40,16 +43,16 @@ def side_by_side(
 ) -> Iterator[tuple[Writing, ...]]:
     """What every model has written, after each step in which each of them wrote one token more.
 
-    At temperature 0 the most likely token is taken, as `model.generate(do_sample=False)` does; otherwise one is drawn
-    from softmax(logits / temperature), by a generator of its own for each model, so that no model's draws depend on
-    another's.
+    At temperature 0 the most likely token is taken; otherwise one is drawn from softmax(logits / temperature), by a generator
+    of its own for each model, so that no model's draws depend on another's. Of the model's own settings for generation
+    only the tokens that end a text are used: no penalty, suppression or beam plays a part.
 
     Args:
         prompts: one for each model: a text to continue, or the messages of a conversation, for the chat template.
     Raises:
-        ArgumentError: if a number is out of range, a tokenizer or chat template is missing, or the model's own
-            settings for generation ask for what is not done here.
-        DataError: if a prompt has no token, or leaves the model no room to go on.
+        ArgumentError: if a number is out of range, or a tokenizer or chat template is missing.
+        DataError: if a prompt has no token, is over, leaves the model no room to go on, or the chat template refuses it.
+        NotFinite: while it goes on, if logits are not finite.
     """
     if len(subjects) != len(prompts):
         raise ArgumentError(f"{len(subjects)} models and {len(prompts)} prompts; give one prompt a model")
@@ -67,7 +70,9 @@ def stream(
     """What a model has written after each further token; see `side_by_side`.
 
     Raises:
-        ArgumentError: if a number is out of range, or the model's own settings ask for what is not done here.
+        ArgumentError: if a number is out of range.
+        DataError: if there is no token, or one that the model has no embedding for.
+        NotFinite: while it goes on, if logits are not finite.
     """
     check_seed(seed=seed)
     if not is_whole(max_new_tokens) or not is_finite(temperature) or temperature < 0:
@@ -76,7 +81,8 @@ def stream(
         )
     if not ids:
         raise DataError("there is no token to go on from; give at least one")
-    return _written(subject, list(ids), max_new_tokens, temperature, seed, _processors(subject))
+    check_ids(subject, ids, "the prompt")
+    return _written(subject, list(ids), max_new_tokens, temperature, seed)
 
 
 def prompt_tokens(
@@ -86,25 +92,42 @@ def prompt_tokens(
 
     Raises:
         ArgumentError: without a tokenizer, or for a conversation without a chat template.
-        DataError: if there is no token, or no room for so many more.
+        DataError: if there is no token, the last one ends a text, one is out of the model's range, or there is no room for so
+            many more.
     """
     tokenizer = subject.need_tokenizer()
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-    elif not tokenizer.chat_template:
-        raise ArgumentError("the tokenizer has no chat template for a conversation; give a text to continue")
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        ids = chat_ids(tokenizer, prompt)
     else:
-        # The template writes the special tokens itself.
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        check_text(prompt, called)
+        ids = prompt_ids(tokenizer, prompt)
+        check_open(tokenizer, ids, called)
     limit = getattr(subject.model.config, "max_position_embeddings", None)
     if not ids:
         raise DataError(f"the prompt {prompt!r} has no token; give a text")
+    check_ids(subject, ids, called)
     if limit is not None and len(ids) + room > limit:
         raise DataError(
             f"{called} has {len(ids)} tokens, the model reads {limit}: no room for max_new_tokens={room}; shorten either"
         )
     return ids
+
+
+def ends(subject: Subject) -> set[int]:
+    """The tokens after which a text of this model is over, as its settings for generation and its tokenizer say."""
+    config = getattr(subject.model, "generation_config", None)
+    named = [getattr(config, "eos_token_id", None), getattr(subject.need_tokenizer(), "eos_token_id", None)]
+    return {int(i) for ids in named if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])}
+
+
+def check_logits(logits: Float[Tensor, "b v"], where: str) -> None:
+    """Refuse logits that are no distribution: NaN, infinite, or all of them minus infinite.
+
+    Raises:
+        NotFinite: with what they follow.
+    """
+    if not bool(torch.isfinite(logits.logsumexp(-1)).all()):
+        raise NotFinite(f"the logits after {where} are not finite; load the model in float32?")
 
 
 def _together(writers: Sequence[Iterator[Writing]]) -> Iterator[tuple[Writing, ...]]:
@@ -115,21 +138,20 @@ def _together(writers: Sequence[Iterator[Writing]]) -> Iterator[tuple[Writing, .
         yield tuple(states)
 
 
-def _written(
-    subject: Subject, ids: list[int], room: int, temperature: float, seed: int, processors: Any
-) -> Iterator[Writing]:
-    tokenizer, ends = subject.need_tokenizer(), _ends(subject)
+def _written(subject: Subject, ids: list[int], room: int, temperature: float, seed: int) -> Iterator[Writing]:
+    tokenizer, last = subject.need_tokenizer(), ends(subject)
     draws = torch.Generator().manual_seed(seed)
     seen = torch.tensor([ids], device=subject.device)
     fresh, cache = seen, None
     while True:
         logits, cache = _step(subject, seen, fresh, cache)
-        token = _chosen(processors(seen, logits), temperature, draws)
+        check_logits(logits, f"the prompt and {seen.shape[1] - len(ids)} tokens more")
+        token = _chosen(logits, temperature, draws)
         fresh = torch.tensor([[token]], device=subject.device)
         seen = torch.cat([seen, fresh], dim=1)
         tokens = seen[0, len(ids) :].tolist()
-        ended = "stop" if token in ends else "length" if len(tokens) == room else ""
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        ended = "stop" if token in last else "length" if len(tokens) == room else ""
+        text = tokenizer.decode(tokens[:-1] if ended == "stop" else tokens, skip_special_tokens=True)
         yield Writing(tuple(tokens), text if ended else text.rstrip("\ufffd"), ended)
         if ended:
             return
@@ -155,38 +177,3 @@ def _chosen(logits: Float[Tensor, "1 v"], temperature: float, draws: torch.Gener
         return int(logits.argmax())
     shares = (logits[0].double().cpu() / temperature).softmax(-1)
     return int(torch.multinomial(shares, 1, generator=draws))
-
-
-def _ends(subject: Subject) -> set[int]:
-    """The tokens after which a text of this model is over."""
-    found = subject.model.generation_config.eos_token_id
-    return set(found) if isinstance(found, list) else set() if found is None else {found}
-
-
-# Settings of a checkpoint that change the most likely token, with the value that changes nothing.
-_NEUTRAL = {
-    "num_beams": 1, "guidance_scale": 1, "sequence_bias": None, "encoder_repetition_penalty": 1, "bad_words_ids": None,
-    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "forced_bos_token_id": None, "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None, "begin_suppress_tokens": None, "penalty_alpha": None, "stop_strings": None,
-}  # fmt: skip
-
-
-def _processors(subject: Subject) -> Any:
-    """What the model's own settings for generation do to logits: repetition penalty, repeated n-grams, suppressed tokens."""
-    from transformers.generation import logits_process as processing
-
-    own = subject.model.generation_config
-    for name, neutral in _NEUTRAL.items():
-        if getattr(own, name, None) not in (None, neutral):
-            raise ArgumentError(
-                f"the model's generation_config asks for {name}={getattr(own, name)!r}, which is not done token by token here; "
-                f"set model.generation_config.{name} = {neutral!r}, or use repedit compare"
-            )
-    found: list[Any] = []
-    if own.repetition_penalty not in (None, 1.0):
-        found.append(processing.RepetitionPenaltyLogitsProcessor(float(own.repetition_penalty)))
-    if own.no_repeat_ngram_size:
-        found.append(processing.NoRepeatNGramLogitsProcessor(own.no_repeat_ngram_size))
-    if own.suppress_tokens:
-        found.append(processing.SuppressTokensLogitsProcessor(own.suppress_tokens, device=subject.device))
-    return processing.LogitsProcessorList(found)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repedit.attacks.asking import ask
 from repedit.data import Fact, Row, with_paraphrases
-from repedit.data.rows import encoded
+from repedit.data.encoding import encoded
 from repedit.errors import ArgumentError, DataError, TrainingError
 from repedit.models import Subject, subject_of
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repedit.activations.passes import inputs_of
+from repedit.activations.passes import batches_of, inputs_of
 from repedit.data import Fact, Rows, with_paraphrases
-from repedit.data.rows import encoded
+from repedit.data.encoding import encoded
 from repedit.hooks import Hook, evaluating, installed
 from repedit.models import Subject, subject_of
 
@@ -117,7 +117,7 @@ def states(
     seen: list[Tensor] = []
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     with torch.no_grad(), evaluating(subject.model), installed(subject.model, [Hook(module, side, seen.append)]):
-        for batch in Rows(with_paraphrases(items)).batches(subject.need_tokenizer(), batch_size=64):
+        for batch in batches_of(subject, Rows(with_paraphrases(items)), batch_size=64):
             seen.clear()
             subject.model(**inputs_of(batch))
             assert batch.answer is not None

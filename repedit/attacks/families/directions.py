@@ -16,6 +16,7 @@ from repedit.attacks.asking import ask
 from repedit.attacks.attack import Attack, Outcome, skipped
 from repedit.attacks.families.reading import captured
 from repedit.data import Fact, Splits
+from repedit.data.encoding import prompt_ids
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite
 from repedit.hooks import installed
 from repedit.metrics.probability import FactsAccuracy
@@ -134,7 +135,7 @@ def _directions(
 def _rows(subject: Subject, asked: Subject, facts: Sequence[Fact]) -> Rows:
     """States after every block at all positions but the first, in tokens of the model that is asked."""
     tokenizer = asked.need_tokenizer()
-    prompts = [list(tokenizer(fact.prompt)["input_ids"]) for fact in facts]
+    prompts = [prompt_ids(tokenizer, fact.prompt) for fact in facts]
     long = [ids for ids in prompts if len(ids) > 1]
     if not long:
         raise NotEnoughRows("no prompt has a second token, and the first position is not read; give longer prompts")

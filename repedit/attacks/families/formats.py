@@ -13,7 +13,7 @@ from repedit.attacks.asking import ask, reworded, ways
 from repedit.attacks.attack import Attack, Outcome, skipped
 from repedit.data import Fact, Splits
 from repedit.data.domains import drawn
-from repedit.data.rows import joined
+from repedit.data.encoding import chat_text, joined
 from repedit.metrics.probability import FactsAccuracy, choice_scores
 from repedit.models import Subject
 
@@ -58,13 +58,9 @@ def question(prompt: str) -> str:
 def chat_prompt(tokenizer: Any, prompt: str) -> str:
     """The prompt as a user's turn of the tokenizer's chat template, and the beginning of the answer.
 
-    A sentence to complete is begun again in the answer. The text that the tokenizer puts before every text by itself
-    is taken off, so that it is not there twice.
+    A sentence to complete is begun again in the answer.
     """
-    turn = [{"role": "user", "content": question(prompt)}]
-    text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    start = list(tokenizer("")["input_ids"])
-    text = text.removeprefix(tokenizer.decode(start)) if start else text
+    text = chat_text(tokenizer, [{"role": "user", "content": question(prompt)}])
     return text if "?" in prompt else text + prompt
 
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repedit.activations.passes import at_least_float32, inputs_of
+from repedit.activations.passes import at_least_float32, batches_of, inputs_of
 from repedit.data import Batch, as_batches
 from repedit.errors import DataError
 from repedit.hooks import evaluating
@@ -40,7 +40,7 @@ def examples(subject: Subject, source: Any, *, loss: str = "answer", max_tokens:
         DataError: if a row is longer than `max_tokens`, or has no token that another comes before.
     """
     found = []
-    for batch in as_batches(source).batches(subject.need_tokenizer(), length=max_tokens, batch_size=64):
+    for batch in batches_of(subject, as_batches(source), length=max_tokens, batch_size=64):
         marked = batch.attention_mask if loss == "sequence" or batch.answer is None else batch.answer
         for name, ids, real, mark in zip(batch.document, batch.input_ids, batch.attention_mask, marked, strict=True):
             learned = [False, *mark[real].tolist()[1:]]

@@ -7,6 +7,7 @@ from typing import Any
 
 from repedit.attacks.attack import Attack, Outcome, skipped
 from repedit.data import Corpus, Facts, Row, Rows, Splits
+from repedit.data.encoding import prompt_ids
 from repedit.errors import DataError
 from repedit.metrics.membership import SCORES, auc, check_reading, scores, tpr
 from repedit.models import Subject
@@ -37,7 +38,7 @@ def membership(*, share: float = 0.4, length: int = 512) -> Attack:
         members = list({fact.id: fact.text for fact in (*splits.train, *splits.test)}.values())
         others = texts_of(splits.holdout)
         mine, theirs = (scores(subject, texts, share=share, length=length) for texts in (members, others))
-        cut = sum(len(subject.need_tokenizer()(text)["input_ids"]) > length for text in (*members, *others))
+        cut = sum(len(prompt_ids(subject.need_tokenizer(), text)) > length for text in (*members, *others))
         return Outcome({}, details={
             "auc": {s: auc(mine[s], theirs[s]) for s in SCORES},
             "tpr_at_1_fpr": {s: tpr(mine[s], theirs[s]) for s in SCORES},

@@ -17,6 +17,7 @@ from repedit.attacks.families.trials import Trial, carried_out
 from repedit.attacks.families.tuning import Tuning
 from repedit.attacks.scratch import Scratch
 from repedit.data import Splits
+from repedit.data.encoding import beginning, text_ids
 from repedit.errors import ArgumentError
 from repedit.models import Subject
 
@@ -81,8 +82,8 @@ class Prefixed:
         self.inner, self.ids = inner, list(ids)
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        own = list(self.inner("")["input_ids"]) + self.ids if add_special_tokens else []
-        return {"input_ids": own + (list(self.inner(text, add_special_tokens=False)["input_ids"]) if text else [])}
+        own = beginning(self.inner) + self.ids if add_special_tokens else []
+        return {"input_ids": own + text_ids(self.inner, text)}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -101,6 +102,7 @@ def prompted(subject: Subject, vectors: nn.Parameter) -> Subject:
     table = subject.model.get_input_embeddings()
     table.forward = _looking_up(table.forward, vectors, table.weight.shape[0])
     ids = range(table.weight.shape[0], table.weight.shape[0] + len(vectors))
+    table.num_embeddings = ids.stop
     return replace(subject, tokenizer=Prefixed(subject.need_tokenizer(), ids))
 
 

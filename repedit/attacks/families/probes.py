@@ -91,7 +91,7 @@ def _task(subject: Subject, splits: Splits, seed: int) -> _Task:
     facts, n = (*splits.train, *splits.test), len(splits.train)
     pools = {domain: sorted({fact.answer for fact in part}) for domain, part in by_domain(facts).items()}
     options = [fact.choices or tuple(pools[fact.domain]) for fact in facts]
-    asked = [question(subject.need_tokenizer(), fact, o) for fact, o in zip(facts, options, strict=True)]
+    asked = [question(subject, fact, o) for fact, o in zip(facts, options, strict=True)]
     counted = Counter(fact.answer for fact in splits.train)
     kind = "class" if all(counted[fact.answer] > 1 for fact in splits.test) else "match"
     # An answer that T does not hold is a class whose prediction is 0.

@@ -12,7 +12,8 @@ from dataclasses import replace
 from repedit.attacks.asking import ask, ways
 from repedit.attacks.attack import Attack, Outcome, skipped
 from repedit.data import Fact, Splits, by_domain
-from repedit.data.domains import drawn, holds
+from repedit.data.domains import drawn
+from repedit.data.grading import holds
 from repedit.data.splits import entity_of
 from repedit.errors import ArgumentError, NotEnoughRows, OverlapError
 from repedit.metrics.probability import FactsAccuracy

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.activations.passes import at_least_float32
+from repedit.activations.passes import at_least_float32, check_ids
 from repedit.arch import hooks_at
 from repedit.attacks.attack import Attack, Outcome
 from repedit.data import Fact, Splits
@@ -53,7 +53,7 @@ def logit_lens(*, streams: Sequence[str] = STREAMS, layers: Sequence[int] | None
 
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
         sites = stream_sites(subject, streams, layers)
-        asked = [question(subject.need_tokenizer(), fact) for fact in splits.test]
+        asked = [question(subject, fact) for fact in splits.test]
         seen = states(subject, [item.prompt for item in asked], sites)
         ids = tuple(fact.id for fact in splits.test)
         found = {named(site): FactsAccuracy(*_read(subject, seen[site], asked), ids) for site in sites}
@@ -64,14 +64,16 @@ def logit_lens(*, streams: Sequence[str] = STREAMS, layers: Sequence[int] | None
     return Attack("logit_lens", "reading", "W", False, settings, run, draws=False)
 
 
-def question(tokenizer: Any, fact: Fact, choices: Sequence[str] | None = None) -> Question:
+def question(subject: Subject, fact: Fact, choices: Sequence[str] | None = None) -> Question:
     """A fact in tokens; `choices` None are the fact's own, or its answer alone.
 
     Raises:
-        DataError: if no token stands before the answers, or a choice has no token of its own.
+        DataError: if no token stands before the answers, a choice has no token of its own, or one is out of the model's range.
     """
     options = list(choices or fact.choices or (fact.answer,))
-    prompt, answers = choice_tokens(tokenizer, fact, options)
+    prompt, answers = choice_tokens(subject.need_tokenizer(), fact, options)
+    for answer in answers:
+        check_ids(subject, prompt + answer, f"fact {fact.id!r}")
     return Question(prompt, answers, options.index(fact.answer), not (choices or fact.choices))
 
 
@@ -92,6 +94,8 @@ def captured(
 
     x is (b, t, d); what is kept lies on the CPU in float32 or better. No head is run and no hook stays.
     """
+    for i, tokens in enumerate(prompts):
+        check_ids(subject, tokens, f"prompt {i}")
     for part in lengths(prompts, _ROWS):
         ids = torch.tensor([prompts[i] for i in part], device=subject.device)
         seen: dict[Site, Tensor] = {}

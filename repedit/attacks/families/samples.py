@@ -13,14 +13,15 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from repedit.activations.passes import at_least_float32
+from repedit.activations.passes import at_least_float32, check_ids
 from repedit.attacks.attack import Attack, Outcome
 from repedit.data import Fact, Splits
-from repedit.data.domains import holds
-from repedit.data.rows import encoded
+from repedit.data.encoding import encoded, question_ids
+from repedit.data.grading import holds
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
 from repedit.hooks import evaluating
 from repedit.metrics.probability import FactsAccuracy
+from repedit.metrics.streaming import ends
 from repedit.models import Subject
 
 # Samples drawn together; those that begin alike share a row.
@@ -58,7 +59,7 @@ def sampling(
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
         texts = samples(subject, splits.test, n, top_p=top_p, temperature=temperature, seed=seed)
         pairs = zip(splits.test, texts, strict=True)
-        right = np.array([[holds(text, fact.answer) for text in drawn] for fact, drawn in pairs])
+        right = np.array([[holds(text, fact.answer, fact.choices) for text in drawn] for fact, drawn in pairs])
         ids = tuple(fact.id for fact in splits.test)
         answers, details = {}, {}
         for k in ks:
@@ -154,13 +155,15 @@ def samples(
     tokenizer = subject.need_tokenizer()
     if not facts:
         raise DataError("there are no facts to sample; give at least one")
-    prompts = [list(tokenizer(fact.prompt)["input_ids"]) for fact in facts]
+    prompts = [question_ids(tokenizer, fact.prompt) for fact in facts]
     empty = next((fact.id for fact, ids in zip(facts, prompts, strict=True) if not ids), None)
     if empty is not None:
         raise DataError(f"fact {empty!r}: the prompt has no tokens; give a longer one")
     spans = [encoded(tokenizer, fact.prompt, fact.answer) for fact in facts]
     tokens = max(len(ids) - start for ids, start in spans) + 4
-    ends = _ends(subject)
+    for fact, ids in zip(facts, prompts, strict=True):
+        check_ids(subject, ids, f"the prompt of fact {fact.id!r}", size=len(ids) + tokens - 1)
+    last = ends(subject)
     found: dict[int, list[list[int]]] = {}
     # Prompts of one length go together, so that none is padded.
     order = sorted(range(len(facts)), key=lambda i: (len(prompts[i]), i))
@@ -168,7 +171,7 @@ def samples(
         same = [i for i in order if len(prompts[i]) == len(prompts[order[0]])][: max(1, _TOGETHER // n)]
         order = [i for i in order if i not in same]
         chances = torch.stack([_chances(facts[i].id, tokens, n, seed) for i in same])
-        part = _drawn(subject, [prompts[i] for i in same], chances, ends, top_p=top_p, temperature=temperature)
+        part = _drawn(subject, [prompts[i] for i in same], chances, last, top_p=top_p, temperature=temperature)
         found |= zip(same, part, strict=True)
     return [list(tokenizer.batch_decode(found[i], skip_special_tokens=True)) for i in range(len(facts))]
 
@@ -183,7 +186,7 @@ def _drawn(
     subject: Subject,
     prompts: Sequence[list[int]],
     chances: Float[Tensor, "b tokens n"],
-    ends: set[int],
+    last: set[int],
     **options: float,
 ) -> list[list[list[int]]]:
     """The tokens of every sample of prompts that have one length.
@@ -207,14 +210,14 @@ def _drawn(
             tokens = _inverse(out.logits[:, -1], row[live], chances[:, step].reshape(-1).numpy()[live], **options)
             for sample, token in zip(live, tokens, strict=True):
                 written[sample].append(int(token))
-            going = ~np.isin(tokens, list(ends))
+            going = ~np.isin(tokens, list(last))
             live, pairs = live[going], np.stack([row[live], tokens], 1)[going]
             if not len(live) or step + 1 == steps:
                 break
             nodes, row[live] = np.unique(pairs, axis=0, return_inverse=True)
             cache.batch_select_indices(torch.from_numpy(nodes[:, 0].copy()).to(subject.device))
             ids = torch.from_numpy(nodes[:, 1:].copy()).to(subject.device)
-    cut = [[token for token in text if token not in ends] for text in written]
+    cut = [[token for token in text if token not in last] for text in written]
     return [cut[i * n : i * n + n] for i in range(b)]
 
 
@@ -239,13 +242,6 @@ def _inverse(
         mine, own = rows == r, wide[r, : kept[r]]
         found[mine] = names[r, np.searchsorted(own[:-1], chances[mine] * own[-1], side="right")]
     return found
-
-
-def _ends(subject: Subject) -> set[int]:
-    """The tokens that end a text, as the model generates it."""
-    config = getattr(subject.model, "generation_config", None)
-    named = [getattr(config, "eos_token_id", None), getattr(subject.need_tokenizer(), "eos_token_id", None)]
-    return {int(i) for ids in named if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])}
 
 
 def _summary(right: NDArray[np.bool_], leaks: NDArray[np.float64]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from repedit.attacks.asking import ask, reworded
 from repedit.data import Fact, Facts, Splits, by_domain
-from repedit.data.domains import normalized
+from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError
 from repedit.metrics.probability import FactsAccuracy
 from repedit.models import Subject

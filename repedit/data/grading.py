@@ -1,0 +1,229 @@
+"""Whether a text gives an answer, in any script, and the form in which answers are compared.
+
+In scripts with spaces an answer counts as whole words; case, accents, full-width forms and punctuation play no part, but
+symbols that make another answer do: "C" is not in "C++", "5" is in neither "-5", "5.5" nor "50%". Korean particles and
+Arabic and Hebrew prefixes may be attached to it. In a script without spaces the answer counts wherever it stands, unless
+the last or first character is completed by its neighbour; a word in katakana ends where katakana ends.
+
+What cannot be seen without a dictionary: inflected forms do not count, a longer name that holds the answer does
+("Guinea" in "Guinea-Bissau"), unless it is among the other choices.
+"""
+
+# Letters of many scripts are the subject of this file.
+# ruff: noqa: RUF001
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+
+SPACELESS = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1980-\u19ff\u1b00-\u1b7f\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3040-\u30ff"
+    "\u3100-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf\ua980-\ua9ff\uaa60-\uaa7f\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+"""Thai, Lao, Tibetan, Burmese, Khmer, Tai, Balinese, Chinese, Japanese, Yi and Javanese, as ranges of a regular expression."""
+_SCRIPTS = (
+    ("m", re.compile("[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u309b\u309c]")),
+    ("k", re.compile("[\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff]")),
+    ("j", re.compile(f"[{SPACELESS}]")),
+    ("h", re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7ff]")),
+    ("r", re.compile("[\u0600-\u06ff\u0750-\u077f\u08a0-\u08ff]")),
+    ("b", re.compile("[\u0590-\u05ff]")),
+)
+_WORD = "ahrb0_m"
+"""Kinds of character that words of scripts with spaces are made of: letters, Hangul, Arabic, Hebrew, digits, marks."""
+_SAME = str.maketrans(
+    dict.fromkeys("‘’ʼʹ´`＇׳", "'") | dict.fromkeys("‐‑‒–—―−־﹣", "-")
+    | {"ک": "ك", "ی": "ي", "ـ": None, "\u200c": " ", "\u0f0c": "\u0f0b"}
+)  # fmt: skip
+_UNACCENTED = str.maketrans({"ı": "i", "ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe"})
+# Decompositions that mean another thing: x² is not x2, 3½ not 31/2.
+_MEANINGFUL = ("<super>", "<fraction>", "<circle>", "<square>")
+_LEADING_VOWELS = "เแโใไເແໂໃໄ"
+_PARTICLES = re.compile(
+    "(은|는|이|가|을|를|의|에|에서|에게|께|한테|으로|로|와|과|도|만|까지|부터|보다|처럼|이나|나|이란|란|이라|라|이라고|라고|이라는|라는|마다|조차|"
+    "인|이다|다|이며|며|이고|고|입니다|이에요|예요|이었다|였다|이었습니다|였습니다|이지만|지만|하고|시|시는|시가){0,3}"
+)
+_ARABIC = re.compile("[وف]?[بكلس]?(ال|ل)?")
+_HEBREW = re.compile("ו?(ש|כש|מש)?[בלמכ]?ה?")
+_ELISION = re.compile("(l|d|j|n|s|c|m|t|qu|jusqu|lorsqu|puisqu|dell|all|nell|sull|dall|un|quell|bell)")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+# Another name begins before it and shares its first character.
+_NEIGHBOURS = {"京都": ("東京",)}
+
+
+def holds(text: str, answer: str, others: Iterable[str] = ()) -> bool:
+    """Whether a text gives an answer.
+
+    Args:
+        others: the wrong choices; the answer does not count as a part of one of them. Where one differs from it by case and
+            accents alone these count, and where by punctuation alone every character does.
+    """
+    others = [other for other in others if other != answer]
+    exact = any(normalized(other) == normalized(answer) for other in others)
+    whole, own = canonical(text, exact=exact), canonical(answer, exact=exact).strip("\u0f0b ")
+    wrong = {canonical(other, exact=exact) for other in (*others, *_NEIGHBOURS.get(own, ()))}
+    if not own or own in wrong:
+        return spelled(answer) in spelled(text)
+    taken = [span for other in wrong if other for span in _spans(whole, other)]
+    return any(
+        not any(first < start < last or (first == start and last > end) for first, last in taken)
+        for start, end in _spans(whole, own)
+    )
+
+
+def normalized(text: str, *, exact: bool = False) -> str:
+    """The form in which answers and entities are compared: lower case, and words and symbols apart by one space.
+
+    Args:
+        exact: keep case and accents.
+    """
+    return " ".join(canonical(text, exact=exact).replace("'", " ").split())
+
+
+def spelled(text: str) -> str:
+    """A text without differences that cannot be seen: width, composition and white space."""
+    return " ".join(unicodedata.normalize("NFC", "".join(map(_plain, text))).split())
+
+
+@lru_cache(maxsize=4096)
+def canonical(text: str, *, exact: bool = False) -> str:
+    """A text without differences that mean nothing: width, composition, vocalisation, punctuation, thousands commas.
+
+    Args:
+        exact: keep case and accents, which mean nothing otherwise.
+    """
+    text = "".join(map(_plain, text)).translate(_SAME)
+    if not exact:
+        text = text.casefold().replace("i\u0307", "i").translate(_UNACCENTED)
+    text = unicodedata.normalize("NFD", text)
+    text = unicodedata.normalize("NFC", "".join(c for i, c in enumerate(text) if not _dropped(text, i, exact)))
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), " ".join(text.split()))
+    kinds = "".join(map(_kind, text))
+    text = "".join(_written(text, kinds, i) for i in range(len(text)))
+    text = re.sub(r"(?<=\d) (?=[%‰])|(?<=[$€£¥]) (?=\d)", "", text)
+    return " ".join(text.split())
+
+
+def _plain(c: str) -> str:
+    """A character in its ordinary form: full-width, half-width, positional and mathematical forms are letters."""
+    tag = unicodedata.decomposition(c).partition(" ")[0]
+    return unicodedata.normalize("NFKC", c) if tag.startswith("<") and tag not in _MEANINGFUL else c
+
+
+def _dropped(text: str, i: int, exact: bool) -> bool:
+    """Whether a character says nothing: accents of Latin, Greek and stress in Cyrillic, vocalisation, formatting."""
+    c = text[i]
+    if "\u0300" <= c <= "\u036f":
+        base = next((b for b in reversed(text[:i]) if not unicodedata.combining(b)), "")
+        if "\u0400" <= base <= "\u052f":
+            # A breve makes another letter of и (й), a diaeresis of і (ї).
+            return c in "\u0300\u0301" or (c == "\u0308" and base == "е")
+        return not exact
+    vowels = "\u0591" <= c <= "\u05c7" or "\u064b" <= c <= "\u065f" or c == "\u0670" or "\u06d6" <= c <= "\u06ed"
+    return (vowels and unicodedata.category(c) == "Mn") or unicodedata.category(c) == "Cf"
+
+
+@lru_cache(maxsize=4096)
+def _kind(c: str) -> str:
+    """a letter, 0 digit, m mark, h Hangul, r Arabic, b Hebrew, k katakana, j other scripts without spaces; else itself."""
+    if c.isascii() and not c.isalnum():
+        return c
+    if unicodedata.category(c)[0] == "M":
+        return "m"
+    if c.isdigit() or (c.isnumeric() and unicodedata.category(c) != "Lo"):
+        return "0"
+    for kind, script in _SCRIPTS:
+        if script.match(c) and (c.isalnum() or c in "ー\u0f0b" or kind == "m"):
+            return kind
+    return "a" if c.isalnum() else c
+
+
+def _written(text: str, kinds: str, i: int) -> str:
+    """A character of a canonical text; a space in place of punctuation that does not make another answer."""
+    c, kind = text[i], kinds[i]
+    if kind in _WORD + "jk" and c != "_":
+        return c
+    left, right = kinds[i - 1] if i else " ", kinds[i + 1] if i + 1 < len(text) else " "
+    inside = left in _WORD and right in _WORD
+    match c:
+        case "'" | "&" | "_" | "^":
+            return c if inside else " "
+        case "-":
+            return c if right == "0" and left not in _WORD.replace("0", "") + "jk" else " "
+        case "." if right == "a":
+            # The name .NET begins with its dot; the end of a sentence is followed by a space.
+            return c if left in " ([\"'" else " "
+        case "." | "," | ":" | "/":
+            return c if left == right == "0" else " "
+        case "+" | "#":
+            return c if left in _WORD + "+#" or right == left == " " else " "
+        case "%" | "‰":
+            return c if left == "0" or text[max(i - 2, 0) : i].strip()[-1:].isdigit() else " "
+        case "・":
+            return "" if left == right == "k" else " "
+        case "=" | "<" | ">" | "|" | "~":
+            return " "
+    return c if unicodedata.category(c) in ("Sc", "Sm", "So") else " "
+
+
+def _spans(text: str, answer: str) -> list[tuple[int, int]]:
+    """Where the answer stands in a canonical text as words of its own."""
+    kinds, size = "".join(map(_kind, text)), len(answer)
+    starts = (match.start() for match in re.finditer(f"(?={re.escape(answer)})", text))
+    return [(i, i + size) for i in starts if _begins(text, kinds, i) and _ends(text, kinds, i, i + size)]
+
+
+def _begins(text: str, kinds: str, i: int) -> bool:
+    """Whether what stands before a place does not belong to the word that begins there."""
+    if not i:
+        return True
+    first, kind, before, c = kinds[i], kinds[i - 1], kinds[i - 2] if i > 1 else " ", text[i - 1]
+    if first == "j":
+        return c not in _LEADING_VOWELS
+    if first == "k":
+        return kind != "k"
+    if first not in _WORD:
+        return c != text[i] and not (first in "-." and kind in _WORD)
+    if kind in "rb" and first == kind:
+        run = re.search(f"{kind}+$", kinds[:i])
+        prefix = text[run.start() if run else i : i]
+        outside = kinds[i - len(prefix) - 1 : i - len(prefix)]
+        return outside not in tuple(_WORD) and bool((_ARABIC if kind == "r" else _HEBREW).fullmatch(prefix))
+    if kind in _WORD or c == "&":
+        return False
+    if c == "'":
+        return bool(_ELISION.fullmatch(re.split(r"[^\w]", text[: i - 1])[-1]))
+    if first == "0":
+        return c not in ".,:/√±^" and (c != "-" or before == "0")
+    return c != "."
+
+
+def _ends(text: str, kinds: str, start: int, i: int) -> bool:
+    """Whether what stands at a place does not belong to the word that ends before it."""
+    if i == len(text):
+        return True
+    last, kind, c, after = kinds[i - 1], kinds[i], text[i], kinds[i + 1 : i + 2] or " "
+    if kind == "m":
+        return False
+    if last == "j":
+        # A consonant with asat closes the syllable before it.
+        return text[i + 1 : i + 2] != "\u103a"
+    if last == "k":
+        return kind != "k"
+    if last not in _WORD:
+        return c != text[i - 1]
+    if kind == "h":
+        run = re.match("h+", kinds[i:])
+        return last != "h" or bool(_PARTICLES.fullmatch(text[i : i + (run.end() if run else 0)]))
+    if kind in _WORD or c == "&":
+        return False
+    if last == "0":
+        return c not in ".,:/%‰^"
+    if c == "'":
+        single = i - start == 1 or kinds[i - 2] not in _WORD
+        return re.match(r"'t\b", text[i:]) is None and (not single or re.match(r"'s\b", text[i:]) is not None)
+    return not (c == "#" or (c == "+" and after not in _WORD))
