@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PretrainedConfig
 
 import repedit as rp
 from repedit.data import Fact, Facts
@@ -27,6 +28,8 @@ letters = st.text("abcde", min_size=1, max_size=4)
 
 class Bigrams:
     """A model whose next token depends on the last one alone, by a table of log-probabilities (v, v)."""
+
+    config = PretrainedConfig()
 
     def __init__(self, table: torch.Tensor) -> None:
         self.table = table
@@ -169,8 +172,8 @@ def test_an_active_edit_is_seen():
 
 def test_bfloat16_is_scored_in_float32():
     subject = replace(tiny("llama", torch.bfloat16), tokenizer=Letters())
-    found = facts_accuracy(subject, (fact(prompt="what is it ", answer="e", choices=("d", "e")),))
-    ids = [subject.tokenizer(text)["input_ids"] for text in ("what is it ", "e")]
+    found = facts_accuracy(subject, (fact(prompt="what is it\n", answer="e", choices=("d", "e")),))
+    ids = [subject.tokenizer(text)["input_ids"] for text in ("what is it\n", "e")]
     with torch.no_grad():
         logits = subject.model(input_ids=torch.tensor(ids[:1])).logits[0, -1]
     close(found.graded[0], float(logits.double().log_softmax(-1)[ids[1][-1]]), "model, float32")
@@ -180,7 +183,7 @@ def test_bfloat16_is_scored_in_float32():
     (" Paris, which", True), ("\nparís!", True), (" It is Paris", True), (" Parisian", False), ("", False),
 ])  # fmt: skip
 def test_greedy_looks_for_the_answer_as_words(text, correct, monkeypatch):
-    monkeypatch.setattr(probability, "continued", lambda subject, ids, tokens: [text] * len(ids))
+    monkeypatch.setattr(probability, "written", lambda subject, ids, tokens, names: [text] * len(ids))
     item = fact(answer="Paris", choices=())
     found = facts_accuracy(replace(tiny("llama"), tokenizer=Letters()), (item,), how="greedy")
     assert bool(found.correct[0]) is correct and found.graded[0] < 0
@@ -189,10 +192,10 @@ def test_greedy_looks_for_the_answer_as_words(text, correct, monkeypatch):
 def test_greedy_writes_as_many_tokens_as_the_longest_answer_and_four(monkeypatch):
     subject = replace(tiny("llama", vocab_size=260), tokenizer=byte_tokenizer())
     items = [fact(i, prompt="ab" * (1 + i % 2), answer="abcde", choices=()) for i in range(5)]
-    seen, plain = [], probability.continued
-    monkeypatch.setattr(probability, "continued", lambda *a: seen.append((a[1], a[2], plain(*a))) or seen[-1][2])
+    seen, plain = [], probability.written
+    monkeypatch.setattr(probability, "written", lambda *a: seen.append((a[1], a[2], plain(*a))) or seen[-1][2])
     facts_accuracy(subject, items, how="greedy", batch_size=2)
-    assert [tuple(ids.shape) for ids, _, _ in seen] == [(2, 2), (1, 2), (2, 4)]
+    assert [(len(ids), len(ids[0])) for ids, _, _ in seen] == [(2, 2), (1, 2), (2, 4)]
     for ids, tokens, texts in seen:
         prompt = subject.tokenizer.decode(ids[0])
         assert tokens == 6 + 4 and texts == list(continuations(subject, [prompt] * len(ids), tokens=10))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from repedit.errors import ArgumentError, UnknownName
+from repedit.errors import ArgumentError, TrainingError, UnknownName
 from repedit.gradient import combine
 from repedit.gradient.combine import Dots, Moment, blur, conflict_only, join, norm_diff, primal_dual, weighted_sum
 from tests.unlearned import gradient, subject, training
@@ -97,12 +97,58 @@ def test_conflict_only(opposed):
         assert torch.equal(x, y)
 
 
-def test_no_forget_gradient_gives_alpha_times_the_other():
+NOTHING = [0.0, 1e-12]
+
+
+@pytest.mark.parametrize("size", NOTHING)
+def test_no_forget_gradient_leaves_the_other_with_its_own_weight(size):
     forget, retain = pair()
-    for combiner in (blur(1.0, 2.0), norm_diff(), weighted_sum(1.0, 2.0)):
-        g, found = joined(combiner, [torch.zeros_like(f) for f in forget], retain)
-        alpha = combiner.options.get("alpha", 1.0)
-        assert found.fallback and all(torch.equal(x, alpha * r) for x, r in zip(g, retain, strict=True))
+    norm = math.sqrt(dot(retain, retain))
+    weights = {weighted_sum(1.0, 2.0): 2.0, norm_diff(): 1 / norm}
+    weights |= {
+        blur(1.0, 2.0, **o): 2.0 for o in ({}, {"when": "conflict"}, {"scope": "tensor"}, {"role_first": "retain"})
+    }
+    for combiner, weight in weights.items():
+        g, found = joined(combiner, [size * f for f in forget], retain)
+        assert found.fallback and found.retain_weight == pytest.approx(weight)
+        for x, r in zip(g, retain, strict=True):
+            torch.testing.assert_close(x, weight * r)
+
+
+def test_no_forget_gradient_moves_the_multiplier_all_the_same():
+    state: dict[str, float] = {}
+    forget, retain = pair()
+    steps = [[f * scale for f in forget] for scale in (1.0, 0.0, 1.0)]
+    weights = [joined(primal_dual(0.5, 0.1), step, retain, state)[1].retain_weight for step in steps]
+    assert weights == pytest.approx([1.15, 1.3, 1.45])
+
+
+@pytest.mark.parametrize("size", NOTHING)
+def test_no_retain_gradient_leaves_the_other(size):
+    forget, retain = pair()
+    norm = math.sqrt(dot(forget, forget))
+    combiners = {weighted_sum(3.0): 3.0, blur(3.0): 3.0, blur(3.0, role_first="retain"): 3.0, norm_diff(): 1 / norm}
+    for combiner, weight in combiners.items():
+        g, found = joined(combiner, forget, [size * r for r in retain])
+        assert not found.fallback and all(bool(torch.isfinite(x).all()) for x in g)
+        for x, f in zip(g, forget, strict=True):
+            torch.testing.assert_close(x, weight * f, rtol=1e-9, atol=1e-9)
+
+
+def test_neither_gradient_is_no_step():
+    zero = [torch.zeros_like(x) for x in pair()[0]]
+    for combiner in (weighted_sum(), blur(), blur(role_first="retain"), norm_diff(), primal_dual(0.5)):
+        assert all(not x.any() for x in joined(combiner, zero, zero)[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_a_gradient_that_is_not_finite_is_refused(side, value):
+    sides = dict(zip(("forget", "retain"), pair(), strict=True))
+    sides[side][1].view(-1)[0] = value
+    for combiner in (weighted_sum(), blur(), norm_diff(), primal_dual(0.5)):
+        with pytest.raises(TrainingError, match=f"the {side} gradient of trained tensor 1 is not finite"):
+            joined(combiner, sides["forget"], sides["retain"])
 
 
 def test_normalised_difference():

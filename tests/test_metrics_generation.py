@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from repedit.errors import ArgumentError, DataError, MissingDependency
+from repedit.attacks.families.samples import samples
+from repedit.data import Fact
+from repedit.errors import ArgumentError, DataError, MissingDependency, NotFinite
 from repedit.metrics import generation
+from repedit.metrics.comparison import compare
 from repedit.metrics.generation import continuations, exact_match, generate, rouge
+from repedit.metrics.membership import scores
+from repedit.metrics.probability import facts_accuracy
+from repedit.metrics.streaming import prompt_tokens, side_by_side
 from tests.test_attack_weights import small
 
 PROMPTS = ["hello there", "a", "some longer prompt, of many words", "zz top"]
@@ -54,6 +60,86 @@ def test_padding_that_is_read_is_caught(broken, monkeypatch):
     monkeypatch.setattr(generation, "_padded", broken)
     with pytest.raises(AssertionError):
         check_alone("gpt2")
+
+
+SETTINGS = {
+    "repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "suppress_tokens": list(range(130, 258)), "min_new_tokens": 20,
+    "min_length": 40, "begin_suppress_tokens": list(range(3, 200)), "bad_words_ids": [[i] for i in range(3, 200)],
+    "forced_bos_token_id": 7, "forced_eos_token_id": 9, "num_beams": 3, "do_sample": True, "temperature": 5.0, "top_k": 3,
+    "encoder_repetition_penalty": 1.4, "exponential_decay_length_penalty": (1, 2.0), "max_length": 3, "prompt_lookup_num_tokens": 2,
+    "sequence_bias": [[[5], 90.0]], "encoder_no_repeat_ngram_size": 2, "guidance_scale": 3.0, "max_new_tokens": 1,
+}  # fmt: skip
+FACTS = [Fact(id=p, prompt=p, answer="z") for p in PROMPTS]
+
+
+def everything_greedy(subject) -> tuple:
+    """What is written wherever greedy is said, and what is drawn."""
+    *_, streamed = side_by_side([subject], ["hello there"], max_new_tokens=8)
+    *_, drawn = side_by_side([subject], ["hello there"], max_new_tokens=8, temperature=1.0)
+    graded = facts_accuracy(subject, FACTS, how="greedy")
+    return generate(subject, PROMPTS, max_new_tokens=8), streamed, drawn, graded.correct.tolist()
+
+
+def argmax(subject, prompt: str, tokens: int) -> str:
+    """The most likely token, again and again, nothing kept between steps."""
+    ids = prompt_tokens(subject, prompt, room=tokens)
+    start = len(ids)
+    while len(ids) < start + tokens and ids[-1] != 2:
+        with torch.no_grad():
+            ids.append(int(subject.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return subject.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def check_greedy_is_argmax(subject) -> None:
+    assert generate(subject, PROMPTS, max_new_tokens=8) == tuple(argmax(subject, p, 8) for p in PROMPTS)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_greedy_is_argmax_whatever_the_checkpoint_asks_of_generation(setting):
+    subject = small("gpt2")
+    before = everything_greedy(subject)
+    setattr(subject.model.generation_config, setting, SETTINGS[setting])
+    assert everything_greedy(subject) == before
+    check_greedy_is_argmax(subject)
+
+
+def test_a_penalty_that_is_followed_is_caught(monkeypatch):
+    subject = small("gpt2")
+    subject.model.generation_config.repetition_penalty = 1.7
+
+    def follows(subject, prompts, tokens, names):
+        ids, mask = plain_padded(subject, prompts)
+        out = subject.model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        return subject.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+    monkeypatch.setattr(generation, "written", follows)
+    with pytest.raises(AssertionError):
+        check_greedy_is_argmax(subject)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_no_text(value):
+    subject = small("llama")
+    with torch.no_grad():
+        subject.model.lm_head.weight.fill_(value)
+    calls = (
+        lambda: generate(subject, PROMPTS, max_new_tokens=2), lambda: compare(subject, subject, prompts=["hi"], tokens=2),
+        lambda: list(side_by_side([subject], ["hi"], max_new_tokens=2)), lambda: samples(subject, FACTS, 2),
+        lambda: list(side_by_side([subject], ["hi"], max_new_tokens=2, temperature=1.0)),
+        lambda: facts_accuracy(subject, FACTS, how="greedy"), lambda: scores(subject, ["hello", "there"]),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(NotFinite, match=r"(is|are) (not finite|nan|inf|-inf|\[)"):
+            call()
+
+
+def test_the_prompt_after_which_logits_are_not_finite_is_named():
+    subject = small("llama")
+    subject.model.lm_head.weight = torch.nn.Parameter(subject.model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        subject.model.model.embed_tokens.weight[int(subject.tokenizer("q")["input_ids"][0])] = float("nan")
+    with pytest.raises(NotFinite, match="the logits after the prompt 'a q' and 0 tokens more are not finite"):
+        generate(subject, ["hello", "a q"], max_new_tokens=1)
 
 
 def check_table(pair, stemmer: bool = True) -> None:

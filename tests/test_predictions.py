@@ -93,7 +93,18 @@ def test_the_effect_is_the_relative_drop_of_top1_and_the_loss_rise():
     assert (found.drop, found.loss_rise) == (50.0, 0.75)
     assert found.low == found.high == pytest.approx(50.0)
     assert drop(_hand([8, 4, 4]), _hand([8, 4, 4])) == 0.0
-    assert drop(_hand([0, 0]), _hand([1, 0])) == 0.0
+    assert np.isnan(drop(_hand([0, 0]), _hand([1, 0])))
+
+
+def test_no_percentage_of_a_division_by_nothing():
+    nothing = effect(_hand([0, 0]), _hand([1, 0]))
+    assert str(nothing).startswith("drop not defined: nothing was right before the edit, loss")
+    assert nothing.plain() == {"drop_percent": None, "interval": None}
+    rare = effect(_hand([1, 0, 0]), _hand([0, 0, 0]))
+    assert rare.percentage == "100.0 % (interval not defined: too little was right before the edit)"
+    assert rare.plain() == {"drop_percent": 100.0, "interval": None}
+    usual = effect(_hand([8, 4]), _hand([4, 2]))
+    assert usual.percentage == "50.0 % (50.0 to 50.0)" and usual.plain()["interval"] == [50.0, 50.0]
 
 
 @given(st.lists(st.tuples(st.integers(1, 10), st.integers(0, 10)), min_size=2, max_size=6), st.integers(0, 9))

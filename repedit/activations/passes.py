@@ -48,7 +48,7 @@ def batches_of(subject: Subject, corpus: Batches, *, length: int = 128, batch_si
         for row, name in enumerate(batch.document):
             # Padding on the right takes up positions, on the left none; its ids go through the embedding on both sides.
             size = ids.shape[1] if whole else int(mask[row].sum())
-            check_ids(subject, ids[row].tolist(), f"{corpus.name!r}, row {name!r}", size=size)
+            check_ids(subject, ids[row].tolist(), f"corpus {corpus.name!r}, row {name!r}", size=size)
         yield batch
 
 

@@ -187,22 +187,32 @@ class Tokens:
         yield from self.items
 
 
-def tokens(batches: Iterable[Mapping[str, Tensor]], name: str = "tokens") -> Tokens:
+def tokens(batches: Iterable[Mapping[str, Any]], name: str = "tokens") -> Tokens:
     """Wrap an iterable of tokenised batches (`input_ids`, and `attention_mask` where rows are padded).
 
     Raises:
-        DataError: if it is empty, or a batch has no input_ids.
+        DataError: if it is empty, or a batch has no input_ids, or other than a table of integers with a mask of its shape.
     """
     items = []
     for number, batch in enumerate(batches):
         if "input_ids" not in batch:
             raise DataError(f"batch {number} has fields {sorted(batch)}, input_ids is needed")
-        ids = torch.as_tensor(batch["input_ids"])
-        mask = (
-            torch.as_tensor(batch["attention_mask"]).bool()
-            if "attention_mask" in batch
-            else torch.ones_like(ids, dtype=torch.bool)
-        )
+        try:
+            ids = torch.as_tensor(batch["input_ids"])
+            mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"batch {number}: input_ids are no table of integers: {error}; pad the rows to one length"
+            ) from error
+        if ids.ndim != 2 or not ids.numel() or ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
+            raise DataError(
+                f"batch {number}: input_ids are {ids.dtype} of shape {tuple(ids.shape)}; give integers (rows, tokens), and give "
+                "at least one token"
+            )
+        if mask.shape != ids.shape:
+            raise DataError(
+                f"batch {number}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; give one entry a token"
+            )
         items.append(Batch(ids, mask, tuple(f"{number}.{row}" for row in range(ids.shape[0]))))
     if not items:
         raise DataError(f"corpus {name!r} is empty: no batches")

@@ -10,9 +10,11 @@ from functools import cached_property
 from typing import Any
 
 from repedit.data.corpus import Batch
+from repedit.data.grading import holds as holds
 from repedit.data.grading import normalized, spelled
 from repedit.data.rows import Row, Rows, check_ids, row_hash
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
+from repedit.io.text import check_text
 
 
 @dataclass(frozen=True, kw_only=True)

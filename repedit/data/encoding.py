@@ -132,15 +132,15 @@ def joined(prompt: str, answer: str) -> str:
 def encoded(tokenizer: Any, prompt: str, answer: str) -> Encoded:
     """The tokens of prompt and answer as one text, and the index of the answer's first token.
 
-    The answer begins where the tokens of the whole text leave those of the prompt alone.
+    The answer begins where the tokens of the whole text leave those of the prompt alone, whose last spaces are the answer's.
     """
     start, ids = beginning(tokenizer), text_ids(tokenizer, joined(prompt, answer))
-    return Encoded(start + ids, len(start) + shared(ids, text_ids(tokenizer, prompt)))
+    return Encoded(start + ids, len(start) + shared(ids, text_ids(tokenizer, prompt.rstrip(" "))))
 
 
 def question_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids after which a model writes the answer itself; spaces at the end belong to the answer's first token."""
-    return prompt_ids(tokenizer, prompt.rstrip(" ") or prompt)
+    """The ids after which a model writes the answer itself; the last spaces are the answer's."""
+    return prompt_ids(tokenizer, prompt.rstrip(" "))
 
 
 def entity_end(tokenizer: Any, prompt: str, entity: str) -> int | None:

@@ -153,7 +153,9 @@ def _written(text: str, kinds: str, i: int) -> str:
         case "'" | "&" | "_" | "^":
             return c if inside else " "
         case "-":
-            return c if right == "0" and left not in _WORD.replace("0", "") + "jk" else " "
+            # A sign, a range of numbers, or the end of a short symbol: A-, Rh-.
+            short = right not in _WORD + "jk" and re.search(r"(?<!\w)[^\W\d]{1,2}$", text[:i]) is not None
+            return c if short or (right == "0" and left not in _WORD.replace("0", "") + "jk") else " "
         case "." if right == "a":
             # The name .NET begins with its dot; the end of a sentence is followed by a space.
             return c if left in " ([\"'" else " "
@@ -226,4 +228,4 @@ def _ends(text: str, kinds: str, start: int, i: int) -> bool:
     if c == "'":
         single = i - start == 1 or kinds[i - 2] not in _WORD
         return re.match(r"'t\b", text[i:]) is None and (not single or re.match(r"'s\b", text[i:]) is not None)
-    return not (c == "#" or (c == "+" and after not in _WORD))
+    return not (c in "#-" or (c == "+" and after not in _WORD))
