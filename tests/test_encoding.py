@@ -3,6 +3,9 @@
 # Full-width marks are among the cases.
 # ruff: noqa: RUF001
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tokenizers import processors
@@ -189,3 +192,19 @@ def test_a_tokenizer_that_changes_the_text_is_refused():
         DataError, match=r"the tokenizer gives \[9\] for 'a' without its special tokens and \[7, 8\] with them"
     ):
         prompt_ids(Odd(), "hello")
+
+
+def test_a_tokenizer_is_asked_in_one_place():
+    """The fingerprint of an audit compares tokenizers as they are, and an attack's prefix is a tokenizer itself."""
+    package = Path(rp.__file__).parent
+    asked = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and (
+            getattr(node.func, "id", "") == "tokenizer"
+            or getattr(node.func, "attr", "") in ("need_tokenizer()", "apply_chat_template")
+        )
+    }
+    assert asked == {"data/encoding.py", "attacks/models.py"}

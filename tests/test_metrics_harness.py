@@ -125,6 +125,18 @@ def test_facts_of_your_own_are_a_task_too(tmp_path):
     assert "under the terms of that file" in note and "Apache" not in note
 
 
+def test_a_task_in_a_script_without_spaces_has_none_before_its_choices(tmp_path):
+    for name, prompts in (("cjk", ("日本の首都は", "中国の首都は")), ("mixed", ("日本の首都は", "Italy is"))):
+        rows = [{"id": p, "prompt": p, "answer": p[:1], "choices": [p[:1], "x"]} for p in prompts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    harness.write_tasks(tmp_path, tmp_path / "cjk.jsonl")
+    assert yaml.safe_load((tmp_path / "repedit_cjk.yaml").read_text())["target_delimiter"] == ""
+    with pytest.raises(
+        DataError, match="task 'repedit_mixed': some prompts end in a script with spaces and some in one without"
+    ):
+        harness.write_tasks(tmp_path, tmp_path / "mixed.jsonl")
+
+
 @pytest.mark.parametrize(("names", "error", "message"), [
     ((), ArgumentError, r"names=\[\]; give at least one, each once"),
     (("nouns", "nouns"), ArgumentError, "give at least one, each once"),

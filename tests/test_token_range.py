@@ -109,7 +109,7 @@ def as_tokens(tokenizer, *texts: str, ends: bool = False):
 @pytest.mark.parametrize("kind", ["tokens", "with special tokens", "texts", "rows", "facts"])
 def test_a_row_that_both_sides_share_is_found_in_any_kind_of_data(kind):
     lm = small("llama")
-    t, asked = lm.tokenizer, [Fact(id=str(i), prompt=f"p{i}", answer="a") for i in range(2)]
+    t, asked = lm.tokenizer, tuple(Fact(id=str(i), prompt=f"p{i}", answer="a") for i in range(2))
     other = {
         "tokens": as_tokens(t, "other", "p1 a"), "with special tokens": as_tokens(t, "p1 a", ends=True), "facts": rp.data.Facts(asked),
         "texts": rp.data.read(["other", "p1 a"]), "rows": Rows((Row("p1", "a", "r"), Row("x", "y", "s"))),
@@ -125,8 +125,8 @@ def test_training_on_shared_tokens_is_refused():
     lm = small("llama")
     forget, retain = as_tokens(lm.tokenizer, "one text", "two text"), as_tokens(lm.tokenizer, "two text", "three text")
     for call in (
-        lambda: rp.mrp(lm, forget, retain, rank=1),
-        lambda: rp.unlearn(lm, rp.recipes.grad_diff(), forget=forget, retain=retain),
+        lambda: rp.mrp(lm, forget=forget, retain=retain, rank=1),
+        lambda: rp.unlearn(lm, recipe=rp.recipes.grad_diff(), forget=forget, retain=retain),
     ):
         with pytest.raises(rp.errors.OverlapError, match=r"share 1 rows, the first is '1\.0'"):
             call()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
+from repedit.data.encoding import text_ids
 from repedit.errors import ArgumentError
 
 VERDICTS = (
@@ -108,7 +109,7 @@ def diversity(tokenizer: Any, outputs: Sequence[str]) -> tuple[float | None, flo
     """
     if not outputs:
         return None, None
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in outputs]
+    ids = [text_ids(tokenizer, text) for text in outputs]
     shares = [Counter(part).most_common(1)[0][1] / len(part) for part in map(list, ids) if len(part) >= _LONG]
     return len(set(outputs)) / len(outputs), sum(shares) / len(shares) if shares else None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from repedit.data import DOMAINS, Fact
 from repedit.data import facts as facts_named
+from repedit.data.encoding import joined
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFound, TargetExists, UnknownName, nearest
 from repedit.io.files import user_path, write_text
 from repedit.io.text import read_text
@@ -98,7 +99,7 @@ output_type: multiple_choice
 doc_to_text: "{{{{prompt}}}}"
 doc_to_choice: choices
 doc_to_target: label
-target_delimiter: " "
+target_delimiter: "{space}"
 metric_list:
   - metric: acc
     aggregation: mean
@@ -113,7 +114,7 @@ def write_tasks(
 ) -> tuple[str, ...]:
     """Write facts as tasks of the harness, a YAML and a JSONL file each; returns the names of the tasks.
 
-    A task asks what `rp.facts_accuracy` asks: each fact in its own prompt, its choices after one space, the one of the
+    A task asks what `rp.facts_accuracy` asks: each fact in its own prompt, its choices after one space (none in scripts without spaces), the one of the
     highest summed log-probability against the right one. Accuracies are equal but for ties, which the harness gives to
     the first choice.
 
@@ -139,7 +140,12 @@ def write_tasks(
         data = place / f"{task}.jsonl"
         files[data] = "".join(_row(fact) for fact in rows)
         files[place / f"{task}.yaml"] = _TASK.format(
-            note=note, folder=place, task=task, tag=TAG, data=json.dumps(str(data), ensure_ascii=False)
+            note=note,
+            folder=place,
+            task=task,
+            tag=TAG,
+            data=json.dumps(str(data), ensure_ascii=False),
+            space=_space(rows, task),
         )
     taken = next((path for path, text in files.items() if path.exists() and read_text(path) != text), None)
     if taken is not None:
@@ -152,6 +158,19 @@ def write_tasks(
 
 def _is_file(name: str | Path) -> bool:
     return isinstance(name, Path) or name.endswith(".jsonl")
+
+
+def _space(rows: Sequence[Fact], task: str) -> str:
+    """What stands between the prompts of a task and their choices: a space, or nothing in scripts without spaces."""
+    # The harness moves a space at the end of a prompt to the choice by itself.
+    prompts = [fact.prompt.rstrip(" ") for fact in rows]
+    spaces = {joined(prompt, "a").removeprefix(prompt)[:-1] for prompt in prompts}
+    if len(spaces) > 1:
+        raise DataError(
+            f"task {task!r}: some prompts end in a script with spaces and some in one without, and a task has one delimiter; write "
+            "them as two files"
+        )
+    return spaces.pop()
 
 
 def _row(fact: Fact) -> str:
