@@ -13,7 +13,7 @@ from tokenizers import processors
 import repedit as rp
 from repedit.attacks.families.optimise import Prefixed
 from repedit.data import Corpus, Document, Fact, Row, Rows
-from repedit.data.encoding import beginning, chat_ids, encoded, joined, prompt_ids, text_ids
+from repedit.data.encoding import beginning, chat_ids, encoded, joined, prompt_ids, question_ids, text_ids
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
 from repedit.metrics.generation import generate
@@ -124,17 +124,25 @@ def spaced(lead: str, prompt: str = "The capital is", end: str = "") -> Fact:
     return Fact(id="a", prompt=prompt + end, answer=f"{lead}Rome", choices=tuple(lead + c for c in ("Rome", "Paris")))
 
 
-@pytest.mark.parametrize(
-    ("lead", "end"), [(" ", ""), ("  ", ""), ("\t", ""), ("\n", ""), ("\u00a0", ""), ("", " "), (" ", " ")]
-)
-def test_an_answer_brings_its_own_space(lead, end):
+@pytest.mark.parametrize("lead", [" ", "  ", "\t", "\n", "\u00a0"])
+def test_an_answer_brings_its_own_space(lead):
     lm = rp.wrap(small("llama").model, adding("<s> $A"))
-    plain, own = spaced(""), spaced(lead, end=end)
+    plain, own = spaced(""), spaced(lead)
     assert own.answer == "Rome" and own.text == plain.text == "The capital is Rome"
     for how in ("choice", "greedy"):
         one, other = (facts_accuracy(lm, [fact], how=how) for fact in (plain, own))
         np.testing.assert_array_equal(one.graded, other.graded)
         assert one.correct.tolist() == other.correct.tolist()
+
+
+@pytest.mark.parametrize("lead", ["", " "])
+def test_a_prompt_brings_the_space_before_its_answer(lead):
+    tokenizer, plain, own = adding("<s> $A"), spaced(""), spaced(lead, end=" ")
+    one, other = (encoded(tokenizer, fact.prompt, fact.answer) for fact in (plain, own))
+    assert own.text == plain.text and one.ids == other.ids and other.start == one.start + 1
+    assert question_ids(tokenizer, own.prompt) == question_ids(tokenizer, plain.prompt), (
+        "what is written begins with the space"
+    )
 
 
 def test_an_answer_with_a_space_among_choices_without():

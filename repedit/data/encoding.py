@@ -132,10 +132,10 @@ def joined(prompt: str, answer: str) -> str:
 def encoded(tokenizer: Any, prompt: str, answer: str) -> Encoded:
     """The tokens of prompt and answer as one text, and the index of the answer's first token.
 
-    The answer begins where the tokens of the whole text leave those of the prompt alone, whose last spaces are the answer's.
+    The answer begins where the tokens of the whole text leave those of the prompt alone.
     """
     start, ids = beginning(tokenizer), text_ids(tokenizer, joined(prompt, answer))
-    return Encoded(start + ids, len(start) + shared(ids, text_ids(tokenizer, prompt.rstrip(" "))))
+    return Encoded(start + ids, len(start) + shared(ids, text_ids(tokenizer, prompt)))
 
 
 def question_ids(tokenizer: Any, prompt: str) -> list[int]:
