@@ -26,18 +26,19 @@ from tests.tolerances import close
 letters = st.text("abcde", min_size=1, max_size=4)
 
 
-class Bigrams:
+class Bigrams(torch.nn.Module):
     """A model whose next token depends on the last one alone, by a table of log-probabilities (v, v)."""
 
     config = PretrainedConfig()
 
     def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
         self.table = table
 
     def get_input_embeddings(self):
         return SimpleNamespace(weight=self.table)
 
-    def __call__(self, input_ids, logits_to_keep=0, **_):
+    def forward(self, input_ids, logits_to_keep=0, **_):
         cache = SimpleNamespace(batch_select_indices=lambda rows: None)
         return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:], past_key_values=cache)
 
