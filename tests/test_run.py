@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import typer
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from repedit import cli
-from repedit.cli import app, steps
+from repedit.cli import accounts, app, steps
 from repedit.errors import ArgumentError, DataError, NotFound, RepeditError, TargetExists, UnknownName
+from tests.kills import dies, each_kill
 from tests.saved import saved
 
 pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
@@ -189,6 +195,160 @@ def test_a_run_that_was_not_made_cannot_be_reproduced(file):
         CliRunner().invoke(app, ["reproduce", str(file)], catch_exceptions=False)
 
 
+FILE = """
+[[step]]
+verb = "write"
+text = "first"
+out = "one.txt"
+
+[[step]]
+verb = "fill"
+text = "{text}"
+out = "two"
+"""
+
+
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """A run of two verbs that write at once, one a file, the other a folder, neither of them by one rename."""
+    app = typer.Typer()
+
+    @app.command()
+    def write(out: Path, text: str = "") -> None:
+        out.write_text(text)
+
+    @app.command()
+    def fill(out: Path, text: str = "") -> None:
+        out.mkdir()
+        for name in ("a", "b"):
+            (out / name).write_text(text)
+
+    commands = typer.main.get_command(app).commands
+    monkeypatch.setattr(cli, "verbs", lambda: commands)
+    monkeypatch.setattr(accounts, "_write", lambda file: None)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.toml").write_text(FILE.format(text="second"))
+    return folder / "run.toml"
+
+
+def carried_out(file):
+    """Carry a run out in this process."""
+    result = CliRunner().invoke(app, ["run", str(file)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+
+
+def outputs(file) -> dict[str, str]:
+    """What lies beside the file of a run, without its journals."""
+    paths = (p for p in sorted(file.parent.rglob("*")) if p.is_file())
+    return {str(p.relative_to(file.parent)): p.read_text() for p in paths if not p.name.endswith((".jsonl", ".lock"))}
+
+
+def test_a_run_goes_on_from_a_kill_at_any_write(short):
+    expected = outputs(short) | {"one.txt": "first", "two/a": "second", "two/b": "second"}
+    for k in each_kill(lambda: carried_out(short), short.parent):
+        for name, text in outputs(short).items():  # whole at its target, or not there
+            assert name.startswith(".") or expected[name] == text
+        if k % 2:  # and so do kills of what goes on
+            continue
+        carried_out(short)
+        assert outputs(short) == expected
+        for name in ("one.txt", "run.done.jsonl", "run.account.jsonl"):
+            (short.parent / name).unlink()
+        shutil.rmtree(short.parent / "two")
+    carried_out(short)
+    assert outputs(short) == expected
+
+
+def test_a_changed_step_that_is_killed_at_any_write_goes_on(short):
+    for k in itertools.count(1):
+        short.write_text(FILE.format(text="second"))
+        carried_out(short)
+        short.write_text(FILE.format(text=f"third {k}"))
+        done = dies(k, lambda: carried_out(short), short.parent)
+        carried_out(short)
+        assert outputs(short)["two/b"] == f"third {k}" and len(outputs(short)) == 4
+        if done:
+            break
+
+
+@pytest.mark.parametrize("event", ["before", "after"])
+def test_what_comes_to_the_target_of_a_killed_step_is_refused(event, short, monkeypatch):
+    """Before its output is entered, and after: what a step made is moved nowhere else, and nothing is replaced."""
+    honest = steps.Log.enter
+
+    def enter(log, step, code):
+        if event == "after":
+            honest(log, step, code)
+        if step.verb == "fill":
+            os._exit(9)
+        if event == "before":
+            honest(log, step, code)
+
+    monkeypatch.setattr(steps.Log, "enter", enter)
+    assert not dies(10_000, lambda: carried_out(short), short.parent)
+    monkeypatch.setattr(steps.Log, "enter", honest)
+    (short.parent / "two").mkdir()
+    (short.parent / "two" / "notes").write_text("mine")
+    with pytest.raises(TargetExists, match=r"step 2, fill: two exists and is not what an earlier run"):
+        carried_out(short)
+    assert [p.name for p in (short.parent / "two").iterdir()] == ["notes"]
+    shutil.rmtree(short.parent / "two")
+    carried_out(short)
+    assert outputs(short)["two/a"] == "second"
+
+
+@pytest.mark.parametrize("name", ["run.done.jsonl", "run.account.jsonl"])
+def test_a_line_of_a_journal_that_was_cut_off_is_no_line(name, short):
+    carried_out(short)
+    before = outputs(short)
+    journal = short.with_name(name)
+    journal.write_text(journal.read_text()[:-7])
+    if name == "run.done.jsonl":  # the output was moved after its line was whole, so this is no kill of ours
+        shutil.rmtree(short.parent / "two")
+    carried_out(short)
+    assert outputs(short) == before
+
+
+def test_two_processes_do_not_carry_out_one_file(short):
+    with (
+        FileLock(short.with_name(".run.toml.lock")),
+        pytest.raises(TargetExists, match=r"run\.toml is being carried out"),
+    ):
+        carried_out(short)
+    carried_out(short)
+
+
+def test_values_are_never_options(short):
+    step = steps.Step(1, "write", {"out": "--help", "text": "--version"}, "k")
+    assert step.arguments(cli.verbs()["write"]) == ["--text=--version", "--", "--help"]
+    short.write_text('[[step]]\nverb = "write"\ntext = "--help"\nout = "--help"')
+    carried_out(short)
+    assert outputs(short)["--help"] == "--help"
+
+
+@pytest.mark.parametrize("value", ['""', '"."', "3", "[]", "true"])
+def test_an_output_is_a_path(value, short):
+    short.write_text(f'[[step]]\nverb = "write"\nout = {value}')
+    with pytest.raises(ArgumentError, match=r"step 1, write: out = .*; give the path of a file or folder"):
+        carried_out(short)
+
+
+def test_what_a_step_writes_besides_is_no_input(tmp_path):
+    """Its log and the state it goes on from: a step that wrote them would else be another one the next time."""
+    table = '[[step]]\nverb = "unlearn"\nmodel = "m"\nout = "d.safetensors"\nlog = "log.jsonl"\nresume = "state"'
+    (tmp_path / "run.toml").write_text(table)
+    before = step_of(tmp_path / "run.toml").key
+    for name in ("log.jsonl", "state"):
+        (tmp_path / name).write_text("written")
+    assert step_of(tmp_path / "run.toml").key == before
+    (tmp_path / "run.toml").write_text(f"{table}\n{table}".replace("d.", "e.", 1))
+    with pytest.raises(ArgumentError, match=r"several steps write log\.jsonl"):
+        step_of(tmp_path / "run.toml")
+
+
 BAD = {
     "no steps": ('model = "tiny"', DataError, r"holds no \[\[step\]\] tables with a verb"),
     "no TOML": ("step = [", DataError, r"run\.toml is no TOML"),
@@ -226,12 +386,12 @@ def test_an_absent_file_is_named(tmp_path):
 
 def test_flags_and_lists_become_words():
     commands = cli.verbs()
-    step = steps.Step(1, "prune", {"model": "m", "fraction": 0.1, "json": True, "out": "x"}, "k")
-    assert step.arguments(commands["prune"], overwrite=True)[:1] == ["m"]
-    words = step.arguments(commands["prune"], overwrite=True)
+    step = steps.Step(1, "prune", {"model": "m", "fraction": 0.1, "json": True, "overwrite": True, "out": "x"}, "k")
+    assert step.arguments(commands["prune"])[:1] == ["m"]
+    words = step.arguments(commands["prune"])
     assert {"--json", "--overwrite"} <= set(words) and words[words.index("--fraction") + 1] == "0.1"
     off = steps.Step(1, "apply", {"edit": "e", "model": "m", "verify": False}, "k")
-    assert "--no-verify" in off.arguments(commands["apply"], overwrite=False)
+    assert "--no-verify" in off.arguments(commands["apply"])
 
 
 def test_names_are_those_of_the_command_line(tmp_path):
@@ -239,7 +399,7 @@ def test_names_are_those_of_the_command_line(tmp_path):
         '[[step]]\nverb = "compare"\nbase = "a"\nedited = "b"\ndata = "folder"\nbatch_size = 2'
     )
     (step,) = steps.read(tmp_path / "run.toml", cli.verbs())
-    words = step.arguments(cli.verbs()["compare"], overwrite=False)
+    words = step.arguments(cli.verbs()["compare"])
     assert words == ["a", "b", "--data", "folder", "--batch-size", "2"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,12 @@ def accounted(file: Path, step: Any, words: Sequence[str], carry_out: Callable[[
     began = time.perf_counter()
     with console.kept() as shown:
         code = carry_out()
-    account.enter(file, step.number, [step.verb, *words], code, time.perf_counter() - began, step.out, shown)
+    if step.staged is not None:  # a reader knows the output by the name that it will have
+        shown = json.loads(
+            json.dumps(shown).replace(json.dumps(str(step.staged))[1:-1], json.dumps(str(step.out))[1:-1])
+        )
+    seconds = time.perf_counter() - began
+    account.enter(file, step.number, [step.verb, *words], code, seconds, step.out, shown, there=step.staged)
     return code
 
 

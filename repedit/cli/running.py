@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,29 +31,53 @@ def run(
 
     commands = cli.verbs()
     found, code, changed = steps.read(file, commands), 0, False
-    with contextlib.chdir(file.absolute().parent), paged(Path(file.name), dry_run):
-        log = steps.Log(Path(file.name))
+    with contextlib.chdir(file.absolute().parent), _alone(Path(file.name), dry_run), paged(Path(file.name), dry_run):
+        log, since = steps.Log(Path(file.name)), -1
         for step in found:
-            known = None if changed else log.code(step)
-            changed = changed or known is None
+            known = None if changed else log.code(step, since)
+            since, changed = log.line(step), changed or known is None
             state = "to do" if known is None else "done"
             console.err.print(
                 f"{step.number} of {len(found)}, {step.verb}: {state}" + (f" -> {step.out}" if step.out else "")
             )
+            if known is not None and not dry_run:
+                log.settle(step)
             if dry_run or known is not None:
                 code = known if step.verb == "audit" and known is not None else code
                 continue
-            verb = commands[step.verb]
-            words = step.arguments(verb, log.ours(step))
-            ended = accounted(Path(file.name), step, words, partial(_ended, verb, step, words))
+            verb, begun = commands[step.verb], log.begin(step)
+            carry_out = partial(_ended, verb, step, begun.arguments(verb))
+            ended = accounted(Path(file.name), step, step.arguments(verb), carry_out)
             if ended and step.verb != "audit":
                 console.err.print(
                     f"step {step.number}, {step.verb}, ended with {ended}; what is done stays, run again to go on"
                 )
                 raise typer.Exit(ended)
             log.enter(step, ended)
-            code = ended if step.verb == "audit" else code
+            log.settle(step)
+            since, code = log.line(step), ended if step.verb == "audit" else code
     raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _alone(file: Path, dry_run: bool) -> Iterator[None]:
+    """No other process carries out the same file at the same time; the system takes the lock back from one that dies.
+
+    Raises:
+        TargetExists: if another process does.
+    """
+    from filelock import FileLock, Timeout
+
+    from repedit.errors import TargetExists
+
+    if dry_run:
+        yield
+        return
+    try:
+        with FileLock(file.with_name(f".{file.name}.lock"), blocking=False):
+            yield
+    except Timeout as error:
+        raise TargetExists(f"{file} is being carried out by another process; wait until it has ended") from error
 
 
 UNREPEATED = ("audit", "report")
@@ -71,12 +96,12 @@ def reproduce(
     with contextlib.chdir(file.absolute().parent), tempfile.TemporaryDirectory() as folder:
         log, place = steps.Log(Path(file.name)), Path(folder)
         expected = {step.number: log.output(step) for step in found}
-        outs = [step.out for step in found if step.out is not None]
+        outs = [out for step in found for out in step.written]
         for step in found:
             if step.out is None or step.verb in UNREPEATED:
                 console.out.print(f"{step.number}, {step.verb}: not compared")
                 continue
-            _ended(commands[step.verb], step, step.moved(place, outs).arguments(commands[step.verb], overwrite=False))
+            _ended(commands[step.verb], step, step.moved(place, outs).arguments(commands[step.verb]))
             equal = steps.tree_hash(place / step.out) == expected[step.number]
             same = same and equal
             console.out.print(f"{step.number}, {step.verb}: {step.out} {'is the same' if equal else 'differs'}")

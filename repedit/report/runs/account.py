@@ -76,11 +76,14 @@ def enter(
     seconds: float,
     out: Path | None,
     shown: Sequence[Mapping[str, Any]],
+    *,
+    there: Path | None = None,
 ) -> Entry:
     """Add what a step did; paths are relative to the file, whose folder is where the process stands.
 
     Args:
         words: the command line, its verb first.
+        there: where the output stands, if it is not moved to `out` yet.
     """
     asked = tables(file)[number - 1]
     given = [word for value in asked.values() for word in (value if isinstance(value, list) else [value])]
@@ -88,7 +91,7 @@ def enter(
     read = [word for word in given if isinstance(word, str) and word not in wrote and Path(word).is_file()]
     found = Entry(
         number, words[0], asked, tuple(words), code, seconds, None if out is None else str(out),
-        {} if out is None else file_hashes(out), {word: file_hash(Path(word)) for word in read}, tuple(shown),
+        {} if out is None else file_hashes(there or out), {word: file_hash(Path(word)) for word in read}, tuple(shown),
         {name: version(name) for name in PACKAGES},
     )  # fmt: skip
     append(account_of(file), asdict(found))
