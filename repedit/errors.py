@@ -168,6 +168,9 @@ class FingerprintError(RepeditError, ValueError):
 class CheckpointError(RepeditError, OSError):
     """A checkpoint on disk is missing a file, corrupt, unsafe or cannot be written."""
 
+    delta: object | None = None
+    """What a gradient unlearning had changed when its log or its saved state could not be written; None elsewhere."""
+
 
 class TargetExists(RepeditError, FileExistsError):
     """The target of an export exists already."""

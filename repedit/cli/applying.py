@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.options import Json, Layout, Model, Multiple, opened
-from repedit.cli.writing import shaped, show_plan
+from repedit.cli.writing import check_out, shaped, show_plan
 from repedit.cli.writing import verify as verified
 
 Shape = Annotated[
@@ -39,6 +39,8 @@ def apply(
     from repedit.io import archive
     from repedit.rewrite import checkpoint
 
+    if not dry_run:
+        check_out(out, edit, model, overwrite=overwrite)
     loaded = Delta.load(edit) if archive.kind_of(edit) == "delta" else Edit.load(edit)
     adapter = structure == "adapter"
     if adapter and (dtype, layout, multiple) != (None, "uniform", None):

@@ -56,7 +56,7 @@ def audit(
         str(edited), original=str(original), facts=asked, reference=reference, budget=budget, attacks=chosen,
         unrelated=None if unrelated is None else data.named(unrelated),
         holdout=None if holdout is None else data.named(holdout), sites=sites, folds=folds,
-        seeds=None if seeds is None else [int(number) for number in seeds.split(",")], allow_small=allow_small,
+        seeds=_numbers(seeds), allow_small=allow_small,
         device=device, out=private_folder(out) if hide_items and out is not None else out, save=False, command=_command(),
     )  # fmt: skip
     written = [] if out is None else _written(partial(write, found, out, hide_items=hide_items))
@@ -146,6 +146,15 @@ def _asked(edited: str | None, original: str | None, facts: str | None, retain: 
     if missing:
         raise ArgumentError(f"{' and '.join(missing)} missing; give the edited checkpoint, --original and --facts")
     return data.facts(str(facts)) if retain is None else data.facts(str(facts), retain=retain)
+
+
+def _numbers(seeds: str | None) -> list[int] | None:
+    from repedit.errors import ArgumentError
+
+    try:
+        return None if seeds is None else [int(number) for number in seeds.split(",")]
+    except ValueError as error:
+        raise ArgumentError(f"--seeds {seeds!r}; give whole numbers, joined by commas, such as 0,1,2") from error
 
 
 def _command() -> str:

@@ -23,7 +23,7 @@ from repedit.cli.options import (
     Tokens,
     opened,
 )
-from repedit.cli.writing import plan_of, shaped, write
+from repedit.cli.writing import check_out, plan_of, save, shaped, write
 
 
 def collect(
@@ -51,6 +51,7 @@ def collect(
     from repedit.ranks import leave, own_device
     from repedit.stats import Activity, Moments
 
+    check_out(out, text)
     kinds: dict[str, Any] = {"activity": Activity, "moments": Moments}
     if statistic not in kinds:
         raise UnknownName(f"--statistic {statistic!r}; {nearest(statistic, kinds)}")
@@ -60,7 +61,7 @@ def collect(
     )  # fmt: skip
     if not leave():
         return
-    found.save(out)
+    save(found, out)
     if json:
         console.show_json({"out": str(out), "sites": [str(site) for site in found], "counted": found.counted})
     else:
@@ -84,9 +85,10 @@ def score(
     """Score every neuron by how specific it is to the forget set."""
     from repedit import console
 
+    check_out(out, forget, retain)
     subject = opened(model, device, dtype)
     scores = _scored(subject, forget, retain, sites, importance, combine, tokens, batch_size)
-    scores.save(out)
+    save(scores, out)
     counts = {role: row["tokens"] for role, row in scores.provenance["data"].items()}
     found = {
         "out": str(out),
@@ -145,11 +147,13 @@ def prune(
     from repedit.importance.job import PruneOptions, pruned
 
     shape = shaped(out, structure, layout, multiple)
-    subject = opened(model, device, dtype)
     options = PruneOptions(
         fraction=fraction, learned=learned, sites=sites, importance=importance, combine=combine, steps=steps, max_retain_drop=max_retain_drop,
         cap_per_layer=cap_per_layer, control=control, tokens=tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
+    if not dry_run:
+        check_out(out, model, scores, forget, retain, overwrite=overwrite)
+    subject = opened(model, device, dtype)
     found = pruned(subject, forget, retain, options, scores=scores, say=console.stage)
     plan = plan_of(found.edit, subject, shape) if dry_run and not found.exceeded else ""
     _show(found, out, dry_run, plan, json)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Seed, opened
-from repedit.cli.writing import plan_of, show_plan, write
+from repedit.cli.writing import check_out, plan_of, show_plan, write
 
 
 def project(
@@ -48,6 +48,8 @@ def project(
     from repedit.metrics.knowledge import knowledge
     from repedit.rewrite.live import apply
 
+    if not dry_run:
+        check_out(out, model, forget, retain, previous, resume, overwrite=overwrite)
     facts = data.facts(forget) if retain is None else data.facts(forget, retain=data.facts(retain).forget)
     subject = opened(model, device, dtype)
     earlier = None if previous is None else Edit.load(previous)

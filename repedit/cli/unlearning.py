@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from repedit.cli.options import JSON, Device, Dtype, Model, Seed, opened
-from repedit.cli.writing import write
+from repedit.cli.writing import check_out, keeping, write
 
 
 def _list(context: Any, option: Any, value: bool) -> bool:
@@ -84,11 +85,12 @@ def unlearn(
     """
     from repedit.ranks import leave, own_device
 
+    check_out(out, model, forget, retain, update, resume, log, overwrite=overwrite)
     chosen = _recipe(recipe, set_ or [], layers, modules, mask)
     sets = _sets(chosen, forget, retain, update)
     subject = opened(model, own_device(device), dtype)
     delta = _trained(
-        subject, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log,
+        subject, out, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log,
         shard=shard, gradient_checkpointing=gradient_checkpointing, checkpoint_every=20 if resume else None, **sets,
     )  # fmt: skip
     if leave():
@@ -97,14 +99,17 @@ def unlearn(
         raise typer.Exit(3)
 
 
-def _trained(subject: Any, **options: Any) -> Any:
+def _trained(subject: Any, out: Path, **options: Any) -> Any:
     """The Delta of a training; one that failed ends the command with exit code 4."""
     from repedit import console
-    from repedit.errors import TrainingError
+    from repedit.errors import CheckpointError, TrainingError
     from repedit.gradient.unlearning import unlearn as unlearned
 
     try:
         return unlearned(subject, **options)
+    except CheckpointError as error:  # a log or a state that could not be written
+        with contextlib.nullcontext() if error.delta is None else keeping(error.delta, out):
+            raise
     except TrainingError as error:
         console.err.print(f"TrainingError: {error}")
         raise typer.Exit(4) from error
@@ -142,20 +147,21 @@ def _recipe(name: str, settings: list[str], layers: str | None, modules: str | N
     else:
         found = named(name, **dict(_setting(text) for text in settings))
     if not isinstance(found, UnlearnRecipe):
-        if layers or modules or mask:
+        if layers is not None or modules is not None or mask is not None:
             raise ArgumentError(
                 f"recipe {name!r} merges several trainings; --layers, --modules and --mask fit a single one"
             )
         return found
-    changes: dict[str, Any] = {"layers": layers} if layers else {}
-    changes |= {"modules": tuple(modules.split(","))} if modules else {}
+    changes: dict[str, Any] = {} if layers is None else {"layers": layers}
+    changes |= {} if modules is None else {"modules": tuple(modules.split(","))}
     found = replace(found, parameters=replace(found.parameters, **changes))
     if mask is None:
         return found
     kind, _, percentile = mask.partition(":")
-    if kind != "sure" or not percentile.replace(".", "", 1).isdigit():
-        raise ArgumentError(f"--mask {mask!r}; write 'sure:90'")
-    return sure(found, percentile=float(percentile))
+    try:
+        return sure(found, percentile=float(percentile if kind == "sure" else "none"))
+    except ValueError as error:
+        raise ArgumentError(f"--mask {mask!r}; write 'sure:90', with a number in [0, 100]") from error
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +21,95 @@ def shaped(out: Path | None, structure: str, layout: str, multiple: int | None) 
     return {"structure": structure, "layout": layout, "multiple": multiple}
 
 
+def check_out(out: Path | None, *reads: Any, overwrite: bool = False) -> None:
+    """Refuse a target before any work is done: one that cannot be written, that holds something else, or that is read.
+
+    Args:
+        out: x.safetensors is a file, everything else a directory.
+        reads: what the verb reads, by the words it was given.
+    Raises:
+        TargetExists: if something would be lost. CheckpointError: if nothing can be written there.
+    """
+    from repedit.errors import TargetExists
+    from repedit.io.archive import check_replaceable
+    from repedit.io.targets import check_file_target, check_target
+
+    if out is None:
+        return
+    sources = [Path(word) for word in reads if word is not None and Path(word).exists()]
+    if out.suffix == ".safetensors":
+        if any(source.samefile(out) for source in sources if out.exists()):
+            raise TargetExists(f"{out} is read by this command and cannot be written by it; give another --out")
+        check_file_target(out)
+        check_replaceable(out)
+        return
+    check_target(out, overwrite=overwrite)
+    for folder in (source for source in sources if source.is_dir()):
+        check_target(out, overwrite=overwrite, source=folder)
+
+
+def save(value: Any, out: Path) -> None:
+    """Save what was computed to a file; where that fails after all, beside it under another name.
+
+    Raises:
+        RepeditError: of the type of the failure, saying where the value is kept.
+    """
+    with keeping(value, out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        value.save(out)
+
+
+@contextmanager
+def keeping(value: Any, out: Path) -> Iterator[None]:
+    """Keep a value that took long to find where writing it fails: beside the target, here, or in the temporary folder.
+
+    Raises:
+        RepeditError: of the type of the failure, saying where the value is kept.
+    """
+    from repedit import console
+    from repedit.errors import CheckpointError, RepeditError
+
+    try:
+        yield
+    except (RepeditError, OSError, KeyboardInterrupt) as error:
+        kept = _kept(value, out)
+        where = f"what was computed is kept in {kept}" if kept else "what was computed could be saved nowhere"
+        if kept and type(value).__name__ in ("Edit", "Delta"):
+            where += f": repedit apply {kept} MODEL --out {out}"
+        if isinstance(error, KeyboardInterrupt):
+            console.err.print(f"Interrupted; {where}")
+            raise
+        raise (type(error) if isinstance(error, RepeditError) else CheckpointError)(f"{error}; {where}") from error
+
+
+def _kept(value: Any, out: Path) -> Path | None:
+    """The first free place that takes the value."""
+    for folder in (out.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())):
+        for number in range(100):
+            path = folder / f"{out.name.removesuffix('.safetensors')}.rescued{number or ''}.safetensors"
+            if os.path.lexists(path):
+                continue
+            try:
+                value.save(path)
+            except Exception:  # of whatever kind: the next place may take it
+                break
+            return path
+    return None
+
+
 def write(edit: Any, subject: Any, out: Path, overwrite: bool, shape: dict[str, Any] | None = None) -> None:
     """The edit as a file (.safetensors), or the edited checkpoint as a directory, verified.
 
-    Where the shape asked for is refused, the edit, which may have taken long to find, is kept beside the directory.
+    Where that fails, the edit, which may have taken long to find, is kept beside the target.
     """
     from repedit import console
-    from repedit.errors import NotSlimmable
     from repedit.rewrite.checkpoint import export
 
     if out.suffix == ".safetensors":
-        edit.save(out)
+        save(edit, out)
     else:
-        try:
+        with keeping(edit, out):
             record = export(edit, subject, out, overwrite=overwrite, **(shape or {}))
-        except NotSlimmable as error:
-            kept = out.with_name(f"{out.name}-edit.safetensors")
-            edit.save(kept)
-            raise NotSlimmable(
-                f"{error}. The edit is kept in {kept}: repedit apply {kept} MODEL --out {out}"
-            ) from error
         verify(out, record)
     console.err.print(f"written: {out}")
 

@@ -71,6 +71,9 @@ class Training:
             TrainingError: if a loss or the gradient is not finite; the weights are those of the last good step.
         """
         begin = len(self.log)
+        ended = self._ended() if begin else None  # a training that was killed after its last step has taken it
+        if ended is not None:
+            return ended
         hidden = None if progress is None and self.ranks.first else not (progress and self.ranks.first)
         bar = tqdm(range(begin, self.total), initial=begin, total=self.total, desc=self.recipe.name, leave=False,
                    disable=hidden)  # fmt: skip
@@ -80,12 +83,20 @@ class Training:
             losses = ", ".join(f"{name} {value:.3g}" for name, value in record["losses"].items())
             bar.set_postfix_str(f"{losses}, cos {record['cosine']:.2f}" if record["cosine"] is not None else losses)
             after()
-            for rule in self.recipe.stop:
-                now = Progress(step + 1, (step + 1) / self.order.epoch, self.log, lambda: self.trainee.subject)
-                reason = self.ranks.decided(rule.reason(now))
-                if reason:
-                    return rule.name, f"{rule.name} at step {step}: {reason}"
+            ended = self._ended()
+            if ended is not None:
+                return ended
         return "", f"all {self.total} steps taken"
+
+    def _ended(self) -> tuple[str, str] | None:
+        """The rule that ends the training after the steps taken, with its reason."""
+        taken = len(self.log)
+        now = Progress(taken, taken / self.order.epoch, self.log, lambda: self.trainee.subject)
+        for rule in self.recipe.stop:
+            reason = self.ranks.decided(rule.reason(now))
+            if reason:
+                return rule.name, f"{rule.name} at step {taken - 1}: {reason}"
+        return None
 
     def _step(self, step: int) -> dict[str, Any]:
         begin, draw = perf_counter(), self.order.at(step)

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, NoOpEdit, TrainingError, check_positive, check_seed, check_whole, is_whole
+from repedit.errors import (
+    ArgumentError,
+    CheckpointError,
+    NoOpEdit,
+    TargetExists,
+    TrainingError,
+    check_positive,
+    check_seed,
+    check_whole,
+    is_whole,
+)
 from repedit.fingerprints import value_hash
 from repedit.gradient import state
 from repedit.gradient.loop import Training
@@ -25,7 +35,9 @@ from repedit.gradient.reference import Reference, check_vocabulary
 from repedit.gradient.schedule import Stop
 from repedit.gradient.sharding import check_shardable
 from repedit.gradient.sharding import shard as divide
-from repedit.io.files import append, write_text
+from repedit.io import archive
+from repedit.io.files import append, open_regular, write_text
+from repedit.io.targets import check_file_target
 from repedit.models import Subject
 from repedit.ranks import Ranks, joined_ranks
 
@@ -84,6 +96,8 @@ def unlearn(
         SelectionError, ShapeError: if the parameter filter or mask fits nothing, or the reference has another vocabulary.
         QuantizedModel, OffloadedTensors: if the weights cannot be trained.
         TrainingError: if a loss is not finite; its `delta` is the last good state.
+        TargetExists, CheckpointError: if `log` or `resume` is something else or cannot be written, before the training; later
+            its `delta` is what was trained.
         NoOpEdit: if nothing changed, or rounding to the model's dtype swallows all of it.
         FingerprintError: if `resume` holds another training, or the ranks were given different ones.
     """
@@ -91,6 +105,7 @@ def unlearn(
         raise ArgumentError(
             f"checkpoint_every={checkpoint_every}, resume={resume}: give a file in resume, and at least 1 step"
         )
+    _check_files(log, resume)
     check_whole(micro_batch=micro_batch)
     check_positive(clip=clip)
     check_seed(seed=seed)
@@ -117,6 +132,22 @@ def unlearn(
         ranks=ranks, dropout=dropout,
     )  # fmt: skip
     return _trained(training, record, None if resume is None else Path(resume), checkpoint_every, log, progress)
+
+
+def _check_files(log: str | Path | None, resume: str | Path | None) -> None:
+    """Refuse files that cannot be written, or that something else is in, before anything is trained."""
+    if log is not None and resume is not None and Path(log).absolute() == Path(resume).absolute():
+        raise ArgumentError(f"log and resume are both {log}; give each its own file")
+    for path in (Path(path) for path in (log, resume) if path is not None):
+        check_file_target(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if resume is not None:
+        archive.check_replaceable(resume)
+    if log is not None and Path(log).exists() and Path(log).stat().st_size:
+        with open_regular(log) as file:
+            first = file.readline(1 << 16)
+        if not first.startswith(b'{"step": '):
+            raise TargetExists(f"{log} exists and is not the log of a training; move it away, or give another log")
 
 
 def _overridden(recipe: UnlearnRecipe, changes: Mapping[str, Any], stop: Sequence[Stop]) -> UnlearnRecipe:
@@ -170,25 +201,33 @@ def _trained(
 
     try:
         rule, reason = training.run(after=after, progress=progress)
+        if path is not None:
+            state.save(path, training, key)
     except TrainingError as error:
         if path is not None:
             state.save(path, training, key)
         error.delta = _delta(training, record | {"stopped": {"rule": "error", "reason": str(error)}})
         raise
-    if path is not None:
-        state.save(path, training, key)
+    except OSError as error:
+        failure = CheckpointError(
+            f"the training stopped after {len(training.log)} steps since {log or path} could not be written: {error}; "
+            "error.delta holds what was trained"
+        )
+        failure.delta = _delta(training, record | {"stopped": {"rule": "error", "reason": str(failure)}})
+        raise failure from error
     delta = _delta(training, record | {"stopped": {"rule": rule, "reason": reason}})
     _check_change(delta, training)
     return delta
 
 
 def _delta(training: Training, record: dict[str, Any]) -> Delta:
+    """What was trained, without the seconds that steps took: the same training gives the same bytes."""
     found = {name: value * training.recipe.scale for name, value in training.trainee.differences().items()}
     start = {name: value_hash(_start(training, name)) for name in found}
     return Delta(
         found,
         record | {"start": start, "steps_run": len(training.log), "lengths": training.steering.lengths},
-        tuple(training.log),
+        tuple({name: value for name, value in row.items() if name != "seconds"} for row in training.log),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from repedit.errors import CheckpointError, RepeditError
+from repedit.errors import CheckpointError, RepeditError, TargetExists
 from repedit.io.files import open_regular
 from repedit.io.safetensors import header_of as tensor_header
 from repedit.io.safetensors import read_header, read_tensor, write_file
@@ -26,12 +26,25 @@ _KINDS = {
 }
 
 
+def check_replaceable(path: str | Path) -> None:
+    """Refuse to write over a file that is there and holds no value of repedit, such as the weights of a model.
+
+    Raises:
+        TargetExists: with what is there.
+    """
+    place = Path(path)
+    if place.is_file() and place.stat().st_size and kind_of(place) is None:
+        raise TargetExists(f"{place} exists and repedit did not write it; move it away, or give another path")
+
+
 def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a header of plain JSON values, by one rename; kind is a key of the table above.
 
     Raises:
+        TargetExists: if a file is there that repedit did not write.
         CheckpointError: if the file cannot be written; what was there before is unchanged.
     """
+    check_replaceable(path)
     text = json.dumps({"format": FORMAT, "kind": kind, **header}, sort_keys=True)
     write_file(path, tensors, {"repedit": text})
 
