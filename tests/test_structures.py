@@ -244,10 +244,11 @@ def test_verbs_write_other_shapes_and_say_who_reads_them(tmp_path: Path):
     assert "read by: repedit.load" in text and "plain transformers cannot, its layers have different widths" in text
     words = ("prune", model, "--fraction", "0.01", "--tokens", "400", "--structure", "slim", "--out", tmp_path / "none")
     with pytest.raises(
-        NotSlimmable, match=r"nothing would be cut.*The edit is kept in \S+none-edit.safetensors: repedit apply"
+        NotSlimmable,
+        match=r"nothing would be cut.*what was computed is kept in \S+none.rescued.safetensors: repedit apply",
     ):
         CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
-    assert rp.Edit.load(tmp_path / "none-edit.safetensors").maps and not (tmp_path / "none").exists()
+    assert rp.Edit.load(tmp_path / "none.rescued.safetensors").maps and not (tmp_path / "none").exists()
     rp.erase_stream(rp.load(model), basis()).save(tmp_path / "edit.safetensors")
     sliced = ("apply", tmp_path / "edit.safetensors", model, "--structure", "slice")
     assert "coordinates of the stream become 20" in run(*sliced, "--dry-run")

@@ -25,6 +25,7 @@ from repedit.attacks.showing import shown
 from repedit.attacks.store import Store
 from repedit.data import Fact, Facts, prose
 from repedit.errors import ArgumentError, BadReference, DataError, check_positive, check_seed, check_whole, is_whole
+from repedit.io.targets import check_folder
 from repedit.models import Subject
 from repedit.sites import Site
 
@@ -90,8 +91,12 @@ def audit(
         BadReference: if the reference is the original, or knows the facts.
         DataError, OverlapError, NotEnoughRows: if the facts cannot be asked or halved.
         UnknownName, ArgumentError, FractionError: if an argument is out of range.
+        TargetExists, CheckpointError: if `out` holds something else, or cannot be written.
     """
     start = time.perf_counter()
+    check_folder(
+        out, "findings", "audit.json", read=tuple(s for s in (edited, original, reference) if isinstance(s, str | Path))
+    )
     check_thresholds(material, clear, alpha)
     names = planned(budget, attacks)
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)

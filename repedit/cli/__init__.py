@@ -29,6 +29,7 @@ from repedit.cli import (
 )
 from repedit.cli.completing import BASH, completed, in_bash
 from repedit.cli.examples import CUT_OFF, INTERRUPTED, epilog
+from repedit.cli.options import Verb
 from repedit.foreign_text import for_terminal
 
 app = typer.Typer(
@@ -58,7 +59,7 @@ for verb in (
     running.run,
     running.reproduce,
 ):
-    app.command(epilog=epilog(verb.__name__))(completed(verb))
+    app.command(epilog=epilog(verb.__name__), cls=Verb)(completed(verb))
 app.add_typer(vision.app, name="vision")
 
 

@@ -50,8 +50,10 @@ def audit(
     from repedit import console, data
     from repedit.attacks.audit import audit as audited
     from repedit.attacks.store import private_folder
+    from repedit.io.targets import check_folder
     from repedit.report import withheld, write
 
+    check_folder(out, "findings", "audit.json", read=(str(edited), str(original)))
     found = audited(
         str(edited), original=str(original), facts=asked, reference=reference, budget=budget, attacks=chosen,
         unrelated=None if unrelated is None else data.named(unrelated),

@@ -24,11 +24,15 @@ def demo(
     """Prune the code neurons of the default model; make it forget the capitals; export both and compare."""
     from repedit import console
     from repedit.errors import UnknownName, nearest
+    from repedit.io.targets import check_target
     from repedit.walkthrough import forget_capitals, walkthrough
 
     quiet()
     if act not in ("both", "code", "capitals"):
         raise UnknownName(f"act={act!r}; {nearest(act, ('both', 'code', 'capitals'))}")
+    place = out.with_name(f"{out.name}-capitals")
+    for target in (out,) * (act != "capitals") + (place,) * (act != "code"):
+        check_target(target, overwrite=True)
     found: dict[str, Any] = {}
     if act in ("both", "code"):
         first = walkthrough(model, out, tokens=tokens, seed=seed, say=console.stage)
@@ -36,7 +40,6 @@ def demo(
         if not json:
             _show_pruning(first)
     if act in ("both", "capitals"):
-        place = out.with_name(f"{out.name}-capitals")
         second = forget_capitals(model, place, steps=steps, seed=seed, say=console.stage)
         found["capitals"] = console.forgotten_json(second)
         if not json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.examples import epilog
-from repedit.cli.options import Json, Seed
+from repedit.cli.options import Json, Seed, Verb
 
 app = typer.Typer(help="Make an image classifier forget, and compare it with one that never saw the images.", no_args_is_help=True)  # fmt: skip
 
@@ -18,7 +18,7 @@ def group() -> None:
     """Make an image classifier forget, and compare it with one that never saw the images."""
 
 
-@app.command(epilog=epilog("vision demo"))
+@app.command(epilog=epilog("vision demo"), cls=Verb)
 def demo(
     data: Annotated[
         str, typer.Option(help="digits (in scikit-learn), or mnist5k and cifar6k where they are.")
@@ -34,8 +34,10 @@ def demo(
 ) -> None:
     """Forget a class, and wrong labels, by every recipe; the gap of each to models retrained without the images."""
     from repedit import console
+    from repedit.io.targets import check_folder
     from repedit.walkthrough.classifying import forget_images
 
+    check_folder(out)
     found = [
         forget_images(request, data, recipes=recipe, references=references, seed=seed, say=console.stage)
         for request in forget or ("class:3", "mislabelled:0.1")

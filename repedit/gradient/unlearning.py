@@ -134,6 +134,10 @@ def unlearn(
     return _trained(training, record, None if resume is None else Path(resume), checkpoint_every, log, progress)
 
 
+_ROW = b'{"c": '
+"""What every line of a log begins with."""
+
+
 def _check_files(log: str | Path | None, resume: str | Path | None) -> None:
     """Refuse files that cannot be written, or that something else is in, before anything is trained."""
     if log is not None and resume is not None and Path(log).absolute() == Path(resume).absolute():
@@ -145,8 +149,8 @@ def _check_files(log: str | Path | None, resume: str | Path | None) -> None:
         archive.check_replaceable(resume)
     if log is not None and Path(log).exists() and Path(log).stat().st_size:
         with open_regular(log) as file:
-            first = file.readline(1 << 16)
-        if not first.startswith(b'{"step": '):
+            first = file.readline(len(_ROW))
+        if not _ROW.startswith(first):  # of a log whose writer was killed, the first line may be cut off
             raise TargetExists(f"{log} exists and is not the log of a training; move it away, or give another log")
 
 
@@ -191,11 +195,11 @@ def _trained(
     training.ranks.check_same(**{"steps taken": len(training.log)})
     written = None if log is None or not training.ranks.first else Path(log)
     if written is not None:
-        write_text(written, "".join(json.dumps(r) + "\n" for r in training.log))
+        write_text(written, "".join(_line(row) + "\n" for row in training.log))
 
     def after() -> None:
         if written is not None:
-            append(written, training.log[-1])
+            append(written, json.loads(_line(training.log[-1])))
         if path is not None and len(training.log) % (every or 20) == 0:
             state.save(path, training, key)
 
@@ -218,6 +222,11 @@ def _trained(
     delta = _delta(training, record | {"stopped": {"rule": rule, "reason": reason}})
     _check_change(delta, training)
     return delta
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A line of the log; sorted, as the rows of a saved training are."""
+    return json.dumps(row, sort_keys=True)
 
 
 def _delta(training: Training, record: dict[str, Any]) -> Delta:

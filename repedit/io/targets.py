@@ -81,6 +81,31 @@ def check_file_target(target: str | Path, *, overwrite: bool = True) -> Path:
     return out
 
 
+def check_folder(target: str | Path | None, *ours: str, read: tuple[str | Path, ...] = ()) -> None:
+    """Refuse a folder that pages and findings are put into, one by one: it is absent, empty, or holds some of ours already.
+
+    Args:
+        ours: names of what a folder of this kind holds; without any, a folder may hold anything.
+        read: what is read, which the folder may not be.
+    Raises:
+        TargetExists: if it holds something else, or is what is read. CheckpointError: if nothing can be written there.
+    """
+    if target is None:
+        return
+    out = _absolute(target).resolve()
+    with _typed(out):
+        if any(Path(path).expanduser().resolve() == out for path in read):
+            raise TargetExists(f"the target {target} is read by this command; give another target")
+        _check_parent(out)
+        kind = _kind(out)
+        if kind is not None and not out.is_dir():
+            raise TargetExists(f"{out} is {kind}, where a folder is to be written; give another target")
+        if kind is not None and not os.access(out, os.W_OK | os.X_OK):
+            raise CheckpointError(f"{out} cannot be written: it is read-only; give another target")
+        if kind is not None and ours and any(out.iterdir()) and not any((out / name).exists() for name in ours):
+            raise TargetExists(f"{out} holds something else than {' or '.join(ours)}; give another target")
+
+
 def check_space(place: Path, need: int) -> None:
     """Refuse to write more bytes than the disk has.
 

@@ -1,0 +1,213 @@
+"""Every option of every verb changes what the library is asked for, what is shown or where it goes; or is refused."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from typer.testing import CliRunner
+
+from repedit import cli
+from repedit.cli import options
+from repedit.errors import ArgumentError
+from repedit.gradient.recipe import UnlearnRecipe
+
+KEPT = MagicMock(name="result", tensors={}, exceeded=False, agreement=0.5, relative_change=0.5, structure="keep")
+KEPT.log = [{"losses": {}, "nll": {}, "cosine": None}]
+KEPT.provenance = {"data": {"forget": {"tokens": 1}, "retain": {"tokens": 1}}, "stopped": {"rule": ""}}
+KEPT.to_json.return_value = "{}"
+KEPT.verdict.exit_code = 0
+ANSWERS = {
+    "io.archive.kind_of": "edit", "cli.steps.read": [], "cli.cut.plan_of": "plan", "cli.project.plan_of": "plan", "rewrite.checkpoint.dry_run": "plan",
+}  # fmt: skip
+PATCHED: dict[str, tuple[str, ...]] = {
+    "demo": ("walkthrough.walkthrough", "walkthrough.forget_capitals", "cli.start._show_pruning", "cli.start._show_forgotten",
+             "console.comparison_json", "console.forgotten_json", "console.show_json"),
+    "fetch": ("fetching.fetch", "console.show_json"),
+    "doctor": ("cli.look.opened", "arch.check.check_architecture", "kernels.dispatch.choose", "console.show_json", "console.table"),
+    "inspect": ("cli.look.opened", "console.show_json", "console.table"),
+    "collect": ("cli.cut.opened", "data.read", "activations.collection.collect", "cli.cut.save", "console.show_json"),
+    "score": ("cli.cut.opened", "cli.cut._scored", "cli.cut.save", "console.show_json", "console.table"),
+    "prune": ("cli.cut.opened", "importance.job.pruned", "cli.cut.write", "cli.cut._show", "cli.cut.plan_of"),
+    "project": ("cli.project.opened", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "metrics.knowledge.knowledge", "rewrite.live.apply",
+                "cli.project._show", "cli.project.plan_of", "cli.project.write"),
+    "unlearn": ("cli.unlearning.opened", "data.facts", "data.read", "gradient.unlearning.unlearn", "cli.unlearning.write",
+                "console.show_json", "console.table"),
+    "apply": ("cli.applying.opened", "io.archive.kind_of", "edit.Edit.load", "rewrite.checkpoint.export", "rewrite.checkpoint.dry_run",
+              "cli.applying.verified", "console.show_json"),
+    "diff": ("rewrite.difference.diff", "console.show_json", "console.table"),
+    "compare": ("cli.look.opened", "data.read", "metrics.comparison.compare", "metrics.benchmarks.measured", "console.comparison_json",
+                "console.comparison_rows", "console.show_json", "console.table", "console.show_generations"),
+    "chat": ("cli.chatting.opened", "metrics.streaming.side_by_side", "cli.chatting._beside", "cli.chatting._last", "cli.chatting._json_line"),
+    "audit": ("data.facts", "data.named", "attacks.audit.audit", "attacks.estimating.estimate", "attacks.controls.selftest.selftest",
+              "report.write", "cli.audits.show", "cli.audits._estimate", "cli.audits._selftest"),
+    "report": ("attacks.judging.evidence.Report.load", "report.together", "report.withheld", "report.write", "cli.audits.show", "console.show_json",
+               "cli.audits._plain"),
+    "tasks": ("metrics.harness.write_tasks", "console.show_json"),
+    "push": ("rewrite.publishing.push", "console.show_json", "console.table"),
+    "run": ("cli.steps.read", "cli.running._alone", "cli.running.paged"),
+    "reproduce": ("cli.steps.read",),
+    "vision demo": ("walkthrough.classifying.forget_images", "cli.vision._written", "cli.vision._show", "cli.vision._plain", "console.show_json"),
+}  # fmt: skip
+"""Verb -> what its command line calls; each call is recorded and does nothing."""
+BASE: dict[str, tuple[str, ...]] = {
+    "demo": (), "fetch": (), "doctor": ("m",), "inspect": ("m",), "collect": ("m", "--out", "c.safetensors"),
+    "score": ("m", "--out", "s.safetensors"), "prune": ("m", "--fraction", "0.1", "--out", "e.safetensors"),
+    "project": ("m", "--out", "e.safetensors"), "unlearn": ("m", "--out", "d.safetensors"), "apply": ("e", "m", "--out", "new"),
+    "diff": ("m", "n"), "compare": ("m", "n"), "chat": ("m", "hello", "--original", "n"),
+    "audit": ("m", "--original", "n", "--facts", "capitals"), "report": ("a",), "tasks": ("t",), "push": ("d", "o/n"), "run": ("r.toml",),
+    "reproduce": ("r.toml",), "vision demo": (),
+}  # fmt: skip
+COMMON = {
+    "device": "--device cpu", "dtype": "--dtype float32", "seed": "--seed 7", "json": "--json", "batch_size": "--batch-size 3", "tokens": "--tokens 77",
+    "out": "--out other.safetensors", "overwrite": "--overwrite", "dry_run": "--dry-run", "sites": "--sites 1.mlp.neurons", "structure": "--structure slim --out o",
+    "layout": "--structure slim --layout ragged --out o", "multiple": "--structure slim --multiple 4 --out o", "importance": "--importance rms",
+    "combine": "--combine ratio", "steps": "--steps 5", "forget": "--forget prose", "retain": "--retain code", "model": "other", "edited": "other",
+}  # fmt: skip
+"""Option -> the words that give it, where no verb says otherwise; arguments take the place of their verb's first words."""
+OWN: dict[str, dict[str, str]] = {
+    "demo": {"model": "--model other", "act": "--act code", "out": "--out there"},
+    "fetch": {"name": "smollm2-135m-other", "force": "--force"},
+    "collect": {"text": "--text prose", "statistic": "--statistic moments", "gradients": "--gradients"},
+    "prune": {"fraction": "--fraction 0.2", "learned": "= m --learned --out e.safetensors", "scores": "--scores s.safetensors",
+              "max_retain_drop": "--max-retain-drop 5", "cap_per_layer": "--cap-per-layer 0.3", "control": "--control 2"},
+    "project": {"rank": "--rank 3", "method": "--method leace", "previous": "--previous p", "resume": "--resume r",
+                "forget": "--forget symbols", "retain": "--retain symbols"},
+    "unlearn": {"recipe": "--recipe npo", "layers": "--layers 1", "modules": "--modules attn.out", "mask": "--mask sure:50", "set_": "--set lr=0.5",
+                "micro_batch": "--micro-batch 2", "shard": "--shard", "gradient_checkpointing": "--gradient-checkpointing", "resume": "--resume r",
+                "log": "--log l", "list_recipes": "--list-recipes", "update": "--update symbols", "forget": "--forget symbols"},
+    "apply": {"edit": "other", "dtype": "--dtype bfloat16", "verify": "--no-verify", "out": "--out other"},
+    "diff": {"base": "other"},
+    "compare": {"base": "other", "text": "--text prose", "prompt": "--prompt hi", "metrics": "--metrics tofu --data there",
+                "folder": "--metrics tofu --data elsewhere", "limit": "--metrics tofu --data there --limit 3"},
+    "chat": {"original": "--original other", "prompt": "other", "plain": "--plain", "temperature": "--temperature 0.5"},
+    "audit": {"original": "--original other", "facts": "--facts symbols", "retain": "--retain symbols", "reference": "--reference r", "unrelated": "--unrelated code",
+              "holdout": "--holdout code", "budget": "--budget full", "attacks": "--attacks direct", "folds": "--folds 1", "seeds": "--seeds 1,2",
+              "allow_small": "--allow-small", "out": "--out there", "hide_items": "--out there --hide-items", "selftest": "= --selftest", "seed": "--selftest --seed 7"},
+    "report": {"audits": "b", "out": "--out there", "hide_items": "--hide-items"},
+    "tasks": {"out": "other", "facts": "--facts capitals"},
+    "push": {"directory": "other", "repository": "other/n", "yes": "--yes", "public": "--public", "message": "--message why"},
+    "run": {"file": "other.toml"}, "reproduce": {"file": "other.toml"},
+    "vision demo": {"data": "--data mnist5k", "forget": "--forget class:1", "recipe": "--recipe relabel", "references": "--references 5", "out": "--out there"},
+}  # fmt: skip
+BESIDE = {("audit", "seed"): ("--selftest",)}
+"""Where a verb must be asked with other words to be asked the same without the option."""
+PARAMETERS = [(verb, str(p.name)) for verb, command in cli.verbs().items() for p in command.params if p.name != "help"]
+
+
+def asked(verb: str, words: tuple[str, ...], monkeypatch: Any, folder: Path) -> str:
+    """Everything that a command line asks the library for, and shows, as text."""
+    calls: list[Any] = []
+    KEPT.reset_mock()
+
+    def plain(value: Any) -> Any:
+        return value.plain() if isinstance(value, UnlearnRecipe) else value
+
+    def stub(name: str) -> Any:
+        def called(*args: Any, **given: Any) -> Any:
+            calls.append((name, [plain(a) for a in args], {key: plain(a) for key, a in given.items()}))
+            return ANSWERS.get(name, [KEPT, KEPT] if name.startswith("cli.chatting") and "opened" not in name else KEPT)
+
+        return called
+
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        for target in PATCHED[verb]:
+            parts = target.split(".")
+            while True:  # the longest part that is a module
+                try:
+                    owner, rest = importlib.import_module(f"repedit.{'.'.join(parts)}"), target.split(".")[len(parts) :]
+                    break
+                except ModuleNotFoundError:
+                    parts.pop()
+            for part in rest[:-1]:
+                owner = getattr(owner, part)
+            patch.setattr(owner, rest[-1], stub(target))
+        if verb == "run":
+            (folder / words[0]).touch()
+        result = CliRunner().invoke(cli.app, [*verb.split(), *words])
+    error = result.exception
+    assert error is None or (isinstance(error, SystemExit) and error.code != 2), (
+        f"{verb} {words}: {error!r} {result.output}"
+    )
+    calls += [call for call in KEPT.mock_calls if call[0] in ("select", "sites", "write")]
+    shown = "\n".join(line for line in result.output.splitlines() if "wrote" not in line)
+    return f"{calls}\n{shown}"
+
+
+def test_every_option_has_a_case():
+    missing = [f"{verb} {name}" for verb, name in PARAMETERS if name not in {**COMMON, **OWN.get(verb, {})}]
+    assert not missing and len(PARAMETERS) > 120
+
+
+@pytest.mark.parametrize("verb", PATCHED)
+def test_every_option_changes_what_is_asked_for(verb, monkeypatch, tmp_path):
+    words = {**COMMON, **OWN.get(verb, {})}
+    commands, idle = cli.verbs()[verb], []
+    places = [str(p.name) for p in commands.params if p.param_type_name == "argument"]
+    for name in (str(p.name) for p in commands.params if p.name != "help"):
+        base = BESIDE.get((verb, name), BASE[verb])
+        if words[name].startswith("= "):
+            changed = tuple(words[name].split()[1:])
+        elif name in places and places.index(name) < len(base):
+            at = places.index(name)
+            changed = (*base[:at], words[name], *base[at + 1 :])
+        else:
+            changed = (*base, *words[name].split())
+        before = asked(verb, base, monkeypatch, tmp_path)
+        assert before == asked(verb, base, monkeypatch, tmp_path)  # nothing else makes a difference
+        if before == asked(verb, changed, monkeypatch, tmp_path):
+            idle.append(name)
+    assert idle == []
+
+
+@pytest.mark.parametrize(
+    ("verb", "beside", "names"), [(v, b, n) for v, rows in options.IDLE.items() for b, _, n in rows]
+)
+def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
+    ways = {
+        "--statistic moments": "--statistic moments", "two saved collections": "--forget a.safetensors --retain b.safetensors", "--learned": "--learned",
+        "--scores": "--scores s.safetensors", "--structure keep": "", "a --method that fits at once": "--method leace", "--selftest": "--selftest",
+        "an audit without --selftest": "", "no --out": "", "--metrics": "--metrics tofu --data d", "no --metrics": "", "--act code": "--act code",
+        "--act capitals": "--act capitals",
+    }  # fmt: skip
+    own = {
+        "layout": "--layout ragged",
+        "multiple": "--multiple 4",
+        "limit": "--limit 3",
+        "hide_items": "--hide-items",
+        "seed": "--seed 3",
+        "edited": "m",
+    }
+    base = {"prune": "m --out o", "audit": "", "apply": "e m --out o"}.get(verb, " ".join(BASE[verb]))
+    if "without" in beside or beside == "no --out":
+        base = "m --original n --facts capitals"
+    for name in names:
+        given = own.get(name) or {**COMMON, **OWN.get(verb, {})}[name]
+        with pytest.raises(ArgumentError, match=r"changes nothing beside .*; leave one of them out"):
+            CliRunner().invoke(cli.app, [verb, *f"{base} {ways[beside]} {given}".split()], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "unlearn m --out d --layers= ",
+        "audit m --original n --facts c --seeds=",
+        "compare m n --text prose --text=",
+        "collect m --out o --sites=",
+    ],
+)
+def test_an_empty_option_is_refused(words):
+    with pytest.raises(ArgumentError, match=r"is empty; leave it out, or give it a value"):
+        CliRunner().invoke(cli.app, words.split(), catch_exceptions=False)
+
+
+def test_an_option_that_is_dropped_would_be_caught(monkeypatch, tmp_path):
+    """The walk sees a verb that forgets to pass an option on."""
+    monkeypatch.setattr(cli.unlearning, "_recipe", lambda *a: SimpleNamespace(roles=()))
+    with pytest.raises(AssertionError, match=r"recipe.*set_"):
+        test_every_option_changes_what_is_asked_for("unlearn", monkeypatch, tmp_path)
