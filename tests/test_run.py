@@ -351,7 +351,7 @@ def test_what_a_step_writes_besides_is_no_input(tmp_path):
 
 BAD = {
     "no steps": ('model = "tiny"', DataError, r"holds no \[\[step\]\] tables with a verb"),
-    "no TOML": ("step = [", DataError, r"run\.toml is no TOML"),
+    "no TOML": ("step = [", DataError, r"run\.toml is no readable TOML"),
     "another key": ('models = "tiny"\n[[step]]\nverb = "diff"', UnknownName, r"did you mean 'model'"),
     "no verb": ('[[step]]\nverb = "prun"', UnknownName, r"step 1: a run has no verb 'prun'; did you mean 'prune'"),
     "itself": ('[[step]]\nverb = "run"', UnknownName, r"a run has no verb 'run'"),
