@@ -22,7 +22,7 @@ KEPT.provenance = {"data": {"forget": {"tokens": 1}, "retain": {"tokens": 1}}, "
 KEPT.to_json.return_value = "{}"
 KEPT.verdict.exit_code = 0
 ANSWERS = {
-    "io.archive.kind_of": "edit", "cli.steps.read": [], "cli.cut.plan_of": "plan", "cli.project.plan_of": "plan", "rewrite.checkpoint.dry_run": "plan",
+    "io.archive.kind_of": "edit", "cli.steps.read": [], "cli.cut.plan_of": "plan", "cli.project.plan_of": "plan", "rewrite.checkpoint.dry_run": "plan", "report.write": [],
 }  # fmt: skip
 PATCHED: dict[str, tuple[str, ...]] = {
     "demo": ("walkthrough.walkthrough", "walkthrough.forget_capitals", "cli.start._show_pruning", "cli.start._show_forgotten",
@@ -44,7 +44,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
                 "console.comparison_rows", "console.show_json", "console.table", "console.show_generations"),
     "chat": ("cli.chatting.opened", "metrics.streaming.side_by_side", "cli.chatting._beside", "cli.chatting._last", "cli.chatting._json_line"),
     "audit": ("data.facts", "data.named", "attacks.audit.audit", "attacks.estimating.estimate", "attacks.controls.selftest.selftest",
-              "report.write", "cli.audits.show", "cli.audits._estimate", "cli.audits._selftest"),
+              "report.write", "report.withheld", "cli.audits.show", "cli.audits._estimate", "cli.audits._selftest"),
     "report": ("attacks.judging.evidence.Report.load", "report.together", "report.withheld", "report.write", "cli.audits.show", "console.show_json",
                "cli.audits._plain"),
     "tasks": ("metrics.harness.write_tasks", "console.show_json"),
