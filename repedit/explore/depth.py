@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from repedit.activations.examples import Examples
 from repedit.errors import ArgumentError
 from repedit.explore.showing import LAYOUT, Explorer, axis, plotly, slider
+from repedit.foreign_text import for_plotly
 from repedit.importance.scores import Scores
 from repedit.plot import specialization
 from repedit.plot.canvas import model, spans, texts
@@ -129,9 +129,9 @@ def _told(cloud: _Cloud, i: int, examples: Sequence[Examples], context: int) -> 
     """What drives a neuron on each set, as lines of HTML."""
     site, lines = cloud.sites[cloud.site[i]], []
     for found in examples:
-        lines.append(f"<i>{html.escape(found.corpus)}</i>")
+        lines.append(f"<i>{for_plotly(found.corpus)}</i>")
         for row in found.of(site, int(cloud.index[i]), context=context):
-            before, token, after = (html.escape(part).replace("\n", "⏎") for part in (row.before, row.token, row.after))
+            before, token, after = (for_plotly(part.replace("\n", "⏎")) for part in (row.before, row.token, row.after))
             lines.append(f"{row.activation:+.3g}  {before}<b>[{token}]</b>{after}")
     return "<br>".join(lines)
 
@@ -142,7 +142,7 @@ def _title(scores: Scores, shown: int, cloud: _Cloud) -> str:
     left = f"{cloud.protected:,} protected neurons left out" if cloud.protected else ""
     facts: Mapping[str, Any] = scores.provenance
     said = "; ".join(filter(None, [spans(scores), part, left, *texts(facts), *model(facts)]))
-    return f"How specific each neuron is to the forget set<br><sup>{html.escape(said)}</sup>"
+    return f"How specific each neuron is to the forget set<br><sup>{for_plotly(said)}</sup>"
 
 
 def _line(ordered: NDArray[np.float64]) -> dict[str, Any]:

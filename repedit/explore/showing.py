@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import MissingDependency, TargetExists
+from repedit.io.files import write_text
 from repedit.io.text import parse_json
 
 
@@ -37,12 +38,12 @@ class Explorer:
         """One page that holds everything it needs (5 MB, most of it plotly.js) and asks no network.
 
         Raises:
-            TargetExists: if the file exists and overwrite is not set.
+            TargetExists: if the file exists and overwrite is not set. CheckpointError: if it cannot be written.
         """
         target = Path(path)
         if target.exists() and not overwrite:
             raise TargetExists(f"{target.absolute()} exists; give another path, or overwrite=True")
-        target.write_text(self.figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf-8")
+        write_text(target, self.figure.to_html(include_plotlyjs=True, full_html=True))
         return target
 
 

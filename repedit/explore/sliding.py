@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 from repedit.errors import SelectionError
 from repedit.explore.showing import LAYOUT, Explorer, axis, plotly, slider
+from repedit.foreign_text import for_plotly
 from repedit.importance.shelf import Step
 from repedit.importance.trajectories import Trajectory
 from repedit.plot import trajectory as drawn
@@ -79,4 +79,4 @@ def _title(found: Trajectory, number: int) -> str:
         f"selectivity {forget - retain:.1f}"
     )
     said = "; ".join([*texts(found.provenance), *model(found.provenance)])
-    return f"{head}<br><sup>{html.escape(said)}</sup>"
+    return f"{head}<br><sup>{for_plotly(said)}</sup>"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
-from collections.abc import Iterable, Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from repedit.edit import Edit
 from repedit.errors import ArgumentError
+from repedit.foreign_text import for_mathtext, for_terminal, shortened
 from repedit.maps import Diagonal
 from repedit.sites import Point, Site
 
@@ -23,11 +28,21 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DIVERGING, SEQUENTIAL = "PuOr_r", "cividis"
 TITLE, SMALL = 10, 8.5
 """Points; nothing in a figure is smaller than 8."""
+LONGEST = 60
+"""Letters of a name that are drawn; a longer one is shortened in the middle."""
+FORMULA = r"$\mathdefault{"
+"""What the labels of a logarithmic axis begin with, which matplotlib writes itself."""
+P = ParamSpec("P")
 POINT_NAMES = {Point.MLP_NEURONS: "MLP neurons", Point.ATTN_NEURONS: "attention neurons"}
 
 
 class Canvas(Figure):
-    """A Figure that a notebook shows without pyplot."""
+    """A Figure that a notebook shows without pyplot; a letter that the font lacks is a box, without a warning."""
+
+    def draw(self, renderer: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from")
+            super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -40,13 +55,40 @@ def canvas(width: float, height: float) -> Figure:
     return Canvas(figsize=(width, height), layout="constrained")
 
 
+def named(text: object, most: int = LONGEST) -> str:
+    """A name that somebody gave, as a label: in one line, shortened, and without anything matplotlib reads as TeX."""
+    return for_mathtext(shortened(for_terminal(text), most))
+
+
+def plain_texts(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """A function whose figure shows every text as it is: no dollar sign begins a formula, no character is obeyed.
+
+    Labels of ticks and legends are made by matplotlib while it draws; those take their names through `named`.
+    """
+
+    @wraps(draw)
+    def drawn(*args: P.args, **options: P.kwargs) -> Figure:
+        figure = draw(*args, **options)
+        for text in figure.findobj(Text):
+            words = re.sub(r"(?<!\\)\$", r"\\$", for_terminal(text.get_text(), lines=True))
+            if words != text.get_text() and not text.get_text().startswith(FORMULA):
+                text.set_text(words)
+        return figure
+
+    return drawn
+
+
 def entitle(figure: Figure, head: str, facts: Iterable[str]) -> None:
     """The title: what is shown, and below it what is known of where it comes from, wrapped to the figure."""
     # 13 characters an inch: at 10 points a character of DejaVu Sans is 5.4 points wide on average.
     room = int(13 * figure.get_figwidth())
     # No-break spaces inside a fact: a line ends between facts where it can.
-    listed = "; ".join(fact.replace(" ", "\u00a0") for fact in dict.fromkeys(facts))
-    lines = [line for text in (head, listed) for line in textwrap.wrap(text, room, break_on_hyphens=False)]
+    listed = "; ".join(named(fact, 2 * LONGEST).replace(" ", "\u00a0") for fact in dict.fromkeys(facts))
+    lines = [
+        line
+        for text in (for_mathtext(shortened(head, 4 * LONGEST)), listed)
+        for line in textwrap.wrap(text, room, break_on_hyphens=False)
+    ]
     figure.suptitle("\n".join(lines).replace("\u00a0", " "), fontsize=TITLE)
 
 

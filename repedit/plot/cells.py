@@ -13,7 +13,8 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from repedit.errors import ArgumentError, NotFinite, ShapeError
-from repedit.plot.canvas import SEQUENTIAL, canvas, ink
+from repedit.foreign_text import for_terminal, shortened
+from repedit.plot.canvas import LONGEST, SEQUENTIAL, canvas, ink, named
 
 Table = NDArray[np.float64]
 Rows = Sequence[Sequence[float]] | Table
@@ -53,7 +54,7 @@ def checked(name: str, values: Rows, shape: tuple[int, int], needed: str) -> Tab
 
 def sheet(rows: Sequence[str], columns: int, *, height: float = 0.5, below: float = 1.9) -> Figure:
     """An empty figure for a table: as wide as its row labels and columns need, `height` inches a row."""
-    beside = 1.7 + LETTER * max(len(line) for row in rows for line in row.split("\n"))
+    beside = 1.7 + LETTER * max(min(len(line), LONGEST) for row in rows for line in row.split("\n"))
     return canvas(max(6.0, beside + CELL * columns), below + height * max(len(rows), 2))
 
 
@@ -78,6 +79,7 @@ def table(
         )  # fmt: skip
         if not known:
             text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+    columns, rows = ([_lines(name) for name in names] for names in (columns, rows))
     # A column is at least CELL wide; two labels in a row keep a letter between them.
     upright = all(LETTER * (len(name) + 1) <= CELL for name in columns)
     slanted: dict[str, Any] = {} if upright else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
@@ -104,5 +106,10 @@ def counted(number: int, noun: str) -> str:
 
 
 def wrapped(name: str, room: int = 24) -> str:
-    """A name in lines of at most `room` letters."""
-    return "\n".join(textwrap.wrap(name, room)) or name
+    """A name in lines of at most `room` letters, four lines at most."""
+    return "\n".join(textwrap.wrap(shortened(for_terminal(name), 4 * room - room // 2), room)) or for_terminal(name)
+
+
+def _lines(name: str) -> str:
+    """A label of a row or column, each of its lines as it is."""
+    return "\n".join(map(named, name.split("\n")))

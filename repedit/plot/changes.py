@@ -13,11 +13,12 @@ from torch import Tensor
 from repedit.delta import Delta, step
 from repedit.errors import ArgumentError, FingerprintError
 from repedit.models import Subject
-from repedit.plot.canvas import MARKERS, SERIES, canvas, entitle, legend_below, model, name_layers
+from repedit.plot.canvas import MARKERS, SERIES, canvas, entitle, legend_below, model, name_layers, named, plain_texts
 from repedit.plot.cells import counted
 from repedit.plot.tensors import modules, place, short
 
 
+@plain_texts
 def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figure:
     """The change of each weight over its spread, |dw| / std(w), by layer and module, and what four bits can hold.
 
@@ -43,7 +44,7 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
         values = _mean_by_layer({name: size for name, size in moved.items() if place(name)[1] == module})
         axes.plot(
             *zip(*sorted(values.items()), strict=True), color=SERIES[number % len(SERIES)], markersize=6, linewidth=1.0,
-            marker=MARKERS[number % len(MARKERS)], linestyle="-", label=short(module),
+            marker=MARKERS[number % len(MARKERS)], linestyle="-", label=named(short(module)),
         )  # fmt: skip
     held = _thresholds({name: start[name] for name in moved if start[name].ndim > 1})
     if held:

@@ -18,7 +18,7 @@ from repedit.attacks.judging.gaps import AUC, FORGET, RELEARN, RETAIN, TEST
 from repedit.errors import ArgumentError
 from repedit.metrics.separation import auc_draws, percentiles
 from repedit.plot.canvas import FORGET as ORANGE
-from repedit.plot.canvas import NEUTRAL, SMALL, canvas, entitle, legend_below
+from repedit.plot.canvas import NEUTRAL, SMALL, canvas, entitle, legend_below, named, plain_texts
 from repedit.plot.canvas import RETAIN as BLUE
 from repedit.plot.summaries import measured
 from repedit.vision.task import Images, ImageSplits
@@ -34,6 +34,7 @@ LEAST_LOSS = 1e-5
 """Losses below are drawn there: a report rounds scores to five digits."""
 
 
+@plain_texts
 def gap(reports: Mapping[str, Report]) -> Figure:
     """Recipes by their gap to the retrained model, one panel a measure, one row a recipe; green bands are what a pass allows.
 
@@ -54,7 +55,7 @@ def gap(reports: Mapping[str, Report]) -> Figure:
         _panel(axes, values, (low, high))
         axes.set_title(title, fontsize=9.5)
         axes.set_xlabel("edited - retrained")
-    names = [f"{name}: {report.verdict.word}" for name, report in reports.items()]
+    names = [f"{named(name, 30)}: {named(report.verdict.word, 30)}" for name, report in reports.items()]
     panels[0].set_yticks(range(len(names)), names, fontsize=9)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     panels[0].plot([], [], "o", color=ORANGE, label="gap")
@@ -66,6 +67,7 @@ def gap(reports: Mapping[str, Report]) -> Figure:
     return figure
 
 
+@plain_texts
 def membership(report: Report) -> Figure:
     """Loss histograms of forget and holdout images for original, edited and retrained, with the AUC and its interval.
 
@@ -89,7 +91,9 @@ def membership(report: Report) -> Figure:
             axes.stairs(share, edges, color=colour, fill=filled, alpha=0.5 if filled else 1.0, linewidth=1.4, label=f"{label}, {len(values)} images")  # fmt: skip
         drawn = auc_draws(-forget[None], -holdout[None])[0]
         low, high = percentiles(drawn)
-        axes.set_title(f"{name}: AUC {held[name].details['auc']['loss']:.2f} [{low:.2f}, {high:.2f}]", fontsize=9.5)
+        axes.set_title(
+            f"{named(name, 30)}: AUC {held[name].details['auc']['loss']:.2f} [{low:.2f}, {high:.2f}]", fontsize=9.5
+        )
         axes.set(xscale="log", xlabel="loss of the image's label, nats")
     panels[0].set_ylabel("share of the images")
     legend_below(figure, panels[0])
@@ -97,6 +101,7 @@ def membership(report: Report) -> Figure:
     return figure
 
 
+@plain_texts
 def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20) -> Figure:
     """Images that a data plan made, each above its nearest real image of any label, by the distance of pixels.
 

@@ -16,7 +16,18 @@ from repedit.activations.collection import Collection
 from repedit.edit import Edit
 from repedit.errors import SelectionError, UnknownName, UnsuitableImportance, nearest
 from repedit.importance.scoring import IMPORTANCES, agreement
-from repedit.plot.canvas import MARKERS, SEQUENTIAL, canvas, entitle, legend_below, point_name, removed, spans
+from repedit.plot.canvas import (
+    MARKERS,
+    SEQUENTIAL,
+    canvas,
+    entitle,
+    legend_below,
+    named,
+    plain_texts,
+    point_name,
+    removed,
+    spans,
+)
 from repedit.sites import Site
 
 Values = Mapping[Site, NDArray[np.float64]]
@@ -32,6 +43,7 @@ MEANINGS = {
 """Importances that a logarithmic axis can hold, in words and units; z is an activation."""
 
 
+@plain_texts
 def importances(forget: Collection, retain: Collection, *, importance: str = "abs", edit: Edit | None = None) -> Figure:
     """Forget against retain importance of every neuron, log-log; colour is the layer, above the line is forget-specific.
 
@@ -64,8 +76,8 @@ def importances(forget: Collection, retain: Collection, *, importance: str = "ab
     if edit is not None:
         facts.append(_ring(axes, x, y, edit))
     facts += [f"{role} {c.corpus}, {c.counted:,} tokens" for role, c in (("forget", forget), ("retain", retain))]
-    axes.set_xlabel(f"importance on retain ({retain.corpus}): {MEANINGS[importance]}")
-    axes.set_ylabel(f"importance on forget ({forget.corpus}): {MEANINGS[importance]}")
+    axes.set_xlabel(f"importance on retain ({named(retain.corpus, 30)}): {MEANINGS[importance]}")
+    axes.set_ylabel(f"importance on forget ({named(forget.corpus, 30)}): {MEANINGS[importance]}")
     legend_below(figure, axes, columns=4)
     entitle(figure, f"Importance {importance!r} of each neuron on both sets", [*facts, f"model {forget.model[:8]}"])
     return figure

@@ -9,11 +9,24 @@ from matplotlib.figure import Figure
 
 from repedit.delta import Delta
 from repedit.errors import ArgumentError
-from repedit.plot.canvas import FORGET, NEUTRAL, RETAIN, SERIES, SMALL, canvas, entitle, legend_below, model
+from repedit.plot.canvas import (
+    FORGET,
+    NEUTRAL,
+    RETAIN,
+    SERIES,
+    SMALL,
+    canvas,
+    entitle,
+    legend_below,
+    model,
+    named,
+    plain_texts,
+)
 
 _STYLES = ("-", "--", "-.", ":")
 
 
+@plain_texts
 def training(delta: Delta, *, notes: Sequence[str] = ()) -> Figure:
     """The losses of a gradient unlearning by term, and below them the cosine of the two gradients and c, over the steps.
 
@@ -67,7 +80,7 @@ def _losses(axes: Axes, delta: Delta) -> None:
             *zip(*held, strict=True),
             style,
             color=color,
-            label=name,
+            label=named(name),
             linewidth=1.4,
             marker="." if len(held) < 40 else None,
         )

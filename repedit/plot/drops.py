@@ -13,7 +13,20 @@ from numpy.typing import NDArray
 
 from repedit.errors import ArgumentError, SelectionError, UnknownName, nearest
 from repedit.importance.trajectories import Trajectory
-from repedit.plot.canvas import MARKERS, NEUTRAL, SERIES, SMALL, canvas, entitle, legend_below, model, percent, texts
+from repedit.plot.canvas import (
+    MARKERS,
+    NEUTRAL,
+    SERIES,
+    SMALL,
+    canvas,
+    entitle,
+    legend_below,
+    model,
+    named,
+    percent,
+    plain_texts,
+    texts,
+)
 
 Points = Sequence[tuple[float, float]] | NDArray[np.float64]
 KINDS: Mapping[str, dict[str, Any]] = {
@@ -25,6 +38,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
 NAMES = {"mlp": "MLP neurons", "attention": "attention neurons", "random": "random control"}
 
 
+@plain_texts
 def trajectory(
     *trajectories: Trajectory,
     labels: Sequence[str] | None = None,
@@ -63,6 +77,7 @@ def trajectory(
     return figure
 
 
+@plain_texts
 def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
     """Selectivities of several methods on one number line, 0 to 100; the best method has the lowest label.
 
@@ -88,7 +103,7 @@ def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
             axes.plot([], [], **style, markersize=5, label=NAMES[kind])
     for height, (label, (value, kind)) in enumerate(ordered, 1):
         axes.plot([value, value], [0, height], **KINDS[kind], markersize=5, markevery=[1])
-        text = f"{label}, {value:.1f}"
+        text = f"{named(label)}, {value:.1f}"
         axes.annotate(text, (value, height), (6, 0), textcoords="offset points", va="center", fontsize=SMALL)
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xlim(min(0.0, ordered[-1][1][0]) - 1.5, max(100.0, ordered[0][1][0]) + 1.5)
@@ -129,7 +144,7 @@ def _draw(left: Axes, right: Axes, number: int, name: str, found: Trajectory, li
             )
     except SelectionError:
         note = "no step within the limit"
-    left.plot(retain, forget, label=f"{name}: {note}", **style)
+    left.plot(retain, forget, label=f"{named(name)}: {note}", **style)
     right.plot(retain, forget - retain, **style)
 
 

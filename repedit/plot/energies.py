@@ -12,12 +12,13 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from repedit.errors import ArgumentError
 from repedit.fit import Spectra
-from repedit.plot.canvas import FORGET, RETAIN, SMALL, canvas, entitle, legend_below, percent
+from repedit.plot.canvas import FORGET, RETAIN, SMALL, canvas, entitle, legend_below, percent, plain_texts
 
 NEGLIGIBLE = 1e-12
 """Energies below this share of the largest are rounding of float64 eigenvalues, and are not drawn."""
 
 
+@plain_texts
 def spectra(spectra: Spectra, *, notes: Sequence[str] = ()) -> Figure:
     """Energy along the principal directions of forget, of retain, and of forget outside the cut; log-log.
 
@@ -49,7 +50,7 @@ def spectra(spectra: Spectra, *, notes: Sequence[str] = ()) -> Figure:
             linewidth=1.4, label=name, fillstyle="none" if line == "--" else "full",
             markevery=_sparse(int(shown.sum())),
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", ylabel=r"energy $E\,(u^\top x)^2$", xlabel="direction, by descending energy")
+    axes.set(xscale="log", yscale="log", ylabel="energy E (uᵀx)²", xlabel="direction, by descending energy")
     axes.set_xlim(0.8, 1.2 * len(spectra.forget))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -27,6 +27,7 @@ from repedit.plot.canvas import (
     name_layers,
     origin,
     percent,
+    plain_texts,
     point_name,
     spans,
 )
@@ -39,6 +40,7 @@ CONTOURS = {0.01: "-", 0.05: "--"}
 """Fractions of all neurons whose boundary is drawn, with their line styles."""
 
 
+@plain_texts
 def specialization(scores: Scores) -> Figure:
     """Every neuron's score: one column a layer, layer 0 at the left, the most forget-specific neuron on top.
 

@@ -19,12 +19,13 @@ from repedit.edit import Edit
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite
 from repedit.hooks import evaluating, installed
 from repedit.models import Subject
-from repedit.plot.canvas import FORGET, RETAIN, canvas, entitle, legend_below
+from repedit.plot.canvas import FORGET, RETAIN, canvas, entitle, legend_below, plain_texts
 from repedit.sites import Site
 
 Values = NDArray[np.float64]
 
 
+@plain_texts
 def activations(
     subject: Subject,
     site: Site | str,

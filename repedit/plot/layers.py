@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from repedit.errors import ArgumentError
-from repedit.plot.canvas import entitle
+from repedit.plot.canvas import entitle, plain_texts
 from repedit.plot.cells import Rows, checked, counted, sheet, table, wrapped
 
 
+@plain_texts
 def layer_rank(
     values: Rows, *, layers: Sequence[int | str], ranks: Sequence[int], label: str, notes: Sequence[str] = ()
 ) -> Figure:

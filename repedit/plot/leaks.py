@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from repedit.errors import ArgumentError
-from repedit.plot.canvas import NEUTRAL, RETAIN, SMALL, canvas, entitle, legend_below
+from repedit.plot.canvas import NEUTRAL, RETAIN, SMALL, canvas, entitle, legend_below, named, plain_texts
 from repedit.plot.cells import counted, wrapped
 from repedit.rewrite.certificates import LIMITS, Certificate, TensorCertificate
 
@@ -23,6 +23,7 @@ STYLES: tuple[dict[str, Any], ...] = ({"color": "white", "edgecolor": NEUTRAL, "
 """How the bars before the cast, and as stored, are drawn."""
 
 
+@plain_texts
 def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
     """Bars of ||V^T W'|| / ||V^T W|| by tensor, before and after the cast to the stored dtype, on a logarithmic axis.
 
@@ -103,7 +104,9 @@ def _bars(axes: Axes, rows: Mapping[str, TensorCertificate]) -> None:
         "before → stored", (1.01, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL
     )
     # Lines end after a dot.
-    names = [wrapped(f"{name}, {row.dtype}".replace(".", ". "), 60).replace(". ", ".") for name, row in rows.items()]
+    names = [
+        wrapped(f"{named(name)}, {row.dtype}".replace(".", ". "), 60).replace(". ", ".") for name, row in rows.items()
+    ]
     axes.set_yticks(at, names, fontsize=8)
     axes.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6))
     axes.set_xlabel("leak: norm along the removed directions, edited over original")

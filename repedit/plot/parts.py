@@ -11,7 +11,7 @@ from repedit.data.tasks import TASKS
 from repedit.errors import ArgumentError
 from repedit.metrics.semeval import SemEvalScore
 from repedit.metrics.semeval.score import MEASURES, SIDES
-from repedit.plot.canvas import SERIES, canvas, entitle, legend_below
+from repedit.plot.canvas import SERIES, canvas, entitle, legend_below, named, plain_texts
 from repedit.plot.cells import counted
 
 HATCHES = ("", "//", "..", "xx", "--", "\\\\")
@@ -19,6 +19,7 @@ MOST = len(HATCHES)
 """Models in one figure; more bars could not be told apart."""
 
 
+@plain_texts
 def semeval(scores: Mapping[str, SemEvalScore] | SemEvalScore, *, notes: Sequence[str] = ()) -> Figure:
     """The 12 parts of each model's score as bars, forget above and retain below, with every verdict in the title.
 
@@ -30,15 +31,17 @@ def semeval(scores: Mapping[str, SemEvalScore] | SemEvalScore, *, notes: Sequenc
     Raises:
         ArgumentError: if there is no score, or there are more than 6.
     """
-    named = {"model": scores} if isinstance(scores, SemEvalScore) else dict(scores)
-    if not 1 <= len(named) <= MOST:
-        raise ArgumentError(f"semeval() was given {len(named)} scores; it draws 1 to {MOST}")
-    figure = canvas(9.0, 6.6 + 0.2 * len(named))
+    by_name = {"model": scores} if isinstance(scores, SemEvalScore) else dict(scores)
+    if not 1 <= len(by_name) <= MOST:
+        raise ArgumentError(f"semeval() was given {len(by_name)} scores; it draws 1 to {MOST}")
+    figure = canvas(9.0, 6.6 + 0.2 * len(by_name))
     for axes, side in zip(figure.subplots(2, 1), SIDES, strict=True):
-        _bars(axes, side, named)
+        _bars(axes, side, by_name)
     legend_below(figure, figure.axes[0], columns=1)
-    verdicts = [score.verdict if len(named) == 1 else f"{name}: {score.verdict}" for name, score in named.items()]
-    entitle(figure, "SemEval-2025 Task 4, part by part", [*verdicts, counted(len(named), "model"), *notes])
+    verdicts = [
+        score.verdict if len(by_name) == 1 else f"{named(name)}: {score.verdict}" for name, score in by_name.items()
+    ]
+    entitle(figure, "SemEval-2025 Task 4, part by part", [*verdicts, counted(len(by_name), "model"), *notes])
     return figure
 
 
@@ -51,7 +54,7 @@ def _bars(axes: Axes, side: str, scores: Mapping[str, SemEvalScore]) -> None:
         values = [score.parts[f"{side}/{task}/{measure}"] for task, measure in groups]
         bars = axes.bar(
             [i + shift for i in range(len(groups))], values, 0.92 * width, color=SERIES[number], hatch=HATCHES[number],
-            edgecolor="white", label=_label(name, score),
+            edgecolor="white", label=named(_label(name, score), 90),
         )  # fmt: skip
         # Room for two digits above a bar of .8 / 3 of a group; with more models they would touch.
         if len(scores) <= 3:

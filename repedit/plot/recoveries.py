@@ -14,7 +14,19 @@ from matplotlib.figure import Figure
 from repedit.attacks.attack import SKIPPED
 from repedit.attacks.judging.evidence import Report
 from repedit.errors import ArgumentError
-from repedit.plot.canvas import FORGET, MARKERS, NEUTRAL, RETAIN, SERIES, SMALL, canvas, entitle, legend_below
+from repedit.plot.canvas import (
+    FORGET,
+    MARKERS,
+    NEUTRAL,
+    RETAIN,
+    SERIES,
+    SMALL,
+    canvas,
+    entitle,
+    legend_below,
+    named,
+    plain_texts,
+)
 from repedit.plot.summaries import (
     ENDS,
     LEVELS,
@@ -42,6 +54,7 @@ EMPTY: Mapping[str, Any] = {"facecolor": "white", "edgecolor": "#d0d0d0", "hatch
 """How a row is filled that is no evidence."""
 
 
+@plain_texts
 def recovery(report: Report) -> Figure:
     """Recovered fractions: one row an attack, the strongest first, with what they are made of on the right.
 
@@ -59,6 +72,7 @@ def recovery(report: Report) -> Figure:
     )
 
 
+@plain_texts
 def audits(reports: Mapping[str, Report]) -> Figure:
     """The recoveries of several reports in one figure, attack by attack; the colour is the report.
 
@@ -73,6 +87,7 @@ def audits(reports: Mapping[str, Report]) -> Figure:
     return _forest(lines_of_several(reports), legend, thresholds(first), head, _facts(first))
 
 
+@plain_texts
 def relearning(report: Report) -> Figure:
     """Accuracy on facts or images never trained on, against training steps or epochs, for attacks that fine-tune.
 
@@ -96,6 +111,7 @@ def relearning(report: Report) -> Figure:
     )
 
 
+@plain_texts
 def lenses(report: Report) -> Figure:
     """What is read from each layer, one panel an attack and stream; grey bands are the edited layers, where known.
 
@@ -132,7 +148,7 @@ def _forest(
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 2))
     _bands(left, bands)
     for tone, words in legend.items():
-        left.plot([], [], **_mark(tone), linestyle="", label=words)
+        left.plot([], [], **_mark(tone), linestyle="", label=named(words))
     at = [y for y, name in names if name is not None]
     for y, row in zip(at, rows, strict=True):
         _interval(left, y, row)
@@ -145,7 +161,7 @@ def _forest(
     ticks = sorted(
         [*((y, row.name) for y, row in zip(at, rows, strict=True)), *((y - 1, group) for y, group in headings)]
     )
-    left.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=9)
+    left.set_yticks([y for y, _ in ticks], [named(name, 40) for _, name in ticks], fontsize=9)
     for label, (y, _) in zip(left.get_yticklabels(), ticks, strict=True):
         label.set_fontweight("bold" if y not in at else "normal")
     left.set(xlim=ENDS, ylim=(max(at) + 0.6, -0.6), xlabel="recovered fraction R: 0 never knew, 1 the original")
@@ -233,7 +249,7 @@ def _charts(charts: Sequence[Chart], columns: int, x: str, head: str, facts: Seq
         for role, points in chart.series.items():
             across, up = np.array(points).T
             axes.plot(across, up, **STYLES[role], linewidth=1.5, markersize=3.5)
-        axes.set_title(chart.name, fontsize=9.5)
+        axes.set_title(named(chart.name, 40), fontsize=9.5)
         axes.set(ylim=(-0.03, 1.03), xlabel=x)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)

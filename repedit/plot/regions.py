@@ -10,7 +10,19 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from repedit.errors import ArgumentError, FractionError
-from repedit.plot.canvas import FORGET, MARKERS, NEUTRAL, RETAIN, SERIES, SMALL, canvas, entitle, legend_below
+from repedit.plot.canvas import (
+    FORGET,
+    MARKERS,
+    NEUTRAL,
+    RETAIN,
+    SERIES,
+    SMALL,
+    canvas,
+    entitle,
+    legend_below,
+    named,
+    plain_texts,
+)
 from repedit.plot.cells import counted
 
 Points = Sequence[tuple[float, float]]
@@ -23,6 +35,7 @@ MARGIN = 0.06
 """What the axes show beyond 0 and 1; more than `NEAR`, so that its box is whole."""
 
 
+@plain_texts
 def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Figure:
     """Forget against retain, a point a seed: the best place is beside the retrained model, at the upper left.
 
@@ -57,7 +70,7 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
         color, marker, size = styles[name]
         forgotten, kept = zip(*points, strict=True)
         axes.scatter(
-            forgotten, kept, color=color, marker=marker, s=size, label=name, zorder=3, alpha=0.85,
+            forgotten, kept, color=color, marker=marker, s=size, label=named(name), zorder=3, alpha=0.85,
             edgecolors="white", linewidths=0.6, clip_on=False,
         )  # fmt: skip
     _count_shared(axes, results)

@@ -26,8 +26,10 @@ from repedit.plot.canvas import (
     ink,
     legend_below,
     name_layers,
+    named,
     origin,
     percent,
+    plain_texts,
     point_name,
     removed,
     spans,
@@ -37,6 +39,7 @@ from repedit.sites import Point, Site
 Table = NDArray[np.float64]
 
 
+@plain_texts
 def pruned_per_layer(
     edit_or_trajectory: Edit | Trajectory, control: Edit | None = None, *, layers: int | None = None
 ) -> Figure:
@@ -77,6 +80,7 @@ def pruned_per_layer(
     return figure
 
 
+@plain_texts
 def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) -> Figure:
     """What removing the neurons of one set does to another: rows removed, columns evaluated, cells drop in per cent.
 
@@ -167,6 +171,7 @@ def _table(
     shades = image.to_rgba(values)
     for (row, column), value in np.ndenumerate(values):
         axes.text(column, row, form.format(value), ha="center", va="center", color=ink(shades[row, column]), fontsize=9)
+    names = [named(name, 30) for name in names]
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=axes, label=unit, fraction=0.05, pad=0.03)

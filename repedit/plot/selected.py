@@ -11,13 +11,14 @@ from repedit.errors import ArgumentError
 from repedit.gradient.parameters import Mask
 from repedit.importance.scoring import Scores
 from repedit.importance.selection import top
-from repedit.plot.canvas import by_point, canvas, entitle, model, percent, point_name
+from repedit.plot.canvas import by_point, canvas, entitle, model, percent, plain_texts, point_name
 from repedit.plot.cells import CELL, Table, counted, table
 from repedit.plot.tensors import modules, place, short
 
 _Panel = tuple[Table, list[str], str]
 
 
+@plain_texts
 def saliency(mask: Mask, score: Scores | None = None, *, notes: Sequence[str] = ()) -> Figure:
     """The share of units of each layer and module that a mask lets move; beside it the neurons that pruning would pick.
 

@@ -11,12 +11,13 @@ from repedit.edit import Edit
 from repedit.errors import ArgumentError, FractionError, ShapeError
 from repedit.fit import principal_angles as cosines
 from repedit.maps import LowRank
-from repedit.plot.canvas import entitle, legend_below
+from repedit.plot.canvas import entitle, legend_below, plain_texts
 from repedit.plot.cells import CELL, Rows, Table, checked, counted, outline, sheet, table, wrapped
 from repedit.plot.tradeoffs import check_chance
 from repedit.sites import Site
 
 
+@plain_texts
 def continual(
     matrix: Rows,
     tasks: Sequence[str],
@@ -66,6 +67,7 @@ def continual(
     return figure
 
 
+@plain_texts
 def principal_angles(edits: Mapping[str, Edit], *, notes: Sequence[str] = ()) -> Figure:
     """How much of what one task removes another removes too: mean squared cosines of principal angles at shared sites.
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repedit.errors import ArgumentError, FractionError, RankError
-from repedit.plot.canvas import MARKERS, NEUTRAL, SERIES, SMALL, canvas, entitle
+from repedit.plot.canvas import MARKERS, NEUTRAL, SERIES, SMALL, canvas, entitle, named, plain_texts
 from repedit.plot.cells import counted, wrapped
 
 Interval = tuple[float, float]
@@ -45,6 +45,7 @@ class TradeOff:
                 raise FractionError(f"{name}_interval {ends} does not hold the accuracy {value} within [0, 1]")
 
 
+@plain_texts
 def rank_tradeoff(
     results: Mapping[str, Sequence[TradeOff]], *, chance: float | None = None, notes: Sequence[str] = ()
 ) -> Figure:
@@ -150,12 +151,12 @@ def _panel(
     for name, found in results.items():
         ordered = sorted(found, key=lambda point: point.rank)
         values = [getattr(point, side) for point in ordered]
-        axes.plot([p.rank for p in ordered], values, markersize=5, linewidth=1.4, label=name, **styles[name])
+        axes.plot([p.rank for p in ordered], values, markersize=5, linewidth=1.4, label=named(name), **styles[name])
         for point in ordered:
             ends = getattr(point, f"{side}_interval")
             if ends is not None:
                 axes.vlines(point.rank, *ends, color=styles[name]["color"], linewidth=1, alpha=0.6)
-        labels.append((wrapped(name), ordered[-1].rank, values[-1], styles[name]["color"]))
+        labels.append((wrapped(named(name)), ordered[-1].rank, values[-1], styles[name]["color"]))
     if chance is not None:
         axes.axhline(chance, color="black", linestyle="--", linewidth=0.9, label="chance")
         labels.append((f"chance {chance:.3g}", None, chance, "black"))
