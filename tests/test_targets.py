@@ -209,6 +209,8 @@ def racer(start, out, text, results):
         results.put(text)
     except TargetExists:
         results.put(None)
+    except BaseException as error:
+        results.put(repr(error))
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])

@@ -167,7 +167,7 @@ def not_ours(folder: Path) -> str | None:
     try:
         record, files = read_manifest(folder)
     except NotFound:
-        return f"repedit did not write it, it holds no {MANIFEST}"
+        return f"it is not an export of repedit, it holds no {MANIFEST}"
     except CheckpointError as error:
         return f"it cannot be told whether repedit wrote it: {error}"
     there = entries(folder)
@@ -382,7 +382,9 @@ def _is_ours(place: Path) -> bool:
         return False
     with suppress(OSError, ValueError, AttributeError, RecursionError):
         return bool(json.loads((place / _MARK).read_text(encoding="utf-8")).get("repedit") == "unfinished export")
-    return {path.name for path in place.iterdir()} <= {_LOCK} and all(not p.stat().st_size for p in place.iterdir())
+    with suppress(FileNotFoundError):  # removed this moment by the one who made it
+        return all(path.name == _LOCK and not path.stat().st_size for path in place.iterdir())
+    return True
 
 
 @contextmanager
@@ -392,7 +394,7 @@ def _claimed(out: Path) -> Iterator[Path]:
     while lock is None:
         with suppress(FileExistsError):
             place.mkdir()
-        if not _is_ours(place):
+        if _kind(place) is not None and not _is_ours(place):
             raise TargetExists(
                 f"{place} is in the way, and repedit did not make it; move it away, or give another target"
             )
@@ -400,6 +402,8 @@ def _claimed(out: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
+        if not (place / _MARK).exists():  # nothing is left to go on from
+            _remove_empty(place)
         lock.release()
 
 
@@ -468,8 +472,12 @@ def _clear(place: Path) -> None:
     _discard(place)
     for name in _OURS:
         _remove(place / name)
+    _remove_empty(place)
+
+
+def _remove_empty(place: Path) -> None:
     with suppress(OSError):
-        (place / _LOCK).unlink()
+        (place / _LOCK).unlink(missing_ok=True)
         place.rmdir()
 
 
