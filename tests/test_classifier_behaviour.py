@@ -89,18 +89,20 @@ def test_relabelling_and_condensation_forget_a_class_and_keep_the_others(seed, l
     assert found[FORGET].edited <= 0.05 and found[RETAIN].value >= -0.04 and found[TEST].value >= -0.04
 
 
-def first(report: Report, role: str) -> list[float]:
-    """The first epoch with 80 % of V right, model by model; 11 where there is none."""
-    held = [f.correct.mean(1) for f in report.findings[role] if f.attack == RELEARN]
-    return [next((epoch for epoch, value in enumerate(row) if value >= 0.8), 11) for row in held]
+def relearnt(report: Report, role: str) -> list[float]:
+    """The share of V that is right, averaged over the epochs of relearning, model by model."""
+    return [float(f.correct[1:].mean()) for f in report.findings[role] if f.attack == RELEARN]
 
 
 @pytest.mark.parametrize("recipe", ["relabel", "condense"])
 @pytest.mark.parametrize(("seed", "label"), CLASSES)
-def test_the_class_comes_back_two_epochs_before_a_retrained_model_learns_it(seed, label, recipe):
+def test_the_class_comes_back_before_any_retrained_model_learns_it(seed, label, recipe):
     found = audits(seed, label, "relabel", "condense")[recipe]
     assert found.verdict.word == HIDDEN and RELEARN in found.verdict.sentence
-    assert np.median(first(found, "reference")) - first(found, "edited")[0] >= 2
+    # Measured on (20, 6) and (21, 1): .89 to .98 right, retrained models .03 to .75, their median .08 to .66; the CPU moves
+    # these by .003. An epoch, as a count, moves by one.
+    again, others = relearnt(found, "edited")[0], relearnt(found, "reference")
+    assert again > max(others) and again - np.median(others) >= 0.1
 
 
 @pytest.mark.parametrize(("seed", "label"), [*CLASSES, (20, None)])
