@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.errors import ArgumentError, FingerprintError
+from repedit.errors import ArgumentError, FingerprintError, NotFinite
 from repedit.io import archive
 from repedit.io.text import plain
+from repedit.maps import not_finite_at
 from repedit.models import Subject
 
 GROUP = 64
@@ -27,7 +28,13 @@ GROUP = 64
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Differences by tensor name, in float32 (float64 for a float64 model and for counts). The changed model is start + difference, rounded once."""
+    """Differences by tensor name, in float32 (float64 for a float64 model and for counts). The changed model is start + difference, rounded once.
+
+    Two deltas are equal only if they are one object. Copies and pickles hold the same differences.
+
+    Raises:
+        NotFinite: if a difference is not finite, with the name and the place.
+    """
 
     tensors: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -37,10 +44,18 @@ class Delta:
 
     def __post_init__(self) -> None:
         ordered = {name: self.tensors[name].detach() for name in sorted(self.tensors)}
+        for name, value in ordered.items():
+            place = not_finite_at(value)
+            if place is not None:
+                raise NotFinite(f"the difference of {name} is not finite at {place}; did the training diverge?")
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
         object.__setattr__(
             self, "provenance", MappingProxyType(plain(dict(self.provenance), "the provenance of a delta"))
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The read-only views cannot be pickled or copied, what they show can.
+        return Delta, (dict(self.tensors), dict(self.provenance), self.log)
 
     def __repr__(self) -> str:
         return f"Delta({self.provenance.get('method', 'unknown')}, {len(self.tensors)} tensors)"

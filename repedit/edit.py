@@ -20,7 +20,7 @@ from torch import Tensor
 
 from repedit import hooks
 from repedit.arch import Anatomy, hooks_at
-from repedit.errors import FingerprintError, NotFoldable, ShapeError
+from repedit.errors import FingerprintError, NotFoldable, ShapeError, during
 from repedit.io import archive
 from repedit.io.text import plain
 from repedit.maps import AffineMap, Chain, Diagonal, LowRank
@@ -30,7 +30,13 @@ from repedit.sites import Point, Site
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Affine maps by site. `a | b` applies a, then b."""
+    """Affine maps by site. `a | b` applies a, then b.
+
+    Two edits are equal only if they are one object; `hash` compares what they do. Copies and pickles hold the same maps.
+
+    Raises:
+        NotFinite: if a map holds a number that is not finite, with the site.
+    """
 
     maps: Mapping[Site, AffineMap]
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -38,10 +44,15 @@ class Edit:
 
     def __post_init__(self) -> None:
         ordered = {site: self.maps[site] for site in sorted(self.maps)}
+        check_finite(ordered)
         object.__setattr__(self, "maps", MappingProxyType(ordered))
         object.__setattr__(
             self, "provenance", MappingProxyType(plain(dict(self.provenance), "the provenance of an edit"))
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The read-only views cannot be pickled or copied, what they show can.
+        return Edit, (dict(self.maps), dict(self.provenance))
 
     def __repr__(self) -> str:
         rank = sum(map_.rank_removed for map_ in self.maps.values())
@@ -90,9 +101,9 @@ class Edit:
         digest = hashlib.sha256()
         for site, map_ in self.maps.items():
             for link in map_.maps if isinstance(map_, Chain) else (map_,):
-                for name, value in _fields(link):
+                for name, value in link.tensors.items():
                     digest.update(f"{site} {type(link).__name__} {name} {value.dtype} {tuple(value.shape)}".encode())
-                    digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:
@@ -105,13 +116,14 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: "<site>/u|v|center|scale|shift", and a JSON header with the provenance."""
+        check_finite(self.maps)
         tensors: dict[str, Tensor] = {}
         kinds: dict[str, list[str]] = {}
         for site, map_ in self.maps.items():
             links = map_.maps if isinstance(map_, Chain) else (map_,)
             kinds[str(site)] = [type(link).__name__ for link in links]
             for number, link in enumerate(links):
-                tensors |= {f"{site}/{number}/{name}": value for name, value in _fields(link)}
+                tensors |= {f"{site}/{number}/{name}": value for name, value in link.tensors.items()}
         archive.write(path, "edit", tensors, {"maps": kinds, "provenance": dict(self.provenance)})
 
     @staticmethod
@@ -145,8 +157,19 @@ def exactness(site: Site, plan: Anatomy) -> str:
     return "exact"
 
 
+def check_finite(maps: Mapping[Site, AffineMap]) -> None:
+    """Refuse a map with a number that is not finite.
+
+    Raises:
+        NotFinite: naming the site, the tensor and the place.
+    """
+    for site, map_ in maps.items():
+        with during(str(site), f"while the map for {site} was checked"):
+            map_.check_finite()
+
+
 def check_widths(edit: Edit, plan: Anatomy) -> None:
-    """Refuse an edit whose maps do not fit the sites of this model.
+    """Refuse an edit whose maps do not fit the sites of this model, or are no longer finite.
 
     Raises:
         UnknownSite: if a layer or point is not in the model.
@@ -154,6 +177,7 @@ def check_widths(edit: Edit, plan: Anatomy) -> None:
     """
     from repedit.sites import select
 
+    check_finite(edit.maps)
     for site, map_ in edit.maps.items():
         select(site, len(plan.layers), plan.architecture.points)
         width = plan.width_of(site.layer, site.point)
@@ -179,10 +203,6 @@ def _visit(map_: AffineMap) -> Any:
         return Diagonal(map_.scale[at], None if map_.shift is None else map_.shift[at])(x)
 
     return visit
-
-
-def _fields(link: AffineMap) -> Iterator[tuple[str, Tensor]]:
-    return ((name, value) for name, value in vars(link).items() if value is not None)
 
 
 def _rebuilt(site: str, kinds: list[str], tensors: dict[str, Tensor]) -> AffineMap:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from repedit.arch import Anatomy, Architecture, TensorSpec, anatomy, resolve
-from repedit.arch.modules import check_modules
+from repedit.arch.modules import check_bare, check_merged, check_modules
 from repedit.arch.offloaded import execution_device, values
 from repedit.errors import (
     ArgumentError,
@@ -248,7 +248,7 @@ def load(
         source = snapshot(place, getattr(model.config, "_commit_hash", None) or revision)
         origin = None if source is None else Origin(source, place)
     subject = subject_of(model, tokenizer, source=source, files=files, origin=origin)
-    check_finite(model)
+    check_finite(model, dtype)
     return subject
 
 
@@ -275,11 +275,12 @@ def subject_of(
         files: state of its files before they were read; None for their state now.
         origin: where the model came from; None for `source`.
     Raises:
-        NotAModel: if the object is not a transformers causal model.
+        NotAModel: if the object is not a transformers causal model, or an adapter or a parametrization hides its weights.
         UnknownArchitecture: if no row fits, or the weights contradict the row.
     """
     from transformers import PreTrainedModel
 
+    check_merged(model)
     if not isinstance(model, PreTrainedModel):
         raise NotAModel(
             f"{type(model).__name__} is not a transformers model; pass an AutoModelForCausalLM model or a path to repedit.load"
@@ -296,7 +297,11 @@ def subject_of(
         )
     origin = Origin(source) if origin is None and source is not None else origin
     subject = Subject(model, tokenizer, resolve(model.config), source, origin)
-    check_modules(model, subject.anatomy)
+    try:
+        check_modules(model, subject.anatomy)
+    except UnknownArchitecture:
+        check_bare(model)
+        raise
     if source is not None:
         _as_read[model] = (state(model), file_states(source) if files is None else files)
     return subject

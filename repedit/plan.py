@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from repedit.arch import Specs, TensorSpec, View
-from repedit.errors import FingerprintError, NotFoldable, PlanMismatch
+from repedit.errors import DtypeError, FingerprintError, NotFinite, NotFoldable, PlanMismatch
 from repedit.fingerprints import value_hash
-from repedit.maps import AffineMap
+from repedit.maps import AffineMap, not_finite_at
 from repedit.sites import Site
 
 Read = Callable[[str], Tensor]
@@ -31,10 +31,11 @@ class Operation:
     "outputs": W -> M W, or D^-1 M D W with D the gain of a post-norm, plus `constant` on every column.
     "inputs":  W -> W M.
     "carry":   b -> b + W c, with W read from `weight` and c the `constant`: a constant input moved into the bias.
+    "gain":    g -> 1 where g is zero or too small to divide by; "outputs" then puts what it multiplied into W.
     "add":     W -> W + D, with D the `constant`, of the shape of what the view picks.
     """
 
-    kind: Literal["outputs", "inputs", "carry", "add"]
+    kind: Literal["outputs", "inputs", "carry", "add", "gain"]
     view: View
     map: AffineMap | None = None
     constant: Tensor | None = None
@@ -52,6 +53,9 @@ class Operation:
         """
         if self.kind == "add":
             self._add(tensor)
+        elif self.kind == "gain":
+            unit = 1.0 if self.unit_gain else 0.0
+            tensor[_too_small(tensor + unit)] = 1.0 - unit
         else:
             self.view.change(tensor, lambda w: self._edited(w, read))
 
@@ -59,6 +63,8 @@ class Operation:
         """A few words for the summary."""
         if self.kind == "add":
             return "add: a difference found by training"
+        if self.kind == "gain":
+            return "gain: 1 where it was 0"
         what = f"{type(self.map).__name__} of rank {self.map.rank_removed}" if self.map else "constant"
         return f"{self.kind}: {what}" + (f" within gain {self.gain}" if self.gain else "")
 
@@ -87,22 +93,25 @@ class Operation:
         if gain is None:
             out = self.map.left(w, out=w)
         else:
-            scaled = w * gain
+            scaled = w * self._stored_gain(read, w)
             out = self.map.left(scaled, out=scaled).div_(gain)
         return out if self.constant is None else out + self.constant.to(out)[:, None]
 
     def gain_of(self, read: Read, like: Tensor) -> Tensor | None:
-        """The gain of the post-norm as a column, or None where none follows."""
+        """The gain of the post-norm as a column, 1 in place of what is too small to divide by; None where none follows."""
         if self.gain is None:
             return None
-        gain = read(self.gain).to(like) + (1.0 if self.unit_gain else 0.0)
-        zeros = int((gain == 0).sum())
-        if zeros:
-            raise NotFoldable(
-                f"{self.view.tensor} passes the post-norm {self.gain}, {zeros} of whose gains are 0: what it multiplies "
-                "by 0 cannot be edited before it; use the hook, or another site"
-            )
-        return gain[:, None]
+        gain = self._stored_gain(read, like)
+        return torch.where(_too_small(gain), 1.0, gain)
+
+    def _stored_gain(self, read: Read, like: Tensor) -> Tensor:
+        assert self.gain is not None
+        return (read(self.gain).to(like) + (1.0 if self.unit_gain else 0.0))[:, None]
+
+
+# A row divided by a gain of 1e-30 overflows in the norm's mean square; float32 keeps 7 digits of the others beside 1e-6.
+def _too_small(gain: Tensor) -> Tensor:
+    return gain.abs() <= 1e-6 * gain.abs().max()
 
 
 class Resize(ABC):
@@ -169,16 +178,50 @@ class Plan:
                 f"the plan names tensors this {self.store} store does not hold: {absent[:5]} ({len(absent)} in all)"
             )
 
+    def resolved(self, read: Read) -> Plan:
+        """The plan for the gains that a store holds: where a post-norm multiplies by 0, its gain becomes 1 and the row before it empty.
+
+        Raises:
+            NotFoldable: if two edits of one tensor pass such a norm, or something else changes the norm.
+        """
+        gains: dict[str, Operation] = {}
+        for name, operations in self.operations.items():
+            folded = [
+                op for op in operations if op.gain and bool(_too_small(op._stored_gain(read, torch.ones(1))).any())
+            ]
+            if len(folded) > 1 or any(op.gain in self.operations for op in folded):
+                raise NotFoldable(
+                    f"{name} passes the post-norm {folded[0].gain}, some of whose gains are 0, more than once in this plan; carry "
+                    "the edits out one after the other: apply(b, apply(a, subject))"
+                )
+            gains |= {str(op.gain): Operation("gain", View(str(op.gain)), unit_gain=op.unit_gain) for op in folded}
+        return (
+            replace(self, operations={**self.operations, **{name: (op,) for name, op in gains.items()}})
+            if gains
+            else self
+        )
+
     def apply(self, name: str, tensor: Tensor, read: Read) -> Tensor:
         """The tensor after the plan; computed in float32 (float64 for float64) and rounded once.
 
         Args:
             read: gives other tensors as they were before the plan (a weight behind a bias, a norm's gain).
+        Raises:
+            NotFinite: if the tensor is not finite, or the result is not in the tensor's dtype.
         """
-        return self.computed(name, tensor, read).to(tensor.dtype)
+        return rounded(name, self.computed(name, tensor, read), tensor.dtype)
 
     def computed(self, name: str, tensor: Tensor, read: Read) -> Tensor:
-        """The tensor after the plan before it is rounded: float32, or float64 for float64 and for counts."""
+        """The tensor after the plan before it is rounded: float32, or float64 for float64 and for counts.
+
+        Raises:
+            NotFinite: if the tensor is not finite. DtypeError: if it holds whole numbers, to which no map applies.
+        """
+        check_finite(name, tensor)
+        if not tensor.is_floating_point() and any(op.kind != "add" for op in self.operations.get(name, ())):
+            raise DtypeError(
+                f"{name} holds {tensor.dtype}, and an edit changes floating weights alone; is it quantised?"
+            )
         wide = torch.float32 if tensor.is_floating_point() and tensor.dtype != torch.float64 else torch.float64
         work = tensor.detach().to(wide, copy=True)
         for operation in self.operations.get(name, ()):
@@ -210,3 +253,30 @@ class Plan:
         lines += [f"  {name}: added" for name in sorted(set(self.added) - set(self.rewritten))]
         lines += [f"config: {key} = {json.dumps(value)}" for key, value in self.config.items()]
         return "\n".join([*lines, f"{len(self.touched)} tensors touched, {total / 1e6:.1f} MB rewritten"])
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a stored tensor that is not finite.
+
+    Raises:
+        NotFinite: with the first place.
+    """
+    place = not_finite_at(tensor)
+    if place is not None:
+        raise NotFinite(f"{name} is not finite at {place}; the checkpoint is damaged, download it again")
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        NotFinite: naming a value that the dtype cannot hold.
+    """
+    result = tensor.to(dtype)
+    if not_finite_at(result) is not None:
+        place = tuple((~torch.isfinite(result)).nonzero()[0].tolist())
+        raise NotFinite(
+            f"{name} would hold {tensor[place].item():.6g} at {place}, and {dtype} holds finite numbers up to "
+            f"{torch.finfo(dtype).max:.6g}; choose a wider dtype, or a smaller edit"
+        )
+    return result

@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 install_import_hook("repedit", "beartype.beartype")
@@ -37,6 +38,14 @@ def source(tmp_path_factory):
         (folder / name).write_text("{}")
     (folder / "README.md").write_text("---\nlicense: mit\n---\nThe card of the base.\n")
     return folder
+
+
+@pytest.fixture
+def unchecked():
+    """Without the shape-checked imports of the tests, which would refuse first: what a user sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_configure(config) -> None:

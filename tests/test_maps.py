@@ -2,7 +2,6 @@
 
 from itertools import product
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -175,8 +174,8 @@ def test_a_shift_of_zeros_is_no_offset():
 
 @pytest.mark.parametrize(
     "basis",
-    [torch.cat([U, U[:, :1]], 1), torch.zeros(WIDTH, 1), _normal(3, 4), torch.full((WIDTH, 1), torch.nan)],
-    ids=["repeated column", "zero", "more columns than width", "nan"],
+    [torch.cat([U, U[:, :1]], 1), torch.zeros(WIDTH, 1), _normal(3, 4)],
+    ids=["repeated column", "zero", "more columns than width"],
 )
 def test_a_basis_without_full_rank_is_refused(basis):
     with pytest.raises(RankError, match=r"not of full column rank; remove dependent columns"):
@@ -205,21 +204,13 @@ def test_a_tensor_of_another_width_is_refused(map_, call):
         call(map_)
 
 
-@pytest.fixture
-def unchecked():
-    """Without the shape-checked imports of the tests, which would refuse first: what a user sees."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.usefixtures("unchecked")
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ShapeError, match=r"u \(7, 3\), v \(7, 2\), center None do not fit"):
         rp.LowRank(U, V[:, :2])
     with pytest.raises(ShapeError, match=r"center \(4,\) do not fit"):
         rp.LowRank(U, V, torch.zeros(4))
-    with pytest.raises(ShapeError, match="scale has width 3, shift has width 4"):
+    with pytest.raises(ShapeError, match=r"scale \(3,\) and shift \(4,\) do not fit: give"):
         rp.Diagonal(torch.ones(3), torch.ones(4))
     with pytest.raises(ShapeError, match="cannot compose maps of widths 7 and 3"):
         LINKS["mask"] @ rp.Diagonal(torch.ones(3))

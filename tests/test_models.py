@@ -1,5 +1,6 @@
 """Loading and wrapping: what comes in is left as it is, and what is wrong with it is said before any work."""
 
+import json
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from repedit.errors import (
     NotFinite,
     NotFound,
     QuantizedModel,
+    RepeditError,
     UnknownArchitecture,
 )
 from repedit.io.checkpoint import INDEX, SINGLE, open_shards
@@ -164,7 +166,7 @@ DAMAGED = [
     ("one", tensor(data_offsets=[-4, 0]), CheckpointError, r"corrupt: tensor 'a' .* data_offsets \[-4, 0\]"),
     ("one", tensor(shape=[2]), CheckpointError, "has 4 bytes, 8 were expected"),
     ("one", tensor(dtype="F4"), CheckpointError, "tensor 'a' has dtype F4, which is not supported; is it quantised"),
-    ("one", not_a_number, NotFinite, rf"weight '{UP}' is not finite at \(3, 4\) \(torch\.float32\)"),
+    ("one", not_a_number, NotFinite, rf"weight '{UP}' is not finite at \(3, 4\) \(nan, torch\.float32\)"),
     ("many", lambda f: (f / "model-00002-of-00003.safetensors").unlink(), CheckpointError, "which is absent from"),
     ("many", mapped("../one/model.safetensors"), CheckpointError, "leaves the directory; nothing was read"),
     ("many", mapped(".."), CheckpointError, "leaves the directory; nothing was read"),
@@ -192,24 +194,120 @@ def test_a_loaded_model_outlives_its_files(broken):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_missing_path_names_the_nearest_directories(saved):
-    with pytest.raises(NotFound, match=r"onne does not exist.*did you mean 'one'.* only for 'owner/name'"):
+def test_a_missing_path_names_similar_directories_and_no_others(saved):
+    with pytest.raises(NotFound, match=r"onne does not exist.*did you mean 'one'\?$"):
         rp.load(saved / "onne")
+    with pytest.raises(NotFound) as caught:
+        rp.load(saved / "zzz")
+    assert "one" not in str(caught.value).replace("is neither", "") and "many" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("owner/name", "hub id 'owner/name' could not be loaded.* repedit fetch"),
-        ("a/b/c", "does not exist and 'a/b/c' is not the built-in name"),
+        ("gpt2", "hub id 'gpt2' could not be loaded.* repedit fetch"),
+        ("smolm2-135m", "hub id 'smolm2-135m' could not be loaded.*did you mean 'smollm2-135m'"),
+        ("a/b/c", "does not exist and 'a/b/c' is neither the built-in name 'smollm2-135m' nor a hub id such as"),
+        ("./gpt2", "does not exist and './gpt2' is neither"),
+        ("--help", "does not exist and '--help' is neither"),
+        ("", r"is neither a directory nor a \.gguf file|holds no config\.json"),
+        ("x" * 5000, r"'x+' can be no path and no hub id: OSError"),
+        (None, "'None' can be no path and no hub id: TypeError"),
         ("smollm2-135m", "the default model is not at .* get it once with: repedit fetch smollm2-135m"),
         (__file__, r"neither a directory nor a \.gguf file"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_name_that_is_not_there(name, message, tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path))
-    with pytest.raises(NotFound, match=f"(?s){message}"):
+    with pytest.raises((NotFound, CheckpointError), match=f"(?s){message}"):
         rp.load(name)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.txt", "generation_config.json", SINGLE])
+def test_a_pointer_of_git_lfs_is_named(name, broken):
+    with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer, not the file itself; run: git lfs pull"):
+        rp.load(broken(lambda folder: (folder / name).write_text(POINTER)))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"version": "1.0", "model": {"type": "BPE"}}', "\x00" * 9])
+def test_a_damaged_tokenizer_is_named(text, broken):
+    with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be loaded.*ownload"):
+        rp.load(broken(lambda folder: (folder / "tokenizer.json").write_text(text)))
+
+
+LIES = {
+    "activation": {"hidden_act": "x"},
+    "no heads": {"num_attention_heads": 0},
+    "heads that do not divide": {"num_attention_heads": 5},
+    "value heads that do not divide": {"num_key_value_heads": 3},
+    "no value heads": {"num_key_value_heads": 0},
+    "a string": {"hidden_size": "24"},
+    "a string of a count": {"num_hidden_layers": "2"},
+    "a fraction": {"num_hidden_layers": 1.5},
+    "no layer": {"num_hidden_layers": 0},
+    "fewer than no layers": {"num_hidden_layers": -1},
+    "no value": {"hidden_size": None},
+    "a list": {"vocab_size": [61]},
+    "many layers": {"num_hidden_layers": 10**9},
+    "a huge width": {"hidden_size": 10**15},
+    "a huge vocabulary": {"vocab_size": 10**30},
+    "rotary nonsense": {"rope_parameters": {"rope_type": "x"}},
+    "rotary list": {"rope_parameters": [1]},
+    "nested nonsense": {"quantization_config": {"a": {"b": [{}]}}},
+    "a quantiser of another library": {"quantization_config": {"quant_method": "torchao"}},
+    "a quantiser without its package": {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+    "a quantiser that is a list": {"quantization_config": [1]},
+    "a quantiser that is a word": {"quantization_config": "gptq"},
+    "a type that is a list": {"model_type": ["llama"]},
+    "no type": {"model_type": None},
+    "an epsilon in words": {"rms_norm_eps": "small"},
+    "a dtype of nowhere": {"dtype": "float7"},
+    "eight bits": {"dtype": "float8_e4m3fn"},
+}
+
+
+@pytest.mark.parametrize("changes", LIES.values(), ids=LIES)
+def test_a_config_that_lies_is_refused_with_an_error_of_ours(changes, broken, tmp_path):
+    folder = broken(config(**changes))
+    with pytest.raises(RepeditError):
+        rp.load(folder)
+    with pytest.raises(RepeditError):
+        rp.export(mask(tiny("llama"), "1.mlp.neurons"), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantiser_that_nobody_knows_forbids_edits(broken, tmp_path):
+    folder = broken(config(quantization_config={"quant_method": "x"}))
+    edit = mask(tiny("llama"), "1.mlp.neurons")
+    for act in (lambda: rp.apply(edit, rp.load(folder)), lambda: rp.export(edit, folder, tmp_path / "out")):
+        with pytest.raises(QuantizedModel, match=r"quantised \(x\) and cannot be edited exactly"):
+            act()
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", "[" * 100_000, '"llama"', "\x00"])
+def test_a_config_that_is_no_config_is_refused(text, broken, tmp_path):
+    folder = broken(lambda f: (f / "config.json").write_text(text))
+    for act in (rp.load, lambda f: rp.export(mask(tiny("llama"), "1.mlp.neurons"), f, tmp_path / "out")):
+        with pytest.raises(RepeditError):
+            act(folder)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "vocab_size", "model_type", "num_hidden_layers"])
+def test_a_config_without_a_key_is_refused(key, broken, tmp_path):
+    def damage(folder):
+        content = json.loads((folder / "config.json").read_text())
+        del content[key]
+        (folder / "config.json").write_text(json.dumps(content))
+
+    folder = broken(damage)
+    for act in (rp.load, lambda f: rp.export(mask(tiny("llama"), "1.mlp.neurons"), f, tmp_path / "out")):
+        with pytest.raises(RepeditError):
+            act(folder)
 
 
 @pytest.mark.parametrize(("option", "value"), [("dtype", "floaty"), ("dtype", "int8"), ("device", "gpu")])

@@ -132,11 +132,14 @@ class _Check:
     def out(self, layer: int, branch: Branch) -> Proof:
         """Remove a random plane from what the branch adds to the stream, by a hook and in the weights."""
         site = Site(layer, branch.outer)
-        map_ = LowRank.projection(torch.randn(self.plan.width, 2, generator=self.generator))
-        hooks = hooks_at(self.model, self.plan, site, lambda x, at, _: map_(x), replaces=True)
-        hooked, gain = self._outs(layer, hooks=hooks), None
+        basis, gain = torch.randn(self.plan.width, 2, generator=self.generator), None
         if branch.gain is not None:
             gain = self.parameters[branch.gain].float() + (1.0 if self.plan.architecture.unit_gain else 0.0)
+            # What a norm multiplies by 0 never reaches the stream, so the plane lies within the other channels.
+            basis[_without_effect(gain).cpu()] = 0
+        map_ = LowRank.projection(basis)
+        hooks = hooks_at(self.model, self.plan, site, lambda x, at, _: map_(x), replaces=True)
+        hooked = self._outs(layer, hooks=hooks)
         views = [p.out for p in branch.parts] + ([View(branch.bias)] if branch.bias else [])
         changed: dict[str, Tensor] = {}
         for view in views:
@@ -250,6 +253,13 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 def _within(map_: LowRank, w: Tensor, gain: Tensor | None) -> Tensor:
-    work = w.float() if gain is None else w.float() * gain[:, None]
-    out = map_.left(work)
-    return (out if gain is None else out / gain[:, None]).to(w.dtype)
+    if gain is None:
+        return map_.left(w.float()).to(w.dtype)
+    column = gain[:, None]
+    out = map_.left(w.float() * column) / column
+    return torch.where(_without_effect(column), w.float(), out).to(w.dtype)
+
+
+def _without_effect(gain: Tensor) -> Tensor:
+    """Where a norm multiplies by zero, or by what is nothing beside the rest."""
+    return gain.abs() <= 1e-6 * gain.abs().max()

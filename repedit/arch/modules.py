@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from repedit.arch.anatomy import Anatomy
-from repedit.errors import UnknownArchitecture
+from repedit.errors import NotAModel, UnknownArchitecture
 from repedit.sites import Point
 
 
@@ -36,6 +37,46 @@ def check_modules(model: nn.Module, plan: Anatomy) -> None:
             raise UnknownArchitecture(
                 f"{branch.writer} has {len(readers)} readers; the {row.model_type} row with gated={row.gated} needs {needed} different ones"
             )
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model whose weights are computed from others, by an adapter, a parametrization or a pruning mask.
+
+    Raises:
+        NotAModel: naming the first module, with what makes a plain weight of it.
+    """
+    for name, module in model.named_modules():
+        hooks = (type(hook).__module__ for hook in module._forward_pre_hooks.values())
+        if type(module).__module__.startswith("peft."):
+            raise NotAModel(f"{name or type(module).__name__} {_ADAPTER}")
+        if parametrize.is_parametrized(module):
+            raise NotAModel(
+                f"{name} is parametrized: its weight is computed from other tensors. Make it plain first: "
+                "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+            )
+        if any(where.startswith("torch.nn.utils.") for where in hooks):
+            raise NotAModel(
+                f"the weight of {name} is computed by torch.nn.utils from other tensors. Make it plain first: prune.remove, "
+                "remove_weight_norm or remove_spectral_norm"
+            )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise NotAModel(f"{type(model).__name__} {_ADAPTER}")
+
+
+def check_merged(thing: object) -> None:
+    """Refuse a model of peft around a model.
+
+    Raises:
+        NotAModel: with what to do.
+    """
+    if type(thing).__module__.startswith("peft."):
+        raise NotAModel(f"{type(thing).__name__} {_ADAPTER}")
+
+
+_ADAPTER = (
+    "holds an adapter of peft, which is no part of the weights. Merge it first: PeftModel.from_pretrained(model, "
+    "adapter).merge_and_unload(), or use the model without it; learned prompts and prefixes cannot be merged"
+)
 
 
 def _module(model: nn.Module, path: str, model_type: str) -> nn.Module:

@@ -67,9 +67,14 @@ def floating(name: str | torch.dtype) -> torch.dtype:
     """A floating dtype by its name in torch.
 
     Raises:
-        ArgumentError: if there is no such dtype, or it is not a floating one.
+        ArgumentError: if there is no such dtype, it is not a floating one, or weights of it need scales.
     """
     found = getattr(torch, name, None) if isinstance(name, str) else name
+    if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize == 1:
+        raise ArgumentError(
+            f"dtype={name!r} holds weights only beside scales, which repedit does not write; give 'float32', 'bfloat16' or "
+            "'float16', and quantise the result with a tool made for it"
+        )
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ArgumentError(f"dtype={name!r} is not a floating dtype; give 'float32', 'bfloat16' or 'float16'")
     return found

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.errors import DtypeError, ShapeError
+from repedit.errors import DeviceError, DtypeError, NotFinite, ShapeError
 
 
 class AffineMap(ABC):
@@ -54,6 +54,24 @@ class AffineMap(ABC):
 
         return composed(self, first)
 
+    @property
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that the map is made of, by name."""
+
+    def check_finite(self) -> None:
+        """Refuse a map with a number that is not finite.
+
+        Raises:
+            NotFinite: naming the tensor and the place.
+        """
+        for name, value in self.tensors.items():
+            place = not_finite_at(value)
+            if place is not None:
+                raise NotFinite(
+                    f"{name} of the {type(self).__name__} is not finite at {place}; was the statistic or the fit behind it finite?"
+                )
+
     def as_matrix(self) -> Float[Tensor, "d d"]:
         """M in float64; for tests and small widths."""
         return self.left(torch.eye(self.width, dtype=torch.float64))
@@ -63,6 +81,38 @@ class AffineMap(ABC):
             raise ShapeError(
                 f"the map has width {self.width}, the tensor has width {width}; was the edit fitted on another model?"
             )
+
+
+def not_finite_at(x: Tensor) -> str | None:
+    """The first place where a tensor is NaN or infinite, with the value; None where it is finite or has no values."""
+    if x.device.type == "meta" or not (x.is_floating_point() or x.is_complex()):
+        return None
+    wide = x.detach().float() if x.dtype.itemsize == 1 else x.detach()
+    if bool(torch.isfinite(wide).all()):
+        return None
+    place = tuple((~torch.isfinite(wide)).nonzero()[0].tolist())
+    return f"{place} ({wide[place].item()}, {x.dtype})"
+
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_together(**tensors: Tensor | None) -> None:
+    """Refuse tensors that cannot make up one map.
+
+    Raises:
+        DtypeError: if one is not of a floating dtype that torch computes in. DeviceError: if they are on several devices.
+        ShapeError: if the width is zero.
+    """
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in present.items():
+        if tensor.dtype not in _FLOATING:
+            raise DtypeError(f"{name} has dtype {tensor.dtype}; give float32, float64, bfloat16 or float16")
+    if len({tensor.device for tensor in present.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in present.items())
+        raise DeviceError(f"the tensors of a map must be on one device, found {places}")
+    if any(not len(tensor) for tensor in present.values()):
+        raise ShapeError("a map of width 0 maps nothing; is the tensor it was made from empty?")
 
 
 def working(x: Tensor) -> Tensor:

@@ -32,6 +32,10 @@ class Chain(AffineMap):
         return self.maps[0].width
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": value for i, map_ in enumerate(self.maps) for name, value in map_.tensors.items()}
+
+    @property
     def rank_removed(self) -> int:
         return self.width - int(torch.linalg.matrix_rank(self.as_matrix(), rtol=1e-6))
 

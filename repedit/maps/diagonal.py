@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from repedit.errors import ShapeError
-from repedit.maps.affine import AffineMap, working
+from repedit.maps.affine import AffineMap, check_together, working
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +20,10 @@ class Diagonal(AffineMap):
     shift: Float[Tensor, " d"] | None = None
 
     def __post_init__(self) -> None:
-        if self.shift is not None and self.shift.shape != self.scale.shape:
-            raise ShapeError(f"scale has width {self.width}, shift has width {self.shift.shape[0]}; they must agree")
+        if self.scale.ndim != 1 or (self.shift is not None and self.shift.shape != self.scale.shape):
+            shift = None if self.shift is None else tuple(self.shift.shape)
+            raise ShapeError(f"scale {tuple(self.scale.shape)} and shift {shift} do not fit: give (d,) and (d,)")
+        check_together(scale=self.scale, shift=self.shift)
 
     @staticmethod
     def mask(keep: Bool[Tensor, " d"]) -> Diagonal:
@@ -36,6 +38,10 @@ class Diagonal(AffineMap):
     @property
     def width(self) -> int:
         return self.scale.shape[0]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scale": self.scale} | ({} if self.shift is None else {"shift": self.shift})
 
     @property
     def kept(self) -> Bool[Tensor, " d"]:

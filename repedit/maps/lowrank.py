@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.errors import RankError, ShapeError
+from repedit.errors import NotFinite, RankError, ShapeError
 from repedit.kernels import dispatch
-from repedit.maps.affine import AffineMap
+from repedit.maps.affine import AffineMap, check_together, not_finite_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +24,16 @@ class LowRank(AffineMap):
     center: Float[Tensor, " d"] | None = None
 
     def __post_init__(self) -> None:
-        if self.u.shape != self.v.shape or (self.center is not None and self.center.shape[0] != self.u.shape[0]):
-            center = None if self.center is None else tuple(self.center.shape)
+        center = None if self.center is None else tuple(self.center.shape)
+        if self.u.ndim != 2 or self.u.shape != self.v.shape or center not in (None, tuple(self.u.shape[:1])):
             raise ShapeError(
                 f"u {tuple(self.u.shape)}, v {tuple(self.v.shape)}, center {center} do not fit: give (d, k), (d, k), (d,)"
+            )
+        check_together(u=self.u, v=self.v, center=self.center)
+        if self.u.shape[1] > self.u.shape[0]:
+            raise RankError(
+                f"u and v of shape {tuple(self.u.shape)} have rank {self.u.shape[1]}, the width is {self.u.shape[0]}; a map of "
+                "this width has at most that rank, so compress the factors first"
             )
 
     @staticmethod
@@ -35,8 +41,12 @@ class LowRank(AffineMap):
         """The orthogonal projection that removes span(basis): x - Q Q^T (x - center), Q an orthonormal basis in float64.
 
         Raises:
-            RankError: if the columns are linearly dependent or more than the width.
+            RankError: if the columns are linearly dependent or more than the width. NotFinite: if a number is not finite.
         """
+        check_together(basis=basis)
+        place = not_finite_at(basis)
+        if place is not None:
+            raise NotFinite(f"the basis of shape {tuple(basis.shape)} is not finite at {place}")
         q, r = torch.linalg.qr(basis.double())
         # What is left of a column after the ones before it; a dependent column leaves its own rounding.
         left = r.diagonal().abs() / r.norm(dim=0)[: len(r)]
@@ -52,8 +62,9 @@ class LowRank(AffineMap):
         """The oblique projection along span(u) onto the complement of span(v): x - U (V^T U)^-1 V^T (x - center).
 
         Raises:
-            RankError: if V^T U is singular.
+            RankError: if V^T U is singular. NotFinite: if a number is not finite.
         """
+        LowRank(u, v, center).check_finite()
         inner = v.double().T @ u.double()
         if u.shape[1] and not torch.linalg.cond(inner) <= 1e12:
             raise RankError("V^T U is singular: u and v of an oblique projection must not be orthogonal to each other")
@@ -62,6 +73,10 @@ class LowRank(AffineMap):
     @property
     def width(self) -> int:
         return self.u.shape[0]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"u": self.u, "v": self.v} | ({} if self.center is None else {"center": self.center})
 
     @property
     def rank_removed(self) -> int:

@@ -18,7 +18,7 @@ from repedit.lower import lower
 from repedit.maps import LowRank
 from repedit.models import Subject
 from repedit.plan import Operation, Plan, Read
-from repedit.rewrite.families import architecture_of
+from repedit.rewrite.families import architecture_of, used_specs
 from repedit.rewrite.slice import slice_plan
 
 # ||V^T W'|| / ||V^T W|| that rounding alone can leave. Measured at k = 1 to 16: float32 4e-7, float16 2e-4, bfloat16
@@ -236,4 +236,4 @@ def _store(source: Subject | str | Path) -> tuple[Architecture, Specs, Read]:
         return source.architecture, source.specs, source.value
     directory = Path(source).expanduser()
     shards = open_shards(directory)
-    return architecture_of(directory), shards.specs, shards.read
+    return architecture_of(directory), used_specs(shards), shards.read

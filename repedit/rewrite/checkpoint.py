@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from repedit.arch import anatomy
+from repedit.arch import Specs, anatomy
 from repedit.errors import (
     NoOpEdit,
     NotFound,
@@ -31,12 +31,12 @@ from repedit.io.targets import CARD, MANIFEST, check_space, check_target, instal
 from repedit.io.text import read_json
 from repedit.lower import EditOrDelta
 from repedit.models import Origin, Subject
-from repedit.plan import Plan
+from repedit.opening import check_finite as check_weights
+from repedit.plan import Plan, check_finite
 from repedit.rewrite.companions import Companions, companions, copy_companions, used_files
-from repedit.rewrite.families import architecture_of
+from repedit.rewrite.families import architecture_of, check_described, check_planned, used_specs
 from repedit.rewrite.live import check_editable, noop_message
 from repedit.rewrite.manifest import Change, Manifest, base_card, base_of, card, manifest
-from repedit.rewrite.rebuilding import patched_config
 from repedit.rewrite.resuming import Journal, job
 from repedit.rewrite.structures import structured
 from repedit.rewrite.writing import write_weights
@@ -84,8 +84,9 @@ def export(
         NoOpEdit: if the edit changes no byte, unless `allow_identity=True`.
         NotFoldable, NotSlimmable, NotSliceable, QuantizedModel: if no weight can equal the edit.
         FingerprintError: if a delta was trained from other weights.
-        CheckpointError: if the source is damaged, has changed since it was loaded, or holds links that leave it, or if the
-            disk is full; nothing is left behind.
+        CheckpointError: if the source is damaged, has changed since it was loaded, holds links that leave it, or is not the
+            model of its config, or if the disk is full; nothing is left behind.
+        NotFinite: if a weight is not finite, or would not be in its dtype.
     """
     plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
     to = None if dtype is None else floating(dtype)
@@ -93,8 +94,10 @@ def export(
     out = check_target(target, overwrite=overwrite, source=files)
     origin = source.origin if isinstance(source, Subject) else None
     ready = None if files is None else _prepared(files, plan_for)
-    with workplace(out, "" if ready is None else job(*ready, to, link), overwrite=overwrite) as place:
-        plan, shards = ready or _prepared(_saved(source, place, max_shard_size), plan_for)
+    if ready is not None and not isinstance(source, Subject):  # a Subject was checked as it was loaded
+        _check_finite(*ready[1:])
+    with workplace(out, "" if ready is None else job(*ready[:2], to, link), overwrite=overwrite) as place:
+        plan, shards, used = ready or _prepared(_saved(source, place, max_shard_size), plan_for)
         directory = shards.directory
         unchanged = partial(
             check_unchanged, directory, states or file_states(directory), "while it was exported", "export it again"
@@ -106,11 +109,11 @@ def export(
         there = sum(path.stat().st_size for path in new.iterdir())
         size = sum(path.stat().st_size for path in others.files.values())
         check_space(place, size + _bytes_to_write(plan, shards, place, to, link) - there)
-        changes = write_weights(plan, shards, new, journal, unchanged, dtype=to, link=link)
+        changes = write_weights(plan, shards, used, new, journal, unchanged, dtype=to, link=link)
         _check_changes(plan, changes, allow_identity, dtype)
         copy_companions(others, new)
         _write_config(directory, new, plan, dtype, identity=not plan.config and dtype is None)
-        made = anatomy(architecture_of(new), open_shards(new).specs)
+        made = anatomy(architecture_of(new), used_specs(open_shards(new)))
         if origin is None and ready is not None:
             origin = Origin(directory)
         record = manifest(
@@ -150,7 +153,7 @@ def dry_run(
     if files is None:
         assert isinstance(source, Subject)
         return plan_for(source.architecture, source.specs).summary(source.specs)
-    plan, shards = _prepared(files, plan_for)
+    plan, shards, _ = _prepared(files, plan_for)
     touched = {shards.entries[name].file for name in plan.rewritten if name in shards.entries}
     sizes = {file: (shards.directory / file).stat().st_size for file in shards.files}
     return (
@@ -168,6 +171,7 @@ def _files_of(source: Subject | str | Path, plan_for: Callable[..., Plan]) -> tu
     files = source.unchanged_files()
     if files is None or source.quantizer:  # weights that are put off are in the files all the same
         check_editable(source)
+    check_described(source)
     plan = plan_for(source.architecture, source.specs)
     plan.check(source.specs)
     if source.source is not None and files is None:
@@ -202,17 +206,29 @@ def _companions(shards: Shards, origin: Origin | None, *, streamed: bool) -> Com
     return Companions({**others.files, **own}, others.left_out)
 
 
-def _prepared(directory: Path, plan_for: Callable[..., Plan]) -> tuple[Plan, Shards]:
-    """The plan for a checkpoint, made from its headers and checked against them, and the checkpoint."""
+def _prepared(directory: Path, plan_for: Callable[..., Plan]) -> tuple[Plan, Shards, Specs]:
+    """The plan for a checkpoint, made from its headers and checked against them, the checkpoint, and the tensors its model reads."""
     shards = open_shards(directory)
-    plan = plan_for(architecture_of(directory), shards.specs)
-    plan.check(shards.specs)
-    _check_config(directory, plan)
-    return plan, shards
+    used = used_specs(shards)
+    plan = plan_for(architecture_of(directory), used)
+    plan.check(used)
+    check_planned(plan, shards, used)
+    return plan.resolved(shards.read), shards, used
+
+
+def _check_finite(shards: Shards, used: Specs) -> None:
+    """Refuse weights that are NaN or infinite, as `load` does.
+
+    Raises:
+        NotFinite: with the first place.
+    """
+    for name in used:
+        check_finite(f"tensor {name!r} of {shards.directory}", shards.read(name))
 
 
 def _saved(subject: Any, place: Path, max_shard_size: str) -> Path:
     """A model in memory saved as it is, by transformers, which knows the names its tensors have on disk."""
+    check_weights(subject.model)
     folder = place / "unedited"
     check_space(place, sum(p.nbytes for p in subject.model.parameters()))
     subject.model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -232,14 +248,6 @@ def _directory(source: str | Path) -> Path:
     raise NotFound(
         f"{path.absolute()} is not a directory; a hub id is exported by loading it first: export(edit, rp.load(...), target)"
     )
-
-
-def _check_config(directory: Path, plan: Plan) -> None:
-    """Refuse widths that the family's config refuses, before anything is written."""
-    from transformers import AutoConfig
-
-    if plan.structure != "keep":
-        patched_config(AutoConfig.from_pretrained(directory, trust_remote_code=False), plan)
 
 
 def _bytes_to_write(plan: Plan, shards: Shards, place: Path, dtype: torch.dtype | None, link: bool) -> int:

@@ -13,7 +13,7 @@ from repedit.arch import TensorSpec, anatomy
 from repedit.arch.widths import ragged_widths
 from repedit.errors import NotFound, UnknownArchitecture
 from repedit.io.checkpoint import open_shards
-from repedit.rewrite.families import architecture_of
+from repedit.rewrite.families import architecture_of, used_specs
 
 _CALLED = {
     "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "cohere": "command-r",
@@ -72,7 +72,7 @@ def gguf_check(directory: str | Path) -> GgufCheck:
     root = Path(directory).expanduser()
     if not root.is_dir():
         raise NotFound(f"{root.absolute()} is not a directory; give the one that export wrote")
-    architecture, specs = architecture_of(root), open_shards(root).specs
+    architecture, specs = architecture_of(root), used_specs(open_shards(root))
     name = _CALLED.get(architecture.model_type, architecture.model_type)
     known = {called: number for number, called in gguf.MODEL_ARCH_NAMES.items()}
     if name not in known:

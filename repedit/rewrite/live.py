@@ -10,10 +10,12 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from repedit.arch.modules import check_bare
 from repedit.arch.offloaded import check_in_memory
 from repedit.errors import ArgumentError, NoOpEdit, PlanMismatch, QuantizedModel
 from repedit.lower import EditOrDelta, lower
 from repedit.models import Subject
+from repedit.opening import check_dtypes
 from repedit.plan import Plan
 
 
@@ -37,6 +39,7 @@ def apply(
         NotFoldable: if no weight equals the edit. FingerprintError: if a delta was trained from other weights.
         QuantizedModel, OffloadedTensors: if the weights cannot be edited in memory.
         NoOpEdit: if nothing would change, unless `allow_identity=True`.
+        NotFinite: if an edited weight is not finite, or would not be in its dtype.
     """
     plan = planned(change, subject, **options)
     if plan.store == "disk":
@@ -68,20 +71,22 @@ def planned(change: EditOrDelta | Plan | Sequence[EditOrDelta], subject: Subject
     check_editable(subject)
     plan = change if isinstance(change, Plan) else lower(change, subject.architecture, subject.specs, **options)
     plan.check(subject.specs)
-    return plan
+    return plan.resolved(subject.value)
 
 
 def check_editable(subject: Subject) -> None:
     """Refuse weights that no edit can be carried out on in memory.
 
     Raises:
-        QuantizedModel, OffloadedTensors: with what to do instead.
+        QuantizedModel, OffloadedTensors, NotAModel: with what to do instead.
     """
     if subject.quantizer:
         raise QuantizedModel(
             f"the weights are quantised ({subject.quantizer}) and cannot be edited exactly; load with dequantisation or the "
             "unquantised base. Measuring works"
         )
+    check_bare(subject.model)
+    check_dtypes("the model in memory", subject.specs)
     check_in_memory(subject.model, "use repedit.export(edit, source=directory, target=...), which streams the files")
 
 

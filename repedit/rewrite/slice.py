@@ -22,6 +22,7 @@ from repedit.lower import lower
 from repedit.maps import LowRank
 from repedit.models import Subject
 from repedit.plan import Plan, Resize
+from repedit.rewrite.live import check_editable
 from repedit.rewrite.narrowing import Constant, Observe, Scaled, Write, coordinates
 from repedit.rewrite.rebuilding import rebuilt
 from repedit.sites import Point, Site
@@ -39,6 +40,7 @@ def sliced(edit: Edit, subject: Subject, *, multiple: int = 1) -> Subject:
     Raises:
         NotSliceable: if the edit is no stream erasure, or the family or the width does not allow it.
     """
+    check_editable(subject)
     return rebuilt(slice_plan(edit, subject.architecture, subject.specs, multiple=multiple), subject)
 
 

@@ -19,6 +19,7 @@ from repedit.errors import ArgumentError, NotSlimmable
 from repedit.lower import lower
 from repedit.models import Subject
 from repedit.plan import Plan, Read, Resize
+from repedit.rewrite.live import check_editable
 from repedit.rewrite.rebuilding import rebuilt
 from repedit.rewrite.survivors import Survivors, group_count, survivors
 
@@ -37,6 +38,7 @@ def slimmed(edit: Edit, subject: Subject, *, layout: str = "uniform", multiple: 
         NotSlimmable: if the edit is no such mask, or what it leaves has no such shape.
         NoBiasSlot: if the family has no bias to hold a fill value.
     """
+    check_editable(subject)
     return rebuilt(slim_plan(edit, subject.architecture, subject.specs, layout=layout, multiple=multiple), subject)
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repedit.arch import TensorSpec
+from repedit.arch import Specs, TensorSpec
 from repedit.io.checkpoint import INDEX, SINGLE, Shards
 from repedit.io.safetensors import header, raw_bytes
-from repedit.plan import Plan
+from repedit.plan import Plan, rounded
 from repedit.rewrite.certificates import TensorCertificate, certified
 from repedit.rewrite.manifest import Change
 from repedit.rewrite.resuming import Journal
@@ -30,6 +30,7 @@ _PART = 1 << 20
 def write_weights(
     plan: Plan,
     shards: Shards,
+    used: Specs,
     target: Path,
     journal: Journal,
     unchanged: Callable[[], None],
@@ -45,6 +46,7 @@ def write_weights(
 
     Args:
         unchanged: raises if the source was changed; called before a shard is entered as finished, and at the end.
+        used: the tensors that the model reads; the others keep their bytes, whatever the dtype.
     """
     changes: dict[str, Change] = {}
     extra = _extra_tensors(plan, shards)
@@ -52,15 +54,18 @@ def write_weights(
     for file, name in files.items():
         made = journal.known(target / name)
         if made is None:
-            made = _shard(plan, shards, file, target / name, dtype, link)
+            made = _shard(plan, shards, file, target / name, dtype, link, used)
             unchanged()
             journal.enter(target / name, made)
         changes |= made
     names = {tensor: files[entry.file] for tensor, entry in shards.entries.items()}
-    specs = {tensor: _cast(plan.spec(tensor, spec), dtype) for tensor, spec in shards.specs.items()}
+    specs = {
+        tensor: _cast(plan.spec(tensor, spec), dtype if tensor in used else None)
+        for tensor, spec in shards.specs.items()
+    }
     if extra:
         name = _added_name(set(files.values()), shards.indexed)
-        tensors = {key: value if dtype is None else value.to(dtype) for key, value in extra.items()}
+        tensors = {key: value if dtype is None else rounded(key, value, dtype) for key, value in extra.items()}
         changes |= {key: _change(None, value) for key, value in tensors.items()}
         _write_shard(tensors, target / name)
         names |= dict.fromkeys(tensors, name)
@@ -94,10 +99,10 @@ def _added_name(taken: set[str], indexed: bool) -> str:
 
 
 def _shard(
-    plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype | None, link: bool
+    plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype | None, link: bool, used: Specs
 ) -> dict[str, Change]:
     if dtype is not None or any(shards.entries[n].file == file for n in plan.resized if n in shards.entries):
-        return _converted(plan, shards, file, target, dtype)
+        return _converted(plan, shards, file, target, dtype, used)
     return _patched(plan, shards, file, target, link)
 
 
@@ -113,17 +118,19 @@ def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) ->
         for name in touched:
             before = shards.read(name)
             computed = plan.computed(name, before, shards.read)
-            after = computed.to(before.dtype)
+            after = rounded(name, computed, before.dtype)
             out.seek(shards.entries[name].start)
             out.write(raw_bytes(after))
             changes[name] = _change(before, after, certified(plan, name, before, after, computed, shards.read))
     return changes
 
 
-def _converted(plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype | None) -> dict[str, Change]:
+def _converted(
+    plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype | None, used: Specs
+) -> dict[str, Change]:
     """A shard written anew, because dtypes or shapes change."""
     names = [name for name, entry in shards.entries.items() if entry.file == file]
-    specs = {name: _cast(plan.spec(name, shards.entries[name].spec), dtype) for name in names}
+    specs = {name: _cast(plan.spec(name, shards.entries[name].spec), dtype if name in used else None) for name in names}
     head, ranges = header(specs, _METADATA)
     changes = {}
     with open(target, "xb") as out:
@@ -131,10 +138,11 @@ def _converted(plan: Plan, shards: Shards, file: str, target: Path, dtype: torch
         for name in sorted(names, key=lambda n: ranges[n][0]):
             before = shards.read(name)
             if name not in plan.rewritten:
-                out.write(raw_bytes(before.to(specs[name].dtype)))
+                same = specs[name].dtype == before.dtype
+                out.write(raw_bytes(before if same else rounded(name, before, specs[name].dtype)))
                 continue
             computed = plan.computed(name, before, shards.read)
-            after = computed.to(before.dtype).to(specs[name].dtype)
+            after = rounded(name, rounded(name, computed, before.dtype), specs[name].dtype)
             out.write(raw_bytes(after))
             changes[name] = _change(before, after, certified(plan, name, before, after, computed, shards.read))
     return changes

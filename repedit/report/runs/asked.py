@@ -14,7 +14,7 @@ from repedit.io.checkpoint import open_shards
 from repedit.report.runs.gathering import RunReport
 from repedit.report.sections import element, note, table
 from repedit.report.tables import Table
-from repedit.rewrite.families import architecture_of
+from repedit.rewrite.families import architecture_of, used_specs
 
 
 def request(run: RunReport) -> list[str]:
@@ -98,7 +98,7 @@ def _circumstances(run: RunReport) -> Table:
 def _anatomy(out: str, folder: Path, hidden: bool) -> list[list[str]]:
     """Family and size of a checkpoint, from its config and headers."""
     try:
-        specs = open_shards(folder).specs
+        specs = used_specs(open_shards(folder))
         found = architecture_of(folder)
         plan = anatomy(found, specs)
     except RepeditError as error:
