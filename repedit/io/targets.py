@@ -426,7 +426,7 @@ def _lock(path: Path, out: Path) -> FileLock | None:
                 return lock
         lock.release()
         return None
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):  # filelock makes the folder anew where it was removed this moment
         return None
     except Timeout as error:
         raise TargetExists(f"{out} is being written by another export; wait for it, or give another target") from error
