@@ -36,21 +36,29 @@ _SCRIPTS = (
 _WORD = "ahrb0_m"
 """Kinds of character that words of scripts with spaces are made of: letters, Hangul, Arabic, Hebrew, digits, marks."""
 _SAME = str.maketrans(
-    dict.fromkeys("‘’ʼʹ´`＇׳", "'") | dict.fromkeys("‐‑‒–—―−־﹣", "-")
-    | {"ک": "ك", "ی": "ي", "ـ": None, "\u200c": " ", "\u0f0c": "\u0f0b"}
+    dict.fromkeys("‘’ʻʼʹ´`＇׳", "'") | dict.fromkeys("‐‑‒–—―−־﹣", "-")
+    | {"ک": "ك", "ی": "ي", "ـ": None, "\u200c": " ", "\u0f0c": "\u0f0b", "٪": "%", "٫": ".", "٬": ","}
 )  # fmt: skip
 _UNACCENTED = str.maketrans({"ı": "i", "ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe"})
-# Decompositions that mean another thing: x² is not x2, 3½ not 31/2.
+# Decompositions that mean another thing: x² is not x2, 3½ not 31/2; of an ion, Ca²⁺, they are the ordinary form.
 _MEANINGFUL = ("<super>", "<fraction>", "<circle>", "<square>")
+_CHARGE = re.compile("[⁰¹²³⁴-⁹]*[⁺⁻](?![⁰¹²³⁴-⁹])")
+# An emoji of several characters: a flag, or what a zero-width joiner joins.
+_EMOJI = re.compile("[\U0001f1e6-\U0001f1ff]{2}|[^\\w\\s](?:\u200d[^\\w\\s])+")
+_SHORT = re.compile(r"(?<![\w*])[^\W\d]{1,2}$")
 _LEADING_VOWELS = "เแโใไເແໂໃໄ"
 _PARTICLES = re.compile(
     "(은|는|이|가|을|를|의|에|에서|에게|께|한테|으로|로|와|과|도|만|까지|부터|보다|처럼|이나|나|이란|란|이라|라|이라고|라고|이라는|라는|마다|조차|"
-    "인|이다|다|이며|며|이고|고|입니다|이에요|예요|이었다|였다|이었습니다|였습니다|이지만|지만|하고|시|시는|시가){0,3}"
+    "인|이다|다|이며|며|이고|고|입니다|이에요|예요|에요|이었다|였다|이었습니다|였습니다|이지만|지만|이라고요|라고요|하고|밖에|뿐|"
+    "시|시는|시가|특별시|광역시){0,3}"
 )
 _ARABIC = re.compile("[وف]?[بكلس]?(ال|ل)?")
 _HEBREW = re.compile("ו?(ש|כש|מש)?[בלמכ]?ה?")
 _ELISION = re.compile("(l|d|j|n|s|c|m|t|qu|jusqu|lorsqu|puisqu|dell|all|nell|sull|dall|un|quell|bell)")
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+# A space parts thousands where it does not break a line, or before zeros, with which no number begins.
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?:[\u00a0\u2009\u202f]\d{3})+|(?: 000)+)(?![\d,])")
+_CURRENCY = "$¢£¤¥\u20a0-\u20cf"
+_OPERATOR = r"=<>+\-/%&|^~"
 # Another name begins before it and shares its first character.
 _NEIGHBOURS = {"京都": ("東京",)}
 
@@ -67,7 +75,7 @@ def holds(text: str, answer: str, others: Iterable[str] = ()) -> bool:
     whole, own = canonical(text, exact=exact), canonical(answer, exact=exact).strip("\u0f0b ")
     wrong = {canonical(other, exact=exact) for other in (*others, *_NEIGHBOURS.get(own, ()))}
     if not own or own in wrong:
-        return spelled(answer) in spelled(text)
+        return _written_as_it_is(text, answer)
     taken = [span for other in wrong if other for span in _spans(whole, other)]
     return any(
         not any(first < start < last or (first == start and last > end) for first, last in taken)
@@ -96,22 +104,30 @@ def canonical(text: str, *, exact: bool = False) -> str:
     Args:
         exact: keep case and accents, which mean nothing otherwise.
     """
+    text = _CHARGE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
     text = "".join(map(_plain, text)).translate(_SAME)
     if not exact:
         text = text.casefold().replace("i\u0307", "i").translate(_UNACCENTED)
     text = unicodedata.normalize("NFD", text)
     text = unicodedata.normalize("NFC", "".join(c for i, c in enumerate(text) if not _dropped(text, i, exact)))
-    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), " ".join(text.split()))
+    text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = " ".join(text.split())
     kinds = "".join(map(_kind, text))
     text = "".join(_written(text, kinds, i) for i in range(len(text)))
-    text = re.sub(r"(?<=\d) (?=[%‰])|(?<=[$€£¥]) (?=\d)", "", text)
+    text = re.sub(rf"(?<=\d) (?=[%‰°{_CURRENCY}](?! ?\d))|(?<=[{_CURRENCY}]) (?=\d)", "", text)
     return " ".join(text.split())
 
 
 def _plain(c: str) -> str:
-    """A character in its ordinary form: full-width, half-width, positional and mathematical forms are letters."""
+    """A character in its ordinary form: full-width, half-width, positional and mathematical forms are letters.
+
+    Digits of all scripts are those of ASCII.
+    """
+    if c in "№\u00a0\u2009\u202f":
+        return c
     tag = unicodedata.decomposition(c).partition(" ")[0]
-    return unicodedata.normalize("NFKC", c) if tag.startswith("<") and tag not in _MEANINGFUL else c
+    plain = unicodedata.normalize("NFKC", c) if tag.startswith("<") and tag not in _MEANINGFUL else c
+    return str(unicodedata.decimal(plain, plain)) if len(plain) == 1 else plain
 
 
 def _dropped(text: str, i: int, exact: bool) -> bool:
@@ -123,8 +139,17 @@ def _dropped(text: str, i: int, exact: bool) -> bool:
             # A breve makes another letter of и (й), a diaeresis of і (ї).
             return c in "\u0300\u0301" or (c == "\u0308" and base == "е")
         return not exact
+    if c == "\u200d":
+        # It joins emoji: another picture.
+        return not 0 < i < len(text) - 1 or not _picture(text[:i].rstrip("\ufe0f")[-1:]) or not _picture(text[i + 1])
+    if "\ufe00" <= c <= "\ufe0f":
+        return True
     vowels = "\u0591" <= c <= "\u05c7" or "\u064b" <= c <= "\u065f" or c == "\u0670" or "\u06d6" <= c <= "\u06ed"
     return (vowels and unicodedata.category(c) == "Mn") or unicodedata.category(c) == "Cf"
+
+
+def _picture(c: str) -> bool:
+    return unicodedata.category(c) in ("So", "Sk", "Sm") if c else False
 
 
 @lru_cache(maxsize=4096)
@@ -154,8 +179,15 @@ def _written(text: str, kinds: str, i: int) -> str:
             return c if inside else " "
         case "-":
             # A sign, a range of numbers, or the end of a short symbol: A-, Rh-.
-            short = right not in _WORD + "jk" and re.search(r"(?<!\w)[^\W\d]{1,2}$", text[:i]) is not None
-            return c if short or (right == "0" and left not in _WORD.replace("0", "") + "jk") else " "
+            if right == "0" or unicodedata.category(right) in ("Sc", "Sm"):
+                month = left == "j" and kinds[i - 2 : i - 1] == "0"
+                return c if left not in _WORD.replace("0", "") + "k" and not month else " "
+            return c if right not in _WORD + "jk" and _SHORT.search(text[:i]) else " "
+        case "\u200d":
+            return c
+        case "*":
+            # The end of a short symbol: A*; *A* and **A** are marked up.
+            return c if right not in _WORD + "jk*" and _SHORT.search(text[:i]) else " "
         case "." if right == "a":
             # The name .NET begins with its dot; the end of a sentence is followed by a space.
             return c if left in " ([\"'" else " "
@@ -175,8 +207,25 @@ def _written(text: str, kinds: str, i: int) -> str:
 def _spans(text: str, answer: str) -> list[tuple[int, int]]:
     """Where the answer stands in a canonical text as words of its own."""
     kinds, size = "".join(map(_kind, text)), len(answer)
-    starts = (match.start() for match in re.finditer(f"(?={re.escape(answer)})", text))
-    return [(i, i + size) for i in starts if _begins(text, kinds, i) and _ends(text, kinds, i, i + size)]
+    # The Arabic article loses its first letter after the preposition that is written with it.
+    forms = "|".join(map(re.escape, (answer, f"لل{answer[2:]}") if answer.startswith("ال") else (answer,)))
+    inside = {i for match in _EMOJI.finditer(text) for i in range(match.start() + 1, match.end())}
+    spans = ((match.start(), match.start() + size) for match in re.finditer(f"(?={forms})", text))
+    return [
+        (i, end) for i, end in spans if not inside & {i, end} and _begins(text, kinds, i) and _ends(text, kinds, i, end)
+    ]
+
+
+def _written_as_it_is(text: str, answer: str) -> bool:
+    """Whether a text holds an answer of punctuation alone, or one that only its punctuation tells from another choice.
+
+    It is no part of a longer operator or word: == is not in ===, < not in <=.
+    """
+    answer = spelled(answer)
+    symbols = "".join({re.escape(c) for c in answer if not c.isalnum() and c not in " '\"()"})
+    before = r"(?<!\w)" if answer[0].isalnum() else rf"(?<![{symbols}{_OPERATOR}!])"
+    after = r"(?!\w)" if answer[-1].isalnum() else rf"(?![{symbols}{_OPERATOR}])"
+    return re.search(before + re.escape(answer) + after, spelled(text)) is not None
 
 
 def _begins(text: str, kinds: str, i: int) -> bool:
@@ -189,7 +238,8 @@ def _begins(text: str, kinds: str, i: int) -> bool:
     if first == "k":
         return kind != "k"
     if first not in _WORD:
-        return c != text[i] and not (first in "-." and kind in _WORD)
+        same = c == text[i] and unicodedata.category(c) != "So"
+        return not same and not (first in "-." and kind in _WORD) and c != "-"
     if kind in "rb" and first == kind:
         run = re.search(f"{kind}+$", kinds[:i])
         prefix = text[run.start() if run else i : i]
@@ -217,15 +267,15 @@ def _ends(text: str, kinds: str, start: int, i: int) -> bool:
     if last == "k":
         return kind != "k"
     if last not in _WORD:
-        return c != text[i - 1]
+        return c != text[i - 1] or unicodedata.category(c) == "So"
     if kind == "h":
         run = re.match("h+", kinds[i:])
         return last != "h" or bool(_PARTICLES.fullmatch(text[i : i + (run.end() if run else 0)]))
     if kind in _WORD or c == "&":
         return False
     if last == "0":
-        return c not in ".,:/%‰^"
+        return c not in ".,:/%‰^⁻"
     if c == "'":
         single = i - start == 1 or kinds[i - 2] not in _WORD
         return re.match(r"'t\b", text[i:]) is None and (not single or re.match(r"'s\b", text[i:]) is not None)
-    return not (c in "#-" or (c == "+" and after not in _WORD))
+    return not (c in "#-*" or (c == "+" and after not in _WORD))
