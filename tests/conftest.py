@@ -48,6 +48,29 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def reloaded_here(monkeypatch):
+    """What verbs export is loaded again in this process: a fresh one imports torch for seconds.
+
+    The fresh process has tests of its own (test_cli, test_structures, test_export_safety).
+    """
+    reload_here(monkeypatch)
+
+
+def reload_here(monkeypatch) -> None:
+    """The fixture for wider scopes: call it with a MonkeyPatch of their own."""
+    from repedit.rewrite import reloading
+
+    def check(directory: str | Path) -> reloading.Reload:
+        from transformers import AutoModelForCausalLM
+
+        model, info = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        return reloading.Reload(sum(p.numel() for p in model.parameters()), "")
+
+    monkeypatch.setattr(reloading, "reload_check", check)
+
+
 def pytest_configure(config) -> None:
     """A collinear score is an error unless a test says otherwise; named here, after the import hook is in place."""
     config.addinivalue_line("filterwarnings", "error::repedit.importance.scoring.CollinearWarning")

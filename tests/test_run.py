@@ -17,10 +17,14 @@ from typer.testing import CliRunner
 from repedit import cli
 from repedit.cli import accounts, app, steps
 from repedit.errors import ArgumentError, DataError, NotFound, RepeditError, TargetExists, UnknownName
+from tests.conftest import reload_here
 from tests.kills import dies, each_kill
 from tests.saved import saved
 
-pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning"),
+    pytest.mark.usefixtures("reloaded_here"),
+]
 RUN = """
 model = "tiny"
 
@@ -54,12 +58,34 @@ def lines(word: str) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
+def written(folder: Path) -> Path:
+    """The file of a run, beside what it asks for."""
+    saved(folder / "tiny")
+    (folder / "mine.jsonl").write_text(lines("rivers"))
+    (folder / "run.toml").write_text(RUN.format(fraction=0.1))
+    return folder / "run.toml"
+
+
 @pytest.fixture
 def file(tmp_path) -> Path:
-    saved(tmp_path / "tiny")
-    (tmp_path / "mine.jsonl").write_text(lines("rivers"))
-    (tmp_path / "run.toml").write_text(RUN.format(fraction=0.1))
-    return tmp_path / "run.toml"
+    return written(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder in which the run was carried out, dry and then in earnest."""
+    file = written(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        reload_here(patch)
+        assert ran(file, "--dry-run") == TODO and not (file.parent / "edited").exists()
+        assert ran(file) == TODO
+    return file.parent
+
+
+@pytest.fixture
+def done(finished, tmp_path) -> Path:
+    """The file of the finished run, in a copy of its folder."""
+    return Path(shutil.copytree(finished, tmp_path / "run")) / "run.toml"
 
 
 def ran(file, *words, code=0):
@@ -80,35 +106,31 @@ TODO, DONE = (
 )
 
 
-def test_a_run_is_carried_out_once(file):
-    assert ran(file, "--dry-run") == TODO and not (file.parent / "edited").exists()
-    assert ran(file) == TODO
-    before = steps.tree_hash(file.parent / "edited")
-    assert (file.parent / "scores.safetensors").exists() and (file.parent / "edited" / "repedit.json").exists()
-    assert ran(file) == DONE and steps.tree_hash(file.parent / "edited") == before
+def test_a_run_is_carried_out_once(done):
+    before = steps.tree_hash(done.parent / "edited")
+    assert (done.parent / "scores.safetensors").exists() and (done.parent / "edited" / "repedit.json").exists()
+    assert ran(done) == DONE and steps.tree_hash(done.parent / "edited") == before
 
 
-def test_what_changed_and_what_follows_is_done_again(file):
-    ran(file)
-    file.write_text(RUN.format(fraction=0.2))
-    before = steps.tree_hash(file.parent / "edited")
-    assert ran(file) == [DONE[0], *TODO[1:]] and steps.tree_hash(file.parent / "edited") != before
-    (file.parent / "mine.jsonl").write_text(lines("hills"))
-    assert ran(file, "--dry-run") == TODO
-    (file.parent / "mine.jsonl").unlink()
-    assert ran(file, "--dry-run") == TODO
+def test_what_changed_and_what_follows_is_done_again(done):
+    done.write_text(RUN.format(fraction=0.2))
+    before = steps.tree_hash(done.parent / "edited")
+    assert ran(done) == [DONE[0], *TODO[1:]] and steps.tree_hash(done.parent / "edited") != before
+    (done.parent / "mine.jsonl").write_text(lines("hills"))
+    assert ran(done, "--dry-run") == TODO
+    (done.parent / "mine.jsonl").unlink()
+    assert ran(done, "--dry-run") == TODO
 
 
-def test_a_run_that_was_cut_off_goes_on(file):
-    ran(file)
-    log = file.with_suffix(".done.jsonl")
+def test_a_run_that_was_cut_off_goes_on(done):
+    log = done.with_suffix(".done.jsonl")
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:1]) + '{"step": 2, "ver')
     with pytest.raises(
         TargetExists, match=r"step 2, prune: edited exists and is not what an earlier run of this file left"
     ):
-        ran(file)
-    (file.parent / "edited").rename(file.parent / "kept")
-    assert ran(file) == [DONE[0], *TODO[1:]]
+        ran(done)
+    (done.parent / "edited").rename(done.parent / "kept")
+    assert ran(done) == [DONE[0], *TODO[1:]]
 
 
 LISTED = """
@@ -151,38 +173,34 @@ def test_a_repeated_option_that_is_not_looked_into_would_be_caught(listed, monke
     assert not follows(listed)
 
 
-def test_an_output_that_somebody_changed_is_not_replaced(file):
-    ran(file)
-    (file.parent / "edited" / "notes.txt").write_text("mine")
+def test_an_output_that_somebody_changed_is_not_replaced(done):
+    (done.parent / "edited" / "notes.txt").write_text("mine")
     with pytest.raises(TargetExists, match=r"move it away, or give another out"):
-        ran(file)
-    assert (file.parent / "edited" / "notes.txt").read_text() == "mine"
+        ran(done)
+    assert (done.parent / "edited" / "notes.txt").read_text() == "mine"
 
 
-def test_a_log_that_is_believed_unseen_would_be_caught(file, monkeypatch):
-    ran(file)
-    (file.parent / "edited" / "notes.txt").write_text("mine")
-    rows = [json.loads(line) for line in file.with_suffix(".done.jsonl").read_text().splitlines()]
+def test_a_log_that_is_believed_unseen_would_be_caught(done, monkeypatch):
+    (done.parent / "edited" / "notes.txt").write_text("mine")
+    rows = [json.loads(line) for line in done.with_suffix(".done.jsonl").read_text().splitlines()]
     held = {row["out"]: row["output"] for row in rows if row["out"]}
     plain = steps.tree_hash
     monkeypatch.setattr(steps, "tree_hash", lambda path: held.get(str(path)) or plain(path))
-    assert ran(file) == DONE
+    assert ran(done) == DONE
 
 
-def test_a_run_is_reproduced_to_the_byte(file):
-    ran(file)
-    result = CliRunner().invoke(app, ["reproduce", str(file)])
+def test_a_run_is_reproduced_to_the_byte(done):
+    result = CliRunner().invoke(app, ["reproduce", str(done)])
     assert result.exit_code == 0, result.output + str(result.exception)
     assert result.stdout.count("is the same") == 2 and "3, diff: not compared" in result.stdout
 
 
-def test_what_comes_out_otherwise_is_said_to_differ(file):
-    ran(file)
-    log = file.with_suffix(".done.jsonl")
+def test_what_comes_out_otherwise_is_said_to_differ(done):
+    log = done.with_suffix(".done.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     rows[1]["output"] = "0" * 64
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = CliRunner().invoke(app, ["reproduce", str(file)])
+    result = CliRunner().invoke(app, ["reproduce", str(done)])
     assert (
         result.exit_code == 1
         and "edited differs" in result.stdout
