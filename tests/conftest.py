@@ -59,6 +59,7 @@ def reloaded_here(monkeypatch):
 
 def reload_here(monkeypatch) -> None:
     """The fixture for wider scopes: call it with a MonkeyPatch of their own."""
+    import repedit
     from repedit.rewrite import reloading
 
     def check(directory: str | Path) -> reloading.Reload:
@@ -68,6 +69,7 @@ def reload_here(monkeypatch) -> None:
         assert not info["missing_keys"] and not info["unexpected_keys"]
         return reloading.Reload(sum(p.numel() for p in model.parameters()), "")
 
+    monkeypatch.setattr(repedit, "reload_check", check)  # first: the package remembers what it looked up
     monkeypatch.setattr(reloading, "reload_check", check)
 
 

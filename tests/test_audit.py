@@ -23,7 +23,7 @@ from repedit.attacks.material import prepared
 from repedit.attacks.models import Audited
 from repedit.attacks.running import FRESH, Role, run
 from repedit.attacks.store import Store
-from repedit.data import Fact, Facts, Splits
+from repedit.data import Fact, Splits
 from repedit.errors import (
     ArgumentError,
     BadReference,
@@ -368,4 +368,3 @@ def test_the_edited_layers_are_read_from_the_manifest(tmp_path):
     (folder / "repedit.json").write_text('{"sites": {"1.mlp.out": {}, "0.mlp.out": {}}}')
     assert Audited("edited", folder).edited_layers() == (0, 1)
     assert auditing._edited_layers(Audited("edited", folder), "1.mlp.out") == (1,)
-    assert isinstance(facts(), Facts)

@@ -87,11 +87,11 @@ def test_an_error_shows_what_was_given_and_obeys_none_of_it(words):
     assert "\\x1b]52" in said and "[/][bold]" in said and said == for_terminal(said, lines=True)
 
 
-@pytest.mark.parametrize("more", [(), ("--json",)])
-def test_a_reader_that_closes_standard_output_ends_it_quietly(model, more):
+@pytest.mark.parametrize("words", [("inspect", "M"), ("unlearn", "--list-recipes", "--json")])
+def test_a_reader_that_closes_standard_output_ends_it_quietly(model, words):
     reading, writing = os.pipe()
     os.close(reading)
-    done = start("inspect", model, *more, stdout=writing)
+    done = start(*(model if word == "M" else word for word in words), stdout=writing)
     os.close(writing)
     assert (done.communicate()[1], done.returncode) == ("", examples.CUT_OFF)
 

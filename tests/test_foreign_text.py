@@ -123,4 +123,4 @@ def test_matplotlib_sees_no_formula_and_drops_no_name(text):
 @given(FOREIGN, st.integers(4, 20))
 def test_a_long_text_keeps_its_ends(text, most):
     short = shortened(text, most)
-    assert len(short) <= most and (short == text or (short[0] == text[0] and "…" in short))
+    assert len(short) <= most and (short == text or (short[0] == text[0] and short[-1] == text[-1] and "…" in short))

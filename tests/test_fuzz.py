@@ -37,6 +37,8 @@ FACTS = [
     {"prompt": "The capital of H is", "answer": "I", "role": "retain", "translations": {"de": "Die Hauptstadt ist"}},
     {"prompt": "The capital of J is", "answer": "K", "domain": "towns", "split": "V", "alternative": "L"},
 ]
+CORPUS = [{"text": "one text", "id": 1}, {"text": "another", "id": "b"}]
+SHARDS = {"metadata": {"total_size": 33}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
 TOML = """base = "npo"
 lr = 5e-4
 steps = 10
@@ -237,9 +239,7 @@ def usable_collection(path: Path, collection: Any) -> None:
 
 
 def directories() -> st.SearchStrategy[bytes]:
-    return as_bytes(
-        tables({"metadata": {"total_size": 33}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
-    )
+    return as_bytes(tables(SHARDS))
 
 
 def opened(index: Path) -> Any:
@@ -315,7 +315,7 @@ DOORS = {
     "index": Door(directories, opened, of_the_index, INDEX),
     "facts": Door(lambda: rows(FACTS), rp.data.facts, right_facts, "facts.jsonl"),
     "corpus": Door(
-        lambda: rows([{"text": "one text", "id": 1}, {"text": "another", "id": "b"}]), rp.data.read,
+        lambda: rows(CORPUS), rp.data.read,
         lambda p, v: _equal([d.text for d in v.documents], [r["text"] for r in objects(p.read_bytes())]), "corpus.jsonl",
     ),
     "report": Door(lambda: as_bytes(tables(small_report())), Report.load, same_report, "audit.json"),
@@ -382,12 +382,17 @@ def test_the_fuzz_finds_a_fault_that_was_planted(fault, tmp_path, monkeypatch):
 
 def test_undamaged_files_are_read(tmp_path):
     """The fuzz would prove nothing of a door that refuses everything."""
+    facts, corpus = (("\n".join(map(json.dumps, rows)) + "\n").encode() for rows in (FACTS, CORPUS))
     plain = {
         "json": json.dumps(TENSORS).encode(), "safetensors": file_of(json.dumps(TENSORS), BODY), "toml": TOML.encode(),
-        "facts": "\n".join(map(json.dumps, FACTS)).encode(), "report": json.dumps(small_report()).encode(),
+        "json lines": facts, "facts": facts, "corpus": corpus, "index": json.dumps(SHARDS).encode(),
+        "report": json.dumps(small_report()).encode(), "manifest": json.dumps(MANIFEST).encode(),
+        "run": (json.dumps(ENTRY) + "\n").encode(),
         **{kind: file_of(json.dumps(saved(kind)[0]), saved(kind)[1]) for kind in ("edit", "delta", "scores", "collection", "moments")},
     }  # fmt: skip
+    assert plain.keys() == DOORS.keys()
     for name, data in plain.items():
-        path = tmp_path / DOORS[name].name
+        path = tmp_path / name / DOORS[name].name
+        path.parent.mkdir()
         path.write_bytes(data)
         DOORS[name].right(path, DOORS[name].read(path))

@@ -151,7 +151,7 @@ def test_the_reference_is_a_deep_copy_without_the_copy():
 # What moves and what does not
 
 
-def masked_rows_stay(monkeypatch_restore=None):
+def masked_rows_stay():
     """20 steps of AdamW with weight decay .1: all that the mask forbids is bit-identical."""
     lm = subject(dtype=torch.float32)
     names = Parameters(modules=("mlp.down_proj",)).select(lm)
@@ -428,7 +428,7 @@ def clipped(limit=0.01):
 
 
 def test_the_combined_gradient_is_clipped():
-    assert clipped() <= 0.01 * (1 + 1e-6)
+    assert clipped() == pytest.approx(0.01, rel=1e-3) and clipped(None) > 0.1
 
 
 def test_clipping_before_combining_is_another_thing(monkeypatch):

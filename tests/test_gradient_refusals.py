@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -327,4 +325,3 @@ def _nll(lm):
 def test_recipes_say_that_they_mostly_hide():
     for name, recipe in rp.recipes.RECIPES.items():
         assert "rp.audit" in (recipe.__doc__ or ""), name
-    assert replace(rp.recipes.ga(), lr=1.0).lr == 1.0

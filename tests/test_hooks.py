@@ -383,6 +383,7 @@ def test_hooks_under_autocast_compute_as_the_maps_alone_do(site, dtype):
         logits(lm)
     with torch.autocast("cpu", dtype=dtype), spied.hooked(lm):
         logits(lm)
+    assert given, "the map was never called"
     for x, y in given:
         assert torch.equal(y, map_(x)) and y.dtype == x.dtype
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ FILES = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALL: dict[str, Any] = {
     "TOKENS": 300,
     "STEPS": 1,
-    "COUNT": 24,
+    "COUNT": 16,
     "RELEARN": 8,
     "RANK": 2,
     "ATTACKS": ["quantize"],
+    "TASKS": ["capitals", "symbols"],
     "LAYER": 1,
     "EPOCHS": 3,
 }
@@ -64,13 +66,23 @@ def tiny_facts(monkeypatch):
     def few(name: str) -> Any:
         found = whole(name)
         some = tuple(fact for part in rp.data.by_domain(found.retain).values() for fact in part[:4])
-        forget = tuple(replace(fact, paraphrases=fact.paraphrases[:5]) for fact in found.forget[:24])
+        forget = tuple(replace(fact, paraphrases=fact.paraphrases[:5]) for fact in found.forget[:16])
         return rp.data.Facts(forget, some, name)
 
     monkeypatch.setattr(rp.data, "facts", few)
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    """700 digits, of which 400 are trained on."""
+    some = rp.vision.digits()[slice(700)]
+    monkeypatch.setattr(rp.vision, "digits", lambda: some)
+    for name in ("class_splits", "mislabelled_splits"):
+        monkeypatch.setattr(rp.vision, name, partial(getattr(rp.vision, name), train=400))
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("reloaded_here", "few_digits")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, tiny_facts, monkeypatch):
     model = saved(tmp_path / "tiny")

@@ -60,8 +60,8 @@ def test_the_unlearning_example_runs(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(BLOCKS[2], {})
     assert (tmp_path / "unlearned" / "repedit.json").exists()
-    for name in re.findall(r"(\w+)\(", BLOCKS[2].split("# or ")[1].split("\n")[0]):
-        assert hasattr(rp.recipes, name)
+    others = re.findall(r"(\w+)\(", BLOCKS[2].split("# or ")[1].split("\n")[0])
+    assert others and all(hasattr(rp.recipes, name) for name in others)
 
 
 def test_the_smaller_example_runs(tmp_path: Path, monkeypatch):
@@ -104,8 +104,8 @@ def test_the_audit_example_runs(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(BLOCKS[6], {"rp": rp})
     assert "NOT FORGOTTEN" in capsys.readouterr().out
-    for name in re.findall(r"audit\.\w+|recovery\.png", BLOCKS[6]):
-        assert (tmp_path / "audit" / name).exists()
+    files = re.findall(r"audit\.\w+|recovery\.png", BLOCKS[6])
+    assert files and all((tmp_path / "audit" / name).exists() for name in files)
 
 
 def test_the_example_of_images_runs(capsys):

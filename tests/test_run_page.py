@@ -22,12 +22,16 @@ from repedit.io.files import file_hash
 from repedit.report.runs import account, gather, gathering
 from repedit.report.runs.bars import bars, course, spreads, ticks
 from repedit.report.runs.page import ABSENT, rendered
+from tests.conftest import reload_here
 from tests.reports import CITIES, report
 from tests.saved import saved
 from tests.test_report import BROWSER, HOSTILE, Elements, measured, spoiled
 from tests.test_run import lines
 
-pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning"),
+    pytest.mark.usefixtures("reloaded_here"),
+]
 RUN = """# Is it only the rivers?
 model = "tiny"
 
@@ -80,7 +84,9 @@ def made(tmp_path_factory) -> Path:
     saved(folder / "tiny")
     (folder / "mine.jsonl").write_text(lines("rivers"))
     (folder / "run.toml").write_text(RUN)
-    ran(folder / "run.toml")
+    with pytest.MonkeyPatch.context() as patch:
+        reload_here(patch)
+        ran(folder / "run.toml")
     return folder
 
 
@@ -295,6 +301,9 @@ def test_a_step_that_failed_is_told(folder):
 def test_a_dry_run_and_a_refused_file_leave_nothing(folder):
     (folder / "run.report.html").unlink()
     ran(folder / "run.toml", "--dry-run")
+    assert not (folder / "run.report.html").exists()
+    (folder / "run.toml").write_text('[[step]]\nverb = "nothing"\n')
+    ran(folder / "run.toml", code=1)
     assert not (folder / "run.report.html").exists()
 
 

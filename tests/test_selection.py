@@ -44,6 +44,9 @@ def test_k_is_the_floor_of_the_fraction_as_it_is_written(n, percent):
     scores, expected = _scores(torch.randn(n), sites=MLP[:1]), percent * n // 100
     if expected:
         assert _count(rp.top(scores, fraction=percent / 100)) == expected
+    else:
+        with pytest.raises(SelectionError, match="selects none"):
+            rp.top(scores, fraction=percent / 100)
 
 
 def test_29_per_cent_of_a_hundred_are_29():

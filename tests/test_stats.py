@@ -256,8 +256,14 @@ def test_no_activation_outlives_its_hook(gradients):
 
     start = Hook(subject.model.get_submodule("model.layers.0"), "input", at_the_start_of_a_batch)
     corpus = tokens([{"input_ids": ids(2, 9, seed)} for seed in range(3)])
-    with installed(subject.model, [start, *(Hook(w, "input", lambda x: seen.append(weakref.ref(x))) for w in writers)]):
-        found = rp.collect(subject, corpus, ["*.mlp.neurons", "*.attn.neurons"], gradients=gradients)
+    gc.collect()
+    gc.freeze()  # what is there before the run need not be looked through again at every batch
+    try:
+        notes = [Hook(writer, "input", lambda x: seen.append(weakref.ref(x))) for writer in writers]
+        with installed(subject.model, [start, *notes]):
+            found = rp.collect(subject, corpus, ["*.mlp.neurons", "*.attn.neurons"], gradients=gradients)
+    finally:
+        gc.unfreeze()
     assert len(seen) == 12 and alive == [0, 0, 0]
     assert not any(ref() is not None for ref in seen)
     assert max(v.numel() for s in found.values() for v in vars(s).values() if v is not None) == 40

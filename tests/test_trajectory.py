@@ -1,6 +1,7 @@
 """Trajectories: masks that grow, runs that resume, and what is read off the points."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def _run(subject=None, **options):
     options = {"fraction_per_step": 0.1, "steps": 3, "progress": False, "score_options": {"warn": False}} | options
     corpora = {"evaluate_forget": _part(3), "evaluate_retain": _part(4)}
     return rp.trajectory(subject or tiny("llama"), _part(1), _part(2), **(corpora | options))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run without options, and the folder of its steps; neither is to be changed."""
+    folder = tmp_path_factory.mktemp("steps")
+    return _run(resume=folder), folder
+
+
+@pytest.fixture
+def steps(whole, tmp_path):
+    """A copy of the steps of that run."""
+    return shutil.copytree(whole[1], tmp_path / "steps")
 
 
 def _gone(edit):
@@ -62,8 +76,8 @@ def test_without_recollection_steps_are_prefixes_of_one_order():
     assert _hashes(path)[1:] == expected
 
 
-def test_with_recollection_the_pruned_model_is_scored():
-    subject, path = tiny("llama"), _run()
+def test_with_recollection_the_pruned_model_is_scored(whole):
+    subject, path = tiny("llama"), whole[0]
     first = path.steps[1].edit
     scores = rp.score(*(rp.collect(subject, _part(seed), edit=first) for seed in (1, 2)), warn=False)
     for site, map_ in first.maps.items():
@@ -79,8 +93,8 @@ def test_the_first_neurons_to_go_are_the_planted_ones():
     assert _gone(path.steps[1].edit) == {("1.mlp.neurons", neuron) for neuron in NEURONS}
 
 
-def test_the_same_inputs_give_the_same_masks():
-    assert _hashes(_run()) == _hashes(_run())
+def test_the_same_inputs_give_the_same_masks(whole):
+    assert _hashes(_run()) == _hashes(whole[0])
 
 
 def _texts(name):
@@ -108,20 +122,18 @@ def test_a_resumed_run_equals_an_unbroken_one(recollect, tmp_path):
     assert len(before) == 6 and all((tmp_path / name).stat().st_mtime_ns == time for name, time in before.items())
 
 
-def test_a_step_without_its_json_is_made_again(tmp_path):
-    _run(resume=tmp_path)
-    (tmp_path / "step-002.json").unlink()
-    (tmp_path / "step-002.safetensors").write_bytes(b"half a file")
-    assert _hashes(_run(resume=tmp_path)) == _hashes(_run())
+def test_a_step_without_its_json_is_made_again(whole, steps):
+    (steps / "step-002.json").unlink()
+    (steps / "step-002.safetensors").write_bytes(b"half a file")
+    assert _hashes(_run(resume=steps)) == _hashes(whole[0])
 
 
 @pytest.mark.parametrize("name", ["run.json", "step-001.json", "step-001.safetensors"])
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"fraction": NaN}'])
-def test_a_damaged_step_is_refused(name, content, tmp_path):
-    _run(resume=tmp_path)
-    (tmp_path / name).write_text(content)
-    with pytest.raises((CheckpointError, FingerprintError), match=str(tmp_path)):
-        _run(resume=tmp_path)
+def test_a_damaged_step_is_refused(name, content, steps):
+    (steps / name).write_text(content)
+    with pytest.raises((CheckpointError, FingerprintError), match=str(steps)):
+        _run(resume=steps)
 
 
 CHANGES = {
@@ -137,12 +149,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("key", CHANGES)
-def test_steps_of_another_run_are_refused(key, tmp_path):
-    _run(steps=1, resume=tmp_path)
+def test_steps_of_another_run_are_refused(key, steps):
     with pytest.raises(
         FingerprintError, match=f"holds steps of another run: {key} was .*, now .*; give another directory"
     ):
-        _run(resume=tmp_path, **CHANGES[key])
+        _run(resume=steps, **CHANGES[key])
 
 
 def test_stop_sees_the_trajectory_so_far_and_ends_it():
@@ -199,8 +210,8 @@ def test_tokens_cannot_be_split():
         rp.trajectory(tiny("llama"), _texts("a"), _texts("b"), progress=False)
 
 
-def test_a_step_composes_with_another_edit_of_the_model():
-    first, second = _run().steps[2].edit, _run(importance="rms").steps[1].edit
+def test_a_step_composes_with_another_edit_of_the_model(whole):
+    first, second = whole[0].steps[2].edit, _run(importance="rms").steps[1].edit
     joined = first | second
     assert joined.provenance["model"] == tiny("llama").fingerprint()
     assert _gone(joined) == _gone(first) | _gone(second)

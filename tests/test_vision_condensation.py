@@ -11,11 +11,9 @@ from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, 
 from repedit.vision import (
     PUBLISHED,
     Condense,
-    Images,
     Row,
     Schedule,
     Task,
-    apply,
     buckets,
     condensation,
     condense,
@@ -426,4 +424,3 @@ def test_same_seed_same_bits():
     )
     assert all(torch.equal(first.tensors[n], second.tensors[n]) for n in first.tensors)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert isinstance(apply(first, model), torch.nn.Module) and isinstance(splits.retain, Images)

@@ -196,7 +196,7 @@ def test_no_text_of_a_run_is_on_its_page():
         "scores.safetensors",
         "prose",
         "a" * 64,
-        "next" if False else "300",
+        "300",
     ):
         assert stays in hidden
     assert "1969" not in hidden
