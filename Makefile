@@ -18,7 +18,7 @@ lint: .venv/.done
 
 # Triton's interpreter must be chosen before triton is imported, so the kernel tests are a process of their own.
 test: lint
-	$(BIN)/pytest -n 2 --ignore tests/kernels -m "not slow and not model and not gpu"
+	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/kernels -m "not slow and not model and not gpu"
 	$(BIN)/pytest tests/kernels -m "not slow"
 
 # The tests whose last digits depend on the CPU, under each of its capabilities with 1 and 2 threads.

@@ -18,6 +18,7 @@ from repedit.attacks.families.prompts import PREFIXES, direct, in_context, missp
 from repedit.attacks.families.samples import sampling
 from repedit.attacks.families.stripping import strip
 from repedit.data import Fact, Splits
+from repedit.data.encoding import prompt_ids
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, OverlapError, UnknownName
 from repedit.metrics import probability
@@ -415,7 +416,8 @@ def test_a_chat_begins_once_and_goes_on_with_the_sentence():
     assert chat_prompt(tokenizer, "Where?") == "<s>[user] Where?\n[assistant]\n"
     tokenizer._tokenizer.post_processor = _begins()
     assert tokenizer("")["input_ids"] == [1]
-    assert chat_prompt(tokenizer, "Ann lives in") == text
+    ids = prompt_ids(tokenizer, chat_prompt(tokenizer, "Ann lives in"))
+    assert tokenizer.decode(ids) == f"<s>{text}" and ids.count(1) == 1
 
 
 def _begins():
