@@ -67,7 +67,7 @@ def test_an_audit_prints_its_verdict_writes_its_pages_and_exits_with_its_code(fi
 def test_a_report_names_the_command_that_repeats_it(files, tmp_path, monkeypatch):
     options = (
         "--attacks", "direct", "--unrelated", "prose", "--holdout", "prose", "--folds", "1",
-        "--seeds", "0,1", "--sites", "1.mlp.out", "--allow-small", "--hide-items", "--out", tmp_path / "a folder",
+        "--seeds", "0,1", "--sites", "1.mlp.out", "--allow-small", "--out", tmp_path / "a folder",
     )  # fmt: skip
     words = [str(word) for word in (*asked(files)[:-2], *options)]
     for start, command in (("/usr/bin/repedit", ["repedit", *words]), ("/usr/bin/python", [])):
