@@ -188,8 +188,20 @@ def test_a_prompt_that_is_over_is_refused():
     lm = rp.wrap(small("llama").model, adding("<s> $A"))
     with pytest.raises(DataError, match="the prompt 'hi</s>' ends in '</s>', after which a text is over; take it out"):
         generate(lm, ["hi</s>"])
+    fact = Fact(id="a", prompt="hi</s>", answer="you", choices=("you", "me"))
+    for how in ("choice", "greedy"):
+        with pytest.raises(DataError, match="the prompt 'hi</s>' ends in '</s>', after which a text is over"):
+            facts_accuracy(lm, [fact], how=how)
     with pytest.raises(ArgumentError, match="prompts='hi' is one text; give a list of prompts"):
         generate(lm, "hi")
+
+
+def test_a_prompt_that_carries_the_separator_of_wordpiece_is_over():
+    tokenizer = adding("<s> $A </s>")
+    tokenizer.cls_token, tokenizer.sep_token, tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>", None, None
+    assert encoded(tokenizer, "<s>hi", "you").ids == encoded(adding("<s> $A"), "hi", "you").ids
+    with pytest.raises(DataError, match="the prompt '<s>hi</s>' ends in '</s>', after which a text is over"):
+        encoded(tokenizer, "<s>hi</s>", "you")
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused():

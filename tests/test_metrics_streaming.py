@@ -159,10 +159,20 @@ def test_the_model_is_left_as_it_was():
      "the prompt has 200 tokens, the model reads 256: no room for max_new_tokens=100; shorten either"),
     (lambda: stream(small("llama"), [5, 260]), DataError, "the prompt: token 1 has the id 260, the model has embeddings for 0 to"),
     (lambda: stream(small("llama"), [-1]), DataError, "the prompt: token 0 has the id -1"),
+    (lambda: stream(small("opt"), [5] * 200, max_new_tokens=58), DataError, "the prompt has 257 tokens, the model has 256 positions"),
 ])  # fmt: skip
 def test_what_cannot_be_streamed_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_model_writes_up_to_its_last_position():
+    """The last token that is written is not read."""
+    lm = small("opt")
+    *_, (written,) = side_by_side([lm], ["a" * 250], max_new_tokens=7)
+    assert written.ended
+    with pytest.raises(DataError, match="no room for max_new_tokens=8"):
+        side_by_side([lm], ["a" * 250], max_new_tokens=8)
 
 
 @pytest.mark.slow

@@ -127,3 +127,9 @@ def test_predictions_of_different_texts_are_not_compared(function, other):
         FingerprintError, match=r"of different texts: 2 and \d chunks, 20 and \d+ tokens; evaluate both on"
     ):
         function(_hand([1, 2]), other)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    one = np.array([2])
+    assert Predictions(("a",), one, one, one, np.array([2000.0])).perplexity == np.inf

@@ -54,8 +54,9 @@ class Predictions:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean_loss)."""
-        return float(np.exp(self.mean_loss))
+        """exp(mean_loss); infinite where that is beyond the numbers of float64."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.mean_loss))
 
 
 def predictions(

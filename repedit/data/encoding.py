@@ -46,8 +46,7 @@ def beginning(tokenizer: Any) -> list[int]:
     added = whole[:at]
     if not bare:
         # No ordinary token at all: whatever it adds can only be told by name.
-        ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "sep")}
-        starts = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls")}
+        ends, starts = _named_ids(tokenizer, "eos", "sep"), _named_ids(tokenizer, "bos", "cls")
         added = [i for i in added if i not in ends - starts]
     return [i for n, i in enumerate(added) if not n or i != added[n - 1] or i not in special]
 
@@ -78,9 +77,9 @@ def check_open(tokenizer: Any, ids: Sequence[int], where: str) -> None:
     Raises:
         DataError: with the token.
     """
-    end = getattr(tokenizer, "eos_token_id", None)
-    if ids and ids[-1] == end and end != getattr(tokenizer, "bos_token_id", None) and end not in beginning(tokenizer):
-        raise DataError(f"{where} ends in {tokenizer.decode([end])!r}, after which a text is over; take it out")
+    ends, starts = _named_ids(tokenizer, "eos", "sep"), _named_ids(tokenizer, "bos", "cls")
+    if ids and ids[-1] in ends - starts and ids[-1] not in beginning(tokenizer):
+        raise DataError(f"{where} ends in {tokenizer.decode([ids[-1]])!r}, after which a text is over; take it out")
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
@@ -133,14 +132,24 @@ def encoded(tokenizer: Any, prompt: str, answer: str) -> Encoded:
     """The tokens of prompt and answer as one text, and the index of the answer's first token.
 
     The answer begins where the tokens of the whole text leave those of the prompt alone.
+
+    Raises:
+        DataError: if the prompt is over.
     """
-    start, ids = beginning(tokenizer), text_ids(tokenizer, joined(prompt, answer))
-    return Encoded(start + ids, len(start) + shared(ids, text_ids(tokenizer, prompt)))
+    start, asked, ids = beginning(tokenizer), text_ids(tokenizer, prompt), text_ids(tokenizer, joined(prompt, answer))
+    check_open(tokenizer, asked, f"the prompt {prompt[-40:]!r}")
+    return Encoded(start + ids, len(start) + shared(ids, asked))
 
 
 def question_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids after which a model writes the answer itself; the last spaces are the answer's."""
-    return prompt_ids(tokenizer, prompt.rstrip(" "))
+    """The ids after which a model writes the answer itself; the last spaces are the answer's.
+
+    Raises:
+        DataError: if the prompt is over.
+    """
+    ids = text_ids(tokenizer, prompt.rstrip(" "))
+    check_open(tokenizer, ids, f"the prompt {prompt[-40:]!r}")
+    return beginning(tokenizer) + ids
 
 
 def entity_end(tokenizer: Any, prompt: str, entity: str) -> int | None:
@@ -161,6 +170,12 @@ def shared(a: Sequence[int], b: Sequence[int]) -> int:
 def _bare(tokenizer: Any, text: str) -> list[int]:
     """What the tokenizer gives for a text without the special tokens that it adds."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _named_ids(tokenizer: Any, *names: str) -> set[int]:
+    """The ids of special tokens by name, those that the tokenizer has."""
+    ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
+    return {i for i in ids if i is not None}
 
 
 def _once(tokenizer: Any, ids: list[int]) -> list[int]:

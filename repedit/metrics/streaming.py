@@ -71,7 +71,7 @@ def stream(
 
     Raises:
         ArgumentError: if a number is out of range.
-        DataError: if there is no token, or one that the model has no embedding for.
+        DataError: if there is no token, one that the model has no embedding for, or more tokens than it has positions.
         NotFinite: while it goes on, if logits are not finite.
     """
     check_seed(seed=seed)
@@ -81,7 +81,8 @@ def stream(
         )
     if not ids:
         raise DataError("there is no token to go on from; give at least one")
-    check_ids(subject, ids, "the prompt")
+    # The last token that is written is not read.
+    check_ids(subject, ids, "the prompt", size=len(ids) + max_new_tokens - 1)
     return _written(subject, list(ids), max_new_tokens, temperature, seed)
 
 
@@ -102,11 +103,11 @@ def prompt_tokens(
         check_text(prompt, called)
         ids = prompt_ids(tokenizer, prompt)
         check_open(tokenizer, ids, called)
-    limit = getattr(subject.model.config, "max_position_embeddings", None)
+    limit = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
     if not ids:
         raise DataError(f"the prompt {prompt!r} has no token; give a text")
     check_ids(subject, ids, called)
-    if limit is not None and len(ids) + room > limit:
+    if limit is not None and len(ids) + room - 1 > limit:
         raise DataError(
             f"{called} has {len(ids)} tokens, the model reads {limit}: no room for max_new_tokens={room}; shorten either"
         )
