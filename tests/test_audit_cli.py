@@ -57,6 +57,7 @@ def test_an_audit_prints_its_verdict_writes_its_pages_and_exits_with_its_code(fi
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"audit.json", "audit.md", "audit.html", "recovery.png"}
     hidden = json.loads(run(*asked(files), "--out", tmp_path / "hidden", "--hide-items", "--json", code=3))
     assert hidden["verdict"]["word"] == "NOT FORGOTTEN" and hidden["verdict"]["exit_code"] == 3
+    assert "command" not in json.loads((tmp_path / "hidden/audit.json").read_text())["context"]
     texts = {text for fact in facts().forget for text in (fact.id, fact.prompt)}
     pages = list((tmp_path / "hidden").rglob("*.*"))
     assert {path.name for path in pages} >= {"audit.json", "audit.md", "audit.html"}

@@ -450,13 +450,17 @@ def test_a_file_without_a_place_is_refused(name, path, tmp_path):
     "content",
     ["", "{", "[]", "3", '{"key": "k"}', '{"key": "k", "finding": 3}', '{"key": "k", "finding": {"settings": 3}}'],
 )
-def test_a_damaged_cache_of_findings_is_as_if_absent(content, tmp_path):
-    store = Store(None, tmp_path)
-    (tmp_path / "k.json").write_text(content)
-    assert store.get("direct", "k", sharing=True) is None
-    found: Finding = report().findings["edited"][0]
-    store.put("direct", "k", found, sharing=True)
-    assert store.get("direct", "k", sharing=True) is not None
+@pytest.mark.parametrize(("folder", "file"), [(None, "findings/k.json"), ("audit", "audit/findings/direct.json")])
+def test_a_damaged_finding_is_as_if_absent(folder, file, content, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path))
+    store, shared = Store(folder and tmp_path / folder), folder is None
+    finding: Finding = report().findings["edited"][0]
+    store.put("direct", "k", finding, sharing=shared)
+    assert store.get("direct", "k", sharing=shared) is not None
+    (tmp_path / file).write_text(content)
+    assert store.get("direct", "k", sharing=shared) is None
+    store.put("direct", "k", finding, sharing=shared)
+    assert store.get("direct", "k", sharing=shared) is not None
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "3", "\ud83d", '"\\ud800"'])

@@ -15,15 +15,15 @@ import typer
 def accounted(file: Path, step: Any, words: Sequence[str], carry_out: Callable[[], int]) -> int:
     """Carry a step out and enter it, with what it showed, into the account of the run; the exit code."""
     from repedit import console
+    from repedit.io.text import parse_json
     from repedit.report.runs import account
 
     began = time.perf_counter()
     with console.kept() as shown:
         code = carry_out()
     if step.staged is not None:  # a reader knows the output by the name that it will have
-        shown = json.loads(
-            json.dumps(shown).replace(json.dumps(str(step.staged))[1:-1], json.dumps(str(step.out))[1:-1])
-        )
+        text = json.dumps(shown).replace(json.dumps(str(step.staged))[1:-1], json.dumps(str(step.out))[1:-1])
+        shown = parse_json(text, "what a step showed", finite=False)
     seconds = time.perf_counter() - began
     account.enter(file, step.number, [step.verb, *words], code, seconds, step.out, shown, there=step.staged)
     return code

@@ -38,6 +38,7 @@ from repedit.gradient.sharding import shard as divide
 from repedit.io import archive
 from repedit.io.files import append, open_regular, write_text
 from repedit.io.targets import check_file_target
+from repedit.io.text import parse_json
 from repedit.models import Subject
 from repedit.ranks import Ranks, joined_ranks
 
@@ -199,7 +200,7 @@ def _trained(
 
     def after() -> None:
         if written is not None:
-            append(written, json.loads(_line(training.log[-1])))
+            append(written, parse_json(_line(training.log[-1]), "the log", finite=False))
         if path is not None and len(training.log) % (every or 20) == 0:
             state.save(path, training, key)
 

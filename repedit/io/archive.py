@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def check_replaceable(path: str | Path) -> None:
         TargetExists: with what is there.
     """
     place = Path(path)
-    if place.is_file() and place.stat().st_size and kind_of(place) is None:
+    if os.path.lexists(place) and place.is_file() and place.stat().st_size and kind_of(place) is None:
         raise TargetExists(f"{place} exists and repedit did not write it; move it away, or give another path")
 
 

@@ -1,4 +1,4 @@
-"""Text files: UTF-8, JSON, JSON Lines and TOML, each read through one door.
+"""Text files: UTF-8, JSON, JSON Lines, TOML and YAML, each read through one door.
 
 A text is refused if it is not Unicode, and JSON if it is nested deeper than 100 levels, gives a key twice, or holds a
 number that is not finite. Every message names the file and, where there is one, the line.
@@ -130,6 +130,16 @@ def parse_toml(text: str, where: str, error: type[RepeditError] = DataError) -> 
     except ValueError as reason:
         raise error(f"{where} is no readable TOML file: {reason}") from reason
     return table
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text whose scalars are all texts ("no" is a language); None where it is no YAML."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
 
 
 def check_text(text: Any, where: str, error: type[RepeditError] = DataError) -> None:

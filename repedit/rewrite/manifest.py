@@ -18,6 +18,7 @@ from repedit.foreign_text import for_markdown, for_yaml
 from repedit.io.checkpoint import Shards, open_shards
 from repedit.io.files import file_hash, read_bytes
 from repedit.io.targets import CARD, MANIFEST, entries
+from repedit.io.text import parse_yaml
 from repedit.models import Origin
 from repedit.plan import Plan
 from repedit.rewrite.certificates import TensorCertificate, check_leaks, combined, sliced_certificate
@@ -242,18 +243,13 @@ def _numbers(folder: Path) -> int:
 
 def _front_matter(text: str) -> tuple[dict[str, Any], str]:
     """(fields that hold for an edited model too, body) of a card; front matter that is no YAML is shown in the body as it is."""
-    import yaml
-
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     match = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
     if match is None:
         return {}, text.strip()
     body = text[match.end() :].strip()
-    try:
-        table = yaml.load(match[1], Loader=yaml.BaseLoader)  # texts and nothing else: "no" is a language here
-        if not isinstance(table, dict):
-            raise yaml.YAMLError
-    except (yaml.YAMLError, ValueError, RecursionError):
+    table = parse_yaml(match[1])
+    if not isinstance(table, dict):
         return {}, "\n".join([*(f"    {line}" for line in match[1].splitlines()), "", body])
     texts = {key: table[key] for key in _FIELDS if isinstance(table.get(key), str) and table[key]}
     lists = {
