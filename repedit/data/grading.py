@@ -179,7 +179,7 @@ def _written(text: str, kinds: str, i: int) -> str:
             return c if inside else " "
         case "-":
             # A sign, a range of numbers, or the end of a short symbol: A-, Rh-.
-            if right == "0" or unicodedata.category(right) in ("Sc", "Sm"):
+            if right == "0" or (unicodedata.category(right) in ("Sc", "Sm") and right not in "=<>|~+"):
                 month = left == "j" and kinds[i - 2 : i - 1] == "0"
                 return c if left not in _WORD.replace("0", "") + "k" and not month else " "
             return c if right not in _WORD + "jk" and _SHORT.search(text[:i]) else " "
@@ -239,7 +239,7 @@ def _begins(text: str, kinds: str, i: int) -> bool:
         return kind != "k"
     if first not in _WORD:
         same = c == text[i] and unicodedata.category(c) != "So"
-        return not same and not (first in "-." and kind in _WORD) and c != "-"
+        return not same and not (first in "-." and kind in _WORD) and (c != "-" or before == "0")
     if kind in "rb" and first == kind:
         run = re.search(f"{kind}+$", kinds[:i])
         prefix = text[run.start() if run else i : i]
@@ -274,7 +274,7 @@ def _ends(text: str, kinds: str, start: int, i: int) -> bool:
     if kind in _WORD or c == "&":
         return False
     if last == "0":
-        return c not in ".,:/%‰^⁻"
+        return c not in ".,:/%‰^⁺⁻"
     if c == "'":
         single = i - start == 1 or kinds[i - 2] not in _WORD
         return re.match(r"'t\b", text[i:]) is None and (not single or re.match(r"'s\b", text[i:]) is not None)
