@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,7 @@ from torch import Tensor
 from repedit import hooks
 from repedit.arch import Anatomy, hooks_at
 from repedit.errors import FingerprintError, NotFoldable, ShapeError, during
+from repedit.fingerprints import value_hash
 from repedit.io import archive
 from repedit.io.text import plain
 from repedit.maps import AffineMap, Chain, Diagonal, LowRank
@@ -74,12 +75,17 @@ class Edit:
         parents = [dict(self.provenance), dict(then.provenance)]
         return Edit(maps, {"method": "composition", "model": mine or theirs, "parents": parents})
 
+    @property
+    def weights(self) -> dict[str, str]:
+        """Hashes of the tensors that write at the sites of the model the edit was made for; empty where it does not say."""
+        return _weights(self.provenance)
+
     @contextmanager
     def hooked(self, subject: Subject) -> Iterator[None]:
         """Apply the edit while the context is open, without touching a weight.
 
         Raises:
-            ShapeError: if a map's width is not the site's.
+            ShapeError: if a map's width is not the site's. FingerprintError: if the edit was made for another model.
             HookError, ModelBusy: as `repedit.hooks.installed` says: no forward pass goes unedited in silence.
         """
         with hooks.installed(subject.model, self.hooks(subject)):
@@ -89,6 +95,8 @@ class Edit:
         """The hooks that carry the edit, in forward order."""
         plan = subject.anatomy
         check_widths(self, plan)
+        if not subject.quantizer:  # the same model in other numbers
+            check_made_for(self, subject.value)
         return [
             hook
             for site, map_ in self.maps.items()
@@ -193,6 +201,33 @@ def check_widths(edit: Edit, plan: Anatomy) -> None:
             raise NotFoldable(
                 f"{site} holds the neurons of several experts, which no single token passes together; only a Diagonal fits, or edit {site.layer}.mlp.out"
             )
+
+
+def check_made_for(edit: Edit, read: Callable[[str], Tensor | None], apart: Container[str] = ()) -> None:
+    """Refuse an edit that was made for other values of the tensors that write at its sites.
+
+    Args:
+        read: name -> the tensor in this model; None where it has no tensor of that name.
+        apart: tensors that something else changes first.
+    Raises:
+        FingerprintError: with the tensor. An edit that names no model is never refused.
+    """
+    for name, made_for in edit.weights.items():
+        tensor = None if name in apart else read(name)
+        if tensor is not None and value_hash(tensor) != made_for:
+            raise FingerprintError(
+                f"the edit was made for another model, or for this one before it was edited: {name} holds other values "
+                f"({value_hash(tensor)}) than then ({made_for}). Make the edit from this model; to use it all the same, give "
+                "repedit.Edit(edit.maps), which names no model, or any_model=True where weights are edited"
+            )
+
+
+def _weights(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Of parents that follow each other, the first that names a tensor saw it unedited."""
+    hashes = dict(provenance.get("weights") or {})
+    for parent in provenance.get("parents") or ():
+        hashes = _weights(parent) | hashes
+    return hashes
 
 
 def _visit(map_: AffineMap) -> Any:

@@ -5,7 +5,7 @@ Only tensor names and shapes are needed, so a plan for a checkpoint of any size 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repedit.arch import Anatomy, Architecture, Branch, Specs, TensorSpec, View, anatomy
 from repedit.delta import Delta
-from repedit.edit import Edit, check_widths, describe_map, exactness
+from repedit.edit import Edit, check_made_for, check_widths, describe_map, exactness
 from repedit.errors import ArgumentError, FingerprintError, NoBiasSlot, NotFoldable, nearest
 from repedit.maps import AffineMap, Diagonal
 from repedit.naming import by_name
@@ -79,6 +79,37 @@ def lower(
         maps={site: describe_map(map_) for edit in edits for site, map_ in edit.maps.items()},
         ranks={site: map_.rank_removed for edit in edits for site, map_ in edit.maps.items()},
     )
+
+
+def check_model(
+    change: EditOrDelta | Plan | Sequence[EditOrDelta], read: Callable[[str], Tensor | None], *, any_model: bool = False
+) -> None:
+    """Refuse edits that were made for another model; deltas are checked where they are added, and plans were checked.
+
+    Args:
+        read: a name in memory -> the tensor; None where there is none.
+        any_model: check nothing.
+    Raises:
+        FingerprintError: with the tensor that holds other values.
+    """
+    changed: set[str] = set()
+    for stage in [change] if isinstance(change, Edit | Delta | Plan) else change:
+        if any_model or not isinstance(stage, Edit):
+            return  # what a delta changed has other values
+        check_made_for(stage, read, changed)
+        changed |= set(stage.weights)
+
+
+def read_by_name(
+    architecture: Architecture, specs: Specs, read: Callable[[str], Tensor]
+) -> Callable[[str], Tensor | None]:
+    """Tensors of files by their names in memory; None for what files hold in another form, such as fused experts."""
+
+    def tensor(name: str) -> Tensor | None:
+        stored = next((n for n in _aliases(name, architecture) if n in specs), None)
+        return None if stored is None else read(stored)
+
+    return tensor
 
 
 def _stages(changes: Sequence[EditOrDelta]) -> list[EditOrDelta]:

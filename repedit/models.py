@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from repedit.errors import (
     UnknownArchitecture,
 )
 from repedit.fetching import DEFAULT
-from repedit.fingerprints import fingerprint, state
+from repedit.fingerprints import fingerprint, state, value_hash
 from repedit.io.checkpoint import FileStates, check_unchanged, file_states
 from repedit.io.safetensors import floating
 from repedit.opening import (
@@ -143,6 +144,22 @@ class Subject:
     def fingerprint(self) -> str:
         """sha256 over the name, dtype, shape and bytes of every parameter, and the config without volatile keys."""
         return fingerprint(self.model)
+
+    def made_for(self, sites: Iterable[Site]) -> dict[str, Any]:
+        """What the provenance of an edit says of the model it was made for: {"model": fingerprint, "weights": {tensor: hash}}.
+
+        The tensors are those that write at the sites; of a residual stream those of the layer's MLP, or the token embedding
+        before layer 0. The hash of values is one for all dtypes that hold them.
+        """
+        names = dict.fromkeys(name for site in sites for name in self._writers(site))
+        return {"model": self.fingerprint(), "weights": {name: value_hash(self.value(name)) for name in names}}
+
+    def _writers(self, site: Site) -> list[str]:
+        if site.point is Point.RESID_PRE and site.layer == 0:
+            return [self.anatomy.embeddings[0]]
+        residual = site.point in (Point.RESID_PRE, Point.RESID_MID, Point.RESID_POST)
+        branch = self.anatomy.branch(site.layer, Point.MLP_OUT if residual else site.point)
+        return list(dict.fromkeys(part.out.tensor for part in branch.parts))
 
     @property
     def files(self) -> Path | None:

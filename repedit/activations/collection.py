@@ -27,7 +27,7 @@ from repedit.stats import Activity, CrossMoments, Moments
 
 _PLAIN = {
     "model": str, "corpus": str, "data_hash": str, "rule": dict[str, bool | str], "seen": int, "counted": int, "gated": bool,
-    "seconds_in_hooks": int | float, "edit": str, "units": dict[str, dict[str, int]],
+    "seconds_in_hooks": int | float, "edit": str, "weights": dict[str, str], "units": dict[str, dict[str, int]],
 }  # fmt: skip
 """Of the fields of a collection, those that its file holds as plain values."""
 Statistic = TypeVar("Statistic", Activity, Moments, CrossMoments)
@@ -52,6 +52,8 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
     seconds_in_hooks: float = field(default=0.0, compare=False)
     edit: str = ""
     """Hash of the edit that was active, empty where none was."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the tensors that write at the sites; empty for an image classifier."""
 
     def __repr__(self) -> str:
         return f"Collection({self.kind} at {len(self)} sites, {self.counted:,} tokens of {self.corpus})"
@@ -91,7 +93,8 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
         """
         tensors, header = archive.read(path, "collection")
         with archive.rebuilding(path, "collection"):
-            check_fields(header["collection"] | {"units": header["units"]}, _PLAIN, "the collection")
+            plain = {"weights": {}} | header["collection"]  # files of older versions name the model alone
+            check_fields(plain | {"units": header["units"]}, _PLAIN, "the collection")
             states: dict[str, dict[str, Any]] = {}
             for key, value in tensors.items():
                 site, _, name = key.rpartition("/")
@@ -101,7 +104,7 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
             units = {place(site): unit for site, unit in header["units"].items()}
             if not found or set(found) != set(units):
                 raise ValueError("its tensors and its units are of different sites")
-            return Collection({site: found[site] for site in sorted(found)}, units=units, **header["collection"])
+            return Collection({site: found[site] for site in sorted(found)}, units=units, **plain)
 
     def __add__(self, other: Collection[Statistic]) -> Collection[Statistic]:
         """Both collections as one: the sums of every site are added.
@@ -173,7 +176,7 @@ def collect(
     rule = CountingRule(subject.tokenizer, first_position, special_tokens, count)
     ranks = joined_ranks(subject.device)
     origin: dict[str, Any] = {
-        "model": subject.fingerprint(),
+        **subject.made_for(watch.sites),
         "data_hash": corpus.hash,
         "edit": edit.hash if edit else "",
     }

@@ -104,7 +104,7 @@ def gates(
         "method": "learned gates",
         "options": options | {"sites": str(sites), "fill": "zero"},
         "seed": seed,
-        "model": subject.fingerprint(),
+        **subject.made_for(subject.select(sites)),
         "data": {role: {"name": c.name, "hash": c.hash} for role, c in (("forget", forget), ("retain", retain))},
         "losses": {"what": "forget margin, retain KL (nats), every tenth step", "values": history[::10] + history[-1:]},
     })  # fmt: skip

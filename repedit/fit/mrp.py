@@ -245,7 +245,7 @@ def _record(
         if method == "mrp"
         else {},
         "seed": config.seed,
-        "model": subject.fingerprint(),
+        **subject.made_for(subject.select(sites)),
         "data": {role: {"name": c.name, "hash": c.hash} for role, c in data.items() if c is not None},
         "versions": {name: version(name) for name in ("repedit", "torch", "transformers")},
     }

@@ -59,9 +59,10 @@ def erase_stream(
             f"the basis removes rank {map_.rank_removed} of a stream of width {width}; give 1 to {width - 1} directions"
             + (" that are not the mean" if subject.architecture.centered else "")
         )
+    sites = stream_sites(subject)
     return Edit(
-        dict.fromkeys(stream_sites(subject), map_),
-        {"method": "stream erasure", "options": {"rank": map_.rank_removed}, "model": subject.fingerprint()},
+        dict.fromkeys(sites, map_),
+        {"method": "stream erasure", "options": {"rank": map_.rank_removed}, **subject.made_for(sites)},
     )
 
 

@@ -118,7 +118,16 @@ def score(
         role: {"name": c.corpus, "hash": c.data_hash, "tokens": c.counted}
         for role, c in (("forget", forget), ("retain", retain))
     }
-    scores = Scores(found, {"method": "selective pruning", "options": options, "data": data, "model": forget.model})
+    scores = Scores(
+        found,
+        {
+            "method": "selective pruning",
+            "options": options,
+            "data": data,
+            "model": forget.model,
+            "weights": dict(forget.weights),
+        },
+    )
     if warn and scores.agreement > COLLINEAR:
         _warn_collinear(agreements, scores.agreement)
     return scores

@@ -141,7 +141,13 @@ def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[
         maps[site] = Diagonal.mask(keep)
     return Edit(
         maps,
-        {"method": "random control", "options": {"match": match}, "seed": seed, "model": edit.provenance.get("model")},
+        {
+            "method": "random control",
+            "options": {"match": match},
+            "seed": seed,
+            "model": edit.provenance.get("model"),
+            "weights": edit.weights,
+        },
     )
 
 

@@ -29,7 +29,7 @@ from repedit.io.files import file_hash
 from repedit.io.safetensors import floating
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, sync, workplace
 from repedit.io.text import read_json
-from repedit.lower import EditOrDelta
+from repedit.lower import EditOrDelta, check_model, read_by_name
 from repedit.models import Origin, Subject
 from repedit.opening import check_finite as check_weights
 from repedit.plan import Plan, check_finite
@@ -83,19 +83,24 @@ def export(
         TargetExists: if the target exists, is being written, or lies inside or equals the source.
         NoOpEdit: if the edit changes no byte, unless `allow_identity=True`.
         NotFoldable, NotSlimmable, NotSliceable, QuantizedModel: if no weight can equal the edit.
-        FingerprintError: if a delta was trained from other weights.
+        FingerprintError: if the change was made for other weights, unless `any_model=True`.
         CheckpointError: if the source is damaged, has changed since it was loaded, holds links that leave it, or is not the
             model of its config, or if the disk is full; nothing is left behind.
         NotFinite: if a weight is not finite, or would not be in its dtype.
     """
     plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
+    if isinstance(source, Subject) and not options.get("any_model"):
+        check_model(change, source.value)
     to = None if dtype is None else floating(dtype)
     files, states = _files_of(source, plan_for)
     out = check_target(target, overwrite=overwrite, source=files)
     origin = source.origin if isinstance(source, Subject) else None
     ready = None if files is None else _prepared(files, plan_for)
-    if ready is not None and not isinstance(source, Subject):  # a Subject was checked as it was loaded
+    if ready is not None and not isinstance(source, Subject):  # a Subject was checked as it was loaded, and above
         _check_finite(*ready[1:])
+        shards = ready[1]
+        read = read_by_name(architecture_of(shards.directory), shards.specs, shards.read)
+        check_model(change, read, any_model=bool(options.get("any_model")))
     with workplace(out, "" if ready is None else job(*ready[:2], to, link), overwrite=overwrite) as place:
         plan, shards, used = ready or _prepared(_saved(source, place, max_shard_size), plan_for)
         directory = shards.directory

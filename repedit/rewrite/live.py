@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repedit.arch.modules import check_bare
 from repedit.arch.offloaded import check_in_memory
 from repedit.errors import ArgumentError, NoOpEdit, PlanMismatch, QuantizedModel
-from repedit.lower import EditOrDelta, lower
+from repedit.lower import EditOrDelta, check_model, lower
 from repedit.models import Subject
 from repedit.opening import check_dtypes
 from repedit.plan import Plan
@@ -36,7 +36,7 @@ def apply(
         change: an edit or a delta, several of them (carried out left to right), or a plan made for this model.
         options: passed to lowering: tied="untie" | "both", sides="all" | "output", any_model=False | True.
     Raises:
-        NotFoldable: if no weight equals the edit. FingerprintError: if a delta was trained from other weights.
+        NotFoldable: if no weight equals the edit. FingerprintError: if the change was made for other weights, unless `any_model=True`.
         QuantizedModel, OffloadedTensors: if the weights cannot be edited in memory.
         NoOpEdit: if nothing would change, unless `allow_identity=True`.
         NotFinite: if an edited weight is not finite, or would not be in its dtype.
@@ -69,6 +69,7 @@ def planned(change: EditOrDelta | Plan | Sequence[EditOrDelta], subject: Subject
         QuantizedModel, OffloadedTensors: if the weights cannot be edited in memory.
     """
     check_editable(subject)
+    check_model(change, subject.value, any_model=bool(options.get("any_model")))
     plan = change if isinstance(change, Plan) else lower(change, subject.architecture, subject.specs, **options)
     plan.check(subject.specs)
     return plan.resolved(subject.value)

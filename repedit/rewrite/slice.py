@@ -18,7 +18,7 @@ from torch import Tensor
 from repedit.arch import Anatomy, Architecture, Specs, anatomy
 from repedit.edit import Edit, check_widths
 from repedit.errors import ArgumentError, NotSliceable
-from repedit.lower import lower
+from repedit.lower import check_model, lower
 from repedit.maps import LowRank
 from repedit.models import Subject
 from repedit.plan import Plan, Resize
@@ -41,6 +41,7 @@ def sliced(edit: Edit, subject: Subject, *, multiple: int = 1) -> Subject:
         NotSliceable: if the edit is no stream erasure, or the family or the width does not allow it.
     """
     check_editable(subject)
+    check_model(edit, subject.value)
     return rebuilt(slice_plan(edit, subject.architecture, subject.specs, multiple=multiple), subject)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from repedit.arch import Anatomy, Architecture, Branch, Shrink, Specs, anatomy
 from repedit.edit import Edit, check_widths
 from repedit.errors import ArgumentError, NotSlimmable
-from repedit.lower import lower
+from repedit.lower import check_model, lower
 from repedit.models import Subject
 from repedit.plan import Plan, Read, Resize
 from repedit.rewrite.live import check_editable
@@ -39,6 +39,7 @@ def slimmed(edit: Edit, subject: Subject, *, layout: str = "uniform", multiple: 
         NoBiasSlot: if the family has no bias to hold a fill value.
     """
     check_editable(subject)
+    check_model(edit, subject.value)
     return rebuilt(slim_plan(edit, subject.architecture, subject.specs, layout=layout, multiple=multiple), subject)
 
 
