@@ -168,9 +168,18 @@ def _hooks_left(subject: Subject) -> int:
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_an_exception_names_the_batch_and_leaves_no_hook(gradients):
-    subject, broken = tiny("llama"), tokens([{"input_ids": ids()}, {"input_ids": ids() + 1000}])
+    subject, corpus = tiny("llama"), tokens([{"input_ids": ids()}, {"input_ids": ids(seed=1)}])
+    passes = []
+
+    def fail_in_the_second(*_: object) -> None:
+        passes.append(None)
+        if len(passes) == 2:
+            raise IndexError("as it happens")
+
+    handle = subject.model.model.layers[1].register_forward_pre_hook(fail_in_the_second)
     with pytest.raises(IndexError) as caught:
-        rp.collect(subject, broken, gradients=gradients, edit=mask(subject, "1.mlp.neurons"))
+        rp.collect(subject, corpus, gradients=gradients, edit=mask(subject, "1.mlp.neurons"))
+    handle.remove()
     assert caught.value.__notes__ == ["in batch 1 of the corpus; no batch was skipped"]
     assert _hooks_left(subject) == 0
 

@@ -249,7 +249,9 @@ def test_what_is_no_plain_value_has_no_place_in_a_provenance():
 # --- tables and text -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", [None, 3, object(), b"bytes", {"a": 1}, [1], [None]], ids=repr)
+@pytest.mark.parametrize(
+    "source", [None, 3, object(), b"bytes", {"a": 1}, [1], [None]], ids=lambda source: type(source).__name__
+)
 def test_what_is_no_corpus_is_refused(source):
     with pytest.raises(DataError):
         inspect.unwrap(rp.data.read)(source)  # without the type checks of the tests

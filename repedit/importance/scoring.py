@@ -104,13 +104,8 @@ def score(
             site, value, importance, combine, agreements[site], sinks, protect_sinks, dict(forget.units[site])
         )
     options: dict[str, Any] = {
-        "importance": importance,
-        "combine": combine,
-        "eps": eps,
-        "lam": lam,
-        "norm": norm,
-        "weighted": weighted,
-    }
+        "importance": importance, "combine": combine, "eps": eps, "lam": lam, "norm": norm, "weighted": weighted,
+    }  # fmt: skip
     options |= {"protect_sinks": protect_sinks, "rule": dict(forget.rule)} | (
         {"second": second} if combine == "rank" else {}
     )
