@@ -89,18 +89,12 @@ def export(
         NotFinite: if a weight is not finite, or would not be in its dtype.
     """
     plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
-    if isinstance(source, Subject) and not options.get("any_model"):
-        check_model(change, source.value)
     to = None if dtype is None else floating(dtype)
     files, states = _files_of(source, plan_for)
     out = check_target(target, overwrite=overwrite, source=files)
     origin = source.origin if isinstance(source, Subject) else None
     ready = None if files is None else _prepared(files, plan_for)
-    if ready is not None and not isinstance(source, Subject):  # a Subject was checked as it was loaded, and above
-        _check_finite(*ready[1:])
-        shards = ready[1]
-        read = read_by_name(architecture_of(shards.directory), shards.specs, shards.read)
-        check_model(change, read, any_model=bool(options.get("any_model")))
+    _check_source(change, source, None if ready is None else ready[1:], any_model=bool(options.get("any_model")))
     with workplace(out, "" if ready is None else job(*ready[:2], to, link), overwrite=overwrite) as place:
         plan, shards, used = ready or _prepared(_saved(source, place, max_shard_size), plan_for)
         directory = shards.directory
@@ -131,11 +125,7 @@ def export(
         (new / MANIFEST).write_text(record.to_json(), encoding="utf-8")
         sync(new)
         install(new, out, overwrite=overwrite)
-    if structure != "keep" or len(record.loaders) == 1:
-        log.info("%s is read by %s", out, " and ".join(record.loaders))
-    if others.left_out:
-        lines = (f"{for_terminal(name)} ({reason})" for name, reason in others.left_out.items())
-        log.warning("not part of the export to %s: %s", out, ", ".join(lines))
+    _log_loaders(record, out, others, structure)
     return record
 
 
@@ -219,6 +209,36 @@ def _prepared(directory: Path, plan_for: Callable[..., Plan]) -> tuple[Plan, Sha
     plan.check(used)
     check_planned(plan, shards, used)
     return plan.resolved(shards.read), shards, used
+
+
+def _check_source(
+    change: EditOrDelta | Plan | Sequence[EditOrDelta],
+    source: Subject | str | Path,
+    files: tuple[Shards, Specs] | None,
+    *,
+    any_model: bool,
+) -> None:
+    """Refuse files that are not finite, as `load` does, and a change that was made for another model.
+
+    Raises:
+        NotFinite, FingerprintError: with the tensor.
+    """
+    if isinstance(source, Subject):  # its values were checked as it was loaded
+        check_model(change, source.value, any_model=any_model)
+    elif files is not None:
+        shards, used = files
+        _check_finite(shards, used)
+        read = read_by_name(architecture_of(shards.directory), shards.specs, shards.read)
+        check_model(change, read, any_model=any_model)
+
+
+def _log_loaders(record: Manifest, out: Path, others: Companions, structure: str) -> None:
+    """Say who reads the checkpoint, where that is not everybody, and what of the source is not part of it."""
+    if structure != "keep" or len(record.loaders) == 1:
+        log.info("%s is read by %s", out, " and ".join(record.loaders))
+    if others.left_out:
+        lines = (f"{for_terminal(name)} ({reason})" for name, reason in others.left_out.items())
+        log.warning("not part of the export to %s: %s", out, ", ".join(lines))
 
 
 def _check_finite(shards: Shards, used: Specs) -> None:
