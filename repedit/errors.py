@@ -253,8 +253,8 @@ def check_names(what: str, given: Iterable[str], valid: Iterable[str], kind: str
 
 
 def is_whole(value: object, least: int = 1) -> bool:
-    """Whether a value is a whole number of at least `least`; True and False are no numbers."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    """Whether a value is a whole number of at least `least` and below 2^63; True and False are no numbers."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 2**63
 
 
 def is_finite(value: object) -> bool:
@@ -270,7 +270,7 @@ def check_whole(least: int = 1, /, **values: object) -> None:
     """
     for name, value in values.items():
         if value is not None and not is_whole(value, least):
-            raise ArgumentError(f"{name}={value!r}; give at least {least}, a whole number")
+            raise ArgumentError(f"{name}={value!r}; give at least {least}, a whole number below 2^63")
 
 
 def check_positive(**values: object) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from repedit import cli
 from repedit.cli import options
-from repedit.errors import ArgumentError
+from repedit.errors import ArgumentError, RepeditError
 from repedit.gradient.recipe import UnlearnRecipe
 
 KEPT = MagicMock(name="result", tensors={}, exceeded=False, agreement=0.5, relative_change=0.5, structure="keep")
@@ -172,7 +172,7 @@ def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
     ways = {
         "--statistic moments": "--statistic moments", "two saved collections": "--forget a.safetensors --retain b.safetensors", "--learned": "--learned",
         "--scores": "--scores s.safetensors", "--structure keep": "", "a --method that fits at once": "--method leace", "--selftest": "--selftest",
-        "an audit without --selftest": "", "no --out": "", "--metrics": "--metrics tofu --data d", "no --metrics": "", "--act code": "--act code",
+        "an audit without --selftest": "", "--dry-run": "--dry-run", "--metrics": "--metrics tofu --data d", "no --metrics": "", "--act code": "--act code",
         "--act capitals": "--act capitals",
     }  # fmt: skip
     own = {
@@ -184,7 +184,7 @@ def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
         "edited": "m",
     }
     base = {"prune": "m --out o", "audit": "", "apply": "e m --out o"}.get(verb, " ".join(BASE[verb]))
-    if "without" in beside or beside == "no --out":
+    if "without" in beside or beside == "--dry-run":
         base = "m --original n --facts capitals"
     for name in names:
         given = own.get(name) or {**COMMON, **OWN.get(verb, {})}[name]
@@ -204,6 +204,27 @@ def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
 def test_an_empty_option_is_refused(words):
     with pytest.raises(ArgumentError, match=r"is empty; leave it out, or give it a value"):
         CliRunner().invoke(cli.app, words.split(), catch_exceptions=False)
+
+
+def test_items_are_hidden_on_standard_output_too(monkeypatch, tmp_path):
+    base = ("m", "--original", "n", "--facts", "capitals", "--json")
+    assert "report.withheld" not in asked("audit", base, monkeypatch, tmp_path)
+    assert "report.withheld" in asked("audit", (*base, "--hide-items"), monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (["lr=1e-3", "lr=2e-3"], r"--set lr is given twice, as 0\.001 and as 0\.002; give it once"),
+        (["name=x"], r"recipe 'npo_klr' has no option 'name'"),
+        (["beta=null"], r"beta=None; give a value, or leave it out for 0\.\d+"),
+        (["steps=99999999999999999999"], r"steps=9+ out of range"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_refused(settings, match):
+    words = [word for setting in settings for word in ("--set", setting)]
+    with pytest.raises(RepeditError, match=match):
+        CliRunner().invoke(cli.app, ["unlearn", "m", "--out", "d.safetensors", *words], catch_exceptions=False)
 
 
 def test_an_option_that_is_dropped_would_be_caught(monkeypatch, tmp_path):

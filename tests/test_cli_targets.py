@@ -51,7 +51,7 @@ def taken(folder: Path, model: Path) -> dict[str, tuple[Path, str]]:
         "a folder with something in it": (folder / "there", r"there"),
         "weights": (folder / "weights.safetensors", r"exists and repedit did not write it"),
         "a folder of that name": (folder / "dir.safetensors", r"is a directory, where a file is to be written"),
-        "a link": (folder / "link", r"link"),
+        "a link": (folder / "link", r"is a link|there is a directory, where a file is to be written"),
         "below a file": (folder / "plain" / "x", r"is not a directory"),
         "the model": (model, r""),
         "inside the model": (model / "edited", r"lies inside the other"),
@@ -71,6 +71,59 @@ def test_a_target_is_checked_before_work(verb, model, rows, tmp_path, monkeypatc
         with pytest.raises((TargetExists, CheckpointError), match=match):
             CliRunner().invoke(app, [*words, "--out", str(target)], catch_exceptions=False)
         assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["collect", "score"])
+def test_a_verb_that_writes_a_file_refuses_a_folder_of_any_name(verb, model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TargetExists, match=r"empty is a directory, where a file is to be written"):
+        CliRunner().invoke(app, [verb, str(model), "--out", str(tmp_path / "empty")], catch_exceptions=False)
+
+
+def test_links_that_lead_back_to_themselves_are_refused(model, rows, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for words in (
+        ["apply", str(rows), str(model)],
+        ["audit", str(model), "--original", str(model), "--facts", str(rows)],
+        ["audit", str(tmp_path / "loop"), "--original", str(model), "--facts", str(rows)],
+        ["vision", "demo"],
+    ):
+        with pytest.raises(TargetExists, match=r"loop is (a link|read by)|loop and the source"):
+            out = ["--out", str(tmp_path / "loop")]
+            CliRunner().invoke(app, [*words, *out], catch_exceptions=False)
+    with pytest.raises(RepeditError, match=r"loop is not a directory"):
+        rp.diff(tmp_path / "loop", model)
+
+
+@pytest.mark.parametrize("out", [".", "/", ".."])
+def test_the_second_directory_of_the_demo_needs_a_name(out):
+    with pytest.raises(ArgumentError, match=r"has no name that the second directory could go by"):
+        CliRunner().invoke(app, ["demo", "--out", out], catch_exceptions=False)
+
+
+def test_tasks_are_written_into_a_folder_or_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "repedit_capitals.yaml").symlink_to("nowhere")
+    for out, error, match in (
+        ("file", TargetExists, r"is a file, where a folder"),
+        ("file/x", CheckpointError, r"is not a directory"),
+        ("loop", TargetExists, r"is a link, where a folder"),
+        ("x" * 300, CheckpointError, r"is too long"),
+        ("a\nb", ArgumentError, r"control characters"),
+        ("folder", RepeditError, r"repedit_capitals\.yaml cannot be opened"),
+    ):
+        with pytest.raises(error, match=match):
+            words = ["tasks", str(tmp_path / out), "--facts", "capitals"]
+            CliRunner().invoke(app, words, catch_exceptions=False)
+    assert not (tmp_path / "folder" / "nowhere").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_value_is_saved_where_a_link_leads(tmp_path):
+    (tmp_path / "d.safetensors").symlink_to("new/d.safetensors")
+    writing.save(Delta({"w": __import__("torch").ones(3)}, {"method": "test"}), tmp_path / "d.safetensors")
+    assert (tmp_path / "d.safetensors").is_symlink() and (tmp_path / "new" / "d.safetensors").is_file()
 
 
 def test_a_file_that_is_read_is_not_written(model, tmp_path):
@@ -168,3 +221,21 @@ def test_a_state_that_cannot_be_saved_leaves_what_was_trained(tmp_path, monkeypa
     with pytest.raises(CheckpointError, match=r"stopped after 3 steps.*the disk is full; error\.delta holds") as caught:
         rp.unlearn(subject(), **sides(), **SMALL, resume=tmp_path / "state")
     assert caught.value.delta.tensors
+
+
+READ = (
+    "inspect {0}", "diff {model} {0}", "compare {model} {0}", "unlearn {model} --out d.safetensors --forget {0}", "unlearn {model} --out d.safetensors --recipe {0}.toml",
+    "project {model} --out d.safetensors --forget {facts} --previous {0}", "prune {model} --out d.safetensors --fraction 0.1 --scores {0}", "collect {model} --out d.safetensors --text {0}",
+    "apply --out o {0} {model}", "apply --out o {facts} {0}", "audit {0} --original {model} --facts {facts} --attacks direct", "audit {model} --original {model} --facts {0}",
+    "report {0}", "report {0}.toml", "run {0}", "reproduce {0}", "push {0} me/x", "compare {model} {model} --metrics tofu --data {0}", "tasks t --facts {0}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", READ)
+def test_an_input_at_which_nothing_can_be_is_an_error_of_ours(words, model, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for name in ("x" * 300, "loop", "facts.jsonl/x", "~nobody/x"):
+        with pytest.raises(RepeditError):
+            CliRunner().invoke(app, words.format(name, model=model, facts=rows).split(), catch_exceptions=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["facts.jsonl", "loop"]

@@ -12,6 +12,7 @@ from typing import Any
 from repedit.attacks.families.stripping import wrapped
 from repedit.errors import CheckpointError, FingerprintError, NoOpEdit
 from repedit.fingerprints import fingerprint
+from repedit.io.files import is_folder
 from repedit.io.text import read_json
 from repedit.models import Subject, load
 from repedit.sites import Site
@@ -38,7 +39,7 @@ class Audited:
     @property
     def path(self) -> Path | None:
         """The directory, where the model is one."""
-        return None if isinstance(self._source, Subject) or not Path(self._source).is_dir() else Path(self._source)
+        return None if isinstance(self._source, Subject) or not is_folder(self._source) else Path(self._source)
 
     @property
     def name(self) -> str:

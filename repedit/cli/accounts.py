@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from repedit.io.files import is_folder
+
 
 def accounted(file: Path, step: Any, words: Sequence[str], carry_out: Callable[[], int]) -> int:
     """Carry a step out and enter it, with what it showed, into the account of the run; the exit code."""
@@ -43,7 +45,7 @@ def paged(file: Path, dry_run: bool) -> Iterator[None]:
 
 def is_run(path: Path) -> bool:
     """Whether a path given to `report` means a run: a TOML file, or a folder with the account of one and no audit."""
-    if path.is_dir():
+    if is_folder(path):
         return not (path / "audit.json").exists() and any(path.glob("*.account.jsonl"))
     return path.suffix == ".toml"
 

@@ -10,6 +10,7 @@ import typer
 from repedit.cli.options import Json, Layout, Model, Multiple, opened
 from repedit.cli.writing import check_out, shaped, show_plan
 from repedit.cli.writing import verify as verified
+from repedit.io.files import is_folder
 
 Shape = Annotated[
     str,
@@ -46,7 +47,7 @@ def apply(
     if adapter and (dtype, layout, multiple) != (None, "uniform", None):
         raise ArgumentError("--structure adapter takes no --dtype, --layout or --multiple: it is stored in float32")
     shape = shaped(out, "keep" if adapter else structure, layout, multiple)
-    local = Path(model).is_dir() or model == DEFAULT
+    local = is_folder(model) or model == DEFAULT
     source: Any = model if local and not adapter else opened(model, "auto", "auto")
     if dry_run:
         show_plan(checkpoint.dry_run(loaded, source, **shape), out, json)

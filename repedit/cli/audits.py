@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.options import Device, Json, quiet
+from repedit.io.files import is_folder
 from repedit.io.text import parse_json
 
 
@@ -102,7 +103,7 @@ def report(
         joint = together(reports)
         written = [] if out is None else _written(partial(joint.write, out))
     else:
-        home = audits[0] if audits[0].is_dir() else audits[0].parent
+        home = audits[0] if is_folder(audits[0]) else audits[0].parent
         only = next(iter(reports.values()))
         written = _written(partial(write, only, home if out is None else out, hide_items=hide_items))
     if json:
@@ -220,7 +221,7 @@ def _name_files(written: list[Path]) -> None:
 
 def _names(paths: list[Path]) -> list[str]:
     """The last parts of the paths, as many as tell them apart."""
-    whole = [path.absolute() if path.is_dir() else path.absolute().parent for path in paths]
+    whole = [path.absolute() if is_folder(path) else path.absolute().parent for path in paths]
     for count in range(1, max(len(path.parts) for path in whole) + 1):
         names = ["/".join(path.parts[-count:]) for path in whole]
         if len(set(names)) == len(names):

@@ -51,7 +51,7 @@ def collect(
     from repedit.ranks import leave, own_device
     from repedit.stats import Activity, Moments
 
-    check_out(out, text)
+    check_out(out, text, file=True)
     kinds: dict[str, Any] = {"activity": Activity, "moments": Moments}
     if statistic not in kinds:
         raise UnknownName(f"--statistic {statistic!r}; {nearest(statistic, kinds)}")
@@ -85,7 +85,7 @@ def score(
     """Score every neuron by how specific it is to the forget set."""
     from repedit import console
 
-    check_out(out, forget, retain)
+    check_out(out, forget, retain, file=True)
     subject = opened(model, device, dtype)
     scores = _scored(subject, forget, retain, sites, importance, combine, tokens, batch_size)
     save(scores, out)

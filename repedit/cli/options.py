@@ -38,9 +38,9 @@ IDLE: Mapping[str, tuple[tuple[str, Callable[[Given], bool], tuple[str, ...]], .
     "project": (("a --method that fits at once", lambda o: o["method"] != "mrp", ("steps", "resume", "batch_size")),),
     "apply": (("--structure keep", lambda o: o["structure"] == "keep", ("layout", "multiple")),),
     "audit": (
-        ("--selftest", lambda o: o["selftest"], ("edited", "original", "facts", "retain", "reference", "attacks", "out")),
+        ("--selftest", lambda o: o["selftest"], ("edited", "original", "facts", "retain", "reference", "attacks", "out", "hide_items")),
         ("an audit without --selftest", lambda o: not o["selftest"], ("seed",)),
-        ("no --out", lambda o: o["out"] is None and not o["dry_run"], ("hide_items",)),
+        ("--dry-run", lambda o: o["dry_run"], ("hide_items",)),
     ),
     "compare": (
         ("--metrics", lambda o: bool(o["metrics"]), ("text", "prompt", "tokens", "batch_size")),

@@ -23,13 +23,17 @@ def demo(
 ) -> None:
     """Prune the code neurons of the default model; make it forget the capitals; export both and compare."""
     from repedit import console
-    from repedit.errors import UnknownName, nearest
+    from repedit.errors import ArgumentError, UnknownName, nearest
     from repedit.io.targets import check_target
     from repedit.walkthrough import forget_capitals, walkthrough
 
     quiet()
     if act not in ("both", "code", "capitals"):
         raise UnknownName(f"act={act!r}; {nearest(act, ('both', 'code', 'capitals'))}")
+    if out.name in ("", ".."):
+        raise ArgumentError(
+            f"--out {out} has no name that the second directory could go by; give the name of a new directory"
+        )
     place = out.with_name(f"{out.name}-capitals")
     for target in (out,) * (act != "capitals") + (place,) * (act != "code"):
         check_target(target, overwrite=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from repedit import __version__
 from repedit.errors import ArgumentError, DataError, NotFound, TargetExists, check_names
-from repedit.io.files import file_hashes
+from repedit.io.files import exists, file_hashes, is_file, is_folder
 from repedit.io.text import JsonLines, read_toml
 
 UNSUITED = ("run", "reproduce", "demo", "fetch", "chat", "tasks", "push", "vision demo")
@@ -69,7 +69,7 @@ class Step:
                 return value
             if _written(value, outs):
                 return str(place / value)
-            return str(Path(value).absolute()) if Path(value).exists() else value
+            return str(Path(value).absolute()) if exists(value) else value
 
         return replace(self, options={key: there(value) for key, value in self.options.items()})
 
@@ -104,7 +104,7 @@ def read(path: Path, commands: Mapping[str, Any]) -> list[Step]:
         UnknownName: naming what no verb or no option is called.
         ArgumentError: if an option that a verb needs is missing, or two steps write the same place.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise NotFound(f"{path.absolute()} is not a file; give a TOML file with [[step]] tables")
     found = read_toml(path)
     steps, model = found.pop("step", None), found.pop("model", None)
@@ -169,10 +169,10 @@ def _written(value: str, outs: Sequence[Path]) -> bool:
 
 def _input(path: Path) -> str | None:
     """What tells a file that is read from another: its hash; of a directory, such as a model, names, sizes and times."""
-    if path.is_dir():
+    if is_folder(path):
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
         return " ".join(f"{p.relative_to(path)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
-    return tree_hash(path) if path.is_file() else None
+    return tree_hash(path) if is_file(path) else None
 
 
 class Log:

@@ -145,7 +145,7 @@ def _recipe(name: str, settings: list[str], layers: str | None, modules: str | N
             raise ArgumentError(f"--set {settings[0]!r} beside the file {name}; write it under [options] there")
         found: Any = read(name)
     else:
-        found = named(name, **dict(_setting(text) for text in settings))
+        found = named(name, **_settings(settings))
     if not isinstance(found, UnlearnRecipe):
         if layers is not None or modules is not None or mask is not None:
             raise ArgumentError(
@@ -162,6 +162,18 @@ def _recipe(name: str, settings: list[str], layers: str | None, modules: str | N
         return sure(found, percentile=float(percentile if kind == "sure" else "none"))
     except ValueError as error:
         raise ArgumentError(f"--mask {mask!r}; write 'sure:90', with a number in [0, 100]") from error
+
+
+def _settings(texts: list[str]) -> dict[str, Any]:
+    """The options of --set, each given once."""
+    from repedit.errors import ArgumentError
+
+    options: dict[str, Any] = {}
+    for key, value in map(_setting, texts):
+        if key in options:
+            raise ArgumentError(f"--set {key} is given twice, as {options[key]!r} and as {value!r}; give it once")
+        options[key] = value
+    return options
 
 
 def _setting(text: str) -> tuple[str, Any]:

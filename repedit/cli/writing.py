@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from repedit.io.files import exists, is_folder, make_folder
+
 
 def shaped(out: Path | None, structure: str, layout: str, multiple: int | None) -> dict[str, Any]:
     """The options of an export that say which shape it has, checked before anything long begins."""
@@ -21,11 +23,12 @@ def shaped(out: Path | None, structure: str, layout: str, multiple: int | None) 
     return {"structure": structure, "layout": layout, "multiple": multiple}
 
 
-def check_out(out: Path | None, *reads: Any, overwrite: bool = False) -> None:
+def check_out(out: Path | None, *reads: Any, overwrite: bool = False, file: bool = False) -> None:
     """Refuse a target before any work is done: one that cannot be written, that holds something else, or that is read.
 
     Args:
         out: x.safetensors is a file, everything else a directory.
+        file: whether the verb writes a file whatever its name.
         reads: what the verb reads, by the words it was given.
     Raises:
         TargetExists: if something would be lost. CheckpointError: if nothing can be written there.
@@ -36,15 +39,15 @@ def check_out(out: Path | None, *reads: Any, overwrite: bool = False) -> None:
 
     if out is None:
         return
-    sources = [Path(word) for word in reads if word is not None and Path(word).exists()]
-    if out.suffix == ".safetensors":
+    sources = [Path(word) for word in reads if word is not None and exists(word)]
+    if file or out.suffix == ".safetensors":
         if any(source.samefile(out) for source in sources if out.exists()):
             raise TargetExists(f"{out} is read by this command and cannot be written by it; give another --out")
         check_file_target(out)
         check_replaceable(out)
         return
     check_target(out, overwrite=overwrite)
-    for folder in (source for source in sources if source.is_dir()):
+    for folder in (source for source in sources if is_folder(source)):
         check_target(out, overwrite=overwrite, source=folder)
 
 
@@ -55,7 +58,7 @@ def save(value: Any, out: Path) -> None:
         RepeditError: of the type of the failure, saying where the value is kept.
     """
     with keeping(value, out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(os.path.realpath(out)).parent)
         value.save(out)
 
 

@@ -10,6 +10,7 @@ from repedit.data.domains import drawn
 from repedit.data.lines import folder, mappings
 from repedit.data.rows import Row, Rows
 from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, nearest
+from repedit.io.files import is_file
 from repedit.io.text import read_text
 
 _REFUSALS = "idontknow.jsonl"
@@ -45,7 +46,7 @@ def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: b
     if template.count("{}") != 1:
         raise ArgumentError(f"template={template!r}; it needs one {{}}, where the question goes")
     path = place / f"{split}.jsonl"
-    if not path.is_file():
+    if not is_file(path):
         found = sorted(p.stem for p in place.glob("*.jsonl") if p.name != _REFUSALS)
         raise UnknownName(f"{place} has no split {split!r}; {nearest(split, found)}")
     answers = _refusals(place) if refusals else ()
@@ -75,6 +76,6 @@ def _texts(value: object) -> bool:
 
 def _refusals(place: Path) -> tuple[str, ...]:
     path = place / _REFUSALS
-    if not path.is_file():
+    if not is_file(path):
         raise NotFound(f"{path.absolute()} is not a file; the refusals are read from it, or leave refusals out")
     return tuple(line.strip() for line in read_text(path).split("\n") if line.strip())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import DataError, NotFound
-from repedit.io.files import user_path
+from repedit.io.files import is_folder, user_path
 from repedit.io.tables import parquet_rows
 from repedit.io.text import json_rows
 
@@ -19,7 +19,7 @@ def folder(directory: str | Path, what: str) -> Path:
         NotFound: if there is none, with what should lie in it.
     """
     path = user_path(directory)
-    if not path.is_dir():
+    if not is_folder(path):
         raise NotFound(f"{path.absolute()} is not a directory; give the one that holds {what}")
     return path
 

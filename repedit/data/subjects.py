@@ -8,6 +8,7 @@ from pathlib import Path
 from repedit.data.domains import Fact
 from repedit.data.lines import folder
 from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, nearest
+from repedit.io.files import is_file
 from repedit.io.tables import csv_rows
 
 LETTERS = ("A", "B", "C", "D")
@@ -71,7 +72,7 @@ def mmlu(
 
 
 def _questions(path: Path) -> list[list[str]]:
-    if not path.is_file():
+    if not is_file(path):
         raise NotFound(f"{path.absolute()} is not a file; the shots are read from it, or give shots=0")
     rows = csv_rows(path)
     rows = rows[1:] if rows and rows[0] == _HEADER else rows

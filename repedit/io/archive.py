@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from repedit.errors import CheckpointError, RepeditError, TargetExists
-from repedit.io.files import open_regular
+from repedit.io.files import is_file, open_regular
 from repedit.io.safetensors import header_of as tensor_header
 from repedit.io.safetensors import read_header, read_tensor, write_file
 from repedit.io.text import parse_json
@@ -34,7 +33,7 @@ def check_replaceable(path: str | Path) -> None:
         TargetExists: with what is there.
     """
     place = Path(path)
-    if os.path.lexists(place) and place.is_file() and place.stat().st_size and kind_of(place) is None:
+    if is_file(place) and place.stat().st_size and kind_of(place) is None:
         raise TargetExists(f"{place} exists and repedit did not write it; move it away, or give another path")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from repedit.errors import CheckpointError, NotFound
-from repedit.io.files import open_regular
+from repedit.io.files import is_folder, open_regular
 from repedit.io.safetensors import Entry, TensorSpec, read_header, read_tensor
 from repedit.io.text import read_json
 
@@ -70,8 +70,8 @@ def open_shards(directory: str | Path) -> Shards:
             another file.
     """
     root = Path(directory)
-    if not root.is_dir():
-        raise NotFound(f"{root.resolve()} is not a directory")
+    if not is_folder(root):
+        raise NotFound(f"{root.absolute()} is not a directory")
     check_files(root)
     if (root / SINGLE).exists():  # transformers reads this file and no other, even beside an index
         return Shards(root, read_header(root / SINGLE)[0], indexed=False)

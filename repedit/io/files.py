@@ -68,10 +68,30 @@ def user_path(path: str | Path) -> Path:
         return Path(path)
 
 
+NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What the system says of a path at which nothing can be."""
+
+
 def is_file(path: str | Path) -> bool:
     """Whether a path names a regular file, or a link to one; False also for what is no possible path."""
     try:
         return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def exists(path: str | Path) -> bool:
+    """Whether anything is at a path, behind all links; False also for what is no possible path."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a path names a folder, or a link to one; False also for what is no possible path."""
+    try:
+        return Path(path).is_dir()
     except (OSError, ValueError):
         return False
 

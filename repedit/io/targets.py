@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditError, TargetExists
-from repedit.io.files import file_hash
+from repedit.io.files import NOWHERE, file_hash, user_path
 from repedit.io.text import read_json
 
 MANIFEST, CARD = "repedit.json", "README.md"
@@ -52,7 +52,7 @@ def check_target(target: str | Path, *, overwrite: bool = False, source: str | P
     with _typed(out):
         _check_parent(out)
         if source is not None:
-            _check_apart(out, Path(source).expanduser().resolve(), Path(source))
+            _check_apart(out, _real(source), Path(source))
         if _is_ours(_place(out)):
             with _claimed(
                 out
@@ -71,7 +71,7 @@ def check_file_target(target: str | Path, *, overwrite: bool = True) -> Path:
     """
     out = _absolute(target)
     with _typed(out):
-        out = Path(os.path.realpath(out))
+        out = _real(out)
         _check_parent(out)
         kind = _kind(out)
         if kind not in (None, "a file"):
@@ -92,9 +92,9 @@ def check_folder(target: str | Path | None, *ours: str, read: tuple[str | Path, 
     """
     if target is None:
         return
-    out = _absolute(target).resolve()
+    out = _real(_absolute(target))
     with _typed(out):
-        if any(Path(path).expanduser().resolve() == out for path in read):
+        if any(_real(path) == out for path in read):
             raise TargetExists(f"the target {target} is read by this command; give another target")
         _check_parent(out)
         kind = _kind(out)
@@ -265,6 +265,11 @@ def _absolute(target: str | Path) -> Path:
         raise CheckpointError(f"the target {path} cannot be found: {error}; give another target") from error
 
 
+def _real(path: str | Path) -> Path:
+    """A path behind all links; links that lead back to themselves stay, which `Path.resolve` does not allow."""
+    return Path(os.path.realpath(user_path(path)))
+
+
 def _check_parent(out: Path) -> None:
     if out == out.parent:
         return
@@ -286,7 +291,7 @@ def _name_limit(folder: Path) -> int:
 
 def _check_apart(out: Path, origin: Path, source: Path) -> None:
     """Compared as the system does: links and, where it does not tell them apart, capitals are seen through."""
-    if any(_same(folder, origin) for folder in (out, *out.resolve().parents)) or any(
+    if any(_same(folder, origin) for folder in (out, *_real(out).parents)) or any(
         _same(out, folder) for folder in origin.parents
     ):
         raise TargetExists(
@@ -329,8 +334,10 @@ def _kind(path: Path) -> str | None:
     """What stands at a path, links and special files unopened; None where nothing does."""
     try:
         mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in NOWHERE:
+            return None
+        raise
     return "a directory" if stat.S_ISDIR(mode) else _KINDS.get(stat.S_IFMT(mode), "a device")
 
 

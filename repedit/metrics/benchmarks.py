@@ -8,6 +8,7 @@ from pathlib import Path
 
 from repedit.data import mmlu, semeval
 from repedit.errors import NotFound, UnknownName, check_whole, nearest
+from repedit.io.files import is_folder
 from repedit.metrics.membership import auc, tpr
 from repedit.metrics.semeval import evaluate as semeval_score
 from repedit.metrics.semeval.evaluation import membership_scores
@@ -44,7 +45,7 @@ def measured(
     for name in names:
         if name not in SUITES:
             raise UnknownName(f"metrics={name!r}; {nearest(name, SUITES)}")
-    if not Path(directory).is_dir():
+    if not is_folder(directory):
         raise NotFound(f"{directory} is no directory; give the one that holds the data of {', '.join(names)}")
     return {name: SUITES[name](base, edited, Path(directory), limit) for name in names}
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from repedit.data import DOMAINS, Fact
 from repedit.data import facts as facts_named
 from repedit.data.encoding import joined
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFound, TargetExists, UnknownName, nearest
-from repedit.io.files import user_path, write_text
+from repedit.io.files import is_folder, make_folder, user_path, write_text
+from repedit.io.targets import check_folder
 from repedit.io.text import read_text
 from repedit.models import Subject
 
@@ -50,7 +52,7 @@ def evaluate(
         raise ArgumentError(
             f"tasks={names}, limit={limit}, batch_size={batch_size}; give a task, and numbers of at least 1"
         )
-    if include is not None and not Path(include).is_dir():
+    if include is not None and not is_folder(include):
         raise NotFound(
             f"{Path(include).absolute()} is not a directory; give the one that holds the YAML files of the tasks"
         )
@@ -126,8 +128,9 @@ def write_tasks(
     Raises:
         UnknownName, NotFound, DataError: as `rp.data.facts` does; DataError also for a fact without choices.
         ArgumentError: without names, or if two tasks would have one name.
-        TargetExists: if a file of that name holds something else.
+        TargetExists: if a file of that name holds something else. CheckpointError: if the folder cannot be written.
     """
+    check_folder(folder)
     place = user_path(folder).absolute()
     chosen = [names] if isinstance(names, str | Path) else list(names)
     tasks = [f"repedit_{Path(name).stem if _is_file(name) else name}" for name in chosen]
@@ -147,10 +150,10 @@ def write_tasks(
             data=json.dumps(str(data), ensure_ascii=False),
             space=_space(rows, task),
         )
-    taken = next((path for path, text in files.items() if path.exists() and read_text(path) != text), None)
+    taken = next((path for path, text in files.items() if os.path.lexists(path) and read_text(path) != text), None)
     if taken is not None:
         raise TargetExists(f"{taken} exists and holds something else; move it away, or give another folder")
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     for path, text in files.items():
         write_text(path, text)
     return tuple(tasks)

@@ -25,7 +25,7 @@ from repedit.errors import (
 )
 from repedit.foreign_text import for_terminal
 from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
-from repedit.io.files import file_hash
+from repedit.io.files import file_hash, is_folder
 from repedit.io.safetensors import floating
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, sync, workplace
 from repedit.io.text import read_json
@@ -264,7 +264,7 @@ def _saved(subject: Any, place: Path, max_shard_size: str) -> Path:
 
 def _directory(source: str | Path) -> Path:
     path = Path(source).expanduser()
-    if path.is_dir():
+    if is_folder(path):
         return path.absolute()
     from repedit.fetching import DEFAULT, cached
 

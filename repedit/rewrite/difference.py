@@ -12,6 +12,7 @@ from torch import Tensor
 from repedit.errors import FingerprintError
 from repedit.fetching import DEFAULT, cached
 from repedit.io.checkpoint import open_shards
+from repedit.io.files import is_folder
 from repedit.models import Subject
 
 
@@ -72,6 +73,6 @@ def _tensors(source: Subject | str | Path) -> tuple[Mapping[str, tuple[int, ...]
     if isinstance(source, Subject):
         names = dict(source.model.named_parameters())
         return {n: tuple(p.shape) for n, p in names.items()}, lambda name: source.value(name).cpu()
-    directory = cached() if str(source) == DEFAULT and not Path(source).is_dir() else Path(source)
+    directory = cached() if str(source) == DEFAULT and not is_folder(source) else Path(source)
     shards = open_shards(directory)
     return {n: spec.shape for n, spec in shards.specs.items()}, shards.read

@@ -13,7 +13,7 @@ import numpy as np
 
 from repedit.attacks.attack import Finding
 from repedit.errors import CheckpointError
-from repedit.io.files import make_folder, write_text
+from repedit.io.files import is_folder, make_folder, write_text
 from repedit.io.text import parse_json, read_text
 
 SCHEMA = 1
@@ -209,7 +209,7 @@ class Report:
         Raises:
             CheckpointError: if there is none, or it cannot be read.
         """
-        file = Path(path) / "audit.json" if Path(path).is_dir() else Path(path)
+        file = Path(path) / "audit.json" if is_folder(path) else Path(path)
         try:
             return cls.from_json(read_text(file, CheckpointError))
         except CheckpointError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from repedit.errors import UnknownName, check_finite, check_names, nearest
+from repedit.errors import ArgumentError, UnknownName, check_finite, check_names, nearest
 from repedit.gradient import written
 from repedit.gradient.recipe import CHANGEABLE, Merged, UnlearnRecipe
 from repedit.gradient.recipes.basic import (
@@ -54,7 +54,7 @@ SURE = ("percentile", "unit")
 __all__ = [*RECIPES, "RECIPES", "blur", "named", "read", "small", "sure"]
 
 
-def named(name: str, **options: Any) -> UnlearnRecipe | Merged:
+def named(name: str, /, **options: Any) -> UnlearnRecipe | Merged:
     """A recipe by name: "blur_npo", "ails_ntua:agad" with a variant, "sure:npo_gdr" and "small:blur_npo" over another.
 
     An option wins over the settings of `small`, these over the defaults of the recipe.
@@ -76,8 +76,11 @@ def named(name: str, **options: Any) -> UnlearnRecipe | Merged:
     parameters = inspect.signature(RECIPES[head]).parameters
     own = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     check_names(f"recipe {name!r}", options, [*own, *CHANGEABLE])
-    numbers = [option for option in own if str(parameters[option].annotation).startswith(("float", "int"))]
-    check_finite(**{option: options[option] for option in numbers if option in options})
+    for option in (option for option in own if option in options):
+        if str(parameters[option].annotation).startswith(("float", "int")):
+            check_finite(**{option: options[option]})
+        if options[option] is None and parameters[option].default is not None:
+            raise ArgumentError(f"{option}=None; give a value, or leave it out for {parameters[option].default!r}")
     if rest and "variant" not in parameters:
         raise UnknownName(f"recipe {head!r} has no variants, and {rest!r} was asked for; name {head!r} alone")
     return RECIPES[head](rest, **options) if rest else RECIPES[head](**options)

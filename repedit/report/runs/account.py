@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import CheckpointError, DataError, NotFound
-from repedit.io.files import append, file_hash, file_hashes
+from repedit.io.files import append, file_hash, file_hashes, is_file
 from repedit.io.text import JsonLines, check_fields, read_toml
 from repedit.rewrite.manifest import PACKAGES
 
@@ -54,7 +54,7 @@ def tables(file: Path) -> list[dict[str, Any]]:
     Raises:
         NotFound: if there is no such file. DataError: if it is not the file of a run.
     """
-    if not file.is_file():
+    if not is_file(file):
         raise NotFound(f"{file.absolute()} is not a file; give the TOML file of a run, or the folder that holds it")
     try:
         found = read_toml(file)
@@ -88,7 +88,7 @@ def enter(
     asked = tables(file)[number - 1]
     given = [word for value in asked.values() for word in (value if isinstance(value, list) else [value])]
     wrote = [str(step["out"]) for step in tables(file) if step.get("out")]
-    read = [word for word in given if isinstance(word, str) and word not in wrote and Path(word).is_file()]
+    read = [word for word in given if isinstance(word, str) and word not in wrote and is_file(word)]
     found = Entry(
         number, words[0], asked, tuple(words), code, seconds, None if out is None else str(out),
         {} if out is None else file_hashes(there or out), {word: file_hash(Path(word)) for word in read}, tuple(shown),

@@ -10,7 +10,7 @@ from typing import Any
 from repedit.attacks.judging.evidence import Report
 from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditError
 from repedit.io import archive
-from repedit.io.files import file_hash, file_hashes, user_path
+from repedit.io.files import file_hash, file_hashes, is_file, is_folder, user_path
 from repedit.io.text import read_text
 from repedit.report.runs.account import Entry, account_of, entries, tables
 from repedit.report.withholding import without_texts
@@ -121,8 +121,8 @@ def find(path: str | Path) -> Path:
         NotFound: if there is none. ArgumentError: if there are several.
     """
     place = user_path(path)
-    if not place.is_dir():
-        if not place.is_file():
+    if not is_folder(place):
+        if not is_file(place):
             raise NotFound(
                 f"{place.absolute()} does not exist; give the TOML file of a run, or the folder that holds it"
             )
