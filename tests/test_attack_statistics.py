@@ -12,6 +12,7 @@ from repedit.attacks.judging import bootstrap, crossfit
 from repedit.attacks.judging.bootstrap import knowledge, recoveries
 from repedit.attacks.judging.crossfit import Series, chosen, in_first
 from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRows, ShapeError
+from repedit.report import tables
 
 N = 100
 ITEMS = tuple(f"f{i}" for i in range(N))
@@ -313,6 +314,14 @@ def test_twelve_null_attacks_raise_few_alarms():
 def test_bounds_of_one_attack_at_a_time_are_caught(monkeypatch):
     monkeypatch.setattr(bootstrap, "_simultaneous", lambda family, tail: [r.interval for r in family])
     assert false_alarms(40) > 0.07
+
+
+def test_an_original_at_the_floor_leaves_nothing_to_recover():
+    rng = np.random.default_rng(17)
+    (row,) = recoveries([series(coins(rng, 0.25), coins(rng, 0.2), 0.3)], OWN)
+    assert row.status == UNINFORMATIVE and np.isnan(row.value)
+    assert re.fullmatch(r"simply asked, the original is no better than the floor: -0\.\d+ above it", row.reason)
+    assert tables.interval(row) == "" and tables.recovered(row) == UNINFORMATIVE
 
 
 def test_the_bound_widens_by_less_than_bonferroni_and_not_for_copies():

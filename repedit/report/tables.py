@@ -38,9 +38,9 @@ def number(value: Any, digits: int = 2) -> str:
 
 
 def interval(recovery: Recovery) -> str:
-    """ "[0.31, 0.55]"; a star where it holds for this attack alone, nothing where there is none."""
+    """ "[0.31, 0.55]"; a star where it holds for this attack alone, nothing where there is none or R is not defined."""
     low, high = span(recovery)
-    if not measured(low, high):
+    if not measured(recovery.value, low, high):
         return ""
     return f"[{low:.2f}, {high:.2f}]" + ("" if measured(*recovery.bound) else "*")
 
@@ -85,7 +85,9 @@ def attacks(report: Report) -> Table:
     columns = ("attack", "attacker has", "edited", "original", "floor", "R", "95 %, all attacks", "95 %, this attack", "edited / original")  # fmt: skip
     rows = []
     for found in ordered(report):
-        spans = [f"[{s[0]:.2f}, {s[1]:.2f}]" if measured(*s) else "" for s in (found.bound, found.interval)]
+        spans = [
+            f"[{s[0]:.2f}, {s[1]:.2f}]" if measured(found.value, *s) else "" for s in (found.bound, found.interval)
+        ]
         name = found.attack if found.status == RAN else f"{found.attack} ({found.status})"
         name = name if found.decides else f"{name} (not deciding)"
         values = [number(v) for v in (found.edited, found.original, found.floor, found.value)]

@@ -91,6 +91,7 @@ SENTENCES = r"""
     not asked for
     needs a larger budget than 'NAME'
     it breaks the original too: N above the floor after the attack, less than half of N before
+    simply asked, the original is no better than the floor: N above it
     needs holdout text never trained on
     needs retain facts, to leave alone what they use
     needs retain facts or unrelated text; neither was given

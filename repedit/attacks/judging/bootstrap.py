@@ -273,4 +273,6 @@ def _recovery(one: Series, found: _Fraction | None, direct: _Fraction | None) ->
         f"it breaks the original too: {found.gap:.3f} above the floor after the attack, less than half of "
         f"{direct.gap:.3f} before"
     )
+    if direct.gap <= 0:
+        reason = f"simply asked, the original is no better than the floor: {direct.gap:.3f} above it"
     return replace(row, status=UNINFORMATIVE, reason=reason)
