@@ -397,6 +397,7 @@ class Spied(rp.AffineMap):
     width = property(lambda self: self.inner.width)
     rank_removed = offset = property(lambda self: None)
     left = right = None
+    tensors = property(lambda self: self.inner.tensors)
 
     def __call__(self, x):
         y = self.inner(x)

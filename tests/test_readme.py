@@ -121,7 +121,8 @@ def test_everything_that_a_page_links_to_is_there():
     root = Path(__file__).parents[1]
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         named = [name.split("#")[0] for name in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text())]
-        assert named and not [name for name in named if not (page.parent / name).exists()]
+        assert named or page.name != "README.md"
+        assert not [name for name in named if not (page.parent / name).exists()]
 
 
 def test_every_verb_is_in_the_readme():
