@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import repedit as rp
 from repedit.data import Corpus, Document, Tokens
+from repedit.data.corpus import tokens
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, NotFound, UnknownName
 from tests.letters import Letters
 
@@ -209,3 +210,9 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path):
 def test_a_bad_list_is_refused(items, message):
     with pytest.raises(DataError, match=message):
         rp.data.read(items)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_ids_of_any_width_are_read(dtype):
+    (batch,) = tokens([{"input_ids": torch.tensor([[5, 6]]).to(dtype)}]).batches()
+    assert batch.input_ids.dtype is torch.int64 and batch.input_ids.tolist() == [[5, 6]] and batch.attention_mask.all()

@@ -213,7 +213,8 @@ def tokens(batches: Iterable[Mapping[str, Any]], name: str = "tokens") -> Tokens
             raise DataError(
                 f"batch {number}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; give one entry a token"
             )
-        items.append(Batch(ids, mask, tuple(f"{number}.{row}" for row in range(ids.shape[0]))))
+        # An embedding takes 64 or 32 bits only; tokenised corpora are often stored in 16.
+        items.append(Batch(ids.long(), mask, tuple(f"{number}.{row}" for row in range(ids.shape[0]))))
     if not items:
         raise DataError(f"corpus {name!r} is empty: no batches")
     return Tokens(tuple(items), name)
