@@ -125,6 +125,20 @@ def test_an_interrupt_is_one_line_and_its_own_code():
     assert (done.communicate()[1], done.returncode) == ("Interrupted.\n", examples.INTERRUPTED)
 
 
+def test_a_warning_and_a_log_show_what_was_given_and_obey_none_of_it():
+    code = (
+        "import logging, sys, warnings, repedit.cli, repedit.errors, repedit.models\n"
+        "def load(name, **options):\n"
+        "    warnings.warn(name)\n"
+        "    [logging.getLogger(of).warning('%s', name) for of in ('repedit', 'transformers')]\n"
+        "    raise repedit.errors.NotFound(name)\n"
+        "repedit.models.load = load\nrepedit.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "inspect", HOSTILE.replace("\udc80", "")], capture_output=True)
+    said = done.stderr.decode()
+    assert said.count("\\x1b]52") == 4 and said == for_terminal(said, lines=True)
+
+
 def test_every_help_that_lists_exit_codes_lists_those_of_every_verb():
     listed = [verb for verb in cli.verbs() if "Exit codes" in examples.epilog(verb)]
     assert set(listed) == set(examples.OWN)

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import typer
@@ -81,6 +83,9 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter gets its number
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **options: for_terminal(plain(*args, **options), lines=True)
+    logging.setLogRecordFactory(_LogRecord)
     code, message = _ended()
     if message:
         sys.stderr.write(for_terminal(message, lines=True).rstrip("\n") + "\n")
@@ -92,6 +97,13 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         cut_off = True
     sys.exit(code or (CUT_OFF if cut_off else 0))
+
+
+class _LogRecord(logging.LogRecord):
+    """A line of a log, of repedit or of transformers, that a terminal shows and does not obey."""
+
+    def getMessage(self) -> str:
+        return for_terminal(super().getMessage(), lines=True)
 
 
 def _ended() -> tuple[int, str]:
