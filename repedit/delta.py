@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.errors import ArgumentError, FingerprintError, NotFinite
+from repedit.errors import ArgumentError, DtypeError, FingerprintError, NotFinite
 from repedit.io import archive
 from repedit.io.text import plain
-from repedit.maps import not_finite_at
+from repedit.maps import check_dense, not_finite_at
 from repedit.models import Subject
 
 GROUP = 64
@@ -34,6 +34,7 @@ class Delta:
 
     Raises:
         NotFinite: if a difference is not finite, with the name and the place.
+        DtypeError: if one is no dense tensor of a floating dtype.
     """
 
     tensors: Mapping[str, Tensor]
@@ -43,6 +44,12 @@ class Delta:
     """One record a training step."""
 
     def __post_init__(self) -> None:
+        for name, value in self.tensors.items():
+            check_dense(f"the difference of {name}", value)
+            if not value.is_floating_point():
+                raise DtypeError(
+                    f"the difference of {name} is of {value.dtype}; give a floating dtype, such as float32"
+                )
         ordered = {name: self.tensors[name].detach() for name in sorted(self.tensors)}
         for name, value in ordered.items():
             place = not_finite_at(value)
@@ -141,9 +148,6 @@ class Delta:
         """
         tensors, header = archive.read(path, "delta")
         with archive.rebuilding(path, "delta"):
-            wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
-            if wrong is not None:
-                raise ValueError(f"the difference of {wrong!r} is of {tensors[wrong].dtype}")
             return Delta(tensors, header["provenance"], tuple(dict(record) for record in header["log"]))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from repedit import hooks
 from repedit.arch import Anatomy, hooks_at
-from repedit.errors import FingerprintError, NotFoldable, ShapeError, during
+from repedit.errors import ArgumentError, FingerprintError, NotFoldable, ShapeError, during
 from repedit.fingerprints import value_hash
 from repedit.io import archive
 from repedit.io.text import plain
@@ -37,6 +37,7 @@ class Edit:
 
     Raises:
         NotFinite: if a map holds a number that is not finite, with the site.
+        ArgumentError: if a key is no site, or a value no map.
     """
 
     maps: Mapping[Site, AffineMap]
@@ -44,7 +45,13 @@ class Edit:
     """method, options, seed, data, model fingerprint, versions, parents; plain JSON values, no clock, no path."""
 
     def __post_init__(self) -> None:
-        ordered = {site: self.maps[site] for site in sorted(self.maps)}
+        by_site = {Site.parse(site) if isinstance(site, str) else site: map_ for site, map_ in self.maps.items()}
+        for site, map_ in by_site.items():
+            if not isinstance(site, Site) or not isinstance(map_, AffineMap):
+                raise ArgumentError(
+                    f"an edit holds a map for each site; found {type(map_).__name__} for {site!r}: give a LowRank or a Diagonal"
+                )
+        ordered = {site: by_site[site] for site in sorted(by_site)}
         check_finite(ordered)
         object.__setattr__(self, "maps", MappingProxyType(ordered))
         object.__setattr__(

@@ -35,6 +35,7 @@ from repedit.opening import (
     check_config,
     check_finite,
     device_named,
+    file_of,
     located,
     read_tokenizer,
     read_weights,
@@ -242,7 +243,7 @@ def load(
     options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
     extra = {"device_map": device_map} if device_map is not None else {}
     extra |= {"attn_implementation": attention} if attention else {}
-    with typed_errors(place), quiet(place):
+    with typed_errors(file_of(place, options), options=bool(extra)), quiet(place):
         if "gguf_file" not in options:
             check_config(place, options)
         files = file_states(place) if isinstance(place, Path) and "gguf_file" not in options else None
@@ -260,7 +261,7 @@ def load(
         check_unchanged(place, files, "while the model was read", "load it again once nothing writes there any more")
         source, origin = place, Origin(place)
     elif isinstance(place, Path):
-        origin = Origin(place / options["gguf_file"])
+        origin = Origin(Path(file_of(place, options)))
     else:
         source = snapshot(place, getattr(model.config, "_commit_hash", None) or revision)
         origin = None if source is None else Origin(source, place)
@@ -305,6 +306,17 @@ def subject_of(
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise UnknownArchitecture(
             f"{type(model).__name__} is not a decoder-only causal language model; load it with AutoModelForCausalLM"
+        )
+    switches = {
+        name: getattr(model.config, name) for name in ("return_dict", "output_hidden_states", "output_attentions")
+    }
+    wrong = [
+        name for name, value in switches.items() if type(value) is not bool or (name == "return_dict" and not value)
+    ]
+    if wrong:
+        raise UnknownArchitecture(
+            f"the config has {wrong[0]}={switches[wrong[0]]!r}, with which the model does not return what repedit reads; set "
+            f"model.config.{wrong[0]} = {wrong[0] == 'return_dict'}, or correct config.json"
         )
     compiled = [name for name, module in model.named_modules() if hasattr(module, "_orig_mod")]
     if compiled:

@@ -31,7 +31,7 @@ from repedit.errors import (
 )
 from repedit.fetching import DEFAULT, cached
 from repedit.io.checkpoint import TOKENIZERS, open_shards
-from repedit.io.files import open_regular
+from repedit.io.files import open_regular, user_path
 from repedit.maps import not_finite_at
 from repedit.ragged import refit
 
@@ -67,12 +67,13 @@ def located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict
     """
     from transformers import GgufConfig
 
+    path = user_path(name).absolute()
     try:
-        path = Path(name).expanduser().absolute()
         path.exists()
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise NotFound(f"{str(name)[:80]!r} can be no path and no hub id: {reason_of(error)}") from error
     if path.is_file() and path.suffix == ".gguf":
+        open_regular(path).close()
         return path.parent, {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -105,12 +106,18 @@ def _similar(path: Path) -> str:
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
+def file_of(place: Path | str, options: dict[str, Any]) -> Path | str:
+    """The GGUF file that is read, or the directory or hub id."""
+    return place / options["gguf_file"] if isinstance(place, Path) and "gguf_file" in options else place
+
+
 @contextmanager
-def typed_errors(place: Path | str, what: str = "") -> Iterator[None]:
+def typed_errors(place: Path | str, what: str = "", *, options: bool = False) -> Iterator[None]:
     """What transformers and safetensors raise, as an error of repedit that says where it looked.
 
     Args:
         what: the part of the model that is read, such as "the tokenizer of ".
+        options: whether the caller gave options that transformers may refuse.
     """
     where = f"{what}{place.absolute() if isinstance(place, Path) else place}"
     try:
@@ -133,7 +140,7 @@ def typed_errors(place: Path | str, what: str = "") -> Iterator[None]:
             f"the path of a local directory, or get the built-in model {DEFAULT!r} once with: repedit fetch"
         ) from error
     except Exception as error:  # each class has its own ways to fail
-        if isinstance(error, ValueError) and not what and not isinstance(error, json.JSONDecodeError):
+        if options and isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise ArgumentError(f"{where} cannot be loaded with these options: {error}") from error
         raise CheckpointError(
             f"{where} cannot be loaded: {reason_of(error)}; are its files those of this model? Download them again"
@@ -189,13 +196,15 @@ def check_count(place: Path | str, architecture: Architecture, most: int) -> Non
 
 
 def check_dtypes(place: Path | str, specs: Specs) -> None:
-    """Refuse weights of a dtype that means something only beside scales.
+    """Refuse weights of a dtype that means something only beside scales: integers and floats of 8 bits.
 
     Raises:
         QuantizedModel: naming the first.
     """
     for name, spec in specs.items():
-        if spec.dtype.is_floating_point and spec.dtype.itemsize == 1:
+        eight_bits = spec.dtype.is_floating_point and spec.dtype.itemsize == 1
+        # Old checkpoints also hold masks and positions as integers, which no model reads.
+        if eight_bits or (not spec.dtype.is_floating_point and name.endswith(".weight")):
             raise QuantizedModel(
                 f"{name} of {place} holds {spec.dtype}, which means something only beside its scales, and config.json names no "
                 "quantiser; use the unquantised base"
@@ -381,12 +390,15 @@ def read_tokenizer(place: Path | str, options: dict[str, Any]) -> Any | None:
     if plain and not any(path.name.startswith(TOKENIZERS) for path in Path(place).iterdir()):
         log.warning("%s holds no tokenizer files: loaded without one, so nothing that reads text will work", place)
         return None
-    with typed_errors(place, "the tokenizer of "):
-        return AutoTokenizer.from_pretrained(str(place), **options)
+    with typed_errors(file_of(place, options), "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
+        # Settings of another kind, such as a length in words, and a vocabulary without its pieces surface only here.
+        tokenizer("a")
+        return tokenizer
 
 
 def check_finite(model: nn.Module, dtype: str | torch.dtype = "auto") -> None:
-    """Refuse weights that are NaN or infinite, wherever they are.
+    """Refuse weights that are NaN or infinite, wherever they are, and rotary frequencies that the config makes so.
 
     Args:
         dtype: what the weights were cast to as they were loaded; "auto" for none.
@@ -399,4 +411,10 @@ def check_finite(model: nn.Module, dtype: str | torch.dtype = "auto") -> None:
         if place is not None:
             raise NotFinite(
                 f"weight {name!r} is not finite at {place}; the checkpoint is damaged{cause}, download it again"
+            )
+    for name, buffer in model.named_buffers():
+        place = not_finite_at(buffer) if name.endswith("inv_freq") else None
+        if place is not None:
+            raise NotFinite(
+                f"the rotary frequencies {name!r} are not finite at {place}; correct the rope settings in config.json"
             )

@@ -110,6 +110,14 @@ def test_a_cast_that_overflows_is_refused(value, dtype, to, message, tmp_path):
         rp.load(folder, dtype=to)
 
 
+def test_a_dtype_of_torch_is_as_good_as_its_name(tmp_path):
+    edit, folder = mask(tiny("llama"), "1.mlp.neurons"), large(tmp_path / "in", 65504)
+    for name, dtype in (("a", "float16"), ("b", torch.float16)):
+        rp.export(edit, folder, tmp_path / name, dtype=dtype)
+    for file in (SINGLE, "config.json", "repedit.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
 def test_an_edit_that_overflows_float16_is_refused(tmp_path):
     subject = tiny("llama", torch.float16)
     edit = Edit({rp.Site.parse("1.mlp.out"): rp.Diagonal(torch.full((24,), 1e6))})
@@ -152,6 +160,29 @@ def test_eight_bit_floats_are_refused_at_every_door(dtype, tmp_path):
 @pytest.mark.usefixtures("unchecked")
 def test_maps_that_do_not_hold_together_are_refused():
     one, whole = torch.ones(5, 1), torch.ones(5, 1, dtype=torch.int64)
+    for value, what in (
+        ([[1.0]], "is a list; give a tensor"),
+        (one.to("meta"), r"has no values \(it is on the meta device\); give a dense"),
+        (one.to_sparse(), r"is sparse \(torch\.sparse_coo\); give a dense tensor with values"),
+    ):
+        makers = (
+            rp.LowRank.projection,
+            lambda v: rp.LowRank(v, v),
+            lambda v: rp.Diagonal(v),
+            lambda v: rp.Delta({"a": v}),
+        )
+        for make in makers:
+            with pytest.raises(DtypeError, match=what):
+                make(value)
+    with pytest.raises(ShapeError, match=r"the basis has shape \(5,\); give \(d, k\), a direction as \(d, 1\)"):
+        rp.LowRank.projection(torch.ones(5))
+    with pytest.raises(DtypeError, match=r"the difference of a is of torch\.int32; give a floating dtype"):
+        rp.Delta({"a": torch.ones(5, dtype=torch.int32)})
+    for maps in ({rp.Site.parse("0.mlp.out"): one}, {3: rp.Diagonal(torch.ones(5))}):
+        with pytest.raises(
+            ArgumentError, match=r"an edit holds a map for each site; found \w+ for .*: give a LowRank or"
+        ):
+            rp.Edit(maps)
     with pytest.raises(RankError, match=r"u and v of shape \(5, 9\) have rank 9, the width is 5; a map of this width"):
         rp.LowRank(torch.ones(5, 9), torch.ones(5, 9))
     for u, v in ((whole, one), (one, whole), (one.to(torch.complex64), one)):

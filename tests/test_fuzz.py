@@ -16,6 +16,8 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import repedit as rp
 from repedit.activations.collection import Collection
@@ -28,8 +30,9 @@ from repedit.io.checkpoint import INDEX, open_shards
 from repedit.io.safetensors import read_header
 from repedit.report.runs import account
 from repedit.rewrite.verifying import verification
-from tests.hostile import FUZZ, damaged_bytes, emitted, strictly_read, tables
+from tests.hostile import EXAMPLES, FUZZ, damaged_bytes, emitted, strictly_read, tables
 from tests.reports import clean
+from tests.tiny import tiny
 
 FACTS = [
     {"id": "a", "prompt": "The capital of A is", "answer": "B", "choices": ["B", "C", "D"], "entity": "A"},
@@ -69,6 +72,7 @@ class Door:
     read: Callable[[Path], Any]
     right: Callable[[Path, Any], None]
     name: str = "file.json"
+    examples: int = EXAMPLES
 
 
 def as_bytes(texts: st.SearchStrategy[str]) -> st.SearchStrategy[bytes]:
@@ -295,6 +299,48 @@ def right_recipe(path: Path, recipe: Any) -> None:
     assert "lr" not in table or recipe.lr == float(table["lr"])
 
 
+SMALL = dict.fromkeys(("hidden_size", "intermediate_size"), 8) | {"vocab_size": 6, "num_hidden_layers": 1}
+TOKENIZER = {
+    "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "decoder": None, "post_processor": None,
+    "added_tokens": [
+        {"id": 1, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    ],
+    "pre_tokenizer": {"type": "Whitespace"},
+    "model": {"type": "WordLevel", "vocab": {"w0": 0, "<s>": 1, "w2": 2, "w3": 3}, "unk_token": "w3"},
+}  # fmt: skip
+
+
+@cache
+def checkpoint() -> dict[str, bytes]:
+    """The files of a tiny model with a tokenizer."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny("llama", **SMALL).model.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return files | {"tokenizer.json": json.dumps(TOKENIZER).encode()}
+
+
+def loaded(path: Path) -> Any:
+    """The model of a directory with one damaged file."""
+    folder = path.parent.parent / "model"
+    folder.mkdir(exist_ok=True)
+    for name, data in checkpoint().items():
+        (folder / name).write_bytes(path.read_bytes() if name == path.name else data)
+    return rp.load(folder)
+
+
+def right_model(path: Path, subject: Any) -> None:
+    stored = load_file(subject.source / "model.safetensors")
+    assert all(torch.equal(p, stored[name]) for name, p in subject.model.named_parameters())
+    assert subject.model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 6) and repr(subject)
+
+
+def right_tokenizer(path: Path, subject: Any) -> None:
+    ids = AutoTokenizer.from_pretrained(subject.source).encode("w0 w2")
+    assert subject.tokenizer("w0 w2").input_ids == ids
+
+
 MANIFEST = {"files": {"a.txt": "0" * 64, "b.txt": "1" * 64}, "format": 1, "sites": {"0.mlp.out": {"map": "x"}}}
 ENTRY = {
     "number": 1, "verb": "prune", "asked": {"verb": "prune", "fraction": 0.1}, "words": ["prune", "x"], "code": 0, "seconds": 1.5,
@@ -323,6 +369,10 @@ DOORS = {
         lambda: as_bytes(tables(MANIFEST)), lambda p: verification(p.parent),
         lambda p, v: _equal(sorted((*v.changed, *v.missing)), sorted(json.loads(p.read_bytes())["files"])), "repedit.json",
     ),
+    "config": Door(
+        lambda: as_bytes(tables(json.loads(checkpoint()["config.json"]))), loaded, right_model, "config.json", max(10, EXAMPLES // 3)
+    ),
+    "tokenizer": Door(lambda: as_bytes(tables(TOKENIZER)), loaded, right_tokenizer, "tokenizer.json", max(10, EXAMPLES // 3)),
     "run": Door(
         lambda: rows([ENTRY, ENTRY | {"number": 2}]), lambda p: account.entries(p.with_name("run.toml")),
         lambda p, v: _equal({e.number for e in v.values()}, set(v)), "run.account.jsonl",
@@ -340,7 +390,7 @@ def through(name: str, folder: Path, configuration: settings) -> None:
     place.mkdir()
     path = place / door.name
 
-    @configuration
+    @settings(configuration, max_examples=configuration.max_examples * door.examples // EXAMPLES)
     @given(door.files())
     def one(data: bytes) -> None:
         path.write_bytes(data)
@@ -388,6 +438,7 @@ def test_undamaged_files_are_read(tmp_path):
         "json lines": facts, "facts": facts, "corpus": corpus, "index": json.dumps(SHARDS).encode(),
         "report": json.dumps(small_report()).encode(), "manifest": json.dumps(MANIFEST).encode(),
         "run": (json.dumps(ENTRY) + "\n").encode(),
+        "config": checkpoint()["config.json"], "tokenizer": checkpoint()["tokenizer.json"],
         **{kind: file_of(json.dumps(saved(kind)[0]), saved(kind)[1]) for kind in ("edit", "delta", "scores", "collection", "moments")},
     }  # fmt: skip
     assert plain.keys() == DOORS.keys()

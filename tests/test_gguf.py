@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 import repedit as rp
 from repedit.arch.widths import mlp_widths
-from repedit.errors import NotFound, UnknownArchitecture
+from repedit.errors import CheckpointError, NotFound, UnknownArchitecture
 from repedit.io.checkpoint import open_shards
 from repedit.rewrite.gguf import gguf_check
 from tests.edits import mask
@@ -66,6 +66,29 @@ def read(path):
         quantization_config=GgufConfig(dequantize=True),
     )  # fmt: skip
     return rp.wrap(model.eval())
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+DAMAGED = {
+    "empty": (lambda p: cut(p, 0), "cannot be loaded: ValueError: .*empty"),
+    "cut": (lambda p: cut(p, 0.6), "cannot be loaded: .*are its files those of this model"),
+    "text": (lambda p: p.write_text("x" * 999), "cannot be loaded: ValueError: .*magic"),
+    "pointer": (lambda p: p.write_bytes(POINTER), r"is a Git LFS pointer, not the file itself"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_refused_by_its_name(damage, message, tmp_path):
+    tiny("llama").model.save_pretrained(tmp_path / "plain")
+    path = tmp_path / "model.gguf"
+    written(tmp_path / "plain", path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=rf"model\.gguf {message}"):
+        rp.load(path)
 
 
 def slimmed(folder, layout="uniform", multiple=8):

@@ -25,6 +25,10 @@ from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound, 
 from repedit.io import archive, files, tables, text
 from repedit.io.checkpoint import open_shards
 from repedit.io.safetensors import read_header, write_file
+from repedit.io.targets import check_target
+from repedit.rewrite import publishing
+from repedit.rewrite.gguf import gguf_check
+from repedit.rewrite.verifying import verification
 from tests.reports import report
 from tests.saved import saved
 
@@ -262,6 +266,31 @@ def test_an_impossible_path_is_not_found(name):
     for read in (rp.data.read, lambda n: rp.data.facts(n + ".jsonl")):
         with pytest.raises((NotFound, DataError)):
             read(name)
+
+
+NOBODY = "~nobody-of-this-name/x"
+TAKERS = {
+    "source": lambda: rp.export(rp.Edit({}), NOBODY, "out"),
+    "target": lambda: check_target(NOBODY, overwrite=False),
+    "source beside a target": lambda: check_target("out", overwrite=False, source=NOBODY) and open_shards(NOBODY),
+    "verification": lambda: verification(NOBODY),
+    "push": lambda: publishing.push(NOBODY, "a/b"),
+    "gguf": lambda: gguf_check(NOBODY),
+    "certificate": lambda: rp.certificate(NOBODY, rp.Edit({}), NOBODY),
+    "load": lambda: rp.load(NOBODY),
+    "no path": lambda: rp.load(3),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+def test_the_home_of_nobody_is_not_found(take, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RepeditError, match=r"not a directory|does not exist|cannot be found|no repedit\.json|can be no path|holds no"
+    ):
+        take()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("data", [b"no", b"PAR1" + bytes(40) + b"PAR1", b""])

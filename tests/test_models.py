@@ -138,6 +138,29 @@ def test_code_in_a_checkpoint_does_not_run(broken):
     assert not (folder / "ran").exists()
 
 
+def shards_of(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def renamed_shard(folder):
+    """A shard under a name that transformers opens as a pickle."""
+    first = shards_of(folder)[0].rename(folder / "pytorch_model.bin")
+    name = "model-00001-of-00003.safetensors"
+    index(lambda c: c | {"weight_map": {k: first.name if v == name else v for k, v in c["weight_map"].items()}})(folder)
+
+
+def in_two_shards(folder):
+    """A tensor a second time, with other values, in a shard to which the index does not send it."""
+    at = json.loads((folder / INDEX).read_text())["weight_map"][UP]
+    other = next(path for path in shards_of(folder) if path.name != at)
+    save_file(load_file(other) | {UP: load_file(folder / at)[UP] + 1}, other, metadata={"format": "pt"})
+
+
+def of_integers(folder):
+    tensors = load_file(folder / SINGLE)
+    save_file(tensors | {UP: tensors[UP].to(torch.int32)}, folder / SINGLE, metadata={"format": "pt"})
+
+
 DAMAGED = [
     ("one", pickled, CheckpointError, r"only pickled weights \(pytorch_model\.bin\).* convert them to safetensors"),
     ("one", lambda f: (f / "config.json").unlink(), CheckpointError, r"holds no config\.json; is it a model directory"),
@@ -174,6 +197,31 @@ DAMAGED = [
     ("many", mapped("model-00001-of-00003.safetensors"), CheckpointError, rf"no shard holds: \['{UP}'\] \(1 in all\)"),
     ("many", mapped(7), CheckpointError, "no weight_map from tensor names to file names"),
     ("many", index(lambda _: {}), CheckpointError, "no weight_map"),
+    ("many", index(lambda c: c | {"metadata": [1]}), CheckpointError, "has no metadata, a JSON object beside"),
+    (
+        "many",
+        index(lambda c: {"weight_map": c["weight_map"]}),
+        CheckpointError,
+        "has no metadata, a JSON object beside",
+    ),
+    (
+        "many",
+        renamed_shard,
+        CheckpointError,
+        r"names 'pytorch_model\.bin', which is no \.safetensors file; nothing was read",
+    ),
+    (
+        "many",
+        in_two_shards,
+        CheckpointError,
+        rf"holds tensors twice: \['{UP}'\] \(1 in all\) are in more than one shard",
+    ),
+    (
+        "one",
+        of_integers,
+        QuantizedModel,
+        rf"{UP} of .* holds torch\.int32, which means something only beside its scales",
+    ),
     ("many", index(lambda _: [1]), CheckpointError, "holds a JSON list, an object was expected"),
     ("many", lambda f: (f / INDEX).write_text("{"), CheckpointError, "cannot be read as JSON"),
 ]
@@ -184,6 +232,23 @@ def test_a_damaged_directory_is_refused(broken, base, damage, error, message):
     folder = broken(damage, base)
     with pytest.raises(error, match=message):
         rp.load(folder)
+
+
+def test_a_damaged_directory_is_not_exported(broken, tmp_path):
+    for number, damage in enumerate((renamed_shard, in_two_shards, index(lambda c: c | {"metadata": [1]}))):
+        folder = broken(damage, "many")
+        with pytest.raises(CheckpointError, match=r"no \.safetensors file|holds tensors twice|has no metadata"):
+            rp.export(mask(tiny("llama"), "1.mlp.neurons"), folder, tmp_path / f"out{number}")
+        shutil.rmtree(folder)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_tensor_that_the_index_leaves_out_is_read_as_transformers_reads_it(broken, tmp_path):
+    folder = broken(index(lambda c: c | {"weight_map": {k: v for k, v in c["weight_map"].items() if k != UP}}), "many")
+    edit, subject = mask(tiny("llama"), "1.mlp.neurons"), rp.load(folder)
+    for number, source in enumerate((folder, subject)):
+        rp.export(edit, source, tmp_path / f"out{number}")
+        assert torch.equal(logits(rp.load(tmp_path / f"out{number}")), logits(rp.apply(edit, subject)))
 
 
 def test_a_loaded_model_outlives_its_files(broken):
@@ -213,7 +278,8 @@ def test_a_missing_path_names_similar_directories_and_no_others(saved):
         ("--help", "does not exist and '--help' is neither"),
         ("", r"is neither a directory nor a \.gguf file|holds no config\.json"),
         ("x" * 5000, r"'x+' can be no path and no hub id: OSError"),
-        (None, "'None' can be no path and no hub id: TypeError"),
+        (None, "None can be no path: .*NoneType; give the path of a file or directory"),
+        ("~nobody-of-this-name/m", "~nobody-of-this-name/m does not exist and '~nobody-of-this-name/m' is neither"),
         ("smollm2-135m", "the default model is not at .* get it once with: repedit fetch smollm2-135m"),
         (__file__, r"neither a directory nor a \.gguf file"),
     ],
@@ -234,10 +300,61 @@ def test_a_pointer_of_git_lfs_is_named(name, broken):
         rp.load(broken(lambda folder: (folder / name).write_text(POINTER)))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"version": "1.0", "model": {"type": "BPE"}}', "\x00" * 9])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", "null", "[1]", '{"version": "1.0"}', '{"version": "1.0", "model": {"type": "BPE"}}', "\x00" * 9, "[" * 100_000],
+    ids=lambda text: text[:20] or "empty",
+)  # fmt: skip
 def test_a_damaged_tokenizer_is_named(text, broken):
     with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be loaded.*ownload"):
         rp.load(broken(lambda folder: (folder / "tokenizer.json").write_text(text)))
+
+
+@pytest.mark.parametrize("length", ["long", [1], {"a": 1}])
+def test_a_tokenizer_that_loads_and_cannot_encode_is_named(length, broken):
+    def damage(folder):
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+
+    with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be loaded: TypeError.*ownload"):
+        rp.load(broken(damage))
+
+
+def test_options_that_transformers_refuses_are_the_callers(saved):
+    with pytest.raises(ArgumentError, match=r"one cannot be loaded with these options: .*flashy"):
+        rp.load(saved / "one", attention="flashy")
+
+
+def test_settings_of_generation_that_transformers_refuses_are_the_files(broken):
+    text = '{"cache_implementation": "x"}'
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: ValueError: .*are its files those of this model"):
+        rp.load(broken(lambda folder: (folder / "generation_config.json").write_text(text)))
+
+
+SWITCHES = [
+    ("return_dict", False),
+    ("return_dict", ""),
+    ("output_hidden_states", [[1]]),
+    ("output_hidden_states", -0.0),
+    ("output_attentions", ["x"]),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), SWITCHES)
+def test_a_model_that_returns_something_else_is_refused(name, value, broken):
+    model = tiny("llama").model
+    setattr(model.config, name, value)
+    for make in (lambda: rp.wrap(model), lambda: rp.load(broken(config(**{name: value})))):
+        with pytest.raises(UnknownArchitecture, match=rf"the config has {name}=.* set model\.config\.{name} = "):
+            make()
+
+
+def test_rotary_settings_that_give_no_numbers_are_refused(broken):
+    folder = broken(config(rope_parameters={"rope_type": "default", "rope_theta": 0.0}))
+    with pytest.raises(
+        NotFinite, match=r"the rotary frequencies .*inv_freq' are not finite at .*correct the rope settings"
+    ):
+        rp.load(folder)
 
 
 LIES = {

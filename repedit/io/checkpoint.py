@@ -6,6 +6,7 @@ pickled weights, an index that names absent files, paths that leave the director
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,15 +83,27 @@ def open_shards(directory: str | Path) -> Shards:
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{index} names {file!r}, which leaves the directory; nothing was read")
+        if not file.endswith(".safetensors"):  # transformers would open it as a pickle
+            raise CheckpointError(f"{index} names {file!r}, which is no .safetensors file; nothing was read")
         if not (root / file).exists():
             raise CheckpointError(f"{index} names the shard {file!r}, which is absent from {root}; download it again")
-    entries: dict[str, Entry] = {}
-    for file in sorted(set(weight_map.values())):
-        entries |= {name: entry for name, entry in read_header(root / file)[0].items() if weight_map.get(name) == file}
-    absent = sorted(set(weight_map) - set(entries))
+    return Shards(root, _entries_of(root, weight_map), indexed=True)
+
+
+def _entries_of(root: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
+    """Every tensor of the shards that an index names: transformers reads those, also a tensor that the index leaves out."""
+    headers = {file: read_header(root / file)[0] for file in sorted(set(weight_map.values()))}
+    absent = sorted(name for name, file in weight_map.items() if name not in headers[file])
     if absent:
-        raise CheckpointError(f"{index} names tensors that no shard holds: {absent[:5]} ({len(absent)} in all)")
-    return Shards(root, entries, indexed=True)
+        raise CheckpointError(f"{root / INDEX} names tensors that no shard holds: {absent[:5]} ({len(absent)} in all)")
+    counts = Counter(name for header in headers.values() for name in header)
+    double = sorted(name for name, count in counts.items() if count > 1)
+    if double:
+        raise CheckpointError(
+            f"{root} holds tensors twice: {double[:5]} ({len(double)} in all) are in more than one shard, and which one a program "
+            "reads is left to it; download it again"
+        )
+    return {name: entry for header in headers.values() for name, entry in header.items()}
 
 
 def check_files(root: Path) -> None:
@@ -120,10 +133,13 @@ def _no_weights(root: Path) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names; download it again")
-    return found
+    if not isinstance(content.get("metadata"), dict):  # transformers reads it
+        raise CheckpointError(f"{index} has no metadata, a JSON object beside the weight_map; download it again")
+    return weight_map
 
 
 # The state of the files that a model is read from.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from repedit.errors import CheckpointError, RepeditError
+from repedit.errors import CheckpointError, NotFound, RepeditError
 
 LIMIT = 4 << 30
 """Bytes of the largest text that is read into memory as a whole."""
@@ -61,9 +61,15 @@ def open_regular(path: str | Path, error: type[RepeditError] = CheckpointError) 
 
 
 def user_path(path: str | Path) -> Path:
-    """A path with the home folder in place of ~; as it is if there is no such user."""
+    """A path with the home folder in place of ~; as it is if there is no such user.
+
+    Raises:
+        NotFound: if the value cannot be a path.
+    """
     try:
         return Path(path).expanduser()
+    except TypeError as reason:
+        raise NotFound(f"{path!r} can be no path: {reason}; give the path of a file or directory") from reason
     except RuntimeError:
         return Path(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -101,18 +102,34 @@ def check_together(**tensors: Tensor | None) -> None:
     """Refuse tensors that cannot make up one map.
 
     Raises:
-        DtypeError: if one is not of a floating dtype that torch computes in. DeviceError: if they are on several devices.
+        DtypeError: if one is no dense tensor with values, or not of a floating dtype that torch computes in.
+        DeviceError: if they are on several devices.
         ShapeError: if the width is zero.
     """
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    places = {name: tensor.device for name, tensor in present.items() if isinstance(tensor, Tensor)}
+    if len(set(places.values())) > 1:
+        said = ", ".join(f"{name} on {device}" for name, device in places.items())
+        raise DeviceError(f"the tensors of a map must be on one device, found {said}")
     for name, tensor in present.items():
+        check_dense(name, tensor)
         if tensor.dtype not in _FLOATING:
             raise DtypeError(f"{name} has dtype {tensor.dtype}; give float32, float64, bfloat16 or float16")
-    if len({tensor.device for tensor in present.values()}) > 1:
-        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in present.items())
-        raise DeviceError(f"the tensors of a map must be on one device, found {places}")
-    if any(not len(tensor) for tensor in present.values()):
+    if any(tensor.ndim and not len(tensor) for tensor in present.values()):
         raise ShapeError("a map of width 0 maps nothing; is the tensor it was made from empty?")
+
+
+def check_dense(name: str, value: Any) -> None:
+    """Refuse what is no dense tensor with values.
+
+    Raises:
+        DtypeError: saying what it is.
+    """
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"{name} is a {type(value).__name__}; give a tensor")
+    if value.layout != torch.strided or value.is_meta:
+        what = "has no values (it is on the meta device)" if value.is_meta else f"is sparse ({value.layout})"
+        raise DtypeError(f"{name} {what}; give a dense tensor with values")
 
 
 def working(x: Tensor) -> Tensor:

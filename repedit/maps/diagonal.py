@@ -20,10 +20,10 @@ class Diagonal(AffineMap):
     shift: Float[Tensor, " d"] | None = None
 
     def __post_init__(self) -> None:
+        check_together(scale=self.scale, shift=self.shift)
         if self.scale.ndim != 1 or (self.shift is not None and self.shift.shape != self.scale.shape):
             shift = None if self.shift is None else tuple(self.shift.shape)
             raise ShapeError(f"scale {tuple(self.scale.shape)} and shift {shift} do not fit: give (d,) and (d,)")
-        check_together(scale=self.scale, shift=self.shift)
 
     @staticmethod
     def mask(keep: Bool[Tensor, " d"]) -> Diagonal:

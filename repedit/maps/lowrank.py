@@ -24,12 +24,12 @@ class LowRank(AffineMap):
     center: Float[Tensor, " d"] | None = None
 
     def __post_init__(self) -> None:
+        check_together(u=self.u, v=self.v, center=self.center)
         center = None if self.center is None else tuple(self.center.shape)
         if self.u.ndim != 2 or self.u.shape != self.v.shape or center not in (None, tuple(self.u.shape[:1])):
             raise ShapeError(
                 f"u {tuple(self.u.shape)}, v {tuple(self.v.shape)}, center {center} do not fit: give (d, k), (d, k), (d,)"
             )
-        check_together(u=self.u, v=self.v, center=self.center)
         if self.u.shape[1] > self.u.shape[0]:
             raise RankError(
                 f"u and v of shape {tuple(self.u.shape)} have rank {self.u.shape[1]}, the width is {self.u.shape[0]}; a map of "
@@ -44,6 +44,8 @@ class LowRank(AffineMap):
             RankError: if the columns are linearly dependent or more than the width. NotFinite: if a number is not finite.
         """
         check_together(basis=basis)
+        if basis.ndim != 2:
+            raise ShapeError(f"the basis has shape {tuple(basis.shape)}; give (d, k), a direction as (d, 1)")
         place = not_finite_at(basis)
         if place is not None:
             raise NotFinite(f"the basis of shape {tuple(basis.shape)} is not finite at {place}")

@@ -14,6 +14,7 @@ from repedit.arch import Architecture, Specs, anatomy
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, PlanMismatch
 from repedit.io.checkpoint import open_shards
+from repedit.io.files import user_path
 from repedit.lower import lower
 from repedit.maps import LowRank
 from repedit.models import Subject
@@ -234,6 +235,6 @@ def _along(w: Tensor, factor: Tensor, inputs: bool) -> Tensor:
 def _store(source: Subject | str | Path) -> tuple[Architecture, Specs, Read]:
     if isinstance(source, Subject):
         return source.architecture, source.specs, source.value
-    directory = Path(source).expanduser()
+    directory = user_path(source)
     shards = open_shards(directory)
     return architecture_of(directory), used_specs(shards), shards.read

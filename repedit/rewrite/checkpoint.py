@@ -25,7 +25,7 @@ from repedit.errors import (
 )
 from repedit.foreign_text import for_terminal
 from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
-from repedit.io.files import file_hash, is_folder
+from repedit.io.files import file_hash, is_folder, user_path
 from repedit.io.safetensors import floating
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, sync, workplace
 from repedit.io.text import read_json
@@ -49,7 +49,7 @@ def export(
     source: Subject | str | Path,
     target: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     link: bool = True,
     overwrite: bool = False,
     allow_identity: bool = False,
@@ -90,6 +90,7 @@ def export(
     """
     plan_for = partial(structured, change, structure=structure, layout=layout, multiple=multiple, options=options)
     to = None if dtype is None else floating(dtype)
+    dtype = None if to is None else str(to).removeprefix("torch.")
     files, states = _files_of(source, plan_for)
     out = check_target(target, overwrite=overwrite, source=files)
     origin = source.origin if isinstance(source, Subject) else None
@@ -263,7 +264,7 @@ def _saved(subject: Any, place: Path, max_shard_size: str) -> Path:
 
 
 def _directory(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if is_folder(path):
         return path.absolute()
     from repedit.fetching import DEFAULT, cached

@@ -13,7 +13,7 @@ from repedit.arch import TensorSpec, anatomy
 from repedit.arch.widths import ragged_widths
 from repedit.errors import NotFound, UnknownArchitecture
 from repedit.io.checkpoint import open_shards
-from repedit.io.files import is_folder
+from repedit.io.files import is_folder, user_path
 from repedit.rewrite.families import architecture_of, used_specs
 
 _CALLED = {
@@ -70,7 +70,7 @@ def gguf_check(directory: str | Path) -> GgufCheck:
         NotFound, CheckpointError: if there is no checkpoint.
         UnknownArchitecture: if llama.cpp's format has no such family.
     """
-    root = Path(directory).expanduser()
+    root = user_path(directory)
     if not is_folder(root):
         raise NotFound(f"{root.absolute()} is not a directory; give the one that export wrote")
     architecture, specs = architecture_of(root), used_specs(open_shards(root))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from repedit.errors import ArgumentError, CheckpointError, HubError, TargetExists
+from repedit.io.files import user_path
 from repedit.io.targets import CARD, MANIFEST, entries
 from repedit.rewrite.verifying import Verification, verification
 
@@ -81,7 +82,7 @@ def push(
         HubError: if the hub refuses or cannot be reached.
     """
     _check_name(repository)
-    place = Path(directory).expanduser()
+    place = user_path(directory)
     found = verification(place)
     if not found.whole:
         raise CheckpointError(

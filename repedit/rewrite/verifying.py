@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repedit.io.files import file_hash
+from repedit.io.files import file_hash, user_path
 from repedit.io.targets import CARD, MANIFEST, entries, read_manifest
 
 
@@ -48,7 +48,7 @@ def verification(directory: str | Path) -> Verification:
     Raises:
         NotFound: if there is no manifest. CheckpointError: if it is none, or names files outside the directory.
     """
-    place = Path(directory).expanduser()
+    place = user_path(directory)
     record, expected = read_manifest(place)
     there = entries(place)
     regular = [name for name, status in there.items() if stat.S_ISREG(status.st_mode)]
