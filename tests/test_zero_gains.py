@@ -5,7 +5,7 @@ import torch
 
 import repedit as rp
 from repedit.arch.check import check_architecture
-from repedit.errors import NotFoldable
+from repedit.errors import NotFoldable, UnknownArchitecture
 from repedit.lower import lower
 from repedit.plan import Plan
 from tests import laws
@@ -33,6 +33,17 @@ every = pytest.mark.parametrize(("family", "gain"), [(f, g) for f in FAMILIES fo
 @every
 def test_the_row_of_such_a_model_is_proved(family, gain):
     assert check_architecture(with_gains(family, gain).model).passed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_norm_that_silences_its_branch_is_named(family):
+    subject = tiny(family)
+    name = subject.anatomy.branch(1, rp.Point.MLP_OUT).gain
+    subject.model.get_parameter(name).data[:] = -1.0 if subject.architecture.unit_gain else 0.0
+    with pytest.raises(
+        UnknownArchitecture, match=rf"{name} multiplies every channel by zero, so 1\.mlp\.out adds nothing"
+    ):
+        check_architecture(subject.model)
 
 
 @every

@@ -136,7 +136,14 @@ class _Check:
         if branch.gain is not None:
             gain = self.parameters[branch.gain].float() + (1.0 if self.plan.architecture.unit_gain else 0.0)
             # What a norm multiplies by 0 never reaches the stream, so the plane lies within the other channels.
-            basis[_without_effect(gain).cpu()] = 0
+            dead = _without_effect(gain).cpu()
+            basis[dead] = 0
+            basis = basis[:, : int((~dead).sum())]
+            if not basis.shape[1]:
+                raise UnknownArchitecture(
+                    f"{branch.gain} multiplies every channel by zero, so {site} adds nothing to the stream and its row cannot be "
+                    "checked; was the model saved whole?"
+                )
         map_ = LowRank.projection(basis)
         hooks = hooks_at(self.model, self.plan, site, lambda x, at, _: map_(x), replaces=True)
         hooked = self._outs(layer, hooks=hooks)
