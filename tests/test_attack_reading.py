@@ -442,7 +442,7 @@ def test_no_hook_stays_after_an_exception(attack, module, part, monkeypatch):
     (lambda: probe()(small("llama"), replace(SPLITS, train=FACTS[:1])), NotEnoughRows, "attack 'probe': T has 1 facts; a probe needs at least 2"),
     (lambda: direction(contrast=small("llama", hidden_size=32))(small("llama"), SPLITS), FingerprintError, "attack 'direction': the contrast has 2 layers of width 32, the model 2 of 24"),
     (lambda: direction()(small("llama"), replace(SPLITS, train=(replace(FACTS[0], prompt="k"),))), NotEnoughRows, "no prompt has a second token"),
-    (lambda: question(merging_tokenizer(("q", " ")), replace(FACTS[0], prompt="q")), DataError, "fact 'f0': no token stands before the answer"),
+    (lambda: question(replace(small("gpt2"), tokenizer=merging_tokenizer(("q", " "))), replace(FACTS[0], prompt="q")), DataError, "fact 'f0': no token stands before the answer"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_refused(call, error, message):
     with pytest.raises(error, match=message):

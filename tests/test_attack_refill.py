@@ -252,9 +252,11 @@ def hard(**changed):
 
 def check_opened(found, subject, split):
     assert found.settings == ("step=4", "step=8") and found.status == "ran"
-    prefix = found.details["prefix"]
-    written = [replace(fact, prompt=f"{prefix}{fact.prompt}") for fact in split.test]
-    assert found.accuracy["step=8"] == ask(subject, written).accuracy >= 0.8
+    tokenizer = subject.need_tokenizer()
+    # Not through facts: a prefix that was searched may hold characters that no prompt may, such as the null character.
+    ids = tokenizer(found.details["prefix"], add_special_tokens=False)["input_ids"]
+    behind = replace(subject, tokenizer=Prefixed(tokenizer, ids))
+    assert found.accuracy["step=8"] == ask(behind, split.test).accuracy >= 0.8
 
 
 def test_a_searched_prefix_opens_a_guarded_model():

@@ -119,7 +119,7 @@ def mrp(
     )  # fmt: skip
     rehearsed = [training_rows(s, "forgotten", shown=settings.shown, seed=settings.seed) for s in forgotten]
     data = {"forget": bad, "retain": good, "text": kept} | {f"forgotten {i}": rows for i, rows in enumerate(rehearsed)}
-    record = _record(subject, method, settings, sites, rank, data)
+    record = _record(subject, method, settings, sites, rank, data) | subject.made_for(chosen)
     if method != "mrp":
         return _with(previous, {site: _joined(earlier.get(site), map_) for site, map_ in starts.items()}, record, {})
     bases = Bases(subject, starts, earlier, shared=shared)
@@ -245,7 +245,7 @@ def _record(
         if method == "mrp"
         else {},
         "seed": config.seed,
-        **subject.made_for(subject.select(sites)),
+        "model": subject.fingerprint(),
         "data": {role: {"name": c.name, "hash": c.hash} for role, c in data.items() if c is not None},
         "versions": {name: version(name) for name in ("repedit", "torch", "transformers")},
     }
