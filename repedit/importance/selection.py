@@ -146,7 +146,7 @@ def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[
             "options": {"match": match},
             "seed": seed,
             "model": edit.provenance.get("model"),
-            "weights": edit.weights,
+            **({"weights": edit.weights} if edit.weights else {}),
         },
     )
 
