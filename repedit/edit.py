@@ -230,10 +230,13 @@ def check_made_for(edit: Edit, read: Callable[[str], Tensor | None], apart: Cont
 
 
 def _weights(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Of parents that follow each other, the first that names a tensor saw it unedited."""
+    """Of parents that follow each other, the first that names a tensor saw it unedited, unless one before it names none."""
     hashes = dict(provenance.get("weights") or {})
     for parent in provenance.get("parents") or ():
-        hashes = _weights(parent) | hashes
+        named = _weights(parent)
+        if not named:
+            break
+        hashes = named | hashes
     return hashes
 
 

@@ -97,6 +97,8 @@ def check_model(
         if any_model or not isinstance(stage, Edit):
             return  # what a delta changed has other values
         check_made_for(stage, read, changed)
+        if not stage.weights:  # what it changes is not said, and what follows may have been made after it
+            return
         changed |= set(stage.weights)
 
 

@@ -89,6 +89,16 @@ def test_an_edit_says_for_which_model_it_was_made_after_a_round_trip(tmp_path):
         rp.apply(again, subject(seed=1))
 
 
+def test_an_edit_made_after_one_that_names_no_model_follows_it():
+    lm = subject()
+    first = rp.Edit(pruned(lm, "0.mlp.neurons").maps)
+    second = pruned(rp.apply(first, lm), "0.mlp.neurons")
+    for change in ([first, second], first | second):
+        rp.apply(change, lm)
+    with pytest.raises(FingerprintError):
+        rp.apply(second, lm)
+
+
 def test_edits_of_other_sites_and_edits_without_a_model_go_on():
     lm = subject()
     first, second = pruned(lm, "0.mlp.neurons"), pruned(lm, "1.mlp.neurons")
