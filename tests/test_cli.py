@@ -201,13 +201,13 @@ def test_project_writes_an_edit_and_goes_on_from_it(model, tmp_path: Path):
         for i, (name, word) in enumerate(zip(names, ("red", "green", "blue", "red"), strict=True))
     ]  # fmt: skip
     facts.write_text("\n".join(json.dumps(row) for row in rows))
-    common = ("project", model, "--forget", facts, "--sites", "0.mlp.out", "--steps", "2", "--json")
-    first = json.loads(run(*common, "--rank", "2", "--out", tmp_path / "one.safetensors"))
+    common = ("project", model, "--forget", facts, "--sites", "0.mlp.out", "--json")
+    first = json.loads(run(*common, "--steps", "2", "--rank", "2", "--out", tmp_path / "one.safetensors"))
     assert first["rank"] == {"0.mlp.out": 2} and first["domains"]["forget"]["role"] == "forget"
     words = ("--rank", "1", "--method", "cpca", "--previous", tmp_path / "one.safetensors", "--out", tmp_path / "two")
     assert json.loads(run(*common, *words))["rank"] == {"0.mlp.out": 3}
     assert json.loads((tmp_path / "two" / "repedit.json").read_text())["certificate"]["rank"] == 3
-    plan = run(*common[:-1], "--rank", "2", "--out", tmp_path / "none", "--dry-run")
+    plan = run(*common[:-1], "--steps", "2", "--rank", "2", "--out", tmp_path / "none", "--dry-run")
     assert "model.layers.0.mlp.down_proj.weight" in plan and not (tmp_path / "none").exists()
     assert "Facts right" in run(*common[:-1], "--rank", "2", "--method", "random", "--out", tmp_path / "r.safetensors")
 
