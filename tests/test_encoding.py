@@ -216,7 +216,7 @@ def test_a_tokenizer_that_changes_the_text_is_refused():
 
 
 def test_a_tokenizer_is_asked_in_one_place():
-    """The fingerprint of an audit compares tokenizers as they are, and an attack's prefix is a tokenizer itself."""
+    """Apart from it the fingerprint of an audit compares tokenizers as they are, and loading tries whether one encodes at all."""
     package = Path(rp.__file__).parent
     asked = {
         path.relative_to(package).as_posix()
@@ -228,4 +228,4 @@ def test_a_tokenizer_is_asked_in_one_place():
             or getattr(node.func, "attr", "") in ("need_tokenizer()", "apply_chat_template")
         )
     }
-    assert asked == {"data/encoding.py", "attacks/models.py"}
+    assert asked == {"data/encoding.py", "attacks/models.py", "opening.py"}
