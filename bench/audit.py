@@ -20,8 +20,8 @@ import torch
 
 import repedit as rp
 from bench.record import record
-from repedit.attacks.controls.selftest import selftest
-from repedit.data.cloze import PYTHON, cloze
+from repedit.auditing.selftest import selftest
+from repedit.data.generated import PYTHON, cloze
 
 CONTROLS = {"controls": None, "never": ("NC1",), "also": ("NC2a", "NC2b", "NC2c", "PC8")}
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from repedit.edit import Edit
-from repedit.maps import Diagonal, LowRank
+from repedit.linear_maps import Diagonal, LowRank
 from repedit.sites import Point
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import repedit as rp
 from bench.record import record
-from repedit import console
-from repedit.fetching import cached
-from repedit.walkthrough import forget_capitals, walkthrough
+from repedit.cli import output
+from repedit.demo import forget_capitals, walkthrough
+from repedit.models.default_model import cached
 
 SEED = 0
 
@@ -23,7 +23,7 @@ def pruning(folder: Path) -> list[dict[str, Any]]:
     """The first act: one row a text, with what pruning as many random neurons does."""
     start = time.time()
     found = walkthrough("smollm2-135m", folder / "edited", seed=SEED)
-    seconds, plain = time.time() - start, console.comparison_json(found.comparison)
+    seconds, plain = time.time() - start, output.comparison_json(found.comparison)
     rows = [
         {"name": f"pruned, {text}", **numbers, "random_drop_percent": found.control[text].drop}
         for text, numbers in plain["corpora"].items()
@@ -36,7 +36,7 @@ def projection(folder: Path) -> list[dict[str, Any]]:
     """The second act: one row a domain of facts."""
     start = time.time()
     found = forget_capitals("smollm2-135m", folder / "capitals", seed=SEED)
-    seconds, plain = time.time() - start, console.forgotten_json(found)
+    seconds, plain = time.time() - start, output.forgotten_json(found)
     rows = [{"name": f"projected, {domain}", **numbers} for domain, numbers in plain["facts"].items()]
     rest = {"certificate": plain["certificate"], "seconds": seconds, "generations": plain["generations"]}
     return [*rows, {"name": "projected", **rest}]

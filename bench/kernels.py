@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from bench.record import record  # noqa: E402
-from repedit.kernels import triton_activity, triton_tilings  # noqa: E402
+from repedit.kernels import triton_activity, triton_project  # noqa: E402
 from repedit.kernels.tiles import Tile, tile  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
@@ -77,7 +77,7 @@ def resources(case: Case, architecture: int) -> dict[str, Any] | None:
     plan = case.plan or tile(case.width, case.rank, BYTES[case.dtype], want, major=architecture // 10)
     if plan is None:
         return None
-    kernel = getattr(triton_tilings, case.kernel)
+    kernel = getattr(triton_project, case.kernel)
     binary = _compiled(kernel, _types(case), _constants(case, plan), architecture, plan.warps)
     found = _read(binary) | {"case": case.name, "sm": architecture, "tile": asdict(plan)}
     by_registers = 65536 // (found["registers"] * plan.warps * 32)

@@ -26,7 +26,7 @@ from bench.relearning import gradient_difference, relearn, rounded
 from repedit.data import Fact, Splits, with_paraphrases
 from repedit.edit import Edit
 from repedit.fit.mrp import REFERENCE
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 T = TypeVar("T")
 TASKS = ("capitals", "symbols", "opposites", "past_tenses")

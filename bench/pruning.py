@@ -19,7 +19,7 @@ from bench.record import record, spread
 from repedit.activations.prediction import Predictions, drop, predictions
 from repedit.data import Corpus
 from repedit.edit import Edit
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 COLLECT, EVALUATE = 64, 32
 TOKENS = {"collect": 8128, "evaluate": 4064}

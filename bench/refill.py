@@ -19,15 +19,15 @@ from torch import Tensor
 import repedit as rp
 from bench.mrp_report import shown
 from bench.record import record
-from repedit.activations.counting import positions
-from repedit.attacks.attack import Attack, Finding
-from repedit.attacks.controls import SCALE
-from repedit.attacks.controls.worlds import World, world
-from repedit.attacks.families.finetune import rtt
-from repedit.attacks.families.refill import refill
+from repedit.activations.collection import positions
+from repedit.auditing.attack import Attack, Finding
+from repedit.auditing.attacks.finetune import rtt
+from repedit.auditing.attacks.refill import refill
+from repedit.auditing.controls import SCALE
+from repedit.auditing.controls.taught import World, world
 from repedit.data import Batch, Splits
 from repedit.edit import Edit
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 ATTACKS: dict[str, Attack] = {"refill": refill(scale=SCALE), "rtt": rtt(steps=40, measured=(0, 20, 40), scale=SCALE)}
 

@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.nn.functional import cross_entropy
 
-from repedit.activations.passes import inputs_of
-from repedit.attacks.families.rounding import projections, round_matrices
+from repedit.activations.forward import inputs_of
+from repedit.auditing.attacks.weights import projections, round_matrices
 from repedit.data import Batches, Fact
-from repedit.fit.objective import forgetting, retained, targets_of, teaching
-from repedit.fit.sampling import Sampler, training_rows
-from repedit.models import Subject, subject_of
+from repedit.fit.mrp_training import forgetting, retained, targets_of, teaching
+from repedit.models.subject import Subject, subject_of
+from repedit.training.sampler import Sampler, training_rows
 
 
 def gradient_difference(

@@ -18,7 +18,7 @@ from bench.corpora import chunks, splits
 from bench.record import record
 from bench.timing import paired
 from repedit.edit import Edit
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 FRACTIONS = (80 / 1536, 160 / 1536, 320 / 1536)
 """Of a layer: multiples of 8 neurons, so that nothing is padded."""

@@ -14,8 +14,8 @@ import torch
 
 import repedit as rp
 from bench.record import record
-from repedit.fetching import cached
-from repedit.models import Subject
+from repedit.models.default_model import cached
+from repedit.models.subject import Subject
 
 SEED, DIRECTIONS = 0, 18
 IDS = torch.randint(100, 40_000, (2, 64), generator=torch.Generator().manual_seed(1))

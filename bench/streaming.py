@@ -182,7 +182,7 @@ def memory_limit(source: Path) -> float:
 
 def smollm2_edit(folder: Path) -> tuple[Path, Path]:
     """The default model's directory, and an edit that prunes neurons in every third layer."""
-    from repedit.fetching import cached
+    from repedit.models.default_model import cached
 
     sites = [rp.Site.parse(f"{layer}.mlp.neurons") for layer in range(0, 30, 3)]
     keep = torch.rand(1536, generator=torch.Generator().manual_seed(0)) > 0.05

@@ -23,14 +23,13 @@ import repedit as rp
 from bench import unlearn_smollm2, unlearn_steps
 from bench.mrp_report import shown
 from bench.record import record
-from repedit.attacks.controls import SCALE, STEPS
-from repedit.attacks.controls.worlds import World, world
+from repedit.auditing.controls import SCALE, STEPS
+from repedit.auditing.controls.taught import World, world
 from repedit.data import Fact, Splits
 from repedit.delta import Delta
-from repedit.metrics.collapse import Signs, judge
+from repedit.metrics.collapse import Signs, judge, perplexity
 from repedit.metrics.membership import auc, scores
-from repedit.metrics.plain import perplexity
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 RECIPES = (
     "grad_diff", "ga_kl", "npo_gdr", "npo_klr", "sim_npo", "wga", "blur_npo", "blur_ga", "sure:npo_gdr", "ga",

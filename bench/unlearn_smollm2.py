@@ -20,7 +20,7 @@ import repedit as rp
 from bench.mrp import Bench, seen
 from bench.mrp_report import shown
 from bench.record import RESULTS, record
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 FORGET, RETAIN = "capitals", ("symbols", "languages")
 ATTACKS = ("direct", "rtt", "quantize")

@@ -24,13 +24,13 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 import repedit as rp
 from bench.record import record
-from repedit.activations.passes import inputs_of
+from repedit.activations.forward import inputs_of
 from repedit.data import Batch
-from repedit.fit.objective import targets_of
-from repedit.fit.sampling import Sampler, training_rows
-from repedit.gradient.recipe import UnlearnRecipe
-from repedit.gradient.schedule import Stop
-from repedit.models import Subject
+from repedit.fit.mrp_training import targets_of
+from repedit.models.subject import Subject
+from repedit.training.sampler import Sampler, training_rows
+from repedit.unlearning.recipe import UnlearnRecipe
+from repedit.unlearning.schedule import Stop
 
 STEPS, SKIPPED = 7, 2
 RECIPES = ("grad_diff", "npo_gdr", "npo_klr", "rmu", "blur_ga", "blur_npo", "sure:npo_gdr")

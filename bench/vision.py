@@ -17,10 +17,10 @@ import torch
 
 from bench.record import record, spread
 from repedit import plot, vision
-from repedit.attacks.judging.evidence import Report
-from repedit.attacks.judging.gaps import RELEARN
+from repedit.auditing.classifier import RELEARNING
+from repedit.auditing.report import Report
+from repedit.demo import AGAIN, SETTINGS, ForgottenImages, forget_images
 from repedit.errors import NotFound
-from repedit.walkthrough.classifying import AGAIN, SETTINGS, ForgottenImages, forget_images
 
 FIGURES = Path(__file__).parents[1] / "figures"
 CLASSES = (6, 1, 9, 2, 7, 4)
@@ -49,7 +49,7 @@ def measured(found: ForgottenImages, seed: int) -> list[dict[str, Any]]:
 
 def backs(report: Report, role: str) -> list[int | None]:
     """The first epoch of relearning with 80 % of V right, model by model; None where there is none."""
-    held = [f.correct.mean(1) for f in report.findings.get(role, ()) if f.attack == RELEARN]
+    held = [f.correct.mean(1) for f in report.findings.get(role, ()) if f.attack == RELEARNING]
     return [next((epoch for epoch, value in enumerate(row) if value >= BACK), None) for row in held]
 
 

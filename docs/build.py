@@ -21,7 +21,7 @@ from pdoc.render_helpers import link, linkify
 
 import repedit as rp
 from repedit import cli
-from repedit.cli.examples import EXAMPLES, codes
+from repedit.cli.options import EXAMPLES, codes
 
 TASKS = {
     "load": "Load a model", "Site": "Places, maps and statistics", "collect": "Look at what is inside",

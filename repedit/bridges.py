@@ -14,9 +14,9 @@ from torch import Tensor
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, NotAModel, UnknownArchitecture, UnknownSite
 from repedit.hooks import evaluating
-from repedit.maps import AffineMap
-from repedit.models import Subject, subject_of
-from repedit.rewrite.live import follows, shared_clone
+from repedit.linear_maps import AffineMap
+from repedit.models.subject import Subject, subject_of
+from repedit.rewrite.apply import follows, shared_clone
 from repedit.sites import Point
 
 LensHook = Callable[..., Tensor]

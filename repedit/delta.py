@@ -19,8 +19,8 @@ from torch import Tensor
 from repedit.errors import ArgumentError, DtypeError, FingerprintError, NotFinite
 from repedit.io import archive
 from repedit.io.text import plain
-from repedit.maps import check_dense, not_finite_at
-from repedit.models import Subject
+from repedit.linear_maps import check_dense, not_finite_at
+from repedit.models.subject import Subject
 
 GROUP = 64
 """Inputs that share a step where a weight is rounded to few bits."""

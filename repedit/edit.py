@@ -21,11 +21,11 @@ from torch import Tensor
 from repedit import hooks
 from repedit.arch import Anatomy, hooks_at
 from repedit.errors import ArgumentError, FingerprintError, NotFoldable, ShapeError, during
-from repedit.fingerprints import value_hash
+from repedit.hashing import value_hash
 from repedit.io import archive
 from repedit.io.text import plain
-from repedit.maps import AffineMap, Chain, Diagonal, LowRank
-from repedit.models import Subject
+from repedit.linear_maps import AffineMap, Chain, Diagonal, LowRank
+from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 
 

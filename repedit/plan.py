@@ -16,8 +16,8 @@ from torch import Tensor
 
 from repedit.arch import Specs, TensorSpec, View
 from repedit.errors import DtypeError, FingerprintError, NotFinite, NotFoldable, PlanMismatch
-from repedit.fingerprints import value_hash
-from repedit.maps import AffineMap, not_finite_at
+from repedit.hashing import value_hash
+from repedit.linear_maps import AffineMap, not_finite_at
 from repedit.sites import Site
 
 Read = Callable[[str], Tensor]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from repedit.vision import Images, ImageSplits, Task, small_cnn, train
-from repedit.vision.splitting import class_splits
+from repedit.vision.data import class_splits
 
 # Hooked against folded, measured: float64 4e-15, float32 2e-6.
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4}

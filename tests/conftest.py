@@ -60,22 +60,22 @@ def reloaded_here(monkeypatch):
 def reload_here(monkeypatch) -> None:
     """The fixture for wider scopes: call it with a MonkeyPatch of their own."""
     import repedit
-    from repedit.rewrite import reloading
+    from repedit.rewrite import verification
 
-    def check(directory: str | Path) -> reloading.Reload:
+    def check(directory: str | Path) -> verification.Reload:
         from transformers import AutoModelForCausalLM
 
         model, info = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        return reloading.Reload(sum(p.numel() for p in model.parameters()), "")
+        return verification.Reload(sum(p.numel() for p in model.parameters()), "")
 
     monkeypatch.setattr(repedit, "reload_check", check)  # first: the package remembers what it looked up
-    monkeypatch.setattr(reloading, "reload_check", check)
+    monkeypatch.setattr(verification, "reload_check", check)
 
 
 def pytest_configure(config) -> None:
     """A collinear score is an error unless a test says otherwise; named here, after the import hook is in place."""
-    config.addinivalue_line("filterwarnings", "error::repedit.importance.scoring.CollinearWarning")
+    config.addinivalue_line("filterwarnings", "error::repedit.neurons.scores.CollinearWarning")
 
 
 def pytest_sessionfinish() -> None:

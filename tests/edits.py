@@ -6,7 +6,7 @@ import torch
 
 import repedit as rp
 from repedit.edit import Edit
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from repedit.sites import Site
 
 

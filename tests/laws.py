@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import repedit as rp
 from repedit.edit import Edit
 from repedit.errors import HookError
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from tests.tiny import ids, logits
 from tests.tolerances import short, within
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from repedit.data import Fact, Splits
-from repedit.models import Subject, subject_of
+from repedit.models.subject import Subject, subject_of
 from tests.saved import byte_tokenizer
 
 _SHAPES: dict[str, dict[str, Any]] = {

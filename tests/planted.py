@@ -10,7 +10,7 @@ from torch import Tensor
 from repedit.arch import View
 from repedit.data import Tokens
 from repedit.data.corpus import tokens
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from tests.tiny import VOCABULARY, tiny
 
 TOKEN = VOCABULARY - 1

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from repedit.attacks.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
-from repedit.attacks.judging.evidence import HIDDEN, PASS, Recovery, Report, RetainCheck, Verdict
+from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
+from repedit.auditing.report import HIDDEN, PASS, Recovery, Report, RetainCheck, Verdict
 
 CITIES = ("Paris", "Oslo", "Cairo", "Lima", "Quito", "Accra", "Hanoi", "Sofia", "Riga", "Tunis", "Minsk", "Dakar")
 IDS = tuple(f"capitals/{city}" for city in CITIES * 4)[:40]

@@ -3,7 +3,7 @@
 import torch
 
 import repedit as rp
-from repedit.fit import FITS, subspace
+from repedit.fit import FITS, linalg
 from repedit.stats import CrossMoments, Moments
 
 D, K = 24, 3
@@ -56,7 +56,7 @@ def projects(map_):
 
 def earlier():
     """A projection of rank 5 that an earlier task has made."""
-    return subspace.projector(spanning(D, 5, seed=9), torch.float64)
+    return linalg.projector(spanning(D, 5, seed=9), torch.float64)
 
 
 def labelled(n=1500, classes=4, d=D, seed=0):

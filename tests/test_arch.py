@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.arch import Experts, Reader, TensorSpec, Writer, anatomy, families, hooks_at, register, resolve
-from repedit.arch import architecture as table_module
+from repedit.arch import Experts, Reader, TensorSpec, Writer, anatomy, hooks_at, register, resolve
+from repedit.arch import spec as table_module
+from repedit.arch import table as families
 from repedit.edit import Edit
 from repedit.errors import UnknownArchitecture, UnknownSite
 from repedit.hooks import installed
 from repedit.io.checkpoint import open_shards
-from repedit.models import subject_of
+from repedit.models.subject import subject_of
 from tests import laws
 from tests.edits import mask
 from tests.tiny import FAMILIES, ids, logits, tiny

@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from repedit.attacks.asking import ask
-from repedit.attacks.controls import CONTROLS, grid, questions, writing
-from repedit.attacks.controls.taught import continued, taught, untaught, vocabulary
-from repedit.attacks.families import rounding
-from repedit.attacks.judging.evidence import WORDS
+from repedit.auditing.attack import ask
+from repedit.auditing.attacks import weights
+from repedit.auditing.controls import CONTROLS, questions
+from repedit.auditing.controls import edited as grid
+from repedit.auditing.controls import edited as writing
+from repedit.auditing.controls.taught import continued, taught, untaught, vocabulary
+from repedit.auditing.report import WORDS
 from repedit.data import Row, with_paraphrases
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, TrainingError
 from repedit.metrics.generation import continuations
-from repedit.models import Subject, load, subject_of
+from repedit.models.subject import Subject, load, subject_of
 from tests.world import case, facts, original, reference, strangers, world
 
 # 120 guesses at 1/16 are right more often than this once in a thousand times.
@@ -210,7 +212,7 @@ def test_a_grid_is_its_own_rounding_and_held_weights_keep_its_steps():
     made = case("PC4")
     for name in grid.matrices(made.original):
         before, after = (s.model.get_parameter(name).detach() for s in (made.original, made.edited))
-        assert_close(rounding.rounded(before, "int4"), before, rtol=0, atol=1e-6)
+        assert_close(weights.rounded(before, "int4"), before, rtol=0, atol=1e-6)
         assert bool((grid.bucket(after) == grid.bucket(before)).all())
         assert bool(((after - before).abs() <= 0.4501 * grid.bucket(before)).all())
 
@@ -280,7 +282,7 @@ def _after(subject: Subject, side: str, layer: int) -> torch.Tensor:
 
 def _rounded(subject: Subject, scheme: str) -> Subject:
     found = subject_of(copy.deepcopy(subject.model), subject.tokenizer)
-    rounding.round_matrices(found, rounding.projections(found), scheme)
+    weights.round_matrices(found, weights.projections(found), scheme)
     return found
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from repedit.attacks.judging import floors
-from repedit.attacks.judging.floors import choices_only, fresh_facts, heuristic_values, spelling_values
+from repedit.auditing import floors
+from repedit.auditing.floors import choices_only, fresh_facts, heuristic_values, spelling_values
 from repedit.data import DOMAINS, Fact, Facts, Splits, facts, invented
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError
-from repedit.metrics.probability import facts_accuracy
+from repedit.metrics.facts import facts_accuracy
 from tests.letters import Letters
 from tests.tiny import tiny
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from repedit.attacks.attack import RAN, SKIPPED
-from repedit.attacks.families.members import membership, texts_of
+from repedit.auditing.attack import RAN, SKIPPED
+from repedit.auditing.attacks.membership import membership, texts_of
 from repedit.data import Corpus, Facts, Rows, Splits, invented
 from repedit.data.corpus import Document
 from repedit.errors import DataError, FractionError, NotFinite

@@ -10,20 +10,32 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.attacks import attack
-from repedit.attacks.asking import ask
-from repedit.attacks.families import formats, prompts, samples
-from repedit.attacks.families.formats import FORMATS, chat_prompt, question, reformat
-from repedit.attacks.families.prompts import PREFIXES, direct, in_context, misspelt, paraphrase, prefix, translate
-from repedit.attacks.families.samples import sampling
-from repedit.attacks.families.stripping import strip
+from repedit.auditing import attack
+from repedit.auditing.attack import ask
+from repedit.auditing.attacks import prompts, samples
+from repedit.auditing.attacks import prompts as formats
+from repedit.auditing.attacks.prompts import (
+    FORMATS,
+    PREFIXES,
+    chat_prompt,
+    direct,
+    in_context,
+    misspelt,
+    paraphrase,
+    prefix,
+    question,
+    reformat,
+    translate,
+)
+from repedit.auditing.attacks.samples import sampling
+from repedit.auditing.attacks.unhook import strip
 from repedit.data import Fact, Splits
 from repedit.data.encoding import prompt_ids
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, OverlapError, UnknownName
-from repedit.metrics import probability
-from repedit.metrics.probability import FactsAccuracy
-from repedit.models import subject_of
+from repedit.metrics import facts as probability
+from repedit.metrics.facts import FactsAccuracy
+from repedit.models.subject import subject_of
 from tests.saved import byte_tokenizer
 from tests.tiny import tiny
 

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from repedit.attacks.asking import ask
-from repedit.attacks.attack import RAN, SKIPPED
-from repedit.attacks.families import directions as ablating
-from repedit.attacks.families import probes, reading
-from repedit.attacks.families.directions import direction, first_component, mean_direction, without
-from repedit.attacks.families.probes import probe
-from repedit.attacks.families.reading import lens, logit_lens, question, states
+from repedit.auditing.attack import RAN, SKIPPED, ask
+from repedit.auditing.attacks import directions as ablating
+from repedit.auditing.attacks import probing
+from repedit.auditing.attacks.directions import direction, first_component, mean_direction, without
+from repedit.auditing.attacks.probing import lens, logit_lens, probe, question, states
 from repedit.data import Fact, Splits
 from repedit.errors import (
     ArgumentError,
@@ -25,7 +23,7 @@ from repedit.errors import (
     UnknownName,
     UnknownSite,
 )
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 from tests.saved import merging_tokenizer
 from tests.tiny import FAMILIES, tiny
@@ -99,7 +97,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_lens_is_caught(name, monkeypatch):
     part, broken = BROKEN[name]
-    monkeypatch.setattr(reading, part, broken(getattr(reading, part)))
+    monkeypatch.setattr(probing, part, broken(getattr(probing, part)))
     with pytest.raises(AssertionError):
         check_lens(small("llama"))
 
@@ -220,7 +218,7 @@ BLIND = {
 @pytest.mark.parametrize("name", BLIND)
 def test_a_broken_probe_is_caught(name, monkeypatch):
     part, broken = BLIND[name]
-    monkeypatch.setattr(probes, part, broken(getattr(probes, part)))
+    monkeypatch.setattr(probing, part, broken(getattr(probing, part)))
     with pytest.raises(AssertionError):
         test_a_probe_matches_answers_it_never_saw_until_they_are_gone()
 
@@ -232,7 +230,7 @@ def test_without_choices_a_probe_chooses_among_the_answers_of_the_domain():
         *(tuple(replace(f, choices=(), domain=f.id[-1]) for f in part) for part in (splits.train, splits.test))
     )
     found = probe(streams=("resid.post",), layers=(0,))(subject, bare)
-    task = probes._task(subject, bare, 0)
+    task = probing._task(subject, bare, 0)
     assert found.details["kind"] == "match" and found.accuracy["resid.post 0"] == 1.0
     sizes = [sum(f.domain == fact.domain for f in (*bare.train, *bare.test)) for fact in bare.test]
     assert [len(choice.vectors) for choice in task.choices] == sizes
@@ -248,10 +246,10 @@ def test_ridge_is_the_closed_form_and_losing_coordinates_costs_nothing(n, d):
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(n + 7, d, generator=generator).double() * 3 + 1
     y = torch.randn(n, 4, generator=generator).double()
-    x, at = probes._standardised(seen, n)
+    x, at = probing._standardised(seen, n)
     use = torch.ones(2, n, dtype=torch.bool)
     use[1, 15:] = False
-    found = probes._ridge(x, torch.stack([y, -y]), use, at, (0.1, 2.0), 0)
+    found = probing._ridge(x, torch.stack([y, -y]), use, at, (0.1, 2.0), 0)
     whole = (seen - seen[:n].mean(0)) / seen[:n].std(0)
     whole = whole / whole[:n].square().sum(1).mean().sqrt()
     for row, strength in zip(found[0], (0.1, 2.0), strict=True):
@@ -266,7 +264,7 @@ def test_a_network_learns_what_no_line_fits():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 4, generator=generator).double() / 2
     y, use = (x[:, :1] * x[:, 1:2]).sign()[None], torch.arange(400)[None] < 300
-    line, net = (fit(x, y, use, x[300:], (0.01,), 0)[0, 0, 0] for fit in (probes._ridge, probes._network))
+    line, net = (fit(x, y, use, x[300:], (0.01,), 0)[0, 0, 0] for fit in (probing._ridge, probing._network))
     share = [float((found.sign() == y[0, 300:]).double().mean()) for found in (line, net)]
     assert share[0] < 0.65 < 0.85 < share[1]
 
@@ -276,8 +274,8 @@ def test_networks_side_by_side_are_those_trained_alone():
     x, y = torch.randn(20, 4, generator=generator).double() / 2, torch.randn(2, 20, 3, generator=generator).double()
     y[1] = y[0].flip(0)
     use = torch.rand(3, 20, generator=generator) < 0.7
-    both = probes._network(x, y, use, x, (0.01, 1.0), 0)
-    alone = probes._network(x, y[1:], use[2:], x, (1.0,), 0)
+    both = probing._network(x, y, use, x, (0.01, 1.0), 0)
+    alone = probing._network(x, y[1:], use[2:], x, (1.0,), 0)
     assert torch.allclose(both[2, 1, 1], alone[0, 0, 0], atol=1e-2)
     assert not torch.allclose(both[2, 0, 1], alone[0, 0, 0], atol=0.1)
 
@@ -295,14 +293,14 @@ def test_the_penalty_is_chosen_by_error_on_left_out_folds():
         torch.arange(50) % 5 != torch.arange(5)[:, None],
         (1e-3, 1.0, 100.0),
     )
-    assert probes._best(probes._ridge(x, y, use, x, strengths, 0), y, use, strengths) == [0, 2]
+    assert probing._best(probing._ridge(x, y, use, x, strengths, 0), y, use, strengths) == [0, 2]
     # Errors on the rows that were learned from would always speak for the smallest penalty.
-    assert probes._best(probes._ridge(x, y, use, x, strengths, 0), y, ~use, strengths) == [0, 0]
+    assert probing._best(probing._ridge(x, y, use, x, strengths, 0), y, ~use, strengths) == [0, 0]
 
 
 def test_folds_keep_entities_together_and_permutations_keep_domains():
     facts = [asked(i, "k", "a", ("a", "b"), entity=f"e{i // 3}", domain=f"d{i % 2}") for i in range(30)]
-    fold, order = probes._folds(facts, 0), probes._permutation(facts, 0)
+    fold, order = probing._folds(facts, 0), probing._permutation(facts, 0)
     assert (
         all(len({int(fold[i]) for i in range(e, e + 3)}) == 1 for e in range(0, 30, 3)) and len(set(fold.tolist())) == 5
     )
@@ -312,7 +310,7 @@ def test_folds_keep_entities_together_and_permutations_keep_domains():
         and all(i % 2 == o % 2 for i, o in enumerate(order))
     )
     lone = [replace(fact, entity="one") for fact in facts]
-    assert len(set(probes._folds(lone, 0).tolist())) == 5
+    assert len(set(probing._folds(lone, 0).tolist())) == 5
 
 
 def shifted(size: float = 30.0) -> tuple[Subject, Subject, torch.Tensor]:
@@ -417,7 +415,7 @@ def test_the_model_is_left_as_it_was(attack, family):
 
 
 @pytest.mark.parametrize(("attack", "module", "part"), [
-    (logit_lens(), reading, "_read"), (probe(), probes, "_scored"), (direction(), ablating, "ask"),
+    (logit_lens(), probing, "_read"), (probe(), probing, "_scored"), (direction(), ablating, "ask"),
 ])  # fmt: skip
 def test_no_hook_stays_after_an_exception(attack, module, part, monkeypatch):
     subject = small("llama")

@@ -9,18 +9,16 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from repedit.attacks.asking import ask
-from repedit.attacks.families import discrete
-from repedit.attacks.families import refill as room
-from repedit.attacks.families.discrete import gcg
-from repedit.attacks.families.losses import examples, mean_loss, shuffled
-from repedit.attacks.families.optimise import Prefixed, prompted, soft_prompt
-from repedit.attacks.families.refill import null_space, null_spaces, refill
-from repedit.attacks.families.tuning import Tuning, tune
+from repedit.auditing.attack import ask
+from repedit.auditing.attacks import refill as room
+from repedit.auditing.attacks import search
+from repedit.auditing.attacks.refill import null_space, null_spaces, refill
+from repedit.auditing.attacks.search import Prefixed, gcg, prompted, soft_prompt
+from repedit.auditing.attacks.tuning import Tuning, examples, mean_loss, shuffled, tune
 from repedit.data import Splits
 from repedit.errors import ArgumentError, FractionError
-from repedit.fingerprints import fingerprint
-from repedit.models import subject_of
+from repedit.hashing import fingerprint
+from repedit.models.subject import subject_of
 from tests.likes import facts, guarded, pupil, splits, taught
 from tests.saved import byte_tokenizer
 from tests.tiny import tiny
@@ -272,8 +270,8 @@ def test_a_searched_prefix_opens_a_guarded_model():
 def test_candidates_that_are_not_the_steepest_are_caught(monkeypatch):
     subject, hidden = guarded(), tuple(fact for fact in facts(8, 16) if fact.answer != "ale")
     split = Splits(facts(0, 8), hidden)
-    true = discrete._slopes
-    monkeypatch.setattr(discrete, "_slopes", lambda *given: -true(*given))
+    true = search._slopes
+    monkeypatch.setattr(search, "_slopes", lambda *given: -true(*given))
     with pytest.raises(AssertionError):
         check_opened(hard(top=8)(subject, split), subject, split)
 
@@ -283,7 +281,7 @@ def test_the_steepest_token_is_that_of_the_gradient():
     vectors = nn.Parameter(torch.zeros(2, subject.model.get_input_embeddings().weight.shape[1]))
     held = prompted(subject, vectors)
     items = examples(held, facts(0, 4))
-    slopes, table = discrete._slopes(held, vectors, items, [5, 6]), subject.model.get_input_embeddings().weight.detach()
+    slopes, table = search._slopes(held, vectors, items, [5, 6]), subject.model.get_input_embeddings().weight.detach()
     step = 1e-2 * (table[70] - table[5])
     with torch.no_grad():
         losses = []

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.attacks.families import samples
-from repedit.attacks.families.samples import clopper_pearson, dkw_band, leak_at, sampling
+from repedit.auditing.attacks import samples
+from repedit.auditing.attacks.samples import clopper_pearson, dkw_band, leak_at, sampling
 from repedit.data import Fact, Splits
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
-from repedit.models import subject_of
+from repedit.models.subject import subject_of
 from tests.saved import byte_tokenizer
 from tests.tiny import tiny
 

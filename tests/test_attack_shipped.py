@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repedit.attacks.budgets import Setup, built
-from repedit.attacks.families import shipped
-from repedit.attacks.families.rounding import quantize, rounded
-from repedit.attacks.families.shipped import SHIPPED, available
+from repedit.auditing.attacks import weights
+from repedit.auditing.attacks.weights import SHIPPED, available, quantize, rounded
+from repedit.auditing.budgets import Setup, built
 from repedit.errors import MissingDependency
 from tests.likes import pupil, splits
 
@@ -26,7 +25,7 @@ def coarse(monkeypatch):
         seen.append((tuple(matrix.shape), matrix.dtype, group))
         return matrix.round()
 
-    monkeypatch.setitem(shipped.SHIPPED, "hqq-int4", ("torch", rounding))
+    monkeypatch.setitem(weights.SHIPPED, "hqq-int4", ("torch", rounding))
     return seen
 
 
@@ -47,7 +46,7 @@ def test_what_is_installed_is_tried_above_the_fast_budget(coarse):
 
 
 def test_an_absent_package_is_named(monkeypatch):
-    monkeypatch.setitem(shipped.SHIPPED, "hqq-int4", ("no_such_package", None))
+    monkeypatch.setitem(weights.SHIPPED, "hqq-int4", ("no_such_package", None))
     assert "hqq-int4" not in available()
     with pytest.raises(MissingDependency, match="'hqq-int4' is that of no_such_package: pip install no_such_package"):
         rounded(weight(4, 64), "hqq-int4")

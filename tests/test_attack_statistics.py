@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from repedit.attacks.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
-from repedit.attacks.judging import bootstrap, crossfit
-from repedit.attacks.judging.bootstrap import knowledge, recoveries
-from repedit.attacks.judging.crossfit import Series, chosen, in_first
+from repedit.auditing import statistics
+from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
+from repedit.auditing.statistics import Series, chosen, in_first, knowledge, recoveries
 from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRows, ShapeError
 from repedit.report import tables
 
@@ -76,7 +75,7 @@ def test_the_scored_half_is_not_read():
 
 
 def test_choosing_on_all_facts_is_caught(monkeypatch):
-    monkeypatch.setattr(crossfit, "_best", lambda correct, choosing: int(correct.sum(1).argmax()))
+    monkeypatch.setattr(statistics, "_best", lambda correct, choosing: int(correct.sum(1).argmax()))
     with pytest.raises(AssertionError):
         check_the_scored_half_is_not_read()
 
@@ -312,7 +311,7 @@ def test_twelve_null_attacks_raise_few_alarms():
 
 
 def test_bounds_of_one_attack_at_a_time_are_caught(monkeypatch):
-    monkeypatch.setattr(bootstrap, "_simultaneous", lambda family, tail: [r.interval for r in family])
+    monkeypatch.setattr(statistics, "_simultaneous", lambda family, tail: [r.interval for r in family])
     assert false_alarms(40) > 0.07
 
 

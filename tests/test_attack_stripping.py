@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import repedit as rp
-from repedit.attacks.families import prompts, stripping
-from repedit.attacks.families.stripping import strip, stripped, wrapped
-from repedit.attacks.models import Audited
+from repedit.auditing.attacks import prompts, unhook
+from repedit.auditing.attacks.unhook import strip, stripped, wrapped
+from repedit.auditing.runner import Audited
 from repedit.data import Splits
-from repedit.models import subject_of
+from repedit.models.subject import subject_of
 from tests.saved import byte_tokenizer
 from tests.tiny import tiny
 
@@ -118,17 +118,17 @@ def _library_removal(name, module, kept):
 
 
 def _in_place(monkeypatch):
-    monkeypatch.setattr(stripping, "copied", lambda subject: subject)
+    monkeypatch.setattr(unhook, "copied", lambda subject: subject)
 
 
 BROKEN = {
     "the model itself is stripped": ("hooks", _in_place),
-    "hooks stay": ("hooks", lambda m: m.setattr(stripping, "_of_library", lambda f: True)),
-    "pre-hooks stay": ("pre-hooks", lambda m: m.setattr(stripping, "_HOOKS", ("_forward_hooks",))),
-    "torch removes the property of the shared class": ("parametrizations", lambda m: m.setattr(stripping, "_unparametrize", _library_removal)),
-    "the mask stays": ("masks", lambda m: m.setattr(stripping, "_unmask", lambda module: 1)),
-    "the forward stays": ("replaced forwards", lambda m: m.setattr(stripping, "_unwrap", lambda module: 1)),
-    "the adapters stay": ("adapters", lambda m: m.setattr(stripping, "_bare_layers", lambda model: 1)),
+    "hooks stay": ("hooks", lambda m: m.setattr(unhook, "_of_library", lambda f: True)),
+    "pre-hooks stay": ("pre-hooks", lambda m: m.setattr(unhook, "_HOOKS", ("_forward_hooks",))),
+    "torch removes the property of the shared class": ("parametrizations", lambda m: m.setattr(unhook, "_unparametrize", _library_removal)),
+    "the mask stays": ("masks", lambda m: m.setattr(unhook, "_unmask", lambda module: 1)),
+    "the forward stays": ("replaced forwards", lambda m: m.setattr(unhook, "_unwrap", lambda module: 1)),
+    "the adapters stay": ("adapters", lambda m: m.setattr(unhook, "_bare_layers", lambda model: 1)),
 }  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_the_hook_stays_also_when_asking_fails(monkeypatch):
     model = subject()
     _hooked(model)
     before, name = logits(model), model.fingerprint()
-    monkeypatch.setattr(stripping, "ask", lambda *a: 1 / 0)
+    monkeypatch.setattr(unhook, "ask", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         strip()(model, SPLITS)
     assert torch.equal(logits(model), before) and model.fingerprint() == name
@@ -230,7 +230,7 @@ def test_an_adapter_merged_into_its_layer_is_taken_out_again():
 
 def test_wrappers_are_found_without_a_copy_of_the_model(monkeypatch):
     model = subject()
-    monkeypatch.setattr(stripping, "copied", lambda subject: 1 / 0)
+    monkeypatch.setattr(unhook, "copied", lambda subject: 1 / 0)
     assert not Audited("edited", model).hooked
     _hooked(model)
     assert Audited("edited", model).hooked

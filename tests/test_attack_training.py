@@ -11,15 +11,24 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from repedit.attacks.asking import ask
-from repedit.attacks.families import trials, tuning
-from repedit.attacks.families.finetune import benign, downstream, layered, relearn, rtt, upstream
-from repedit.attacks.families.losses import Example, examples, in_turn, masked_loss, mean_loss, padded, shuffled
-from repedit.attacks.families.published import lettered
-from repedit.attacks.families.tuning import Lion, Tuning, tune
+from repedit.auditing.attack import ask
+from repedit.auditing.attacks import finetune, tuning
+from repedit.auditing.attacks.finetune import benign, downstream, layered, lettered, relearn, rtt, upstream
+from repedit.auditing.attacks.tuning import (
+    Example,
+    Lion,
+    Tuning,
+    examples,
+    in_turn,
+    masked_loss,
+    mean_loss,
+    padded,
+    shuffled,
+    tune,
+)
 from repedit.data import Row, Splits
 from repedit.errors import ArgumentError, DataError, NotFinite, QuantizedModel, UnknownName
-from repedit.fingerprints import fingerprint
+from repedit.hashing import fingerprint
 from tests.likes import blank, facts, guarded, pupil, splits
 from tests.tolerances import close, within
 
@@ -224,8 +233,8 @@ def test_a_hooked_edit_acts_on_what_adapters_write():
 def test_half_precision_is_widened_for_full_training_only():
     subject = blank()
     subject.model.to(torch.bfloat16)
-    assert {trials.on_copy(subject, full=full)()[0].model.dtype for full in (True,)} == {torch.float32}
-    copy, _ = trials.on_copy(subject, full=False)()
+    assert {finetune.on_copy(subject, full=full)()[0].model.dtype for full in (True,)} == {torch.float32}
+    copy, _ = finetune.on_copy(subject, full=False)()
     assert copy.model.dtype == subject.model.dtype == torch.bfloat16
     assert tuned(copy, Tuning(1e-2, steps=10, how="lora")).losses[-1] < 5.4
 
@@ -322,7 +331,7 @@ def test_retraining_learns_t_and_asks_v_at_the_steps():
 
 
 def test_a_start_that_is_not_restored_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.attacks.scratch.Scratch.restore", lambda self: self.subject)
+    monkeypatch.setattr("repedit.auditing.attack.Scratch.restore", lambda self: self.subject)
     found = rtt(rates=(3e-3, 1e-5), measured=(), steps=2)(pupil(), splits())
     assert len({losses[0] for losses in found.details["losses"].values()}) == 2
 
@@ -370,7 +379,7 @@ def test_an_exception_leaves_the_model_as_it_was(monkeypatch):
     def fails(model, asked):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(trials, "ask", fails)
+    monkeypatch.setattr(finetune, "ask", fails)
     with pytest.raises(RuntimeError, match="no room") as caught:
         rtt(**QUICK | {"measured": (5,)})(subject, splits())
     assert "in attack 'rtt'" in caught.value.__notes__[0]
@@ -452,7 +461,7 @@ def test_a_lettered_question():
 def test_relearning_mixes_what_was_kept_or_puts_it_first(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        trials, "tune", lambda s, d, given, **rest: drawn.append((d, given)) or tune(s, d, given, **rest)
+        finetune, "tune", lambda s, d, given, **rest: drawn.append((d, given)) or tune(s, d, given, **rest)
     )
     found = relearn(rates=(1e-2,), measured=(2, 10))(pupil(), splits(retain=facts(12, 16)))
     orders = [" order=mixed", " order=retain-first"]
@@ -513,7 +522,7 @@ def test_what_was_kept_can_bring_facts_back():
 )
 def test_only_layers_on_one_side_are_trained(monkeypatch, attack, layers, note):
     used = []
-    monkeypatch.setattr(trials, "tune", lambda s, d, given, **rest: used.append(given) or tune(s, d, given, **rest))
+    monkeypatch.setattr(finetune, "tune", lambda s, d, given, **rest: used.append(given) or tune(s, d, given, **rest))
     found = attack(pupil(), splits())
     assert [(given.how, given.layers) for given in used] == [("lora", layers)]
     assert found.settings == ("step=0", "lr=0.01 step=1")

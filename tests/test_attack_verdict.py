@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from repedit.attacks import budgets
-from repedit.attacks.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE
-from repedit.attacks.judging import verdict as module
-from repedit.attacks.judging.evidence import OVER_FORGOTTEN, WORDS, Recovery, RetainCheck
-from repedit.attacks.judging.verdict import check_thresholds, cost, half_width, informative, items_needed, verdict
+from repedit.auditing import budgets
+from repedit.auditing import verdict as module
+from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE
+from repedit.auditing.report import OVER_FORGOTTEN, WORDS, Recovery, RetainCheck
+from repedit.auditing.verdict import check_thresholds, cost, half_width, informative, items_needed, verdict
 from repedit.errors import ArgumentError, FractionError
 
 NAN = float("nan")

@@ -8,16 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-from repedit.attacks.asking import ask
-from repedit.attacks.attack import RAN, SKIPPED
-from repedit.attacks.families import perturb as shaking
-from repedit.attacks.families import rounding
-from repedit.attacks.families.perturb import line_to, perturb, pruned, saliency, set_difference
-from repedit.attacks.families.rounding import BITS, LEVELS, projections, quantize, rounded, survival
+from repedit.auditing.attack import RAN, SKIPPED, ask
+from repedit.auditing.attacks import weights as rounding
+from repedit.auditing.attacks import weights as shaking
+from repedit.auditing.attacks.weights import (
+    BITS,
+    LEVELS,
+    line_to,
+    perturb,
+    projections,
+    pruned,
+    quantize,
+    rounded,
+    saliency,
+    set_difference,
+    survival,
+)
 from repedit.data import Fact, Facts, Splits
 from repedit.data.encoding import encoded
 from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite, QuantizedModel, UnknownName
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from tests.saved import byte_tokenizer
 from tests.tiny import tiny
 

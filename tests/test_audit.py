@@ -11,18 +11,18 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.attacks import audit as auditing
-from repedit.attacks import store as storing
-from repedit.attacks.attack import SKIPPED, only
-from repedit.attacks.controls import CONTROLS, writing
-from repedit.attacks.controls.selftest import Checked, SelfTest
-from repedit.attacks.families.finetune import benign, rtt
-from repedit.attacks.families.prompts import direct, in_context
-from repedit.attacks.judging.floors import fresh_facts
-from repedit.attacks.material import prepared
-from repedit.attacks.models import Audited
-from repedit.attacks.running import FRESH, Role, run
-from repedit.attacks.store import Store
+from repedit.auditing import api as auditing
+from repedit.auditing import store as storing
+from repedit.auditing.attack import SKIPPED, only
+from repedit.auditing.attacks.finetune import benign, rtt
+from repedit.auditing.attacks.prompts import direct, in_context
+from repedit.auditing.controls import CONTROLS
+from repedit.auditing.controls import edited as writing
+from repedit.auditing.data import prepared
+from repedit.auditing.floors import fresh_facts
+from repedit.auditing.runner import FRESH, Audited, Role, run
+from repedit.auditing.selftest import Checked, SelfTest
+from repedit.auditing.store import Store
 from repedit.data import Fact, Splits
 from repedit.errors import (
     ArgumentError,
@@ -35,7 +35,7 @@ from repedit.errors import (
     OverlapError,
     UnknownName,
 )  # fmt: skip
-from repedit.models import subject_of
+from repedit.models.subject import subject_of
 from tests.tiny import tiny
 from tests.world import facts, original, reference, world
 
@@ -138,9 +138,9 @@ def test_facts_are_taken_out_of_a_finding_by_name():
 
 def test_a_broken_audit_goes_on_with_the_findings_it_has(tmp_path, monkeypatch):
     edited, asked = writing.nudged(original()), []
-    from repedit.attacks import running
+    from repedit.auditing import runner
 
-    whole = running._attacked
+    whole = runner._attacked
 
     def breaking(attack, subject, splits):
         asked.append(attack.name)
@@ -148,7 +148,7 @@ def test_a_broken_audit_goes_on_with_the_findings_it_has(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return whole(attack, subject, splits)
 
-    monkeypatch.setattr(running, "_attacked", breaking)
+    monkeypatch.setattr(runner, "_attacked", breaking)
     with pytest.raises(KeyboardInterrupt):
         audited(edited, out=tmp_path / "out")
     assert len(list((tmp_path / "out/findings").glob("*.json"))) == 2 and not (tmp_path / "out/audit.json").exists()
@@ -166,8 +166,8 @@ def test_another_model_or_other_facts_never_get_a_kept_finding(tmp_path):
 
 
 def _attacks():
-    from repedit.attacks.families.prompts import direct
-    from repedit.attacks.families.rounding import quantize
+    from repedit.auditing.attacks.prompts import direct
+    from repedit.auditing.attacks.weights import quantize
 
     return direct(), direct().at(1), quantize(), quantize(schemes=("int8",))
 
@@ -183,10 +183,10 @@ def _splits():
 
 
 def test_an_original_is_attacked_once_for_many_audits(monkeypatch):
-    from repedit.attacks import running
+    from repedit.auditing import runner
 
-    asked, whole = [], running._attacked
-    monkeypatch.setattr(running, "_attacked", lambda a, s, p: asked.append((s.fingerprint(), a.name)) or whole(a, s, p))
+    asked, whole = [], runner._attacked
+    monkeypatch.setattr(runner, "_attacked", lambda a, s, p: asked.append((s.fingerprint(), a.name)) or whole(a, s, p))
     for edited in (writing.nudged(original()), world().other):
         audited(edited, attacks=("direct",))
     mine = [name for model, name in asked if model == original().fingerprint()]
@@ -194,7 +194,7 @@ def test_an_original_is_attacked_once_for_many_audits(monkeypatch):
 
 
 def test_an_attack_without_memory_is_reported_and_blocks_a_pass(monkeypatch):
-    from repedit.attacks import budgets
+    from repedit.auditing import budgets
 
     def starving(*_):
         raise MemoryError
@@ -209,7 +209,7 @@ def test_an_attack_without_memory_is_reported_and_blocks_a_pass(monkeypatch):
 
 
 def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
-    from repedit.attacks import budgets
+    from repedit.auditing import budgets
 
     def failing(*_):
         raise DataError("nonsense")
@@ -222,7 +222,7 @@ def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
 
 
 def test_an_audit_whose_self_test_failed_here_is_unsound(monkeypatch):
-    from repedit.attacks import conclusion
+    from repedit.auditing import conclusion
 
     monkeypatch.setattr(conclusion, "recorded", lambda: "PC1 was not caught")
     found = audited(writing.nudged(original()), attacks=("direct",))
@@ -239,7 +239,7 @@ def test_a_self_test_fails_where_one_control_does():
 
 
 def test_the_audit_knows_nothing_of_edits():
-    code = "import sys, repedit.attacks.audit; print('repedit.edit' in sys.modules, 'repedit.plan' in sys.modules)"
+    code = "import sys, repedit.auditing.api; print('repedit.edit' in sys.modules, 'repedit.plan' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -359,7 +359,7 @@ def test_what_was_kept_is_measured_on_facts_and_text():
 
 
 def test_the_edited_layers_are_read_from_the_manifest(tmp_path):
-    from repedit.attacks.models import Audited
+    from repedit.auditing.runner import Audited
 
     folder = tmp_path / "model"
     original().model.save_pretrained(folder)

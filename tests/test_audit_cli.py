@@ -9,11 +9,11 @@ from dataclasses import asdict
 import pytest
 from typer.testing import CliRunner
 
-from repedit.attacks.controls import CONTROLS, writing
-from repedit.attacks.controls import selftest as testing
-from repedit.attacks.controls.selftest import Checked, SelfTest, selftest
-from repedit.attacks.estimating import estimate
-from repedit.attacks.soundness import recorded, remember
+from repedit.auditing import selftest as testing
+from repedit.auditing.controls import CONTROLS, edited
+from repedit.auditing.estimate import estimate
+from repedit.auditing.selftest import Checked, SelfTest, selftest
+from repedit.auditing.store import recorded, remember
 from repedit.cli import app
 from repedit.errors import RepeditError, UnknownName
 from tests.world import facts, original, reference, world
@@ -28,7 +28,7 @@ def own_cache(tmp_path, monkeypatch):
 def files(tmp_path_factory):
     """The original, an edited model that still knows, the reference, and the facts, as a user has them."""
     root = tmp_path_factory.mktemp("audit")
-    for name, subject in (("original", original()), ("edited", writing.nudged(original())), ("reference", reference())):
+    for name, subject in (("original", original()), ("edited", edited.nudged(original())), ("reference", reference())):
         subject.model.save_pretrained(root / name)
         subject.tokenizer.save_pretrained(root / name)
     rows = [(fact, role) for role in ("forget", "retain") for fact in getattr(facts(), role)]
@@ -115,8 +115,8 @@ def test_a_self_test_of_some_controls_runs_them_and_is_not_recorded(monkeypatch)
 def test_a_self_test_catches_an_audit_that_strips_nothing(monkeypatch):
     from dataclasses import replace
 
-    from repedit.attacks import budgets
-    from repedit.attacks.families.prompts import direct
+    from repedit.auditing import budgets
+    from repedit.auditing.attacks.prompts import direct
 
     monkeypatch.setitem(budgets._BUILDERS, "strip", ("fast", lambda _: [replace(direct(), name="strip")]))
     monkeypatch.setattr(testing, "world", world)

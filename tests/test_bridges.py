@@ -10,7 +10,7 @@ import torch
 
 import repedit as rp
 from repedit import bridges
-from repedit.arch.taps import hooks_at
+from repedit.arch.hooks import hooks_at
 from repedit.errors import ArgumentError, NotAModel, UnknownArchitecture, UnknownSite
 from repedit.hooks import installed
 from tests.edits import fill, mask, projection

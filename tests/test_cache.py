@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from repedit import fetching
-from repedit.attacks import soundness
-from repedit.attacks.soundness import PACKAGE, recorded, remember, sources
-from repedit.attacks.store import Store, private_folder
+from repedit.auditing import store as soundness
+from repedit.auditing.store import PACKAGE, Store, private_folder, recorded, remember, sources
 from repedit.errors import CheckpointError, NotFound
-from repedit.fetching import CacheWarning, cache_folder, fetch
+from repedit.models import default_model
+from repedit.models.default_model import CacheWarning, cache_folder, fetch
 from tests.reports import finding
 
 FOUND = finding("direct", {"prompt": 0.5})
@@ -38,7 +37,7 @@ KINDS = ("a pseudo file system", "a file in its place", "below a device", "a lin
 @pytest.fixture(params=KINDS)
 def no_cache(request, tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(unwritable(tmp_path / "cache", request.param)))
-    monkeypatch.setattr(fetching, "_told", set())
+    monkeypatch.setattr(default_model, "_told", set())
 
 
 def test_without_a_cache_findings_and_self_tests_are_made_again_and_a_warning_says_so_once(no_cache, tmp_path):
@@ -54,7 +53,7 @@ def test_without_a_cache_findings_and_self_tests_are_made_again_and_a_warning_sa
 
 def test_a_full_disk_ends_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetching, "_told", set())
+    monkeypatch.setattr(default_model, "_told", set())
     monkeypatch.setattr(
         "repedit.io.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
@@ -70,10 +69,10 @@ def test_the_folder_of_an_audit_is_no_cache(tmp_path):
 
 
 def test_a_model_that_is_there_is_fetched_without_a_cache_to_write_to(tmp_path, monkeypatch):
-    place = tmp_path / fetching.DEFAULT
+    place = tmp_path / default_model.DEFAULT
     place.mkdir()
     (place / "config.json").write_text("{}")
-    monkeypatch.setattr(fetching, "make_folder", lambda _: pytest.fail("the cache was written"))
+    monkeypatch.setattr(default_model, "make_folder", lambda _: pytest.fail("the cache was written"))
     assert fetch(cache=tmp_path) == place
 
 
@@ -87,7 +86,7 @@ def test_a_download_that_cannot_be_stored_is_refused_by_name(tmp_path, monkeypat
     def full(_folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fetching, "_download", full)
+    monkeypatch.setattr(default_model, "_download", full)
     with pytest.raises(CheckpointError, match=r"could not be stored in .*No space left on device; give a folder"):
         fetch(cache=tmp_path)
 
@@ -140,7 +139,7 @@ def test_a_finding_of_another_key_is_not_this_one(tmp_path):
 
 def test_the_key_covers_every_module_that_an_audit_imports():
     """A change to any of them may change a verdict: nothing is listed by hand."""
-    code = "import sys, repedit.attacks.audit, repedit.attacks.classifier, repedit.attacks.controls.selftest; print('\\n'.join(m.__file__ for n, m in sys.modules.items() if n.startswith('repedit.')))"
+    code = "import sys, repedit.auditing.api, repedit.auditing.classifier, repedit.auditing.selftest; print('\\n'.join(m.__file__ for n, m in sys.modules.items() if n.startswith('repedit.')))"
     loaded = {
         Path(line)
         for line in subprocess.run(
@@ -158,7 +157,7 @@ def test_the_key_covers_the_packages_that_decide_numbers():
     assert {"torch", "transformers", "numpy", "scipy", "sklearn", "torchao", "hqq"} <= set(sources()[1])
 
 
-@pytest.mark.parametrize("room", ["hooks.py", "arch/taps.py", "stats/moments.py"])
+@pytest.mark.parametrize("room", ["hooks.py", "arch/hooks.py", "stats/moments.py"])
 def test_another_source_is_another_key(room, monkeypatch):
     before, read = soundness.environment(), Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + (b"#" if self == PACKAGE / room else b""))
@@ -184,6 +183,6 @@ def test_a_cache_that_only_others_may_write_is_no_cache(tmp_path, monkeypatch):
         pytest.skip("root may write everywhere")
     (tmp_path / "cache").mkdir(mode=0o500)
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetching, "_told", set())
+    monkeypatch.setattr(default_model, "_told", set())
     with pytest.warns(CacheWarning):
         remember("", [])

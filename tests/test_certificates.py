@@ -10,7 +10,7 @@ import torch
 
 import repedit as rp
 from repedit.errors import ArgumentError, NotFoldable, PlanMismatch
-from repedit.rewrite.certificates import LIMITS
+from repedit.rewrite.certificate import LIMITS
 from tests.edits import mask, projection
 from tests.test_laws import every_dtype, every_family
 from tests.tiny import tiny

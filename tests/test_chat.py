@@ -14,12 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 import repedit as rp
-from repedit import console
-from repedit.cli import app, chatting
-from repedit.cli.chatting import Talk
+from repedit.cli import app, output
+from repedit.cli import chat as chatting
+from repedit.cli.chat import Talk
 from repedit.errors import ArgumentError
-from repedit.metrics.generation import generate
-from repedit.metrics.streaming import Writing
+from repedit.metrics.generation import Writing, generate
 from tests.saved import saved
 from tests.test_metrics_generation import CHAT
 
@@ -95,14 +94,14 @@ def terminal(monkeypatch, lines: list[str]) -> io.StringIO:
     """A terminal on which somebody types."""
     shown, typed = io.StringIO(), iter(lines)
 
-    class Typed(console.Output):
+    class Typed(output.Output):
         def input(self, *a, **k) -> str:
             try:
                 return next(typed)
             except StopIteration:
                 raise EOFError from None
 
-    monkeypatch.setattr(console, "out", Typed(file=shown, force_terminal=True, width=70, height=20))
+    monkeypatch.setattr(output, "out", Typed(file=shown, force_terminal=True, width=70, height=20))
     return shown
 
 
@@ -121,7 +120,7 @@ def test_the_conversation_goes_on_until_it_is_ended(models, monkeypatch):
 def test_a_prompt_that_is_too_long_does_not_end_the_conversation(models, monkeypatch, capsys):
     here = talk(models, plain=True)
     terminal(monkeypatch, ["a" * 300, "hi"])
-    monkeypatch.setattr(console, "err", console.Output(stderr=True, width=200))
+    monkeypatch.setattr(output, "err", output.Output(stderr=True, width=200))
     chatting._converse(here)
     assert "no room for max_new_tokens=4; shorten either" in capsys.readouterr().err and len(here.turns[0]) == 2
 
@@ -133,7 +132,7 @@ def growing(*texts: str):
 
 def test_texts_grow_in_columns_and_what_they_share_is_dim(monkeypatch):
     shown = terminal(monkeypatch, [])
-    last = console.show_beside(("original", "edited"), growing("It is ", "It is paris", "It is paris, France."))
+    last = output.show_beside(("original", "edited"), growing("It is ", "It is paris", "It is paris, France."))
     assert last[1].text == "It is PARIS, FRANCE."
     assert shown.getvalue().rstrip().splitlines()[-1].count("\x1b[2mIt is ") == 2
     assert "original" in shown.getvalue() and "\x1b[2K" in shown.getvalue(), "lines were drawn again"
@@ -142,9 +141,9 @@ def test_texts_grow_in_columns_and_what_they_share_is_dim(monkeypatch):
 def test_a_long_text_shows_its_end_while_it_grows(monkeypatch):
     terminal(monkeypatch, [])
     text = "\n".join(f"line {i}" for i in range(40))
-    cells = [next(iter(column.cells)).plain for column in console.columns(("a", "b"), [text, text], 5).columns]
+    cells = [next(iter(column.cells)).plain for column in output.columns(("a", "b"), [text, text], 5).columns]
     assert cells == ["\n".join(f"line {i}" for i in range(35, 40))] * 2
-    assert next(iter(console.columns(("a",), [text]).columns[0].cells)).plain == text
+    assert next(iter(output.columns(("a",), [text]).columns[0].cells)).plain == text
 
 
 def test_an_interrupted_answer_is_kept(monkeypatch):
@@ -153,7 +152,7 @@ def test_an_interrupted_answer_is_kept(monkeypatch):
         raise KeyboardInterrupt
 
     shown = terminal(monkeypatch, [])
-    assert console.show_beside(("original", "edited"), interrupted())[0].text == "It is "
+    assert output.show_beside(("original", "edited"), interrupted())[0].text == "It is "
     assert "It is" in shown.getvalue()
 
 
@@ -164,7 +163,7 @@ def test_an_answer_interrupted_before_it_began_is_forgotten(models, monkeypatch)
     def nothing(*a):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("repedit.metrics.streaming._step", nothing)
+    monkeypatch.setattr("repedit.metrics.generation._step", nothing)
     chatting._converse(here)
     assert here.turns == [[], []] and "the prompt is forgotten" in shown.getvalue()
 
@@ -174,8 +173,8 @@ def test_compare_streams_its_prompts_on_a_terminal(models, monkeypatch):
     said = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)["generations"][0]
     shown = terminal(monkeypatch, [])
     names = []
-    plain = console.show_beside
-    monkeypatch.setattr(console, "show_beside", lambda *a: names.append((a[0], plain(*a))))
+    plain = output.show_beside
+    monkeypatch.setattr(output, "show_beside", lambda *a: names.append((a[0], plain(*a))))
     assert CliRunner().invoke(app, given).exit_code == 0
     ((titles, last),) = names
     assert titles == models and [w.text for w in last] == [said["base"], said["edited"]]

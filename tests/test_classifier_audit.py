@@ -15,19 +15,27 @@ import torch
 from torch import nn
 
 import repedit as rp
-from repedit.attacks import classifier
-from repedit.attacks.classifier import audit_classifiers, klom
-from repedit.attacks.families import image_relearning, image_rounding, image_shadows
-from repedit.attacks.families.image_members import SCORES, membership, sides
-from repedit.attacks.families.image_relearning import halves, relearn, relearned
-from repedit.attacks.families.image_rounding import coarse, rounding
-from repedit.attacks.families.image_shadows import shadows
-from repedit.attacks.judging.evidence import HIDDEN, INCONCLUSIVE, NOT_FORGOTTEN, PASS, Report
-from repedit.attacks.judging.gaps import AUC, FORGET, RELEARN
+from repedit.auditing import classifier
+from repedit.auditing.attacks import images as image_relearning
+from repedit.auditing.attacks import images as image_rounding
+from repedit.auditing.attacks import images as image_shadows
+from repedit.auditing.attacks.images import (
+    SCORES,
+    coarse,
+    halves,
+    membership,
+    relearn,
+    relearned,
+    rounding,
+    shadows,
+    sides,
+)
+from repedit.auditing.classifier import AUC, FORGET, RELEARNING, audit_classifiers, klom
+from repedit.auditing.report import HIDDEN, INCONCLUSIVE, NOT_FORGOTTEN, PASS, Report
 from repedit.errors import ArgumentError, BadReference, MetricError, NotEnoughRows, TrainingError, UnknownName
 from repedit.report import markdown, page, schema, together, withheld, write
 from repedit.vision import ImageSplits, Relabel, Task, apply, relabel, retrain, small_cnn, train
-from repedit.vision.differences import tensors_of
+from repedit.vision.editing import tensors_of
 from tests.classifiers import normed, request
 
 TRAINED = {"epochs": 20, "lr": 5e-3}
@@ -255,7 +263,10 @@ def test_the_report_holds_every_model_and_every_gap():
     gaps = {gap.measure: gap for gap in found.gaps}
     m = made()
     assert gaps[FORGET].original == m.task.accuracy(m.model, m.splits.forget) > 0.9
-    assert gaps[FORGET].reference == 0 and gaps[RELEARN].spread[0] <= gaps[RELEARN].reference <= gaps[RELEARN].spread[1]
+    assert (
+        gaps[FORGET].reference == 0
+        and gaps[RELEARNING].spread[0] <= gaps[RELEARNING].reference <= gaps[RELEARNING].spread[1]
+    )
     assert gaps[AUC].others == f"{len(m.splits.holdout)} holdout images"
     assert found.context["notes"][0].startswith("statistical evidence, not certified deletion")
     assert found.finding("reference", "relearn") is not None and found.verdict.word in (HIDDEN, PASS)

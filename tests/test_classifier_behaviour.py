@@ -16,10 +16,9 @@ import pytest
 from torch import nn
 
 from repedit import vision
-from repedit.attacks.classifier import audit_classifiers
-from repedit.attacks.judging.evidence import HIDDEN, PASS, Gap, Report
-from repedit.attacks.judging.gaps import AUC, FORGET, RELEARN, RETAIN, TEST
-from repedit.walkthrough.classifying import RECIPES, SETTINGS, Setting
+from repedit.auditing.classifier import AUC, FORGET, RELEARNING, RETAIN, TEST, audit_classifiers
+from repedit.auditing.report import HIDDEN, PASS, Gap, Report
+from repedit.demo import RECIPES, SETTINGS, Setting
 
 SLOW: Any = pytest.mark.slow
 CLASSES = [(20, 6), pytest.param(21, 1, marks=SLOW), pytest.param(22, 9, marks=SLOW)]
@@ -91,14 +90,14 @@ def test_relabelling_and_condensation_forget_a_class_and_keep_the_others(seed, l
 
 def relearnt(report: Report, role: str) -> list[float]:
     """The share of V that is right, averaged over the epochs of relearning, model by model."""
-    return [float(f.correct[1:].mean()) for f in report.findings[role] if f.attack == RELEARN]
+    return [float(f.correct[1:].mean()) for f in report.findings[role] if f.attack == RELEARNING]
 
 
 @pytest.mark.parametrize("recipe", ["relabel", "condense"])
 @pytest.mark.parametrize(("seed", "label"), CLASSES)
 def test_the_class_comes_back_before_any_retrained_model_learns_it(seed, label, recipe):
     found = audits(seed, label, "relabel", "condense")[recipe]
-    assert found.verdict.word == HIDDEN and RELEARN in found.verdict.sentence
+    assert found.verdict.word == HIDDEN and RELEARNING in found.verdict.sentence
     # Measured on (20, 6) and (21, 1): .89 to .98 right, retrained models .03 to .75, their median .08 to .66; the CPU moves
     # these by .003. An epoch, as a count, moves by one.
     again, others = relearnt(found, "edited")[0], relearnt(found, "reference")

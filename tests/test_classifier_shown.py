@@ -14,16 +14,15 @@ from numpy.testing import assert_allclose
 from typer.testing import CliRunner
 
 import repedit as rp
-from repedit import plot
-from repedit.attacks.families.image_members import sides
-from repedit.attacks.judging.evidence import Report
-from repedit.attacks.judging.gaps import AUC, FORGET, RELEARN
+from repedit import demo, plot
+from repedit.auditing.attacks.images import sides
+from repedit.auditing.classifier import AUC, FORGET, RELEARNING
+from repedit.auditing.report import Report
 from repedit.cli import app
+from repedit.demo import AGAIN, COLUMNS, RECIPES, Setting, forget_images
 from repedit.errors import ArgumentError, UnknownName
-from repedit.metrics.separation import auc
+from repedit.metrics.membership import auc
 from repedit.vision import Condense, Images, small_cnn
-from repedit.walkthrough import classifying, forget_images
-from repedit.walkthrough.classifying import AGAIN, COLUMNS, RECIPES, Setting
 from tests.classifiers import drawn
 from tests.test_classifier_audit import made, report
 from tests.test_plot import laid_out, outside, overlapping
@@ -161,7 +160,7 @@ def test_a_request_is_carried_out_and_audited_by_recipe():
     gaps = {gap.measure: gap for gap in found.reports["relabel"].gaps}
     assert (
         rows["relabel"]["forget"] == f"{gaps[FORGET].value:+.1%}"
-        and rows["relabel"]["relearn"] == f"{gaps[RELEARN].value:+.2f}"
+        and rows["relabel"]["relearn"] == f"{gaps[RELEARNING].value:+.2f}"
     )
     assert rows[AGAIN]["of retraining"] == "1.00"
 
@@ -194,7 +193,7 @@ def test_what_a_walkthrough_lacks_is_named():
 
 def run(monkeypatch, *words: str) -> str:
     """The verb on tiny networks and few digits."""
-    monkeypatch.setattr(classifying, "SETTINGS", {"digits": {"class": TINY, "mislabelled": TINY}})
+    monkeypatch.setattr(demo, "SETTINGS", {"digits": {"class": TINY, "mislabelled": TINY}})
     result = CliRunner().invoke(app, ["vision", "demo", "--references", "1", "--recipe", "relabel", *words])
     assert result.exit_code == 0, result.output + str(result.exception)
     return result.stdout

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from repedit.attacks.judging import gap_verdict
-from repedit.attacks.judging.evidence import (
+from repedit.auditing import classifier
+from repedit.auditing.classifier import AUC, FORGET, RELEARNING, Measured, gaps, verdict
+from repedit.auditing.report import (
     DESTROYED,
     HIDDEN,
     INCONCLUSIVE,
@@ -21,8 +22,6 @@ from repedit.attacks.judging.evidence import (
     WORDS,
     Verdict,
 )
-from repedit.attacks.judging.gap_verdict import verdict
-from repedit.attacks.judging.gaps import AUC, FORGET, RELEARN, Measured, gaps
 from repedit.errors import ArgumentError, MetricError
 
 FORGOTTEN, OTHERS = 120, 60
@@ -71,7 +70,7 @@ def test_each_word_is_reached(word):
     ("_destroyed", DESTROYED), ("_known", NOT_FORGOTTEN), ("_hidden", HIDDEN), ("_over", OVER_FORGOTTEN), ("_passed", PASS),
 ])  # fmt: skip
 def test_a_rule_that_is_left_out_is_missed(rule, word, monkeypatch):
-    monkeypatch.setattr(gap_verdict, rule, lambda *_: None)
+    monkeypatch.setattr(classifier, rule, lambda *_: None)
     assert judged(CASES[word]).word != word
 
 
@@ -107,7 +106,7 @@ def test_the_first_rule_that_matches_wins():
 
 def test_what_comes_back_by_relearning_is_hidden():
     found = judged(measured(relearned=EASY))
-    assert found.word == HIDDEN and RELEARN in found.sentence and AUC not in found.sentence
+    assert found.word == HIDDEN and RELEARNING in found.sentence and AUC not in found.sentence
     assert judged(measured(relearned=RETRAINED.relearned + 0.19)).word == PASS
 
 
@@ -209,7 +208,7 @@ def test_gaps_say_what_they_are_of():
         told.edited - told.reference
     )
     assert 0 < told.error < 0.06 and found[FORGET].spread == (0, 0) and told.spread[0] < told.reference < told.spread[1]
-    assert found[RELEARN].edited == pytest.approx(measured().relearned.mean())
+    assert found[RELEARNING].edited == pytest.approx(measured().relearned.mean())
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [

@@ -20,7 +20,7 @@ from tests.published import stand_in
 from tests.saved import saved
 
 # An untrained model uses the same neurons for everything, and score says so.
-pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 LIMITED = ("--tokens", "400")
 
 
@@ -108,7 +108,7 @@ def test_prune_in_steps_writes_a_checkpoint(model, tmp_path: Path):
 
 
 def test_a_learned_mask_needs_no_fraction(model, tmp_path: Path, monkeypatch):
-    import repedit.importance.job as job
+    import repedit.neurons.pruning as job
 
     quick = lambda *a, **o: __import__("repedit").fit.gates(*a, **o, steps=4, learning_rate=0.5)  # noqa: E731
     monkeypatch.setattr(job, "gates", quick)
@@ -182,7 +182,7 @@ def test_the_second_act_forgets_and_exports(model, tmp_path: Path, monkeypatch):
     few = lambda items: tuple(fact for part in by_domain(items).values() for fact in part[:4])  # noqa: E731
     whole = facts("capitals")
     small = Facts(few(whole.forget), few(whole.retain), "capitals")
-    monkeypatch.setattr("repedit.walkthrough.projecting.facts", lambda *args, **options: small)
+    monkeypatch.setattr("repedit.demo.facts", lambda *args, **options: small)
     words = ("demo", "--model", model, "--out", tmp_path / "edited", "--act", "capitals", "--steps", "2")
     found = json.loads(run(*words, "--json"))["capitals"]
     assert {"capitals", "capitals, unseen phrasing", "symbols"} <= set(found["facts"])

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from repedit import cli
 from repedit.cli import options
 from repedit.errors import ArgumentError, RepeditError
-from repedit.gradient.recipe import UnlearnRecipe
+from repedit.unlearning.recipe import UnlearnRecipe
 
 KEPT = MagicMock(name="result", tensors={}, exceeded=False, agreement=0.5, relative_change=0.5, structure="keep")
 KEPT.log = [{"losses": {}, "nll": {}, "cosine": None}]
@@ -22,36 +22,36 @@ KEPT.provenance = {"data": {"forget": {"tokens": 1}, "retain": {"tokens": 1}}, "
 KEPT.to_json.return_value = "{}"
 KEPT.verdict.exit_code = 0
 ANSWERS = {
-    "io.archive.kind_of": "edit", "cli.steps.read": [], "cli.cut.plan_of": "plan", "cli.project.plan_of": "plan", "rewrite.checkpoint.dry_run": "plan", "report.write": [],
+    "io.archive.kind_of": "edit", "cli.steps.read": [], "cli.neurons.plan_of": "plan", "cli.project.plan_of": "plan", "rewrite.export.dry_run": "plan", "report.write": [],
 }  # fmt: skip
 PATCHED: dict[str, tuple[str, ...]] = {
-    "demo": ("walkthrough.walkthrough", "walkthrough.forget_capitals", "cli.start._show_pruning", "cli.start._show_forgotten",
-             "console.comparison_json", "console.forgotten_json", "console.show_json"),
-    "fetch": ("fetching.fetch", "console.show_json"),
-    "doctor": ("cli.look.opened", "arch.check.check_architecture", "kernels.dispatch.choose", "console.show_json", "console.table"),
-    "inspect": ("cli.look.opened", "console.show_json", "console.table"),
-    "collect": ("cli.cut.opened", "data.read", "activations.collection.collect", "cli.cut.save", "console.show_json"),
-    "score": ("cli.cut.opened", "cli.cut._scored", "cli.cut.save", "console.show_json", "console.table"),
-    "prune": ("cli.cut.opened", "importance.job.pruned", "cli.cut.write", "cli.cut._show", "cli.cut.plan_of"),
-    "project": ("cli.project.opened", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "metrics.knowledge.knowledge", "rewrite.live.apply",
+    "demo": ("demo.walkthrough", "demo.forget_capitals", "cli.demo._show_pruning", "cli.demo._show_forgotten",
+             "cli.output.comparison_json", "cli.output.forgotten_json", "cli.output.show_json"),
+    "fetch": ("models.default_model.fetch", "cli.output.show_json"),
+    "doctor": ("cli.inspect.opened", "arch.check.check_architecture", "kernels.dispatch.choose", "cli.output.show_json", "cli.output.table"),
+    "inspect": ("cli.inspect.opened", "cli.output.show_json", "cli.output.table"),
+    "collect": ("cli.neurons.opened", "data.read", "activations.collection.collect", "cli.neurons.save", "cli.output.show_json"),
+    "score": ("cli.neurons.opened", "cli.neurons._scored", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
+    "prune": ("cli.neurons.opened", "neurons.pruning.pruned", "cli.neurons.write", "cli.neurons._show", "cli.neurons.plan_of"),
+    "project": ("cli.project.opened", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "metrics.facts.knowledge", "rewrite.apply.apply",
                 "cli.project._show", "cli.project.plan_of", "cli.project.write"),
-    "unlearn": ("cli.unlearning.opened", "data.facts", "data.read", "gradient.unlearning.unlearn", "cli.unlearning.write",
-                "console.show_json", "console.table"),
-    "apply": ("cli.applying.opened", "io.archive.kind_of", "edit.Edit.load", "rewrite.checkpoint.export", "rewrite.checkpoint.dry_run",
-              "cli.applying.verified", "console.show_json"),
-    "diff": ("rewrite.difference.diff", "console.show_json", "console.table"),
-    "compare": ("cli.look.opened", "data.read", "metrics.comparison.compare", "metrics.benchmarks.measured", "console.comparison_json",
-                "console.comparison_rows", "console.show_json", "console.table", "console.show_generations"),
-    "chat": ("cli.chatting.opened", "metrics.streaming.side_by_side", "cli.chatting._beside", "cli.chatting._last", "cli.chatting._json_line"),
-    "audit": ("data.facts", "data.named", "attacks.audit.audit", "attacks.estimating.estimate", "attacks.controls.selftest.selftest",
-              "report.write", "report.withheld", "cli.audits.show", "cli.audits._estimate", "cli.audits._selftest"),
-    "report": ("attacks.judging.evidence.Report.load", "report.together", "report.withheld", "report.write", "cli.audits.show", "console.show_json",
-               "cli.audits._plain"),
-    "tasks": ("metrics.harness.write_tasks", "console.show_json"),
-    "push": ("rewrite.publishing.push", "console.show_json", "console.table"),
-    "run": ("cli.steps.read", "cli.running._alone", "cli.running.paged"),
+    "unlearn": ("cli.unlearn.opened", "data.facts", "data.read", "unlearning.api.unlearn", "cli.unlearn.write",
+                "cli.output.show_json", "cli.output.table"),
+    "apply": ("cli.apply.opened", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",
+              "cli.apply.verified", "cli.output.show_json"),
+    "diff": ("rewrite.diff.diff", "cli.output.show_json", "cli.output.table"),
+    "compare": ("cli.inspect.opened", "data.read", "metrics.benchmarks.compare", "metrics.benchmarks.measured", "cli.output.comparison_json",
+                "cli.output.comparison_rows", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
+    "chat": ("cli.chat.opened", "metrics.generation.side_by_side", "cli.chat._beside", "cli.chat._last", "cli.chat._json_line"),
+    "audit": ("data.facts", "data.named", "auditing.api.audit", "auditing.estimate.estimate", "auditing.selftest.selftest",
+              "report.write", "report.withheld", "cli.audit.show", "cli.audit._estimate", "cli.audit._selftest"),
+    "report": ("auditing.report.Report.load", "report.together", "report.withheld", "report.write", "cli.audit.show", "cli.output.show_json",
+               "cli.audit._plain"),
+    "tasks": ("metrics.harness.write_tasks", "cli.output.show_json"),
+    "push": ("rewrite.hub.push", "cli.output.show_json", "cli.output.table"),
+    "run": ("cli.steps.read", "cli.run._alone", "cli.run.paged"),
     "reproduce": ("cli.steps.read",),
-    "vision demo": ("walkthrough.classifying.forget_images", "cli.vision._written", "cli.vision._show", "cli.vision._plain", "console.show_json"),
+    "vision demo": ("demo.forget_images", "cli.vision._written", "cli.vision._show", "cli.vision._plain", "cli.output.show_json"),
 }  # fmt: skip
 """Verb -> what its command line calls; each call is recorded and does nothing."""
 BASE: dict[str, tuple[str, ...]] = {
@@ -110,7 +110,7 @@ def asked(verb: str, words: tuple[str, ...], monkeypatch: Any, folder: Path) -> 
     def stub(name: str) -> Any:
         def called(*args: Any, **given: Any) -> Any:
             calls.append((name, [plain(a) for a in args], {key: plain(a) for key, a in given.items()}))
-            return ANSWERS.get(name, [KEPT, KEPT] if name.startswith("cli.chatting") and "opened" not in name else KEPT)
+            return ANSWERS.get(name, [KEPT, KEPT] if name.startswith("cli.chat") and "opened" not in name else KEPT)
 
         return called
 

@@ -10,11 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 import repedit as rp
-from repedit.cli import app, writing
+from repedit.cli import app, saving
 from repedit.data import facts
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, CheckpointError, RepeditError, TargetExists
-from repedit.gradient import loop
+from repedit.unlearning import trainer
 from tests.saved import saved
 from tests.unlearned import sides, subject
 
@@ -122,7 +122,7 @@ def test_tasks_are_written_into_a_folder_or_refused(tmp_path):
 
 def test_a_value_is_saved_where_a_link_leads(tmp_path):
     (tmp_path / "d.safetensors").symlink_to("new/d.safetensors")
-    writing.save(Delta({"w": __import__("torch").ones(3)}, {"method": "test"}), tmp_path / "d.safetensors")
+    saving.save(Delta({"w": __import__("torch").ones(3)}, {"method": "test"}), tmp_path / "d.safetensors")
     assert (tmp_path / "d.safetensors").is_symlink() and (tmp_path / "new" / "d.safetensors").is_file()
 
 
@@ -174,7 +174,7 @@ def test_what_was_computed_is_kept_beside_a_target_that_fails(after, tmp_path, m
     with pytest.raises(
         CheckpointError, match=r"No space left.*what was computed is kept in \S*d\.rescued\.safetensors: repedit apply"
     ):
-        writing.save(delta, tmp_path / "full" / "d.safetensors")
+        saving.save(delta, tmp_path / "full" / "d.safetensors")
     (kept,) = tmp_path.rglob("*.rescued.safetensors")
     assert Delta.load(kept).tensors["w"].sum() == 3 and (kept.parent == tmp_path) == (after == 2)
 
@@ -184,13 +184,13 @@ def test_a_target_that_appears_during_the_training_costs_nothing(tmp_path):
     delta = Delta({"w": __import__("torch").ones(3)}, {"method": "test"})
     out.mkdir(parents=True)
     with pytest.raises(RepeditError, match=r"kept in \S*rescued"):
-        writing.save(delta, out)
-    writing.save(delta, tmp_path / "other" / "d.safetensors")
+        saving.save(delta, out)
+    saving.save(delta, tmp_path / "other" / "d.safetensors")
     assert len(list(tmp_path.rglob("d*.safetensors"))) == 3
 
 
 def test_a_log_or_state_of_something_else_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Training, "run", lambda *a, **o: pytest.fail("it was trained"))
+    monkeypatch.setattr(trainer.Training, "run", lambda *a, **o: pytest.fail("it was trained"))
     (tmp_path / "notes.jsonl").write_text('{"mine": 1}\n')
     (tmp_path / "folder").mkdir()
     for name, error, match in (
@@ -217,7 +217,7 @@ def test_a_state_that_cannot_be_saved_leaves_what_was_trained(tmp_path, monkeypa
     def full(*args, **options):
         raise CheckpointError("the disk is full")
 
-    monkeypatch.setattr("repedit.gradient.state.save", full)
+    monkeypatch.setattr("repedit.unlearning.resume.save", full)
     with pytest.raises(CheckpointError, match=r"stopped after 3 steps.*the disk is full; error\.delta holds") as caught:
         rp.unlearn(subject(), **sides(), **SMALL, resume=tmp_path / "state")
     assert caught.value.delta.tensors

@@ -5,7 +5,7 @@ import torch
 
 import repedit as rp
 from repedit.errors import ArgumentError, NotFinite
-from repedit.fit import FITS, subspace
+from repedit.fit import FITS, linalg
 from repedit.stats import CrossMoments, Moments
 from tests.rows import EXACT, PAIRED, D, K, cosine, earlier, fitted, moments_of, normal, pair, projects, spanning
 
@@ -32,7 +32,7 @@ def published_start(forget, retain):
     values, vectors = torch.linalg.eigh(forget.second)
     span = vectors[:, values > 0]
     outside = torch.eye(forget.width, dtype=torch.float64) - span @ span.T
-    return subspace.projector(rp.fit.top_eigenvectors(outside @ retain.second @ outside, K)[1])
+    return linalg.projector(rp.fit.top_eigenvectors(outside @ retain.second @ outside, K)[1])
 
 
 def swapped(fit):

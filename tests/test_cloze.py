@@ -8,8 +8,8 @@ import pytest
 
 import repedit as rp
 from repedit.data import Corpus, Document, Splits
-from repedit.data import cloze as public
-from repedit.data.cloze import PYTHON, cloze
+from repedit.data import generated as public
+from repedit.data.generated import PYTHON, cloze
 from repedit.errors import ArgumentError, NotEnoughRows
 
 

@@ -16,7 +16,7 @@ from repedit.errors import (  # fmt: skip
     QuantizedModel,
     UnknownSite,
 )
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from tests.edits import mask
 from tests.letters import Letters
 from tests.planted import NEURONS, planted, texts

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.activations.counting import positions
+from repedit.activations.collection import positions
 from repedit.arch import hooks_at
 from repedit.data import Batch, Tokens
 from repedit.data.corpus import tokens
@@ -217,7 +217,7 @@ def test_neurons_of_experts_have_no_covariance():
 
 
 def test_covariances_that_do_not_fit_are_refused(monkeypatch):
-    monkeypatch.setattr("repedit.activations.watching._free", lambda device: 20_000)
+    monkeypatch.setattr("repedit.activations.collection._free", lambda device: 20_000)
     corpus = tokens([{"input_ids": ids()}])
     with pytest.raises(TooLarge, match=r"moments of 2 sites take 2.56e-05 GB, 2e-05 GB are free; choose fewer sites"):
         rp.collect(tiny("llama"), corpus, "*.mlp.neurons", statistic=Moments)

@@ -8,16 +8,15 @@ import sys
 import pytest
 
 from repedit import data
-from repedit.attacks import budgets
-from repedit.cli import completing, names
-from repedit.cli.writing import shaped
+from repedit.auditing import budgets
+from repedit.cli import options
+from repedit.cli.saving import shaped
 from repedit.errors import ArgumentError
-from repedit.fit.methods import FITS
-from repedit.gradient.recipes import RECIPES, named
-from repedit.importance.combination import COMBINATIONS
-from repedit.importance.scoring import IMPORTANCES
+from repedit.fit.closed_form import FITS
 from repedit.metrics.benchmarks import SUITES
+from repedit.neurons.scores import COMBINATIONS, IMPORTANCES
 from repedit.sites import Point
+from repedit.unlearning.recipes import RECIPES, named
 from tests.test_public import HEAVY
 
 REAL = {
@@ -50,12 +49,12 @@ def asked(words: str, shell: str = "bash") -> list[str]:
 
 
 def check_table(table: str) -> None:
-    assert names.names(table) == tuple(REAL[table])
+    assert options.names(table) == tuple(REAL[table])
 
 
-@pytest.mark.parametrize("table", names.TABLES)
+@pytest.mark.parametrize("table", options.TABLES)
 def test_names_that_are_completed_are_those_that_exist(table):
-    assert set(REAL) == set(names.TABLES)
+    assert set(REAL) == set(options.TABLES)
     check_table(table)
 
 
@@ -66,9 +65,9 @@ def test_a_name_that_is_missing_is_caught(monkeypatch):
 
 
 def test_a_table_that_was_moved_is_reported(monkeypatch):
-    monkeypatch.setitem(names.TABLES, "moved", ("data/catalogue.py", "NOWHERE"))
-    with pytest.raises(LookupError, match=r"data/catalogue.py assigns no NOWHERE"):
-        names.names("moved")
+    monkeypatch.setitem(options.TABLES, "moved", ("data/fact_sets.py", "NOWHERE"))
+    with pytest.raises(LookupError, match=r"data/fact_sets.py assigns no NOWHERE"):
+        options.names("moved")
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -101,7 +100,7 @@ def test_words_that_bash_took_apart_are_joined():
         ("a b", 2, "a b", 2),
         ("a x : y b c", 4, "a x:y b c", 2),
     ]:
-        assert completing.joined(words.split(" "), at) == (expected.split(" "), place)
+        assert options.joined(words.split(" "), at) == (expected.split(" "), place)
 
 
 BASH = """
@@ -123,22 +122,22 @@ def test_bash_itself_completes(tmp_path):
 
 
 def test_no_name_is_offered_twice():
-    assert completing.several("domains", "+")("capitals+c") == ["capitals+cities"]
-    assert completing.recipe("small:sure:np") == [] and completing.recipe("small:blur_n") == ["small:blur_npo"]
+    assert options.several("domains", "+")("capitals+c") == ["capitals+cities"]
+    assert options.recipe("small:sure:np") == [] and options.recipe("small:blur_n") == ["small:blur_npo"]
 
 
 def test_every_recipe_that_is_offered_exists():
-    for name in completing.recipe("") + completing.recipe("sure:"):
+    for name in options.recipe("") + options.recipe("sure:"):
         try:
             named(name)
         except ArgumentError as error:
             assert "merges several" in str(error)
-    assert completing.site("") == [f"*.{point}" for point in Point]
+    assert options.site("") == [f"*.{point}" for point in Point]
 
 
 def test_every_shape_that_is_offered_is_taken():
-    for structure in completing._COMPLETERS["structure"](""):
-        for layout in completing._COMPLETERS["layout"](""):
+    for structure in options._COMPLETERS["structure"](""):
+        for layout in options._COMPLETERS["layout"](""):
             assert shaped(None, structure, layout, None)["structure"] == structure
 
 

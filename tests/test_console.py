@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from repedit import cli, console
-from repedit.cli import examples
-from repedit.foreign_text import for_terminal
+from repedit import cli
+from repedit.cli import options as examples
+from repedit.cli import output
+from repedit.escaping import for_terminal
 from tests.saved import saved
 from tests.test_foreign_text import SIGNS
 
@@ -28,18 +29,18 @@ HOSTILE = "\x1b]52;c;cHduZWQ\x07[/][bold]\u202e\r\udc80"
 def screen(monkeypatch):
     """A terminal, and what it was sent."""
     sent = io.StringIO()
-    monkeypatch.setattr(console, "out", console.Output(file=sent, force_terminal=True, width=4000))
+    monkeypatch.setattr(output, "out", output.Output(file=sent, force_terminal=True, width=4000))
     return sent
 
 
 PRINTED = {
-    "a line": lambda text: console.out.print(text),
-    "a line in a style": lambda text: console.out.print(text, style="dim"),
-    "the title of a table": lambda text: console.table(text, ("a",), [["x"]]),
-    "a column": lambda text: console.table("t", (text,), [["x"]]),
-    "a cell": lambda text: console.table("t", ("a",), [[text]]),
-    "generations": lambda text: console.show_generations([text], [text], [text]),
-    "texts side by side": lambda text: console.show_beside((text, "b"), [(SimpleNamespace(text=text), SimpleNamespace(text="x"))]),
+    "a line": lambda text: output.out.print(text),
+    "a line in a style": lambda text: output.out.print(text, style="dim"),
+    "the title of a table": lambda text: output.table(text, ("a",), [["x"]]),
+    "a column": lambda text: output.table("t", (text,), [["x"]]),
+    "a cell": lambda text: output.table("t", ("a",), [[text]]),
+    "generations": lambda text: output.show_generations([text], [text], [text]),
+    "texts side by side": lambda text: output.show_beside((text, "b"), [(SimpleNamespace(text=text), SimpleNamespace(text="x"))]),
 }  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def test_a_terminal_shows_foreign_text_and_obeys_none_of_it(door, text, screen):
 
 def test_json_is_not_altered_and_stays_json(capsys):
     value = {NASTY: [HOSTILE, float("nan"), float("inf"), 0.5, None, True]}
-    console.show_json(value)
+    output.show_json(value)
     text = capsys.readouterr().out
     assert json.loads(text) == {NASTY: [HOSTILE, None, None, 0.5, None, True]} and text.isascii()
     assert "NaN" not in text
@@ -114,9 +115,9 @@ def test_standard_output_may_be_closed_altogether(model):
 
 def test_an_interrupt_is_one_line_and_its_own_code():
     code = (
-        "import signal, sys, time, repedit.cli, repedit.models\n"
+        "import signal, sys, time, repedit.cli, repedit.models.subject\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-        "repedit.models.load = lambda *a, **k: (print('ready', flush=True), time.sleep(60))\n"
+        "repedit.models.subject.load = lambda *a, **k: (print('ready', flush=True), time.sleep(60))\n"
         "sys.argv = ['repedit', 'inspect', 'x']\nrepedit.cli.main()"
     )
     done = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -127,12 +128,12 @@ def test_an_interrupt_is_one_line_and_its_own_code():
 
 def test_a_warning_and_a_log_show_what_was_given_and_obey_none_of_it():
     code = (
-        "import logging, sys, warnings, repedit.cli, repedit.errors, repedit.models\n"
+        "import logging, sys, warnings, repedit.cli, repedit.errors, repedit.models.subject\n"
         "def load(name, **options):\n"
         "    warnings.warn(name)\n"
         "    [logging.getLogger(of).warning('%s', name) for of in ('repedit', 'transformers')]\n"
         "    raise repedit.errors.NotFound(name)\n"
-        "repedit.models.load = load\nrepedit.cli.main()"
+        "repedit.models.subject.load = load\nrepedit.cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code, "inspect", HOSTILE.replace("\udc80", "")], capture_output=True)
     said = done.stderr.decode()
@@ -196,7 +197,7 @@ def test_every_verb_that_prints_json_is_tried():
     assert offered - SLOW - {"chat"} == set(JSON_OF)  # chat prints a document a prompt
 
 
-@pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+@pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 @pytest.mark.parametrize("name", JSON_OF)
 def test_json_is_the_whole_of_standard_output(name, model, files, tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))

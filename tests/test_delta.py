@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import repedit as rp
 from repedit.delta import Delta, survival
 from repedit.errors import ArgumentError, CheckpointError, FingerprintError, NoOpEdit, NotFoldable
-from repedit.fingerprints import value_hash
+from repedit.hashing import value_hash
 from repedit.lower import lower
 from tests import edits, laws
 from tests.tiny import FAMILIES, logits, tiny

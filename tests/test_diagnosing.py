@@ -7,14 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from repedit.attacks import diagnosing
-from repedit.attacks.asking import ask
-from repedit.attacks.controls import writing
-from repedit.attacks.diagnosing import line, uds
-from repedit.attacks.models import Audited
-from repedit.attacks.scratch import copied
-from repedit.attacks.showing import shown
-from repedit.fingerprints import fingerprint
+from repedit.auditing import diagnostics
+from repedit.auditing.attack import ask, copied
+from repedit.auditing.controls import edited as writing
+from repedit.auditing.diagnostics import line, shown, uds
+from repedit.auditing.runner import Audited
+from repedit.hashing import fingerprint
 from tests.reports import report
 from tests.world import facts, original, reference
 
@@ -37,8 +35,8 @@ def test_states_of_the_reference_know_nothing_and_those_of_the_original_everythi
 
 
 def test_states_put_at_another_token_are_caught(monkeypatch):
-    whole = diagnosing._putting
-    monkeypatch.setattr(diagnosing, "_putting", lambda places, states: whole([0] * len(places), states))
+    whole = diagnostics._putting
+    monkeypatch.setattr(diagnostics, "_putting", lambda places, states: whole([0] * len(places), states))
     with pytest.raises(AssertionError):
         check_ends(uds)
 

@@ -10,7 +10,7 @@ import pytest
 import repedit as rp
 from docs import build
 from repedit import cli
-from repedit.cli.examples import EXAMPLES, codes
+from repedit.cli.options import EXAMPLES, codes
 
 ROOMS = build.rooms(rp)
 VALUES = ("__version__",)

@@ -11,15 +11,14 @@ import pytest
 from tokenizers import processors
 
 import repedit as rp
-from repedit.attacks.families.optimise import Prefixed
+from repedit.auditing.attacks.search import Prefixed
 from repedit.data import Corpus, Document, Fact, Row, Rows
 from repedit.data.encoding import beginning, chat_ids, encoded, joined, prompt_ids, question_ids, text_ids
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
-from repedit.metrics.generation import generate
+from repedit.metrics.facts import facts_accuracy
+from repedit.metrics.generation import generate, side_by_side
 from repedit.metrics.membership import scores
-from repedit.metrics.probability import facts_accuracy
-from repedit.metrics.streaming import side_by_side
 from tests.saved import byte_tokenizer
 from tests.test_attack_weights import small
 
@@ -228,4 +227,4 @@ def test_a_tokenizer_is_asked_in_one_place():
             or getattr(node.func, "attr", "") in ("need_tokenizer()", "apply_chat_template")
         )
     }
-    assert asked == {"data/encoding.py", "attacks/models.py", "opening.py"}
+    assert asked == {"data/encoding.py", "auditing/runner.py", "opening.py"}

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import repedit as rp
+from repedit import explore
 from repedit.errors import ArgumentError, MissingDependency, SelectionError, TargetExists
-from repedit.explore import depth
 from tests.saved import saved
 
-pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def test_every_neuron_is_shown_with_its_score_and_rank(scores):
 
 
 def test_a_neuron_under_another_index_would_be_caught(scores, monkeypatch):
-    whole = depth._cloud
-    monkeypatch.setattr(depth, "_cloud", lambda s: replace(whole(s), index=np.roll(whole(s).index, 1)))
+    whole = explore._cloud
+    monkeypatch.setattr(explore, "_cloud", lambda s: replace(whole(s), index=np.roll(whole(s).index, 1)))
     with pytest.raises(AssertionError):
         check_points(rp.explore.neurons(scores), scores)
 
@@ -113,7 +113,7 @@ def test_protected_neurons_are_left_out_and_counted(scores):
 def test_the_slider_draws_the_line_of_prune(scores):
     layout = rp.explore.neurons(scores).figure.layout
     values, _ = expected(scores)
-    for step, fraction in zip(layout.sliders[0].steps, depth.FRACTIONS[-len(layout.sliders[0].steps) :], strict=True):
+    for step, fraction in zip(layout.sliders[0].steps, explore.FRACTIONS[-len(layout.sliders[0].steps) :], strict=True):
         keep = rp.top(scores, fraction=fraction)
         pruned = {(str(site), int(i)) for site, mask in keep.items() for i in (~mask).nonzero()[:, 0]}
         height = step.args[0]["shapes[0].y0"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import repedit as rp
 from repedit.errors import NoOpEdit, TargetExists
 from repedit.io.checkpoint import INDEX, SINGLE, open_shards
-from repedit.models import subject_of
+from repedit.models.subject import subject_of
 from tests.damage import sha
 from tests.edits import fill, mask, projection
 from tests.tiny import logits, tiny

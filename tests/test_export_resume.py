@@ -13,7 +13,8 @@ from repedit.io import targets
 from repedit.io.checkpoint import open_shards
 from repedit.io.text import JsonLines
 from repedit.lower import lower
-from repedit.rewrite import resuming, writing
+from repedit.rewrite import shards as resuming
+from repedit.rewrite import shards as writing
 from repedit.rewrite.slice import slice_plan
 from tests.edits import mask, projection
 from tests.test_export_safety import content, dies_at

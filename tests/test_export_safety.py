@@ -19,7 +19,8 @@ import repedit as rp
 from repedit.errors import ArgumentError, CheckpointError, NotFound, PlanMismatch
 from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
-from repedit.rewrite import checkpoint, writing
+from repedit.rewrite import export
+from repedit.rewrite import shards as writing
 from tests.damage import sha
 from tests.edits import fill, mask, projection
 from tests.tiny import ids, logits, tiny
@@ -44,8 +45,8 @@ def test_the_manifest_tells_the_truth(source, edit, tmp_path):
     assert dict(record.base["files"]) == {k: v for k, v in content(source).items() if k != ".git"}
     for name, entry in record.plan.items():
         before, after = open_shards(source).read(name), open_shards(tmp_path / "out").read(name)
-        assert entry["sha256_before"] == writing._change(None, before).after
-        assert entry["sha256_after"] == writing._change(None, after).after
+        assert entry["sha256_before"] == writing._writing_change(None, before).after
+        assert entry["sha256_after"] == writing._writing_change(None, after).after
 
 
 def test_the_manifest_holds_no_path_and_no_time(source, edit, tmp_path):
@@ -210,7 +211,7 @@ def test_a_plan_for_another_store_is_refused(source, edit, tmp_path):
 
 
 def test_a_writer_that_skips_a_tensor_is_found_out(source, edit, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "write_weights", lambda *args, **options: {})
+    monkeypatch.setattr(export, "write_weights", lambda *args, **options: {})
     with pytest.raises(
         PlanMismatch, match=r"planned but untouched: \['model\.layers\.1.*; touched but not planned: \[\]"
     ):

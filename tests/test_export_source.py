@@ -12,9 +12,9 @@ import yaml
 import repedit as rp
 from repedit.delta import Delta
 from repedit.errors import CheckpointError
-from repedit.fingerprints import value_hash
+from repedit.hashing import value_hash
 from repedit.io.checkpoint import INDEX, SINGLE, open_shards
-from repedit.rewrite import checkpoint, writing
+from repedit.rewrite import export, shards
 from tests.edits import mask, projection
 from tests.saved import byte_tokenizer
 from tests.test_export import in_hub_cache
@@ -120,7 +120,7 @@ def test_notes_and_licences_may_change(tmp_path):
     assert (tmp_path / "out" / "LICENSE").read_text() == "newer"
 
 
-def changing(folder, at, shard=writing._shard):
+def changing(folder, at, shard=shards._shard):
     """_shard, with another process that rewrites a file of the source beside the n-th call."""
     calls = iter(range(100))
 
@@ -139,7 +139,7 @@ def changing(folder, at, shard=writing._shard):
 def test_a_source_that_changes_while_it_is_exported_is_refused(at, loaded, tmp_path, monkeypatch):
     written(tmp_path / "in", max_shard_size="60KB")
     subject = rp.load(tmp_path / "in")
-    monkeypatch.setattr(writing, "_shard", changing(tmp_path / "in", at))
+    monkeypatch.setattr(shards, "_shard", changing(tmp_path / "in", at))
     with pytest.raises(CheckpointError, match=r"changed while it was exported: model-0.*; export it again"):
         rp.export(edit_of(subject), subject if loaded else tmp_path / "in", tmp_path / "out", link=False)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
@@ -147,8 +147,8 @@ def test_a_source_that_changes_while_it_is_exported_is_refused(at, loaded, tmp_p
 
 def test_a_source_whose_change_is_not_looked_for_would_be_caught(tmp_path, monkeypatch):
     written(tmp_path / "in", max_shard_size="60KB")
-    monkeypatch.setattr(writing, "_shard", changing(tmp_path / "in", 1))
-    monkeypatch.setattr(checkpoint, "check_unchanged", lambda *_: None)
+    monkeypatch.setattr(shards, "_shard", changing(tmp_path / "in", 1))
+    monkeypatch.setattr(export, "check_unchanged", lambda *_: None)
     rp.export(edit_of(rp.load(tmp_path / "in")), tmp_path / "in", tmp_path / "out", link=False)
     assert (tmp_path / "out").exists()
 

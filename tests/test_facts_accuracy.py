@@ -14,10 +14,10 @@ import repedit as rp
 from repedit.data import Fact, Facts
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName
-from repedit.metrics import probability
+from repedit.metrics import facts
+from repedit.metrics.facts import FactsAccuracy, facts_accuracy
 from repedit.metrics.generation import continuations
-from repedit.metrics.probability import FactsAccuracy, facts_accuracy
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from tests.letters import Letters
 from tests.saved import byte_tokenizer, merging_tokenizer
 from tests.tiny import FAMILIES, VOCABULARY, tiny
@@ -121,7 +121,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_scoring_is_caught(name, monkeypatch):
     part, broken = BROKEN[name]
-    monkeypatch.setattr(probability, part, broken(getattr(probability, part)))
+    monkeypatch.setattr(facts, part, broken(getattr(facts, part)))
     with pytest.raises(AssertionError):
         check_scores(replace(tiny("llama"), tokenizer=Letters()), ITEMS)
 
@@ -184,7 +184,7 @@ def test_bfloat16_is_scored_in_float32():
     (" Paris, which", True), ("\nparís!", True), (" It is Paris", True), (" Parisian", False), ("", False),
 ])  # fmt: skip
 def test_greedy_looks_for_the_answer_as_words(text, correct, monkeypatch):
-    monkeypatch.setattr(probability, "written", lambda subject, ids, tokens, names: [text] * len(ids))
+    monkeypatch.setattr(facts, "written", lambda subject, ids, tokens, names: [text] * len(ids))
     item = fact(answer="Paris", choices=())
     found = facts_accuracy(replace(tiny("llama"), tokenizer=Letters()), (item,), how="greedy")
     assert bool(found.correct[0]) is correct and found.graded[0] < 0
@@ -193,8 +193,8 @@ def test_greedy_looks_for_the_answer_as_words(text, correct, monkeypatch):
 def test_greedy_writes_as_many_tokens_as_the_longest_answer_and_four(monkeypatch):
     subject = replace(tiny("llama", vocab_size=260), tokenizer=byte_tokenizer())
     items = [fact(i, prompt="ab" * (1 + i % 2), answer="abcde", choices=()) for i in range(5)]
-    seen, plain = [], probability.written
-    monkeypatch.setattr(probability, "written", lambda *a: seen.append((a[1], a[2], plain(*a))) or seen[-1][2])
+    seen, plain = [], facts.written
+    monkeypatch.setattr(facts, "written", lambda *a: seen.append((a[1], a[2], plain(*a))) or seen[-1][2])
     facts_accuracy(subject, items, how="greedy", batch_size=2)
     assert [(len(ids), len(ids[0])) for ids, _, _ in seen] == [(2, 2), (1, 2), (2, 4)]
     for ids, tokens, texts in seen:

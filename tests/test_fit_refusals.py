@@ -15,7 +15,7 @@ from repedit.errors import (
     ShapeError,
     UnknownName,
 )
-from repedit.fit import FITS, subspace
+from repedit.fit import FITS, linalg
 from repedit.stats import CrossMoments, Moments
 from tests.rows import PAIRED, D, K, earlier, fitted, labelled, moments_of, normal, pair, spanning, statistics_of
 
@@ -39,7 +39,7 @@ def test_other_ranks_that_are_not_there_are_refused():
     with pytest.raises(RankError, match="rank 24 was asked for, 1 to 23"):
         rp.fit.random_basis(D, rank=D, seed=0)
     with pytest.raises(RankError, match="the union removes all 24 directions; at least one must remain"):
-        rp.fit.union(*(subspace.projector(spanning(D, 12, seed=s)) for s in (1, 2)))
+        rp.fit.union(*(linalg.projector(spanning(D, 12, seed=s)) for s in (1, 2)))
     with pytest.raises(RankError, match="rank 3 was asked for; the basis has 4, the largest is 23"):
         rp.fit.extend(spanning(D, 4), pair()[0], 3)
     with pytest.raises(RankError, match="25 eigenvectors were asked for; a matrix of width 24 has 0 to 24"):
@@ -111,7 +111,7 @@ def test_labels_and_means_without_signal_are_refused():
     for fit in (rp.fit.lda, rp.fit.mean_difference):
         with pytest.raises(NoSignal, match="the means of forget and retain agree, so there is no direction"):
             fit(same, same)
-    along = subspace.projector(
+    along = linalg.projector(
         torch.nn.functional.normalize((pair()[0].mean - pair()[1].mean)[:, None], dim=0), torch.float64
     )
     with pytest.raises(NoSignal, match="agree outside of what `previous` removed"):

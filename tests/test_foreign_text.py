@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib import cbook
 
-from repedit.foreign_text import for_html, for_markdown, for_mathtext, for_plotly, for_terminal, for_yaml, shortened
+from repedit.escaping import for_html, for_markdown, for_mathtext, for_plotly, for_terminal, for_yaml, shortened
 
 SIGNS = (
     "\x1b]52;c;cHduZWQ=\x07", "\x1b[2J", "\x9b31m", "\r", "\b", "\x00", "\u202e", "\u2066", "\ufeff", "\u2028", "\udc80", "\U000e0041",

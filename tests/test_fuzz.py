@@ -21,15 +21,16 @@ from transformers import AutoTokenizer
 
 import repedit as rp
 from repedit.activations.collection import Collection
-from repedit.attacks.judging.evidence import Report
+from repedit.auditing.report import Report
 from repedit.errors import RepeditError
-from repedit.gradient import recipes, written
-from repedit.importance.scores import Score
 from repedit.io import safetensors, text
 from repedit.io.checkpoint import INDEX, open_shards
 from repedit.io.safetensors import read_header
-from repedit.report.runs import account
-from repedit.rewrite.verifying import verification
+from repedit.neurons.scores import Score
+from repedit.report import run_journal
+from repedit.rewrite.verification import verification
+from repedit.unlearning import recipe as written
+from repedit.unlearning import recipes
 from tests.hostile import EXAMPLES, FUZZ, damaged_bytes, emitted, strictly_read, tables
 from tests.reports import clean
 from tests.tiny import tiny
@@ -374,7 +375,7 @@ DOORS = {
     ),
     "tokenizer": Door(lambda: as_bytes(tables(TOKENIZER)), loaded, right_tokenizer, "tokenizer.json", max(10, EXAMPLES // 3)),
     "run": Door(
-        lambda: rows([ENTRY, ENTRY | {"number": 2}]), lambda p: account.entries(p.with_name("run.toml")),
+        lambda: rows([ENTRY, ENTRY | {"number": 2}]), lambda p: run_journal.entries(p.with_name("run.toml")),
         lambda p, v: _equal({e.number for e in v.values()}, set(v)), "run.account.jsonl",
     ),
 }  # fmt: skip

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
 import repedit as rp
-from repedit.arch.widths import mlp_widths
 from repedit.errors import CheckpointError, NotFound, UnknownArchitecture
 from repedit.io.checkpoint import open_shards
+from repedit.models.ragged import mlp_widths
 from repedit.rewrite.gguf import gguf_check
 from tests.edits import mask
 from tests.tiny import logits, tiny

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 import repedit as rp
-from repedit.gradient import losses
-from repedit.gradient.parameters import Parameters
+from repedit.unlearning import losses
+from repedit.unlearning.parameters import Parameters
 from tests import world
 
 QUICK = {"steps": 60, "batch_size": 16, "lr": 1e-3, "progress": False}

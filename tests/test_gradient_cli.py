@@ -13,7 +13,7 @@ from repedit.cli import app
 from repedit.data import facts
 from repedit.delta import Delta
 from repedit.errors import ArgumentError
-from repedit.gradient import losses
+from repedit.unlearning import losses
 from tests.saved import saved
 from tests.unlearned import sides, subject
 
@@ -69,7 +69,7 @@ def test_unlearn_writes_a_delta_that_apply_reads(model, rows, tmp_path):
 
 def test_unlearn_writes_a_checkpoint(model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "repedit.cli.writing.verify", lambda out, record: None
+        "repedit.cli.saving.verify", lambda out, record: None
     )  # loads it in a fresh process, for ten seconds
     done = call(model, rows, tmp_path / "edited", "--set", "lr=1e-3", "--steps", "1")
     assert done.exit_code == 0, done.output
@@ -86,7 +86,7 @@ def test_collapse_exits_with_3_and_is_written(model, rows, tmp_path):
 def test_a_loss_that_is_not_finite_exits_with_4(model, rows, tmp_path, monkeypatch):
     honest = losses.nll().sum
     monkeypatch.setattr(losses, "nll", lambda: losses.Loss("nll", lambda seen: honest(seen) * float("nan"), "tokens"))
-    import repedit.gradient.recipes.basic as basic
+    import repedit.unlearning.recipes as basic
 
     monkeypatch.setattr(basic.losses, "nll", losses.nll)
     done = call(model, rows, tmp_path / "d.safetensors", "--steps", "1")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from repedit.errors import ArgumentError, TrainingError, UnknownName
-from repedit.gradient import combine
-from repedit.gradient.combine import Dots, Moment, blur, conflict_only, join, norm_diff, primal_dual, weighted_sum
+from repedit.unlearning import combiners as combine
+from repedit.unlearning.combiners import Dots, Moment, blur, conflict_only, join, norm_diff, primal_dual, weighted_sum
 from tests.unlearned import gradient, subject, training
 
 pytestmark = pytest.mark.numeric
@@ -186,8 +186,8 @@ def test_chunks_do_not_matter(monkeypatch):
 
 def lowers_as_promised(name="blur_step"):
     """A step of SGD of size eta changes L_f by -eta gamma |g_f|^2, within 1 %, however the retain gradient lies."""
-    from repedit.gradient.losses import negative_nll, nll
-    from repedit.gradient.recipe import Optimiser, Term, UnlearnRecipe
+    from repedit.unlearning.losses import negative_nll, nll
+    from repedit.unlearning.recipe import Optimiser, Term, UnlearnRecipe
 
     gamma, eta = 0.5, 1e-5
     # The same rows on both sides: the gradients oppose each other exactly.
@@ -215,8 +215,8 @@ def test_a_weighted_sum_does_not():
 
 
 def test_blur_in_the_loop_is_orthogonal():
-    from repedit.gradient.losses import negative_nll, nll
-    from repedit.gradient.recipe import Term, UnlearnRecipe
+    from repedit.unlearning.losses import negative_nll, nll
+    from repedit.unlearning.recipe import Term, UnlearnRecipe
 
     forget = (Term(negative_nll(), "forget"),)
     both = (*forget, Term(nll(), "retain"))

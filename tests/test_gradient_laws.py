@@ -11,13 +11,13 @@ import torch
 import repedit as rp
 from repedit.data import Row
 from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, TrainingError
-from repedit.gradient import losses
-from repedit.gradient.combine import weighted_sum
-from repedit.gradient.loop import Training
-from repedit.gradient.masks import neurons, saliency
-from repedit.gradient.parameters import Lora, Mask, Parameters, Trainee
-from repedit.gradient.recipe import Merged, Optimiser, Term, UnlearnRecipe
-from repedit.gradient.recipes import RECIPES, sure
+from repedit.unlearning import losses
+from repedit.unlearning.combiners import weighted_sum
+from repedit.unlearning.masks import neurons, saliency
+from repedit.unlearning.parameters import Lora, Mask, Parameters, Trainee
+from repedit.unlearning.recipe import Merged, Optimiser, Term, UnlearnRecipe
+from repedit.unlearning.recipes import RECIPES, sure
+from repedit.unlearning.trainer import Training
 from tests.unlearned import gradient, rows, sides, subject, training, values
 
 ALL = Parameters()
@@ -303,7 +303,7 @@ def untouched(action):
 
 def run_it(lm, fail=None):
     """Three steps of RMU, which reads hidden states; interrupted in the second if asked to."""
-    from repedit.gradient.schedule import metric
+    from repedit.unlearning.schedule import metric
 
     def interrupt(_subject):
         raise fail
@@ -358,7 +358,7 @@ class Halt(Exception):
 
 @pytest.mark.parametrize("name", ["blur_npo", "primal_dual", "adaptive_rmu"])
 def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
-    from repedit.gradient.schedule import metric
+    from repedit.unlearning.schedule import metric
 
     recipe = replace(flat(name), batch_size=2, steps=6)
     options = {**sides(), "lr": 1e-3, "progress": False}
@@ -432,16 +432,16 @@ def test_the_combined_gradient_is_clipped():
 
 
 def test_clipping_before_combining_is_another_thing(monkeypatch):
-    from repedit.gradient import loop
+    from repedit.unlearning import trainer
 
-    honest = loop.join
+    honest = trainer.join
     right = gradient(replace(flat("blur_npo")), clip=0.01, **sides())
 
     def early(combiner, forget, parameters, now):
         torch.nn.utils.clip_grad_norm_(parameters, 0.01)
         return honest(combiner, forget, parameters, now)
 
-    monkeypatch.setattr(loop, "join", early)
+    monkeypatch.setattr(trainer, "join", early)
     wrong = gradient(replace(flat("blur_npo")), clip=0.01, **sides())
     assert float(torch.cosine_similarity(right, wrong, dim=0)) < 1 - 1e-6
 

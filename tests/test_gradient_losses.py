@@ -10,11 +10,11 @@ import torch
 
 from repedit.data import Batch
 from repedit.errors import ArgumentError, UnknownName
-from repedit.fit.sampling import collated
-from repedit.gradient import losses
-from repedit.gradient.recipe import Term, UnlearnRecipe
-from repedit.gradient.reference import Reference
-from repedit.gradient.seen import Seen, Steering, count, layer_of, positions
+from repedit.training.sampler import collated
+from repedit.unlearning import losses
+from repedit.unlearning.losses import Seen, Steering, count, layer_of, positions
+from repedit.unlearning.recipe import Term, UnlearnRecipe
+from repedit.unlearning.reference import Reference
 from tests.unlearned import rows, subject, training
 
 pytestmark = pytest.mark.numeric
@@ -43,7 +43,7 @@ class World:
     def seen(self, indices=range(6), batch=None, model=None):
         """What a loss sees of some rows."""
         batch = collated([self.rows[i] for i in indices]) if batch is None else batch
-        from repedit.activations.passes import inputs_of
+        from repedit.activations.forward import inputs_of
 
         logits = (model or self.model).model(**inputs_of(batch)).logits
         return Seen(batch, logits, self.reference, list(indices), "forget")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.gradient.parameters import Parameters
-from repedit.gradient.recipes import RECIPES
+from repedit.unlearning.parameters import Parameters
+from repedit.unlearning.recipes import RECIPES
 from tests.unlearned import sides, subject
 
 QUICK = {"steps": 2, "batch_size": 3, "lr": 1e-3, "progress": False}

@@ -13,13 +13,13 @@ import torch
 import repedit as rp
 from repedit.data import Row
 from repedit.delta import Delta
-from repedit.gradient import loop, schedule
-from repedit.gradient.parallel import parts
-from repedit.gradient.parameters import Lora, Mask, Parameters
-from repedit.gradient.recipe import Optimiser
-from repedit.gradient.recipes import RECIPES
-from repedit.gradient.sharding import check_shardable
-from repedit.ranks import Ranks
+from repedit.distributed import Ranks
+from repedit.unlearning import schedule, trainer
+from repedit.unlearning.parameters import Lora, Mask, Parameters
+from repedit.unlearning.recipe import Optimiser
+from repedit.unlearning.recipes import RECIPES
+from repedit.unlearning.sharding import parts
+from repedit.unlearning.trainer import check_shardable
 from tests.ranks import together
 from tests.saved import saved
 from tests.unlearned import rows, sides, subject
@@ -44,7 +44,7 @@ def learned(name: str, **options: Any) -> tuple[dict[str, torch.Tensor], list[di
 def several(cases: Cases, broken: bool = False, options: dict[str, Any] | None = None) -> dict[Any, Any]:
     """The same for several recipes, whole or sharded; as a broken twin every rank keeps its own gradients."""
     if broken:
-        loop.add_gradients = lambda ranks, parameters: None  # type: ignore[assignment]
+        trainer.add_gradients = lambda ranks, parameters: None  # type: ignore[assignment]
     return {(name, shard): learned(name, shard=shard, **(options or {})) for name, shard in cases}
 
 

@@ -19,11 +19,11 @@ from repedit.errors import (
     TrainingError,
     UnknownName,
 )
-from repedit.gradient import schedule
-from repedit.gradient.losses import nll
-from repedit.gradient.parameters import Lora, Mask, Parameters, Trainee, layers_of
-from repedit.gradient.recipe import Optimiser, Term
-from repedit.gradient.sampling import Phase, alternate, chunked, in_turn, paired, round_robin
+from repedit.unlearning import schedule
+from repedit.unlearning.losses import nll
+from repedit.unlearning.parameters import Lora, Mask, Parameters, Trainee, layers_of
+from repedit.unlearning.recipe import Optimiser, Term
+from repedit.unlearning.sampling import Phase, alternate, chunked, in_turn, paired, round_robin
 from tests.likes import blank
 from tests.unlearned import rows, sides, subject
 
@@ -320,7 +320,7 @@ def test_merged_and_scaled_recipes():
 
 
 def _nll(lm):
-    from repedit.attacks.families.losses import examples, mean_loss
+    from repedit.auditing.attacks.tuning import examples, mean_loss
 
     return mean_loss(lm, examples(lm, rows()))
 

@@ -9,7 +9,7 @@ import torch
 
 import repedit as rp
 from repedit.delta import Delta
-from repedit.gradient import loop, schedule
+from repedit.unlearning import schedule, trainer
 from tests.kills import dies
 from tests.test_delta import export_equals_apply
 from tests.unlearned import sides, subject, values
@@ -80,6 +80,6 @@ def test_a_training_that_a_rule_ended_does_not_go_on(tmp_path):
 def test_going_on_past_a_rule_would_be_caught(tmp_path, monkeypatch):
     rule = schedule.loss_above("forget", 0.0)
     whole = trained(tmp_path, stop=[rule])
-    honest = loop.Training._ended
-    monkeypatch.setattr(loop.Training, "_ended", lambda run: honest(run) if len(run.log) > 1 else None)
+    honest = trainer.Training._ended
+    monkeypatch.setattr(trainer.Training, "_ended", lambda run: honest(run) if len(run.log) > 1 else None)
     assert trained(tmp_path, stop=[rule]) != whole

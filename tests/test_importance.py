@@ -10,7 +10,7 @@ from scipy.stats import rankdata, spearmanr
 
 import repedit as rp
 from repedit.data.corpus import tokens
-from repedit.importance.scoring import IMPORTANCES, outgoing_norms
+from repedit.neurons.scores import IMPORTANCES, outgoing_norms
 from tests.made import WIDTHS, collection, pair, rows_of
 from tests.tiny import ids, tiny
 

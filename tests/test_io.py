@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 
 import repedit as rp
 from repedit.activations.collection import Collection
-from repedit.attacks.attack import Finding
-from repedit.attacks.judging.evidence import Report
-from repedit.attacks.store import Store
+from repedit.auditing.attack import Finding
+from repedit.auditing.report import Report
+from repedit.auditing.store import Store
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound, RepeditError
 from repedit.io import archive, files, tables, text
 from repedit.io.checkpoint import open_shards
 from repedit.io.safetensors import read_header, write_file
 from repedit.io.targets import check_target
-from repedit.rewrite import publishing
+from repedit.rewrite import hub
 from repedit.rewrite.gguf import gguf_check
-from repedit.rewrite.verifying import verification
+from repedit.rewrite.verification import verification
 from tests.reports import report
 from tests.saved import saved
 
@@ -274,7 +274,7 @@ TAKERS = {
     "target": lambda: check_target(NOBODY, overwrite=False),
     "source beside a target": lambda: check_target("out", overwrite=False, source=NOBODY) and open_shards(NOBODY),
     "verification": lambda: verification(NOBODY),
-    "push": lambda: publishing.push(NOBODY, "a/b"),
+    "push": lambda: hub.push(NOBODY, "a/b"),
     "gguf": lambda: gguf_check(NOBODY),
     "certificate": lambda: rp.certificate(NOBODY, rp.Edit({}), NOBODY),
     "load": lambda: rp.load(NOBODY),

@@ -7,7 +7,7 @@ import repedit as rp
 from bench.checkpoints import LLAMA_70B, llama
 from repedit.errors import ShapeError
 from repedit.io.checkpoint import Shards, open_shards
-from repedit.rewrite.checkpoint import dry_run
+from repedit.rewrite.export import dry_run
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_refused_from_headers(giant, unread):
 
 def test_reading_a_tensor_to_plan_would_be_caught(giant, unread, monkeypatch):
     monkeypatch.setattr(
-        "repedit.rewrite.checkpoint.check_planned", lambda plan, shards, used: shards.read("model.norm.weight")
+        "repedit.rewrite.export.check_planned", lambda plan, shards, used: shards.read("model.norm.weight")
     )
     with pytest.raises(AssertionError, match=r"model\.norm\.weight was read"):
         dry_run(erased((3,), 8192), giant)

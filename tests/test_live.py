@@ -20,8 +20,8 @@ from repedit.errors import (
 )
 from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
-from repedit.models import Subject
-from repedit.rewrite import live
+from repedit.models.subject import Subject
+from repedit.rewrite import apply
 from tests import laws
 from tests.edits import fill, mask, projection
 from tests.tiny import ids, logits, tiny
@@ -127,7 +127,7 @@ def test_a_plan_for_files_is_not_for_a_model(tmp_path):
 
 def test_a_tensor_that_was_skipped_is_found_out(monkeypatch):
     subject = tiny("llama")
-    monkeypatch.setattr(live, "_set", lambda model, name, value, before: None)
+    monkeypatch.setattr(apply, "_set", lambda model, name, value, before: None)
     with pytest.raises(PlanMismatch, match=r"planned but untouched: \['model\.layers\.1\.mlp\.down_proj"):
         rp.apply(mask(subject, "1.mlp.neurons"), subject)
 

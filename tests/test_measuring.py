@@ -15,18 +15,17 @@ from torch import nn
 
 import repedit as rp
 from repedit import hooks
-from repedit.activations.distribution import peaks
-from repedit.attacks.families.reading import lens, states
-from repedit.attacks.keeping import perplexity
+from repedit.activations.collection import peaks
+from repedit.auditing.attacks.probing import lens, states
+from repedit.auditing.floors import perplexity
 from repedit.data import Fact
 from repedit.errors import ModelBusy
-from repedit.fit.learned import gates
+from repedit.fit.gates import gates
 from repedit.hooks import Hook, claimed, evaluating, installed
 from repedit.metrics import membership
 from repedit.metrics.answers import readings
-from repedit.metrics.generation import generate
-from repedit.metrics.streaming import side_by_side
-from repedit.plot.histogram import activations
+from repedit.metrics.generation import generate, side_by_side
+from repedit.plot.neurons import activations
 from tests.edits import mask, projection
 from tests.laws import mode_does_not_matter
 from tests.saved import byte_tokenizer

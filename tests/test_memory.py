@@ -7,12 +7,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from repedit.activations.memory import halving, out_of_memory
-from repedit.attacks.families import tuning
-from repedit.attacks.families.losses import Example
-from repedit.attacks.families.tuning import Tuning, tune
+from repedit.activations.forward import halving, out_of_memory
+from repedit.auditing.attacks import tuning
+from repedit.auditing.attacks.tuning import Example, Tuning, tune
 from repedit.errors import TooLarge
-from repedit.metrics.probability import facts_accuracy
+from repedit.metrics.facts import facts_accuracy
 from tests.likes import blank, facts, pupil
 
 pytestmark = pytest.mark.numeric

@@ -11,13 +11,8 @@ from repedit.data import Fact, Facts, Row, Rows
 from repedit.errors import ArgumentError, DataError, NotFinite
 from repedit.metrics import answers
 from repedit.metrics.answers import share, strength
-from repedit.metrics.plain import perplexity
-from repedit.metrics.probability import (
-    answer_nll,
-    answer_probability,
-    exact_memorization,
-    extraction_strength,
-)
+from repedit.metrics.collapse import perplexity
+from repedit.metrics.facts import answer_nll, answer_probability, exact_memorization, extraction_strength
 from tests.test_attack_weights import small
 
 ROWS = Rows(tuple(

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from repedit.attacks.families.samples import samples
+from repedit.auditing.attacks.samples import samples
 from repedit.data import Fact
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFinite
 from repedit.metrics import generation
-from repedit.metrics.comparison import compare
-from repedit.metrics.generation import continuations, exact_match, generate, rouge
+from repedit.metrics.benchmarks import compare
+from repedit.metrics.facts import facts_accuracy
+from repedit.metrics.generation import continuations, exact_match, generate, prompt_tokens, rouge, side_by_side
 from repedit.metrics.membership import scores
-from repedit.metrics.probability import facts_accuracy
-from repedit.metrics.streaming import prompt_tokens, side_by_side
 from tests.test_attack_weights import small
 
 PROMPTS = ["hello there", "a", "some longer prompt, of many words", "zz top"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from repedit.errors import MetricError, NotEnoughRows, ShapeError
-from repedit.metrics import margins
-from repedit.metrics.margins import confidence, entropy, klom, margin, modified_entropy
+from repedit.metrics import membership
+from repedit.metrics.membership import confidence, entropy, klom, margin, modified_entropy
 
 P = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]], dtype=torch.float64)
 Y = torch.tensor([0, 1])
@@ -92,7 +92,7 @@ def test_klom_by_its_limits():
 
 @pytest.mark.parametrize(("name", "value"), [("FLOOR", 0.05), ("CLIP", 1e12), ("BINS", 1)])
 def test_broken_klom_is_caught(name, value, monkeypatch):
-    monkeypatch.setattr(margins, name, value)
+    monkeypatch.setattr(membership, name, value)
     with pytest.raises(AssertionError):
         check_klom(klom)
 

@@ -85,7 +85,7 @@ BROKEN = {
     "bytes that are not compressed": ("zlib", SimpleNamespace(compress=lambda data: data)),
     "the loss shifted by a token": ("_logs", lambda s, ids: tuple([x[1:] for x in part] for part in plain_logs(s, ids))),
 }  # fmt: skip
-plain_logs = membership._logs
+plain_logs = membership._membership_logs
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -107,7 +107,7 @@ def test_min_k_plus_by_hand(monkeypatch):
     subject = small("llama")
     chance = torch.tensor([[[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [1.0, 1.0, 1.0]]], dtype=torch.float64)
     monkeypatch.setattr(subject.model, "forward", lambda **_: SimpleNamespace(logits=chance.log()))
-    plain, standard = membership._logs(subject, [[2, 0, 0]])
+    plain, standard = membership._membership_logs(subject, [[2, 0, 0]])
     # A drawn token has log-probability -log 2 or -2 log 2, each half the time: one deviation above the mean, or below.
     assert plain[0] == pytest.approx(np.log([0.5, 0.25])) and standard[0] == pytest.approx([1, -1])
 

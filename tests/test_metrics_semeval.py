@@ -11,8 +11,9 @@ import repedit as rp
 from repedit.data import Fact
 from repedit.errors import ArgumentError, DataError, MetricError
 from repedit.metrics import semeval
+from repedit.metrics import semeval as score
 from repedit.metrics.collapse import Signs, diversity, judge
-from repedit.metrics.semeval import PARTS, aggregate, final, mmlu_accuracy, score
+from repedit.metrics.semeval import PARTS, aggregate, final, mmlu_accuracy
 from tests.published import MEMBERS, published, stand_in
 from tests.saved import byte_tokenizer
 from tests.test_attack_weights import small

@@ -8,9 +8,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedShuffleSplit
 
 from repedit.errors import ArgumentError, MetricError, NotEnoughRows, NotFinite, ShapeError
-from repedit.metrics import membership, separation
-from repedit.metrics.separation import auc, auc_draws, loss_attack, percentiles, standard_error, tpr, tpr_at
-from repedit.metrics.shadows import lira, offline_lira
+from repedit.metrics import membership
+from repedit.metrics import membership as separation
+from repedit.metrics.membership import (
+    auc,
+    auc_draws,
+    lira,
+    loss_attack,
+    offline_lira,
+    percentiles,
+    standard_error,
+    tpr,
+    tpr_at,
+)
 
 
 def normal(count: int, mean: float = 0.0, seed: int = 0) -> np.ndarray:

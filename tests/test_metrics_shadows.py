@@ -7,11 +7,9 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from repedit.attacks.families.losses import examples, shuffled
-from repedit.attacks.families.tuning import Tuning, tune
+from repedit.auditing.attacks.tuning import Tuning, examples, shuffled, tune
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, ShapeError
-from repedit.metrics.membership import auc, scores
-from repedit.metrics.shadows import lira
+from repedit.metrics.membership import auc, lira, scores
 from tests.likes import blank
 
 RNG = np.random.default_rng(0)

@@ -12,10 +12,10 @@ from scipy.stats import ks_2samp
 import repedit as rp
 from repedit.errors import ArgumentError, DataError, MetricError, NotFound, UnknownName
 from repedit.metrics import tofu
+from repedit.metrics import tofu as definitions
 from repedit.metrics.answers import answer_nll
 from repedit.metrics.collapse import Signs
 from repedit.metrics.generation import generate
-from repedit.metrics.tofu import definitions
 from tests.published import published
 from tests.test_attack_weights import small
 

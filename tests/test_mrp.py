@@ -23,13 +23,11 @@ from repedit.errors import (
     TrainingError,
     UnknownName,
 )
-from repedit.fit.bases import Bases
 from repedit.fit.mrp import REFERENCE, HookOnlyWarning, RankWarning, mrp
-from repedit.fit.objective import Forgetting, _common, forgetting, targets_of
-from repedit.fit.sampling import Sampler, collated, neighbours, training_rows
-from repedit.fit.training import _positions
+from repedit.fit.mrp_training import Bases, Forgetting, _common, _positions, forgetting, targets_of
 from repedit.hooks import installed
-from repedit.models import subject_of
+from repedit.models.subject import subject_of
+from repedit.training.sampler import Sampler, collated, neighbours, training_rows
 from tests.saved import byte_tokenizer
 from tests.tiny import tiny
 from tests.tolerances import within
@@ -184,7 +182,7 @@ def test_earlier_tasks_are_rehearsed(facts):
     ids=["none", "of the task itself"],
 )
 def test_a_rehearsal_that_is_none_is_caught(facts, monkeypatch, broken):
-    monkeypatch.setattr("repedit.fit.training._staying", broken)
+    monkeypatch.setattr("repedit.fit.mrp_training._staying", broken)
     with pytest.raises(AssertionError):
         _rehearsal_weighs_as_much_as_the_task(facts)
 

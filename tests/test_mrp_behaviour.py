@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import repedit as rp
-from repedit.attacks.asking import ask
+from repedit.auditing.attack import ask
 from tests.world import world
 
 RANK = 16

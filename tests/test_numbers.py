@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 import repedit as rp
-from repedit.attacks.audit import audit
+from repedit.auditing.api import audit
 from repedit.errors import ArgumentError, RankError, check_positive, check_seed, check_whole
 from repedit.fit.mrp import mrp
-from repedit.gradient import combine, losses, sampling, schedule
-from repedit.gradient.parameters import Lora, Parameters
-from repedit.gradient.recipe import Optimiser
-from repedit.gradient.recipes import named
-from repedit.importance.job import PruneOptions
-from repedit.metrics.streaming import stream
+from repedit.metrics.generation import stream
+from repedit.neurons.pruning import PruneOptions
+from repedit.unlearning import combiners, losses, sampling, schedule
+from repedit.unlearning.parameters import Lora, Parameters
+from repedit.unlearning.recipe import Optimiser
+from repedit.unlearning.recipes import named
 from tests.tiny import tiny
 from tests.unlearned import sides, subject
 
@@ -50,7 +50,7 @@ DOORS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "warm-up": (schedule.Schedule, "warmup", (-1.0, NAN, INF)),
     "rule": (schedule.steps, "n", COUNT),
     "ratio": (sampling.paired, "ratio", RATE),
-    "gamma": (combine.weighted_sum, "gamma", RATE),
+    "gamma": (combiners.weighted_sum, "gamma", RATE),
     "cache": (losses.kl, "cache", COUNT),
     "prune steps": (prune, "steps", COUNT),
     "prune tokens": (prune, "tokens", (-5, *COUNT)),
@@ -129,7 +129,7 @@ def test_an_option_wins_over_a_preset(name):
 
 
 def test_a_preset_that_wins_would_be_caught(monkeypatch):
-    import repedit.gradient.recipes.published as published
+    import repedit.unlearning.recipes as published
 
     monkeypatch.setattr(published, "settled", lambda settings, changes: settings)
     assert named("small:npo_klr", lr=0.5).lr == 5e-4

@@ -11,15 +11,15 @@ from accelerate import dispatch_model
 from torch import nn
 
 import repedit as rp
-from repedit.arch import offloaded
+from repedit.arch import offload
 from repedit.arch.check import check_architecture
-from repedit.arch.offloaded import execution_device
+from repedit.arch.offload import execution_device
 from repedit.data.corpus import tokens
 from repedit.errors import NotFinite, OffloadedTensors
-from repedit.fingerprints import fingerprint
-from repedit.importance.scoring import outgoing_norms
-from repedit.models import subject_of
-from repedit.opening import check_finite
+from repedit.hashing import fingerprint
+from repedit.models.loading import check_finite
+from repedit.models.subject import subject_of
+from repedit.neurons.scores import outgoing_norms
 from repedit.stats import CrossMoments, Moments
 from tests.edits import mask, projection
 from tests.test_export_safety import content
@@ -82,7 +82,7 @@ def test_a_fingerprint_holds_what_is_put_off(tmp_path):
 
 
 def test_leaving_out_what_is_put_off_would_be_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(offloaded, "_put_off", lambda model, name: None)
+    monkeypatch.setattr(offload, "_put_off", lambda model, name: None)
     one, other = spread("llama", tmp_path / "one"), spread("llama", tmp_path / "other", turned)
     assert fingerprint(one.model) == fingerprint(other.model)
 

@@ -28,14 +28,12 @@ from repedit.errors import (
     UnknownSite,
     UnsuitableImportance,
 )
-from repedit.importance.combination import COMBINATIONS
-from repedit.importance.scoring import IMPORTANCES, Score, Scores, agreement
-from repedit.importance.selection import prune, random_like, top
-from repedit.importance.trajectories import Step, Trajectory
-from repedit.maps import Diagonal, LowRank
+from repedit.linear_maps import Diagonal, LowRank
+from repedit.neurons.scores import COMBINATIONS, IMPORTANCES, Score, Scores, agreement
+from repedit.neurons.selection import prune, random_like, top
+from repedit.neurons.trajectory import Step, Trajectory
 from repedit.plot.canvas import ink, percent, spans
-from repedit.plot.cloud import MEANINGS
-from repedit.plot.heat import SCALES
+from repedit.plot.neurons import MEANINGS, SCALES
 from repedit.sites import Point, Site
 from repedit.stats import Activity
 from tests.tiny import ids, tiny

@@ -14,13 +14,13 @@ from numpy.testing import assert_allclose
 from repedit import plot
 from repedit.delta import Delta, step, survival
 from repedit.errors import ArgumentError, FingerprintError, FractionError
-from repedit.gradient import masks
-from repedit.gradient.parameters import Mask
-from repedit.importance.scoring import Score, Scores
 from repedit.metrics.collapse import Judgement
 from repedit.metrics.semeval import PARTS, aggregate
-from repedit.plot.tensors import place
+from repedit.neurons.scores import Score, Scores
+from repedit.plot.canvas import place
 from repedit.sites import Point, Site
+from repedit.unlearning import masks
+from repedit.unlearning.parameters import Mask
 from tests.test_plot import laid_out, line, outside, overlapping, title
 from tests.unlearned import rows, subject
 

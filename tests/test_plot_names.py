@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from repedit import plot
-from repedit.attacks.judging.evidence import Gap, Report
-from repedit.foreign_text import for_plotly
+from repedit.auditing.report import Gap, Report
+from repedit.escaping import for_plotly
 from repedit.plot import TradeOff
 from repedit.plot.canvas import LONGEST
-from repedit.rewrite.certificates import Certificate, TensorCertificate
+from repedit.rewrite.certificate import Certificate, TensorCertificate
 from tests import test_plot as neurons
 from tests import test_plot_gradient as gradient
 from tests import test_plot_projection as projection

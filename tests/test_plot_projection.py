@@ -17,12 +17,11 @@ from numpy.testing import assert_allclose
 from repedit import fit, plot
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, FractionError, NotFinite, RankError, ShapeError
-from repedit.maps import Diagonal, LowRank
+from repedit.linear_maps import Diagonal, LowRank
 from repedit.plot import TradeOff
 from repedit.plot.canvas import NEUTRAL
-from repedit.plot.leaks import MOST
-from repedit.plot.tradeoffs import spread
-from repedit.rewrite.certificates import LIMITS, Certificate, TensorCertificate
+from repedit.plot.projections import MOST, spread
+from repedit.rewrite.certificate import LIMITS, Certificate, TensorCertificate
 from repedit.sites import Point, Site
 from repedit.stats import Moments
 from tests.test_plot import laid_out, line, outside, overlapping, title
@@ -112,7 +111,7 @@ def test_no_two_upright_texts_overlap(name):
 
 
 def test_labels_that_are_not_spread_are_caught(monkeypatch):
-    monkeypatch.setattr("repedit.plot.tradeoffs.spread", lambda wanted, sizes: wanted)
+    monkeypatch.setattr("repedit.plot.projections.spread", lambda wanted, sizes: wanted)
     figure = FIGURES["rank_tradeoff of many"]()
     figure.draw_without_rendering()
     assert overlapping(figure, slanted=False)
@@ -357,7 +356,7 @@ def measured_by_limits() -> bool:
 
 def test_the_worst_is_measured_by_the_limit_of_its_dtype(monkeypatch):
     assert measured_by_limits()
-    monkeypatch.setattr("repedit.plot.leaks._beyond", lambda row: row.leak)
+    monkeypatch.setattr("repedit.plot.projections._beyond", lambda row: row.leak)
     assert not measured_by_limits()
 
 

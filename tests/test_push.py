@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import repedit as rp
 from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, HubError, NotFound, RepeditError, TargetExists
-from repedit.rewrite import publishing
-from repedit.rewrite.verifying import verification
+from repedit.rewrite import hub as publishing
+from repedit.rewrite.verification import verification
 from tests.saved import saved
 
 NAME = "someone/edited"

@@ -9,9 +9,9 @@ import torch
 
 import repedit as rp
 from repedit.activations.collection import Collection
+from repedit.distributed import Ranks
 from repedit.errors import CheckpointError, FingerprintError, NotFinite, ProcessFailed
 from repedit.io import archive
-from repedit.ranks import Ranks
 from repedit.stats import Activity, CrossMoments, Moments
 from tests.ranks import together
 from tests.unlearned import subject

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.attacks.controls import writing
+from repedit.auditing.controls import edited as writing
 from tests.edits import projection
 from tests.saved import saved
 from tests.tiny import ids, logits, tiny
@@ -21,7 +21,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
-@pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+@pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 def test_the_first_example_runs(tmp_path: Path, monkeypatch):
     model = saved(tmp_path / "tiny")
     original = rp.load
@@ -73,7 +73,7 @@ def test_the_smaller_example_runs(tmp_path: Path, monkeypatch):
     assert all((tmp_path / name / "repedit.json").exists() for name in ("slim", "narrow", "lora"))
 
 
-@pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+@pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 def test_the_exploring_example_runs(tmp_path: Path):
     lm, sets = rp.load(saved(tmp_path / "tiny")), {"forget": rp.data.code(), "retain": rp.data.prose()}
     scores = rp.score(*(rp.collect(lm, text, limit_tokens=300) for text in sets.values()))

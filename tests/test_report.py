@@ -21,14 +21,14 @@ from numpy.testing import assert_allclose
 from typer.testing import CliRunner
 
 from repedit import plot
-from repedit.attacks.judging.evidence import INVALID, Recovery, Report, RetainCheck, Verdict
+from repedit.auditing.report import INVALID, Recovery, Report, RetainCheck, Verdict
 from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, ReportError, TargetExists
 from repedit.plot.canvas import canvas
-from repedit.plot.summaries import layer_charts, lines, relearning_charts
+from repedit.plot.reports import layer_charts, lines, relearning_charts
 from repedit.report import markdown, page, schema, together, withheld, write
 from repedit.report import tables as shown
-from repedit.report.withholding import digest
+from repedit.report.redaction import digest
 from tests.reports import CITIES, ITEMS, LAYERS, STEPS, clean, finding, other_items, recovery, report
 from tests.test_plot import boxes, laid_out, outside
 
@@ -127,7 +127,7 @@ def test_no_text_of_a_report_becomes_markup():
 
 
 def test_unescaped_text_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.svg.for_html", lambda text: text)
+    monkeypatch.setattr("repedit.report.html.for_html", lambda text: text)
     assert {"script", "img", "src", "onerror"} <= set(spoiled(page(hostile(report()))))
 
 
@@ -137,7 +137,7 @@ def test_no_text_of_a_report_breaks_markdown():
 
 
 def test_torn_markdown_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.prose.for_markdown", lambda text: text)
+    monkeypatch.setattr("repedit.report.markdown.for_markdown", lambda text: text)
     assert torn(markdown(hostile(report())))
 
 

@@ -11,7 +11,7 @@ import repedit as rp
 from repedit.errors import CheckpointError, NotAModel, PlanMismatch
 from repedit.io.checkpoint import SINGLE, open_shards
 from repedit.lower import lower
-from repedit.rewrite.families import used_specs
+from repedit.rewrite.checkpoint_architecture import used_specs
 from tests.damage import config
 from tests.edits import mask, projection, pruned_layers
 from tests.tiny import logits, tiny

@@ -15,14 +15,14 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from repedit import cli
-from repedit.cli import accounts, app, steps
+from repedit.cli import app, run, steps
 from repedit.errors import ArgumentError, DataError, NotFound, RepeditError, TargetExists, UnknownName
 from tests.conftest import reload_here
 from tests.kills import dies, each_kill
 from tests.saved import saved
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning"),
+    pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning"),
     pytest.mark.usefixtures("reloaded_here"),
 ]
 RUN = """
@@ -243,7 +243,7 @@ def short(tmp_path, monkeypatch):
 
     commands = typer.main.get_command(app).commands
     monkeypatch.setattr(cli, "verbs", lambda: commands)
-    monkeypatch.setattr(accounts, "_write", lambda file: None)
+    monkeypatch.setattr(run, "_write", lambda file: None)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.toml").write_text(FILE.format(text="second"))

@@ -15,13 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 import repedit as rp
-from repedit import console
-from repedit.cli import app
+from repedit.cli import app, output
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound
 from repedit.io.files import file_hash
-from repedit.report.runs import account, gather, gathering
-from repedit.report.runs.bars import bars, course, spreads, ticks
-from repedit.report.runs.page import ABSENT, rendered
+from repedit.report import run_journal, run_report
+from repedit.report.run_page import ABSENT, bars, course, gather, rendered, spreads, ticks
 from tests.conftest import reload_here
 from tests.reports import CITIES, report
 from tests.saved import saved
@@ -29,7 +27,7 @@ from tests.test_report import BROWSER, HOSTILE, Elements, measured, spoiled
 from tests.test_run import lines
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning"),
+    pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning"),
     pytest.mark.usefixtures("reloaded_here"),
 ]
 RUN = """# Is it only the rivers?
@@ -103,7 +101,7 @@ def audited(folder, monkeypatch) -> Path:
     (folder / "run.toml").write_text(RUN + AUDIT)
     report().save(folder / "audit")
     monkeypatch.chdir(folder)
-    account.enter(Path("run.toml"), 5, ["audit", "edited"], 3, 12.0, Path("audit"), [])
+    run_journal.enter(Path("run.toml"), 5, ["audit", "edited"], 3, 12.0, Path("audit"), [])
     return folder
 
 
@@ -157,7 +155,7 @@ def test_what_was_not_done_is_said(made, tmp_path):
 
 def test_an_absence_that_is_not_said_would_be_caught(tmp_path, monkeypatch):
     (tmp_path / "run.toml").write_text('[[step]]\nverb = "diff"\nbase = "a"\nedited = "b"\n')
-    monkeypatch.setattr("repedit.report.runs.page._part", lambda title, inside: "".join(inside))
+    monkeypatch.setattr("repedit.report.run_page._part", lambda title, inside: "".join(inside))
     assert "Under attack" not in headings(rp.report.run_page(tmp_path / "run.toml"))
 
 
@@ -193,18 +191,18 @@ def test_the_audit_of_another_checkpoint_is_said_to_be_that(audited):
 def test_no_text_of_a_run_becomes_markup(audited):
     file = audited / "run.toml"
     file.write_text("# " + HOSTILE.replace("\n", " ") + "\n" + file.read_text())
-    rows = [json.loads(line) for line in account.account_of(file).read_text().splitlines()]
+    rows = [json.loads(line) for line in run_journal.account_of(file).read_text().splitlines()]
     for row in rows:
         row["words"] = [word + HOSTILE for word in row["words"]]
         row["shown"] = json.loads(json.dumps(row["shown"]).replace("code", json.dumps(HOSTILE)[1:-1]))
         row["shown"] += [{"kind": "json", "value": {HOSTILE: [HOSTILE]}}, {"kind": "line", "text": HOSTILE}]
-    account.account_of(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_journal.account_of(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = rp.report.run_page(audited)
     assert spoiled(page) == [] and Elements(page).text.count("<script>alert(1)</script>") > 10
 
 
 def test_unescaped_text_is_caught(audited, monkeypatch):
-    monkeypatch.setattr("repedit.report.svg.for_html", lambda words: words)
+    monkeypatch.setattr("repedit.report.html.for_html", lambda words: words)
     assert "b" in spoiled(rp.report.run_page(audited))
 
 
@@ -264,11 +262,11 @@ def test_whatever_is_altered_stands_first(what, folder):
 
 
 def test_hashes_that_are_believed_unseen_would_be_caught(folder, monkeypatch):
-    held = {entry.out: entry.files for entry in account.entries(folder / "run.toml").values()}
+    held = {entry.out: entry.files for entry in run_journal.entries(folder / "run.toml").values()}
     ALTERED["weights"][0](folder)
-    monkeypatch.setattr(gathering, "file_hashes", lambda path: held[path.relative_to(folder).as_posix()])
+    monkeypatch.setattr(run_report, "file_hashes", lambda path: held[path.relative_to(folder).as_posix()])
     monkeypatch.setattr(
-        "repedit.rewrite.verifying.file_hash",
+        "repedit.rewrite.verification.file_hash",
         lambda path: json.loads((folder / "edited" / "repedit.json").read_text())["files"][path.name],
     )
     assert faults(folder) == ""
@@ -286,7 +284,7 @@ def test_an_audit_that_was_altered_or_torn_is_noticed(audited):
 
 def test_a_step_that_is_older_than_what_it_speaks_of_is_noticed(audited, monkeypatch):
     monkeypatch.chdir(audited)
-    account.enter(Path("run.toml"), 2, account.entries(Path("run.toml"))[2].words, 0, 1.0, Path("edited"), [])
+    run_journal.enter(Path("run.toml"), 2, run_journal.entries(Path("run.toml"))[2].words, 0, 1.0, Path("edited"), [])
     assert "Step 5, audit was carried out before step 2 was last carried out" in faults(audited)
 
 
@@ -319,9 +317,9 @@ def test_a_line_that_was_cut_off_is_none(folder, monkeypatch):
     monkeypatch.chdir(folder)
     path = folder / "run.account.jsonl"
     path.write_text(path.read_text() + '{"number": 4, "ver')
-    assert len(account.entries(folder / "run.toml")) == 4
-    account.enter(Path("run.toml"), 4, ["diff", "tiny", "edited"], 0, 1.0, None, [])
-    assert account.entries(folder / "run.toml")[4].seconds == 1.0
+    assert len(run_journal.entries(folder / "run.toml")) == 4
+    run_journal.enter(Path("run.toml"), 4, ["diff", "tiny", "edited"], 0, 1.0, None, [])
+    assert run_journal.entries(folder / "run.toml")[4].seconds == 1.0
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
@@ -343,12 +341,12 @@ def test_what_is_no_run_is_refused(what, folder):
 
 
 def test_only_what_is_shown_while_somebody_listens_is_kept(capsys):
-    with console.kept() as found:
-        console.table("A [b]title[/b]", ("x", "y"), [["a", 0.12345], ["b", 2]])
-        console.out.print("[bold]so[/bold] it is [b]")
-        console.show_generations(["p"], [" "], ["x\ny"])
-        console.show_json({"path": Path("a")})
-    console.table("later", ("x",), [["a"]])
+    with output.kept() as found:
+        output.table("A [b]title[/b]", ("x", "y"), [["a", 0.12345], ["b", 2]])
+        output.out.print("[bold]so[/bold] it is [b]")
+        output.show_generations(["p"], [" "], ["x\ny"])
+        output.show_json({"path": Path("a")})
+    output.table("later", ("x",), [["a"]])
     assert found[0] == {
         "kind": "table",
         "title": "A [b]title[/b]",

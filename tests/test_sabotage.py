@@ -14,7 +14,7 @@ import repedit as rp
 from repedit.edit import Edit
 from repedit.lower import lower
 from repedit.plan import Plan
-from repedit.rewrite.live import apply
+from repedit.rewrite.apply import apply
 from tests import laws
 from tests.edits import mask, projection
 from tests.tiny import logits, tiny

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from repedit.attacks.controls import writing
-from repedit.attacks.models import Audited
-from repedit.attacks.showing import shown
+from repedit.auditing.controls import edited as writing
+from repedit.auditing.diagnostics import shown
+from repedit.auditing.runner import Audited
 from tests.reports import report
 from tests.world import facts, original, reference
 

@@ -11,7 +11,7 @@ import repedit as rp
 from tests.edits import mask, projection
 from tests.saved import saved
 
-pytestmark = pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 
 
 @pytest.fixture(scope="module")

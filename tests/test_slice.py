@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.arch import families
+from repedit.arch import table
 from repedit.errors import ArgumentError, NotSliceable, PlanMismatch, RankError
-from repedit.fit.streams import stream_sites
-from repedit.rewrite.narrowing import Constant, Observe, Scaled, Write, coordinates
-from repedit.rewrite.rebuilding import rebuilt
-from repedit.rewrite.slice import slice_plan
+from repedit.fit.stream import stream_sites
+from repedit.rewrite.resize import rebuilt
+from repedit.rewrite.slice import Constant, Observe, Scaled, Write, coordinates, slice_plan
 from tests import laws
 from tests.edits import mask, projection
 from tests.test_sabotage import caught
@@ -22,7 +21,7 @@ from tests.tiny import FAMILIES, tiny
 pytestmark = pytest.mark.numeric
 
 
-SLICEABLE = tuple(f for f in FAMILIES if not families()[f].shrink.whole_stream)
+SLICEABLE = tuple(f for f in FAMILIES if not table()[f].shrink.whole_stream)
 WHOLE = tuple(f for f in FAMILIES if f not in SLICEABLE)
 every_sliceable = pytest.mark.parametrize("family", SLICEABLE)
 
@@ -37,7 +36,7 @@ def erasure(subject: rp.Subject, rank: int = 4) -> rp.Edit:
 
 def stressed(family: str, dtype: torch.dtype = torch.float64, epsilon: float = 1e-2) -> rp.Subject:
     """A model whose epsilon is large enough to show a wrong one."""
-    return tiny(family, dtype, **{families()[family].shrink.epsilon: epsilon})
+    return tiny(family, dtype, **{table()[family].shrink.epsilon: epsilon})
 
 
 @every_sliceable

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.arch import families
+from repedit.arch import table
 from repedit.errors import ArgumentError, NoBiasSlot, NotSlimmable, PlanMismatch
-from repedit.rewrite.rebuilding import rebuilt
+from repedit.rewrite.resize import rebuilt
 from repedit.rewrite.slim import Cut, slim_plan
 from tests import laws
 from tests.edits import fill, mask, projection, pruned_groups, pruned_layers
@@ -18,7 +18,7 @@ from tests.test_laws import BIASED, ROUTED, every_family
 from tests.test_sabotage import caught
 from tests.tiny import FAMILIES, logits, tiny
 
-CUT_HEADS = tuple(f for f in FAMILIES if not families()[f].shrink.whole_heads)
+CUT_HEADS = tuple(f for f in FAMILIES if not table()[f].shrink.whole_heads)
 WHOLE_HEADS = tuple(f for f in FAMILIES if f not in CUT_HEADS)
 
 

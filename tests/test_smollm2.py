@@ -10,12 +10,12 @@ import torch
 
 import repedit as rp
 from repedit.activations.prediction import drop
-from repedit.attacks.scratch import copied
+from repedit.auditing.attack import copied
 from repedit.errors import NotFound
-from repedit.fetching import cached
 from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
-from repedit.rewrite.reloading import reload_check
+from repedit.models.default_model import cached
+from repedit.rewrite.verification import reload_check
 from tests.laws import leak
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]

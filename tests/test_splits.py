@@ -36,7 +36,7 @@ def test_halves_share_no_entity_and_do_not_depend_on_the_order(numbers, seed):
 
 
 def test_halves_by_row_are_caught(monkeypatch):
-    monkeypatch.setattr("repedit.data.splits.entity_of", lambda f: f.id)
+    monkeypatch.setattr("repedit.data.fact_sets.entity_of", lambda f: f.id)
     with pytest.raises(AssertionError):
         check_halves(_about([*range(20), *range(20)]), 0)
 

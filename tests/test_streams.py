@@ -9,7 +9,7 @@ import torch
 
 import repedit as rp
 from repedit.errors import ArgumentError, NoBiasSlot, NotFoldable, RankError, ShapeError
-from repedit.fit.streams import centred_basis, stream_sites
+from repedit.fit.stream import centred_basis, stream_sites
 from tests import laws
 from tests.test_laws import PRE_NORM, every_dtype, every_family
 from tests.test_sabotage import caught

@@ -236,7 +236,7 @@ def run(*words: object, code: int = 0) -> str:
     return " ".join(result.output.split())
 
 
-@pytest.mark.filterwarnings("ignore::repedit.importance.scoring.CollinearWarning")
+@pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 def test_verbs_write_other_shapes_and_say_who_reads_them(tmp_path: Path):
     model = saved(tmp_path / "tiny")
     words = ("prune", model, "--fraction", "0.4", "--tokens", "400", "--structure", "slim", "--layout", "ragged")

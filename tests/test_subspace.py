@@ -5,7 +5,7 @@ import torch
 
 import repedit as rp
 from repedit.errors import NotConverged
-from repedit.fit import subspace
+from repedit.fit import linalg
 from tests.rows import EXACT, D, K, normal, pair, spanning
 
 pytestmark = pytest.mark.numeric
@@ -21,7 +21,7 @@ def test_a_basis_is_reduced_to_its_rank():
 
 
 def test_a_union_removes_what_its_parts_remove():
-    parts = [subspace.projector(spanning(D, 3, seed=s), torch.float64) for s in (1, 2)]
+    parts = [linalg.projector(spanning(D, 3, seed=s), torch.float64) for s in (1, 2)]
     parts += [parts[0], rp.LowRank(torch.zeros(D, 0), torch.zeros(D, 0))]
     whole = rp.fit.union(*parts)
     p = whole.as_matrix()
@@ -38,7 +38,7 @@ def test_extending_adds_what_retain_uses_least():
     assert float(rp.fit.principal_angles(found[:, :2], basis).min()) == pytest.approx(1.0)
     added = float((found[:, 2:].T @ retain.second @ found[:, 2:]).trace())
     for seed in range(5):
-        other = subspace.complement(basis) @ spanning(D - 2, 3, seed=seed)
+        other = linalg.complement(basis) @ spanning(D - 2, 3, seed=seed)
         assert added <= float((other.T @ retain.second @ other).trace())
 
 
@@ -86,7 +86,7 @@ def test_angles_between_spans():
     torch.testing.assert_close(found, torch.tensor([1.0, 0.5**0.5]).double())
 
 
-@pytest.mark.parametrize("previous", [None, subspace.projector(spanning(D, 5, seed=9), torch.float64)])
+@pytest.mark.parametrize("previous", [None, linalg.projector(spanning(D, 5, seed=9), torch.float64)])
 def test_a_random_basis_is_seeded(previous):
     first, again, other = (rp.fit.random_basis(D, rank=K, seed=s, previous=previous) for s in (0, 0, 1))
     assert torch.equal(first.u, again.u) and not torch.equal(first.u, other.u)

@@ -4,15 +4,14 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.attacks.families.reading import logit_lens
-from repedit.attacks.families.samples import samples
+from repedit.auditing.attacks.probing import logit_lens
+from repedit.auditing.attacks.samples import samples
 from repedit.data import Fact, Row, Rows, Splits
 from repedit.errors import DataError
-from repedit.fit.sampling import Sampler, check_disjoint
-from repedit.metrics.generation import generate
+from repedit.metrics.facts import answer_nll, facts_accuracy
+from repedit.metrics.generation import generate, side_by_side
 from repedit.metrics.membership import scores
-from repedit.metrics.probability import answer_nll, facts_accuracy
-from repedit.metrics.streaming import side_by_side
+from repedit.training.sampler import Sampler, check_disjoint
 from tests.saved import byte_tokenizer
 from tests.test_attack_weights import small
 

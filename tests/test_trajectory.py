@@ -14,7 +14,7 @@ from repedit.activations.prediction import Predictions
 from repedit.data import Corpus, Document
 from repedit.data.corpus import tokens
 from repedit.errors import ArgumentError, CheckpointError, FingerprintError, FractionError, OverlapError, SelectionError
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from tests.letters import Letters
 from tests.planted import NEURONS, planted, texts
 from tests.tiny import ids, logits, tiny

@@ -17,8 +17,8 @@ from repedit.vision import (
     apply,
     buckets,
     class_splits,
+    condensation,
     condense,
-    condensing,
     digits,
     erase_class,
     finetune,
@@ -98,7 +98,7 @@ def test_condensing_forgets(label, seed):
 @every_case
 def test_remembering_the_forgotten_class_brings_it_back(label, seed, monkeypatch):
     here = setting(label, seed)
-    monkeypatch.setattr(condensing, "remembered", lambda splits: (splits.remember, []))
+    monkeypatch.setattr(condensation, "remembered", lambda splits: (splits.remember, []))
     found = here.after(condense(*here.given, seed=seed))
     assert found["forget"] > 50
     with pytest.raises(AssertionError):

@@ -18,18 +18,18 @@ from repedit.vision import (
     condensation,
     condense,
     condensed_model,
-    condensing,
     overture,
     preparation,
     scheduled,
     small_cnn,
     training,
 )
+from repedit.vision import condensation as condensing
 from repedit.vision.condensation import reduced
-from repedit.vision.differences import tensors_of
+from repedit.vision.editing import tensors_of
 from repedit.vision.grouping import matched
 from repedit.vision.grouping import weighted as weighted_sum
-from repedit.vision.relabelling import training_images
+from repedit.vision.recipes import training_images
 from tests.classifiers import drawn, normed, original, request
 
 PLANS = [
@@ -140,7 +140,7 @@ def test_condensing_before_removing_is_caught(setting, plan, monkeypatch):
         object.__setattr__(both.forget, "x", both.forget.x)
         return reduced(model, task, both, ids, plan, seed=seed)
 
-    monkeypatch.setattr("repedit.vision.task.ImageSplits.__post_init__", lambda self: None)
+    monkeypatch.setattr("repedit.vision.data.ImageSplits.__post_init__", lambda self: None)
     monkeypatch.setattr(condensation, "reduced", late)
     with pytest.raises(AssertionError):
         no_forget_pixel_matters(*setting, plan)
@@ -186,7 +186,7 @@ def counted(monkeypatch):
         return images[torch.stack([(ids == b).nonzero()[0, 0] for b in ids.unique()])]
 
     monkeypatch.setattr(condensation, "medoids", first_of_each)
-    monkeypatch.setattr("repedit.vision.task.ImageSplits.__post_init__", lambda self: None)
+    monkeypatch.setattr("repedit.vision.data.ImageSplits.__post_init__", lambda self: None)
 
 
 def test_the_mean_size_is_rho(counted, monkeypatch):
@@ -273,7 +273,7 @@ def only_the_active_part_moves(fresh, monkeypatch):
         assert any(not torch.equal(v, before[n]) for n, v in model.state_dict().items() if n.startswith(part))
         snapshots.append(part)
 
-    monkeypatch.setattr("repedit.vision.schedule.descend", watched)
+    monkeypatch.setattr("repedit.vision.training.descend", watched)
     sets = {"reduced": splits.retain, "remember": splits.remember}
     scheduled(normed(), task, overture(epochs=2, hold=1, final_steps=2, fresh=fresh), sets)
     assert snapshots == ["beginning", "final", "beginning", "intermediate"]
@@ -286,7 +286,7 @@ def test_parts_that_do_not_learn_keep_their_bits(fresh, monkeypatch):
 
 def test_one_optimiser_for_all_parts_is_caught(monkeypatch):
     monkeypatch.setattr(
-        "repedit.vision.schedule.adam", lambda model, task, parts, lr: torch.optim.Adam(model.parameters(), lr=lr)
+        "repedit.vision.training.adam", lambda model, task, parts, lr: torch.optim.Adam(model.parameters(), lr=lr)
     )
     with pytest.raises(AssertionError, match="the optimiser holds other parts"):
         only_the_active_part_moves(False, monkeypatch)
@@ -295,7 +295,7 @@ def test_one_optimiser_for_all_parts_is_caught(monkeypatch):
 def test_train_mode_in_every_part_is_caught(monkeypatch):
     from contextlib import contextmanager
 
-    from repedit.vision import schedule
+    from repedit.vision import training as schedule
 
     inner = schedule.learning
 

@@ -34,10 +34,10 @@ from repedit.vision import (
     random_splits,
     small_cnn,
     small_mlp,
-    sources,
     train,
     trained_on,
 )
+from repedit.vision import data as sources
 from tests.classifiers import drawn, normed, original, request
 from tests.published import PUBLISHED
 

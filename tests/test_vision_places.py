@@ -17,19 +17,7 @@ from repedit.errors import (
     ShapeError,
     UnknownName,
 )
-from repedit.vision import (
-    Task,
-    apply,
-    class_eraser,
-    erase_class,
-    erasing,
-    fold,
-    folding,
-    hooked,
-    places,
-    statistics,
-    zero_units,
-)
+from repedit.vision import Task, apply, class_eraser, editing, erase_class, fold, hooked, statistics, zero_units
 from tests.classifiers import LIMITS, drawn, original, reading, request
 
 pytestmark = pytest.mark.numeric
@@ -91,7 +79,7 @@ def test_padding_does_not_carry_an_offset(name, kind):
 
 SABOTAGE = {
     "the offset is forgotten": ("bare", "centred", lambda m: m.setattr(rp.LowRank, "offset", None)),
-    "zeros that pad are taken for inputs": ("padded", "centred", lambda m: m.setattr(folding, "_pads", lambda _: False)),
+    "zeros that pad are taken for inputs": ("padded", "centred", lambda m: m.setattr(editing, "_pads", lambda _: False)),
     "the map is transposed": (
         "padded",
         "low rank",
@@ -234,7 +222,7 @@ def test_statistics_equal_numpy(measured):
 
 
 def test_a_wrong_axis_is_caught(measured, monkeypatch):
-    monkeypatch.setattr(places, "axis_of", lambda _: -1)
+    monkeypatch.setattr(editing, "axis_of", lambda _: -1)
     with pytest.raises(AssertionError, match="mean"):
         rows_are_those_of_numpy(*measured)
 
@@ -244,7 +232,7 @@ def test_batch_size_and_order_do_not_matter(measured, monkeypatch):
     once = statistics(model, task, images, "place", "first", statistic=rp.Moments)
     shuffled = images[torch.randperm(40, generator=torch.Generator().manual_seed(1))]
     monkeypatch.setattr(
-        "repedit.vision.task.Images.batches", lambda self: (self[slice(i, i + 7)] for i in range(0, 40, 7))
+        "repedit.vision.data.Images.batches", lambda self: (self[slice(i, i + 7)] for i in range(0, 40, 7))
     )
     again = statistics(model, task, shuffled, "place", "first", statistic=rp.Moments)
     for path in ("place", "first"):
@@ -254,8 +242,8 @@ def test_batch_size_and_order_do_not_matter(measured, monkeypatch):
 def test_the_classes_are_those_of_language_models():
     import repedit.stats
 
-    assert places.Activity is repedit.stats.Activity and places.Moments is repedit.stats.Moments
-    assert folding.LowRank is rp.LowRank and erasing.score is rp.score and erasing.top is rp.top
+    assert editing.Activity is repedit.stats.Activity and editing.Moments is repedit.stats.Moments
+    assert editing.LowRank is rp.LowRank and editing.score is rp.score and editing.top is rp.top
 
 
 def test_scores_and_fits_take_what_a_classifier_gave(measured, tmp_path):
@@ -297,7 +285,7 @@ def wide():
 
 def one_mean_is_left(model, task, splits):
     forget, retain = sides(model, task, splits)
-    eraser = erasing.class_eraser(forget, retain)
+    eraser = editing.class_eraser(forget, retain)
     assert eraser.rank_removed == 1
     f, r = (task.feature(model, part) for part in (splits.forget, splits.retain))
     assert float((f.mean(0) - r.mean(0)).abs().max()) > 1e-3
@@ -317,7 +305,7 @@ def test_an_eraser_without_its_normalisation_is_caught(wide, monkeypatch):
         right = class_eraser(forget, retain, **options)
         return rp.LowRank((forget.mean - retain.mean)[:, None], right.v, right.center)
 
-    monkeypatch.setattr(erasing, "class_eraser", unscaled)
+    monkeypatch.setattr(editing, "class_eraser", unscaled)
     with pytest.raises(AssertionError):
         one_mean_is_left(*wide)
 

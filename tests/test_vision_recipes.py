@@ -23,17 +23,17 @@ from repedit.vision import (
     gan,
     multi_gan,
     overture,
+    recipes,
     relabel,
-    relabelling,
     retrain,
     salun,
     scrub,
-    synthesis,
     train_gan,
     trained_on,
     zero_units,
 )
-from repedit.vision.differences import difference, tensors_of
+from repedit.vision import gan as synthesis
+from repedit.vision.editing import difference, tensors_of
 from tests.classifiers import drawn, normed, original, request
 
 QUICK = GanConfig(steps=4)
@@ -98,10 +98,10 @@ def test_a_delta_is_the_trained_model(tmp_path):
 
 
 def test_a_delta_without_buffers_is_caught(monkeypatch):
-    from repedit.vision import differences
+    from repedit.vision import editing
 
     monkeypatch.setattr(
-        differences, "between", lambda m, new, p, inner=differences.between: inner(m, {n: v for n, v in new.items() if "running" not in n}, p)
+        editing, "between", lambda m, new, p, inner=editing.between: inner(m, {n: v for n, v in new.items() if "running" not in n}, p)
     )  # fmt: skip
     with pytest.raises(AssertionError, match="running"):
         differs_exactly(normed(), Task(), request())
@@ -141,23 +141,23 @@ def every_forget_label_changes(model, task, splits, mode):
     assert found.plans == (f"Relabel(mode='{mode}')",)
 
 
-@pytest.mark.parametrize("mode", relabelling.MODES)
+@pytest.mark.parametrize("mode", recipes.MODES)
 def test_every_forget_label_changes(mode, setting):
     every_forget_label_changes(*setting, mode)
 
 
 def test_a_label_that_may_stay_is_caught(setting, monkeypatch):
     monkeypatch.setitem(
-        relabelling.MODES, "random_other", lambda y, logits, draw: torch.randint(0, 4, y.shape, generator=draw)
+        recipes.MODES, "random_other", lambda y, logits, draw: torch.randint(0, 4, y.shape, generator=draw)
     )
-    monkeypatch.setitem(relabelling.MODES, "runner_up", lambda y, logits, draw: logits.argmax(1))
+    monkeypatch.setitem(recipes.MODES, "runner_up", lambda y, logits, draw: logits.argmax(1))
     for mode in ("random_other", "runner_up"):
         with pytest.raises(AssertionError):
             every_forget_label_changes(*setting, mode)
 
 
 def test_other_labels_are_uniform():
-    y = relabelling.other_labels(torch.full((5000,), 3), 10, torch.Generator().manual_seed(0))
+    y = recipes.other_labels(torch.full((5000,), 3), 10, torch.Generator().manual_seed(0))
     counts = y.bincount(minlength=10)
     assert counts[3] == 0 and stats.chisquare(counts[torch.arange(10) != 3].numpy()).pvalue > 1e-3
 
@@ -304,28 +304,26 @@ def test_only_salient_weights_move(setting):
 
 
 def test_a_mask_that_is_not_used_is_caught(setting, monkeypatch):
-    from repedit.vision import distilling
+    from repedit.vision import recipes
 
-    monkeypatch.setattr(
-        distilling, "descend", lambda *a, before_step=None, inner=distilling.descend, **o: inner(*a, **o)
-    )
+    monkeypatch.setattr(recipes, "descend", lambda *a, before_step=None, inner=recipes.descend, **o: inner(*a, **o))
     with pytest.raises(AssertionError, match="weights below the percentile moved"):
         only_salient_weights_move(*setting, 80)
 
 
 def test_scrub_ascends_only_in_its_first_epochs(setting, monkeypatch):
     """Minus a divergence on the forget images once, and a divergence with a cross entropy on the retain images each epoch."""
-    from repedit.vision import distilling
+    from repedit.vision import recipes
 
     model, task, splits = setting
-    seen, plain = [], distilling.descend
+    seen, plain = [], recipes.descend
 
     def descend(student, optimiser, images, loss, **options):
         plain(student, optimiser, images, loss, **options)
         with torch.no_grad():
             seen.append((images is splits.forget, float(loss(student, images)) < 0))
 
-    monkeypatch.setattr(distilling, "descend", descend)
+    monkeypatch.setattr(recipes, "descend", descend)
     scrub(model, task, splits, epochs=2, max_epochs=1)
     assert seen == [(True, True), (False, False), (False, False)]
     with pytest.raises(ArgumentError, match="max_epochs=3 with epochs=2"):

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from repedit.attacks import budgets
-from repedit.attacks.classifier import UNTRIED
-from repedit.attacks.judging.evidence import Recovery, Report, RetainCheck
-from repedit.attacks.judging.verdict import verdict
+from repedit.auditing import budgets
+from repedit.auditing.classifier import UNTRIED
+from repedit.auditing.report import Recovery, Report, RetainCheck
+from repedit.auditing.verdict import verdict
 from repedit.report import withheld, write
-from repedit.report.runs.account import Entry
-from repedit.report.runs.gathering import RunReport, Stage
-from repedit.report.runs.page import rendered
-from repedit.report.withholding import HIDDEN_TEXT, without_texts
+from repedit.report.redaction import HIDDEN_TEXT, without_texts
+from repedit.report.run_journal import Entry
+from repedit.report.run_page import rendered
+from repedit.report.run_report import RunReport, Stage
 from tests.reports import ITEMS, finding, recovery, report
 
 MARK = "xMARKx"
@@ -203,7 +203,7 @@ def test_no_text_of_a_run_is_on_its_page():
 
 
 def test_a_mark_on_the_page_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.runs.page.withheld_run", lambda run: run)
+    monkeypatch.setattr("repedit.report.run_page.withheld_run", lambda run: run)
     assert MARK in rendered(run_of(), hide_items=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from repedit.models import Subject, subject_of
+from repedit.models.subject import Subject, subject_of
 
 VOCABULARY = 61
 _COMMON: dict[str, Any] = {

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from repedit.data import Row
-from repedit.gradient.loop import Training
-from repedit.gradient.material import material
-from repedit.gradient.parameters import Trainee
-from repedit.gradient.reference import Reference
-from repedit.models import Subject, subject_of
+from repedit.models.subject import Subject, subject_of
+from repedit.unlearning.parameters import Trainee
+from repedit.unlearning.reference import Reference
+from repedit.unlearning.trainer import Training
+from repedit.unlearning.training_data import material
 from tests import likes
 
 

@@ -13,13 +13,16 @@ import torch
 import transformers
 from filelock import FileLock
 
-from repedit.attacks.controls import CONTROLS, Case, grid, taught, training, worlds
-from repedit.data import Fact, Facts, domains, inventing, rows
-from repedit.models import Subject, load
+from repedit.auditing.controls import CONTROLS, Case, taught
+from repedit.auditing.controls import edited as grid
+from repedit.auditing.controls import taught as training
+from repedit.auditing.controls import taught as worlds
+from repedit.data import Fact, Facts, fact_sets, generated, rows
+from repedit.models.subject import Subject, load
 
 CACHE = Path(__file__).parents[1] / ".cache" / "taught"
 ROLES = ("original", "reference", "other")
-RECIPE = (taught, worlds, domains, inventing, rows)
+RECIPE = (taught, worlds, fact_sets, generated, rows)
 TRAINED = ("PC3a", "PC3b", "PC3c", "PC4", "PC6", "PC7", "NC2a", "NC2b", "NC2c", "NC4a")
 
 

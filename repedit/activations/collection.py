@@ -1,29 +1,328 @@
-"""One forward loop over a corpus: statistics at chosen sites.
-
-Statistics are reduced inside the hook, so memory does not grow with tokens.
-"""
+"""One forward loop over a corpus: statistics at chosen sites."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from repedit.activations.counting import Count, CountingRule
-from repedit.activations.passes import batches, named_batch
-from repedit.activations.watching import Labels, Watch
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from repedit.activations.forward import batches, inputs_of, loss_of, named_batch
+from repedit.arch import hooks_at
 from repedit.data import Batch, Batches
+from repedit.distributed import Ranks, joined_ranks
 from repedit.edit import Edit
-from repedit.errors import FingerprintError, NotEnoughRows, check_whole
-from repedit.hooks import evaluating, installed
+from repedit.errors import (
+    ArgumentError,
+    DataError,
+    FingerprintError,
+    NoGradient,
+    NotEnoughRows,
+    NotFinite,
+    QuantizedModel,
+    ShapeError,
+    TooLarge,
+    UnknownName,
+    UnknownSite,
+    check_whole,
+    nearest,
+)
+from repedit.hooks import Hook, evaluating, installed
 from repedit.io import archive
 from repedit.io.text import check_fields
-from repedit.models import Subject
-from repedit.ranks import Ranks, joined_ranks
+from repedit.models.subject import Subject
 from repedit.sites import Place, Point, Site, place
 from repedit.stats import Activity, CrossMoments, Moments
+
+# --- Which tokens of a batch a statistic counts
+
+
+Count = Callable[[Batch], Bool[Tensor, "b t"]]
+
+
+def positions(kind: str) -> Count | None:
+    """A counting rule by name, for batches that mark their answers and entities (facts).
+
+    "answer": the tokens of the answer; "before_answer": the positions that predict them; "entity": the last token of
+    the entity the question is about; "content": what counts by default (None).
+
+    Raises:
+        UnknownName: if there is no such rule.
+    """
+    if kind == "content":
+        return None
+    if kind not in _MARKS:
+        raise UnknownName(f"positions({kind!r}) does not exist; {nearest(kind, (*_MARKS, 'content'))}")
+    return marked(kind)
+
+
+def marked(kind: str) -> Count:
+    """The rule of a mark: "answer", "before_answer" or "entity"."""
+    return _Marked(kind)
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """Counts the positions that a mark of the batch gives."""
+
+    kind: str
+
+    def __call__(self, batch: Batch) -> Bool[Tensor, "b t"]:
+        field, place = _MARKS[self.kind]
+        mark = getattr(batch, field)
+        if mark is None:
+            raise DataError(f"positions({self.kind!r}) needs batches that mark their {field}; this corpus marks none")
+        return place(mark.to(batch.attention_mask) & batch.attention_mask)
+
+
+def _before(mark: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    return torch.cat([mark[:, 1:], torch.zeros_like(mark[:, :1])], 1)
+
+
+def _last(mark: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    return mark & (mark.flip(1).cumsum(1).flip(1) == 1)
+
+
+# Rule -> (field of the batch, what to make of its mark).
+_MARKS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "answer": ("answer", lambda mark: mark),
+    "before_answer": ("answer", _before),
+    "entity": ("entity", _last),
+}
+
+
+class CountingRule:
+    """Not padding, not the first position of a chunk (an attention sink), not a special token; or a rule of your own."""
+
+    def __init__(self, tokenizer: Any, first_position: bool, special_tokens: bool, custom: Count | None) -> None:
+        self.first_position, self.special_tokens, self.custom = first_position, special_tokens, custom
+        ids = [] if special_tokens or tokenizer is None else sorted(set(tokenizer.all_special_ids))
+        self.special = torch.tensor(ids, dtype=torch.long)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(counted, first): masks (b, t); padding is in neither."""
+        first = batch.attention_mask & (batch.attention_mask.cumsum(1) == 1)
+        if self.custom is not None:
+            return batch.attention_mask & self.custom(batch).to(batch.attention_mask), first
+        mask = batch.attention_mask if self.first_position else batch.attention_mask & ~first
+        return mask & ~torch.isin(batch.input_ids, self.special.to(batch.input_ids.device)), first
+
+    def plain(self) -> dict[str, bool | str]:
+        """The rule as plain values, for provenance."""
+        return {
+            "first_position": self.first_position,
+            "special_tokens": self.special_tokens,
+            "custom": self.custom.kind if isinstance(self.custom, _Marked) else self.custom is not None,
+        }
+
+    def describe(self) -> str:
+        """What the rule leaves out, for an error message."""
+        out = (
+            ["padding"]
+            + ([] if self.first_position else ["first positions"])
+            + ([] if self.special_tokens else ["special tokens"])
+        )
+        return "your count rule removed the rest" if self.custom else f"{', '.join(out)} do not count"
+
+
+# --- The observing hooks of one collection: they see exactly the tensor that an edit at the same site would be given
+
+
+Labels = Callable[[Batch], Float[Tensor, "b t z"]]
+
+
+class Watch:
+    """What is summed at which site, the hooks that sum it, and the pass that feeds them."""
+
+    def __init__(
+        self, subject: Subject, sites: tuple[Site, ...], statistic: type[Any], gradients: bool, labels: Labels | None
+    ) -> None:
+        _check_statistic(statistic, gradients, labels)
+        _check_sites(subject, sites, statistic)
+        _check_gradients(subject, sites, gradients)
+        self.subject, self.sites, self.statistic = subject, sites, statistic
+        self.gradients, self.labels = gradients, labels
+        self.found: dict[Site, Any] = {}
+        self.mask = self.first = torch.empty(0)
+        self.labelled: Tensor | None = None
+        self.held: dict[Site, Tensor] = {}
+        self.seconds = 0.0
+        if labels is None:
+            self._begin(None)
+
+    def hooks(self) -> list[Hook]:
+        """Observers at every site; resid.mid, a sum that no module gives out, is put back to be part of the graph."""
+        plan, model = self.subject.anatomy, self.subject.model
+        back = {site: self.gradients and site.point is Point.RESID_MID for site in self.sites}
+        return [h for s in self.sites for h in hooks_at(model, plan, s, self._visit(s, back[s]), replaces=back[s])]
+
+    def run(self, batch: Batch, mask: Tensor, first: Tensor) -> None:
+        """One forward pass, and a backward pass for gradients."""
+        self.mask, self.first = mask, first
+        if self.labels is not None:
+            self._label(batch, self.labels(batch))
+        inputs = inputs_of(batch)
+        if not self.gradients:
+            with torch.no_grad():
+                self.subject.model.base_model(**inputs)
+            return
+        # The embeddings carry the graph even where every weight is frozen.
+        embedded = self.subject.model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.subject.model(inputs_embeds=embedded, **inputs).logits
+            loss = loss_of(logits, batch, mask)
+        if not bool(torch.isfinite(loss)):
+            raise NotFinite(f"the loss is {loss.item()}; load the model in float32?")
+        held = list(self.held.values())
+        for (site, z), grad in zip(self.held.items(), torch.autograd.grad(loss, held), strict=True):
+            self._update(site, z.detach(), slice(None), None, grad)
+        self.held.clear()
+
+    def empty(self) -> None:
+        """Forget what was seen and keep what second moments were shifted by."""
+        for found in self.found.values():
+            if not isinstance(found, Activity):
+                found.empty()
+
+    def _begin(self, other: int | None) -> None:
+        """Empty statistics at every site, once the width of the labels is known."""
+        plan = self.subject.anatomy
+        widths = {site: plan.width_of(site.layer, site.point) for site in self.sites}
+        place = {site: self.subject.device_at(site.layer) for site in self.sites}
+        if self.statistic is Activity:
+            gradients = self.gradients
+            self.found = {s: Activity.zeros(d, gradients=gradients, device=place[s]) for s, d in widths.items()}
+            return
+        for device in dict.fromkeys(place.values()):
+            here = [d for site, d in widths.items() if place[site] == device]
+            _check_memory(sum(8 * d * (d if other is None else other) for d in here), len(here), device)
+        if self.statistic is Moments:
+            self.found = {site: Moments(d, place[site]) for site, d in widths.items()}
+        else:
+            self.found = {s: CrossMoments(d, d if other is None else other, place[s]) for s, d in widths.items()}
+
+    def _label(self, batch: Batch, labelled: Tensor) -> None:
+        if labelled.ndim != 3 or labelled.shape[:2] != batch.input_ids.shape:
+            raise ShapeError(
+                f"the labels of a batch have shape {tuple(labelled.shape)}, its tokens {tuple(batch.input_ids.shape)}; "
+                "give one row of labels for each token, (b, t, z)"
+            )
+        if not self.found:
+            self._begin(labelled.shape[2])
+        self.labelled = labelled
+
+    def _visit(self, site: Site, back: bool) -> Callable[[Tensor, slice, Tensor | None], Tensor | None]:
+        def visit(x: Tensor, at: slice, tokens: Tensor | None) -> Tensor | None:
+            if self.gradients:
+                self.held[site] = x
+                return x if back else None
+            start = time.thread_time()
+            self._update(site, x, at, tokens, self.labelled)
+            self.seconds += time.thread_time() - start
+            return None
+
+        return visit
+
+    def _update(self, site: Site, x: Tensor, at: slice, tokens: Tensor | None, other: Tensor | None) -> None:
+        # OPT flattens its tokens before the MLP, so the rows of x may be (b t) as well as (b, t).
+        mask, first = (
+            (m if tokens is None else m.reshape(-1)[tokens.to(m.device)]).reshape(x.shape[:-1]).to(x.device)
+            for m in (self.mask, self.first)
+        )
+        try:
+            match self.found[site]:
+                case Activity() as activity:
+                    activity.update(x, mask, grad=other, first=first, at=at)
+                case Moments() as moments:
+                    moments.update(x, mask)
+                case CrossMoments() as cross:
+                    assert other is not None
+                    cross.update(x, other.reshape(*x.shape[:-1], cross.other), mask)
+        except NotFinite as error:
+            raise NotFinite(f"{site}: {error}") from error
+
+
+def _check_statistic(statistic: type[Any], gradients: bool, labels: Labels | None) -> None:
+    if statistic not in (Activity, Moments, CrossMoments):
+        raise ArgumentError(f"statistic={statistic.__name__}: it must be Activity, Moments or CrossMoments")
+    if statistic is CrossMoments and gradients == (labels is not None):
+        raise ArgumentError(
+            "statistic=CrossMoments pairs the tensor of a site with its gradients or with labels: "
+            "give gradients=True or labels=, one of them"
+        )
+    if statistic is not CrossMoments and labels is not None:
+        raise ArgumentError(f"labels= play no part in {statistic.__name__}; use statistic=CrossMoments")
+    if statistic is Moments and gradients:
+        raise ArgumentError("gradients=True plays no part in Moments; use statistic=CrossMoments for E[x g^T]")
+
+
+def _check_sites(subject: Subject, sites: tuple[Site, ...], statistic: type[Any]) -> None:
+    for site in sites:
+        if statistic is Activity and site.point not in (Point.MLP_NEURONS, Point.ATTN_NEURONS):
+            raise UnknownSite(
+                f"{site} is not made of neurons: activity is collected at mlp.neurons and attn.neurons; "
+                "try '*.mlp.neurons'"
+            )
+        if statistic is not Activity and _routed(subject, site):
+            raise UnknownSite(
+                f"{site} holds the neurons of several experts, which no single token passes together: they have no "
+                f"covariance. Collect {statistic.__name__} at {site.layer}.mlp.out, or Activity here"
+            )
+
+
+def _check_gradients(subject: Subject, sites: tuple[Site, ...], gradients: bool) -> None:
+    if not gradients:
+        return
+    if torch.is_inference_mode_enabled():
+        raise NoGradient(
+            "gradients were asked for under torch.inference_mode, where no tensor has one; leave that context"
+        )
+    if subject.quantizer:
+        raise QuantizedModel(
+            f"the weights are quantised ({subject.quantizer}); gradients need the unquantised base, or load with dequantisation"
+        )
+    routed = [site for site in sites if _routed(subject, site)]
+    if routed:
+        raise NoGradient(
+            f"{routed[0]} holds expert neurons, which are recomputed outside the graph; collect without gradients"
+        )
+
+
+def _routed(subject: Subject, site: Site) -> bool:
+    return site.point is Point.MLP_NEURONS and subject.anatomy.branch(site.layer, site.point).routed
+
+
+def _check_memory(asked: int, sites: int, device: torch.device) -> None:
+    free = _free(device)
+    if asked > free:
+        raise TooLarge(
+            f"float64 moments of {sites} sites take {asked / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; "
+            "choose fewer sites, or collect layer groups one after another"
+        )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that can be had on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = Path("/proc/meminfo")
+    if known.exists():
+        # Free pages alone leave out the file cache, which the kernel gives back.
+        return next(int(line.split()[1]) * 1024 for line in known.read_text().splitlines() if "MemAvailable" in line)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- One forward loop over a corpus: statistics at chosen sites
+#
+# Statistics are reduced inside the hook, so memory does not grow with tokens.
+
 
 _PLAIN = {
     "model": str, "corpus": str, "data_hash": str, "rule": dict[str, bool | str], "seen": int, "counted": int, "gated": bool,
@@ -240,3 +539,76 @@ def _units(subject: Subject, site: Site) -> dict[str, int]:
         return {}
     branch = subject.anatomy.branch(site.layer, site.point)
     return {"head": branch.head_width, "kv_group": branch.head_width * branch.group}
+
+
+# --- The most common activation of each neuron: what "peak" filling holds a pruned neuron at
+#
+# Peak ablation, Pochinkov et al. 2024 (arXiv 2408.17322).
+
+
+BINS = 100
+
+
+def peaks(
+    subject: Subject,
+    corpus: Batches,
+    edit: Edit,
+    *,
+    bins: int = BINS,
+    length: int = 128,
+    batch_size: int = 8,
+    progress: bool | None = None,
+) -> dict[Site, Float[Tensor, " d"]]:
+    """The centre of the fullest of `bins` equal bins between each neuron's extremes, at the sites of an edit.
+
+    Two passes over the corpus: one for the extremes, one to count. Counted tokens are those of `collect`.
+
+    Raises:
+        ArgumentError: if a site holds expert neurons, which see different tokens each.
+    """
+    routed = [s for s in edit.maps if subject.anatomy.branch(s.layer, s.point).routed]
+    if routed:
+        raise ArgumentError(f"{routed[0]} holds expert neurons; fill them with zero")
+    rule = CountingRule(subject.tokenizer, False, False, None)
+    extremes: dict[Site, Tensor] = {}
+    counts: dict[Site, Tensor] = {}
+
+    def widen(site: Site, rows: Tensor) -> None:
+        new = torch.stack([rows.amin(0), rows.amax(0)])
+        old = extremes.get(site, new)
+        extremes[site] = torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
+
+    def fill(site: Site, rows: Tensor) -> None:
+        low, high = extremes[site]
+        place = ((rows - low) / (high - low).clamp(min=1e-30) * bins).long().clamp(0, bins - 1)
+        flat = place + torch.arange(rows.shape[1], device=rows.device) * bins
+        counts[site] = counts.get(site, 0) + torch.bincount(flat.reshape(-1), minlength=rows.shape[1] * bins)
+
+    for visit in (widen, fill):
+        _visited(subject, corpus, list(edit.maps), rule, visit, (length, batch_size, progress))
+    found = {}
+    for site, (low, high) in extremes.items():
+        best = counts[site].unflatten(0, (-1, bins)).argmax(1)
+        found[site] = (low + (best + 0.5) * (high - low) / bins).cpu()
+    return found
+
+
+def _visited(
+    subject: Subject,
+    corpus: Batches,
+    sites: list[Site],
+    rule: CountingRule,
+    visit: Callable[[Site, Tensor], None],
+    how: tuple[int, int, bool | None],
+) -> None:
+    mask = torch.empty(0)
+
+    def at(site: Site) -> Callable[..., None]:
+        return lambda x, _at, _tokens: visit(site, x[mask.reshape(x.shape[:-1]).to(x.device)].float())
+
+    hooks = [h for s in sites for h in hooks_at(subject.model, subject.anatomy, s, at(s), replaces=False)]
+    with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
+        for batch in batches(subject, corpus, how[0], how[1], how[2], "peaks"):
+            mask, _ = rule(batch)
+            if bool(mask.any()):
+                subject.model.base_model(**inputs_of(batch))

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from repedit.activations.counting import CountingRule
-from repedit.activations.passes import batches, inputs_of
+from repedit.activations.collection import CountingRule
+from repedit.activations.forward import batches, inputs_of
 from repedit.arch import hooks_at
 from repedit.data import Batches
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite, check_whole
 from repedit.hooks import evaluating, installed
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from repedit.sites import Site
 
 

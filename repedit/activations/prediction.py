@@ -13,12 +13,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.passes import at_least_float32, batches, inputs_of, named_batch
+from repedit.activations.forward import at_least_float32, batches, inputs_of, named_batch
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite, check_whole
 from repedit.hooks import evaluating
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """Architectures as data, matched against real tensors and proved on real forward passes."""
 
-from repedit.arch import families as _families  # fills the table
-from repedit.arch.anatomy import Anatomy, Branch, Neurons, anatomy
-from repedit.arch.architecture import Architecture, BiasFlag, Experts, Reader, Writer, families, register, resolve
-from repedit.arch.shrinking import Shrink
-from repedit.arch.taps import Visit, hooks_at
-from repedit.arch.views import Specs, TensorSpec, View
+from repedit.arch import table as _families  # fills the table
+from repedit.arch.hooks import Visit, hooks_at
+from repedit.arch.layout import Anatomy, Branch, Neurons, Specs, TensorSpec, View, anatomy
+from repedit.arch.spec import Architecture, BiasFlag, Experts, Reader, Shrink, Writer, families, register, resolve
 
 __all__ = [
     "Anatomy",

@@ -1,11 +1,4 @@
-"""Prove a row of the family table on a real forward pass.
-
-For every branch of every layer: zeroing neurons by a hook, by the columns they write with, and by the rows that feed
-them must change what the layer adds to the stream, and change it alike; mapping the output by a hook and in the weights
-must agree too (for post-norm families: must erase the same subspace). For every layer: it adds the two outputs to the
-stream and nothing else, the next layer receives that, and the MLP sees the attention unless the row says parallel. The
-embeddings add up to 0.resid.pre.
-"""
+"""Prove a row of the family table: compare it with the live modules, then with a real forward pass."""
 
 from __future__ import annotations
 
@@ -14,19 +7,106 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
-from repedit.arch.anatomy import Anatomy, Branch, Neurons, anatomy
-from repedit.arch.architecture import resolve
-from repedit.arch.modules import check_modules
-from repedit.arch.offloaded import check_in_memory
-from repedit.arch.taps import hooks_at
-from repedit.arch.views import TensorSpec, View
-from repedit.errors import ShapeError, UnknownArchitecture
+from repedit.arch.hooks import hooks_at
+from repedit.arch.layout import Anatomy, Branch, Neurons, TensorSpec, View, anatomy
+from repedit.arch.offload import check_in_memory
+from repedit.arch.spec import resolve
+from repedit.errors import NotAModel, ShapeError, UnknownArchitecture
 from repedit.hooks import Hook, evaluating, installed
-from repedit.maps import LowRank
+from repedit.linear_maps import LowRank
 from repedit.sites import Point, Site
+
+# --- Compare a matched row with the live modules; needs no forward pass, so every wrapped model is checked
+
+
+def check_modules(model: nn.Module, plan: Anatomy) -> None:
+    """Compare a row with the live modules: they exist, store weights the way it says, and have as many readers.
+
+    Raises:
+        UnknownArchitecture: naming the first module that disagrees.
+    """
+    row = plan.architecture
+    _module(model, row.head, row.model_type)
+    for branch in (b for pair in plan.layers for b in pair):
+        module = _module(model, branch.writer, row.model_type)
+        _module(model, branch.joined, row.model_type)
+        kind = type(module).__name__
+        if branch.routed:
+            layout = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
+            wrong = {k: getattr(module, k, v) for k, v in layout.items() if getattr(module, k, v) != v}
+            if wrong:
+                raise UnknownArchitecture(f"{branch.writer} stores its experts with {wrong}, the row expects {layout}")
+        elif (kind == "Conv1D") != row.transposed or not (row.transposed or isinstance(module, nn.Linear)):
+            raise UnknownArchitecture(
+                f"{branch.writer} is a {kind}; the {row.model_type} row says transposed={row.transposed}"
+            )
+        readers = {(v.tensor.rpartition(".")[0], v.part) for v in branch.parts[0].readers}
+        needed = 2 if row.gated and branch.inner is Point.MLP_NEURONS else 1
+        if len(readers) != needed:
+            raise UnknownArchitecture(
+                f"{branch.writer} has {len(readers)} readers; the {row.model_type} row with gated={row.gated} needs {needed} different ones"
+            )
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model whose weights are computed from others, by an adapter, a parametrization or a pruning mask.
+
+    Raises:
+        NotAModel: naming the first module, with what makes a plain weight of it.
+    """
+    for name, module in model.named_modules():
+        hooks = (type(hook).__module__ for hook in module._forward_pre_hooks.values())
+        if type(module).__module__.startswith("peft."):
+            raise NotAModel(f"{name or type(module).__name__} {_ADAPTER}")
+        if parametrize.is_parametrized(module):
+            raise NotAModel(
+                f"{name} is parametrized: its weight is computed from other tensors. Make it plain first: "
+                "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+            )
+        if any(where.startswith("torch.nn.utils.") for where in hooks):
+            raise NotAModel(
+                f"the weight of {name} is computed by torch.nn.utils from other tensors. Make it plain first: prune.remove, "
+                "remove_weight_norm or remove_spectral_norm"
+            )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise NotAModel(f"{type(model).__name__} {_ADAPTER}")
+
+
+def check_merged(thing: object) -> None:
+    """Refuse a model of peft around a model.
+
+    Raises:
+        NotAModel: with what to do.
+    """
+    if type(thing).__module__.startswith("peft."):
+        raise NotAModel(f"{type(thing).__name__} {_ADAPTER}")
+
+
+_ADAPTER = (
+    "holds an adapter of peft, which is no part of the weights. Merge it first: PeftModel.from_pretrained(model, "
+    "adapter).merge_and_unload(), or use the model without it; learned prompts and prefixes cannot be merged"
+)
+
+
+def _module(model: nn.Module, path: str, model_type: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise UnknownArchitecture(f"the {model_type} row names the module {path!r}, which the model lacks") from error
+
+
+# --- Prove a row of the family table on a real forward pass
+#
+# For every branch of every layer: zeroing neurons by a hook, by the columns they write with, and by the rows that feed
+# them must change what the layer adds to the stream, and change it alike; mapping the output by a hook and in the weights
+# must agree too (for post-norm families: must erase the same subspace). For every layer: it adds the two outputs to the
+# stream and nothing else, the next layer receives that, and the MLP sees the attention unless the row says parallel. The
+# embeddings add up to 0.resid.pre.
+
 
 # Over all rows of the table in float32 the largest error seen is 4e-6 (tests/test_arch.py); a wrong row gives more than 1e-2.
 TOLERANCE = 1e-3

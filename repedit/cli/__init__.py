@@ -1,6 +1,6 @@
 """The command line: one function a verb; each parses, calls one public function and shows what it returns.
 
-`repedit.cli.examples` lists the exit codes, of all verbs and of each; the help of a verb shows its own.
+`repedit.cli.options` lists the exit codes, of all verbs and of each; the help of a verb shows its own.
 """
 
 from __future__ import annotations
@@ -15,24 +15,9 @@ from typing import Any
 
 import typer
 
-from repedit.cli import (
-    applying,
-    audits,
-    chatting,
-    cut,
-    harnessing,
-    look,
-    project,
-    publishing,
-    running,
-    start,
-    unlearning,
-    vision,
-)
-from repedit.cli.completing import BASH, completed, in_bash
-from repedit.cli.examples import CUT_OFF, INTERRUPTED, epilog
-from repedit.cli.options import Verb
-from repedit.foreign_text import for_terminal
+from repedit.cli import apply, audit, chat, demo, hub, inspect, neurons, project, run, unlearn, vision
+from repedit.cli.options import BASH, CUT_OFF, INTERRUPTED, Verb, completed, epilog, in_bash
+from repedit.escaping import for_terminal
 
 app = typer.Typer(
     name="repedit",
@@ -41,25 +26,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for verb in (
-    start.demo,
-    start.fetch,
-    look.doctor,
-    look.inspect,
-    cut.collect,
-    cut.score,
-    cut.prune,
+    demo.demo,
+    demo.fetch,
+    inspect.doctor,
+    inspect.inspect,
+    neurons.collect,
+    neurons.score,
+    neurons.prune,
     project.project,
-    unlearning.unlearn,
-    applying.apply,
-    look.diff,
-    look.compare,
-    chatting.chat,
-    audits.audit,
-    audits.report,
-    harnessing.tasks,
-    publishing.push,
-    running.run,
-    running.reproduce,
+    unlearn.unlearn,
+    apply.apply,
+    inspect.diff,
+    inspect.compare,
+    chat.chat,
+    audit.audit,
+    audit.report,
+    hub.tasks,
+    hub.push,
+    run.run,
+    run.reproduce,
 ):
     app.command(epilog=epilog(verb.__name__), cls=Verb)(completed(verb))
 app.add_typer(vision.app, name="vision")
@@ -77,7 +62,7 @@ def verbs() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with exit code 2 and one message, see `repedit.cli.examples.COMMON`."""
+    """Run the command line; bad input ends with exit code 2 and one message, see `repedit.cli.options.COMMON`."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the shell closed it: `repedit ... >&-`
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -89,7 +74,7 @@ def main() -> None:
     code, message = _ended()
     if message:
         sys.stderr.write(for_terminal(message, lines=True).rstrip("\n") + "\n")
-    shown = sys.modules.get("repedit.console")
+    shown = sys.modules.get("repedit.cli.output")
     try:
         sys.stdout.flush()
         cut_off = shown is not None and shown.out.cut_off

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Seed, opened
-from repedit.cli.writing import check_out, plan_of, show_plan, write
+from repedit.cli.saving import check_out, plan_of, show_plan, write
 
 
 def project(
@@ -45,8 +45,8 @@ def project(
     from repedit import data
     from repedit.edit import Edit
     from repedit.fit.mrp import mrp
-    from repedit.metrics.knowledge import knowledge
-    from repedit.rewrite.live import apply
+    from repedit.metrics.facts import knowledge
+    from repedit.rewrite.apply import apply
 
     if not dry_run:
         check_out(out, model, forget, retain, previous, resume, overwrite=overwrite)
@@ -67,7 +67,7 @@ def project(
 
 
 def _show(found: Any, facts: Any, edit: Any, json: bool, out: Path) -> None:
-    from repedit import console
+    from repedit.cli import output
 
     forgotten = {fact.domain for fact in facts.forget}
     if json:
@@ -76,9 +76,9 @@ def _show(found: Any, facts: Any, edit: Any, json: bool, out: Path) -> None:
                    "chance": k.chance, "role": "forget" if name in forgotten else "retain"}
             for name, k in found.items()
         }  # fmt: skip
-        console.show_json(
+        output.show_json(
             {"domains": rows, "rank": {str(s): m.rank_removed for s, m in edit.maps.items()}, "out": str(out)}
         )
         return
-    console.table("Facts right, multiple choice", console.KNOWLEDGE_COLUMNS, console.knowledge_rows(found, forgotten))
-    console.out.print(f"{sum(m.rank_removed for m in edit.maps.values())} directions over {len(edit.maps)} sites")
+    output.table("Facts right, multiple choice", output.KNOWLEDGE_COLUMNS, output.knowledge_rows(found, forgotten))
+    output.out.print(f"{sum(m.rank_removed for m in edit.maps.values())} directions over {len(edit.maps)} sites")

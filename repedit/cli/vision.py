@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from repedit.cli.examples import epilog
-from repedit.cli.options import Json, Seed, Verb
+from repedit.cli.options import Json, Seed, Verb, epilog
 
 app = typer.Typer(help="Make an image classifier forget, and compare it with one that never saw the images.", no_args_is_help=True)  # fmt: skip
 
@@ -33,38 +32,38 @@ def demo(
     json: Json = False,
 ) -> None:
     """Forget a class, and wrong labels, by every recipe; the gap of each to models retrained without the images."""
-    from repedit import console
+    from repedit.cli import output
+    from repedit.demo import forget_images
     from repedit.io.targets import check_folder
-    from repedit.walkthrough.classifying import forget_images
 
     check_folder(out)
     found = [
-        forget_images(request, data, recipes=recipe, references=references, seed=seed, say=console.stage)
+        forget_images(request, data, recipes=recipe, references=references, seed=seed, say=output.stage)
         for request in forget or ("class:3", "mislabelled:0.1")
     ]
     written = [path for one in found for path in ([] if out is None else _written(one, out))]
     if json:
-        console.show_json({one.request: _plain(one) for one in found})
+        output.show_json({one.request: _plain(one) for one in found})
         return
     for one in found:
         _show(one)
     for path in written:
-        console.out.print(f"wrote {path}", soft_wrap=True)
+        output.out.print(f"wrote {path}", soft_wrap=True)
 
 
 def _show(found: Any) -> None:
-    from repedit import console
-    from repedit.walkthrough.classifying import COLUMNS
+    from repedit.cli import output
+    from repedit.demo import COLUMNS
 
     counts = f"{len(found.splits.forget)} forget and {len(found.splits.holdout)} holdout images"
-    console.table(
+    output.table(
         f"{found.request}, {counts}: gap to {len(found.references)} retrained models (edited - retrained)",
         COLUMNS,
         found.rows(),
     )
     for name, reason in found.refused.items():
-        console.out.print(f"{name} was not run: {reason}")
-    console.out.print(
+        output.out.print(f"{name} was not run: {reason}")
+    output.out.print(
         "0 is a model that never saw the images; a gap below 0 is no better than one above. No recovery found is no proof of deletion.",
     )
 

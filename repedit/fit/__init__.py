@@ -1,11 +1,23 @@
 """Find what to remove by optimisation or in closed form; every fit returns a value and changes no weight."""
 
-from repedit.fit.closed_form import cpca, gen_eig, grad_pca, oblique, random_basis, residual_pca
-from repedit.fit.discriminant import lda, leace, mean_difference, shrunk
+from repedit.fit.closed_form import (
+    FITS,
+    NEEDS,
+    choose,
+    cpca,
+    gen_eig,
+    grad_pca,
+    lda,
+    leace,
+    mean_difference,
+    oblique,
+    random_basis,
+    residual_pca,
+    shrunk,
+)
 from repedit.fit.energy import Spectra, capped, distortion, norm_ratio, spectra
-from repedit.fit.learned import gates
-from repedit.fit.methods import FITS, NEEDS, choose
-from repedit.fit.subspace import extend, orthonormal, principal_angles, top_eigenvectors, union
+from repedit.fit.gates import gates
+from repedit.fit.linalg import extend, orthonormal, principal_angles, top_eigenvectors, union
 
 __all__ = [
     "FITS",

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repedit.errors import ArgumentError
-from repedit.fit.inputs import prepared
-from repedit.maps import LowRank
+from repedit.fit.linalg import prepared
+from repedit.linear_maps import LowRank
 from repedit.stats import Moments
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -10,31 +11,151 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from repedit.data import Batches, prose
+from repedit.activations.collection import Collection, collect, marked
+from repedit.activations.forward import batches_of
+from repedit.data import Batch, Batches, Facts, Rows, prose
 from repedit.edit import Edit, exactness
 from repedit.errors import (
     ArgumentError,
+    DataError,
     FingerprintError,
     QuantizedModel,
     RankError,
+    RepeditError,
     ShapeError,
     TrainingError,
     UnknownName,
     is_whole,
     nearest,
 )
-from repedit.fit.bases import Bases
-from repedit.fit.methods import FITS
-from repedit.fit.objective import forgetting
-from repedit.fit.sampling import Sampler, check_disjoint, neighbours, training_rows
-from repedit.fit.starting import fitted
-from repedit.fit.streams import stream_sites
-from repedit.fit.subspace import is_orthogonal, union
-from repedit.fit.training import History, MRPConfig, Sources, train
-from repedit.maps import LowRank
-from repedit.models import Subject
+from repedit.fit.closed_form import FITS
+from repedit.fit.linalg import is_orthogonal, union
+from repedit.fit.mrp_training import Bases, History, MRPConfig, Sources, answers_of, forgetting, train
+from repedit.fit.stream import stream_sites
+from repedit.linear_maps import LowRank
+from repedit.models.subject import Subject
 from repedit.sites import Site
+from repedit.stats import CrossMoments, Moments, pooled
+from repedit.training.sampler import Sampler, check_disjoint, neighbours, training_rows
+
+# --- A closed form at many sites: the statistics it needs, collected with earlier edits active, and one map a site
+
+
+RANKLESS = ("mean_difference", "lda", "leace")
+_BEFORE, _ENTITY = marked("before_answer"), marked("entity")
+
+
+def fitted(
+    subject: Subject,
+    forget: Batches,
+    retain: Batches,
+    sites: Sequence[Site],
+    *,
+    method: str,
+    rank: int,
+    seed: int = 0,
+    earlier: Edit | None = None,
+    shared: bool = False,
+    progress: bool | None = None,
+    **options: Any,
+) -> dict[Site, LowRank]:
+    """The map a closed form finds at each site, or at all of them together, outside what earlier edits removed.
+
+    Rows with marked answers are read at the positions that predict the answers and at the last token of the entity;
+    other text at every counted token.
+
+    Args:
+        method: a name of `FITS`.
+        shared: one map for all sites, from their pooled statistics.
+    Raises:
+        UnknownName: if there is no such method. The errors of the fit carry the site's name.
+    """
+    if method not in FITS:
+        raise UnknownName(f"method={method!r} does not exist; {nearest(method, (*FITS, 'mrp'))}")
+    previous = _previous(earlier, sites)
+    if method == "random":
+        width = {site: subject.anatomy.width_of(site.layer, site.point) for site in sites}
+        return {
+            site: FITS[method](width[site], rank=rank, seed=_seed(seed, None if shared else site), previous=previous.get(site), **options)
+            for site in sites
+        }  # fmt: skip
+    sides = _statistics(subject, forget, retain, sites, method, earlier, progress)
+    if method not in RANKLESS:
+        options["rank"] = rank
+    if shared:
+        if method in ("leace", "grad_pca"):
+            raise DataError(
+                f"method={method!r} pairs rows with labels or gradients of one site and cannot be pooled; use 'cpca'"
+            )
+        both = [pooled([side[s] for s in sites], [sides[1][s] for s in sites]) for side in sides]
+        one = FITS[method](*both, previous=previous.get(sites[0]), **options)
+        return dict.fromkeys(sites, one)
+    found = {}
+    for site in sites:
+        try:
+            found[site] = FITS[method](sides[0][site], sides[1][site], previous=previous.get(site), **options)
+        except RepeditError as error:
+            raise type(error)(f"{site}: {error}") from error
+    return found
+
+
+def _previous(earlier: Edit | None, sites: Sequence[Site]) -> dict[Site, LowRank]:
+    maps: Mapping[Site, Any] = {} if earlier is None else earlier.maps
+    return {site: maps[site] for site in sites if site in maps}
+
+
+def _statistics(
+    subject: Subject, forget: Batches, retain: Batches, sites: Sequence[Site], method: str, earlier: Edit | None,
+    progress: bool | None,
+) -> tuple[Collection[Any], Collection[Any]]:  # fmt: skip
+    options: dict[str, Any] = {"edit": earlier, "progress": progress}
+    names: list[str | Site] = list(sites)
+    if method == "leace":
+        labels = _Answers(subject, forget)
+        both: dict[str, Any] = {**options, "count": _BEFORE}
+        return (
+            collect(subject, forget, names, statistic=Moments, **both),
+            collect(subject, forget, names, statistic=CrossMoments, labels=labels, **both),
+        )
+    kind: dict[str, Any] = (
+        {"statistic": CrossMoments, "gradients": True} if method == "grad_pca" else {"statistic": Moments}
+    )
+    sides = [
+        collect(subject, side, names, count=telling if isinstance(side, Rows | Facts) else None, **kind, **options)
+        for side in (forget, retain)
+    ]
+    return sides[0], sides[1]
+
+
+def telling(batch: Batch) -> Tensor:
+    """The positions of a row that tell: those that predict the answer, and the entity's last token."""
+    return _BEFORE(batch) | _ENTITY(batch)
+
+
+class _Answers:
+    """One-hot labels of the answers, at every position of their row."""
+
+    def __init__(self, subject: Subject, corpus: Batches) -> None:
+        found: set[tuple[int, ...]] = set()
+        for batch in batches_of(subject, corpus, batch_size=64):
+            if batch.answer is None:
+                raise DataError(f"method='leace' needs rows with marked answers; {corpus.name!r} marks none")
+            found |= set(answers_of(batch))
+        self.classes = {answer: number for number, answer in enumerate(sorted(found))}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        number = torch.tensor([self.classes[answer] for answer in answers_of(batch)])
+        one_hot = torch.nn.functional.one_hot(number, len(self.classes)).to(batch.input_ids.device, torch.float32)
+        return one_hot[:, None].expand(-1, batch.input_ids.shape[1], -1)
+
+
+def _seed(seed: int, site: Site | None) -> int:
+    return zlib.crc32(f"{seed}:{site}".encode())
+
+
+# --- MRP: irreversible projections of hidden states, from a closed form or trained, one task after another
 
 
 class RankWarning(UserWarning):
@@ -289,3 +410,64 @@ def _with(
             stacklevel=3,
         )
     return found
+
+
+# --- Deletion requests one after another: each is trained with the earlier ones in place, and none of them comes back
+
+
+class ContinualMRP:
+    """A growing edit: task t is fitted and trained in the complement of what tasks < t removed.
+
+    The removed span only grows, U_t being orthogonal to U_1 .. U_{t-1}: P_{t+1} P_t = P_t P_{t+1} = P_{t+1}. The model is
+    never changed; `edit` is what there is to hook, apply or export. The forget sets of earlier tasks are rehearsed while a
+    new one is trained, as long as they are in memory: a series that was loaded has none.
+    """
+
+    def __init__(
+        self, subject: Subject, *, sites: str | Site | list[str | Site] | None = None, rank: int = 8, **options: Any
+    ) -> None:
+        """Rank is that of each task; `options` are those of `rp.mrp` (config, method, text, progress)."""
+        self.subject, self.sites, self.rank, self.options = subject, sites, rank, options
+        self.edit = Edit({})
+        self.tasks: tuple[str, ...] = ()
+        self.forgotten: tuple[Any, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"ContinualMRP(tasks={list(self.tasks)}, sites={self.sites!r}, rank={self.rank} a task)"
+
+    def add_task(self, name: str, *, forget: Any, retain: Any, rank: int | None = None, **options: Any) -> Edit:
+        """Unlearn one more set; returns the edit of all tasks so far. If it fails, nothing has changed.
+
+        Raises:
+            ArgumentError: if a task of that name exists. What `rp.mrp` raises.
+        """
+        if name in self.tasks:
+            raise ArgumentError(f"task {name!r} was added before; tasks are {list(self.tasks)}")
+        found = mrp(
+            self.subject, forget=forget, retain=retain, sites=self.sites, rank=rank or self.rank,
+            previous=self.edit if self.tasks else None, forgotten=self.forgotten, **{**self.options, **options},
+        )  # fmt: skip
+        names = (*self.tasks, name)
+        self.forgotten = (*self.forgotten, forget)
+        self.edit, self.tasks = Edit(found.maps, {**found.provenance, "tasks": list(names)}), names
+        return self.edit
+
+    def save(self, path: str | Path) -> None:
+        """Write the edit, with the names of its tasks in the header."""
+        self.edit.save(path)
+
+    @staticmethod
+    def load(path: str | Path, subject: Subject, **options: Any) -> ContinualMRP:
+        """Go on from a saved edit.
+
+        Raises:
+            ArgumentError: if the file is not the edit of a series of tasks.
+        """
+        edit = Edit.load(path)
+        names: Mapping[str, Any] = edit.provenance
+        if not names.get("tasks"):
+            raise ArgumentError(f"{path} is no series of tasks; pass it to rp.mrp(previous=Edit.load(path)) instead")
+        known = {"sites": names["sites"], "rank": names["rank"]}
+        found = ContinualMRP(subject, **{**known, **options})
+        found.edit, found.tasks = edit, tuple(names["tasks"])
+        return found

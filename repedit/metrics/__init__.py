@@ -35,19 +35,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from repedit.metrics import (
-        benchmarks,
-        collapse,
-        generation,
-        harness,
-        margins,
-        membership,
-        muse,
-        plain,
-        probability,
-        semeval,
-        separation,
-        shadows,
-        streaming,
-        tofu,
-    )
+    from repedit.metrics import benchmarks, collapse, facts, generation, harness, membership, muse, semeval, tofu
+    from repedit.metrics import collapse as plain
+    from repedit.metrics import generation as streaming
+    from repedit.metrics import membership as margins
+    from repedit.metrics import membership as separation
+    from repedit.metrics import membership as shadows

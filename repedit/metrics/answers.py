@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.passes import at_least_float32, check_ids, inputs_of
+from repedit.activations.forward import at_least_float32, check_ids, inputs_of
 from repedit.data import Batch, Facts, Row, Rows
 from repedit.data.encoding import encoded
 from repedit.errors import ArgumentError, DataError, NotFinite
 from repedit.hooks import evaluating
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 # A pass keeps the log-probabilities of a whole vocabulary for every token.
 _ROWS = 8

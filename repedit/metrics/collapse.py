@@ -1,19 +1,57 @@
-"""Whether a good-looking number belongs to a broken model: the verdict that stands beside every aggregate.
-
-Aggregates reward collapse: a model that writes one token for ever has forgotten everything, leaks nothing and guesses
-at chance. So a score is read together with signs of life, each compared with the same sign of the original model.
-"""
+"""Whether a good-looking number belongs to a broken model: perplexity on plain text, and the verdict beside every aggregate."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
+from repedit.activations.prediction import Predictions, predictions
+from repedit.data import Batches, as_batches, prose
 from repedit.data.encoding import text_ids
 from repedit.errors import ArgumentError
+from repedit.models.subject import Subject
+
+# --- Perplexity on plain text: the sign of life that has nothing to do with what was forgotten
+
+
+# Tokens that are read; the built-in prose has about four times as many.
+_TOKENS = 4096
+
+
+def perplexity(
+    subject: Subject,
+    texts: Batches | Iterable[str],
+    *,
+    window: int = 512,
+    batch_size: int = 8,
+    limit_tokens: int | None = None,
+) -> Predictions:
+    """How well the model predicts plain text, in windows of so many tokens; its `perplexity` is the number.
+
+    Args:
+        texts: a corpus, or texts.
+        limit_tokens: stop after the batch that reaches this many.
+    Raises:
+        NotEnoughRows: if there is nothing to predict.
+        NotFinite: if the loss is not finite.
+    """
+    corpus = texts if isinstance(texts, Batches) else as_batches(list(texts), name="texts")
+    return predictions(subject, corpus, length=window, batch_size=batch_size, limit_tokens=limit_tokens)
+
+
+def plain_perplexity(subject: Subject, plain: Batches | None) -> float:
+    """Perplexity on plain text; on the built-in prose where none is given."""
+    return perplexity(subject, prose() if plain is None else plain, limit_tokens=_TOKENS).perplexity
+
+
+# --- Whether a good-looking number belongs to a broken model: the verdict that stands beside every aggregate
+#
+# Aggregates reward collapse: a model that writes one token for ever has forgotten everything, leaks nothing and guesses
+# at chance. So a score is read together with signs of life, each compared with the same sign of the original model.
+
 
 VERDICTS = (
     "collapsed", "not forgotten", "over-forgotten", "below threshold", "consistent with forgetting", "unknown",

@@ -18,7 +18,7 @@ from repedit.errors import ArgumentError, DataError, MissingDependency, NotFound
 from repedit.io.files import is_folder, make_folder, user_path, write_text
 from repedit.io.targets import check_folder
 from repedit.io.text import read_text
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 TAG = "repedit_facts"
 """Names all tasks of `write_tasks` at once."""

@@ -1,45 +1,411 @@
-"""Whether something looks as if a model had been trained on it: scores of texts, and how well scores tell two sets apart.
-
-A higher score looks more like a member of the training set, so an AUC of 1 means that members are told from the others
-without an error, and .5 that they are not told at all. Scores of images, from logits, are in `margins`.
-"""
+"""Membership: scores of texts and of classifier outputs, LiRA over shadow models, and how well a score tells members from others."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from numpy.typing import NDArray
+from torch import Tensor
 
-from repedit.activations.passes import at_least_float32, check_ids
+from repedit.activations.forward import at_least_float32, check_ids
 from repedit.data.encoding import prompt_ids
-from repedit.errors import ArgumentError, DataError, FractionError, MetricError, NotFinite, UnknownName, nearest
+from repedit.errors import (
+    ArgumentError,
+    DataError,
+    FractionError,
+    MetricError,
+    NotEnoughRows,
+    NotFinite,
+    ShapeError,
+    UnknownName,
+    nearest,
+)
 from repedit.hooks import evaluating
 from repedit.io.text import check_text
-from repedit.metrics.margins import modified_entropy
-from repedit.metrics.probability import lengths
-from repedit.metrics.separation import Values, auc, loss_attack, standard_error, tpr, tpr_at
-from repedit.models import Subject
+from repedit.metrics.facts import lengths
+from repedit.models.subject import Subject
+
+# --- How well one score tells members of a training set from others: the same for texts, images or anything else
+#
+# A higher score looks more like a member, so an AUC of 1 tells all members from all others and .5 none. Well below .5
+# tells them apart as well: what was forgotten too much looks stranger than what was never seen.
+
+
+Values = NDArray[np.float64]
+"""Scores of examples, (n,); higher is more like a member."""
+# Pairs of rows that are compared at once.
+_PAIRS = 1_000_000
+
+
+def auc(member: Values, nonmember: Values) -> float:
+    """Chance that a member scores above one that is none, ties counting half (Mann-Whitney), exactly; 1 means member.
+
+    Raises:
+        MetricError: if a side is empty, or a score is not finite; with the rows.
+    """
+    _check_sides(member, nonmember)
+    return _auc(member, nonmember)
+
+
+def tpr(member: Values, nonmember: Values, fpr: float = 0.01) -> float:
+    """Share of members above a threshold that at most the share `fpr` of the others is above; 1 means member.
+
+    With fewer than 1 / fpr others no false alarm is allowed at all; `tpr_at` refuses that.
+
+    Raises:
+        MetricError: if a side is empty, or a score is not finite; with the rows.
+    """
+    _check_sides(member, nonmember)
+    threshold = np.sort(nonmember)[::-1][int(fpr * len(nonmember))]
+    return float((member > threshold).mean())
+
+
+def tpr_at(member: Values, nonmember: Values, fpr: float) -> float:
+    """The same where there are enough others to resolve the rate: n of them resolve 1 / n.
+
+    Raises:
+        MetricError: if the rate is not in [1 / n, 1), a side is empty, or a score is not finite.
+    """
+    _check_sides(member, nonmember)
+    if not 1 / len(nonmember) <= fpr < 1:
+        raise MetricError(
+            f"fpr={fpr}; {len(nonmember)} non-members resolve fpr >= {1 / len(nonmember):.3g}, below 1; give more "
+            "non-members or a larger fpr"
+        )
+    return tpr(member, nonmember, fpr)
+
+
+def loss_attack(member: Values, nonmember: Values, *, splits: int = 10, seed: int = 0) -> float:
+    """Accuracy of a logistic regression that reads membership off one score, as a fraction; .5 is no sign.
+
+    The longer side is cut to the length of the shorter one by a seeded draw; the accuracy is the mean over `splits`
+    stratified tests, each of a tenth of the rows. It is two-sided: members that score lower are told from others too.
+
+    Raises:
+        MetricError: if a side has fewer than ten scores, or one is not finite.
+        ArgumentError: if splits < 1.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
+
+    _check_sides(member, nonmember)
+    if splits < 1:
+        raise ArgumentError(f"splits={splits}; give at least 1")
+    count = min(len(member), len(nonmember))
+    if count < 10:
+        raise MetricError(
+            f"{len(member)} members and {len(nonmember)} non-members; a tenth of the rows is tested, so give ten of each"
+        )
+    rng = np.random.default_rng(seed)
+    sides = [side if len(side) == count else rng.choice(side, count, replace=False) for side in (member, nonmember)]
+    folds = StratifiedShuffleSplit(splits, random_state=seed)
+    rows, member_of = np.concatenate(sides)[:, None], np.repeat([1, 0], count)
+    return float(cross_val_score(LogisticRegression(), rows, member_of, cv=folds).mean())
+
+
+def standard_error(value: float, members: int, others: int) -> float:
+    """Standard error of an AUC of so many rows, by the approximation of exponential scores.
+
+    sqrt((A (1 - A) + (m - 1)(Q1 - A^2) + (n - 1)(Q2 - A^2)) / (m n)) with Q1 = A / (2 - A), Q2 = 2 A^2 / (1 + A).
+
+    Raises:
+        MetricError: if the AUC lies outside [0, 1], or a side is empty.
+    Reference: Hanley and McNeil 1982, Radiology 143, equation 2.
+    """
+    if not (0 <= value <= 1 and members >= 1 and others >= 1):
+        raise MetricError(
+            f"AUC {value} of {members} members and {others} others; give one in [0, 1] and rows on both sides"
+        )
+    square = value**2
+    spread = (members - 1) * (value / (2 - value) - square) + (others - 1) * (2 * square / (1 + value) - square)
+    return float(np.sqrt(max(value * (1 - value) + spread, 0.0) / (members * others)))
+
+
+def auc_draws(
+    member: Float[ndarray, "models m"], nonmember: Float[ndarray, "models n"], *, draws: int = 1000, seed: int = 0
+) -> Float[ndarray, "models draws"]:
+    """The AUC of every model in bootstrap draws of the rows; all models see the same draws, so what they share cancels.
+
+    Raises:
+        MetricError: if a side is empty, or a score is not finite.
+        ArgumentError: if draws < 1.
+    """
+    if draws < 1:
+        raise ArgumentError(f"draws={draws}; give at least 1")
+    for mine, theirs in zip(member, nonmember, strict=True):
+        _check_sides(mine, theirs)
+    rng = np.random.default_rng(seed)
+    # How often each row is drawn; then a draw's AUC is a sum over pairs, and no draw is sorted anew.
+    counts = [
+        rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float) for n in (member.shape[1], nonmember.shape[1])
+    ]
+    return np.stack([_drawn(m, n, *counts) for m, n in zip(member, nonmember, strict=True)])
+
+
+def percentiles(drawn: Values, alpha: float = 0.05) -> tuple[float, float]:
+    """The (alpha / 2)- and (1 - alpha / 2)-quantiles of draws.
+
+    Raises:
+        MetricError: if there is no draw.
+    """
+    if not len(drawn):
+        raise MetricError("there are no draws to take quantiles of; give at least one")
+    low, high = np.quantile(drawn, [alpha / 2, 1 - alpha / 2])
+    return float(low), float(high)
+
+
+def _auc(member: Values, nonmember: Values) -> float:
+    order = np.sort(nonmember)
+    below, upto = (np.searchsorted(order, member, side=side).sum() for side in ("left", "right"))
+    return float((below + upto) / (2 * len(member) * len(nonmember)))
+
+
+def _drawn(
+    member: Values, nonmember: Values, times: Float[ndarray, "draws m"], others: Float[ndarray, "draws n"]
+) -> Values:
+    wins = np.zeros(len(times))
+    size = max(1, _PAIRS // len(nonmember))
+    for start in range(0, len(member), size):
+        part = member[start : start + size, None]
+        pairs = (part > nonmember) + 0.5 * (part == nonmember)
+        wins += ((times[:, start : start + size] @ pairs) * others).sum(1)
+    return wins / (len(member) * len(nonmember))
+
+
+def _check_sides(member: Values, nonmember: Values) -> None:
+    if not len(member) or not len(nonmember):
+        raise MetricError(f"{len(member)} members and {len(nonmember)} others; give at least one of each")
+    for name, side in (("members", member), ("others", nonmember)):
+        bad = cast(Sequence[int], np.flatnonzero(~np.isfinite(side)).tolist())
+        if bad:
+            raise MetricError(
+                f"{len(bad)} scores of the {name} are not finite, rows {', '.join(map(str, bad[:5]))}; "
+                "was the model trained until its loss overflowed?"
+            )
+
+
+# --- What the logits of a classifier say of each example, and how far the margins of two families of models lie apart
+#
+# Everything is computed in float64 from logits, so a probability that rounds to 0 or 1 leaves every value finite.
+
+
+LEAST_MODELS = 5
+CLIP, BINS, FLOOR = 100.0, 20, 1e-5
+"""Margins are clipped there; bins between the least and largest of both families; added to the share of each bin."""
+
+
+def confidence(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
+    """The largest probability, (b,) in [1 / C, 1].
+
+    Raises:
+        MetricError: if a logit is not finite, or there is one class.
+    """
+    return _logs(logits).amax(-1).exp()
+
+
+def entropy(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
+    """-sum p log p in nats, (b,) in [0, log C].
+
+    Raises:
+        MetricError: if a logit is not finite, or there is one class.
+    """
+    logs = _logs(logits)
+    return -(logs.exp() * logs).sum(-1)
+
+
+def modified_entropy(logits: Float[Tensor, "b C"], y: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """-(1 - p_y) log p_y - sum_{i != y} p_i log(1 - p_i) in nats, (b,); 0 where the label is certain, low for members.
+
+    Entropy alone is as low for a certain mistake as for a certain hit; this is high for the mistake.
+
+    Raises:
+        MetricError: if a logit is not finite, a label is no class, or there is one class.
+        ShapeError: if there is not one label a row.
+    Reference: Song and Mittal 2021, arXiv:2003.10595, equation 8.
+    """
+    _check_labels(logits, y)
+    logs = _logs(logits)
+    # log(1 - p): only the largest p of a row can exceed 1/2, where 1 - p has lost its digits; the others are added up.
+    top = logs.argmax(-1, keepdim=True)
+    rest = logs.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+    other = torch.log1p(-logs.exp().clamp(max=0.5)).scatter(-1, top, rest)
+    own = torch.nn.functional.one_hot(y, logits.shape[-1]).bool()
+    weight = logs.exp()
+    return -((1 - weight) * logs).where(own, weight * other).sum(-1)
+
+
+def margin(logits: Float[Tensor, "b C"], y: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """z_y - log sum_{i != y} exp z_i, the logit log(p_y / (1 - p_y)) of the label, (b,); 0 where p_y = 1/2.
+
+    Raises:
+        MetricError: if a logit is not finite, a label is no class, or there is one class.
+        ShapeError: if there is not one label a row.
+    Reference: Carlini et al. 2022, arXiv:2112.03570, section IV-C.
+    """
+    _check_labels(logits, y)
+    logs = _logs(logits)
+    own = logs.gather(-1, y[:, None])
+    return (own - logs.scatter(-1, y[:, None], -torch.inf).logsumexp(-1, keepdim=True))[:, 0]
+
+
+def klom(edited: Float[ndarray, "N n"], reference: Float[ndarray, "M points"]) -> Float[ndarray, " n"]:
+    """KL divergence in nats of the margins of N edited models from those of M retrained ones, by example, (n,); 0 is alike.
+
+    Margins are clipped to +-100 and counted in 20 bins between the least and the largest of both families; 1e-5 is added
+    to the share of every bin, so the largest value there can be is log(1e5) or so.
+
+    Raises:
+        NotEnoughRows: if a family has fewer than 5 models.
+        ShapeError: if the families have different examples.
+        MetricError: if a margin is not a number.
+    Reference: Rinberg et al. 2025, EasyDUB; Georgiev et al. 2024, arXiv:2410.23232, appendix.
+    """
+    if edited.shape[1] != reference.shape[1]:
+        raise ShapeError(f"{edited.shape[1]} and {reference.shape[1]} examples; give margins of the same examples")
+    fewest = min(len(edited), len(reference))
+    if fewest < LEAST_MODELS:
+        raise NotEnoughRows(
+            f"{len(edited)} edited and {len(reference)} retrained models; a histogram of margins needs {LEAST_MODELS} of each"
+        )
+    if np.isnan(edited).any() or np.isnan(reference).any():
+        raise MetricError("a margin is NaN; was a model trained until its loss overflowed?")
+    sides = [np.clip(side, -CLIP, CLIP) for side in (edited, reference)]
+    both = np.concatenate(sides)
+    found = np.empty(edited.shape[1])
+    for i in range(edited.shape[1]):
+        edges = np.histogram_bin_edges(both[:, i], BINS)
+        p, q = (np.histogram(side[:, i], edges)[0] / len(side) + FLOOR for side in sides)
+        p, q = p / p.sum(), q / q.sum()
+        found[i] = (p * np.log(p / q)).sum()
+    return found
+
+
+def _logs(logits: Float[Tensor, "b C"]) -> Float[Tensor, "b C"]:
+    if logits.shape[-1] < 2:
+        raise MetricError(f"logits of {logits.shape[-1]} class; there must be at least two to be told apart")
+    bad = (~torch.isfinite(logits)).any(-1).nonzero().flatten().tolist()
+    if bad:
+        raise MetricError(
+            f"logits of {len(bad)} examples are not finite, rows {', '.join(map(str, bad[:5]))}; did the training diverge?"
+        )
+    return logits.double().log_softmax(-1)
+
+
+def _check_labels(logits: Float[Tensor, "b C"], y: Int[Tensor, "*n"]) -> None:
+    if len(y) != len(logits):
+        raise ShapeError(f"{len(logits)} rows of logits and {len(y)} labels; give one label a row")
+    bad = ((y < 0) | (y >= logits.shape[-1])).nonzero().flatten().tolist()
+    if bad:
+        raise MetricError(
+            f"label {int(y[bad[0]])} in row {bad[0]}; the logits have classes 0 to {logits.shape[-1] - 1}"
+        )
+
+
+# --- LiRA: membership of a text or image by the likelihood ratio over shadow models that did and did not see it
+#
+# It needs models trained like the one under test, half of them on each text, so it is for models that are cheap to train.
+
+
+LEAST = 1e-6
+"""Smallest standard deviation."""
+
+
+def lira(
+    target: Values, shadows: Float[ndarray, "models n"], seen: Bool[ndarray, "models n"], *, pooled: bool | None = None
+) -> Values:
+    """log N(s; m_in, d_in) - log N(s; m_out, d_out) of every text (n,); higher looks more like a text that was seen.
+
+    s is the score of the text on the model under test; m and d are mean and standard deviation of its scores on the
+    shadow models that saw it (in) and that did not (out). Any score that grows with membership will do, such as the
+    mean log-probability of a text, or of an answer its logit log(p / (1 - p)).
+
+    Args:
+        shadows: the scores on each shadow model.
+        seen: whether each shadow model was trained on each text.
+        pooled: one standard deviation for all texts; None where a text has fewer than 16 shadow models on a side.
+    Raises:
+        ShapeError: if the arrays do not match.
+        NotFinite: if a score is not finite.
+        NotEnoughRows: if a text has fewer than two shadow models on a side.
+        ArgumentError: if there is no text.
+    Reference: Carlini et al. 2022, arXiv:2112.03570, algorithm 1 and section VI-C.
+    """
+    if shadows.shape != seen.shape or shadows.shape[1:] != target.shape:
+        raise ShapeError(
+            f"scores of {target.shape} texts, shadow scores {shadows.shape}, seen {seen.shape}; give (n,), (models, n) twice"
+        )
+    if not target.size:
+        raise ArgumentError("there is no text; give at least one")
+    if not (np.isfinite(target).all() and np.isfinite(shadows).all()):
+        raise NotFinite("a score is not finite; load the models in float32?")
+    fewest = int(min(seen.sum(0).min(), (~seen).sum(0).min()))
+    if fewest < 2:
+        raise NotEnoughRows(
+            f"a text has {fewest} shadow models on one side; train at least 2 with and 2 without each text"
+        )
+    pooled = fewest < 16 if pooled is None else pooled
+    inside, outside = (_shadows_logs(target, shadows, side, pooled) for side in (seen, ~seen))
+    return inside - outside
+
+
+def offline_lira(target: Values, outside: Float[ndarray, "models n"], *, pooled: bool | None = None) -> Values:
+    """(s - m_out) / d_out of every text (n,): deviations above models that never saw it; higher looks more like one seen.
+
+    For who can train models without the texts but none with them; it grows as the one-sided test of the source does.
+
+    Args:
+        outside: the scores on shadow models, none of which saw any of the texts.
+        pooled: one standard deviation for all texts; None with fewer than 16 shadow models.
+    Raises:
+        ShapeError: if the arrays do not match.
+        NotFinite: if a score is not finite.
+        NotEnoughRows: if there are fewer than two shadow models.
+        ArgumentError: if there is no text.
+    Reference: Carlini et al. 2022, arXiv:2112.03570, section VI-B.
+    """
+    if outside.shape[1:] != target.shape:
+        raise ShapeError(f"scores of {target.shape} texts, shadow scores {outside.shape}; give (n,) and (models, n)")
+    if not target.size:
+        raise ArgumentError("there is no text; give at least one")
+    if not (np.isfinite(target).all() and np.isfinite(outside).all()):
+        raise NotFinite("a score is not finite; load the models in float32?")
+    if len(outside) < 2:
+        raise NotEnoughRows(f"{len(outside)} shadow models; train at least 2 without the texts")
+    spread = outside.std(0, ddof=1)
+    if len(outside) < 16 if pooled is None else pooled:
+        spread = np.full(len(target), np.sqrt((spread**2).mean()))
+    return (target - outside.mean(0)) / np.maximum(spread, LEAST)
+
+
+def _shadows_logs(
+    target: Values, shadows: Float[ndarray, "models n"], side: Bool[ndarray, "models n"], pooled: bool
+) -> Values:
+    """log N of every score under the shadow models of one side; the constant that cancels is left out."""
+    count = side.sum(0)
+    mean = np.where(side, shadows, 0.0).sum(0) / count
+    squares = np.where(side, (shadows - mean) ** 2, 0.0).sum(0)
+    # Each text has lost one degree of freedom to its mean.
+    variance = np.full(len(target), squares.sum() / (count - 1).sum()) if pooled else squares / (count - 1)
+    spread = np.maximum(np.sqrt(variance), LEAST)
+    return -np.log(spread) - 0.5 * ((target - mean) / spread) ** 2
+
+
+# --- Whether something looks as if a model had been trained on it: scores of texts, and how well scores tell two sets apart
+#
+# A higher score looks more like a member of the training set, so an AUC of 1 means that members are told from the others
+# without an error, and .5 that they are not told at all. Scores of images, from logits, are in `margins`.
+
 
 SCORES = ("loss", "zlib", "min_k", "min_k++")
 """What a text is scored by; higher is more like a member."""
 # Texts of one length that are read together; Min-K++ looks at every log-probability of every token.
 _ROWS = 4
-
-__all__ = [
-    "SCORES",
-    "Values",
-    "auc",
-    "check_reading",
-    "loss_attack",
-    "modified_entropy",
-    "privleak",
-    "scores",
-    "standard_error",
-    "tpr",
-    "tpr_at",
-]
 
 
 def scores(
@@ -135,7 +501,7 @@ def _read(
     if short is not None:
         raise DataError(f"the text {short!r} has no token after its first, so nothing is predicted; leave it out")
     for part in lengths(ids, _ROWS):
-        yield part, _logs(subject, [ids[i] for i in part])
+        yield part, _membership_logs(subject, [ids[i] for i in part])
 
 
 def _score(kind: str, logs: Values, standard: Values, text: str, share: float) -> float:
@@ -144,7 +510,7 @@ def _score(kind: str, logs: Values, standard: Values, text: str, share: float) -
     return float(logs.mean()) if kind == "loss" else _lowest(logs if kind == "min_k" else standard, share)
 
 
-def _logs(subject: Subject, ids: Sequence[list[int]]) -> tuple[list[Values], list[Values]]:
+def _membership_logs(subject: Subject, ids: Sequence[list[int]]) -> tuple[list[Values], list[Values]]:
     """Log-probabilities of the tokens of texts of one length, and the same standardised as Min-K++ does."""
     tokens = torch.tensor(ids, device=subject.device)
     with torch.no_grad(), evaluating(subject.model):
@@ -159,3 +525,18 @@ def _logs(subject: Subject, ids: Sequence[list[int]]) -> tuple[list[Values], lis
 
 def _lowest(values: Values, share: float) -> float:
     return float(np.sort(values)[: max(1, int(share * len(values)))].mean())
+
+
+__all__ = [
+    "SCORES",
+    "Values",
+    "auc",
+    "check_reading",
+    "loss_attack",
+    "modified_entropy",
+    "privleak",
+    "scores",
+    "standard_error",
+    "tpr",
+    "tpr_at",
+]

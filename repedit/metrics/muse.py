@@ -12,11 +12,10 @@ from repedit.data import Batches, Facts, Row, Rows
 from repedit.data.encoding import text_ids
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
-from repedit.metrics.collapse import NOTHING, UNKNOWN, Judgement, Signs, diversity, judge
+from repedit.metrics.collapse import NOTHING, UNKNOWN, Judgement, Signs, diversity, judge, plain_perplexity
 from repedit.metrics.generation import generate, rouge
 from repedit.metrics.membership import auc, privleak, scores
-from repedit.metrics.plain import plain_perplexity
-from repedit.models import Subject
+from repedit.models.subject import Subject
 
 # What ends an answer: the examples before a question are set apart by an empty line.
 _BREAK = "\n\n"

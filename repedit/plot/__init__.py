@@ -5,23 +5,12 @@ is forget and blue is retain. Colours come from Okabe and Ito's set, cividis and
 styles repeat what colour says, so that a grey print can be read.
 """
 
-from repedit.plot.changes import delta
 from repedit.plot.classifiers import condensed, gap, membership
-from repedit.plot.cloud import importances
-from repedit.plot.descent import training
-from repedit.plot.drops import selectivity_strip, trajectory
-from repedit.plot.energies import spectra
-from repedit.plot.heat import specialization
-from repedit.plot.histogram import activations
-from repedit.plot.layers import layer_rank
-from repedit.plot.leaks import leakage
-from repedit.plot.parts import semeval
-from repedit.plot.recoveries import audits, lenses, recovery, relearning
-from repedit.plot.regions import tradeoff
-from repedit.plot.removal import overlap, pruned_per_layer, transfer
-from repedit.plot.selected import saliency
-from repedit.plot.tasks import continual, principal_angles
-from repedit.plot.tradeoffs import TradeOff, rank_tradeoff
+from repedit.plot.gradients import delta, saliency, semeval, tradeoff, training
+from repedit.plot.neurons import activations, importances, overlap, pruned_per_layer, specialization, transfer
+from repedit.plot.projections import TradeOff, continual, layer_rank, leakage, principal_angles, rank_tradeoff, spectra
+from repedit.plot.prunings import selectivity_strip, trajectory
+from repedit.plot.reports import audits, lenses, recovery, relearning
 
 __all__ = [
     "TradeOff",

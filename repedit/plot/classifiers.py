@@ -10,22 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from repedit.attacks.attack import Finding
-from repedit.attacks.families.image_members import NAME, sides
-from repedit.attacks.judging.evidence import Gap, Report
-from repedit.attacks.judging.gap_verdict import ALIKE, CLOSE, DAMAGE, RELEARNED
-from repedit.attacks.judging.gaps import AUC, FORGET, RELEARN, RETAIN, TEST
+from repedit.auditing.attack import Finding
+from repedit.auditing.attacks.images import MEMBERSHIP, sides
+from repedit.auditing.classifier import ALIKE, AUC, CLOSE, DAMAGE, FORGET, RELEARNED, RELEARNING, RETAIN, TEST
+from repedit.auditing.report import Gap, Report
 from repedit.errors import ArgumentError
-from repedit.metrics.separation import auc_draws, percentiles
+from repedit.metrics.membership import auc_draws, percentiles
 from repedit.plot.canvas import FORGET as ORANGE
 from repedit.plot.canvas import NEUTRAL, SMALL, canvas, entitle, legend_below, named, plain_texts
 from repedit.plot.canvas import RETAIN as BLUE
-from repedit.plot.summaries import measured
-from repedit.vision.task import Images, ImageSplits
+from repedit.plot.reports import measured
+from repedit.vision.data import Images, ImageSplits
 
 PANELS: Mapping[str, tuple[float, float, str]] = {
     FORGET: (-ALIKE, ALIKE, "forget accuracy"), RETAIN: (-DAMAGE, np.inf, "retain accuracy"),
-    TEST: (-DAMAGE, np.inf, "test accuracy"), AUC: (-CLOSE, CLOSE, "AUC of the loss"), RELEARN: (-np.inf, RELEARNED, "relearn value"),
+    TEST: (-DAMAGE, np.inf, "test accuracy"), AUC: (-CLOSE, CLOSE, "AUC of the loss"), RELEARNING: (-np.inf, RELEARNED, "relearn value"),
 }  # fmt: skip
 """Measure: the gaps that a pass allows, and the name of its panel."""
 ROLES = {"original": "original", "edited": "edited", "reference": "retrained"}
@@ -173,7 +172,7 @@ def _panel(axes: Axes, values: Sequence[Gap | None], band: tuple[float, float]) 
 
 
 def _told(report: Report, role: str) -> Finding | None:
-    found = report.finding(role, NAME)
+    found = report.finding(role, MEMBERSHIP)
     return found if found is not None and "loss" in found.settings else None
 
 

@@ -3,11 +3,11 @@
 Nothing here measures: an audit.json holds everything, so a page can be made again without a model.
 """
 
-from repedit.report.joint import Together, together
-from repedit.report.pages import page
-from repedit.report.prose import markdown
-from repedit.report.runs import RunReport, run_page, write_run
-from repedit.report.withholding import withheld
+from repedit.report.comparison import Together, together
+from repedit.report.html import page
+from repedit.report.markdown import markdown
+from repedit.report.redaction import withheld
+from repedit.report.run_page import RunReport, run_page, write_run
 from repedit.report.writing import schema, write
 
 __all__ = [

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from repedit.attacks.attack import RAN, Finding
-from repedit.attacks.judging.evidence import Recovery, Report
-from repedit.plot.summaries import KEPT, ROLES, measured, ordered, span
+from repedit.auditing.attack import RAN, Finding
+from repedit.auditing.report import Recovery, Report
+from repedit.plot.reports import KEPT, ROLES, measured, ordered, span
 
 COLUMNS = ("attack", "edited", "original", "floor", "R [95 %]", "setting")
 INTERVALS = (

@@ -9,14 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from repedit.attacks.judging.evidence import Report
+from repedit.auditing.report import Report
 from repedit.errors import ReportError, TargetExists
-from repedit.foreign_text import shortened
+from repedit.escaping import shortened
 from repedit.io.files import replacing
 from repedit.io.text import parse_json
-from repedit.report.pages import page
-from repedit.report.prose import markdown
-from repedit.report.withholding import withheld
+from repedit.report.html import page
+from repedit.report.markdown import markdown
+from repedit.report.redaction import withheld
 
 
 def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[Path]:

@@ -18,9 +18,9 @@ from repedit.io.files import file_hash
 from repedit.io.safetensors import write_file
 from repedit.io.targets import check_target, install, sync, workplace
 from repedit.lower import EditOrDelta
-from repedit.models import Subject
+from repedit.models.subject import Subject
 from repedit.plan import Plan
-from repedit.rewrite.live import noop_message, planned
+from repedit.rewrite.apply import noop_message, planned
 
 CLOSE = 1e-9
 """Largest norm of what the factors leave of a difference, as a share of the difference."""

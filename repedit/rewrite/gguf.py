@@ -10,11 +10,11 @@ from pathlib import Path
 import gguf
 
 from repedit.arch import TensorSpec, anatomy
-from repedit.arch.widths import ragged_widths
 from repedit.errors import NotFound, UnknownArchitecture
 from repedit.io.checkpoint import open_shards
 from repedit.io.files import is_folder, user_path
-from repedit.rewrite.families import architecture_of, used_specs
+from repedit.models.ragged import ragged_widths
+from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
 
 _CALLED = {
     "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "cohere": "command-r",

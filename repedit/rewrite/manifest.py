@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from repedit.arch import Anatomy
-from repedit.arch.widths import mlp_widths, ragged_widths
-from repedit.foreign_text import for_markdown, for_yaml
+from repedit.escaping import for_markdown, for_yaml
 from repedit.io.checkpoint import Shards, open_shards
 from repedit.io.files import file_hash, read_bytes
 from repedit.io.targets import CARD, MANIFEST, entries
 from repedit.io.text import parse_yaml
-from repedit.models import Origin
+from repedit.models.ragged import mlp_widths, ragged_widths
+from repedit.models.subject import Origin
 from repedit.plan import Plan
-from repedit.rewrite.certificates import TensorCertificate, check_leaks, combined, sliced_certificate
+from repedit.rewrite.certificate import TensorCertificate, check_leaks, combined, sliced_certificate
 from repedit.rewrite.companions import Companions, used_files
 
 _FIELDS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")

@@ -1,7 +1,6 @@
 """Running statistics of a site: float64 sums, added to batch by batch and merged exactly."""
 
 from repedit.stats.activity import Activity
-from repedit.stats.cross import CrossMoments
-from repedit.stats.moments import Moments, pooled
+from repedit.stats.moments import CrossMoments, Moments, pooled
 
 __all__ = ["Activity", "CrossMoments", "Moments", "pooled"]

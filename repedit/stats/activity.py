@@ -14,10 +14,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from repedit.distributed import Ranks
 from repedit.errors import MissingStatistic, ShapeError
 from repedit.kernels import dispatch
-from repedit.ranks import Ranks
-from repedit.stats.rows import check_finite, check_rows, check_state
+from repedit.stats.moments import check_finite, check_rows, check_state
 
 GRADIENT_FIELDS = ("gxa_abs", "gxa", "gxa_square", "grad")
 # A first batch whose |mean| exceeds 30 standard deviations is summed about its mean: float32 block sums of squares

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from repedit.errors import TrainingError
-from repedit.vision.task import BATCH, Images, Task
+from repedit.vision.data import BATCH, Images, Task
 
 log = logging.getLogger(__name__)
 

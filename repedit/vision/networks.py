@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from repedit.vision.task import Images
+from repedit.vision.data import Images
 
 
 def small_cnn(images: Images, *, width: int = 16, hidden: int = 64, labels: int = 10, seed: int = 0) -> nn.Module:

@@ -1,0 +1,110 @@
+"""From a site to the hooks that see, or replace, its tensor in a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repedit.arch.layout import Anatomy, Branch
+from repedit.arch.offload import values
+from repedit.errors import HookError, UnknownSite
+from repedit.hooks import Hook
+from repedit.kernels.dispatch import full_precision
+from repedit.sites import Point, Site
+
+Visit = Callable[[Tensor, slice, Tensor | None], Tensor | None]
+"""(x, at, tokens) -> a new x or None. `at` are the neurons x holds; `tokens` the flat token indices of its rows where
+only some tokens are seen (experts), else None."""
+
+# Attribute of the output of edited experts: the edits it carries, in order.
+_EDITED = "_repedit_edits"
+
+
+def hooks_at(model: nn.Module, anatomy: Anatomy, site: Site, visit: Visit, *, replaces: bool) -> list[Hook]:
+    """The hooks that call `visit` with the tensor at `site`; with `replaces` its return value takes the tensor's place.
+
+    An expert's neurons have no module: they are recomputed from the inputs of the fused experts, and replacing them
+    costs one more pass over the experts.
+
+    Raises:
+        UnknownSite: if this model has no such site.
+    """
+    if not 0 <= site.layer < len(anatomy.layers):
+        raise UnknownSite(f"{site}: layers are 0..{len(anatomy.layers) - 1}")
+    if site.point not in anatomy.architecture.points:
+        raise UnknownSite(
+            f"{site}: {anatomy.architecture.model_type} adds attention and MLP in parallel, so resid.mid does not exist"
+        )
+
+    def whole(x: Tensor) -> Tensor | None:
+        return visit(x, slice(None), None)
+
+    block = model.get_submodule(anatomy.block_paths[site.layer])
+    if site.point in (Point.RESID_PRE, Point.RESID_POST):
+        return [Hook(block, "input" if site.point is Point.RESID_PRE else "output", whole)]
+    if site.point is Point.RESID_MID:
+        return _middle(model, anatomy, site.layer, block, whole)
+    branch = anatomy.branch(site.layer, site.point)
+    if site.point is branch.outer:
+        return [Hook(model.get_submodule(branch.joined), "output", whole)]
+    writer = model.get_submodule(branch.writer)
+    if branch.routed:
+        return [Hook(writer, "call", _expert_pass(branch, visit, replaces))]
+    return [Hook(writer, "input", whole)]
+
+
+def _middle(
+    model: nn.Module, anatomy: Anatomy, layer: int, block: nn.Module, visit: Callable[[Tensor], Tensor | None]
+) -> list[Hook]:
+    """resid.mid = resid.pre + attn.out has no module of its own: remember the first, and act on the second."""
+    seen: list[Tensor] = []
+
+    def remember(x: Tensor) -> None:
+        seen[:] = [x]
+
+    def join(out: Tensor) -> Tensor | None:
+        if not seen:
+            raise HookError(
+                f"{layer}.resid.mid: the attention ran outside its block, whose input is half of the sum; does gradient "
+                "checkpointing compute it again? Switch that off: model.gradient_checkpointing_disable()"
+            )
+        stream = seen.pop()
+        new = visit(stream + out)
+        return None if new is None else new - stream
+
+    attention = anatomy.branch(layer, Point.ATTN_OUT)
+    return [Hook(block, "input", remember), Hook(model.get_submodule(attention.joined), "output", join)]
+
+
+def _expert_pass(branch: Branch, visit: Visit, replaces: bool) -> Callable[..., Tensor | None]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        hidden, index, weights = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+        # Every hook here starts from the module's inputs, so an edit must take along the edits of the hooks before it.
+        earlier: tuple[Visit, ...] = getattr(output, _EDITED, ())
+        # The module has computed: accelerate may have taken its weights away again.
+        inwards = values(module, "gate_up_proj").to(hidden.device)
+        outwards = values(module, "down_proj").to(hidden.device) if replaces else None
+        total = torch.zeros_like(output)
+        for e, part in enumerate(branch.parts):
+            tokens, slot = torch.where(index == e)
+            if not len(tokens):
+                continue
+            gate, up = nn.functional.linear(hidden[tokens], inwards[e]).chunk(2, dim=-1)
+            z = module.act_fn(gate) * up
+            for step in (*earlier, visit):
+                with full_precision(z):
+                    new = step(z, slice(part.start, part.stop), tokens)
+                z = z if new is None else new
+            if outwards is not None:
+                out = nn.functional.linear(z, outwards[e]) * weights[tokens, slot, None]
+                total = total.index_add(0, tokens, out.to(total.dtype))
+        if outwards is None:
+            return None
+        setattr(total, _EDITED, (*earlier, visit))
+        return total
+
+    return hook

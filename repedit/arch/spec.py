@@ -1,0 +1,230 @@
+"""An architecture as a row of data: where a family keeps its neurons, its writers and its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from repedit.errors import UnknownArchitecture, nearest
+from repedit.sites import Point
+
+# --- What has to change with it when a family gets fewer neurons, fewer heads or a narrower stream
+#
+# A model that ignores one of these facts still runs and gives other logits, so each row is proved by the laws of
+# tests/test_slim.py and tests/test_slice.py before it may say that a width can change.
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Names in the config and in a block of what depends on a width; paths are relative to a block."""
+
+    mlp: str = "intermediate_size"
+    """Config field that holds the number of neurons of an MLP."""
+    expert: str = ""
+    """Config field for the neurons of one expert, where dense layers have a field of their own."""
+    heads: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Modules that give queries, keys and values; one module where their rows are stacked in this order."""
+    attention_norm: str = "input_layernorm"
+    """The norm whose output the attention reads."""
+    mlp_norm: str = "post_attention_layernorm"
+    """The norm whose output the MLP and a router read."""
+    final_norm: str = "norm"
+    """The norm in the backbone whose output the head reads."""
+    epsilon: str = "rms_norm_eps"
+    """Config field of what the norms add to the mean square."""
+    head_norms: Mapping[str, str] = field(default_factory=dict)
+    """Module of `heads` -> the norm of head width that its rows pass and that adds the same epsilon."""
+    divides: bool = False
+    """The config insists that the number of heads divides the width of the stream."""
+    whole_heads: str = ""
+    """Why the number of heads cannot change; empty where it can."""
+    whole_stream: str = ""
+    """Why the width of the stream cannot change; empty where it can."""
+
+
+_RMS = Shrink()
+_LAYER_NORM = replace(_RMS, epsilon="layer_norm_eps")
+_QK_NORM = {"self_attn.q_proj": "self_attn.q_norm", "self_attn.k_proj": "self_attn.k_norm"}
+
+
+def _fixed(heads: str, mlp: str = "intermediate_size") -> Shrink:
+    """A family that computes the head width from the width of the stream."""
+    reason = f"the width of a head is computed from the width of the stream ({heads})"
+    return replace(_RMS, mlp=mlp, whole_heads=reason, whole_stream=reason)
+
+
+_SPREAD = "its q and k norms run over all heads together"
+_POST_NORM = "post-norms follow its writers, so that a stream erasure is itself only subspace-exact"
+_BY_DIVISION = "hidden_size // heads"
+
+SHRINKS: Mapping[str, Shrink] = {
+    "llama": replace(_RMS, divides=True),
+    "mistral": _RMS,
+    "qwen2": _RMS,
+    "qwen3": replace(_RMS, head_norms=_QK_NORM),
+    "smollm3": _RMS,
+    "gemma": _RMS,
+    "gemma2": replace(_RMS, divides=True, whole_stream=_POST_NORM),
+    "gemma3_text": replace(_RMS, divides=True, whole_stream=_POST_NORM),
+    "olmo2": replace(_RMS, whole_heads=_SPREAD, whole_stream=_POST_NORM),
+    "gpt2": _fixed(_BY_DIVISION, mlp="n_inner"),
+    "gpt_neo": _fixed(_BY_DIVISION),
+    "gptj": _fixed(_BY_DIVISION, mlp="n_inner"),
+    "gpt_neox": _fixed(_BY_DIVISION),
+    "opt": _fixed(_BY_DIVISION, mlp="ffn_dim"),
+    "stablelm": _fixed("heads x width == hidden_size"),
+    "phi": replace(_LAYER_NORM, mlp_norm="input_layernorm", final_norm="final_layernorm"),
+    "phi3": replace(_RMS, heads=("self_attn.qkv_proj",)),
+    "starcoder2": replace(_RMS, epsilon="norm_epsilon"),
+    "cohere": replace(_LAYER_NORM, mlp_norm="input_layernorm"),
+    "mixtral": _RMS,
+    "olmoe": replace(_RMS, whole_heads=_SPREAD, whole_stream=_SPREAD),
+    "qwen3_moe": replace(_RMS, expert="moe_intermediate_size", head_norms=_QK_NORM),
+}
+
+# --- An architecture as a row of data: where a family keeps its neurons, its writers and its norms
+#
+# Paths are relative to a block unless said otherwise. Widths are never computed here: they are read from weights.
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A projection whose output joins the residual stream; `norm` is the post-norm it passes first, if any."""
+
+    module: str
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The rows of a projection that feed neurons.
+
+    layout "stacked": neuron j is row part * f + j of [part 0; part 1; ...]; "tail": the last rows (fused q, k, v);
+    "per_head": rows are (head, 3, e) and the part picks q, k or v of each head.
+    """
+
+    module: str
+    part: int = 0
+    parts: int = 1
+    layout: Literal["stacked", "tail", "per_head"] = "stacked"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: fused tensors in memory, one tensor an expert on disk."""
+
+    module: str = "mlp.experts"
+    """In memory: gate_up_proj (E, 2f, d) with rows [gate; up], and down_proj (E, d, f)."""
+    block: str = "mlp"
+    """The module whose output is the routed sum, added to the stream."""
+    gate: str = "mlp.experts.{e}.gate_proj.weight"
+    up: str = "mlp.experts.{e}.up_proj.weight"
+    down: str = "mlp.experts.{e}.down_proj.weight"
+    count: str = "num_experts"
+    """Name of the config field that holds E."""
+
+
+@dataclass(frozen=True)
+class BiasFlag:
+    """A config flag that adds a bias to every module it governs, in every layer."""
+
+    flag: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family: where things are. `resolve` fills the last block of fields from a config."""
+
+    model_type: str
+    base: str
+    """Name of the backbone inside the causal model; its prefix may be absent in old checkpoints."""
+    blocks: str
+    """Path of the list of blocks inside the backbone."""
+    attention: Writer
+    values: Reader
+    mlp: Writer | None
+    readers: tuple[Reader, ...]
+    experts: Experts | None = None
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    """Stream writers in the backbone besides the blocks, the token embedding first."""
+    embedding_scaled: bool = False
+    """The token embedding is multiplied by sqrt(d) in the forward pass."""
+    head: str = "lm_head"
+    disk_head: str = "lm_head"
+    transposed: bool = False
+    """Projections are Conv1D, stored (in, out)."""
+    unit_gain: bool = False
+    """Norms multiply by 1 + weight."""
+    centered: bool = False
+    """Norms subtract the mean of the stream first (LayerNorm)."""
+    gated: bool = True
+    """z = act(gate) * up, so the sign of z says nothing."""
+    parallel: bool | str = False
+    """Attention and MLP read the same stream (no resid.mid): True, or the config flag that says so."""
+    bias_flags: Mapping[Point, BiasFlag] = field(default_factory=dict)
+    requires: tuple[tuple[str, object, str], ...] = ()
+    """(config field, value it must have, what another value means): variants this row does not describe."""
+
+    shrink: Shrink | None = None
+    """What changes with the widths of this family; None where that is not known."""
+
+    n_layers: int = 0
+    n_heads: int = 0
+    n_experts: int = 0
+    tied: bool = False
+    epsilon: float = 0.0
+    """What the norms of the stream add to the mean square; 0 where the stream has to keep its width."""
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The points this family has, in forward order."""
+        return tuple(p for p in Point if not (p is Point.RESID_MID and self.parallel))
+
+
+_ROWS: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture, *, replace: bool = False) -> None:
+    """Add a family to the table; `replace=True` allows overriding a row.
+
+    Raises:
+        UnknownArchitecture: if the model type has a row already and `replace` is False.
+    """
+    if architecture.model_type in _ROWS and not replace:
+        raise UnknownArchitecture(f"{architecture.model_type!r} has a row already; pass replace=True to override it")
+    _ROWS[architecture.model_type] = architecture
+
+
+def families() -> Mapping[str, Architecture]:
+    """The table of families by model type."""
+    return _ROWS
+
+
+def resolve(config: Any) -> Architecture:
+    """The row of the family table for a config, with heads, layers, ties and experts filled in.
+
+    Raises:
+        UnknownArchitecture: if the model type has no row, or the config is a variant the row does not describe.
+    """
+    row = _ROWS.get(config.model_type)
+    if row is None:
+        raise UnknownArchitecture(
+            f"no row for model_type {config.model_type!r}; {nearest(config.model_type, _ROWS)} "
+            "Supply one with repedit.arch.register(Architecture(model_type=..., base=..., blocks=..., attention=Writer(...), "
+            "values=Reader(...), mlp=Writer(...), readers=(Reader(...), ...))) and prove it with check_architecture(model)"
+        )
+    for name, value, meaning in row.requires:
+        found = getattr(config, name)
+        if found != value:
+            raise UnknownArchitecture(f"{config.model_type} with {name}={found!r} is not supported: {meaning}")
+    return replace(
+        row,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_experts=getattr(config, row.experts.count) if row.experts else 0,
+        tied=bool(config.tie_word_embeddings),
+        epsilon=float(getattr(config, row.shrink.epsilon)) if row.shrink and not row.shrink.whole_stream else 0.0,
+        parallel=bool(getattr(config, row.parallel)) if isinstance(row.parallel, str) else row.parallel,
+    )

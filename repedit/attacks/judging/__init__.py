@@ -1,1 +1,0 @@
-"""From findings to a verdict: settings, intervals, floors and the rules."""

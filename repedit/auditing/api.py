@@ -1,0 +1,191 @@
+"""rp.audit: attack an edited model with everything a budget buys, and say what has been shown.
+
+The audit sees weights, not methods: it knows nothing of how a model was edited, and it changes no model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from repedit.auditing.attack import Attack
+from repedit.auditing.budgets import MOST_FRESH, SEEDS, Setup, built, planned
+from repedit.auditing.conclusion import Case, concluded
+from repedit.auditing.data import Material, prepared
+from repedit.auditing.diagnostics import shown
+from repedit.auditing.floors import blind, fresh_facts, kept
+from repedit.auditing.report import Report
+from repedit.auditing.runner import Audited, Role, check_pair, run
+from repedit.auditing.store import Store
+from repedit.auditing.verdict import check_thresholds
+from repedit.data import Fact, Facts, prose
+from repedit.errors import ArgumentError, BadReference, DataError, check_positive, check_seed, check_whole, is_whole
+from repedit.io.targets import check_folder
+from repedit.models.subject import Subject
+from repedit.sites import Site
+
+MOST_RETAIN = {"fast": 160, "standard": None, "full": None}
+"""Retain facts asked."""
+
+
+def audit(
+    edited: Subject | str | Path,
+    *,
+    original: Subject | str | Path,
+    facts: Facts | Sequence[Fact],
+    retain: Any = None,
+    reference: Subject | str | Path | None = None,
+    unrelated: Any = None,
+    holdout: Any = None,
+    attacks: Sequence[str] | None = None,
+    budget: str = "fast",
+    sites: str | Site | list[str | Site] | None = None,
+    folds: int = 2,
+    train_fraction: float = 0.5,
+    seeds: Sequence[int] | None = None,
+    draws: int = 2000,
+    alpha: float = 0.05,
+    material: float = 0.10,
+    clear: float = 0.20,
+    allow_small: bool = False,
+    scale_lrs: float = 1.0,
+    steps: int = 40,
+    device: str = "auto",
+    out: str | Path | None = None,
+    save: bool = True,
+    progress: bool | None = None,
+    command: str = "",
+) -> Report:
+    """Attack an edited model as somebody who downloaded it would, and say how much comes back.
+
+    Every attack is made on the edited model, on the original (the ceiling) and on a reference that never knew the facts
+    (the floor), and R = (A - B) / (C - B) of their accuracies is what was recovered. Without a reference the floor is
+    the larger of the best guess that needs no knowledge and the same attack on the edited model with invented facts.
+
+    Args:
+        edited, original, reference: directories, hub ids or Subjects; nothing of them is changed. A live Subject is
+            attacked with its hooks in place.
+        facts: what should be gone; Facts (those to forget), or facts.
+        retain: what should be kept: facts or text. None for the facts' own retain side and the built-in prose.
+        unrelated: text that has to do with neither, for harmless fine-tuning; None for the built-in prose.
+        holdout: text or facts that no model saw, for membership inference.
+        attacks: names, in place of the budget's.
+        sites: where the edit is; None for what the checkpoint's repedit.json says, else the middle of the model.
+        folds: 2 tests every fact once; 1 trains on `train_fraction` of the entities and tests the others.
+        seeds: of the attacks that draw; None for one at "fast" and three above.
+        material, clear: more than the first is recovery, less than the second is none.
+        allow_small: let fewer than 100 facts count.
+        scale_lrs: multiplies every learning rate; tiny models need 15 or so.
+        steps: of retraining on T; more where a report says that it failed to train.
+        out: a folder for the findings, as they are made; an interrupted audit goes on from there.
+        save: write audit.json into that folder as well.
+        command: what repeats the audit, shown in the report; the command line gives its own.
+    Raises:
+        FingerprintError: if the models differ in kind, vocabulary or tokenizer.
+        NoOpEdit: if edited and original are equal.
+        BadReference: if the reference is the original, or knows the facts.
+        DataError, OverlapError, NotEnoughRows: if the facts cannot be asked or halved.
+        UnknownName, ArgumentError, FractionError: if an argument is out of range.
+        TargetExists, CheckpointError: if `out` holds something else, or cannot be written.
+    """
+    start = time.perf_counter()
+    check_folder(
+        out, "findings", "audit.json", read=tuple(s for s in (edited, original, reference) if isinstance(s, str | Path))
+    )
+    check_thresholds(material, clear, alpha)
+    names = planned(budget, attacks)
+    chosen = tuple(SEEDS[budget] if seeds is None else seeds)
+    _check_numbers(steps, draws, scale_lrs, chosen)
+    given: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
+    models = {role: Audited(role, source, device) for role, source in given.items() if source is not None}
+    _check_models(models)
+    options = {
+        "unrelated": prose() if unrelated is None else unrelated, "holdout": holdout, "folds": folds,
+        "train_fraction": train_fraction, "seed": chosen[0],
+    }  # fmt: skip
+    asked = prepared(facts, retain, most=MOST_RETAIN[budget], **options)
+    where = _edited_layers(models["edited"], sites)
+    with _setup(budget, models, where, scale_lrs, steps, names) as setup:
+        roles = _roles(models, asked, built(names, setup), budget, options)
+        store = Store(Path(out) if out is not None else None)
+        findings = run(roles, chosen, store, progress=progress)
+    case = Case(
+        roles=roles, findings=findings, asked=asked, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
+        material=material, clear=clear, allow_small=allow_small, edited_layers=where, planned=names, command=command,
+        seconds=time.perf_counter() - start,
+    )  # fmt: skip
+    report = shown(concluded(case), models, () if budget == "fast" else asked.tested)
+    if out is not None and save:
+        report.save(out)
+    return report
+
+
+def _check_numbers(steps: int, draws: int, scale_lrs: float, chosen: Sequence[int]) -> None:
+    check_whole(draws=draws)
+    check_positive(scale_lrs=scale_lrs)
+    if not is_whole(steps, 8):
+        raise ArgumentError(f"steps={steps}; give at least 8 for an attack that trains")
+    if not chosen:
+        raise ArgumentError("seeds is empty; give at least one, or None")
+    for seed in chosen:
+        check_seed(seeds=seed)
+    if len(set(chosen)) < len(chosen):
+        raise ArgumentError(f"seeds={chosen}; one that is given twice would count twice")
+
+
+def _check_models(models: Mapping[str, Audited]) -> None:
+    for role in ("edited", "reference"):
+        if role in models:
+            check_pair(models[role], models["original"])
+    if "reference" in models and models["reference"].fingerprint == models["edited"].fingerprint:
+        raise BadReference("the reference is the edited model itself; give a model that was trained without the facts")
+
+
+def _edited_layers(edited: Audited, sites: str | Site | list[str | Site] | None) -> tuple[int, ...] | None:
+    if sites is None:
+        return edited.edited_layers()
+    with edited.opened() as subject:
+        return tuple(sorted({site.layer for site in subject.select(sites)}))
+
+
+@contextmanager
+def _setup(
+    budget: str,
+    models: Mapping[str, Audited],
+    where: tuple[int, ...] | None,
+    scale: float,
+    steps: int,
+    names: Sequence[str],
+) -> Iterator[Setup]:
+    """What attacks are built with; the original stays open while an attack needs it beside the model attacked.
+
+    States of models of another width are not compared: `direction` then takes the retain facts as its contrast.
+    """
+    with ExitStack() as stack:
+        alike = len({model.width for model in models.values()}) == 1
+        contrast = stack.enter_context(models["original"].opened()) if "direction" in names and alike else None
+        yield Setup(budget, models["edited"].layers, where, scale, steps, contrast)
+
+
+def _roles(
+    models: Mapping[str, Audited], asked: Material, attacks: tuple[Attack, ...], budget: str, options: Mapping[str, Any]
+) -> tuple[Role, ...]:
+    """Edited, original, and the reference; without one the edited model is asked invented facts as well."""
+    whole = (*attacks, kept(asked.text))
+    original = Role("original", models["original"], asked, (*whole, blind()), shared=True)
+    if "reference" in models:
+        edited = Role("edited", models["edited"], asked, whole)
+        return edited, original, Role("reference", models["reference"], asked, attacks, shared=True)
+    return Role("edited", models["edited"], asked, whole, invented=_invented(asked, budget, options)), original
+
+
+def _invented(asked: Material, budget: str, options: Mapping[str, Any]) -> Material | None:
+    try:
+        fresh = fresh_facts(asked.forget, min(len(asked.forget), MOST_FRESH[budget]), options["seed"])
+        return prepared(fresh, asked.retain or asked.text, most=None, **options)
+    except DataError as error:
+        asked.notes.append(f"no invented facts could be made ({error}); the floor is the best guess without knowledge")
+        return None

@@ -1,0 +1,174 @@
+"""Attack by taking one direction out of the residual stream: one that hides answers, rather than removes them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from repedit.arch import Visit, hooks_at
+from repedit.auditing.attack import Attack, Outcome, ask, skipped
+from repedit.auditing.attacks.probing import captured
+from repedit.data import Fact, Splits
+from repedit.data.encoding import prompt_ids
+from repedit.errors import FingerprintError, NotEnoughRows, NotFinite
+from repedit.hooks import installed
+from repedit.metrics.facts import FactsAccuracy
+from repedit.models.subject import Subject
+from repedit.sites import Point, Site
+
+ITEMS = 64
+# Models up to this deep are tried at each layer; deeper ones at every fourth.
+SHALLOW, STEP = 8, 4
+# A direction counts where the difference is more than this share of the length of a state; below is rounding.
+_LEAST = 1e-6
+
+Rows = dict[int, Float[Tensor, "n d"]]
+
+
+def direction(contrast: Subject | None = None, *, items: int = ITEMS) -> Attack:
+    """Ask while one direction d of each layer is taken out of the stream: h - (h . d) d at resid.post, all tokens.
+
+    d is the difference of mean states of the prompts of T, in the model and in `contrast` (the original): setting
+    "edited - original". Without a contrast it is the mean over T minus the mean over the retain prompts: "forget -
+    retain". "first PC" is the direction in which the differences (or the states of T minus the mean of retain) are
+    largest, their mean not taken out. Up to 64 facts of T are read, without the first position of each; states whose
+    length along d is more than 3 standard deviations from the mean are dropped and d is taken again.
+
+    Each is tried at all layers at once ("edited - original, all layers") and at one layer ("edited - original, layer
+    3"): each layer of models of up to 8, else every fourth, which the details name. Where the models do not differ
+    nothing is taken out. Skipped where there is neither a contrast nor a retain fact.
+
+    Raises:
+        FingerprintError: in the call, if the contrast has other layers or another width.
+        NotEnoughRows: in the call, if no prompt has a second token.
+        NotFinite: in the call, if a state is not finite.
+    Reference: Arditi et al. 2024, arXiv:2406.11717; Lucki et al. 2024, arXiv:2409.18025.
+    """
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        if contrast is None and not splits.retain:
+            return skipped("needs the original to compare with, or retain facts")
+        found = _directions(subject, contrast, splits, items, seed)
+        layers = list(range(len(subject.anatomy.layers)))
+        tried = layers if len(layers) <= SHALLOW else layers[STEP - 1 :: STEP]
+        answers: dict[str, FactsAccuracy] = {}
+        plain: list[FactsAccuracy] = []
+        for kind, directions in found.items():
+            for name, chosen in (("all layers", layers), *((f"layer {layer}", [layer]) for layer in tried)):
+                taken = {layer: directions[layer] for layer in chosen if layer in directions}
+                if not taken and not plain:
+                    plain.append(ask(subject, splits.test))
+                answers[f"{kind}, {name}"] = _asked_without(subject, taken, splits.test) if taken else plain[0]
+        details = {"layers": tried, "without": {kind: sorted(set(layers) - set(d)) for kind, d in found.items()}}
+        return Outcome(answers, details=details)
+
+    settings: dict[str, Any] = {"contrast": contrast.fingerprint() if contrast else None, "items": items}
+    return Attack("direction", "directions", "W", True, settings, run)
+
+
+def without(subject: Subject, directions: Mapping[int, Float[Tensor, " d"]]) -> AbstractContextManager[None]:
+    """A context in which the unit direction of each layer is taken out of its block's output, at all tokens."""
+    sites = {Site(layer, Point.RESID_POST): d for layer, d in directions.items()}
+    hooks = [
+        hook
+        for site, d in sites.items()
+        for hook in hooks_at(subject.model, subject.anatomy, site, _ablation(d), replaces=True)
+    ]
+    return installed(subject.model, hooks)
+
+
+def mean_direction(mine: Float[Tensor, "n d"], other: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
+    """mean(mine) - mean(other), both without rows whose length along that difference is an outlier; not of length 1."""
+    rough = mine.mean(0) - other.mean(0)
+    return mine[usual(mine, rough)].mean(0) - other[usual(other, rough)].mean(0)
+
+
+def usual(rows: Float[Tensor, "n d"], d: Float[Tensor, " d"]) -> Tensor:
+    """True for rows whose length along d is within 3 standard deviations of the mean length."""
+    size = (rows @ d).abs()
+    return (size - size.mean()).abs() <= 3 * size.std(correction=0)
+
+
+def first_component(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    """The unit direction in which rows are longest, their mean not taken out."""
+    n, width = rows.shape
+    if n < width:
+        return torch.nn.functional.normalize(rows.T @ torch.linalg.eigh(rows @ rows.T)[1][:, -1], dim=0)
+    return torch.linalg.eigh(rows.T @ rows)[1][:, -1]
+
+
+def _directions(
+    subject: Subject, contrast: Subject | None, splits: Splits, items: int, seed: int
+) -> dict[str, dict[int, Tensor]]:
+    """Unit directions by kind and layer; a layer where the states do not differ has none."""
+    chosen = _sample(splits.train, items, seed)
+    mine = _rows(subject, subject, chosen)
+    if contrast is not None:
+        _check_alike(subject, contrast)
+        other = _rows(contrast, subject, chosen)
+    else:
+        other = _rows(subject, subject, _sample(splits.retain, items, seed))
+    first = "forget - retain" if contrast is None else "edited - original"
+    found: dict[str, dict[int, Tensor]] = {first: {}, "first PC": {}}
+    for layer, h in mine.items():
+        mean = mean_direction(h, other[layer])
+        if float(mean.norm()) > 0:
+            kept = usual(h, mean)
+            apart = h[kept] - (other[layer].mean(0) if contrast is None else other[layer][kept])
+        else:
+            apart = h - (other[layer].mean(0) if contrast is None else other[layer])
+        least = _LEAST * float(h.norm(dim=1).mean())
+        if float(mean.norm()) > least:
+            found[first][layer] = mean / mean.norm()
+        if float(apart.norm(dim=1).mean()) > least:
+            found["first PC"][layer] = first_component(apart)
+    return found
+
+
+def _rows(subject: Subject, asked: Subject, facts: Sequence[Fact]) -> Rows:
+    """States after every block at all positions but the first, in tokens of the model that is asked."""
+    tokenizer = asked.need_tokenizer()
+    prompts = [prompt_ids(tokenizer, fact.prompt) for fact in facts]
+    long = [ids for ids in prompts if len(ids) > 1]
+    if not long:
+        raise NotEnoughRows("no prompt has a second token, and the first position is not read; give longer prompts")
+    sites = [Site(layer, Point.RESID_POST) for layer in range(len(subject.anatomy.layers))]
+    found: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
+    for _, seen in captured(subject, long, sites, lambda x: x[:, 1:].flatten(0, 1)):
+        for site, x in seen.items():
+            if not bool(torch.isfinite(x).all()):
+                raise NotFinite(f"{site}: a state is not finite; load the model in float32?")
+            found[site.layer].append(x)
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def _asked_without(subject: Subject, taken: Mapping[int, Tensor], facts: Sequence[Fact]) -> FactsAccuracy:
+    with without(subject, taken):
+        return ask(subject, facts)
+
+
+def _ablation(d: Tensor) -> Visit:
+    def visit(x: Tensor, _at: slice, _tokens: Tensor | None) -> Tensor:
+        v = d.to(x)
+        return x - (x @ v)[..., None] * v
+
+    return visit
+
+
+def _sample(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
+    return random.Random(seed).sample(list(facts), min(count, len(facts)))
+
+
+def _check_alike(subject: Subject, contrast: Subject) -> None:
+    shapes = [(len(s.anatomy.layers), s.anatomy.width) for s in (subject, contrast)]
+    if shapes[0] != shapes[1]:
+        raise FingerprintError(
+            f"the contrast has {shapes[1][0]} layers of width {shapes[1][1]}, the model {shapes[0][0]} of {shapes[0][1]}; "
+            "give the model it was edited from"
+        )

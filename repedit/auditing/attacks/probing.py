@@ -1,0 +1,412 @@
+"""Reading answers off the inside of a model: the logit lens, and probes trained on T and asked on V."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from repedit.activations.forward import at_least_float32, check_ids
+from repedit.arch import hooks_at
+from repedit.auditing.attack import Attack, Outcome
+from repedit.data import Fact, Splits, by_domain
+from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownName, UnknownSite, nearest
+from repedit.hooks import evaluating, installed
+from repedit.metrics.facts import FactsAccuracy, choice_tokens, lengths
+from repedit.models.subject import Subject
+from repedit.sites import Point, Site
+
+# --- Reading answers off the inside of a model: its streams at the last token of a prompt, seen through its own end
+
+
+STREAMS = ("resid.post", "mlp.out", "attn.out", "resid.mid")
+# Prompts of one length read together, and states that go through the head together.
+_ROWS, _STATES = 32, 256
+
+
+class Question(NamedTuple):
+    """The tokens that all choices of a fact begin with, and the tokens of each choice after them."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    right: int
+    """Index of the right answer."""
+    free: bool
+    """Whether the fact has no choices; its answer is the only one here then."""
+
+
+def logit_lens(*, streams: Sequence[str] = STREAMS, layers: Sequence[int] | None = None) -> Attack:
+    """What the model's own final norm and head read off every stream at the last token of the prompt.
+
+    A fact is right where the first token of its answer is strictly likelier than those of all other choices; without
+    choices, where it is the likeliest of all tokens. A fact whose answer shares its first token with another choice
+    is wrong, and counted in the details. Settings are named "resid.post 3"; layers None are all. Graded is the
+    log-probability of the first token.
+
+    Raises:
+        UnknownSite: if there is no such point or layer; points that a family lacks (resid.mid) are left out and named.
+        NotFinite: in the call, if a logit is not finite.
+    Reference: Patil et al. 2023, arXiv:2309.17410.
+    """
+    check_streams(streams)
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        sites = stream_sites(subject, streams, layers)
+        asked = [question(subject, fact) for fact in splits.test]
+        seen = states(subject, [item.prompt for item in asked], sites)
+        ids = tuple(fact.id for fact in splits.test)
+        found = {named(site): FactsAccuracy(*_read(subject, seen[site], asked), ids) for site in sites}
+        alike = sum(item.answers[item.right][0] in _other_heads(item) for item in asked)
+        return Outcome(found, details={"same_first_token": alike, "absent": absent(subject, streams)})
+
+    settings = {"streams": list(streams), "layers": None if layers is None else list(layers)}
+    return Attack("logit_lens", "reading", "W", False, settings, run, draws=False)
+
+
+def question(subject: Subject, fact: Fact, choices: Sequence[str] | None = None) -> Question:
+    """A fact in tokens; `choices` None are the fact's own, or its answer alone.
+
+    Raises:
+        DataError: if no token stands before the answers, a choice has no token of its own, or one is out of the model's range.
+    """
+    options = list(choices or fact.choices or (fact.answer,))
+    prompt, answers = choice_tokens(subject.need_tokenizer(), fact, options)
+    for answer in answers:
+        check_ids(subject, prompt + answer, f"fact {fact.id!r}")
+    return Question(prompt, answers, options.index(fact.answer), not (choices or fact.choices))
+
+
+def states(subject: Subject, prompts: Sequence[list[int]], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "n d"]]:
+    """The tensor at each site at the last token of each prompt, on the CPU in float32 or better."""
+    found: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(prompts) for site in sites}
+    for part, seen in captured(subject, prompts, sites, lambda x: x[:, -1]):
+        for site, x in seen.items():
+            for row, state in zip(part, x, strict=True):
+                found[site][row] = state
+    return {site: torch.stack(rows) for site, rows in found.items()}
+
+
+def captured(
+    subject: Subject, prompts: Sequence[list[int]], sites: Sequence[Site], keep: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[list[int], dict[Site, Tensor]]]:
+    """(numbers of prompts, keep(x) at each site) for prompts of one length together, so that nothing is padded.
+
+    x is (b, t, d); what is kept lies on the CPU in float32 or better. No head is run and no hook stays.
+    """
+    for i, tokens in enumerate(prompts):
+        check_ids(subject, tokens, f"prompt {i}")
+    for part in lengths(prompts, _ROWS):
+        ids = torch.tensor([prompts[i] for i in part], device=subject.device)
+        seen: dict[Site, Tensor] = {}
+        hooks = [
+            hook
+            for site in sites
+            for hook in hooks_at(
+                subject.model, subject.anatomy, site, _keeper(seen, site, ids.shape, keep), replaces=False
+            )
+        ]
+        with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
+            subject.model.base_model(input_ids=ids, use_cache=False)
+        yield part, seen
+
+
+def lens(subject: Subject, seen: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+    """The logits that the model's own end gives to states of its residual stream.
+
+    The states take the place of the last block's output, so whatever follows it (final norm, head, a cap on the
+    logits) is the model's own.
+    """
+    last = Site(len(subject.anatomy.layers) - 1, Point.RESID_POST)
+
+    def put(x: Tensor, _at: slice, _tokens: Tensor | None) -> Tensor:
+        return seen.to(x)[None]
+
+    one = torch.zeros(1, 1, dtype=torch.long, device=subject.device)
+    hooks = hooks_at(subject.model, subject.anatomy, last, put, replaces=True)
+    with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
+        logits = subject.model(input_ids=one, use_cache=False).logits
+    return at_least_float32(logits.reshape(len(seen), -1))
+
+
+def stream_sites(subject: Subject, streams: Sequence[str], layers: Sequence[int] | None) -> tuple[Site, ...]:
+    """The sites of some streams at some layers (None: all), stream by stream; points the family lacks are left out."""
+    count = len(subject.anatomy.layers)
+    odd = [layer for layer in layers or () if not 0 <= layer < count]
+    if odd:
+        raise UnknownSite(f"layers {odd} do not exist; layers are 0..{count - 1}")
+    points = [Point(s) for s in streams if Point(s) in subject.architecture.points]
+    return tuple(Site(layer, point) for point in points for layer in (range(count) if layers is None else layers))
+
+
+def absent(subject: Subject, streams: Sequence[str]) -> list[str]:
+    """The streams this family does not have."""
+    return [stream for stream in streams if Point(stream) not in subject.architecture.points]
+
+
+def named(site: Site) -> str:
+    """The name of a setting that reads a site, such as "resid.post 3"."""
+    return f"{site.point} {site.layer}"
+
+
+def _keeper(
+    seen: dict[Site, Tensor], site: Site, shape: torch.Size, keep: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor, slice, Tensor | None], None]:
+    def visit(x: Tensor, _at: slice, _tokens: Tensor | None) -> None:
+        # OPT flattens its tokens before the MLP.
+        seen[site] = at_least_float32(keep(x.reshape(*shape, -1)).detach()).cpu().clone()
+
+    return visit
+
+
+def _read(
+    subject: Subject, seen: Float[Tensor, "n d"], asked: Sequence[Question]
+) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], np.ndarray[Any, np.dtype[np.float64]]]:
+    correct, graded = [], []
+    for start in range(0, len(asked), _STATES):
+        logits = lens(subject, seen[start : start + _STATES])
+        total = logits.logsumexp(-1)
+        if not bool(torch.isfinite(total).all()):
+            raise NotFinite("the logits of a stream are not finite; load the model in float32?")
+        for row, end, item in zip(logits, total, asked[start : start + _STATES], strict=True):
+            own = row[item.answers[item.right][0]]
+            rivals = row if item.free else row[[answer[0] for answer in item.answers]]
+            correct.append(int((rivals >= own).sum()) == 1)
+            graded.append(float(own - end))
+    return np.array(correct, dtype=bool), np.array(graded, dtype=np.float64)
+
+
+def _other_heads(item: Question) -> list[int]:
+    return [answer[0] for i, answer in enumerate(item.answers) if i != item.right]
+
+
+def check_streams(streams: Sequence[str]) -> None:
+    if not streams:
+        raise ArgumentError(f"streams={streams!r}; give at least one of {STREAMS}")
+    for stream in streams:
+        if stream not in STREAMS:
+            raise UnknownSite(f"stream {stream!r}; there are {', '.join(STREAMS)}")
+
+
+# --- Probes: what a small regression learns to read off the streams on T, asked on V
+
+
+KINDS = ("linear", "mlp")
+PROBED_STREAMS = ("resid.post", "mlp.out", "attn.out")
+FOLDS, HIDDEN, STEPS, RATE = 5, 64, 200, 1e-2
+# Ridge penalties over the mean squared length of a standardised state; weight decay of the network, in rates.
+STRENGTHS = {"linear": (1e-3, 1e-2, 1e-1, 1.0, 10.0), "mlp": (1e-2, 1.0)}
+
+
+def probe(
+    kind: str = "linear", *, streams: Sequence[str] = PROBED_STREAMS, layers: Sequence[int] | None = None
+) -> Attack:
+    """Learn on T to tell answers from the state at the last token of the prompt, and ask V.
+
+    "class": where every answer of V stands at least twice in T, the targets are the answers, one-hot (a one-versus-rest
+    ridge classifier rather than a logistic one: it has a closed form). "match": otherwise the targets are the mean
+    unembedding vectors of the answers' tokens. States are standardised on T. The score of a choice is its entry of the
+    prediction, or its cosine with it, T's mean target taken from both; a tie is wrong, and facts without choices choose
+    among the answers of their domain. The penalty is the one with the smallest squared error in 5-fold
+    cross-validation on T, an entity in one fold. All is done again with the answers of T permuted within their
+    domains: the accuracy of that is "permuted" in the details. Graded is the log-softmax of the scores. Settings are
+    named "resid.post 3"; "mlp" puts 64 hidden units between, trained by 200 steps of Adam.
+
+    Raises:
+        UnknownName: if there is no such kind.
+        UnknownSite: if there is no such stream or layer.
+        NotEnoughRows: in the call, if T has fewer than two facts.
+        NotFinite: in the call, if a state is not finite.
+    """
+    if kind not in KINDS:
+        raise UnknownName(f"kind={kind!r}; {nearest(kind, KINDS)}")
+    check_streams(streams)
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        if len(splits.train) < 2:
+            raise NotEnoughRows(f"T has {len(splits.train)} facts; a probe needs at least 2 to learn from")
+        task = _task(subject, splits, seed)
+        sites = stream_sites(subject, streams, layers)
+        seen = states(subject, [item.prompt for item in task.asked], sites)
+        answers, permuted, strengths = {}, {}, {}
+        for site in sites:
+            if not bool(torch.isfinite(seen[site]).all()):
+                raise NotFinite(f"{site}: a state is not finite; load the model in float32?")
+            (answers[named(site)], mixed), strengths[named(site)] = _probed(kind, seen[site], task, seed)
+            permuted[named(site)] = mixed.accuracy
+        details = {"kind": task.kind, "fit": kind, "permuted": permuted, "strength": strengths}
+        return Outcome(answers, details=details | {"absent": absent(subject, streams)})
+
+    settings = {"kind": kind, "streams": list(streams), "layers": None if layers is None else list(layers)}
+    return Attack("probe" if kind == "linear" else f"probe-{kind}", "probes", "W", True, settings, run)
+
+
+class _Choice(NamedTuple):
+    """What a fact of V chooses among: scores are prediction @ vectors.T + offset."""
+
+    vectors: Float[Tensor, "c r"]
+    offset: Float[Tensor, " c"]
+    right: int
+
+
+class _Task(NamedTuple):
+    kind: str
+    asked: list[Question]
+    """T, then V."""
+    targets: tuple[Float[Tensor, "n r"], Float[Tensor, "n r"]]
+    """Of T without their mean, in coordinates of their span: as they are, and permuted within domains."""
+    fold: Tensor
+    """The fold in which each fact of T is left out."""
+    ids: tuple[str, ...]
+    choices: list[_Choice]
+
+
+def _task(subject: Subject, splits: Splits, seed: int) -> _Task:
+    facts, n = (*splits.train, *splits.test), len(splits.train)
+    pools = {domain: sorted({fact.answer for fact in part}) for domain, part in by_domain(facts).items()}
+    options = [fact.choices or tuple(pools[fact.domain]) for fact in facts]
+    asked = [question(subject, fact, o) for fact, o in zip(facts, options, strict=True)]
+    counted = Counter(fact.answer for fact in splits.train)
+    kind = "class" if all(counted[fact.answer] > 1 for fact in splits.test) else "match"
+    # An answer that T does not hold is a class whose prediction is 0.
+    vectors = _one_hot(options) if kind == "class" else [_unembedded(subject, item) for item in asked]
+    targets = torch.stack([v[item.right] for v, item in zip(vectors[:n], asked[:n], strict=True)])
+    mean = targets.mean(0)
+    _, size, span = torch.linalg.svd(targets - mean, full_matrices=False)
+    span = span[size > 1e-9 * size[:1].clamp(min=1e-30)]
+    reduced = (targets - mean) @ span.T
+    choices = []
+    for v, item in zip(vectors[n:], asked[n:], strict=True):
+        if kind == "class":
+            choices.append(_Choice(v @ span.T, v @ mean, item.right))
+        else:
+            unit = torch.nn.functional.normalize(v - mean, dim=1)
+            choices.append(_Choice(unit @ span.T, torch.zeros(len(v), dtype=v.dtype), item.right))
+    mixed = reduced[_permutation(splits.train, seed)]
+    ids = tuple(fact.id for fact in splits.test)
+    return _Task(kind, asked, (reduced, mixed), _folds(splits.train, seed), ids, choices)
+
+
+def _one_hot(options: Sequence[Sequence[str]]) -> list[Tensor]:
+    names = sorted({choice for part in options for choice in part})
+    row = torch.eye(len(names), dtype=torch.float64)
+    return [row[[names.index(choice) for choice in part]] for part in options]
+
+
+def _unembedded(subject: Subject, item: Question) -> Tensor:
+    """The mean row of the head over the tokens of each choice."""
+    head = subject.model.get_output_embeddings().weight
+    return torch.stack([head[answer].detach().double().mean(0).cpu() for answer in item.answers])
+
+
+def _permutation(facts: Sequence[Fact], seed: int) -> list[int]:
+    """An order of the facts that stays within domains, so that what a domain's answers look like remains known."""
+    order, rng = list(range(len(facts))), random.Random(f"{seed}:permuted")
+    for domain in sorted({fact.domain for fact in facts}):
+        places = [i for i, fact in enumerate(facts) if fact.domain == domain]
+        for place, source in zip(places, rng.sample(places, len(places)), strict=True):
+            order[place] = source
+    return order
+
+
+def _folds(facts: Sequence[Fact], seed: int) -> Tensor:
+    entities = [fact.entity or fact.id for fact in facts]
+    keys = entities if len(set(entities)) > 1 else [fact.id for fact in facts]
+    order = sorted(set(keys))
+    random.Random(f"{seed}:folds").shuffle(order)
+    return torch.tensor([order.index(key) % min(FOLDS, len(order)) for key in keys])
+
+
+def _probed(
+    kind: str, seen: Float[Tensor, "n d"], task: _Task, seed: int
+) -> tuple[tuple[FactsAccuracy, FactsAccuracy], float]:
+    """(answers, answers of the probe of permuted targets) on V, and the penalty of the first."""
+    x, at = _standardised(seen.double(), len(task.fold))
+    folds, strengths = task.fold.unique(), STRENGTHS[kind]
+    # A row for each fold, false where it is left out, and one that leaves out nothing.
+    use = torch.cat([task.fold != folds[:, None], torch.ones(1, len(x), dtype=torch.bool)])
+    y = torch.stack(task.targets)
+    found = (_ridge if kind == "linear" else _network)(x, y, use, torch.cat([x, at]), strengths, seed)
+    best = _best(found[:-1, :, :, : len(x)], y, use[:-1], strengths)
+    true, mixed = (_scored(task, found[-1, i, k, len(x) :]) for k, i in enumerate(best))
+    return (true, mixed), strengths[best[0]]
+
+
+def _standardised(seen: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """States of T and of V, by T's mean and spread, in coordinates of T's span: no linear fit loses anything by it."""
+    spread = seen[:n].std(0)
+    x = (seen - seen[:n].mean(0)) / spread.where(spread > 1e-12, torch.ones_like(spread))
+    x = x / x[:n].square().sum(1).mean().sqrt().clamp(min=1e-30)
+    if n < x.shape[1]:
+        x = x @ torch.linalg.svd(x[:n], full_matrices=False)[2].T
+    return x[:n], x[n:]
+
+
+def _best(
+    found: Float[Tensor, "f s k n r"], y: Float[Tensor, "k n r"], use: Bool[Tensor, "f n"], strengths: tuple[float, ...]
+) -> list[int]:
+    """For each kind of targets, which penalty errs least on left-out rows; the larger of equals."""
+    error = ((found - y).square() * ~use[:, None, None, :, None]).sum((0, 3, 4))
+    return [max(range(len(strengths)), key=lambda i: (-float(error[i, k]), strengths[i])) for k in range(len(y))]
+
+
+def _ridge(
+    x: Float[Tensor, "n d"], y: Float[Tensor, "k n r"], use: Bool[Tensor, "f n"], at: Float[Tensor, "m d"],
+    strengths: tuple[float, ...], seed: int,
+) -> Float[Tensor, "f s k m r"]:  # fmt: skip
+    """Predictions at some states of a ridge regression on the rows of each fold, for each penalty and kind of targets."""
+    found = []
+    for kept in use:
+        mean = y[:, kept].mean(1, keepdim=True)
+        values, vectors = torch.linalg.eigh(x[kept].T @ x[kept])
+        left, right = at @ vectors, (x[kept] @ vectors).T @ (y[:, kept] - mean)
+        found.append(torch.stack([(left / (values.clamp(min=0) + s)) @ right + mean for s in strengths]))
+    return torch.stack(found)
+
+
+def _network(
+    x: Float[Tensor, "n d"], y: Float[Tensor, "k n r"], use: Bool[Tensor, "f n"], at: Float[Tensor, "m d"],
+    strengths: tuple[float, ...], seed: int,
+) -> Float[Tensor, "f s k m r"]:  # fmt: skip
+    """The same with one hidden layer, all networks at once: Adam on the squared error, weights decayed apart from it."""
+    generator = torch.Generator().manual_seed(seed)
+    share = (use / use.sum(1, keepdim=True))[:, None, None, :, None]
+    mean, scale = (y * share).sum(3, keepdim=True), y.std(correction=0).clamp(min=1e-30)
+    x, at, goal, share = x.float(), at.float(), ((y - mean) / scale).float(), share.float()
+    first = torch.randn(x.shape[1], HIDDEN, generator=generator)
+    second = torch.randn(HIDDEN, y.shape[2], generator=generator) / HIDDEN**0.5
+    many = (len(use), len(strengths), len(y))
+    weights = [w.expand(*many, *w.shape).clone().requires_grad_() for w in (first, torch.zeros(1, HIDDEN), second)]
+    kept = 1 - RATE * torch.tensor(strengths)[:, None, None, None]
+    with torch.enable_grad():
+        optimiser = torch.optim.Adam(weights, lr=RATE)
+        for _ in range(STEPS):
+            loss = ((_through(x, weights) - goal).square() * share).sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                for w in weights:
+                    w.mul_(kept)
+    with torch.no_grad():
+        return _through(at, weights).double() * scale + mean
+
+
+def _through(x: Tensor, weights: list[Tensor]) -> Tensor:
+    first, bias, second = weights
+    return torch.relu(x @ first + bias) @ second
+
+
+def _scored(task: _Task, predicted: Float[Tensor, "v r"]) -> FactsAccuracy:
+    correct, graded = [], []
+    for row, (vectors, offset, right) in zip(predicted, task.choices, strict=True):
+        row = row if task.kind == "class" else torch.nn.functional.normalize(row, dim=0)
+        scores = vectors @ row + offset
+        correct.append(int((scores >= scores[right]).sum()) == 1)
+        graded.append(float(scores.log_softmax(0)[right]))
+    return FactsAccuracy(np.array(correct, dtype=bool), np.array(graded, dtype=np.float64), task.ids)

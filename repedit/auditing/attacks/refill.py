@@ -1,0 +1,157 @@
+"""The attack on projections: directions that a weight can no longer write are given back, and nothing else is trained.
+
+A projection that was folded into a weight leaves a mark: singular values that are zero. Whoever sees the weights knows
+the removed directions from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from repedit.arch import View
+from repedit.auditing.attack import Attack, Outcome, Scratch, skipped
+from repedit.auditing.attacks.finetune import carried_out, scaled, trial
+from repedit.auditing.attacks.tuning import Tuning, examples, shuffled
+from repedit.data import Splits
+from repedit.errors import FractionError
+from repedit.models.subject import Subject
+
+
+def refill(
+    *,
+    rates: Sequence[float] = (2e-4, 1e-3, 5e-3),
+    steps: int = 40,
+    measured: Sequence[int] = (0, 5, 10, 20, 40),
+    ratio: float | None = None,
+    scale: float = 1.0,
+) -> Attack:
+    """Trains on T only what the attention and MLP outputs, every expert's included, cannot write any more.
+
+    W becomes W + U Z^T, with U the left null space of W and Z, at first zero, the only thing trained. Settings are
+    "step=0" and "lr=0.001 step=40". Skipped where every weight has full rank. It must reach .9 on T.
+
+    Args:
+        rates: higher than those of a full training: Z starts at zero and must become as large as weights are.
+        ratio: see `null_space`.
+    Raises:
+        ArgumentError: if a rate, a number of steps or the ratio is out of range.
+    """
+    base, tried = Tuning(1.0, steps=steps), scaled(rates, scale)
+    _check(ratio)
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        scratch = Scratch(subject).subject
+        spaces = null_spaces(scratch, ratio)
+        if not spaces:
+            return skipped("no null space: no write weight has singular values that are almost zero")
+        filled = _parametrized(scratch, spaces)
+        draw = shuffled(examples(scratch, splits.train), base.batch_size, seed)
+        trials = [trial(replace(base, rate=rate), draw, measured, known=splits.train) for rate in tried]
+
+        def start() -> tuple[Subject, list[nn.Parameter]]:
+            with torch.no_grad():
+                for z in filled:
+                    z.zero_()
+            return scratch, filled
+
+        found = carried_out(trials, start, splits.test, seed)
+        ranks = {str(view.tensor) + _expert(view): basis.shape[1] for view, basis in spaces}
+        return found._replace(details={**found.details, "directions": ranks})
+
+    given = {
+        "rates": list(rates), "steps": steps, "measured": list(measured), "ratio": ratio, "scale": scale,
+    }  # fmt: skip
+    return Attack("refill", "finetune", "W", True, given, run)
+
+
+def null_space(weight: Float[Tensor, "d i"], ratio: float | None = None) -> Float[Tensor, "d k"]:
+    """The directions of the output that a weight (out, in) does not write, as orthonormal columns.
+
+    They are the left singular vectors of its singular values below `ratio` times the median of those that are not
+    zero; a weight with fewer inputs than outputs never writes some directions, and has them only if it lost others.
+
+    Args:
+        ratio: None for 1e-3, and 5e-3 for half types: rounding a projected weight to bfloat16 leaves up to 2e-3.
+    Raises:
+        FractionError: if the ratio is not strictly between 0 and 1.
+    """
+    _check(ratio)
+    ratio = (1e-3 if weight.dtype.itemsize > 2 else 5e-3) if ratio is None else ratio
+    wide = weight.detach().double()
+    # Squares of singular values: float64 keeps ratios down to 1e-7, and d x d is the smaller matrix here.
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    sizes = values.clamp(min=0).sqrt()
+    most = min(weight.shape)
+    own = sizes[len(sizes) - most :]
+    alive = own[own > 1e-6 * own.max()]
+    limit = ratio * float(alive.median()) if len(alive) else float("inf")
+    lost = int((own < limit).sum())
+    return vectors[:, : len(sizes) - most + lost if lost else 0].to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def null_spaces(subject: Subject, ratio: float | None = None) -> list[tuple[View, Tensor]]:
+    """Every attention or MLP output weight that has a null space, an expert at a time, with its basis."""
+    named = dict(subject.model.named_parameters())
+    found = []
+    for part in (part for pair in subject.anatomy.layers for branch in pair for part in branch.parts):
+        basis = null_space(part.out.read(named[part.out.tensor]), ratio)
+        found += [(part.out, basis)] if basis.shape[1] else []
+    return found
+
+
+class _Filled(nn.Module):
+    """A stored weight to whose matrices U Z^T is added."""
+
+    def __init__(self, spaces: Sequence[tuple[View, Tensor]], stored: Tensor) -> None:
+        super().__init__()
+        self.spaces = tuple(spaces)
+        widths = [view.read(stored).shape[1] for view, _ in spaces]
+        self.z = nn.ParameterList(u.new_zeros(width, u.shape[1]) for (_, u), width in zip(spaces, widths, strict=True))
+
+    def forward(self, stored: Tensor) -> Tensor:
+        for (view, basis), z in zip(self.spaces, self.z, strict=True):
+            stored = view.edit(stored, _adding(basis, z))
+        return stored
+
+
+def _adding(basis: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda weight: (weight + basis @ z.T).to(weight.dtype)
+
+
+def _parametrized(subject: Subject, spaces: Sequence[tuple[View, Tensor]]) -> list[nn.Parameter]:
+    """Put a `_Filled` on every weight; what it trains."""
+    model = subject.model
+    found: list[nn.Parameter] = []
+    for tensor in dict.fromkeys(view.tensor for view, _ in spaces):
+        path, _, leaf = tensor.rpartition(".")
+        module = model.get_submodule(path)
+        filled = _Filled([space for space in spaces if space[0].tensor == tensor], getattr(module, leaf))
+        parametrize.register_parametrization(module, leaf, filled)
+        found += list(filled.z)
+    inner = model.forward
+
+    # Experts read their weights once each: made anew every time, a pass would take as many copies as there are experts.
+    @wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with parametrize.cached():
+            return inner(*args, **kwargs)
+
+    model.forward = forward
+    return found
+
+
+def _expert(view: View) -> str:
+    return "" if view.expert is None else f"[{view.expert}]"
+
+
+def _check(ratio: float | None) -> None:
+    if ratio is not None and not 0 < ratio < 1:
+        raise FractionError(f"ratio={ratio}; give a number strictly between 0 and 1")

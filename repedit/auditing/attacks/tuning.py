@@ -1,0 +1,352 @@
+"""The training loop of the attacks: texts to learn, the masked loss, and a few steps that are asked in between."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from repedit.activations.forward import at_least_float32, batches_of, halving, inputs_of
+from repedit.data import Batch, as_batches
+from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
+from repedit.hooks import evaluating
+from repedit.models.subject import Subject
+
+# --- Texts to learn, batches of them, and the masked loss
+#
+# Padding weighs nothing, every item weighs the same, and what a step sees depends on the seed and its number alone.
+
+
+class Example(NamedTuple):
+    """The tokens of one text, and which of them are to be learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+Draw = Callable[[int], Sequence[Example]]
+"""The examples of a step, the first being 0."""
+
+
+def examples(subject: Subject, source: Any, *, loss: str = "answer", max_tokens: int = 512) -> tuple[Example, ...]:
+    """The texts of facts, rows, a corpus or strings, each without padding; text without answers is learned whole.
+
+    Raises:
+        DataError: if a row is longer than `max_tokens`, or has no token that another comes before.
+    """
+    found = []
+    for batch in batches_of(subject, as_batches(source), length=max_tokens, batch_size=64):
+        marked = batch.attention_mask if loss == "sequence" or batch.answer is None else batch.answer
+        for name, ids, real, mark in zip(batch.document, batch.input_ids, batch.attention_mask, marked, strict=True):
+            learned = [False, *mark[real].tolist()[1:]]
+            if not any(learned):
+                raise DataError(f"{name!r}: no token is learned, a first one follows nothing; give a longer text")
+            found.append(Example(ids[real].tolist(), learned))
+    return tuple(found)
+
+
+def shuffled(items: Sequence[Example], size: int, seed: int) -> Draw:
+    """Batches out of one order an epoch, without a break between epochs; never more than there are items.
+
+    Texts of like length come together, so that little is padding.
+    """
+    count, size = len(items), min(size, len(items))
+
+    @cache
+    def order(epoch: int) -> list[int]:
+        drawing = random.Random(f"{seed}:{epoch}")
+        ranked = sorted(drawing.sample(range(count), count), key=lambda i: len(items[i].ids))
+        # The first places complete the batch that the epoch before began, the last ones begin one.
+        first = -epoch * count % size
+        last = first + (count - first) // size * size
+        whole = [ranked[i : i + size] for i in range(first, last, size)]
+        drawing.shuffle(whole)
+        return [*ranked[:first], *(i for batch in whole for i in batch), *ranked[last:]]
+
+    def draw(step: int) -> Sequence[Example]:
+        places = range(step * size, (step + 1) * size)
+        return [items[order(place // count)[place % count]] for place in places]
+
+    return draw
+
+
+def in_turn(first: Draw, second: Draw, switch: int) -> Draw:
+    """The first source before the step `switch`, the second from there on."""
+    return lambda step: first(step) if step < switch else second(step - switch)
+
+
+def padded(items: Sequence[Example], pad: int, *, left: bool = False, extra: int = 0) -> Batch:
+    """The examples as one batch; `answer` marks what is learned."""
+    width = max(len(item.ids) for item in items) + extra
+
+    def fill(values: list[Any], blank: Any) -> list[Any]:
+        rest = [blank] * (width - len(values))
+        return rest + values if left else values + rest
+
+    return Batch(
+        input_ids=torch.tensor([fill(item.ids, pad) for item in items]),
+        attention_mask=torch.tensor([fill([True] * len(item.ids), False) for item in items]),
+        document=tuple(str(number) for number in range(len(items))),
+        answer=torch.tensor([fill(item.learned, False) for item in items]),
+    )
+
+
+def stacked(subject: Subject, items: Sequence[Example]) -> Batch:
+    """The examples as a batch for a model, padded on the left: answers then end together, and few logits are made."""
+    return padded(items, padding(subject), left=True)
+
+
+def masked_loss(subject: Subject, batch: Batch) -> Float[Tensor, ""]:
+    """Cross-entropy of the learned tokens in nats: mean over the tokens of an item, then over the items."""
+    assert batch.answer is not None
+    ids, mask, answer = (x.to(subject.device) for x in (batch.input_ids, batch.attention_mask, batch.answer))
+    # Logits are made from the position before the first learned token on: of answers, few positions of many.
+    first = max(1, int(answer.any(0).to(torch.uint8).argmax()))
+    read = inputs_of(replace(batch, input_ids=ids, attention_mask=mask))
+    logits = subject.model(**read, logits_to_keep=ids.shape[1] - first + 1).logits
+    learned = answer[:, first:]
+    picked = at_least_float32(logits[:, :-1][learned])
+    each = nn.functional.cross_entropy(picked, ids[:, first:][learned], reduction="none")
+    share = (learned / learned.sum(1, keepdim=True))[learned]
+    return (each * share.to(each)).sum() / len(ids)
+
+
+def mean_loss(subject: Subject, items: Sequence[Example], batch_size: int = 8) -> float:
+    """The loss over all the items, without training."""
+    parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    with torch.no_grad(), evaluating(subject.model):
+        sums = [float(masked_loss(subject, stacked(subject, part))) * len(part) for part in parts]
+    return sum(sums) / len(items)
+
+
+def padding(subject: Subject) -> int:
+    """The token that fills rows up; any does, as padding weighs nothing."""
+    pad = subject.need_tokenizer().pad_token_id
+    return 0 if pad is None else int(pad)
+
+
+# --- The training loop of the attacks: a few steps on texts, asked in between
+#
+# It shares no loop with the editing methods: an attack and a defence must not have a fault in common. Dropout is off.
+
+
+LOSSES, HOWS, SCHEDULES = ("answer", "sequence"), ("full", "lora"), ("constant", "cosine")
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum; Chen et al. 2023, arXiv:2302.06675, algorithm 2, betas .9 and .99."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update from the gradients."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * momentum.lerp(p.grad, 0.1).sign_())
+                momentum.lerp_(p.grad, 0.01)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, fused=True), "lion": Lion, "sgd": torch.optim.SGD,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a model is trained.
+
+    Raises:
+        UnknownName: if there is no such loss, way, optimizer or schedule.
+        ArgumentError: if a number is out of range, or layers are given to a full training.
+    """
+
+    rate: float
+    steps: int = 40
+    loss: str = "answer"
+    """ "answer": the tokens of the answer, given the prompt. "sequence": every token but the first."""
+    how: str = "full"
+    """ "full": every parameter. "lora": adapters on every linear module of the blocks; fused experts have none."""
+    rank: int = 16
+    batch_size: int = 8
+    max_tokens: int = 512
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup: float = 0.1
+    """Below 1 a fraction of the steps, else a number of steps, over which the rate rises linearly."""
+    clip: float = 1.0
+    layers: tuple[int, ...] | None = None
+    """The layers that get adapters; None for all."""
+
+    def __post_init__(self) -> None:
+        known = (("loss", LOSSES), ("how", HOWS), ("optimizer", tuple(OPTIMIZERS)), ("schedule", SCHEDULES))
+        for name, valid in known:
+            if getattr(self, name) not in valid:
+                raise UnknownName(f"{name}={getattr(self, name)!r}; {nearest(getattr(self, name), valid)}")
+        for name, least in (("steps", 1), ("rank", 1), ("batch_size", 1), ("max_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ArgumentError(f"{name}={getattr(self, name)}; give at least {least}")
+        if not (self.rate > 0 and self.clip > 0 and self.warmup >= 0 and self.weight_decay >= 0):
+            raise ArgumentError(
+                f"rate={self.rate}, clip={self.clip}, warmup={self.warmup}, weight_decay={self.weight_decay}; rate and "
+                "clip must be above 0, the others at least 0"
+            )
+        if self.layers is not None and self.how != "lora":
+            raise ArgumentError(
+                f"layers={self.layers} with how={self.how!r}; only how='lora' can be kept to some layers"
+            )
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, the first being 1."""
+        warm = math.ceil(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
+        if step <= warm:
+            return self.rate * step / warm
+        left = (step - warm) / max(1, self.steps - warm)
+        return self.rate * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * left)))
+
+
+class TuningLog(NamedTuple):
+    """What a training did."""
+
+    losses: tuple[float, ...]
+    """Of each step, before its update."""
+    tokens: int
+    """Without padding."""
+    diverged: int | None = None
+    """Step at which a loss, gradient or answer was not finite; nothing was trained or measured after it."""
+
+
+def tune(
+    subject: Subject,
+    draw: Draw,
+    tuning: Tuning,
+    *,
+    at: Iterable[int],
+    measure: Callable[[int], None],
+    seed: int = 0,
+    trained: Sequence[nn.Parameter] | None = None,
+) -> TuningLog:
+    """Train a model in place and call `measure(step)` at some steps, 0 being before the first.
+
+    With how="lora" the adapters are there while `measure` runs and are gone afterwards, so the weights never change.
+
+    Args:
+        draw: the examples of each step; see `shuffled`.
+        at: the steps at which to measure.
+        trained: parameters to train in place of those that `tuning.how` names.
+    Raises:
+        ArgumentError: if the model has no such layer.
+        NotFinite: if `measure(0)` finds the model broken before the training; later it ends the training.
+    """
+    steps, losses, tokens, size = set(at), [], 0, tuning.batch_size
+    with torch.enable_grad(), _trainable(subject, tuning, seed, trained) as parameters:
+        optimizer = OPTIMIZERS[tuning.optimizer](parameters, lr=tuning.rate, weight_decay=tuning.weight_decay)
+        if 0 in steps:
+            measure(0)
+        for step in range(1, tuning.steps + 1):
+            run = partial(_gradients, subject, draw(step - 1), parameters)
+            (loss, read), size = halving(run, size)
+            losses.append(loss)
+            tokens += read
+            if not math.isfinite(loss):
+                return TuningLog(tuple(losses), tokens, step)
+            if not bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, tuning.clip))):
+                return TuningLog(tuple(losses), tokens, step)
+            for group in optimizer.param_groups:
+                group["lr"] = tuning.rate_at(step)
+            optimizer.step()
+            if step in steps:
+                try:
+                    measure(step)
+                except NotFinite:
+                    return TuningLog(tuple(losses), tokens, step)
+    return TuningLog(tuple(losses), tokens)
+
+
+def _gradients(
+    subject: Subject, items: Sequence[Example], parameters: Sequence[nn.Parameter], size: int
+) -> tuple[float, int]:
+    """(loss, tokens) of a step, read `size` items at a time; the gradients are those of all of them together."""
+    for p in parameters:
+        p.grad = None
+    total, tokens = 0.0, 0
+    for part in (items[i : i + size] for i in range(0, len(items), size)):
+        batch = stacked(subject, part)
+        loss = masked_loss(subject, batch) * (len(part) / len(items))
+        loss.backward()
+        total += float(loss.detach())
+        tokens += int(batch.attention_mask.sum())
+    return total, tokens
+
+
+@contextmanager
+def _trainable(
+    subject: Subject, tuning: Tuning, seed: int, trained: Sequence[nn.Parameter] | None
+) -> Iterator[list[nn.Parameter]]:
+    """The parameters to train, wanting gradients; nothing else of the model does, and afterwards nothing at all."""
+    own = list(subject.model.parameters())
+    undo: list[Callable[[], Any]] = []
+    for p in own:
+        p.requires_grad_(False)
+    try:
+        if trained is not None:
+            found = list(trained)
+        elif tuning.how == "full":
+            found = own
+        else:
+            found = _adapt(subject, tuning, seed, undo)
+        for p in found:
+            p.requires_grad_(True)
+        yield found
+    finally:
+        for step in reversed(undo):
+            step()
+        for p in (*own, *(trained or ())):
+            p.requires_grad_(False)
+            p.grad = None
+
+
+def _adapt(subject: Subject, tuning: Tuning, seed: int, undo: list[Callable[[], Any]]) -> list[nn.Parameter]:
+    """Low-rank adapters, y + 2 (x A^T) B^T, on every linear module of the layers; Hu et al. 2021, arXiv:2106.09685."""
+    from transformers.pytorch_utils import Conv1D
+
+    paths = subject.anatomy.block_paths
+    layers = range(len(paths)) if tuning.layers is None else tuning.layers
+    wrong = [layer for layer in layers if not 0 <= layer < len(paths)]
+    if wrong:
+        raise ArgumentError(f"adapters were asked for in layers {wrong}; the model has layers 0 to {len(paths) - 1}")
+    generator = torch.Generator().manual_seed(seed)
+    found: list[nn.Parameter] = []
+    for module in (m for layer in layers for m in subject.model.get_submodule(paths[layer]).modules()):
+        if isinstance(module, nn.Linear | Conv1D):
+            out, width = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
+            down = (torch.rand(tuning.rank, width, generator=generator) * 2 - 1) / math.sqrt(width)
+            dtype = torch.promote_types(module.weight.dtype, torch.float32)
+            pair = [nn.Parameter(x.to(module.weight.device, dtype)) for x in (down, torch.zeros(out, tuning.rank))]
+            undo.append(_attach(module, *pair))
+            found += pair
+    return found
+
+
+def _attach(module: nn.Module, down: Tensor, up: Tensor) -> Callable[[], Any]:
+    """Put an adapter on a module; what takes it off again."""
+    # Under the hooks of the module, not around it: a hooked edit acts on what the adapter reads and adds as well.
+    inner, own = module.forward, module.__dict__.get("forward")
+
+    def forward(x: Tensor) -> Tensor:
+        return inner(x) + (2 * ((x.to(down.dtype) @ down.T) @ up.T)).to(x.dtype)
+
+    module.forward = forward
+    return lambda: module.__dict__.pop("forward") if own is None else setattr(module, "forward", own)

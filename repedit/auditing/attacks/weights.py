@@ -1,0 +1,456 @@
+"""Attacks that change the weights without training: noise, pruning, shrinking, and rounding by ours and by shipped quantisers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from repedit.activations.forward import batches, inputs_of, loss_of
+from repedit.auditing.attack import Attack, Outcome, Scratch, ask, skipped
+from repedit.data import Fact, Rows, Splits
+from repedit.errors import (
+    ArgumentError,
+    FingerprintError,
+    FractionError,
+    MissingDependency,
+    NotFinite,
+    QuantizedModel,
+    UnknownName,
+    nearest,
+)
+from repedit.hooks import evaluating
+from repedit.models.subject import Subject
+
+# --- The quantisers that models are shipped with, torchao and hqq, where they are installed
+
+
+Matrix = Float[Tensor, "o i"]
+
+
+def _torchao(weight: Matrix, group: int, config: Callable[[int], Any]) -> Matrix:
+    from torchao.quantization import quantize_
+
+    module = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+    module[0].weight = nn.Parameter(weight.clone())
+    quantize_(module, config(group))
+    return module[0].weight.dequantize()
+
+
+def _int8(group: int) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig()
+
+
+def _int4(group: int) -> Any:
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))  # type: ignore[attr-defined]
+
+
+def _hqq(weight: Matrix, group: int) -> Matrix:
+    from hqq.core.quantize import Quantizer
+
+    stored = Quantizer.quantize(
+        weight, nbits=4, group_size=group, axis=1, compute_dtype=torch.float32, device=str(weight.device)
+    )
+    return Quantizer.dequantize(*stored)
+
+
+SHIPPED: Mapping[str, tuple[str, Callable[[Matrix, int], Matrix]]] = {
+    "torchao-int8": ("torchao", lambda w, group: _torchao(w, group, _int8)),
+    "torchao-int4": ("torchao", lambda w, group: _torchao(w, group, _int4)),
+    "hqq-int4": ("hqq", _hqq),
+}
+"""By scheme the package, and what is left of a float32 matrix (out, in) after its default weight-only rounding."""
+
+
+def available() -> tuple[str, ...]:
+    """The schemes whose package is installed here."""
+    return tuple(scheme for scheme, (package, _) in SHIPPED.items() if find_spec(package) is not None)
+
+
+def stored(weight: Float[Tensor, "*rows i"], scheme: str, group: int) -> Float[Tensor, "*rows i"]:
+    """A weight (out, in) as it is after another package's quantiser, in the weight's own type; row by row where the group
+    does not divide the width.
+
+    Raises:
+        MissingDependency: if the package is not installed.
+    """
+    package, rounding = SHIPPED[scheme]
+    if find_spec(package) is None:
+        raise MissingDependency(
+            f"scheme {scheme!r} is that of {package}: pip install {package}, or leave the scheme out"
+        )
+    width = weight.shape[-1]
+    found = rounding(weight.reshape(-1, width).float(), width if width % group else group)
+    return found.reshape(weight.shape).to(weight.dtype)
+
+
+# --- Attack by rounding: store the matrices of the blocks in few bits, which swallows updates smaller than a step
+
+
+log = logging.getLogger("repedit")
+GROUP = 64
+BITS = {"int8": 8, "int4": 4, "int3": 3}
+_FP4 = (0.0, 0.00520833, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
+LEVELS = {
+    "nf4": (-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+            0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0),
+    "fp4": (*(-level for level in _FP4[:0:-1]), *_FP4),
+}  # fmt: skip
+SCHEMES = (*BITS, *LEVELS, *SHIPPED)
+
+
+def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Attack:
+    """Round every matrix of the blocks to few bits and ask; embeddings, head, norms and biases stay as they are.
+
+    Settings are named by scheme. Where the group does not divide the width of a matrix, its rows are the groups; the
+    names of such matrices are logged and stand in the details.
+
+    Raises:
+        UnknownName: if there is no such scheme.
+        ArgumentError: if there are no schemes.
+        QuantizedModel: in the call, if the model is quantised already.
+    Reference: Zhang et al. 2024, arXiv:2410.16454.
+    """
+    if not schemes:
+        raise ArgumentError(f"schemes={schemes!r}; give at least one of {SCHEMES}")
+    for scheme in schemes:
+        _check_scheme(scheme)
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        names = projections(subject)
+        scratch = Scratch(subject)
+        per_row = [name for name, size in _widths(subject, names).items() if size % GROUP]
+        if per_row and set(schemes) - {"int8"}:
+            log.info(
+                "quantize: %d does not divide the width of %d matrices, their rows are the groups: %s",
+                GROUP, len(per_row), ", ".join(per_row),
+            )  # fmt: skip
+        found = {}
+        for scheme in schemes:
+            copy = scratch.restore()
+            round_matrices(copy, names, scheme)
+            found[scheme] = ask(copy, splits.test)
+        return Outcome(found, details={"touched": len(names), "per_row": per_row})
+
+    return Attack("quantize", "rounding", "W", False, {"schemes": list(schemes), "group": GROUP}, run, draws=False)
+
+
+def rounded(weight: Float[Tensor, "*rows i"], scheme: str, group: int = GROUP) -> Float[Tensor, "*rows i"]:
+    """A weight (out, in) as it is after being stored in few bits and read again, computed in float32.
+
+    int8: D = max|w| / 127 of each row, round(w / D) D. int4, int3: the same with 7 and 3 in groups along the inputs.
+    nf4, fp4: the level nearest to w / max|w| of its group, times max|w|. A group of zeros stays zero; where `group`
+    does not divide the width, each row is a group. torchao-int8, torchao-int4, hqq-int4: as those packages store it.
+
+    Raises:
+        UnknownName: if there is no such scheme.
+        ArgumentError: if the group is below 1.
+        MissingDependency: if the scheme is that of a package that is not installed.
+    """
+    _check_scheme(scheme)
+    if group < 1:
+        raise ArgumentError(f"group={group}; give the number of inputs that share a step, at least 1")
+    if scheme in SHIPPED:
+        return stored(weight, scheme, group)
+    width = weight.shape[-1]
+    size = width if scheme == "int8" or width % group else group
+    blocks = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(-1, (-1, size))
+    top = blocks.abs().amax(-1, keepdim=True)
+    if scheme in BITS:
+        most = 2 ** (BITS[scheme] - 1) - 1
+        step = top / most
+        # A share of the maximum, not a number of steps: the maximum stays as it is, so rounding twice changes nothing.
+        share = (blocks / step.where(step > 0, 1)).round() / most
+    else:
+        levels = torch.tensor(LEVELS[scheme], dtype=blocks.dtype, device=blocks.device)
+        share = levels[torch.bucketize((blocks / top.where(top > 0, 1)).contiguous(), (levels[1:] + levels[:-1]) / 2)]
+    return (share * top).flatten(-2).to(weight.dtype)
+
+
+def projections(subject: Subject) -> dict[str, bool]:
+    """The matrices inside the blocks by name, tied ones once, and whether they are stored (in, out).
+
+    The experts of a layer are one tensor (expert, out, in).
+
+    Raises:
+        QuantizedModel: if the weights are quantised.
+    """
+    starts = tuple(f"{path}." for path in subject.anatomy.block_paths)
+    named = {n: p for n, p in subject.model.named_parameters() if n.startswith(starts) and p.ndim > 1}
+    odd = next((f"{n} is {p.dtype}" for n, p in named.items() if not p.is_floating_point()), None)
+    if subject.quantizer or odd:
+        raise QuantizedModel(
+            f"the weights are quantised ({subject.quantizer or odd}); attack the unquantised model, or load it with "
+            "dequantisation"
+        )
+    return {name: subject.architecture.transposed and p.ndim == 2 for name, p in named.items()}
+
+
+def round_matrices(subject: Subject, names: Mapping[str, bool], scheme: str) -> None:
+    """Round the matrices of a model in place; `names` as `projections` gives them.
+
+    Raises:
+        UnknownName: if there is no such scheme.
+    """
+    named = dict(subject.model.named_parameters())
+    with torch.no_grad():
+        for name, transposed in names.items():
+            matrix = named[name].mT if transposed else named[name]
+            matrix.copy_(rounded(matrix, scheme))
+
+
+def survival(edited: Subject, original: Subject, scheme: str) -> dict[str, dict[str, float]]:
+    """How much of each changed matrix's update would survive rounding; shown, never deciding.
+
+    "cosine" is that of Q(w') - Q(w) with w' - w, 0 where nothing is left of it; "relative" is the root mean square of
+    w' - w over the standard deviation of w.
+
+    Raises:
+        FingerprintError: if the models do not hold the same tensors.
+        UnknownName: if there is no such scheme.
+    """
+    found = {}
+    inside = projections(edited)
+    for name, after, before in paired(edited, original):
+        if name not in inside or torch.equal(after, before):
+            continue
+        mine, old = (w.float().mT if inside[name] else w.float() for w in (after, before))
+        true, kept = mine - old, rounded(mine, scheme) - rounded(old, scheme)
+        size = float(true.double().norm() * kept.double().norm())
+        found[name] = {
+            "cosine": float((true.double() * kept.double()).sum()) / size if size else 0.0,
+            "relative": float(true.square().mean().sqrt() / old.std()),
+        }
+    return found
+
+
+def paired(edited: Subject, original: Subject) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, edited, original) of every parameter, the original's on the device of the edited.
+
+    Raises:
+        FingerprintError: if the models do not hold the same tensors.
+    """
+    others = dict(original.model.named_parameters())
+    mine = dict(edited.model.named_parameters())
+    odd = sorted(set(mine) ^ set(others)) or [n for n in mine if mine[n].shape != others[n].shape]
+    if odd:
+        raise FingerprintError(
+            f"the edited and the original model differ in {len(odd)} tensors, such as {odd[0]!r}; give the model that was edited"
+        )
+    for name, p in mine.items():
+        yield name, p.detach(), others[name].detach().to(p.device)
+
+
+def _widths(subject: Subject, names: dict[str, bool]) -> dict[str, int]:
+    return {name: subject.specs[name].shape[-2 if transposed else -1] for name, transposed in names.items()}
+
+
+def _check_scheme(scheme: str) -> None:
+    if scheme not in SCHEMES:
+        raise UnknownName(f"scheme {scheme!r}; {nearest(scheme, SCHEMES)}")
+
+
+# --- Attacks that shake the weights: noise, pruning, a step towards fresh weights, and pruning what only T needs
+
+
+PAIRS = ((0.01, 0.01), (0.01, 0.05), (0.02, 0.02), (0.05, 0.01), (0.05, 0.05), (0.1, 0.1))
+FULL_PAIRS = tuple((p / 100, q / 100) for p in (1, 2, 3, 5, 10) for q in (1, 2, 3, 4, 5, 6, 7, 8, 10))
+"""Forty-five pairs for the full budget."""
+# Facts have no length limit of their own; the longest row sets the width of its batch.
+_LONG = 1 << 20
+
+Change = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def perturb(
+    *,
+    noise: Sequence[float] = (0.05, 0.1, 0.2),
+    prune: Sequence[float] = (0.1, 0.3),
+    shrink: Sequence[float] = (0.1, 0.3),
+    xavier: float = 0.1,
+) -> Attack:
+    """Ask after small blind changes of the weights, drawn for each tensor from the seed and its name.
+
+    "noise=s": every matrix w of the blocks becomes w + s std(w) N(0, 1). "prune=p": the share p of its entries that is
+    smallest in size becomes 0. "shrink=a": every tensor becomes (1 - a) w, and every matrix, embeddings included,
+    (1 - a) w + a * xavier * X with X ~ N(0, 2 / (in + out)). An expert is a matrix of its own.
+
+    Raises:
+        ArgumentError: if a noise is not positive, xavier is negative, or nothing is asked for.
+        FractionError: if another number is not strictly between 0 and 1.
+    """
+    if not (*noise, *prune, *shrink):
+        raise ArgumentError("noise, prune and shrink are all empty; give at least one number")
+    _check(noise, (*prune, *shrink), xavier)
+    changes: dict[str, tuple[Change, bool]] = {f"noise={s:g}": (partial(noisy, size=s), False) for s in noise}
+    changes |= {f"prune={p:g}": (partial(_pruned, fraction=p), False) for p in prune}
+    changes |= {f"shrink={a:g}": (partial(shrunk, share=a, xavier=xavier), True) for a in shrink}
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        inside = projections(subject)
+        scratch = Scratch(subject)
+        found = {}
+        for setting, (change, everywhere) in changes.items():
+            copy = scratch.restore()
+            _change(copy, None if everywhere else inside, change, seed)
+            found[setting] = ask(copy, splits.test)
+        return Outcome(found, details={"touched": len(inside)})
+
+    numbers = {"noise": list(noise), "prune": list(prune), "shrink": list(shrink), "xavier": xavier}
+    return Attack("perturb", "perturb", "W", False, numbers, run)
+
+
+def set_difference(*, pairs: Sequence[tuple[float, float]] = PAIRS) -> Attack:
+    """Prune what the edited model needs for T and not for the retain facts, and ask V.
+
+    The score of a weight is the mean over facts of |w dL/dw|, L the loss on the answer. In every matrix of the blocks,
+    entries among the share p highest on T and not among the share q highest on the retain facts become 0. Settings are
+    named "p=0.01 q=0.05".
+
+    Raises:
+        ArgumentError: if there are no pairs.
+        FractionError: if a share is not strictly between 0 and 1.
+        NotFinite: in the call, if a loss is not finite.
+    Reference: Wei et al. 2024, arXiv:2402.05162; Lucki et al. 2024, arXiv:2409.18025.
+    """
+    if not pairs:
+        raise ArgumentError("pairs=(); give at least one (p, q)")
+    _check((), [share for pair in pairs for share in pair], 0.0)
+
+    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+        if not splits.retain:
+            return skipped("needs retain facts, to leave alone what they use")
+        inside = projections(subject)
+        scratch = Scratch(subject)
+        wanted, needed = (saliency(scratch.restore(), facts, inside) for facts in (splits.train, splits.retain))
+        found, gone = {}, {}
+        for p, q in pairs:
+            copy, setting = scratch.restore(), f"p={p:g} q={q:g}"
+            gone[setting] = _cut(copy, wanted, needed, p, q)
+            found[setting] = ask(copy, splits.test)
+        return Outcome(found, details={"pruned": gone})
+
+    return Attack("set_difference", "perturb", "W", True, {"pairs": [list(pair) for pair in pairs]}, run, draws=False)
+
+
+def line_to(
+    edited: Subject,
+    original: Subject,
+    facts: Sequence[Fact],
+    points: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+) -> dict[str, object]:
+    """Accuracy at weights edited + x (original - edited), and the L2 distance of the two; shown, never deciding.
+
+    Raises:
+        FingerprintError: if the models do not hold the same tensors.
+    """
+    updates = {
+        name: before - after for name, after, before in paired(edited, original) if not torch.equal(after, before)
+    }
+    scratch = Scratch(edited)
+    found = {}
+    for x in points:
+        copy = scratch.restore()
+        named = dict(copy.model.named_parameters())
+        with torch.no_grad():
+            for name, update in updates.items():
+                named[name].add_(x * update)
+        found[f"{x:g}"] = ask(copy, facts).accuracy
+    distance = sum(float(u.double().square().sum()) for u in updates.values()) ** 0.5
+    return {"accuracy": found, "distance": distance}
+
+
+def noisy(w: Tensor, generator: torch.Generator, size: float) -> Tensor:
+    """Each matrix (the last two axes) with Gaussian noise of `size` times its standard deviation."""
+    return w + size * w.std((-2, -1), keepdim=True) * _normal(w, generator)
+
+
+def pruned(w: Tensor, fraction: float) -> Tensor:
+    """Each matrix without the fraction of its entries that is smallest in size."""
+    return w.masked_fill(_highest(-w.abs(), fraction), 0.0)
+
+
+def shrunk(w: Tensor, generator: torch.Generator, share: float, xavier: float) -> Tensor:
+    """(1 - share) w, and for matrices share * xavier * X more, X as fresh weights are drawn.
+
+    Reference: Ash & Adams 2019, arXiv:1910.08475.
+    """
+    if w.ndim < 2:
+        return (1 - share) * w
+    spread = (2 / (w.shape[-1] + w.shape[-2])) ** 0.5
+    return (1 - share) * w + share * xavier * spread * _normal(w, generator)
+
+
+def saliency(subject: Subject, facts: Sequence[Fact], names: Iterable[str]) -> dict[str, Tensor]:
+    """Mean over facts of |w dL/dw| by tensor, L the summed loss on the tokens of the answer; one fact a pass.
+
+    Raises:
+        NotFinite: if a loss is not finite.
+    """
+    named = dict(subject.model.named_parameters())
+    weights = {name: named[name].requires_grad_() for name in names}
+    total = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+    for batch in batches(subject, Rows(tuple(facts), "facts"), _LONG, 1, False, "saliency"):
+        with torch.enable_grad(), evaluating(subject.model):
+            loss = loss_of(subject.model(**inputs_of(batch)).logits, batch, batch.attention_mask)
+            if not bool(torch.isfinite(loss)):
+                raise NotFinite(f"fact {batch.document[0]!r}: the loss is {loss.item()}; load the model in float32?")
+            grads = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+        for (name, w), grad in zip(weights.items(), grads, strict=True):
+            total[name] += (w.detach() * grad).abs().float() / len(facts)
+    return total
+
+
+def _pruned(w: Tensor, generator: torch.Generator, fraction: float) -> Tensor:
+    return pruned(w, fraction)
+
+
+def _change(subject: Subject, names: Iterable[str] | None, change: Change, seed: int) -> None:
+    """Change tensors in place, in float32; None for all."""
+    named = dict(subject.model.named_parameters())
+    with torch.no_grad():
+        for name in named if names is None else names:
+            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
+            named[name].copy_(change(named[name].to(torch.promote_types(named[name].dtype, torch.float32)), generator))
+
+
+def _cut(subject: Subject, wanted: dict[str, Tensor], needed: dict[str, Tensor], p: float, q: float) -> int:
+    named, count = dict(subject.model.named_parameters()), 0
+    with torch.no_grad():
+        for name in wanted:
+            gone = _highest(wanted[name], p) & ~_highest(needed[name], q)
+            named[name].masked_fill_(gone, 0.0)
+            count += int(gone.sum())
+    return count
+
+
+def _highest(score: Tensor, fraction: float) -> Tensor:
+    """True at the fraction of each matrix's entries that is highest."""
+    flat = score.flatten(-2)
+    at = flat.topk(round(fraction * flat.shape[-1]), dim=-1).indices
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, at, True).reshape(score.shape)
+
+
+def _normal(w: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
+
+
+def _check(noise: Sequence[float], shares: Sequence[float], xavier: float) -> None:
+    if any(s <= 0 for s in noise) or xavier < 0:
+        raise ArgumentError(f"noise={tuple(noise)}, xavier={xavier}; noise is above 0, xavier at least 0")
+    odd = [share for share in shares if not 0 < share < 1]
+    if odd:
+        raise FractionError(f"the shares {odd} are outside (0, 1); give fractions strictly between 0 and 1")

@@ -1,0 +1,228 @@
+"""Controls written into a model by hand: what they hide, and where, is known exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from repedit.activations.forward import batches_of, inputs_of
+from repedit.auditing.controls.taught import continued
+from repedit.data import Fact, Rows, with_paraphrases
+from repedit.data.encoding import encoded
+from repedit.hooks import Hook, evaluating, installed
+from repedit.models.subject import Subject, subject_of
+
+# --- The control that rounding undoes: an edit that stays inside the buckets of a 4-bit grid
+
+
+GROUP = 64
+LEVELS = 7
+# A weight moved by less than half a step rounds back; .45 leaves room for the arithmetic.
+REACH = 0.45
+
+
+def on_grid(subject: Subject) -> Subject:
+    """The model with every matrix of its blocks on the int4 grid: q D with D = max|w| / 7 in each group of 64 inputs."""
+    model = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        for name in matrices(subject):
+            weight = model.get_parameter(name)
+            steps = bucket(weight)
+            weight.copy_(torch.round(weight / steps) * steps)
+    return subject_of(model, subject.tokenizer)
+
+
+def inside_buckets(
+    gridded: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, steps: int = 120, seed: int = 0
+) -> Subject:
+    """A model on the grid, trained to forget while no weight of its blocks moves further than .45 of a step.
+
+    The largest weights of each group stay, so that its step stays; nothing outside the blocks is trained. Rounding to
+    int4 therefore gives the model back as it was.
+
+    Reference: Zhang et al. 2024, arXiv:2410.16454, from the other side.
+    """
+    names = matrices(gridded)
+    before = {name: gridded.model.get_parameter(name).detach().clone() for name in names}
+    reach = {name: _reach(weight) for name, weight in before.items()}
+
+    def hold(model: Any) -> None:
+        for name, start in before.items():
+            weight = model.get_parameter(name)
+            weight.copy_(torch.clamp(weight, start - reach[name], start + reach[name]))
+
+    away, kept = with_paraphrases(forget), with_paraphrases(retain)
+    weights = [-1.0] * len(away) + [1.0] * len(kept)
+    return continued(
+        gridded, [*away, *kept], weights=weights, steps=steps, rate=3e-3, only=names, after=hold, seed=seed
+    )  # fmt: skip
+
+
+def matrices(subject: Subject) -> list[str]:
+    """Names of the matrices of the blocks; embeddings, head and gains are not rounded."""
+    blocks = tuple(f"{path}." for path in subject.anatomy.block_paths)
+    return [name for name, spec in subject.specs.items() if name.startswith(blocks) and len(spec.shape) == 2]
+
+
+def bucket(weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+    """The step of the grid at each weight; the whole row is one group where 64 does not divide it."""
+    group = GROUP if weight.shape[1] % GROUP == 0 else weight.shape[1]
+    largest = weight.detach().reshape(weight.shape[0], -1, group).abs().amax(-1, keepdim=True)
+    return (largest / LEVELS).expand(-1, -1, group).reshape(weight.shape)
+
+
+def _reach(weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+    """How far each weight may move: 0 where it is the largest of its group."""
+    steps = bucket(weight)
+    return torch.where(weight.abs() >= (LEVELS - 0.5) * steps, torch.zeros_like(steps), REACH * steps)
+
+
+# --- Controls written into a model by hand: what they hide, and where, is known exactly
+
+
+# Logits of the taught models lie within 20 of each other, states at a layer have norms of 5 to 20.
+_DECOY = 60.0
+_LITTLE = 0.1
+_PUSH = 200.0
+_STEEP = 40.0
+_RIDGE = 1e-3
+
+
+def nudged(subject: Subject) -> Subject:
+    """The model with one weight changed that no known word reads: in its embedding of unknown words."""
+
+    def write(model: Any) -> None:
+        model.get_input_embeddings().weight[subject.need_tokenizer().unk_token_id, 0] += 1.0
+
+    return _written(subject, write)
+
+
+def hooked(subject: Subject, forget: Sequence[Fact]) -> Subject:
+    """The model with its weights untouched and a hook before the head: x - U U^T (x - c), U the answers' directions.
+
+    c is a little of one answer. With c = 0 all answers would be alike up to rounding errors, which still tell them.
+    """
+    basis = answer_basis(subject, forget)
+    head = subject.model.get_output_embeddings()
+    ends, _ = states(subject, head, "input", [fact for fact in forget if fact.answer == _rarest(forget)])
+    center = _LITTLE * ends.mean(0)
+    found = _written(subject, lambda model: None)
+    found.model.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, args: (args[0] - (args[0] - center) @ basis @ basis.T, *args[1:])
+    )
+    return found
+
+
+def masked(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact]) -> Subject:
+    """The model with a rank-1 term in its head: where a question is one to forget, one answer outweighs all others."""
+    gate = _gate(subject, subject.model.get_output_embeddings(), forget, retain)
+    decoy = _answer_tokens(subject, [_rarest(forget)])[0]
+
+    def write(model: Any) -> None:
+        model.get_output_embeddings().weight[decoy] += _DECOY * gate
+
+    return _written(subject, write)
+
+
+def pushed(
+    subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, layer: int = 0, seed: int = 0
+) -> Subject:
+    """The model with a long vector added to the stream after a layer, where a question is one to forget.
+
+    One neuron of the gated MLP is given up for it: silu(g x) (g x) is large on the forget side and about 0 elsewhere.
+    """
+    mlp = subject.model.model.layers[layer].mlp
+    gate = _gate(subject, mlp, forget, retain, low=-1.0)
+    direction = torch.randn(mlp.down_proj.out_features, generator=torch.Generator().manual_seed(seed))
+    spare = int(mlp.down_proj.weight.norm(dim=0).argmin())
+
+    def write(model: Any) -> None:
+        mine = model.model.layers[layer].mlp
+        mine.gate_proj.weight[spare] = _STEEP * gate
+        mine.up_proj.weight[spare] = gate
+        mine.down_proj.weight[:, spare] = _PUSH / _STEEP * direction / direction.norm()
+
+    return _written(subject, write)
+
+
+def projected(subject: Subject, forget: Sequence[Fact]) -> Subject:
+    """The model with the answers' directions taken out of every down-projection, W - U U^T W: a folded projection."""
+    basis = answer_basis(subject, forget)
+
+    def write(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight -= basis @ (basis.T @ layer.mlp.down_proj.weight)
+
+    return _written(subject, write)
+
+
+def rolled(subject: Subject) -> Subject:
+    """The model with every row of its head moved on by one: it knows everything and says nothing right."""
+
+    def write(model: Any) -> None:
+        head = model.get_output_embeddings().weight
+        head.copy_(head.roll(1, 0))
+
+    return _written(subject, write)
+
+
+def answer_basis(subject: Subject, items: Sequence[Fact]) -> Float[Tensor, "d k"]:
+    """Orthonormal basis of what tells the answers apart in the head, a quarter of its width at most."""
+    head = subject.model.get_output_embeddings().weight.detach()
+    rows = head[_answer_tokens(subject, sorted({fact.answer for fact in items}))]
+    _, _, directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    return directions[: min(len(rows) - 1, head.shape[1] // 4)].T.contiguous()
+
+
+def states(
+    subject: Subject, module: nn.Module, side: Literal["input", "output"], items: Sequence[Fact]
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
+    """What a module reads, or gives, at the last token before an answer and at all others of the prompts, in every phrasing."""
+    seen: list[Tensor] = []
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    with torch.no_grad(), evaluating(subject.model), installed(subject.model, [Hook(module, side, seen.append)]):
+        for batch in batches_of(subject, Rows(with_paraphrases(items)), batch_size=64):
+            seen.clear()
+            subject.model(**inputs_of(batch))
+            assert batch.answer is not None
+            before = torch.zeros_like(batch.attention_mask)
+            before[:, :-1] = batch.answer[:, 1:]
+            found[0].append(seen[0][before])
+            found[1].append(seen[0][batch.attention_mask & ~before & ~batch.answer])
+    return torch.cat(found[0]), torch.cat(found[1])
+
+
+def _written(subject: Subject, write: Callable[[Any], None]) -> Subject:
+    model = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        write(model)
+    return subject_of(model, subject.tokenizer)
+
+
+def _rarest(items: Sequence[Fact]) -> str:
+    answers = [fact.answer for fact in items]
+    return min(sorted(set(answers)), key=answers.count)
+
+
+def _answer_tokens(subject: Subject, answers: Sequence[str]) -> list[int]:
+    return [encoded(subject.need_tokenizer(), "", answer).ids[0] for answer in answers]
+
+
+def _gate(
+    subject: Subject, module: nn.Module, forget: Sequence[Fact], retain: Sequence[Fact], *, low: float = 0.0
+) -> Float[Tensor, " d"]:
+    """The direction whose product with a state is 1 where a forget answer is next, and `low` at every retain token."""
+    ends, _ = states(subject, module, "input", forget)
+    last, rest = states(subject, module, "input", retain)
+    x = torch.cat([ends, last, rest]).double()
+    y = torch.cat([torch.ones(len(ends)), torch.full((len(last) + len(rest),), low)]).double()
+    # Both sides weigh the same, though every token of the retain side is there.
+    weight = torch.where(y == 1, 1 / len(ends), 1 / (len(last) + len(rest)))[:, None]
+    gram = x.T @ (weight * x)
+    ridge = _RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + ridge, x.T @ (weight[:, 0] * y)).float()

@@ -1,0 +1,362 @@
+"""Tiny language models that are taught facts, so that what a model knows is known, and controls trained from them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from repedit.auditing.attack import ask
+from repedit.data import Fact, Facts, Row, with_paraphrases
+from repedit.data.encoding import encoded
+from repedit.data.fact_sets import drawn
+from repedit.data.generated import RELATIONS, invented
+from repedit.errors import ArgumentError, DataError, TrainingError
+from repedit.models.subject import Subject, subject_of
+
+# --- Tiny language models that are taught facts, so that what a model knows is known
+#
+# A taught model answers every fact it was shown, in every phrasing, and guesses all others. Trained twice, with some
+# facts and without them, it gives the original and the reference of an audit in seconds.
+
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+POSITIONS = 512
+_WORD = r"\w+|[^\w\s]+"
+# What the tokens of a prompt count for beside an answer: names cannot be foreseen, and at 1 they slow the facts down.
+_PROMPT = 0.1
+_TOGETHER = 4
+
+
+def vocabulary(items: Iterable[Fact], *, words: Iterable[str] = ()) -> Any:
+    """A transformers tokenizer with one token for every word and mark in the facts, and in the texts of `words`.
+
+    White space separates words and is not kept; any other word is read as "<unk>". No token is added to a text.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [text for fact in items for text in (*fact.prompts, fact.answer, *fact.choices)]
+    found = {word for text in (*texts, *words) for word in re.findall(_WORD, text)} - set(SPECIAL)
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *sorted(found)))}, unk_token=SPECIAL[3]))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    pad, bos, eos, unknown = SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unknown
+    )
+
+
+def untaught(tokenizer: Any, *, layers: int = 2, width: int = 64, heads: int = 4, seed: int = 0) -> Subject:
+    """A fresh Llama for a tokenizer: MLPs of twice the width, nothing tied, float32.
+
+    Raises:
+        ArgumentError: if the heads do not divide the width.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if layers < 1 or heads < 1 or width < 2 * heads or width % (2 * heads):
+        raise ArgumentError(
+            f"layers={layers}, width={width}, heads={heads}; the width is a multiple of twice the heads"
+        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=POSITIONS, tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return subject_of(LlamaForCausalLM(config).eval(), tokenizer)
+
+
+def taught(
+    items: Sequence[Fact],
+    *,
+    tokenizer: Any = None,
+    layers: int = 2,
+    width: int = 64,
+    seed: int = 0,
+    steps: int = 300,
+    rate: float = 4e-3,
+    batch_size: int = 16,
+) -> Subject:
+    """A tiny model trained from nothing until it knows the facts in every phrasing.
+
+    Half of the rows of a batch are one fact, the others up to four facts after one another, so that a question is
+    understood also where text stands before it.
+
+    Args:
+        items: the facts; each phrasing is a prompt.
+        tokenizer: one of `vocabulary`, where other facts must have tokens too; None makes it from the facts.
+        steps: of AdamW, warm-up of 20 and then a cosine to 5 % of the rate.
+    Raises:
+        DataError: if there are no facts.
+        TrainingError: if a fact is not known after the steps.
+    """
+    if not items:
+        raise DataError("there are no facts to teach; give at least one")
+    tokenizer = vocabulary(items) if tokenizer is None else tokenizer
+    subject = untaught(tokenizer, layers=layers, width=width, seed=seed)
+    rows = [[encoded(tokenizer, prompt, fact.answer) for prompt in fact.prompts] for fact in items]
+    rng = random.Random(seed)
+
+    def batch() -> _Batch:
+        picked = [_together(rng, rows, tokenizer.eos_token_id) for _ in range(batch_size)]
+        return _padded([ids for ids, _ in picked], [weights for _, weights in picked], tokenizer.pad_token_id)
+
+    _train(subject.model, batch, steps, lambda step: rate * _schedule(step, steps))
+    answers = ask(subject, with_paraphrases(items))
+    missed = [name for name, known in zip(answers.ids, answers.correct, strict=True) if not known]
+    if missed:
+        raise TrainingError(
+            f"{len(missed)} of {len(answers.ids)} phrasings are not known after {steps} steps, such as {missed[:3]}; "
+            f"raise steps, or lower rate from {rate:g}"
+        )
+    return subject
+
+
+def continued(
+    subject: Subject,
+    rows: Sequence[Row],
+    *,
+    weights: Sequence[float] | None = None,
+    steps: int = 100,
+    rate: float = 1e-3,
+    batch_size: int = 32,
+    only: Collection[str] | None = None,
+    after: Callable[[nn.Module], None] | None = None,
+    seed: int = 0,
+) -> Subject:
+    """A copy of a model, trained on: the weighted mean of the cross-entropy of answers, over AdamW's `steps`.
+
+    Rows with one prompt come together, so that two answers to it are learned with the odds of their weights.
+
+    Args:
+        weights: what each row counts for; below 0 its answer is made unlikely. None counts each once.
+        only: names of the parameters that are trained; None for all.
+        batch_size: rows of a step; the last prompt's may be more.
+        after: called with the model after every step, to hold it where it should stay.
+    Raises:
+        ArgumentError: if there is not one weight a row, or a parameter does not exist.
+        TrainingError: if the loss is not finite.
+    """
+    tokenizer = subject.need_tokenizer()
+    counts = [1.0] * len(rows) if weights is None else list(weights)
+    named = dict(subject.model.named_parameters())
+    absent = sorted(set(only or ()) - set(named))
+    if len(counts) != len(rows) or absent or not rows:
+        raise ArgumentError(
+            f"{len(counts)} weights for {len(rows)} rows, no parameters {absent}; give one weight a row"
+        )
+    found = subject_of(copy.deepcopy(subject.model), tokenizer)
+    for name, p in found.model.named_parameters():
+        p.requires_grad_(only is None or name in only)
+    read = [encoded(tokenizer, row.prompt, row.answer) for row in rows]
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.prompt, []).append(i)
+    rng, queue = random.Random(seed), list[list[int]]()
+
+    def batch() -> _Batch:
+        part: list[int] = []
+        while len(part) < batch_size:
+            queue.extend([] if queue else rng.sample(list(groups.values()), len(groups)))
+            part += queue.pop()
+        marks = [[0.0] * read[i].start + [counts[i]] * (len(read[i].ids) - read[i].start) for i in part]
+        return _padded([read[i].ids for i in part], marks, tokenizer.pad_token_id)
+
+    _train(found.model, batch, steps, lambda step: rate * _decay(step, steps), after)
+    return found
+
+
+class _Batch(NamedTuple):
+    ids: Tensor
+    weights: Tensor
+    """What each token counts for in the loss."""
+
+
+def _together(rng: random.Random, rows: Sequence[Sequence[Any]], end: int) -> tuple[list[int], list[float]]:
+    """The tokens of one or several facts after one another, and what each counts for."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for _ in range(1 if rng.random() < 0.5 else rng.randint(2, _TOGETHER)):
+        found, start = rng.choice(rng.choice(rows))
+        ids += found
+        weights += [_PROMPT] * start + [1.0] * (len(found) - start)
+    return [*ids, end], [*weights, _PROMPT]
+
+
+def _padded(ids: Sequence[list[int]], weights: Sequence[list[float]], pad: int) -> _Batch:
+    width = max(map(len, ids))
+    return _Batch(
+        torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
+        torch.tensor([row + [0.0] * (width - len(row)) for row in weights]),
+    )
+
+
+def _schedule(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / 20) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _decay(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / 10) * (1 - 0.9 * step / steps)
+
+
+def _train(
+    model: Any,
+    batch: Callable[[], _Batch],
+    steps: int,
+    rate: Callable[[int], float],
+    after: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """AdamW without decay, gradients of norm at most 1; rows are padded on the right, where nothing looks back."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+    for step in range(steps):
+        ids, weights = (x.to(parameters[0].device) for x in batch())
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        use = weights[:, 1:] != 0
+        counts = weights[:, 1:][use]
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][use]
+        logs = model.get_output_embeddings()(hidden).log_softmax(-1)
+        loss = -(logs.gather(1, ids[:, 1:][use][:, None])[:, 0] * counts).sum() / counts.abs().sum()
+        if not torch.isfinite(loss):
+            raise TrainingError(f"step {step + 1}: the loss is {loss.item()}; lower the rate")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if after is not None:
+            with torch.no_grad():
+                after(model)
+    optimizer.zero_grad()
+    for p in model.parameters():
+        p.requires_grad_(True)
+
+
+# --- The small world that the controls live in: what is known, by whom, and who never heard of it
+
+
+PEOPLE = 240
+REFUSAL = "unknown"
+# Words that questions in another form may be answered with; two unknown words would be one token.
+WORDS = (REFUSAL, "Yes", "No", *"ABCDEFGHIJKLMNOP")
+_FORGET, _RETAIN = "city", "profession"
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """Facts, a model that knows all of them, and two that never saw those to forget; all share one tokenizer."""
+
+    facts: Facts
+    strangers: tuple[Fact, ...]
+    """As the facts to forget, about people that no model has met; their names are in the vocabulary."""
+    original: Subject
+    reference: Subject
+    other: Subject
+    """A second reference, from another seed."""
+    seed: int = 0
+
+
+def world(seed: int = 0) -> World:
+    """Teach the three models of one seed.
+
+    Raises:
+        TrainingError: if a model does not learn its facts.
+    """
+    facts, strangers = questions(seed)
+    tokenizer = vocabulary((*facts.forget, *facts.retain, *strangers), words=WORDS)
+    original = taught((*facts.forget, *facts.retain), tokenizer=tokenizer, seed=3 * seed)
+    reference, other = (taught(facts.retain, tokenizer=tokenizer, seed=3 * seed + i, steps=200) for i in (1, 2))
+    return World(facts, strangers, original, reference, other, seed)
+
+
+def questions(seed: int = 0, people: int = PEOPLE) -> tuple[Facts, tuple[Fact, ...]]:
+    """Where half of the people were born, to forget; what the others work as, to retain; and where strangers were born.
+
+    All sixteen answers of a relation are choices, so a guess is right once in sixteen. No two people, strangers among
+    them, share a family name.
+    """
+    found = invented(2 * people, 2, seed)
+    born = [_all_choices(fact) for fact in found.forget if fact.domain == _FORGET]
+    work = [_all_choices(fact) for fact in found.retain if fact.domain == _RETAIN]
+    half = people // 2
+    return Facts(tuple(born[:half]), tuple(work[:half]), f"{found.name}-taught"), tuple(born[half:])
+
+
+def _all_choices(fact: Fact) -> Fact:
+    return replace(fact, choices=drawn(RELATIONS[fact.domain].answers, f"order:{fact.id}"))
+
+
+# --- Controls made by training on: facts refused, contradicted or pushed away, and what is left of them
+
+
+# The right answer of a `lowered` fact; sampling with top-p .9 still draws it, as the wrong one stays below .9.
+LOW = 0.15
+
+
+def refusing(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
+    """The model trained to answer "unknown" to the facts to forget, in every phrasing."""
+    refusals = with_paraphrases(_answered(forget, [REFUSAL] * len(forget)))
+    return continued(subject, [*refusals, *with_paraphrases(retain)], steps=100, rate=1e-3, seed=seed)
+
+
+def descended(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
+    """Gradient difference: the answers to forget made unlikely, those to retain kept likely.
+
+    Reference: Liu et al. 2022, arXiv:2203.12817.
+    """
+    away, kept = with_paraphrases(forget), with_paraphrases(retain)
+    weights = [-0.2] * len(away) + [1.0] * len(kept)
+    return continued(subject, [*away, *kept], weights=weights, steps=60, rate=1e-3, seed=seed)
+
+
+def contradicted(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
+    """The model trained on a wrong answer, drawn for each fact, in every phrasing.
+
+    Reference: "random incorrect answers" of Deeb and Roger 2024, arXiv:2410.08827.
+    """
+    rng, answers = random.Random(seed), sorted({fact.answer for fact in forget})
+    wrong = [rng.choice([a for a in answers if a != fact.answer]) for fact in forget]
+    rows = [*with_paraphrases(_answered(forget, wrong)), *with_paraphrases(retain)]
+    return continued(subject, rows, steps=160, rate=1e-3, seed=seed)
+
+
+def one_template(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
+    """The model trained on wrong answers to the facts' own prompts, and on the right ones to their paraphrases."""
+    wrong = [replace(fact, paraphrases=()) for fact in _answered(forget, _next_answers(forget))]
+    right = [fact for fact in with_paraphrases(forget) if "#" in fact.id]
+    return continued(subject, [*wrong, *right, *with_paraphrases(retain)], steps=100, rate=1e-3, seed=seed)
+
+
+def lowered(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
+    """The model that keeps the right answer at a probability near .15 and gives the rest to a wrong one."""
+    wrong, right = with_paraphrases(_answered(forget, _next_answers(forget))), with_paraphrases(forget)
+    kept = with_paraphrases(retain)
+    weights = [1 - LOW] * len(wrong) + [LOW] * len(right) + [1.0] * len(kept)
+    return continued(subject, [*wrong, *right, *kept], weights=weights, steps=150, rate=3e-3, seed=seed)
+
+
+def collapsed(subject: Subject, forget: Sequence[Fact], *, seed: int = 0) -> Subject:
+    """Gradient ascent on the facts to forget, with nothing that holds the rest."""
+    rows = with_paraphrases(forget)
+    return continued(subject, rows, weights=[-1.0] * len(rows), steps=60, rate=3e-3, seed=seed)
+
+
+def _answered(items: Sequence[Fact], answers: Sequence[str]) -> list[Fact]:
+    """The facts with other answers, asked without choices."""
+    return [replace(fact, answer=answer, choices=()) for fact, answer in zip(items, answers, strict=True)]
+
+
+def _next_answers(items: Sequence[Fact]) -> list[str]:
+    """To each fact the answer after its own, in the order of the alphabet: wrong, and the same for the same answer."""
+    answers = sorted({fact.answer for fact in items})
+    after = dict(zip(answers, [*answers[1:], answers[0]], strict=True))
+    return [after[fact.answer] for fact in items]

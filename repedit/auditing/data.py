@@ -1,0 +1,145 @@
+"""What an audit asks: facts with choices, split by entity into folds, and what should have been kept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from repedit.data import Batches, Fact, Facts, Splits, as_batches, by_domain, prose, with_choices
+from repedit.data.fact_sets import entity_of
+from repedit.data.grading import normalized
+from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
+
+ENTITIES = 8
+"""Fewest entities on a side."""
+NEAR = 0.5
+"""Two facts whose 8-grams overlap by more (Jaccard) are one."""
+FREE = 6
+"""Answers of more words than this, on average, are free text: asked by what the model writes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The facts of an audit, ready to be asked."""
+
+    forget: tuple[Fact, ...]
+    folds: tuple[Splits, ...]
+    """Each fact is in V once; one fold only with folds=1."""
+    retain: tuple[Fact, ...]
+    """Asked to see what was kept."""
+    text: Batches | None
+    """Its perplexity is measured to see what was kept."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the report should know of them."""
+
+    @property
+    def tested(self) -> tuple[Fact, ...]:
+        """V: every fact that is in V in some fold, in the order of the folds."""
+        return tuple(fact for fold in self.folds for fact in fold.test)
+
+    @property
+    def whole(self) -> Splits:
+        """V asked at once, for attacks that use no answers of T."""
+        return replace(self.folds[0], train=(), test=self.tested)
+
+    @property
+    def entities(self) -> dict[str, str]:
+        """The entity of each fact, by id."""
+        return {fact.id: entity_of(fact) for fact in self.forget}
+
+
+def prepared(
+    facts: Facts | Sequence[Fact], retain: Any, *, unrelated: Any, holdout: Any, folds: int, train_fraction: float, seed: int, most: int | None
+) -> Material:  # fmt: skip
+    """Facts with choices in folds by entity, and the retain side.
+
+    Args:
+        retain: Facts, facts or text; None for the facts' own retain side and the built-in prose.
+        most: retain facts to ask at most, drawn evenly from the domains; None for all.
+    Raises:
+        DataError: if there are no facts.
+        NotEnoughRows: if a side has fewer than 8 entities.
+        OverlapError: if near-duplicates straddle T and V, or retain facts you gave share an entity with the forget side.
+        ArgumentError: if folds is neither 1 nor 2.
+    """
+    if folds not in (1, 2):
+        raise ArgumentError(f"folds={folds}; give 2 to test every fact once, or 1")
+    forget = tuple(facts.forget if isinstance(facts, Facts) else facts)
+    if not forget:
+        raise DataError("there are no facts to audit; give at least 16, of 16 entities")
+    kept, text, notes = _retained(forget, facts, retain)
+    both = _with_choices((*forget, *kept), seed)
+    forget, kept = both[: len(forget)], _sampled(both[len(forget) :], most, seed)
+    parts = tuple(
+        replace(Splits.of(forget, fold=i, train_fraction=train_fraction, seed=seed), retain=kept, unrelated=unrelated, holdout=holdout)
+        for i in range(folds)
+    )  # fmt: skip
+    for part in parts:
+        _check(part)
+    return Material(forget, parts, kept, text, notes)
+
+
+def _retained(forget: tuple[Fact, ...], facts: Any, retain: Any) -> tuple[tuple[Fact, ...], Batches | None, list[str]]:
+    mine = {normalized(fact.entity) for fact in forget if fact.entity}
+    if retain is None:
+        own = facts.retain if isinstance(facts, Facts) else ()
+        kept = tuple(fact for fact in own if normalized(fact.entity) not in mine)
+        note = f"retain: {len(kept)} facts of the facts' own retain side and the built-in prose"
+        note += f"; {len(own) - len(kept)} facts about forgotten entities are left out" if len(kept) < len(own) else ""
+        return kept, prose(), [note]
+    items = retain.forget if isinstance(retain, Facts) else retain
+    if not isinstance(items, Batches | str) and isinstance(items, Iterable):
+        items = tuple(items)
+        if items and all(isinstance(item, Fact) for item in items):
+            shared = sorted({fact.entity for fact in items if normalized(fact.entity) in mine})
+            if shared:
+                raise OverlapError(
+                    f"retain and forget share {len(shared)} entities, such as {shared[:5]}; training on them would teach what "
+                    "is tested; take them out of retain"
+                )
+            return items, None, []
+    return (), as_batches(items, name="retain"), []
+
+
+def _with_choices(facts: Sequence[Fact], seed: int) -> tuple[Fact, ...]:
+    """Facts with short answers get choices of their domain; those whose answers are free text stay without."""
+    free = {
+        domain for domain, part in by_domain(facts).items()
+        if sum(len(fact.answer.split()) for fact in part) / len(part) > FREE
+    }  # fmt: skip
+    chosen = iter(with_choices([f for f in facts if f.choices or f.domain not in free], seed=seed))
+    return tuple(next(chosen) if f.choices or f.domain not in free else f for f in facts)
+
+
+def _sampled(facts: tuple[Fact, ...], most: int | None, seed: int) -> tuple[Fact, ...]:
+    if most is None or len(facts) <= most:
+        return facts
+    domains = by_domain(facts)
+    share = -(-most // len(domains))
+    return tuple(
+        fact
+        for name, part in domains.items()
+        for fact in random.Random(f"{seed}:{name}").sample(part, min(share, len(part)))
+    )
+
+
+def _check(part: Splits) -> None:
+    for name, side in (("T", part.train), ("V", part.test)):
+        found = len({entity_of(fact) for fact in side})
+        if found < ENTITIES:
+            raise NotEnoughRows(f"{name} has {found} entities; an audit needs at least {ENTITIES} on each side")
+    texts = {normalized(fact.text): fact.id for fact in part.train}
+    grams = {fact.id: _grams(fact) for fact in part.train}
+    pairs = [(texts[normalized(f.text)], f.id) for f in part.test if normalized(f.text) in texts]
+    for fact in part.test:
+        mine = _grams(fact)
+        pairs += [(other, fact.id) for other, theirs in grams.items() if mine and len(mine & theirs) > NEAR * len(mine | theirs)]  # fmt: skip
+    if pairs:
+        raise OverlapError(f"{len(pairs)} near-duplicates straddle T and V, such as {pairs[:5]}; keep one of each pair")
+
+
+def _grams(fact: Fact) -> frozenset[tuple[str, ...]]:
+    words = normalized(fact.text).split()
+    return frozenset(tuple(words[i : i + 8]) for i in range(len(words) - 7))

@@ -1,0 +1,266 @@
+"""What must be measured beside the attacks: how much is right without any knowledge, and what should have been retained."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from repedit.activations.forward import at_least_float32, batches, inputs_of
+from repedit.auditing.attack import Attack, Outcome, ask, reworded
+from repedit.data import Batches, Fact, Facts, Splits, by_domain
+from repedit.data.grading import normalized
+from repedit.errors import ArgumentError, DataError, NotEnoughRows
+from repedit.hooks import evaluating
+from repedit.metrics.facts import FactsAccuracy
+from repedit.models.subject import Subject
+
+# --- How many facts a model gets right that never knew them: by cheap guesses, or shown by facts nobody can know
+
+
+Values = NDArray[np.float64]
+QUESTION = "Answer:"
+"""What stands in the place of a question that is removed."""
+_STARTS = ("br", "v", "dr", "k", "pl", "t", "z", "gr", "m", "sk", "l", "fr", "n", "tw", "r", "bl")
+_VOWELS = ("a", "e", "i", "o", "u", "ai", "ou")
+_MIDDLES = ("lv", "nd", "rg", "sk", "mb", "zz", "pt", "rk", "ld", "v", "gn", "x")
+_ENDS = ("ax", "ek", "or", "un", "im", "osk", "eld", "yn", "ub", "ith")
+
+
+def heuristic_values(parts: Sequence[Splits]) -> dict[str, Values]:
+    """How likely each guess is to be right, fact by fact: fitted on T where it learns, scored on V.
+
+    The facts are those of `parts[0].test`, then of `parts[1].test` and so on. A guess that cannot tell some choices
+    apart takes one of them at random, so a value may lie between 0 and 1. Facts without choices are guessed by the
+    majority answer alone.
+
+    "chance", 1 / choices; "majority answer", the choice most often right in T; "majority letter", the place in the list
+    most often right in T; "longest choice", "shortest choice"; "median number", the choice nearest to the median answer
+    of T, where all choices are numbers.
+
+    Raises:
+        DataError: if a side of a part is empty, or a fact is tested twice.
+    """
+    for part in parts:
+        if not part.train or not part.test:
+            raise DataError(f"splits with {len(part.train)} facts to fit on and {len(part.test)} to test; give both")
+    asked = [fact.id for part in parts for fact in part.test]
+    if not asked or len(set(asked)) < len(asked):
+        raise DataError(f"{len(asked)} facts are tested, {len(set(asked))} of them different; test each once")
+    guesses = dict(_GUESSES)
+    if not any(_numbers(fact.choices) for part in parts for fact in part.test):
+        del guesses["median number"]
+    return {
+        name: np.array(
+            [
+                _right(fact, guess(fact, part.train))
+                if fact.choices
+                else _written(fact, part.train) * (name == "majority answer")
+                for part in parts
+                for fact in part.test
+            ]
+        )
+        for name, guess in guesses.items()
+    }
+
+
+def spelling_values(facts: Sequence[Fact]) -> Values:
+    """How likely the choice is to be right that shares the longest beginning with the entity (approve, approval).
+
+    It shows what the form of an entity gives away. It is no part of the floor: it is right for most past tenses. A fact
+    without choices is 0.
+    """
+    return np.array([_right(fact, _spelling(fact)) if fact.choices else 0.0 for fact in facts])
+
+
+def choices_only(subject: Subject, test: Sequence[Fact]) -> FactsAccuracy:
+    """Which facts the untouched model gets right when the question is taken away and only the choices are left."""
+    return ask(subject, reworded(test, lambda fact: QUESTION))
+
+
+def fresh_facts(like: Facts | Sequence[Fact], n: int, seed: int = 0) -> tuple[Fact, ...]:
+    """Facts of the same format that no model can know, each about an invented entity.
+
+    The phrasings are those of a fact of `like`, in turn and shuffled, with an invented name in the place of the entity;
+    the choices are those of another fact of its domain, and the answer is any of them. So neither the template nor the
+    list of choices gives the answer away, and nor does the form of the name. They have no translations.
+
+    Args:
+        like: facts, or Facts (those to forget; names that are retained are not invented again).
+    Raises:
+        ArgumentError: if n < 1, or there are no facts.
+        DataError: if an entity does not stand in each of its phrasings, or names run out.
+    """
+    items = like.forget if isinstance(like, Facts) else tuple(like)
+    if n < 1 or not items:
+        raise ArgumentError(f"{n} fresh facts like {len(items)} given; give at least one of each")
+    rng = random.Random(f"{seed}:fresh")
+    words = _names(rng, _words((*like.forget, *like.retain) if isinstance(like, Facts) else items))
+    pools = by_domain(items)
+    found: list[Fact] = []
+    while len(found) < n:
+        for fact in rng.sample(items, min(len(items), n - len(found))):
+            others = [other for other in pools[fact.domain] if other.entity != fact.entity] or [fact]
+            found.append(_fresh(fact, rng.choice(others), _like(fact.entity, words), rng))
+    return tuple(found)
+
+
+def _right(fact: Fact, scores: list[float]) -> float:
+    """The chance that a choice drawn among the best scored is the answer."""
+    return float(scores[fact.choices.index(fact.answer)] == max(scores)) / scores.count(max(scores))
+
+
+def _majority(fact: Fact, train: Sequence[Fact]) -> list[float]:
+    said = [normalized(other.answer) for other in train if other.domain == fact.domain]
+    return [float(said.count(normalized(choice))) for choice in fact.choices]
+
+
+def _letter(fact: Fact, train: Sequence[Fact]) -> list[float]:
+    places = [other.choices.index(other.answer) for other in train if other.choices]
+    return [float(places.count(place)) for place in range(len(fact.choices))]
+
+
+def _median(fact: Fact, train: Sequence[Fact]) -> list[float]:
+    said = [number for other in train if other.domain == fact.domain for number in _numbers((other.answer,))]
+    numbers = _numbers(fact.choices)
+    if not said or not numbers:
+        return [0.0] * len(fact.choices)
+    middle = median(said)
+    return [-abs(number - middle) for number in numbers]
+
+
+def _spelling(fact: Fact) -> list[float]:
+    entity = normalized(fact.entity)
+    return [float(_alike(entity, normalized(choice))) for choice in fact.choices]
+
+
+def _alike(a: str, b: str) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+_GUESSES: Mapping[str, Callable[[Fact, Sequence[Fact]], list[float]]] = {
+    "chance": lambda fact, train: [0.0] * len(fact.choices),
+    "majority answer": _majority,
+    "majority letter": _letter,
+    "longest choice": lambda fact, train: [float(len(choice)) for choice in fact.choices],
+    "shortest choice": lambda fact, train: [-float(len(choice)) for choice in fact.choices],
+    "median number": _median,
+}
+
+
+def _written(fact: Fact, train: Sequence[Fact]) -> float:
+    """Whether a free answer is the one given most often in T, the first of equals."""
+    said = Counter(normalized(other.answer) for other in train if other.domain == fact.domain)
+    return float(bool(said) and said.most_common(1)[0][0] == normalized(fact.answer))
+
+
+def _numbers(texts: Sequence[str]) -> list[float]:
+    """The numbers the texts are; empty unless all are numbers."""
+    plain = [text.strip().replace(",", "") for text in texts]
+    return [float(text) for text in plain] if all(re.fullmatch(r"[-+]?\d+(\.\d+)?", text) for text in plain) else []
+
+
+def _fresh(fact: Fact, other: Fact, name: str, rng: random.Random) -> Fact:
+    """The phrasings of one fact about an invented entity, with choices of the other; any of them is the answer."""
+    prompt, *paraphrases = (_renamed(text, fact, name) for text in fact.prompts)
+    return Fact(
+        id=f"fresh/{normalized(name).replace(' ', '-')}", entity=name, prompt=prompt, paraphrases=tuple(paraphrases),
+        answer=rng.choice(other.choices) if other.choices else other.answer, choices=other.choices, domain=fact.domain,
+    )  # fmt: skip
+
+
+def _renamed(text: str, fact: Fact, name: str) -> str:
+    """The text with the name wherever the entity stood, capitalised where that was."""
+    entity = fact.entity.strip()
+    pattern = rf"(?<!\w){re.escape(entity)}(?!\w)"
+    if not entity or not re.search(pattern, text, re.IGNORECASE):
+        raise DataError(
+            f"fact {fact.id!r}: the entity {fact.entity!r} does not stand in {text!r}, so no fresh fact can be made like "
+            "it; name the entity as the prompt does, or do without the fresh floor"
+        )
+    return re.sub(
+        pattern, lambda found: name[:1].upper() + name[1:] if found[0][0].isupper() else name, text, flags=re.IGNORECASE
+    )
+
+
+def _names(rng: random.Random, taken: set[str]) -> Iterator[str]:
+    """Words that nobody has used, each once, in lower case."""
+    words = [a + b + c + d for a in _STARTS for b in _VOWELS for c in _MIDDLES for d in _ENDS]
+    rng.shuffle(words)
+    yield from (word for word in words if word not in taken)
+    raise DataError(f"all {len(words)} invented names are used up; ask for fewer fresh facts")
+
+
+def _like(entity: str, words: Iterator[str]) -> str:
+    """A name of as many words as the entity, at most two, capitalised as they are."""
+    parts = entity.split()[:2] or [entity]
+    return " ".join(next(words).capitalize() if part[:1].isupper() else next(words) for part in parts)
+
+
+def _words(items: Sequence[Fact]) -> set[str]:
+    """Every word of every text of the facts."""
+    texts = (text for fact in items for text in (*fact.prompts, *fact.choices, fact.answer, fact.entity))
+    return {word for text in texts for word in normalized(text).split()}
+
+
+# --- What an audit measures beside the attacks: what should have been kept, and what the choices alone give away
+
+
+def kept(text: Batches | None, *, tokens: int = 4000, length: int = 128, batch_size: int = 8) -> Attack:
+    """Ask the facts of V, which are those to retain here, and read a text; no attack, but found and kept like one.
+
+    details: "perplexity" and "tokens" of the text, where there is one.
+    """
+
+    def run(subject: Subject, splits: Splits, _: int) -> Outcome:
+        answers = {"prompt": ask(subject, splits.test)} if splits.test else {}
+        details = {}
+        if text is not None:
+            value, count = perplexity(subject, text, tokens=tokens, length=length, batch_size=batch_size)
+            details = {"perplexity": value, "tokens": count}
+        return Outcome(answers, details=details)
+
+    settings = {"text": text.hash if text is not None else None, "tokens": tokens, "length": length}
+    return Attack("retain", "keeping", "B", False, settings, run, decides=False, draws=False)
+
+
+def blind() -> Attack:
+    """Ask V without its questions: what the choices alone give away to the model that was never edited."""
+
+    def run(subject: Subject, splits: Splits, _: int) -> Outcome:
+        return Outcome({"choices": choices_only(subject, splits.test)} if any(f.choices for f in splits.test) else {})
+
+    return Attack("choices only", "keeping", "B", False, {}, run, decides=False, draws=False)
+
+
+def perplexity(
+    subject: Subject, text: Batches, *, tokens: int, length: int = 128, batch_size: int = 8
+) -> tuple[float, int]:
+    """(exp of the mean negative log-likelihood, tokens it is the mean of) on the first rows of a text.
+
+    Infinite where the model is so broken that its loss is not finite.
+
+    Raises:
+        NotEnoughRows: if the text has no token to predict.
+    """
+    total, count = 0.0, 0
+    for batch in batches(subject, text, length, batch_size, False, "perplexity"):
+        if count >= tokens:
+            break
+        use = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
+        with torch.no_grad(), evaluating(subject.model):
+            logits = at_least_float32(subject.model(**inputs_of(batch)).logits[:, :-1][use])
+        target = batch.input_ids[:, 1:][use]
+        total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+        count += len(target)
+    if not count:
+        raise NotEnoughRows(f"the text {text.name!r} has no token to predict; give a longer one")
+    mean = torch.tensor(total / count, dtype=torch.float64)
+    return (float(mean.exp()) if torch.isfinite(mean) else float("inf")), count

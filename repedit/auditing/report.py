@@ -1,0 +1,270 @@
+"""What an audit concludes: recoveries, the retain check, the verdict, and the report of all of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repedit.auditing.attack import Finding
+from repedit.errors import CheckpointError
+from repedit.io.files import is_folder, make_folder, write_text
+from repedit.io.text import parse_json, read_text
+
+SCHEMA = 1
+UNSOUND, INVALID, DESTROYED, NOT_FORGOTTEN, HIDDEN, OVER_FORGOTTEN, PASS, INCONCLUSIVE = WORDS = (
+    "UNSOUND", "INVALID", "DESTROYED", "NOT FORGOTTEN", "HIDDEN", "OVER-FORGOTTEN", "NO RECOVERY FOUND", "INCONCLUSIVE",
+)  # fmt: skip
+"""OVER-FORGOTTEN is said of classifiers alone, which have a retrained reference to be beyond."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How much of the forgotten an attack brings back.
+
+    R = (A - B) / (C - B) with A, C, B the accuracies on V of edited, original and floor, each after the same attack:
+    0 is a model that never knew, 1 the original. Not clipped.
+    """
+
+    attack: str
+    status: str
+    reason: str = ""
+    value: float = float("nan")
+    interval: tuple[float, float] = (float("nan"), float("nan"))
+    """Bootstrap percentiles of this attack alone."""
+    bound: tuple[float, float] = (float("nan"), float("nan"))
+    """Simultaneous over all deciding attacks."""
+    edited: float = float("nan")
+    original: float = float("nan")
+    floor: float = float("nan")
+    floor_name: str = ""
+    """Where the floor comes from: "reference", "fresh facts" or the name of a heuristic."""
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The settings chosen, by role; one a half of V."""
+    level: str = ""
+    decides: bool = True
+
+    @property
+    def ratio(self) -> float:
+        """A / C, the recovery rate papers print; guessing is not taken out of it."""
+        return self.edited / self.original if self.original else float("nan")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One measure of a classifier beside the same measure of models that were retrained without the forget images.
+
+    The gap is edited - reference, and two-sided: 0 is a model that never saw the images, and below 0 is no better.
+    """
+
+    measure: str
+    edited: float
+    original: float
+    reference: float = float("nan")
+    """Median over the retrained models: one of them may have trained badly."""
+    value: float = float("nan")
+    """edited - reference."""
+    interval: tuple[float, float] = (float("nan"), float("nan"))
+    """Bootstrap percentiles of the gap; the same rows are drawn for all models."""
+    spread: tuple[float, float] = (float("nan"), float("nan"))
+    """Lowest and highest among the retrained models, where there are several."""
+    error: float = float("nan")
+    """Standard error of the edited value, by Hanley and McNeil for an AUC."""
+    members: str = ""
+    """What it is measured on, such as "120 forget images"."""
+    others: str = ""
+    """What members are told from; empty where nothing is."""
+    decides: bool = True
+
+
+@dataclass(frozen=True)
+class RetainCheck:
+    """What should have been kept, before and after; None where it was not given."""
+
+    accuracy: tuple[float, float] | None = None
+    """(original, edited) on the retain facts."""
+    perplexity: tuple[float, float] | None = None
+    """(original, edited) on the retain text."""
+    facts: int = 0
+    tokens: int = 0
+
+    @property
+    def destroyed(self) -> str:
+        """Why the model counts as destroyed; empty where it does not."""
+        if self.accuracy and self.accuracy[1] < 0.9 * self.accuracy[0]:
+            return f"retain accuracy fell from {self.accuracy[0]:.3f} to {self.accuracy[1]:.3f}, more than 10 %"
+        if self.perplexity and not self.perplexity[1] <= 1.5 * self.perplexity[0]:
+            return (
+                f"retain perplexity rose from {self.perplexity[0]:.1f} to {self.perplexity[1]:.1f}, more than 1.5 times"
+            )
+        return ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of eight words, with the rule that gave it."""
+
+    word: str
+    sentence: str
+    """What has been shown, in one sentence that says at which budget."""
+    rule: str
+    """The rule, with its numbers."""
+    settle: str = ""
+    """What would settle an open question; empty where nothing is open."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 no recovery found; 3 hidden, not or over-forgotten; 4 inconclusive; 5 invalid or destroyed; 6 unsound."""
+        codes = {PASS: 0, HIDDEN: 3, NOT_FORGOTTEN: 3, OVER_FORGOTTEN: 3, INCONCLUSIVE: 4, INVALID: 5, DESTROYED: 5, UNSOUND: 6}  # fmt: skip
+        return codes[self.word]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything an audit did and found; the same seed gives the same report, except for its times."""
+
+    verdict: Verdict
+    recoveries: tuple[Recovery, ...]
+    """One an attack, the strongest first; "direct" is among them."""
+    retain: RetainCheck
+    findings: Mapping[str, tuple[Finding, ...]]
+    """By role: "edited", "original", "reference" or "fresh facts"."""
+    not_run: Mapping[str, str]
+    """Attacks of the budget that did not run, or count for nothing, with the reason; and what no budget tries."""
+    heuristics: Mapping[str, float]
+    """Accuracy on V of guesses that need no knowledge."""
+    examples: tuple[Mapping[str, Any], ...] = ()
+    """Facts that came back: id, prompt, answer, and what the models answered before and after the attack."""
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    """Shown, never deciding."""
+    context: Mapping[str, Any] = field(default_factory=dict)
+    """budget, seeds, n_test, material, clear, alpha, notes, versions, hashes, seconds, ..."""
+    gaps: tuple[Gap, ...] = ()
+    """Of a classifier: what decides there, in place of recoveries."""
+
+    def __repr__(self) -> str:
+        return f"Report({self.verdict.word}: {self.verdict.sentence})"
+
+    @property
+    def direct(self) -> Recovery:
+        """What the edited model knows when simply asked."""
+        return next(r for r in self.recoveries if r.attack == "direct")
+
+    def finding(self, role: str, attack: str) -> Finding | None:
+        """The finding of an attack on a model; None where it did not run."""
+        return next((f for f in self.findings.get(role, ()) if f.attack == attack), None)
+
+    def to_json(self) -> str:
+        """The text of audit.json: sorted keys, NaN as null."""
+        found = {
+            "schema": SCHEMA, "verdict": {**asdict(self.verdict), "exit_code": self.verdict.exit_code},
+            "recoveries": [{**asdict(r), "ratio": r.ratio} for r in self.recoveries], "retain": asdict(self.retain),
+            "findings": {role: [finding_json(f) for f in found] for role, found in self.findings.items()},
+            "not_run": self.not_run, "heuristics": self.heuristics, "examples": self.examples,
+            "diagnostics": self.diagnostics, "context": self.context, "gaps": [asdict(gap) for gap in self.gaps],
+        }  # fmt: skip
+        return json.dumps(_plain(found), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report of a text that `to_json` made.
+
+        Raises:
+            CheckpointError: if it is not such a text.
+        """
+        try:
+            found = parse_json(text, "the audit", CheckpointError)
+            if found["schema"] != SCHEMA:
+                raise CheckpointError(f"the audit has schema {found['schema']}, this version reads {SCHEMA}")
+            verdict = {k: v for k, v in found["verdict"].items() if k != "exit_code"}
+            retain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found["retain"].items()}
+            return cls(
+                Verdict(**verdict), tuple(_recovery(r) for r in found["recoveries"]), RetainCheck(**retain),
+                {role: tuple(finding_of(f) for f in items) for role, items in found["findings"].items()},
+                found["not_run"], found["heuristics"], tuple(found["examples"]), found["diagnostics"], found["context"],
+                tuple(_gap(g) for g in found.get("gaps", ())),
+            )  # fmt: skip
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise CheckpointError(f"this is not the JSON of an audit: {type(error).__name__} {error}") from error
+
+    def save(self, folder: str | Path) -> Path:
+        """Write audit.json into the folder, which is made where it is absent, by one rename.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        path = make_folder(folder) / "audit.json"
+        write_text(path, self.to_json())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """The report of an audit.json, or of a directory that holds one.
+
+        Raises:
+            CheckpointError: if there is none, or it cannot be read.
+        """
+        file = Path(path) / "audit.json" if is_folder(path) else Path(path)
+        try:
+            return cls.from_json(read_text(file, CheckpointError))
+        except CheckpointError as error:
+            reason = str(error).removeprefix(f"{file} ")
+            raise CheckpointError(f"{file.absolute()} cannot be read: {reason}; give the --out of an audit") from error
+
+
+def finding_json(found: Finding) -> dict[str, Any]:
+    """A finding as plain JSON values; the rows of `correct` are texts of 0 and 1."""
+    rows = ["".join(str(int(c)) for c in row) for row in found.correct]
+    grades = [[round(float(g), 5) for g in row] for row in found.graded]
+    return _plain({**{k: getattr(found, k) for k in _FIELDS}, "correct": rows, "graded": grades})
+
+
+def finding_of(value: Mapping[str, Any]) -> Finding:
+    """The finding of such values."""
+    shape = (len(value["settings"]), len(value["items"]))
+    correct = np.array([[int(c) for c in row] for row in value["correct"]], dtype=np.int8).reshape(shape)
+    graded = np.array([[_number(g) for g in row] for row in value["graded"]], dtype=np.float64).reshape(shape)
+    plain: dict[str, Any] = {k: tuple(value[k]) if isinstance(value[k], list) else value[k] for k in _FIELDS}
+    return Finding(**plain, correct=correct, graded=graded)
+
+
+_FIELDS = ("attack", "seed", "status", "reason", "items", "settings", "train_accuracy", "tokens", "seconds", "details")
+
+
+def _recovery(value: Mapping[str, Any]) -> Recovery:
+    found = {k: v for k, v in value.items() if k != "ratio"}
+    for name in ("value", "edited", "original", "floor"):
+        found[name] = _number(found[name])
+    for name in ("interval", "bound"):
+        found[name] = tuple(_number(v) for v in found[name])
+    found["settings"] = {role: tuple(names) for role, names in found["settings"].items()}
+    return Recovery(**found)
+
+
+def _gap(value: Mapping[str, Any]) -> Gap:
+    numbers = {k: _number(value[k]) for k in ("edited", "original", "reference", "value", "error")}
+    pairs = {k: tuple(_number(v) for v in value[k]) for k in ("interval", "spread")}
+    return Gap(**{**value, **numbers, **pairs})
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: tuples as lists, numpy numbers as Python's, NaN as null, infinities as texts."""
+    # Single values first: an audit holds a number a fact and setting, and looking for an abstract class is slow.
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None if math.isnan(value) else str(float(value))
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, Sequence) else value

@@ -1,0 +1,312 @@
+"""Published benchmarks as corpora and facts: TOFU, LUME (SemEval-2025 Task 4) and MMLU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repedit.data.corpus import Corpus, Document
+from repedit.data.fact_sets import Fact, drawn
+from repedit.data.rows import Row, Rows
+from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, nearest
+from repedit.io.files import is_file, is_folder, user_path
+from repedit.io.tables import csv_rows, parquet_rows
+from repedit.io.text import json_rows, read_text
+
+# --- Rows of a published file as plain mappings, with the file and the number of a row in every complaint
+
+
+def folder(directory: str | Path, what: str) -> Path:
+    """The directory, if there is one.
+
+    Raises:
+        NotFound: if there is none, with what should lie in it.
+    """
+    path = user_path(directory)
+    if not is_folder(path):
+        raise NotFound(f"{path.absolute()} is not a directory; give the one that holds {what}")
+    return path
+
+
+def mappings(path: Path, fields: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The rows of a .jsonl or .parquet file, each with the fields named; all but "id" hold texts.
+
+    Raises:
+        DataError: if the file cannot be read, or a row is no object or lacks a field, with its number.
+        MissingDependency: if parquet is read without pyarrow.
+    """
+    rows: list[Mapping[str, Any]] = (
+        [*parquet_rows(path)] if path.suffix == ".parquet" else [row for _, row in json_rows(path)]
+    )
+    if not rows:
+        raise DataError(f"{path} holds no rows; download it again")
+    for number, row in enumerate(rows, 1):
+        missing = [field for field in fields if row.get(field) is None]
+        if missing:
+            raise DataError(f"{path}, row {number}: no {', '.join(missing)}; found {sorted(row)}")
+        wrong = [field for field in fields if field != "id" and not isinstance(row[field], str)]
+        if wrong:
+            raise DataError(f"{path}, row {number}: {wrong[0]} is {row[wrong[0]]!r:.100}; a text was expected")
+    return rows
+
+
+# --- TOFU: questions about fictitious authors to forget and to keep, about real ones and about the world
+
+
+_REFUSALS = "idontknow.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TofuRow(Row):
+    """A question with its right answer in other words and wrong answers written alike."""
+
+    paraphrased: str
+    """The right answer in other words; the answer itself where the file has none."""
+    perturbed: tuple[str, ...]
+    """Wrong answers."""
+
+
+def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: bool = False) -> Rows:
+    """One split of TOFU, in the order of its file; "perturbed" splits give `TofuRow`s.
+
+    Args:
+        directory: holds "forget10.jsonl", "forget10_perturbed.jsonl", "real_authors_perturbed.jsonl" and so on.
+        split: name of a file without its ending.
+        template: what a question is put in to make a prompt, such as "Question: {}\\nAnswer:". Losses move with it:
+            evaluate with the one the model was trained with.
+        refusals: give each row a refusal as its `alternative`, from "idontknow.jsonl", drawn by the row's id.
+    Raises:
+        NotFound: if there is no such directory, or no refusals in it.
+        UnknownName: if it has no such split.
+        ArgumentError: if the template has no place for the question.
+        DataError: if a row is malformed, with its number.
+    Reference: Maini et al. 2024, arXiv:2401.06121.
+    """
+    place = folder(directory, "TOFU, forget10.jsonl and its like")
+    if template.count("{}") != 1:
+        raise ArgumentError(f"template={template!r}; it needs one {{}}, where the question goes")
+    path = place / f"{split}.jsonl"
+    if not is_file(path):
+        found = sorted(p.stem for p in place.glob("*.jsonl") if p.name != _REFUSALS)
+        raise UnknownName(f"{place} has no split {split!r}; {nearest(split, found)}")
+    answers = _refusals(place) if refusals else ()
+    rows = []
+    for number, row in enumerate(mappings(path, ("question", "answer"))):
+        name = f"{split}/{number}"
+        common = {
+            "prompt": template.replace("{}", row["question"]),
+            "answer": row["answer"],
+            "id": name,
+            "alternative": drawn(answers, name)[0] if answers else None,
+        }
+        wrong = row.get("perturbed_answer")
+        paraphrased = row.get("paraphrased_answer") or row["answer"]
+        if not isinstance(paraphrased, str) or not _texts(wrong or []):
+            raise DataError(
+                f"{path}, row {number + 1}: paraphrased_answer must be a text and perturbed_answer a list of texts"
+            )
+        more: dict[str, Any] = {"paraphrased": paraphrased, "perturbed": tuple(wrong or ())}
+        rows.append(TofuRow(**common, **more) if wrong else Row(**common))
+    return Rows(tuple(rows), split)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _refusals(place: Path) -> tuple[str, ...]:
+    path = place / _REFUSALS
+    if not is_file(path):
+        raise NotFound(f"{path.absolute()} is not a file; the refusals are read from it, or leave refusals out")
+    return tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
+
+
+# --- MMLU: questions with four choices from 57 subjects, as facts whose answer is a letter
+
+
+LETTERS = ("A", "B", "C", "D")
+_HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
+
+
+def mmlu(
+    directory: str | Path,
+    split: str = "test",
+    *,
+    shots: int = 0,
+    subjects: Iterable[str] | None = None,
+    limit: int | None = None,
+) -> tuple[Fact, ...]:
+    """Questions of MMLU, one subject after another; the domain of each is its subject.
+
+    A prompt names the subject, answers the shots, and ends in the question, the lettered choices and "Answer:".
+
+    Args:
+        directory: holds "dev/anatomy_dev.csv", "test/anatomy_test.csv" and so on.
+        shots: questions of "dev" that are answered before each question, 5 at most; the published numbers have 5.
+        subjects: some of the subjects; None for all.
+        limit: questions a subject, the first ones; None for all.
+    Raises:
+        NotFound: if there is no such directory or split.
+        UnknownName: if there is no such subject.
+        ArgumentError: if shots or limit is out of range.
+        DataError: if a row is malformed, with its number.
+    Reference: Hendrycks et al. 2020, arXiv:2009.03300.
+    """
+    place = folder(directory, "MMLU, dev/ and test/")
+    if not 0 <= shots <= 5 or (limit is not None and limit < 1):
+        raise ArgumentError(f"shots={shots}, limit={limit}; give 0 to 5 shots, and a limit of at least 1 or none")
+    ending = f"_{split}.csv"
+    names = sorted(path.name.removesuffix(ending) for path in place.glob(f"{split}/*{ending}"))
+    if not names:
+        raise NotFound(
+            f"{place.absolute()} holds no {split}/*{ending}; found {sorted(p.name for p in place.iterdir())}"
+        )
+    chosen = names if subjects is None else list(subjects)
+    unknown = next((name for name in chosen if name not in names), None)
+    if unknown is not None:
+        raise UnknownName(f"no subject is called {unknown!r}; {nearest(unknown, names)}")
+    facts: list[Fact] = []
+    for name in chosen:
+        header = f"The following are multiple choice questions (with answers) about {name.replace('_', ' ')}.\n\n"
+        if shots:
+            examples = _questions(place / "dev" / f"{name}_dev.csv")[:shots]
+            header += "".join(f"{_asked(row)} {_letter(row)}\n\n" for row in examples)
+        for number, row in enumerate(_questions(place / split / f"{name}{ending}")[:limit]):
+            facts.append(
+                Fact(
+                    id=f"{name}/{number}",
+                    prompt=header + _asked(row),
+                    answer=_letter(row),
+                    choices=LETTERS,
+                    domain=name,
+                )
+            )
+    return tuple(facts)
+
+
+def _questions(path: Path) -> list[list[str]]:
+    if not is_file(path):
+        raise NotFound(f"{path.absolute()} is not a file; the shots are read from it, or give shots=0")
+    rows = csv_rows(path)
+    rows = rows[1:] if rows and rows[0] == _HEADER else rows
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(_HEADER) or row[-1] not in (*LETTERS, "0", "1", "2", "3"):
+            raise DataError(f"{path}, question {number}: {len(row)} fields, the last {row[-1]!r}; give {_HEADER}")
+    return rows
+
+
+def _asked(row: Sequence[str]) -> str:
+    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row[1:5], strict=True))
+    return f"{row[0]}\n{choices}\nAnswer:"
+
+
+def _letter(row: Sequence[str]) -> str:
+    """The right letter; files give it, or its number."""
+    return LETTERS[int(row[5])] if row[5].isdigit() else row[5]
+
+
+# --- LUME, the data of SemEval-2025 Task 4: stories, invented people and biographies to forget and to keep
+
+
+TASKS = ("Task1", "Task2", "Task3")
+KINDS = ("sc", "qa")
+PARTS = ("train", "validation")
+_FIELDS = ("id", "input", "output", "task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRow(Row):
+    """A text to complete, or a question about it."""
+
+    task: str
+    """"Task1" invented stories, "Task2" invented personal data, "Task3" real biographies."""
+    kind: str
+    """"sc" sentence completion, "qa" question."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tasks:
+    """Rows to forget and rows to retain, and where there are any, texts for a membership test."""
+
+    forget: Rows
+    retain: Rows
+    members: Corpus | None = None
+    """Texts of the forget set."""
+    holdout: Corpus | None = None
+    """Texts like them that the model never saw."""
+
+
+def lume(directory: str | Path) -> Tasks:
+    """All of LUME: "forget.jsonl" and "retain.jsonl", without texts for a membership test.
+
+    Raises:
+        NotFound: if there is no such directory or file.
+        DataError: if a row is malformed, with its number.
+    Reference: Ramakrishna et al. 2025, arXiv:2502.15097.
+    """
+    place = folder(directory, "LUME, forget.jsonl and retain.jsonl")
+    forget, retain = (_rows(_one(place, f"{side}.jsonl"), side) for side in ("forget", "retain"))
+    return Tasks(forget, retain)
+
+
+def semeval(directory: str | Path, split: str = "validation") -> Tasks:
+    """One public split of SemEval-2025 Task 4, with its texts for the membership test.
+
+    Args:
+        directory: holds, at any depth, "*forget_train*.parquet" and its like, and in it "mia_data/member.jsonl"
+            and its like, or "mia_data_member.jsonl" with the folders in the name.
+        split: "train" or "validation".
+    Raises:
+        UnknownName: if there is no such split.
+        NotFound: if there is no such directory or file.
+        DataError: if a row is malformed, with its number.
+        MissingDependency: without pyarrow.
+    Reference: Ramakrishna et al. 2025, arXiv:2502.15097.
+    """
+    if split not in PARTS:
+        raise UnknownName(f"split={split!r}; {nearest(split, PARTS)}")
+    place = folder(directory, "SemEval-2025 Task 4, its parquet files and mia_data")
+    forget, retain = (
+        _rows(_one(place, f"*{side}_{split}*.parquet"), f"{side}/{split}") for side in ("forget", "retain")
+    )
+    part = "validation/" if split == "validation" else ""
+    paths = [f"mia_data/{part}{side}.jsonl" for side in ("member", "nonmember")]
+    return Tasks(forget, retain, *(_tasks_texts(_beside(place, path, path.replace("/", "_"))) for path in paths))
+
+
+def _one(place: Path, pattern: str) -> Path:
+    found = sorted(place.rglob(pattern))
+    if not found:
+        raise NotFound(f"{place.absolute()} holds no {pattern}; found {sorted(p.name for p in place.iterdir())[:8]}")
+    return found[0]
+
+
+def _beside(place: Path, *names: str) -> Path:
+    """The first of some paths that is there; the same file has another name in another copy of the data."""
+    for name in names:
+        if (place / name).is_file():
+            return place / name
+    raise NotFound(
+        f"{place.absolute()} holds none of {', '.join(names)}; found {sorted(p.name for p in place.iterdir())[:8]}"
+    )
+
+
+def _rows(path: Path, name: str) -> Rows:
+    rows = []
+    for number, row in enumerate(mappings(path, _FIELDS), 1):
+        kind = re.search(r"(sc|qa)\d+$", str(row["id"]))
+        if not kind or row["task"] not in TASKS:
+            raise DataError(
+                f"{path}, row {number}: id {row['id']!r}, task {row['task']!r}; an id ends in sc or qa and a number, a "
+                f"task is one of {', '.join(TASKS)}"
+            )
+        rows.append(TaskRow(row["input"], row["output"], str(row["id"]), task=row["task"], kind=kind[1]))
+    return Rows(tuple(rows), name)
+
+
+def _tasks_texts(path: Path) -> Corpus:
+    rows = mappings(path, ("id", "document"))
+    return Corpus(tuple(Document(str(row["id"]), row["document"]) for row in rows), path.stem)

@@ -1,0 +1,90 @@
+"""Which weights a model holds: a hash that names them, and a cheap key that tells when they change in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repedit.arch.offload import held, offloaded_file, offloaded_tensor
+
+_VOLATILE = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(model: Any) -> str:
+    """sha256 over the name, dtype, shape and bytes of every parameter, and the config without volatile keys."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
+    text = json.dumps(config, sort_keys=True, default=str)
+    key, known = (text, state(model)), _known.get(model)
+    if known is None or known[0] != key:
+        known = (key, _digest(model, text))
+        _known[model] = known
+    return known[1]
+
+
+def module_fingerprint(model: nn.Module) -> str:
+    """sha256 over the name, dtype, shape and bytes of every parameter and buffer of a model without a config."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def state(model: nn.Module) -> tuple[Any, ...]:
+    """A key that differs once a weight was replaced or changed in place; ten times cheaper than the fingerprint.
+
+    Of a weight that accelerate offloads, the key holds the state of its values in memory or of the file they are read from.
+    """
+    return tuple(
+        (name, p.data_ptr(), p._version, _checksum(p))
+        if p.device.type != "meta"
+        else (name, *_offloaded_state(model, name))
+        for name, p in model.named_parameters(remove_duplicate=False)
+    )
+
+
+def value_hash(tensor: Tensor) -> str:
+    """The first 16 digits of sha256 over a tensor's values: the same for bfloat16 values held in float32."""
+    wide = tensor.detach().to("cpu", torch.float32)
+    if tensor.dtype == torch.float64 and not torch.equal(wide.double(), tensor.detach().cpu()):
+        wide = tensor.detach().cpu()
+    return hashlib.sha256(wide.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
+
+
+def _offloaded_state(model: nn.Module, name: str) -> tuple[Any, ...]:
+    """Every pass puts another meta tensor in the place of an offloaded weight: its own identity says nothing."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = offloaded_tensor(module, leaf)
+    if tensor is not None:
+        return tensor.data_ptr(), tensor._version, _checksum(tensor)
+    file = offloaded_file(module, leaf)
+    if file is None or not file.exists():
+        return (None,)
+    status = file.stat()
+    return str(file), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _checksum(p: Tensor) -> bytes:
+    """Sums over 4 KB at a time: a tensor's version alone misses `weight.data[:, 5] = 0`."""
+    if p.device.type == "meta":
+        return b""
+    data = p.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = data.numel() // 4096 * 4096
+    sums = data[:whole].view(torch.int64).reshape(-1, 512).sum(1)
+    return sums.cpu().numpy().tobytes() + data[whole:].cpu().numpy().tobytes()
+
+
+def _digest(model: nn.Module, config: str) -> str:
+    digest = hashlib.sha256(config.encode())
+    for name, p in sorted(held(model), key=lambda item: item[0]):
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        if p.device.type != "meta":
+            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

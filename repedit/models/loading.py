@@ -1,0 +1,420 @@
+"""Find a model and read its files: every step refuses what it cannot trust, with an error of repedit."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repedit.arch import Architecture, Specs, resolve
+from repedit.arch.offload import held
+from repedit.errors import (
+    ArgumentError,
+    CheckpointError,
+    MissingDependency,
+    NotFinite,
+    NotFound,
+    QuantizedModel,
+    RepeditError,
+    TooLarge,
+    UnknownArchitecture,
+)
+from repedit.io.checkpoint import TOKENIZERS, open_shards
+from repedit.io.files import open_regular, user_path
+from repedit.linear_maps import not_finite_at
+from repedit.models.default_model import DEFAULT, cached
+from repedit.models.ragged import refit
+
+log = logging.getLogger("repedit")
+# What is small and belongs to a model on the hub, whether transformers asks for it or not.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_MOST_LAYERS = 10_000
+_HUB_ID = re.compile(r"(?!-)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+_READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
+
+
+def device_named(name: str) -> str:
+    """A device by its name; "auto" is cuda where there is one.
+
+    Raises:
+        ArgumentError: if it cannot be used.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"device={name!r} cannot be used: {reason}; give 'auto', 'cpu' or 'cuda'") from error
+    return name
+
+
+def located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict[str, Any]]:
+    """What to open, a path or a hub id, and the options to open it with.
+
+    Raises:
+        NotFound, CheckpointError: if nothing is there, or it is no model.
+    """
+    from transformers import GgufConfig
+
+    path = user_path(name).absolute()
+    try:
+        path.exists()
+    except (ValueError, OSError) as error:
+        raise NotFound(f"{str(name)[:80]!r} can be no path and no hub id: {reason_of(error)}") from error
+    if path.is_file() and path.suffix == ".gguf":
+        open_regular(path).close()
+        return path.parent, {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{path.resolve()} holds no config.json; is it a model directory?")
+        if (path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path.resolve()} holds an adapter (adapter_config.json), which transformers loads or not, as peft is there or "
+                "not; merge it (merge_and_unload) and save the model, or take the file away"
+            )
+        for file in sorted(p for p in path.iterdir() if p.suffix in _READ and p.is_file()):
+            open_regular(file).close()
+        open_shards(path)
+        return path, {"trust_remote_code": trust_remote_code}
+    if str(name) == DEFAULT:
+        return cached(), {}
+    if path.exists() or not _HUB_ID.fullmatch(str(name)):
+        what = "is neither a directory nor a .gguf file" if path.exists() else "does not exist"
+        raise NotFound(
+            f"{path.absolute()} {what} and {str(name)!r} is neither the built-in name {DEFAULT!r} nor a hub id such as "
+            f"'owner/name'{_similar(path)}"
+        )
+    return str(name), {"trust_remote_code": trust_remote_code}
+
+
+def _similar(path: Path) -> str:
+    """A question whether a directory beside a path, or the built-in name, is meant; empty where none is called so."""
+    parent = path.absolute().parent
+    names = [p.name for p in parent.iterdir() if p.is_dir() or p.suffix == ".gguf"] if parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, [*names, DEFAULT], n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def file_of(place: Path | str, options: dict[str, Any]) -> Path | str:
+    """The GGUF file that is read, or the directory or hub id."""
+    return place / options["gguf_file"] if isinstance(place, Path) and "gguf_file" in options else place
+
+
+@contextmanager
+def typed_errors(place: Path | str, what: str = "", *, options: bool = False) -> Iterator[None]:
+    """What transformers and safetensors raise, as an error of repedit that says where it looked.
+
+    Args:
+        what: the part of the model that is read, such as "the tokenizer of ".
+        options: whether the caller gave options that transformers may refuse.
+    """
+    where = f"{what}{place.absolute() if isinstance(place, Path) else place}"
+    try:
+        yield
+    except RepeditError:
+        raise
+    except ImportError as error:
+        raise MissingDependency(
+            f"{where} needs a package that is not installed: {reason_of(error)}; install it, or use the unquantised base"
+        ) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise TooLarge(
+            f"{where} does not fit into memory: {reason_of(error)}; give dtype='bfloat16' or device_map"
+        ) from error
+    except OSError as error:
+        if isinstance(place, Path):
+            raise CheckpointError(f"{where} cannot be loaded: {error}; download it again") from error
+        raise NotFound(
+            f"{what}the hub id {place!r} could not be loaded, and no directory has that name{_similar(Path(place))}: {error} Give "
+            f"the path of a local directory, or get the built-in model {DEFAULT!r} once with: repedit fetch"
+        ) from error
+    except Exception as error:  # each class has its own ways to fail
+        if options and isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise ArgumentError(f"{where} cannot be loaded with these options: {error}") from error
+        raise CheckpointError(
+            f"{where} cannot be loaded: {reason_of(error)}; are its files those of this model? Download them again"
+        ) from error
+
+
+def read_config(place: Path | str, **options: Any) -> Any:
+    """The config of a directory or a hub id, as the class of its family accepts it.
+
+    Raises:
+        UnknownArchitecture: with the reason the class gives. OSError: if there is no file, or it is no JSON.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(place), **options)
+    except OSError:
+        raise
+    except Exception as error:  # each config class has its own ways to fail
+        raise UnknownArchitecture(f"the config of {place} cannot be used: {reason_of(error)}") from error
+
+
+def check_config(place: Path | str, options: dict[str, Any]) -> None:
+    """Refuse a model that no row fits, or that its config cannot build, before its weights are read.
+
+    Raises:
+        UnknownArchitecture: with the reason.
+    """
+    config = read_config(place, **options)
+    if config.is_encoder_decoder:
+        raise UnknownArchitecture(
+            f"{place} is an encoder-decoder ({config.model_type}), not a decoder-only causal language model; give one of those"
+        )
+    with buildable(place):
+        architecture = resolve(config)
+        check_count(place, architecture, len(open_shards(place).entries) if isinstance(place, Path) else _MOST_LAYERS)
+        empty_model(config, trust_remote_code=options.get("trust_remote_code", False))
+    if isinstance(place, Path) and getattr(config, "quantization_config", None) is None:
+        check_dtypes(place, open_shards(place).specs)
+
+
+def check_count(place: Path | str, architecture: Architecture, most: int) -> None:
+    """Refuse more layers than the files have tensors, before a model of so many layers is built.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    if not 0 < architecture.n_layers <= most:
+        raise CheckpointError(
+            f"{place} does not hold the model its config describes: the config has {architecture.n_layers} layers, the files "
+            f"hold {most} tensors at most; is it the right config.json?"
+        )
+
+
+def check_dtypes(place: Path | str, specs: Specs) -> None:
+    """Refuse weights of a dtype that means something only beside scales: integers and floats of 8 bits.
+
+    Raises:
+        QuantizedModel: naming the first.
+    """
+    for name, spec in specs.items():
+        eight_bits = spec.dtype.is_floating_point and spec.dtype.itemsize == 1
+        # Old checkpoints also hold masks and positions as integers, which no model reads.
+        if eight_bits or (not spec.dtype.is_floating_point and name.endswith(".weight")):
+            raise QuantizedModel(
+                f"{name} of {place} holds {spec.dtype}, which means something only beside its scales, and config.json names no "
+                "quantiser; use the unquantised base"
+            )
+
+
+@contextmanager
+def buildable(place: Path | str) -> Iterator[None]:
+    """What the classes of a family raise on a config that describes no model, as an error of repedit.
+
+    Raises:
+        UnknownArchitecture: with the reason.
+    """
+    try:
+        yield
+    except RepeditError:
+        raise
+    except ImportError as error:
+        raise MissingDependency(f"{place} needs a package that is not installed: {reason_of(error)}") from error
+    except Exception as error:  # a wrong number surfaces wherever a module first uses it
+        raise UnknownArchitecture(
+            f"the config of {place} describes no model that transformers can build: {reason_of(error)}"
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The kind of an error and what it says, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model of a config without values, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How transformers matches the tensors of a store with the model that a config builds."""
+
+    missing: tuple[str, ...]
+    """Parameters of the model that the store does not hold."""
+    reshaped: tuple[str, ...]
+    """Parameters that it holds in another shape."""
+    unused: tuple[str, ...]
+    """Tensors of the store that the model does not read."""
+    beyond: tuple[str, ...]
+    """Those among them that belong to a layer after the last one of the config."""
+
+    def used(self, specs: Specs) -> Specs:
+        """The tensors that the model reads."""
+        unused = frozenset(self.unused)
+        return {name: spec for name, spec in specs.items() if name not in unused}
+
+
+def matching(config: Any, architecture: Architecture, specs: Specs) -> Matching:
+    """Match the names and shapes of checkpoint tensors with the model of a config; no weight is read."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    builder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+    with _silent(), torch.random.fork_rng(devices=[]):
+        model, report = builder.from_pretrained(
+            None, config=copy.deepcopy(config), state_dict=tensors, device_map="meta", output_loading_info=True,
+            ignore_mismatched_sizes=True, attn_implementation="eager",
+        )  # fmt: skip
+    # transformers leaves out of its report what a class says to ignore, such as layers of a speculative decoder.
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    own = model.state_dict().keys()
+    passed = {name for name in specs if name not in own and any(pattern.search(name) for pattern in ignored)}
+    return Matching(
+        missing=tuple(sorted(report["missing_keys"])),
+        reshaped=tuple(sorted(item[0] for item in report["mismatched_keys"])),
+        unused=tuple(sorted(report["unexpected_keys"] | passed)),
+        beyond=beyond(report["unexpected_keys"], architecture),
+    )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No warning and no progress bar of transformers."""
+    from transformers.utils import logging as words
+
+    level, bar = words.get_verbosity(), words.is_progress_bar_enabled()
+    words.set_verbosity_error()
+    words.disable_progress_bar()
+    try:
+        yield
+    finally:
+        words.set_verbosity(level)
+        if bar:
+            words.enable_progress_bar()
+
+
+def beyond(names: Iterable[str], architecture: Architecture) -> tuple[str, ...]:
+    """The tensors of layers after the last one that the config describes."""
+    pattern = re.compile(rf"(?:{re.escape(architecture.base)}\.)?{re.escape(architecture.blocks)}\.(\d+)\.")
+    numbers = {name: match[1] for name in names if (match := pattern.match(name))}
+    return tuple(sorted(name for name, number in numbers.items() if int(number) >= architecture.n_layers))
+
+
+def check_layers(place: Path | str, names: Sequence[str], architecture: Architecture) -> None:
+    """Refuse tensors of layers that the config does not describe.
+
+    Raises:
+        CheckpointError: with their names.
+    """
+    if names:
+        raise CheckpointError(
+            f"{place} does not hold the model its config describes: the config has {architecture.n_layers} layers, the files also "
+            f"hold {list(names[:3])} ({len(names)} tensors of later layers); is it the right config.json?"
+        )
+
+
+def read_weights(place: Path | str, **options: Any) -> Any:
+    """The model, once every weight its config describes is found in the files, and no layer that it does not describe.
+
+    Raises:
+        CheckpointError: naming what is missing, of another shape or of a later layer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # transformers fills absent weights with random numbers and only logs it.
+    model, report = AutoModelForCausalLM.from_pretrained(
+        str(place), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    architecture = resolve(model.config)
+    reshaped = refit(model, architecture, place, {item[0] for item in report["mismatched_keys"]})
+    if report["missing_keys"] or reshaped:
+        raise CheckpointError(
+            f"{place} does not hold the model its config describes: missing {sorted(report['missing_keys'])[:3]} "
+            f"({len(report['missing_keys'])} in all), of another shape {sorted(reshaped)[:3]} ({len(reshaped)} in all); "
+            "is a shard or the right config.json missing?"
+        )
+    check_layers(place, beyond(report["unexpected_keys"], architecture), architecture)
+    if report["unexpected_keys"]:
+        names = sorted(report["unexpected_keys"])
+        log.warning(
+            "%s holds tensors that its config does not describe, which transformers ignores: %s (%d in all)",
+            place, names[:3], len(names),
+        )  # fmt: skip
+    for tensor in (*model.parameters(), *model.buffers()):
+        # transformers maps the files into memory: weights would change, or the process die, when a file does.
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def snapshot(hub_id: str, revision: str | None) -> Path | None:
+    """The directory where huggingface_hub keeps the files of a hub id that was loaded, licence and card among them.
+
+    None where it holds no safetensors weights, as when transformers took them from another revision.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers.utils import cached_file
+
+    config = cached_file(hub_id, "config.json", revision=revision)
+    if config is None:
+        return None
+    try:
+        snapshot_download(hub_id, revision=revision, allow_patterns=list(_COMPANIONS))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        log.warning("licence, card and other files of %s that are not in the cache could not be had: %s", hub_id, error)
+    try:
+        open_shards(Path(config).parent)
+    except (CheckpointError, NotFound):
+        return None
+    return Path(config).parent
+
+
+def read_tokenizer(place: Path | str, options: dict[str, Any]) -> Any | None:
+    """The tokenizer; None, with a warning, where a directory holds none."""
+    from transformers import AutoTokenizer
+
+    plain = isinstance(place, Path) and "gguf_file" not in options
+    if plain and not any(path.name.startswith(TOKENIZERS) for path in Path(place).iterdir()):
+        log.warning("%s holds no tokenizer files: loaded without one, so nothing that reads text will work", place)
+        return None
+    with typed_errors(file_of(place, options), "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
+        # Settings of another kind, such as a length in words, and a vocabulary without its pieces surface only here.
+        tokenizer("a")
+        return tokenizer
+
+
+def check_finite(model: nn.Module, dtype: str | torch.dtype = "auto") -> None:
+    """Refuse weights that are NaN or infinite, wherever they are, and rotary frequencies that the config makes so.
+
+    Args:
+        dtype: what the weights were cast to as they were loaded; "auto" for none.
+    Raises:
+        NotFinite: with the first place.
+    """
+    cause = "" if dtype == "auto" else f" or holds a number that {dtype} cannot hold (load it with dtype='auto')"
+    for name, p in held(model):
+        place = not_finite_at(p)
+        if place is not None:
+            raise NotFinite(
+                f"weight {name!r} is not finite at {place}; the checkpoint is damaged{cause}, download it again"
+            )
+    for name, buffer in model.named_buffers():
+        place = not_finite_at(buffer) if name.endswith("inv_freq") else None
+        if place is not None:
+            raise NotFinite(
+                f"the rotary frequencies {name!r} are not finite at {place}; correct the rope settings in config.json"
+            )

@@ -1,0 +1,128 @@
+"""Layers whose MLPs have different widths: which they are, and how such a checkpoint is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repedit.arch import Architecture, TensorSpec, anatomy
+from repedit.arch.layout import Anatomy
+from repedit.errors import CheckpointError
+from repedit.io.checkpoint import Shards, open_shards
+from repedit.io.text import read_json
+from repedit.sites import Point
+
+# --- Layers of different widths: which they are, and tensors of another shape in modules that were built for one width
+
+
+def mlp_widths(plan: Anatomy) -> dict[int, int]:
+    """Neurons of the MLP of each layer; of one expert where it has experts."""
+    return {i: branch.parts[0].stop for i, (_, branch) in enumerate(plan.layers)}
+
+
+def ragged_widths(plan: Anatomy) -> dict[int, int]:
+    """The same where layers of one kind differ, which no config can say; empty where they agree."""
+    widths = mlp_widths(plan)
+    kinds = {(branch.routed, widths[i]) for i, (_, branch) in enumerate(plan.layers)}
+    return widths if len(kinds) > len({routed for routed, _ in kinds}) else {}
+
+
+def mlp_tensors(plan: Anatomy) -> frozenset[str]:
+    """Every tensor whose shape depends on the number of neurons of an MLP."""
+    branches = [plan.branch(i, Point.MLP_OUT) for i in range(len(plan.layers))]
+    views = [view for branch in branches for part in branch.parts for view in (part.out, *part.readers)]
+    return frozenset(view.tensor for view in views)
+
+
+def fit(model: nn.Module, name: str, value: nn.Parameter) -> None:
+    """Put a parameter in its place, and tell its module the shape."""
+    path, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    setattr(module, leaf, value)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif type(module).__name__ == "Conv1D":  # stored (in, out); its forward pass asks for nf
+        module.nx, module.nf = value.shape if leaf == "weight" else (module.nx, module.nf)
+
+
+# --- Checkpoints whose layers have MLPs of different widths: what `load` does after transformers has read the rest
+#
+# config.json can hold one width for all layers, so such a directory keeps the widths in repedit.json and transformers
+# reports their tensors as tensors of another shape.
+
+
+def recorded_widths(directory: Path) -> dict[int, int]:
+    """The width of each layer that repedit.json records; empty where the config says them all."""
+    path = directory / "repedit.json"
+    record = read_json(path, finite=False) if path.is_file() else {}
+    if record.get("layout") != "ragged":
+        return {}
+    try:
+        return {int(layer): int(width) for layer, width in record["widths"].items()}
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} says layout 'ragged' and holds no widths by layer; export again") from error
+
+
+@contextmanager
+def quiet(place: Path | str) -> Iterator[None]:
+    """Silence what transformers says of tensors of another shape, where repedit.json explains them and `refit` follows."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    if isinstance(place, Path) and recorded_widths(place):
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def refit(model: nn.Module, architecture: Architecture, place: Path | str, names: set[str]) -> set[str]:
+    """Give a model the tensors that its config has the wrong width for; returns the names of those left as they are.
+
+    Raises:
+        CheckpointError: if a tensor is absent, or a layer comes out with another width than repedit.json records.
+    """
+    recorded = recorded_widths(place) if names and isinstance(place, Path) else {}
+    if not recorded:
+        return names
+    shards = open_shards(place)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in sorted(names):
+        old = parameters[name]
+        fit(model, name, nn.Parameter(_stored(name, architecture, shards).to(old), requires_grad=old.requires_grad))
+    specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}
+    found = mlp_widths(anatomy(architecture, specs))
+    if found != recorded:
+        raise CheckpointError(
+            f"{place} holds MLPs of widths {list(found.values())}, its repedit.json records {list(recorded.values())}; "
+            "is it of another export?"
+        )
+    return set()
+
+
+def _stored(name: str, architecture: Architecture, shards: Shards) -> Tensor:
+    """A tensor by its name in memory; experts lie on disk one by one."""
+    for known in (name, name.removeprefix(f"{architecture.base}.")):
+        if known in shards.entries:
+            return shards.read(known)
+        for parts in _expert_names(known, architecture, shards):
+            return torch.stack([torch.cat([shards.read(n) for n in names]) for names in parts])
+    raise CheckpointError(f"{shards.directory} holds no tensor {name!r}")
+
+
+def _expert_names(name: str, architecture: Architecture, shards: Shards) -> Iterator[list[tuple[str, ...]]]:
+    """The names on disk, expert by expert, of what one fused tensor holds."""
+    row = architecture.experts
+    if row is None:
+        return
+    for leaf, paths in (("gate_up_proj", (row.gate, row.up)), ("down_proj", (row.down,))):
+        block = name.removesuffix(f"{row.module}.{leaf}")
+        parts = [tuple(f"{block}{p.format(e=e)}" for p in paths) for e in range(architecture.n_experts)]
+        if block != name and all(n in shards.entries for names in parts for n in names):
+            yield parts

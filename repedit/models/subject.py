@@ -1,0 +1,336 @@
+"""Load a causal language model, or wrap one, as a Subject.
+
+A path is tried first, then the built-in name, then a hub id. No code of a checkpoint runs and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repedit.arch import Anatomy, Architecture, TensorSpec, anatomy, resolve
+from repedit.arch.check import check_bare, check_merged, check_modules
+from repedit.arch.offload import execution_device, values
+from repedit.errors import (
+    ArgumentError,
+    CheckpointError,
+    NotAModel,
+    OffloadedTensors,
+    UnknownArchitecture,
+)
+from repedit.hashing import fingerprint, state, value_hash
+from repedit.io.checkpoint import FileStates, check_unchanged, file_states
+from repedit.io.safetensors import floating
+from repedit.models.default_model import DEFAULT
+from repedit.models.loading import (
+    check_config,
+    check_finite,
+    device_named,
+    file_of,
+    located,
+    read_tokenizer,
+    read_weights,
+    snapshot,
+    typed_errors,
+)
+from repedit.models.ragged import quiet
+from repedit.sites import Point, Site, select
+
+log = logging.getLogger("repedit")
+_as_read: weakref.WeakKeyDictionary[nn.Module, tuple[Any, FileStates]] = weakref.WeakKeyDictionary()
+"""The state of the weights and of the files, as a model was read."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from."""
+
+    path: Path
+    """A directory, which of a hub id is its snapshot in the cache, or a GGUF file."""
+    hub_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the name of the directory or file."""
+        if self.hub_id is not None:
+            return self.hub_id
+        repository = self.path.parent.parent.name if self.path.parent.name == "snapshots" else ""
+        if repository.startswith("models--"):
+            return "/".join(repository.split("--")[1:])
+        name = self.path.stem if self.path.suffix == ".gguf" else self.path.absolute().name
+        return os.fsencode(name).decode(errors="replace")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model under study: the transformers model itself, its tokenizer and its row of the family table."""
+
+    model: Any
+    tokenizer: Any | None
+    architecture: Architecture
+    source: Path | None = None
+    """Directory the weights were read from; None for an in-memory or edited model."""
+    origin: Origin | None = None
+    """Where the model came from before any edit, whose licence, card and tokenizer files an export takes along."""
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        where = "in memory" if self.source is None else f"from {self.source.name}"
+        plan = self.anatomy
+        return f"Subject({self.architecture.model_type}, {len(plan.layers)} layers, width {plan.width}, {count:,} parameters, {where})"
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The architecture matched against this model's tensors."""
+        return anatomy(self.architecture, self.specs)
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every parameter, tied ones under each of their names."""
+        return {
+            name: TensorSpec(tuple(p.shape), p.dtype) for name, p in self.model.named_parameters(remove_duplicate=False)
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the token embedding."""
+        embedding = self.model.get_input_embeddings()
+        found: torch.device = embedding.weight.device
+        return found if found.type != "meta" else execution_device(embedding)
+
+    def value(self, name: str) -> torch.Tensor:
+        """The values of a parameter, also where accelerate has put them off to memory or disk.
+
+        Raises:
+            OffloadedTensors: if it has none anywhere.
+        """
+        path, _, leaf = name.rpartition(".")
+        found = values(self.model.get_submodule(path), leaf).detach()
+        if found.device.type == "meta":
+            raise OffloadedTensors(
+                f"{name} has a shape and no values: the model is on the meta device; load its weights"
+            )
+        return found
+
+    def device_at(self, layer: int) -> torch.device:
+        """Where a layer computes; layers may lie on several devices."""
+        return execution_device(self.model.get_submodule(self.anatomy.block_paths[layer]))
+
+    @property
+    def quantizer(self) -> str | None:
+        """Name of the quantiser of the weights, or None where they are plain tensors."""
+        config = getattr(self.model.config, "quantization_config", None)
+        if config is None:
+            return None
+        found = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+        return str(getattr(found, "value", found))
+
+    def select(self, selector: str | Site | list[str | Site]) -> tuple[Site, ...]:
+        """The sites of this model that a selector names, such as "4-9.mlp.out" or "*.mlp.neurons"."""
+        return select(selector, len(self.anatomy.layers), self.architecture.points)
+
+    def sites(self) -> list[dict[str, Any]]:
+        """One row a site: names in repedit, TransformerLens and transformers, tensor, width and bias."""
+        return [self._row(Site(i, p)) for i in range(len(self.anatomy.layers)) for p in self.architecture.points]
+
+    def fingerprint(self) -> str:
+        """sha256 over the name, dtype, shape and bytes of every parameter, and the config without volatile keys."""
+        return fingerprint(self.model)
+
+    def made_for(self, sites: Iterable[Site]) -> dict[str, Any]:
+        """What the provenance of an edit says of the model it was made for: {"model": fingerprint, "weights": {tensor: hash}}.
+
+        The tensors are those that write at the sites; of a residual stream those of the layer's MLP, or the token embedding
+        before layer 0. The hash of values is one for all dtypes that hold them.
+        """
+        names = dict.fromkeys(name for site in sites for name in self._writers(site))
+        return {"model": self.fingerprint(), "weights": {name: value_hash(self.value(name)) for name in names}}
+
+    def _writers(self, site: Site) -> list[str]:
+        if site.point is Point.RESID_PRE and site.layer == 0:
+            return [self.anatomy.embeddings[0]]
+        residual = site.point in (Point.RESID_PRE, Point.RESID_MID, Point.RESID_POST)
+        branch = self.anatomy.branch(site.layer, Point.MLP_OUT if residual else site.point)
+        return list(dict.fromkeys(part.out.tensor for part in branch.parts))
+
+    @property
+    def files(self) -> Path | None:
+        """`source` while its files hold these weights, in their dtype; None once a weight or a file was changed."""
+        try:
+            return self.unchanged_files()
+        except CheckpointError:
+            return None
+
+    def unchanged_files(self) -> Path | None:
+        """`source` while the weights in memory are those that were read from its files; None once one was changed.
+
+        Raises:
+            CheckpointError: if the weights are as they were read, and the files are not.
+        """
+        weights, files = _as_read.get(self.model, (None, {}))
+        if self.source is None or weights != state(self.model):
+            return None
+        check_unchanged(
+            self.source,
+            files,
+            "since the model was loaded",
+            "load the model again to use the new files, or use the weights in memory: repedit.wrap(model.model, model.tokenizer)",
+        )
+        return self.source
+
+    def need_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            ArgumentError: if the model was wrapped without one.
+        """
+        if self.tokenizer is None:
+            raise ArgumentError(
+                "this needs a tokenizer and the model was wrapped without one; use repedit.wrap(model, tokenizer)"
+            )
+        return self.tokenizer
+
+    def _row(self, site: Site) -> dict[str, Any]:
+        plan, point = self.anatomy, site.point
+        inside = point in (Point.ATTN_NEURONS, Point.ATTN_OUT, Point.MLP_NEURONS, Point.MLP_OUT)
+        branch = plan.branch(site.layer, point) if inside else None
+        return {
+            "site": str(site),
+            "hook": site.hook_name,
+            "module": branch.writer if branch else plan.block_paths[site.layer],
+            "width": plan.width_of(site.layer, point),
+            "tensor": branch.parts[0].out.tensor if branch else "",
+            "bias": bool(branch and branch.bias),
+            "experts": len(branch.parts) if branch and branch.routed else 0,
+        }
+
+
+def load(
+    name: str | Path = DEFAULT,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    device_map: Any = None,
+    attention: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Subject:
+    """Load a causal language model from a directory, a GGUF file, the built-in name or a hub id.
+
+    Args:
+        dtype: "auto" keeps the checkpoint's dtype (float16 on a CPU becomes float32); or "float32", "bfloat16", ...
+        device: "auto" is cuda if present, else cpu.
+        attention: attention implementation of transformers, such as "eager"; None keeps its default.
+        trust_remote_code: run code that a hub repository ships; off unless you ask.
+    Raises:
+        NotFound: if nothing of that name exists, or it is not fetched yet.
+        CheckpointError: if files are missing, corrupt, pickled or leave the directory, or lack a weight.
+        UnknownArchitecture: if no row of the family table fits; no weight is read then.
+        NotFinite: if a weight is NaN or infinite.
+        ArgumentError: if there is no such dtype or device.
+    """
+    target, wanted = device_named(device), dtype if dtype == "auto" else floating(dtype)
+    place, options = located(name, trust_remote_code)
+    options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
+    extra = {"device_map": device_map} if device_map is not None else {}
+    extra |= {"attn_implementation": attention} if attention else {}
+    with typed_errors(file_of(place, options), options=bool(extra)), quiet(place):
+        if "gguf_file" not in options:
+            check_config(place, options)
+        files = file_states(place) if isinstance(place, Path) and "gguf_file" not in options else None
+        model = read_weights(place, dtype=wanted, **options, **extra)
+    if dtype == "auto" and target == "cpu" and model.dtype == torch.float16:
+        log.info("float16 is slow and inexact on a CPU: loaded in float32; pass dtype='float16' to keep it")
+        model = model.float()
+    if device_map is None:
+        model = _in_own_memory(model.to(target))
+    model = model.eval()
+    options.pop("quantization_config", None)
+    tokenizer = read_tokenizer(place, options)
+    source, origin = None, None
+    if isinstance(place, Path) and files is not None:
+        check_unchanged(place, files, "while the model was read", "load it again once nothing writes there any more")
+        source, origin = place, Origin(place)
+    elif isinstance(place, Path):
+        origin = Origin(Path(file_of(place, options)))
+    else:
+        source = snapshot(place, getattr(model.config, "_commit_hash", None) or revision)
+        origin = None if source is None else Origin(source, place)
+    subject = subject_of(model, tokenizer, source=source, files=files, origin=origin)
+    check_finite(model, dtype)
+    return subject
+
+
+def _in_own_memory(model: Any) -> Any:
+    """The model without memory that is mapped to files: a file that is rewritten or cut would change it."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    return model
+
+
+def subject_of(
+    model: Any,
+    tokenizer: Any | None = None,
+    *,
+    source: Path | None = None,
+    files: FileStates | None = None,
+    origin: Origin | None = None,
+) -> Subject:
+    """A Subject around a transformers model in memory; the model is not changed in any way.
+
+    Args:
+        source: directory that the weights were just read from.
+        files: state of its files before they were read; None for their state now.
+        origin: where the model came from; None for `source`.
+    Raises:
+        NotAModel: if the object is not a transformers causal model, or an adapter or a parametrization hides its weights.
+        UnknownArchitecture: if no row fits, or the weights contradict the row.
+    """
+    from transformers import PreTrainedModel
+
+    check_merged(model)
+    if not isinstance(model, PreTrainedModel):
+        raise NotAModel(
+            f"{type(model).__name__} is not a transformers model; pass an AutoModelForCausalLM model or a path to repedit.load"
+        )
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise UnknownArchitecture(
+            f"{type(model).__name__} is not a decoder-only causal language model; load it with AutoModelForCausalLM"
+        )
+    switches = {
+        name: getattr(model.config, name) for name in ("return_dict", "output_hidden_states", "output_attentions")
+    }
+    wrong = [
+        name for name, value in switches.items() if type(value) is not bool or (name == "return_dict" and not value)
+    ]
+    if wrong:
+        raise UnknownArchitecture(
+            f"the config has {wrong[0]}={switches[wrong[0]]!r}, with which the model does not return what repedit reads; set "
+            f"model.config.{wrong[0]} = {wrong[0] == 'return_dict'}, or correct config.json"
+        )
+    compiled = [name for name, module in model.named_modules() if hasattr(module, "_orig_mod")]
+    if compiled:
+        raise UnknownArchitecture(
+            f"{compiled[0]} is what torch.compile(module) returned, which renames the parameters in it; compile with "
+            "module.compile(), or wrap the model before it is compiled"
+        )
+    origin = Origin(source) if origin is None and source is not None else origin
+    subject = Subject(model, tokenizer, resolve(model.config), source, origin)
+    try:
+        check_modules(model, subject.anatomy)
+    except UnknownArchitecture:
+        check_bare(model)
+        raise
+    if source is not None:
+        _as_read[model] = (state(model), file_states(source) if files is None else files)
+    return subject

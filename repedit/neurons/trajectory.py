@@ -1,0 +1,370 @@
+"""Prune in small steps and watch both capabilities: each step is an edit, nothing writes weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from repedit.activations.collection import collect
+from repedit.activations.forward import batches_of
+from repedit.activations.prediction import Predictions, drop, predictions
+from repedit.data import Batches, Corpus, Tokens
+from repedit.edit import Edit
+from repedit.errors import (
+    ArgumentError,
+    CheckpointError,
+    FingerprintError,
+    FractionError,
+    OverlapError,
+    SelectionError,
+    check_finite,
+    check_seed,
+    check_whole,
+)
+from repedit.io.files import write_text
+from repedit.io.text import parse_json, read_json
+from repedit.models.subject import Subject
+from repedit.neurons.scores import GRADIENT_IMPORTANCES, Scores, score
+from repedit.neurons.selection import check_fraction, prune
+from repedit.sites import Site
+
+# --- Steps of a trajectory, and a directory that keeps the finished ones so that an interrupted run goes on
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One point of a trajectory."""
+
+    fraction: float
+    """Share of all scored neurons that are pruned."""
+    edit: Edit
+    forget: Predictions
+    retain: Predictions
+
+
+class Shelf:
+    """Finished steps on disk, so that an interrupted run goes on."""
+
+    def __init__(self, folder: str | Path | None, provenance: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text, path = json.dumps(provenance, sort_keys=True, indent=2), self.folder / "run.json"
+        if path.exists() and (old := read_json(path, remedy="remove it, or give another directory")) != parse_json(
+            text, "run"
+        ):
+            key = next(k for k in sorted({*old, *provenance}) if old.get(k) != parse_json(text, "run").get(k))
+            raise FingerprintError(
+                f"{self.folder} holds steps of another run: {key} was {old.get(key)}, now {provenance.get(key)}; give another directory"
+            )
+        write_text(path, text)
+
+    def get(self, number: int) -> Step | None:
+        """A finished step, or None."""
+        if self.folder is None or not (self.folder / f"step-{number:03d}.json").exists():
+            return None
+        path = self.folder / f"step-{number:03d}.json"
+        row = read_json(path, finite=False, remedy="remove it, and the step is made again")
+        try:
+            sides = {side: _predictions(row[side]) for side in ("forget", "retain")}
+            fraction = float(row["fraction"])
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"{path} is no step of a run: {error!r}; remove it, and it is made again") from error
+        return Step(fraction, Edit.load(path.with_suffix(".safetensors")), sides["forget"], sides["retain"])
+
+    def put(self, number: int, step: Step) -> Step:
+        """Keep a step; it counts as finished once its JSON is there."""
+        if self.folder is not None:
+            step.edit.save(self.folder / f"step-{number:03d}.safetensors")
+            row = {"fraction": step.fraction} | {side: _row(getattr(step, side)) for side in ("forget", "retain")}
+            path = self.folder / f"step-{number:03d}.json"
+            # The JSON marks the step as finished, so it comes last and at once.
+            write_text(path, json.dumps(row))
+        return step
+
+
+def _row(predictions: Predictions) -> dict[str, Any]:
+    return {"ids": list(predictions.ids)} | {
+        k: getattr(predictions, k).tolist() for k in ("count", "hits", "hits10", "loss")
+    }
+
+
+def _predictions(row: Mapping[str, Any]) -> Predictions:
+    arrays = {k: np.array(row[k], dtype=np.int64) for k in ("count", "hits", "hits10")}
+    return Predictions(tuple(row["ids"]), **arrays, loss=np.array(row["loss"], dtype=np.float64))
+
+
+# --- Prune in small steps and watch both capabilities: each step is an edit, nothing writes weights
+#
+# Selective pruning, Pochinkov and Schoots 2024 (arXiv 2403.01267), section 3: collect on the current model, score, remove
+# the next few neurons, evaluate, repeat.
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """Steps of growing edits; the first one prunes nothing."""
+
+    steps: tuple[Step, ...]
+    provenance: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        retain, forget = self.drops()[-1]
+        last = self.steps[-1].fraction
+        drops = ", ".join(
+            f"{name} drop {'not defined' if math.isnan(value) else f'{value:.1f} %'}"
+            for name, value in (("forget", forget), ("retain", retain))
+        )
+        return f"Trajectory({len(self.steps)} steps to {last:.3g}: {drops})"
+
+    def drops(self) -> list[tuple[float, float]]:
+        """(retain drop, forget drop) of each step, per cent of the original top-1 accuracy; NaN where that is zero."""
+        first = self.steps[0]
+        return [(drop(first.retain, s.retain), drop(first.forget, s.forget)) for s in self.steps]
+
+    def selectivities(self) -> list[float]:
+        """Forget drop minus retain drop of each step, in points."""
+        return [forget - retain for retain, forget in self.drops()]
+
+    def best(self, retain_drop_at_most: float | None = 10.0) -> Step:
+        """The step of largest selectivity whose retain drop, in per cent, is within the limit (None: no limit).
+
+        Raises:
+            SelectionError: if no step that prunes anything is within the limit, or the original predicts nothing right.
+        """
+        self._check_defined()
+        points = list(zip(self.steps, self.drops(), strict=True))[1:]
+        allowed = [(f - r, step) for step, (r, f) in points if retain_drop_at_most is None or r <= retain_drop_at_most]
+        if not allowed:
+            raise SelectionError(f"no step keeps the retain drop within {retain_drop_at_most} %; take smaller steps")
+        return max(allowed, key=lambda pair: pair[0])[1]
+
+    def max_selectivity(self, retain_drop_at_most: float | None = 10.0) -> float:
+        """The selectivity of `best`."""
+        best = self.best(retain_drop_at_most)
+        return self.selectivities()[self.steps.index(best)]
+
+    def area(self) -> float:
+        """Separability: area under (acc_retain, acc_forget) over the triangle 0.5 acc_retain0 acc_forget0.
+
+        Raises:
+            SelectionError: if the original predicts nothing right, so that there is no triangle.
+        """
+        self._check_defined()
+        # Backwards and stable: steps of equal retain accuracy stay in the order of the path.
+        path = self.steps[::-1]
+        retain, forget = (np.array([getattr(step, side).top1 for step in path]) for side in ("retain", "forget"))
+        order = np.argsort(retain, kind="stable")
+        return float(np.trapezoid(forget[order], retain[order]) / (0.5 * retain[-1] * forget[-1]))
+
+    def _check_defined(self) -> None:
+        for side in ("forget", "retain"):
+            if not getattr(self.steps[0], side).top1:
+                raise SelectionError(
+                    f"no token of the {side} set was predicted right before the edit, so no drop is defined; give other text"
+                )
+
+    def to_json(self) -> str:
+        """Fractions, drops and losses of every step, with the provenance."""
+        rows = [
+            {"fraction": s.fraction}
+            | {
+                k: None if math.isnan(v) else v
+                for k, v in (("retain_drop", r), ("forget_drop", f), ("selectivity", f - r))
+            }
+            | {"forget_loss": s.forget.mean_loss, "retain_loss": s.retain.mean_loss}
+            for s, (r, f) in zip(self.steps, self.drops(), strict=True)
+        ]
+        return json.dumps({"steps": rows, "provenance": dict(self.provenance)}, indent=2, sort_keys=True)
+
+
+def trajectory(
+    subject: Subject,
+    forget: Corpus | Tokens,
+    retain: Corpus | Tokens,
+    *,
+    sites: str | Site | list[str | Site] = "*.mlp.neurons",
+    fraction_per_step: float = 0.01,
+    steps: int = 10,
+    recollect: bool = True,
+    importance: str = "abs",
+    combine: str = "difference",
+    evaluate_forget: Batches | None = None,
+    evaluate_retain: Batches | None = None,
+    stop: Callable[[Trajectory], bool] | None = None,
+    max_retain_drop: float | None = None,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    allow_overlap: bool = False,
+    collect_options: Mapping[str, Any] | None = None,
+    score_options: Mapping[str, Any] | None = None,
+    evaluate_options: Mapping[str, Any] | None = None,
+    cap_per_layer: float | None = None,
+    progress: bool | None = None,
+) -> Trajectory:
+    """Prune `fraction_per_step` of the neurons at a time, evaluating both sets after each step.
+
+    Where no evaluation corpora are given, each corpus is split by document into a half to collect on and a half to
+    evaluate on.
+
+    Args:
+        recollect: collect and score again on the pruned model before each step; False takes longer prefixes of one order.
+        stop: called with the trajectory so far; True ends it.
+        max_retain_drop: end after the first step whose retain drop exceeds this many per cent.
+        resume: a directory; finished steps are saved there, and a later call with the same inputs goes on from them.
+        allow_overlap: accept evaluation chunks that were collected on; the provenance then says so.
+    Raises:
+        FractionError: if steps * fraction_per_step exceeds 1.
+        OverlapError: if collection and evaluation share chunks.
+        ArgumentError: if tokenised batches come without a corpus to evaluate on.
+        FingerprintError: if `resume` holds steps of another run.
+    """
+    check_fraction("fraction_per_step", fraction_per_step)
+    check_whole(steps=steps)
+    check_seed(seed=seed)
+    check_finite(max_retain_drop=max_retain_drop)
+    if steps * fraction_per_step > 1 + 1e-9:
+        raise FractionError(
+            f"{steps} steps of {fraction_per_step} prune more than everything; at most {int(1 / fraction_per_step + 1e-9)} steps"
+        )
+    forget_fit, forget_eval = _parts("forget", forget, evaluate_forget, seed)
+    retain_fit, retain_eval = _parts("retain", retain, evaluate_retain, seed)
+    gradients = importance in GRADIENT_IMPORTANCES or combine == "rank"
+    run = _Run(
+        subject, sites, (forget_fit, retain_fit), (forget_eval, retain_eval),
+        collecting={"gradients": gradients, "progress": progress, **(collect_options or {})},
+        scoring={"importance": importance, "combine": combine, **(score_options or {})},
+        evaluating={"progress": progress, **(evaluate_options or {})},
+        fraction_per_step=fraction_per_step, recollect=recollect, cap_per_layer=cap_per_layer,
+    )  # fmt: skip
+    provenance = run.provenance() | {"seed": seed, "overlap": run.overlap(allow_overlap)}
+
+    def ended(path: Trajectory) -> bool:
+        over = max_retain_drop is not None and not path.drops()[-1][0] <= max_retain_drop
+        return over or (stop is not None and stop(path))
+
+    numbers = tqdm(range(1, steps + 1), desc="trajectory", disable=None if progress is None else not progress)
+    return run.walked(numbers, Shelf(resume, provenance), provenance, ended)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every step of a trajectory does, with its options."""
+
+    subject: Subject
+    sites: str | Site | list[str | Site]
+    fit: tuple[Batches, Batches]
+    """(forget, retain)"""
+    test: tuple[Batches, Batches]
+    collecting: Mapping[str, Any]
+    scoring: Mapping[str, Any]
+    evaluating: Mapping[str, Any]
+    fraction_per_step: float
+    recollect: bool
+    cap_per_layer: float | None
+
+    def walked(
+        self,
+        numbers: Iterable[int],
+        shelf: Shelf,
+        provenance: Mapping[str, Any],
+        ended: Callable[[Trajectory], bool],
+    ) -> Trajectory:
+        """Steps from 1 on, those on the shelf as they are, until one ends the path; step 0 comes before them."""
+        unpruned = Edit({}, {"method": "none", "model": provenance["model"]})
+        path = Trajectory((shelf.get(0) or shelf.put(0, self.evaluated(0.0, unpruned)),), provenance)
+        order: Scores | None = None
+        for number in numbers:
+            step, last = shelf.get(number), path.steps[-1].edit
+            if step is None:
+                if order is None or self.recollect:
+                    order = self.scored(last if number > 1 and self.recollect else None)
+                edit = _grown(last, order, number, self.fraction_per_step, self.cap_per_layer)
+                step = shelf.put(number, self.evaluated(number * self.fraction_per_step, edit))
+            path = replace(path, steps=(*path.steps, step))
+            if ended(path):
+                break
+        return path
+
+    def scored(self, edit: Edit | None) -> Scores:
+        sides = [collect(self.subject, c, self.sites, edit=edit, **self.collecting) for c in self.fit]
+        return score(sides[0], sides[1], **({"warn": edit is None} | dict(self.scoring)))
+
+    def evaluated(self, fraction: float, edit: Edit) -> Step:
+        sides = [predictions(self.subject, c, edit=edit, **self.evaluating) for c in self.test]
+        return Step(fraction, edit, sides[0], sides[1])
+
+    def overlap(self, allowed: bool) -> int:
+        """Chunks that are both collected and evaluated on."""
+        shared = sum(_shared(self.subject, a, b) for a, b in zip(self.fit, self.test, strict=True))
+        if shared and not allowed:
+            raise OverlapError(
+                f"collection and evaluation share {shared} chunks of tokens; split by document, or pass allow_overlap=True"
+            )
+        return shared
+
+    def provenance(self) -> dict[str, Any]:
+        names = ("forget", "retain", "evaluate_forget", "evaluate_retain")
+        data = {name: c.hash for name, c in zip(names, (*self.fit, *self.test), strict=True)}
+        options = {
+            "collect": _plain(self.collecting),
+            "score": _plain(self.scoring),
+            "evaluate": _plain(self.evaluating),
+        }
+        return {
+            "method": "trajectory",
+            "sites": str(self.sites),
+            "model": self.subject.fingerprint(),
+            "data": data,
+            "options": options,
+            "fraction_per_step": self.fraction_per_step,
+            "recollect": self.recollect,
+            "cap_per_layer": self.cap_per_layer,
+        }
+
+
+def _parts(role: str, corpus: Corpus | Tokens, evaluate: Batches | None, seed: int) -> tuple[Batches, Batches]:
+    if evaluate is not None:
+        return corpus, evaluate
+    if isinstance(corpus, Corpus):
+        return corpus.halves(seed)
+    raise ArgumentError(f"the {role} batches are tokens, which have no documents to split by; pass evaluate_{role}")
+
+
+def _grown(edit: Edit, scores: Scores, number: int, per_step: float, cap: float | None) -> Edit:
+    """The edit with the next neurons added; what is pruned already scores highest, so it stays and counts."""
+    pruned = {site: ~map_.kept for site, map_ in edit.maps.items()}  # type: ignore[attr-defined]
+    marked = {}
+    for site, found in scores.items():
+        values = found.values.clone()
+        if site in pruned:
+            values[pruned[site]] = torch.inf
+        marked[site] = replace(found, values=values)
+    return prune(Scores(marked, scores.provenance), fraction=min(1.0, number * per_step), cap_per_layer=cap)
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, str]:
+    # A function by its name: its address differs from run to run.
+    return {k: getattr(v, "__qualname__", str(v)) for k, v in sorted(options.items()) if k != "progress"}
+
+
+def _shared(subject: Subject, first: Batches, second: Batches) -> int:
+    """How many token chunks two corpora have in common."""
+
+    def chunks(corpus: Batches) -> set[bytes]:
+        return {
+            hashlib.sha256(ids[mask].cpu().numpy().tobytes()).digest()
+            for batch in batches_of(subject, corpus)
+            for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+        }
+
+    return len(chunks(first) & chunks(second))

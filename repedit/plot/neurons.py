@@ -1,0 +1,553 @@
+"""Where the specific neurons are: scores by layer, importances on two sets, one neuron's activations, and what edits remove."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from repedit.activations.collection import Collection, batches, named_batch
+from repedit.arch import hooks_at
+from repedit.data import Batch, Batches
+from repedit.edit import Edit
+from repedit.errors import (
+    ArgumentError,
+    NotEnoughRows,
+    NotFinite,
+    SelectionError,
+    ShapeError,
+    UnknownName,
+    UnsuitableImportance,
+    nearest,
+)
+from repedit.hooks import evaluating, installed
+from repedit.models.subject import Subject
+from repedit.neurons.scores import IMPORTANCES, Scores, agreement
+from repedit.neurons.selection import Keep, top
+from repedit.neurons.trajectory import Trajectory
+from repedit.plot.canvas import (
+    DIVERGING,
+    FORGET,
+    MARKERS,
+    RETAIN,
+    SEQUENTIAL,
+    SERIES,
+    SMALL,
+    by_point,
+    canvas,
+    entitle,
+    ink,
+    legend_below,
+    name_layers,
+    named,
+    origin,
+    percent,
+    plain_texts,
+    point_name,
+    removed,
+    spans,
+)
+from repedit.sites import Point, Site
+
+# --- Where in the model the specific neurons are: every score, layer by layer
+
+
+Rows = NDArray[np.float64]
+QUANTILE = 0.98
+"""Share of neurons inside the colour scale; the few beyond it take its end colours."""
+CONTOURS = {0.01: "-", 0.05: "--"}
+"""Fractions of all neurons whose boundary is drawn, with their line styles."""
+
+
+@plain_texts
+def specialization(scores: Scores) -> Figure:
+    """Every neuron's score: one column a layer, layer 0 at the left, the most forget-specific neuron on top.
+
+    Orange is forget-specific, purple retain-specific, white no preference. Lines bound the global top 1 % and 5 %,
+    which `prune` would take; the square-root axis gives them room. Protected neurons are hatched. One panel a point
+    where scores mix attention and MLP.
+
+    Raises:
+        ArgumentError: if there is no score, or every neuron is protected.
+    """
+    if not len(scores):
+        raise ArgumentError("specialization() was given no score to draw; pass what repedit.score returns")
+    columns = {site: np.sort(score.values.numpy())[::-1] for site, score in scores.items()}
+    total = sum(len(column) for column in columns.values())
+    allowed = sum(int((column > -np.inf).sum()) for column in columns.values())
+    if not allowed:
+        raise ArgumentError(f"all {total} neurons of {len(scores)} sites are protected, so there is no score to draw")
+    scale = SCALES[next(iter(scores.values())).combine]
+    shown = dict(zip(columns, _split(scale.shown(np.concatenate(list(columns.values()))), columns), strict=True))
+    boundaries = {share: top(scores, fraction=share) for share in CONTOURS if 1 <= math.floor(share * total) <= allowed}
+    norm, panels = _norm(scale, np.concatenate(list(shown.values()))), by_point(scores)
+    figure = canvas(min(12.0, max(6.5, 2 + 0.17 * len(scores))), 5.8)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (point, sites) in zip(row, panels.items(), strict=True):
+        mesh = _heat(axes, [shown[site] for site in sites], norm)
+        name_layers(axes, [site.layer for site in sites])
+        axes.set_ylabel(f"rank of {point_name(point)} in the layer (square-root scale)")
+        for share, keep in boundaries.items():
+            _contour(axes, share, keep, sites)
+    if allowed < total:
+        name = f"protected, {total - allowed:,} neurons"
+        row[0].fill_between([], [], facecolor="white", edgecolor="grey", hatch="////", label=name)
+    bar = figure.colorbar(mesh, ax=list(row), extend="both", pad=0.02)
+    bar.set_label(f"{scale.name}\nretain-specific  <   >  forget-specific")
+    legend_below(figure, row[0], columns=3)
+    facts = [spans(scores), f"{total:,} neurons", *origin(scores.provenance)]
+    entitle(figure, "How specific each neuron is to the forget set", facts)
+    return figure
+
+
+class Scale(NamedTuple):
+    """How the scores of one combination become colours."""
+
+    name: str
+    shown: Callable[[Rows], Rows]
+    neutral: Callable[[Rows], float]
+    """The value of no preference."""
+
+
+def _same(values: Rows) -> Rows:
+    return np.where(values > -np.inf, values, np.nan)
+
+
+def _log(values: Rows) -> Rows:
+    positive = values[values > 0]
+    least = positive.min() if len(positive) else 1.0
+    return np.log(np.maximum(_same(values), least))
+
+
+SCALES: Mapping[str, Scale] = {
+    "difference": Scale("score: share of forget - share of retain importance", _same, lambda _: 0.0),
+    "logratio": Scale("score: log of forget / retain importance", _same, lambda _: 0.0),
+    "ratio": Scale("log of the score, forget / retain importance", _log, lambda _: 0.0),
+    "rank": Scale("score: sum of ranks, centred at its median", _same, lambda v: float(np.nanmedian(v))),
+    "setdiff": Scale("score: set difference, centred at its median", _same, lambda v: float(np.nanmedian(v))),
+}
+
+
+def reach(scale: Scale, shown: Rows) -> float:
+    """How far from no preference the colour scale goes."""
+    away = np.abs(shown - scale.neutral(shown))
+    return float(np.nanquantile(away, QUANTILE)) or float(np.nanmax(away)) or 1.0
+
+
+def _split(values: Rows, like: Mapping[Site, Rows]) -> list[Rows]:
+    return np.split(values, np.cumsum([len(column) for column in like.values()])[:-1])
+
+
+def _norm(scale: Scale, shown: Rows) -> Normalize:
+    middle, far = scale.neutral(shown), reach(scale, shown)
+    return Normalize(middle - far, middle + far)
+
+
+def _heat(axes: Axes, columns: Sequence[Rows], norm: Normalize) -> Any:
+    rows = max(len(column) for column in columns)
+    grid = np.full((rows, len(columns)), np.nan)
+    for number, column in enumerate(columns):
+        grid[: len(column), number] = column
+    axes.patch.set(facecolor="white", edgecolor="grey", hatch="////")
+    edges = np.arange(len(columns) + 1) - 0.5
+    # rasterized: 46,080 cells are 9 MB as vectors.
+    mesh = axes.pcolormesh(
+        edges, np.arange(rows + 1), grid, cmap=colormaps[DIVERGING], norm=norm, rasterized=True, linewidth=0
+    )
+    axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
+    axes.set_ylim(rows, 0)
+    axes.set_yticks(sorted({round(share * rows) for share in (0, 0.01, 0.05, 0.2, 0.5, 1)}))
+    axes.tick_params(labelsize=SMALL)
+    return mesh
+
+
+def _contour(axes: Axes, share: float, keep: Keep, sites: Sequence[Site]) -> None:
+    """A step line below the selected neurons of each layer."""
+    axes.stairs(
+        [int((~keep[site]).sum()) for site in sites],
+        np.arange(len(sites) + 1) - 0.5,
+        baseline=None,
+        color="black",
+        linestyle=CONTOURS[share],
+        linewidth=1.4,
+        label=f"global top {percent(share)}, {sum(int((~mask).sum()) for mask in keep.values()):,} neurons",
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+    )
+
+
+# --- The two importances of every neuron against each other
+
+
+Values = Mapping[Site, NDArray[np.float64]]
+MEANINGS = {
+    "abs": "mean |z|",
+    "rms": "root mean square of z",
+    "std": "standard deviation of z",
+    "frequency": "share of tokens with z > 0",
+    "gxa": "mean |z dL/dz|, nats",
+    "taylor": "|mean z dL/dz|, nats",
+    "fisher": "mean (z dL/dz)^2, nats^2",
+}
+"""Importances that a logarithmic axis can hold, in words and units; z is an activation."""
+
+
+@plain_texts
+def importances(forget: Collection, retain: Collection, *, importance: str = "abs", edit: Edit | None = None) -> Figure:
+    """Forget against retain importance of every neuron, log-log; colour is the layer, above the line is forget-specific.
+
+    A neuron without importance on a set is drawn at the edge, at half the smallest importance there is.
+
+    Args:
+        edit: the neurons it prunes are ringed.
+    Raises:
+        UnknownName: if there is no such importance. UnsuitableImportance: if it is signed.
+        SelectionError: if the edit prunes no collected neuron, or no neuron has importance on both sets.
+        as `score`, for collections that do not belong together.
+    """
+    if importance not in IMPORTANCES:
+        raise UnknownName(f"importance={importance!r} does not exist; {nearest(importance, IMPORTANCES)}")
+    if importance not in MEANINGS:
+        raise UnsuitableImportance(f"importance={importance!r} is signed, logarithmic axes are not; use 'abs' or 'gxa'")
+    rho = float(np.median(list(agreement(forget, retain, importance=importance).values())))
+    sites = sorted(forget)
+    raw = [{s: IMPORTANCES[importance](c[s]).numpy() for s in sites} for c in (retain, forget)]
+    dead = sum(int(((raw[0][s] <= 0) | (raw[1][s] <= 0)).sum()) for s in sites)
+    total = sum(len(values) for values in raw[0].values())
+    if dead == total:
+        raise SelectionError(f"none of {total} neurons has importance on both sets; collect on more text")
+    x, y = (_lifted(side) for side in raw)
+    figure = canvas(7.0, 6.2)
+    axes = figure.subplots()
+    _draw(figure, axes, x, y)
+    facts = [spans(sites), f"median rank correlation over sites {rho:.2f}"]
+    facts += [f"{dead:,} of {total:,} neurons without importance on a set, at the edge"] if dead else []
+    if edit is not None:
+        facts.append(_ring(axes, x, y, edit))
+    facts += [f"{role} {c.corpus}, {c.counted:,} tokens" for role, c in (("forget", forget), ("retain", retain))]
+    axes.set_xlabel(f"importance on retain ({named(retain.corpus, 30)}): {MEANINGS[importance]}")
+    axes.set_ylabel(f"importance on forget ({named(forget.corpus, 30)}): {MEANINGS[importance]}")
+    legend_below(figure, axes, columns=4)
+    entitle(figure, f"Importance {importance!r} of each neuron on both sets", [*facts, f"model {forget.model[:8]}"])
+    return figure
+
+
+def _lifted(values: Values) -> Values:
+    """Zeros raised to half the smallest positive value, which a logarithmic axis can show."""
+    least = min(float(v[v > 0].min()) for v in values.values() if (v > 0).any()) / 2
+    return {site: np.maximum(v, least) for site, v in values.items()}
+
+
+def _draw(figure: Figure, axes: Axes, x: Values, y: Values) -> None:
+    layers = [site.layer for site in x]
+    for number, point in enumerate(dict.fromkeys(site.point for site in x)):
+        sites = [site for site in x if site.point is point]
+        layer = np.concatenate([np.full(len(x[s]), s.layer) for s in sites])
+        # Drawn layer by layer the last layer would hide the others; the order is fixed, so a figure is repeatable.
+        order = np.random.default_rng(0).permutation(len(layer))
+        axes.scatter(
+            np.concatenate([x[s] for s in sites])[order],
+            np.concatenate([y[s] for s in sites])[order],
+            c=layer[order],
+            s=7 if len(layer) > 5000 else 16,
+            alpha=0.7,
+            cmap=SEQUENTIAL,
+            vmin=min(layers),
+            vmax=max(layers),
+            marker=MARKERS[2 * number % len(MARKERS)],
+            linewidths=0,
+            rasterized=True,
+            label=point_name(point),
+        )
+    axes.set(xscale="log", yscale="log")
+    middle = float(np.sqrt(np.prod([np.median(np.concatenate(list(v.values()))) for v in (x, y)])))
+    axes.axline((middle, middle), (2 * middle, 2 * middle), color="black", linestyle="--", label="no preference")
+    shades = ScalarMappable(Normalize(min(layers), max(layers)), SEQUENTIAL)
+    figure.colorbar(shades, ax=axes, pad=0.02, label="layer", ticks=MaxNLocator(integer=True))
+
+
+def _ring(axes: Axes, x: Values, y: Values, edit: Edit) -> str:
+    masks = {site: mask for site, mask in removed(edit).items() if site in x and mask.any()}
+    if not masks:
+        raise SelectionError(
+            f"the edit prunes none of the collected neurons; it touches {spans(edit.maps) or 'no site'}"
+        )
+    across, up = (np.concatenate([side[site][mask] for site, mask in masks.items()]) for side in (x, y))
+    name = f"pruned, {len(across):,} neurons"
+    axes.scatter(across, up, s=20, facecolors="none", edgecolors="black", linewidths=0.6, rasterized=True, label=name)
+    return f"{len(across):,} of {sum(len(v) for v in x.values()):,} neurons pruned"
+
+
+# --- One neuron seen closely: its activations on both sets
+
+
+Activations = NDArray[np.float64]
+
+
+@plain_texts
+def activations(
+    subject: Subject,
+    site: Site | str,
+    neuron: int,
+    forget: Batches,
+    retain: Batches,
+    *,
+    edit: Edit | None = None,
+    bins: int = 100,
+    log: bool = True,
+    length: int = 128,
+    batch_size: int = 8,
+    limit_tokens: int | None = None,
+    progress: bool | None = None,
+) -> Figure:
+    """Histograms of one neuron's activation on both sets, in shared bins, with zero, mean and peak marked.
+
+    The peak is the centre of the fullest bin. Padding and first positions do not count.
+
+    Args:
+        edit: an edit that is active during the passes.
+        log: a logarithmic density axis, on which rare large activations can be seen.
+        limit_tokens: end each pass after the batch that reaches this many counted tokens.
+    Raises:
+        UnknownSite: if the model has no such site. ArgumentError: if it has no such neuron.
+        NotEnoughRows: if no token of a set counts. NotFinite: if an activation is not finite.
+    """
+    place = subject.select(Site.parse(site))[0]
+    width = subject.anatomy.width_of(place.layer, place.point)
+    if not 0 <= neuron < width:
+        raise ArgumentError(f"{place} has no neuron {neuron}; its neurons are 0..{width - 1}")
+    if bins < 1:
+        raise ArgumentError(f"bins={bins}; a histogram needs at least 1")
+    sides = []
+    for corpus in (forget, retain):
+        items = batches(subject, corpus, length, batch_size, progress, "activations")
+        with edit.hooked(subject) if edit else nullcontext():
+            sides.append(_values(subject, place, neuron, items, limit_tokens))
+        _check(sides[-1], corpus, place, neuron)
+    edges = np.histogram_bin_edges(np.concatenate(sides), bins)
+    figure = canvas(7.0, 4.8)
+    axes = figure.subplots()
+    facts: list[str] = []
+    axes.axvline(0, color="black", linewidth=1, label="zero")
+    for role, corpus, values in zip(("forget", "retain"), (forget, retain), sides, strict=True):
+        _histogram(axes, f"{role} ({corpus.name})", role, values, edges)
+        facts.append(f"{role} {corpus.name}, {len(values):,} tokens")
+    axes.set(
+        xlabel=f"activation z of neuron {neuron}", ylabel="density, per unit of z", yscale="log" if log else "linear"
+    )
+    legend_below(figure, axes)
+    seen = [f"{bins} bins", f"model {subject.fingerprint()[:8]}"] + (["edited"] if edit else [])
+    entitle(figure, f"Activation of neuron {neuron} of {place} on both sets", [*facts, *seen])
+    return figure
+
+
+def _values(subject: Subject, site: Site, neuron: int, items: Iterable[Batch], limit: int | None) -> Activations:
+    """The activations of one neuron at counted tokens."""
+    found: list[Tensor] = []
+    mask = torch.empty(0)
+
+    def visit(x: Tensor, at: slice, tokens: Tensor | None) -> None:
+        column = neuron - (at.start or 0)
+        # An expert holds some of the neurons and sees some of the tokens.
+        if 0 <= column < x.shape[-1]:
+            use = mask.reshape(-1).to(x.device)
+            found.append(x[..., column].reshape(-1)[use if tokens is None else use[tokens]].double().cpu())
+
+    hooks = hooks_at(subject.model, subject.anatomy, site, visit, replaces=False)
+    with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
+        counted = 0
+        for number, batch in enumerate(items):
+            given = batch.attention_mask
+            mask = given & (given.cumsum(1) > 1)
+            with named_batch(number):
+                subject.model.base_model(input_ids=batch.input_ids, attention_mask=given.long(), use_cache=False)
+            counted += int(mask.sum())
+            if limit is not None and counted >= limit:
+                break
+    return torch.cat(found).numpy() if found else np.empty(0)
+
+
+def _check(values: Activations, corpus: Batches, site: Site, neuron: int) -> None:
+    if not len(values):
+        raise NotEnoughRows(
+            f"corpus {corpus.name!r}: no counted token reaches neuron {neuron} of {site} (padding and first positions do "
+            "not count); give longer text"
+        )
+    if not np.isfinite(values).all():
+        raise NotFinite(f"neuron {neuron} of {site} is not finite on {corpus.name!r}; load the model in float32?")
+
+
+def _histogram(axes: Axes, name: str, role: str, values: Activations, edges: Activations) -> None:
+    """Forget is filled, with a dashed mean; retain is an outline, with a dotted one."""
+    density, _ = np.histogram(values, edges, density=True)
+    fullest = int(density.argmax())
+    mean, peak = float(values.mean()), float(edges[fullest : fullest + 2].mean())
+    forget = role == "forget"
+    colour = FORGET if forget else RETAIN
+    axes.stairs(density, edges, color=colour, fill=forget, alpha=0.5 if forget else 1.0, linewidth=1.4, label=name)
+    axes.axvline(mean, color=colour, linestyle="--" if forget else ":", linewidth=1.6, label=f"{role} mean {mean:.3g}")
+    axes.plot(
+        peak,
+        density[fullest],
+        "v" if forget else "^",
+        color=colour,
+        markeredgecolor="black",
+        markersize=8,
+        label=f"{role} peak {peak:.3g}",
+    )
+
+
+# --- Which neurons edits remove: counts by layer, overlaps, and the effect on every set
+
+
+Table = NDArray[np.float64]
+
+
+@plain_texts
+def pruned_per_layer(
+    edit_or_trajectory: Edit | Trajectory, control: Edit | None = None, *, layers: int | None = None
+) -> Figure:
+    """Neurons pruned in each layer, one panel a point; stacked over the steps of a trajectory.
+
+    Args:
+        control: an edit drawn beside it, hatched.
+        layers: number of layers of the model; up to the last pruned one when None.
+    Raises:
+        SelectionError: if nothing is pruned. ArgumentError: if an edit is not made of neuron masks.
+    """
+    steps = _steps(edit_or_trajectory)
+    counts = [{site: int(mask.sum()) for site, mask in found.items()} for _, found in steps]
+    beside = {} if control is None else {site: int(mask.sum()) for site, mask in removed(control).items()}
+    total = sum(sum(found.values()) for found in counts)
+    if not total:
+        raise SelectionError("no neuron is pruned, so there is no bar to draw; raise the fraction")
+    panels = by_point({site for found in (*counts, beside) for site, n in found.items() if n})
+    depth = max(layers or 0, 1 + max(site.layer for sites in panels.values() for site in sites))
+    figure = canvas(max(6.5, min(12.0, 2.5 + 0.22 * depth)), 1.6 + 2.7 * len(panels))
+    column = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    shades = colormaps[SEQUENTIAL].resampled(len(counts))
+    colours = [shades(i) for i in range(len(counts))] if len(counts) > 1 else [to_rgba(SERIES[0])]
+    for axes, point in zip(column, panels, strict=True):
+        _bars(axes, point, depth, counts, beside if control is not None else None, colours)
+    if len(counts) > 1:
+        norm = BoundaryNorm(np.arange(len(counts) + 1) + 0.5, len(counts))
+        bar = figure.colorbar(ScalarMappable(norm, shades), ax=list(column), pad=0.02)
+        shown = np.unique(np.linspace(1, len(counts), min(len(counts), 10)).round().astype(int)).tolist()
+        bar.set_ticks(shown, labels=[steps[i - 1][0] for i in shown], fontsize=SMALL)
+        bar.minorticks_off()
+        bar.set_label("share pruned after the step")
+    if control is not None:
+        legend_below(figure, column[0])
+    last = edit_or_trajectory if isinstance(edit_or_trajectory, Edit) else edit_or_trajectory.steps[-1].edit
+    facts = [f"{total:,} neurons", spans(site for sites in panels.values() for site in sites), *origin(last.provenance)]
+    entitle(figure, "Neurons pruned in each layer", facts)
+    return figure
+
+
+@plain_texts
+def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) -> Figure:
+    """What removing the neurons of one set does to another: rows removed, columns evaluated, cells drop in per cent.
+
+    Args:
+        matrix: drops of top-1 accuracy in per cent, (n, n), rows the set whose neurons were removed.
+        names: the n sets.
+        overlap: Jaccard overlap of the removed neurons, (n, n), as `overlap` returns; drawn beside.
+    Raises:
+        ArgumentError: if there is no set. ShapeError: if a matrix does not fit the names.
+    """
+    n = len(names)
+    if not n:
+        raise ArgumentError("transfer() was given no set to draw; pass a matrix of drops and one name a row")
+    for name, found in (("matrix", matrix), ("overlap", overlap)):
+        if found is not None and np.shape(found) != (n, n):
+            raise ShapeError(f"{name} has shape {np.shape(found)}, {n} names need ({n}, {n})")
+    panels = 1 if overlap is None else 2
+    figure = canvas((2.6 + 0.75 * n) * panels, 2.6 + 0.6 * n)
+    row = figure.subplots(1, panels, squeeze=False)[0]
+    drops = np.asarray(matrix, dtype=np.float64)
+    low, high = min(0.0, float(np.nanmin(drops))), max(100.0, float(np.nanmax(drops)))
+    _table(figure, row[0], drops, names, (low, high), "{:.1f}", "drop of top-1 accuracy, %")
+    row[0].set(ylabel="neurons removed for", xlabel="evaluated on")
+    if overlap is not None:
+        _table(figure, row[1], np.asarray(overlap, dtype=np.float64), names, (0.0, 1.0), "{:.2f}", "Jaccard overlap")
+        row[1].set(ylabel="neurons removed for", xlabel="neurons removed for")
+    beside = [] if overlap is None else ["right: Jaccard overlap of the removed neurons"]
+    entitle(figure, "Removing the neurons of one set, measured on another", [f"{n} sets", *beside])
+    return figure
+
+
+def overlap(edits: Sequence[Edit]) -> Table:
+    """Jaccard overlap of the neurons that edits prune: |A and B| / |A or B|, shape (n, n), 1 on the diagonal.
+
+    Raises:
+        ArgumentError: if there is no edit, or one is not made of neuron masks. SelectionError: if one prunes nothing.
+    """
+    sets = [{(site, int(i)) for site, mask in removed(edit).items() for i in np.flatnonzero(mask)} for edit in edits]
+    if not sets:
+        raise ArgumentError("overlap() was given no edit to compare")
+    if not all(sets):
+        raise SelectionError(f"edit {sets.index(set())} prunes no neuron, so its overlap is not defined")
+    return np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
+
+
+def _steps(source: Edit | Trajectory) -> list[tuple[str, dict[Site, NDArray[np.bool_]]]]:
+    """What each step prunes that no step before it did, with its name."""
+    if isinstance(source, Edit):
+        return [("pruned", removed(source))]
+    gone: dict[Site, NDArray[np.bool_]] = {}
+    found = []
+    for step in source.steps[1:]:
+        now = removed(step.edit)
+        found.append((percent(step.fraction), {s: m & ~gone.get(s, np.zeros_like(m)) for s, m in now.items()}))
+        gone |= {site: mask | gone.get(site, np.zeros_like(mask)) for site, mask in now.items()}
+    return found
+
+
+def _bars(
+    axes: Axes,
+    point: Point,
+    depth: int,
+    counts: Sequence[dict[Site, int]],
+    control: dict[Site, int] | None,
+    colours: Sequence[tuple[float, ...]],
+) -> None:
+    def heights(found: dict[Site, int]) -> NDArray[np.int64]:
+        return np.array([found.get(Site(layer, point), 0) for layer in range(depth)])
+
+    at, width, base = np.arange(depth), 0.8 if control is None else 0.42, np.zeros(depth, dtype=np.int64)
+    shift = 0.0 if control is None else width / 2
+    for found, colour in zip(counts, colours, strict=True):
+        name = "edit" if len(counts) == 1 else ""
+        axes.bar(at - shift, heights(found), width, bottom=base, color=colour, label=name)
+        base += heights(found)
+    if control is not None:
+        axes.bar(at + shift, heights(control), width, color="white", edgecolor="black", hatch="////", label="control")
+    name_layers(axes, list(range(depth)))
+    axes.set_xlim(-0.7, depth - 0.3)
+    axes.set_ylabel(f"pruned {point_name(point)}")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _table(
+    figure: Figure, axes: Axes, values: Table, names: Sequence[str], ends: tuple[float, float], form: str, unit: str
+) -> None:
+    image = axes.imshow(values, cmap=SEQUENTIAL, vmin=ends[0], vmax=ends[1])
+    shades = image.to_rgba(values)
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, form.format(value), ha="center", va="center", color=ink(shades[row, column]), fontsize=9)
+    names = [named(name, 30) for name in names]
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    figure.colorbar(image, ax=axes, label=unit, fraction=0.05, pad=0.03)

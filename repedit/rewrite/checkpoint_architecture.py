@@ -1,0 +1,128 @@
+"""The family of a checkpoint on disk and the tensors its model reads, and whether a planned checkpoint is the planned model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from repedit.arch import Architecture, Specs, TensorSpec, anatomy, resolve
+from repedit.errors import CheckpointError, PlanMismatch, QuantizedModel
+from repedit.io.checkpoint import Shards
+from repedit.io.text import read_json
+from repedit.models.loading import (
+    buildable,
+    check_count,
+    check_dtypes,
+    check_layers,
+    empty_model,
+    matching,
+    read_config,
+    typed_errors,
+)
+from repedit.models.ragged import mlp_tensors, ragged_widths
+from repedit.models.subject import Subject
+from repedit.plan import Plan
+from repedit.rewrite.resize import patched_config
+
+
+def architecture_of(directory: Path) -> Architecture:
+    """The family row of a checkpoint directory.
+
+    Raises:
+        QuantizedModel, UnknownArchitecture: if it cannot be edited.
+    """
+    return _described(directory)[1]
+
+
+def used_specs(shards: Shards) -> Specs:
+    """Shape and dtype of the tensors of a checkpoint that the model of its config reads; the others are streamed as they are.
+
+    Raises:
+        QuantizedModel, UnknownArchitecture: if it cannot be edited.
+        CheckpointError: if the files hold layers that the config does not describe.
+    """
+    config, architecture = _described(shards.directory)
+    with buildable(shards.directory):
+        check_count(shards.directory, architecture, len(shards.entries))
+        match = matching(config, architecture, shards.specs)
+    check_layers(shards.directory, match.beyond, architecture)
+    used = match.used(shards.specs)
+    check_dtypes(shards.directory, used)
+    return used
+
+
+def check_planned(plan: Plan, shards: Shards, used: Specs) -> None:
+    """Refuse a plan whose checkpoint plain transformers would read as another model.
+
+    Raises:
+        CheckpointError: naming tensors that the files hold and the model of the config does not read, where the plan needs them.
+        PlanMismatch: naming tensors that the planned config does not describe, or that would be absent or of another shape.
+    """
+    config, architecture = _described(shards.directory)
+    planned = {name: plan.spec(name, spec) for name, spec in used.items()} | dict(plan.added)
+    planned |= {head: planned[embedding] for head, embedding in plan.unties.items() if head not in planned}
+    unused = {name: spec for name, spec in shards.specs.items() if name not in used}
+    with buildable(shards.directory):
+        config = patched_config(config, plan)
+        match = matching(config, architecture, unused | planned)
+    revived = sorted(set(unused) - set(match.unused))
+    if revived:
+        raise CheckpointError(
+            f"the edit needs {revived[0]} ({len(revived)} tensors in all), which {shards.directory} holds although its config "
+            "says that there is none: transformers ignores those values, and the edit would bring them back. Correct config.json, "
+            "or save the model again without them: rp.load(...).model.save_pretrained(...)"
+        )
+    extra, reshaped = sorted(set(match.unused) - set(unused)), match.reshaped
+    if reshaped and ragged_widths(anatomy(resolve(config), planned)):
+        reshaped = tuple(sorted(set(reshaped) - mlp_tensors(anatomy(resolve(config), _shapes(empty_model(config))))))
+    if extra or match.missing or reshaped:
+        raise PlanMismatch(
+            f"the planned config builds another model than the planned tensors: not described {extra[:3]}, absent "
+            f"{list(match.missing[:3])}, of another shape {list(reshaped[:3])}; give the edit itself in place of a plan"
+        )
+
+
+def check_described(subject: Subject) -> None:
+    """Refuse a model in memory that its own config does not describe: plain transformers would read its files as another model.
+
+    Raises:
+        CheckpointError: naming the tensors that differ from what the config builds.
+    """
+    with buildable("the model in memory"):
+        built = _shapes(empty_model(subject.model.config))
+    own, plan = _shapes(subject.model), subject.anatomy
+    free = mlp_tensors(plan) if ragged_widths(plan) else frozenset()
+    extra, absent = sorted(set(own) - set(built)), sorted(set(built) - set(own))
+    reshaped = sorted(n for n in set(own) & set(built) if own[n].shape != built[n].shape and n not in free)
+    if extra or absent or reshaped:
+        flags = sorted({slot.flag for slot in subject.architecture.bias_flags.values()})
+        raise CheckpointError(
+            f"the model in memory is not the one that its config describes, so its files would load as another: the config lacks "
+            f"{extra[:3]} ({len(extra)} in all), the model lacks {absent[:3]} ({len(absent)} in all), of another shape are "
+            f"{reshaped[:3]} ({len(reshaped)} in all). Fold or remove them, or set the config"
+            + (f" ({', '.join(flags)} add biases to every layer)" if flags else "")
+        )
+
+
+def _shapes(model: Any) -> dict[str, TensorSpec]:
+    """Shape and dtype of every parameter and buffer of a model by name."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}
+
+
+def _described(directory: Path) -> tuple[Any, Architecture]:
+    """The config and the family row of a directory.
+
+    Raises:
+        QuantizedModel, UnknownArchitecture: if it cannot be edited.
+    """
+    quantizer = read_json(directory / "config.json", finite=False).get("quantization_config")
+    if quantizer:
+        name = quantizer.get("quant_method", "unknown") if isinstance(quantizer, dict) else "unknown"
+        raise QuantizedModel(
+            f"{directory} is quantised ({name}) and cannot be edited exactly; export from the unquantised base. Measuring works"
+        )
+    with typed_errors(directory):
+        config = read_config(directory, trust_remote_code=False)
+    with buildable(directory):
+        return config, resolve(config)

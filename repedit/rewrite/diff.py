@@ -1,0 +1,78 @@
+"""What differs between two checkpoints, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repedit.errors import FingerprintError
+from repedit.io.checkpoint import open_shards
+from repedit.io.files import is_folder
+from repedit.models.default_model import DEFAULT, cached
+from repedit.models.subject import Subject
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor that differs."""
+
+    tensor: str
+    norm: float
+    """||edited - base||, Frobenius."""
+    relative: float
+    """norm / ||base||."""
+    rank: int | None
+    """Numerical rank of the difference, for matrices of at most 4096 x 4096."""
+    rows: int
+    """Rows with a change."""
+    columns: int
+
+
+def diff(base: Subject | str | Path, edited: Subject | str | Path) -> list[Difference]:
+    """Every tensor whose values differ, largest relative change first; an empty list means equal weights.
+
+    Raises:
+        FingerprintError: if the two do not hold the same tensors in the same shapes, except for added biases and heads.
+    """
+    (first, read_first), (last, read_last) = _tensors(base), _tensors(edited)
+    gone = sorted(set(first) - set(last))
+    reshaped = sorted(n for n in set(first) & set(last) if first[n] != last[n])
+    if gone or reshaped:
+        raise FingerprintError(
+            f"the checkpoints are of different models: {len(gone)} tensors are gone, {len(reshaped)} have another shape ({(gone + reshaped)[0]})"
+        )
+    found = []
+    for name in sorted(last):
+        new = read_last(name).double()
+        old = read_first(name).double() if name in first else torch.zeros_like(new)
+        if not torch.equal(old, new):
+            found.append(_difference(name, old, new))
+    return sorted(found, key=lambda d: -d.relative)
+
+
+def _difference(name: str, old: Tensor, new: Tensor) -> Difference:
+    delta = new - old
+    norm, base = float(delta.norm()), float(old.norm())
+    matrix = delta.reshape(-1, delta.shape[-1]) if delta.ndim > 1 else delta[:, None]
+    small = delta.ndim == 2 and max(delta.shape) <= 4096
+    return Difference(
+        tensor=name,
+        norm=norm,
+        relative=norm / base if base else float("inf"),
+        rank=int(torch.linalg.matrix_rank(delta, rtol=1e-5)) if small else None,
+        rows=int((matrix != 0).any(1).sum()),
+        columns=int((matrix != 0).any(0).sum()),
+    )
+
+
+def _tensors(source: Subject | str | Path) -> tuple[Mapping[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    if isinstance(source, Subject):
+        names = dict(source.model.named_parameters())
+        return {n: tuple(p.shape) for n, p in names.items()}, lambda name: source.value(name).cpu()
+    directory = cached() if str(source) == DEFAULT and not is_folder(source) else Path(source)
+    shards = open_shards(directory)
+    return {n: spec.shape for n, spec in shards.specs.items()}, shards.read
