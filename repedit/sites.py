@@ -81,11 +81,11 @@ class Site:
         return Site(int(layers), _point(point, text))
 
 
-Place = Any
-"""What measurements are kept by: a Site of a language model, or the path of a module, a str, of any other model."""
+SiteKey = Any
+"""The key of a measurement: a `Site` of a language model, or the path of a module, a str, of any other model."""
 
 
-def place(text: str | Site) -> Place:
+def site_key(text: str | Site) -> SiteKey:
     """The site that a text names, or the text itself as the path of a module."""
     if isinstance(text, Site):
         return text

@@ -28,7 +28,7 @@ def collection(rows, name, *, gradients=True, first=None, **changes):
         if first is not None:
             found[site].update(first[site], torch.zeros(1, dtype=torch.bool), first=torch.ones(1, dtype=torch.bool))
     options = {"model": "m" * 64, "corpus": name, "data_hash": name, "rule": {}, "seen": 50, "counted": 40}
-    return Collection(found, **(options | {"units": {site: {} for site in found}, "gated": False} | changes))
+    return Collection(found, **(options | {"group_sizes": {site: {} for site in found}, "gated": False} | changes))
 
 
 def pair(seed=0, **options):

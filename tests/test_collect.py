@@ -230,5 +230,5 @@ def test_a_collection_is_read_by_site_or_name():
     found = rp.collect(tiny("llama"), texts(forget=True), ["1.mlp.neurons", "blocks.0.attn.hook_z"])
     assert list(map(str, found)) == ["0.attn.neurons", "1.mlp.neurons"]
     assert found["1.mlp.neurons"] is found[SITE] is found["blocks.1.mlp.hook_post"]
-    assert found.units[rp.Site.parse("0.attn.neurons")] == {"head": 6, "kv_group": 12}
+    assert found.group_sizes[rp.Site.parse("0.attn.neurons")] == {"head": 6, "kv_group": 12}
     assert isinstance(found[SITE].abs, Tensor) and found[SITE].abs.dtype == torch.float64

@@ -188,9 +188,9 @@ def saved(kind: str) -> tuple[dict[str, Any], bytes]:
         "counted": 3,
         "gated": True,
     }
-    values["collection"] = Collection({site: activity}, units={site: {}}, **plain)
+    values["collection"] = Collection({site: activity}, group_sizes={site: {}}, **plain)
     values["moments"] = Collection(
-        {site: rp.Moments(3).update(torch.randn(5, 3, generator=generator))}, units={site: {}}, **plain
+        {site: rp.Moments(3).update(torch.randn(5, 3, generator=generator))}, group_sizes={site: {}}, **plain
     )
     with tempfile.TemporaryDirectory() as folder:
         values[kind].save(Path(folder) / "x.safetensors")

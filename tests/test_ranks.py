@@ -77,7 +77,7 @@ def test_a_saved_collection_is_the_collection(name, tmp_path):
     assert list(again) == list(made) and again.kind == made.kind
     assert all(
         getattr(again, key) == getattr(made, key)
-        for key in ("model", "corpus", "data_hash", "rule", "counted", "units", "gated")
+        for key in ("model", "corpus", "data_hash", "rule", "counted", "group_sizes", "gated")
     )
     for site in made:
         mine, other = made[site].state(), again[site].state()

@@ -21,7 +21,7 @@ def _scores(*values, sites=MLP, units=None, sinks=()):
     for name, row in zip(sites, values, strict=True):
         site = rp.Site.parse(name)
         row = torch.as_tensor(row, dtype=torch.float64)
-        found[site] = rp.Score(site, row, "abs", "difference", 0.5, sinks, units=units or {})
+        found[site] = rp.Score(site, row, "abs", "difference", 0.5, sinks, group_sizes=units or {})
     return rp.Scores(found, {"method": "by hand", "options": {"importance": "abs"}, "model": "m" * 64})
 
 
@@ -115,7 +115,7 @@ def test_heads_of_a_model_have_the_width_of_its_weights(family):
     sides = [rp.collect(tiny(family), texts(forget=side), "*.attn.neurons") for side in (True, False)]
     scores = rp.score(*sides, warn=False)
     width, e = len(scores["0.attn.neurons"].values), {"llama": 6, "qwen3": 10}[family]
-    assert dict(scores["0.attn.neurons"].units) == {"head": e, "kv_group": 2 * e} and width == 4 * e
+    assert dict(scores["0.attn.neurons"].group_sizes) == {"head": e, "kv_group": 2 * e} and width == 4 * e
     assert _count(rp.top(scores, fraction=1 / 8, unit="head")) == e
     assert _count(rp.top(scores, fraction=1 / 4, unit="kv_group")) == 2 * e
 

@@ -38,7 +38,7 @@ from repedit.hooks import Hook, evaluating, installed
 from repedit.io import archive
 from repedit.io.text import check_fields
 from repedit.models.subject import Subject
-from repedit.sites import Place, Point, Site, place
+from repedit.sites import Point, Site, SiteKey, site_key
 from repedit.stats import Activity, CrossMoments, Moments
 
 # --- Which tokens of a batch a statistic counts
@@ -333,10 +333,10 @@ Statistic = TypeVar("Statistic", Activity, Moments, CrossMoments)
 
 
 @dataclass(frozen=True, eq=False)
-class Collection(Mapping[Place, Statistic], Generic[Statistic]):
+class Collection(Mapping[SiteKey, Statistic], Generic[Statistic]):
     """Statistics by site, with the model and the text they come from; by module path for an image classifier."""
 
-    statistics: Mapping[Place, Statistic]
+    statistics: Mapping[SiteKey, Statistic]
     model: str
     """Fingerprint of the model's weights."""
     corpus: str
@@ -345,8 +345,8 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
     """Which tokens counted."""
     seen: int
     counted: int
-    units: Mapping[Place, Mapping[str, int]]
-    """Neurons a unit: {"head": e, "kv_group": G e} for attention sites."""
+    group_sizes: Mapping[SiteKey, Mapping[str, int]]
+    """Neurons in each kind of group: {"head": e, "kv_group": G e} for attention sites, empty for others."""
     gated: bool
     seconds_in_hooks: float = field(default=0.0, compare=False)
     edit: str = ""
@@ -357,10 +357,10 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
     def __repr__(self) -> str:
         return f"Collection({self.kind} at {len(self)} sites, {self.counted:,} tokens of {self.corpus})"
 
-    def __getitem__(self, site: Place) -> Statistic:
+    def __getitem__(self, site: SiteKey) -> Statistic:
         return self.statistics[site if site in self.statistics else Site.parse(site)]
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[SiteKey]:
         return iter(self.statistics)
 
     def __len__(self) -> int:
@@ -374,14 +374,14 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
     def only(self, point: str | Point) -> Collection[Statistic]:
         """The part of the collection at one point, such as "attn.neurons"."""
         kept = {site: value for site, value in self.items() if site.point == point}
-        return replace(self, statistics=kept, units={site: self.units[site] for site in kept})
+        return replace(self, statistics=kept, group_sizes={site: self.group_sizes[site] for site in kept})
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the sums of every site, with everything else in its header."""
         tensors = {f"{site}/{name}": v for site, value in self.items() for name, v in value.state().items()}
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("statistics", "units")}
-        units = {str(site): dict(unit) for site, unit in self.units.items()}
-        archive.write(path, "collection", tensors, {"statistic": self.kind, "units": units, "collection": plain})
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("statistics", "group_sizes")}
+        sizes = {str(site): dict(groups) for site, groups in self.group_sizes.items()}
+        archive.write(path, "collection", tensors, {"statistic": self.kind, "units": sizes, "collection": plain})
 
     @staticmethod
     def load(path: str | Path) -> Collection[Any]:
@@ -399,11 +399,11 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
                 site, _, name = key.rpartition("/")
                 states.setdefault(site, {})[name] = value
             make = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}[header["statistic"]]
-            found = {place(site): make.of_state(state) for site, state in states.items()}
-            units = {place(site): unit for site, unit in header["units"].items()}
-            if not found or set(found) != set(units):
-                raise ValueError("its tensors and its units are of different sites")
-            return Collection({site: found[site] for site in sorted(found)}, units=units, **plain)
+            found = {site_key(site): make.of_state(state) for site, state in states.items()}
+            sizes = {site_key(site): groups for site, groups in header["units"].items()}
+            if not found or set(found) != set(sizes):
+                raise ValueError("its tensors and its group sizes are of different sites")
+            return Collection({site: found[site] for site in sorted(found)}, group_sizes=sizes, **plain)
 
     def __add__(self, other: Collection[Statistic]) -> Collection[Statistic]:
         """Both collections as one: the sums of every site are added.
@@ -411,7 +411,7 @@ class Collection(Mapping[Place, Statistic], Generic[Statistic]):
         Raises:
             FingerprintError: if they were not collected at the same sites of one model, by one rule.
         """
-        for what in ("kind", "model", "edit", "rule", "units"):
+        for what in ("kind", "model", "edit", "rule", "group_sizes"):
             mine, theirs = (getattr(side, what) for side in (self, other))
             if mine != theirs:
                 raise FingerprintError(f"cannot merge collections: {what} is {mine} and {theirs}; collect both alike")
@@ -506,7 +506,7 @@ def collect(
         corpus=corpus.name,
         seen=seen,
         counted=counted,
-        units={site: _units(subject, site) for site in watch.sites},
+        group_sizes={site: _group_sizes(subject, site) for site in watch.sites},
         gated=subject.architecture.gated,
         seconds_in_hooks=ranks.slowest(watch.seconds, subject.device),
         **origin,
@@ -534,7 +534,7 @@ def _read(
     return seen, counted
 
 
-def _units(subject: Subject, site: Site) -> dict[str, int]:
+def _group_sizes(subject: Subject, site: Site) -> dict[str, int]:
     if site.point is not Point.ATTN_NEURONS:
         return {}
     branch = subject.anatomy.branch(site.layer, site.point)

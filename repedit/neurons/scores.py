@@ -28,7 +28,7 @@ from repedit.errors import (
 from repedit.io import archive
 from repedit.io.text import check_fields
 from repedit.models.subject import Subject
-from repedit.sites import Place, Point, Site, place
+from repedit.sites import Point, Site, SiteKey, site_key
 from repedit.stats import Activity
 
 # --- Scores: how specific each neuron is to the forget set, by site, with where that comes from
@@ -38,7 +38,7 @@ from repedit.stats import Activity
 class Score:
     """How specific each neuron of a site is to the forget set; higher is more specific."""
 
-    site: Place
+    site: SiteKey
     values: Float[Tensor, " d"]
     """float64; -inf where a neuron must not be selected."""
     importance: str
@@ -49,8 +49,8 @@ class Score:
     """Neurons whose first-position rms exceeds 100 times the layer's median."""
     protected: bool = False
     """Whether sinks are kept from selection."""
-    units: Mapping[str, int] = field(default_factory=dict)
-    """Neurons a head and a key-value group hold, for attention sites."""
+    group_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Neurons in a head and in a key-value group, for attention sites."""
 
 
 _PLAIN = {
@@ -60,16 +60,16 @@ _PLAIN = {
 
 
 @dataclass(frozen=True, eq=False)
-class Scores(Mapping[Place, Score]):
+class Scores(Mapping[SiteKey, Score]):
     """One Score a site, with where they come from."""
 
-    by_site: Mapping[Place, Score]
+    by_site: Mapping[SiteKey, Score]
     provenance: Mapping[str, Any]
 
-    def __getitem__(self, site: Place) -> Score:
+    def __getitem__(self, site: SiteKey) -> Score:
         return self.by_site[site if site in self.by_site else Site.parse(site)]
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[SiteKey]:
         return iter(self.by_site)
 
     def __len__(self) -> int:
@@ -95,7 +95,9 @@ class Scores(Mapping[Place, Score]):
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, a vector a site, with everything else in its header."""
         plain = {
-            str(site): {k: v for k, v in vars(s).items() if k not in ("site", "values")} for site, s in self.items()
+            str(site): {k: v for k, v in vars(s).items() if k not in ("site", "values", "group_sizes")}
+            | {"units": s.group_sizes}
+            for site, s in self.items()
         }
         values = {str(site): s.values for site, s in self.items()}
         archive.write(path, "scores", values, {"sites": plain, "provenance": dict(self.provenance)})
@@ -111,9 +113,11 @@ class Scores(Mapping[Place, Score]):
         with archive.rebuilding(path, "scores"):
             found = {}
             for name, row in header["sites"].items():
-                site = place(name)
+                site = site_key(name)
                 check_fields(row, _PLAIN, name)
-                found[site] = Score(site, values.pop(name), **(row | {"sinks": tuple(row["sinks"])}))
+                plain = {key: value for key, value in row.items() if key != "units"}
+                plain |= {"sinks": tuple(row["sinks"]), "group_sizes": row["units"]}
+                found[site] = Score(site, values.pop(name), **plain)
             wrong = [*values, *(str(site) for site, score in found.items() if score.values.ndim != 1)]
             if wrong:
                 raise ValueError(f"the tensor {wrong[0]!r} is not the vector of a site")
@@ -126,7 +130,7 @@ class Scores(Mapping[Place, Score]):
 
 
 TINY = torch.finfo(torch.float64).tiny
-Values = dict[Place, Tensor]
+Values = dict[SiteKey, Tensor]
 
 
 @dataclass(frozen=True)
@@ -286,7 +290,7 @@ def score(
         if protect_sinks:
             value[list(sinks)] = -torch.inf
         found[site] = Score(
-            site, value, importance, combine, agreements[site], sinks, protect_sinks, dict(forget.units[site])
+            site, value, importance, combine, agreements[site], sinks, protect_sinks, dict(forget.group_sizes[site])
         )
     options: dict[str, Any] = {
         "importance": importance, "combine": combine, "eps": eps, "lam": lam, "norm": norm, "weighted": weighted,
@@ -313,7 +317,7 @@ def score(
     return scores
 
 
-def agreement(forget: Collection, retain: Collection, *, importance: str = "abs") -> dict[Place, float]:
+def agreement(forget: Collection, retain: Collection, *, importance: str = "abs") -> dict[SiteKey, float]:
     """Spearman's rank correlation between forget and retain importances, by site.
 
     Raises:
@@ -375,7 +379,7 @@ def _sinks(forget: Activity, retain: Activity) -> tuple[int, ...]:
     return tuple(int(i) for i in found.nonzero()[:, 0])
 
 
-def _warn_collinear(agreements: Mapping[Place, float], median: float) -> None:
+def _warn_collinear(agreements: Mapping[SiteKey, float], median: float) -> None:
     worst = max(agreements, key=lambda site: agreements[site])
     warnings.warn(
         f"forget and retain importances rank neurons nearly alike: median Spearman {median:.2f}, worst {worst} with "

@@ -23,19 +23,19 @@ from repedit.errors import (
 )
 from repedit.linear_maps import Diagonal
 from repedit.neurons.scores import Score, Scores
-from repedit.sites import Place
+from repedit.sites import SiteKey
 
-Keep = dict[Place, Bool[Tensor, " d"]]
+Keep = dict[SiteKey, Bool[Tensor, " d"]]
 Unit = Literal["neuron", "head", "kv_group"]
 
 
 def top(
-    scores: Mapping[Place, Score],
+    scores: Mapping[SiteKey, Score],
     *,
     fraction: float,
     scope: str = "global",
     cap_per_layer: float | None = None,
-    protect: Mapping[Place, Tensor] | None = None,
+    protect: Mapping[SiteKey, Tensor] | None = None,
     unit: str = "neuron",
 ) -> Keep:
     """Keep-masks that are False for the k = floor(fraction N) units with the highest scores.
@@ -72,10 +72,10 @@ def prune(
     fraction: float,
     scope: str = "global",
     cap_per_layer: float | None = None,
-    protect: Mapping[Place, Tensor] | None = None,
+    protect: Mapping[SiteKey, Tensor] | None = None,
     unit: str = "neuron",
     fill: str = "zero",
-    values: Collection | Mapping[Place, Tensor] | None = None,
+    values: Collection | Mapping[SiteKey, Tensor] | None = None,
 ) -> Edit:
     """The edit that removes the neurons most specific to the forget set: z -> 0, or z -> a constant.
 
@@ -108,7 +108,7 @@ def prune(
     return Edit(maps, provenance)
 
 
-def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[Place, int] | None = None) -> Edit:
+def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[SiteKey, int] | None = None) -> Edit:
     """A control: as many neurons as `edit` prunes, chosen at random.
 
     Args:
@@ -167,7 +167,7 @@ def _size(score: Score, unit: str) -> int:
         return 1
     if unit not in ("head", "kv_group"):
         raise UnknownName(f"unit={unit!r}; {nearest(unit, ('neuron', 'head', 'kv_group'))}")
-    size = dict(score.units).get(unit)
+    size = dict(score.group_sizes).get(unit)
     if size is None:
         raise ArgumentError(f"unit={unit!r} is for attn.neurons; {score.site} has no heads")
     return size
@@ -192,7 +192,7 @@ def _capped(values: Tensor, cap: float) -> Tensor:
     return capped
 
 
-def _selected(values: Mapping[Place, Tensor], fraction: float, unit: str) -> Keep:
+def _selected(values: Mapping[SiteKey, Tensor], fraction: float, unit: str) -> Keep:
     joined = torch.cat(list(values.values()))
     # 1e-9: floor(0.29 * 100) must be 29.
     k = math.floor(fraction * len(joined) + 1e-9)
@@ -211,7 +211,7 @@ def _selected(values: Mapping[Place, Tensor], fraction: float, unit: str) -> Kee
     return dict(zip(values, keep.split([len(v) for v in values.values()]), strict=True))
 
 
-def _constants(touched: Keep, fill: str, values: Any) -> dict[Place, Tensor]:
+def _constants(touched: Keep, fill: str, values: Any) -> dict[SiteKey, Tensor]:
     if fill not in ("zero", "mean", "peak"):
         raise UnknownName(f"fill={fill!r}; {nearest(fill, ('zero', 'mean', 'peak'))}")
     if fill == "zero":
@@ -230,7 +230,7 @@ def _constants(touched: Keep, fill: str, values: Any) -> dict[Place, Tensor]:
     return {site: value.float() for site, value in found.items()}
 
 
-def _spread(total: int, widths: Mapping[Place, int]) -> dict[Place, int]:
+def _spread(total: int, widths: Mapping[SiteKey, int]) -> dict[SiteKey, int]:
     whole = sum(widths.values())
     counts = {site: total * width // whole for site, width in widths.items()}
     for site in list(widths)[: total - sum(counts.values())]:

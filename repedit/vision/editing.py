@@ -153,7 +153,7 @@ def statistics(
         rule={"rows": "every position of every image"},
         seen=len(images),
         counted=len(images),
-        units={path: {} for path in paths},
+        group_sizes={path: {} for path in paths},
         gated=False,
     )
 
