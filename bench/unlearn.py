@@ -35,7 +35,7 @@ RECIPES = (
     "grad_diff", "ga_kl", "npo_gdr", "npo_klr", "sim_npo", "wga", "blur_npo", "blur_ga", "sure:npo_gdr", "ga",
 )  # fmt: skip
 SETTINGS: dict[str, Any] = {"steps": 60, "batch_size": 16, "lr": 1e-3}
-"""Of the tiny models, as in tests/test_gradient_behaviour.py, which was set up on seed 0: that seed is not fresh."""
+"""Of the tiny models, as in tests/test_unlearning_behaviour.py, which was set up on seed 0: that seed is not fresh."""
 OWN: dict[str, dict[str, Any]] = {"sure:npo_gdr": {"lr": 3e-3}}
 """What a recipe needs beside them: SURE moves a tenth of the units, so each must move further."""
 ATTACKS = ("direct", "rtt", "quantize")

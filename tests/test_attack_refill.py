@@ -19,8 +19,8 @@ from repedit.data import Splits
 from repedit.errors import ArgumentError, FractionError
 from repedit.hashing import fingerprint
 from repedit.models.subject import subject_of
-from tests.likes import facts, guarded, pupil, splits, taught
-from tests.saved import byte_tokenizer
+from tests.saved_models import byte_tokenizer
+from tests.teachable_models import facts, guarded, pupil, splits, taught
 from tests.tiny import tiny
 
 

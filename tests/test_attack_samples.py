@@ -14,7 +14,7 @@ from repedit.auditing.attacks.samples import clopper_pearson, dkw_band, leak_at,
 from repedit.data import Fact, Splits
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
 from repedit.models.subject import subject_of
-from tests.saved import byte_tokenizer
+from tests.saved_models import byte_tokenizer
 from tests.tiny import tiny
 
 ALL = rp.data.invented(people=12, relations=1).forget

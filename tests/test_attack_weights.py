@@ -28,7 +28,7 @@ from repedit.data import Fact, Facts, Splits
 from repedit.data.encoding import encoded
 from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite, QuantizedModel, UnknownName
 from repedit.models.subject import Subject
-from tests.saved import byte_tokenizer
+from tests.saved_models import byte_tokenizer
 from tests.tiny import tiny
 
 ANSWERS = ("ab", "ba", "cd")

@@ -36,8 +36,8 @@ from repedit.errors import (
     UnknownName,
 )  # fmt: skip
 from repedit.models.subject import subject_of
+from tests.taught_models import facts, original, reference, world
 from tests.tiny import tiny
-from tests.world import facts, original, reference, world
 
 CHEAP = ("direct", "strip")
 ASKED = {"unrelated": rp.data.prose(), "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0, "most": 8}

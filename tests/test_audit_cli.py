@@ -16,7 +16,7 @@ from repedit.auditing.selftest import Checked, SelfTest, selftest
 from repedit.auditing.store import recorded, remember
 from repedit.cli import app
 from repedit.errors import RepeditError, UnknownName
-from tests.world import facts, original, reference, world
+from tests.taught_models import facts, original, reference, world
 
 
 @pytest.fixture(autouse=True)

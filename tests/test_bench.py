@@ -15,7 +15,7 @@ from bench.peers_figure import draw
 from bench.record import record
 from bench.timing import Ratio, alternated, ratio
 from repedit.sites import Point
-from tests.saved import saved
+from tests.saved_models import saved
 
 
 def _edit(kind, width, d):

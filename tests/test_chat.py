@@ -19,7 +19,7 @@ from repedit.cli import chat as chatting
 from repedit.cli.chat import Talk
 from repedit.errors import ArgumentError
 from repedit.metrics.generation import Writing, generate
-from tests.saved import saved
+from tests.saved_models import saved
 from tests.test_metrics_generation import CHAT
 
 

@@ -16,8 +16,8 @@ import repedit as rp
 from repedit.cli import app
 from repedit.data import Facts, by_domain, facts
 from repedit.errors import ArgumentError, FingerprintError, UnknownName
-from tests.published import stand_in
-from tests.saved import saved
+from tests.published_data import stand_in
+from tests.saved_models import saved
 
 # An untrained model uses the same neurons for everything, and score says so.
 pytestmark = pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")

@@ -15,8 +15,8 @@ from repedit.data import facts
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, CheckpointError, RepeditError, TargetExists
 from repedit.unlearning import trainer
-from tests.saved import saved
-from tests.unlearned import sides, subject
+from tests.saved_models import saved
+from tests.unlearning_cases import sides, subject
 
 VERBS = {
     "collect": "collect {model}", "score": "score {model}", "prune": "prune {model} --fraction 0.1", "project": "project {model}",

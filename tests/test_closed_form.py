@@ -7,7 +7,20 @@ import repedit as rp
 from repedit.errors import ArgumentError, NotFinite
 from repedit.fit import FITS, linalg
 from repedit.stats import CrossMoments, Moments
-from tests.rows import EXACT, PAIRED, D, K, cosine, earlier, fitted, moments_of, normal, pair, projects, spanning
+from tests.structured_rows import (
+    EXACT,
+    PAIRED,
+    D,
+    K,
+    cosine,
+    earlier,
+    fitted,
+    moments_of,
+    normal,
+    pair,
+    projects,
+    spanning,
+)
 
 PLANTED = 0.95
 

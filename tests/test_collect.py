@@ -17,9 +17,9 @@ from repedit.errors import (  # fmt: skip
     UnknownSite,
 )
 from repedit.models.subject import Subject
+from tests.char_tokenizer import CharTokenizer
 from tests.edits import mask
-from tests.letters import Letters
-from tests.planted import NEURONS, planted, texts
+from tests.planted_neurons import NEURONS, planted, texts
 from tests.tiny import ids, tiny
 
 PLANTED = ("llama", "gpt_neox", "opt", "gpt2", "qwen3")
@@ -110,7 +110,7 @@ RULES = {
 def test_the_counting_rule(options, expected):
     batch = {"input_ids": torch.tensor([[3, 5, 2, 7, 5], [1, 5, 6, 5, 5]])}
     batch["attention_mask"] = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
-    subject = Subject(tiny("llama").model, Letters(), tiny("llama").architecture)
+    subject = Subject(tiny("llama").model, CharTokenizer(), tiny("llama").architecture)
     found = rp.collect(subject, tokens([batch]), **options)
     counted = torch.tensor(expected).bool()
     explicit = rp.collect(subject, tokens([batch]), count=lambda _: counted)

@@ -18,8 +18,8 @@ from repedit import cli
 from repedit.cli import options as examples
 from repedit.cli import output
 from repedit.escaping import for_terminal
-from tests.saved import saved
-from tests.test_foreign_text import SIGNS
+from tests.saved_models import saved
+from tests.test_escaping import SIGNS
 
 NASTY = "".join(SIGNS).replace("\n", "").replace("\t", "")
 HOSTILE = "\x1b]52;c;cHduZWQ\x07[/][bold]\u202e\r\udc80"

@@ -13,7 +13,7 @@ import repedit as rp
 from repedit.data import Corpus, Document, Tokens
 from repedit.data.corpus import tokens
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, NotFound, UnknownName
-from tests.letters import Letters
+from tests.char_tokenizer import CharTokenizer
 
 texts = st.lists(st.text("abc \n", min_size=1, max_size=30), min_size=1, max_size=12)
 
@@ -24,7 +24,7 @@ def _corpus(items, name="texts"):
 
 def _rows(corpus, tokenizer=None, **options):
     """(document, ids without padding) of every chunk."""
-    for batch in corpus.batches(tokenizer or Letters(), **options):
+    for batch in corpus.batches(tokenizer or CharTokenizer(), **options):
         for name, ids, mask in zip(batch.document, batch.input_ids, batch.attention_mask, strict=True):
             yield name, ids[mask].tolist()
 
@@ -93,7 +93,7 @@ def test_excerpts_begin_at_lines_and_come_from_different_documents():
 @given(items=texts, length=st.integers(3, 9), batch_size=st.integers(1, 4), bos=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_chunks_hold_every_token_but_a_last_lonely_one(items, length, batch_size, bos):
-    tokenizer, corpus = Letters(bos=bos), _corpus([*items, "some"])
+    tokenizer, corpus = CharTokenizer(bos=bos), _corpus([*items, "some"])
     found = dict.fromkeys((d.id for d in corpus.documents), ())
     for name, ids in _rows(corpus, tokenizer, length=length, batch_size=batch_size):
         assert len(ids) <= length and ids[: int(bos)] == tokenizer.prefix
@@ -106,23 +106,23 @@ def test_chunks_hold_every_token_but_a_last_lonely_one(items, length, batch_size
 
 
 def test_batches_are_padded_on_the_right_longest_first():
-    batches = list(_corpus(["ab", "abcdef", "abcd"]).batches(Letters(), length=5, batch_size=2))
+    batches = list(_corpus(["ab", "abcdef", "abcd"]).batches(CharTokenizer(), length=5, batch_size=2))
     assert [batch.document for batch in batches] == [("1", "2"), ("0", "1")]
     assert batches[1].attention_mask.tolist() == [[True] * 3, [True] * 3]
-    mixed = next(_corpus(["ab", "abcd"]).batches(Letters()))
+    mixed = next(_corpus(["ab", "abcd"]).batches(CharTokenizer()))
     assert mixed.attention_mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
     assert mixed.input_ids[1].tolist()[3:] == [0, 0]
 
 
 def test_a_tokenizer_without_padding_token_pads_with_zero():
-    batch = next(_corpus(["ab", "abcd"]).batches(Letters(pad=None)))
+    batch = next(_corpus(["ab", "abcd"]).batches(CharTokenizer(pad=None)))
     assert batch.input_ids[1].tolist()[3:] == [0, 0]
 
 
 @pytest.mark.parametrize("options", [{"length": 2}, {"length": 0}, {"batch_size": 0}], ids=str)
 def test_chunks_that_predict_nothing_are_refused(options):
     with pytest.raises(ArgumentError, match=r"a chunk needs at least 3 tokens \(1 of them the tokenizer's own"):
-        next(_corpus(["abc"]).batches(Letters(), **options))
+        next(_corpus(["abc"]).batches(CharTokenizer(), **options))
 
 
 def _write(path, content):

@@ -8,7 +8,7 @@ import pytest
 import repedit as rp
 from repedit.data import Row, TofuRow
 from repedit.errors import ArgumentError, DataError, NotFound, UnknownName
-from tests.published import MEMBERS, PUBLISHED, published, stand_in
+from tests.published_data import MEMBERS, PUBLISHED, published, stand_in
 
 # (sc, qa) rows of the three tasks, by split.
 SEMEVAL = {

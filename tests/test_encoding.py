@@ -19,7 +19,7 @@ from repedit.io.text import check_text
 from repedit.metrics.facts import facts_accuracy
 from repedit.metrics.generation import generate, side_by_side
 from repedit.metrics.membership import scores
-from tests.saved import byte_tokenizer
+from tests.saved_models import byte_tokenizer
 from tests.test_attack_weights import small
 
 TEMPLATES = ("$A", "<s> $A", "<s> $A </s>", "$A </s>", "<s> <s> $A </s> </s>", "</s> $A", "<pad> <s> $A </s>")

@@ -7,7 +7,7 @@ import repedit as rp
 from repedit.data.corpus import Corpus, Document
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite
 from repedit.hooks import Hook, installed
-from tests.saved import saved
+from tests.saved_models import saved
 from tests.tiny import tiny
 
 CORPUS = Corpus(tuple(Document(f"{i}", f"the river {i} runs past the town of {word}s " * (i % 3 + 1)) for i, word in

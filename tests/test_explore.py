@@ -13,7 +13,7 @@ import torch
 import repedit as rp
 from repedit import explore
 from repedit.errors import ArgumentError, MissingDependency, SelectionError, TargetExists
-from tests.saved import saved
+from tests.saved_models import saved
 
 pytestmark = pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 

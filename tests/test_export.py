@@ -12,7 +12,7 @@ import repedit as rp
 from repedit.errors import NoOpEdit, TargetExists
 from repedit.io.checkpoint import INDEX, SINGLE, open_shards
 from repedit.models.subject import subject_of
-from tests.damage import sha
+from tests.damaged_checkpoints import sha
 from tests.edits import fill, mask, projection
 from tests.tiny import logits, tiny
 

@@ -21,7 +21,7 @@ from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
 from repedit.rewrite import export
 from repedit.rewrite import shards as writing
-from tests.damage import sha
+from tests.damaged_checkpoints import sha
 from tests.edits import fill, mask, projection
 from tests.tiny import ids, logits, tiny
 

@@ -16,7 +16,7 @@ from repedit.hashing import value_hash
 from repedit.io.checkpoint import INDEX, SINGLE, open_shards
 from repedit.rewrite import export, shards
 from tests.edits import mask, projection
-from tests.saved import byte_tokenizer
+from tests.saved_models import byte_tokenizer
 from tests.test_export import in_hub_cache
 from tests.tiny import logits, tiny
 

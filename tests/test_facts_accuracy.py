@@ -18,8 +18,8 @@ from repedit.metrics import facts
 from repedit.metrics.facts import FactsAccuracy, facts_accuracy
 from repedit.metrics.generation import continuations
 from repedit.models.subject import Subject
-from tests.letters import Letters
-from tests.saved import byte_tokenizer, merging_tokenizer
+from tests.char_tokenizer import CharTokenizer
+from tests.saved_models import byte_tokenizer, merging_tokenizer
 from tests.tiny import FAMILIES, VOCABULARY, tiny
 from tests.tolerances import close
 
@@ -45,7 +45,7 @@ class Bigrams(torch.nn.Module):
 
 def bigrams(chances: dict[str, float], tokenizer=None) -> Subject:
     """A subject that gives the letter b after the letter a the chance chances["ab"], the rest shared evenly."""
-    tokenizer = tokenizer or Letters()
+    tokenizer = tokenizer or CharTokenizer()
     table = torch.zeros(VOCABULARY, VOCABULARY, dtype=torch.float64)
     for first in {pair[0] for pair in chances}:
         row = {tokenizer(pair[1])["input_ids"][-1]: p for pair, p in chances.items() if pair[0] == first}
@@ -94,7 +94,7 @@ ITEMS = (
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_reading_each_text_alone(family):
-    check_scores(replace(tiny(family), tokenizer=Letters(bos=family != "gpt2")), ITEMS)
+    check_scores(replace(tiny(family), tokenizer=CharTokenizer(bos=family != "gpt2")), ITEMS)
 
 
 @given(
@@ -104,7 +104,7 @@ def test_scores_are_those_of_reading_each_text_alone(family):
 @settings(max_examples=25, deadline=None)
 def test_batch_size_and_company_do_not_matter(asked, batch_size):
     items = tuple(fact(i, prompt=p, answer=c[0], choices=tuple(c)) for i, (p, c) in enumerate(asked))
-    check_scores(replace(tiny("qwen2"), tokenizer=Letters()), items, batch_size=batch_size)
+    check_scores(replace(tiny("qwen2"), tokenizer=CharTokenizer()), items, batch_size=batch_size)
 
 
 BROKEN = {
@@ -123,7 +123,7 @@ def test_broken_scoring_is_caught(name, monkeypatch):
     part, broken = BROKEN[name]
     monkeypatch.setattr(facts, part, broken(getattr(facts, part)))
     with pytest.raises(AssertionError):
-        check_scores(replace(tiny("llama"), tokenizer=Letters()), ITEMS)
+        check_scores(replace(tiny("llama"), tokenizer=CharTokenizer()), ITEMS)
 
 
 def test_known_answers():
@@ -162,7 +162,7 @@ def test_choices_merged_with_the_prompt_are_compared_from_one_place():
 
 
 def test_an_active_edit_is_seen():
-    subject = replace(tiny("llama"), tokenizer=Letters())
+    subject = replace(tiny("llama"), tokenizer=CharTokenizer())
     edit = Edit({rp.Site.parse("0.mlp.neurons"): rp.Diagonal.mask(torch.arange(40) > 20)})
     before = facts_accuracy(subject, ITEMS).graded
     with edit.hooked(subject):
@@ -172,7 +172,7 @@ def test_an_active_edit_is_seen():
 
 
 def test_bfloat16_is_scored_in_float32():
-    subject = replace(tiny("llama", torch.bfloat16), tokenizer=Letters())
+    subject = replace(tiny("llama", torch.bfloat16), tokenizer=CharTokenizer())
     found = facts_accuracy(subject, (fact(prompt="what is it ", answer="e", choices=("d", "e")),))
     ids = [subject.tokenizer(text)["input_ids"] for text in ("what is it ", "e")]
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_bfloat16_is_scored_in_float32():
 def test_greedy_looks_for_the_answer_as_words(text, correct, monkeypatch):
     monkeypatch.setattr(facts, "written", lambda subject, ids, tokens, names: [text] * len(ids))
     item = fact(answer="Paris", choices=())
-    found = facts_accuracy(replace(tiny("llama"), tokenizer=Letters()), (item,), how="greedy")
+    found = facts_accuracy(replace(tiny("llama"), tokenizer=CharTokenizer()), (item,), how="greedy")
     assert bool(found.correct[0]) is correct and found.graded[0] < 0
 
 
@@ -203,7 +203,7 @@ def test_greedy_writes_as_many_tokens_as_the_longest_answer_and_four(monkeypatch
 
 
 def test_facts_stand_for_those_to_forget():
-    subject = replace(tiny("llama"), tokenizer=Letters())
+    subject = replace(tiny("llama"), tokenizer=CharTokenizer())
     assert facts_accuracy(subject, Facts(ITEMS[:2], ITEMS[2:])).ids == ("f0", "f1")
     assert facts_accuracy(subject, iter(ITEMS)).ids == ("f0", "f1", "f2", "f3")
 
@@ -233,7 +233,7 @@ def test_the_interval_is_wilsons(right, count, low, high):
 )  # fmt: skip
 def test_what_cannot_be_scored_is_refused(items, options, error, message):
     with pytest.raises(error, match=message):
-        facts_accuracy(replace(tiny("llama"), tokenizer=Letters()), items, **options)
+        facts_accuracy(replace(tiny("llama"), tokenizer=CharTokenizer()), items, **options)
 
 
 def test_a_prompt_without_a_token_is_refused():

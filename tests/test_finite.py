@@ -12,7 +12,7 @@ from repedit.delta import Delta
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, DeviceError, DtypeError, NotFinite, QuantizedModel, RankError, ShapeError
 from repedit.io.checkpoint import SINGLE
-from tests.damage import UP, not_a_number
+from tests.damaged_checkpoints import UP, not_a_number
 from tests.edits import fill, mask, projection
 from tests.tiny import tiny
 

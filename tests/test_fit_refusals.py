@@ -17,7 +17,19 @@ from repedit.errors import (
 )
 from repedit.fit import FITS, linalg
 from repedit.stats import CrossMoments, Moments
-from tests.rows import PAIRED, D, K, earlier, fitted, labelled, moments_of, normal, pair, spanning, statistics_of
+from tests.structured_rows import (
+    PAIRED,
+    D,
+    K,
+    earlier,
+    fitted,
+    labelled,
+    moments_of,
+    normal,
+    pair,
+    spanning,
+    statistics_of,
+)
 
 
 @pytest.mark.parametrize("name", PAIRED)

@@ -31,8 +31,8 @@ from repedit.report import run_journal
 from repedit.rewrite.verification import verification
 from repedit.unlearning import recipe as written
 from repedit.unlearning import recipes
-from tests.hostile import EXAMPLES, FUZZ, damaged_bytes, emitted, strictly_read, tables
-from tests.reports import clean
+from tests.fuzz_strategies import EXAMPLES, FUZZ, damaged_bytes, emitted, strictly_read, tables
+from tests.handmade_reports import clean
 from tests.tiny import tiny
 
 FACTS = [

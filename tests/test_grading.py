@@ -1,6 +1,6 @@
 """An answer counts in the script it is written in, with the symbols that belong to it, and never as a part of another."""
 
-# Letters of many scripts are the subject of this file.
+# CharTokenizer of many scripts are the subject of this file.
 # ruff: noqa: RUF001
 
 import pytest

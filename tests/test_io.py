@@ -29,8 +29,8 @@ from repedit.io.targets import check_target
 from repedit.rewrite import hub
 from repedit.rewrite.gguf import gguf_check
 from repedit.rewrite.verification import verification
-from tests.reports import report
-from tests.saved import saved
+from tests.handmade_reports import report
+from tests.saved_models import saved
 
 PACKAGE = Path(rp.__file__).parent
 MASK = rp.Edit({rp.Site.parse("0.mlp.neurons"): rp.Diagonal.mask(torch.arange(4) > 1)}, {"seed": 1})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import repedit as rp
-from tests.rows import EXACT, D, earlier, labelled, moments_of, normal, projects, statistics_of
+from tests.structured_rows import EXACT, D, earlier, labelled, moments_of, normal, projects, statistics_of
 
 pytestmark = pytest.mark.numeric
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import repedit as rp
 from repedit.stats import CrossMoments, Moments
-from tests.rows import D, normal, statistics_of
+from tests.structured_rows import D, normal, statistics_of
 from tests.tolerances import close, relative, short, within
 
 pytestmark = pytest.mark.numeric

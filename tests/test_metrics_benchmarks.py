@@ -7,8 +7,8 @@ import pytest
 from repedit.errors import NotFound, UnknownName
 from repedit.metrics import benchmarks, semeval, tofu
 from repedit.metrics.generation import generate
-from tests.published import stand_in
-from tests.saved import byte_tokenizer
+from tests.published_data import stand_in
+from tests.saved_models import byte_tokenizer
 from tests.tiny import tiny
 
 

@@ -14,8 +14,8 @@ from repedit.metrics import semeval
 from repedit.metrics import semeval as score
 from repedit.metrics.collapse import Signs, diversity, judge
 from repedit.metrics.semeval import PARTS, aggregate, final, mmlu_accuracy
-from tests.published import MEMBERS, published, stand_in
-from tests.saved import byte_tokenizer
+from tests.published_data import MEMBERS, published, stand_in
+from tests.saved_models import byte_tokenizer
 from tests.test_attack_weights import small
 from tests.tiny import tiny
 

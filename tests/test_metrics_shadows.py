@@ -10,7 +10,7 @@ from scipy.stats import norm
 from repedit.auditing.attacks.tuning import Tuning, examples, shuffled, tune
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, ShapeError
 from repedit.metrics.membership import auc, lira, scores
-from tests.likes import blank
+from tests.teachable_models import blank
 
 RNG = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ from repedit.errors import ArgumentError, DataError
 from repedit.metrics import generation
 from repedit.metrics import generation as streaming
 from repedit.metrics.generation import Writing, prompt_tokens, side_by_side, stream
-from tests.saved import byte_tokenizer
+from tests.saved_models import byte_tokenizer
 from tests.test_attack_weights import small
 from tests.test_metrics_generation import CHAT
 from tests.tiny import FAMILIES

@@ -16,7 +16,7 @@ from repedit.metrics import tofu as definitions
 from repedit.metrics.answers import answer_nll
 from repedit.metrics.collapse import Signs
 from repedit.metrics.generation import generate
-from tests.published import published
+from tests.published_data import published
 from tests.test_attack_weights import small
 
 # Of the leaderboard's own file.

@@ -20,7 +20,7 @@ from repedit.errors import (
 )
 from repedit.io.checkpoint import INDEX, SINGLE, open_shards
 from repedit.models.subject import subject_of
-from tests.damage import UP, config, header, index, mapped, not_a_number, pickled, tensor, weights
+from tests.damaged_checkpoints import UP, config, header, index, mapped, not_a_number, pickled, tensor, weights
 from tests.edits import mask
 from tests.tiny import logits, tiny
 

@@ -28,7 +28,7 @@ from repedit.fit.mrp_training import Bases, Forgetting, _common, _positions, for
 from repedit.hooks import installed
 from repedit.models.subject import subject_of
 from repedit.training.sampler import Sampler, collated, neighbours, training_rows
-from tests.saved import byte_tokenizer
+from tests.saved_models import byte_tokenizer
 from tests.tiny import tiny
 from tests.tolerances import within
 

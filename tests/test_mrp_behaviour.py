@@ -6,7 +6,7 @@ import pytest
 
 import repedit as rp
 from repedit.auditing.attack import ask
-from tests.world import world
+from tests.taught_models import world
 
 RANK = 16
 """A quarter of the width of the taught models."""

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 import repedit as rp
-from tests.saved import saved
+from tests.saved_models import saved
 
 FILES = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALL: dict[str, Any] = {

@@ -22,8 +22,8 @@ from repedit.models.subject import subject_of
 from repedit.neurons.scores import outgoing_norms
 from repedit.stats import CrossMoments, Moments
 from tests.edits import mask, projection
+from tests.test_distributed import values
 from tests.test_export_safety import content
-from tests.test_ranks import values
 from tests.tiny import ids, logits, tiny
 
 PLACES = {

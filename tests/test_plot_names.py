@@ -20,9 +20,9 @@ from repedit.plot import TradeOff
 from repedit.plot.canvas import LONGEST
 from repedit.rewrite.certificate import Certificate, TensorCertificate
 from tests import test_plot as neurons
-from tests import test_plot_gradient as gradient
-from tests import test_plot_projection as projection
-from tests.reports import clean, report
+from tests import test_plot_gradients as gradient
+from tests import test_plot_projections as projection
+from tests.handmade_reports import clean, report
 
 NAMES = ("cost_$5_$6", "_a$\\frac{$^%{x}; \\ <b>\n\x1b[2J\x00\u202e", "日本語 \U0001f600$" + "x" * 5000, "")
 

@@ -17,7 +17,7 @@ from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, HubError, NotFound, RepeditError, TargetExists
 from repedit.rewrite import hub as publishing
 from repedit.rewrite.verification import verification
-from tests.saved import saved
+from tests.saved_models import saved
 
 NAME = "someone/edited"
 

@@ -12,10 +12,10 @@ import torch
 import repedit as rp
 from repedit.auditing.controls import edited as writing
 from tests.edits import projection
-from tests.saved import saved
+from tests.saved_models import saved
+from tests.taught_models import facts as known
+from tests.taught_models import original, reference
 from tests.tiny import ids, logits, tiny
-from tests.world import facts as known
-from tests.world import original, reference
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)

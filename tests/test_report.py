@@ -29,7 +29,7 @@ from repedit.plot.reports import layer_charts, lines, relearning_charts
 from repedit.report import markdown, page, schema, together, withheld, write
 from repedit.report import tables as shown
 from repedit.report.redaction import digest
-from tests.reports import CITIES, ITEMS, LAYERS, STEPS, clean, finding, other_items, recovery, report
+from tests.handmade_reports import CITIES, ITEMS, LAYERS, STEPS, clean, finding, other_items, recovery, report
 from tests.test_plot import boxes, laid_out, outside
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> | `*_x_*` [a](http://b) &amp;\n# end"

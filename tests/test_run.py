@@ -18,8 +18,8 @@ from repedit import cli
 from repedit.cli import app, run, steps
 from repedit.errors import ArgumentError, DataError, NotFound, RepeditError, TargetExists, UnknownName
 from tests.conftest import reload_here
-from tests.kills import dies, each_kill
-from tests.saved import saved
+from tests.saved_models import saved
+from tests.simulated_kills import dies, each_kill
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning"),

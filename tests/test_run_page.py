@@ -21,8 +21,8 @@ from repedit.io.files import file_hash
 from repedit.report import run_journal, run_report
 from repedit.report.run_page import ABSENT, bars, course, gather, rendered, spreads, ticks
 from tests.conftest import reload_here
-from tests.reports import CITIES, report
-from tests.saved import saved
+from tests.handmade_reports import CITIES, report
+from tests.saved_models import saved
 from tests.test_report import BROWSER, HOSTILE, Elements, measured, spoiled
 from tests.test_run import lines
 

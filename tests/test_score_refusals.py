@@ -14,7 +14,7 @@ from repedit.errors import (
     UnknownName,
     UnsuitableImportance,
 )
-from tests.made import WIDTHS, collection, pair, rows_of
+from tests.handmade_collections import WIDTHS, collection, pair, rows_of
 
 REFUSALS = {
     "unknown importance": ({"importance": "asb"}, UnknownName, "importance='asb' does not exist; did you mean 'abs'. All: abs, rms, std"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import repedit as rp
 from repedit.errors import ArgumentError, FractionError, MissingStatistic, SelectionError, ShapeError, UnknownName
 from tests.edits import projection
-from tests.made import collection, rows_of
+from tests.handmade_collections import collection, rows_of
 from tests.tiny import tiny
 
 MLP, ATTN = ("0.mlp.neurons", "1.mlp.neurons"), ("0.attn.neurons", "1.attn.neurons")
@@ -110,7 +110,7 @@ def test_units_are_whole_and_chosen_by_their_mean(unit, size, seed, k):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_heads_of_a_model_have_the_width_of_its_weights(family):
-    from tests.planted import texts
+    from tests.planted_neurons import texts
 
     sides = [rp.collect(tiny(family), texts(forget=side), "*.attn.neurons") for side in (True, False)]
     scores = rp.score(*sides, warn=False)

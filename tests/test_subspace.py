@@ -6,7 +6,7 @@ import torch
 import repedit as rp
 from repedit.errors import NotConverged
 from repedit.fit import linalg
-from tests.rows import EXACT, D, K, normal, pair, spanning
+from tests.structured_rows import EXACT, D, K, normal, pair, spanning
 
 pytestmark = pytest.mark.numeric
 

@@ -12,7 +12,7 @@ from repedit.metrics.facts import answer_nll, facts_accuracy
 from repedit.metrics.generation import generate, side_by_side
 from repedit.metrics.membership import scores
 from repedit.training.sampler import Sampler, check_disjoint
-from tests.saved import byte_tokenizer
+from tests.saved_models import byte_tokenizer
 from tests.test_attack_weights import small
 
 

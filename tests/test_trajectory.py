@@ -15,8 +15,8 @@ from repedit.data import Corpus, Document
 from repedit.data.corpus import tokens
 from repedit.errors import ArgumentError, CheckpointError, FingerprintError, FractionError, OverlapError, SelectionError
 from repedit.models.subject import Subject
-from tests.letters import Letters
-from tests.planted import NEURONS, planted, texts
+from tests.char_tokenizer import CharTokenizer
+from tests.planted_neurons import NEURONS, planted, texts
 from tests.tiny import ids, logits, tiny
 
 
@@ -102,7 +102,7 @@ def _texts(name):
 
 
 def test_corpora_are_split_by_document_and_by_the_seed():
-    subject = Subject(tiny("llama").model, Letters(), tiny("llama").architecture)
+    subject = Subject(tiny("llama").model, CharTokenizer(), tiny("llama").architecture)
     options = {"fraction_per_step": 0.1, "steps": 1, "progress": False, "score_options": {"warn": False}}
     paths = [rp.trajectory(subject, _texts("forget"), _texts("retain"), seed=seed, **options) for seed in (0, 0, 1)]
     assert _hashes(paths[0]) == _hashes(paths[1]) and paths[0].provenance == paths[1].provenance

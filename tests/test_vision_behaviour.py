@@ -33,7 +33,7 @@ from repedit.vision import (
     train_gans,
 )
 from repedit.vision.grouping import matched
-from tests.published import PUBLISHED
+from tests.published_data import PUBLISHED
 
 FAST = (6, 10)
 SLOW = [(2, 11), (9, 12)]

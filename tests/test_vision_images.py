@@ -39,7 +39,7 @@ from repedit.vision import (
 )
 from repedit.vision import data as sources
 from tests.classifiers import drawn, normed, original, request
-from tests.published import PUBLISHED
+from tests.published_data import PUBLISHED
 
 X, Y, INDEX = torch.rand(6, 1, 8, 8), torch.arange(6) % 3, torch.arange(6)
 

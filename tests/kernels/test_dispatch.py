@@ -17,7 +17,7 @@ from repedit.kernels import dispatch, reference
 from repedit.kernels.dispatch import choose, choose_activity
 from repedit.kernels.tiles import tile
 from tests.kernels.laws import DEVICE, LAYOUTS, case, error, normal
-from tests.saved import saved
+from tests.saved_models import saved
 
 HALF = torch.bfloat16
 

@@ -1,0 +1,135 @@
+"""Numbers that cannot be meant are refused where they enter the library, before anything is read, trained or written."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+import repedit as rp
+from repedit.auditing.api import audit
+from repedit.errors import ArgumentError, RankError, check_positive, check_seed, check_whole
+from repedit.fit.mrp import mrp
+from repedit.metrics.generation import stream
+from repedit.neurons.pruning import PruneOptions
+from repedit.unlearning import combiners, losses, sampling, schedule
+from repedit.unlearning.parameters import Lora, Parameters
+from repedit.unlearning.recipe import Optimiser
+from repedit.unlearning.recipes import named
+from tests.tiny import tiny
+from tests.unlearning_cases import sides, subject
+
+NAN, INF = float("nan"), float("inf")
+COUNT: tuple[Any, ...] = (0, -1)
+RATE: tuple[Any, ...] = (0.0, -1e-4, NAN, INF)
+prune = partial(PruneOptions, fraction=0.1)
+unlearn = lambda **more: rp.unlearn(subject(), recipe=named("ga"), **sides(), **more)  # noqa: E731
+train = lambda **more: mrp(tiny("llama"), forget=None, retain=None, config=more)  # noqa: E731
+attack = lambda **more: audit("nowhere", original="nowhere", facts=(), **more)  # noqa: E731
+DOORS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
+    "recipe steps": (partial(named, "npo"), "steps", COUNT),
+    "recipe batch": (partial(named, "small:npo"), "batch_size", COUNT),
+    "recipe length": (partial(named, "npo"), "length", (1, *COUNT)),
+    "recipe lr": (partial(named, "small:npo"), "lr", RATE),
+    "recipe epochs": (partial(named, "npo"), "epochs", RATE),
+    "recipe scale": (partial(named, "npo"), "scale", (0.0, NAN, INF)),
+    "beta": (partial(named, "npo"), "beta", RATE),
+    "cap": (partial(named, "ga"), "cap", RATE),
+    "percentile": (partial(named, "sure:npo"), "percentile", (-1.0, 101.0, NAN)),
+    "micro-batch": (unlearn, "micro_batch", COUNT),
+    "clip": (unlearn, "clip", RATE),
+    "seed": (unlearn, "seed", (-1, 2**63)),
+    "epochs": (unlearn, "epochs", RATE),
+    "lora": (Lora, "rank", COUNT),
+    "layers": (Parameters, "layers", ("", " ")),
+    "modules": (Parameters, "modules", (("",),)),
+    "pattern": (Parameters, "pattern", ("(",)),
+    "decay": (Optimiser, "weight_decay", (-1.0, NAN)),
+    "betas": (Optimiser, "betas", ((0.9, 1.0), (NAN, 0.9))),
+    "warm-up": (schedule.Schedule, "warmup", (-1.0, NAN, INF)),
+    "rule": (schedule.steps, "n", COUNT),
+    "ratio": (sampling.paired, "ratio", RATE),
+    "gamma": (combiners.weighted_sum, "gamma", RATE),
+    "cache": (losses.kl, "cache", COUNT),
+    "prune steps": (prune, "steps", COUNT),
+    "prune tokens": (prune, "tokens", (-5, *COUNT)),
+    "prune batch": (prune, "batch_size", COUNT),
+    "prune control": (prune, "control", (-1,)),
+    "prune drop": (prune, "max_retain_drop", (NAN, INF)),
+    "prune fraction": (PruneOptions, "fraction", (-0.1, 1.1, NAN, None)),
+    "prune cap": (prune, "cap_per_layer", (-0.1, NAN)),
+    "prune seed": (prune, "seed", (-1, 2**64)),
+    "mrp steps": (train, "steps", COUNT),
+    "mrp rate": (train, "lr", RATE),
+    "mrp batch": (train, "batch_size", COUNT),
+    "mrp seed": (train, "seed", (-1,)),
+    "audit steps": (attack, "steps", (7, *COUNT)),
+    "audit draws": (attack, "draws", COUNT),
+    "audit rates": (attack, "scale_lrs", RATE),
+    "audit seeds": (attack, "seeds", ((), (-1,), (0, 0))),
+    "words": (lambda **more: stream(tiny("llama"), [5], **more), "max_new_tokens", COUNT),
+    "temperature": (lambda **more: stream(tiny("llama"), [5], **more), "temperature", (-1.0, NAN, INF)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_number_that_cannot_be_meant_is_refused(door):
+    call, name, values = DOORS[door]
+    for value in values:
+        with pytest.raises(ArgumentError, match=rf"{name}|prune everything|fraction is needed"):
+            call(**{name: value})
+
+
+@pytest.mark.parametrize("option", ["limit_tokens", "batch_size", "length"])
+@pytest.mark.parametrize("verb", [rp.collect, rp.predictions], ids=["collect", "predictions"])
+def test_a_pass_over_a_text_refuses_them(verb, option):
+    for value in (-5, *COUNT):
+        with pytest.raises(ArgumentError, match=rf"{option}=.*; give at least 1, a whole number"):
+            verb(tiny("llama"), rp.data.prose(), **{option: value})
+
+
+def test_ranks_are_whole_and_above_zero():
+    facts = rp.data.facts("capitals")
+    for rank in (0, -1):
+        with pytest.raises(RankError, match=rf"rank {rank} was asked for"):
+            mrp(subject(), forget=facts.forget, retain=facts.retain, rank=rank, method="random")
+
+
+@pytest.mark.parametrize("value", [0, 1.5, NAN, True, "3"])
+def test_what_is_no_number_is_none(value):
+    """The hook of these tests checks types as well, so the checks are asked themselves."""
+    for check in (check_whole, check_seed) if value != 0 else (check_whole, check_positive):
+        with pytest.raises(ArgumentError, match=r"n=.*; give"):
+            check(n=value)
+
+
+def test_what_can_be_meant_passes():
+    check_whole(0, a=0, b=None, c=3)
+    check_seed(a=0, b=2**63 - 1)
+    assert named("small:npo", steps=1, lr=1e-9).steps == 1
+
+
+def test_steps_and_epochs_are_one_choice():
+    with pytest.raises(ArgumentError, match=r"steps=3, epochs=2\.0; give one of them"):
+        named("npo", steps=3, epochs=2.0)
+    with pytest.raises(ArgumentError, match=r"steps=3, epochs=2\.0; give one of them"):
+        unlearn(steps=3, epochs=2.0)
+
+
+@pytest.mark.parametrize("name", ["small:npo_klr", "surgery", "rmu", "small:sure:wga", "cyber_for_ai:ga"])
+def test_an_option_wins_over_a_preset(name):
+    """Also number of epochs over a preset number of steps."""
+    options = {"lr": 0.5, "batch_size": 3, "length": 17}
+    plain, changed = named(name), named(name, **options, steps=2)
+    assert [getattr(changed, key) for key in (*options, "steps")] == [*options.values(), 2]
+    assert all(getattr(plain, key) != value for key, value in options.items())
+    assert named(name, epochs=2.0).steps is None and named(name, epochs=2.0).epochs == 2.0
+    assert named(name, parameters=Parameters("1")).parameters.layers == "1"
+
+
+def test_a_preset_that_wins_would_be_caught(monkeypatch):
+    import repedit.unlearning.recipes as published
+
+    monkeypatch.setattr(published, "settled", lambda settings, changes: settings)
+    assert named("small:npo_klr", lr=0.5).lr == 5e-4

@@ -1,0 +1,477 @@
+"""Attacks with words: what is asked, that nothing is taught, and that company, order and chance decide nothing."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+import repedit as rp
+from repedit.auditing import attack
+from repedit.auditing.attack import ask
+from repedit.auditing.attacks import prompts, samples
+from repedit.auditing.attacks import prompts as formats
+from repedit.auditing.attacks.prompts import (
+    FORMATS,
+    PREFIXES,
+    chat_prompt,
+    direct,
+    in_context,
+    misspelt,
+    paraphrase,
+    prefix,
+    question,
+    reformat,
+    translate,
+)
+from repedit.auditing.attacks.samples import sampling
+from repedit.auditing.attacks.unhook import strip
+from repedit.data import Fact, Splits
+from repedit.data.encoding import prompt_ids
+from repedit.data.grading import normalized
+from repedit.errors import ArgumentError, DataError, OverlapError, UnknownName
+from repedit.metrics import facts as probability
+from repedit.metrics.facts import FactsAccuracy
+from repedit.models.subject import subject_of
+from tests.saved_models import byte_tokenizer
+from tests.tiny import tiny
+
+PEOPLE = rp.data.invented(people=24, relations=2).forget
+LANGUAGES = ("de", "fr")
+VOCABULARY = 600
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{{ '[assistant]\n' }}"
+
+
+def translated(fact: Fact) -> Fact:
+    """The fact with two languages, and four of its choices."""
+    choices = (*(c for c in fact.choices if c != fact.answer),)[:3]
+    translations = {language: f"{language}: {fact.prompt}" for language in LANGUAGES}
+    return replace(fact, translations=translations, choices=(*choices[:2], fact.answer, *choices[2:]))
+
+
+def splits(tested: int = 4) -> Splits:
+    """Twelve people: the facts of eight in T, some of the others' in V."""
+    return Splits(PEOPLE[:16], tuple(translated(fact) for fact in PEOPLE[16 : 16 + tested]))
+
+
+@cache
+def _merging():
+    """A tokenizer of bytes that merges those which often stand together in the facts: texts are four times shorter."""
+    tokenizer = byte_tokenizer()
+    texts = [text for fact in PEOPLE for text in (fact.text, *fact.paraphrases)]
+    return tokenizer.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
+
+
+def subject():
+    tokenizer = copy.deepcopy(_merging())
+    tokenizer.chat_template = TEMPLATE
+    return subject_of(tiny("llama", vocab_size=VOCABULARY).model, tokenizer)
+
+
+ATTACKS: dict[str, Callable[[], attack.Attack]] = {
+    "direct": direct, "paraphrase": paraphrase, "format": reformat, "prefix": prefix, "translate": translate,
+    "in_context": lambda: in_context(counts=(2,)), "sampling": lambda: sampling(n=4, ks=(1, 4)), "strip": strip,
+}  # fmt: skip
+SETTINGS = {
+    "direct": ["prompt"], "paraphrase": ["phrasing 1", "phrasing 2", "phrasing 3"], "format": list(FORMATS),
+    "prefix": list(PREFIXES), "translate": ["de", "fr"], "in_context": ["k=2"], "sampling": ["leak@1", "leak@4"],
+    "strip": ["prompt"],
+}  # fmt: skip
+
+
+def asked_by(monkeypatch, built: attack.Attack, given: Splits, model=None) -> dict[str, tuple[Fact, ...]]:
+    """The facts as an attack with words asks them, by setting; nothing is computed."""
+    calls: list[tuple[Fact, ...]] = []
+
+    def note(_subject, facts, *_):
+        calls.append(tuple(facts))
+        return FactsAccuracy(np.zeros(len(facts), bool), np.zeros(len(facts)), tuple(f.id for f in facts))
+
+    monkeypatch.setattr(prompts, "ask", note)
+    monkeypatch.setattr(formats, "ask", note)
+    monkeypatch.setitem(FORMATS, "yes/no", note)
+    found = built(model or subject(), given)
+    return dict(zip(found.settings, calls, strict=True))
+
+
+def same(a: attack.Finding, b: attack.Finding) -> bool:
+    return (a.settings, a.items) == (b.settings, b.items) and bool(
+        (a.correct == b.correct).all() and np.allclose(a.graded, b.graded, atol=1e-4)
+    )
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_leaves_the_model_alone_and_says_the_same_twice(name):
+    model, built = subject(), ATTACKS[name]()
+    before = model.fingerprint()
+    found = built(model, splits())
+    assert (built.name, found.attack, list(found.settings), found.status) == (name, name, SETTINGS[name], "ran")
+    assert same(found, built(model, splits())) and model.fingerprint() == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_that_fails_leaves_the_model_alone(name, monkeypatch):
+    model, calls = subject(), iter("12")
+    before = model.fingerprint()
+
+    def fails(*_, **__):
+        next(calls)
+        raise DataError("no")
+
+    for where, what in ((probability, "_answered"), (samples, "_inverse")):
+        monkeypatch.setattr(where, what, fails)
+    with pytest.raises(DataError, match=f"attack '{name}': no"):
+        ATTACKS[name]()(model, splits())
+    assert model.fingerprint() == before and next(calls) == "2"
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_order_and_number_of_the_facts_asked_together_change_nothing(name, monkeypatch):
+    model, given, built = subject(), splits(), ATTACKS[name]()
+    found = built(model, given)
+    back = built(model, replace(given, test=given.test[::-1], train=given.train[::-1]))
+    assert same(
+        found, replace(back, items=back.items[::-1], correct=back.correct[:, ::-1], graded=back.graded[:, ::-1])
+    )
+    for where, what in ((probability, "_ROWS"), (formats, "_ROWS"), (samples, "_TOGETHER")):
+        monkeypatch.setattr(where, what, 1)
+    assert same(found, built(model, given))
+
+
+@pytest.mark.parametrize("name", ["format", "prefix", "in_context"])
+def test_the_seed_decides_where_something_is_drawn(name):
+    built = ATTACKS[name]()
+    assert built.draws and not same(built(subject(), splits()), built.at(1)(subject(), splits()))
+
+
+@pytest.mark.parametrize("name", ["direct", "paraphrase", "translate", "strip"])
+def test_what_draws_nothing_says_so(name):
+    assert not ATTACKS[name]().draws
+
+
+def test_levels_and_the_use_of_answers():
+    found = {name: (build().level, build().uses_train) for name, build in ATTACKS.items()}
+    assert {name for name, (level, _) in found.items() if level == "W"} == {"strip"}
+    assert {name for name, (_, trains) in found.items() if trains} == {"in_context"}
+
+
+def test_direct_is_asking():
+    found, plain = direct()(subject(), splits()), ask(subject(), splits().test)
+    assert (found.correct[0] == plain.correct).all() and (found.graded[0] == plain.graded).all()
+
+
+def test_paraphrases_are_asked_in_their_order(monkeypatch):
+    asked = asked_by(monkeypatch, paraphrase(), splits())
+    for i, facts in enumerate(asked.values()):
+        assert [f.prompt for f in facts] == [f.paraphrases[i] for f in splits().test]
+
+
+def test_phrasings_that_only_some_facts_have_are_left_out_and_counted():
+    first, second, *_ = splits().test
+    given = Splits((), (first, replace(second, paraphrases=second.paraphrases[:1])))
+    found = paraphrase()(subject(), given)
+    assert found.settings == ("phrasing 1",) and found.reason == "2 phrasings that only some facts have were left out"
+    bare = replace(given, test=(first, replace(second, paraphrases=())))
+    assert (
+        found := paraphrase()(subject(), bare)
+    ).status == "skipped" and found.reason == "1 of 2 facts have no paraphrases"
+    none = replace(given, test=(replace(second, paraphrases=()),))
+    assert paraphrase()(subject(), none).reason == "the facts have no paraphrases"
+
+
+def test_languages_that_every_fact_has_are_asked(monkeypatch):
+    first, second, *_ = splits().test
+    given = Splits((), (first, replace(second, translations={"fr": "fr: x", "it": "it: x"})))
+    assert [f.prompt for f in asked_by(monkeypatch, translate(), given)["fr"]] == [first.translations["fr"], "fr: x"]
+    found = translate()(subject(), given)
+    assert found.settings == ("fr",) and found.reason == "left out, since only some facts have them: de, it"
+    apart = replace(given, test=(first, replace(second, translations={"it": "it: x"})))
+    assert (found := translate()(subject(), apart)).status == "skipped"
+    assert found.reason == "no language is common to all facts; some have ['de', 'fr', 'it']"
+    bare = replace(given, test=(replace(first, translations={}),))
+    assert translate()(subject(), bare).reason == "the facts have no translations"
+
+
+def check_prefixes(asked: dict[str, tuple[Fact, ...]], plain: tuple[Fact, ...]) -> None:
+    """The law: six different wordings, each ending as the fact's prompt does, none with the answer."""
+    assert len({facts[0].prompt for facts in asked.values()} | {plain[0].prompt}) == 7
+    for facts in asked.values():
+        for fact, own in zip(facts, plain, strict=True):
+            assert fact.prompt[-2:] == own.prompt[-2:] and replace(fact, prompt=own.prompt) == replace(
+                own, paraphrases=()
+            )
+            assert own.answer not in fact.prompt
+
+
+def test_prefixes_keep_the_question(monkeypatch):
+    check_prefixes(asked_by(monkeypatch, prefix(), splits()), splits().test)
+
+
+@pytest.mark.parametrize("broken", [lambda f, seed: f.text, lambda f, seed: f.prompt, lambda f, seed: f.prompt + "?"])
+def test_a_broken_prefix_is_caught(broken, monkeypatch):
+    monkeypatch.setitem(PREFIXES, "sure", broken)
+    with pytest.raises(AssertionError):
+        check_prefixes(asked_by(monkeypatch, prefix(), splits()), splits().test)
+
+
+def distance(a: str, b: str) -> int:
+    """CharTokenizer to insert or take away to make one text of the other."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a):
+        last, row = row, [i + 1]
+        for j, y in enumerate(b):
+            row.append(last[j] if x == y else 1 + min(last[j + 1], row[j]))
+    return row[-1]
+
+
+def test_one_letter_in_twenty_is_misspelt():
+    changes = []
+    for fact in PEOPLE:
+        letters = sum(map(str.isalpha, fact.prompt))
+        changes += [distance(fact.prompt, misspelt(fact, seed)) / max(1, round(0.05 * letters)) for seed in range(8)]
+        assert misspelt(fact, 0)[-2:] == fact.prompt[-2:]
+    # A letter doubled or dropped is one change, a swap two.
+    assert min(changes) >= 1 and max(changes) <= 2 and 1.1 < np.mean(changes) < 1.6
+    assert len({misspelt(PEOPLE[0], seed) for seed in range(8)}) > 4
+    assert misspelt(replace(PEOPLE[0], prompt="is"), 0) == "is"
+
+
+def check_shown(asked: dict[str, tuple[Fact, ...]], given: Splits) -> None:
+    """The law: before a question stand k facts of T, none about somebody of V, none with the answer."""
+    lines = {fact.text: fact for fact in given.train}
+    for setting, facts in asked.items():
+        for fact, own in zip(facts, given.test, strict=True):
+            *shown, last = fact.prompt.split("\n")
+            assert last == own.prompt and len(set(shown)) == int(setting.removeprefix("k="))
+            for line in shown:
+                assert line in lines, "an example is of no fact of T"
+                assert lines[line].entity not in {f.entity for f in given.test}
+                assert normalized(own.answer) not in normalized(line).split()
+
+
+def test_examples_are_of_t_and_hold_no_answer_that_is_asked_for(monkeypatch):
+    given = splits(8)
+    # In T the answers of V occur, so that an example with the answer would be found if it were allowed.
+    assert {f.answer for f in given.test} & {f.answer for f in given.train}
+    check_shown(asked_by(monkeypatch, in_context(), given), given)
+
+
+BROKEN = {
+    "_without": lambda facts, answer: list(facts),
+    "demonstrations": lambda given, count, seed: {f.id: given.test[:count] for f in given.test},
+    "drawn": lambda items, key: [next(iter(items))] * 9,
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_broken_examples_are_caught(part, monkeypatch):
+    monkeypatch.setattr(prompts, part, BROKEN[part])
+    with pytest.raises(AssertionError):
+        check_shown(asked_by(monkeypatch, in_context(), splits(8)), splits(8))
+
+
+def test_examples_are_of_the_same_domain_where_it_has_enough():
+    shown = prompts.demonstrations(splits(), 4, 0)
+    assert all(other.domain == fact.domain for fact in splits().test for other in shown[fact.id])
+    assert shown[splits().test[0].id] != shown[splits().test[2].id]
+    found = in_context(counts=(4, 9))(subject(), splits())
+    assert found.details == {"facts shown examples of another domain": {"k=4": 0, "k=9": 4}}
+    assert {f.domain for part in prompts.demonstrations(splits(), 9, 0).values() for f in part} == {
+        "city",
+        "profession",
+    }
+
+
+def test_examples_of_a_fact_depend_on_no_other_fact_of_v():
+    alone = prompts.demonstrations(replace(splits(), test=splits().test[1:2]), 4, 0)
+    assert alone.items() <= prompts.demonstrations(splits(), 4, 0).items()
+
+
+def test_an_example_about_somebody_of_v_is_refused():
+    given = splits()
+    for other in (given.test[0], replace(given.test[0], id="x"), replace(given.test[0], entity="")):
+        with pytest.raises(OverlapError, match=r"attack 'in_context': T and V share .* split the facts by entity"):
+            in_context()(subject(), replace(given, train=(*given.train, other)))
+
+
+def test_too_few_facts_to_show_are_said():
+    found = in_context(counts=(40,))(subject(), splits())
+    assert found.status == "skipped" and "and 40 are to be shown; give more facts, or lower counts" in found.reason
+
+
+def check_forms(asked: dict[str, tuple[Fact, ...]], plain: tuple[Fact, ...]) -> None:
+    """The law: each form asks for the answer's text among the same choices; forms that list choices list all."""
+    for name in set(asked) - {"yes/no", "letters"}:
+        for fact, own in zip(asked[name], plain, strict=True):
+            assert (fact.id, fact.answer, fact.choices) == (own.id, own.answer, own.choices)
+            assert own.entity in fact.prompt
+            listed = [choice in fact.prompt for choice in own.choices]
+            assert all(listed) if name in ("multiple choice", "odd one out") else not any(listed)
+    for fact, own in zip(asked["letters"], plain, strict=True):
+        assert f"\n{fact.answer}. {own.answer}\n" in fact.prompt and fact.choices == tuple("ABCD")
+
+
+def test_forms_ask_for_the_same_answers(monkeypatch):
+    check_forms(asked_by(monkeypatch, reformat(), splits()), splits().test)
+
+
+def test_a_form_that_hides_a_choice_is_caught(monkeypatch):
+    def without_the_first(fact: Fact, seed: int) -> tuple[str, ...]:
+        wrong = [choice for choice in fact.choices if choice != fact.answer]
+        return (fact.answer, *wrong[1:], "x")
+
+    monkeypatch.setattr(formats, "_order", without_the_first)
+    with pytest.raises(AssertionError):
+        check_forms(asked_by(monkeypatch, reformat(), splits()), splits().test)
+
+
+def check_listing(monkeypatch) -> None:
+    """The law: with another of the choices as the answer, and the choices given in another order, the text is the same."""
+    given = splits()
+    other = tuple(
+        replace(f, answer=f.choices[3 - f.choices.index(f.answer)], choices=f.choices[::-1]) for f in given.test
+    )
+    built = reformat(templates=("multiple choice", "odd one out", "letters"))
+    first, second = (asked_by(monkeypatch, built, part) for part in (given, replace(given, test=other)))
+    assert all([f.prompt for f in first[n]] == [f.prompt for f in second[n]] for n in first)
+
+
+def test_the_order_of_listed_choices_tells_nothing(monkeypatch):
+    check_listing(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "order", [lambda f, seed: f.choices, lambda f, seed: tuple(sorted(f.choices, key=lambda c: c != f.answer))]
+)
+def test_an_order_that_tells_the_answer_is_caught(order, monkeypatch):
+    monkeypatch.setattr(formats, "_order", order)
+    with pytest.raises(AssertionError):
+        check_listing(monkeypatch)
+
+
+def check_odds(model, facts: tuple[Fact, ...]) -> None:
+    """The law: the odds of yes are those of reading prompt, choice and doubt alone."""
+    found = formats.yes_no(model, facts, 0)
+    for i, fact in enumerate(facts):
+        odds = {}
+        for choice in fact.choices:
+            start = model.tokenizer(fact.prompt)["input_ids"]
+            logs = [0.0, 0.0]
+            for side, word in enumerate(("Yes", "No")):
+                ids = model.tokenizer(f"{fact.prompt} {choice}{formats._DOUBT}{word}")["input_ids"]
+                with torch.no_grad():
+                    all_logs = model.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                logs[side] = sum(float(all_logs[t - 1, ids[t]]) for t in range(len(start), len(ids)))
+            odds[choice] = logs[0] - logs[1]
+        own = odds.pop(fact.answer)
+        assert found.graded[i] == pytest.approx(-np.log1p(np.exp(-own)), abs=2e-4)
+        assert bool(found.correct[i]) == (own > max(odds.values()))
+
+
+def yes_facts() -> tuple[Fact, ...]:
+    """Facts of which the tiny model affirms some and denies others: each choice is the answer once."""
+    fact = replace(PEOPLE[0], choices=PEOPLE[0].choices[:4], answer=PEOPLE[0].choices[0])
+    return tuple(replace(fact, id=f"f{i}", answer=choice) for i, choice in enumerate(fact.choices))
+
+
+def test_yes_and_no_are_scored_for_every_choice():
+    check_odds(subject(), yes_facts())
+    assert formats.yes_no(subject(), yes_facts(), 0).correct.sum() == 1
+
+
+SCORES = {
+    "yes alone": lambda plain: lambda *a: [(np.where(np.arange(len(s)) % 2, 0, s), n) for s, n in plain(*a)],
+    "no for yes": lambda plain: lambda *a: [(-s, n) for s, n in plain(*a)],
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_broken_odds_are_caught(name, monkeypatch):
+    monkeypatch.setattr(formats, "choice_scores", SCORES[name](formats.choice_scores))
+    with pytest.raises(AssertionError):
+        check_odds(subject(), yes_facts())
+
+
+def test_a_model_that_says_yes_to_everything_alike_is_wrong(monkeypatch):
+    monkeypatch.setattr(
+        formats, "choice_scores", lambda s, facts, options, rows: [(np.zeros(len(o)), None) for o in options]
+    )
+    assert not formats.yes_no(subject(), yes_facts(), 0).correct.any()
+
+
+def test_forms_that_list_choices_are_left_out_where_there_are_none():
+    first, second, *_ = splits().test
+    given = Splits((), (first, replace(second, choices=(), answer="a")))
+    found = reformat()(subject(), given)
+    assert found.settings == ("question", "chat")
+    assert "'multiple choice' was left out: 1 of 2 facts have no choices; 'yes/no' was left out" in found.reason
+    none = reformat(templates=("letters",))(subject(), given)
+    assert none.status == "skipped" and none.reason == "'letters' was left out: 1 of 2 facts have no choices"
+
+
+def test_a_chat_is_asked_where_the_tokenizer_has_a_template(monkeypatch):
+    model = subject()
+    assert "left out" not in reformat(templates=("question", "chat"))(model, splits()).reason
+    model.tokenizer.chat_template = None
+    found = reformat(templates=("question", "chat"))(model, splits())
+    assert found.settings == ("question",) and found.reason == "'chat' was left out: the tokenizer has no chat template"
+
+
+def test_a_chat_begins_once_and_goes_on_with_the_sentence():
+    tokenizer = subject().tokenizer
+    text = "[user] How does this sentence go on? Ann lives in ...\n[assistant]\nAnn lives in"
+    assert chat_prompt(tokenizer, "Ann lives in") == f"<s>{text}"
+    assert chat_prompt(tokenizer, "Where?") == "<s>[user] Where?\n[assistant]\n"
+    tokenizer._tokenizer.post_processor = _begins()
+    assert tokenizer("")["input_ids"] == [1]
+    ids = prompt_ids(tokenizer, chat_prompt(tokenizer, "Ann lives in"))
+    assert tokenizer.decode(ids) == f"<s>{text}" and ids.count(1) == 1
+
+
+def _begins():
+    from tokenizers.processors import TemplateProcessing
+
+    return TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("Ann lives in", "How does this sentence go on? Ann lives in ..."),
+        ("Where does Ann live?", "Where does Ann live?"),
+        ("Question: Where does Ann live?\nAnswer:", "Where does Ann live?"),
+        ("Q: Where does Ann live?\nA: ", "Where does Ann live?"),
+    ],
+)
+def test_a_prompt_becomes_a_question(prompt, asked):
+    assert question(prompt) == asked
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: prefix(wordings=("shure",)), UnknownName, "wording 'shure'; .*sure"),
+        (lambda: reformat(templates=("quesstion",)), UnknownName, "form 'quesstion'; .*question"),
+        (lambda: reformat(templates=()), ArgumentError, "no form to ask in; give some of"),
+        (lambda: prefix(wordings=()), ArgumentError, "no wording to ask in; give some of"),
+        (lambda: in_context(counts=(4, 0)), ArgumentError, r"counts=\(4, 0\); give how many facts to show, at least 1"),
+        (lambda: in_context(counts=()), ArgumentError, r"counts=\(\)"),
+    ],
+)
+def test_refusals(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_labels_go_on_after_z():
+    assert [formats._letter(i) for i in (0, 25, 26)] == ["A", "Z", "27"]
+
+
+def test_settings_are_plain_and_name_what_is_done():
+    assert in_context(counts=(3,)).settings == {"counts": [3]}
+    assert reformat().settings == {"templates": list(FORMATS)} and prefix().settings == {"wordings": list(PREFIXES)}
+    assert sampling().settings == {"n": 16, "ks": [1, 4, 16], "top_p": 0.9, "temperature": 1.0}
