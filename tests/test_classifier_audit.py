@@ -33,7 +33,7 @@ from repedit.auditing.attacks.images import (
 from repedit.auditing.classifier import AUC, FORGET, RELEARNING, audit_classifiers, klom
 from repedit.auditing.report import HIDDEN, INCONCLUSIVE, NOT_FORGOTTEN, PASS, Report
 from repedit.errors import ArgumentError, BadReference, MetricError, NotEnoughRows, TrainingError, UnknownName
-from repedit.report import markdown, page, schema, together, withheld, write
+from repedit.report import compare_reports, markdown, page, redacted, schema, write
 from repedit.vision import ImageSplits, Relabel, Task, apply, relabel, retrain, small_cnn, train
 from repedit.vision.editing import tensors_of
 from tests.classifiers import normed, request
@@ -322,7 +322,7 @@ def test_a_report_is_saved_read_and_shown_like_any_other(tmp_path):
         )
         assert "recovered fraction" not in text and "No retain set" not in text
     assert markdown(found).count("epoch") == 0 and "What each attack brings back" not in page(found)
-    assert f"forget {int(made().splits.forget.index[0])}" not in withheld(found).to_json()
+    assert f"forget {int(made().splits.forget.index[0])}" not in redacted(found).to_json()
 
 
 def test_reports_written_before_there_were_gaps_are_still_read():
@@ -333,7 +333,7 @@ def test_reports_written_before_there_were_gaps_are_still_read():
 
 def test_audits_of_classifiers_are_not_put_among_those_of_language_models():
     with pytest.raises(ArgumentError, match=r"'a', 'b': audits of classifiers stand side by side in rp.plot.gap"):
-        together({"a": report(), "b": report()})
+        compare_reports({"a": report(), "b": report()})
 
 
 def audited(**changed):

@@ -44,8 +44,8 @@ PATCHED: dict[str, tuple[str, ...]] = {
                 "cli.output.comparison_rows", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
     "chat": ("cli.chat.opened", "metrics.generation.side_by_side", "cli.chat._beside", "cli.chat._last", "cli.chat._json_line"),
     "audit": ("data.facts", "data.named", "auditing.api.audit", "auditing.estimate.estimate", "auditing.selftest.selftest",
-              "report.write", "report.withheld", "cli.audit.show", "cli.audit._estimate", "cli.audit._selftest"),
-    "report": ("auditing.report.Report.load", "report.together", "report.withheld", "report.write", "cli.audit.show", "cli.output.show_json",
+              "report.write", "report.redacted", "cli.audit.show", "cli.audit._estimate", "cli.audit._selftest"),
+    "report": ("auditing.report.Report.load", "report.compare_reports", "report.redacted", "report.write", "cli.audit.show", "cli.output.show_json",
                "cli.audit._plain"),
     "tasks": ("metrics.harness.write_tasks", "cli.output.show_json"),
     "push": ("rewrite.hub.push", "cli.output.show_json", "cli.output.table"),
@@ -208,8 +208,8 @@ def test_an_empty_option_is_refused(words):
 
 def test_items_are_hidden_on_standard_output_too(monkeypatch, tmp_path):
     base = ("m", "--original", "n", "--facts", "capitals", "--json")
-    assert "report.withheld" not in asked("audit", base, monkeypatch, tmp_path)
-    assert "report.withheld" in asked("audit", (*base, "--hide-items"), monkeypatch, tmp_path)
+    assert "report.redacted" not in asked("audit", base, monkeypatch, tmp_path)
+    assert "report.redacted" in asked("audit", (*base, "--hide-items"), monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(

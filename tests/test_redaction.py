@@ -14,8 +14,8 @@ from repedit.auditing import budgets
 from repedit.auditing.classifier import UNTRIED
 from repedit.auditing.report import Recovery, Report, RetainCheck
 from repedit.auditing.verdict import verdict
-from repedit.report import withheld, write
-from repedit.report.redaction import HIDDEN_TEXT, without_texts
+from repedit.report import redacted, write
+from repedit.report.redaction import REDACTED, redacted_values
 from repedit.report.run_journal import Entry
 from repedit.report.run_page import rendered
 from repedit.report.run_report import RunReport, Stage
@@ -87,13 +87,13 @@ def test_no_text_of_a_report_is_in_any_file(name, tmp_path):
 
 def test_a_text_that_stays_is_caught(tmp_path, monkeypatch):
     """The law finds a withholding that forgets one field."""
-    monkeypatch.setattr("repedit.report.writing.withheld", lambda r: replace(withheld(r), not_run=r.not_run))
+    monkeypatch.setattr("repedit.report.writing.redacted", lambda r: replace(redacted(r), not_run=r.not_run))
     write(REPORTS["keys False"], tmp_path, hide_items=True)
     assert any(MARK.encode() in data for _, data in written(tmp_path))
 
 
 def test_numbers_verdicts_and_own_words_stay():
-    shown = withheld(report())
+    shown = redacted(report())
     assert shown.verdict.word == report().verdict.word and shown.retain == report().retain
     assert [r.attack for r in shown.recoveries] == [r.attack for r in report().recoveries]
     assert [r.value for r in shown.recoveries] == pytest.approx([r.value for r in report().recoveries], nan_ok=True)
@@ -118,18 +118,18 @@ VERDICTS = {
 
 @pytest.mark.parametrize("name", VERDICTS)
 def test_what_a_verdict_says_is_not_withheld(name):
-    assert withheld(report(VERDICTS[name])).verdict == VERDICTS[name]
+    assert redacted(report(VERDICTS[name])).verdict == VERDICTS[name]
 
 
 def test_reasons_that_are_always_the_same_are_not_withheld():
-    assert withheld(replace(report(), not_run=UNTRIED | budgets.UNTRIED)).not_run == UNTRIED | budgets.UNTRIED
+    assert redacted(replace(report(), not_run=UNTRIED | budgets.UNTRIED)).not_run == UNTRIED | budgets.UNTRIED
 
 
 def test_a_reason_within_a_verdict_is_withheld():
     failed = (*RAN, Recovery("probe", "failed to train", f"the fact {MARK} is too long; {MARK}"))
     said = verdict(failed, RetainCheck(), **KNOWN)
-    assert MARK in said.rule and MARK not in str(withheld(report(said)).verdict)
-    assert "probe failed to train (" in withheld(report(said)).verdict.rule
+    assert MARK in said.rule and MARK not in str(redacted(report(said)).verdict)
+    assert "probe failed to train (" in redacted(report(said)).verdict.rule
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,13 @@ def test_a_reason_within_a_verdict_is_withheld():
 )
 def test_an_answer_that_looks_like_a_number_a_word_or_a_hash_is_withheld(details):
     held = replace(report(), findings={"edited": (finding("direct", {"prompt": 0.5}, details=details),)})
-    said = json.dumps(withheld(held).findings["edited"][0].details)
+    said = json.dumps(redacted(held).findings["edited"][0].details)
     assert not any(word in said for word in ("4711", "yes", '"code"', "Paris", "9f9f", ITEMS[0]))
 
 
 def test_an_id_that_looks_like_a_field_is_a_digest():
     item = replace(finding("direct", {"prompt": 0.5}, items=("loss",) * 1 + ITEMS[1:]), details={"loss": 0.5})
-    assert "loss" not in withheld(replace(report(), findings={"edited": (item,)})).findings["edited"][0].details
+    assert "loss" not in redacted(replace(report(), findings={"edited": (item,)})).findings["edited"][0].details
 
 
 # The page of a run.
@@ -188,7 +188,7 @@ def test_no_text_of_a_run_is_on_its_page():
     shown = rendered(run_of())
     assert MARK in shown and "12.5 % (1.0 to 2.0)" in shown
     hidden = rendered(run_of(), hide_items=True)
-    assert MARK not in hidden and HIDDEN_TEXT in hidden
+    assert MARK not in hidden and REDACTED in hidden
     for stays in (
         "12.5 % (1.0 to 2.0)",
         "tokens = 300",
@@ -203,7 +203,7 @@ def test_no_text_of_a_run_is_on_its_page():
 
 
 def test_a_mark_on_the_page_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.run_page.withheld_run", lambda run: run)
+    monkeypatch.setattr("repedit.report.run_page.redacted_run", lambda run: run)
     assert MARK in rendered(run_of(), hide_items=True)
 
 
@@ -214,7 +214,7 @@ def test_provenance_is_numbers_and_names():
         "data": {"forget": {"name": MARK, "tokens": 300, "hash": "a" * 64}},
         MARK: 1,
     }
-    held = without_texts(origin)
+    held = redacted_values(origin)
     assert MARK not in json.dumps(held)
     assert held["options"]["rank"] == 8 and held["options"]["importance"] == "abs"
-    assert held["data"]["forget"] == {"name": HIDDEN_TEXT, "tokens": 300, "hash": "a" * 64}
+    assert held["data"]["forget"] == {"name": REDACTED, "tokens": 300, "hash": "a" * 64}

@@ -26,7 +26,7 @@ from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, ReportError, TargetExists
 from repedit.plot.canvas import canvas
 from repedit.plot.reports import layer_charts, lines, relearning_charts
-from repedit.report import markdown, page, schema, together, withheld, write
+from repedit.report import compare_reports, markdown, page, redacted, schema, write
 from repedit.report import tables as shown
 from repedit.report.redaction import digest
 from tests.handmade_reports import CITIES, ITEMS, LAYERS, STEPS, clean, finding, other_items, recovery, report
@@ -142,7 +142,7 @@ def test_torn_markdown_is_caught(monkeypatch):
 
 
 def test_together_escapes_as_well():
-    joint = together({"a" + HOSTILE: hostile(report()), "b": hostile(clean())})
+    joint = compare_reports({"a" + HOSTILE: hostile(report()), "b": hostile(clean())})
     assert spoiled(joint.page()) == [] and torn(joint.markdown()) == []
 
 
@@ -257,7 +257,7 @@ def small() -> Report:
 
 
 def test_the_schema_takes_what_is_written():
-    for found in (small(), BARE, withheld(small()), replace(BARE, recoveries=(recovery("direct", INF),))):
+    for found in (small(), BARE, redacted(small()), replace(BARE, recoveries=(recovery("direct", INF),))):
         jsonschema.validate(json.loads(found.to_json()), schema())
 
 
@@ -316,19 +316,19 @@ def test_withheld_texts_are_nowhere(tmp_path, blank):
         back.diagnostics["membership"]["auc"] == 0.6
         and back.findings["edited"][2].accuracy == found.findings["edited"][2].accuracy
     )
-    assert "12 facts came back" in page(back) and page(found, hide_items=True) == page(withheld(found))
-    assert markdown(found, hide_items=True) == markdown(withheld(found)) != markdown(found)
+    assert "12 facts came back" in page(back) and page(found, hide_items=True) == page(redacted(found))
+    assert markdown(found, hide_items=True) == markdown(redacted(found)) != markdown(found)
 
 
 def test_texts_that_stay_are_caught(tmp_path, monkeypatch, blank):
-    monkeypatch.setattr("repedit.report.writing.withheld", lambda found: replace(found, examples=()))
+    monkeypatch.setattr("repedit.report.writing.redacted", lambda found: replace(found, examples=()))
     write(report(), tmp_path, hide_items=True)
     assert told(tmp_path)
 
 
 def test_withholding_twice_is_withholding_once():
-    once = withheld(report())
-    assert withheld(once).to_json() == once.to_json() != report().to_json()
+    once = redacted(report())
+    assert redacted(once).to_json() == once.to_json() != report().to_json()
 
 
 def test_a_report_with_its_texts_is_not_overwritten_by_one_without(tmp_path, blank):
@@ -349,7 +349,7 @@ def test_everything_is_written(tmp_path):
 
 
 def test_audits_of_the_same_facts_stand_side_by_side(tmp_path):
-    joint = together({"first": report(), "second": clean()})
+    joint = compare_reports({"first": report(), "second": clean()})
     rows = {row[0]: row[1:] for row in joint.recovered.rows}
     assert rows["rtt"] == ["0.82 [0.73, 0.91]", "0.01 [-0.07, 0.10]"] and rows["int3"][1] == "not run"
     assert [row[:2] for row in joint.short.rows[:3]] == [["rtt", "first"], ["rtt", "second"], ["probe", "first"]]
@@ -359,9 +359,9 @@ def test_audits_of_the_same_facts_stand_side_by_side(tmp_path):
 
 
 REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
-    "other facts": (lambda: together({"a": report(), "b": other_items(report())}), "asked 40 facts and 'b' 40, 0 of them the same; only audits over the same facts"),
-    "one": (lambda: together({"a": report()}), "given 1 report; give at least two"),
-    "other thresholds": (lambda: together({"a": report(), "b": replace(report(), context={"material": 0.2, "clear": 0.3})}), r"thresholds \(0.1, 0.2\) and 'b' \(0.2, 0.3\); audit both"),
+    "other facts": (lambda: compare_reports({"a": report(), "b": other_items(report())}), "asked 40 facts and 'b' 40, 0 of them the same; only audits over the same facts"),
+    "one": (lambda: compare_reports({"a": report()}), "given 1 report; give at least two"),
+    "other thresholds": (lambda: compare_reports({"a": report(), "b": replace(report(), context={"material": 0.2, "clear": 0.3})}), r"thresholds \(0.1, 0.2\) and 'b' \(0.2, 0.3\); audit both"),
     "no steps": (lambda: plot.relearning(BARE), "settings of at least two steps, such as 'lr=5e-05 step=40'; audit with an attack that fine-tunes"),
     "no layers": (lambda: plot.lenses(BARE), "settings such as 'resid.post 3'; audit with logit_lens or probe"),
     "no attack": (lambda: plot.recovery(replace(BARE, recoveries=())), "holds no attack to draw; was the audit finished"),
@@ -381,7 +381,7 @@ def test_other_retain_facts_are_no_other_facts():
         role: tuple(replace(f, items=tuple(f"x{i}" for i in f.items)) if f.attack == "retain" else f for f in held)
         for role, held in report().findings.items()
     }
-    assert together({"a": report(), "b": replace(report(), findings=rows)}).reports
+    assert compare_reports({"a": report(), "b": replace(report(), findings=rows)}).reports
 
 
 # Figures.

@@ -53,7 +53,7 @@ def audit(
     from repedit.auditing.store import private_folder
     from repedit.cli import output
     from repedit.io.targets import check_folder
-    from repedit.report import withheld, write
+    from repedit.report import redacted, write
 
     check_folder(out, "findings", "audit.json", read=(str(edited), str(original)))
     found = audited(
@@ -64,7 +64,7 @@ def audit(
         device=device, out=private_folder(out) if hide_items and out is not None else out, save=False, command=_command(),
     )  # fmt: skip
     written = [] if out is None else _written(partial(write, found, out, hide_items=hide_items))
-    shown = withheld(found) if hide_items else found
+    shown = redacted(found) if hide_items else found
     if json:
         output.out.write(shown.to_json())
     else:
@@ -92,16 +92,16 @@ def report(
     from repedit.auditing.report import Report
     from repedit.cli import output
     from repedit.cli.run import is_run, show_run
-    from repedit.report import together, withheld, write
+    from repedit.report import compare_reports, redacted, write
 
     if any(map(is_run, audits)):
         show_run(audits, out, hide_items, json)
         return
     reports = {name: Report.load(path) for name, path in zip(_names(audits), audits, strict=True)}
     if hide_items:
-        reports = {f"audit {n}": withheld(found) for n, found in enumerate(reports.values(), 1)}
+        reports = {f"audit {n}": redacted(found) for n, found in enumerate(reports.values(), 1)}
     if len(reports) > 1:
-        joint = together(reports)
+        joint = compare_reports(reports)
         written = [] if out is None else _written(partial(joint.write, out))
     else:
         home = audits[0] if is_folder(audits[0]) else audits[0].parent

@@ -3,22 +3,22 @@
 Nothing here measures: an audit.json holds everything, so a page can be made again without a model.
 """
 
-from repedit.report.comparison import Together, together
+from repedit.report.comparison import ReportComparison, compare_reports
 from repedit.report.html import page
 from repedit.report.markdown import markdown
-from repedit.report.redaction import withheld
+from repedit.report.redaction import redacted
 from repedit.report.run_page import RunReport, run_page, write_run
 from repedit.report.writing import schema, write
 
 __all__ = [
+    "ReportComparison",
     "RunReport",
-    "Together",
+    "compare_reports",
     "markdown",
     "page",
+    "redacted",
     "run_page",
     "schema",
-    "together",
-    "withheld",
     "write",
     "write_run",
 ]

@@ -17,7 +17,7 @@ from repedit.report.writing import picture, write_parts
 
 
 @dataclass(frozen=True, eq=False)
-class Together:
+class ReportComparison:
     """Reports over the same facts, by name."""
 
     reports: Mapping[str, Report]
@@ -96,14 +96,14 @@ class Together:
         return write_parts(make_folder(folder), makers)
 
 
-def together(reports: Mapping[str, Report]) -> Together:
+def compare_reports(reports: Mapping[str, Report]) -> ReportComparison:
     """Several reports side by side, by name.
 
     Raises:
         ArgumentError: if there are fewer than two, or they were asked different facts, or judged by other thresholds.
     """
     if len(reports) < 2:
-        raise ArgumentError(f"together() was given {len(reports)} report; give at least two, or use page()")
+        raise ArgumentError(f"compare_reports() was given {len(reports)} report; give at least two, or use page()")
     odd = [name for name, report in reports.items() if report.gaps]
     if odd:
         raise ArgumentError(
@@ -121,7 +121,7 @@ def together(reports: Mapping[str, Report]) -> Together:
             raise ArgumentError(
                 f"{first[0]!r} has thresholds {thresholds(first[1])} and {name!r} {thresholds(report)}; audit both with the same material and clear"
             )
-    return Together(dict(reports))
+    return ReportComparison(dict(reports))
 
 
 def _asked(report: Report) -> set[str]:

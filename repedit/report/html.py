@@ -26,7 +26,7 @@ from repedit.plot.reports import (
     thresholds,
 )
 from repedit.report import tables
-from repedit.report.redaction import withheld
+from repedit.report.redaction import redacted
 from repedit.report.tables import Table, interval, number, plain
 
 # --- SVG elements as text: attributes and words are escaped here, once
@@ -478,9 +478,9 @@ def page(report: Report, *, hide_items: bool = False) -> str:
     """The text of audit.html: the verdict first, then what it rests on, then what was not tried.
 
     Args:
-        hide_items: leave out the texts of facts, see `withheld`.
+        hide_items: leave out the texts of facts, see `redacted`.
     """
-    shown = withheld(report) if hide_items else report
+    shown = redacted(report) if hide_items else report
     body = sections(shown) if shown.gaps else [*told(shown), *_details(shown)]
     return document(f"{shown.verdict.word}: audit", [opening(shown), *body, _origin(shown.context)])
 

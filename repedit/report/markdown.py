@@ -11,7 +11,7 @@ from repedit.plot.reports import Chart, layer_charts, relearning_charts
 from repedit.report import tables
 from repedit.report.html import classifier_tables as tabled_gaps
 from repedit.report.html import tabled
-from repedit.report.redaction import withheld
+from repedit.report.redaction import redacted
 from repedit.report.tables import Table, plain
 
 
@@ -19,9 +19,9 @@ def markdown(report: Report, *, hide_items: bool = False) -> str:
     """The text of audit.md: the verdict first, then the tables of the page.
 
     Args:
-        hide_items: leave out the texts of facts, see `withheld`.
+        hide_items: leave out the texts of facts, see `redacted`.
     """
-    shown = withheld(report) if hide_items else report
+    shown = redacted(report) if hide_items else report
     found = shown.verdict
     parts = [f"# {for_markdown(found.word)}", for_markdown(found.sentence), f"Rule: {for_markdown(found.rule)}"]
     parts += [f"What would settle it: {for_markdown(found.settle)}"] if found.settle else []

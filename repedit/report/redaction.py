@@ -23,7 +23,7 @@ from repedit.auditing.report import WORDS, Gap, Recovery, Report, Verdict
 if TYPE_CHECKING:
     from repedit.report.run_report import RunReport, Stage
 
-HIDDEN_TEXT = "(withheld)"
+REDACTED = "(withheld)"
 FIELDS = """
     D1 D2 T V absent abs accuracy activity added agreement alpha answer attack attacks attn auc auto average axis batch batch_size
     bfloat16 bits budget center chance choices clear combine command config confidence corpus cosine cost counted cpu cuda cut data
@@ -147,7 +147,7 @@ SENTENCES = r"""
 """What repedit says in words of its own, clause by clause; N is a number and NAME a word that stays."""
 
 
-def withheld(report: Report) -> Report:
+def redacted(report: Report) -> Report:
     """The same report without any text of an item: see the module for what stays.
 
     A digest is the first 16 digits of sha256 of the id: two reports without texts can still be told to be over the same
@@ -164,13 +164,13 @@ def withheld(report: Report) -> Report:
         not_run={_word(name): _said(reason) for name, reason in report.not_run.items()},
         heuristics={_word(name): value for name, value in report.heuristics.items()},
         examples=(),
-        diagnostics=without_texts(report.diagnostics, ids=ids),
+        diagnostics=redacted_values(report.diagnostics, ids=ids),
         context=_context(report, ids),
         gaps=tuple(map(_gap, report.gaps)),
     )  # fmt: skip
 
 
-def withheld_run(run: RunReport) -> RunReport:
+def redacted_run(run: RunReport) -> RunReport:
     """The same run without any text of an item: its file and its commands name verbs, options, outputs and numbers alone.
 
     Tables keep their numbers; lines, generations, reasons and the names of inputs are withheld.
@@ -181,12 +181,12 @@ def withheld_run(run: RunReport) -> RunReport:
     return replace(
         run, text="\n".join(steps), stages=stages, hidden=True,
         checkpoints={name: replace(held, manifest=_manifest(held.manifest)) for name, held in run.checkpoints.items()},
-        audits={name: withheld(report) for name, report in run.audits.items()},
-        unreadable=dict.fromkeys(run.unreadable, HIDDEN_TEXT),
+        audits={name: redacted(report) for name, report in run.audits.items()},
+        unreadable=dict.fromkeys(run.unreadable, REDACTED),
     )  # fmt: skip
 
 
-def without_texts(value: Any, field: str = "", *, ids: frozenset[str] | set[str] = frozenset()) -> Any:
+def redacted_values(value: Any, field: str = "", *, ids: frozenset[str] | set[str] = frozenset()) -> Any:
     """JSON values without any text that is not repedit's own; a key that is not becomes its digest.
 
     Args:
@@ -194,12 +194,12 @@ def without_texts(value: Any, field: str = "", *, ids: frozenset[str] | set[str]
         ids: of items, which are digests also where they look like a word of a field.
     """
     if isinstance(value, Mapping):
-        return {_key(str(key), field, ids): without_texts(inner, str(key), ids=ids) for key, inner in value.items()}
+        return {_key(str(key), field, ids): redacted_values(inner, str(key), ids=ids) for key, inner in value.items()}
     if isinstance(value, str):
-        return value if value not in ids and _stays(value, field) else HIDDEN_TEXT
+        return value if value not in ids and _stays(value, field) else REDACTED
     if value is None or isinstance(value, bool | int | float):
         return value
-    return [without_texts(inner, field, ids=ids) for inner in value] if isinstance(value, Sequence) else HIDDEN_TEXT
+    return [redacted_values(inner, field, ids=ids) for inner in value] if isinstance(value, Sequence) else REDACTED
 
 
 def digest(item: str) -> str:
@@ -248,7 +248,7 @@ def _blocked(clause: str) -> str:
     name, joint, rest = clause.partition(" was not run (")
     for middle in (" failed to train (", " was skipped ("):
         name, joint, rest = (name, joint, rest) if joint else clause.partition(middle)
-    return f"{name}{joint}{_said(rest.removesuffix(')'))})" if joint and name in own_words() else HIDDEN_TEXT
+    return f"{name}{joint}{_said(rest.removesuffix(')'))})" if joint and name in own_words() else REDACTED
 
 
 def _word(name: str) -> str:
@@ -277,7 +277,7 @@ def _key(key: str, field: str, ids: frozenset[str] | set[str]) -> str:
 def _stays(text: str, field: str) -> bool:
     """Whether the text of a field is one of repedit's own."""
     return bool(
-        text == HIDDEN_TEXT
+        text == REDACTED
         or (field in NAMED and (text in own_words() or _SITE.fullmatch(text)))
         or (field in HASHED and _HASH.fullmatch(text))
         or (field in _PACKAGES and _VERSION.fullmatch(text))
@@ -288,7 +288,7 @@ def _stays(text: str, field: str) -> bool:
 def _finding(found: Finding) -> Finding:
     return replace(
         found, attack=_word(found.attack), reason=_said(found.reason), items=tuple(map(digest, found.items)),
-        settings=tuple(map(_setting, found.settings)), details=without_texts(found.details, ids=set(found.items)),
+        settings=tuple(map(_setting, found.settings)), details=redacted_values(found.details, ids=set(found.items)),
     )  # fmt: skip
 
 
@@ -302,14 +302,14 @@ def _recovery(found: Recovery) -> Recovery:
 
 def _gap(gap: Gap) -> Gap:
     counted = re.compile(rf"{_NUMBER} (?:other )?(?:forget|retain|test|holdout) images|")
-    members, others = (text if counted.fullmatch(text) else HIDDEN_TEXT for text in (gap.members, gap.others))
+    members, others = (text if counted.fullmatch(text) else REDACTED for text in (gap.members, gap.others))
     return replace(gap, measure=_word(gap.measure), members=members, others=others)
 
 
 def _context(report: Report, ids: set[str]) -> dict[str, Any]:
     rest = {key: value for key, value in report.context.items() if key not in ("notes", "command")}
     notes = [_said(str(note)) for note in report.context.get("notes", ())]
-    return {**without_texts(rest, ids=ids), "notes": notes, "withheld": len(report.examples)}
+    return {**redacted_values(rest, ids=ids), "notes": notes, "withheld": len(report.examples)}
 
 
 _HEADINGS = frozenset({
@@ -338,28 +338,28 @@ def _stage(stage: Stage, outputs: set[str]) -> Stage:
 def _option(value: Any, field: str, outputs: set[str]) -> Any:
     if isinstance(value, list):
         return [_option(inner, field, outputs) for inner in value]
-    return value if isinstance(value, str) and (value in outputs or field == "verb") else without_texts(value, field)
+    return value if isinstance(value, str) and (value in outputs or field == "verb") else redacted_values(value, field)
 
 
 def _shown(item: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a step showed: numbers of tables and of JSON under the names of their columns and fields."""
     kind = item["kind"]
     if kind == "line":
-        return {"kind": kind, "text": HIDDEN_TEXT}
+        return {"kind": kind, "text": REDACTED}
     if kind == "json":
-        return {"kind": kind, "value": without_texts(item["value"])}
+        return {"kind": kind, "value": redacted_values(item["value"])}
     stay = [str(column) in _HEADINGS and kind == "table" for column in item["columns"]]
     heads = [
-        column if column in _HEADINGS or column in ("", "original", "edited") else HIDDEN_TEXT
+        column if column in _HEADINGS or column in ("", "original", "edited") else REDACTED
         for column in item["columns"]
     ]
     rows = [
-        [cell if own and _CELL.fullmatch(str(cell)) else HIDDEN_TEXT for cell, own in zip(row, stay, strict=True)]
+        [cell if own and _CELL.fullmatch(str(cell)) else REDACTED for cell, own in zip(row, stay, strict=True)]
         for row in item["rows"]
     ]
-    return {"kind": kind, "title": HIDDEN_TEXT, "columns": heads, "rows": rows}
+    return {"kind": kind, "title": REDACTED, "columns": heads, "rows": rows}
 
 
 def _manifest(held: Mapping[str, Any]) -> dict[str, Any]:
-    base = {"base": {**held["base"], "name": HIDDEN_TEXT}} if "base" in held else {}
-    return {**held, **base, "edit": without_texts(held.get("edit") or {})}
+    base = {"base": {**held["base"], "name": REDACTED}} if "base" in held else {}
+    return {**held, **base, "edit": redacted_values(held.get("edit") or {})}

@@ -39,7 +39,7 @@ from repedit.report.html import (
     told,
     values,
 )
-from repedit.report.redaction import withheld_run, without_texts
+from repedit.report.redaction import redacted_run, redacted_values
 from repedit.report.run_report import MEASURES, RunReport, Stage, find, gather, limits
 from repedit.report.tables import Table, number, plain
 from repedit.rewrite.certificate import Certificate, TensorCertificate
@@ -425,7 +425,7 @@ def _courses(run: RunReport) -> dict[str, tuple[Mapping[str, Any], dict[str, Seq
             found[name] = origin, {WORDS.get(str(key), str(key)): list(held) for key, held in history.items()}
     for name, rows in _logs(run):
         records: dict[str, list[float]] = {}
-        for row in without_texts(rows) if run.hidden else rows:
+        for row in redacted_values(rows) if run.hidden else rows:
             for key, value in (row.get("losses") or {}).items():
                 records.setdefault(f"{key} loss", []).append(float("nan") if value is None else float(value))
         if records:
@@ -627,7 +627,7 @@ def write_run(path: str | Path, target: str | Path | None = None, *, hide_items:
 
 def rendered(run: RunReport, *, hide_items: bool = False) -> str:
     """The page of a run that was gathered."""
-    run = withheld_run(run) if hide_items else run
+    run = redacted_run(run) if hide_items else run
     parts = {
         "What was asked": request(run),
         "The model": model(run),

@@ -12,7 +12,7 @@ from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditErro
 from repedit.io import archive
 from repedit.io.files import file_hash, file_hashes, is_file, is_folder, user_path
 from repedit.io.text import read_text
-from repedit.report.redaction import without_texts
+from repedit.report.redaction import redacted_values
 from repedit.report.run_journal import Entry, account_of, entries, tables
 from repedit.rewrite.certificate import TensorCertificate
 from repedit.rewrite.verification import MANIFEST, Verification, verification
@@ -98,7 +98,7 @@ class RunReport:
                 if origin.get("method") == "composition"
                 else {name: origin}
             )
-        return {name: without_texts(origin) for name, origin in parts.items()} if self.hidden else parts
+        return {name: redacted_values(origin) for name, origin in parts.items()} if self.hidden else parts
 
     def called(self, out: str) -> str:
         """The name of an output, along with the warning that it is not as the run left it, where it is not."""

@@ -16,7 +16,7 @@ from repedit.io.files import replacing
 from repedit.io.text import parse_json
 from repedit.report.html import page
 from repedit.report.markdown import markdown
-from repedit.report.redaction import withheld
+from repedit.report.redaction import redacted
 
 
 def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[Path]:
@@ -26,7 +26,7 @@ def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[
     by one rename; a page or a figure that fails leaves the others.
 
     Args:
-        hide_items: withhold every text of an item in all of them, see `withheld`.
+        hide_items: withhold every text of an item in all of them, see `redacted`.
     Raises:
         TargetExists: if texts are to be withheld and the folder holds an audit, or findings of one, that has them: it
             would be lost, or lie beside the pages.
@@ -36,7 +36,7 @@ def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[
     from repedit.plot import gap, membership, recovery
 
     target = Path(folder)
-    shown = withheld(report) if hide_items else report
+    shown = redacted(report) if hide_items else report
     if hide_items:
         _check_free(target)
     written = [shown.save(target)]
