@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from repedit.errors import ArgumentError, DtypeError, FingerprintError, NotFinite
@@ -21,9 +20,7 @@ from repedit.io import archive
 from repedit.io.text import plain
 from repedit.linear_maps import check_dense, not_finite_at
 from repedit.models.subject import Subject
-
-GROUP = 64
-"""Inputs that share a step where a weight is rounded to few bits."""
+from repedit.quantization import update_cosine
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,31 +190,9 @@ def _against(value: Tensor, start: Tensor) -> str:
     new = old + value.to(old)
     changed = float((new.to(start.dtype) != start).double().mean())
     relative = float(value.double().square().mean().sqrt() / old.double().std().clamp(min=1e-300))
-    kept = "".join(f", {bits} bit {survival(old, new, bits):.2f}" for bits in (8, 4)) if value.ndim > 1 else ""
+    kept = (
+        "".join(f", {bits} bit {update_cosine(old, new, f'int{bits}'):.2f}" for bits in (8, 4))
+        if value.ndim > 1
+        else ""
+    )
     return f", |dw|/std(w) {relative:.3g}, changed {changed:.1%}{kept}"
-
-
-def survival(old: Float[Tensor, "*rows i"], new: Float[Tensor, "*rows i"], bits: int) -> float:
-    """Cosine of new - old with what is left of it once both are rounded to a number of bits."""
-    left = (_rounded(new, bits) - _rounded(old, bits)).double()
-    true = (new - old).double()
-    return float((left * true).sum() / (left.norm() * true.norm()).clamp(min=1e-300))
-
-
-def step(weight: Float[Tensor, "*rows i"], bits: int) -> Tensor:
-    """The distance of neighbouring values once a weight is stored in a number of bits: max|w| / (2^(bits-1) - 1) of each block.
-
-    A block is a row; at 4 bits each 64 inputs where 64 divides the row. (*rows, blocks, 1).
-    """
-    return _blocks(weight, bits).abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-
-
-def _rounded(weight: Float[Tensor, "*rows i"], bits: int) -> Float[Tensor, "*rows i"]:
-    """round(w / s) s with s the step of each block."""
-    size = step(weight, bits)
-    return ((_blocks(weight, bits) / size.where(size > 0, 1)).round() * size).flatten(-2)
-
-
-def _blocks(weight: Float[Tensor, "*rows i"], bits: int) -> Tensor:
-    width = weight.shape[-1]
-    return weight.unflatten(-1, (-1, width if width % GROUP or bits == 8 else GROUP))

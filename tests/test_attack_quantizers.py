@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repedit.auditing.attacks import weights
-from repedit.auditing.attacks.weights import SHIPPED, available, quantize, rounded
+from repedit import quantization
+from repedit.auditing.attacks.weights import quantize
 from repedit.auditing.budgets import Setup, built
 from repedit.errors import MissingDependency
+from repedit.quantization import PACKAGED, fake_quantize, installed_schemes
 from tests.teachable_models import pupil, splits
 
 
@@ -25,7 +26,7 @@ def coarse(monkeypatch):
         seen.append((tuple(matrix.shape), matrix.dtype, group))
         return matrix.round()
 
-    monkeypatch.setitem(weights.SHIPPED, "hqq-int4", ("torch", rounding))
+    monkeypatch.setitem(quantization.PACKAGED, "hqq-int4", ("torch", rounding))
     return seen
 
 
@@ -33,32 +34,32 @@ def test_a_package_gets_matrices_in_float32_and_its_result_keeps_shape_and_type(
     for shape, group in (((4, 128), 64), ((2, 3, 70), 70)):
         for dtype in (torch.float32, torch.bfloat16):
             given = weight(*shape).to(dtype)
-            found = rounded(given, "hqq-int4")
+            found = fake_quantize(given, "hqq-int4")
             assert torch.equal(found, given.float().round().to(dtype)) and found.dtype == dtype
             assert coarse[-1] == ((given.numel() // shape[-1], shape[-1]), torch.float32, group)
 
 
 def test_what_is_installed_is_tried_above_the_fast_budget(coarse):
     schemes = {b: built(["quantize"], Setup(budget=b))[0].settings["schemes"] for b in ("fast", "standard")}
-    assert "hqq-int4" in schemes["standard"] and not set(schemes["fast"]) & set(SHIPPED)
+    assert "hqq-int4" in schemes["standard"] and not set(schemes["fast"]) & set(PACKAGED)
     found = quantize(schemes=("int8", "hqq-int4"))(pupil(), splits())
     assert found.settings == ("int8", "hqq-int4") and not (found.graded[1] == found.graded[0]).any()
 
 
 def test_an_absent_package_is_named(monkeypatch):
-    monkeypatch.setitem(weights.SHIPPED, "hqq-int4", ("no_such_package", None))
-    assert "hqq-int4" not in available()
+    monkeypatch.setitem(quantization.PACKAGED, "hqq-int4", ("no_such_package", None))
+    assert "hqq-int4" not in installed_schemes()
     with pytest.raises(MissingDependency, match="'hqq-int4' is that of no_such_package: pip install no_such_package"):
-        rounded(weight(4, 64), "hqq-int4")
+        fake_quantize(weight(4, 64), "hqq-int4")
 
 
-@pytest.mark.parametrize("scheme", SHIPPED)
+@pytest.mark.parametrize("scheme", PACKAGED)
 @pytest.mark.parametrize("width", [128, 70])
 def test_the_real_packages_round_to_few_levels(scheme, width):
-    package = SHIPPED[scheme][0]
+    package = PACKAGED[scheme][0]
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e .[quantizers]")
     given = weight(6, width)
-    found = rounded(given, scheme)
+    found = fake_quantize(given, scheme)
     error = float((found - given).norm() / given.norm())
     assert (0.001 < error < 0.01) if "int8" in scheme else (0.05 < error < 0.15)
     group = 64 if width % 64 == 0 and "int8" not in scheme else width

@@ -12,14 +12,11 @@ from repedit.auditing.attack import RAN, SKIPPED, ask
 from repedit.auditing.attacks import weights as rounding
 from repedit.auditing.attacks import weights as shaking
 from repedit.auditing.attacks.weights import (
-    BITS,
-    LEVELS,
     line_to,
     perturb,
     projections,
     pruned,
     quantize,
-    rounded,
     saliency,
     set_difference,
     survival,
@@ -28,6 +25,7 @@ from repedit.data import Fact, Facts, Splits
 from repedit.data.encoding import encoded
 from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite, QuantizedModel, UnknownName
 from repedit.models.subject import Subject
+from repedit.quantization import BITS, LEVELS, fake_quantize
 from tests.saved_models import byte_tokenizer
 from tests.tiny import tiny
 
@@ -91,14 +89,14 @@ def test_rounding_equals_a_loop_over_numbers(scheme, width):
         [y for start in range(0, width, size) for y in one_by_one(row[start : start + size], scheme)]
         for row in weight.tolist()
     ]
-    assert torch.allclose(rounded(weight, scheme), torch.tensor(expected), rtol=1e-5, atol=0)
+    assert torch.allclose(fake_quantize(weight, scheme), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("scheme", OWN)
 def test_rounding_twice_is_rounding_once(scheme, dtype):
-    once = rounded(torch.randn(7, 192, generator=torch.Generator().manual_seed(0)).to(dtype), scheme)
-    assert once.dtype == dtype and torch.equal(rounded(once, scheme), once)
+    once = fake_quantize(torch.randn(7, 192, generator=torch.Generator().manual_seed(0)).to(dtype), scheme)
+    assert once.dtype == dtype and torch.equal(fake_quantize(once, scheme), once)
 
 
 @pytest.mark.parametrize("scheme", BITS)
@@ -106,7 +104,7 @@ def test_an_error_is_at_most_half_a_step(scheme):
     weight = torch.randn(9, 128, generator=torch.Generator().manual_seed(1))
     groups = weight.unflatten(-1, (-1, 128 if scheme == "int8" else 64))
     step = groups.abs().amax(-1, keepdim=True) / (2 ** (BITS[scheme] - 1) - 1)
-    error = (rounded(weight, scheme) - weight).abs().unflatten(-1, groups.shape[1:])
+    error = (fake_quantize(weight, scheme) - weight).abs().unflatten(-1, groups.shape[1:])
     assert bool((error <= step / 2 * (1 + 1e-5)).all()) and float((error / step).max()) > 0.45
 
 
@@ -115,9 +113,9 @@ def test_a_group_of_zeros_stays_zero_and_disturbs_no_other(scheme):
     weight = torch.randn(3, 128, generator=torch.Generator().manual_seed(2))
     half = weight.clone()
     half[:, :64] = 0
-    assert torch.equal(rounded(half, scheme)[:, :64], torch.zeros(3, 64))
+    assert torch.equal(fake_quantize(half, scheme)[:, :64], torch.zeros(3, 64))
     if scheme != "int8":
-        assert torch.equal(rounded(half, scheme)[:, 64:], rounded(weight, scheme)[:, 64:])
+        assert torch.equal(fake_quantize(half, scheme)[:, 64:], fake_quantize(weight, scheme)[:, 64:])
 
 
 def test_the_float_levels_are_those_published():
@@ -134,7 +132,7 @@ def check_quantized(subject: Subject, seen: list[dict[str, torch.Tensor]], schem
             if w.ndim < 2 or not in_blocks(subject, name):
                 expected = w
             else:
-                expected = rounded(w.T, scheme).T if flipped else rounded(w, scheme)
+                expected = fake_quantize(w.T, scheme).T if flipped else fake_quantize(w, scheme)
                 assert not torch.equal(expected, w)
             assert torch.equal(after[name], expected), name
 
@@ -171,7 +169,7 @@ def test_groups_run_along_the_inputs_of_a_conv1d(monkeypatch):
     subject, seen = small("gpt2", n_embd=128), asked_with(monkeypatch, rounding)
     found = quantize(schemes=("int4",))(subject, SPLITS)
     stored = dict(subject.model.named_parameters())["transformer.h.0.mlp.c_fc.weight"].detach()
-    columns = torch.cat([rounded(half.T, "int4", 64).T for half in stored.split(64)])
+    columns = torch.cat([fake_quantize(half.T, "int4", 64).T for half in stored.split(64)])
     assert torch.equal(seen[0]["transformer.h.0.mlp.c_fc.weight"], columns) and not found.details["per_row"]
 
 
@@ -189,7 +187,7 @@ def test_an_update_below_half_a_step_vanishes():
     with torch.no_grad():
         for name in projections(original):
             mine, other = (dict(s.model.named_parameters())[name] for s in (original, edited))
-            mine.copy_(rounded(mine, "int4"))
+            mine.copy_(fake_quantize(mine, "int4"))
             groups = mine.unflatten(-1, (-1, 64 if mine.shape[-1] % 64 == 0 else mine.shape[-1]))
             top = groups.abs().amax(-1, keepdim=True)
             push = 0.45 * top / 7 * torch.randn_like(groups).sign() * (groups.abs() < top)
@@ -222,8 +220,8 @@ def test_survival_grows_with_the_update(family):
 @pytest.mark.parametrize(("call", "error", "message"), [
     (lambda: quantize(schemes=("int5",)), UnknownName, "scheme 'int5'; did you mean 'int"),
     (lambda: quantize(schemes=()), ArgumentError, r"schemes=\(\); give at least one of"),
-    (lambda: rounded(torch.ones(2, 4), "q4"), UnknownName, "scheme 'q4'"),
-    (lambda: rounded(torch.ones(2, 4), "int4", 0), ArgumentError, "group=0; give the number of inputs that share a step"),
+    (lambda: fake_quantize(torch.ones(2, 4), "q4"), UnknownName, "scheme 'q4'"),
+    (lambda: fake_quantize(torch.ones(2, 4), "int4", 0), ArgumentError, "group=0; give the number of inputs that share a step"),
     (lambda: perturb(noise=(0.0,)), ArgumentError, r"noise=\(0.0,\), xavier=0.1; noise is above 0"),
     (lambda: perturb(prune=(1.0,)), FractionError, r"the shares \[1.0\] are outside \(0, 1\)"),
     (lambda: perturb(noise=(), prune=(), shrink=()), ArgumentError, "noise, prune and shrink are all empty"),
@@ -242,7 +240,8 @@ def test_a_quantised_model_is_refused(attack):
     subject = small("llama")
     subject.model.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(
-        QuantizedModel, match=rf"attack '{attack.name}': the weights are quantised \(gptq\); attack the un"
+        QuantizedModel,
+        match=rf"attack '{attack.name}': the weights are quantised \(gptq\) and cannot be changed; use the un",
     ):
         attack(subject, SPLITS)
 

@@ -158,7 +158,9 @@ def test_gradients_that_cannot_be_had_are_refused():
         rp.collect(tiny("mixtral"), texts(forget=True), gradients=True)
     quantized = tiny("llama")
     quantized.model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(QuantizedModel, match=r"weights are quantised \(gptq\); gradients need the unquantised base"):
+    with pytest.raises(
+        QuantizedModel, match=r"weights are quantised \(gptq\) and cannot be differentiated; use the unquantised base"
+    ):
         rp.collect(quantized, texts(forget=True), gradients=True)
 
 

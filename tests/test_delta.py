@@ -7,10 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import repedit as rp
-from repedit.delta import Delta, survival
+from repedit.delta import Delta
 from repedit.errors import ArgumentError, CheckpointError, FingerprintError, NoOpEdit, NotFoldable
 from repedit.hashing import value_hash
 from repedit.lower import lower
+from repedit.quantization import update_cosine
 from tests import edits, laws
 from tests.tiny import FAMILIES, logits, tiny
 
@@ -164,9 +165,9 @@ def test_survival_of_gaussian_weights():
     """Reference values: Gaussian 576 x 1536, group 64, |dw|/std .025 and .5: cosines .29 and .96 at 4 bit, .91 at 8 bit."""
     generator = torch.Generator().manual_seed(0)
     old, noise = (torch.randn(576, 1536, generator=generator) for _ in range(2))
-    assert survival(old, old + 0.025 * noise, 4) == pytest.approx(0.29, abs=0.03)
-    assert survival(old, old + 0.5 * noise, 4) == pytest.approx(0.96, abs=0.02)
-    assert survival(old, old + 0.025 * noise, 8) == pytest.approx(0.91, abs=0.02)
+    assert update_cosine(old, old + 0.025 * noise, "int4") == pytest.approx(0.29, abs=0.03)
+    assert update_cosine(old, old + 0.5 * noise, "int4") == pytest.approx(0.96, abs=0.02)
+    assert update_cosine(old, old + 0.025 * noise, "int8") == pytest.approx(0.91, abs=0.02)
 
 
 def test_dry_run():

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 
 from repedit import plot
-from repedit.delta import Delta, step, survival
+from repedit.delta import Delta
 from repedit.errors import ArgumentError, FingerprintError, FractionError
 from repedit.metrics.collapse import Judgement
 from repedit.metrics.semeval import PARTS, aggregate
 from repedit.neurons.scores import Score, Scores
 from repedit.plot.canvas import place
+from repedit.quantization import step_size, update_cosine
 from repedit.sites import Point, Site
 from repedit.unlearning import masks
 from repedit.unlearning.parameters import Mask
@@ -162,9 +163,9 @@ def test_the_line_of_four_bits_parts_what_survives():
     axes = plot.delta(change("down_proj"), lm())
     name, weight = next((n, p.detach()) for n, p in lm().model.named_parameters() if "0.mlp.down_proj" in n)
     half = line(axes, "half a step")[1][0] * float(weight.std())
-    assert half == pytest.approx(float(step(weight, 4).median()) / 2, rel=1e-4)
+    assert half == pytest.approx(float(step_size(weight, "int4").median()) / 2, rel=1e-4)
     moved = change(name).tensors[name]
-    small, large = (survival(weight, weight + moved / moved.std() * half * times, 4) for times in (0.02, 4.0))
+    small, large = (update_cosine(weight, weight + moved / moved.std() * half * times, "int4") for times in (0.02, 4.0))
     assert small < 0.4 < 0.9 < large
 
 

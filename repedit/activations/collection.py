@@ -26,7 +26,6 @@ from repedit.errors import (
     NoGradient,
     NotEnoughRows,
     NotFinite,
-    QuantizedModel,
     ShapeError,
     TooLarge,
     UnknownName,
@@ -38,6 +37,7 @@ from repedit.hooks import Hook, evaluating, installed
 from repedit.io import archive
 from repedit.io.text import check_fields
 from repedit.models.subject import Subject
+from repedit.quantization import check_unquantized
 from repedit.sites import Point, Site, SiteKey, site_key
 from repedit.stats import Activity, CrossMoments, Moments
 
@@ -284,10 +284,7 @@ def _check_gradients(subject: Subject, sites: tuple[Site, ...], gradients: bool)
         raise NoGradient(
             "gradients were asked for under torch.inference_mode, where no tensor has one; leave that context"
         )
-    if subject.quantizer:
-        raise QuantizedModel(
-            f"the weights are quantised ({subject.quantizer}); gradients need the unquantised base, or load with dequantisation"
-        )
+    check_unquantized(subject.quantizer, subject.specs, "differentiated")
     routed = [site for site in sites if _routed(subject, site)]
     if routed:
         raise NoGradient(

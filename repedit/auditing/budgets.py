@@ -11,9 +11,9 @@ from repedit.auditing.attacks import directions, finetune, membership, probing, 
 from repedit.auditing.attacks.prompts import reformat
 from repedit.auditing.attacks.samples import sampling
 from repedit.auditing.attacks.unhook import strip
-from repedit.auditing.attacks.weights import available
 from repedit.errors import UnknownName, nearest
 from repedit.models.subject import Subject
+from repedit.quantization import installed_schemes
 
 BUDGETS = ("fast", "standard", "full")
 SEEDS = {"fast": (0,), "standard": (0, 1, 2), "full": (0, 1, 2)}
@@ -99,7 +99,7 @@ NAMES = tuple(_BUILDERS)
 
 
 def _schemes(setup: Setup) -> tuple[str, ...]:
-    return ("int8", "int4", "nf4", "fp4", *(() if setup.budget == "fast" else ("int3", *available())))
+    return ("int8", "int4", "nf4", "fp4", *(() if setup.budget == "fast" else ("int3", *installed_schemes())))
 
 
 def planned(budget: str, names: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -23,7 +23,6 @@ from repedit.errors import (
     ArgumentError,
     NotFinite,
     OverlapError,
-    QuantizedModel,
     SelectionError,
     check_seed,
     is_finite,
@@ -32,6 +31,7 @@ from repedit.errors import (
 from repedit.hooks import evaluating, installed
 from repedit.linear_maps import Diagonal
 from repedit.models.subject import Subject
+from repedit.quantization import check_unquantized
 from repedit.sites import Site
 
 # Characters of an excerpt that gives one chunk of 128 tokens of code or prose.
@@ -79,10 +79,7 @@ def gates(
         raise ArgumentError(
             f"steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}, retain_weight={retain_weight}: all must be positive"
         )
-    if subject.quantizer:
-        raise QuantizedModel(
-            f"the weights are quantised ({subject.quantizer}); gates need gradients: load the unquantised base. Measuring works"
-        )
+    check_unquantized(subject.quantizer, subject.specs, "differentiated")
     search = _Search(subject, subject.select(sites), learning_rate)
     streams = [_stream(subject, c, steps, batch_size, length, seed) for c in (forget, retain)]
     pairs = islice(zip(*streams, strict=False), steps)

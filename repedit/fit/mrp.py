@@ -21,7 +21,6 @@ from repedit.errors import (
     ArgumentError,
     DataError,
     FingerprintError,
-    QuantizedModel,
     RankError,
     RepeditError,
     ShapeError,
@@ -36,6 +35,7 @@ from repedit.fit.mrp_training import Bases, History, MRPConfig, Sources, answers
 from repedit.fit.stream import stream_sites
 from repedit.linear_maps import LowRank
 from repedit.models.subject import Subject
+from repedit.quantization import check_unquantized
 from repedit.sites import Site
 from repedit.stats import CrossMoments, Moments, pooled
 from repedit.training.sampler import Sampler, check_disjoint, neighbours, training_rows
@@ -219,10 +219,7 @@ def mrp(
     """
     settings = _settings(config)
     check_method(method)
-    if subject.quantizer:
-        raise QuantizedModel(
-            f"the weights are quantised ({subject.quantizer}); load the unquantised base, requantise the result"
-        )
+    check_unquantized(subject.quantizer, subject.specs, "edited exactly")
     bad, good = (
         training_rows(source, role, shown=settings.shown, seed=settings.seed)
         for role, source in (("forget", forget), ("retain", retain))

@@ -24,7 +24,6 @@ from repedit.errors import (
     MissingDependency,
     NotFinite,
     NotFound,
-    QuantizedModel,
     RepeditError,
     TooLarge,
     UnknownArchitecture,
@@ -34,6 +33,7 @@ from repedit.io.files import open_regular, user_path
 from repedit.linear_maps import not_finite_at
 from repedit.models.default_model import DEFAULT, cached
 from repedit.models.ragged import refit
+from repedit.quantization import check_unquantized
 
 log = logging.getLogger("repedit")
 # What is small and belongs to a model on the hub, whether transformers asks for it or not.
@@ -179,7 +179,7 @@ def check_config(place: Path | str, options: dict[str, Any]) -> None:
         check_count(place, architecture, len(open_shards(place).entries) if isinstance(place, Path) else _MOST_LAYERS)
         empty_model(config, trust_remote_code=options.get("trust_remote_code", False))
     if isinstance(place, Path) and getattr(config, "quantization_config", None) is None:
-        check_dtypes(place, open_shards(place).specs)
+        check_unquantized(None, open_shards(place).specs, "read", where=str(place))
 
 
 def check_count(place: Path | str, architecture: Architecture, most: int) -> None:
@@ -193,22 +193,6 @@ def check_count(place: Path | str, architecture: Architecture, most: int) -> Non
             f"{place} does not hold the model its config describes: the config has {architecture.n_layers} layers, the files "
             f"hold {most} tensors at most; is it the right config.json?"
         )
-
-
-def check_dtypes(place: Path | str, specs: Specs) -> None:
-    """Refuse weights of a dtype that means something only beside scales: integers and floats of 8 bits.
-
-    Raises:
-        QuantizedModel: naming the first.
-    """
-    for name, spec in specs.items():
-        eight_bits = spec.dtype.is_floating_point and spec.dtype.itemsize == 1
-        # Old checkpoints also hold masks and positions as integers, which no model reads.
-        if eight_bits or (not spec.dtype.is_floating_point and name.endswith(".weight")):
-            raise QuantizedModel(
-                f"{name} of {place} holds {spec.dtype}, which means something only beside its scales, and config.json names no "
-                "quantiser; use the unquantised base"
-            )
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from repedit.models.loading import (
     typed_errors,
 )
 from repedit.models.ragged import quiet
+from repedit.quantization import quantizer_name
 from repedit.sites import Point, Site, select
 
 log = logging.getLogger("repedit")
@@ -128,11 +129,7 @@ class Subject:
     @property
     def quantizer(self) -> str | None:
         """Name of the quantiser of the weights, or None where they are plain tensors."""
-        config = getattr(self.model.config, "quantization_config", None)
-        if config is None:
-            return None
-        found = config.get("quant_method") if isinstance(config, dict) else config.quant_method
-        return str(getattr(found, "value", found))
+        return quantizer_name(getattr(self.model.config, "quantization_config", None))
 
     def select(self, selector: str | Site | list[str | Site]) -> tuple[Site, ...]:
         """The sites of this model that a selector names, such as "4-9.mlp.out" or "*.mlp.neurons"."""

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from repedit.data.benchmarks import TASKS
-from repedit.delta import Delta, step
+from repedit.delta import Delta
 from repedit.errors import ArgumentError, FingerprintError, FractionError
 from repedit.metrics.semeval import MEASURES, SIDES, SemEvalScore
 from repedit.models.subject import Subject
@@ -46,6 +46,7 @@ from repedit.plot.canvas import (
     short,
     table,
 )
+from repedit.quantization import step_size
 from repedit.unlearning.parameters import Mask
 
 # --- A gradient unlearning step by step: its losses, and how its two gradients lie to each other
@@ -343,7 +344,7 @@ def _thresholds(weights: dict[str, Tensor]) -> list[tuple[float, float]]:
     found: dict[int, list[float]] = {}
     for name, weight in weights.items():
         layer, _ = place(name)
-        half = float(step(weight, 4).double().median()) / 2
+        half = float(step_size(weight, "int4").double().median()) / 2
         found.setdefault(-1 if layer is None else layer, []).append(half / (float(weight.double().std()) or 1.0))
     # Each layer as a level stretch, so that a single layer shows too; NaN leaves a gap where nothing changed.
     return [

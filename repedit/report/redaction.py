@@ -210,12 +210,12 @@ def digest(item: str) -> str:
 @cache
 def own_words() -> frozenset[str]:
     """The words that stay."""
-    from repedit.auditing.attacks.weights import SCHEMES
     from repedit.auditing.budgets import BUDGETS, NAMES
     from repedit.data import BUILTIN, DOMAINS
     from repedit.fit.closed_form import FITS
     from repedit.metrics.benchmarks import SUITES
     from repedit.neurons.scores import COMBINATIONS, IMPORTANCES
+    from repedit.quantization import SCHEMES
     from repedit.unlearning.recipes import RECIPES
 
     tables = (BUDGETS, NAMES, SCHEMES, BUILTIN, DOMAINS, FITS, RECIPES, COMBINATIONS, IMPORTANCES, SUITES)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from repedit.arch.check import check_bare
 from repedit.arch.offload import check_in_memory
-from repedit.errors import ArgumentError, NoOpEdit, PlanMismatch, QuantizedModel
+from repedit.errors import ArgumentError, NoOpEdit, PlanMismatch
 from repedit.lower import EditOrDelta, check_model, lower
-from repedit.models.loading import check_dtypes
 from repedit.models.subject import Subject
 from repedit.plan import Plan
+from repedit.quantization import check_unquantized
 
 
 def apply(
@@ -81,13 +81,8 @@ def check_editable(subject: Subject) -> None:
     Raises:
         QuantizedModel, OffloadedTensors, NotAModel: with what to do instead.
     """
-    if subject.quantizer:
-        raise QuantizedModel(
-            f"the weights are quantised ({subject.quantizer}) and cannot be edited exactly; load with dequantisation or the "
-            "unquantised base. Measuring works"
-        )
+    check_unquantized(subject.quantizer, subject.specs, "edited exactly")
     check_bare(subject.model)
-    check_dtypes("the model in memory", subject.specs)
     check_in_memory(subject.model, "use repedit.export(edit, source=directory, target=...), which streams the files")
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from repedit.arch import Architecture, Specs, TensorSpec, anatomy, resolve
-from repedit.errors import CheckpointError, PlanMismatch, QuantizedModel
+from repedit.errors import CheckpointError, PlanMismatch
 from repedit.io.checkpoint import Shards
 from repedit.io.text import read_json
 from repedit.models.loading import (
     buildable,
     check_count,
-    check_dtypes,
     check_layers,
     empty_model,
     matching,
@@ -22,6 +21,7 @@ from repedit.models.loading import (
 from repedit.models.ragged import mlp_tensors, ragged_widths
 from repedit.models.subject import Subject
 from repedit.plan import Plan
+from repedit.quantization import check_unquantized, quantizer_name
 from repedit.rewrite.resize import patched_config
 
 
@@ -47,7 +47,7 @@ def used_specs(shards: Shards) -> Specs:
         match = matching(config, architecture, shards.specs)
     check_layers(shards.directory, match.beyond, architecture)
     used = match.used(shards.specs)
-    check_dtypes(shards.directory, used)
+    check_unquantized(None, used, "edited exactly", where=str(shards.directory))
     return used
 
 
@@ -116,12 +116,8 @@ def _described(directory: Path) -> tuple[Any, Architecture]:
     Raises:
         QuantizedModel, UnknownArchitecture: if it cannot be edited.
     """
-    quantizer = read_json(directory / "config.json", finite=False).get("quantization_config")
-    if quantizer:
-        name = quantizer.get("quant_method", "unknown") if isinstance(quantizer, dict) else "unknown"
-        raise QuantizedModel(
-            f"{directory} is quantised ({name}) and cannot be edited exactly; export from the unquantised base. Measuring works"
-        )
+    quantizer = quantizer_name(read_json(directory / "config.json", finite=False).get("quantization_config"))
+    check_unquantized(quantizer, {}, "edited exactly", where=str(directory))
     with typed_errors(directory):
         config = read_config(directory, trust_remote_code=False)
     with buildable(directory):

@@ -16,7 +16,6 @@ from repedit.errors import (
     ArgumentError,
     MissingDependency,
     OffloadedTensors,
-    QuantizedModel,
     SelectionError,
     ShapeError,
     check_positive,
@@ -24,6 +23,7 @@ from repedit.errors import (
     nearest,
 )
 from repedit.models.subject import Subject
+from repedit.quantization import check_unquantized
 from repedit.sites import Point
 from repedit.unlearning.sharding import divided, whole
 
@@ -328,11 +328,7 @@ def check_mask(parameters: Parameters, subject: Subject, names: tuple[str, ...])
 
 
 def _check_trainable(subject: Subject, named: Mapping[str, nn.Parameter]) -> None:
-    odd = next((f"{name} is {p.dtype}" for name, p in named.items() if not p.is_floating_point()), None)
-    if subject.quantizer or odd:
-        raise QuantizedModel(
-            f"the weights are quantised ({subject.quantizer or odd}) and cannot be trained; load the unquantised base in bfloat16"
-        )
+    check_unquantized(subject.quantizer, subject.specs, "trained")
     places = sorted({p.device.type if p.device.type == "meta" else str(p.device) for p in named.values()})
     if len(places) > 1 or "meta" in places:
         raise OffloadedTensors(

@@ -28,9 +28,10 @@ from repedit.auditing.attacks.tuning import (
     tune,
 )
 from repedit.data import Fact, Splits
-from repedit.errors import ArgumentError, QuantizedModel, UnknownName, nearest
+from repedit.errors import ArgumentError, UnknownName, nearest
 from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
+from repedit.quantization import check_unquantized
 
 # --- Trials of a training attack: each trains from the same weights, is asked at some steps, and must have learned
 
@@ -97,10 +98,7 @@ def on_copy(subject: Subject, *, full: bool) -> Start:
     Raises:
         QuantizedModel: if the weights are not plain tensors.
     """
-    if subject.quantizer is not None:
-        raise QuantizedModel(
-            f"the weights are quantised ({subject.quantizer}) and cannot be trained; load the model as plain tensors"
-        )
+    check_unquantized(subject.quantizer, subject.specs, "trained")
     scratch = Scratch(subject)
     if full and any(p.dtype.itemsize < 4 for p in scratch.subject.model.parameters()):
         scratch.subject.model.float()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from repedit.auditing.attack import RAN, Finding
-from repedit.auditing.attacks.weights import rounded
 from repedit.errors import ArgumentError, NotEnoughRows
 from repedit.metrics import membership as membership_metrics
 from repedit.metrics.membership import (
@@ -26,6 +25,7 @@ from repedit.metrics.membership import (
     standard_error,
     tpr_at,
 )
+from repedit.quantization import fake_quantize
 from repedit.vision.data import Images, ImageSplits, Task
 from repedit.vision.training import adam, descend, generator, learning, train
 
@@ -218,7 +218,7 @@ def coarse(model: nn.Module, scheme: str) -> nn.Module:
     for weight in copied.parameters():
         if weight.ndim > 1:
             rows = weight.flatten(1)
-            weight.copy_(rounded(rows, scheme, rows.shape[1]).reshape(weight.shape))
+            weight.copy_(fake_quantize(rows, scheme, rows.shape[1]).reshape(weight.shape))
     return copied
 
 

@@ -6,109 +6,22 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
-from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from repedit.activations.forward import batches, inputs_of, loss_of
 from repedit.auditing.attack import Attack, Outcome, Scratch, ask, skipped
 from repedit.data import Fact, Rows, Splits
-from repedit.errors import (
-    ArgumentError,
-    FingerprintError,
-    FractionError,
-    MissingDependency,
-    NotFinite,
-    QuantizedModel,
-    UnknownName,
-    nearest,
-)
+from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite
 from repedit.hooks import evaluating
 from repedit.models.subject import Subject
-
-# --- The quantisers that models are shipped with, torchao and hqq, where they are installed
-
-
-Matrix = Float[Tensor, "o i"]
-
-
-def _torchao(weight: Matrix, group: int, config: Callable[[int], Any]) -> Matrix:
-    from torchao.quantization import quantize_
-
-    module = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
-    module[0].weight = nn.Parameter(weight.clone())
-    quantize_(module, config(group))
-    return module[0].weight.dequantize()
-
-
-def _int8(group: int) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return Int8WeightOnlyConfig()
-
-
-def _int4(group: int) -> Any:
-    from torchao.quantization import IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
-
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))  # type: ignore[attr-defined]
-
-
-def _hqq(weight: Matrix, group: int) -> Matrix:
-    from hqq.core.quantize import Quantizer
-
-    stored = Quantizer.quantize(
-        weight, nbits=4, group_size=group, axis=1, compute_dtype=torch.float32, device=str(weight.device)
-    )
-    return Quantizer.dequantize(*stored)
-
-
-SHIPPED: Mapping[str, tuple[str, Callable[[Matrix, int], Matrix]]] = {
-    "torchao-int8": ("torchao", lambda w, group: _torchao(w, group, _int8)),
-    "torchao-int4": ("torchao", lambda w, group: _torchao(w, group, _int4)),
-    "hqq-int4": ("hqq", _hqq),
-}
-"""By scheme the package, and what is left of a float32 matrix (out, in) after its default weight-only rounding."""
-
-
-def available() -> tuple[str, ...]:
-    """The schemes whose package is installed here."""
-    return tuple(scheme for scheme, (package, _) in SHIPPED.items() if find_spec(package) is not None)
-
-
-def stored(weight: Float[Tensor, "*rows i"], scheme: str, group: int) -> Float[Tensor, "*rows i"]:
-    """A weight (out, in) as it is after another package's quantiser, in the weight's own type; row by row where the group
-    does not divide the width.
-
-    Raises:
-        MissingDependency: if the package is not installed.
-    """
-    package, rounding = SHIPPED[scheme]
-    if find_spec(package) is None:
-        raise MissingDependency(
-            f"scheme {scheme!r} is that of {package}: pip install {package}, or leave the scheme out"
-        )
-    width = weight.shape[-1]
-    found = rounding(weight.reshape(-1, width).float(), width if width % group else group)
-    return found.reshape(weight.shape).to(weight.dtype)
-
+from repedit.quantization import GROUP, SCHEMES, check_scheme, check_unquantized, fake_quantize, update_cosine
 
 # --- Attack by rounding: store the matrices of the blocks in few bits, which swallows updates smaller than a step
 
 
 log = logging.getLogger("repedit")
-GROUP = 64
-BITS = {"int8": 8, "int4": 4, "int3": 3}
-_FP4 = (0.0, 0.00520833, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
-LEVELS = {
-    "nf4": (-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
-            0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0),
-    "fp4": (*(-level for level in _FP4[:0:-1]), *_FP4),
-}  # fmt: skip
-SCHEMES = (*BITS, *LEVELS, *SHIPPED)
 
 
 def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Attack:
@@ -126,7 +39,7 @@ def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Atta
     if not schemes:
         raise ArgumentError(f"schemes={schemes!r}; give at least one of {SCHEMES}")
     for scheme in schemes:
-        _check_scheme(scheme)
+        check_scheme(scheme)
 
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
         names = projections(subject)
@@ -147,38 +60,6 @@ def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Atta
     return Attack("quantize", "rounding", "W", False, {"schemes": list(schemes), "group": GROUP}, run, draws=False)
 
 
-def rounded(weight: Float[Tensor, "*rows i"], scheme: str, group: int = GROUP) -> Float[Tensor, "*rows i"]:
-    """A weight (out, in) as it is after being stored in few bits and read again, computed in float32.
-
-    int8: D = max|w| / 127 of each row, round(w / D) D. int4, int3: the same with 7 and 3 in groups along the inputs.
-    nf4, fp4: the level nearest to w / max|w| of its group, times max|w|. A group of zeros stays zero; where `group`
-    does not divide the width, each row is a group. torchao-int8, torchao-int4, hqq-int4: as those packages store it.
-
-    Raises:
-        UnknownName: if there is no such scheme.
-        ArgumentError: if the group is below 1.
-        MissingDependency: if the scheme is that of a package that is not installed.
-    """
-    _check_scheme(scheme)
-    if group < 1:
-        raise ArgumentError(f"group={group}; give the number of inputs that share a step, at least 1")
-    if scheme in SHIPPED:
-        return stored(weight, scheme, group)
-    width = weight.shape[-1]
-    size = width if scheme == "int8" or width % group else group
-    blocks = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(-1, (-1, size))
-    top = blocks.abs().amax(-1, keepdim=True)
-    if scheme in BITS:
-        most = 2 ** (BITS[scheme] - 1) - 1
-        step = top / most
-        # A share of the maximum, not a number of steps: the maximum stays as it is, so rounding twice changes nothing.
-        share = (blocks / step.where(step > 0, 1)).round() / most
-    else:
-        levels = torch.tensor(LEVELS[scheme], dtype=blocks.dtype, device=blocks.device)
-        share = levels[torch.bucketize((blocks / top.where(top > 0, 1)).contiguous(), (levels[1:] + levels[:-1]) / 2)]
-    return (share * top).flatten(-2).to(weight.dtype)
-
-
 def projections(subject: Subject) -> dict[str, bool]:
     """The matrices inside the blocks by name, tied ones once, and whether they are stored (in, out).
 
@@ -189,12 +70,7 @@ def projections(subject: Subject) -> dict[str, bool]:
     """
     starts = tuple(f"{path}." for path in subject.anatomy.block_paths)
     named = {n: p for n, p in subject.model.named_parameters() if n.startswith(starts) and p.ndim > 1}
-    odd = next((f"{n} is {p.dtype}" for n, p in named.items() if not p.is_floating_point()), None)
-    if subject.quantizer or odd:
-        raise QuantizedModel(
-            f"the weights are quantised ({subject.quantizer or odd}); attack the unquantised model, or load it with "
-            "dequantisation"
-        )
+    check_unquantized(subject.quantizer, subject.specs, "changed")
     return {name: subject.architecture.transposed and p.ndim == 2 for name, p in named.items()}
 
 
@@ -208,7 +84,7 @@ def round_matrices(subject: Subject, names: Mapping[str, bool], scheme: str) -> 
     with torch.no_grad():
         for name, transposed in names.items():
             matrix = named[name].mT if transposed else named[name]
-            matrix.copy_(rounded(matrix, scheme))
+            matrix.copy_(fake_quantize(matrix, scheme))
 
 
 def survival(edited: Subject, original: Subject, scheme: str) -> dict[str, dict[str, float]]:
@@ -227,11 +103,9 @@ def survival(edited: Subject, original: Subject, scheme: str) -> dict[str, dict[
         if name not in inside or torch.equal(after, before):
             continue
         mine, old = (w.float().mT if inside[name] else w.float() for w in (after, before))
-        true, kept = mine - old, rounded(mine, scheme) - rounded(old, scheme)
-        size = float(true.double().norm() * kept.double().norm())
         found[name] = {
-            "cosine": float((true.double() * kept.double()).sum()) / size if size else 0.0,
-            "relative": float(true.square().mean().sqrt() / old.std()),
+            "cosine": update_cosine(old, mine, scheme),
+            "relative": float((mine - old).square().mean().sqrt() / old.std()),
         }
     return found
 
@@ -255,11 +129,6 @@ def paired(edited: Subject, original: Subject) -> Iterator[tuple[str, Tensor, Te
 
 def _widths(subject: Subject, names: dict[str, bool]) -> dict[str, int]:
     return {name: subject.specs[name].shape[-2 if transposed else -1] for name, transposed in names.items()}
-
-
-def _check_scheme(scheme: str) -> None:
-    if scheme not in SCHEMES:
-        raise UnknownName(f"scheme {scheme!r}; {nearest(scheme, SCHEMES)}")
 
 
 # --- Attacks that shake the weights: noise, pruning, a step towards fresh weights, and pruning what only T needs

@@ -16,12 +16,13 @@ from repedit.data import Fact, Rows, with_paraphrases
 from repedit.data.encoding import encoded
 from repedit.hooks import Hook, evaluating, installed
 from repedit.models.subject import Subject, subject_of
+from repedit.quantization import step_size
 
 # --- The control that rounding undoes: an edit that stays inside the buckets of a 4-bit grid
 
 
-GROUP = 64
 LEVELS = 7
+"""Largest integer of int4."""
 # A weight moved by less than half a step rounds back; .45 leaves room for the arithmetic.
 REACH = 0.45
 
@@ -71,9 +72,8 @@ def matrices(subject: Subject) -> list[str]:
 
 def bucket(weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
     """The step of the grid at each weight; the whole row is one group where 64 does not divide it."""
-    group = GROUP if weight.shape[1] % GROUP == 0 else weight.shape[1]
-    largest = weight.detach().reshape(weight.shape[0], -1, group).abs().amax(-1, keepdim=True)
-    return (largest / LEVELS).expand(-1, -1, group).reshape(weight.shape)
+    steps = step_size(weight.detach(), "int4")
+    return steps.expand(-1, -1, weight.shape[1] // steps.shape[1]).reshape(weight.shape)
 
 
 def _reach(weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
