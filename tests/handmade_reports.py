@@ -115,7 +115,7 @@ def report(verdict: Verdict | None = None) -> Report:
             "line to the original": [0.15, 0.22, 0.61, 0.95], "uds": 0.41,
         },
         {
-            "budget": "fast", "seeds": [0], "n_test": 40, "material": 0.1, "clear": 0.2, "alpha": 0.05,
+            "budget": "fast", "seeds": [0], "n_test": 40, "recovery_threshold": 0.1, "pass_threshold": 0.2, "alpha": 0.05,
             "notes": ["one seed: intervals exclude training noise"], "versions": {"repedit": "0.1.0", "torch": "2.13"},
             "hashes": {"edited": "9f" * 32, "original": "1a" * 32, "facts": "77" * 32}, "sites": ["2.mlp.out", "3.mlp.out"],
             "command": "repedit audit edited/ --original smollm2-135m --facts capitals --out audit/", "seconds": 1312.5,

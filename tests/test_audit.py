@@ -18,7 +18,7 @@ from repedit.auditing.attacks.finetune import benign, rtt
 from repedit.auditing.attacks.prompts import direct, in_context
 from repedit.auditing.controls import CONTROLS
 from repedit.auditing.controls import edited as writing
-from repedit.auditing.data import prepared
+from repedit.auditing.data import audit_data
 from repedit.auditing.floors import fresh_facts
 from repedit.auditing.runner import FRESH, Audited, Role, run
 from repedit.auditing.selftest import Checked, SelfTest
@@ -110,7 +110,7 @@ def test_what_a_training_makes_is_asked_invented_facts_and_other_attacks_are_mad
     known, seen = {f.id for f in few().forget}, []
     lists = rtt(rates=(1e-3,), steps=2, measured=(2,)), in_context(counts=(2,)), benign(rates=(1e-3,), steps=2)
     material, asked = (
-        prepared(part, facts().retain, **ASKED) for part in (few().forget, fresh_facts(few().forget, 16))
+        audit_data(part, facts().retain, **ASKED) for part in (few().forget, fresh_facts(few().forget, 16))
     )
     attacks = [replace(a, run=lambda s, x, seed, a=a: seen.append((a.name, x)) or a.run(s, x, seed)) for a in lists]
     role = Role("edited", Audited("edited", original()), material, tuple(attacks), invented=asked)
@@ -224,7 +224,7 @@ def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
 def test_an_audit_whose_self_test_failed_here_is_unsound(monkeypatch):
     from repedit.auditing import conclusion
 
-    monkeypatch.setattr(conclusion, "recorded", lambda: "PC1 was not caught")
+    monkeypatch.setattr(conclusion, "selftest_failures", lambda: "PC1 was not caught")
     found = audited(writing.nudged(original()), attacks=("direct",))
     assert found.verdict.word == "UNSOUND" and "PC1 was not caught" in found.verdict.rule
 
@@ -285,7 +285,7 @@ def test_a_reference_that_knows_is_refused():
     [
         ({"attacks": ("rtx",)}, UnknownName, "no attack is called 'rtx'; did you mean 'rtt'"),
         ({"budget": "quick"}, UnknownName, "budget='quick'"),
-        ({"material": 0.2}, ArgumentError, "give material < clear"),
+        ({"recovery_threshold": 0.2}, ArgumentError, "give recovery_threshold < pass_threshold"),
         ({"alpha": 0.0}, FractionError, "alpha=0.0"),
         ({"draws": 10}, ArgumentError, "draws=10"),
         ({"folds": 3}, ArgumentError, "folds=3; give 2 to test every fact once, or 1"),
@@ -312,24 +312,24 @@ def fact(number, entity=None, **changes):
 def test_facts_that_cannot_be_halved_are_refused():
     options = {"unrelated": None, "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0, "most": None}
     with pytest.raises(NotEnoughRows, match="T has 5 entities; an audit needs at least 8 on each side"):
-        prepared([fact(i) for i in range(10)], ["some text to keep"], **options)
+        audit_data([fact(i) for i in range(10)], ["some text to keep"], **options)
     same = "once upon a time there was a king who ruled the land of"
     twins = [fact(i, prompt=f"{same} {'a' if i % 2 else 'b'}", answer="x") for i in range(40)]
     with pytest.raises(OverlapError, match="near-duplicates straddle T and V"):
-        prepared(twins, ["some text to keep"], **options)
+        audit_data(twins, ["some text to keep"], **options)
     items = [fact(i) for i in range(40)]
     with pytest.raises(OverlapError, match=r"retain and forget share 1 entities, such as \['person 3'\]"):
-        prepared(items, [replace(items[3], id="other", prompt="else")], **options)
+        audit_data(items, [replace(items[3], id="other", prompt="else")], **options)
 
 
 def test_every_fact_is_tested_once_and_halves_share_no_entity():
     options = {"unrelated": None, "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0, "most": None}
-    asked = prepared(facts(), facts().retain, **options)
+    asked = audit_data(facts(), facts().retain, **options)
     assert sorted(f.id for f in asked.tested) == sorted(f.id for f in facts().forget)
     for fold in asked.folds:
         assert not {f.entity for f in fold.train} & {f.entity for f in fold.test}
     assert [f.id for f in asked.whole.test] == [f.id for f in asked.tested] and not asked.whole.train
-    default = prepared(rp.data.facts("capitals"), None, **(options | {"most": 100}))
+    default = audit_data(rp.data.facts("capitals"), None, **(options | {"most": 100}))
     forgotten = {f.entity for f in default.forget}
     assert (
         default.text is not None
@@ -343,7 +343,7 @@ def test_free_text_stays_without_choices_and_short_answers_get_some():
     options = {"unrelated": None, "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0, "most": None}
     long = [fact(i, choices=(), answer=f"she wrote {i} novels about the sea and the land") for i in range(30)]
     short = [replace(fact(i, choices=()), id=f"s{i}", domain="short") for i in range(100, 130)]
-    asked = prepared([*long, *short], ["some text to keep"], **options)
+    asked = audit_data([*long, *short], ["some text to keep"], **options)
     assert all(not f.choices for f in asked.forget[:30]) and all(len(f.choices) == 8 for f in asked.forget[30:])
 
 

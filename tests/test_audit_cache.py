@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from repedit.auditing import store as soundness
-from repedit.auditing.store import PACKAGE, Store, private_folder, recorded, remember, sources
+from repedit.auditing import selftest_record
+from repedit.auditing.selftest_record import PACKAGE, save_selftest, selftest_failures, sources
+from repedit.auditing.store import Store, private_folder
 from repedit.errors import CheckpointError, NotFound
 from repedit.models import default_model
 from repedit.models.default_model import CacheWarning, cache_folder, fetch
@@ -45,9 +46,13 @@ def test_without_a_cache_findings_and_self_tests_are_made_again_and_a_warning_sa
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         store.put("a", "key", FOUND, sharing=True)
-        remember("", [])
+        save_selftest("", [])
         store.put("b", "key", FOUND, sharing=True)
-        assert store.get("a", "key", sharing=True) is None and recorded() is None and private_folder(tmp_path) is None
+        assert (
+            store.get("a", "key", sharing=True) is None
+            and selftest_failures() is None
+            and private_folder(tmp_path) is None
+        )
     assert [w.category for w in said] == [CacheWarning] and "set REPEDIT_CACHE to a folder" in str(said[0].message)
 
 
@@ -58,8 +63,8 @@ def test_a_full_disk_ends_nothing(tmp_path, monkeypatch):
         "repedit.io.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.warns(CacheWarning, match="No space left on device"):
-        remember("", [])
-    assert recorded() is None and not list((tmp_path / "cache").rglob("*.*"))
+        save_selftest("", [])
+    assert selftest_failures() is None and not list((tmp_path / "cache").rglob("*.*"))
 
 
 def test_the_folder_of_an_audit_is_no_cache(tmp_path):
@@ -149,7 +154,7 @@ def test_the_key_covers_every_module_that_an_audit_imports():
     covered = set(sources()[0])
     assert {path for path in loaded if path.name != "__init__.py"} <= covered
     rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in covered}
-    assert {"arch", "attacks", "hooks", "stats", "models", "edit", "metrics", "data", "kernels"} <= rooms
+    assert {"arch", "auditing", "hooks", "stats", "models", "edit", "metrics", "data", "kernels"} <= rooms
     assert not rooms & {"cli", "report", "plot", "console"}
 
 
@@ -159,23 +164,23 @@ def test_the_key_covers_the_packages_that_decide_numbers():
 
 @pytest.mark.parametrize("room", ["hooks.py", "arch/hooks.py", "stats/moments.py"])
 def test_another_source_is_another_key(room, monkeypatch):
-    before, read = soundness.environment(), Path.read_bytes
+    before, read = selftest_record.environment(), Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + (b"#" if self == PACKAGE / room else b""))
-    soundness.environment.cache_clear()
+    selftest_record.environment.cache_clear()
     try:
-        assert soundness.environment() != before
+        assert selftest_record.environment() != before
     finally:
-        soundness.environment.cache_clear()
+        selftest_record.environment.cache_clear()
 
 
 def test_another_version_is_another_key(monkeypatch):
-    before = soundness.environment()
-    monkeypatch.setattr(soundness, "version", lambda name: "0")
-    soundness.environment.cache_clear()
+    before = selftest_record.environment()
+    monkeypatch.setattr(selftest_record, "version", lambda name: "0")
+    selftest_record.environment.cache_clear()
     try:
-        assert soundness.environment() != before
+        assert selftest_record.environment() != before
     finally:
-        soundness.environment.cache_clear()
+        selftest_record.environment.cache_clear()
 
 
 def test_a_cache_that_only_others_may_write_is_no_cache(tmp_path, monkeypatch):
@@ -185,4 +190,4 @@ def test_a_cache_that_only_others_may_write_is_no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(default_model, "_told", set())
     with pytest.warns(CacheWarning):
-        remember("", [])
+        save_selftest("", [])

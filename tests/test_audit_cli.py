@@ -13,7 +13,7 @@ from repedit.auditing import selftest as testing
 from repedit.auditing.controls import CONTROLS, edited
 from repedit.auditing.estimate import estimate
 from repedit.auditing.selftest import Checked, SelfTest, selftest
-from repedit.auditing.store import recorded, remember
+from repedit.auditing.selftest_record import save_selftest, selftest_failures
 from repedit.cli import app
 from repedit.errors import RepeditError, UnknownName
 from tests.taught_models import facts, original, reference, world
@@ -93,21 +93,21 @@ def test_what_is_missing_is_named():
 
 
 def test_a_self_test_is_remembered_and_a_failed_one_exits_with_6(monkeypatch):
-    assert recorded() is None
+    assert selftest_failures() is None
     good = Checked("PC1", "a hook", "HIDDEN", "HIDDEN", "strip", 1.0, 0.99, 1.0)
     bad = Checked("NC1", "never taught", "NO RECOVERY FOUND", "HIDDEN", "", float("nan"), 0.0, 1.0)
     for checks, code in (((good,), 0), ((good, bad), 6)):
         monkeypatch.setattr(testing, "selftest", lambda seed, checks=checks: SelfTest(checks, seed, 2.0))
         text = run("audit", "--selftest", code=code)
         assert "PC1" in text and f"{len(checks) - (code == 6)} of {len(checks)} controls pass" in text
-    remember("NC1 failed", [asdict(bad)])
-    assert recorded() == "NC1 failed"
+    save_selftest("NC1 failed", [asdict(bad)])
+    assert selftest_failures() == "NC1 failed"
 
 
 def test_a_self_test_of_some_controls_runs_them_and_is_not_recorded(monkeypatch):
     monkeypatch.setattr(testing, "world", world)
     found = selftest(controls=("PC0", "PC1"), progress=False)
-    assert [c.control for c in found.checks] == ["PC0", "PC1"] and found.passed and recorded() is None
+    assert [c.control for c in found.checks] == ["PC0", "PC1"] and found.passed and selftest_failures() is None
     with pytest.raises(UnknownName, match="no control is called 'PC99'"):
         selftest(controls=("PC99",))
 
@@ -128,4 +128,6 @@ def test_a_self_test_catches_an_audit_that_strips_nothing(monkeypatch):
 def test_every_control_comes_out_as_it_must():
     found = selftest(progress=False)
     assert found.passed, found.failures
-    assert {c.control for c in found.checks} == {name for name, c in CONTROLS.items() if c.quick} and recorded() == ""
+    assert {c.control for c in found.checks} == {
+        name for name, c in CONTROLS.items() if c.quick
+    } and selftest_failures() == ""

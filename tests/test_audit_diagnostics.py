@@ -10,7 +10,7 @@ import torch
 from repedit.auditing import diagnostics
 from repedit.auditing.attack import ask, copied
 from repedit.auditing.controls import edited as writing
-from repedit.auditing.diagnostics import line, shown, uds
+from repedit.auditing.diagnostics import line, uds, with_examples_and_diagnostics
 from repedit.auditing.runner import Audited
 from repedit.hashing import fingerprint
 from tests.handmade_reports import report
@@ -68,8 +68,10 @@ def test_the_line_goes_from_the_original_to_the_edited_model():
 def test_a_report_shows_them_where_facts_are_given():
     given = {"edited": writing.nudged(original()), "original": original(), "reference": reference()}
     models = {role: Audited(role, model) for role, model in given.items()}
-    found = shown(replace(report(), examples=(), diagnostics={}), models, some(16))
+    found = with_examples_and_diagnostics(replace(report(), examples=(), diagnostics={}), models, some(16))
     assert set(found.diagnostics) == {"update", "survival", "line", "uds"}
     assert found.diagnostics["uds"]["score"] == pytest.approx(0.0, abs=0.05)
     models["edited"].hooked = True
-    assert set(shown(replace(report(), examples=(), diagnostics={}), models, some(16)).diagnostics) == {"uds"}
+    assert set(
+        with_examples_and_diagnostics(replace(report(), examples=(), diagnostics={}), models, some(16)).diagnostics
+    ) == {"uds"}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from repedit.auditing.controls import edited as writing
-from repedit.auditing.diagnostics import shown
+from repedit.auditing.diagnostics import with_examples_and_diagnostics
 from repedit.auditing.runner import Audited
 from tests.handmade_reports import report
 from tests.taught_models import facts, original, reference
@@ -42,7 +42,7 @@ def examples():
 def test_every_model_is_opened_once_for_all_that_is_shown(opened):
     given = models(writing.nudged(original()))
     opened.clear()
-    found = shown(replace(report(), examples=examples(), diagnostics={}), given)
+    found = with_examples_and_diagnostics(replace(report(), examples=examples(), diagnostics={}), given)
     assert sorted(opened) == sorted(ROLES)
     assert all({*ROLES, "attacked"} <= set(example) for example in found.examples)
     assert set(found.diagnostics) == {"update", "survival"}
@@ -52,4 +52,7 @@ def test_nothing_is_opened_where_nothing_is_shown(opened):
     given = models(writing.nudged(original()))
     given["edited"].hooked = True
     opened.clear()
-    assert shown(replace(report(), examples=(), diagnostics={}), given).diagnostics == {} and opened == []
+    assert (
+        with_examples_and_diagnostics(replace(report(), examples=(), diagnostics={}), given).diagnostics == {}
+        and opened == []
+    )

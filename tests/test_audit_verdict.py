@@ -78,8 +78,8 @@ def test_thresholds_are_strict():
     assert said(row(low=0.1, high=0.3), row("rtt")).word == "INCONCLUSIVE"
     assert said(row(), row("rtt", 0.1, 0.3)).word == "INCONCLUSIVE"
     assert said(row(), row("rtt", 0.0, 0.2)).word == "INCONCLUSIVE"
-    assert said(row(), row("rtt", 0.0, 0.2), clear=0.21).word == "NO RECOVERY FOUND"
-    assert said(row(), row("rtt", 0.1, 0.3), material=0.09).word == "HIDDEN"
+    assert said(row(), row("rtt", 0.0, 0.2), pass_threshold=0.21).word == "NO RECOVERY FOUND"
+    assert said(row(), row("rtt", 0.1, 0.3), recovery_threshold=0.09).word == "HIDDEN"
 
 
 def test_direct_counts_by_its_own_interval_and_others_by_the_simultaneous_one():
@@ -197,12 +197,20 @@ def test_an_attack_that_takes_more_than_half_is_uninformative():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: said(material=0.2), ArgumentError, r"material=0.2 is not below clear=0.2"),
+        (
+            lambda: said(recovery_threshold=0.2),
+            ArgumentError,
+            r"recovery_threshold=0.2 is not below pass_threshold=0.2",
+        ),
         (lambda: said(alpha=0.0), FractionError, r"alpha=0.0; give a fraction strictly between 0 and 1"),
-        (lambda: check_thresholds(0.1, 1.2, 0.05), FractionError, r"clear=1.2; give fractions from 0 to 1"),
+        (lambda: check_thresholds(0.1, 1.2, 0.05), FractionError, r"pass_threshold=1.2; give fractions from 0 to 1"),
         (lambda: said(row("rtt")), ArgumentError, r"recoveries of \['rtt'\]; a verdict needs 'direct'"),
         (lambda: items_needed(0.1, 0.2, 0.2, 3), ArgumentError, r"known=0.1, floor=0.2; the original must be right"),
-        (lambda: items_needed(0.9, 0.2, 0.0, 3), FractionError, r"clear=0.0, alpha=0.05; give fractions strictly"),
+        (
+            lambda: items_needed(0.9, 0.2, 0.0, 3),
+            FractionError,
+            r"pass_threshold=0.0, alpha=0.05; give fractions strictly",
+        ),
         (lambda: items_needed(0.9, 0.2, 0.2, 0), ArgumentError, r"attacks=0; give at least 1"),
         (lambda: half_width(0.9, 0.2, 0), ArgumentError, r"items=0; give at least 1"),
     ],

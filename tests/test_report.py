@@ -83,7 +83,10 @@ def hostile(found: Report) -> Report:
     for key in ("sentence", "rule", "settle"):
         held["verdict"][key] = spoil(held["verdict"][key])
     context = held["context"]
-    held["context"] = {k: v if k in ("sites", "n_test", "material", "clear") else spoil(v) for k, v in context.items()}
+    held["context"] = {
+        k: v if k in ("sites", "n_test", "recovery_threshold", "pass_threshold") else spoil(v)
+        for k, v in context.items()
+    }
     for row in held["recoveries"]:
         row |= {k: spoil(row[k]) for k in ("attack", "reason", "floor_name", "settings")}
     for row in (row for rows in held["findings"].values() for row in rows):

@@ -14,10 +14,11 @@ from typing import Any
 from repedit.auditing.attack import Attack
 from repedit.auditing.budgets import MOST_FRESH, SEEDS, Setup, built, planned
 from repedit.auditing.conclusion import Case, concluded
-from repedit.auditing.data import Material, prepared
-from repedit.auditing.diagnostics import shown
-from repedit.auditing.floors import blind, fresh_facts, kept
+from repedit.auditing.data import AuditData, audit_data
+from repedit.auditing.diagnostics import with_examples_and_diagnostics
+from repedit.auditing.floors import choices_only_baseline, fresh_facts
 from repedit.auditing.report import Report
+from repedit.auditing.retain_check import retain_check
 from repedit.auditing.runner import Audited, Role, check_pair, run
 from repedit.auditing.store import Store
 from repedit.auditing.verdict import check_thresholds
@@ -48,8 +49,8 @@ def audit(
     seeds: Sequence[int] | None = None,
     draws: int = 2000,
     alpha: float = 0.05,
-    material: float = 0.10,
-    clear: float = 0.20,
+    recovery_threshold: float = 0.10,
+    pass_threshold: float = 0.20,
     allow_small: bool = False,
     scale_lrs: float = 1.0,
     steps: int = 40,
@@ -76,7 +77,7 @@ def audit(
         sites: where the edit is; None for what the checkpoint's repedit.json says, else the middle of the model.
         folds: 2 tests every fact once; 1 trains on `train_fraction` of the entities and tests the others.
         seeds: of the attacks that draw; None for one at "fast" and three above.
-        material, clear: more than the first is recovery, less than the second is none.
+        recovery_threshold, pass_threshold: more than the first is recovery, less than the second is none.
         allow_small: let fewer than 100 facts count.
         scale_lrs: multiplies every learning rate; tiny models need 15 or so.
         steps: of retraining on T; more where a report says that it failed to train.
@@ -95,7 +96,7 @@ def audit(
     check_folder(
         out, "findings", "audit.json", read=tuple(s for s in (edited, original, reference) if isinstance(s, str | Path))
     )
-    check_thresholds(material, clear, alpha)
+    check_thresholds(recovery_threshold, pass_threshold, alpha)
     names = planned(budget, attacks)
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
     _check_numbers(steps, draws, scale_lrs, chosen)
@@ -106,7 +107,7 @@ def audit(
         "unrelated": prose() if unrelated is None else unrelated, "holdout": holdout, "folds": folds,
         "train_fraction": train_fraction, "seed": chosen[0],
     }  # fmt: skip
-    asked = prepared(facts, retain, most=MOST_RETAIN[budget], **options)
+    asked = audit_data(facts, retain, most=MOST_RETAIN[budget], **options)
     where = _edited_layers(models["edited"], sites)
     with _setup(budget, models, where, scale_lrs, steps, names) as setup:
         roles = _roles(models, asked, built(names, setup), budget, options)
@@ -114,10 +115,10 @@ def audit(
         findings = run(roles, chosen, store, progress=progress)
     case = Case(
         roles=roles, findings=findings, asked=asked, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
-        material=material, clear=clear, allow_small=allow_small, edited_layers=where, planned=names, command=command,
+        recovery_threshold=recovery_threshold, pass_threshold=pass_threshold, allow_small=allow_small, edited_layers=where, planned=names, command=command,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
-    report = shown(concluded(case), models, () if budget == "fast" else asked.tested)
+    report = with_examples_and_diagnostics(concluded(case), models, () if budget == "fast" else asked.tested)
     if out is not None and save:
         report.save(out)
     return report
@@ -171,21 +172,25 @@ def _setup(
 
 
 def _roles(
-    models: Mapping[str, Audited], asked: Material, attacks: tuple[Attack, ...], budget: str, options: Mapping[str, Any]
+    models: Mapping[str, Audited],
+    asked: AuditData,
+    attacks: tuple[Attack, ...],
+    budget: str,
+    options: Mapping[str, Any],
 ) -> tuple[Role, ...]:
     """Edited, original, and the reference; without one the edited model is asked invented facts as well."""
-    whole = (*attacks, kept(asked.text))
-    original = Role("original", models["original"], asked, (*whole, blind()), shared=True)
+    whole = (*attacks, retain_check(asked.text))
+    original = Role("original", models["original"], asked, (*whole, choices_only_baseline()), shared=True)
     if "reference" in models:
         edited = Role("edited", models["edited"], asked, whole)
         return edited, original, Role("reference", models["reference"], asked, attacks, shared=True)
     return Role("edited", models["edited"], asked, whole, invented=_invented(asked, budget, options)), original
 
 
-def _invented(asked: Material, budget: str, options: Mapping[str, Any]) -> Material | None:
+def _invented(asked: AuditData, budget: str, options: Mapping[str, Any]) -> AuditData | None:
     try:
         fresh = fresh_facts(asked.forget, min(len(asked.forget), MOST_FRESH[budget]), options["seed"])
-        return prepared(fresh, asked.retain or asked.text, most=None, **options)
+        return audit_data(fresh, asked.retain or asked.text, most=None, **options)
     except DataError as error:
         asked.notes.append(f"no invented facts could be made ({error}); the floor is the best guess without knowledge")
         return None

@@ -12,12 +12,12 @@ import numpy as np
 
 from repedit.auditing.attack import RAN, SKIPPED, Attack, Finding
 from repedit.auditing.budgets import NAMES, UNTRIED, planned
-from repedit.auditing.data import Material
+from repedit.auditing.data import AuditData
 from repedit.auditing.floors import heuristic_values, spelling_values
 from repedit.auditing.report import Recovery, Report, RetainCheck
 from repedit.auditing.runner import FRESH, MEMORY, Role
+from repedit.auditing.selftest_record import selftest_failures
 from repedit.auditing.statistics import Series, chosen, knowledge, recoveries
-from repedit.auditing.store import recorded
 from repedit.auditing.verdict import EXCUSED, verdict
 from repedit.data.fact_sets import entity_of
 from repedit.data.rows import row_hash
@@ -34,13 +34,13 @@ class Case:
 
     roles: Sequence[Role]
     findings: Findings
-    asked: Material
+    asked: AuditData
     budget: str
     seeds: tuple[int, ...]
     draws: int
     alpha: float
-    material: float
-    clear: float
+    recovery_threshold: float
+    pass_threshold: float
     allow_small: bool
     edited_layers: tuple[int, ...] | None
     planned: tuple[str, ...]
@@ -50,7 +50,7 @@ class Case:
     @property
     def entities(self) -> dict[str, str]:
         """Item id to entity, over every role."""
-        asked = [part for role in self.roles for part in (role.material, role.invented) if part is not None]
+        asked = [part for role in self.roles for part in (role.data, role.invented) if part is not None]
         return {item: entity for part in asked for item, entity in part.entities.items()}
 
     @property
@@ -80,8 +80,8 @@ def concluded(case: Case) -> Report:
     not_run = {r.attack: r.reason for r in found if r.status != RAN}
     said = verdict(
         found, retain, known=low, n_test=len(case.asked.tested), budget=case.budget, seeds=len(case.seeds),
-        material=case.material, clear=case.clear, alpha=case.alpha, allow_small=case.allow_small,
-        not_run=_missing(case), unsound=recorded() or "", excused=_excused(case),
+        recovery_threshold=case.recovery_threshold, pass_threshold=case.pass_threshold, alpha=case.alpha, allow_small=case.allow_small,
+        not_run=_missing(case), unsound=selftest_failures() or "", excused=_excused(case),
     )  # fmt: skip
     ordered = sorted(found, key=lambda r: -r.value if r.value == r.value else np.inf)
     return Report(
@@ -150,7 +150,7 @@ def _check_reference(case: Case, direct: Series, options: Mapping[str, Any]) -> 
     assert isinstance(direct.floor, tuple)
     as_edited = replace(direct, edited=direct.floor, floor=float(guess))
     (found,) = recoveries([as_edited], case.entities, **options)
-    if found.interval[0] > case.material:
+    if found.interval[0] > case.recovery_threshold:
         raise BadReference(
             f"the reference knows the facts: {found.edited:.3f} of them are right when simply asked, where guessing gives "
             f"{guess:.3f}; give a model that was trained without them"
@@ -218,14 +218,14 @@ def _context(case: Case, known: float) -> dict[str, Any]:
         notes.append(
             f"the choice that begins like the entity is right for {spelt:.2f} of the facts: no knowledge is needed"
         )
-    if recorded() is None:
+    if selftest_failures() is None:
         notes.append("the self-test was not run with this code on this machine: repedit audit --selftest")
     if any(fact.id.startswith("invented") for fact in case.asked.forget):
         notes.append("taught facts: robustness may be overstated")
     return {
         "budget": case.budget, "attacks": list(case.planned), "seeds": list(case.seeds), "n_test": len(case.asked.tested),
         "n_entities": len({entity_of(f) for f in case.asked.tested}), "known": known, "draws": case.draws,
-        "material": case.material, "clear": case.clear, "alpha": case.alpha, "sites": case.edited_layers, "notes": notes,
+        "recovery_threshold": case.recovery_threshold, "pass_threshold": case.pass_threshold, "alpha": case.alpha, "sites": case.edited_layers, "notes": notes,
         "models": {role: {"name": m.name, "fingerprint": m.fingerprint, "live": m.live} for role, m in models.items()},
         "facts": row_hash(case.asked.forget), "retain": row_hash(case.asked.retain),
         "command": case.command, "versions": {name: version(name) for name in _PACKAGES}, "machine": platform.machine(), "seconds": case.seconds,

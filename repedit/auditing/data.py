@@ -21,7 +21,7 @@ FREE = 6
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class AuditData:
     """The facts of an audit, ready to be asked."""
 
     forget: tuple[Fact, ...]
@@ -50,9 +50,9 @@ class Material:
         return {fact.id: entity_of(fact) for fact in self.forget}
 
 
-def prepared(
+def audit_data(
     facts: Facts | Sequence[Fact], retain: Any, *, unrelated: Any, holdout: Any, folds: int, train_fraction: float, seed: int, most: int | None
-) -> Material:  # fmt: skip
+) -> AuditData:  # fmt: skip
     """Facts with choices in folds by entity, and the retain side.
 
     Args:
@@ -78,7 +78,7 @@ def prepared(
     )  # fmt: skip
     for part in parts:
         _check(part)
-    return Material(forget, parts, kept, text, notes)
+    return AuditData(forget, parts, kept, text, notes)
 
 
 def _retained(forget: tuple[Fact, ...], facts: Any, retain: Any) -> tuple[tuple[Fact, ...], Batches | None, list[str]]:

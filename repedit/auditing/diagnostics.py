@@ -144,7 +144,7 @@ TOKENS = 8
 SCHEMES = ("int8", "int4")
 
 
-def shown(report: Report, models: Mapping[str, Audited], facts: Sequence[Fact] = ()) -> Report:
+def with_examples_and_diagnostics(report: Report, models: Mapping[str, Audited], facts: Sequence[Fact] = ()) -> Report:
     """The report with what each model writes after the examples' prompts, and what its edit is like.
 
     diagnostics: "update": for every changed matrix of the blocks its size, and the cosine of the rounded update with the

@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from repedit.activations.forward import at_least_float32, batches, inputs_of
 from repedit.auditing.attack import Attack, Outcome, ask, reworded
-from repedit.data import Batches, Fact, Facts, Splits, by_domain
+from repedit.data import Fact, Facts, Splits, by_domain
 from repedit.data.grading import normalized
-from repedit.errors import ArgumentError, DataError, NotEnoughRows
-from repedit.hooks import evaluating
+from repedit.errors import ArgumentError, DataError
 from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
 
@@ -82,6 +79,15 @@ def spelling_values(facts: Sequence[Fact]) -> Values:
 def choices_only(subject: Subject, test: Sequence[Fact]) -> FactsAccuracy:
     """Which facts the untouched model gets right when the question is taken away and only the choices are left."""
     return ask(subject, reworded(test, lambda fact: QUESTION))
+
+
+def choices_only_baseline() -> Attack:
+    """Ask V without its questions: what the choices alone give away to the model that was never edited."""
+
+    def run(subject: Subject, splits: Splits, _: int) -> Outcome:
+        return Outcome({"choices": choices_only(subject, splits.test)} if any(f.choices for f in splits.test) else {})
+
+    return Attack("choices only", "keeping", "B", False, {}, run, decides=False, draws=False)
 
 
 def fresh_facts(like: Facts | Sequence[Fact], n: int, seed: int = 0) -> tuple[Fact, ...]:
@@ -208,59 +214,3 @@ def _words(items: Sequence[Fact]) -> set[str]:
     """Every word of every text of the facts."""
     texts = (text for fact in items for text in (*fact.prompts, *fact.choices, fact.answer, fact.entity))
     return {word for text in texts for word in normalized(text).split()}
-
-
-# --- What an audit measures beside the attacks: what should have been kept, and what the choices alone give away
-
-
-def kept(text: Batches | None, *, tokens: int = 4000, length: int = 128, batch_size: int = 8) -> Attack:
-    """Ask the facts of V, which are those to retain here, and read a text; no attack, but found and kept like one.
-
-    details: "perplexity" and "tokens" of the text, where there is one.
-    """
-
-    def run(subject: Subject, splits: Splits, _: int) -> Outcome:
-        answers = {"prompt": ask(subject, splits.test)} if splits.test else {}
-        details = {}
-        if text is not None:
-            value, count = perplexity(subject, text, tokens=tokens, length=length, batch_size=batch_size)
-            details = {"perplexity": value, "tokens": count}
-        return Outcome(answers, details=details)
-
-    settings = {"text": text.hash if text is not None else None, "tokens": tokens, "length": length}
-    return Attack("retain", "keeping", "B", False, settings, run, decides=False, draws=False)
-
-
-def blind() -> Attack:
-    """Ask V without its questions: what the choices alone give away to the model that was never edited."""
-
-    def run(subject: Subject, splits: Splits, _: int) -> Outcome:
-        return Outcome({"choices": choices_only(subject, splits.test)} if any(f.choices for f in splits.test) else {})
-
-    return Attack("choices only", "keeping", "B", False, {}, run, decides=False, draws=False)
-
-
-def perplexity(
-    subject: Subject, text: Batches, *, tokens: int, length: int = 128, batch_size: int = 8
-) -> tuple[float, int]:
-    """(exp of the mean negative log-likelihood, tokens it is the mean of) on the first rows of a text.
-
-    Infinite where the model is so broken that its loss is not finite.
-
-    Raises:
-        NotEnoughRows: if the text has no token to predict.
-    """
-    total, count = 0.0, 0
-    for batch in batches(subject, text, length, batch_size, False, "perplexity"):
-        if count >= tokens:
-            break
-        use = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]
-        with torch.no_grad(), evaluating(subject.model):
-            logits = at_least_float32(subject.model(**inputs_of(batch)).logits[:, :-1][use])
-        target = batch.input_ids[:, 1:][use]
-        total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-        count += len(target)
-    if not count:
-        raise NotEnoughRows(f"the text {text.name!r} has no token to predict; give a longer one")
-    mean = torch.tensor(total / count, dtype=torch.float64)
-    return (float(mean.exp()) if torch.isfinite(mean) else float("inf")), count

@@ -143,7 +143,7 @@ class Report:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     """Shown, never deciding."""
     context: Mapping[str, Any] = field(default_factory=dict)
-    """budget, seeds, n_test, material, clear, alpha, notes, versions, hashes, seconds, ..."""
+    """budget, seeds, n_test, recovery_threshold, pass_threshold, alpha, notes, versions, hashes, seconds, ..."""
     gaps: tuple[Gap, ...] = ()
     """Of a classifier: what decides there, in place of recoveries."""
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from repedit.activations.forward import out_of_memory
 from repedit.auditing.attack import SKIPPED, Attack, Finding, Outcome, joined, only
 from repedit.auditing.attacks.unhook import wrapped
-from repedit.auditing.data import Material
+from repedit.auditing.data import AuditData
 from repedit.auditing.store import Store, key_of
 from repedit.data import Splits
 from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, during
@@ -130,11 +130,11 @@ class Role:
 
     name: str
     model: Audited
-    material: Material
+    data: AuditData
     attacks: tuple[Attack, ...]
     shared: bool = False
     """Whether other audits may use what is found: for originals and references, which do not change."""
-    invented: Material | None = None
+    invented: AuditData | None = None
     """Facts nobody can know, asked of whatever the attacks make of the model."""
 
 
@@ -147,7 +147,7 @@ def run(
         RepeditError: what an attack raised, with model and attack named; nothing failed becomes "no recovery".
     """
     jobs = [(role, attack) for role in roles for attack in role.attacks]
-    total = sum(1 for role, attack in jobs for _ in _runs(attack, role.material, role.invented, seeds))
+    total = sum(1 for role, attack in jobs for _ in _runs(attack, role.data, role.invented, seeds))
     names = [role.name for role in roles] + [FRESH for role in roles if role.invented is not None]
     found: dict[str, list[Finding]] = {name: [] for name in names}
     with tqdm(total=total, desc="audit", leave=False, disable=None if progress is None else not progress) as bar:
@@ -164,7 +164,7 @@ def _findings(
     """(role, finding): an attack and seed, its folds joined; invented facts are a role of their own."""
     for attack in role.attacks:
         parts: dict[tuple[str, int], list[Finding]] = {}
-        for name, seeded, splits, fold in _runs(attack, role.material, role.invented, seeds):
+        for name, seeded, splits, fold in _runs(attack, role.data, role.invented, seeds):
             bar.set_postfix_str(f"{name or role.name}: {attack.name}")
             found = _one(role, name, subject, seeded, splits, fold, store)
             for part, items in _sides(name or role.name, splits, role.invented):
@@ -175,7 +175,7 @@ def _findings(
         yield from ((name, joined(found) if len(found) > 1 else found[0]) for (name, _), found in parts.items())
 
 
-def _sides(name: str, splits: Splits, invented: Material | None) -> list[tuple[str, frozenset[str]]]:
+def _sides(name: str, splits: Splits, invented: AuditData | None) -> list[tuple[str, frozenset[str]]]:
     """The facts asked, by the role they are asked for."""
     asked = {fact.id for fact in splits.test}
     fresh = {fact.id for fact in invented.forget} & asked if invented is not None and name != FRESH else set()
@@ -183,24 +183,24 @@ def _sides(name: str, splits: Splits, invented: Material | None) -> list[tuple[s
 
 
 def _runs(
-    attack: Attack, material: Material, invented: Material | None, seeds: Sequence[int]
+    attack: Attack, data: AuditData, invented: AuditData | None, seeds: Sequence[int]
 ) -> Iterator[tuple[str, Attack, Splits, int | None]]:
     """(role if another, attack, what it is given, fold) for each seed and fold. One that draws nothing runs once."""
     invented = None if attack.family == "keeping" else invented
     for seeded in [attack.at(seed) for seed in (seeds if attack.draws else seeds[:1])]:
         if attack.name == "retain":
-            yield "", seeded, Splits((), material.retain), None
+            yield "", seeded, Splits((), data.retain), None
             continue
-        for number, splits in _given(seeded, material, invented if attack.trains else None):
+        for number, splits in _given(seeded, data, invented if attack.trains else None):
             yield "", seeded, splits, number
         if invented is not None and not attack.trains:
             for number, splits in _given(seeded, invented, None):
                 yield FRESH, seeded, splits, number
 
 
-def _given(attack: Attack, material: Material, also: Material | None) -> Iterator[tuple[int | None, Splits]]:
+def _given(attack: Attack, data: AuditData, also: AuditData | None) -> Iterator[tuple[int | None, Splits]]:
     """(fold, splits): each fold for an attack that uses T, else everything at once; V of `also` is asked with it."""
-    mine = enumerate(material.folds) if attack.uses_train else [(None, material.whole)]
+    mine = enumerate(data.folds) if attack.uses_train else [(None, data.whole)]
     for number, splits in mine:
         more = () if also is None else (also.whole if number is None else also.folds[number]).test
         yield number, replace(splits, test=(*splits.test, *more))

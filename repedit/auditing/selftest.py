@@ -15,7 +15,7 @@ from repedit.auditing.api import audit
 from repedit.auditing.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.auditing.controls.taught import world
 from repedit.auditing.report import PASS, Report
-from repedit.auditing.store import remember
+from repedit.auditing.selftest_record import save_selftest
 from repedit.errors import UnknownName, check_seed, nearest
 
 
@@ -93,7 +93,7 @@ def selftest(
         found.append(_checked(control, report, time.perf_counter() - began))
     result = SelfTest(tuple(found), seed, time.perf_counter() - start)
     if record and controls is None:
-        remember(result.failures, [asdict(check) for check in found])
+        save_selftest(result.failures, [asdict(check) for check in found])
     return result
 
 

@@ -132,9 +132,11 @@ def ordered(report: Report) -> list[Recovery]:
 
 
 def thresholds(report: Report) -> tuple[float, float]:
-    """Material and clear: what counts as recovery, and below what none was found."""
+    """The recovery threshold and the pass threshold, of the context of this version or of an earlier one."""
     known = {**report.context, **report.context.get("thresholds", {})}
-    return float(known.get("material", 0.1)), float(known.get("clear", 0.2))
+    return float(known.get("recovery_threshold", known.get("material", 0.1))), float(
+        known.get("pass_threshold", known.get("clear", 0.2))
+    )
 
 
 def relearning_charts(report: Report) -> list[Chart]:

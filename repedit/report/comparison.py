@@ -119,7 +119,7 @@ def compare_reports(reports: Mapping[str, Report]) -> ReportComparison:
             )
         if thresholds(first[1]) != thresholds(report):
             raise ArgumentError(
-                f"{first[0]!r} has thresholds {thresholds(first[1])} and {name!r} {thresholds(report)}; audit both with the same material and clear"
+                f"{first[0]!r} has thresholds {thresholds(first[1])} and {name!r} {thresholds(report)}; audit both with the same recovery_threshold and pass_threshold"
             )
     return ReportComparison(dict(reports))
 

@@ -33,8 +33,8 @@ FIELDS = """
     items k keep kept kind kl known label layer layers layout leak length level limit line linear lira live log log_probability lora
     loss loss_lr losses low lr m_entropy machine map margins material max mean median members membership method metrics min min_k
     min_k++ mlp model models moments n n_entities n_test name nf4 fp4 nll none norm notes number numbers of options order original others
-    out p pad parameters parents parts per_row perplexity perturb plan point points probe prompt pruned quantizer questions
-    quantum random rank rate ratio ragged reference relative relearn removed removes reparts repeat resid retain retrained right rms role
+    out p pad parameters parents parts pass_threshold per_row perplexity perturb plan point points probe prompt pruned quantizer questions
+    quantum random rank rate ratio ragged recovery_threshold reference relative relearn removed removes reparts repeat resid retain retrained right rms role
     roles rows samples scale score scores seconds seed seeds self sequence sets setting settings shadow sink sinks site sites size skipped slice slim
     source spread start std step steps steps_run stopped structure subspace survival temperature test token tokens top top1 top_p total touched
     tpr_at_1_fpr train trained type uds uniform unit units untouched update used value values verb versions verdict warmup weight
@@ -73,16 +73,16 @@ SENTENCES = r"""
     WORD: at this budget \(NAME\), the facts are hidden, not gone: NAME brings them back \(R N\)\.
     WORD: at this budget \(NAME\), no recovery was found by direct questions and N other attacks\.
     WORD: at this budget \(NAME\), the question stays open\.
-    (?:simultaneous )?lower N end of R of NAME N > material N
-    simultaneous lower N bound of R of NAME N > material N
+    (?:simultaneous )?lower N end of R of NAME N > (?:recovery threshold|material) N
+    simultaneous lower N bound of R of NAME N > (?:recovery threshold|material) N
     so do NAMES
-    largest simultaneous upper N bound of R, of NAME, N < clear N
+    largest simultaneous upper N bound of R, of NAME, N < (?:pass threshold|clear) N
     not counted: NAMES
     one seed: intervals exclude training noise
     the original may never have known it: lower N end of C - B N < N
     V has N facts, fewer than N
     about N facts in V(?:, where there are N)?
-    NAME may bring back more: simultaneous N bounds of R N to N, neither above material N nor below clear N
+    NAME may bring back more: simultaneous N bounds of R N to N, neither above (?:recovery threshold|material) N nor below (?:pass threshold|clear) N
     no attack beside direct counts
     those attacks, run and trained
     attacks that leave the original its knowledge
@@ -111,7 +111,7 @@ SENTENCES = r"""
     the model is not distilled into another one
     hundreds of steps, other optimisers and other data
     trains eight models more
-    repedit\.attacks\.classifier\.shadows does it
+    repedit\.(?:auditing|attacks)\.classifier\.shadows does it
     no attack here rebuilds images from the weights
     relearn=False
     the self-test was not run with this code on this machine: repedit audit --selftest

@@ -1,0 +1,1 @@
+"""Models: loading checkpoints, wrapping models of other libraries, and the default model."""
