@@ -75,8 +75,8 @@ def correctness() -> Iterator[Row]:
         eager = float(((x - ((x - m) @ v) @ u.T).double() - expected).norm() / expected.norm())
         for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
             out = torch.full_like(x, torch.nan)
-            plan, c = triton_project.plan(x, u), m.float() @ v.float()
-            triton_project.run(x, u, v, c, None, out, None, plan, precision=precision)
+            plan, c = triton_project.tile_for(x, u), m.float() @ v.float()
+            triton_project.launch(x, u, v, c, None, out, None, plan, precision=precision)
             error = float((out.double() - expected).norm() / expected.norm())
             least = 1e-3 if precision == "tf32" else ERRORS[dtype]
             good = error <= least and (precision == "tf32" or error <= 1.1 * eager + 1e-6)
@@ -92,8 +92,8 @@ def projection(copy: float) -> Iterator[Row]:
         xs = rotated(lambda d=d, dtype=dtype: normal(N, d, dtype=dtype))
         outs = [torch.empty_like(x) for x in xs]
         (u, v, m), size = factors(d, r, dtype), xs[0].numel() * xs[0].element_size()
-        plan, c = triton_project.plan(xs[0], u), m.float() @ v.float()
-        call = lambda i: triton_project.run(xs[i], u, v, c, None, outs[i], None, plan)  # noqa: B023, E731
+        plan, c = triton_project.tile_for(xs[0], u), m.float() @ v.float()
+        call = lambda i: triton_project.launch(xs[i], u, v, c, None, outs[i], None, plan)  # noqa: B023, E731
         ours = microseconds(call, len(xs))
         rate = 2 * size / ours.median / 1e3
         found = row(
@@ -119,9 +119,9 @@ def tilings(copy: float) -> Iterator[Row]:
         xs, (u, v, m) = rotated(lambda d=d: normal(N, d)), factors(d, r, torch.bfloat16)
         out, c = torch.empty_like(xs[0]), m.float() @ v.float()
         for name in TILINGS:
-            plan = tile(d, r, 2, name, major=triton_project.major(xs[0].device))
+            plan = tile(d, r, 2, name, major=triton_project.major_capability(xs[0].device))
             if plan is not None:
-                call = lambda i: triton_project.run(xs[i], u, v, c, None, out, None, plan)  # noqa: B023, E731
+                call = lambda i: triton_project.launch(xs[i], u, v, c, None, out, None, plan)  # noqa: B023, E731
                 time = microseconds(call, len(xs))
                 rate = 2 * xs[0].numel() * 2 / time.median / 1e3
                 yield row(f"tiling {name}", [N, d, r], torch.bfloat16, time, fraction=rate / copy, tile=asdict(plan))

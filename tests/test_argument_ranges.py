@@ -12,7 +12,7 @@ from repedit.auditing.api import audit
 from repedit.errors import ArgumentError, RankError, check_positive, check_seed, check_whole
 from repedit.fit.mrp import mrp
 from repedit.metrics.generation import stream
-from repedit.neurons.pruning import PruneOptions
+from repedit.neurons.pruning import PruningOptions
 from repedit.unlearning import combiners, losses, sampling, schedule
 from repedit.unlearning.parameters import Lora, Parameters
 from repedit.unlearning.recipe import Optimiser
@@ -23,7 +23,7 @@ from tests.unlearning_cases import sides, subject
 NAN, INF = float("nan"), float("inf")
 COUNT: tuple[Any, ...] = (0, -1)
 RATE: tuple[Any, ...] = (0.0, -1e-4, NAN, INF)
-prune = partial(PruneOptions, fraction=0.1)
+prune = partial(PruningOptions, fraction=0.1)
 unlearn = lambda **more: rp.unlearn(subject(), recipe=named("ga"), **sides(), **more)  # noqa: E731
 train = lambda **more: mrp(tiny("llama"), forget=None, retain=None, config=more)  # noqa: E731
 attack = lambda **more: audit("nowhere", original="nowhere", facts=(), **more)  # noqa: E731
@@ -57,7 +57,7 @@ DOORS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "prune batch": (prune, "batch_size", COUNT),
     "prune control": (prune, "control", (-1,)),
     "prune drop": (prune, "max_retain_drop", (NAN, INF)),
-    "prune fraction": (PruneOptions, "fraction", (-0.1, 1.1, NAN, None)),
+    "prune fraction": (PruningOptions, "fraction", (-0.1, 1.1, NAN, None)),
     "prune cap": (prune, "cap_per_layer", (-0.1, NAN)),
     "prune seed": (prune, "seed", (-1, 2**64)),
     "mrp steps": (train, "steps", COUNT),

@@ -32,7 +32,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "inspect": ("cli.inspect.opened", "cli.output.show_json", "cli.output.table"),
     "collect": ("cli.neurons.opened", "data.read", "activations.collection.collect", "cli.neurons.save", "cli.output.show_json"),
     "score": ("cli.neurons.opened", "cli.neurons._scored", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
-    "prune": ("cli.neurons.opened", "neurons.pruning.pruned", "cli.neurons.write", "cli.neurons._show", "cli.neurons.plan_of"),
+    "prune": ("cli.neurons.opened", "neurons.pruning.run_pruning", "cli.neurons.write", "cli.neurons._show", "cli.neurons.plan_of"),
     "project": ("cli.project.opened", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "metrics.facts.knowledge", "rewrite.apply.apply",
                 "cli.project._show", "cli.project.plan_of", "cli.project.write"),
     "unlearn": ("cli.unlearn.opened", "data.facts", "data.read", "unlearning.api.unlearn", "cli.unlearn.write",

@@ -139,7 +139,7 @@ def test_a_large_mean_costs_no_digits():
 
 
 def test_a_large_mean_without_the_shift_is_caught(monkeypatch):
-    monkeypatch.setattr(moments, "centre", lambda rows: torch.zeros(rows.shape[1]).double())
+    monkeypatch.setattr(moments, "shift_of", lambda rows: torch.zeros(rows.shape[1]).double())
     with pytest.raises(AssertionError):
         _large_mean()
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from repedit.activations.forward import halving, out_of_memory
+from repedit.activations.forward import is_out_of_memory, retry_with_smaller_batch
 from repedit.auditing.attacks import tuning
 from repedit.auditing.attacks.tuning import Example, Tuning, tune
 from repedit.errors import TooLarge
@@ -86,10 +86,10 @@ def test_only_a_lack_of_memory_is_tried_again():
         raise ValueError("nonsense")
 
     with pytest.raises(ValueError, match="nonsense"):
-        halving(run, 8)
+        retry_with_smaller_batch(run, 8)
     assert tried == [8]
-    assert out_of_memory(MemoryError()) and out_of_memory(torch.OutOfMemoryError())
-    assert not out_of_memory(TooLarge("by our own rule")) and not out_of_memory(RuntimeError("another"))
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError())
+    assert not is_out_of_memory(TooLarge("by our own rule")) and not is_out_of_memory(RuntimeError("another"))
 
 
 def test_the_smallest_size_that_fails_raises():
@@ -100,5 +100,5 @@ def test_the_smallest_size_that_fails_raises():
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        halving(run, 12)
+        retry_with_smaller_batch(run, 12)
     assert tried == [12, 6, 3, 1]

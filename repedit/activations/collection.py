@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from repedit.activations.forward import batches, inputs_of, loss_of, named_batch
+from repedit.activations.forward import batches, inputs_of, loss_of, note_batch_on_error
 from repedit.arch import hooks_at
 from repedit.data import Batch, Batches
 from repedit.distributed import Ranks, joined_ranks
@@ -65,11 +65,11 @@ def positions(kind: str) -> Count | None:
 
 def marked(kind: str) -> Count:
     """The rule of a mark: "answer", "before_answer" or "entity"."""
-    return _Marked(kind)
+    return MarkedPositions(kind)
 
 
 @dataclass(frozen=True)
-class _Marked:
+class MarkedPositions:
     """Counts the positions that a mark of the batch gives."""
 
     kind: str
@@ -119,7 +119,7 @@ class CountingRule:
         return {
             "first_position": self.first_position,
             "special_tokens": self.special_tokens,
-            "custom": self.custom.kind if isinstance(self.custom, _Marked) else self.custom is not None,
+            "custom": self.custom.kind if isinstance(self.custom, MarkedPositions) else self.custom is not None,
         }
 
     def describe(self) -> str:
@@ -499,7 +499,7 @@ def collect(
             f"corpus {corpus.name!r}: {seen} tokens seen, 0 counted ({rule.describe()}); give longer text"
         )
     return Collection(
-        statistics={site: value.over(ranks).cpu() for site, value in watch.found.items()},
+        statistics={site: value.all_reduced(ranks).cpu() for site, value in watch.found.items()},
         corpus=corpus.name,
         seen=seen,
         counted=counted,
@@ -516,7 +516,7 @@ def _read(
     """Run this rank's batches; (tokens seen, tokens that count) of all ranks."""
     seen = counted = 0
     for number, batch in enumerate(source):
-        with named_batch(number):
+        with note_batch_on_error(number):
             mask, first = rule(batch)
             # Every rank counts every batch, so that all stop where one process would; and all shift as it would, by
             # the first batch that counts.

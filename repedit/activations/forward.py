@@ -22,7 +22,7 @@ from repedit.models.subject import Subject
 T = TypeVar("T")
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine had no more memory; a size that repedit itself refuses is another thing."""
     if isinstance(error, RepeditError):
         return False
@@ -32,7 +32,7 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def halving(run: Callable[[int], T], size: int) -> tuple[T, int]:
+def retry_with_smaller_batch(run: Callable[[int], T], size: int) -> tuple[T, int]:
     """(run(size), size), with half the size for as long as memory does not suffice.
 
     Raises:
@@ -42,7 +42,7 @@ def halving(run: Callable[[int], T], size: int) -> tuple[T, int]:
         try:
             return run(size), size
         except (MemoryError, RuntimeError) as error:
-            if size <= 1 or not out_of_memory(error):
+            if size <= 1 or not is_out_of_memory(error):
                 raise
         size //= 2
 
@@ -93,7 +93,7 @@ def check_ids(subject: Subject, ids: Sequence[int], where: str, *, size: int | N
     Raises:
         DataError: with the first such id and its index, or both lengths.
     """
-    table, limit = subject.model.get_input_embeddings(), positions_of(subject)
+    table, limit = subject.model.get_input_embeddings(), max_positions(subject)
     rows = getattr(table, "num_embeddings", None) or table.weight.shape[0]
     if ids and not (min(ids) >= 0 and max(ids) < rows):
         at = next(i for i, token in enumerate(ids) if not 0 <= token < rows)
@@ -108,7 +108,7 @@ def check_ids(subject: Subject, ids: Sequence[int], where: str, *, size: int | N
         )
 
 
-def positions_of(subject: Subject) -> int | None:
+def max_positions(subject: Subject) -> int | None:
     """How many positions the model has; None where any can be computed, as rotary ones are."""
     config = subject.model.config.get_text_config()
     if getattr(config, "rope_parameters", None):
@@ -141,6 +141,6 @@ def loss_of(logits: Float[Tensor, "b t v"], batch: Batch, mask: Bool[Tensor, "b 
     return -picked.gather(1, batch.input_ids[:, 1:][use][:, None]).sum()
 
 
-def named_batch(number: int) -> AbstractContextManager[None]:
+def note_batch_on_error(number: int) -> AbstractContextManager[None]:
     """Say which batch failed; nothing is skipped."""
     return during(f"batch {number}", f"in batch {number} of the corpus; no batch was skipped")

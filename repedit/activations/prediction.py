@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.forward import at_least_float32, batches, inputs_of, named_batch
+from repedit.activations.forward import at_least_float32, batches, inputs_of, note_batch_on_error
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite, check_whole
@@ -86,7 +86,7 @@ def predictions(
     rows: list[tuple[int, int, int, float]] = []
     with evaluating(subject.model), edit.hooked(subject) if edit else nullcontext(), torch.no_grad():
         for number, batch in enumerate(batches(subject, corpus, length, batch_size, progress, "predict")):
-            with named_batch(number):
+            with note_batch_on_error(number):
                 logits = subject.model(**inputs_of(batch)).logits
                 rows += [_predicted(logits[i], batch, i, skip) for i in range(len(batch.document))]
             ids += batch.document

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from repedit.activations.forward import out_of_memory
+from repedit.activations.forward import is_out_of_memory
 from repedit.auditing.attack import SKIPPED, Attack, Finding, Outcome, joined, only
 from repedit.auditing.attacks.unhook import wrapped
 from repedit.auditing.data import AuditData
@@ -227,6 +227,6 @@ def _attacked(attack: Attack, subject: Subject, splits: Splits) -> Finding:
     try:
         return attack(subject, splits)
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return replace(attack, run=lambda *_: Outcome({}, MEMORY, status=SKIPPED))(subject, splits)

@@ -145,17 +145,17 @@ def prune(
 ) -> None:
     """Prune the neurons most specific to the forget set, measure both sets, and write an edit or a checkpoint."""
     from repedit.cli import output
-    from repedit.neurons.pruning import PruneOptions, pruned
+    from repedit.neurons.pruning import PruningOptions, run_pruning
 
     shape = shaped(out, structure, layout, multiple)
-    options = PruneOptions(
+    options = PruningOptions(
         fraction=fraction, learned=learned, sites=sites, importance=importance, combine=combine, steps=steps, max_retain_drop=max_retain_drop,
         cap_per_layer=cap_per_layer, control=control, tokens=tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     if not dry_run:
         check_out(out, model, scores, forget, retain, overwrite=overwrite)
     subject = opened(model, device, dtype)
-    found = pruned(subject, forget, retain, options, scores=scores, say=output.stage)
+    found = run_pruning(subject, forget, retain, options, scores=scores, on_stage=output.stage)
     plan = plan_of(found.edit, subject, shape) if dry_run and not found.exceeded else ""
     _show(found, out, dry_run, plan, json)
     if found.exceeded:
@@ -187,15 +187,15 @@ def _scored(
 ) -> Any:
     from repedit import data
     from repedit.errors import ArgumentError
-    from repedit.neurons.pruning import collected, known
+    from repedit.neurons.pruning import collect_pair, load_collection
     from repedit.neurons.scores import score as scored
 
     saved = [name.endswith(".safetensors") for name in (forget, retain)]
     if any(saved) and not all(saved):
         raise ArgumentError(f"--forget {forget} and --retain {retain}: give two collections, or two texts")
     if all(saved):
-        sides = known(forget, subject), known(retain, subject)
+        sides = load_collection(forget, subject), load_collection(retain, subject)
     else:
         texts = data.read(forget), data.read(retain)
-        sides = collected(subject, *texts, sites, importance, combine, tokens=tokens, batch_size=batch_size)
+        sides = collect_pair(subject, *texts, sites, importance, combine, tokens=tokens, batch_size=batch_size)
     return scored(*sides, importance=importance, combine=combine)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repedit.activations.collection import Collection, collect, marked
+from repedit.activations.collection import Collection, MarkedPositions, collect
 from repedit.activations.forward import batches_of
 from repedit.data import Batch, Batches, Facts, Rows, prose
 from repedit.edit import Edit, exactness
@@ -44,7 +44,7 @@ from repedit.training.sampler import Sampler, check_disjoint, neighbours, traini
 
 
 RANKLESS = ("mean_difference", "lda", "leace")
-_BEFORE, _ENTITY = marked("before_answer"), marked("entity")
+_BEFORE, _ENTITY = MarkedPositions("before_answer"), MarkedPositions("entity")
 
 
 def fitted(
@@ -63,7 +63,7 @@ def fitted(
 ) -> dict[Site, LowRank]:
     """The map a closed form finds at each site, or at all of them together, outside what earlier edits removed.
 
-    Rows with marked answers are read at the positions that predict the answers and at the last token of the entity;
+    Rows with MarkedPositions answers are read at the positions that predict the answers and at the last token of the entity;
     other text at every counted token.
 
     Args:
@@ -141,7 +141,7 @@ class _Answers:
         found: set[tuple[int, ...]] = set()
         for batch in batches_of(subject, corpus, batch_size=64):
             if batch.answer is None:
-                raise DataError(f"method='leace' needs rows with marked answers; {corpus.name!r} marks none")
+                raise DataError(f"method='leace' needs rows with MarkedPositions answers; {corpus.name!r} marks none")
             found |= set(answers_of(batch))
         self.classes = {answer: number for number, answer in enumerate(sorted(found))}
 

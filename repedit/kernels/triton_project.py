@@ -209,17 +209,17 @@ def project(
 def right(w: Tensor, u: Tensor, v: Tensor, *, out: Tensor | None = None, tiling: str = "auto") -> Tensor:
     """W - (W U) V^T: the rows of W are the tokens, U and V swapped; `out=w` is safe, a row is read before it is written."""
     out = torch.empty_like(w) if out is None else out
-    run(w, v.to(w.dtype), u.to(w.dtype), None, None, out, None, plan(w, u, tiling))
+    launch(w, v.to(w.dtype), u.to(w.dtype), None, None, out, None, tile_for(w, u, tiling))
     return out
 
 
-def plan(x: Tensor, u: Tensor, tiling: str = "auto") -> Tile:
+def tile_for(x: Tensor, u: Tensor, tiling: str = "auto") -> Tile:
     """The tile for these rows.
 
     Raises:
         KernelUnavailable: if the tiling does not exist for them.
     """
-    found = tile(x.shape[-1], u.shape[1], x.element_size(), tiling, major=major(x.device))
+    found = tile(x.shape[-1], u.shape[1], x.element_size(), tiling, major=major_capability(x.device))
     if found is None:
         raise KernelUnavailable(
             f"{tiling!r} does not exist for rows of {x.shape[-1]} elements of {x.dtype} at rank {u.shape[1]}; use 'auto'"
@@ -237,7 +237,7 @@ def _project(
 ) -> tuple[Tensor, Tensor]:
     """y and, if asked for, t in float32 (otherwise without rows)."""
     out, t = torch.empty_like(x), x.new_empty((x.shape[0] if save else 0, u.shape[1]), dtype=torch.float32)
-    run(x, u.to(x.dtype), v.to(x.dtype), c, residual, out, t if save else None, plan(x, u, tiling))
+    launch(x, u.to(x.dtype), v.to(x.dtype), c, residual, out, t if save else None, tile_for(x, u, tiling))
     return out, t
 
 
@@ -277,7 +277,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def run(
+def launch(
     x: Tensor,
     u: Tensor,
     v: Tensor,
@@ -321,7 +321,7 @@ def run(
             x, u, v, *pointers, *x.stride(), *u.stride(), *v.stride(), *ends, **flags, **sizes, **options
         )  # fmt: skip
         return
-    each = triton.cdiv(chunks, splits(x.device, grid, chunks))
+    each = triton.cdiv(chunks, split_count(x.device, grid, chunks))
     count = triton.cdiv(chunks, each)
     parts = torch.empty(count, n, plan.rank, dtype=torch.float32, device=x.device)
     shared = {name: flags[name] for name in ("UPCAST", "PRECISION", "BM", "BD", "R")}
@@ -334,12 +334,12 @@ def run(
 
 
 @cache
-def major(device: torch.device) -> int:
+def major_capability(device: torch.device) -> int:
     """The card's compute capability; the interpreter takes the tiles of 9.0."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
-def splits(device: torch.device, grid: int, chunks: int) -> int:
+def split_count(device: torch.device, grid: int, chunks: int) -> int:
     """Into how many parts the sum over the width is cut: enough programs for every processor, at most 8 parts."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     return max(1, min(8, chunks, processors // grid))

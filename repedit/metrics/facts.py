@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.forward import at_least_float32, check_ids, halving
+from repedit.activations.forward import at_least_float32, check_ids, retry_with_smaller_batch
 from repedit.data import Fact, Facts, by_domain
 from repedit.data.encoding import encoded, question_ids
 from repedit.data.grading import holds
@@ -107,7 +107,7 @@ def facts_accuracy(
         written = _written(subject, items, rows) if how == "greedy" else []
         return [part if rule == "sum" else part / count for part, count in pairs], written
 
-    scores, correct = halving(run, _ROWS)[0] if batch_size == "auto" else run(int(batch_size))
+    scores, correct = retry_with_smaller_batch(run, _ROWS)[0] if batch_size == "auto" else run(int(batch_size))
     right = [choices.index(fact.answer) for fact, choices in zip(items, options, strict=True)]
     graded = np.array([score[i] for score, i in zip(scores, right, strict=True)])
     if how == "choice":

@@ -29,8 +29,8 @@ from repedit.neurons.trajectory import trajectory
 
 
 @dataclass(frozen=True)
-class PruneOptions:
-    """What `pruned` does.
+class PruningOptions:
+    """Options of `run_pruning`.
 
     Raises:
         ArgumentError: if a number is out of range. FractionError: if a share does not lie in [0, 1].
@@ -67,7 +67,7 @@ class PruneOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Pruned:
+class PruningResult:
     """An edit and what it does to both sets."""
 
     edit: Edit
@@ -82,15 +82,15 @@ class Pruned:
         return sum(map_.rank_removed for map_ in self.edit.maps.values())
 
 
-def pruned(
+def run_pruning(
     subject: Subject,
     forget: str,
     retain: str,
-    options: PruneOptions,
+    options: PruningOptions,
     *,
     scores: str | Path | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> Pruned:
+    on_stage: Callable[[str], None] = lambda text: None,
+) -> PruningResult:
     """Prune, and measure on documents that were not collected on.
 
     Args:
@@ -100,9 +100,9 @@ def pruned(
     """
     corpora = [_corpus(name) for name in (forget, retain)]
     (forget_fit, forget_eval), (retain_fit, retain_eval) = (c.halves(options.seed) for c in corpora)
-    edit = _edit(subject, forget_fit, retain_fit, options, scores, say)
+    edit = _edit(subject, forget_fit, retain_fit, options, scores, on_stage)
     reading: dict[str, Any] = {"limit_tokens": options.tokens, "batch_size": options.batch_size}
-    say(f"Measuring on {forget_eval} and {retain_eval}")
+    on_stage(f"Measuring on {forget_eval} and {retain_eval}")
     named = {"pruned": edit} | {f"random {i}": random_like(edit, seed=options.seed + i) for i in range(options.control)}
     effects: dict[str, list[Effect]] = {label: [] for label in named}
     for corpus in (forget_eval, retain_eval):
@@ -112,10 +112,10 @@ def pruned(
     limit = options.max_retain_drop
     # A drop that is not defined is within no limit.
     exceeded = limit is not None and not effects["pruned"][1].drop <= limit
-    return Pruned(edit, {label: (found[0], found[1]) for label, found in effects.items()}, exceeded)
+    return PruningResult(edit, {label: (found[0], found[1]) for label, found in effects.items()}, exceeded)
 
 
-def collected(
+def collect_pair(
     subject: Subject,
     forget: data.Batches,
     retain: data.Batches,
@@ -134,7 +134,7 @@ def collected(
     return first, last
 
 
-def known(path: str | Path, subject: Subject) -> Collection:
+def load_collection(path: str | Path, subject: Subject) -> Collection:
     """A saved collection of this model.
 
     Raises:
@@ -153,29 +153,29 @@ def _edit(
     subject: Subject,
     forget: Corpus,
     retain: Corpus,
-    options: PruneOptions,
+    options: PruningOptions,
     scores: str | Path | None,
-    say: Callable[[str], None],
+    on_stage: Callable[[str], None],
 ) -> Edit:
     if options.learned:
-        say(f"Learning a mask on {forget} and {retain}")
+        on_stage(f"Learning a mask on {forget} and {retain}")
         sites = options.sites or "*.mlp.neurons,*.attn.neurons"
         return gates(subject, forget, retain, sites=sites, seed=options.seed)
     assert options.fraction is not None
     if scores is not None:
         return prune(_loaded(scores, subject), fraction=options.fraction, cap_per_layer=options.cap_per_layer)
     if options.steps > 1:
-        say(f"Pruning in {options.steps} steps, collecting again before each")
+        on_stage(f"Pruning in {options.steps} steps, collecting again before each")
         return _stepped(subject, forget, retain, options.fraction / options.steps, options)
-    say(f"Collecting on {forget} and {retain}")
+    on_stage(f"Collecting on {forget} and {retain}")
     reading = {"limit_tokens": options.tokens, "batch_size": options.batch_size}
     sites = options.sites or "*.mlp.neurons"
-    sides = collected(subject, forget, retain, sites, options.importance, options.combine, **reading)
+    sides = collect_pair(subject, forget, retain, sites, options.importance, options.combine, **reading)
     found = score(sides[0], sides[1], importance=options.importance, combine=options.combine)
     return prune(found, fraction=options.fraction, cap_per_layer=options.cap_per_layer)
 
 
-def _stepped(subject: Subject, forget: Corpus, retain: Corpus, per_step: float, options: PruneOptions) -> Edit:
+def _stepped(subject: Subject, forget: Corpus, retain: Corpus, per_step: float, options: PruningOptions) -> Edit:
     """The best step of a trajectory, chosen on documents that are neither collected on nor reported on."""
     (forget_fit, forget_choose), (retain_fit, retain_choose) = (c.halves(options.seed + 1) for c in (forget, retain))
     reading = {"limit_tokens": options.tokens, "batch_size": options.batch_size}

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.collection import Collection, batches, named_batch
+from repedit.activations.collection import Collection, batches, note_batch_on_error
 from repedit.arch import hooks_at
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
@@ -371,7 +371,7 @@ def _values(subject: Subject, site: Site, neuron: int, items: Iterable[Batch], l
         for number, batch in enumerate(items):
             given = batch.attention_mask
             mask = given & (given.cumsum(1) > 1)
-            with named_batch(number):
+            with note_batch_on_error(number):
                 subject.model.base_model(input_ids=batch.input_ids, attention_mask=given.long(), use_cache=False)
             counted += int(mask.sum())
             if limit is not None and counted >= limit:

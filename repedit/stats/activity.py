@@ -17,7 +17,7 @@ from torch import Tensor
 from repedit.distributed import Ranks
 from repedit.errors import MissingStatistic, ShapeError
 from repedit.kernels import dispatch
-from repedit.stats.moments import check_finite, check_rows, check_state
+from repedit.stats.moments import check_finite_sums, check_row_shape, check_state
 
 GRADIENT_FIELDS = ("gxa_abs", "gxa", "gxa_square", "grad")
 # A first batch whose |mean| exceeds 30 standard deviations is summed about its mean: float32 block sums of squares
@@ -117,7 +117,7 @@ class Activity:
         }
         return Activity(**merged)
 
-    def over(self, ranks: Ranks) -> Activity:
+    def all_reduced(self, ranks: Ranks) -> Activity:
         """The statistic of the tokens of all ranks, on every rank: sums about the first rank's shift, added up."""
         if ranks.size == 1:
             return self
@@ -167,13 +167,13 @@ class Activity:
         return ((f.name, getattr(self, f.name)) for f in fields(self))
 
     def _rows(self, x: Tensor, mask: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:
-        check_rows(x, mask, len(range(*at.indices(self.width))))
+        check_row_shape(x, mask, len(range(*at.indices(self.width))))
         rows = rearrange(x.detach(), "... d -> (...) d")
         return rows, torch.ones(rows.shape[0], dtype=torch.bool, device=x.device) if mask is None else mask.reshape(-1)
 
     def _add(self, sums: dict[str, Tensor], count: float, at: slice) -> None:
         for name, value in sums.items():
-            check_finite(value, f"the sum {name!r} of neuron")
+            check_finite_sums(value, f"the sum {name!r} of neuron")
         for name, value in sums.items():
             getattr(self, name)[at] += value
         self.count[at] += count

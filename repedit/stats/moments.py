@@ -47,19 +47,19 @@ def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, str], optional
             )
 
 
-def counted(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> Float[Tensor, "n d"]:
+def selected_rows(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> Float[Tensor, "n d"]:
     """The rows where `mask` is True; the others may hold NaN, so they are cut out and not multiplied by zero.
 
     Raises:
         ShapeError: if x is not of this width, or the mask does not have its leading shape.
     """
-    check_rows(x, mask, width)
+    check_row_shape(x, mask, width)
     rows = rearrange(x.detach(), "... d -> (...) d")
     # Always cut, so that the same rows give the same bits wherever the padding is.
     return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
 
 
-def check_rows(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> None:
+def check_row_shape(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> None:
     """Refuse rows that do not fit a statistic.
 
     Raises:
@@ -73,18 +73,18 @@ def check_rows(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width:
         )
 
 
-def centre(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+def shift_of(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
     """The mean of the first block, rounded to float32 so that float32 rows are shifted by exactly the stored value."""
     return rows[:BLOCK].double().mean(0).float().double()
 
 
-def centred(block: Float[Tensor, "n d"], shift: Float[Tensor, " d"]) -> Float[Tensor, "n d"]:
+def subtract_shift(block: Float[Tensor, "n d"], shift: Float[Tensor, " d"]) -> Float[Tensor, "n d"]:
     """block - shift, in float32, or in float64 where the block is."""
     work = torch.float64 if block.dtype == torch.float64 else torch.float32
     return block.to(work) - shift.to(work)
 
 
-def triangle(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+def lower_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     """X^T X, of which the lower triangle may be relied on; the rest may be 0 (a symmetric rank-n update does half)."""
     if rows.device.type != "cpu" or rows.shape[1] < TRIANGLE_WIDTH:
         return rows.T @ rows
@@ -95,12 +95,12 @@ def triangle(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     return torch.from_numpy(update(1.0, rows.contiguous().numpy().T).T)
 
 
-def whole(lower: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+def symmetric(lower: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """The symmetric matrix with this lower triangle."""
     return lower.tril() + lower.tril(-1).T
 
 
-def check_finite(values: Float[Tensor, " d"], what: str) -> None:
+def check_finite_sums(values: Float[Tensor, " d"], what: str) -> None:
     """Refuse sums that are not finite.
 
     Raises:
@@ -158,17 +158,17 @@ class Moments:
             ShapeError: if x or the mask does not fit.
             NotFinite: if a counted value is NaN or infinite; nothing is added then.
         """
-        rows = counted(x, mask, self.width)
+        rows = selected_rows(x, mask, self.width)
         if not rows.shape[0]:
             return self
-        shift = self._shift if self.count or self._kept else centre(rows)
+        shift = self._shift if self.count or self._kept else shift_of(rows)
         sums, products = [], []
         with exact_products():
             for block in rows.split(BLOCK):
-                rest = centred(block, shift)
+                rest = subtract_shift(block, shift)
                 sums.append(rest.sum(0))
-                products.append(triangle(rest))
-                check_finite(products[-1].diagonal(), "the sum of squares of coordinate")
+                products.append(lower_gram(rest))
+                check_finite_sums(products[-1].diagonal(), "the sum of squares of coordinate")
         self._shift, self.count = shift, self.count + rows.shape[0]
         self.dtype = torch.promote_types(self.dtype, sums[0].dtype)
         for total, product in zip(sums, products, strict=True):
@@ -200,7 +200,7 @@ class Moments:
         scatter = self.scatter + other.scatter + (self.count * other.count / count) * torch.outer(delta, delta)
         return self._of(count, mean, scatter, torch.promote_types(self.dtype, other.dtype))
 
-    def over(self, ranks: Ranks) -> Moments:
+    def all_reduced(self, ranks: Ranks) -> Moments:
         """The statistic of the rows of all ranks, on every rank: scatters about one common shift, added up."""
         if ranks.size == 1:
             return self
@@ -220,7 +220,7 @@ class Moments:
     @property
     def scatter(self) -> Float[Tensor, "d d"]:
         """sum (x - mean)(x - mean)^T."""
-        return whole(self._square) - torch.outer(self._total, self._total) / max(self.count, 1)
+        return symmetric(self._square) - torch.outer(self._total, self._total) / max(self.count, 1)
 
     @property
     def covariance(self) -> Float[Tensor, "d d"]:
@@ -268,7 +268,7 @@ class Moments:
     def _of(self, count: int, mean: Tensor, scatter: Tensor, dtype: torch.dtype) -> Moments:
         new = Moments(0)
         new.width, new.count, new.dtype = self.width, count, dtype
-        # Rounded as in `centre`; what the rounding leaves of the mean stays in the sums.
+        # Rounded as in `shift_of`; what the rounding leaves of the mean stays in the sums.
         new._shift = mean.float().double()
         rest = mean - new._shift
         new._total = count * rest
@@ -329,19 +329,19 @@ class CrossMoments:
         """
         if x.shape[:-1] != z.shape[:-1]:
             raise ShapeError(f"x {tuple(x.shape)} and z {tuple(z.shape)} must have the same leading shape")
-        xs, zs = counted(x, mask, self.width), counted(z.to(x.device), mask, self.other)
+        xs, zs = selected_rows(x, mask, self.width), selected_rows(z.to(x.device), mask, self.other)
         if not xs.shape[0]:
             return self
-        at = (self._x.shift, self._z.shift) if self.count or self._kept else (centre(xs), centre(zs))
+        at = (self._x.shift, self._z.shift) if self.count or self._kept else (shift_of(xs), shift_of(zs))
         sums = []
         with exact_products():
             for a, b in zip(xs.split(BLOCK), zs.split(BLOCK), strict=True):
-                a, b = centred(a, at[0]), centred(b, at[1])
+                a, b = subtract_shift(a, at[0]), subtract_shift(b, at[1])
                 work = torch.promote_types(a.dtype, b.dtype)
                 sums.append((a.sum(0), b.sum(0), a.to(work).T @ b.to(work)))
-                check_finite(sums[-1][0], "the sum of coordinate")
-                check_finite(sums[-1][1], "the sum of label or gradient")
-                check_finite(sums[-1][2].sum(1), "the product with coordinate")
+                check_finite_sums(sums[-1][0], "the sum of coordinate")
+                check_finite_sums(sums[-1][1], "the sum of label or gradient")
+                check_finite_sums(sums[-1][2].sum(1), "the product with coordinate")
         self.count += xs.shape[0]
         self.dtype = torch.promote_types(self.dtype, sums[0][0].dtype)
         self._x, self._z = _Side(at[0], self._x.total), _Side(at[1], self._z.total)
@@ -378,7 +378,7 @@ class CrossMoments:
         dtype = torch.promote_types(self.dtype, other.dtype)
         return self._of(self.count + other.count, (mean, other_mean), scatter, dtype)
 
-    def over(self, ranks: Ranks) -> CrossMoments:
+    def all_reduced(self, ranks: Ranks) -> CrossMoments:
         """The statistic of the rows of all ranks, on every rank: scatters about common shifts, added up."""
         if ranks.size == 1:
             return self

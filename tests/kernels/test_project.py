@@ -45,7 +45,7 @@ def check(tiling, n, d, k, dtype, layout, center, residual=False):
     if plan is None:
         assert tiling == "resident" and (d > 576 or k > 16)
         return
-    kernel_is_the_reference(kernel.run, case(n, d, k, dtype, LAYOUTS[layout], center, residual), plan)
+    kernel_is_the_reference(kernel.launch, case(n, d, k, dtype, LAYOUTS[layout], center, residual), plan)
 
 
 @every_tiling

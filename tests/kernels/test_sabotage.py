@@ -22,27 +22,27 @@ from tests.kernels.laws import (
 
 def strides_ignored(x, u, v, *rest):
     """U as if it were stored by rows."""
-    triton_project.run(x, u.T.contiguous().view(u.shape), v, *rest)
+    triton_project.launch(x, u.T.contiguous().view(u.shape), v, *rest)
 
 
 def center_forgotten(x, u, v, c, *rest):
-    triton_project.run(x, u, v, None, *rest)
+    triton_project.launch(x, u, v, None, *rest)
 
 
 def swapped(x, u, v, *rest):
-    triton_project.run(x, v, u, *rest)
+    triton_project.launch(x, v, u, *rest)
 
 
 def residual_forgotten(x, u, v, c, residual, *rest):
-    triton_project.run(x, u, v, c, None, *rest)
+    triton_project.launch(x, u, v, c, None, *rest)
 
 
 def last_rows_unwritten(x, u, v, c, residual, out, t, plan):
-    triton_project.run(x[:-1], u, v, c, residual[:-1], out[:-1], t[:-1], plan)
+    triton_project.launch(x[:-1], u, v, c, residual[:-1], out[:-1], t[:-1], plan)
 
 
 def written_outside(x, u, v, c, residual, out, t, plan):
-    triton_project.run(x, u, v, c, residual, out, t, plan)
+    triton_project.launch(x, u, v, c, residual, out, t, plan)
     out.as_strided((1,), (1,), out.storage_offset() - 1).zero_()
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repedit.activations.forward import at_least_float32, batches_of, halving, inputs_of
+from repedit.activations.forward import at_least_float32, batches_of, inputs_of, retry_with_smaller_batch
 from repedit.data import Batch, as_batches
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
 from repedit.hooks import evaluating
@@ -257,7 +257,7 @@ def tune(
             measure(0)
         for step in range(1, tuning.steps + 1):
             run = partial(_gradients, subject, draw(step - 1), parameters)
-            (loss, read), size = halving(run, size)
+            (loss, read), size = retry_with_smaller_batch(run, size)
             losses.append(loss)
             tokens += read
             if not math.isfinite(loss):
