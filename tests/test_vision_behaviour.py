@@ -32,7 +32,7 @@ from repedit.vision import (
     train,
     train_gans,
 )
-from repedit.vision.grouping import matched
+from repedit.vision.grouping import match_features
 from tests.published_data import PUBLISHED
 
 FAST = (6, 10)
@@ -58,7 +58,7 @@ class Setting:
 
     def points(self, model) -> dict[str, float]:
         """Accuracies in percent."""
-        return {n: 100 * self.task.accuracy(model, self.splits.named[n]) for n in ("retain", "forget", "test")}
+        return {n: 100 * self.task.accuracy(model, self.splits.sets[n]) for n in ("retain", "forget", "test")}
 
     def after(self, delta) -> dict[str, float]:
         return self.points(apply(delta, self.original))
@@ -125,7 +125,7 @@ def test_multi_gan_forgets_about_as_much(label, seed, gans):
 def test_drawn_images_that_teach_the_class_again_are_reported(gans, caplog):
     """After 300 steps the retain generator draws what the model takes for the forgotten class: 372 of 400 images here."""
     here = setting(*FAST)
-    drawn = {w: Synthesize(w, 400, trained=gans[w])(*here.given, 0).named[w].y[-400:] for w in gans}
+    drawn = {w: Synthesize(w, 400, trained=gans[w])(*here.given, 0).sets[w].y[-400:] for w in gans}
     share = {which: float((y == FAST[0]).double().mean()) for which, y in drawn.items()}
     assert share["forget"] > 0.9 and share["retain"] > 0.5
     with caplog.at_level(logging.WARNING):
@@ -147,7 +147,7 @@ def test_erasing_keeps_what_is_retained(label, seed):
 def test_matching_features_lowers_its_loss(label, seed):
     here = setting(label, seed)
     ids = buckets(here.original, here.task, here.splits.retain, 10)
-    _, losses = matched(here.original, here.task, here.splits.retain, ids)
+    _, losses = match_features(here.original, here.task, here.splits.retain, ids)
     assert float(losses[-1] / losses[0]) <= 0.6
 
 

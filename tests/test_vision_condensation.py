@@ -9,26 +9,26 @@ import torch
 
 from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, UnknownName
 from repedit.vision import (
-    PUBLISHED,
+    PUBLISHED_SCHEDULES,
     Condense,
-    Row,
     Schedule,
+    Stage,
     Task,
+    alternating_schedule,
     buckets,
     condensation,
     condense,
     condensed_model,
-    overture,
-    preparation,
-    scheduled,
+    offline_schedule,
     small_cnn,
+    train_scheduled,
     training,
 )
 from repedit.vision import condensation as condensing
 from repedit.vision.condensation import reduced
 from repedit.vision.editing import tensors_of
-from repedit.vision.grouping import matched
-from repedit.vision.grouping import weighted as weighted_sum
+from repedit.vision.grouping import bucket_sums as weighted_sum
+from repedit.vision.grouping import match_features
 from repedit.vision.recipes import training_images
 from tests.classifiers import drawn, normed, original, request
 
@@ -56,9 +56,9 @@ def setting():
 
 
 def joint_equals_a_loop(model, task, images, ids, weights):
-    together, losses = matched(model, task, images, ids, steps=20, weights=weights)
+    together, losses = match_features(model, task, images, ids, steps=20, weights=weights)
     apart = [
-        matched(
+        match_features(
             model,
             task,
             images[ids == b],
@@ -88,7 +88,7 @@ def test_a_softmax_over_all_buckets_is_caught(setting, monkeypatch):
     def over_all(x, own, free, weights):
         return weighted_sum(x, own, free.softmax(0) * own.bincount()[own], "free")
 
-    monkeypatch.setattr("repedit.vision.grouping.weighted", over_all)
+    monkeypatch.setattr("repedit.vision.grouping.bucket_sums", over_all)
     with pytest.raises(AssertionError):
         joint_equals_a_loop(model, task, splits.retain, ids, "simplex")
 
@@ -96,9 +96,9 @@ def test_a_softmax_over_all_buckets_is_caught(setting, monkeypatch):
 def test_many_buckets_are_solved_in_parts(setting, monkeypatch):
     model, task, splits = setting
     ids = buckets(model, task, splits.retain, 4)
-    whole, loss = matched(model, task, splits.retain, ids, steps=5)
+    whole, loss = match_features(model, task, splits.retain, ids, steps=5)
     monkeypatch.setattr("repedit.vision.grouping.BATCH", 3)
-    parts, again = matched(model, task, splits.retain, ids, steps=5)
+    parts, again = match_features(model, task, splits.retain, ids, steps=5)
     torch.testing.assert_close(parts.x, whole.x, rtol=0, atol=1e-5)
     torch.testing.assert_close(again, loss, rtol=1e-4, atol=0)
 
@@ -108,12 +108,14 @@ def test_matching_that_diverges_is_refused(setting):
     with pytest.raises(
         TrainingError, match=r"step \d+: the loss of feature matching is (nan|inf) at lr 1e\+30; lower lr"
     ):
-        matched(model, task, splits.retain, buckets(model, task, splits.retain, 2), lr=1e30)
+        match_features(model, task, splits.retain, buckets(model, task, splits.retain, 2), lr=1e30)
 
 
 def test_simplex_weights_keep_the_range_of_pixels(setting):
     model, task, splits = setting
-    found, _ = matched(model, task, splits.retain, buckets(model, task, splits.retain, 4), weights="simplex", lr=0.5)
+    found, _ = match_features(
+        model, task, splits.retain, buckets(model, task, splits.retain, 4), weights="simplex", lr=0.5
+    )
     assert found.bounded and float(found.x.min()) >= 0 and float(found.x.max()) <= 1
 
 
@@ -236,7 +238,7 @@ def test_batchnorm_does_not_move(setting):
 
 
 def test_the_order_of_the_overture():
-    rows = overture(epochs=4, hold=2, final_steps=7).rows
+    rows = alternating_schedule(epochs=4, hold=2, final_steps=7).stages
     assert [row.parts[0] for row in rows] == [
         "beginning",
         "final",
@@ -247,23 +249,27 @@ def test_the_order_of_the_overture():
         "intermediate",
     ]
     assert [row.epochs for row in rows if row.data == "remember"] == [7, 7]
-    assert len(PUBLISHED["mlp"].rows) == 46 and not PUBLISHED["cnn"].fresh and PUBLISHED["vgg16"].rows[0].batch == 256
+    assert (
+        len(PUBLISHED_SCHEDULES["mlp"].stages) == 46
+        and not PUBLISHED_SCHEDULES["cnn"].fresh
+        and PUBLISHED_SCHEDULES["vgg16"].stages[0].batch_size == 256
+    )
 
 
 def only_the_active_part_moves(fresh, monkeypatch):
-    """Tensors and optimiser state of every other part are the same bits before and after each row."""
+    """Tensors and optimizer state of every other part are the same bits before and after each row."""
     splits, task, seen = request(), Task(), {}
     snapshots = []
     inner = training.descend
 
-    def watched(model, optimiser, images, **options):
-        part = next(p for p in task.parts if any(q is own for own in model.get_submodule(p).parameters() for q in optimiser.param_groups[0]["params"]))  # fmt: skip
+    def watched(model, optimizer, images, **options):
+        part = next(p for p in task.parts if any(q is own for own in model.get_submodule(p).parameters() for q in optimizer.param_groups[0]["params"]))  # fmt: skip
         before = copy.deepcopy(model.state_dict())
         others = {p: copy.deepcopy(o.state_dict()["state"]) for p, o in seen.items() if p != part}
-        inner(model, optimiser, images, **options)
-        seen[part] = optimiser
-        held = {id(p) for p in optimiser.param_groups[0]["params"]}
-        assert held == {id(p) for p in model.get_submodule(part).parameters()}, "the optimiser holds other parts"
+        inner(model, optimizer, images, **options)
+        seen[part] = optimizer
+        held = {id(p) for p in optimizer.param_groups[0]["params"]}
+        assert held == {id(p) for p in model.get_submodule(part).parameters()}, "the optimizer holds other parts"
         for name, value in model.state_dict().items():
             moved = not torch.equal(value, before[name])
             assert not moved or name.startswith(part), f"{name} moved while {part} was trained"
@@ -275,7 +281,7 @@ def only_the_active_part_moves(fresh, monkeypatch):
 
     monkeypatch.setattr("repedit.vision.training.descend", watched)
     sets = {"reduced": splits.retain, "remember": splits.remember}
-    scheduled(normed(), task, overture(epochs=2, hold=1, final_steps=2, fresh=fresh), sets)
+    train_scheduled(normed(), task, alternating_schedule(epochs=2, hold=1, final_steps=2, fresh=fresh), sets)
     assert snapshots == ["beginning", "final", "beginning", "intermediate"]
 
 
@@ -288,7 +294,7 @@ def test_one_optimiser_for_all_parts_is_caught(monkeypatch):
     monkeypatch.setattr(
         "repedit.vision.training.adam", lambda model, task, parts, lr: torch.optim.Adam(model.parameters(), lr=lr)
     )
-    with pytest.raises(AssertionError, match="the optimiser holds other parts"):
+    with pytest.raises(AssertionError, match="the optimizer holds other parts"):
         only_the_active_part_moves(False, monkeypatch)
 
 
@@ -314,7 +320,9 @@ def test_a_kept_optimiser_goes_on_where_it_stopped():
     splits, task = request(), Task()
     sets = {"reduced": splits.retain, "remember": splits.remember}
     fresh, kept = (
-        scheduled(normed(), task, overture(epochs=3, hold=0, final_steps=2, fresh=f), sets).final.weight
+        train_scheduled(
+            normed(), task, alternating_schedule(epochs=3, hold=0, final_steps=2, fresh=f), sets
+        ).final.weight
         for f in (True, False)
     )
     assert not torch.equal(fresh, kept)
@@ -323,18 +331,18 @@ def test_a_kept_optimiser_goes_on_where_it_stopped():
 def test_offline_resets_the_final_part_and_is_timed_apart():
     splits = request()
     model, task = original(splits, epochs=1)
-    quick = overture(epochs=1, hold=0, final_steps=1)
+    quick = alternating_schedule(epochs=1, hold=0, final_steps=1)
     delta = condense(
-        model, task, splits, plan=PLANS[3], schedule=quick, offline=preparation(rounds=2, epochs=1, batch=64)
+        model, task, splits, plan=PLANS[3], schedule=quick, offline=offline_schedule(rounds=2, epochs=1, batch_size=64)
     )
     plain = condense(model, task, splits, plan=PLANS[3], schedule=quick)
     assert delta.provenance["seconds"]["offline"] > 0 and plain.provenance["seconds"]["offline"] == 0
     assert not torch.equal(delta.tensors["final.weight"], plain.tensors["final.weight"])
-    assert [row.reset for row in preparation(rounds=1).rows] == [True, False]
+    assert [row.reset for row in offline_schedule(rounds=1).stages] == [True, False]
     sets = {"remember": splits.remember, "all": training_images(splits)}
-    once = Schedule((Row(("final",), "remember", 1, 1e-3),))
-    reset = Schedule((*once.rows, Row(("final",), "remember", 1, 1e-3, reset=True)))
-    assert torch.equal(*(scheduled(model, task, s, sets).final.weight for s in (once, reset)))
+    once = Schedule((Stage(("final",), "remember", 1, 1e-3),))
+    reset = Schedule((*once.stages, Stage(("final",), "remember", 1, 1e-3, reset=True)))
+    assert torch.equal(*(train_scheduled(model, task, s, sets).final.weight for s in (once, reset)))
 
 
 # The recipe.
@@ -344,10 +352,12 @@ def test_a_class_that_retain_lacks_is_not_remembered(caplog):
     splits = request(label=1)
     model, task = original(splits, epochs=1)
     with caplog.at_level(logging.WARNING):
-        delta = condense(model, task, splits, plan=PLANS[3], schedule=overture(epochs=1, hold=0, final_steps=1))
+        delta = condense(
+            model, task, splits, plan=PLANS[3], schedule=alternating_schedule(epochs=1, hold=0, final_steps=1)
+        )
     assert delta.provenance["dropped_from_remember"] == [1] and "the classes [1] are not in retain" in caplog.text
     assert 1 in splits.remember.classes and 1 not in condensing.remembered(splits)[0].classes
-    assert delta.provenance["reduced"] == 9 and delta.provenance["schedule"]["rows"][0]["parts"] == ["beginning"]
+    assert delta.provenance["reduced"] == 9 and delta.provenance["schedule"]["stages"][0]["parts"] == ["beginning"]
 
 
 def test_condense_needs_images_to_remember():
@@ -393,9 +403,9 @@ def test_a_small_class_gets_fewer_clusters_and_is_named(setting, caplog):
         ),
         (lambda: Condense(contaminated="drop"), UnknownName, "contaminated='drop'.*residual, recondense"),
         (lambda: Condense(weights="sum"), UnknownName, "weights='sum'.*free, simplex"),
-        (lambda: overture(epochs=3, hold=4), ArgumentError, "hold=4 with epochs=3"),
-        (lambda: Row(("begin",), "all", 1, 1e-3), UnknownName, "names 'begin'; did you mean 'beginning'"),
-        (lambda: Row(("final",), "all", 0, 1e-3), ArgumentError, "epochs=0"),
+        (lambda: alternating_schedule(epochs=3, hold=4), ArgumentError, "hold=4 with epochs=3"),
+        (lambda: Stage(("begin",), "all", 1, 1e-3), UnknownName, "names 'begin'; did you mean 'beginning'"),
+        (lambda: Stage(("final",), "all", 0, 1e-3), ArgumentError, "epochs=0"),
     ],
 )
 def test_choices_that_cannot_work_are_refused(make, error, message):
@@ -410,15 +420,15 @@ def test_a_reduced_set_needs_one_bucket_an_image(setting):
 
 
 def test_a_schedule_without_its_images_is_refused():
-    with pytest.raises(DataError, match="row 0 of the schedule trains on 'reduced', which has no images"):
-        scheduled(normed(), Task(), overture(), {"remember": request().remember})
+    with pytest.raises(DataError, match="stage 0 of the schedule trains on 'reduced', which has no images"):
+        train_scheduled(normed(), Task(), alternating_schedule(), {"remember": request().remember})
 
 
 def test_same_seed_same_bits():
     splits = request()
     model, task = original(splits, epochs=1)
     state = torch.random.get_rng_state()
-    quick = overture(epochs=1, hold=0, final_steps=1)
+    quick = alternating_schedule(epochs=1, hold=0, final_steps=1)
     first, second = (
         condense(model, task, splits, plan=Condense(k=3, steps=5), schedule=quick, seed=4) for _ in range(2)
     )

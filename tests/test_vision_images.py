@@ -70,7 +70,7 @@ def test_images_are_joined_and_chosen():
     assert torch.equal((images[Y == 1] + images[slice(0, 2)]).index, torch.tensor([1, 4, 0, 1]))
     assert [len(part) for part in images.batches(4)] == [4, 2] and images.classes == {0, 1, 2}
     assert not Images(X * 3, Y, INDEX, bounded=False).bounded
-    with pytest.raises(ShapeError, match=r"\(1, 8, 8\) and \(1, 4, 4\) cannot be joined"):
+    with pytest.raises(ShapeError, match=r"\(1, 8, 8\) and \(1, 4, 4\) cannot be concatenated"):
         images + Images(X[:, :, :4, :4], Y, INDEX)
 
 
@@ -113,14 +113,14 @@ def test_splits_are_disjoint_and_seeded(make):
     argument = 1 if make is class_splits else 0.2
     first, again, other = (make(data, argument, train=120, remember=20, seed=s) for s in (0, 0, 1))
     assert torch.equal(first.forget.x, again.forget.x) and not torch.equal(first.retain.index, other.retain.index)
-    assert sum(len(part) for part in first.named.values()) == 200
+    assert sum(len(part) for part in first.sets.values()) == 200
     assert len(first.retain) + len(first.forget) == 120 and len(first.remember) == 20
 
 
 def test_wrong_labels_are_wrong_everywhere_else_right():
     data = drawn(200)
     found = mislabelled_splits(data, 0.2, train=120, remember=20)
-    for name, images in found.named.items():
+    for name, images in found.sets.items():
         right = images.y == data.y[images.index]
         assert bool((~right).all() if name in ("forget", "holdout") else right.all()), name
     assert len(found.holdout) == len(found.forget) == 24
@@ -132,7 +132,7 @@ def test_requests_that_cannot_be_made_are_refused():
         class_splits(data, 7)
     with pytest.raises(DataError, match="60 images: train=1200 and remember=100"):
         class_splits(data, 1)
-    with pytest.raises(FractionError, match=r"fraction=1.5: a part of the training images lies in \(0, 1\)"):
+    with pytest.raises(FractionError, match=r"fraction=1.5: the fraction of the training images lies in \(0, 1\)"):
         random_splits(data, 1.5, train=30, remember=0)
     with pytest.raises(DataError, match="10 unseen images are left for a holdout of 25"):
         random_splits(data, 0.5, train=50, remember=0)
@@ -225,7 +225,7 @@ def test_reading_is_in_eval_mode_and_leaves_the_mode():
     assert torch.equal(first, second) and first.dtype == torch.float64 and model.training
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     torch.testing.assert_close(task.logits(model, images), model.eval().final(task.feature(model, images)))
-    with pytest.raises(DataError, match="no images to be right about"):
+    with pytest.raises(DataError, match="no images to measure accuracy on"):
         task.accuracy(model, images[slice(0, 0)])
 
 
@@ -259,7 +259,7 @@ def test_parameters_that_take_no_gradient_do_not_learn():
     trained = train(model, task, found.retain, epochs=1)
     assert torch.equal(trained.beginning[0].weight, model.beginning[0].weight)
     assert not torch.equal(trained.final.weight, model.final.weight) and not trained.beginning[0].weight.requires_grad
-    with pytest.raises(ArgumentError, match="nothing in beginning can learn: 2 parameters"):
+    with pytest.raises(ArgumentError, match="nothing in beginning can be trained: none of 2 parameters"):
         train(model, task, found.retain, epochs=1, parts=["beginning"])
 
 

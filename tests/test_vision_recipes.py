@@ -15,6 +15,7 @@ from repedit.vision import (
     Relabel,
     Synthesize,
     Task,
+    alternating_schedule,
     apply,
     ascend,
     condense,
@@ -22,7 +23,6 @@ from repedit.vision import (
     finetune,
     gan,
     multi_gan,
-    overture,
     recipes,
     relabel,
     retrain,
@@ -43,7 +43,7 @@ RECIPES = {
     "relabel": lambda m, t, s, seed: relabel(m, t, s, epochs=1, seed=seed),
     "multi_gan": lambda m, t, s, seed: multi_gan(m, t, s, gan=QUICK, epochs=1, seed=seed),
     "condense": lambda m, t, s, seed: condense(
-        m, t, s, plan=Condense(k=3, steps=3), schedule=overture(epochs=1, hold=0, final_steps=1), seed=seed
+        m, t, s, plan=Condense(k=3, steps=3), schedule=alternating_schedule(epochs=1, hold=0, final_steps=1), seed=seed
     ),
     "scrub": lambda m, t, s, seed: scrub(m, t, s, epochs=2, max_epochs=1, seed=seed),
     "salun": lambda m, t, s, seed: salun(m, t, s, epochs=1, seed=seed),
@@ -182,7 +182,7 @@ def test_relabelling_that_cannot_be_done_is_refused():
     with pytest.raises(UnknownName, match="mode='runner'; did you mean 'runner_up'"):
         Relabel("runner")
     narrow = request(label=3)
-    with pytest.raises(ArgumentError, match="the model has C = 3 classes and forget the label 3"):
+    with pytest.raises(ArgumentError, match="the model has C = 3 classes and forget has the label 3"):
         relabel(model, task, narrow)
     model.final = torch.nn.Linear(12, 1)
     with pytest.raises(ArgumentError, match=r"the model has C = 1 classes.*needs two classes"):
@@ -230,7 +230,7 @@ def test_no_samples_is_relabel(setting):
 def test_samples_that_are_drawn_all_the_same_are_caught(setting, monkeypatch):
     monkeypatch.setattr(synthesis, "round", lambda value: 3, raising=False)
     monkeypatch.setattr(
-        synthesis, "train_gans", lambda s, g, **o: {n: train_gan(s.named[n], QUICK) for n in ("retain", "forget")}
+        synthesis, "train_gans", lambda s, g, **o: {n: train_gan(s.sets[n], QUICK) for n in ("retain", "forget")}
     )
     with pytest.raises(AssertionError):
         no_samples_is_relabel(*setting)
@@ -265,7 +265,7 @@ def test_drawing_that_cannot_be_done_is_refused(setting):
     with pytest.raises(ArgumentError, match="gans has test; give a generator for retain and one for forget"):
         multi_gan(model, task, splits, gans={"test": train_gan(splits.test, QUICK)})
     with pytest.raises(
-        ArgumentError, match="images are 20x20; generators are made for sizes up to 16x16, and for 28x28 and 32x32"
+        ArgumentError, match="images are 20x20; generators exist for sizes up to 16x16, and for 28x28 and 32x32"
     ):
         train_gan(drawn(16, size=20, dtype=torch.float32))
     with pytest.raises(UnknownName, match="which='test'; valid names: retain, forget"):
@@ -318,8 +318,8 @@ def test_scrub_ascends_only_in_its_first_epochs(setting, monkeypatch):
     model, task, splits = setting
     seen, plain = [], recipes.descend
 
-    def descend(student, optimiser, images, loss, **options):
-        plain(student, optimiser, images, loss, **options)
+    def descend(student, optimizer, images, loss, **options):
+        plain(student, optimizer, images, loss, **options)
         with torch.no_grad():
             seen.append((images is splits.forget, float(loss(student, images)) < 0))
 

@@ -410,7 +410,7 @@ def _report(held: Mapping[str, list[_Attacked]], task: Task, splits: ImageSplits
         not_run=UNTRIED if relearn else {RELEARN: "relearn=False", **UNTRIED}, heuristics={},
         context={
             "kind": "classifier", "seeds": [seed], "draws": DRAWS, "notes": _notes(compared, len(values["reference"])),
-            "margins": MARGINS, "sets": {name: len(images) for name, images in splits.named.items()}, "feature": task.module,
+            "margins": MARGINS, "sets": {name: len(images) for name, images in splits.sets.items()}, "feature": task.module,
             "hashes": {role: [one.fingerprint for one in ones] for role, ones in held.items()},
             "versions": {name: version(name) for name in ("repedit", "torch", "numpy")}, "machine": platform.machine(),
             "seconds": sum(f.seconds for found in findings.values() for f in found),

@@ -91,5 +91,5 @@ def _plain(found: Any) -> dict[str, Any]:
             for name, report in found.reports.items()
         },
         "retraining_seconds": found.retraining, "refused": dict(found.refused), "references": len(found.references),
-        "sets": {name: len(images) for name, images in found.splits.named.items()},
+        "sets": {name: len(images) for name, images in found.splits.sets.items()},
     }  # fmt: skip

@@ -111,7 +111,7 @@ def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20
     Raises:
         ArgumentError: if no image of the splits was made, or most < 1.
     """
-    every = [images for name, images in splits.named.items() if len(images)]
+    every = [images for name, images in splits.sets.items() if len(images)]
     made = [images[images.index < 0] for images in (splits.retain, splits.forget) if len(images)]
     chosen = [images for images in made if len(images)]
     if not chosen or most < 1:

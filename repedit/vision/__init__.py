@@ -1,4 +1,4 @@
-"""Unlearning in image classifiers, where a model that never saw the images can always be trained beside the edited one."""
+"""Unlearning in image classifiers, where a reference that never saw the forget images can always be trained for comparison."""
 
 from repedit.vision.condensation import Condense, condense, condensed_model
 from repedit.vision.data import (
@@ -17,10 +17,19 @@ from repedit.vision.gan import Gan, GanConfig, Synthesize, multi_gan, train_gan,
 from repedit.vision.grouping import buckets
 from repedit.vision.networks import small_cnn, small_mlp
 from repedit.vision.recipes import DataPlan, Relabel, ascend, finetune, relabel, retrain, salun, scrub
-from repedit.vision.training import PUBLISHED, Row, Schedule, overture, preparation, scheduled, train, trained_on
+from repedit.vision.training import (
+    PUBLISHED_SCHEDULES,
+    Schedule,
+    Stage,
+    alternating_schedule,
+    offline_schedule,
+    train,
+    train_scheduled,
+    trained_on,
+)
 
 __all__ = [
-    "PUBLISHED",
+    "PUBLISHED_SCHEDULES",
     "Condense",
     "DataPlan",
     "Gan",
@@ -28,10 +37,11 @@ __all__ = [
     "ImageSplits",
     "Images",
     "Relabel",
-    "Row",
     "Schedule",
+    "Stage",
     "Synthesize",
     "Task",
+    "alternating_schedule",
     "apply",
     "ascend",
     "buckets",
@@ -48,13 +58,11 @@ __all__ = [
     "mislabelled_splits",
     "mnist5k",
     "multi_gan",
-    "overture",
-    "preparation",
+    "offline_schedule",
     "random_splits",
     "relabel",
     "retrain",
     "salun",
-    "scheduled",
     "scrub",
     "small_cnn",
     "small_mlp",
@@ -62,6 +70,7 @@ __all__ = [
     "train",
     "train_gan",
     "train_gans",
+    "train_scheduled",
     "trained_on",
     "zero_units",
 ]

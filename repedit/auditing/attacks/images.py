@@ -148,7 +148,7 @@ def relearn(
     found = [outputs(student, task, test, splits.labels)]
     with learning(student, task, None, seed):
         for _ in range(epochs):
-            descend(student, optimiser, mixed, epochs=1, batch=batch, order=order)
+            descend(student, optimiser, mixed, epochs=1, batch_size=batch, order=order)
             found.append(outputs(student, task, test, splits.labels))
     y = test.y.cpu()
     own = [log_probabilities(z, y).numpy() for z in found]
