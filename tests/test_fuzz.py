@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import repedit as rp
+from repedit import runs
 from repedit.activations.collection import Collection
 from repedit.auditing.report import Report
 from repedit.errors import RepeditError
@@ -27,7 +28,6 @@ from repedit.io import safetensors, text
 from repedit.io.checkpoint import INDEX, open_shards
 from repedit.io.safetensors import read_header
 from repedit.neurons.scores import Score
-from repedit.report import run_journal
 from repedit.rewrite.verification import verification
 from repedit.unlearning import recipe as written
 from repedit.unlearning import recipes
@@ -343,9 +343,10 @@ def right_tokenizer(path: Path, subject: Any) -> None:
 
 
 MANIFEST = {"files": {"a.txt": "0" * 64, "b.txt": "1" * 64}, "format": 1, "sites": {"0.mlp.out": {"map": "x"}}}
-ENTRY = {
-    "number": 1, "verb": "prune", "asked": {"verb": "prune", "fraction": 0.1}, "words": ["prune", "x"], "code": 0, "seconds": 1.5,
-    "out": "edited", "files": {"a": "0" * 64}, "inputs": {}, "shown": [{"kind": "line", "text": "x"}], "versions": {"torch": "2"},
+RECORD = {
+    "number": 1, "verb": "prune", "key": "0" * 64, "table": {"verb": "prune", "fraction": 0.1}, "command": ["prune", "x"], "exit_code": 0,
+    "seconds": 1.5, "out": "edited", "files": {"a": "0" * 64}, "inputs": {}, "display": [{"kind": "line", "text": "x"}],
+    "versions": {"torch": "2"},
 }  # fmt: skip
 DOORS = {
     "json": Door(lambda: as_bytes(tables(TENSORS)), text.read_json, lambda p, v: _equal(v, strictly_read(p.read_bytes()))),
@@ -375,8 +376,8 @@ DOORS = {
     ),
     "tokenizer": Door(lambda: as_bytes(tables(TOKENIZER)), loaded, right_tokenizer, "tokenizer.json", max(10, EXAMPLES // 3)),
     "run": Door(
-        lambda: rows([ENTRY, ENTRY | {"number": 2}]), lambda p: run_journal.entries(p.with_name("run.toml")),
-        lambda p, v: _equal({e.number for e in v.values()}, set(v)), "run.account.jsonl",
+        lambda: rows([RECORD, RECORD | {"number": 2}]), lambda p: runs.Journal(p.with_name("run.toml")).latest(),
+        lambda p, v: _equal({e.number for e in v.values()}, set(v)), "run.journal.jsonl",
     ),
 }  # fmt: skip
 
@@ -438,7 +439,7 @@ def test_undamaged_files_are_read(tmp_path):
         "json": json.dumps(TENSORS).encode(), "safetensors": file_of(json.dumps(TENSORS), BODY), "toml": TOML.encode(),
         "json lines": facts, "facts": facts, "corpus": corpus, "index": json.dumps(SHARDS).encode(),
         "report": json.dumps(small_report()).encode(), "manifest": json.dumps(MANIFEST).encode(),
-        "run": (json.dumps(ENTRY) + "\n").encode(),
+        "run": (json.dumps(RECORD) + "\n").encode(),
         "config": checkpoint()["config.json"], "tokenizer": checkpoint()["tokenizer.json"],
         **{kind: file_of(json.dumps(saved(kind)[0]), saved(kind)[1]) for kind in ("edit", "delta", "scores", "collection", "moments")},
     }  # fmt: skip

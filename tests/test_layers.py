@@ -61,7 +61,6 @@ def test_an_upward_import_is_caught():
     assert violations({"linear_maps": {"edit", "errors"}}) == ["linear_maps imports edit"]
 
 
-@pytest.mark.xfail(reason="two circles through imports inside functions are left", strict=True)
 def test_no_module_imports_itself_through_others():
     assert circles(imports(modules())) == []
 

@@ -16,9 +16,8 @@ from repedit.auditing.report import Recovery, Report, RetainCheck
 from repedit.auditing.verdict import verdict
 from repedit.report import redacted, write
 from repedit.report.redaction import REDACTED, redacted_values
-from repedit.report.run_journal import Entry
 from repedit.report.run_page import rendered
-from repedit.report.run_report import RunReport, Stage
+from repedit.runs import RunReport, StepRecord, StepReport
 from tests.handmade_reports import ITEMS, finding, recovery, report
 
 MARK = "xMARKx"
@@ -165,23 +164,15 @@ def run_of() -> RunReport:
         {"kind": "generations", "title": MARK, "columns": ["prompt", "original", MARK], "rows": [[MARK, MARK, MARK]]},
         {"kind": "line", "text": MARK}, {"kind": "json", "value": {MARK: MARK, "generations": [{"prompt": MARK}], "score": 0.25}},
     )  # fmt: skip
-    entry = Entry(
-        1,
-        "compare",
-        asked,
-        ("compare", MARK, "--prompt", MARK),
-        0,
-        1.5,
-        None,
-        {},
-        {f"{MARK}.jsonl": "a" * 64},
-        shown,
+    record = StepRecord(
+        1, "compare", "k", asked, ("compare", MARK, "--prompt", MARK), 0, 1.5, None, {}, {f"{MARK}.jsonl": "a" * 64}, shown,
         {"repedit": "0.1.0"},
-    )
+    )  # fmt: skip
     other = {"verb": "score", "forget": f"{MARK}.txt", "out": "scores.safetensors", "retain": "prose"}
-    stages = (Stage(1, asked, entry, (f"Step 1, compare: prompt was {MARK}.",)), Stage(2, other, None, ()))
+    fault = f"Step 1, compare: prompt was {MARK}."
+    steps = (StepReport(1, asked, record, (fault,)), StepReport(2, other, None, ()))
     audited = replace(REPORTS["keys False"], examples=())
-    return RunReport(Path("run.toml"), f'prompt = "{MARK}"', stages, {}, {}, {"audit": audited}, {"other": MARK})
+    return RunReport(Path("run.toml"), f'prompt = "{MARK}"', steps, {}, {}, {"audit": audited}, {"other": MARK})
 
 
 def test_no_text_of_a_run_is_on_its_page():

@@ -14,9 +14,11 @@ import typer
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from repedit import cli
-from repedit.cli import app, run, steps
-from repedit.errors import ArgumentError, DataError, NotFound, RepeditError, TargetExists, UnknownName
+from repedit import cli, runs
+from repedit.cli import app
+from repedit.cli import run as verb
+from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound, RepeditError, TargetExists, UnknownName
+from repedit.io.files import file_hashes
 from tests.conftest import reload_here
 from tests.saved_models import saved
 from tests.simulated_kills import dies, each_kill
@@ -107,15 +109,15 @@ TODO, DONE = (
 
 
 def test_a_run_is_carried_out_once(done):
-    before = steps.tree_hash(done.parent / "edited")
+    before = file_hashes(done.parent / "edited")
     assert (done.parent / "scores.safetensors").exists() and (done.parent / "edited" / "repedit.json").exists()
-    assert ran(done) == DONE and steps.tree_hash(done.parent / "edited") == before
+    assert ran(done) == DONE and file_hashes(done.parent / "edited") == before
 
 
 def test_what_changed_and_what_follows_is_done_again(done):
     done.write_text(RUN.format(fraction=0.2))
-    before = steps.tree_hash(done.parent / "edited")
-    assert ran(done) == [DONE[0], *TODO[1:]] and steps.tree_hash(done.parent / "edited") != before
+    before = file_hashes(done.parent / "edited")
+    assert ran(done) == [DONE[0], *TODO[1:]] and file_hashes(done.parent / "edited") != before
     (done.parent / "mine.jsonl").write_text(lines("hills"))
     assert ran(done, "--dry-run") == TODO
     (done.parent / "mine.jsonl").unlink()
@@ -123,8 +125,8 @@ def test_what_changed_and_what_follows_is_done_again(done):
 
 
 def test_a_run_that_was_cut_off_goes_on(done):
-    log = done.with_suffix(".done.jsonl")
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:1]) + '{"step": 2, "ver')
+    log = done.with_suffix(".journal.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:1]) + '{"number": 2, "ver')
     with pytest.raises(
         TargetExists, match=r"step 2, prune: edited exists and is not what an earlier run of this file left"
     ):
@@ -142,9 +144,9 @@ text = ["code", "mine.jsonl"]
 """
 
 
-def step_of(file) -> steps.Step:
+def step_of(file) -> runs.Step:
     commands = cli.verbs()
-    return steps.read(file, commands)[0]
+    return runs.read_steps(file, commands)[0]
 
 
 @pytest.fixture
@@ -163,13 +165,13 @@ def follows(file) -> bool:
 def test_files_of_a_repeated_option_count_too(listed, monkeypatch):
     assert follows(listed)
     monkeypatch.chdir(listed.parent)
-    moved = step_of(listed).moved(Path("/elsewhere"), [Path("tiny")])
+    moved = step_of(listed).relocated(Path("/elsewhere"), [Path("tiny")])
     assert moved.options["text"] == ["code", str(listed.parent / "mine.jsonl")]
     assert moved.options["edited"] == "/elsewhere/tiny"
 
 
 def test_a_repeated_option_that_is_not_looked_into_would_be_caught(listed, monkeypatch):
-    monkeypatch.setattr(steps, "_words", lambda value: [value] if isinstance(value, str) else [])
+    monkeypatch.setattr(runs, "_texts", lambda value: [value] if isinstance(value, str) else [])
     assert not follows(listed)
 
 
@@ -182,10 +184,9 @@ def test_an_output_that_somebody_changed_is_not_replaced(done):
 
 def test_a_log_that_is_believed_unseen_would_be_caught(done, monkeypatch):
     (done.parent / "edited" / "notes.txt").write_text("mine")
-    rows = [json.loads(line) for line in done.with_suffix(".done.jsonl").read_text().splitlines()]
-    held = {row["out"]: row["output"] for row in rows if row["out"]}
-    plain = steps.tree_hash
-    monkeypatch.setattr(steps, "tree_hash", lambda path: held.get(str(path)) or plain(path))
+    rows = [json.loads(line) for line in done.with_suffix(".journal.jsonl").read_text().splitlines()]
+    held = {row["out"]: row["files"] for row in rows if row["out"]}
+    monkeypatch.setattr(runs, "file_hashes", lambda path: held.get(str(path)) or file_hashes(path))
     assert ran(done) == DONE
 
 
@@ -196,9 +197,9 @@ def test_a_run_is_reproduced_to_the_byte(done):
 
 
 def test_what_comes_out_otherwise_is_said_to_differ(done):
-    log = done.with_suffix(".done.jsonl")
+    log = done.with_suffix(".journal.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    rows[1]["output"] = "0" * 64
+    rows[1]["files"]["config.json"] = "0" * 64
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = CliRunner().invoke(app, ["reproduce", str(done)])
     assert (
@@ -242,8 +243,8 @@ def short(tmp_path, monkeypatch):
             (out / name).write_text(text)
 
     commands = typer.main.get_command(app).commands
-    monkeypatch.setattr(cli, "verbs", lambda: commands)
-    monkeypatch.setattr(run, "_write", lambda file: None)
+    monkeypatch.setattr(verb, "verbs", lambda: commands)
+    monkeypatch.setattr("repedit.report.write_run", lambda file: file)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.toml").write_text(FILE.format(text="second"))
@@ -273,7 +274,7 @@ def test_a_run_goes_on_from_a_kill_at_any_write(short):
             continue
         carried_out(short)
         assert outputs(short) == expected
-        for name in ("one.txt", "run.done.jsonl", "run.account.jsonl"):
+        for name in ("one.txt", "run.journal.jsonl"):
             (short.parent / name).unlink()
         shutil.rmtree(short.parent / "two")
     carried_out(short)
@@ -295,19 +296,19 @@ def test_a_changed_step_that_is_killed_at_any_write_goes_on(short):
 @pytest.mark.parametrize("event", ["before", "after"])
 def test_what_comes_to_the_target_of_a_killed_step_is_refused(event, short, monkeypatch):
     """Before its output is entered, and after: what a step made is moved nowhere else, and nothing is replaced."""
-    honest = steps.Log.enter
+    honest = runs.Journal.add
 
-    def enter(log, step, code):
+    def add(journal, record):
         if event == "after":
-            honest(log, step, code)
-        if step.verb == "fill":
+            honest(journal, record)
+        if record.verb == "fill":
             os._exit(9)
         if event == "before":
-            honest(log, step, code)
+            honest(journal, record)
 
-    monkeypatch.setattr(steps.Log, "enter", enter)
+    monkeypatch.setattr(runs.Journal, "add", add)
     assert not dies(10_000, lambda: carried_out(short), short.parent)
-    monkeypatch.setattr(steps.Log, "enter", honest)
+    monkeypatch.setattr(runs.Journal, "add", honest)
     (short.parent / "two").mkdir()
     (short.parent / "two" / "notes").write_text("mine")
     with pytest.raises(TargetExists, match=r"step 2, fill: two exists and is not what an earlier run"):
@@ -318,16 +319,23 @@ def test_what_comes_to_the_target_of_a_killed_step_is_refused(event, short, monk
     assert outputs(short)["two/a"] == "second"
 
 
-@pytest.mark.parametrize("name", ["run.done.jsonl", "run.account.jsonl"])
-def test_a_line_of_a_journal_that_was_cut_off_is_no_line(name, short):
+def test_an_incomplete_last_line_of_the_journal_is_ignored(short):
     carried_out(short)
-    before = outputs(short)
-    journal = short.with_name(name)
+    before, journal = outputs(short), short.with_name("run.journal.jsonl")
     journal.write_text(journal.read_text()[:-7])
-    if name == "run.done.jsonl":  # the output was moved after its line was whole, so this is no kill of ours
-        shutil.rmtree(short.parent / "two")
+    shutil.rmtree(short.parent / "two")  # it is moved only after its line is complete, so no kill leaves it there
     carried_out(short)
     assert outputs(short) == before
+
+
+@pytest.mark.parametrize("ending", runs.EARLIER_JOURNALS)
+def test_a_run_of_an_earlier_version_is_refused(ending, short):
+    short.with_suffix(ending).write_text("{}\n")
+    with pytest.raises(
+        CheckpointError, match=r"run\.toml was begun by an earlier version .* move them .*away and run it"
+    ):
+        carried_out(short)
+    assert not outputs(short).keys() - {"run.toml"}
 
 
 def test_two_processes_do_not_carry_out_one_file(short):
@@ -340,8 +348,8 @@ def test_two_processes_do_not_carry_out_one_file(short):
 
 
 def test_values_are_never_options(short):
-    step = steps.Step(1, "write", {"out": "--help", "text": "--version"}, "k")
-    assert step.arguments(cli.verbs()["write"]) == ["--text=--version", "--", "--help"]
+    step = runs.Step(1, "write", {"out": "--help", "text": "--version"}, "k")
+    assert step.arguments(verb.verbs()["write"]) == ["--text=--version", "--", "--help"]
     short.write_text('[[step]]\nverb = "write"\ntext = "--help"\nout = "--help"')
     carried_out(short)
     assert outputs(short)["--help"] == "--help"
@@ -368,7 +376,7 @@ def test_what_a_step_writes_besides_is_no_input(tmp_path):
 
 
 BAD = {
-    "no steps": ('model = "tiny"', DataError, r"holds no \[\[step\]\] tables with a verb"),
+    "no steps": ('model = "tiny"', DataError, r"it holds no \[\[step\]\] tables with a verb"),
     "no TOML": ("step = [", DataError, r"run\.toml is no readable TOML"),
     "another key": ('models = "tiny"\n[[step]]\nverb = "diff"', UnknownName, r"did you mean 'model'"),
     "no verb": ('[[step]]\nverb = "prun"', UnknownName, r"step 1: a run has no verb 'prun'; did you mean 'prune'"),
@@ -398,17 +406,17 @@ def test_a_value_of_another_kind_names_its_step(file):
 
 
 def test_an_absent_file_is_named(tmp_path):
-    with pytest.raises(NotFound, match=r"none\.toml is not a file; give a TOML file"):
+    with pytest.raises(NotFound, match=r"none\.toml is not a file; give the TOML file of a run"):
         ran(tmp_path / "none.toml")
 
 
 def test_flags_and_lists_become_words():
     commands = cli.verbs()
-    step = steps.Step(1, "prune", {"model": "m", "fraction": 0.1, "json": True, "overwrite": True, "out": "x"}, "k")
+    step = runs.Step(1, "prune", {"model": "m", "fraction": 0.1, "json": True, "overwrite": True, "out": "x"}, "k")
     assert step.arguments(commands["prune"])[:1] == ["m"]
     words = step.arguments(commands["prune"])
     assert {"--json", "--overwrite"} <= set(words) and words[words.index("--fraction") + 1] == "0.1"
-    off = steps.Step(1, "apply", {"edit": "e", "model": "m", "verify": False}, "k")
+    off = runs.Step(1, "apply", {"edit": "e", "model": "m", "verify": False}, "k")
     assert "--no-verify" in off.arguments(commands["apply"])
 
 
@@ -416,7 +424,7 @@ def test_names_are_those_of_the_command_line(tmp_path):
     (tmp_path / "run.toml").write_text(
         '[[step]]\nverb = "compare"\nbase = "a"\nedited = "b"\ndata = "folder"\nbatch_size = 2'
     )
-    (step,) = steps.read(tmp_path / "run.toml", cli.verbs())
+    (step,) = runs.read_steps(tmp_path / "run.toml", cli.verbs())
     words = step.arguments(cli.verbs()["compare"])
     assert words == ["a", "b", "--data", "folder", "--batch-size", "2"]
 
@@ -425,5 +433,5 @@ def test_the_run_in_the_readme_can_be_read(tmp_path):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (block,) = re.findall(r"```toml\n(.*?)```", readme, flags=re.S)
     (tmp_path / "run.toml").write_text(block)
-    found = steps.read(tmp_path / "run.toml", cli.verbs())
-    assert [step.verb for step in found] == ["prune", "compare"] and found[0].options["model"] == "smollm2-135m"
+    steps = runs.read_steps(tmp_path / "run.toml", cli.verbs())
+    assert [step.verb for step in steps] == ["prune", "compare"] and steps[0].options["model"] == "smollm2-135m"

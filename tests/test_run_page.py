@@ -15,11 +15,12 @@ import torch
 from typer.testing import CliRunner
 
 import repedit as rp
+from repedit import runs
 from repedit.cli import app, output
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound
-from repedit.io.files import file_hash
-from repedit.report import run_journal, run_report
-from repedit.report.run_page import ABSENT, bars, course, gather, rendered, spreads, ticks
+from repedit.io.files import file_hash, file_hashes
+from repedit.report.run_page import ABSENT, bars, course, rendered, spreads, ticks
+from repedit.runs import Journal, StepRecord, journal_path, run_report, step_tables
 from tests.conftest import reload_here
 from tests.handmade_reports import CITIES, report
 from tests.saved_models import saved
@@ -101,8 +102,16 @@ def audited(folder, monkeypatch) -> Path:
     (folder / "run.toml").write_text(RUN + AUDIT)
     report().save(folder / "audit")
     monkeypatch.chdir(folder)
-    run_journal.enter(Path("run.toml"), 5, ["audit", "edited"], 3, 12.0, Path("audit"), [])
+    record(5, "audit", exit_code=3)
     return folder
+
+
+def record(number: int, out: str | None, exit_code: int = 0) -> None:
+    """Enter a step of run.toml, in the current folder, in its journal."""
+    table = step_tables(Path("run.toml"))[number - 1]
+    files = {} if out is None else file_hashes(Path(out))
+    done = StepRecord(number, table["verb"], "k", table, (table["verb"],), exit_code, 1.0, out, files, {}, (), {})
+    Journal(Path("run.toml")).add(done)
 
 
 def text(folder: Path, **options: Any) -> str:
@@ -171,7 +180,7 @@ def test_an_audit_is_told_with_its_figure_and_tables(audited):
         "holds for the attacks that ran, at the budget fast",
     ):
         assert words in shown
-    assert not gather(audited).faults and ABSENT["Under attack"] not in shown
+    assert not run_report(audited).faults and ABSENT["Under attack"] not in shown
 
 
 def test_texts_are_left_out_on_request(audited):
@@ -191,12 +200,12 @@ def test_the_audit_of_another_checkpoint_is_said_to_be_that(audited):
 def test_no_text_of_a_run_becomes_markup(audited):
     file = audited / "run.toml"
     file.write_text("# " + HOSTILE.replace("\n", " ") + "\n" + file.read_text())
-    rows = [json.loads(line) for line in run_journal.account_of(file).read_text().splitlines()]
+    rows = [json.loads(line) for line in journal_path(file).read_text().splitlines()]
     for row in rows:
-        row["words"] = [word + HOSTILE for word in row["words"]]
-        row["shown"] = json.loads(json.dumps(row["shown"]).replace("code", json.dumps(HOSTILE)[1:-1]))
-        row["shown"] += [{"kind": "json", "value": {HOSTILE: [HOSTILE]}}, {"kind": "line", "text": HOSTILE}]
-    run_journal.account_of(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        row["command"] = [word + HOSTILE for word in row["command"]]
+        row["display"] = json.loads(json.dumps(row["display"]).replace("code", json.dumps(HOSTILE)[1:-1]))
+        row["display"] += [{"kind": "json", "value": {HOSTILE: [HOSTILE]}}, {"kind": "line", "text": HOSTILE}]
+    journal_path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = rp.report.run_page(audited)
     assert spoiled(page) == [] and Elements(page).text.count("<script>alert(1)</script>") > 10
 
@@ -262,9 +271,9 @@ def test_whatever_is_altered_stands_first(what, folder):
 
 
 def test_hashes_that_are_believed_unseen_would_be_caught(folder, monkeypatch):
-    held = {entry.out: entry.files for entry in run_journal.entries(folder / "run.toml").values()}
+    held = {record.out: record.files for record in Journal(folder / "run.toml").records}
     ALTERED["weights"][0](folder)
-    monkeypatch.setattr(run_report, "file_hashes", lambda path: held[path.relative_to(folder).as_posix()])
+    monkeypatch.setattr(runs, "file_hashes", lambda path: held[path.relative_to(folder).as_posix()])
     monkeypatch.setattr(
         "repedit.rewrite.verification.file_hash",
         lambda path: json.loads((folder / "edited" / "repedit.json").read_text())["files"][path.name],
@@ -284,14 +293,14 @@ def test_an_audit_that_was_altered_or_torn_is_noticed(audited):
 
 def test_a_step_that_is_older_than_what_it_speaks_of_is_noticed(audited, monkeypatch):
     monkeypatch.chdir(audited)
-    run_journal.enter(Path("run.toml"), 2, run_journal.entries(Path("run.toml"))[2].words, 0, 1.0, Path("edited"), [])
+    record(2, "edited")
     assert "Step 5, audit was carried out before step 2 was last carried out" in faults(audited)
 
 
 def test_a_step_that_failed_is_told(folder):
     (folder / "run.toml").write_text(RUN.replace("seed = 3", "seed = 3\nmax_retain_drop = -1000.0"))
     said = ran(folder / "run.toml", code=3)
-    assert "page: run.report.html" in said
+    assert f"page: {folder / 'run.report.html'}" in said
     shown = Elements((folder / "run.report.html").read_text()).text
     assert "ended with code 3" in shown and "Anything that rests on steps that were not carried out: 2, prune" in shown
 
@@ -310,26 +319,26 @@ def test_steps_that_are_done_keep_what_they_showed(folder):
     assert "done" in ran(folder / "run.toml") and rp.report.run_page(folder) == before
 
 
-# The account.
+# The journal.
 
 
 def test_a_line_that_was_cut_off_is_none(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    path = folder / "run.account.jsonl"
+    path = folder / "run.journal.jsonl"
     path.write_text(path.read_text() + '{"number": 4, "ver')
-    assert len(run_journal.entries(folder / "run.toml")) == 4
-    run_journal.enter(Path("run.toml"), 4, ["diff", "tiny", "edited"], 0, 1.0, None, [])
-    assert run_journal.entries(folder / "run.toml")[4].seconds == 1.0
+    assert len(Journal(folder / "run.toml").records) == 4
+    record(4, None)
+    assert Journal(folder / "run.toml").latest()[4].seconds == 1.0
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
-    "nothing": (lambda f: gather(f / "none.toml"), NotFound, r"none\.toml does not exist; give the TOML file of a run"),
-    "no run": (lambda f: gather(f / "edited"), NotFound, r"edited holds no account of a run \(\*\.account\.jsonl\)"),
-    "two runs": (lambda f: (shutil.copy(f / "run.account.jsonl", f / "b.account.jsonl"), gather(f)), ArgumentError, r"holds 2 runs; name one: b\.toml, run\.toml"),
-    "no steps": (lambda f: ((f / "run.toml").write_text("model = 'tiny'"), gather(f)), DataError, r"run\.toml is not the file of a run: KeyError"),
-    "steps without verbs": (lambda f: ((f / "run.toml").write_text("[[step]]\nout = 'a'"), gather(f)), DataError, r"it holds no \[\[step\]\] tables with a verb"),
-    "no TOML": (lambda f: ((f / "run.toml").unlink(), gather(f)), NotFound, r"run\.toml is not a file; give the TOML file of a run"),
-    "another account": (lambda f: ((f / "run.account.jsonl").write_text('{"a": 1}\n'), gather(f)), CheckpointError, r"is not the account of a run: a step must hold number, verb.*; found \['a'\]; move it away"),
+    "nothing": (lambda f: run_report(f / "none.toml"), NotFound, r"none\.toml does not exist; give the TOML file of a run"),
+    "no run": (lambda f: run_report(f / "edited"), NotFound, r"edited holds no journal of a run \(\*\.journal\.jsonl\)"),
+    "two runs": (lambda f: (shutil.copy(f / "run.journal.jsonl", f / "b.journal.jsonl"), run_report(f)), ArgumentError, r"holds 2 runs; name one: b\.toml, run\.toml"),
+    "no steps": (lambda f: ((f / "run.toml").write_text("model = 'tiny'"), run_report(f)), DataError, r"run\.toml is not the file of a run: it holds no \[\[step\]\] tables"),
+    "steps without verbs": (lambda f: ((f / "run.toml").write_text("[[step]]\nout = 'a'"), run_report(f)), DataError, r"it holds no \[\[step\]\] tables with a verb"),
+    "no TOML": (lambda f: ((f / "run.toml").unlink(), run_report(f)), NotFound, r"run\.toml is not a file; give the TOML file of a run"),
+    "another journal": (lambda f: ((f / "run.journal.jsonl").write_text('{"a": 1}\n'), run_report(f)), CheckpointError, r"is not the journal of a run: a step must hold number, verb.*; found \['a'\]; move it away"),
 }  # fmt: skip
 
 
@@ -341,7 +350,7 @@ def test_what_is_no_run_is_refused(what, folder):
 
 
 def test_only_what_is_shown_while_somebody_listens_is_kept(capsys):
-    with output.kept() as found:
+    with output.recorded() as found:
         output.table("A [b]title[/b]", ("x", "y"), [["a", 0.12345], ["b", 2]])
         output.out.print("[bold]so[/bold] it is [b]")
         output.show_generations(["p"], [" "], ["x\ny"])
@@ -482,4 +491,4 @@ def complaints(page: str, place: Path) -> list[str]:
 
 
 def test_the_page_of_a_gathered_run_is_its_page(made):
-    assert rendered(gather(made)) == rp.report.run_page(made)
+    assert rendered(run_report(made)) == rp.report.run_page(made)

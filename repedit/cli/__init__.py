@@ -16,15 +16,10 @@ from typing import Any
 import typer
 
 from repedit.cli import apply, audit, chat, demo, hub, inspect, neurons, project, run, unlearn, vision
+from repedit.cli.app import app, verbs
 from repedit.cli.options import BASH, CUT_OFF, INTERRUPTED, Verb, completed, epilog, in_bash
 from repedit.escaping import for_terminal
 
-app = typer.Typer(
-    name="repedit",
-    help="See what a capability of a language model is made of, cut it out of the weights, and test what is left.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
 for verb in (
     demo.demo,
     demo.fetch,
@@ -49,16 +44,7 @@ for verb in (
     app.command(epilog=epilog(verb.__name__), cls=Verb)(completed(verb))
 app.add_typer(vision.app, name="vision")
 
-
-def verbs() -> dict[str, Any]:
-    """Every verb by name, in the order of --help; one inside a group goes by both names, such as "vision demo"."""
-    import typer.main
-
-    found: dict[str, Any] = {}
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
-        inner = getattr(command, "commands", None)
-        found |= {name: command} if inner is None else {f"{name} {part}": verb for part, verb in inner.items()}
-    return found
+__all__ = ["app", "main", "verbs"]
 
 
 def main() -> None:

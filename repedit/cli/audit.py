@@ -91,8 +91,9 @@ def report(
     """Show an audit again and write its pages; several over the same facts in one table and one plot; or the page of a run."""
     from repedit.auditing.report import Report
     from repedit.cli import output
-    from repedit.cli.run import is_run, show_run
+    from repedit.cli.run import show_run
     from repedit.report import compare_reports, redacted, write
+    from repedit.runs import is_run
 
     if any(map(is_run, audits)):
         show_run(audits, out, hide_items, json)

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from repedit.escaping import for_terminal
 
-_keeping: ContextVar[list[dict[str, Any]] | None] = ContextVar("_keeping", default=None)
+_recording: ContextVar[list[dict[str, Any]] | None] = ContextVar("_recording", default=None)
 
 
 class Output(Console):
@@ -37,7 +37,7 @@ class Output(Console):
         """Print; a text has neither markup nor escape sequences. On standard output, keep what is words."""
         words = [Text(for_terminal(item, lines=True)) if isinstance(item, str) else item for item in objects]
         if objects and not self.stderr and all(isinstance(item, str) for item in objects):
-            _keep("line", text=" ".join(objects))
+            _record("line", text=" ".join(objects))
         super().print(*words, **options)
 
     def write(self, text: str) -> None:
@@ -60,19 +60,19 @@ err = Output(stderr=True)
 
 
 @contextmanager
-def kept() -> Iterator[list[dict[str, Any]]]:
-    """What is shown on standard output while this is open, as plain values: tables, generations, lines, JSON."""
-    found: list[dict[str, Any]] = []
-    token = _keeping.set(found)
+def recorded() -> Iterator[list[dict[str, Any]]]:
+    """A list that receives what is shown on standard output meanwhile, as plain values: tables, generations, lines, JSON."""
+    items: list[dict[str, Any]] = []
+    token = _recording.set(items)
     try:
-        yield found
+        yield items
     finally:
-        _keeping.reset(token)
+        _recording.reset(token)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "table") -> None:
-    """One table; numbers are right-aligned. `kind` says what it holds to who keeps it, see `kept`."""
-    _keep(kind, title=title, columns=list(columns), rows=[[_words(cell) for cell in row] for row in rows])
+    """One table; numbers are right-aligned. `kind` says what it holds to who keeps it, see `recorded`."""
+    _record(kind, title=title, columns=list(columns), rows=[[_words(cell) for cell in row] for row in rows])
     drawn = Table(title=_text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
@@ -85,7 +85,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], kin
 def show_json(value: Any, *, indent: int | None = 2) -> None:
     """One JSON document on standard output; a number that is not finite is null. Without an indent it is one line."""
     plain = _plain(value)
-    _keep("json", value=plain)
+    _record("json", value=plain)
     out.write(json.dumps(plain, indent=indent, sort_keys=indent is not None, allow_nan=False) + "\n")
 
 
@@ -228,7 +228,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
-def _keep(kind: str, **held: Any) -> None:
-    found = _keeping.get()
-    if found is not None:
-        found.append({"kind": kind, **held})
+def _record(kind: str, **content: object) -> None:
+    items = _recording.get()
+    if items is not None:
+        items.append({"kind": kind, **content})

@@ -7,8 +7,9 @@ from repedit.report.comparison import ReportComparison, compare_reports
 from repedit.report.html import page
 from repedit.report.markdown import markdown
 from repedit.report.redaction import redacted
-from repedit.report.run_page import RunReport, run_page, write_run
+from repedit.report.run_page import run_page, write_run
 from repedit.report.writing import schema, write
+from repedit.runs import RunReport
 
 __all__ = [
     "ReportComparison",

@@ -15,13 +15,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repedit.auditing.attack import STATUSES, Finding
 from repedit.auditing.report import WORDS, Gap, Recovery, Report, Verdict
-
-if TYPE_CHECKING:
-    from repedit.report.run_report import RunReport, Stage
+from repedit.runs import RunReport, StepReport
 
 REDACTED = "(withheld)"
 FIELDS = """
@@ -175,11 +173,11 @@ def redacted_run(run: RunReport) -> RunReport:
 
     Tables keep their numbers; lines, generations, reasons and the names of inputs are withheld.
     """
-    outputs = {str(s.asked[key]) for s in run.stages for key in ("out", "log", "resume") if s.asked.get(key)}
-    stages = tuple(_stage(stage, outputs) for stage in run.stages)
-    steps = ["[[step]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in s.asked.items()) for s in stages]
+    outputs = {str(s.table[key]) for s in run.steps for key in ("out", "log", "resume") if s.table.get(key)}
+    steps = tuple(_step(step, outputs) for step in run.steps)
+    text = ["[[step]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in s.table.items()) for s in steps]
     return replace(
-        run, text="\n".join(steps), stages=stages, hidden=True,
+        run, text="\n".join(text), steps=steps, redact=redacted_values,
         checkpoints={name: replace(held, manifest=_manifest(held.manifest)) for name, held in run.checkpoints.items()},
         audits={name: redacted(report) for name, report in run.audits.items()},
         unreadable=dict.fromkeys(run.unreadable, REDACTED),
@@ -321,18 +319,18 @@ _HEADINGS = frozenset({
 _CELL = re.compile(rf"(?:{_NUMBER}(?: \({_NUMBER} to {_NUMBER}\))?)?")
 
 
-def _stage(stage: Stage, outputs: set[str]) -> Stage:
-    asked = {str(key): _option(value, str(key), outputs) for key, value in stage.asked.items()}
-    faults = (f"Step {stage.number}, {stage.verb}: something is not as the run left it.",) if stage.faults else ()
-    if stage.entry is None:
-        return replace(stage, asked=asked, faults=faults)
-    options = [(f"--{key.replace('_', '-')}", value) for key, value in asked.items() if key != "verb"]
-    entry = replace(
-        stage.entry, asked=asked, words=(stage.verb, *(str(word) for pair in options for word in pair)),
-        inputs={f"input {n}": digest_ for n, digest_ in enumerate(stage.entry.inputs.values(), 1)},
-        shown=tuple(map(_shown, stage.entry.shown)),
+def _step(step: StepReport, outputs: set[str]) -> StepReport:
+    table = {str(key): _option(value, str(key), outputs) for key, value in step.table.items()}
+    faults = (f"Step {step.number}, {step.verb}: something is not as the run left it.",) if step.faults else ()
+    if step.record is None:
+        return replace(step, table=table, faults=faults)
+    options = [(f"--{key.replace('_', '-')}", value) for key, value in table.items() if key != "verb"]
+    record = replace(
+        step.record, table=table, command=(step.verb, *(str(word) for pair in options for word in pair)),
+        inputs={f"input {n}": digest_ for n, digest_ in enumerate(step.record.inputs.values(), 1)},
+        display=tuple(map(_shown, step.record.display)),
     )  # fmt: skip
-    return replace(stage, asked=asked, faults=faults, entry=entry)
+    return replace(step, table=table, faults=faults, record=record)
 
 
 def _option(value: Any, field: str, outputs: set[str]) -> Any:

@@ -39,11 +39,12 @@ from repedit.report.html import (
     told,
     values,
 )
+from repedit.report.limitations import MEASURES, limitations
 from repedit.report.redaction import redacted_run, redacted_values
-from repedit.report.run_report import MEASURES, RunReport, Stage, find, gather, limits
 from repedit.report.tables import Table, number, plain
 from repedit.rewrite.certificate import Certificate, TensorCertificate
 from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
+from repedit.runs import RunReport, run_file, run_report
 from repedit.sites import Site
 
 # --- Small charts of a run: a bar a layer, a spread a layer, a line over steps; as SVG of the size of those of an audit
@@ -169,7 +170,7 @@ def _figure(name: str, drawn: str) -> str:
 def items(run: RunReport, *verbs: str) -> list[str]:
     """Everything the steps with these verbs showed, under a heading a step."""
     parts, heading = list[str](), 0
-    for stage, item in run.shown(*verbs):
+    for stage, item in run.display(*verbs):
         if stage.number != heading:
             heading = stage.number
             parts.append(element("h3", text=f"Step {stage.number}, {stage.verb}"))
@@ -180,7 +181,7 @@ def items(run: RunReport, *verbs: str) -> list[str]:
 def first_tables(run: RunReport, *verbs: str) -> list[str]:
     """The first table that each of the steps with these verbs showed: what a reader asks for first."""
     found = dict[int, str]()
-    for stage, item in run.shown(*verbs):
+    for stage, item in run.display(*verbs):
         if item["kind"] == "table" and stage.number not in found:
             found[stage.number] = element("p", text=f"Step {stage.number}: {item['title']}", class_="caption")
             found[stage.number] += table(Table(item["columns"], item["rows"]))
@@ -220,10 +221,10 @@ def request(run: RunReport) -> list[str]:
     rows = [
         [
             str(stage.number), stage.state,
-            shlex.join(["repedit", *stage.entry.words]) if stage.entry else f"repedit {stage.verb} (see the file)",
-            f"{stage.entry.seconds:.1f}" if stage.entry else "n/a", str(stage.asked.get("out", "")),
+            shlex.join(["repedit", *stage.record.command]) if stage.record else f"repedit {stage.verb} (see the file)",
+            f"{stage.record.seconds:.1f}" if stage.record else "n/a", str(stage.table.get("out", "")),
         ]
-        for stage in run.stages
+        for stage in run.steps
     ]  # fmt: skip
     return [
         element("pre", text=run.text.strip("\n")),
@@ -236,13 +237,13 @@ def request(run: RunReport) -> list[str]:
 def model(run: RunReport) -> list[str]:
     """Which model it is, as the checkpoints say, and the hashes of the files it was read from."""
     names = dict.fromkeys(
-        str(s.asked[key]) for s in run.stages for key in ("model", "base", "original") if s.asked.get(key)
+        str(s.table[key]) for s in run.steps for key in ("model", "base", "original") if s.table.get(key)
     )
-    prints = dict.fromkeys(str(o["model"]) for o in run.origins.values() if o.get("model"))
+    prints = dict.fromkeys(str(o["model"]) for o in run.provenances.values() if o.get("model"))
     rows = [["asked for as", ", ".join(names) or "no model is named"]]
     rows += [["sha256 of weights and config", name] for name in prints]
     for out in run.checkpoints:
-        rows += _anatomy(out, run.file.parent / out, run.hidden)
+        rows += _anatomy(out, run.file.parent / out, run.redacted)
     bases = {name: held.manifest["base"] for name, held in run.checkpoints.items() if "base" in held.manifest}
     parts = [table(Table(("what", "value"), rows))]
     if not run.checkpoints:
@@ -259,7 +260,7 @@ def model(run: RunReport) -> list[str]:
 def _data(run: RunReport) -> Table:
     """Every set of rows that something was found with or asked about, and every file a step was given, with its hash."""
     rows: dict[tuple[str, ...], str] = {}
-    for out, origin in run.origins.items():
+    for out, origin in run.provenances.items():
         for role, held in (origin.get("data") or {}).items():
             if isinstance(held, Mapping):
                 counted = next((f"{held[unit]:,} {unit}" for unit in ("tokens", "rows", "facts") if unit in held), "")
@@ -267,16 +268,16 @@ def _data(run: RunReport) -> Table:
     for out, report in run.audits.items():
         for role, digest in (report.context.get("hashes") or {}).items():
             rows[(f"audit: {role}", "", "", str(digest))] = out
-    for stage in run.stages:
-        for name, digest in (stage.entry.inputs if stage.entry else {}).items():
+    for stage in run.steps:
+        for name, digest in (stage.record.inputs if stage.record else {}).items():
             rows[("file", name, "", digest)] = f"step {stage.number}"
     found = [[*row, used] for row, used in rows.items()]
     return Table(("role", "name", "size", "hash", "used for"), found, "" if found else "No step left a record of data.")
 
 
 def _circumstances(run: RunReport) -> Table:
-    seeds = {f"step {s.number}, {s.verb}": str(s.asked["seed"]) for s in run.stages if "seed" in s.asked}
-    seeds |= {f"provenance of {out}": str(o["seed"]) for out, o in run.origins.items() if o.get("seed") is not None}
+    seeds = {f"step {s.number}, {s.verb}": str(s.table["seed"]) for s in run.steps if "seed" in s.table}
+    seeds |= {f"provenance of {out}": str(o["seed"]) for out, o in run.provenances.items() if o.get("seed") is not None}
     seeds |= {
         f"audit {out}": ", ".join(map(str, r.context["seeds"]))
         for out, r in run.audits.items()
@@ -286,8 +287,8 @@ def _circumstances(run: RunReport) -> Table:
         ["seed", "none was given; every verb begins from 0"]
     ]
     versions: dict[str, list[str]] = {}
-    for stage in run.stages:
-        for name, value in (stage.entry.versions if stage.entry else {}).items():
+    for stage in run.steps:
+        for name, value in (stage.record.versions if stage.record else {}).items():
             if value not in versions.setdefault(name, []):
                 versions[name].append(value)
     return Table(("what", "value"), rows + [[name, " and ".join(found)] for name, found in versions.items()])
@@ -375,7 +376,7 @@ def training(run: RunReport) -> list[str]:
 def settings(run: RunReport) -> list[str]:
     """Method, formula and source of everything that was found, then its options, folded where they are many."""
     parts = []
-    for name, origin in run.origins.items():
+    for name, origin in run.provenances.items():
         held = [[key, plain(origin[key])] for key in METHOD if origin.get(key) is not None]
         options = [[key, plain(value)] for key, value in (origin.get("options") or {}).items() if value is not None]
         if held or options:
@@ -419,17 +420,17 @@ def _total(counts: Counts) -> str:
 def _courses(run: RunReport) -> dict[str, tuple[Mapping[str, Any], dict[str, Sequence[float]]]]:
     """(provenance, values by name) of every training of which the losses were kept."""
     found: dict[str, tuple[Mapping[str, Any], dict[str, Sequence[float]]]] = {}
-    for name, origin in run.origins.items():
+    for name, origin in run.provenances.items():
         history = origin.get("history")
         if isinstance(history, Mapping):
             found[name] = origin, {WORDS.get(str(key), str(key)): list(held) for key, held in history.items()}
     for name, rows in _logs(run):
         records: dict[str, list[float]] = {}
-        for row in redacted_values(rows) if run.hidden else rows:
+        for row in redacted_values(rows) if run.redacted else rows:
             for key, value in (row.get("losses") or {}).items():
                 records.setdefault(f"{key} loss", []).append(float("nan") if value is None else float(value))
         if records:
-            found[name] = run.origins.get(name, {}), dict(records)
+            found[name] = run.provenances.get(name, {}), dict(records)
     return found
 
 
@@ -437,16 +438,16 @@ def _logs(run: RunReport) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
     """The records of gradient unlearning: in the delta, or in the file that `log` named."""
     for name, path in run.of_kind("delta"):
         yield name, archive.header_of(path).get("log", [])
-    for stage in run.stages:
-        log = Path(run.file.parent / str(stage.asked.get("log", "")))
+    for stage in run.steps:
+        log = Path(run.file.parent / str(stage.table.get("log", "")))
         if (
             stage.verb == "unlearn"
-            and stage.asked.get("log")
+            and stage.table.get("log")
             and log.is_file()
-            and str(stage.asked.get("out")) not in run.saved
+            and str(stage.table.get("out")) not in run.saved
         ):
             yield (
-                str(stage.asked.get("out")),
+                str(stage.table.get("out")),
                 JsonLines(log).rows,
             )
 
@@ -605,9 +606,9 @@ def run_page(path: str | Path, *, hide_items: bool = False) -> str:
         hide_items: withhold every text of an item, see `repedit.report.redaction`.
     Raises:
         NotFound: if there is no run. ArgumentError: if the folder holds several.
-        DataError, CheckpointError: if the file or its account is not that of a run.
+        DataError, CheckpointError: if the file or its journal is not that of a run.
     """
-    return rendered(gather(path), hide_items=hide_items)
+    return rendered(run_report(path), hide_items=hide_items)
 
 
 def write_run(path: str | Path, target: str | Path | None = None, *, hide_items: bool = False) -> Path:
@@ -616,7 +617,7 @@ def write_run(path: str | Path, target: str | Path | None = None, *, hide_items:
     Raises:
         As `run_page`; CheckpointError: if it cannot be written.
     """
-    file = find(path)
+    file = run_file(path)
     place = file.with_suffix(".report.html") if target is None else user_path(target)
     place = place / "report.html" if place.is_dir() else place
     text = run_page(file, hide_items=hide_items)
@@ -639,7 +640,7 @@ def rendered(run: RunReport, *, hide_items: bool = False) -> str:
         "How exact it is": exactness(run),
         "Before and after": items(run, *MEASURES),
         "Under attack": _attacks(run),
-        "What has not been shown": [listed(limits(run), "plain")],
+        "What has not been shown": [listed(limitations(run), "plain")],
         "How to make it again": [
             element(
                 "pre",
@@ -660,14 +661,14 @@ def _part(title: str, inside: Sequence[str]) -> str:
 def _head(run: RunReport) -> str:
     """Name, outcome, and whatever does not hold any more, before anything else."""
     word, tone, sentence = _outcome(run)
-    done = sum(stage.done for stage in run.stages)
-    names = dict.fromkeys(str(stage.asked["model"]) for stage in run.stages if stage.asked.get("model"))
+    done = sum(stage.done for stage in run.steps)
+    names = dict.fromkeys(str(stage.table["model"]) for stage in run.steps if stage.table.get("model"))
     facts = [
         f"run {run.file.name}",
-        f"{done} of {len(run.stages)} steps carried out",
+        f"{done} of {len(run.steps)} steps carried out",
         *(f"model {name}" for name in names),
     ]
-    facts += [f"{name}: {origin['method']}" for name, origin in run.origins.items() if origin.get("method")]
+    facts += [f"{name}: {origin['method']}" for name, origin in run.provenances.items() if origin.get("method")]
     alarm = (
         element("div", element("h2", text="Not as the run left it"), listed(run.faults, "plain"), class_="alarm")
         if run.faults
@@ -693,14 +694,14 @@ def _brief(run: RunReport) -> list[str]:
         plan, certificate = held.manifest.get("plan") or {}, held.manifest.get("certificate")
         most = max((row["relative_change"] or 0.0 for row in plan.values()), default=0.0)
         found.append(
-            f"{run.called(name)}: {len(plan)} tensors changed, by {most:.3f} of their size at most; {held.describe()}."
+            f"{run.label(name)}: {len(plan)} tensors changed, by {most:.3f} of their size at most; {held.describe()}."
         )
         if certificate:
             found.append(
                 f"{name}: {certificate['form']}, {certificate['exactness']}, largest leak along a removed direction {certificate['worst_leak']:.1e}."
             )
     for name, report in run.audits.items():
-        found.append(f"{run.called(name)}: {report.verdict.word}; {report.verdict.rule}".rstrip(".") + ".")
+        found.append(f"{run.label(name)}: {report.verdict.word}; {report.verdict.rule}".rstrip(".") + ".")
     return found or ["Nothing: no step left anything that can be read."]
 
 
@@ -727,9 +728,6 @@ def _attacks(run: RunReport) -> list[str]:
     """Every audit: its verdict, the forest, the tables."""
     parts = []
     for name, report in run.audits.items():
-        parts += [opening(report, "h3", f"{run.called(name)}: "), *told(report, "h3")]
+        parts += [opening(report, "h3", f"{run.label(name)}: "), *told(report, "h3")]
         parts.append(note(f"Settings, guesses that need no knowledge and diagnostics are in {name}/audit.html."))
     return parts
-
-
-__all__ = ["RunReport", "Stage", "gather", "run_page", "write_run"]
