@@ -66,7 +66,7 @@ def rows(seed: int) -> Iterator[dict[str, Any]]:
     floor = {name: best(attack.at(seed)(blank, splits), blank, splits) for name, attack in ATTACKS.items()}
     known = rp.facts_accuracy(here.original, splits.test).accuracy
     for name, lm in models.items():
-        row: dict[str, Any] = {"name": name, "seed": seed, "width": lm.anatomy.width}
+        row: dict[str, Any] = {"name": name, "seed": seed, "width": lm.layout.width}
         row |= {side: rp.facts_accuracy(lm, getattr(here.facts, side)).accuracy for side in ("forget", "retain")}
         for attack, make in ATTACKS.items():
             found = make.at(seed)(lm, splits)

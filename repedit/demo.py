@@ -163,7 +163,7 @@ def forget_capitals(
     subject, asked = load(model), facts("capitals", seed=seed)
     halves = Splits.of(asked.retain, seed=seed)
     shown = tuple(replace(fact, paraphrases=fact.paraphrases[:3]) for fact in asked.forget)
-    rank = min(8, subject.anatomy.width // 8)
+    rank = min(8, subject.layout.width // 8)
     say(f"Training projections of rank {rank} for {steps} steps: forget {len(shown)} capitals, keep the rest")
     edit = mrp(subject, forget=shown, retain=halves.train, rank=rank, config={"steps": steps, "seed": seed})
     say(f"Writing the projected checkpoint to {out}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from repedit import hooks
-from repedit.arch import Anatomy, hooks_at
+from repedit.arch import ModelLayout, hooks_at
 from repedit.errors import ArgumentError, FingerprintError, NotFoldable, ShapeError, during
 from repedit.hashing import value_hash
 from repedit.io import archive
@@ -52,7 +52,7 @@ class Edit:
                     f"an edit holds a map for each site; found {type(map_).__name__} for {site!r}: give a LowRank or a Diagonal"
                 )
         ordered = {site: by_site[site] for site in sorted(by_site)}
-        check_finite(ordered)
+        check_finite_maps(ordered)
         object.__setattr__(self, "maps", MappingProxyType(ordered))
         object.__setattr__(
             self, "provenance", MappingProxyType(plain(dict(self.provenance), "the provenance of an edit"))
@@ -100,14 +100,14 @@ class Edit:
 
     def hooks(self, subject: Subject) -> list[hooks.Hook]:
         """The hooks that carry the edit, in forward order."""
-        plan = subject.anatomy
-        check_widths(self, plan)
+        layout = subject.layout
+        check_widths(self, layout)
         if not subject.quantizer:  # the same model in other numbers
             check_made_for(self, subject.value)
         return [
             hook
             for site, map_ in self.maps.items()
-            for hook in hooks_at(subject.model, plan, site, _visit(map_), replaces=True)
+            for hook in hooks_at(subject.model, layout, site, _visit(map_), replaces=True)
         ]
 
     @cached_property
@@ -131,7 +131,7 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: "<site>/u|v|center|scale|shift", and a JSON header with the provenance."""
-        check_finite(self.maps)
+        check_finite_maps(self.maps)
         tensors: dict[str, Tensor] = {}
         kinds: dict[str, list[str]] = {}
         for site, map_ in self.maps.items():
@@ -163,16 +163,16 @@ def describe_map(map_: AffineMap) -> str:
     return f"{type(map_).__name__} of width {map_.width}, removes rank {map_.rank_removed}"
 
 
-def exactness(site: Site, plan: Anatomy) -> str:
+def exactness(site: Site, layout: ModelLayout) -> str:
     """How exactly weights can equal the edit at a site: "exact", "subspace-exact" or "hook-only"."""
     if site.point in (Point.RESID_MID, Point.RESID_POST) or (site.point is Point.RESID_PRE and site.layer > 0):
         return "hook-only"
-    if site.point in (Point.ATTN_OUT, Point.MLP_OUT) and plan.branch(site.layer, site.point).gain is not None:
+    if site.point in (Point.ATTN_OUT, Point.MLP_OUT) and layout.branch(site.layer, site.point).gain is not None:
         return "subspace-exact"
     return "exact"
 
 
-def check_finite(maps: Mapping[Site, AffineMap]) -> None:
+def check_finite_maps(maps: Mapping[Site, AffineMap]) -> None:
     """Refuse a map with a number that is not finite.
 
     Raises:
@@ -183,7 +183,7 @@ def check_finite(maps: Mapping[Site, AffineMap]) -> None:
             map_.check_finite()
 
 
-def check_widths(edit: Edit, plan: Anatomy) -> None:
+def check_widths(edit: Edit, layout: ModelLayout) -> None:
     """Refuse an edit whose maps do not fit the sites of this model, or are no longer finite.
 
     Raises:
@@ -192,17 +192,17 @@ def check_widths(edit: Edit, plan: Anatomy) -> None:
     """
     from repedit.sites import select
 
-    check_finite(edit.maps)
+    check_finite_maps(edit.maps)
     for site, map_ in edit.maps.items():
-        select(site, len(plan.layers), plan.architecture.points)
-        width = plan.width_of(site.layer, site.point)
+        select(site, len(layout.layers), layout.architecture.points)
+        width = layout.width_of(site.layer, site.point)
         if map_.width != width:
             raise ShapeError(
                 f"the map for {site} has width {map_.width}, the site has width {width}; was the edit fitted on another model?"
             )
         if (
             site.point is Point.MLP_NEURONS
-            and plan.branch(site.layer, site.point).routed
+            and layout.branch(site.layer, site.point).routed
             and not isinstance(map_, Diagonal)
         ):
             raise NotFoldable(

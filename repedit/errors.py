@@ -284,7 +284,7 @@ def check_positive(**values: object) -> None:
             raise ArgumentError(f"{name}={value!r}; give a number above 0 and below infinity")
 
 
-def check_finite(**values: object) -> None:
+def check_finite_numbers(**values: object) -> None:
     """Refuse values that are not finite real numbers; None passes.
 
     Raises:

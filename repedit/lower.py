@@ -9,7 +9,7 @@ from typing import Any, Literal
 from einops import rearrange
 from torch import Tensor
 
-from repedit.arch import Anatomy, Architecture, Branch, Specs, TensorSpec, View, anatomy
+from repedit.arch import Architecture, Branch, MatrixView, ModelLayout, Specs, TensorSpec, match_layout
 from repedit.delta import Delta
 from repedit.edit import Edit, check_made_for, check_widths, describe_map, exactness
 from repedit.errors import ArgumentError, FingerprintError, NoBiasSlot, NotFoldable, nearest
@@ -53,7 +53,7 @@ def by_name(stages: Sequence[object], specs: Specs, any_model: bool) -> Plan:
                     f"the delta was made for another model: it holds {name} {tuple(value.shape)}, and here {what}"
                 )
             known = None if name in operations else start.get(name)
-            operations.setdefault(name, []).append(Operation("add", View(name), constant=value, start=known))
+            operations.setdefault(name, []).append(Operation("add", MatrixView(name), constant=value, start=known))
     records = [{k: v for k, v in s.provenance.items() if k != "start"} for s in stages if isinstance(s, Delta)]
     made = records[0] if len(records) == 1 else {"method": "composition", "parents": records}
     return Plan({name: tuple(ops) for name, ops in operations.items()}, {}, "live", added=added, provenance=made)
@@ -102,21 +102,21 @@ def lower(
     stages = _stages([change] if isinstance(change, Edit | Delta) else change)
     if architecture is None:
         return by_name(stages, specs, any_model)
-    plan = anatomy(architecture, specs)
-    build = _Builder(plan, specs, tied, sides)
+    layout = match_layout(architecture, specs)
+    build = _Builder(layout, specs, tied, sides)
     for stage in stages:
         if isinstance(stage, Delta):
             build.delta(stage, any_model)
         else:
-            check_widths(stage, plan)
+            check_widths(stage, layout)
             for site, map_ in stage.maps.items():
                 build.site(site, map_)
     edits = [stage for stage in stages if isinstance(stage, Edit)]
     records = [{k: v for k, v in stage.provenance.items() if k != "start"} for stage in stages]
     return Plan(
         operations={name: tuple(ops) for name, ops in build.operations.items()},
-        exactness={site: exactness(site, plan) for edit in edits for site in edit.maps},
-        store=plan.store,
+        exactness={site: exactness(site, layout) for edit in edits for site in edit.maps},
+        store=layout.store,
         unties=build.unties,
         added=build.added,
         config=build.config,
@@ -177,15 +177,15 @@ def _stages(changes: Sequence[EditOrDelta]) -> list[EditOrDelta]:
 class _Builder:
     """Collects the operations of one plan, site by site in forward order."""
 
-    def __init__(self, plan: Anatomy, specs: Specs, tied: str, sides: str) -> None:
-        self.plan, self.specs, self.tied, self.sides = plan, specs, tied, sides
+    def __init__(self, layout: ModelLayout, specs: Specs, tied: str, sides: str) -> None:
+        self.layout, self.specs, self.tied, self.sides = layout, specs, tied, sides
         self.operations: dict[str, list[Operation]] = {}
         self.unties: dict[str, str] = {}
         self.added: dict[str, TensorSpec] = {}
         self.config: dict[str, Any] = {}
 
     def site(self, site: Site, map_: AffineMap) -> None:
-        if exactness(site, self.plan) == "hook-only":
+        if exactness(site, self.layout) == "hook-only":
             raise NotFoldable(
                 f"{site} is a residual stream: every later layer still receives what earlier layers wrote, so no weight equals an "
                 f"edit there. Edit the writers ({site.layer}.attn.out, {site.layer}.mlp.out), or use edit.hooked(subject)"
@@ -193,7 +193,7 @@ class _Builder:
         if site.point is Point.RESID_PRE:
             self._embeddings(map_)
             return
-        branch = self.plan.branch(site.layer, site.point)
+        branch = self.layout.branch(site.layer, site.point)
         if site.point is branch.inner:
             self._neurons(site, branch, map_)
         else:
@@ -203,7 +203,7 @@ class _Builder:
         """Add the differences of a delta."""
         start = {} if any_model else delta.provenance.get("start", {})
         for name, value in delta.tensors.items():
-            for view, piece in _placed(name, value, self.plan, self.specs):
+            for view, piece in _placed(name, value, self.layout, self.specs):
                 if view.tensor in (*self.unties, *self.unties.values()):
                     raise NotFoldable(
                         f"an edit before the delta unties {view.tensor}, which was one tensor when the delta was trained; apply "
@@ -236,9 +236,9 @@ class _Builder:
                 self._silence(branch, part.readers, piece.kept)
         if offset is not None:
             bias = self._bias(site, branch, "a fill value other than zero (use fill='zero')")
-            self._add(Operation("carry", View(bias), constant=offset, weight=branch.parts[0].out))
+            self._add(Operation("carry", MatrixView(bias), constant=offset, weight=branch.parts[0].out))
 
-    def _silence(self, branch: Branch, readers: tuple[View, ...], kept: Tensor) -> None:
+    def _silence(self, branch: Branch, readers: tuple[MatrixView, ...], kept: Tensor) -> None:
         """Zero the rows that feed pruned neurons; a value row only when every query head that shares it is pruned."""
         if branch.group > 1:
             kept = rearrange(kept, "(kv g e) -> kv g e", g=branch.group, e=branch.head_width).any(1).reshape(-1)
@@ -249,7 +249,7 @@ class _Builder:
 
     def _out(self, site: Site, branch: Branch, map_: AffineMap) -> None:
         offset = map_.offset
-        gain = {"gain": branch.gain, "unit_gain": self.plan.architecture.unit_gain}
+        gain = {"gain": branch.gain, "unit_gain": self.layout.architecture.unit_gain}
         if offset is not None and branch.gain is not None:
             raise NotFoldable(
                 f"{site} follows the post-norm {branch.gain}, which has no bias to hold the map's offset; "
@@ -259,20 +259,20 @@ class _Builder:
             self._add(Operation("outputs", part.out, map_, **gain))  # type: ignore[arg-type]
         if offset is not None:
             bias = self._bias(site, branch, "the map's offset (fit without a center, affine=False)")
-            self._add(Operation("outputs", View(bias), map_, constant=offset))
+            self._add(Operation("outputs", MatrixView(bias), map_, constant=offset))
         elif branch.bias is not None or (branch.bias_name in self.added):
-            self._add(Operation("outputs", View(str(branch.bias_name)), map_, **gain))  # type: ignore[arg-type]
+            self._add(Operation("outputs", MatrixView(str(branch.bias_name)), map_, **gain))  # type: ignore[arg-type]
 
     def _bias(self, site: Site, branch: Branch, reason: str) -> str:
         """The bias of a writer; adds the family's biases (as zeros, in every layer) where a config flag allows."""
         if branch.bias is not None:
             return branch.bias
-        slot = self.plan.architecture.bias_flags.get(branch.outer)
+        slot = self.layout.architecture.bias_flags.get(branch.outer)
         if slot is None or branch.bias_name is None:
             raise NoBiasSlot(
-                f"{site}: {self.plan.architecture.model_type} has no bias at {branch.writer} to hold {reason}; or use edit.hooked(subject)"
+                f"{site}: {self.layout.architecture.model_type} has no bias at {branch.writer} to hold {reason}; or use edit.hooked(subject)"
             )
-        for block in self.plan.block_paths:
+        for block in self.layout.block_paths:
             for module in slot.modules:
                 weight = self.specs.get(f"{block}.{module}.weight")
                 if weight is not None and f"{block}.{module}.bias" not in self.specs:
@@ -283,16 +283,19 @@ class _Builder:
     def _embeddings(self, map_: AffineMap) -> None:
         """0.resid.pre is the sum of the embeddings: each takes the linear part, the token table takes the offset."""
         offset = map_.offset
-        tokens, *others = self.plan.embeddings
-        scale = self.plan.width**0.5 if self.plan.architecture.embedding_scaled else 1.0
+        tokens, *others = self.layout.embeddings
+        scale = self.layout.width**0.5 if self.layout.architecture.embedding_scaled else 1.0
         self._add(
             Operation(
-                "outputs", View(tokens, transposed=True), map_, constant=None if offset is None else offset / scale
+                "outputs",
+                MatrixView(tokens, transposed=True),
+                map_,
+                constant=None if offset is None else offset / scale,
             )
         )
         for name in others:
-            self._add(Operation("outputs", View(name, transposed=True), map_))
-        if not self.plan.architecture.tied:
+            self._add(Operation("outputs", MatrixView(name, transposed=True), map_))
+        if not self.layout.architecture.tied:
             return
         if self.tied == "untie" and any(op.kind == "add" for op in self.operations[tokens]):
             raise NotFoldable(
@@ -301,26 +304,26 @@ class _Builder:
             )
         if self.tied == "untie":
             self.config["tie_word_embeddings"] = False
-            self.unties[self.plan.head] = tokens
-        elif self.plan.head in self.specs:
+            self.unties[self.layout.head] = tokens
+        elif self.layout.head in self.specs:
             # Files may hold the head although it is tied; transformers unties the two where their values differ.
-            self.operations[self.plan.head] = [
-                replace(op, view=replace(op.view, tensor=self.plan.head)) for op in self.operations[tokens]
+            self.operations[self.layout.head] = [
+                replace(op, view=replace(op.view, tensor=self.layout.head)) for op in self.operations[tokens]
             ]
 
 
-def _placed(name: str, value: Tensor, plan: Anatomy, specs: Specs) -> Iterator[tuple[View, Tensor]]:
+def _placed(name: str, value: Tensor, layout: ModelLayout, specs: Specs) -> Iterator[tuple[MatrixView, Tensor]]:
     """Where a store holds a tensor that has a name in memory, and the part of the tensor that belongs there.
 
     Raises:
         FingerprintError: if the store has no such tensor, or one of another shape.
     """
-    architecture = plan.architecture
+    architecture = layout.architecture
     found = next((n for n in _aliases(name, architecture) if n in specs), None)
-    pieces = [(View(found), value)] if found else list(_experts(name, value, architecture, specs))
-    if found == plan.embeddings[0] and architecture.tied and plan.head in specs:
+    pieces = [(MatrixView(found), value)] if found else list(_experts(name, value, architecture, specs))
+    if found == layout.embeddings[0] and architecture.tied and layout.head in specs:
         # Both names are written: files may hold the head although it is tied.
-        pieces.append((View(plan.head), value))
+        pieces.append((MatrixView(layout.head), value))
     for view, piece in pieces:
         shape = specs[view.tensor].shape
         if tuple(piece.shape) != tuple(shape):
@@ -343,7 +346,7 @@ def _aliases(name: str, architecture: Architecture) -> Iterator[str]:
             yield known.replace(f".{row.block}.", f".{row.down.partition('.experts')[0]}.")
 
 
-def _experts(name: str, value: Tensor, architecture: Architecture, specs: Specs) -> Iterator[tuple[View, Tensor]]:
+def _experts(name: str, value: Tensor, architecture: Architecture, specs: Specs) -> Iterator[tuple[MatrixView, Tensor]]:
     """The parts of fused experts, which lie on disk as one tensor an expert."""
     row = architecture.experts
     block, _, leaf = name.rpartition(f".{row.module}.") if row else ("", "", "")
@@ -356,4 +359,4 @@ def _experts(name: str, value: Tensor, architecture: Architecture, specs: Specs)
         for path, part in zip(names, expert.chunk(len(names)), strict=True):
             stored = f"{block}.{path.format(e=e)}"
             if stored in specs:
-                yield View(stored), part
+                yield MatrixView(stored), part

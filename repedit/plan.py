@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from repedit.arch import Specs, TensorSpec, View
+from repedit.arch import MatrixView, Specs, TensorSpec
 from repedit.errors import DtypeError, FingerprintError, NotFinite, NotFoldable, PlanMismatch
 from repedit.hashing import value_hash
 from repedit.linear_maps import AffineMap, not_finite_at
@@ -36,10 +36,10 @@ class Operation:
     """
 
     kind: Literal["outputs", "inputs", "carry", "add", "gain"]
-    view: View
+    view: MatrixView
     map: AffineMap | None = None
     constant: Tensor | None = None
-    weight: View | None = None
+    weight: MatrixView | None = None
     gain: str | None = None
     unit_gain: bool = False
     start: str | None = None
@@ -75,7 +75,7 @@ class Operation:
                 f"{self.view.tensor} holds other values ({value_hash(tensor)}) than the difference was trained from "
                 f"({self.start}): this is another model, or an edited one; pass any_model=True to add it all the same"
             )
-        if self.view == View(self.view.tensor):
+        if self.view == MatrixView(self.view.tensor):
             tensor += self.constant.to(tensor)
         else:
             self.view.change(tensor, lambda w: w + self.constant.to(w))  # type: ignore[union-attr]
@@ -194,7 +194,9 @@ class Plan:
                     f"{name} passes the post-norm {folded[0].gain}, some of whose gains are 0, more than once in this plan; carry "
                     "the edits out one after the other: apply(b, apply(a, subject))"
                 )
-            gains |= {str(op.gain): Operation("gain", View(str(op.gain)), unit_gain=op.unit_gain) for op in folded}
+            gains |= {
+                str(op.gain): Operation("gain", MatrixView(str(op.gain)), unit_gain=op.unit_gain) for op in folded
+            }
         return (
             replace(self, operations={**self.operations, **{name: (op,) for name, op in gains.items()}})
             if gains
@@ -217,7 +219,7 @@ class Plan:
         Raises:
             NotFinite: if the tensor is not finite. DtypeError: if it holds whole numbers, to which no map applies.
         """
-        check_finite(name, tensor)
+        check_finite_tensor(name, tensor)
         if not tensor.is_floating_point() and any(op.kind != "add" for op in self.operations.get(name, ())):
             raise DtypeError(
                 f"{name} holds {tensor.dtype}, and an edit changes floating weights alone; is it quantised?"
@@ -255,7 +257,7 @@ class Plan:
         return "\n".join([*lines, f"{len(self.touched)} tensors touched, {total / 1e6:.1f} MB rewritten"])
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
+def check_finite_tensor(name: str, tensor: Tensor) -> None:
     """Refuse a stored tensor that is not finite.
 
     Raises:

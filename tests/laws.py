@@ -78,7 +78,7 @@ def subspace_is_gone(subject: Subject, edit: Edit, apply: Callable[..., Subject]
         before, after = (seen_at(s, site) for s in (subject, edited))
         assert leak(before, map_.v) > 1e-2, "the subspace was not there to begin with"
         # transformers computes every norm in float32, so a post-norm output is no better than that.
-        normed = subject.anatomy.branch(site.layer, site.point).gain is not None
+        normed = subject.layout.branch(site.layer, site.point).gain is not None
         narrow = torch.float32 if normed and before.dtype == torch.float64 else before.dtype
         within(leak(after, map_.v), f"leak, {short(narrow)}")
 
@@ -136,7 +136,7 @@ def seen_at(subject: Subject, site: rp.Site) -> Tensor:
     from repedit.hooks import installed
 
     seen: list[Tensor] = []
-    hooks = hooks_at(subject.model, subject.anatomy, site, lambda x, at, tokens: seen.append(x.clone()), replaces=False)
+    hooks = hooks_at(subject.model, subject.layout, site, lambda x, at, tokens: seen.append(x.clone()), replaces=False)
     with installed(subject.model, hooks):
         logits(subject)
     return seen[0]
@@ -162,7 +162,7 @@ def stream_is_empty(
         before, after = (read_by_norms(s, site) for s in (subject, edited))
         assert leak(before, u) > 1e-2, "the subspace was not there to begin with"
         # transformers computes every norm in float32, so a stream that post-norms write to is no better than that.
-        normed = subject.anatomy.branch(0, rp.Point.MLP_OUT).gain is not None
+        normed = subject.layout.branch(0, rp.Point.MLP_OUT).gain is not None
         narrow = torch.float32 if normed and before.dtype == torch.float64 else before.dtype
         within(leak(after, u), f"leak, {short(narrow)}")
 
@@ -186,7 +186,7 @@ def slim_equals_zeroed(subject: Subject, edit: Edit, slim: Callable[..., Subject
 def sliced_equals_erased(subject: Subject, edit: Edit, slice: Callable[..., Subject] = rp.sliced) -> Subject:
     """A model with a narrower stream gives the logits of the erased one; norms in float64 where the weights are."""
     erased, narrow = rp.apply(edit, subject), slice(edit, subject)
-    assert narrow.anatomy.width < subject.anatomy.width
+    assert narrow.layout.width < subject.layout.width
     with wide(subject), wide(erased), wide(narrow):
         base, expected, found = logits(subject), logits(erased), logits(narrow)
     assert float((expected - base).abs().max()) > 0.1 * float(base.std()), "the erasure does not move the logits"
@@ -218,7 +218,7 @@ def wide(subject: Subject) -> Iterator[None]:
     embedding = subject.model.get_input_embeddings()
     scale = getattr(embedding, "embed_scale", None)  # the root of the width, in float32
     if scale is not None and embedding.weight.dtype == torch.float64:
-        embedding.embed_scale = torch.tensor(float(subject.anatomy.width) ** 0.5, dtype=torch.float64)
+        embedding.embed_scale = torch.tensor(float(subject.layout.width) ** 0.5, dtype=torch.float64)
     for module in subject.model.modules():
         if (
             "Norm" in type(module).__name__

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from repedit.arch import View
+from repedit.arch import MatrixView
 from repedit.data import Tokens
 from repedit.data.corpus import tokens
 from repedit.models.subject import Subject
@@ -28,7 +28,7 @@ def planted(family: str, layer: int = 1) -> Subject:
     subject = tiny(family)
     with torch.no_grad():
         _reserve(subject)
-        for number, (_, mlp) in enumerate(subject.anatomy.layers):
+        for number, (_, mlp) in enumerate(subject.layout.layers):
             for view in mlp.parts[0].readers:
                 _rewrite(subject, view, _reading if number == layer else _blind)
     return subject
@@ -46,15 +46,15 @@ def texts(*, forget: bool, rows: int = 12, length: int = 24) -> Tokens:
 def _reserve(subject: Subject) -> None:
     """Keep every embedding, writer and norm bias out of coordinate 0, but for TOKEN."""
     parameters = dict(subject.model.named_parameters())
-    for name in subject.anatomy.embeddings:
+    for name in subject.layout.embeddings:
         parameters[name][:, 0] = 0.0
-    parameters[subject.anatomy.embeddings[0]][TOKEN, 0] = SIZE
-    for branch in (b for pair in subject.anatomy.layers for b in pair):
+    parameters[subject.layout.embeddings[0]][TOKEN, 0] = SIZE
+    for branch in (b for pair in subject.layout.layers for b in pair):
         _rewrite(subject, branch.parts[0].out, lambda w: OUT * w.index_fill(0, torch.tensor([0]), 0.0))
         if branch.bias is not None:
             parameters[branch.bias][0] = 0.0
     for name, parameter in parameters.items():
-        if parameter.shape == (subject.anatomy.width,) and ("norm" in name or "ln_" in name):
+        if parameter.shape == (subject.layout.width,) and ("norm" in name or "ln_" in name):
             parameter[0] = 0.0 if name.endswith("bias") else 1.0
 
 
@@ -69,6 +69,6 @@ def _blind(rows: Tensor) -> Tensor:
     return rows if rows.shape[1] == 1 else rows.index_fill(1, torch.tensor([0]), 0.0)
 
 
-def _rewrite(subject: Subject, view: View, function: Callable[[Tensor], Tensor]) -> None:
+def _rewrite(subject: Subject, view: MatrixView, function: Callable[[Tensor], Tensor]) -> None:
     parameter = dict(subject.model.named_parameters())[view.tensor]
     parameter.copy_(view.edit(parameter, function))

@@ -21,7 +21,7 @@ from tests.tiny import ids, tiny
 def test_what_needs_a_bias_has_one_in_the_adapter(family, tmp_path):
     lm = tiny(family)
     check_served(lm, projection(lm, "0.mlp.out", center=True), tmp_path / "a", merges=family == "gpt2")
-    width = lm.anatomy.width_of(0, Site.parse("0.mlp.neurons").point)
+    width = lm.layout.width_of(0, Site.parse("0.mlp.neurons").point)
     few = rp.Diagonal.fill(torch.arange(width) > 2, torch.ones(width))
     check_served(lm, Edit({Site.parse("0.mlp.neurons"): few}, {}), tmp_path / "b", merges=family == "gpt2")
 

@@ -191,7 +191,7 @@ def revived(edited, edit):
 def pruned(edited: Subject, site, dead):
     """The largest weight in the columns of dead neurons."""
     parameters = dict(edited.model.named_parameters())
-    parts = edited.anatomy.branch(site.layer, site.point).parts
+    parts = edited.layout.branch(site.layer, site.point).parts
     columns = [p.out.read(parameters[p.out.tensor])[:, dead[p.start : p.stop]] for p in parts]
     return max(float(c.detach().abs().max()) for c in columns if c.numel())
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.arch import Experts, Reader, TensorSpec, Writer, anatomy, hooks_at, register, resolve
-from repedit.arch import spec as table_module
-from repedit.arch import table as families
+from repedit.arch import Experts, Reader, TensorSpec, Writer, families, hooks_at, match_layout, register, resolve, spec
 from repedit.edit import Edit
 from repedit.errors import UnknownArchitecture, UnknownSite
 from repedit.hooks import installed
@@ -27,7 +25,7 @@ GATE, UP = Reader("mlp.gate_proj"), Reader("mlp.up_proj")
 @pytest.fixture
 def table(monkeypatch):
     """A copy of the table, so that a test may register rows."""
-    monkeypatch.setattr(table_module, "_ROWS", dict(families()))
+    monkeypatch.setattr(spec, "_ROWS", dict(families()))
     return families()
 
 
@@ -127,21 +125,21 @@ def test_a_renamed_tensor_raises(family, old, message):
     subject = tiny(family)
     specs = {("renamed" if name == old else name): spec for name, spec in subject.specs.items()}
     with pytest.raises(UnknownArchitecture, match=message):
-        anatomy(subject.architecture, specs)
+        match_layout(subject.architecture, specs)
 
 
 def test_a_missing_layer_raises():
     subject = tiny("llama")
     specs = {name: spec for name, spec in subject.specs.items() if ".layers.1." not in name}
     with pytest.raises(UnknownArchitecture, match=r"has 2 layers, the weights hold layers \[0\].* is a shard missing"):
-        anatomy(subject.architecture, specs)
+        match_layout(subject.architecture, specs)
 
 
 def test_a_layer_that_is_dense_and_routed_raises():
     subject = tiny("qwen3_moe")
     specs = {**subject.specs, "model.layers.1.mlp.down_proj.weight": TensorSpec((24, 40), torch.float32)}
     with pytest.raises(UnknownArchitecture, match="must match one way, it matches 2: dense True, fused experts True"):
-        anatomy(subject.architecture, specs)
+        match_layout(subject.architecture, specs)
 
 
 @pytest.mark.parametrize(("new", "found"), [(4, "5"), (7, r"\[0, 1, 2, 3, 7\]")])
@@ -151,7 +149,7 @@ def test_an_extra_expert_on_disk_raises(new, found, tmp_path):
     specs = open_shards(tmp_path).specs
     extra = {n.replace("experts.3", f"experts.{new}"): s for n, s in specs.items() if "layers.1" in n}
     with pytest.raises(UnknownArchitecture, match=f"the config has 4 experts, the weights hold {found}"):
-        anatomy(subject.architecture, specs | extra)
+        match_layout(subject.architecture, specs | extra)
 
 
 def test_the_post_norm_opt_is_refused():
@@ -175,17 +173,17 @@ def test_a_row_is_registered_once_unless_replaced(table):
 def test_parallel_families_have_no_middle_of_the_stream():
     subject, site = tiny("gptj"), rp.Site.parse("0.resid.mid")
     with pytest.raises(UnknownSite, match=r"gptj adds attention and MLP in parallel, so resid\.mid does not exist"):
-        hooks_at(subject.model, subject.anatomy, site, lambda x, at, tokens: None, replaces=False)
+        hooks_at(subject.model, subject.layout, site, lambda x, at, tokens: None, replaces=False)
 
 
 @pytest.mark.parametrize("family", ROUTED)
 def test_expert_neurons_equal_a_naive_loop(family):
     subject, seen, inputs = tiny(family), {}, []
-    branch = subject.anatomy.layers[1][1]
+    branch = subject.layout.layers[1][1]
     module = subject.model.get_submodule(branch.writer)
     module.register_forward_pre_hook(lambda _, args: inputs.extend(args))
     site = rp.Site(1, rp.Point.MLP_NEURONS)
-    with installed(subject.model, hooks_at(subject.model, subject.anatomy, site, note(seen), replaces=False)):
+    with installed(subject.model, hooks_at(subject.model, subject.layout, site, note(seen), replaces=False)):
         logits(subject)
     expected = naive(module, branch, inputs[0], inputs[1])
     assert seen.keys() == expected.keys() and len(seen) == 2 * ids().numel()
@@ -215,7 +213,7 @@ def naive(module, branch, hidden, index):
 @pytest.mark.parametrize("family", ROUTED)
 def test_nested_edits_of_the_same_experts_compose(family):
     subject = tiny(family, torch.float64)
-    width = subject.anatomy.width_of(1, rp.Point.MLP_NEURONS)
+    width = subject.layout.width_of(1, rp.Point.MLP_NEURONS)
     scales = [torch.rand(width, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     first, second, third = (Edit({rp.Site.parse("1.mlp.neurons"): rp.Diagonal(scale)}) for scale in scales)
     with first.hooked(subject), second.hooked(subject), third.hooked(subject):
@@ -237,7 +235,7 @@ def test_a_value_row_is_zeroed_only_with_all_heads_that_share_it(heads, zeroed):
 
 def test_dense_and_routed_layers_live_in_one_model():
     subject = tiny("qwen3_moe")
-    dense, routed = (pair[1] for pair in subject.anatomy.layers)
+    dense, routed = (pair[1] for pair in subject.layout.layers)
     assert (dense.routed, dense.width, len(dense.parts)) == (False, 40, 1)
     assert (routed.routed, routed.width, len(routed.parts)) == (True, 64, 4)
     laws.hooked_equals_rewritten(subject, mask(subject, "0.mlp.neurons") | mask(subject, "1.mlp.neurons"))

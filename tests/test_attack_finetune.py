@@ -209,7 +209,7 @@ def test_adapters_are_in_the_layers_asked_for_and_gone_afterwards(family, layer)
 
     def look(step):
         seen.append(subject.model(input_ids=torch.tensor([ITEMS[1].ids]), output_hidden_states=True).hidden_states)
-        for at, path in enumerate(subject.anatomy.block_paths):
+        for at, path in enumerate(subject.layout.block_paths):
             modules = linear(subject.model.get_submodule(path))
             places[at] = sum("forward" in m.__dict__ for m in modules) / len(modules)
 
@@ -223,7 +223,7 @@ def test_adapters_are_in_the_layers_asked_for_and_gone_afterwards(family, layer)
 def test_a_hooked_edit_acts_on_what_adapters_write():
     """An adapter around the module, as peft's are, would write past the hook."""
     subject, seen = blank(), []
-    down = subject.model.get_submodule(subject.anatomy.layers[1][1].writer)
+    down = subject.model.get_submodule(subject.layout.layers[1][1].writer)
     down.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     subject.model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
     tuned(subject, Tuning(1e-1, steps=3, how="lora", rank=2))

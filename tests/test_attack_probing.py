@@ -67,7 +67,7 @@ def ends(subject: Subject, facts) -> torch.Tensor:
 
 def check_lens(subject: Subject) -> None:
     """The law: at the last block's output the lens is the model itself, fact by fact."""
-    layer = len(subject.anatomy.layers) - 1
+    layer = len(subject.layout.layers) - 1
     found = logit_lens()(subject, SPLITS)
     row = found.settings.index(f"resid.post {layer}")
     truth = ask(subject, SPLITS.test)
@@ -159,7 +159,7 @@ def test_an_answer_without_choices_must_be_the_likeliest_token():
 def quiet(family: str = "llama") -> Subject:
     """A model whose blocks write nothing: every state is the embedding of the last token."""
     subject = small(family, tie_word_embeddings=False)
-    for branch in (b for pair in subject.anatomy.layers for b in pair):
+    for branch in (b for pair in subject.layout.layers for b in pair):
         for name in (branch.parts[0].out.tensor, branch.bias):
             if name is not None:
                 dict(subject.model.named_parameters())[name].data.zero_()

@@ -82,9 +82,9 @@ def test_the_ratio_is_of_the_median():
 def projected(subject, rank=6):
     """The model with directions taken from all that it writes, its bias aside."""
     named = dict(subject.model.named_parameters())
-    u = basis(subject.anatomy.width, rank)
+    u = basis(subject.layout.width, rank)
     with torch.no_grad():
-        for part in (part for pair in subject.anatomy.layers for branch in pair for part in branch.parts):
+        for part in (part for pair in subject.layout.layers for branch in pair for part in branch.parts):
             part.out.change(named[part.out.tensor], lambda w: w - u @ (u.T @ w))
     return subject, u
 
@@ -93,7 +93,7 @@ def projected(subject, rank=6):
 def test_every_write_weight_is_looked_at_from_its_output_side(family):
     subject, u = projected(tiny(family), rank=4)
     spaces = null_spaces(subject)
-    assert len(spaces) == sum(len(branch.parts) for pair in subject.anatomy.layers for branch in pair)
+    assert len(spaces) == sum(len(branch.parts) for pair in subject.layout.layers for branch in pair)
     for _, space in spaces:
         check_found(space, u)
     assert null_spaces(tiny(family)) == []
@@ -105,7 +105,7 @@ def test_only_what_was_lost_is_filled(family):
     subject = tiny(family, vocab_size=260)
     subject, u = projected(subject_of(subject.model, byte_tokenizer()), rank=4)
     before = {name: p.detach().clone() for name, p in subject.model.named_parameters()}
-    writes = {part.out.tensor for pair in subject.anatomy.layers for branch in pair for part in branch.parts}
+    writes = {part.out.tensor for pair in subject.layout.layers for branch in pair for part in branch.parts}
     filled = room._parametrized(subject, null_spaces(subject))
     start = subject.model(input_ids=torch.tensor([[5, 6, 7]])).logits
     draw, gradients = shuffled(examples(subject, facts(0, 4)), 4, 0), []

@@ -32,7 +32,7 @@ def logits(subject):
 
 def writer(subject, layer: int = 0) -> nn.Module:
     """The module of the MLP's last matrix."""
-    name = subject.anatomy.layers[layer][1].parts[0].out.tensor
+    name = subject.layout.layers[layer][1].parts[0].out.tensor
     return subject.model.get_submodule(name.rpartition(".")[0])
 
 
@@ -76,7 +76,7 @@ def _replaced(model):
 def _adapted(model):
     from peft import LoraConfig
 
-    name = model.anatomy.layers[0][1].parts[0].out.tensor.split(".")[-2]
+    name = model.layout.layers[0][1].parts[0].out.tensor.split(".")[-2]
     model.model.add_adapter(LoraConfig(target_modules=[name], init_lora_weights=False, r=2))
 
 

@@ -59,7 +59,7 @@ def asked_with(monkeypatch, module) -> list[dict[str, torch.Tensor]]:
 
 
 def in_blocks(subject: Subject, name: str) -> bool:
-    return any(f".{i}." in name for i in range(len(subject.anatomy.layers)))
+    return any(f".{i}." in name for i in range(len(subject.layout.layers)))
 
 
 OWN = (*BITS, *LEVELS)

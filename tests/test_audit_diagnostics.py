@@ -25,7 +25,7 @@ def check_ends(score) -> None:
     """The reference itself has nothing left, the original everything, in every layer that counts."""
     gone, there = (score(edited, original(), reference(), some()) for edited in (reference(), original()))
     assert gone["score"] == pytest.approx(1.0) and there["score"] == pytest.approx(0.0, abs=1e-6)
-    assert gone["facts"] == 40 and len(gone["layers"]) == len(original().anatomy.layers)
+    assert gone["facts"] == 40 and len(gone["layers"]) == len(original().layout.layers)
     assert all(layer["D1"] == layer["D2"] for layer in gone["layers"].values())
     assert any(layer["D1"] > 0.5 for layer in gone["layers"].values())
 

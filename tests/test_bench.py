@@ -31,8 +31,8 @@ def _weights(folder):
 
 def _is_the_exported_one(kind, tmp_path):
     source = saved(tmp_path / "model")
-    anatomy = rp.load(source).anatomy
-    edit = _edit(kind, anatomy.width_of(0, Point.MLP_NEURONS), anatomy.width_of(0, Point.MLP_OUT))
+    layout = rp.load(source).layout
+    edit = _edit(kind, layout.width_of(0, Point.MLP_NEURONS), layout.width_of(0, Point.MLP_OUT))
     rp.export(edit, source, tmp_path / "ours")
     load_edit_save(edit, source, tmp_path / "theirs")
     before, ours, theirs = (_weights(tmp_path / name) for name in ("model", "ours", "theirs"))

@@ -121,7 +121,7 @@ def captured(subject, sites, run=None):
 
         return visit
 
-    hooks = [h for s in sites for h in hooks_at(subject.model, subject.anatomy, s, keep(s), replaces=False)]
+    hooks = [h for s in sites for h in hooks_at(subject.model, subject.layout, s, keep(s), replaces=False)]
     with installed(subject.model, hooks):
         logits(subject, run)
     return found

@@ -23,7 +23,7 @@ def test_a_fold_leaves_only_rounding(family, site, dtype):
     subject = tiny(family, dtype)
     edit = projection(subject, site)
     found = rp.certificate(rp.apply(edit, subject), edit, subject)
-    post = subject.anatomy.branch(1, rp.Point.MLP_OUT).gain is not None
+    post = subject.layout.branch(1, rp.Point.MLP_OUT).gain is not None
     assert (found.form, found.rank) == ("folded", 3)
     assert found.exactness == ("subspace-exact" if post else "exact")
     assert found.worst_leak <= LIMITS[dtype]

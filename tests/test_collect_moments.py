@@ -23,7 +23,7 @@ from tests.tolerances import relative, within
 
 def _sites(subject):
     points = subject.architecture.points
-    return [rp.Site(1, p) for p in points if not (p == "mlp.neurons" and subject.anatomy.branch(1, p).routed)]
+    return [rp.Site(1, p) for p in points if not (p == "mlp.neurons" and subject.layout.branch(1, p).routed)]
 
 
 def _given_to_an_edit(subject, site, edit=None):
@@ -34,7 +34,7 @@ def _given_to_an_edit(subject, site, edit=None):
         seen.append(x.detach().clone())
         return x
 
-    hooks = hooks_at(subject.model, subject.anatomy, site, replace, replaces=True)
+    hooks = hooks_at(subject.model, subject.layout, site, replace, replaces=True)
     with edit.hooked(subject) if edit else nullcontext(), installed(subject.model, hooks):
         logits(subject)
     return seen[0]
@@ -122,7 +122,7 @@ def _first_order(subject, site, corpus, found, loss):
         def visit(x, _at, _tokens):
             return x + step * counted.reshape(*x.shape[:-1], 1) * (x @ a.T)
 
-        with installed(subject.model, hooks_at(subject.model, subject.anatomy, site, visit, replaces=True)):
+        with installed(subject.model, hooks_at(subject.model, subject.layout, site, visit, replaces=True)):
             return float(loss(logits(subject)))
 
     # RMS norms and rotary angles are float32 inside, whose rounding a smaller step would show.

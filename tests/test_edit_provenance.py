@@ -28,7 +28,7 @@ def pruned(lm: rp.Subject, sites="*.mlp.neurons", seed: int = 0) -> rp.Edit:
 
 
 def erased(lm: rp.Subject, sites="", seed: int = 0) -> rp.Edit:
-    return rp.erase_stream(lm, torch.randn(lm.anatomy.width, 2, generator=torch.Generator().manual_seed(seed)))
+    return rp.erase_stream(lm, torch.randn(lm.layout.width, 2, generator=torch.Generator().manual_seed(seed)))
 
 
 DOORS = {

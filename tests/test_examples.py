@@ -98,7 +98,7 @@ def test_what_is_not_finite_is_refused(lm):
         rp.Edit(
             {
                 rp.Site.parse("0.mlp.neurons"): rp.Diagonal.mask(
-                    torch.arange(lm.anatomy.width_of(0, rp.Point.MLP_NEURONS)) > 3
+                    torch.arange(lm.layout.width_of(0, rp.Point.MLP_NEURONS)) > 3
                 )
             },
             {},

@@ -129,7 +129,7 @@ def test_a_source_that_changed_is_another_job(source, edit, tmp_path, written):
 def test_jobs_differ_in_values_shapes_and_options(source, edit):
     subject, shards = tiny("llama"), open_shards(source)
     plans = [lower(e, subject.architecture, shards.specs) for e in (edit, edit, mask(subject, "1.mlp.neurons"))]
-    basis = torch.eye(subject.anatomy.width)[:, : subject.architecture.n_heads]
+    basis = torch.eye(subject.layout.width)[:, : subject.architecture.n_heads]
     plans.append(slice_plan(rp.erase_stream(subject, basis), subject.architecture, shards.specs))
     names = [resuming.job(plan, shards, None, True) for plan in plans]
     names += [resuming.job(plans[0], shards, torch.float16, True), resuming.job(plans[0], shards, None, False)]

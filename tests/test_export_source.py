@@ -232,7 +232,7 @@ def test_a_model_in_memory_keeps_what_belongs_to_its_origin(kind, tmp_path):
 @pytest.mark.parametrize("structure", ["slim", "slice"])
 def test_other_shapes_keep_it_too(structure, tmp_path):
     subject = rp.load(written(tmp_path / "in", torch.float16))
-    basis = torch.eye(subject.anatomy.width)[:, : subject.architecture.n_heads]
+    basis = torch.eye(subject.layout.width)[:, : subject.architecture.n_heads]
     edit = (
         rp.erase_stream(subject, basis) if structure == "slice" else edit_of(subject) | mask(subject, "0.mlp.neurons")
     )

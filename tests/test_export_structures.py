@@ -90,7 +90,7 @@ def test_ragged_files_are_read_by_repedit_and_by_nothing_else(family, tmp_path: 
     assert "only `repedit.load` reads this directory" in card and "Plain `AutoModel" not in card
     found = rp.load(tmp_path / "out", attention="eager")
     assert same(found, rp.slimmed(edit, subject, layout="ragged"))
-    assert record.widths == {str(i): mlp.parts[0].stop for i, (_, mlp) in enumerate(found.anatomy.layers)}
+    assert record.widths == {str(i): mlp.parts[0].stop for i, (_, mlp) in enumerate(found.layout.layers)}
     with pytest.raises(RuntimeError, match="mismatch"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 

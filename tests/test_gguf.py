@@ -108,7 +108,7 @@ def test_a_slimmed_model_survives_the_format(tmp_path):
     )
     written(tmp_path / "slim", tmp_path / "slim.gguf")
     again, small = read(tmp_path / "slim.gguf"), rp.load(tmp_path / "slim", attention="eager")
-    assert set(mlp_widths(again.anatomy).values()) == set(mlp_widths(small.anatomy).values()) < {*range(40)}
+    assert set(mlp_widths(again.layout).values()) == set(mlp_widths(small.layout).values()) < {*range(40)}
     assert torch.allclose(logits(again), logits(small), atol=1e-5)
     assert torch.allclose(logits(again), logits(rp.apply(edit, subject)), atol=1e-4)
 

@@ -116,7 +116,7 @@ def test_observing_a_site_does_not_change_the_logits(family, point):
     subject = tiny(family)
     base = logits(subject)
     assert seen_at(subject, rp.Site(1, point)).abs().sum() > 0
-    hooks = hooks_at(subject.model, subject.anatomy, rp.Site(1, point), lambda x, at, tokens: None, replaces=False)
+    hooks = hooks_at(subject.model, subject.layout, rp.Site(1, point), lambda x, at, tokens: None, replaces=False)
     with installed(subject.model, hooks):
         assert torch.equal(logits(subject), base)
 
@@ -133,14 +133,14 @@ def test_a_parallel_block_has_no_middle():
     subject = tiny("gptj")
     with pytest.raises(UnknownSite, match=r"0.resid.mid: gptj adds attention and MLP in parallel"):
         hooks_at(
-            subject.model, subject.anatomy, rp.Site.parse("0.resid.mid"), lambda x, at, tokens: None, replaces=False
+            subject.model, subject.layout, rp.Site.parse("0.resid.mid"), lambda x, at, tokens: None, replaces=False
         )
 
 
 def test_a_layer_that_does_not_exist_has_no_hooks():
     subject = tiny("llama")
     with pytest.raises(UnknownSite, match=r"2.mlp.out: layers are 0..1"):
-        hooks_at(subject.model, subject.anatomy, rp.Site.parse("2.mlp.out"), lambda x, at, tokens: None, replaces=False)
+        hooks_at(subject.model, subject.layout, rp.Site.parse("2.mlp.out"), lambda x, at, tokens: None, replaces=False)
 
 
 # Code that passes over hooks.
@@ -366,7 +366,7 @@ def test_the_middle_of_a_block_needs_the_block_to_run():
         with pytest.raises(
             HookError, match=r"1.resid.mid: the attention ran outside its block.*gradient_checkpointing_disable"
         ):
-            lm.model.get_submodule(lm.anatomy.branch(1, rp.Point.ATTN_OUT).joined)(torch.zeros(1, 24))
+            lm.model.get_submodule(lm.layout.branch(1, rp.Point.ATTN_OUT).joined)(torch.zeros(1, 24))
 
 
 # Precision.

@@ -272,7 +272,7 @@ def test_the_projection_acts_where_it_should_while_the_forget_loss_is_taken(fact
     bases = Bases(lm, {site: rp.LowRank.projection(torch.randn(24, 3))}, {})
     batch = Sampler(lm, training_rows(facts.forget, "forget"), 3, length=200, seed=0).at(0)
     seen: list[torch.Tensor] = []
-    watch = hooks_at(lm.model, lm.anatomy, site, lambda x, *_: seen.append(x.clone()), replaces=False)
+    watch = hooks_at(lm.model, lm.layout, site, lambda x, *_: seen.append(x.clone()), replaces=False)
     q = bases.now[site].detach()
     for only in (batch.entity, None):
         bases.only = only

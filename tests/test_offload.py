@@ -17,7 +17,7 @@ from repedit.arch.offload import execution_device
 from repedit.data.corpus import tokens
 from repedit.errors import NotFinite, OffloadedTensors
 from repedit.hashing import fingerprint
-from repedit.models.loading import check_finite
+from repedit.models.loading import check_finite_weights
 from repedit.models.subject import subject_of
 from repedit.neurons.scores import outgoing_norms
 from repedit.stats import CrossMoments, Moments
@@ -105,7 +105,7 @@ def test_a_damaged_weight_on_disk_is_found(tmp_path):
 
     away = spread("llama", tmp_path, damage)
     with pytest.raises(NotFinite, match=r"layers\.1\.mlp\.down_proj\.weight' is not finite at \(2, 3\)"):
-        check_finite(away.model)
+        check_finite_weights(away.model)
 
 
 def test_a_layer_computes_where_its_weights_are_or_are_brought():

@@ -138,7 +138,7 @@ def test_a_manifest_that_reaches_out_is_refused(exported, files):
 
 def test_an_adapter_can_be_pushed(exported, tmp_path):
     subject = rp.load(tmp_path / "base")
-    basis = torch.linalg.qr(torch.randn(subject.anatomy.width, 2, generator=torch.Generator().manual_seed(0)))[0]
+    basis = torch.linalg.qr(torch.randn(subject.layout.width, 2, generator=torch.Generator().manual_seed(0)))[0]
     edit = rp.Edit({rp.Site.parse("0.mlp.out"): rp.LowRank.projection(basis)}, {"method": "by hand"})
     rp.export_adapter(edit, subject, tmp_path / "lora")
     hub = Hub()

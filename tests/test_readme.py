@@ -67,7 +67,7 @@ def test_the_unlearning_example_runs(tmp_path: Path, monkeypatch):
 def test_the_smaller_example_runs(tmp_path: Path, monkeypatch):
     lm = tiny("llama")
     monkeypatch.chdir(tmp_path)
-    keep = rp.Diagonal.mask(torch.arange(lm.anatomy.width_of(0, rp.Point.MLP_NEURONS)) > 9)
+    keep = rp.Diagonal.mask(torch.arange(lm.layout.width_of(0, rp.Point.MLP_NEURONS)) > 9)
     edit = rp.Edit(dict.fromkeys(lm.select("*.mlp.neurons"), keep), {"method": "test"})
     exec(BLOCKS[3], {"rp": rp, "lm": lm, "edit": edit, "basis": torch.randn(24, 4)})
     assert all((tmp_path / name / "repedit.json").exists() for name in ("slim", "narrow", "lora"))

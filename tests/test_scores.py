@@ -147,7 +147,7 @@ def test_weighted_importance_is_times_the_norm_of_the_outgoing_weights(family):
     sides = [rp.collect(subject, tokens([{"input_ids": ids(seed=seed)}])) for seed in (1, 2)]
     plain, weighted = (rp.score(*sides, combine="ratio", eps=0.0, weighted=w, subject=subject, warn=False) for w in (False, True))  # fmt: skip
     torch.testing.assert_close(plain[site].values, weighted[site].values, rtol=1e-6, atol=0)
-    branch, weights = subject.anatomy.branch(1, site.point), dict(subject.model.named_parameters())
+    branch, weights = subject.layout.branch(1, site.point), dict(subject.model.named_parameters())
     columns = [
         weights[p.out.tensor] if p.out.expert is None else weights[p.out.tensor][p.out.expert] for p in branch.parts
     ]

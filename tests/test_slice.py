@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.arch import table
+from repedit.arch import families
 from repedit.errors import ArgumentError, NotSliceable, PlanMismatch, RankError
 from repedit.fit.stream import stream_sites
 from repedit.rewrite.resize import rebuilt
@@ -21,7 +21,7 @@ from tests.tiny import FAMILIES, tiny
 pytestmark = pytest.mark.numeric
 
 
-SLICEABLE = tuple(f for f in FAMILIES if not table()[f].shrink.whole_stream)
+SLICEABLE = tuple(f for f in FAMILIES if not families()[f].shrink.whole_stream)
 WHOLE = tuple(f for f in FAMILIES if f not in SLICEABLE)
 every_sliceable = pytest.mark.parametrize("family", SLICEABLE)
 
@@ -31,12 +31,12 @@ def basis(width: int = 24, rank: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 def erasure(subject: rp.Subject, rank: int = 4) -> rp.Edit:
-    return rp.erase_stream(subject, basis(subject.anatomy.width, rank))
+    return rp.erase_stream(subject, basis(subject.layout.width, rank))
 
 
 def stressed(family: str, dtype: torch.dtype = torch.float64, epsilon: float = 1e-2) -> rp.Subject:
     """A model whose epsilon is large enough to show a wrong one."""
-    return tiny(family, dtype, **{table()[family].shrink.epsilon: epsilon})
+    return tiny(family, dtype, **{families()[family].shrink.epsilon: epsilon})
 
 
 @every_sliceable
@@ -49,7 +49,7 @@ def test_a_narrower_stream_gives_the_logits_of_the_erasure(family):
 def test_the_same_as_shipped_with_norms_in_float32(family):
     subject = tiny(family)
     small = laws.sliced_equals_erased(subject, erasure(subject))
-    assert small.model.config.hidden_size == subject.anatomy.width - 4
+    assert small.model.config.hidden_size == subject.layout.width - 4
     assert not small.model.config.tie_word_embeddings
 
 
@@ -80,7 +80,7 @@ def test_two_erasures_slice_as_one():
     both = rp.erase_stream(subject, basis(rank=2)) | rp.erase_stream(
         subject, torch.cat([basis(rank=2), basis(seed=1)], 1)
     )
-    assert laws.sliced_equals_erased(subject, both).anatomy.width == 18
+    assert laws.sliced_equals_erased(subject, both).layout.width == 18
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "cohere"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.arch import table
+from repedit.arch import families
 from repedit.errors import ArgumentError, NoBiasSlot, NotSlimmable, PlanMismatch
 from repedit.rewrite.resize import rebuilt
 from repedit.rewrite.slim import Cut, slim_plan
@@ -18,18 +18,18 @@ from tests.test_laws import BIASED, ROUTED, every_family
 from tests.test_sabotage import caught
 from tests.tiny import FAMILIES, logits, tiny
 
-CUT_HEADS = tuple(f for f in FAMILIES if not table()[f].shrink.whole_heads)
+CUT_HEADS = tuple(f for f in FAMILIES if not families()[f].shrink.whole_heads)
 WHOLE_HEADS = tuple(f for f in FAMILIES if f not in CUT_HEADS)
 
 
 def widths(subject: rp.Subject) -> list[int]:
-    return [mlp.parts[0].stop for _, mlp in subject.anatomy.layers]
+    return [mlp.parts[0].stop for _, mlp in subject.layout.layers]
 
 
 def kept(edit: rp.Edit, subject: rp.Subject) -> list[int]:
     """Neurons that stay in each layer; of the fullest expert where there are experts."""
     maps = {site.layer: map_.kept for site, map_ in edit.maps.items()}
-    parts = [mlp.parts for _, mlp in subject.anatomy.layers]
+    parts = [mlp.parts for _, mlp in subject.layout.layers]
     return [max(int(maps[i][p.start : p.stop].sum()) for p in found) for i, found in enumerate(parts)]
 
 
@@ -38,8 +38,8 @@ def test_uniform_widths_equal_zeros(family):
     subject = tiny(family)
     edit = pruned_layers(subject)
     small = laws.slim_equals_zeroed(subject, edit, lambda e, s: rp.slimmed(e, s, multiple=4))
-    for routed in {mlp.routed for _, mlp in subject.anatomy.layers}:
-        layers = [i for i, (_, mlp) in enumerate(subject.anatomy.layers) if mlp.routed is routed]
+    for routed in {mlp.routed for _, mlp in subject.layout.layers}:
+        layers = [i for i, (_, mlp) in enumerate(subject.layout.layers) if mlp.routed is routed]
         largest = max(kept(edit, subject)[i] for i in layers)
         assert {widths(small)[i] for i in layers} == {min(-(-largest // 4) * 4, widths(subject)[layers[0]])}
 
@@ -59,7 +59,7 @@ def test_groups_of_heads_are_cut(family):
     config = small.model.config
     heads = subject.architecture.n_heads // 2
     assert (config.num_attention_heads, config.num_key_value_heads, small.architecture.n_heads) == (heads, 1, heads)
-    assert config.head_dim == subject.anatomy.layers[0][0].head_width
+    assert config.head_dim == subject.layout.layers[0][0].head_width
 
 
 @pytest.mark.parametrize("family", ["llama", "smollm3", *BIASED])
@@ -81,13 +81,13 @@ def test_a_fill_value_survives_the_cut_of_heads(family):
 @pytest.mark.parametrize("family", ROUTED)
 def test_an_expert_without_neurons_stays_for_the_router(family):
     subject = tiny(family)
-    (_, mlp) = subject.anatomy.layers[1]
+    (_, mlp) = subject.layout.layers[1]
     keep = torch.rand(mlp.width, generator=torch.Generator().manual_seed(0)) > 0.6
     keep[mlp.parts[1].start : mlp.parts[1].stop] = False
     edit = rp.Edit({rp.Site.parse("1.mlp.neurons"): rp.Diagonal.mask(keep)})
     layout = "uniform" if family == "qwen3_moe" else "ragged"
     small = laws.slim_equals_zeroed(subject, edit, lambda e, s: rp.slimmed(e, s, layout=layout, multiple=2))
-    assert len(small.anatomy.layers[1][1].parts) == 4
+    assert len(small.layout.layers[1][1].parts) == 4
 
 
 def test_two_groups_of_three_go():
@@ -200,7 +200,7 @@ def test_a_config_that_refuses_the_heads_is_heard_before_anything_is_cut():
     subject = tiny("llama", num_attention_heads=6, num_key_value_heads=6)
     with pytest.raises(NotSlimmable, match="5 heads would stay, the width is 24; prune another number"):
         rp.slimmed(pruned_groups(subject), subject)
-    row = replace(subject.architecture, shrink=replace(subject.architecture.shrink, divides=False))
+    row = replace(subject.architecture, shrink=replace(subject.architecture.shrink, heads_must_divide_width=False))
     unaware = replace(subject, architecture=row)
     with pytest.raises(NotSlimmable, match=r"the config of llama refuses num_attention_heads=5.*not a multiple"):
         rp.slimmed(pruned_groups(unaware), unaware)

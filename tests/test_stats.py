@@ -220,7 +220,7 @@ def _loss(subject, x, mask):
 def test_gradient_sums_equal_autograd(family, stop):
     subject, x, seen = tiny(family, torch.float64), ids(), []
     mask = ((torch.arange(11) > 0) & (torch.arange(11) < stop)).expand(3, 11)
-    writer = subject.model.get_submodule(subject.anatomy.branch(0, rp.Point.MLP_NEURONS).writer)
+    writer = subject.model.get_submodule(subject.layout.branch(0, rp.Point.MLP_NEURONS).writer)
     with installed(subject.model, [Hook(writer, "input", lambda z: seen.append(z))]):
         loss = _loss(subject, x, mask)
     z, grad = (t.reshape(*x.shape, -1) for t in (seen[0].detach(), torch.autograd.grad(loss, seen)[0]))
@@ -231,7 +231,7 @@ def test_gradient_sums_equal_autograd(family, stop):
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
 def test_expert_neurons_count_the_tokens_routed_to_them(family):
     subject, x, seen = tiny(family, torch.float64), ids(), []
-    branch = subject.anatomy.branch(1, rp.Point.MLP_NEURONS)
+    branch = subject.layout.branch(1, rp.Point.MLP_NEURONS)
     experts = subject.model.get_submodule(branch.writer)
     note = Hook(experts, "call", lambda module, args, kwargs, output: seen.append((*args, *kwargs.values())))
     with installed(subject.model, [note]):
@@ -248,7 +248,7 @@ def test_expert_neurons_count_the_tokens_routed_to_them(family):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_no_activation_outlives_its_hook(gradients):
     subject, seen, alive = tiny("llama"), [], []
-    writers = [subject.model.get_submodule(b.writer) for pair in subject.anatomy.layers for b in pair]
+    writers = [subject.model.get_submodule(b.writer) for pair in subject.layout.layers for b in pair]
 
     def at_the_start_of_a_batch(_x):
         gc.collect()

@@ -24,19 +24,19 @@ def basis(width: int = 24, rank: int = 3) -> torch.Tensor:
 @every_family
 def test_the_stream_is_empty_after_erasure(family, dtype):
     subject = tiny(family, dtype)
-    laws.stream_is_empty(subject, basis(subject.anatomy.width))
+    laws.stream_is_empty(subject, basis(subject.layout.width))
 
 
 @pytest.mark.parametrize("family", PRE_NORM)
 def test_erasure_as_hooks_equals_erasure_in_weights(family):
     subject = tiny(family, torch.float64)
-    laws.hooked_equals_rewritten(subject, rp.erase_stream(subject, basis(subject.anatomy.width)))
+    laws.hooked_equals_rewritten(subject, rp.erase_stream(subject, basis(subject.layout.width)))
 
 
 @every_family
 def test_an_exported_erasure_equals_the_rewritten_one(family, tmp_path: Path):
     subject = tiny(family)
-    laws.rewritten_equals_exported(subject, rp.erase_stream(subject, basis(subject.anatomy.width)), tmp_path)
+    laws.rewritten_equals_exported(subject, rp.erase_stream(subject, basis(subject.layout.width)), tmp_path)
 
 
 def test_an_oblique_map_erases_too():
@@ -53,9 +53,9 @@ def test_an_oblique_map_erases_too():
 def test_the_table_says_whether_norms_take_the_mean_away(family):
     """A norm that centres does not see a constant added to its input."""
     subject = tiny(family, torch.float64)
-    block = subject.model.get_submodule(subject.anatomy.block_paths[0])
+    block = subject.model.get_submodule(subject.layout.block_paths[0])
     norm = next(m for name, m in block.named_children() if "norm" in type(m).__name__.lower())
-    x = torch.randn(3, subject.anatomy.width, dtype=torch.float64)
+    x = torch.randn(3, subject.layout.width, dtype=torch.float64)
     with torch.no_grad():
         moved = float((norm(x + 7.0) - norm(x)).abs().max())
     assert (moved < 1e-3) == subject.architecture.centered

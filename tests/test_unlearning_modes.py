@@ -30,7 +30,7 @@ def same(first, second) -> bool:
 def test_computing_blocks_again_changes_nothing(family, name, monkeypatch):
     calls = []
     lm = subject(family)
-    mlp = type(lm.model.get_submodule(lm.anatomy.block_paths[0]).mlp)
+    mlp = type(lm.model.get_submodule(lm.layout.block_paths[0]).mlp)
     honest = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda self, x: (calls.append(torch.is_grad_enabled()), honest(self, x))[1])
     plain = learned(family, name, model=lm)

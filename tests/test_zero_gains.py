@@ -22,7 +22,7 @@ def with_gains(family, value, dtype=torch.float32):
     subject = tiny(family, dtype)
     for layer in range(2):
         for point in (rp.Point.ATTN_OUT, rp.Point.MLP_OUT):
-            name = subject.anatomy.branch(layer, point).gain
+            name = subject.layout.branch(layer, point).gain
             subject.model.get_parameter(name).data[DEAD] = value - (1.0 if subject.architecture.unit_gain else 0.0)
     return subject
 
@@ -38,7 +38,7 @@ def test_the_row_of_such_a_model_is_proved(family, gain):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_norm_that_silences_its_branch_is_named(family):
     subject = tiny(family)
-    name = subject.anatomy.branch(1, rp.Point.MLP_OUT).gain
+    name = subject.layout.branch(1, rp.Point.MLP_OUT).gain
     subject.model.get_parameter(name).data[:] = -1.0 if subject.architecture.unit_gain else 0.0
     with pytest.raises(
         UnknownArchitecture, match=rf"{name} multiplies every channel by zero, so 1\.mlp\.out adds nothing"
@@ -74,7 +74,7 @@ def test_negative_gains_are_gains(family):
     subject = with_gains(family, -0.7)
     edit = projection(subject, "1.mlp.out")
     laws.subspace_is_gone(subject, edit)
-    gain = subject.anatomy.branch(1, rp.Point.MLP_OUT).gain
+    gain = subject.layout.branch(1, rp.Point.MLP_OUT).gain
     assert gain not in lower(edit, subject.architecture, subject.specs).resolved(subject.value).operations
 
 

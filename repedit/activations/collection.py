@@ -159,7 +159,7 @@ class Watch:
 
     def hooks(self) -> list[Hook]:
         """Observers at every site; resid.mid, a sum that no module gives out, is put back to be part of the graph."""
-        plan, model = self.subject.anatomy, self.subject.model
+        plan, model = self.subject.layout, self.subject.model
         back = {site: self.gradients and site.point is Point.RESID_MID for site in self.sites}
         return [h for s in self.sites for h in hooks_at(model, plan, s, self._visit(s, back[s]), replaces=back[s])]
 
@@ -193,7 +193,7 @@ class Watch:
 
     def _begin(self, other: int | None) -> None:
         """Empty statistics at every site, once the width of the labels is known."""
-        plan = self.subject.anatomy
+        plan = self.subject.layout
         widths = {site: plan.width_of(site.layer, site.point) for site in self.sites}
         place = {site: self.subject.device_at(site.layer) for site in self.sites}
         if self.statistic is Activity:
@@ -293,7 +293,7 @@ def _check_gradients(subject: Subject, sites: tuple[Site, ...], gradients: bool)
 
 
 def _routed(subject: Subject, site: Site) -> bool:
-    return site.point is Point.MLP_NEURONS and subject.anatomy.branch(site.layer, site.point).routed
+    return site.point is Point.MLP_NEURONS and subject.layout.branch(site.layer, site.point).routed
 
 
 def _check_memory(asked: int, sites: int, device: torch.device) -> None:
@@ -534,7 +534,7 @@ def _read(
 def _group_sizes(subject: Subject, site: Site) -> dict[str, int]:
     if site.point is not Point.ATTN_NEURONS:
         return {}
-    branch = subject.anatomy.branch(site.layer, site.point)
+    branch = subject.layout.branch(site.layer, site.point)
     return {"head": branch.head_width, "kv_group": branch.head_width * branch.group}
 
 
@@ -563,7 +563,7 @@ def peaks(
     Raises:
         ArgumentError: if a site holds expert neurons, which see different tokens each.
     """
-    routed = [s for s in edit.maps if subject.anatomy.branch(s.layer, s.point).routed]
+    routed = [s for s in edit.maps if subject.layout.branch(s.layer, s.point).routed]
     if routed:
         raise ArgumentError(f"{routed[0]} holds expert neurons; fill them with zero")
     rule = CountingRule(subject.tokenizer, False, False, None)
@@ -603,7 +603,7 @@ def _visited(
     def at(site: Site) -> Callable[..., None]:
         return lambda x, _at, _tokens: visit(site, x[mask.reshape(x.shape[:-1]).to(x.device)].float())
 
-    hooks = [h for s in sites for h in hooks_at(subject.model, subject.anatomy, s, at(s), replaces=False)]
+    hooks = [h for s in sites for h in hooks_at(subject.model, subject.layout, s, at(s), replaces=False)]
     with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
         for batch in batches(subject, corpus, how[0], how[1], how[2], "peaks"):
             mask, _ = rule(batch)

@@ -105,7 +105,7 @@ def max_activating(
         NotEnoughRows: if no token counts.
     """
     check_whole(limit_tokens=limit_tokens)
-    chosen, plan = subject.select(sites), subject.anatomy
+    chosen, plan = subject.select(sites), subject.layout
     routed = [s for s in chosen if s.point.endswith("neurons") and plan.branch(s.layer, s.point).routed]
     if routed:
         raise ArgumentError(f"{routed[0]} holds expert neurons, which see different tokens each; name other sites")

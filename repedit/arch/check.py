@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from repedit.arch.hooks import hooks_at
-from repedit.arch.layout import Anatomy, Branch, Neurons, TensorSpec, View, anatomy
+from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, TensorSpec, match_layout
 from repedit.arch.offload import check_in_memory
 from repedit.arch.spec import resolve
 from repedit.errors import NotAModel, ShapeError, UnknownArchitecture
@@ -23,23 +23,25 @@ from repedit.sites import Point, Site
 # --- Compare a matched row with the live modules; needs no forward pass, so every wrapped model is checked
 
 
-def check_modules(model: nn.Module, plan: Anatomy) -> None:
+def check_modules(model: nn.Module, layout: ModelLayout) -> None:
     """Compare a row with the live modules: they exist, store weights the way it says, and have as many readers.
 
     Raises:
         UnknownArchitecture: naming the first module that disagrees.
     """
-    row = plan.architecture
+    row = layout.architecture
     _module(model, row.head, row.model_type)
-    for branch in (b for pair in plan.layers for b in pair):
+    for branch in (b for pair in layout.layers for b in pair):
         module = _module(model, branch.writer, row.model_type)
         _module(model, branch.joined, row.model_type)
         kind = type(module).__name__
         if branch.routed:
-            layout = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
-            wrong = {k: getattr(module, k, v) for k, v in layout.items() if getattr(module, k, v) != v}
+            expected = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
+            wrong = {k: getattr(module, k, v) for k, v in expected.items() if getattr(module, k, v) != v}
             if wrong:
-                raise UnknownArchitecture(f"{branch.writer} stores its experts with {wrong}, the row expects {layout}")
+                raise UnknownArchitecture(
+                    f"{branch.writer} stores its experts with {wrong}, the row expects {expected}"
+                )
         elif (kind == "Conv1D") != row.transposed or not (row.transposed or isinstance(module, nn.Linear)):
             raise UnknownArchitecture(
                 f"{branch.writer} is a {kind}; the {row.model_type} row says transposed={row.transposed}"
@@ -152,16 +154,16 @@ def check_architecture(model: Any, *, tolerance: float = TOLERANCE) -> Architect
     """
     check_in_memory(model, "load the model without device_map to check it")
     specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}
-    plan = anatomy(resolve(model.config), specs)
-    check_modules(model, plan)
+    layout = match_layout(resolve(model.config), specs)
+    check_modules(model, layout)
     try:
         with evaluating(model):
-            proofs = _proofs(_Check(model, plan, tolerance))
+            proofs = _proofs(_Check(model, layout, tolerance))
     except ShapeError as error:
         raise UnknownArchitecture(
-            f"the {plan.architecture.model_type} row points at a tensor of another width: {error}"
+            f"the {layout.architecture.model_type} row points at a tensor of another width: {error}"
         ) from error
-    report = ArchitectureReport(plan.architecture.model_type, tuple(proofs))
+    report = ArchitectureReport(layout.architecture.model_type, tuple(proofs))
     if not report.passed:
         bad = [f"{p.site} (moved {p.moved:.1e}, error {p.error:.1e}{p.note})" for p in proofs if not p.passed]
         raise UnknownArchitecture(f"the {report.model_type} row does not describe this model at {'; '.join(bad[:4])}")
@@ -170,7 +172,7 @@ def check_architecture(model: Any, *, tolerance: float = TOLERANCE) -> Architect
 
 def _proofs(check: _Check) -> list[Proof]:
     proofs = [check.embeddings()]
-    for layer, pair in enumerate(check.plan.layers):
+    for layer, pair in enumerate(check.layout.layers):
         for branch in pair:
             proofs += [check.neurons(layer, branch), check.out(layer, branch)]
         proofs.append(check.stream(layer))
@@ -180,14 +182,14 @@ def _proofs(check: _Check) -> list[Proof]:
 class _Check:
     """One forward pass of the model records what each block receives; each proof then runs its block alone."""
 
-    def __init__(self, model: Any, plan: Anatomy, tolerance: float) -> None:
-        self.model, self.plan, self.tolerance = model, plan, tolerance
+    def __init__(self, model: Any, layout: ModelLayout, tolerance: float) -> None:
+        self.model, self.layout, self.tolerance = model, layout, tolerance
         # A rounding can send a token to another expert, so half types are checked in float32.
         self.wide = {n: p.float() for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)}
         self.parameters = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)} | self.wide
         self.generator = torch.Generator().manual_seed(0)
         self.calls: list[tuple[Any, Any]] = []
-        blocks = [model.get_submodule(path) for path in plan.block_paths]
+        blocks = [model.get_submodule(path) for path in layout.block_paths]
         self.start = self._whole([Hook(block, "call", self._record) for block in blocks])
         self.base = [self._outs(layer) for layer in range(len(blocks))]
 
@@ -202,7 +204,7 @@ class _Check:
             used.add(at.start)
             return x * keep[at].to(x)
 
-        hooked = self._outs(layer, hooks=hooks_at(self.model, self.plan, site, silence, replaces=True))
+        hooked = self._outs(layer, hooks=hooks_at(self.model, self.layout, site, silence, replaces=True))
         columns = self._edited((p.out, keep[p.start : p.stop], True) for p in branch.parts)
         rows = self._edited((view, self._feeding(branch, p, keep), False) for p in branch.parts for view in p.readers)
         error = max(_distance(self._outs(layer, changed), hooked) for changed in (columns, rows))
@@ -212,9 +214,9 @@ class _Check:
     def out(self, layer: int, branch: Branch) -> Proof:
         """Remove a random plane from what the branch adds to the stream, by a hook and in the weights."""
         site = Site(layer, branch.outer)
-        basis, gain = torch.randn(self.plan.width, 2, generator=self.generator), None
+        basis, gain = torch.randn(self.layout.width, 2, generator=self.generator), None
         if branch.gain is not None:
-            gain = self.parameters[branch.gain].float() + (1.0 if self.plan.architecture.unit_gain else 0.0)
+            gain = self.parameters[branch.gain].float() + (1.0 if self.layout.architecture.unit_gain else 0.0)
             # What a norm multiplies by 0 never reaches the stream, so the plane lies within the other channels.
             dead = _without_effect(gain).cpu()
             basis[dead] = 0
@@ -225,9 +227,9 @@ class _Check:
                     "checked; was the model saved whole?"
                 )
         map_ = LowRank.projection(basis)
-        hooks = hooks_at(self.model, self.plan, site, lambda x, at, _: map_(x), replaces=True)
+        hooks = hooks_at(self.model, self.layout, site, lambda x, at, _: map_(x), replaces=True)
         hooked = self._outs(layer, hooks=hooks)
-        views = [p.out for p in branch.parts] + ([View(branch.bias)] if branch.bias else [])
+        views = [p.out for p in branch.parts] + ([MatrixView(branch.bias)] if branch.bias else [])
         changed: dict[str, Tensor] = {}
         for view in views:
             stored = changed.get(view.tensor, self.parameters[view.tensor])
@@ -245,22 +247,22 @@ class _Check:
         # Some families flatten batch and tokens around the MLP.
         error = _distance(pre + attention + mlp.reshape(post.shape), post) + _distance(following.to(post), post)
         site = Site(layer, Point.ATTN_OUT)
-        turn = hooks_at(self.model, self.plan, site, lambda x, at, _: x.flip(-1), replaces=True)
+        turn = hooks_at(self.model, self.layout, site, lambda x, at, _: x.flip(-1), replaces=True)
         moved = _distance(self._seen(layer, [Point.MLP_OUT], hooks=turn)[0], mlp)
-        parallel = bool(self.plan.architecture.parallel)
+        parallel = bool(self.layout.architecture.parallel)
         note = f"; parallel={parallel}, sum of the outputs against the stream"
         passed = error <= self.tolerance and (moved > 1e-6) != parallel
         return Proof(Site(layer, Point.RESID_POST), moved, error, passed, note)
 
     def embeddings(self) -> Proof:
         """Mapping every embedding, and shifting the token table, does the same to the stream."""
-        width, before = self.plan.width, self.start
+        width, before = self.layout.width, self.start
         map_ = LowRank.projection(torch.randn(width, 2, generator=self.generator))
         shift = torch.randn(width, generator=self.generator).to(before.device)
-        scale = width**0.5 if self.plan.architecture.embedding_scaled else 1.0
+        scale = width**0.5 if self.layout.architecture.embedding_scaled else 1.0
         changed = {}
-        for name in self.plan.embeddings:
-            constant = shift / scale if name == self.plan.embeddings[0] else torch.zeros_like(shift)
+        for name in self.layout.embeddings:
+            constant = shift / scale if name == self.layout.embeddings[0] else torch.zeros_like(shift)
             table = self.parameters[name]
             changed[name] = (map_(table.float()) + constant.to(table.device)).to(table.dtype)
         after = self._whole([], changed)
@@ -272,7 +274,7 @@ class _Check:
         embedding, seen = self.model.get_input_embeddings().weight, []
         ids = torch.randint(embedding.shape[0], (2, 12), generator=torch.Generator().manual_seed(0))
         inputs = {"input_ids": ids.to(embedding.device), "use_cache": False}
-        block = self.model.get_submodule(self.plan.block_paths[0])
+        block = self.model.get_submodule(self.layout.block_paths[0])
         with installed(self.model, [*hooks, Hook(block, "input", lambda x: seen.append(x.float()))]):
             functional_call(self.model, self.wide | dict(changed or {}), (), inputs, tie_weights=True)
         return seen[0]
@@ -282,7 +284,7 @@ class _Check:
 
     def _outs(self, layer: int, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()) -> Tensor:
         """attn.out and mlp.out of a layer, one row a token."""
-        return torch.cat([x.reshape(-1, self.plan.width) for x in self._seen(layer, OUTS, changed, hooks)])
+        return torch.cat([x.reshape(-1, self.layout.width) for x in self._seen(layer, OUTS, changed, hooks)])
 
     def _seen(
         self,
@@ -297,10 +299,10 @@ class _Check:
         def watch(point: Point) -> list[Hook]:
             site = Site(layer, point)
             return hooks_at(
-                self.model, self.plan, site, lambda x, at, _: seen.update({point: x.float()}), replaces=False
+                self.model, self.layout, site, lambda x, at, _: seen.update({point: x.float()}), replaces=False
             )
 
-        path, (args, kwargs) = self.plan.block_paths[layer], self.calls[layer]
+        path, (args, kwargs) = self.layout.block_paths[layer], self.calls[layer]
         weights = {
             n.removeprefix(f"{path}."): t
             for n, t in (self.wide | dict(changed or {})).items()

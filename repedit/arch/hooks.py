@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repedit.arch.layout import Anatomy, Branch
+from repedit.arch.layout import Branch, ModelLayout
 from repedit.arch.offload import values
 from repedit.errors import HookError, UnknownSite
 from repedit.hooks import Hook
 from repedit.kernels.dispatch import full_precision
 from repedit.sites import Point, Site
 
-Visit = Callable[[Tensor, slice, Tensor | None], Tensor | None]
+HookFn = Callable[[Tensor, slice, Tensor | None], Tensor | None]
 """(x, at, tokens) -> a new x or None. `at` are the neurons x holds; `tokens` the flat token indices of its rows where
 only some tokens are seen (experts), else None."""
 
@@ -23,7 +23,7 @@ only some tokens are seen (experts), else None."""
 _EDITED = "_repedit_edits"
 
 
-def hooks_at(model: nn.Module, anatomy: Anatomy, site: Site, visit: Visit, *, replaces: bool) -> list[Hook]:
+def hooks_at(model: nn.Module, layout: ModelLayout, site: Site, visit: HookFn, *, replaces: bool) -> list[Hook]:
     """The hooks that call `visit` with the tensor at `site`; with `replaces` its return value takes the tensor's place.
 
     An expert's neurons have no module: they are recomputed from the inputs of the fused experts, and replacing them
@@ -32,22 +32,22 @@ def hooks_at(model: nn.Module, anatomy: Anatomy, site: Site, visit: Visit, *, re
     Raises:
         UnknownSite: if this model has no such site.
     """
-    if not 0 <= site.layer < len(anatomy.layers):
-        raise UnknownSite(f"{site}: layers are 0..{len(anatomy.layers) - 1}")
-    if site.point not in anatomy.architecture.points:
+    if not 0 <= site.layer < len(layout.layers):
+        raise UnknownSite(f"{site}: layers are 0..{len(layout.layers) - 1}")
+    if site.point not in layout.architecture.points:
         raise UnknownSite(
-            f"{site}: {anatomy.architecture.model_type} adds attention and MLP in parallel, so resid.mid does not exist"
+            f"{site}: {layout.architecture.model_type} adds attention and MLP in parallel, so resid.mid does not exist"
         )
 
     def whole(x: Tensor) -> Tensor | None:
         return visit(x, slice(None), None)
 
-    block = model.get_submodule(anatomy.block_paths[site.layer])
+    block = model.get_submodule(layout.block_paths[site.layer])
     if site.point in (Point.RESID_PRE, Point.RESID_POST):
         return [Hook(block, "input" if site.point is Point.RESID_PRE else "output", whole)]
     if site.point is Point.RESID_MID:
-        return _middle(model, anatomy, site.layer, block, whole)
-    branch = anatomy.branch(site.layer, site.point)
+        return _middle(model, layout, site.layer, block, whole)
+    branch = layout.branch(site.layer, site.point)
     if site.point is branch.outer:
         return [Hook(model.get_submodule(branch.joined), "output", whole)]
     writer = model.get_submodule(branch.writer)
@@ -57,7 +57,7 @@ def hooks_at(model: nn.Module, anatomy: Anatomy, site: Site, visit: Visit, *, re
 
 
 def _middle(
-    model: nn.Module, anatomy: Anatomy, layer: int, block: nn.Module, visit: Callable[[Tensor], Tensor | None]
+    model: nn.Module, layout: ModelLayout, layer: int, block: nn.Module, visit: Callable[[Tensor], Tensor | None]
 ) -> list[Hook]:
     """resid.mid = resid.pre + attn.out has no module of its own: remember the first, and act on the second."""
     seen: list[Tensor] = []
@@ -75,16 +75,16 @@ def _middle(
         new = visit(stream + out)
         return None if new is None else new - stream
 
-    attention = anatomy.branch(layer, Point.ATTN_OUT)
+    attention = layout.branch(layer, Point.ATTN_OUT)
     return [Hook(block, "input", remember), Hook(model.get_submodule(attention.joined), "output", join)]
 
 
-def _expert_pass(branch: Branch, visit: Visit, replaces: bool) -> Callable[..., Tensor | None]:
+def _expert_pass(branch: Branch, visit: HookFn, replaces: bool) -> Callable[..., Tensor | None]:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         names = ("hidden_states", "top_k_index", "top_k_weights")
         hidden, index, weights = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
         # Every hook here starts from the module's inputs, so an edit must take along the edits of the hooks before it.
-        earlier: tuple[Visit, ...] = getattr(output, _EDITED, ())
+        earlier: tuple[HookFn, ...] = getattr(output, _EDITED, ())
         # The module has computed: accelerate may have taken its weights away again.
         inwards = values(module, "gate_up_proj").to(hidden.device)
         outwards = values(module, "down_proj").to(hidden.device) if replaces else None

@@ -22,7 +22,7 @@ Specs = Mapping[str, TensorSpec]
 
 
 @dataclass(frozen=True)
-class View:
+class MatrixView:
     """A logical (out, in) matrix, or a vector of outputs, inside a stored tensor.
 
     The stored rows from `start` on are read as (groups, parts, size) and `part` is picked of each group. With `kernel`
@@ -84,8 +84,8 @@ class Neurons:
 
     start: int
     stop: int
-    out: View
-    readers: tuple[View, ...]
+    out: MatrixView
+    readers: tuple[MatrixView, ...]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelLayout:
     """Every branch of every layer, with tensor names of one store."""
 
     architecture: Architecture
@@ -136,7 +136,7 @@ class Anatomy:
         return inner.get(point, self.width)
 
 
-def anatomy(architecture: Architecture, specs: Specs) -> Anatomy:
+def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
     """Match a resolved architecture against tensor names and shapes.
 
     Raises:
@@ -155,7 +155,7 @@ def anatomy(architecture: Architecture, specs: Specs) -> Anatomy:
     embeddings = tuple(matcher.need(f"{base}{name}.weight") for name in architecture.embeddings)
     store: Store = "disk" if any(matcher.on_disk) or base != f"{architecture.base}." else "live"
     head = architecture.disk_head if f"{architecture.disk_head}.weight" in specs else architecture.head
-    return Anatomy(
+    return ModelLayout(
         architecture=architecture,
         store=store,
         width=specs[embeddings[0]].shape[1],
@@ -187,7 +187,7 @@ class _Matcher:
 
     def attention(self, block: str) -> Branch:
         row = self.architecture
-        out = View(self.need(f"{block}{row.attention.module}.weight"), transposed=row.transposed)
+        out = MatrixView(self.need(f"{block}{row.attention.module}.weight"), transposed=row.transposed)
         width = self._columns(out)
         if width % row.n_heads:
             raise UnknownArchitecture(
@@ -212,7 +212,7 @@ class _Matcher:
             self.on_disk.append(disk)
             return self._routed(block, row.experts, disk)
         assert row.mlp is not None
-        out = View(self.need(f"{block}{row.mlp.module}.weight"), transposed=row.transposed)
+        out = MatrixView(self.need(f"{block}{row.mlp.module}.weight"), transposed=row.transposed)
         readers = tuple(view for reader in row.readers for view in self._rows(block, reader, self._columns(out)))
         return self._branch(block, row.mlp, (Neurons(0, self._columns(out), out, readers),), Point.MLP_NEURONS)
 
@@ -267,16 +267,16 @@ class _Matcher:
             )
         return count
 
-    def _expert(self, block: str, experts: Experts, disk: bool, e: int) -> tuple[View, tuple[View, ...]]:
+    def _expert(self, block: str, experts: Experts, disk: bool, e: int) -> tuple[MatrixView, tuple[MatrixView, ...]]:
         if disk:
             names = (experts.gate, experts.up, experts.down)
-            gate, up, down = (View(self.need(block + name.format(e=e))) for name in names)
+            gate, up, down = (MatrixView(self.need(block + name.format(e=e))) for name in names)
             return down, (gate, up)
         fused = self.need(f"{block}{experts.module}.gate_up_proj")
-        gate, up = (View(fused, expert=e, parts=2, part=part) for part in (0, 1))
-        return View(f"{block}{experts.module}.down_proj", expert=e), (gate, up)
+        gate, up = (MatrixView(fused, expert=e, parts=2, part=part) for part in (0, 1))
+        return MatrixView(f"{block}{experts.module}.down_proj", expert=e), (gate, up)
 
-    def _values(self, block: str, reader: Reader, head_width: int) -> tuple[tuple[View, ...], int]:
+    def _values(self, block: str, reader: Reader, head_width: int) -> tuple[tuple[MatrixView, ...], int]:
         """Views of the value rows (kv_heads * head_width of them) and the number of query heads that share each."""
         heads = self.architecture.n_heads
         rows = self._outputs(self.need(f"{block}{reader.module}.weight"))
@@ -291,7 +291,7 @@ class _Matcher:
         start = 0 if reader.layout == "stacked" else rows - kv_heads * head_width
         return self._views(block, reader, start=start), heads // kv_heads
 
-    def _rows(self, block: str, reader: Reader, width: int) -> tuple[View, ...]:
+    def _rows(self, block: str, reader: Reader, width: int) -> tuple[MatrixView, ...]:
         rows = self._outputs(self.need(f"{block}{reader.module}.weight"))
         if rows != width * reader.parts:
             raise UnknownArchitecture(
@@ -299,13 +299,13 @@ class _Matcher:
             )
         return self._views(block, reader, parts=reader.parts, part=reader.part)
 
-    def _views(self, block: str, reader: Reader, **layout: Any) -> tuple[View, ...]:
+    def _views(self, block: str, reader: Reader, **layout: Any) -> tuple[MatrixView, ...]:
         names = (f"{block}{reader.module}.weight", f"{block}{reader.module}.bias")
         return tuple(
-            View(name, transposed=self.architecture.transposed, **layout) for name in names if name in self.specs
+            MatrixView(name, transposed=self.architecture.transposed, **layout) for name in names if name in self.specs
         )
 
-    def _columns(self, view: View) -> int:
+    def _columns(self, view: MatrixView) -> int:
         return self.specs[view.tensor].shape[0 if view.transposed else 1]
 
     def _outputs(self, name: str) -> int:

@@ -35,7 +35,7 @@ class Shrink:
     """Config field of what the norms add to the mean square."""
     head_norms: Mapping[str, str] = field(default_factory=dict)
     """Module of `heads` -> the norm of head width that its rows pass and that adds the same epsilon."""
-    divides: bool = False
+    heads_must_divide_width: bool = False
     """The config insists that the number of heads divides the width of the stream."""
     whole_heads: str = ""
     """Why the number of heads cannot change; empty where it can."""
@@ -59,14 +59,14 @@ _POST_NORM = "post-norms follow its writers, so that a stream erasure is itself 
 _BY_DIVISION = "hidden_size // heads"
 
 SHRINKS: Mapping[str, Shrink] = {
-    "llama": replace(_RMS, divides=True),
+    "llama": replace(_RMS, heads_must_divide_width=True),
     "mistral": _RMS,
     "qwen2": _RMS,
     "qwen3": replace(_RMS, head_norms=_QK_NORM),
     "smollm3": _RMS,
     "gemma": _RMS,
-    "gemma2": replace(_RMS, divides=True, whole_stream=_POST_NORM),
-    "gemma3_text": replace(_RMS, divides=True, whole_stream=_POST_NORM),
+    "gemma2": replace(_RMS, heads_must_divide_width=True, whole_stream=_POST_NORM),
+    "gemma3_text": replace(_RMS, heads_must_divide_width=True, whole_stream=_POST_NORM),
     "olmo2": replace(_RMS, whole_heads=_SPREAD, whole_stream=_POST_NORM),
     "gpt2": _fixed(_BY_DIVISION, mlp="n_inner"),
     "gpt_neo": _fixed(_BY_DIVISION),

@@ -97,7 +97,7 @@ def _item(tokenizer: Any, fact: Fact) -> _Item | None:
 
 def _states(subject: Subject, items: Sequence[_Item]) -> Mapping[Site, Float[Tensor, "n d"]]:
     """The residual stream after every layer at the last token of each entity."""
-    sites = [Site(layer, Point.RESID_POST) for layer in range(len(subject.anatomy.layers))]
+    sites = [Site(layer, Point.RESID_POST) for layer in range(len(subject.layout.layers))]
     rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(items) for site in sites}
     for part, seen in captured(subject, [item.ids for item in items], sites, lambda x: x):
         for site, x in seen.items():
@@ -117,7 +117,7 @@ def _graded(
         if put is not None:
             site, states = put
             visit = _putting([items[i].entity for i in part], states[part])
-            hooks = hooks_at(subject.model, subject.anatomy, site, visit, replaces=True)
+            hooks = hooks_at(subject.model, subject.layout, site, visit, replaces=True)
         with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
             logs = at_least_float32(subject.model(input_ids=ids, use_cache=False).logits).log_softmax(-1)
         for row, i in enumerate(part):
@@ -177,7 +177,7 @@ def _diagnosed(opened: Mapping[str, Subject], facts: Sequence[Fact], *, plain: b
         return {}
     found = {"line": line(edited, original, facts)} if plain else {}
     # States of one model are put into another.
-    same = len({subject.anatomy.width for subject in opened.values()}) == 1
+    same = len({subject.layout.width for subject in opened.values()}) == 1
     if "reference" not in opened or not same:
         return found
     return found | {"uds": uds(edited, original, opened["reference"], facts)}

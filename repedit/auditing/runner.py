@@ -42,7 +42,7 @@ class Audited:
             self.fingerprint = fingerprint(subject.model)
             self.kind = {name: getattr(subject.model.config, name, None) for name in _FIELDS}
             self.tokenizer = _vocabulary(subject.need_tokenizer())
-            self.layers, self.width = len(subject.anatomy.layers), subject.anatomy.width
+            self.layers, self.width = len(subject.layout.layers), subject.layout.width
             self.shapes = {name: spec.shape for name, spec in subject.specs.items()}
             # A hook is code: nothing names it, so what was found with it is not kept for another time.
             self.hooked = self.live and wrapped(subject)

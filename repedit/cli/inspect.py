@@ -51,7 +51,7 @@ def inspect(
     subject = opened(model, "auto", "auto")
     chosen = {str(site): site for site in subject.select(sites)}
     rows = [
-        row | {"exactness": exactness(chosen[row["site"]], subject.anatomy)}
+        row | {"exactness": exactness(chosen[row["site"]], subject.layout)}
         for row in subject.sites()
         if row["site"] in chosen
     ]
@@ -61,7 +61,7 @@ def inspect(
         )
         return
     columns = ("site", "hook", "tensor", "width", "experts", "exactness")
-    plan = subject.anatomy
+    plan = subject.layout
     output.table(
         f"{subject.architecture.model_type}: {len(plan.layers)} layers of width {plan.width}, {subject.architecture.n_heads} heads, "
         f"tied {subject.architecture.tied}", columns, [[row[c] for c in columns] for row in rows],

@@ -24,7 +24,7 @@ from repedit.errors import (
 from repedit.fit.energy import capped, cut
 from repedit.fit.linalg import (
     Space,
-    check_finite,
+    check_finite_matrix,
     check_rows,
     orthonormal,
     prepared,
@@ -289,7 +289,7 @@ def leace(
             f"xx holds {xx.count} rows of width {xx.width}, xz {xz.count} of width {xz.width}; collect both on one corpus"
         )
     for name, matrix in (("xx", xx.second), ("xz", xz.second)):
-        check_finite(name, matrix)
+        check_finite_matrix(name, matrix)
     check_rows(xx.width + 1, "width + 1", xx=xx.count)
     space = Space.after(previous, xx.width)
     sigma, cross = space.restricted(xx.covariance), space.coordinates(xz.covariance)

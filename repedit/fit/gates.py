@@ -112,7 +112,7 @@ class _Search:
 
     def __init__(self, subject: Subject, sites: tuple[Site, ...], rate: float) -> None:
         self.subject, self.rate, self.count = subject, rate, 0
-        width = subject.anatomy.width_of
+        width = subject.layout.width_of
         self.theta = {s: torch.full((width(s.layer, s.point),), 0.5, device=subject.device) for s in sites}
         self.first = {s: torch.zeros_like(t) for s, t in self.theta.items()}
         self.second = {s: torch.zeros_like(t) for s, t in self.theta.items()}
@@ -127,7 +127,7 @@ class _Search:
         hooks = [
             h
             for s in self.open
-            for h in hooks_at(self.subject.model, self.subject.anatomy, s, self._visit(s), replaces=True)
+            for h in hooks_at(self.subject.model, self.subject.layout, s, self._visit(s), replaces=True)
         ]
         with installed(self.subject.model, hooks), torch.enable_grad():
             bad = margin(self._logits(forget), _targets(forget))

@@ -265,14 +265,14 @@ def prepared(forget: Statistic, retain: Statistic, previous: LowRank | None) -> 
             "or was one fitted on another model?"
         )
     for name, statistic in (("forget", forget), ("retain", retain)):
-        check_finite(name, statistic.second)
+        check_finite_matrix(name, statistic.second)
     dtype = torch.promote_types(forget.dtype, retain.dtype)
     if previous is not None:
         dtype = torch.promote_types(dtype, previous.u.dtype)
     return Space.after(previous, forget.width), dtype
 
 
-def check_finite(name: str, matrix: Float[Tensor, "d k"]) -> None:
+def check_finite_matrix(name: str, matrix: Float[Tensor, "d k"]) -> None:
     """Refuse NaN and infinity.
 
     Raises:

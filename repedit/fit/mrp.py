@@ -76,7 +76,7 @@ def fitted(
         raise UnknownName(f"method={method!r} does not exist; {nearest(method, (*FITS, 'mrp'))}")
     previous = _previous(earlier, sites)
     if method == "random":
-        width = {site: subject.anatomy.width_of(site.layer, site.point) for site in sites}
+        width = {site: subject.layout.width_of(site.layer, site.point) for site in sites}
         return {
             site: FITS[method](width[site], rank=rank, seed=_seed(seed, None if shared else site), previous=previous.get(site), **options)
             for site in sites
@@ -259,7 +259,7 @@ def early_sites(subject: Subject) -> str:
     In SmolLM2-135M projections there carried over to phrasings that training never saw (seat of government: .51 right,
     from .84); the same number of projections at layers 8 to 20 did not (.92 right in one of them).
     """
-    return f"0-{max(1, round(0.4 * len(subject.anatomy.layers))) - 1}.mlp.out"
+    return f"0-{max(1, round(0.4 * len(subject.layout.layers))) - 1}.mlp.out"
 
 
 def check_method(method: str) -> None:
@@ -296,7 +296,7 @@ def _checked(
             )
     found: dict[Site, LowRank] = {}
     for site in sites:
-        width = subject.anatomy.width_of(site.layer, site.point)
+        width = subject.layout.width_of(site.layer, site.point)
         map_ = None if previous is None else previous.maps.get(site)
         if map_ is not None:
             if map_.width != width:
@@ -327,7 +327,7 @@ def _checked(
 
 
 def _warn_hook_only(subject: Subject, sites: Iterable[Site]) -> None:
-    found = [site for site in sites if exactness(site, subject.anatomy) == "hook-only"]
+    found = [site for site in sites if exactness(site, subject.layout) == "hook-only"]
     if found:
         warnings.warn(
             f"{found[0]} and {len(found) - 1} other sites are residual streams, which no weight equals: the edit works as a "

@@ -62,7 +62,7 @@ class Bases:
 
     def hooks(self) -> list[Hook]:
         """Hooks that project with the current bases, and gradients flow to the parameters."""
-        model, plan = self.subject.model, self.subject.anatomy
+        model, plan = self.subject.model, self.subject.layout
         return [h for s in self.sites for h in hooks_at(model, plan, s, self._visit(s), replaces=True)]
 
     def maps(self) -> dict[Site, LowRank]:

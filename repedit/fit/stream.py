@@ -34,7 +34,7 @@ def erase_stream(
             added; if retain is needed and missing.
         RankError: if nothing is removed, or nothing would remain.
     """
-    width = subject.anatomy.width
+    width = subject.layout.width
     map_ = basis if isinstance(basis, LowRank) else None
     found = basis.width if isinstance(basis, LowRank) else basis.shape[0]
     if found != width:

@@ -75,7 +75,7 @@ def truth_ratio(
     right, wrong = np.asarray(paraphrased, dtype=np.float64), np.asarray(perturbed, dtype=np.float64)
     if right.ndim != 1 or wrong.ndim != 2 or len(right) != len(wrong) or not wrong.size:
         raise MetricError(f"losses of shapes {right.shape} and {wrong.shape}; give (n,) and (n, k) for n questions")
-    _check_finite("loss", right, wrong)
+    _check_finite_losses("loss", right, wrong)
     difference = right + log_wrong(wrong)
     # Both forms in logarithms: a model that gives an answer no probability has t near 1e300 and beyond.
     items = np.exp(-np.abs(difference)) if aggregate == "closer_to_one" else -np.expm1(np.minimum(difference, 0))
@@ -157,7 +157,9 @@ class Part:
     outputs: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        _check_finite(f"value of {self.split!r}", self.answer, self.rougeL_recall, self.paraphrased, self.perturbed)
+        _check_finite_losses(
+            f"value of {self.split!r}", self.answer, self.rougeL_recall, self.paraphrased, self.perturbed
+        )
 
     @property
     def probability(self) -> Values:
@@ -201,7 +203,7 @@ def model_utility(parts: Mapping[str, Part | Mapping[str, float]]) -> float:
     return harmonic(terms)
 
 
-def _check_finite(what: str, *values: Values) -> None:
+def _check_finite_losses(what: str, *values: Values) -> None:
     for value in values:
         if not np.isfinite(value).all():
             raise MetricError(f"a {what} is {value[~np.isfinite(value)].flat[0]}; load the model in float32?")

@@ -381,7 +381,7 @@ def read_tokenizer(place: Path | str, options: dict[str, Any]) -> Any | None:
         return tokenizer
 
 
-def check_finite(model: nn.Module, dtype: str | torch.dtype = "auto") -> None:
+def check_finite_weights(model: nn.Module, dtype: str | torch.dtype = "auto") -> None:
     """Refuse weights that are NaN or infinite, wherever they are, and rotary frequencies that the config makes so.
 
     Args:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repedit.arch import Architecture, TensorSpec, anatomy
-from repedit.arch.layout import Anatomy
+from repedit.arch import Architecture, TensorSpec, match_layout
+from repedit.arch.layout import ModelLayout
 from repedit.errors import CheckpointError
 from repedit.io.checkpoint import Shards, open_shards
 from repedit.io.text import read_json
@@ -21,21 +21,21 @@ from repedit.sites import Point
 # --- Layers of different widths: which they are, and tensors of another shape in modules that were built for one width
 
 
-def mlp_widths(plan: Anatomy) -> dict[int, int]:
+def mlp_widths(layout: ModelLayout) -> dict[int, int]:
     """Neurons of the MLP of each layer; of one expert where it has experts."""
-    return {i: branch.parts[0].stop for i, (_, branch) in enumerate(plan.layers)}
+    return {i: branch.parts[0].stop for i, (_, branch) in enumerate(layout.layers)}
 
 
-def ragged_widths(plan: Anatomy) -> dict[int, int]:
+def ragged_widths(layout: ModelLayout) -> dict[int, int]:
     """The same where layers of one kind differ, which no config can say; empty where they agree."""
-    widths = mlp_widths(plan)
-    kinds = {(branch.routed, widths[i]) for i, (_, branch) in enumerate(plan.layers)}
+    widths = mlp_widths(layout)
+    kinds = {(branch.routed, widths[i]) for i, (_, branch) in enumerate(layout.layers)}
     return widths if len(kinds) > len({routed for routed, _ in kinds}) else {}
 
 
-def mlp_tensors(plan: Anatomy) -> frozenset[str]:
+def mlp_tensors(layout: ModelLayout) -> frozenset[str]:
     """Every tensor whose shape depends on the number of neurons of an MLP."""
-    branches = [plan.branch(i, Point.MLP_OUT) for i in range(len(plan.layers))]
+    branches = [layout.branch(i, Point.MLP_OUT) for i in range(len(layout.layers))]
     views = [view for branch in branches for part in branch.parts for view in (part.out, *part.readers)]
     return frozenset(view.tensor for view in views)
 
@@ -97,7 +97,7 @@ def refit(model: nn.Module, architecture: Architecture, place: Path | str, names
         old = parameters[name]
         fit(model, name, nn.Parameter(_stored(name, architecture, shards).to(old), requires_grad=old.requires_grad))
     specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}
-    found = mlp_widths(anatomy(architecture, specs))
+    found = mlp_widths(match_layout(architecture, specs))
     if found != recorded:
         raise CheckpointError(
             f"{place} holds MLPs of widths {list(found.values())}, its repedit.json records {list(recorded.values())}; "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repedit.arch import Anatomy, Architecture, TensorSpec, anatomy, resolve
+from repedit.arch import Architecture, ModelLayout, TensorSpec, match_layout, resolve
 from repedit.arch.check import check_bare, check_merged, check_modules
 from repedit.arch.offload import execution_device, values
 from repedit.errors import (
@@ -33,7 +33,7 @@ from repedit.io.safetensors import floating
 from repedit.models.default_model import DEFAULT
 from repedit.models.loading import (
     check_config,
-    check_finite,
+    check_finite_weights,
     device_named,
     file_of,
     located,
@@ -86,13 +86,13 @@ class Subject:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
         where = "in memory" if self.source is None else f"from {self.source.name}"
-        plan = self.anatomy
-        return f"Subject({self.architecture.model_type}, {len(plan.layers)} layers, width {plan.width}, {count:,} parameters, {where})"
+        layout = self.layout
+        return f"Subject({self.architecture.model_type}, {len(layout.layers)} layers, width {layout.width}, {count:,} parameters, {where})"
 
     @cached_property
-    def anatomy(self) -> Anatomy:
+    def layout(self) -> ModelLayout:
         """The architecture matched against this model's tensors."""
-        return anatomy(self.architecture, self.specs)
+        return match_layout(self.architecture, self.specs)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -124,7 +124,7 @@ class Subject:
 
     def device_at(self, layer: int) -> torch.device:
         """Where a layer computes; layers may lie on several devices."""
-        return execution_device(self.model.get_submodule(self.anatomy.block_paths[layer]))
+        return execution_device(self.model.get_submodule(self.layout.block_paths[layer]))
 
     @property
     def quantizer(self) -> str | None:
@@ -133,11 +133,11 @@ class Subject:
 
     def select(self, selector: str | Site | list[str | Site]) -> tuple[Site, ...]:
         """The sites of this model that a selector names, such as "4-9.mlp.out" or "*.mlp.neurons"."""
-        return select(selector, len(self.anatomy.layers), self.architecture.points)
+        return select(selector, len(self.layout.layers), self.architecture.points)
 
     def sites(self) -> list[dict[str, Any]]:
         """One row a site: names in repedit, TransformerLens and transformers, tensor, width and bias."""
-        return [self._row(Site(i, p)) for i in range(len(self.anatomy.layers)) for p in self.architecture.points]
+        return [self._row(Site(i, p)) for i in range(len(self.layout.layers)) for p in self.architecture.points]
 
     def fingerprint(self) -> str:
         """sha256 over the name, dtype, shape and bytes of every parameter, and the config without volatile keys."""
@@ -154,9 +154,9 @@ class Subject:
 
     def _writers(self, site: Site) -> list[str]:
         if site.point is Point.RESID_PRE and site.layer == 0:
-            return [self.anatomy.embeddings[0]]
+            return [self.layout.embeddings[0]]
         residual = site.point in (Point.RESID_PRE, Point.RESID_MID, Point.RESID_POST)
-        branch = self.anatomy.branch(site.layer, Point.MLP_OUT if residual else site.point)
+        branch = self.layout.branch(site.layer, Point.MLP_OUT if residual else site.point)
         return list(dict.fromkeys(part.out.tensor for part in branch.parts))
 
     @property
@@ -197,14 +197,14 @@ class Subject:
         return self.tokenizer
 
     def _row(self, site: Site) -> dict[str, Any]:
-        plan, point = self.anatomy, site.point
+        layout, point = self.layout, site.point
         inside = point in (Point.ATTN_NEURONS, Point.ATTN_OUT, Point.MLP_NEURONS, Point.MLP_OUT)
-        branch = plan.branch(site.layer, point) if inside else None
+        branch = layout.branch(site.layer, point) if inside else None
         return {
             "site": str(site),
             "hook": site.hook_name,
-            "module": branch.writer if branch else plan.block_paths[site.layer],
-            "width": plan.width_of(site.layer, point),
+            "module": branch.writer if branch else layout.block_paths[site.layer],
+            "width": layout.width_of(site.layer, point),
             "tensor": branch.parts[0].out.tensor if branch else "",
             "bias": bool(branch and branch.bias),
             "experts": len(branch.parts) if branch and branch.routed else 0,
@@ -263,7 +263,7 @@ def load(
         source = snapshot(place, getattr(model.config, "_commit_hash", None) or revision)
         origin = None if source is None else Origin(source, place)
     subject = subject_of(model, tokenizer, source=source, files=files, origin=origin)
-    check_finite(model, dtype)
+    check_finite_weights(model, dtype)
     return subject
 
 
@@ -324,7 +324,7 @@ def subject_of(
     origin = Origin(source) if origin is None and source is not None else origin
     subject = Subject(model, tokenizer, resolve(model.config), source, origin)
     try:
-        check_modules(model, subject.anatomy)
+        check_modules(model, subject.layout)
     except UnknownArchitecture:
         check_bare(model)
         raise

@@ -17,7 +17,7 @@ from repedit.errors import (
     DataError,
     FingerprintError,
     SelectionError,
-    check_finite,
+    check_finite_numbers,
     check_seed,
     check_whole,
 )
@@ -58,7 +58,7 @@ class PruningOptions:
         check_whole(steps=self.steps, tokens=self.tokens, batch_size=self.batch_size)
         check_whole(0, control=self.control)
         check_seed(seed=self.seed)
-        check_finite(max_retain_drop=self.max_retain_drop)
+        check_finite_numbers(max_retain_drop=self.max_retain_drop)
         for name in ("fraction", "cap_per_layer"):
             if getattr(self, name) is not None:
                 check_fraction(name, getattr(self, name))

@@ -358,7 +358,7 @@ def _importances(collection: Collection, name: str, subject: Subject | None) -> 
 
 def outgoing_norms(subject: Subject, site: Site) -> Float[Tensor, " d"]:
     """The Euclidean norm of what each neuron writes with, float64."""
-    parts = subject.anatomy.branch(site.layer, site.point).parts
+    parts = subject.layout.branch(site.layer, site.point).parts
     return torch.cat([part.out.read(subject.value(part.out.tensor)).double().norm(dim=0).cpu() for part in parts])
 
 

@@ -26,7 +26,7 @@ from repedit.errors import (
     FractionError,
     OverlapError,
     SelectionError,
-    check_finite,
+    check_finite_numbers,
     check_seed,
     check_whole,
 )
@@ -231,7 +231,7 @@ def trajectory(
     check_fraction("fraction_per_step", fraction_per_step)
     check_whole(steps=steps)
     check_seed(seed=seed)
-    check_finite(max_retain_drop=max_retain_drop)
+    check_finite_numbers(max_retain_drop=max_retain_drop)
     if steps * fraction_per_step > 1 + 1e-9:
         raise FractionError(
             f"{steps} steps of {fraction_per_step} prune more than everything; at most {int(1 / fraction_per_step + 1e-9)} steps"

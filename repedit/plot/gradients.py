@@ -283,7 +283,7 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
     moved = {name: size for name, size in moved.items() if place(name)[0] is not None and size > 0}
     if not moved:
         raise ArgumentError(f"the delta changes nothing inside a layer, of {counted(len(delta.tensors), 'tensor')}")
-    layers = list(range(len(subject.anatomy.layers)))
+    layers = list(range(len(subject.layout.layers)))
     figure = canvas(8.5, 5.2)
     axes = figure.subplots()
     for number, module in enumerate(modules(moved)):

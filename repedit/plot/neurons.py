@@ -325,7 +325,7 @@ def activations(
         NotEnoughRows: if no token of a set counts. NotFinite: if an activation is not finite.
     """
     place = subject.select(Site.parse(site))[0]
-    width = subject.anatomy.width_of(place.layer, place.point)
+    width = subject.layout.width_of(place.layer, place.point)
     if not 0 <= neuron < width:
         raise ArgumentError(f"{place} has no neuron {neuron}; its neurons are 0..{width - 1}")
     if bins < 1:
@@ -365,7 +365,7 @@ def _values(subject: Subject, site: Site, neuron: int, items: Iterable[Batch], l
             use = mask.reshape(-1).to(x.device)
             found.append(x[..., column].reshape(-1)[use if tokens is None else use[tokens]].double().cpu())
 
-    hooks = hooks_at(subject.model, subject.anatomy, site, visit, replaces=False)
+    hooks = hooks_at(subject.model, subject.layout, site, visit, replaces=False)
     with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
         counted = 0
         for number, batch in enumerate(items):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from repedit.arch import anatomy
+from repedit.arch import match_layout
 from repedit.edit import Edit, describe_map
 from repedit.errors import RepeditError
 from repedit.io import archive
@@ -299,12 +299,12 @@ def _anatomy(out: str, folder: Path, hidden: bool) -> list[list[str]]:
     try:
         specs = used_specs(open_shards(folder))
         found = architecture_of(folder)
-        plan = anatomy(found, specs)
+        layout = match_layout(found, specs)
     except RepeditError as error:
         return [[f"{out}", "no whole model" if hidden else f"no whole model: {error}"]]
     count = sum(prod(spec.shape) for spec in specs.values())
     kinds: dict[str, Any] = dict.fromkeys(str(spec.dtype).removeprefix("torch.") for spec in specs.values())
-    size = f"{len(plan.layers)} layers of width {plan.width}, {found.n_heads} heads, {count:,} numbers in {len(specs)} tensors ({', '.join(kinds)})"
+    size = f"{len(layout.layers)} layers of width {layout.width}, {found.n_heads} heads, {count:,} numbers in {len(specs)} tensors ({', '.join(kinds)})"
     return [[f"{out}: family", found.model_type], [f"{out}: size", size]]
 
 

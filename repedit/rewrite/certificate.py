@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from repedit.arch import Architecture, Specs, anatomy
+from repedit.arch import Architecture, Specs, match_layout
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, PlanMismatch
 from repedit.io.checkpoint import open_shards
@@ -100,7 +100,7 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
         )
     architecture, specs, before = _store(original)
     other, narrower, after = _store(edited)
-    if anatomy(other, narrower).width != anatomy(architecture, specs).width:
+    if match_layout(other, narrower).width != match_layout(architecture, specs).width:
         return _narrowed(slice_plan(edit, architecture, specs), narrower, before, after)
     plan = lower(edit, architecture, specs)
     found = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from repedit.arch import Architecture, Specs, TensorSpec, anatomy, resolve
+from repedit.arch import Architecture, Specs, TensorSpec, match_layout, resolve
 from repedit.errors import CheckpointError, PlanMismatch
 from repedit.io.checkpoint import Shards
 from repedit.io.text import read_json
@@ -73,8 +73,10 @@ def check_planned(plan: Plan, shards: Shards, used: Specs) -> None:
             "or save the model again without them: rp.load(...).model.save_pretrained(...)"
         )
     extra, reshaped = sorted(set(match.unused) - set(unused)), match.reshaped
-    if reshaped and ragged_widths(anatomy(resolve(config), planned)):
-        reshaped = tuple(sorted(set(reshaped) - mlp_tensors(anatomy(resolve(config), _shapes(empty_model(config))))))
+    if reshaped and ragged_widths(match_layout(resolve(config), planned)):
+        reshaped = tuple(
+            sorted(set(reshaped) - mlp_tensors(match_layout(resolve(config), _shapes(empty_model(config)))))
+        )
     if extra or match.missing or reshaped:
         raise PlanMismatch(
             f"the planned config builds another model than the planned tensors: not described {extra[:3]}, absent "
@@ -90,8 +92,8 @@ def check_described(subject: Subject) -> None:
     """
     with buildable("the model in memory"):
         built = _shapes(empty_model(subject.model.config))
-    own, plan = _shapes(subject.model), subject.anatomy
-    free = mlp_tensors(plan) if ragged_widths(plan) else frozenset()
+    own, layout = _shapes(subject.model), subject.layout
+    free = mlp_tensors(layout) if ragged_widths(layout) else frozenset()
     extra, absent = sorted(set(own) - set(built)), sorted(set(built) - set(own))
     reshaped = sorted(n for n in set(own) & set(built) if own[n].shape != built[n].shape and n not in free)
     if extra or absent or reshaped:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from repedit.arch import Architecture, Specs, anatomy
+from repedit.arch import Architecture, Specs, match_layout
 from repedit.edit import Edit
 from repedit.errors import (
     ArgumentError,
@@ -30,9 +30,9 @@ from repedit.io.safetensors import floating
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, sync, workplace
 from repedit.io.text import read_json
 from repedit.lower import EditOrDelta, check_model, lower, read_by_name
-from repedit.models.loading import check_finite as check_weights
+from repedit.models.loading import check_finite_weights
 from repedit.models.subject import Origin, Subject
-from repedit.plan import Plan, check_finite
+from repedit.plan import Plan, check_finite_tensor
 from repedit.rewrite.apply import check_editable, noop_message
 from repedit.rewrite.checkpoint_architecture import architecture_of, check_described, check_planned, used_specs
 from repedit.rewrite.companions import Companions, companions, copy_companions, used_files
@@ -185,7 +185,7 @@ def export(
         _check_changes(plan, changes, allow_identity, dtype)
         copy_companions(others, new)
         _write_config(directory, new, plan, dtype, identity=not plan.config and dtype is None)
-        made = anatomy(architecture_of(new), used_specs(open_shards(new)))
+        made = match_layout(architecture_of(new), used_specs(open_shards(new)))
         if origin is None and ready is not None:
             origin = Origin(directory)
         record = manifest(
@@ -300,7 +300,7 @@ def _check_source(
         check_model(change, source.value, any_model=any_model)
     elif files is not None:
         shards, used = files
-        _check_finite(shards, used)
+        _check_finite_shards(shards, used)
         read = read_by_name(architecture_of(shards.directory), shards.specs, shards.read)
         check_model(change, read, any_model=any_model)
 
@@ -314,19 +314,19 @@ def _log_loaders(record: Manifest, out: Path, others: Companions, structure: str
         log.warning("not part of the export to %s: %s", out, ", ".join(lines))
 
 
-def _check_finite(shards: Shards, used: Specs) -> None:
+def _check_finite_shards(shards: Shards, used: Specs) -> None:
     """Refuse weights that are NaN or infinite, as `load` does.
 
     Raises:
         NotFinite: with the first place.
     """
     for name in used:
-        check_finite(f"tensor {name!r} of {shards.directory}", shards.read(name))
+        check_finite_tensor(f"tensor {name!r} of {shards.directory}", shards.read(name))
 
 
 def _saved(subject: Any, place: Path, max_shard_size: str) -> Path:
     """A model in memory saved as it is, by transformers, which knows the names its tensors have on disk."""
-    check_weights(subject.model)
+    check_finite_weights(subject.model)
     folder = place / "unedited"
     check_space(place, sum(p.nbytes for p in subject.model.parameters()))
     subject.model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gguf
 
-from repedit.arch import TensorSpec, anatomy
+from repedit.arch import TensorSpec, match_layout
 from repedit.errors import NotFound, UnknownArchitecture
 from repedit.io.checkpoint import open_shards
 from repedit.io.files import is_folder, user_path
@@ -87,7 +87,7 @@ def gguf_check(directory: str | Path) -> GgufCheck:
     return GgufCheck(
         architecture=name,
         unnamed=unnamed,
-        widths=ragged_widths(anatomy(architecture, specs)),
+        widths=ragged_widths(match_layout(architecture, specs)),
         unfit={kind: tuple(n for n, spec in specs.items() if _splits(spec, kind)) for kind in _BLOCKED},
     )
 

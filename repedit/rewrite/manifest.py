@@ -12,7 +12,7 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
-from repedit.arch import Anatomy
+from repedit.arch import ModelLayout
 from repedit.escaping import for_markdown, for_yaml
 from repedit.io.checkpoint import Shards, open_shards
 from repedit.io.files import file_hash, read_bytes
@@ -128,7 +128,7 @@ def manifest(
     base: Base,
     new: Path,
     dtype: str | None,
-    made: Anatomy,
+    made: ModelLayout,
     known: Mapping[str, str],
 ) -> Manifest:
     """Hash every file of the new checkpoint and of its source, and record what was done.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repedit.arch import anatomy
+from repedit.arch import match_layout
 from repedit.errors import NotSliceable, NotSlimmable, PlanMismatch
 from repedit.models.ragged import fit, mlp_tensors, ragged_widths
 from repedit.models.subject import Subject, subject_of
@@ -84,8 +84,8 @@ def _empty(model: Any, plan: Plan) -> Any:
 
 def _check_shapes(subject: Subject, shapes: dict[str, torch.Size]) -> None:
     wrong = {n for n, p in subject.model.named_parameters(remove_duplicate=False) if p.shape != shapes[n]}
-    plan = anatomy(subject.architecture, subject.specs)
-    if wrong - (mlp_tensors(plan) if ragged_widths(plan) else frozenset()):
+    layout = match_layout(subject.architecture, subject.specs)
+    if wrong - (mlp_tensors(layout) if ragged_widths(layout) else frozenset()):
         name = min(wrong)
         raise PlanMismatch(
             f"{len(wrong)} tensors have other shapes than the config gives them, such as {name}: "

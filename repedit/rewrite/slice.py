@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.arch import Anatomy, Architecture, Specs, anatomy
+from repedit.arch import Architecture, ModelLayout, Specs, match_layout
 from repedit.edit import Edit, check_widths
 from repedit.errors import ArgumentError, NotSliceable
 from repedit.fit.linalg import complement, orthonormal
@@ -180,12 +180,12 @@ def slice_plan(edit: Edit, architecture: Architecture, specs: Specs, *, multiple
         raise NotSliceable(
             f"the stream of {architecture.model_type} cannot be made narrower: {whole}; use structure='keep'"
         )
-    plan = anatomy(architecture, specs)
-    check_widths(edit, plan)
-    map_ = erasure(edit, plan)
+    layout = match_layout(architecture, specs)
+    check_widths(edit, layout)
+    map_ = erasure(edit, layout)
     basis = coordinates(map_, centered=architecture.centered)
-    _check_width(plan, basis.shape[1], multiple)
-    build = _Builder(plan, specs, map_, basis)
+    _check_width(layout, basis.shape[1], multiple)
+    build = _Builder(layout, specs, map_, basis)
     resized = dict(build.tensors())
     _check_complete(resized, build, specs)
     folded = lower(edit, architecture, specs, **options)
@@ -199,13 +199,13 @@ def slice_plan(edit: Edit, architecture: Architecture, specs: Specs, *, multiple
     )
 
 
-def erasure(edit: Edit, plan: Anatomy) -> LowRank:
+def erasure(edit: Edit, layout: ModelLayout) -> LowRank:
     """The one projection that an edit applies at every writer of the stream.
 
     Raises:
         NotSliceable: naming the first site that differs.
     """
-    layers = range(len(plan.layers))
+    layers = range(len(layout.layers))
     writers = [Site(0, Point.RESID_PRE), *(Site(i, p) for i in layers for p in (Point.ATTN_OUT, Point.MLP_OUT))]
     hint = "build it with erase_stream"
     extra = sorted(set(edit.maps) - set(writers))
@@ -222,9 +222,9 @@ def erasure(edit: Edit, plan: Anatomy) -> LowRank:
         if map_.u.shape != first.u.shape or not (torch.equal(map_.u, first.u) and torch.equal(map_.v, first.v)):
             raise NotSliceable(f"{site} removes other directions than {writers[0]}; {hint}")
     assert isinstance(first, LowRank)
-    if plan.architecture.centered and float(first.v.double().sum(0).abs().max()) > 1e-4 * sqrt(plan.width):
+    if layout.architecture.centered and float(first.v.double().sum(0).abs().max()) > 1e-4 * sqrt(layout.width):
         raise NotSliceable(
-            f"{plan.architecture.model_type} subtracts the mean, which is in the span of the directions; {hint}, which leaves it out"
+            f"{layout.architecture.model_type} subtracts the mean, which is in the span of the directions; {hint}, which leaves it out"
         )
     return first
 
@@ -232,10 +232,10 @@ def erasure(edit: Edit, plan: Anatomy) -> LowRank:
 class _Builder:
     """Goes through the tensors of a model once and says what each becomes."""
 
-    def __init__(self, plan: Anatomy, specs: Specs, map_: LowRank, basis: Float[Tensor, "d s"]) -> None:
-        row = plan.architecture
+    def __init__(self, layout: ModelLayout, specs: Specs, map_: LowRank, basis: Float[Tensor, "d s"]) -> None:
+        row = layout.architecture
         assert row.shrink is not None
-        self.plan, self.row, self.shrink, self.specs, self.basis = plan, row, row.shrink, specs, basis
+        self.layout, self.row, self.shrink, self.specs, self.basis = layout, row, row.shrink, specs, basis
         d, self.width = basis.shape
         self.ratio = d / self.width
         u, v = map_.u.double().cpu(), map_.v.double().cpu()
@@ -243,12 +243,12 @@ class _Builder:
         self.readers: set[str] = set()
 
     def tensors(self) -> Iterator[tuple[str, Resize]]:
-        tokens, *positions = self.plan.embeddings
+        tokens, *positions = self.layout.embeddings
         scale = sqrt(self.ratio) if self.row.embedding_scaled else 1.0
         yield tokens, Write(self.writer, True, scale)
         for name in positions:
             yield name, Write(self.writer, True)
-        for block, (attention, mlp) in zip(self.plan.block_paths, self.plan.layers, strict=True):
+        for block, (attention, mlp) in zip(self.layout.block_paths, self.layout.layers, strict=True):
             first, second = f"{block}.{self.shrink.attention_norm}", f"{block}.{self.shrink.mlp_norm}"
             for norm in dict.fromkeys((first, second)):
                 yield from self._norm(norm)
@@ -266,12 +266,12 @@ class _Builder:
         base = tokens.removesuffix(f"{self.row.embeddings[0]}.weight")
         final = f"{base}{self.shrink.final_norm}"
         yield from self._norm(final)
-        yield from self._reader(self.plan.head.removesuffix(".weight"), final)
+        yield from self._reader(self.layout.head.removesuffix(".weight"), final)
 
     def config(self) -> dict[str, Any]:
         return {
             "hidden_size": self.width,
-            "head_dim": self.plan.layers[0][0].head_width,
+            "head_dim": self.layout.layers[0][0].head_width,
             self.shrink.epsilon: self.row.epsilon * self.ratio,
         }
 
@@ -294,7 +294,7 @@ class _Builder:
     def _router(self) -> str:
         experts = self.row.experts
         assert experts is not None
-        block = experts.block if self.plan.store == "live" else experts.down.partition(".experts")[0]
+        block = experts.block if self.layout.store == "live" else experts.down.partition(".experts")[0]
         return f"{block}.gate"
 
 
@@ -304,35 +304,35 @@ def _is_projection(map_: LowRank) -> bool:
     return bool(((inner - torch.eye(len(inner)).to(inner)).abs() < 1e-4).all())
 
 
-def _check_width(plan: Anatomy, width: int, multiple: int) -> None:
+def _check_width(layout: ModelLayout, width: int, multiple: int) -> None:
     """Refuse a width that the config or the caller does not allow, and name the nearest ranks that give one."""
-    row = plan.architecture
-    step = lcm(multiple, row.n_heads if row.shrink and row.shrink.divides else 1)
+    row = layout.architecture
+    step = lcm(multiple, row.n_heads if row.shrink and row.shrink.heads_must_divide_width else 1)
     if width % step == 0 and width:
         return
-    ranks = sorted({plan.width - s for s in (width // step * step, -(-width // step) * step) if 0 < s < plan.width})
+    ranks = sorted({layout.width - s for s in (width // step * step, -(-width // step) * step) if 0 < s < layout.width})
     heads = (
         f" (the config of {row.model_type} insists on a multiple of its {row.n_heads} heads)"
         if step != multiple
         else ""
     )
     raise NotSliceable(
-        f"removing {plan.width - width} of {plan.width} directions leaves a width of {width}, which is no multiple of {step}{heads}; "
+        f"removing {layout.width - width} of {layout.width} directions leaves a width of {width}, which is no multiple of {step}{heads}; "
         f"the nearest ranks that do are {ranks}: erase_stream(..., multiple={step}, retain=moments) adds directions"
     )
 
 
 def _check_complete(resized: dict[str, Resize], build: _Builder, specs: Specs) -> None:
     """Refuse a model with a tensor that the row does not account for and that may touch the stream."""
-    absent = sorted(set(resized) - set(specs) - {build.plan.head})
+    absent = sorted(set(resized) - set(specs) - {build.layout.head})
     if absent:
         raise NotSliceable(f"the row of {build.row.model_type} names {absent[0]}, which this model does not hold")
     harmless = {f"{name.removesuffix('.weight')}.bias" for name in build.readers}
     harmless |= {
-        f"{block}.{norm}.weight" for block in build.plan.block_paths for norm in build.shrink.head_norms.values()
+        f"{block}.{norm}.weight" for block in build.layout.block_paths for norm in build.shrink.head_norms.values()
     }
     for name, spec in specs.items():
-        suspect = build.plan.width in spec.shape or "norm" in name.split(".")[-2]
+        suspect = build.layout.width in spec.shape or "norm" in name.split(".")[-2]
         if suspect and name not in resized and name not in harmless:
             raise NotSliceable(
                 f"{name} {tuple(spec.shape)} may read or write the stream and the row of {build.row.model_type} does not say how; "

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from repedit.arch import Anatomy, Architecture, Branch, Shrink, Specs, anatomy
+from repedit.arch import Architecture, Branch, ModelLayout, Shrink, Specs, match_layout
 from repedit.edit import Edit, check_widths
 from repedit.errors import ArgumentError, NotSlimmable
 from repedit.linear_maps import Diagonal
@@ -36,7 +36,7 @@ class Survivors:
     groups: tuple[Int[Tensor, " _"], ...]
 
 
-def survivors(edit: Edit, plan: Anatomy, layout: str, multiple: int) -> Survivors:
+def survivors(edit: Edit, model_layout: ModelLayout, layout: str, multiple: int) -> Survivors:
     """What stays of every branch of a model under a layout.
 
     "uniform": the largest kept count over the layers of a kind (dense, experts), rounded up to `multiple` but never
@@ -55,8 +55,8 @@ def survivors(edit: Edit, plan: Anatomy, layout: str, multiple: int) -> Survivor
                 f"{site} holds a {type(map_).__name__} that is not a mask of zeros and ones; use structure='keep'"
             )
     kept = {site: map_.kept.cpu() for site, map_ in edit.maps.items() if isinstance(map_, Diagonal)}
-    neurons = _neurons(kept, plan, layout, multiple)
-    groups = tuple(_groups(kept, plan, layer) for layer in range(len(plan.layers)))
+    neurons = _neurons(kept, model_layout, layout, multiple)
+    groups = tuple(_groups(kept, model_layout, layer) for layer in range(len(model_layout.layers)))
     counts = [len(g) for g in groups]
     if len(set(counts)) > 1:
         raise NotSlimmable(
@@ -72,10 +72,10 @@ def group_count(branch: Branch) -> int:
 
 
 def _neurons(
-    kept: Mapping[Site, Bool[Tensor, " f"]], plan: Anatomy, layout: str, multiple: int
+    kept: Mapping[Site, Bool[Tensor, " f"]], model_layout: ModelLayout, layout: str, multiple: int
 ) -> tuple[Int[Tensor, "_ _"], ...]:
     masks, widths = [], []
-    for layer, (_, branch) in enumerate(plan.layers):
+    for layer, (_, branch) in enumerate(model_layout.layers):
         mask = kept.get(Site(layer, Point.MLP_NEURONS), torch.ones(branch.width, dtype=torch.bool))
         if not bool(mask.any()):
             raise NotSlimmable(
@@ -84,16 +84,16 @@ def _neurons(
         masks.append(torch.stack([mask[part.start : part.stop] for part in branch.parts]))
         widths.append(int(masks[-1].sum(1).max()))
     if layout == "uniform":
-        widths = _evened(widths, plan, multiple)
+        widths = _evened(widths, model_layout, multiple)
     return tuple(_padded(mask, width) for mask, width in zip(masks, widths, strict=True))
 
 
-def _evened(widths: list[int], plan: Anatomy, multiple: int) -> list[int]:
+def _evened(widths: list[int], model_layout: ModelLayout, multiple: int) -> list[int]:
     """One width for the dense layers and one for those with experts."""
-    routed = [branch.routed for _, branch in plan.layers]
+    routed = [branch.routed for _, branch in model_layout.layers]
     found = {}
     for kind in set(routed):
-        there = [branch.parts[0].stop for _, branch in plan.layers if branch.routed is kind]
+        there = [branch.parts[0].stop for _, branch in model_layout.layers if branch.routed is kind]
         largest = max(w for w, k in zip(widths, routed, strict=True) if k is kind)
         found[kind] = min(-(-largest // multiple) * multiple, max(there))
         if found[kind] > min(there):
@@ -110,8 +110,8 @@ def _padded(mask: Bool[Tensor, "e f"], width: int) -> Int[Tensor, "e n"]:
     return order[:, :width].sort(1).values
 
 
-def _groups(kept: Mapping[Site, Bool[Tensor, " f"]], plan: Anatomy, layer: int) -> Int[Tensor, " g"]:
-    branch, site = plan.layers[layer][0], Site(layer, Point.ATTN_NEURONS)
+def _groups(kept: Mapping[Site, Bool[Tensor, " f"]], model_layout: ModelLayout, layer: int) -> Int[Tensor, " g"]:
+    branch, site = model_layout.layers[layer][0], Site(layer, Point.ATTN_NEURONS)
     mask = kept.get(site, torch.ones(branch.width, dtype=torch.bool))
     grouped = rearrange(mask, "(kv n) -> kv n", n=branch.group * branch.head_width)
     if not torch.equal(grouped.any(1), grouped.all(1)):
@@ -121,10 +121,10 @@ def _groups(kept: Mapping[Site, Bool[Tensor, " f"]], plan: Anatomy, layer: int) 
         )
     if not bool(mask.any()):
         raise NotSlimmable(f"{site} would keep none of its {group_count(branch)} groups of heads; set cap_per_layer")
-    whole = plan.architecture.shrink.whole_heads if plan.architecture.shrink else ""
+    whole = model_layout.architecture.shrink.whole_heads if model_layout.architecture.shrink else ""
     if whole and not bool(mask.all()):
         raise NotSlimmable(
-            f"{site}: heads of {plan.architecture.model_type} cannot be cut out: {whole}; use structure='keep'"
+            f"{site}: heads of {model_layout.architecture.model_type} cannot be cut out: {whole}; use structure='keep'"
         )
     return grouped.any(1).nonzero()[:, 0]
 
@@ -178,18 +178,18 @@ def slim_plan(
         raise NotSlimmable(
             f"the row of {architecture.model_type} does not say what changes with its widths (Architecture.shrink); use structure='keep'"
         )
-    plan = anatomy(architecture, specs)
-    check_widths(edit, plan)
-    left = survivors(edit, plan, layout, multiple)
+    model_layout = match_layout(architecture, specs)
+    check_widths(edit, model_layout)
+    left = survivors(edit, model_layout, layout, multiple)
     zeroed = lower(edit, architecture, specs, **options)
-    resized = dict(_cuts(plan, left, specs, frozenset(zeroed.added)))
+    resized = dict(_cuts(model_layout, left, specs, frozenset(zeroed.added)))
     if not resized:
         widths = [rows.shape[1] for rows in left.neurons]
         raise NotSlimmable(
-            f"nothing would be cut: the layers would keep widths {widths} of {[b.parts[0].stop for _, b in plan.layers]}; "
+            f"nothing would be cut: the layers would keep widths {widths} of {[b.parts[0].stop for _, b in model_layout.layers]}; "
             "prune every layer (scope='layer'), or use layout='ragged' or a smaller multiple"
         )
-    config = {**zeroed.config, **_config(plan, left, architecture.shrink)}
+    config = {**zeroed.config, **_config(model_layout, left, architecture.shrink)}
     return replace(zeroed, resized=resized, config=config, structure="slim")
 
 
@@ -213,10 +213,10 @@ class Cut(Resize):
         return f"cut: {self.keep.shape[-1]} kept on axis {self.axis}"
 
 
-def _cuts(plan: Anatomy, left: Survivors, specs: Specs, added: frozenset[str]) -> Iterator[tuple[str, Cut]]:
-    shrink = plan.architecture.shrink
+def _cuts(model_layout: ModelLayout, left: Survivors, specs: Specs, added: frozenset[str]) -> Iterator[tuple[str, Cut]]:
+    shrink = model_layout.architecture.shrink
     assert shrink is not None
-    layers = zip(plan.block_paths, plan.layers, left.neurons, left.groups, strict=True)
+    layers = zip(model_layout.block_paths, model_layout.layers, left.neurons, left.groups, strict=True)
     for block, (attention, mlp), neurons, groups in layers:
         if neurons.shape[1] < mlp.parts[0].stop:
             yield from _routed(mlp, neurons) if mlp.routed else _dense(mlp, neurons[0], added)
@@ -270,23 +270,25 @@ def _rows(groups: Int[Tensor, " g"], size: int) -> Int[Tensor, " n"]:
     return (groups[:, None] * size + torch.arange(size)).flatten()
 
 
-def _config(plan: Anatomy, left: Survivors, shrink: Shrink) -> dict[str, Any]:
+def _config(model_layout: ModelLayout, left: Survivors, shrink: Shrink) -> dict[str, Any]:
     """The fields that say the new widths; nothing for MLPs whose layers differ, which no field can say."""
     found: dict[str, Any] = {}
-    for routed in {branch.routed for _, branch in plan.layers}:
+    for routed in {branch.routed for _, branch in model_layout.layers}:
         layers = [
-            (b, rows.shape[1]) for (_, b), rows in zip(plan.layers, left.neurons, strict=True) if b.routed is routed
+            (b, rows.shape[1])
+            for (_, b), rows in zip(model_layout.layers, left.neurons, strict=True)
+            if b.routed is routed
         ]
         widths = {width for _, width in layers}
         if len(widths) == 1 and any(width < branch.parts[0].stop for branch, width in layers):
             found[shrink.expert if routed and shrink.expert else shrink.mlp] = widths.pop()
-    attention = plan.layers[0][0]
+    attention = model_layout.layers[0][0]
     if len(left.groups[0]) < group_count(attention):
         heads = len(left.groups[0]) * attention.group
-        if shrink.divides and plan.width % heads:
+        if shrink.heads_must_divide_width and model_layout.width % heads:
             raise NotSlimmable(
-                f"the config of {plan.architecture.model_type} insists that the number of heads divides the width of the stream: "
-                f"{heads} heads would stay, the width is {plan.width}; prune another number of groups"
+                f"the config of {model_layout.architecture.model_type} insists that the number of heads divides the width of the stream: "
+                f"{heads} heads would stay, the width is {model_layout.width}; prune another number of groups"
             )
         found |= {
             "num_attention_heads": heads,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repedit.errors import TrainingError, UnknownName, check_finite, check_positive, nearest
+from repedit.errors import TrainingError, UnknownName, check_finite_numbers, check_positive, nearest
 from repedit.unlearning.sharding import is_sharded, local
 
 CHUNK = 1 << 20
@@ -153,7 +153,7 @@ def primal_dual(epsilon: float, eta: float = 1.0, warmup_epochs: float = 5.0) ->
         warmup_epochs: lambda stays 1 so long.
     """
     check_positive(eta=eta)
-    check_finite(epsilon=epsilon, warmup_epochs=warmup_epochs)
+    check_finite_numbers(epsilon=epsilon, warmup_epochs=warmup_epochs)
 
     def weights(_dots: Dots, now: Moment) -> tuple[float, float]:
         found = now.state.get("lambda", 1.0)

@@ -18,7 +18,7 @@ from repedit.data import Batch
 from repedit.errors import (
     ArgumentError,
     UnknownName,
-    check_finite,
+    check_finite_numbers,
     check_positive,
     is_finite,
     is_whole,
@@ -174,7 +174,7 @@ class Loss:
     """Some of "reference_rows", "reference_logits", "reference_hidden", "hidden", "alternative"."""
 
     def __post_init__(self) -> None:
-        check_finite(**{name: value for name, value in self.options.items() if isinstance(value, float)})
+        check_finite_numbers(**{name: value for name, value in self.options.items() if isinstance(value, float)})
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})"

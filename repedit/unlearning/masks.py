@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repedit.activations.forward import inputs_of
-from repedit.arch import View
+from repedit.arch import MatrixView
 from repedit.data import Batch
 from repedit.errors import SelectionError
 from repedit.models.subject import Subject
@@ -101,12 +101,12 @@ def neurons(keep: Mapping[Site, Tensor], subject: Subject) -> Mask:
     named = dict(subject.model.named_parameters())
     found: dict[str, Tensor] = {}
 
-    def mark(view: View, chosen: Tensor, *, columns: bool) -> None:
+    def mark(view: MatrixView, chosen: Tensor, *, columns: bool) -> None:
         mask = found.setdefault(view.tensor, torch.zeros_like(named[view.tensor], dtype=torch.bool))
         view.change(mask, lambda w: w | (chosen[None, :] if columns else chosen[:, None]))
 
     for site, kept in keep.items():
-        branch = subject.anatomy.branch(site.layer, site.point)
+        branch = subject.layout.branch(site.layer, site.point)
         for part in branch.parts:
             chosen = ~kept[part.start : part.stop].to(subject.device)
             mark(part.out, chosen, columns=True)
@@ -128,7 +128,7 @@ def _unit_norms(grad: Tensor, name: str, unit: str, subject: Subject) -> Tensor:
         return squares.sum()
     if grad.ndim == 1:
         return squares.sqrt()
-    inside = any(name.startswith(f"{path}.") for path in subject.anatomy.block_paths)
+    inside = any(name.startswith(f"{path}.") for path in subject.layout.block_paths)
     inputs = 0 if subject.architecture.transposed and inside and grad.ndim == 2 else -1
     return squares.sum(inputs, keepdim=True).sqrt()
 

@@ -71,7 +71,7 @@ class Adapters:
 def _linear(subject: Subject, names: tuple[str, ...], lora: Lora) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
-    blocks = tuple(f"{path}." for path in subject.anatomy.block_paths)
+    blocks = tuple(f"{path}." for path in subject.layout.block_paths)
     every = [
         name.removesuffix(".weight")
         for name in names
@@ -196,7 +196,7 @@ class Parameters:
     def _layer_fits(self, name: str, subject: Subject) -> bool:
         if self.layers == "all":
             return True
-        paths = subject.anatomy.block_paths
+        paths = subject.layout.block_paths
         return any(name.startswith(f"{paths[layer]}.") for layer in layers_of(self.layers, len(paths)))
 
 
@@ -226,7 +226,7 @@ class Trainee:
         model = copy.deepcopy(subject.model, memo=new).eval()
         self.subject = Subject(model, subject.tokenizer, subject.architecture)
         # Adapters rename tensors; where things are does not change.
-        self.subject.__dict__["anatomy"] = subject.anatomy
+        self.subject.__dict__["layout"] = subject.layout
         self.mask = {} if parameters.mask is None else {
             n: parameters.mask.tensors.get(n, torch.zeros((), dtype=torch.bool)).to(p.device) for n, p in self.tensors.items()
         }  # fmt: skip
@@ -345,13 +345,13 @@ def _module(name: str) -> str:
 
 def _writers(subject: Subject, point: str) -> set[str]:
     """The weights that write into the stream at a point."""
-    branches = [subject.anatomy.branch(layer, Point(point)) for layer in range(len(subject.anatomy.layers))]
+    branches = [subject.layout.branch(layer, Point(point)) for layer in range(len(subject.layout.layers))]
     return {part.out.tensor for branch in branches for part in branch.parts}
 
 
 def _tails(module: str, subject: Subject) -> set[str]:
     """The path of a module inside its block, and its last name."""
-    for path in subject.anatomy.block_paths:
+    for path in subject.layout.block_paths:
         if module.startswith(f"{path}."):
             return {module.removeprefix(f"{path}."), module.rpartition(".")[2]}
     return {module}
@@ -361,5 +361,5 @@ def _is_router(name: str, subject: Subject) -> bool:
     row = subject.architecture.experts
     if row is None:
         return False
-    inside = next((name.removeprefix(f"{p}.") for p in subject.anatomy.block_paths if name.startswith(f"{p}.")), "")
+    inside = next((name.removeprefix(f"{p}.") for p in subject.layout.block_paths if name.startswith(f"{p}.")), "")
     return bool(re.match(rf"{re.escape(row.block)}\.(gate|router)(\.|$)", inside))

@@ -12,7 +12,7 @@ from repedit.errors import (
     ArgumentError,
     RepeditError,
     UnknownName,
-    check_finite,
+    check_finite_numbers,
     check_names,
     is_finite,
     is_whole,
@@ -51,7 +51,7 @@ class Term:
         if self.role not in ROLES:
             raise UnknownName(f"role={self.role!r}; {nearest(self.role, ROLES)}")
         if not callable(self.weight):
-            check_finite(weight=self.weight)
+            check_finite_numbers(weight=self.weight)
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from repedit.errors import ArgumentError, UnknownName, check_finite, check_names, nearest
+from repedit.errors import ArgumentError, UnknownName, check_finite_numbers, check_names, nearest
 from repedit.unlearning import combiners, losses, recipe
 from repedit.unlearning.combiners import Combiner, weighted_sum
 from repedit.unlearning.parameters import Lora, Parameters
@@ -425,7 +425,7 @@ def named(name: str, /, **options: Any) -> UnlearnRecipe | Merged:
     check_names(f"recipe {name!r}", options, [*own, *CHANGEABLE])
     for option in (option for option in own if option in options):
         if str(parameters[option].annotation).startswith(("float", "int")):
-            check_finite(**{option: options[option]})
+            check_finite_numbers(**{option: options[option]})
         if options[option] is None and parameters[option].default is not None:
             raise ArgumentError(f"{option}=None; give a value, or leave it out for {parameters[option].default!r}")
     if rest and "variant" not in parameters:

@@ -115,7 +115,7 @@ def watching(subject: Subject, layers: Sequence[int], into: dict[int, Tensor]) -
     hooks = [
         hook
         for layer in layers
-        for hook in hooks_at(subject.model, subject.anatomy, Site(layer, Point.RESID_POST), keep(layer), replaces=False)
+        for hook in hooks_at(subject.model, subject.layout, Site(layer, Point.RESID_POST), keep(layer), replaces=False)
     ]
     return installed(subject.model, hooks) if hooks else nullcontext()
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from repedit.errors import (
     ArgumentError,
     UnknownName,
-    check_finite,
+    check_finite_numbers,
     check_positive,
     check_whole,
     is_finite,
@@ -92,7 +92,7 @@ def epochs(n: float) -> Stop:
 
 def loss_above(role: str, value: float) -> Stop:
     """Stop once the NLL of a role, mean over the tokens of a step, is above a value."""
-    check_finite(value=value)
+    check_finite_numbers(value=value)
 
     def reason(p: Progress) -> str:
         found = p.log[-1]["nll"].get(role)
@@ -111,7 +111,7 @@ def metric(
     """
     if (above is None) == (below is None) or not is_whole(every):
         raise ArgumentError(f"above={above}, below={below}, every={every}; give one of the first two, and every >= 1")
-    check_finite(above=above, below=below)
+    check_finite_numbers(above=above, below=below)
     name = getattr(fn, "__name__", type(fn).__name__)
 
     def reason(p: Progress) -> str:

@@ -42,7 +42,7 @@ def recompute_blocks(subject: Subject) -> None:
     """
     from torch.utils.checkpoint import checkpoint
 
-    for path in subject.anatomy.block_paths:
+    for path in subject.layout.block_paths:
         block = subject.model.get_submodule(path)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -116,7 +116,7 @@ def shard(trainee: Trainee) -> None:
     # The root is let go after its forward too: a pass without backward would leave it whole, and stale after the step.
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     options["ignored_params"] = {p for p in model.parameters() if not p.requires_grad}
-    blocks = [model.get_submodule(path) for path in trainee.subject.anatomy.block_paths]
+    blocks = [model.get_submodule(path) for path in trainee.subject.layout.block_paths]
     for module in (*(b for b in blocks if any(p.requires_grad for p in b.parameters())), model):
         fully_shard(module, **options)
     for module in model.modules():
@@ -294,7 +294,7 @@ class Training:
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return len(self.trainee.subject.anatomy.layers)
+        return len(self.trainee.subject.layout.layers)
 
     def _join(self, aside: list[Tensor | None], values: dict[str, float], step: int) -> Joined | None:
         if not self.recipe.combiner.separate:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.activations.collection import Collection
-from repedit.arch import TensorSpec, View
+from repedit.arch import TensorSpec, MatrixView
 from repedit.delta import Delta
 from repedit.edit import describe_map
 from repedit.errors import (
@@ -240,11 +240,11 @@ def fold(model: nn.Module, module: str, map: AffineMap) -> Delta:
         )
     operations: dict[str, tuple[Operation, ...]] = {}
     for number, block in enumerate(_blocks(map, groups, module)):
-        view = View(weight, parts=groups, part=number, kernel=isinstance(layer, Convolution))
+        view = MatrixView(weight, parts=groups, part=number, kernel=isinstance(layer, Convolution))
         operations[weight] = (*operations.get(weight, ()), Operation("inputs", view, block))
         if offset is not None:
             constant = offset.chunk(groups)[number]
-            carry = Operation("carry", View(bias, parts=groups, part=number), constant=constant, weight=view)
+            carry = Operation("carry", MatrixView(bias, parts=groups, part=number), constant=constant, weight=view)
             operations[bias] = (*operations.get(bias, ()), carry)
     added = {}
     if bias in operations and bias not in before:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.arch import Visit, hooks_at
+from repedit.arch import HookFn, hooks_at
 from repedit.auditing.attack import Attack, Outcome, ask, skipped
 from repedit.auditing.attacks.probing import captured
 from repedit.data import Fact, Splits
@@ -55,7 +55,7 @@ def direction(contrast: Subject | None = None, *, items: int = ITEMS) -> Attack:
         if contrast is None and not splits.retain:
             return skipped("needs the original to compare with, or retain facts")
         found = _directions(subject, contrast, splits, items, seed)
-        layers = list(range(len(subject.anatomy.layers)))
+        layers = list(range(len(subject.layout.layers)))
         tried = layers if len(layers) <= SHALLOW else layers[STEP - 1 :: STEP]
         answers: dict[str, FactsAccuracy] = {}
         plain: list[FactsAccuracy] = []
@@ -78,7 +78,7 @@ def without(subject: Subject, directions: Mapping[int, Float[Tensor, " d"]]) -> 
     hooks = [
         hook
         for site, d in sites.items()
-        for hook in hooks_at(subject.model, subject.anatomy, site, _ablation(d), replaces=True)
+        for hook in hooks_at(subject.model, subject.layout, site, _ablation(d), replaces=True)
     ]
     return installed(subject.model, hooks)
 
@@ -138,7 +138,7 @@ def _rows(subject: Subject, asked: Subject, facts: Sequence[Fact]) -> Rows:
     long = [ids for ids in prompts if len(ids) > 1]
     if not long:
         raise NotEnoughRows("no prompt has a second token, and the first position is not read; give longer prompts")
-    sites = [Site(layer, Point.RESID_POST) for layer in range(len(subject.anatomy.layers))]
+    sites = [Site(layer, Point.RESID_POST) for layer in range(len(subject.layout.layers))]
     found: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
     for _, seen in captured(subject, long, sites, lambda x: x[:, 1:].flatten(0, 1)):
         for site, x in seen.items():
@@ -153,7 +153,7 @@ def _asked_without(subject: Subject, taken: Mapping[int, Tensor], facts: Sequenc
         return ask(subject, facts)
 
 
-def _ablation(d: Tensor) -> Visit:
+def _ablation(d: Tensor) -> HookFn:
     def visit(x: Tensor, _at: slice, _tokens: Tensor | None) -> Tensor:
         v = d.to(x)
         return x - (x @ v)[..., None] * v
@@ -166,7 +166,7 @@ def _sample(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
 
 
 def _check_alike(subject: Subject, contrast: Subject) -> None:
-    shapes = [(len(s.anatomy.layers), s.anatomy.width) for s in (subject, contrast)]
+    shapes = [(len(s.layout.layers), s.layout.width) for s in (subject, contrast)]
     if shapes[0] != shapes[1]:
         raise FingerprintError(
             f"the contrast has {shapes[1][0]} layers of width {shapes[1][1]}, the model {shapes[0][0]} of {shapes[0][1]}; "

@@ -376,9 +376,9 @@ def _layered(
     base, tried = Tuning(1.0, steps=steps, how="lora", rank=rank), scaled(rates, scale)
 
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
-        chosen = tuple(layers(len(subject.anatomy.layers)))
+        chosen = tuple(layers(len(subject.layout.layers)))
         if not chosen:
-            return skipped(f"of {len(subject.anatomy.layers)} layers none is {name} of the edited ones")
+            return skipped(f"of {len(subject.layout.layers)} layers none is {name} of the edited ones")
         draw = shuffled(examples(subject, splits.train), base.batch_size, seed)
         trials = [trial(replace(base, rate=r, layers=chosen), draw, measured, known=splits.train) for r in tried]
         note = f"the edited layers are not known: layers {chosen[0]} to {chosen[-1]} are trained" * (given is None)

@@ -108,7 +108,7 @@ def captured(
             hook
             for site in sites
             for hook in hooks_at(
-                subject.model, subject.anatomy, site, _keeper(seen, site, ids.shape, keep), replaces=False
+                subject.model, subject.layout, site, _keeper(seen, site, ids.shape, keep), replaces=False
             )
         ]
         with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
@@ -122,13 +122,13 @@ def lens(subject: Subject, seen: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
     The states take the place of the last block's output, so whatever follows it (final norm, head, a cap on the
     logits) is the model's own.
     """
-    last = Site(len(subject.anatomy.layers) - 1, Point.RESID_POST)
+    last = Site(len(subject.layout.layers) - 1, Point.RESID_POST)
 
     def put(x: Tensor, _at: slice, _tokens: Tensor | None) -> Tensor:
         return seen.to(x)[None]
 
     one = torch.zeros(1, 1, dtype=torch.long, device=subject.device)
-    hooks = hooks_at(subject.model, subject.anatomy, last, put, replaces=True)
+    hooks = hooks_at(subject.model, subject.layout, last, put, replaces=True)
     with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
         logits = subject.model(input_ids=one, use_cache=False).logits
     return at_least_float32(logits.reshape(len(seen), -1))
@@ -136,7 +136,7 @@ def lens(subject: Subject, seen: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
 
 def stream_sites(subject: Subject, streams: Sequence[str], layers: Sequence[int] | None) -> tuple[Site, ...]:
     """The sites of some streams at some layers (None: all), stream by stream; points the family lacks are left out."""
-    count = len(subject.anatomy.layers)
+    count = len(subject.layout.layers)
     odd = [layer for layer in layers or () if not 0 <= layer < count]
     if odd:
         raise UnknownSite(f"layers {odd} do not exist; layers are 0..{count - 1}")

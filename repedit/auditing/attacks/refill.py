@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from repedit.arch import View
+from repedit.arch import MatrixView
 from repedit.auditing.attack import Attack, Outcome, Scratch, skipped
 from repedit.auditing.attacks.finetune import carried_out, scaled, trial
 from repedit.auditing.attacks.tuning import Tuning, examples, shuffled
@@ -97,11 +97,11 @@ def null_space(weight: Float[Tensor, "d i"], ratio: float | None = None) -> Floa
     return vectors[:, : len(sizes) - most + lost if lost else 0].to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def null_spaces(subject: Subject, ratio: float | None = None) -> list[tuple[View, Tensor]]:
+def null_spaces(subject: Subject, ratio: float | None = None) -> list[tuple[MatrixView, Tensor]]:
     """Every attention or MLP output weight that has a null space, an expert at a time, with its basis."""
     named = dict(subject.model.named_parameters())
     found = []
-    for part in (part for pair in subject.anatomy.layers for branch in pair for part in branch.parts):
+    for part in (part for pair in subject.layout.layers for branch in pair for part in branch.parts):
         basis = null_space(part.out.read(named[part.out.tensor]), ratio)
         found += [(part.out, basis)] if basis.shape[1] else []
     return found
@@ -110,7 +110,7 @@ def null_spaces(subject: Subject, ratio: float | None = None) -> list[tuple[View
 class _Filled(nn.Module):
     """A stored weight to whose matrices U Z^T is added."""
 
-    def __init__(self, spaces: Sequence[tuple[View, Tensor]], stored: Tensor) -> None:
+    def __init__(self, spaces: Sequence[tuple[MatrixView, Tensor]], stored: Tensor) -> None:
         super().__init__()
         self.spaces = tuple(spaces)
         widths = [view.read(stored).shape[1] for view, _ in spaces]
@@ -126,7 +126,7 @@ def _adding(basis: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda weight: (weight + basis @ z.T).to(weight.dtype)
 
 
-def _parametrized(subject: Subject, spaces: Sequence[tuple[View, Tensor]]) -> list[nn.Parameter]:
+def _parametrized(subject: Subject, spaces: Sequence[tuple[MatrixView, Tensor]]) -> list[nn.Parameter]:
     """Put a `_Filled` on every weight; what it trains."""
     model = subject.model
     found: list[nn.Parameter] = []
@@ -148,7 +148,7 @@ def _parametrized(subject: Subject, spaces: Sequence[tuple[View, Tensor]]) -> li
     return found
 
 
-def _expert(view: View) -> str:
+def _expert(view: MatrixView) -> str:
     return "" if view.expert is None else f"[{view.expert}]"
 
 

@@ -322,7 +322,7 @@ def _adapt(subject: Subject, tuning: Tuning, seed: int, undo: list[Callable[[], 
     """Low-rank adapters, y + 2 (x A^T) B^T, on every linear module of the layers; Hu et al. 2021, arXiv:2106.09685."""
     from transformers.pytorch_utils import Conv1D
 
-    paths = subject.anatomy.block_paths
+    paths = subject.layout.block_paths
     layers = range(len(paths)) if tuning.layers is None else tuning.layers
     wrong = [layer for layer in layers if not 0 <= layer < len(paths)]
     if wrong:

@@ -68,7 +68,7 @@ def projections(subject: Subject) -> dict[str, bool]:
     Raises:
         QuantizedModel: if the weights are quantised.
     """
-    starts = tuple(f"{path}." for path in subject.anatomy.block_paths)
+    starts = tuple(f"{path}." for path in subject.layout.block_paths)
     named = {n: p for n, p in subject.model.named_parameters() if n.startswith(starts) and p.ndim > 1}
     check_unquantized(subject.quantizer, subject.specs, "changed")
     return {name: subject.architecture.transposed and p.ndim == 2 for name, p in named.items()}

@@ -66,7 +66,7 @@ def inside_buckets(
 
 def matrices(subject: Subject) -> list[str]:
     """Names of the matrices of the blocks; embeddings, head and gains are not rounded."""
-    blocks = tuple(f"{path}." for path in subject.anatomy.block_paths)
+    blocks = tuple(f"{path}." for path in subject.layout.block_paths)
     return [name for name, spec in subject.specs.items() if name.startswith(blocks) and len(spec.shape) == 2]
 
 
