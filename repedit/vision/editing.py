@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.activations.collection import Collection
-from repedit.arch import TensorSpec, MatrixView
+from repedit.arch import MatrixView, TensorSpec
 from repedit.delta import Delta
 from repedit.edit import describe_map
 from repedit.errors import (
