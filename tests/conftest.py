@@ -2,15 +2,20 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without bytecode every worker and child process compiles 200 modules again: 10 s each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
-import jaxtyping
-from jaxtyping import install_import_hook
+import jaxtyping  # noqa: E402
 
-install_import_hook("repedit", "beartype.beartype")
+from tests import shape_checks  # noqa: E402
+
+shape_checks.install()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

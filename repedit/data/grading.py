@@ -94,6 +94,8 @@ def normalized(text: str, *, exact: bool = False) -> str:
 
 def spelled(text: str) -> str:
     """A text without differences that cannot be seen: width, composition and white space."""
+    if text.isascii():  # it has no other forms
+        return " ".join(text.split())
     return " ".join(unicodedata.normalize("NFC", "".join(map(_plain, text))).split())
 
 

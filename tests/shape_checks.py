@@ -1,0 +1,71 @@
+"""Shape-checked imports of repedit: every annotation is an assertion.
+
+jaxtyping binds and checks the arguments of each call twice, which makes small functions of texts ten times as slow.
+Functions whose annotations contain no shape have nothing to bind: beartype checks them alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+import jaxtyping
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+SHAPED = jaxtyping.jaxtyped
+_typed = beartype(conf=BeartypeConf(violation_type=TypeError))
+
+
+def install() -> None:
+    """Check every function and dataclass of repedit that is imported from now on."""
+    jaxtyping.jaxtyped = _checked  # ty: ignore
+    install_import_hook("repedit", "beartype.beartype")
+
+
+def _checked(target: Any = None, **typechecker: Any) -> Any:
+    if target is None:
+        return functools.partial(_checked, **typechecker)
+    if inspect.isfunction(target) and not _has_shapes(target):
+        return _without_shapes(target)
+    if isinstance(target, type) and is_dataclass(target) and inspect.isfunction(target.__init__):
+        target.__init__ = _checked(target.__init__, **typechecker)  # type: ignore[misc]
+        return target
+    if isinstance(target, classmethod | staticmethod):
+        return type(target)(_checked(target.__func__, **typechecker))
+    if isinstance(target, property) and target.fset is None and target.fdel is None and target.fget is not None:
+        return property(_checked(target.fget, **typechecker))
+    return SHAPED(target, **typechecker)
+
+
+def _has_shapes(function: Callable[..., Any]) -> bool:
+    """Whether an annotation contains a jaxtyping type or an alias of one, or a ParamSpec, which beartype alone refuses."""
+    return any(
+        "jaxtyping" in repr(note)
+        or (isinstance(note, str) and any(name == "kwargs" or _is_shape(function, name) for name in _names(note)))
+        for note in function.__annotations__.values()
+    )
+
+
+def _is_shape(function: Any, name: str) -> bool:
+    namespace: Mapping[str, Any] = function.__globals__
+    return name in namespace and "jaxtyping" in repr(namespace[name])
+
+
+@functools.cache
+def _names(annotation: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[^\W\d]\w*", annotation))
+
+
+def _without_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
+    typed = _typed(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if jaxtyping.config.jaxtyping_disable else typed)(*args, **kwargs)
+
+    return call
