@@ -29,11 +29,10 @@ from repedit.errors import (
     UnsuitableImportance,
 )
 from repedit.linear_maps import Diagonal, LowRank
-from repedit.neurons.scores import COMBINATIONS, IMPORTANCES, Score, Scores, agreement
+from repedit.neurons.scores import Score, Scores, agreement
 from repedit.neurons.selection import prune, random_like, top
 from repedit.neurons.trajectory import Step, Trajectory
 from repedit.plot.canvas import ink, percent, spans
-from repedit.plot.neurons import MEANINGS, SCALES
 from repedit.sites import Point, Site
 from repedit.stats import Activity
 from tests.tiny import ids, tiny
@@ -242,11 +241,6 @@ def test_specialization_colours_scores_that_are_all_equal_and_ratios_of_zero():
     flat = Scores({MLP[0]: Score(MLP[0], torch.zeros(5, dtype=torch.float64), "abs", "ratio", 0.0)}, {})
     norm = plot.specialization(flat).axes[0].collections[0].norm
     assert norm.vmin < 0 < norm.vmax
-
-
-def test_every_combination_and_importance_has_its_words():
-    assert set(SCALES) == set(COMBINATIONS)
-    assert set(MEANINGS) == {name for name in IMPORTANCES if not name.startswith("attribution")}
 
 
 def test_importances_are_the_points_and_pruned_ones_are_ringed():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from repedit import data
 from repedit.activations.collection import Collection, collect
@@ -23,9 +23,16 @@ from repedit.errors import (
 )
 from repedit.fit import gates
 from repedit.models.subject import Subject
-from repedit.neurons.scores import GRADIENT_IMPORTANCES, Scores, score
+from repedit.neurons.scores import Scores, needs_gradients, score
 from repedit.neurons.selection import check_fraction, prune, random_like
 from repedit.neurons.trajectory import trajectory
+
+
+class _Reading(TypedDict):
+    """How much of a corpus is read, and how many rows at a time."""
+
+    limit_tokens: int | None
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -33,15 +40,15 @@ class PruningOptions:
     """Options of `run_pruning`.
 
     Raises:
-        ArgumentError: if a number is out of range. FractionError: if a share does not lie in [0, 1].
+        ArgumentError: if a number is out of range. FractionError: if a fraction does not lie in [0, 1].
     """
 
     fraction: float | None = None
-    """Share of the scored neurons; a learned mask finds its own."""
+    """Fraction of the scored neurons; not used by a learned mask, which finds its own size."""
     sites: str | None = None
-    """MLP neurons by default; a learned mask takes attention neurons too."""
+    """MLP neurons by default; MLP and attention neurons for a learned mask."""
     learned: bool = False
-    """Learn the mask by gradient (repedit.fit.gates) in place of scoring."""
+    """Learn the mask by gradient (repedit.fit.gates) instead of scoring."""
     importance: str = "abs"
     combine: str = "difference"
     steps: int = 1
@@ -49,7 +56,7 @@ class PruningOptions:
     """Per cent of the original top-1 accuracy."""
     cap_per_layer: float | None = None
     control: int = 0
-    """Random controls to measure."""
+    """Number of random controls to measure."""
     tokens: int = 8000
     batch_size: int = 8
     seed: int = 0
@@ -65,20 +72,25 @@ class PruningOptions:
         if self.fraction is None and not self.learned:
             raise ArgumentError("a fraction is needed, such as 0.01, unless the mask is learned")
 
+    @property
+    def reading(self) -> _Reading:
+        """The options of `collect` and `predictions`."""
+        return {"limit_tokens": self.tokens, "batch_size": self.batch_size}
+
 
 @dataclass(frozen=True, eq=False)
 class PruningResult:
-    """An edit and what it does to both sets."""
+    """An edit and its effect on both sets."""
 
     edit: Edit
     effects: Mapping[str, tuple[Effect, Effect]]
     """(forget, retain) of the edit and of each control."""
     exceeded: bool
-    """The retain drop exceeds the limit."""
+    """Whether the retain drop exceeds the limit."""
 
     @property
     def count(self) -> int:
-        """Neurons pruned."""
+        """Number of pruned neurons."""
         return sum(map_.rank_removed for map_ in self.edit.maps.values())
 
 
@@ -91,28 +103,29 @@ def run_pruning(
     scores: str | Path | None = None,
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> PruningResult:
-    """Prune, and measure on documents that were not collected on.
+    """Prune, and measure the effect on documents that were not collected on.
 
     Args:
-        scores: a file of `Scores.save`, in place of collecting.
+        scores: a file written by `Scores.save`, used instead of collecting.
+        on_stage: called with a line of text before each stage.
     Raises:
         FingerprintError: if the scores were made on another model.
     """
-    corpora = [_corpus(name) for name in (forget, retain)]
+    corpora = [_read_corpus(name) for name in (forget, retain)]
     (forget_fit, forget_eval), (retain_fit, retain_eval) = (c.halves(options.seed) for c in corpora)
-    edit = _edit(subject, forget_fit, retain_fit, options, scores, on_stage)
-    reading: dict[str, Any] = {"limit_tokens": options.tokens, "batch_size": options.batch_size}
+    edit = _make_edit(subject, forget_fit, retain_fit, options, scores, on_stage)
     on_stage(f"Measuring on {forget_eval} and {retain_eval}")
-    named = {"pruned": edit} | {f"random {i}": random_like(edit, seed=options.seed + i) for i in range(options.control)}
-    effects: dict[str, list[Effect]] = {label: [] for label in named}
+    controls = {f"random {i}": random_like(edit, seed=options.seed + i) for i in range(options.control)}
+    effects: dict[str, list[Effect]] = {}
     for corpus in (forget_eval, retain_eval):
-        base = predictions(subject, corpus, **reading)
-        for label, change in named.items():
-            effects[label].append(effect(base, predictions(subject, corpus, edit=change, **reading), seed=options.seed))
+        original = predictions(subject, corpus, **options.reading)
+        for label, change in ({"pruned": edit} | controls).items():
+            edited = predictions(subject, corpus, edit=change, **options.reading)
+            effects.setdefault(label, []).append(effect(original, edited, seed=options.seed))
     limit = options.max_retain_drop
     # A drop that is not defined is within no limit.
     exceeded = limit is not None and not effects["pruned"][1].drop <= limit
-    return PruningResult(edit, {label: (found[0], found[1]) for label, found in effects.items()}, exceeded)
+    return PruningResult(edit, {label: (sides[0], sides[1]) for label, sides in effects.items()}, exceeded)
 
 
 def collect_pair(
@@ -124,32 +137,34 @@ def collect_pair(
     combine: str,
     *,
     tokens: int | None = None,
-    **options: Any,
+    batch_size: int = 8,
 ) -> tuple[Collection, Collection]:
-    """Both collections a score needs, with gradients where it needs them."""
-    if tokens is not None:
-        options["limit_tokens"] = tokens
-    gradients = importance in GRADIENT_IMPORTANCES or combine == "rank"
-    first, last = (collect(subject, c, sites, gradients=gradients, **options) for c in (forget, retain))
+    """The (forget, retain) collections of a score, with gradients where it needs them."""
+    gradients = needs_gradients(importance, combine)
+    first, last = (
+        collect(subject, corpus, sites, gradients=gradients, limit_tokens=tokens, batch_size=batch_size)
+        for corpus in (forget, retain)
+    )
     return first, last
 
 
 def load_collection(path: str | Path, subject: Subject) -> Collection:
-    """A saved collection of this model.
+    """Load a collection and check that it is of this model.
 
     Raises:
-        FingerprintError: if it is another model's.
-        CheckpointError: if the file is not a saved collection.
+        FingerprintError: if it was collected on another model.
+        CheckpointError: if the file does not hold a saved collection.
     """
-    found = Collection.load(path)
-    if found.model != subject.fingerprint():
+    collection = Collection.load(path)
+    if collection.model != subject.fingerprint():
         raise FingerprintError(
-            f"{path} was collected on model {found.model[:12]}, this model is {subject.fingerprint()[:12]}; collect on this one"
+            f"{path} was collected on model {collection.model[:12]}, this model is {subject.fingerprint()[:12]}; "
+            "collect on this one"
         )
-    return found
+    return collection
 
 
-def _edit(
+def _make_edit(
     subject: Subject,
     forget: Corpus,
     retain: Corpus,
@@ -163,28 +178,32 @@ def _edit(
         return gates(subject, forget, retain, sites=sites, seed=options.seed)
     assert options.fraction is not None
     if scores is not None:
-        return prune(_loaded(scores, subject), fraction=options.fraction, cap_per_layer=options.cap_per_layer)
+        loaded = _load_scores(scores, subject)
+        return prune(loaded, fraction=options.fraction, cap_per_layer=options.cap_per_layer)
+    sites = options.sites or "*.mlp.neurons"
     if options.steps > 1:
         on_stage(f"Pruning in {options.steps} steps, collecting again before each")
-        return _stepped(subject, forget, retain, options.fraction / options.steps, options)
+        return _best_step(subject, forget, retain, sites, options.fraction / options.steps, options)
     on_stage(f"Collecting on {forget} and {retain}")
-    reading = {"limit_tokens": options.tokens, "batch_size": options.batch_size}
-    sites = options.sites or "*.mlp.neurons"
-    sides = collect_pair(subject, forget, retain, sites, options.importance, options.combine, **reading)
-    found = score(sides[0], sides[1], importance=options.importance, combine=options.combine)
-    return prune(found, fraction=options.fraction, cap_per_layer=options.cap_per_layer)
+    importance, combine = options.importance, options.combine
+    collections = collect_pair(
+        subject, forget, retain, sites, importance, combine, tokens=options.tokens, batch_size=options.batch_size
+    )
+    computed = score(*collections, importance=importance, combine=combine)
+    return prune(computed, fraction=options.fraction, cap_per_layer=options.cap_per_layer)
 
 
-def _stepped(subject: Subject, forget: Corpus, retain: Corpus, per_step: float, options: PruningOptions) -> Edit:
-    """The best step of a trajectory, chosen on documents that are neither collected on nor reported on."""
+def _best_step(
+    subject: Subject, forget: Corpus, retain: Corpus, sites: str, fraction_per_step: float, options: PruningOptions
+) -> Edit:
+    """The best step of a trajectory, chosen on documents that are used for neither collecting nor the reported effects."""
     (forget_fit, forget_choose), (retain_fit, retain_choose) = (c.halves(options.seed + 1) for c in (forget, retain))
-    reading = {"limit_tokens": options.tokens, "batch_size": options.batch_size}
-    found = trajectory(
+    path = trajectory(
         subject,
         forget_fit,
         retain_fit,
-        sites=options.sites or "*.mlp.neurons",
-        fraction_per_step=per_step,
+        sites=sites,
+        fraction_per_step=fraction_per_step,
         steps=options.steps,
         importance=options.importance,
         combine=options.combine,
@@ -193,26 +212,27 @@ def _stepped(subject: Subject, forget: Corpus, retain: Corpus, per_step: float, 
         max_retain_drop=options.max_retain_drop,
         cap_per_layer=options.cap_per_layer,
         seed=options.seed,
-        collect_options=reading,
-        evaluate_options=reading,
+        collect_options=options.reading,
+        evaluate_options=options.reading,
     )
     try:
-        return found.best(options.max_retain_drop).edit
+        return path.best(options.max_retain_drop).edit
     except SelectionError:
-        return found.steps[1].edit
+        return path.steps[1].edit
 
 
-def _corpus(name: str) -> Corpus:
-    found = data.read(name)
-    if not isinstance(found, Corpus):
+def _read_corpus(name: str) -> Corpus:
+    corpus = data.read(name)
+    if not isinstance(corpus, Corpus):
         raise DataError(f"{name!r} holds token batches; pruning needs documents, to split them")
-    return found
+    return corpus
 
 
-def _loaded(path: str | Path, subject: Subject) -> Scores:
-    found = Scores.load(path)
-    if found.provenance.get("model") != subject.fingerprint():
+def _load_scores(path: str | Path, subject: Subject) -> Scores:
+    scores = Scores.load(path)
+    if scores.provenance.get("model") != subject.fingerprint():
         raise FingerprintError(
-            f"{path} holds scores of model {str(found.provenance.get('model'))[:12]}, this model is {subject.fingerprint()[:12]}; score this one"
+            f"{path} holds scores of model {str(scores.provenance.get('model'))[:12]}, this model is "
+            f"{subject.fingerprint()[:12]}; score this one"
         )
-    return found
+    return scores

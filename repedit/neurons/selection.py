@@ -1,10 +1,9 @@
-"""From scores to edits: which neurons, heads or groups go, and what is left in their place."""
+"""From scores to edits: which neurons, heads or groups are pruned, and what replaces them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -26,7 +25,7 @@ from repedit.neurons.scores import Score, Scores
 from repedit.sites import SiteKey
 
 Keep = dict[SiteKey, Bool[Tensor, " d"]]
-Unit = Literal["neuron", "head", "kv_group"]
+"""A mask for each site, False where a neuron is pruned."""
 
 
 def top(
@@ -40,13 +39,13 @@ def top(
 ) -> Keep:
     """Keep-masks that are False for the k = floor(fraction N) units with the highest scores.
 
-    N counts the units of all scored sites. Ties go to the lower layer, then the lower index. A unit of heads is scored
-    by the mean of its neurons.
+    N is the number of units of all scored sites. Ties go to the lower layer, then the lower index. The score of a head
+    or group is the mean over its neurons.
 
     Args:
         scope: "global", one selection over all sites; "layer", the same fraction of each site.
-        cap_per_layer: the largest share of a site that may go.
-        protect: masks by site, True for neurons that must stay.
+        cap_per_layer: the largest fraction of a site that may be pruned.
+        protect: masks by site, True for neurons that must be kept.
         unit: "neuron", "head" or "kv_group"; the last two for attention sites only.
     Raises:
         FractionError: if the fraction lies outside [0, 1].
@@ -55,15 +54,15 @@ def top(
     check_fraction("fraction", fraction)
     if scope not in ("global", "layer"):
         raise UnknownName(f"scope={scope!r}; {nearest(scope, ('global', 'layer'))}")
-    pooled = {site: _pooled(s, unit, (protect or {}).get(site)) for site, s in scores.items()}
+    values = {site: _unit_scores(score, unit, (protect or {}).get(site)) for site, score in scores.items()}
     if cap_per_layer is not None:
         check_fraction("cap_per_layer", cap_per_layer)
-        pooled = {site: _capped(values, cap_per_layer) for site, values in pooled.items()}
-    groups = [list(pooled)] if scope == "global" else [[site] for site in pooled]
+        values = {site: _capped(value, cap_per_layer) for site, value in values.items()}
+    groups = [list(values)] if scope == "global" else [[site] for site in values]
     keep: Keep = {}
     for group in groups:
-        keep |= _selected({site: pooled[site] for site in group}, fraction, unit)
-    return {site: mask.repeat_interleave(_size(scores[site], unit)) for site, mask in keep.items()}
+        keep |= _without_highest({site: values[site] for site in group}, fraction, unit)
+    return {site: mask.repeat_interleave(_unit_size(scores[site], unit)) for site, mask in keep.items()}
 
 
 def prune(
@@ -80,32 +79,25 @@ def prune(
     """The edit that removes the neurons most specific to the forget set: z -> 0, or z -> a constant.
 
     Args:
+        scope, cap_per_layer, protect, unit: as in `top`.
         fill: "zero"; "mean", with `values` the retain Collection; "peak", with `values` from `peaks`.
-        others: as `top`.
     Raises:
         FractionError, SelectionError: as `top`. MissingStatistic: if a fill needs values that are not given.
     """
     keep = top(scores, fraction=fraction, scope=scope, cap_per_layer=cap_per_layer, protect=protect, unit=unit)
-    touched = {site: mask for site, mask in keep.items() if not bool(mask.all())}
-    constants = _constants(touched, fill, values)
+    masks = {site: mask for site, mask in keep.items() if not bool(mask.all())}
+    constants = _fill_values(masks, fill, values)
     maps = {
         site: Diagonal.mask(mask) if fill == "zero" else Diagonal.fill(mask, constants[site])
-        for site, mask in touched.items()
+        for site, mask in masks.items()
     }
     options = dict(scores.provenance.get("options", {})) | {
-        "fraction": fraction,
-        "scope": scope,
-        "cap_per_layer": cap_per_layer,
-        "unit": unit,
-        "fill": fill,
-    }
-    sinks = {str(site): [i for i in scores[site].sinks if not mask[i]] for site, mask in touched.items()}
-    provenance = dict(scores.provenance) | {
-        "options": options,
-        "sinks": {site: found for site, found in sinks.items() if found},
-        "agreement": scores.agreement,
-    }
-    return Edit(maps, provenance)
+        "fraction": fraction, "scope": scope, "cap_per_layer": cap_per_layer, "unit": unit, "fill": fill,
+    }  # fmt: skip
+    sinks = {str(site): [i for i in scores[site].sinks if not mask[i]] for site, mask in masks.items()}
+    pruned_sinks = {site: neurons for site, neurons in sinks.items() if neurons}
+    derived = {"options": options, "sinks": pruned_sinks, "agreement": scores.agreement}
+    return Edit(maps, dict(scores.provenance) | derived)
 
 
 def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[SiteKey, int] | None = None) -> Edit:
@@ -127,7 +119,8 @@ def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[
     filled = [site for site, map_ in masks.items() if map_.offset is not None]
     if filled:
         raise ArgumentError(
-            f"{filled[0]} is filled with constants, and other neurons' are not known; make the control of the zero-filled edit"
+            f"{filled[0]} is filled with constants, which are unknown for other neurons; make the control of the "
+            "zero-filled edit"
         )
     sizes = dict(widths) if widths and match == "uniform" else {site: map_.width for site, map_ in masks.items()}
     counts = {site: map_.rank_removed for site, map_ in masks.items()}
@@ -139,30 +132,22 @@ def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[
         keep = torch.ones(width, dtype=torch.bool)
         keep[torch.randperm(width, generator=generator)[: counts[site]]] = False
         maps[site] = Diagonal.mask(keep)
-    return Edit(
-        maps,
-        {
-            "method": "random control",
-            "options": {"match": match},
-            "seed": seed,
-            "model": edit.provenance.get("model"),
-            **({"weights": edit.weights} if edit.weights else {}),
-        },
-    )
+    source = {"model": edit.provenance.get("model")} | ({"weights": edit.weights} if edit.weights else {})
+    return Edit(maps, {"method": "random control", "options": {"match": match}, "seed": seed, **source})
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Refuse what is not a fraction.
+    """Refuse a value outside [0, 1].
 
     Raises:
-        FractionError: with the value, and what was probably meant.
+        FractionError: with the value, and the fraction that was probably meant.
     """
     if not 0 <= value <= 1 or math.isnan(value):
         hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
         raise FractionError(f"{name}={value}: a fraction lies in [0, 1]{hint}")
 
 
-def _size(score: Score, unit: str) -> int:
+def _unit_size(score: Score, unit: str) -> int:
     if unit == "neuron":
         return 1
     if unit not in ("head", "kv_group"):
@@ -173,7 +158,8 @@ def _size(score: Score, unit: str) -> int:
     return size
 
 
-def _pooled(score: Score, unit: str, protect: Tensor | None) -> Tensor:
+def _unit_scores(score: Score, unit: str, protect: Tensor | None) -> Tensor:
+    """The mean score of each unit; -inf where one of its neurons is protected."""
     values = score.values.clone()
     if protect is not None:
         if protect.shape != values.shape:
@@ -181,10 +167,11 @@ def _pooled(score: Score, unit: str, protect: Tensor | None) -> Tensor:
                 f"protect[{score.site}] has shape {tuple(protect.shape)}, the site has width {len(values)}"
             )
         values[protect.bool()] = -torch.inf
-    return values.unflatten(0, (-1, _size(score, unit))).mean(1)
+    return values.unflatten(0, (-1, _unit_size(score, unit))).mean(1)
 
 
 def _capped(values: Tensor, cap: float) -> Tensor:
+    """The scores with -inf below the share of a site that may be pruned."""
     allowed = math.floor(cap * len(values) + 1e-9)
     order = values.sort(descending=True, stable=True).indices
     capped = values.clone()
@@ -192,7 +179,7 @@ def _capped(values: Tensor, cap: float) -> Tensor:
     return capped
 
 
-def _selected(values: Mapping[SiteKey, Tensor], fraction: float, unit: str) -> Keep:
+def _without_highest(values: Mapping[SiteKey, Tensor], fraction: float, unit: str) -> Keep:
     joined = torch.cat(list(values.values()))
     # 1e-9: floor(0.29 * 100) must be 29.
     k = math.floor(fraction * len(joined) + 1e-9)
@@ -211,7 +198,7 @@ def _selected(values: Mapping[SiteKey, Tensor], fraction: float, unit: str) -> K
     return dict(zip(values, keep.split([len(v) for v in values.values()]), strict=True))
 
 
-def _constants(touched: Keep, fill: str, values: Any) -> dict[SiteKey, Tensor]:
+def _fill_values(masks: Keep, fill: str, values: Collection | Mapping[SiteKey, Tensor] | None) -> dict[SiteKey, Tensor]:
     if fill not in ("zero", "mean", "peak"):
         raise UnknownName(f"fill={fill!r}; {nearest(fill, ('zero', 'mean', 'peak'))}")
     if fill == "zero":
@@ -219,20 +206,16 @@ def _constants(touched: Keep, fill: str, values: Any) -> dict[SiteKey, Tensor]:
     if values is None:
         source = "the retain collection" if fill == "mean" else "rp.peaks(subject, retain, edit)"
         raise MissingStatistic(f"fill={fill!r} needs values={source}")
-    found = {
-        site: values[site].mean if isinstance(values, Collection) else values[site]
-        for site in touched
-        if site in values
-    }
-    absent = [site for site in touched if site not in found]
+    absent = [site for site in masks if site not in values]
     if absent:
         raise MissingStatistic(f"fill={fill!r} needs values for {absent[0]}; collect that site on the retain set")
-    return {site: value.float() for site, value in found.items()}
+    constants = {site: values[site].mean if isinstance(values, Collection) else values[site] for site in masks}
+    return {site: value.float() for site, value in constants.items()}
 
 
 def _spread(total: int, widths: Mapping[SiteKey, int]) -> dict[SiteKey, int]:
-    whole = sum(widths.values())
-    counts = {site: total * width // whole for site, width in widths.items()}
+    neurons = sum(widths.values())
+    counts = {site: total * width // neurons for site, width in widths.items()}
     for site in list(widths)[: total - sum(counts.values())]:
         counts[site] += 1
     return counts

@@ -33,7 +33,7 @@ from repedit.errors import (
 from repedit.io.files import write_text
 from repedit.io.text import parse_json, read_json
 from repedit.models.subject import Subject
-from repedit.neurons.scores import GRADIENT_IMPORTANCES, Scores, score
+from repedit.neurons.scores import Scores, needs_gradients, score
 from repedit.neurons.selection import check_fraction, prune
 from repedit.sites import Site
 
@@ -238,10 +238,9 @@ def trajectory(
         )
     forget_fit, forget_eval = _parts("forget", forget, evaluate_forget, seed)
     retain_fit, retain_eval = _parts("retain", retain, evaluate_retain, seed)
-    gradients = importance in GRADIENT_IMPORTANCES or combine == "rank"
     run = _Run(
         subject, sites, (forget_fit, retain_fit), (forget_eval, retain_eval),
-        collecting={"gradients": gradients, "progress": progress, **(collect_options or {})},
+        collecting={"gradients": needs_gradients(importance, combine), "progress": progress, **(collect_options or {})},
         scoring={"importance": importance, "combine": combine, **(score_options or {})},
         evaluating={"progress": progress, **(evaluate_options or {})},
         fraction_per_step=fraction_per_step, recollect=recollect, cap_per_layer=cap_per_layer,

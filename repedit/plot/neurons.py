@@ -35,7 +35,7 @@ from repedit.errors import (
 )
 from repedit.hooks import evaluating, installed
 from repedit.models.subject import Subject
-from repedit.neurons.scores import IMPORTANCES, Scores, agreement
+from repedit.neurons.scores import COMBINATIONS, IMPORTANCES, Scores, agreement
 from repedit.neurons.selection import Keep, top
 from repedit.neurons.trajectory import Trajectory
 from repedit.plot.canvas import (
@@ -133,11 +133,12 @@ def _log(values: Rows) -> Rows:
 
 
 SCALES: Mapping[str, Scale] = {
-    "difference": Scale("score: share of forget - share of retain importance", _same, lambda _: 0.0),
-    "logratio": Scale("score: log of forget / retain importance", _same, lambda _: 0.0),
-    "ratio": Scale("log of the score, forget / retain importance", _log, lambda _: 0.0),
-    "rank": Scale("score: sum of ranks, centred at its median", _same, lambda v: float(np.nanmedian(v))),
-    "setdiff": Scale("score: set difference, centred at its median", _same, lambda v: float(np.nanmedian(v))),
+    name: Scale(
+        combination.meaning,
+        _log if combination.logarithmic else _same,
+        (lambda v: float(np.nanmedian(v))) if combination.centered else (lambda _: 0.0),
+    )
+    for name, combination in COMBINATIONS.items()
 }
 
 
@@ -192,16 +193,6 @@ def _contour(axes: Axes, share: float, keep: Keep, sites: Sequence[Site]) -> Non
 
 
 Values = Mapping[Site, NDArray[np.float64]]
-MEANINGS = {
-    "abs": "mean |z|",
-    "rms": "root mean square of z",
-    "std": "standard deviation of z",
-    "frequency": "share of tokens with z > 0",
-    "gxa": "mean |z dL/dz|, nats",
-    "taylor": "|mean z dL/dz|, nats",
-    "fisher": "mean (z dL/dz)^2, nats^2",
-}
-"""Importances that a logarithmic axis can hold, in words and units; z is an activation."""
 
 
 @plain_texts
@@ -219,7 +210,7 @@ def importances(forget: Collection, retain: Collection, *, importance: str = "ab
     """
     if importance not in IMPORTANCES:
         raise UnknownName(f"importance={importance!r} does not exist; {nearest(importance, IMPORTANCES)}")
-    if importance not in MEANINGS:
+    if IMPORTANCES[importance].signed:
         raise UnsuitableImportance(f"importance={importance!r} is signed, logarithmic axes are not; use 'abs' or 'gxa'")
     rho = float(np.median(list(agreement(forget, retain, importance=importance).values())))
     sites = sorted(forget)
@@ -237,8 +228,8 @@ def importances(forget: Collection, retain: Collection, *, importance: str = "ab
     if edit is not None:
         facts.append(_ring(axes, x, y, edit))
     facts += [f"{role} {c.corpus}, {c.counted:,} tokens" for role, c in (("forget", forget), ("retain", retain))]
-    axes.set_xlabel(f"importance on retain ({named(retain.corpus, 30)}): {MEANINGS[importance]}")
-    axes.set_ylabel(f"importance on forget ({named(forget.corpus, 30)}): {MEANINGS[importance]}")
+    axes.set_xlabel(f"importance on retain ({named(retain.corpus, 30)}): {IMPORTANCES[importance].meaning}")
+    axes.set_ylabel(f"importance on forget ({named(forget.corpus, 30)}): {IMPORTANCES[importance].meaning}")
     legend_below(figure, axes, columns=4)
     entitle(figure, f"Importance {importance!r} of each neuron on both sets", [*facts, f"model {forget.model[:8]}"])
     return figure
