@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -45,7 +44,8 @@ from repedit.errors import (
 )
 from repedit.io import archive
 from repedit.io.files import exists, file_hash, file_hashes, is_file, is_folder, user_path
-from repedit.io.text import JsonLines, check_fields, parse_json, read_text, read_toml
+from repedit.io.store import JsonLog, content_hash
+from repedit.io.text import parse_json, read_text, read_toml
 from repedit.rewrite.certificate import TensorCertificate
 from repedit.rewrite.manifest import PACKAGES
 from repedit.rewrite.verification import MANIFEST, Verification, verification
@@ -226,10 +226,8 @@ def _step(
     outputs = [path for step in before for path in step.outputs]
     texts = [text for key, value in sorted(options.items()) if key not in OUTPUT_OPTIONS for text in _texts(value)]
     inputs = [_input_state(folder / text) for text in texts if not _is_below(text, outputs)]
-    content = json.dumps(
-        [before[-1].key if before else __version__, verb, options, inputs], sort_keys=True, default=str
-    )
-    return Step(number, verb, options, hashlib.sha256(content.encode()).hexdigest(), model | table)
+    key = content_hash([before[-1].key if before else __version__, verb, options, inputs])
+    return Step(number, verb, options, key, model | table)
 
 
 def _names_in_file(parameter: Parameter) -> list[str]:
@@ -323,22 +321,13 @@ class Journal:
                 f"{file.absolute()} was begun by an earlier version of repedit, which left {names}; move them and the outputs of "
                 "the run away and run it again, or continue with that version"
             )
-        self._lines = JsonLines(path)
-        self.records: list[StepRecord] = []
-        for row in self._lines.rows:
-            try:
-                check_fields(row, _TYPES, "a step")
-            except CheckpointError as error:
-                raise CheckpointError(
-                    f"{path.absolute()} is not the journal of a run: {error}; move it away"
-                ) from error
-            self.records.append(
-                StepRecord(**(row | {"command": tuple(row["command"]), "display": tuple(row["display"])}))
-            )
+        self._log = JsonLog(path, _TYPES, "the journal of a run", "move it away")
+        tuples = ("command", "display")
+        self.records = [StepRecord(**(row | {name: tuple(row[name]) for name in tuples})) for row in self._log.rows]
 
     def add(self, record: StepRecord) -> None:
         """Append a step that ended; it is on the disk when this returns."""
-        self._lines.add(asdict(record))
+        self._log.add(asdict(record))
         self.records.append(record)
 
     def latest(self) -> dict[int, StepRecord]:

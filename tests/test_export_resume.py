@@ -38,14 +38,14 @@ def killed(source, edit, target, after, **options):
     calls = iter(range(100))
 
     def cut_off():
-        original = resuming.Journal.enter
+        original = resuming.ShardJournal.add
 
-        def enter(journal, path, changes):
+        def add(journal, path, changes):
             original(journal, path, changes)
             if next(calls) == after - 1:
                 resuming.os._exit(9)
 
-        resuming.Journal.enter = enter
+        resuming.ShardJournal.add = add
         rp.export(edit, source, target, link=False, **options)
 
     assert not dies_at(10_000, cut_off)
@@ -89,7 +89,7 @@ def test_believing_the_journal_unseen_is_caught(source, edit, whole, tmp_path, m
     monkeypatch.setattr(
         resuming, "file_hash", lambda path: next(r["sha256"] for r in journal_of(path) if r["file"] == path.name)
     )
-    monkeypatch.setattr(resuming.Journal, "enter", lambda *a: None)
+    monkeypatch.setattr(resuming.ShardJournal, "add", lambda *a: None)
     rp.export(edit, source, tmp_path / "out", link=False)
     assert content(tmp_path / "out") != whole
 

@@ -20,7 +20,7 @@ import repedit as rp
 from repedit.activations.collection import Collection
 from repedit.auditing.attack import Finding
 from repedit.auditing.report import Report
-from repedit.auditing.store import Store
+from repedit.auditing.store import FindingStore
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound, RepeditError
 from repedit.io import archive, files, tables, text
 from repedit.io.checkpoint import open_shards
@@ -484,7 +484,7 @@ def test_a_file_without_a_place_is_refused(name, path, tmp_path):
 @pytest.mark.parametrize(("folder", "file"), [(None, "findings/k.json"), ("audit", "audit/findings/direct.json")])
 def test_a_damaged_finding_is_as_if_absent(folder, file, content, tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path))
-    store, shared = Store(folder and tmp_path / folder), folder is None
+    store, shared = FindingStore(folder and tmp_path / folder), folder is None
     finding: Finding = report().findings["edited"][0]
     store.put("direct", "k", finding, sharing=shared)
     assert store.get("direct", "k", sharing=shared) is not None

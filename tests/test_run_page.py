@@ -338,7 +338,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no steps": (lambda f: ((f / "run.toml").write_text("model = 'tiny'"), run_report(f)), DataError, r"run\.toml is not the file of a run: it holds no \[\[step\]\] tables"),
     "steps without verbs": (lambda f: ((f / "run.toml").write_text("[[step]]\nout = 'a'"), run_report(f)), DataError, r"it holds no \[\[step\]\] tables with a verb"),
     "no TOML": (lambda f: ((f / "run.toml").unlink(), run_report(f)), NotFound, r"run\.toml is not a file; give the TOML file of a run"),
-    "another journal": (lambda f: ((f / "run.journal.jsonl").write_text('{"a": 1}\n'), run_report(f)), CheckpointError, r"is not the journal of a run: a step must hold number, verb.*; found \['a'\]; move it away"),
+    "another journal": (lambda f: ((f / "run.journal.jsonl").write_text('{"a": 1}\n'), run_report(f)), CheckpointError, r"is not the journal of a run: line 1 must hold number, verb.*; found \['a'\]; move it away"),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from repedit.auditing.floors import choices_only_baseline, fresh_facts
 from repedit.auditing.report import Report
 from repedit.auditing.retain_check import retain_check
 from repedit.auditing.runner import Audited, Role, check_pair, run
-from repedit.auditing.store import Store
+from repedit.auditing.store import FindingStore
 from repedit.auditing.verdict import check_thresholds
 from repedit.data import Fact, Facts, prose
 from repedit.errors import ArgumentError, BadReference, DataError, check_positive, check_seed, check_whole, is_whole
@@ -111,7 +111,7 @@ def audit(
     where = _edited_layers(models["edited"], sites)
     with _setup(budget, models, where, scale_lrs, steps, names) as setup:
         roles = _roles(models, asked, built(names, setup), budget, options)
-        store = Store(Path(out) if out is not None else None)
+        store = FindingStore(Path(out) if out is not None else None)
         findings = run(roles, chosen, store, progress=progress)
     case = Case(
         roles=roles, findings=findings, asked=asked, budget=budget, seeds=chosen, draws=draws, alpha=alpha,

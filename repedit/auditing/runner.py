@@ -16,7 +16,7 @@ from repedit.activations.forward import is_out_of_memory
 from repedit.auditing.attack import SKIPPED, Attack, Finding, Outcome, joined, only
 from repedit.auditing.attacks.unhook import wrapped
 from repedit.auditing.data import AuditData
-from repedit.auditing.store import Store, key_of
+from repedit.auditing.store import FindingStore, key_of
 from repedit.data import Splits
 from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, during
 from repedit.hashing import fingerprint
@@ -139,7 +139,7 @@ class Role:
 
 
 def run(
-    roles: Sequence[Role], seeds: Sequence[int], store: Store, *, progress: bool | None
+    roles: Sequence[Role], seeds: Sequence[int], store: FindingStore, *, progress: bool | None
 ) -> dict[str, tuple[Finding, ...]]:
     """The findings of every role; one an attack and seed, its folds joined.
 
@@ -159,7 +159,7 @@ def run(
 
 
 def _findings(
-    role: Role, subject: Subject, seeds: Sequence[int], store: Store, bar: tqdm
+    role: Role, subject: Subject, seeds: Sequence[int], store: FindingStore, bar: tqdm
 ) -> Iterator[tuple[str, Finding]]:
     """(role, finding): an attack and seed, its folds joined; invented facts are a role of their own."""
     for attack in role.attacks:
@@ -207,7 +207,7 @@ def _given(attack: Attack, data: AuditData, also: AuditData | None) -> Iterator[
 
 
 def _one(
-    role: Role, other: str, subject: Subject, attack: Attack, splits: Splits, fold: int | None, store: Store
+    role: Role, other: str, subject: Subject, attack: Attack, splits: Splits, fold: int | None, store: FindingStore
 ) -> Finding:
     key = key_of(attack, role.model.fingerprint, splits)
     options = hashlib.sha256(repr(sorted(attack.settings.items(), key=str)).encode()).hexdigest()[:6]

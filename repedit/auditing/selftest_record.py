@@ -13,7 +13,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from repedit.models.default_model import in_cache, write_cache
+from repedit.io.store import cache_store
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -56,17 +56,13 @@ def sources() -> tuple[tuple[Path, ...], tuple[str, ...]]:
 
 def save_selftest(failures: str, checks: Sequence[Mapping[str, Any]]) -> None:
     """Store what a self-test found; empty failures are a pass. Without a cache it is not stored, and a warning says so."""
-    write_cache(_record(), json.dumps({"failures": failures, "checks": list(checks)}, indent=1, sort_keys=True))
+    cache_store("selftest").put(environment(), environment(), {"failures": failures, "checks": list(checks)})
 
 
 def selftest_failures() -> str | None:
     """The failures of the self-test that was last run in this environment; None where none was."""
-    value = in_cache(_record())
-    return str(value["failures"]) if isinstance(value, Mapping) and "failures" in value else None
-
-
-def _record() -> str:
-    return f"selftest/{environment()}.json"
+    record = cache_store("selftest").get(environment(), environment())
+    return str(record["failures"]) if isinstance(record, Mapping) and "failures" in record else None
 
 
 def _imported(path: Path) -> Iterator[str]:

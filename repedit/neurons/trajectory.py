@@ -30,14 +30,15 @@ from repedit.errors import (
     check_seed,
     check_whole,
 )
-from repedit.io.files import write_text
-from repedit.io.text import parse_json, read_json
+from repedit.io.files import make_folder, write_text
+from repedit.io.store import JsonStore, content_hash
+from repedit.io.text import plain, read_json
 from repedit.models.subject import Subject
 from repedit.neurons.scores import Scores, needs_gradients, score
 from repedit.neurons.selection import check_fraction, prune
 from repedit.sites import Site
 
-# --- Steps of a trajectory, and a directory that keeps the finished ones so that an interrupted run goes on
+# --- Steps of a trajectory, and the folder of finished ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,45 +52,53 @@ class Step:
     retain: Predictions
 
 
-class Shelf:
-    """Finished steps on disk, so that an interrupted run goes on."""
+class _SavedSteps:
+    """The finished steps of a trajectory in a folder, so that an interrupted one is resumed; without a folder, none.
+
+    run.json holds the provenance, step-NNN.json the predictions and step-NNN.safetensors the edit.
+    """
 
     def __init__(self, folder: str | Path | None, provenance: Mapping[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
+        self._folder = Path() if folder is None else Path(folder)
+        self._store = JsonStore(None if folder is None else self._folder, remedy="remove it, and it is computed again")
+        self._key = content_hash(provenance)
+        if self._store.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text, path = json.dumps(provenance, sort_keys=True, indent=2), self.folder / "run.json"
-        if path.exists() and (old := read_json(path, remedy="remove it, or give another directory")) != parse_json(
-            text, "run"
-        ):
-            key = next(k for k in sorted({*old, *provenance}) if old.get(k) != parse_json(text, "run").get(k))
-            raise FingerprintError(
-                f"{self.folder} holds steps of another run: {key} was {old.get(key)}, now {provenance.get(key)}; give another directory"
-            )
-        write_text(path, text)
+        make_folder(self._folder)
+        path, current = self._folder / "run.json", plain(provenance, "the provenance of a trajectory")
+        if path.exists():
+            saved = read_json(path, remedy="remove it, or give another directory")
+            different = [key for key in sorted({*saved, *current}) if saved.get(key) != current.get(key)]
+            if different:
+                key = different[0]
+                raise FingerprintError(
+                    f"{self._folder} holds steps of another run: {key} was {saved.get(key)}, now {current.get(key)}; give another directory"
+                )
+        write_text(path, json.dumps(current, sort_keys=True, indent=2))
 
     def get(self, number: int) -> Step | None:
         """A finished step, or None."""
-        if self.folder is None or not (self.folder / f"step-{number:03d}.json").exists():
+        name = f"step-{number:03d}"
+        row = self._store.get(name, self._key)
+        if row is None:
             return None
-        path = self.folder / f"step-{number:03d}.json"
-        row = read_json(path, finite=False, remedy="remove it, and the step is made again")
         try:
-            sides = {side: _predictions(row[side]) for side in ("forget", "retain")}
+            forget, retain = (_predictions(row[side]) for side in ("forget", "retain"))
             fraction = float(row["fraction"])
         except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError(f"{path} is no step of a run: {error!r}; remove it, and it is made again") from error
-        return Step(fraction, Edit.load(path.with_suffix(".safetensors")), sides["forget"], sides["retain"])
+            path = self._folder / f"{name}.json"
+            raise CheckpointError(
+                f"{path} is not a step of a run: {error!r}; remove it, and it is computed again"
+            ) from error
+        return Step(fraction, Edit.load(self._folder / f"{name}.safetensors"), forget, retain)
 
     def put(self, number: int, step: Step) -> Step:
-        """Keep a step; it counts as finished once its JSON is there."""
-        if self.folder is not None:
-            step.edit.save(self.folder / f"step-{number:03d}.safetensors")
-            row = {"fraction": step.fraction} | {side: _row(getattr(step, side)) for side in ("forget", "retain")}
-            path = self.folder / f"step-{number:03d}.json"
-            # The JSON marks the step as finished, so it comes last and at once.
-            write_text(path, json.dumps(row))
+        """Save a step; it counts as finished once its JSON file exists, which is therefore written last."""
+        if self._store.folder is not None:
+            name = f"step-{number:03d}"
+            step.edit.save(self._folder / f"{name}.safetensors")
+            row = {"fraction": step.fraction, "forget": _row(step.forget), "retain": _row(step.retain)}
+            self._store.put(name, self._key, row)
         return step
 
 
@@ -252,7 +261,7 @@ def trajectory(
         return over or (stop is not None and stop(path))
 
     numbers = tqdm(range(1, steps + 1), desc="trajectory", disable=None if progress is None else not progress)
-    return run.walked(numbers, Shelf(resume, provenance), provenance, ended)
+    return run.walked(numbers, _SavedSteps(resume, provenance), provenance, ended)
 
 
 @dataclass(frozen=True)
@@ -274,21 +283,21 @@ class _Run:
     def walked(
         self,
         numbers: Iterable[int],
-        shelf: Shelf,
+        saved: _SavedSteps,
         provenance: Mapping[str, Any],
         ended: Callable[[Trajectory], bool],
     ) -> Trajectory:
-        """Steps from 1 on, those on the shelf as they are, until one ends the path; step 0 comes before them."""
+        """Steps from 1 on, saved steps as they are, until one ends the path; step 0 comes before them."""
         unpruned = Edit({}, {"method": "none", "model": provenance["model"]})
-        path = Trajectory((shelf.get(0) or shelf.put(0, self.evaluated(0.0, unpruned)),), provenance)
+        path = Trajectory((saved.get(0) or saved.put(0, self.evaluated(0.0, unpruned)),), provenance)
         order: Scores | None = None
         for number in numbers:
-            step, last = shelf.get(number), path.steps[-1].edit
+            step, last = saved.get(number), path.steps[-1].edit
             if step is None:
                 if order is None or self.recollect:
                     order = self.scored(last if number > 1 and self.recollect else None)
                 edit = _grown(last, order, number, self.fraction_per_step, self.cap_per_layer)
-                step = shelf.put(number, self.evaluated(number * self.fraction_per_step, edit))
+                step = saved.put(number, self.evaluated(number * self.fraction_per_step, edit))
             path = replace(path, steps=(*path.steps, step))
             if ended(path):
                 break

@@ -37,7 +37,7 @@ from repedit.rewrite.apply import check_editable, noop_message
 from repedit.rewrite.checkpoint_architecture import architecture_of, check_described, check_planned, used_specs
 from repedit.rewrite.companions import Companions, companions, copy_companions, used_files
 from repedit.rewrite.manifest import Change, Manifest, base_card, base_of, card, manifest
-from repedit.rewrite.shards import Journal, job, write_weights
+from repedit.rewrite.shards import ShardJournal, job, write_weights
 from repedit.rewrite.slice import slice_plan
 from repedit.rewrite.slim import slim_plan
 
@@ -177,7 +177,7 @@ def export(
         others = _companions(shards, origin, streamed=ready is not None)
         new = place / "checkpoint"
         new.mkdir(exist_ok=True)
-        journal = Journal(new)
+        journal = ShardJournal(new)
         there = sum(path.stat().st_size for path in new.iterdir())
         size = sum(path.stat().st_size for path in others.files.values())
         check_space(place, size + _bytes_to_write(plan, shards, place, to, link) - there)

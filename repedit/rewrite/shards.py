@@ -22,19 +22,23 @@ from repedit.errors import CheckpointError
 from repedit.io.checkpoint import INDEX, SINGLE, Shards
 from repedit.io.files import file_hash
 from repedit.io.safetensors import header, raw_bytes
-from repedit.io.text import JsonLines
+from repedit.io.store import JsonLog
 from repedit.plan import Plan, rounded
 from repedit.rewrite.certificate import TensorCertificate, certified
 from repedit.rewrite.manifest import PACKAGES, Change
 
-# --- The journal of an export: which shards are finished, so that one that was killed goes on where it was
+# --- The journal of an export: the finished shards, so that an export that was killed is resumed
 #
-# A shard is entered once it is on the disk, with its hash and what became of its tensors; it is believed again only if the
-# file still has that hash, in a directory that bears the name of the same job: the same plan, source files and options.
+# A shard is entered once it is on the disk, with its hash and the changes to its tensors. It counts as finished only if the
+# file still has that hash and the directory belongs to the same job: the same plan, source files and options.
+
+
+_TYPES = {"file": str, "sha256": str, "changes": dict}
+_REMEDY = "remove it, and export again"
 
 
 def job(plan: Plan, shards: Shards, dtype: torch.dtype | None, link: bool) -> str:
-    """What tells one export from another: the plan with its values, the state of every source file, the options, the versions."""
+    """Key of an export: hash of the plan with its values, the state of every source file, the options and the versions."""
     digest = hashlib.sha256()
     _feed(digest, plan, {})
     for file in shards.files:
@@ -44,20 +48,21 @@ def job(plan: Plan, shards: Shards, dtype: torch.dtype | None, link: bool) -> st
     return digest.hexdigest()[:16]
 
 
-class Journal:
-    """The finished shards of one export, by file name, in a file beside their folder; every other file of it is removed."""
+class ShardJournal:
+    """The finished shards of one export, in a file beside their folder; every other file in the folder is removed."""
 
     def __init__(self, shards: Path) -> None:
-        self._lines = JsonLines(shards.parent / "finished.jsonl")
+        self._path = shards.parent / "finished.jsonl"
+        self._log = JsonLog(self._path, _TYPES, "the journal of an export", _REMEDY)
         self.hashes: dict[str, str] = {}
         """sha256 of every finished file."""
-        self._rows = {str(row.get("file")): row for row in self._lines.rows if "sha256" in row}
+        self._rows = {row["file"]: row for row in self._log.rows}
         for path in shards.iterdir():
             if path.name not in self._rows:
                 path.unlink()
 
-    def known(self, path: Path) -> dict[str, Change] | None:
-        """What became of the tensors of a shard that is finished and whole; None, and no such file, where it is not."""
+    def changes(self, path: Path) -> dict[str, Change] | None:
+        """The changes to the tensors of a shard that is finished and complete; otherwise None, and the file is removed."""
         row = self._rows.get(path.name)
         if row is None:
             return None
@@ -68,15 +73,15 @@ class Journal:
         try:
             return {name: _change(plain) for name, plain in row["changes"].items()}
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self._lines.path} is damaged: {error!r}; remove it, and export again") from error
+            raise CheckpointError(f"{self._path} is damaged: {error!r}; {_REMEDY}") from error
 
-    def enter(self, path: Path, changes: Mapping[str, Change]) -> None:
-        """A shard is finished: have it on the disk first, then say so."""
+    def add(self, path: Path, changes: Mapping[str, Change]) -> None:
+        """Enter a finished shard, once its bytes are on the disk."""
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         self.hashes[path.name] = file_hash(path)
         rows = {name: asdict(change) for name, change in changes.items()}
-        self._lines.add({"file": path.name, "sha256": self.hashes[path.name], "changes": rows})
+        self._log.add({"file": path.name, "sha256": self.hashes[path.name], "changes": rows})
 
 
 def _change(plain: Mapping[str, Any]) -> Change:
@@ -120,7 +125,7 @@ def write_weights(
     shards: Shards,
     used: Specs,
     target: Path,
-    journal: Journal,
+    journal: ShardJournal,
     unchanged: Callable[[], None],
     *,
     dtype: torch.dtype | None = None,
@@ -128,9 +133,9 @@ def write_weights(
 ) -> dict[str, Change]:
     """Write every shard to `target` with the plan carried out; returns what became of each touched tensor.
 
-    A shard that the journal knows is there already. A shard without touched tensors is linked or copied; one with touched tensors is copied and the bytes of those are
-    replaced, header and offsets staying as they are, unless a shape or the dtype changes. New tensors go to a shard of
-    their own.
+    A shard in the journal is kept. A shard without touched tensors is linked or copied; a shard with touched tensors is
+    copied and their bytes are replaced, while header and offsets stay the same unless a shape or the dtype changes. New
+    tensors go to a shard of their own.
 
     Args:
         unchanged: raises if the source was changed; called before a shard is entered as finished, and at the end.
@@ -140,12 +145,12 @@ def write_weights(
     extra = _extra_tensors(plan, shards)
     files = {file: _renamed(file, shards, bool(extra)) for file in shards.files}
     for file, name in files.items():
-        made = journal.known(target / name)
-        if made is None:
-            made = _shard(plan, shards, file, target / name, dtype, link, used)
+        written = journal.changes(target / name)
+        if written is None:
+            written = _shard(plan, shards, file, target / name, dtype, link, used)
             unchanged()
-            journal.enter(target / name, made)
-        changes |= made
+            journal.add(target / name, written)
+        changes |= written
     names = {tensor: files[entry.file] for tensor, entry in shards.entries.items()}
     specs = {
         tensor: _cast(plan.spec(tensor, spec), dtype if tensor in used else None)
