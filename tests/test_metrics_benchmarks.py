@@ -17,7 +17,7 @@ def model(seed=0):
 
 
 def test_the_parts_are_those_of_each_benchmark(monkeypatch):
-    for room in (semeval.evaluation, tofu.evaluation):
+    for room in (semeval, tofu):
         monkeypatch.setattr(
             room, "generate", lambda *given, max_new_tokens, **more: generate(*given, max_new_tokens=4, **more)
         )

@@ -83,7 +83,7 @@ def test_scores_are_those_of_reading_each_text_alone(family, share):
 BROKEN = {
     "the highest instead of the lowest": ("_lowest", lambda v, share: float(np.sort(v)[-max(1, int(share * len(v))) :].mean())),
     "bytes that are not compressed": ("zlib", SimpleNamespace(compress=lambda data: data)),
-    "the loss shifted by a token": ("_logs", lambda s, ids: tuple([x[1:] for x in part] for part in plain_logs(s, ids))),
+    "the loss shifted by a token": ("_membership_logs", lambda s, ids: tuple([x[1:] for x in part] for part in plain_logs(s, ids))),
 }  # fmt: skip
 plain_logs = membership._membership_logs
 
