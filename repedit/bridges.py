@@ -112,7 +112,7 @@ def lens_hooks(edit: Edit, subject: Subject) -> list[tuple[str, LensHook]]:
                 f"{site}: what is changed at {site.hook_name} reaches the MLP and not the stream behind it; edit "
                 f"{site.layer}.attn.out there, or use edit.hooked(subject)"
             )
-        if site.point is Point.MLP_NEURONS and subject.layout.branch(site.layer, site.point).routed:
+        if subject.layout.routed(site):
             raise UnknownSite(
                 f"{site}: TransformerLens has no neurons of experts, {site.hook_name} is what the block gives out; use "
                 f"{site.layer}.mlp.out there, or edit.hooked(subject)"

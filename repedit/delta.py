@@ -1,6 +1,6 @@
-"""A delta: what training changed, as a frozen mapping from tensor names to differences.
+"""A delta: the change that training made to a model, as a frozen mapping from tensor names to differences.
 
-It saves, scales, negates and adds; `rp.apply` and `rp.export` carry it out like any edit.
+Deltas can be saved, scaled, negated, added and merged; `repedit.apply` and `repedit.export` accept them like edits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -20,32 +20,34 @@ from repedit.io import archive
 from repedit.io.text import plain
 from repedit.linear_maps import check_dense, not_finite_at
 from repedit.models.subject import Subject
+from repedit.plan import LoweringOptions
 from repedit.quantization import update_cosine
 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Differences by tensor name, in float32 (float64 for a float64 model and for counts). The changed model is start + difference, rounded once.
+    """Differences by tensor name, in float32 (float64 for a float64 model and for counts).
 
-    Two deltas are equal only if they are one object. Copies and pickles hold the same differences.
+    The changed model is start + difference, rounded once. Two deltas are equal only if they are the same object. Copies
+    and pickles hold the same differences.
 
     Raises:
-        NotFinite: if a difference is not finite, with the name and the place.
-        DtypeError: if one is no dense tensor of a floating dtype.
+        NotFinite: if a difference is not finite, with its name and index.
+        DtypeError: if one is not a dense tensor of a floating dtype.
     """
 
     tensors: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """method, recipe, options, seed, data, model fingerprint, hashes of the start values; plain JSON values, no clock."""
     log: tuple[Mapping[str, Any], ...] = ()
-    """One record a training step."""
+    """One record per training step."""
 
     def __post_init__(self) -> None:
         for name, value in self.tensors.items():
             check_dense(f"the difference of {name}", value)
             if not value.is_floating_point():
                 raise DtypeError(
-                    f"the difference of {name} is of {value.dtype}; give a floating dtype, such as float32"
+                    f"the difference of {name} has dtype {value.dtype}; give a floating dtype, such as float32"
                 )
         ordered = {name: self.tensors[name].detach() for name in sorted(self.tensors)}
         for name, value in ordered.items():
@@ -58,14 +60,14 @@ class Delta:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The read-only views cannot be pickled or copied, what they show can.
+        # Mapping proxies cannot be pickled or copied; the dictionaries behind them can.
         return Delta, (dict(self.tensors), dict(self.provenance), self.log)
 
     def __repr__(self) -> str:
         return f"Delta({self.provenance.get('method', 'unknown')}, {len(self.tensors)} tensors)"
 
     def __neg__(self) -> Delta:
-        """The difference that takes this one back."""
+        """The delta that undoes this one."""
         return self * -1.0
 
     def __mul__(self, factor: float | int) -> Delta:
@@ -76,12 +78,12 @@ class Delta:
     __rmul__ = __mul__
 
     def __add__(self, other: Delta) -> Delta:
-        """The sum of two differences from one model; a tensor that only one of them changes is taken from it.
+        """The sum of two deltas of one model; a tensor that only one of them changes is taken from that one.
 
         Raises:
             FingerprintError: if they were made for different models, or a tensor has two shapes.
         """
-        check_mates([self, other])
+        _check_compatible([self, other])
         total = dict(self.tensors)
         for name, value in other.tensors.items():
             total[name] = total[name] + value if name in total else value
@@ -89,22 +91,22 @@ class Delta:
 
     @staticmethod
     def ties(deltas: Sequence[Delta], weights: Sequence[float], density: float = 0.8) -> Delta:
-        """Several differences merged: each is trimmed, a sign is elected for each entry, those of that sign are averaged.
+        """TIES merging of several deltas: trim each, elect a sign for each entry, and average the entries of that sign.
 
-        Trimming keeps the `density` of all entries of a difference that are largest in magnitude. The sign of an entry is
-        that of sum_i w_i d_i; the result is the mean of w_i d_i over the differences that have that sign there.
+        Trimming keeps the fraction `density` of all entries of a delta that are largest in magnitude. The sign of an entry
+        is that of sum_i w_i d_i; the result is the mean of w_i d_i over the deltas that have that sign there.
 
         Raises:
-            ArgumentError: if there is not one weight a delta, or the density lies outside (0, 1].
+            ArgumentError: if the numbers of deltas and weights differ, or the density lies outside (0, 1].
             FingerprintError: if they were made for different models, or change different tensors.
         Reference: Yadav et al. 2023, arXiv:2306.01708, section 3.
         """
         if len(deltas) != len(weights) or not deltas or not 0 < density <= 1:
             raise ArgumentError(
-                f"{len(deltas)} deltas, {len(weights)} weights, density={density}: give one weight a delta, at least one, and "
-                "a density in (0, 1]"
+                f"{len(deltas)} deltas, {len(weights)} weights, density={density}: give one weight per delta, at least one, "
+                "and a density in (0, 1]"
             )
-        check_mates(deltas, same_names=True)
+        _check_compatible(deltas, same_names=True)
         trimmed = [_trimmed(delta, density) for delta in deltas]
         merged = {}
         for name in deltas[0].tensors:
@@ -113,26 +115,38 @@ class Delta:
             merged[name] = (parts * agree).sum(0) / agree.sum(0).clamp(min=1)
         return Delta(merged, _combination("ties", deltas, weights=list(weights), density=density))
 
-    def summary(self, subject: Subject | None = None) -> str:
-        """One line a tensor, largest relative change first; with the model it was trained from also how it compares.
+    def apply(
+        self,
+        subject: Subject,
+        *,
+        inplace: bool = False,
+        allow_identity: bool = False,
+        **options: Unpack[LoweringOptions],
+    ) -> Subject:
+        """The model with the delta in its weights: `repedit.apply(delta, subject)`, which documents the arguments."""
+        import repedit
 
-        |dw| is the root mean square of the difference; "changed" the share of entries that differ after rounding to the
-        model's dtype; "8 bit" and "4 bit" the cosine of the difference with what is left of it once the weights are rounded
-        to so few bits (8: by row; 4: by groups of 64 inputs): what lies near 0 does not survive.
+        return repedit.apply(self, subject, inplace=inplace, allow_identity=allow_identity, **options)
+
+    def summary(self, subject: Subject | None = None) -> str:
+        """One line per tensor, largest change first; with the model it was trained from, also how it compares with the weights.
+
+        |dw| is the root mean square of the difference; "changed" the fraction of entries that differ after rounding to the
+        model's dtype; "8 bit" and "4 bit" the cosine of the difference with what remains of it once the weights are rounded
+        to int8 (by row) and int4 (by groups of 64 inputs): a difference with a cosine near 0 does not survive.
         """
-        lines = []
-        start = None if subject is None else subject.specs
+        rows = []
         for name, value in self.tensors.items():
-            size = float(value.double().square().mean().sqrt())
-            row = f"{name} {tuple(value.shape)}: norm {float(value.double().norm()):.3g}, |dw| {size:.3g}"
-            lines.append((size, row if subject is None else row + _against(value, subject.value(name))))
-        lines.sort(key=lambda item: -item[0])
-        rest = [] if start is None else [f"{len(set(start) - set(self.tensors))} tensors are untouched"]
-        made = json.dumps({k: v for k, v in self.provenance.items() if k not in ("parents", "start")})
-        return "\n".join([*(row for _, row in lines), *rest, f"made by: {made}"])
+            rms = float(value.double().square().mean().sqrt())
+            row = f"{name} {tuple(value.shape)}: norm {float(value.double().norm()):.3g}, |dw| {rms:.3g}"
+            rows.append((rms, row if subject is None else row + _relative_to(subject.value(name), value)))
+        rows.sort(key=lambda item: -item[0])
+        untouched = [] if subject is None else [f"{len(set(subject.specs) - set(self.tensors))} tensors are untouched"]
+        provenance = json.dumps({k: v for k, v in self.provenance.items() if k not in ("parents", "start")})
+        return "\n".join([*(row for _, row in rows), *untouched, f"made by: {provenance}"])
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the differences, and a JSON header with provenance and log."""
+        """Write one safetensors file with the differences, and the provenance and log in its header."""
         header = {"provenance": dict(self.provenance), "log": [dict(record) for record in self.log]}
         archive.write(path, "delta", self.tensors, header)
 
@@ -148,51 +162,55 @@ class Delta:
             return Delta(tensors, header["provenance"], tuple(dict(record) for record in header["log"]))
 
 
-def check_mates(deltas: Sequence[Delta], *, same_names: bool = False) -> None:
-    """Refuse differences that do not belong together.
+def _check_compatible(deltas: Sequence[Delta], *, same_names: bool = False) -> None:
+    """Refuse deltas that cannot be combined.
 
     Raises:
         FingerprintError: with both models, or the first tensor that differs.
     """
     first = deltas[0]
     for other in deltas[1:]:
-        mine, theirs = first.provenance.get("model"), other.provenance.get("model")
-        if mine and theirs and mine != theirs:
-            raise FingerprintError(f"the deltas were made for different models: {mine[:12]} and {theirs[:12]}")
-        odd = [n for n, v in first.tensors.items() if n in other.tensors and other.tensors[n].shape != v.shape]
-        odd += sorted(set(first.tensors) ^ set(other.tensors)) if same_names else []
-        if odd:
-            shapes = [tuple(d.tensors[odd[0]].shape) if odd[0] in d.tensors else "absent" for d in (first, other)]
+        model, other_model = first.provenance.get("model"), other.provenance.get("model")
+        if model and other_model and model != other_model:
+            raise FingerprintError(f"the deltas were made for different models: {model[:12]} and {other_model[:12]}")
+        shared = [name for name in first.tensors if name in other.tensors]
+        different = [name for name in shared if first.tensors[name].shape != other.tensors[name].shape]
+        different += sorted(set(first.tensors) ^ set(other.tensors)) if same_names else []
+        if different:
+            name = different[0]
+            shapes = [tuple(d.tensors[name].shape) if name in d.tensors else "absent" for d in (first, other)]
             raise FingerprintError(
-                f"the deltas do not match: {len(odd)} tensors differ, the first is {odd[0]} ({shapes[0]} and {shapes[1]}); "
+                f"the deltas do not match: {len(different)} tensors differ, the first is {name} ({shapes[0]} and {shapes[1]}); "
                 "were they trained from one model with one parameter filter?"
             )
 
 
-def _combination(method: str, parents: Sequence[Delta], **options: Any) -> dict[str, Any]:
-    models = {d.provenance.get("model") for d in parents}
-    start = {name: value for d in parents for name, value in d.provenance.get("start", {}).items()}
-    record = {"method": method, "options": options, "model": next(iter(models)), "start": start}
-    return record | {"parents": [{k: v for k, v in d.provenance.items() if k != "start"} for d in parents]}
+def _combination(method: str, parents: Sequence[Delta], **options: object) -> dict[str, Any]:
+    """The provenance of a combination of deltas; the hashes of the start values are kept once, not in every parent."""
+    start = {name: value for delta in parents for name, value in delta.provenance.get("start", {}).items()}
+    return {
+        "method": method,
+        "options": options,
+        "model": next((delta.provenance["model"] for delta in parents if delta.provenance.get("model")), None),
+        "start": start,
+        "parents": [{k: v for k, v in delta.provenance.items() if k != "start"} for delta in parents],
+    }
 
 
 def _trimmed(delta: Delta, density: float) -> dict[str, Tensor]:
-    every = torch.cat([value.abs().flatten() for value in delta.tensors.values()])
-    dropped = every.numel() - round(density * every.numel())
-    limit = every.kthvalue(dropped).values if dropped else every.new_tensor(-1.0)
-    return {name: value * (value.abs() > limit) for name, value in delta.tensors.items()}
+    """The differences without their smallest entries, which are set to zero."""
+    magnitudes = torch.cat([value.abs().flatten() for value in delta.tensors.values()])
+    dropped = magnitudes.numel() - round(density * magnitudes.numel())
+    threshold = magnitudes.kthvalue(dropped).values if dropped else magnitudes.new_tensor(-1.0)
+    return {name: value * (value.abs() > threshold) for name, value in delta.tensors.items()}
 
 
-def _against(value: Tensor, start: Tensor) -> str:
-    """How a difference compares with the weights it changes."""
-    wide = torch.promote_types(start.dtype, torch.float32)
-    old = start.to(wide)
-    new = old + value.to(old)
-    changed = float((new.to(start.dtype) != start).double().mean())
-    relative = float(value.double().square().mean().sqrt() / old.double().std().clamp(min=1e-300))
-    kept = (
-        "".join(f", {bits} bit {update_cosine(old, new, f'int{bits}'):.2f}" for bits in (8, 4))
-        if value.ndim > 1
-        else ""
-    )
-    return f", |dw|/std(w) {relative:.3g}, changed {changed:.1%}{kept}"
+def _relative_to(weight: Tensor, difference: Tensor) -> str:
+    """How a difference compares with the weight it changes, for `summary`."""
+    before = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    after = before + difference.to(before)
+    changed = float((after.to(weight.dtype) != weight).double().mean())
+    relative = float(difference.double().square().mean().sqrt() / before.double().std().clamp(min=1e-300))
+    bits = (8, 4) if difference.ndim > 1 else ()
+    surviving = "".join(f", {n} bit {update_cosine(before, after, f'int{n}'):.2f}" for n in bits)
+    return f", |dw|/std(w) {relative:.3g}, changed {changed:.1%}{surviving}"

@@ -1,6 +1,6 @@
-"""An edit: a frozen mapping from sites to affine maps, with where it came from.
+"""An edit: a frozen mapping from sites to affine maps, with its provenance.
 
-Everything that finds a capability produces one of these, and everything that removes it consumes one.
+Everything that finds a capability produces an edit, and everything that removes one consumes it.
 """
 
 from __future__ import annotations
@@ -13,31 +13,33 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from repedit import hooks
-from repedit.arch import ModelLayout, hooks_at
+from repedit.arch import HookFn, ModelLayout, hooks_at
 from repedit.errors import ArgumentError, FingerprintError, NotFoldable, ShapeError, during
 from repedit.hashing import value_hash
 from repedit.io import archive
 from repedit.io.text import plain
 from repedit.linear_maps import AffineMap, Chain, Diagonal, LowRank
 from repedit.models.subject import Subject
-from repedit.sites import Point, Site
+from repedit.plan import LoweringOptions
+from repedit.sites import Point, Site, select
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
     """Affine maps by site. `a | b` applies a, then b.
 
-    Two edits are equal only if they are one object; `hash` compares what they do. Copies and pickles hold the same maps.
+    Two edits are equal only if they are the same object; compare `hash` to compare what they do. `len(edit)` is the number
+    of sites. Copies and pickles hold the same maps.
 
     Raises:
         NotFinite: if a map holds a number that is not finite, with the site.
-        ArgumentError: if a key is no site, or a value no map.
+        ArgumentError: if a key is not a site, or a value not a map.
     """
 
     maps: Mapping[Site, AffineMap]
@@ -49,7 +51,7 @@ class Edit:
         for site, map_ in by_site.items():
             if not isinstance(site, Site) or not isinstance(map_, AffineMap):
                 raise ArgumentError(
-                    f"an edit holds a map for each site; found {type(map_).__name__} for {site!r}: give a LowRank or a Diagonal"
+                    f"an edit holds a map for each site, and {site!r} has a {type(map_).__name__}; give a LowRank or a Diagonal"
                 )
         ordered = {site: by_site[site] for site in sorted(by_site)}
         check_finite_maps(ordered)
@@ -59,13 +61,25 @@ class Edit:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The read-only views cannot be pickled or copied, what they show can.
+        # Mapping proxies cannot be pickled or copied; the dictionaries behind them can.
         return Edit, (dict(self.maps), dict(self.provenance))
 
     def __repr__(self) -> str:
-        rank = sum(map_.rank_removed for map_ in self.maps.values())
-        what = f"{len(self.maps)} sites, {next(iter(self.maps))} to {list(self.maps)[-1]}" if self.maps else "no site"
-        return f"Edit({self.provenance.get('method', 'by hand')}: {what}, removes rank {rank:,} in all)"
+        where = f"{len(self)} sites, {self.sites[0]} to {self.sites[-1]}" if self.maps else "no site"
+        return f"Edit({self.provenance.get('method', 'by hand')}: {where}, removes rank {self.rank:,} in all)"
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The edited sites, in forward order."""
+        return tuple(self.maps)
+
+    @property
+    def rank(self) -> int:
+        """Number of directions removed, over all sites; a pruned neuron counts as one."""
+        return sum(map_.rank_removed for map_ in self.maps.values())
 
     def __or__(self, then: Edit) -> Edit:
         """This edit, then another: maps of a shared site compose, and both provenances are kept as parents.
@@ -73,19 +87,32 @@ class Edit:
         Raises:
             FingerprintError: if the two were made for different models.
         """
-        mine, theirs = self.provenance.get("model"), then.provenance.get("model")
-        if mine and theirs and mine != theirs:
-            raise FingerprintError(f"the edits were made for different models: {mine[:12]} and {theirs[:12]}")
+        first, second = self.provenance.get("model"), then.provenance.get("model")
+        if first and second and first != second:
+            raise FingerprintError(f"the edits were made for different models: {first[:12]} and {second[:12]}")
         maps = dict(self.maps)
         for site, map_ in then.maps.items():
             maps[site] = map_ @ maps[site] if site in maps else map_
         parents = [dict(self.provenance), dict(then.provenance)]
-        return Edit(maps, {"method": "composition", "model": mine or theirs, "parents": parents})
+        return Edit(maps, {"method": "composition", "model": first or second, "parents": parents})
 
     @property
     def weights(self) -> dict[str, str]:
-        """Hashes of the tensors that write at the sites of the model the edit was made for; empty where it does not say."""
-        return _weights(self.provenance)
+        """Hash by name of the tensors that write at the sites, in the model the edit was made for; empty if not recorded."""
+        return _weight_hashes(self.provenance)
+
+    def apply(
+        self,
+        subject: Subject,
+        *,
+        inplace: bool = False,
+        allow_identity: bool = False,
+        **options: Unpack[LoweringOptions],
+    ) -> Subject:
+        """The model with the edit in its weights: `repedit.apply(edit, subject)`, which documents the arguments."""
+        import repedit
+
+        return repedit.apply(self, subject, inplace=inplace, allow_identity=allow_identity, **options)
 
     @contextmanager
     def hooked(self, subject: Subject) -> Iterator[None]:
@@ -93,49 +120,50 @@ class Edit:
 
         Raises:
             ShapeError: if a map's width is not the site's. FingerprintError: if the edit was made for another model.
-            HookError, ModelBusy: as `repedit.hooks.installed` says: no forward pass goes unedited in silence.
+            HookError, ModelBusy: as in `repedit.hooks.installed`, so that no forward pass silently runs unedited.
         """
         with hooks.installed(subject.model, self.hooks(subject)):
             yield
 
     def hooks(self, subject: Subject) -> list[hooks.Hook]:
-        """The hooks that carry the edit, in forward order."""
+        """The hooks that apply the edit, in forward order."""
         layout = subject.layout
         check_widths(self, layout)
-        if not subject.quantizer:  # the same model in other numbers
+        if not subject.quantizer:  # quantised weights hash differently from the weights they were made from
             check_made_for(self, subject.value)
         return [
             hook
             for site, map_ in self.maps.items()
-            for hook in hooks_at(subject.model, layout, site, _visit(map_), replaces=True)
+            for hook in hooks_at(subject.model, layout, site, _hook_function(map_), replaces=True)
         ]
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over the sites and the tensors of the maps; the provenance plays no part."""
+        """sha256 over the sites and the tensors of the maps, without the provenance."""
         digest = hashlib.sha256()
         for site, map_ in self.maps.items():
-            for link in map_.maps if isinstance(map_, Chain) else (map_,):
+            for link in _links(map_):
                 for name, value in link.tensors.items():
                     digest.update(f"{site} {type(link).__name__} {name} {value.dtype} {tuple(value.shape)}".encode())
                     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """One line a site: the map, the rank it removes, the TransformerLens name; then what made the edit."""
+        """One line per site with the map, the rank it removes and the TransformerLens name; then the provenance."""
         lines = [f"{site}  ({site.hook_name})  {describe_map(map_)}" for site, map_ in self.maps.items()]
-        lines += [f"sink neurons pruned at {site}: {found}" for site, found in self.provenance.get("sinks", {}).items()]
-        return "\n".join(
-            [*lines, f"made by: {json.dumps({k: v for k, v in self.provenance.items() if k != 'parents'})}"]
-        )
+        lines += [
+            f"sink neurons pruned at {site}: {pruned}" for site, pruned in self.provenance.get("sinks", {}).items()
+        ]
+        provenance = {key: value for key, value in self.provenance.items() if key != "parents"}
+        return "\n".join([*lines, f"made by: {json.dumps(provenance)}"])
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: "<site>/u|v|center|scale|shift", and a JSON header with the provenance."""
+        """Write one safetensors file with tensors "<site>/<number>/u|v|center|scale|shift" and the provenance in its header."""
         check_finite_maps(self.maps)
         tensors: dict[str, Tensor] = {}
         kinds: dict[str, list[str]] = {}
         for site, map_ in self.maps.items():
-            links = map_.maps if isinstance(map_, Chain) else (map_,)
+            links = _links(map_)
             kinds[str(site)] = [type(link).__name__ for link in links]
             for number, link in enumerate(links):
                 tensors |= {f"{site}/{number}/{name}": value for name, value in link.tensors.items()}
@@ -150,21 +178,21 @@ class Edit:
         """
         tensors, header = archive.read(path, "edit")
         with archive.rebuilding(path, "edit"):
-            maps = {Site.parse(site): _rebuilt(site, kinds, tensors) for site, kinds in header["maps"].items()}
+            maps = {Site.parse(site): _pop_map(site, kinds, tensors) for site, kinds in header["maps"].items()}
             if tensors:
                 raise ValueError(f"it holds tensors that belong to no map: {sorted(tensors)[:3]}")
             return Edit(maps, header["provenance"])
 
 
 def describe_map(map_: AffineMap) -> str:
-    """A few words on a map: what it does and the rank it removes."""
+    """A short description of a map: its kind and the rank it removes."""
     if isinstance(map_, Diagonal) and map_.is_mask:
         return f"{map_.rank_removed} of {map_.width} neurons {'filled' if map_.offset is not None else 'zeroed'}"
     return f"{type(map_).__name__} of width {map_.width}, removes rank {map_.rank_removed}"
 
 
 def exactness(site: Site, layout: ModelLayout) -> str:
-    """How exactly weights can equal the edit at a site: "exact", "subspace-exact" or "hook-only"."""
+    """How exactly weights can reproduce an edit at a site: "exact", "subspace-exact" or "hook-only"."""
     if site.point in (Point.RESID_MID, Point.RESID_POST) or (site.point is Point.RESID_PRE and site.layer > 0):
         return "hook-only"
     if site.point in (Point.ATTN_OUT, Point.MLP_OUT) and layout.branch(site.layer, site.point).gain is not None:
@@ -173,10 +201,10 @@ def exactness(site: Site, layout: ModelLayout) -> str:
 
 
 def check_finite_maps(maps: Mapping[Site, AffineMap]) -> None:
-    """Refuse a map with a number that is not finite.
+    """Refuse maps with numbers that are not finite.
 
     Raises:
-        NotFinite: naming the site, the tensor and the place.
+        NotFinite: naming the site, the tensor and the index.
     """
     for site, map_ in maps.items():
         with during(str(site), f"while the map for {site} was checked"):
@@ -188,10 +216,9 @@ def check_widths(edit: Edit, layout: ModelLayout) -> None:
 
     Raises:
         UnknownSite: if a layer or point is not in the model.
-        ShapeError: if a width differs, or an expert layer gets a map that mixes neurons of different experts.
+        ShapeError: if a width differs.
+        NotFoldable: if a map mixes the neurons of different experts.
     """
-    from repedit.sites import select
-
     check_finite_maps(edit.maps)
     for site, map_ in edit.maps.items():
         select(site, len(layout.layers), layout.architecture.points)
@@ -200,64 +227,67 @@ def check_widths(edit: Edit, layout: ModelLayout) -> None:
             raise ShapeError(
                 f"the map for {site} has width {map_.width}, the site has width {width}; was the edit fitted on another model?"
             )
-        if (
-            site.point is Point.MLP_NEURONS
-            and layout.branch(site.layer, site.point).routed
-            and not isinstance(map_, Diagonal)
-        ):
+        if layout.routed(site) and not isinstance(map_, Diagonal):
             raise NotFoldable(
                 f"{site} holds the neurons of several experts, which no single token passes together; only a Diagonal fits, or edit {site.layer}.mlp.out"
             )
 
 
-def check_made_for(edit: Edit, read: Callable[[str], Tensor | None], apart: Container[str] = ()) -> None:
+def check_made_for(edit: Edit, read: Callable[[str], Tensor | None], ignore: Container[str] = ()) -> None:
     """Refuse an edit that was made for other values of the tensors that write at its sites.
 
     Args:
-        read: name -> the tensor in this model; None where it has no tensor of that name.
-        apart: tensors that something else changes first.
+        read: name -> the tensor in this model; None if it has no tensor of that name.
+        ignore: tensors not to compare, because something else changes them first.
     Raises:
-        FingerprintError: with the tensor. An edit that names no model is never refused.
+        FingerprintError: naming the tensor. An edit that records no model is never refused.
     """
     for name, made_for in edit.weights.items():
-        tensor = None if name in apart else read(name)
+        tensor = None if name in ignore else read(name)
         if tensor is not None and value_hash(tensor) != made_for:
             raise FingerprintError(
-                f"the edit was made for another model, or for this one before it was edited: {name} holds other values "
-                f"({value_hash(tensor)}) than then ({made_for}). Make the edit from this model; to use it all the same, give "
-                "repedit.Edit(edit.maps), which names no model, or any_model=True where weights are edited"
+                f"the edit was made for another model, or for this one before it was edited: {name} holds other values (hash "
+                f"{value_hash(tensor)}) than when the edit was made ({made_for}). Make the edit from this model; to use it "
+                "anyway, pass repedit.Edit(edit.maps), which records no model, or any_model=True where weights are edited"
             )
 
 
-def _weights(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Of parents that follow each other, the first that names a tensor saw it unedited, unless one before it names none."""
+def _weight_hashes(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes a provenance records; of parents applied in sequence, the first that names a tensor saw it unedited.
+
+    A parent without hashes may have changed any tensor, so the parents after it are not used.
+    """
     hashes = dict(provenance.get("weights") or {})
     for parent in provenance.get("parents") or ():
-        named = _weights(parent)
-        if not named:
+        parent_hashes = _weight_hashes(parent)
+        if not parent_hashes:
             break
-        hashes = named | hashes
+        hashes = parent_hashes | hashes
     return hashes
 
 
-def _visit(map_: AffineMap) -> Any:
-    def visit(x: Tensor, at: slice, _tokens: Tensor | None) -> Tensor:
-        if at == slice(None):
+def _links(map_: AffineMap) -> tuple[AffineMap, ...]:
+    return map_.maps if isinstance(map_, Chain) else (map_,)
+
+
+def _hook_function(map_: AffineMap) -> HookFn:
+    def apply_map(x: Tensor, neurons: slice, _tokens: Tensor | None) -> Tensor:
+        if neurons == slice(None):
             return map_(x)
         assert isinstance(map_, Diagonal)
-        return Diagonal(map_.scale[at], None if map_.shift is None else map_.shift[at])(x)
+        return Diagonal(map_.scale[neurons], None if map_.shift is None else map_.shift[neurons])(x)
 
-    return visit
+    return apply_map
 
 
-def _rebuilt(site: str, kinds: list[str], tensors: dict[str, Tensor]) -> AffineMap:
-    """The map of a site, of tensors that are taken out of the mapping."""
+def _pop_map(site: str, kinds: list[str], tensors: dict[str, Tensor]) -> AffineMap:
+    """The map of a site; its tensors are removed from the mapping."""
     types = {"LowRank": LowRank, "Diagonal": Diagonal}
     if not isinstance(kinds, list) or not kinds or not set(kinds) <= set(types):
         raise ValueError(f"{site} has the maps {kinds!r:.100}; a list of {' and '.join(types)} was expected")
     links = []
     for number, kind in enumerate(kinds):
         prefix = f"{site}/{number}/"
-        parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-        links.append(types[kind](**{name.removeprefix(prefix): value for name, value in parts.items()}))
+        names = [name for name in tensors if name.startswith(prefix)]
+        links.append(types[kind](**{name.removeprefix(prefix): tensors.pop(name) for name in names}))
     return links[0] if len(links) == 1 else Chain(tuple(links))

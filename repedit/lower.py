@@ -1,4 +1,7 @@
-"""From an edit or a delta to a plan: which weights equal each change, exactly, or a refusal that says why not."""
+"""Lowering: from edits and deltas to the plan of weights that reproduce them exactly, or an error that says why none can.
+
+Only tensor names and shapes are needed, so the plan for a checkpoint of any size is made from its headers.
+"""
 
 from __future__ import annotations
 
@@ -17,58 +20,6 @@ from repedit.linear_maps import AffineMap, Diagonal
 from repedit.plan import Operation, Plan
 from repedit.sites import Point, Site
 
-# --- Lowering by tensor name alone: the plan of deltas for a model of which no architecture is known
-
-
-def by_name(stages: Sequence[object], specs: Specs, any_model: bool) -> Plan:
-    """The plan that adds each difference to the tensor of its name; tensors that a delta brings along start at zero.
-
-    Args:
-        any_model: add a delta to weights other than those it was trained from.
-    Raises:
-        ArgumentError: if a stage is an edit, whose sites only an architecture places.
-        FingerprintError: if a tensor has another name or shape here.
-    """
-    operations: dict[str, list[Operation]] = {}
-    added: dict[str, TensorSpec] = {}
-    for stage in stages:
-        if not isinstance(stage, Delta):
-            raise ArgumentError(
-                f"{type(stage).__name__} names sites of a language model, and this model has no architecture; fold a map at a "
-                "module instead: repedit.vision.fold(model, module, map)"
-            )
-        start = {} if any_model else stage.provenance.get("start", {})
-        for name, value in stage.tensors.items():
-            if name in _brought(stage.provenance) and name not in specs:
-                weight = specs.get(f"{name.removesuffix('.bias')}.weight")
-                added[name] = TensorSpec(tuple(value.shape), weight.dtype if weight else value.dtype)
-            found = specs.get(name) or added.get(name)
-            if found is None or tuple(found.shape) != tuple(value.shape):
-                what = (
-                    f"{name} has shape {tuple(found.shape)}"
-                    if found
-                    else f"no tensor is called {name!r}; {nearest(name, specs)}"
-                )
-                raise FingerprintError(
-                    f"the delta was made for another model: it holds {name} {tuple(value.shape)}, and here {what}"
-                )
-            known = None if name in operations else start.get(name)
-            operations.setdefault(name, []).append(Operation("add", MatrixView(name), constant=value, start=known))
-    records = [{k: v for k, v in s.provenance.items() if k != "start"} for s in stages if isinstance(s, Delta)]
-    made = records[0] if len(records) == 1 else {"method": "composition", "parents": records}
-    return Plan({name: tuple(ops) for name, ops in operations.items()}, {}, "live", added=added, provenance=made)
-
-
-def _brought(provenance: Mapping[str, Any]) -> set[str]:
-    """Names of the tensors that a delta, or one it was combined from, adds to the model."""
-    return set(provenance.get("added", ())).union(*(_brought(parent) for parent in provenance.get("parents", ())))
-
-
-# --- From an edit or a delta to a plan: which weights equal each change, exactly, or a refusal that says why not
-#
-# Only tensor names and shapes are needed, so a plan for a checkpoint of any size is made from its headers.
-
-
 EditOrDelta = Edit | Delta
 
 
@@ -81,71 +32,67 @@ def lower(
     sides: Literal["all", "output"] = "all",
     any_model: bool = False,
 ) -> Plan:
-    """The plan that makes weights equal an edit or a delta.
+    """The plan that puts an edit or a delta into weights.
 
     Args:
-        change: an edit or a delta, or several of them, carried out left to right.
-        architecture: None for a model that is no language model, of which deltas alone can be lowered.
-        specs: shape and dtype by tensor name, of a live model or of checkpoint headers.
-        tied: what becomes of an output head tied to an edited embedding: "untie" keeps the head as it is, "both"
+        change: an edit or a delta, or several of them, applied left to right.
+        architecture: None for a model that is not a language model; only deltas can be lowered for it.
+        specs: shape and dtype by tensor name, of a model in memory or of checkpoint headers.
+        tied: what happens to an output head that is tied to an edited embedding: "untie" keeps the head as it is, "both"
             edits it too (no hook equals that).
-        sides: "all" also zeroes the rows that feed a pruned neuron, so that plain fine-tuning cannot revive it;
+        sides: "all" also zeroes the rows that feed a pruned neuron, so that ordinary fine-tuning cannot revive it;
             "output" zeroes only the columns it writes with.
-        any_model: add a delta to weights other than those it was trained from. Fused experts that lie on disk one by
-            one are compared by name and shape only.
+        any_model: add a delta to weights other than those it was trained from. Fused experts that are stored one by one
+            on disk are compared by name and shape only.
     Raises:
         NotFoldable: if no weight equals the edit at a site; NoBiasSlot if only a bias is missing.
         ShapeError, UnknownSite: if the edit was made for another model. FingerprintError: if the delta was.
     """
     if tied not in ("untie", "both") or sides not in ("all", "output"):
         raise ArgumentError(f"tied={tied!r}, sides={sides!r}: tied is 'untie' or 'both', sides is 'all' or 'output'")
-    stages = _stages([change] if isinstance(change, Edit | Delta) else change)
+    changes = _merged_edits([change] if isinstance(change, Edit | Delta) else change)
     if architecture is None:
-        return by_name(stages, specs, any_model)
+        return _lower_by_name(changes, specs, any_model)
     layout = match_layout(architecture, specs)
-    build = _Builder(layout, specs, tied, sides)
-    for stage in stages:
+    builder = _PlanBuilder(layout, specs, tied, sides)
+    for stage in changes:
         if isinstance(stage, Delta):
-            build.delta(stage, any_model)
+            builder.add_delta(stage, any_model)
         else:
             check_widths(stage, layout)
             for site, map_ in stage.maps.items():
-                build.site(site, map_)
-    edits = [stage for stage in stages if isinstance(stage, Edit)]
-    records = [{k: v for k, v in stage.provenance.items() if k != "start"} for stage in stages]
+                builder.add_map(site, map_)
+    maps = [item for stage in changes if isinstance(stage, Edit) for item in stage.maps.items()]
     return Plan(
-        operations={name: tuple(ops) for name, ops in build.operations.items()},
-        exactness={site: exactness(site, layout) for edit in edits for site in edit.maps},
+        operations={name: tuple(operations) for name, operations in builder.operations.items()},
+        exactness={site: exactness(site, layout) for site, _ in maps},
         store=layout.store,
-        unties=build.unties,
-        added=build.added,
-        config=build.config,
-        provenance={
-            **(records[0] if len(records) == 1 else {"method": "composition", "parents": records}),
-            "sides": sides,
-        },
-        maps={site: describe_map(map_) for edit in edits for site, map_ in edit.maps.items()},
-        ranks={site: map_.rank_removed for edit in edits for site, map_ in edit.maps.items()},
+        unties=builder.unties,
+        added=builder.added,
+        config=builder.config,
+        provenance={**_plan_provenance(changes), "sides": sides},
+        maps={site: describe_map(map_) for site, map_ in maps},
+        ranks={site: map_.rank_removed for site, map_ in maps},
     )
 
 
 def check_model(
     change: EditOrDelta | Plan | Sequence[EditOrDelta], read: Callable[[str], Tensor | None], *, any_model: bool = False
 ) -> None:
-    """Refuse edits that were made for another model; deltas are checked where they are added, and plans were checked.
+    """Refuse edits that were made for another model; deltas are checked when they are added, and plans when they are made.
 
     Args:
-        read: a name in memory -> the tensor; None where there is none.
+        read: the name of a tensor in memory -> the tensor; None if there is none.
         any_model: check nothing.
     Raises:
-        FingerprintError: with the tensor that holds other values.
+        FingerprintError: naming the tensor that holds other values.
     """
     changed: set[str] = set()
     for stage in [change] if isinstance(change, Edit | Delta | Plan) else change:
         if any_model or not isinstance(stage, Edit):
-            return  # what a delta changed has other values
+            return  # tensors that a delta changes hold other values afterwards
         check_made_for(stage, read, changed)
-        if not stage.weights:  # what it changes is not said, and what follows may have been made after it
+        if not stage.weights:  # it does not record what it changes, so a later edit may have been made after it
             return
         changed |= set(stage.weights)
 
@@ -153,28 +100,37 @@ def check_model(
 def read_by_name(
     architecture: Architecture, specs: Specs, read: Callable[[str], Tensor]
 ) -> Callable[[str], Tensor | None]:
-    """Tensors of files by their names in memory; None for what files hold in another form, such as fused experts."""
+    """A reader of files by the names in memory; None for tensors that files store in another form, such as fused experts."""
 
-    def tensor(name: str) -> Tensor | None:
-        stored = next((n for n in _aliases(name, architecture) if n in specs), None)
+    def read_alias(name: str) -> Tensor | None:
+        stored = next((alias for alias in _aliases(name, architecture) if alias in specs), None)
         return None if stored is None else read(stored)
 
-    return tensor
+    return read_alias
 
 
-def _stages(changes: Sequence[EditOrDelta]) -> list[EditOrDelta]:
-    """The changes in order, neighbouring edits composed into one."""
-    found: list[EditOrDelta] = []
+def _merged_edits(changes: Sequence[EditOrDelta]) -> list[EditOrDelta]:
+    """The changes in order, with consecutive edits composed into one."""
+    merged: list[EditOrDelta] = []
     for change in changes:
-        last = found[-1] if found else None
+        last = merged[-1] if merged else None
         if isinstance(change, Edit) and isinstance(last, Edit):
-            found[-1] = last | change
+            merged[-1] = last | change
         else:
-            found.append(change)
-    return found
+            merged.append(change)
+    return merged
 
 
-class _Builder:
+def _plan_provenance(changes: Sequence[EditOrDelta]) -> dict[str, Any]:
+    """The provenance of a plan; the hashes of the tensors that a delta was trained from are in its operations."""
+    records = [{k: v for k, v in change.provenance.items() if k != "start"} for change in changes]
+    return records[0] if len(records) == 1 else {"method": "composition", "parents": records}
+
+
+# --- The operations of a language model, by site
+
+
+class _PlanBuilder:
     """Collects the operations of one plan, site by site in forward order."""
 
     def __init__(self, layout: ModelLayout, specs: Specs, tied: str, sides: str) -> None:
@@ -184,7 +140,8 @@ class _Builder:
         self.added: dict[str, TensorSpec] = {}
         self.config: dict[str, Any] = {}
 
-    def site(self, site: Site, map_: AffineMap) -> None:
+    def add_map(self, site: Site, map_: AffineMap) -> None:
+        """Add the map of one site."""
         if exactness(site, self.layout) == "hook-only":
             raise NotFoldable(
                 f"{site} is a residual stream: every later layer still receives what earlier layers wrote, so no weight equals an "
@@ -197,48 +154,50 @@ class _Builder:
         if site.point is branch.inner:
             self._neurons(site, branch, map_)
         else:
-            self._out(site, branch, map_)
+            self._output(site, branch, map_)
 
-    def delta(self, delta: Delta, any_model: bool) -> None:
+    def add_delta(self, delta: Delta, any_model: bool) -> None:
         """Add the differences of a delta."""
-        start = {} if any_model else delta.provenance.get("start", {})
+        start_hashes = {} if any_model else delta.provenance.get("start", {})
         for name, value in delta.tensors.items():
-            for view, piece in _placed(name, value, self.layout, self.specs):
+            for view, part in _stored_parts(name, value, self.layout, self.specs):
                 if view.tensor in (*self.unties, *self.unties.values()):
                     raise NotFoldable(
                         f"an edit before the delta unties {view.tensor}, which was one tensor when the delta was trained; apply "
-                        "the delta first, or carry them out one after the other"
+                        "the delta first, or apply them one after the other"
                     )
-                whole = piece is value and not self.operations.get(view.tensor)
-                known = start.get(name) if whole else None
-                self.operations.setdefault(view.tensor, []).append(Operation("add", view, constant=piece, start=known))
+                untouched = part is value and not self.operations.get(view.tensor)
+                start = start_hashes.get(name) if untouched else None
+                self.operations.setdefault(view.tensor, []).append(Operation("add", view, constant=part, start=start))
 
     def _add(self, operation: Operation) -> None:
-        reads = {name for name in (operation.gain, operation.weight and operation.weight.tensor) if name}
-        stale = [n for n in reads if any(op.kind == "add" for op in self.operations.get(n, ()))]
-        if stale:
+        reads = (operation.gain, operation.weight and operation.weight.tensor)
+        changed = next((name for name in reads if name and self._changed_by_delta(name)), None)
+        if changed:
             raise NotFoldable(
-                f"the edit of {operation.view.tensor} depends on {stale[0]}, which a delta before it changes; carry them out one "
-                "after the other: apply(edit, apply(delta, subject))"
+                f"the edit of {operation.view.tensor} depends on {changed}, which a delta before it changes; apply them one after "
+                "the other: apply(edit, apply(delta, subject))"
             )
         self.operations.setdefault(operation.view.tensor, []).append(operation)
+
+    def _changed_by_delta(self, name: str) -> bool:
+        return any(operation.kind == "add" for operation in self.operations.get(name, ()))
 
     def _neurons(self, site: Site, branch: Branch, map_: AffineMap) -> None:
         offset = map_.offset
         for part in branch.parts:
+            part_map = map_
             if branch.routed:
                 assert isinstance(map_, Diagonal)
-                piece: AffineMap = Diagonal(map_.scale[part.start : part.stop])
-            else:
-                piece = map_
-            self._add(Operation("inputs", part.out, piece))
-            if isinstance(piece, Diagonal) and piece.is_mask and self.sides == "all":
-                self._silence(branch, part.readers, piece.kept)
+                part_map = Diagonal(map_.scale[part.start : part.stop])
+            self._add(Operation("inputs", part.out, part_map))
+            if isinstance(part_map, Diagonal) and part_map.is_mask and self.sides == "all":
+                self._zero_readers(branch, part.readers, part_map.kept)
         if offset is not None:
             bias = self._bias(site, branch, "a fill value other than zero (use fill='zero')")
             self._add(Operation("carry", MatrixView(bias), constant=offset, weight=branch.parts[0].out))
 
-    def _silence(self, branch: Branch, readers: tuple[MatrixView, ...], kept: Tensor) -> None:
+    def _zero_readers(self, branch: Branch, readers: tuple[MatrixView, ...], kept: Tensor) -> None:
         """Zero the rows that feed pruned neurons; a value row only when every query head that shares it is pruned."""
         if branch.group > 1:
             kept = rearrange(kept, "(kv g e) -> kv g e", g=branch.group, e=branch.head_width).any(1).reshape(-1)
@@ -247,7 +206,7 @@ class _Builder:
         for view in readers:
             self._add(Operation("outputs", view, Diagonal.mask(kept)))
 
-    def _out(self, site: Site, branch: Branch, map_: AffineMap) -> None:
+    def _output(self, site: Site, branch: Branch, map_: AffineMap) -> None:
         offset = map_.offset
         gain = {"gain": branch.gain, "unit_gain": self.layout.architecture.unit_gain}
         if offset is not None and branch.gain is not None:
@@ -264,7 +223,7 @@ class _Builder:
             self._add(Operation("outputs", MatrixView(str(branch.bias_name)), map_, **gain))  # type: ignore[arg-type]
 
     def _bias(self, site: Site, branch: Branch, reason: str) -> str:
-        """The bias of a writer; adds the family's biases (as zeros, in every layer) where a config flag allows."""
+        """The bias of a writer; adds the family's biases, as zeros in every layer, if a config flag allows that."""
         if branch.bias is not None:
             return branch.bias
         slot = self.layout.architecture.bias_flags.get(branch.outer)
@@ -281,82 +240,126 @@ class _Builder:
         return branch.bias_name
 
     def _embeddings(self, map_: AffineMap) -> None:
-        """0.resid.pre is the sum of the embeddings: each takes the linear part, the token table takes the offset."""
+        """0.resid.pre is the sum of the embeddings: each takes the linear part, and the token table takes the offset."""
         offset = map_.offset
         tokens, *others = self.layout.embeddings
         scale = self.layout.width**0.5 if self.layout.architecture.embedding_scaled else 1.0
-        self._add(
-            Operation(
-                "outputs",
-                MatrixView(tokens, transposed=True),
-                map_,
-                constant=None if offset is None else offset / scale,
-            )
-        )
+        constant = None if offset is None else offset / scale
+        self._add(Operation("outputs", MatrixView(tokens, transposed=True), map_, constant=constant))
         for name in others:
             self._add(Operation("outputs", MatrixView(name, transposed=True), map_))
         if not self.layout.architecture.tied:
             return
-        if self.tied == "untie" and any(op.kind == "add" for op in self.operations[tokens]):
+        if self.tied == "untie" and self._changed_by_delta(tokens):
             raise NotFoldable(
-                f"the edit unties {tokens}, which a delta before it changes; carry them out one after the other: apply(edit, "
+                f"the edit unties {tokens}, which a delta before it changes; apply them one after the other: apply(edit, "
                 "apply(delta, subject))"
             )
+        head = self.layout.head
         if self.tied == "untie":
             self.config["tie_word_embeddings"] = False
-            self.unties[self.layout.head] = tokens
-        elif self.layout.head in self.specs:
+            self.unties[head] = tokens
+        elif head in self.specs:
             # Files may hold the head although it is tied; transformers unties the two where their values differ.
-            self.operations[self.layout.head] = [
-                replace(op, view=replace(op.view, tensor=self.layout.head)) for op in self.operations[tokens]
+            self.operations[head] = [
+                replace(operation, view=replace(operation.view, tensor=head)) for operation in self.operations[tokens]
             ]
 
 
-def _placed(name: str, value: Tensor, layout: ModelLayout, specs: Specs) -> Iterator[tuple[MatrixView, Tensor]]:
-    """Where a store holds a tensor that has a name in memory, and the part of the tensor that belongs there.
+def _stored_parts(name: str, value: Tensor, layout: ModelLayout, specs: Specs) -> Iterator[tuple[MatrixView, Tensor]]:
+    """Where a model or checkpoint stores a tensor that has a name in memory, and the part of the tensor that belongs there.
 
     Raises:
-        FingerprintError: if the store has no such tensor, or one of another shape.
+        FingerprintError: if there is no such tensor, or one of another shape.
     """
     architecture = layout.architecture
-    found = next((n for n in _aliases(name, architecture) if n in specs), None)
-    pieces = [(MatrixView(found), value)] if found else list(_experts(name, value, architecture, specs))
-    if found == layout.embeddings[0] and architecture.tied and layout.head in specs:
-        # Both names are written: files may hold the head although it is tied.
-        pieces.append((MatrixView(layout.head), value))
-    for view, piece in pieces:
-        shape = specs[view.tensor].shape
-        if tuple(piece.shape) != tuple(shape):
-            raise FingerprintError(
-                f"the delta was made for another model: its {name} has shape {tuple(piece.shape)}, {view.tensor} here has {tuple(shape)}"
-            )
-    if not pieces:
+    alias = next((alias for alias in _aliases(name, architecture) if alias in specs), None)
+    parts = [(MatrixView(alias), value)] if alias else list(_expert_parts(name, value, architecture, specs))
+    if alias == layout.embeddings[0] and architecture.tied and layout.head in specs:
+        # Files may hold the head although it is tied, so both names are written.
+        parts.append((MatrixView(layout.head), value))
+    if not parts:
         raise FingerprintError(
             f"the delta was made for another model: no tensor is called {name!r} here; {nearest(name, specs)}"
         )
-    yield from pieces
+    for view, part in parts:
+        shape = tuple(specs[view.tensor].shape)
+        if tuple(part.shape) != shape:
+            raise FingerprintError(
+                f"the delta was made for another model: its {name} has shape {tuple(part.shape)}, {view.tensor} here has {shape}"
+            )
+    yield from parts
 
 
 def _aliases(name: str, architecture: Architecture) -> Iterator[str]:
-    """Names that files may give to a tensor: without the backbone's, and with the expert layer's of its family on disk."""
-    row = architecture.experts
-    for known in (name, name.removeprefix(f"{architecture.base}.")):
-        yield known
-        if row is not None:
-            yield known.replace(f".{row.block}.", f".{row.down.partition('.experts')[0]}.")
+    """Names that files may use for a tensor: without the backbone's prefix, and with the expert module's name on disk."""
+    experts = architecture.experts
+    for alias in (name, name.removeprefix(f"{architecture.base}.")):
+        yield alias
+        if experts is not None:
+            yield alias.replace(f".{experts.block}.", f".{experts.down.partition('.experts')[0]}.")
 
 
-def _experts(name: str, value: Tensor, architecture: Architecture, specs: Specs) -> Iterator[tuple[MatrixView, Tensor]]:
-    """The parts of fused experts, which lie on disk as one tensor an expert."""
-    row = architecture.experts
-    block, _, leaf = name.rpartition(f".{row.module}.") if row else ("", "", "")
-    if row is None or leaf not in ("gate_up_proj", "down_proj"):
+def _expert_parts(
+    name: str, value: Tensor, architecture: Architecture, specs: Specs
+) -> Iterator[tuple[MatrixView, Tensor]]:
+    """The parts of a tensor of fused experts, which files store as one tensor per expert."""
+    experts = architecture.experts
+    block, _, leaf = name.rpartition(f".{experts.module}.") if experts else ("", "", "")
+    if experts is None or leaf not in ("gate_up_proj", "down_proj"):
         return
-    if f"{block}.{row.down.format(e=0)}" not in specs:
+    if f"{block}.{experts.down.format(e=0)}" not in specs:
         block = block.removeprefix(f"{architecture.base}.")
-    names = (row.gate, row.up) if leaf == "gate_up_proj" else (row.down,)
+    paths = (experts.gate, experts.up) if leaf == "gate_up_proj" else (experts.down,)
     for e, expert in enumerate(value):
-        for path, part in zip(names, expert.chunk(len(names)), strict=True):
+        for path, part in zip(paths, expert.chunk(len(paths)), strict=True):
             stored = f"{block}.{path.format(e=e)}"
             if stored in specs:
                 yield MatrixView(stored), part
+
+
+# --- The plan of deltas for a model without an architecture, by tensor name
+
+
+def _lower_by_name(changes: Sequence[EditOrDelta], specs: Specs, any_model: bool) -> Plan:
+    """The plan that adds each difference to the tensor of its name; tensors that a delta adds to the model start at zero.
+
+    Raises:
+        ArgumentError: if a change is an edit, whose sites need an architecture.
+        FingerprintError: if a tensor has another name or shape here.
+    """
+    operations: dict[str, list[Operation]] = {}
+    added: dict[str, TensorSpec] = {}
+    for delta in changes:
+        if not isinstance(delta, Delta):
+            raise ArgumentError(
+                f"{type(delta).__name__} names sites of a language model, and this model has no architecture; fold a map at a "
+                "module instead: repedit.vision.fold(model, module, map)"
+            )
+        start_hashes = {} if any_model else delta.provenance.get("start", {})
+        for name, value in delta.tensors.items():
+            shape = tuple(value.shape)
+            if name in _added_tensors(delta.provenance) and name not in specs:
+                weight = specs.get(f"{name.removesuffix('.bias')}.weight")
+                added[name] = TensorSpec(shape, weight.dtype if weight else value.dtype)
+            spec = specs.get(name) or added.get(name)
+            if spec is None or tuple(spec.shape) != shape:
+                missing = f"no tensor is called {name!r}; {nearest(name, specs)}"
+                raise FingerprintError(
+                    f"the delta was made for another model: it holds {name} {shape}, and here "
+                    + (f"{name} has shape {tuple(spec.shape)}" if spec else missing)
+                )
+            start = None if name in operations else start_hashes.get(name)
+            operations.setdefault(name, []).append(Operation("add", MatrixView(name), constant=value, start=start))
+    return Plan(
+        {name: tuple(several) for name, several in operations.items()},
+        {},
+        "live",
+        added=added,
+        provenance=_plan_provenance(changes),
+    )
+
+
+def _added_tensors(provenance: Mapping[str, Any]) -> set[str]:
+    """Names of the tensors that a delta, or one it was combined from, adds to the model."""
+    return set(provenance.get("added", ())).union(*(_added_tensors(parent) for parent in provenance.get("parents", ())))

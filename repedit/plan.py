@@ -1,6 +1,6 @@
 """A plan: which stored tensors an edit changes and how, made from names and shapes alone.
 
-`Plan.apply` is pure; the drivers in `rewrite` carry a plan out on a live model or on the files of a checkpoint.
+`Plan.apply` is pure; `rewrite.apply` carries a plan out on a model in memory, and `rewrite.export` on checkpoint files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,19 +20,33 @@ from repedit.hashing import value_hash
 from repedit.linear_maps import AffineMap, not_finite_at
 from repedit.sites import Site
 
-Read = Callable[[str], Tensor]
-"""Name -> the tensor as it is before the plan."""
+TensorReader = Callable[[str], Tensor]
+"""Name -> the tensor before the plan."""
+
+
+class LoweringOptions(TypedDict, total=False):
+    """Options of `repedit.lower.lower`, which every function that takes an edit passes on."""
+
+    tied: Literal["untie", "both"]
+    """What happens to an output head that is tied to an edited embedding: "untie" keeps the head, "both" edits it too."""
+    sides: Literal["all", "output"]
+    """Whether the rows that feed a pruned neuron are zeroed too, or only the columns it writes with."""
+    any_model: bool
+    """Accept weights other than those the edit or delta was made for."""
+
+
+# --- Operations on one tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One change of a logical matrix W (out, in), or of a bias b seen as (out, 1).
+    """One change of a logical matrix W (out, in), or of a bias b read as (out, 1).
 
     "outputs": W -> M W, or D^-1 M D W with D the gain of a post-norm, plus `constant` on every column.
     "inputs":  W -> W M.
     "carry":   b -> b + W c, with W read from `weight` and c the `constant`: a constant input moved into the bias.
-    "gain":    g -> 1 where g is zero or too small to divide by; "outputs" then puts what it multiplied into W.
-    "add":     W -> W + D, with D the `constant`, of the shape of what the view picks.
+    "gain":    g -> 1 where g is zero or too small to divide by; the rows of W that it multiplied become zero.
+    "add":     W -> W + D, with D the `constant`, in the shape of the view.
     """
 
     kind: Literal["outputs", "inputs", "carry", "add", "gain"]
@@ -43,13 +57,13 @@ class Operation:
     gain: str | None = None
     unit_gain: bool = False
     start: str | None = None
-    """Hash of the values that the difference was taken from; other values are refused."""
+    """Hash of the values that a difference was computed from; other values are refused."""
 
-    def __call__(self, tensor: Tensor, read: Read) -> None:
-        """Carry the change out on `tensor`, in place.
+    def __call__(self, tensor: Tensor, read: TensorReader) -> None:
+        """Apply the change to `tensor`, in place.
 
         Raises:
-            FingerprintError: if a difference was taken from other values.
+            FingerprintError: if a difference was computed from other values.
         """
         if self.kind == "add":
             self._add(tensor)
@@ -60,7 +74,7 @@ class Operation:
             self.view.change(tensor, lambda w: self._edited(w, read))
 
     def describe(self) -> str:
-        """A few words for the summary."""
+        """A short description for the summary."""
         if self.kind == "add":
             return "add: a difference found by training"
         if self.kind == "gain":
@@ -72,19 +86,19 @@ class Operation:
         assert self.constant is not None
         if self.start is not None and value_hash(tensor) != self.start:
             raise FingerprintError(
-                f"{self.view.tensor} holds other values ({value_hash(tensor)}) than the difference was trained from "
-                f"({self.start}): this is another model, or an edited one; pass any_model=True to add it all the same"
+                f"{self.view.tensor} holds other values (hash {value_hash(tensor)}) than those the difference was trained from "
+                f"({self.start}): this is another model, or an edited one; pass any_model=True to add it anyway"
             )
         if self.view == MatrixView(self.view.tensor):
             tensor += self.constant.to(tensor)
         else:
             self.view.change(tensor, lambda w: w + self.constant.to(w))  # type: ignore[union-attr]
 
-    def _edited(self, w: Tensor, read: Read) -> Tensor:
+    def _edited(self, w: Tensor, read: TensorReader) -> Tensor:
         if self.kind == "carry":
             assert self.weight is not None and self.constant is not None
             carried = self.weight.read(read(self.weight.tensor)).to(w) @ self.constant.to(w)
-            # One value an output; those of a convolution's kernel add up, as all of them see the constant.
+            # One value per output; those of a convolution's kernel add up, because all of them see the constant.
             return w + carried.reshape(len(w), -1).sum(1, keepdim=True)
         assert self.map is not None
         if self.kind == "inputs":
@@ -97,28 +111,28 @@ class Operation:
             out = self.map.left(scaled, out=scaled).div_(gain)
         return out if self.constant is None else out + self.constant.to(out)[:, None]
 
-    def gain_of(self, read: Read, like: Tensor) -> Tensor | None:
-        """The gain of the post-norm as a column, 1 in place of what is too small to divide by; None where none follows."""
+    def gain_of(self, read: TensorReader, like: Tensor) -> Tensor | None:
+        """The gain of the post-norm as a column, with 1 in place of values too small to divide by; None without a norm."""
         if self.gain is None:
             return None
         gain = self._stored_gain(read, like)
         return torch.where(_too_small(gain), 1.0, gain)
 
-    def _stored_gain(self, read: Read, like: Tensor) -> Tensor:
+    def _stored_gain(self, read: TensorReader, like: Tensor) -> Tensor:
         assert self.gain is not None
         return (read(self.gain).to(like) + (1.0 if self.unit_gain else 0.0))[:, None]
 
 
-# A row divided by a gain of 1e-30 overflows in the norm's mean square; float32 keeps 7 digits of the others beside 1e-6.
 def _too_small(gain: Tensor) -> Tensor:
+    # A row divided by a gain of 1e-30 overflows in the norm's mean square; float32 keeps 7 digits of the others beside 1e-6.
     return gain.abs() <= 1e-6 * gain.abs().max()
 
 
 class Resize(ABC):
-    """What gives a stored tensor another shape, after its operations."""
+    """A change of a stored tensor's shape, after its operations."""
 
     @abstractmethod
-    def __call__(self, tensor: Tensor, read: Read) -> Tensor:
+    def __call__(self, tensor: Tensor, read: TensorReader) -> Tensor:
         """The tensor in its new shape, in the same dtype."""
 
     @abstractmethod
@@ -127,7 +141,10 @@ class Resize(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """A few words for the summary."""
+        """A short description for the summary."""
+
+
+# --- The plan of a whole model
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,26 +156,26 @@ class Plan:
     store: Literal["live", "disk"]
     """Whether names are those of a model in memory or of checkpoint files."""
     unties: Mapping[str, str] = field(default_factory=dict)
-    """Output head -> embedding whose original values it keeps where it has no values of its own."""
+    """Output head -> embedding whose original values the head keeps if it has no values of its own."""
     added: Mapping[str, TensorSpec] = field(default_factory=dict)
-    """Tensors that do not exist yet (biases); they start at zero."""
+    """New tensors (biases), which start at zero."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the model's config that change."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     maps: Mapping[Site, str] = field(default_factory=dict)
-    """One line on the map at each site."""
+    """Description of the map at each site."""
     ranks: Mapping[Site, int] = field(default_factory=dict)
     """Directions removed at each site."""
     resized: Mapping[str, Resize] = field(default_factory=dict)
     """Tensors whose shape changes."""
     structure: Literal["keep", "slim", "slice"] = "keep"
-    """Whether the model keeps its shape, loses neurons and heads, or gets a narrower stream."""
+    """Whether the model keeps its shape, loses neurons and heads, or gets a narrower residual stream."""
     stream: tuple[int, int] | None = None
-    """Width of the stream before and after, where it is sliced."""
+    """Width of the residual stream before and after, if it is sliced."""
 
     @property
     def rewritten(self) -> tuple[str, ...]:
-        """Tensors whose values come from `apply`."""
+        """Tensors whose values `apply` computes."""
         return tuple(dict.fromkeys([*self.operations, *self.resized]))
 
     @property
@@ -167,7 +184,7 @@ class Plan:
         return frozenset(self.rewritten) | frozenset(self.added) | frozenset(self.unties)
 
     def check(self, specs: Specs) -> None:
-        """Refuse a store that lacks a planned tensor.
+        """Refuse a model or checkpoint that lacks a planned tensor.
 
         Raises:
             PlanMismatch: naming the tensors.
@@ -178,11 +195,11 @@ class Plan:
                 f"the plan names tensors this {self.store} store does not hold: {absent[:5]} ({len(absent)} in all)"
             )
 
-    def resolved(self, read: Read) -> Plan:
-        """The plan for the gains that a store holds: where a post-norm multiplies by 0, its gain becomes 1 and the row before it empty.
+    def resolved(self, read: TensorReader) -> Plan:
+        """The plan for the actual gains of post-norms: a gain of 0 becomes 1, and the row of the weight before it 0.
 
         Raises:
-            NotFoldable: if two edits of one tensor pass such a norm, or something else changes the norm.
+            NotFoldable: if two edits of one tensor pass such a norm, or another operation changes the norm.
         """
         gains: dict[str, Operation] = {}
         for name, operations in self.operations.items():
@@ -191,38 +208,36 @@ class Plan:
             ]
             if len(folded) > 1 or any(op.gain in self.operations for op in folded):
                 raise NotFoldable(
-                    f"{name} passes the post-norm {folded[0].gain}, some of whose gains are 0, more than once in this plan; carry "
-                    "the edits out one after the other: apply(b, apply(a, subject))"
+                    f"{name} passes the post-norm {folded[0].gain}, some of whose gains are 0, more than once in this plan; apply "
+                    "the edits one after the other: apply(b, apply(a, subject))"
                 )
             gains |= {
                 str(op.gain): Operation("gain", MatrixView(str(op.gain)), unit_gain=op.unit_gain) for op in folded
             }
-        return (
-            replace(self, operations={**self.operations, **{name: (op,) for name, op in gains.items()}})
-            if gains
-            else self
-        )
+        if not gains:
+            return self
+        return replace(self, operations={**self.operations, **{name: (op,) for name, op in gains.items()}})
 
-    def apply(self, name: str, tensor: Tensor, read: Read) -> Tensor:
+    def apply(self, name: str, tensor: Tensor, read: TensorReader) -> Tensor:
         """The tensor after the plan; computed in float32 (float64 for float64) and rounded once.
 
         Args:
-            read: gives other tensors as they were before the plan (a weight behind a bias, a norm's gain).
+            read: gives other tensors as they were before the plan (the weight of a bias, the gain of a norm).
         Raises:
             NotFinite: if the tensor is not finite, or the result is not in the tensor's dtype.
         """
-        return rounded(name, self.computed(name, tensor, read), tensor.dtype)
+        return cast_tensor(name, self.computed(name, tensor, read), tensor.dtype)
 
-    def computed(self, name: str, tensor: Tensor, read: Read) -> Tensor:
+    def computed(self, name: str, tensor: Tensor, read: TensorReader) -> Tensor:
         """The tensor after the plan before it is rounded: float32, or float64 for float64 and for counts.
 
         Raises:
-            NotFinite: if the tensor is not finite. DtypeError: if it holds whole numbers, to which no map applies.
+            NotFinite: if the tensor is not finite. DtypeError: if it holds integers, to which no map applies.
         """
         check_finite_tensor(name, tensor)
         if not tensor.is_floating_point() and any(op.kind != "add" for op in self.operations.get(name, ())):
             raise DtypeError(
-                f"{name} holds {tensor.dtype}, and an edit changes floating weights alone; is it quantised?"
+                f"{name} holds {tensor.dtype}, and an edit changes floating-point weights only; is it quantised?"
             )
         wide = torch.float32 if tensor.is_floating_point() and tensor.dtype != torch.float64 else torch.float64
         work = tensor.detach().to(wide, copy=True)
@@ -240,16 +255,16 @@ class Plan:
         return [operation.describe() for operation in self.operations.get(name, ())] + resize
 
     def summary(self, specs: Specs | None = None) -> str:
-        """What carrying the plan out would do: the dry run."""
+        """A dry run: what applying the plan would do."""
         lines = [f"{site}: {self.maps.get(site, 'edited')}; {kind}" for site, kind in self.exactness.items()]
         total = 0
         for name in sorted(self.rewritten):
-            found, done = (specs or {}).get(name) or self.added.get(name), self.describe(name)
-            spec = found and self.spec(name, found)
+            before, changes = (specs or {}).get(name) or self.added.get(name), self.describe(name)
+            spec = self.spec(name, before) if before else None
             total += spec.nbytes if spec else 0
             lines.append(
-                f"  {name} {tuple(spec.shape) if spec else ''} {done[-1 if name in self.resized else 0]}"
-                + (f" and {len(done) - 1} more" if len(done) > 1 else "")
+                f"  {name} {tuple(spec.shape) if spec else ''} {changes[-1 if name in self.resized else 0]}"
+                + (f" and {len(changes) - 1} more" if len(changes) > 1 else "")
             )
         lines += [f"  {head}: untied, keeps the original {source}" for head, source in self.unties.items()]
         lines += [f"  {name}: added" for name in sorted(set(self.added) - set(self.rewritten))]
@@ -261,18 +276,18 @@ def check_finite_tensor(name: str, tensor: Tensor) -> None:
     """Refuse a stored tensor that is not finite.
 
     Raises:
-        NotFinite: with the first place.
+        NotFinite: with the first index.
     """
     place = not_finite_at(tensor)
     if place is not None:
         raise NotFinite(f"{name} is not finite at {place}; the checkpoint is damaged, download it again")
 
 
-def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another dtype.
 
     Raises:
-        NotFinite: naming a value that the dtype cannot hold.
+        NotFinite: naming a value that the dtype cannot represent.
     """
     result = tensor.to(dtype)
     if not_finite_at(result) is not None:

@@ -150,7 +150,7 @@ def test_an_edit_and_a_delta_compose():
 
 def test_an_edit_that_would_read_stale_weights_is_refused():
     subject = tiny("gpt2", torch.float64)
-    with pytest.raises(NotFoldable, match="carry them out one after the other"):
+    with pytest.raises(NotFoldable, match="apply them one after the other"):
         rp.apply([made(subject), edits.fill(subject, "1.mlp.neurons")], subject)
 
 

@@ -177,11 +177,11 @@ def test_maps_that_do_not_hold_together_are_refused():
                 make(value)
     with pytest.raises(ShapeError, match=r"the basis has shape \(5,\); give \(d, k\), a direction as \(d, 1\)"):
         rp.LowRank.projection(torch.ones(5))
-    with pytest.raises(DtypeError, match=r"the difference of a is of torch\.int32; give a floating dtype"):
+    with pytest.raises(DtypeError, match=r"the difference of a has dtype torch\.int32; give a floating dtype"):
         rp.Delta({"a": torch.ones(5, dtype=torch.int32)})
     for maps in ({rp.Site.parse("0.mlp.out"): one}, {3: rp.Diagonal(torch.ones(5))}):
         with pytest.raises(
-            ArgumentError, match=r"an edit holds a map for each site; found \w+ for .*: give a LowRank or"
+            ArgumentError, match=r"an edit holds a map for each site, and .* has a \w+; give a LowRank or"
         ):
             rp.Edit(maps)
     with pytest.raises(RankError, match=r"u and v of shape \(5, 9\) have rank 9, the width is 5; a map of this width"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from repedit.arch.spec import Architecture, Experts, Reader, Writer
 from repedit.errors import UnknownArchitecture, nearest
 from repedit.io.safetensors import TensorSpec
-from repedit.sites import Point
+from repedit.sites import Point, Site
 
 # --- A stored tensor by shape, and the logical matrix that a view picks out of it
 
@@ -129,6 +129,10 @@ class ModelLayout:
     def branch(self, layer: int, point: Point) -> Branch:
         """The branch that holds a neurons or out point."""
         return next(b for b in self.layers[layer] if point in (b.inner, b.outer))
+
+    def routed(self, site: Site) -> bool:
+        """Whether a site holds the neurons of several experts, of which each token passes some."""
+        return site.point is Point.MLP_NEURONS and self.branch(site.layer, site.point).routed
 
     def width_of(self, layer: int, point: Point) -> int:
         """Size of the last axis at a point."""

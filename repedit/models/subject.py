@@ -1,6 +1,6 @@
 """Load a causal language model, or wrap one, as a Subject.
 
-A path is tried first, then the built-in name, then a hub id. No code of a checkpoint runs and no pickle is opened.
+A path is tried first, then the built-in name, then a hub id. No code of a checkpoint is run and no pickle is opened.
 """
 
 from __future__ import annotations
@@ -8,28 +8,31 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from repedit.arch import Architecture, ModelLayout, TensorSpec, match_layout, resolve
 from repedit.arch.check import check_bare, check_merged, check_modules
-from repedit.arch.offload import execution_device, values
+from repedit.arch.offload import check_in_memory, execution_device, values
 from repedit.errors import (
     ArgumentError,
     CheckpointError,
     NotAModel,
+    NotFinite,
     OffloadedTensors,
     UnknownArchitecture,
 )
 from repedit.hashing import fingerprint, state, value_hash
+from repedit.hooks import claimed
 from repedit.io.checkpoint import FileStates, check_unchanged, file_states
 from repedit.io.safetensors import floating
+from repedit.linear_maps import not_finite_at
 from repedit.models.default_model import DEFAULT
 from repedit.models.loading import (
     check_config,
@@ -43,12 +46,12 @@ from repedit.models.loading import (
     typed_errors,
 )
 from repedit.models.ragged import quiet
-from repedit.quantization import quantizer_name
+from repedit.quantization import check_unquantized, quantizer_name
 from repedit.sites import Point, Site, select
 
 log = logging.getLogger("repedit")
-_as_read: weakref.WeakKeyDictionary[nn.Module, tuple[Any, FileStates]] = weakref.WeakKeyDictionary()
-"""The state of the weights and of the files, as a model was read."""
+_loaded_state: weakref.WeakKeyDictionary[nn.Module, tuple[Any, FileStates]] = weakref.WeakKeyDictionary()
+"""The state of the weights and of the files when a model was read."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Origin:
     """Where a model came from."""
 
     path: Path
-    """A directory, which of a hub id is its snapshot in the cache, or a GGUF file."""
+    """A directory (for a hub id, its snapshot in the cache), or a GGUF file."""
     hub_id: str | None = None
 
     @property
@@ -79,15 +82,14 @@ class Subject:
     tokenizer: Any | None
     architecture: Architecture
     source: Path | None = None
-    """Directory the weights were read from; None for an in-memory or edited model."""
+    """Directory the weights were read from; None for a model in memory or an edited model."""
     origin: Origin | None = None
-    """Where the model came from before any edit, whose licence, card and tokenizer files an export takes along."""
+    """Where the model came from before any edit; an export copies its licence, card and tokenizer files."""
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
-        where = "in memory" if self.source is None else f"from {self.source.name}"
-        layout = self.layout
-        return f"Subject({self.architecture.model_type}, {len(layout.layers)} layers, width {layout.width}, {count:,} parameters, {where})"
+        size = f"{len(self.layout.layers)} layers, width {self.layout.width}, {count:,} parameters"
+        return f"Subject({self.architecture.model_type}, {size}, {'in memory' if self.source is None else f'from {self.source.name}'})"
 
     @cached_property
     def layout(self) -> ModelLayout:
@@ -105,22 +107,22 @@ class Subject:
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
         embedding = self.model.get_input_embeddings()
-        found: torch.device = embedding.weight.device
-        return found if found.type != "meta" else execution_device(embedding)
+        device: torch.device = embedding.weight.device
+        return device if device.type != "meta" else execution_device(embedding)
 
     def value(self, name: str) -> torch.Tensor:
-        """The values of a parameter, also where accelerate has put them off to memory or disk.
+        """The values of a parameter, also where Accelerate has offloaded them to memory or disk.
 
         Raises:
-            OffloadedTensors: if it has none anywhere.
+            OffloadedTensors: if it has no values anywhere.
         """
         path, _, leaf = name.rpartition(".")
-        found = values(self.model.get_submodule(path), leaf).detach()
-        if found.device.type == "meta":
+        value = values(self.model.get_submodule(path), leaf).detach()
+        if value.device.type == "meta":
             raise OffloadedTensors(
                 f"{name} has a shape and no values: the model is on the meta device; load its weights"
             )
-        return found
+        return value
 
     def device_at(self, layer: int) -> torch.device:
         """Where a layer computes; layers may lie on several devices."""
@@ -128,7 +130,7 @@ class Subject:
 
     @property
     def quantizer(self) -> str | None:
-        """Name of the quantiser of the weights, or None where they are plain tensors."""
+        """Name of the quantiser of the weights; None for ordinary tensors."""
         return quantizer_name(getattr(self.model.config, "quantization_config", None))
 
     def select(self, selector: str | Site | list[str | Site]) -> tuple[Site, ...]:
@@ -136,18 +138,85 @@ class Subject:
         return select(selector, len(self.layout.layers), self.architecture.points)
 
     def sites(self) -> list[dict[str, Any]]:
-        """One row a site: names in repedit, TransformerLens and transformers, tensor, width and bias."""
+        """One row per site: names in repedit, TransformerLens and transformers, tensor, width and bias."""
         return [self._row(Site(i, p)) for i in range(len(self.layout.layers)) for p in self.architecture.points]
 
     def fingerprint(self) -> str:
         """sha256 over the name, dtype, shape and bytes of every parameter, and the config without volatile keys."""
         return fingerprint(self.model)
 
-    def made_for(self, sites: Iterable[Site]) -> dict[str, Any]:
-        """What the provenance of an edit says of the model it was made for: {"model": fingerprint, "weights": {tensor: hash}}.
+    @overload
+    def generate(self, prompts: str, *, max_new_tokens: int = 256, chat: bool = False) -> str: ...
 
-        The tensors are those that write at the sites; of a residual stream those of the layer's MLP, or the token embedding
-        before layer 0. The hash of values is one for all dtypes that hold them.
+    @overload
+    def generate(
+        self, prompts: list[str] | tuple[str, ...], *, max_new_tokens: int = 256, chat: bool = False
+    ) -> tuple[str, ...]: ...
+
+    def generate(
+        self, prompts: str | Sequence[str], *, max_new_tokens: int = 256, chat: bool = False
+    ) -> str | tuple[str, ...]:
+        """The greedy continuation of a prompt, without the prompt; for a list of prompts, a tuple of continuations.
+
+        Args:
+            chat: put each prompt in the tokenizer's chat template, as a message of the user.
+        Raises:
+            ArgumentError, DataError, NotFinite: as `repedit.metrics.generation.generate`, which this calls.
+        """
+        import repedit
+
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        written = repedit.metrics.generation.generate(self, texts, max_new_tokens=max_new_tokens, chat=chat)
+        return written[0] if isinstance(prompts, str) else written
+
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Subject:
+        """Move the model to a device, or cast it to a dtype, in place as `torch.nn.Module.to` does; returns this subject.
+
+        A model that is only moved still belongs to the files it was read from; one that is cast is exported as it is in memory.
+
+        Raises:
+            ArgumentError: if there is no such device or dtype.
+            QuantizedModel, OffloadedTensors: if the weights are not ordinary tensors in memory.
+            NotFinite: if the dtype cannot represent a weight; the model is unchanged then.
+        """
+        check_unquantized(self.quantizer, self.specs, "moved or cast")
+        check_in_memory(self.model, "load the model again with another device_map")
+        new_device = None if device is None else device_named(str(device))
+        new_dtype = None if dtype is None else floating(dtype)
+        for name, parameter in self.model.named_parameters() if new_dtype else ():
+            index = not_finite_at(parameter.detach().to(new_dtype))
+            if index is not None:
+                raise NotFinite(f"{new_dtype} cannot represent weight {name!r} at {index}; choose a wider dtype")
+        weights, files = _loaded_state.get(self.model, (None, {}))
+        linked = weights is not None and weights == state(self.model) and new_dtype in (None, self.model.dtype)
+        with claimed(self.model):
+            self.model.to(device=new_device, dtype=new_dtype)
+        if linked:
+            _loaded_state[self.model] = (state(self.model), files)
+        else:
+            _loaded_state.pop(self.model, None)
+        return self
+
+    def save(self, target: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the model and its tokenizer to a directory that AutoModelForCausalLM loads; returns the directory.
+
+        It is an export without an edit (`repedit.export`), with the same manifest and the same guarantees: weights that are
+        unchanged since they were loaded are streamed from their files.
+
+        Raises:
+            TargetExists: if the target exists, unless `overwrite=True` and it is an earlier export.
+            CheckpointError, NotFinite, QuantizedModel: as `repedit.export`.
+        """
+        import repedit
+
+        repedit.export(repedit.Edit({}), self, target, overwrite=overwrite, allow_identity=True)
+        return Path(target)
+
+    def made_for(self, sites: Iterable[Site]) -> dict[str, Any]:
+        """What an edit records about the model it was made for: {"model": fingerprint, "weights": {tensor: hash}}.
+
+        The tensors are those that write at the sites; for a residual stream those of the layer's MLP, or the token embedding
+        before layer 0. A hash is the same for all dtypes that hold the values.
         """
         names = dict.fromkeys(name for site in sites for name in self._writers(site))
         return {"model": self.fingerprint(), "weights": {name: value_hash(self.value(name)) for name in names}}
@@ -161,19 +230,19 @@ class Subject:
 
     @property
     def files(self) -> Path | None:
-        """`source` while its files hold these weights, in their dtype; None once a weight or a file was changed."""
+        """`source` while its files hold these weights, in their dtype; None once a weight or a file has changed."""
         try:
             return self.unchanged_files()
         except CheckpointError:
             return None
 
     def unchanged_files(self) -> Path | None:
-        """`source` while the weights in memory are those that were read from its files; None once one was changed.
+        """`source` while the weights in memory are those that were read from its files; None once one has changed.
 
         Raises:
-            CheckpointError: if the weights are as they were read, and the files are not.
+            CheckpointError: if the weights are unchanged and the files are not.
         """
-        weights, files = _as_read.get(self.model, (None, {}))
+        weights, files = _loaded_state.get(self.model, (None, {}))
         if self.source is None or weights != state(self.model):
             return None
         check_unchanged(
@@ -198,8 +267,8 @@ class Subject:
 
     def _row(self, site: Site) -> dict[str, Any]:
         layout, point = self.layout, site.point
-        inside = point in (Point.ATTN_NEURONS, Point.ATTN_OUT, Point.MLP_NEURONS, Point.MLP_OUT)
-        branch = layout.branch(site.layer, point) if inside else None
+        residual = point in (Point.RESID_PRE, Point.RESID_MID, Point.RESID_POST)
+        branch = None if residual else layout.branch(site.layer, point)
         return {
             "site": str(site),
             "hook": site.hook_name,
@@ -224,18 +293,18 @@ def load(
     """Load a causal language model from a directory, a GGUF file, the built-in name or a hub id.
 
     Args:
-        dtype: "auto" keeps the checkpoint's dtype (float16 on a CPU becomes float32); or "float32", "bfloat16", ...
-        device: "auto" is cuda if present, else cpu.
+        dtype: "auto" keeps the dtype of the checkpoint (float16 on a CPU becomes float32); or "float32", "bfloat16", ...
+        device: "auto" is cuda if there is one, else cpu.
         attention: attention implementation of transformers, such as "eager"; None keeps its default.
-        trust_remote_code: run code that a hub repository ships; off unless you ask.
+        trust_remote_code: run code from a hub repository.
     Raises:
-        NotFound: if nothing of that name exists, or it is not fetched yet.
-        CheckpointError: if files are missing, corrupt, pickled or leave the directory, or lack a weight.
+        NotFound: if nothing of that name exists, or it has not been fetched yet.
+        CheckpointError: if files are missing, corrupt, pickled or outside the directory, or lack a weight.
         UnknownArchitecture: if no row of the family table fits; no weight is read then.
         NotFinite: if a weight is NaN or infinite.
         ArgumentError: if there is no such dtype or device.
     """
-    target, wanted = device_named(device), dtype if dtype == "auto" else floating(dtype)
+    target, load_dtype = device_named(device), dtype if dtype == "auto" else floating(dtype)
     place, options = located(name, trust_remote_code)
     options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
     extra = {"device_map": device_map} if device_map is not None else {}
@@ -244,7 +313,7 @@ def load(
         if "gguf_file" not in options:
             check_config(place, options)
         files = file_states(place) if isinstance(place, Path) and "gguf_file" not in options else None
-        model = read_weights(place, dtype=wanted, **options, **extra)
+        model = read_weights(place, dtype=load_dtype, **options, **extra)
     if dtype == "auto" and target == "cpu" and model.dtype == torch.float16:
         log.info("float16 is slow and inexact on a CPU: loaded in float32; pass dtype='float16' to keep it")
         model = model.float()
@@ -255,7 +324,7 @@ def load(
     tokenizer = read_tokenizer(place, options)
     source, origin = None, None
     if isinstance(place, Path) and files is not None:
-        check_unchanged(place, files, "while the model was read", "load it again once nothing writes there any more")
+        check_unchanged(place, files, "while the model was read", "load it again when nothing is writing there")
         source, origin = place, Origin(place)
     elif isinstance(place, Path):
         origin = Origin(Path(file_of(place, options)))
@@ -268,7 +337,7 @@ def load(
 
 
 def _in_own_memory(model: Any) -> Any:
-    """The model without memory that is mapped to files: a file that is rewritten or cut would change it."""
+    """The model without memory-mapped weights, which would change if a file is rewritten or truncated."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
@@ -283,7 +352,7 @@ def subject_of(
     files: FileStates | None = None,
     origin: Origin | None = None,
 ) -> Subject:
-    """A Subject around a transformers model in memory; the model is not changed in any way.
+    """A Subject around a transformers model in memory; the model is not changed.
 
     Args:
         source: directory that the weights were just read from.
@@ -291,7 +360,7 @@ def subject_of(
         origin: where the model came from; None for `source`.
     Raises:
         NotAModel: if the object is not a transformers causal model, or an adapter or a parametrization hides its weights.
-        UnknownArchitecture: if no row fits, or the weights contradict the row.
+        UnknownArchitecture: if no row of the family table fits, or the weights contradict the row.
     """
     from transformers import PreTrainedModel
 
@@ -304,22 +373,18 @@ def subject_of(
         raise UnknownArchitecture(
             f"{type(model).__name__} is not a decoder-only causal language model; load it with AutoModelForCausalLM"
         )
-    switches = {
-        name: getattr(model.config, name) for name in ("return_dict", "output_hidden_states", "output_attentions")
-    }
-    wrong = [
-        name for name, value in switches.items() if type(value) is not bool or (name == "return_dict" and not value)
-    ]
-    if wrong:
-        raise UnknownArchitecture(
-            f"the config has {wrong[0]}={switches[wrong[0]]!r}, with which the model does not return what repedit reads; set "
-            f"model.config.{wrong[0]} = {wrong[0] == 'return_dict'}, or correct config.json"
-        )
+    for name in ("return_dict", "output_hidden_states", "output_attentions"):
+        value = getattr(model.config, name)
+        if type(value) is not bool or (name == "return_dict" and not value):
+            raise UnknownArchitecture(
+                f"the config has {name}={value!r}, with which the model does not return what repedit reads; set "
+                f"model.config.{name} = {name == 'return_dict'}, or correct config.json"
+            )
     compiled = [name for name, module in model.named_modules() if hasattr(module, "_orig_mod")]
     if compiled:
         raise UnknownArchitecture(
-            f"{compiled[0]} is what torch.compile(module) returned, which renames the parameters in it; compile with "
-            "module.compile(), or wrap the model before it is compiled"
+            f"{compiled[0]} was returned by torch.compile(module), which renames the parameters in it; compile with "
+            "module.compile(), or wrap the model before compiling it"
         )
     origin = Origin(source) if origin is None and source is not None else origin
     subject = Subject(model, tokenizer, resolve(model.config), source, origin)
@@ -329,5 +394,5 @@ def subject_of(
         check_bare(model)
         raise
     if source is not None:
-        _as_read[model] = (state(model), file_states(source) if files is None else files)
+        _loaded_state[model] = (state(model), file_states(source) if files is None else files)
     return subject

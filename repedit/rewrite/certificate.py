@@ -18,7 +18,7 @@ from repedit.io.files import user_path
 from repedit.linear_maps import LowRank
 from repedit.lower import lower
 from repedit.models.subject import Subject
-from repedit.plan import Operation, Plan, Read
+from repedit.plan import Operation, Plan, TensorReader
 from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
 from repedit.rewrite.slice import slice_plan
 
@@ -121,7 +121,7 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
 
 
 def certified(
-    plan: Plan, name: str, before: Tensor, after: Tensor, computed: Tensor, read: Read
+    plan: Plan, name: str, before: Tensor, after: Tensor, computed: Tensor, read: TensorReader
 ) -> TensorCertificate | None:
     """The row of one tensor, as it was, as it is stored, and before it was rounded; None where no projection acts on it."""
     operations = _projections(plan, name)
@@ -155,7 +155,7 @@ def sliced_certificate(plan: Plan) -> Certificate:
     return Certificate("sliced", "exact", rank, worst_leak=0.0, tensors={}, widths=plan.stream)
 
 
-def _narrowed(plan: Plan, specs: Specs, before: Read, after: Read) -> Certificate:
+def _narrowed(plan: Plan, specs: Specs, before: TensorReader, after: TensorReader) -> Certificate:
     for name in plan.resized:
         old = before(plan.unties.get(name, name))
         new, expected = after(name), plan.apply(name, old, before)
@@ -199,7 +199,7 @@ def check_leaks(tensors: Mapping[str, TensorCertificate]) -> None:
 
 
 def _coordinates(
-    operation: Operation, before: Tensor, after: Tensor, computed: Tensor, read: Read
+    operation: Operation, before: Tensor, after: Tensor, computed: Tensor, read: TensorReader
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coordinates of the old, the stored and the uncast tensor along the removed directions, in float64."""
     map_, view, offset = operation.map, operation.view, operation.constant
@@ -232,7 +232,7 @@ def _along(w: Tensor, factor: Tensor, inputs: bool) -> Tensor:
     return total
 
 
-def _store(source: Subject | str | Path) -> tuple[Architecture, Specs, Read]:
+def _store(source: Subject | str | Path) -> tuple[Architecture, Specs, TensorReader]:
     if isinstance(source, Subject):
         return source.architecture, source.specs, source.value
     directory = user_path(source)

@@ -23,7 +23,7 @@ from repedit.io.checkpoint import INDEX, SINGLE, Shards
 from repedit.io.files import file_hash
 from repedit.io.safetensors import header, raw_bytes
 from repedit.io.store import JsonLog
-from repedit.plan import Plan, rounded
+from repedit.plan import Plan, cast_tensor
 from repedit.rewrite.certificate import TensorCertificate, certified
 from repedit.rewrite.manifest import PACKAGES, Change
 
@@ -158,7 +158,7 @@ def write_weights(
     }
     if extra:
         name = _added_name(set(files.values()), shards.indexed)
-        tensors = {key: value if dtype is None else rounded(key, value, dtype) for key, value in extra.items()}
+        tensors = {key: value if dtype is None else cast_tensor(key, value, dtype) for key, value in extra.items()}
         changes |= {key: _writing_change(None, value) for key, value in tensors.items()}
         _write_shard(tensors, target / name)
         names |= dict.fromkeys(tensors, name)
@@ -211,7 +211,7 @@ def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) ->
         for name in touched:
             before = shards.read(name)
             computed = plan.computed(name, before, shards.read)
-            after = rounded(name, computed, before.dtype)
+            after = cast_tensor(name, computed, before.dtype)
             out.seek(shards.entries[name].start)
             out.write(raw_bytes(after))
             changes[name] = _writing_change(before, after, certified(plan, name, before, after, computed, shards.read))
@@ -232,10 +232,10 @@ def _converted(
             before = shards.read(name)
             if name not in plan.rewritten:
                 same = specs[name].dtype == before.dtype
-                out.write(raw_bytes(before if same else rounded(name, before, specs[name].dtype)))
+                out.write(raw_bytes(before if same else cast_tensor(name, before, specs[name].dtype)))
                 continue
             computed = plan.computed(name, before, shards.read)
-            after = rounded(name, rounded(name, computed, before.dtype), specs[name].dtype)
+            after = cast_tensor(name, cast_tensor(name, computed, before.dtype), specs[name].dtype)
             out.write(raw_bytes(after))
             changes[name] = _writing_change(before, after, certified(plan, name, before, after, computed, shards.read))
     return changes

@@ -18,7 +18,7 @@ from repedit.fit.linalg import complement, orthonormal
 from repedit.linear_maps import LowRank
 from repedit.lower import check_model, lower
 from repedit.models.subject import Subject
-from repedit.plan import Plan, Read, Resize
+from repedit.plan import Plan, Resize, TensorReader
 from repedit.rewrite.apply import check_editable
 from repedit.rewrite.resize import rebuilt
 from repedit.sites import Point, Site
@@ -58,7 +58,7 @@ class Write(Resize):
     factor: float = 1.0
     """sqrt(d / s) for an embedding that the model multiplies by the root of the width."""
 
-    def __call__(self, tensor: Tensor, read: Read) -> Tensor:
+    def __call__(self, tensor: Tensor, read: TensorReader) -> Tensor:
         matrix = self.matrix.to(tensor) * self.factor
         return tensor @ matrix.T if self.last else matrix @ tensor
 
@@ -89,7 +89,7 @@ class Observe(Resize):
     extra: float = 1.0
     """sqrt(d / s) for rows that pass a norm of head width, which adds the same epsilon."""
 
-    def __call__(self, tensor: Tensor, read: Read) -> Tensor:
+    def __call__(self, tensor: Tensor, read: TensorReader) -> Tensor:
         gain = read(self.gain).to(tensor) + (1.0 if self.unit_gain else 0.0)
         new = (tensor * gain) @ self.basis.to(tensor) * self.factor
         if self.bias is not None:
@@ -113,7 +113,7 @@ class Constant(Resize):
     width: int
     value: float
 
-    def __call__(self, tensor: Tensor, read: Read) -> Tensor:
+    def __call__(self, tensor: Tensor, read: TensorReader) -> Tensor:
         return tensor.new_full((self.width,), self.value)
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ class Scaled(Resize):
 
     factor: float
 
-    def __call__(self, tensor: Tensor, read: Read) -> Tensor:
+    def __call__(self, tensor: Tensor, read: TensorReader) -> Tensor:
         return tensor * self.factor
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from repedit.errors import ArgumentError, NotSlimmable
 from repedit.linear_maps import Diagonal
 from repedit.lower import check_model, lower
 from repedit.models.subject import Subject
-from repedit.plan import Plan, Read, Resize
+from repedit.plan import Plan, Resize, TensorReader
 from repedit.rewrite.apply import check_editable
 from repedit.rewrite.resize import rebuilt
 from repedit.sites import Point, Site
@@ -200,7 +200,7 @@ class Cut(Resize):
     axis: int
     keep: Int[Tensor, " n"] | Int[Tensor, "e n"]
 
-    def __call__(self, tensor: Tensor, read: Read) -> Tensor:
+    def __call__(self, tensor: Tensor, read: TensorReader) -> Tensor:
         keep = self.keep.to(tensor.device)
         if keep.ndim == 1:
             return tensor.index_select(self.axis, keep)
