@@ -8,7 +8,6 @@ import pytest
 
 import repedit as rp
 from repedit.data import Corpus, Document, Splits
-from repedit.data import generated as public
 from repedit.data.generated import PYTHON, cloze
 from repedit.errors import ArgumentError, NotEnoughRows
 
@@ -39,7 +38,7 @@ def test_the_answer_is_the_word_that_comes_next():
         len(f.choices) == 8 and 100 <= len(f.prompt) + 1 <= 200 for f in found.forget
     )
     assert len({f.choices.index(f.answer) for f in found.forget}) > 4  # the place tells nothing
-    assert public is cloze
+    assert rp.data.cloze is cloze
 
 
 def test_the_check_would_see_another_word():
@@ -81,7 +80,7 @@ def test_lines_can_be_chosen():
     ("options", "error", "message"),
     [
         ({"count": 1}, ArgumentError, "count=1, choices=8, characters=100; give at least 2, 2 and 1"),
-        ({"count": 10**6}, NotEnoughRows, r"corpus 'prose' has \d+ places to ask at, 1000000 were asked for"),
+        ({"count": 10**6}, NotEnoughRows, r"corpus 'prose' has \d+ positions for a question, 1000000 were asked for"),
         (
             {"count": 4, "choices": 40},
             NotEnoughRows,
@@ -95,5 +94,5 @@ def test_refusals(options, error, message):
 
 
 def test_a_short_text_has_no_place_to_ask_at():
-    with pytest.raises(NotEnoughRows, match="has 0 places"):
+    with pytest.raises(NotEnoughRows, match="has 0 positions"):
         cloze(Corpus((Document("a", "Too short a text."),)), 2)

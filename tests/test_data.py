@@ -46,9 +46,9 @@ def test_code_is_python_from_different_files_and_depends_on_the_seed():
 
 
 def test_names_of_builtin_corpora():
-    assert rp.data.named("prose").name == rp.data.read("prose").name == "prose"
+    assert rp.data.builtin_corpus("prose").name == rp.data.read("prose").name == "prose"
     with pytest.raises(UnknownName, match="no built-in corpus is called 'cod'; did you mean 'code'"):
-        rp.data.named("cod")
+        rp.data.builtin_corpus("cod")
 
 
 @given(items=texts, seed=st.integers(0, 99))
@@ -170,9 +170,13 @@ def test_lists_and_token_batches_are_read():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "x", r"files of kind '.csv' are not read; give one of .txt, .md, .jsonl, .parquet"),
+        ("a.csv", "x", r"cannot read files of kind '.csv'; give one of .txt, .md, .jsonl, .parquet"),
         ("a.txt", " \n\n ", "corpus 'a' is empty: 0 documents, none with text"),
-        ("a.jsonl", '{"text": "a"}\n{"body": "b"}', r"row 2: the field 'text' must hold a text; found \['body'\]"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"body": "b"}',
+            r"row 2: the field 'text' must hold a text; the row has \['body'\]",
+        ),
         ("a.jsonl", '{"text": "a"}\n\n{"text": 3}', r"row 3: the field 'text' must hold a text"),
         ("a.jsonl", '"a"', "row 1: found a str; one object a line is expected"),
         ("a.jsonl", '{"text": "a"}\n{"text": ', "row 2: not JSON: Expecting value"),

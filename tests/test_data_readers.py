@@ -181,10 +181,10 @@ def test_folders_of_semeval_may_be_kept(tmp_path):
         lines(tmp_path / "mia_data" / f"{side}.jsonl", {"id": 1, "document": side})
     found = rp.data.semeval(tmp_path, "train")
     assert found.members.documents[0].text == "member" and found.forget.items[0].kind == "sc"
-    with pytest.raises(NotFound, match=r"holds no \*forget_validation\*.parquet; found \["):
+    with pytest.raises(NotFound, match=r"holds no \*forget_validation\*.parquet; it has \["):
         rp.data.semeval(tmp_path, "validation")
     (tmp_path / "mia_data" / "member.jsonl").unlink()
-    with pytest.raises(NotFound, match=r"holds none of mia_data/member.jsonl, mia_data_member.jsonl; found"):
+    with pytest.raises(NotFound, match=r"holds none of mia_data/member.jsonl, mia_data_member.jsonl; it has"):
         rp.data.semeval(tmp_path, "train")
 
 
@@ -197,21 +197,21 @@ def written(tmp_path, name="forget.jsonl", *rows):
     (lambda p: rp.data.tofu(written(p, "forget10.jsonl"), "forget01"), UnknownName, "no split 'forget01'; did you mean 'forget10'"),
     (lambda p: rp.data.tofu(p, "full", template="Q:"), ArgumentError, r"template='Q:'; it needs one \{\}, where the question"),
     (lambda p: rp.data.tofu(written(p, "full.jsonl", {"question": "a"}), "full"), DataError,
-     r"full.jsonl, row 1: no answer; found \['question'\]"),
+     r"full.jsonl, row 1: no answer; the row has \['question'\]"),
     (lambda p: rp.data.tofu(written(p, "full.jsonl", "\n"), "full"), DataError, "full.jsonl holds no rows; download it again"),
     (lambda p: rp.data.tofu(written(p, "full.jsonl", {"question": "a", "answer": "b"}), "full", refusals=True), NotFound,
-     "idontknow.jsonl is not a file; the refusals are read from it"),
-    (lambda p: rp.data.lume(written(p)), NotFound, r"holds no retain.jsonl; found \['forget.jsonl'\]"),
+     "idontknow.jsonl is not a file; it must hold the refusals"),
+    (lambda p: rp.data.lume(written(p)), NotFound, r"holds no retain.jsonl; it has \['forget.jsonl'\]"),
     (lambda p: rp.data.lume(written(p, "forget.jsonl", "{")), DataError, "forget.jsonl, row 1: not JSON"),
     (lambda p: rp.data.lume(written(p, "forget.jsonl", "[1]")), DataError, "row 1: found a list; one object a line"),
     (lambda p: rp.data.lume(written(p, "forget.jsonl", ROW, ROW | {"id": "b"})), DataError, "row 2: id 'b', task 'Task1'; an id"),
     (lambda p: rp.data.semeval(p, "test"), UnknownName, "split='test'; "),
-    (lambda p: rp.data.mmlu(p), NotFound, r"holds no test/\*_test.csv; found"),
+    (lambda p: rp.data.mmlu(p), NotFound, r"holds no test/\*_test.csv; it has"),
     (lambda p: rp.data.mmlu(p, shots=6), ArgumentError, "shots=6, limit=None; give 0 to 5 shots"),
     (lambda p: rp.data.mmlu(written(p, "test/law_test.csv", "q,1,2,3,4,A\n").parent, subjects=["lew"]), UnknownName,
      "no subject is called 'lew'; did you mean 'law'"),
     (lambda p: rp.data.mmlu(written(p, "test/law_test.csv", "q,1,2,3,4,A\n").parent, shots=1), NotFound,
-     "law_dev.csv is not a file; the shots are read from it"),
+     "law_dev.csv is not a file; it must hold the shots"),
     (lambda p: rp.data.mmlu(written(p, "test/law_test.csv", "q,1,2,3,4,E\n").parent), DataError,
      "law_test.csv, question 1: 6 fields, the last 'E'; give"),
 ])  # fmt: skip

@@ -13,12 +13,13 @@ from tokenizers import processors
 import repedit as rp
 from repedit.auditing.attacks.search import Prefixed
 from repedit.data import Corpus, Document, Fact, Row, Rows
-from repedit.data.encoding import beginning, chat_ids, encoded, joined, prompt_ids, question_ids, text_ids
+from repedit.data.encoding import chat_ids, encoded, prefix_ids, prompt_ids, prompt_with_answer, question_ids, text_ids
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
 from repedit.metrics.facts import facts_accuracy
 from repedit.metrics.generation import generate, side_by_side
 from repedit.metrics.membership import scores
+from tests.char_tokenizer import CharTokenizer
 from tests.saved_models import byte_tokenizer
 from tests.test_attack_weights import small
 
@@ -46,7 +47,7 @@ def check_every_door(template: str) -> None:
     tokenizer = adding(template)
     start, hello = expected(template), byte_tokenizer()("hello", add_special_tokens=False)["input_ids"]
     space = byte_tokenizer()(" you", add_special_tokens=False)["input_ids"]
-    assert beginning(tokenizer) == start and prompt_ids(tokenizer, "hello") == start + hello
+    assert prefix_ids(tokenizer) == start and prompt_ids(tokenizer, "hello") == start + hello
     row = encoded(tokenizer, "hello", "you")
     assert row.ids == start + hello + space and row.start == len(start + hello)
     (batch,) = rp.data.read(["hello"]).batches(tokenizer)
@@ -63,7 +64,7 @@ def test_a_text_has_its_beginning_once_and_no_end(template):
 
 
 def test_an_end_before_the_continuation_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.data.encoding.beginning", lambda tokenizer: list(tokenizer("")["input_ids"]))
+    monkeypatch.setattr("repedit.data.encoding.prefix_ids", lambda tokenizer: list(tokenizer("")["input_ids"]))
     with pytest.raises(AssertionError):
         check_every_door("<s> $A </s>")
 
@@ -155,12 +156,12 @@ def test_an_answer_with_a_space_among_choices_without():
     ("เมืองหลวงคือ", "กรุงเทพ", "เมืองหลวงคือกรุงเทพ"), ("서울은", "수도", "서울은 수도"), ("答案：", "北京", "答案：北京"),
 ])  # fmt: skip
 def test_prompt_and_answer_are_joined_as_the_script_writes(prompt, answer, text):
-    assert joined(prompt, answer) == text
+    assert prompt_with_answer(prompt, answer) == text
 
 
 def test_an_end_token_that_an_answer_brings_counts_once():
     lm = rp.wrap(small("llama").model, adding("<s> $A"))
-    one, two = (rp.metrics.probability.answer_nll(lm, [Row("hi", text, "a")]) for text in ("you", "you</s>"))
+    one, two = (rp.metrics.answers.answer_nll(lm, [Row("hi", text, "a")]) for text in ("you", "you</s>"))
     assert one.count.tolist() == two.count.tolist() == [5] and one.sum == two.sum
 
 
@@ -185,11 +186,11 @@ def test_what_is_no_string_is_refused(value):
 
 def test_a_prompt_that_is_over_is_refused():
     lm = rp.wrap(small("llama").model, adding("<s> $A"))
-    with pytest.raises(DataError, match="the prompt 'hi</s>' ends in '</s>', after which a text is over; take it out"):
+    with pytest.raises(DataError, match="the prompt 'hi</s>' ends in '</s>', which ends a text; remove it"):
         generate(lm, ["hi</s>"])
     fact = Fact(id="a", prompt="hi</s>", answer="you", choices=("you", "me"))
     for how in ("choice", "greedy"):
-        with pytest.raises(DataError, match="the prompt 'hi</s>' ends in '</s>', after which a text is over"):
+        with pytest.raises(DataError, match="the prompt 'hi</s>' ends in '</s>', which ends a text"):
             facts_accuracy(lm, [fact], how=how)
     with pytest.raises(ArgumentError, match="prompts='hi' is one text; give a list of prompts"):
         generate(lm, "hi")
@@ -199,12 +200,12 @@ def test_a_prompt_that_carries_the_separator_of_wordpiece_is_over():
     tokenizer = adding("<s> $A </s>")
     tokenizer.cls_token, tokenizer.sep_token, tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>", None, None
     assert encoded(tokenizer, "<s>hi", "you").ids == encoded(adding("<s> $A"), "hi", "you").ids
-    with pytest.raises(DataError, match="the prompt '<s>hi</s>' ends in '</s>', after which a text is over"):
+    with pytest.raises(DataError, match="the prompt '<s>hi</s>' ends in '</s>', which ends a text"):
         encoded(tokenizer, "<s>hi</s>", "you")
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused():
-    class Odd:
+    class Odd(CharTokenizer):
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": [7, 8] if add_special_tokens else [9]}
 
@@ -227,4 +228,4 @@ def test_a_tokenizer_is_asked_in_one_place():
             or getattr(node.func, "attr", "") in ("need_tokenizer()", "apply_chat_template")
         )
     }
-    assert asked == {"data/encoding.py", "auditing/runner.py", "opening.py"}
+    assert asked == {"data/encoding.py", "auditing/runner.py", "models/loading.py"}

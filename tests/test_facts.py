@@ -133,7 +133,7 @@ def test_unknown_names_are_refused(name, error, message):
 
 def test_forget_and_retain_must_differ():
     with pytest.raises(
-        OverlapError, match=r"share \d+ ids, such as \['capitals/afghanistan', .*; take them out of one side"
+        OverlapError, match=r"share \d+ ids, such as \['capitals/afghanistan', .*; remove them from one side"
     ):
         rp.data.facts("capitals", retain="capitals+symbols")
     same = fact(1, id="other", prompt="the pet of A0, is", entity="A0")
@@ -147,7 +147,7 @@ def test_forget_and_retain_must_differ():
         ((fact(),), NotEnoughRows, "facts 'facts': 1 to forget; give at least 2"),
         ((), NotEnoughRows, "facts 'facts': 0 to forget; give at least 2"),
         ((fact(), fact()), DataError, "facts 'facts', forget: the id 'f0' appears twice"),
-        ((fact(), fact(id="g")), DataError, "facts 'facts': 'f0' and 'g' have one prompt and answer; drop one"),
+        ((fact(), fact(id="g")), DataError, "facts 'facts': 'f0' and 'g' have the same prompt and answer; remove one"),
     ],
 )
 def test_sets_that_cannot_be_scored_are_refused(forget, error, message):
@@ -230,23 +230,26 @@ GOOD = {"id": "a", "prompt": "Ann has a", "answer": "dog"}
     [
         (
             {"id": "a", "prompt": "Ann has a"},
-            r"row 2: fact 'a': the field 'answer' must be a text; it is missing; found",
+            r"row 2: fact 'a': the field 'answer' must be a text; it is missing; the row has",
         ),
-        ({"id": "a", "answer": "dog"}, r"row 2: fact 'a': the field 'prompt' must be a text; it is missing; found"),
+        (
+            {"id": "a", "answer": "dog"},
+            r"row 2: fact 'a': the field 'prompt' must be a text; it is missing; the row has",
+        ),
         (GOOD | {"answer": " "}, "row 2: fact 'a': the field 'answer' is ' '; give a text"),
-        (GOOD | {"answer": 3}, "row 2: fact 'a': the field 'answer' must be a text; found 3"),
-        (GOOD | {"answer": 2, "choices": ["x", "y"]}, "row 2: fact 'a': the answer 2 is no index into 2 choices"),
+        (GOOD | {"answer": 3}, "row 2: fact 'a': the field 'answer' must be a text; it is 3"),
+        (GOOD | {"answer": 2, "choices": ["x", "y"]}, "row 2: fact 'a': the answer 2 is not an index into 2 choices"),
         (
             GOOD | {"choices": ["cat", "cow"]},
             r"row 2: fact 'a': the answer 'dog' is not among the choices \['cat', 'cow'\]",
         ),
         (GOOD | {"choices": ["dog", "cat", "dog"]}, "row 2: fact 'a': the choice 'dog' appears twice in"),
         (GOOD | {"choices": ["dog"]}, r"row 2: fact 'a': one choice, \['dog'\]; give at least 2, or none"),
-        (GOOD | {"choices": "dog"}, "row 2: fact 'a': the field 'choices' must be a list of texts; found 'dog'"),
-        (GOOD | {"paraphrases": [1]}, r"row 2: fact 'a': the field 'paraphrases' must be a list of texts; found \[1\]"),
+        (GOOD | {"choices": "dog"}, "row 2: fact 'a': the field 'choices' must be a list of texts; it is 'dog'"),
+        (GOOD | {"paraphrases": [1]}, r"row 2: fact 'a': the field 'paraphrases' must be a list of texts; it is \[1\]"),
         (
             GOOD | {"translations": ["x"]},
-            "row 2: fact 'a': the field 'translations' must map languages to prompts; found",
+            "row 2: fact 'a': the field 'translations' is .*; give prompts by language",
         ),
         (GOOD | {"split": "test"}, "row 2: fact 'a': the field 'split' is 'test'; give 'T', 'V' or nothing"),
         (GOOD | {"role": "keep"}, "row 2: fact 'a': the field 'role' is 'keep'; give 'forget' or 'retain'"),

@@ -6,7 +6,7 @@
 import pytest
 
 from repedit.data import Fact, Facts, with_choices
-from repedit.data.grading import holds, normalized, spelled
+from repedit.data.grading import contains_answer, normalized, spelled
 from repedit.errors import DataError
 
 # (text, answer, whether the text gives it): Japanese and English symbols first, then language by language.
@@ -182,7 +182,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("text", "answer", "right"), TABLE)
 def test_an_answer_counts_where_the_text_gives_it(text, answer, right):
-    assert holds(text, answer) is right
+    assert contains_answer(text, answer) is right
 
 
 def test_a_grader_that_reads_letters_alone_is_caught():
@@ -203,7 +203,7 @@ def test_a_grader_that_reads_letters_alone_is_caught():
     ("Paris, not London", "Paris", ["London", "Paris"], True),
 ])  # fmt: skip
 def test_an_answer_is_no_part_of_another_choice(text, answer, others, right):
-    assert holds(text, answer, others) is right
+    assert contains_answer(text, answer, others) is right
 
 
 @pytest.mark.parametrize(("one", "other"), [
@@ -246,14 +246,14 @@ def test_one_prompt_has_one_answer():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"answer": "\ud83d"}, "the answer holds half of a surrogate pair"), ({"prompt": "a\0b"}, "the prompt holds a null character at place 1"),
-    ({"choices": ("Rome", "\udc00")}, "text 1 of the choices holds half of a surrogate pair"),
-    ({"paraphrases": ("\ud83d",)}, "text 0 of the paraphrases holds half"), ({"answer": " \t"}, "the field 'answer' is"),
+    ({"answer": "\ud83d"}, "the answer holds half of a surrogate pair"), ({"prompt": "a\0b"}, "the prompt contains_answer a null character at place 1"),
+    ({"choices": ("Rome", "\udc00")}, "text 1 of the choices contains_answer half of a surrogate pair"),
+    ({"paraphrases": ("\ud83d",)}, "text 0 of the paraphrases contains_answer half"), ({"answer": " \t"}, "the field 'answer' is"),
     ({"choices": ("Rome", " ")}, "a choice of .* is blank"),
     ({"choices": ("Rome", " Rome")}, "the choice 'Rome' appears twice"),
     ({"choices": ("Rome", "Ｒｏｍｅ")}, "the choice 'Rome' appears twice"),
     ({"choices": ("Rome", "Bj\u00f6rk", "Bjo\u0308rk")}, "the choice 'Björk' appears twice"),
-    ({"alternative": "a\0"}, "the alternative holds a null character"), ({"entity": "\ud83d"}, "the entity holds half"),
+    ({"alternative": "a\0"}, "the alternative contains_answer a null character"), ({"entity": "\ud83d"}, "the entity contains_answer half"),
 ])  # fmt: skip
 def test_what_is_no_text_is_refused_by_its_fact(changes, message):
     with pytest.raises(DataError, match=f"'it'.*{message}"):

@@ -117,13 +117,13 @@ def test_whatever_holds_text_gives_batches(source):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([], "'mine': found nothing; give a corpus, rows, facts or a list of strings"),
-        ("capitals", "'mine': found str; give a corpus"),
-        ([Row("a", "b", "0"), "c"], "'mine': found Row, str; give a corpus"),
-        (3, "'mine': found int; give a corpus"),
+        ([], "'mine' holds nothing; give a corpus, rows, facts or a list of strings"),
+        ("capitals", "'mine' holds str; give a corpus"),
+        ([Row("a", "b", "0"), "c"], "'mine' holds Row, str; give a corpus"),
+        (3, "'mine' holds int; give a corpus"),
     ],
 )
-def test_what_holds_no_text_is_refused(source, message):
+def test_what_holds_no_text_is_refused(source, message, unchecked):
     with pytest.raises(DataError, match=message):
         rp.data.as_batches(source, name="mine")
 

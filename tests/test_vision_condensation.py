@@ -237,7 +237,7 @@ def test_batchnorm_does_not_move(setting):
 # The schedule.
 
 
-def test_the_order_of_the_overture():
+def test_the_order_of_the_alternating_schedule():
     rows = alternating_schedule(epochs=4, hold=2, final_steps=7).stages
     assert [row.parts[0] for row in rows] == [
         "beginning",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
 from repedit.auditing.report import Recovery
 from repedit.auditing.verdict import informative
-from repedit.data.fact_sets import drawn
+from repedit.data.fact_sets import seeded_order
 from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRows, ShapeError
 
 # --- The best setting of an attack, chosen on one half of the facts and scored on the other
@@ -142,7 +142,7 @@ def in_first(items: Iterable[str], entities: Mapping[str, str], seed: int = 0) -
     missing = sorted(item for item in ids if item not in entities)
     if missing:
         raise DataError(f"{len(missing)} items have no entity, such as {missing[:5]}; give one for each, or its own id")
-    order = drawn({entities[item] for item in ids}, f"{seed}:halves")
+    order = seeded_order({entities[item] for item in ids}, f"{seed}:halves")
     half = set(order[: (len(order) + 1) // 2])
     return np.array([entities[item] in half for item in ids], dtype=np.bool_)
 

@@ -58,8 +58,8 @@ def audit(
     check_folder(out, "findings", "audit.json", read=(str(edited), str(original)))
     found = audited(
         str(edited), original=str(original), facts=asked, reference=reference, budget=budget, attacks=chosen,
-        unrelated=None if unrelated is None else data.named(unrelated),
-        holdout=None if holdout is None else data.named(holdout), sites=sites, folds=folds,
+        unrelated=None if unrelated is None else data.builtin_corpus(unrelated),
+        holdout=None if holdout is None else data.builtin_corpus(holdout), sites=sites, folds=folds,
         seeds=_numbers(seeds), allow_small=allow_small,
         device=device, out=private_folder(out) if hide_items and out is not None else out, save=False, command=_command(),
     )  # fmt: skip

@@ -1,10 +1,11 @@
-"""Texts and facts to measure on: built-in ones, your own files, and splits that share no document and no entity."""
+"""Corpora, facts and benchmarks: built in or read from files, with splits that share no document and no entity."""
 
 from repedit.data.benchmarks import TaskRow, Tasks, TofuRow, lume, mmlu, semeval, tofu
-from repedit.data.corpus import BUILTIN, Batch, Batches, Corpus, Document, Tokens, code, named, prose, read
+from repedit.data.corpus import BUILTIN, Batch, Batches, Corpus, Document, Tokens, builtin_corpus, code, prose, read
+from repedit.data.encoding import Tokenizer
 from repedit.data.fact_sets import DOMAINS, Fact, Facts, Splits, by_domain, facts, with_choices, with_paraphrases
 from repedit.data.generated import cloze, invented
-from repedit.data.rows import Row, Rows, as_batches
+from repedit.data.rows import Row, Rows, TextSource, as_batches
 
 __all__ = [
     "BUILTIN",
@@ -20,9 +21,12 @@ __all__ = [
     "Splits",
     "TaskRow",
     "Tasks",
+    "TextSource",
     "TofuRow",
+    "Tokenizer",
     "Tokens",
     "as_batches",
+    "builtin_corpus",
     "by_domain",
     "cloze",
     "code",
@@ -30,7 +34,6 @@ __all__ = [
     "invented",
     "lume",
     "mmlu",
-    "named",
     "prose",
     "read",
     "semeval",

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from repedit.data.corpus import Corpus, Document
-from repedit.data.fact_sets import Fact, drawn
+from repedit.data.fact_sets import Fact, seeded_order
 from repedit.data.rows import Row, Rows
 from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, nearest
 from repedit.io.files import is_file, is_folder, user_path
 from repedit.io.tables import csv_rows, parquet_rows
 from repedit.io.text import json_rows, read_text
 
-# --- Rows of a published file as plain mappings, with the file and the number of a row in every complaint
+# --- Reading published files; errors name the file and the row
 
 
 def folder(directory: str | Path, what: str) -> Path:
-    """The directory, if there is one.
+    """The path of an existing directory.
 
     Raises:
-        NotFound: if there is none, with what should lie in it.
+        NotFound: if it does not exist, with what it should hold.
     """
     path = user_path(directory)
     if not is_folder(path):
@@ -32,10 +32,10 @@ def folder(directory: str | Path, what: str) -> Path:
 
 
 def mappings(path: Path, fields: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The rows of a .jsonl or .parquet file, each with the fields named; all but "id" hold texts.
+    """The rows of a .jsonl or .parquet file, each with the given fields; all but "id" hold texts.
 
     Raises:
-        DataError: if the file cannot be read, or a row is no object or lacks a field, with its number.
+        DataError: if the file cannot be read, or a row is not an object or lacks a field, with its number.
         MissingDependency: if parquet is read without pyarrow.
     """
     rows: list[Mapping[str, Any]] = (
@@ -46,25 +46,24 @@ def mappings(path: Path, fields: Sequence[str]) -> list[Mapping[str, Any]]:
     for number, row in enumerate(rows, 1):
         missing = [field for field in fields if row.get(field) is None]
         if missing:
-            raise DataError(f"{path}, row {number}: no {', '.join(missing)}; found {sorted(row)}")
+            raise DataError(f"{path}, row {number}: no {', '.join(missing)}; the row has {sorted(row)}")
         wrong = [field for field in fields if field != "id" and not isinstance(row[field], str)]
         if wrong:
             raise DataError(f"{path}, row {number}: {wrong[0]} is {row[wrong[0]]!r:.100}; a text was expected")
     return rows
 
 
-# --- TOFU: questions about fictitious authors to forget and to keep, about real ones and about the world
-
+# --- TOFU: questions about fictitious authors to forget and to retain, about real authors and about the world
 
 _REFUSALS = "idontknow.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TofuRow(Row):
-    """A question with its right answer in other words and wrong answers written alike."""
+    """A question with a paraphrase of its right answer and similar wrong answers."""
 
     paraphrased: str
-    """The right answer in other words; the answer itself where the file has none."""
+    """The right answer in other words; the answer itself if the file has no paraphrase."""
     perturbed: tuple[str, ...]
     """Wrong answers."""
 
@@ -75,24 +74,24 @@ def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: b
     Args:
         directory: holds "forget10.jsonl", "forget10_perturbed.jsonl", "real_authors_perturbed.jsonl" and so on.
         split: name of a file without its ending.
-        template: what a question is put in to make a prompt, such as "Question: {}\\nAnswer:". Losses move with it:
-            evaluate with the one the model was trained with.
-        refusals: give each row a refusal as its `alternative`, from "idontknow.jsonl", drawn by the row's id.
+        template: makes a prompt from a question, such as "Question: {}\\nAnswer:". Losses depend on it: evaluate with the
+            template the model was trained with.
+        refusals: give each row a refusal from "idontknow.jsonl" as its `alternative`, selected by the row's id.
     Raises:
-        NotFound: if there is no such directory, or no refusals in it.
+        NotFound: if there is no such directory, or it has no refusals.
         UnknownName: if it has no such split.
-        ArgumentError: if the template has no place for the question.
+        ArgumentError: if the template does not contain {} exactly once.
         DataError: if a row is malformed, with its number.
     Reference: Maini et al. 2024, arXiv:2401.06121.
     """
-    place = folder(directory, "TOFU, forget10.jsonl and its like")
+    root = folder(directory, "TOFU, forget10.jsonl and its like")
     if template.count("{}") != 1:
         raise ArgumentError(f"template={template!r}; it needs one {{}}, where the question goes")
-    path = place / f"{split}.jsonl"
+    path = root / f"{split}.jsonl"
     if not is_file(path):
-        found = sorted(p.stem for p in place.glob("*.jsonl") if p.name != _REFUSALS)
-        raise UnknownName(f"{place} has no split {split!r}; {nearest(split, found)}")
-    answers = _refusals(place) if refusals else ()
+        splits = sorted(p.stem for p in root.glob("*.jsonl") if p.name != _REFUSALS)
+        raise UnknownName(f"{root} has no split {split!r}; {nearest(split, splits)}")
+    answers = _refusals(root) if refusals else ()
     rows = []
     for number, row in enumerate(mappings(path, ("question", "answer"))):
         name = f"{split}/{number}"
@@ -100,7 +99,7 @@ def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: b
             "prompt": template.replace("{}", row["question"]),
             "answer": row["answer"],
             "id": name,
-            "alternative": drawn(answers, name)[0] if answers else None,
+            "alternative": seeded_order(answers, name)[0] if answers else None,
         }
         wrong = row.get("perturbed_answer")
         paraphrased = row.get("paraphrased_answer") or row["answer"]
@@ -117,15 +116,14 @@ def _texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _refusals(place: Path) -> tuple[str, ...]:
-    path = place / _REFUSALS
+def _refusals(root: Path) -> tuple[str, ...]:
+    path = root / _REFUSALS
     if not is_file(path):
-        raise NotFound(f"{path.absolute()} is not a file; the refusals are read from it, or leave refusals out")
+        raise NotFound(f"{path.absolute()} is not a file; it must hold the refusals, or pass refusals=False")
     return tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
 
 
 # --- MMLU: questions with four choices from 57 subjects, as facts whose answer is a letter
-
 
 LETTERS = ("A", "B", "C", "D")
 _HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
@@ -139,15 +137,16 @@ def mmlu(
     subjects: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> tuple[Fact, ...]:
-    """Questions of MMLU, one subject after another; the domain of each is its subject.
+    """Questions of MMLU, subject by subject; the domain of a question is its subject.
 
-    A prompt names the subject, answers the shots, and ends in the question, the lettered choices and "Answer:".
+    A prompt names the subject, gives the shots with their answers, and ends in the question, the lettered choices and
+    "Answer:".
 
     Args:
         directory: holds "dev/anatomy_dev.csv", "test/anatomy_test.csv" and so on.
-        shots: questions of "dev" that are answered before each question, 5 at most; the published numbers have 5.
+        shots: answered questions of "dev" before each question, at most 5; the published numbers use 5.
         subjects: some of the subjects; None for all.
-        limit: questions a subject, the first ones; None for all.
+        limit: questions per subject, the first ones; None for all.
     Raises:
         NotFound: if there is no such directory or split.
         UnknownName: if there is no such subject.
@@ -155,30 +154,28 @@ def mmlu(
         DataError: if a row is malformed, with its number.
     Reference: Hendrycks et al. 2020, arXiv:2009.03300.
     """
-    place = folder(directory, "MMLU, dev/ and test/")
+    root = folder(directory, "MMLU, dev/ and test/")
     if not 0 <= shots <= 5 or (limit is not None and limit < 1):
         raise ArgumentError(f"shots={shots}, limit={limit}; give 0 to 5 shots, and a limit of at least 1 or none")
     ending = f"_{split}.csv"
-    names = sorted(path.name.removesuffix(ending) for path in place.glob(f"{split}/*{ending}"))
+    names = sorted(path.name.removesuffix(ending) for path in root.glob(f"{split}/*{ending}"))
     if not names:
-        raise NotFound(
-            f"{place.absolute()} holds no {split}/*{ending}; found {sorted(p.name for p in place.iterdir())}"
-        )
-    chosen = names if subjects is None else list(subjects)
-    unknown = next((name for name in chosen if name not in names), None)
+        raise NotFound(f"{root.absolute()} holds no {split}/*{ending}; it has {sorted(p.name for p in root.iterdir())}")
+    selected = names if subjects is None else list(subjects)
+    unknown = next((name for name in selected if name not in names), None)
     if unknown is not None:
         raise UnknownName(f"no subject is called {unknown!r}; {nearest(unknown, names)}")
     facts: list[Fact] = []
-    for name in chosen:
+    for name in selected:
         header = f"The following are multiple choice questions (with answers) about {name.replace('_', ' ')}.\n\n"
         if shots:
-            examples = _questions(place / "dev" / f"{name}_dev.csv")[:shots]
-            header += "".join(f"{_asked(row)} {_letter(row)}\n\n" for row in examples)
-        for number, row in enumerate(_questions(place / split / f"{name}{ending}")[:limit]):
+            examples = _questions(root / "dev" / f"{name}_dev.csv")[:shots]
+            header += "".join(f"{_question_text(row)} {_letter(row)}\n\n" for row in examples)
+        for number, row in enumerate(_questions(root / split / f"{name}{ending}")[:limit]):
             facts.append(
                 Fact(
                     id=f"{name}/{number}",
-                    prompt=header + _asked(row),
+                    prompt=header + _question_text(row),
                     answer=_letter(row),
                     choices=LETTERS,
                     domain=name,
@@ -189,7 +186,7 @@ def mmlu(
 
 def _questions(path: Path) -> list[list[str]]:
     if not is_file(path):
-        raise NotFound(f"{path.absolute()} is not a file; the shots are read from it, or give shots=0")
+        raise NotFound(f"{path.absolute()} is not a file; it must hold the shots, or pass shots=0")
     rows = csv_rows(path)
     rows = rows[1:] if rows and rows[0] == _HEADER else rows
     for number, row in enumerate(rows, 1):
@@ -198,18 +195,17 @@ def _questions(path: Path) -> list[list[str]]:
     return rows
 
 
-def _asked(row: Sequence[str]) -> str:
+def _question_text(row: Sequence[str]) -> str:
     choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row[1:5], strict=True))
     return f"{row[0]}\n{choices}\nAnswer:"
 
 
 def _letter(row: Sequence[str]) -> str:
-    """The right letter; files give it, or its number."""
+    """The right letter; files hold the letter or its number."""
     return LETTERS[int(row[5])] if row[5].isdigit() else row[5]
 
 
-# --- LUME, the data of SemEval-2025 Task 4: stories, invented people and biographies to forget and to keep
-
+# --- LUME, the data of SemEval-2025 Task 4: stories, invented people and biographies to forget and to retain
 
 TASKS = ("Task1", "Task2", "Task3")
 KINDS = ("sc", "qa")
@@ -229,26 +225,26 @@ class TaskRow(Row):
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
-    """Rows to forget and rows to retain, and where there are any, texts for a membership test."""
+    """Rows to forget and rows to retain, and, if available, texts for a membership test."""
 
     forget: Rows
     retain: Rows
     members: Corpus | None = None
     """Texts of the forget set."""
     holdout: Corpus | None = None
-    """Texts like them that the model never saw."""
+    """Similar texts that the model never saw."""
 
 
 def lume(directory: str | Path) -> Tasks:
-    """All of LUME: "forget.jsonl" and "retain.jsonl", without texts for a membership test.
+    """All of LUME, from "forget.jsonl" and "retain.jsonl"; it has no texts for a membership test.
 
     Raises:
         NotFound: if there is no such directory or file.
         DataError: if a row is malformed, with its number.
     Reference: Ramakrishna et al. 2025, arXiv:2502.15097.
     """
-    place = folder(directory, "LUME, forget.jsonl and retain.jsonl")
-    forget, retain = (_rows(_one(place, f"{side}.jsonl"), side) for side in ("forget", "retain"))
+    root = folder(directory, "LUME, forget.jsonl and retain.jsonl")
+    forget, retain = (_rows(_first_match(root, f"{side}.jsonl"), side) for side in ("forget", "retain"))
     return Tasks(forget, retain)
 
 
@@ -256,8 +252,8 @@ def semeval(directory: str | Path, split: str = "validation") -> Tasks:
     """One public split of SemEval-2025 Task 4, with its texts for the membership test.
 
     Args:
-        directory: holds, at any depth, "*forget_train*.parquet" and its like, and in it "mia_data/member.jsonl"
-            and its like, or "mia_data_member.jsonl" with the folders in the name.
+        directory: holds files such as "*forget_train*.parquet" at any depth, and "mia_data/member.jsonl" or
+            "mia_data_member.jsonl", with the folder in the name.
         split: "train" or "validation".
     Raises:
         UnknownName: if there is no such split.
@@ -268,29 +264,31 @@ def semeval(directory: str | Path, split: str = "validation") -> Tasks:
     """
     if split not in PARTS:
         raise UnknownName(f"split={split!r}; {nearest(split, PARTS)}")
-    place = folder(directory, "SemEval-2025 Task 4, its parquet files and mia_data")
+    root = folder(directory, "SemEval-2025 Task 4, its parquet files and mia_data")
     forget, retain = (
-        _rows(_one(place, f"*{side}_{split}*.parquet"), f"{side}/{split}") for side in ("forget", "retain")
+        _rows(_first_match(root, f"*{side}_{split}*.parquet"), f"{side}/{split}") for side in ("forget", "retain")
     )
     part = "validation/" if split == "validation" else ""
     paths = [f"mia_data/{part}{side}.jsonl" for side in ("member", "nonmember")]
-    return Tasks(forget, retain, *(_tasks_texts(_beside(place, path, path.replace("/", "_"))) for path in paths))
+    return Tasks(
+        forget, retain, *(_membership_corpus(_first_file(root, path, path.replace("/", "_"))) for path in paths)
+    )
 
 
-def _one(place: Path, pattern: str) -> Path:
-    found = sorted(place.rglob(pattern))
-    if not found:
-        raise NotFound(f"{place.absolute()} holds no {pattern}; found {sorted(p.name for p in place.iterdir())[:8]}")
-    return found[0]
+def _first_match(root: Path, pattern: str) -> Path:
+    matches = sorted(root.rglob(pattern))
+    if not matches:
+        raise NotFound(f"{root.absolute()} holds no {pattern}; it has {sorted(p.name for p in root.iterdir())[:8]}")
+    return matches[0]
 
 
-def _beside(place: Path, *names: str) -> Path:
-    """The first of some paths that is there; the same file has another name in another copy of the data."""
+def _first_file(root: Path, *names: str) -> Path:
+    """The first existing one of several paths; copies of the data name the same file differently."""
     for name in names:
-        if (place / name).is_file():
-            return place / name
+        if (root / name).is_file():
+            return root / name
     raise NotFound(
-        f"{place.absolute()} holds none of {', '.join(names)}; found {sorted(p.name for p in place.iterdir())[:8]}"
+        f"{root.absolute()} holds none of {', '.join(names)}; it has {sorted(p.name for p in root.iterdir())[:8]}"
     )
 
 
@@ -307,6 +305,6 @@ def _rows(path: Path, name: str) -> Rows:
     return Rows(tuple(rows), name)
 
 
-def _tasks_texts(path: Path) -> Corpus:
+def _membership_corpus(path: Path) -> Corpus:
     rows = mappings(path, ("id", "document"))
     return Corpus(tuple(Document(str(row["id"]), row["document"]) for row in rows), path.stem)

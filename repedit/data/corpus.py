@@ -1,4 +1,4 @@
-"""Corpora: documents with identities, cut into token chunks that every measurement shares, built in or read from files."""
+"""Corpora of documents, built in or read from files, and their batches of token chunks."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from repedit.data.encoding import beginning, text_ids
+from repedit.data.encoding import Tokenizer, prefix_ids, text_ids
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, NotFound, UnknownName, nearest
 from repedit.io.files import is_file, user_path
 from repedit.io.tables import parquet_rows
 from repedit.io.text import check_text, json_rows, read_text
 
-# --- A corpus: documents with identities, cut into token chunks that every measurement shares
-#
-# Documents, never chunks, are what splits keep apart: two chunks of one document are not independent.
+# --- Corpora and batches
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text with a name that is unique in its corpus."""
+    """A text with an id that is unique in its corpus."""
 
     id: str
     text: str
     origin: str = ""
-    """Id of the document this is an excerpt of; excerpts of one document are never split apart."""
+    """Id of the document of which this is an excerpt; a split never separates excerpts of one document."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,27 +43,27 @@ class Batch:
     input_ids: Int[Tensor, "b t"]
     attention_mask: Bool[Tensor, "b t"]
     document: tuple[str, ...]
-    """Id of the document each chunk comes from."""
+    """Id of the document of each chunk."""
     answer: Bool[Tensor, "b t"] | None = None
-    """True on the tokens of the answer; None where the text has no answers."""
+    """True on the tokens of the answer; None if the text has no answers."""
     entity: Bool[Tensor, "b t"] | None = None
-    """True on the last token of the entity in the prompt, nowhere in a row without one."""
+    """True on the last token of the entity in the prompt; False everywhere in a row without an entity."""
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """What measurements need of a corpus: a name, a hash, and batches of tokens."""
+    """What measurements need of a corpus: a name, a hash and batches of tokens."""
 
     @property
     def name(self) -> str: ...
     @property
     def hash(self) -> str: ...
-    def batches(self, tokenizer: Any, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]: ...
+    def batches(self, tokenizer: Tokenizer | None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Named documents."""
+    """Documents under one name. Splits separate documents, never chunks: chunks of one document are not independent."""
 
     documents: tuple[Document, ...]
     name: str = "corpus"
@@ -104,8 +102,8 @@ class Corpus:
     def halves(self, seed: int = 0) -> tuple[Corpus, Corpus]:
         """Two corpora of about equal length that share no document: one to collect on, one to evaluate on.
 
-        Documents with the same text, and excerpts of one document, stay together; blank ones are left out. Membership
-        depends on the seed and the text (of an excerpt: where it is from) alone.
+        Documents with the same text, and excerpts of one document, stay together; blank documents are left out. The half
+        of a document depends on the seed and its text (for an excerpt: its origin) alone.
 
         Raises:
             NotEnoughRows: if fewer than two documents differ.
@@ -117,46 +115,44 @@ class Corpus:
         if len(groups) < 2:
             raise NotEnoughRows(f"corpus {self.name!r} has {len(groups)} distinct document, halves need at least 2")
         order = [groups[key] for key in sorted(groups)]
-        cut, used = 1, _length(order[0])
-        while cut < len(order) - 1 and used < self.characters / 2:
-            used += _length(order[cut])
+        lengths = [sum(len(document.text) for document in group) for group in order]
+        cut, total = 1, lengths[0]
+        while cut < len(order) - 1 and total < self.characters / 2:
+            total += lengths[cut]
             cut += 1
         collect, evaluate = ([d for group in part for d in group] for part in (order[:cut], order[cut:]))
         return Corpus(tuple(collect), f"{self.name}/collect"), Corpus(tuple(evaluate), f"{self.name}/evaluate")
 
     def excerpts(self, count: int, *, characters: int = 1600, seed: int = 0) -> Corpus:
-        """`count` random excerpts of about `characters`, each from another document where there are enough.
+        """`count` random excerpts of about `characters` characters, each from another document if there are enough.
 
         An excerpt begins at the start of a line, so that code keeps its indentation.
         """
         rng = random.Random(seed)
         order = [d for d in self.documents if d.text.strip()]
         rng.shuffle(order)
-        found = []
+        excerpts = []
         for number in range(count):
             document = order[number % len(order)]
             ends = document.text[: max(0, len(document.text) - characters)]
             starts = [0, *(match.end() for match in re.finditer("\n", ends))]
             start = rng.choice(starts)
-            found.append(
-                Document(
-                    f"{document.id}@{start}#{number}",
-                    document.text[start : start + characters],
-                    document.origin or document.id,
-                )
-            )
-        return Corpus(tuple(found), self.name)
+            text = document.text[start : start + characters]
+            excerpts.append(Document(f"{document.id}@{start}#{number}", text, document.origin or document.id))
+        return Corpus(tuple(excerpts), self.name)
 
-    def batches(self, tokenizer: Any, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
+    def batches(self, tokenizer: Tokenizer | None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
         """Consecutive chunks of at most `length` tokens, longest first, padded on the right.
 
-        The beginning-of-sequence token is put before each chunk where the tokenizer adds one by itself. A last chunk
-        of a single token predicts nothing and is joined to none: it is left out.
+        Each chunk starts with the beginning-of-sequence token if the tokenizer adds one. A last chunk of one token
+        predicts nothing and is left out.
 
         Raises:
-            ArgumentError: if chunks of that length predict nothing.
+            ArgumentError: if there is no tokenizer, or chunks of that length predict nothing.
         """
-        prefix = beginning(tokenizer)
+        if tokenizer is None:
+            raise ArgumentError(f"corpus {self.name!r} is text and the model has no tokenizer; wrap the model with one")
+        prefix = prefix_ids(tokenizer)
         if length < len(prefix) + 2 or batch_size < 1:
             raise ArgumentError(
                 f"length={length}, batch_size={batch_size}: a chunk needs at least {len(prefix) + 2} tokens "
@@ -175,7 +171,7 @@ class Corpus:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Batches that are tokenised already; used as they are."""
+    """Batches that are already tokenized."""
 
     items: tuple[Batch, ...]
     name: str = "tokens"
@@ -188,16 +184,17 @@ class Tokens:
             digest.update(f"{item.input_ids.tolist()}{item.attention_mask.tolist()}".encode())
         return digest.hexdigest()
 
-    def batches(self, tokenizer: Any = None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
-        """The batches as they were given; tokenizer, length and batch size play no part."""
+    def batches(self, tokenizer: Tokenizer | None = None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
+        """The batches as given; tokenizer, length and batch_size are ignored."""
         yield from self.items
 
 
 def tokens(batches: Iterable[Mapping[str, Any]], name: str = "tokens") -> Tokens:
-    """Wrap an iterable of tokenised batches (`input_ids`, and `attention_mask` where rows are padded).
+    """Wrap an iterable of tokenized batches (`input_ids`, and `attention_mask` if rows are padded).
 
     Raises:
-        DataError: if it is empty, or a batch has no input_ids, or other than a table of integers with a mask of its shape.
+        DataError: if it is empty, or a batch has no input_ids, or they are not a table of integers with a mask of the same
+            shape.
     """
     items = []
     for number, batch in enumerate(batches):
@@ -208,7 +205,7 @@ def tokens(batches: Iterable[Mapping[str, Any]], name: str = "tokens") -> Tokens
             mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"batch {number}: input_ids are no table of integers: {error}; pad the rows to one length"
+                f"batch {number}: input_ids are not a table of integers: {error}; pad the rows to one length"
             ) from error
         if ids.ndim != 2 or not ids.numel() or ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
             raise DataError(
@@ -219,15 +216,11 @@ def tokens(batches: Iterable[Mapping[str, Any]], name: str = "tokens") -> Tokens
             raise DataError(
                 f"batch {number}: attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; give one entry a token"
             )
-        # An embedding takes 64 or 32 bits only; tokenised corpora are often stored in 16.
+        # An embedding takes 64 or 32 bits only; tokenized corpora are often stored in 16.
         items.append(Batch(ids.long(), mask, tuple(f"{number}.{row}" for row in range(ids.shape[0]))))
     if not items:
         raise DataError(f"corpus {name!r} is empty: no batches")
     return Tokens(tuple(items), name)
-
-
-def _length(group: Sequence[Document]) -> int:
-    return sum(len(document.text) for document in group)
 
 
 def _padded(chunks: Sequence[tuple[str, list[int]]], pad: int) -> Batch:
@@ -237,29 +230,19 @@ def _padded(chunks: Sequence[tuple[str, list[int]]], pad: int) -> Batch:
     return Batch(torch.tensor(rows), torch.tensor(mask), tuple(name for name, _ in chunks))
 
 
-# --- Corpora that come with repedit, and corpora read from your files
-
+# --- Built-in corpora
 
 # Not ordinary library code: tests, vendored packages, demos, generated grammars.
 _SKIPPED = {
-    "test",
-    "tests",
-    "site-packages",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "__pycache__",
-    "ensurepip",
-    "pydoc_data",
-    "encodings",
-}
+    "test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__", "ensurepip", "pydoc_data", "encodings",
+}  # fmt: skip
 
 
 def code(*, characters: int | None = 64_000, seed: int = 0) -> Corpus:
-    """Python code: excerpts of the running interpreter's own standard library, each from another file.
+    """Python code: excerpts of the standard library of the running interpreter, each from another file.
 
     Args:
-        characters: about how much text, in excerpts of 1,600 characters; None for every file whole.
+        characters: approximate amount of text, in excerpts of 1,600 characters; None for all files in full.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
@@ -284,8 +267,8 @@ BUILTIN = {"code": code, "prose": prose}
 """The corpora that come with repedit, by name."""
 
 
-def named(name: str) -> Corpus:
-    """The built-in corpus of a name.
+def builtin_corpus(name: str) -> Corpus:
+    """The built-in corpus with a name.
 
     Raises:
         UnknownName: if there is none.
@@ -297,11 +280,14 @@ def named(name: str) -> Corpus:
     return BUILTIN[name]()
 
 
-def read(source: str | Path | Iterable[Any], *, text: str = "text", name: str | None = None) -> Corpus | Tokens:
-    """A corpus from a file, a list of strings, or an iterable of tokenised batches.
+# --- Corpora from files and lists
 
-    A .txt file is split into documents at blank lines; .jsonl and .parquet give one document a row, from the field
-    `text`. A built-in name ("code", "prose") is accepted too.
+
+def read(source: str | Path | Iterable[Any], *, text: str = "text", name: str | None = None) -> Corpus | Tokens:
+    """A corpus from a file, a list of strings, or an iterable of tokenized batches.
+
+    A .txt or .md file is split into documents at blank lines; .jsonl and .parquet files give one document per row, from
+    the field `text`. The name of a built-in corpus ("code", "prose") is also accepted.
 
     Raises:
         NotFound: if the file does not exist.
@@ -309,17 +295,16 @@ def read(source: str | Path | Iterable[Any], *, text: str = "text", name: str | 
         MissingDependency: if parquet is read without pyarrow.
     """
     if isinstance(source, str) and source in BUILTIN:
-        return named(source)
+        return builtin_corpus(source)
     if isinstance(source, str | Path):
         path = user_path(source)
         if not is_file(path):
             raise NotFound(f"{str(path.absolute())[:300]} is not a file; {nearest(str(source)[:200], BUILTIN)}")
-        readers = {".txt": _text, ".md": _text, ".jsonl": _jsonl, ".parquet": _parquet}
-        if path.suffix not in readers:
-            raise DataError(f"{path}: files of kind {path.suffix!r} are not read; give one of {', '.join(readers)}")
-        return Corpus(readers[path.suffix](path, text), name or path.stem)
+        return Corpus(_documents(path, text), name or path.stem)
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
-        raise DataError(f"found {source!r:.100}; give a file, a list of strings, or an iterable of tokenised batches")
+        raise DataError(
+            f"the source is {source!r:.100}; give a file, a list of strings, or an iterable of tokenized batches"
+        )
     items = list(source)
     if items and all(isinstance(item, Mapping) for item in items):
         return tokens(items, name or "tokens")
@@ -329,27 +314,25 @@ def read(source: str | Path | Iterable[Any], *, text: str = "text", name: str | 
     return Corpus(tuple(Document(str(i), item) for i, item in enumerate(items)), name or "texts")
 
 
+def _documents(path: Path, field: str) -> tuple[Document, ...]:
+    if path.suffix in (".txt", ".md"):
+        return _paragraphs(read_text(path), path.stem)
+    if path.suffix == ".jsonl":
+        return tuple(_row(path, number, row, field) for number, row in json_rows(path))
+    if path.suffix == ".parquet":
+        return tuple(_row(path, number, row, field) for number, row in enumerate(parquet_rows(path), 1))
+    raise DataError(f"{path}: cannot read files of kind {path.suffix!r}; give one of .txt, .md, .jsonl, .parquet")
+
+
 def _paragraphs(content: str, prefix: str) -> tuple[Document, ...]:
     parts = [part.strip() for part in content.replace("\r\n", "\n").split("\n\n")]
     return tuple(Document(f"{prefix}/{i}", part) for i, part in enumerate(p for p in parts if p))
 
 
-def _text(path: Path, _field: str) -> tuple[Document, ...]:
-    return _paragraphs(read_text(path), path.stem)
-
-
-def _jsonl(path: Path, field: str) -> tuple[Document, ...]:
-    return tuple(_row(path, number, row, field) for number, row in json_rows(path))
-
-
-def _parquet(path: Path, field: str) -> tuple[Document, ...]:
-    return tuple(_row(path, number, row, field) for number, row in enumerate(parquet_rows(path), 1))
-
-
 def _row(path: Path, number: int, row: Mapping[str, Any], field: str) -> Document:
     if not isinstance(row.get(field), str):
         raise DataError(
-            f"{path}, row {number}: the field {field!r} must hold a text; found {sorted(row)}. Name another with text=..."
+            f"{path}, row {number}: the field {field!r} must hold a text; the row has {sorted(row)}. Name another field with text=..."
         )
     name = row.get("id")
     return Document(f"{path.stem}/{number}" if name is None else str(name), row[field])

@@ -1,23 +1,33 @@
-"""Text as the token ids a model is to read: the one place where a tokenizer is asked.
+"""From text to the token ids that a model reads; no other module calls a tokenizer to encode.
 
-The special tokens that a tokenizer puts before a text by itself stand there once, also where the text carries them in
-writing; those that it puts after a text are left out, since something follows: an answer, a continuation, a next chunk.
+The special tokens that a tokenizer adds before a text appear once, even if the text already contains them. The ones that it
+adds after a text are left out, because something follows: an answer, a continuation or the next chunk.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from repedit.data.grading import SPACELESS
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
 
-# Texts whose tokens are looked for among those that the tokenizer adds; the first one that it has ordinary tokens for.
+# Texts by which the added special tokens are located; the first one that has ordinary tokens is used.
 _PROBES = ("a", "1", "the", "一")
-# After these no space is written: letters of scripts without spaces, their punctuation, full-width forms.
+# No space follows these: letters of scripts without spaces, their punctuation, full-width forms.
 _NO_SPACE = re.compile(f"[{SPACELESS}\u3000-\u303f\uff00-\uff65]$")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What repedit needs of a tokenizer; those of transformers have it."""
+
+    pad_token_id: int | None
+
+    def __call__(self, text: str, /, *, add_special_tokens: bool = True) -> Any: ...
+    def decode(self, token_ids: Any, /) -> Any: ...
 
 
 class Encoded(NamedTuple):
@@ -27,11 +37,11 @@ class Encoded(NamedTuple):
     start: int
 
 
-def beginning(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before every text by itself, a special one that is repeated only once.
+def prefix_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer adds before every text; a repeated special token counts once.
 
     Raises:
-        DataError: if the tokens of a text are not among those that it gives with its special tokens.
+        DataError: if the ids of a text without special tokens do not occur among its ids with them.
     """
     special = set(getattr(tokenizer, "all_special_ids", ()))
     probes = [(probe, _bare(tokenizer, probe)) for probe in _PROBES]
@@ -45,49 +55,49 @@ def beginning(tokenizer: Any) -> list[int]:
         )
     added = whole[:at]
     if not bare:
-        # No ordinary token at all: whatever it adds can only be told by name.
+        # No probe has an ordinary token: the added tokens can be recognized by name only.
         ends, starts = _named_ids(tokenizer, "eos", "sep"), _named_ids(tokenizer, "bos", "cls")
         added = [i for i in added if i not in ends - starts]
     return [i for n, i in enumerate(added) if not n or i != added[n - 1] or i not in special]
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text alone, without the beginning that the tokenizer adds, also where the text carries it."""
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text without the prefix that the tokenizer adds, even if the text contains that prefix."""
     ids = _bare(tokenizer, text)
     special = getattr(tokenizer, "all_special_ids", ())
     if not ids or ids[0] not in special:
         return ids
-    start = beginning(tokenizer)
+    start = prefix_ids(tokenizer)
     size = next((k for k in range(len(start), 0, -1) if ids[:k] == start[-k:]), 0)
     if size:
         written = tokenizer.decode(start[-size:])
-        # What follows is tokenised as the beginning of a text, which it is.
+        # The rest is tokenized as the start of a text, which it is.
         return text_ids(tokenizer, text.removeprefix(written)) if text.startswith(written) else ids[size:]
     return _once(tokenizer, ids)
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text that goes on: the tokenizer's own beginning once, the text, and no end."""
-    return beginning(tokenizer) + text_ids(tokenizer, text)
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text to be continued: the tokenizer's prefix once, the text, and no end token."""
+    return prefix_ids(tokenizer) + text_ids(tokenizer, text)
 
 
-def check_open(tokenizer: Any, ids: Sequence[int], where: str) -> None:
-    """Refuse a prompt that is over: its last token ends a text and begins none.
+def check_not_ended(tokenizer: Tokenizer, ids: Sequence[int], where: str) -> None:
+    """Refuse a prompt whose last token ends a text.
 
     Raises:
         DataError: with the token.
     """
     ends, starts = _named_ids(tokenizer, "eos", "sep"), _named_ids(tokenizer, "bos", "cls")
-    if ids and ids[-1] in ends - starts and ids[-1] not in beginning(tokenizer):
-        raise DataError(f"{where} ends in {tokenizer.decode([ids[-1]])!r}, after which a text is over; take it out")
+    if ids and ids[-1] in ends - starts and ids[-1] not in prefix_ids(tokenizer):
+        raise DataError(f"{where} ends in {tokenizer.decode([ids[-1]])!r}, which ends a text; remove it")
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation in the tokenizer's chat template, up to where the model is to answer.
+def chat_text(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation in the tokenizer's chat template, up to the point where the model answers.
 
     Raises:
         ArgumentError: if there is no chat template.
-        DataError: if a message is none, or the template refuses the conversation.
+        DataError: if a message is malformed, or the template refuses the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ArgumentError("the tokenizer has no chat template for a conversation; give a text to continue")
@@ -98,8 +108,9 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
         for field in ("role", "content"):
             check_text(turn[field], f"message {number}: the {field}")
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    # A template is a program of the checkpoint's author and fails in any way it likes.
+        apply: Any = getattr(tokenizer, "apply_chat_template")  # noqa: B009
+        return str(apply(turns, tokenize=False, add_generation_prompt=True))
+    # A template is a program in the checkpoint and can fail in any way.
     except Exception as error:
         roles = [turn["role"] for turn in turns]
         raise DataError(
@@ -108,8 +119,8 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
         ) from error
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """The ids of a conversation; the template writes the special tokens itself.
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The ids of a conversation; the template contains the special tokens.
 
     Raises:
         ArgumentError, DataError: as `chat_text` does.
@@ -117,69 +128,70 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]
     return _once(tokenizer, _bare(tokenizer, chat_text(tokenizer, messages)))
 
 
-def joined(prompt: str, answer: str) -> str:
+def prompt_with_answer(prompt: str, answer: str) -> str:
     """Prompt, one space and answer.
 
-    The space is not written where the prompt is empty, ends in white space or in a script that writes none, or where the
-    answer begins with a line break or tab; a space that the answer brings is taken for this one.
+    No space is added if the prompt is empty, or ends in white space or in a script without spaces, or if the answer begins
+    with a line break or tab; a space at the start of the answer is not doubled.
     """
     if not prompt or (prompt[-1].isspace() and prompt[-1] != " ") or answer[:1] in ("\n", "\t", "\r"):
         return prompt + answer
     return prompt + ("" if prompt[-1] == " " or _NO_SPACE.search(prompt) else " ") + answer.lstrip(" ")
 
 
-def encoded(tokenizer: Any, prompt: str, answer: str) -> Encoded:
+def encoded(tokenizer: Tokenizer, prompt: str, answer: str) -> Encoded:
     """The tokens of prompt and answer as one text, and the index of the answer's first token.
 
-    The answer begins where the tokens of the whole text leave those of the prompt alone.
+    The answer begins at the first token where the whole text and the prompt alone differ.
 
     Raises:
-        DataError: if the prompt is over.
+        DataError: if the prompt ends in an end token.
     """
-    start, asked, ids = beginning(tokenizer), text_ids(tokenizer, prompt), text_ids(tokenizer, joined(prompt, answer))
-    check_open(tokenizer, asked, f"the prompt {prompt[-40:]!r}")
-    return Encoded(start + ids, len(start) + shared(ids, asked))
+    prefix, alone = prefix_ids(tokenizer), text_ids(tokenizer, prompt)
+    check_not_ended(tokenizer, alone, f"the prompt {prompt[-40:]!r}")
+    ids = text_ids(tokenizer, prompt_with_answer(prompt, answer))
+    return Encoded(prefix + ids, len(prefix) + common_prefix(ids, alone))
 
 
-def question_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids after which a model writes the answer itself; the last spaces are the answer's.
+def question_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids after which a model generates the answer; spaces at the end of the prompt are left to the answer.
 
     Raises:
-        DataError: if the prompt is over.
+        DataError: if the prompt ends in an end token.
     """
     ids = text_ids(tokenizer, prompt.rstrip(" "))
-    check_open(tokenizer, ids, f"the prompt {prompt[-40:]!r}")
-    return beginning(tokenizer) + ids
+    check_not_ended(tokenizer, ids, f"the prompt {prompt[-40:]!r}")
+    return prefix_ids(tokenizer) + ids
 
 
-def entity_end(tokenizer: Any, prompt: str, entity: str) -> int | None:
+def entity_end(tokenizer: Tokenizer, prompt: str, entity: str) -> int | None:
     """Index of the token that holds the last letter of the entity's last mention in the prompt; None without one."""
     mentions = list(re.finditer(rf"(?<!\w){re.escape(entity)}(?!\w)", prompt, re.IGNORECASE)) if entity else []
     if not mentions:
         return None
-    upto = text_ids(tokenizer, prompt[: mentions[-1].end()])
-    same = shared(upto, text_ids(tokenizer, prompt))
-    return len(beginning(tokenizer)) + min(same, len(upto) - 1)
+    head = text_ids(tokenizer, prompt[: mentions[-1].end()])
+    same = common_prefix(head, text_ids(tokenizer, prompt))
+    return len(prefix_ids(tokenizer)) + min(same, len(head) - 1)
 
 
-def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _bare(tokenizer: Any, text: str) -> list[int]:
-    """What the tokenizer gives for a text without the special tokens that it adds."""
+def _bare(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text without added special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
-def _named_ids(tokenizer: Any, *names: str) -> set[int]:
-    """The ids of special tokens by name, those that the tokenizer has."""
+def _named_ids(tokenizer: Tokenizer, *names: str) -> set[int]:
+    """The ids of special tokens by name; names that the tokenizer lacks are skipped."""
     ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
     return {i for i in ids if i is not None}
 
 
-def _once(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Ids that begin with the beginning-of-sequence token at most once."""
+def _once(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids with at most one beginning-of-sequence token at their start."""
     bos = getattr(tokenizer, "bos_token_id", None)
     while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         ids = ids[1:]

@@ -1,4 +1,4 @@
-"""Facts: questions with one right answer, several phrasings and wrong answers; built in, read from files, and split by entity."""
+"""Facts: questions with one right answer, several phrasings and wrong choices; built in, read from files, split by entity."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from repedit.data.corpus import Batch
-from repedit.data.grading import holds as holds
+from repedit.data.encoding import Tokenizer
 from repedit.data.grading import normalized, spelled
-from repedit.data.rows import Row, Rows, check_ids, row_hash
+from repedit.data.rows import Row, Rows, TextSource, check_ids, row_hash
 from repedit.errors import (
     ArgumentError,
     DataError,
@@ -29,29 +29,35 @@ from repedit.errors import (
 from repedit.io.files import is_file, user_path
 from repedit.io.text import check_text, json_rows, parse_toml
 
-# --- Facts: questions with one right answer, several phrasings and wrong answers to choose from
+DOMAINS = ("capitals", "symbols", "opposites", "languages", "past_tenses", "cities", "us_cities", "nouns")
+"""The built-in fact domains."""
+CHOICES = 8
+# Field names of published data sets, by our names.
+_ALIASES = {"question": "prompt", "input": "prompt", "output": "answer"}
+
+# --- Facts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fact(Row):
-    """A row about one entity, that can be asked in several ways.
+    """A row about one entity, which can be asked in several phrasings.
 
-    White space around the answer and the choices is taken off: they follow the prompt as `joined` says.
+    White space around the answer and the choices is removed; they follow the prompt after one space.
 
     Raises:
-        DataError: if prompt or answer is blank, the answer is not among the choices, there is one choice, or a choice
+        DataError: if prompt or answer is blank, the answer is not among the choices, there is only one choice, or a choice
             is blank or appears twice.
     """
 
     choices: tuple[str, ...] = ()
-    """The right answer and wrong ones; empty where the answer is free text."""
+    """The right answer and wrong ones; empty if the answer is free text."""
     domain: str = ""
     paraphrases: tuple[str, ...] = ()
-    """The same question in other words, each a whole prompt."""
+    """The same question in other words; each is a complete prompt."""
     translations: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Language to prompt."""
+    """Prompts by language."""
     split: str | None = None
-    """"T" or "V" where the file fixes the half: attack-train or attack-test."""
+    """"T" or "V" if the file fixes the half: attack-train or attack-test."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +96,7 @@ class Fact(Row):
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """Facts to forget and facts to retain. Used as a corpus, it is the facts to forget in their own prompts.
+    """Facts to forget and facts to retain. As a corpus, this is the facts to forget in their own prompts.
 
     Raises:
         NotEnoughRows: if there are fewer than two facts to forget.
@@ -111,14 +117,16 @@ class Facts:
         for fact in self.forget:
             other = seen.setdefault(normalized(fact.text), fact.id)
             if other != fact.id:
-                raise DataError(f"facts {self.name!r}: {other!r} and {fact.id!r} have one prompt and answer; drop one")
+                raise DataError(
+                    f"facts {self.name!r}: {other!r} and {fact.id!r} have the same prompt and answer; remove one"
+                )
         _check_one_answer((*self.forget, *self.retain), f"facts {self.name!r}")
         for what, key in (("ids", lambda f: f.id), ("prompts with answers", lambda f: normalized(f.text))):
             both = sorted({key(f) for f in self.forget} & {key(f) for f in self.retain})
             if both:
                 raise OverlapError(
                     f"facts {self.name!r}: forget and retain share {len(both)} {what}, such as {both[:5]}; "
-                    "take them out of one side"
+                    "remove them from one side"
                 )
 
     def __len__(self) -> int:
@@ -132,51 +140,51 @@ class Facts:
         """sha256 over every field of every fact of both sides, in order."""
         return hashlib.sha256(f"{row_hash(self.forget)} {row_hash(self.retain)}".encode()).hexdigest()
 
-    def batches(self, tokenizer: Any, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
+    def batches(self, tokenizer: Tokenizer | None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
         """The facts to forget as rows; see `Rows.batches`."""
         yield from Rows(self.forget, self.name).batches(tokenizer, length=length, batch_size=batch_size)
 
 
 def _check_one_answer(items: Iterable[Fact], where: str) -> None:
-    """Refuse facts of which two have one prompt and different answers: they cannot both be right."""
+    """Refuse facts with the same prompt and different answers: they cannot both be right."""
     first: dict[str, Fact] = {}
     for fact in items:
         other = first.setdefault(" ".join(fact.prompt.split()), fact)
         if spelled(other.answer) != spelled(fact.answer):
             raise DataError(
-                f"{where}: {other.id!r} and {fact.id!r} ask {fact.prompt[:80]!r} and have two answers, {other.answer!r} and "
-                f"{fact.answer!r}; keep one, or say in the prompts what differs"
+                f"{where}: {other.id!r} and {fact.id!r} ask {fact.prompt[:80]!r} and have the answers {other.answer!r} and "
+                f"{fact.answer!r}; keep one, or make the prompts different"
             )
 
 
 def by_domain(items: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
-    """The facts of each domain, domains and facts in the order they come."""
-    found: dict[str, list[Fact]] = {}
+    """The facts by domain; domains and facts keep their order."""
+    domains: dict[str, list[Fact]] = {}
     for fact in items:
-        found.setdefault(fact.domain, []).append(fact)
-    return {domain: tuple(part) for domain, part in found.items()}
+        domains.setdefault(fact.domain, []).append(fact)
+    return {domain: tuple(part) for domain, part in domains.items()}
 
 
 def with_paraphrases(items: Iterable[Fact], *, only: Sequence[int] | None = None) -> tuple[Fact, ...]:
-    """One fact a phrasing: the fact itself, then its paraphrases under the ids "capitals/france#1", "#2" and so on.
+    """One fact per phrasing: the fact itself, then its paraphrases with the ids "capitals/france#1", "#2" and so on.
 
     Args:
-        only: numbers of the phrasings to give, 0 being the fact's own prompt; None for all.
+        only: numbers of the phrasings, where 0 is the fact's own prompt; None for all.
     Raises:
-        ArgumentError: if a fact has no phrasing of such a number.
+        ArgumentError: if a fact has no phrasing with such a number.
     """
-    found = []
+    phrased = []
     for fact in items:
         for number in range(len(fact.prompts)) if only is None else only:
             if not 0 <= number < len(fact.prompts):
                 raise ArgumentError(f"fact {fact.id!r} has phrasings 0 to {len(fact.paraphrases)}, not {number}")
             name = f"{fact.id}#{number}" if number else fact.id
-            found.append(replace(fact, id=name, prompt=fact.prompts[number], paraphrases=()))
-    return tuple(found)
+            phrased.append(replace(fact, id=name, prompt=fact.prompts[number], paraphrases=()))
+    return tuple(phrased)
 
 
 def with_choices(items: Sequence[Fact], *, seed: int = 0, count: int = 8) -> tuple[Fact, ...]:
-    """The facts with their choices in an order drawn by the seed.
+    """The facts with their choices in an order that depends on the seed.
 
     A fact without choices gets up to `count` - 1 wrong ones, drawn from the other answers of its domain.
     """
@@ -184,7 +192,7 @@ def with_choices(items: Sequence[Fact], *, seed: int = 0, count: int = 8) -> tup
         domain: sorted({normalized(fact.answer): fact.answer for fact in part}.items())
         for domain, part in by_domain(items).items()
     }
-    found = []
+    shuffled = []
     for fact in items:
         choices = fact.choices
         if not choices:
@@ -192,30 +200,26 @@ def with_choices(items: Sequence[Fact], *, seed: int = 0, count: int = 8) -> tup
             others = random.Random(f"{seed}:{fact.id}").sample(pool, min(len(pool), count))
             wrong = [answer for key, answer in others if key != normalized(fact.answer)][: count - 1]
             choices = (fact.answer, *wrong) if wrong else ()
-        found.append(replace(fact, choices=drawn(choices, f"{seed}:order:{fact.id}")))
-    return tuple(found)
+        shuffled.append(replace(fact, choices=seeded_order(choices, f"{seed}:order:{fact.id}")))
+    return tuple(shuffled)
 
 
-def drawn(items: Iterable[str], key: str) -> tuple[str, ...]:
-    """The items in an order that depends on the key and on themselves alone, not on the order given."""
+def seeded_order(items: Iterable[str], key: str) -> tuple[str, ...]:
+    """The items in a pseudo-random order that depends on the key and the items, not on their given order."""
     return tuple(sorted(items, key=lambda item: hashlib.sha256(f"{key}\0{item}".encode()).digest()))
 
 
-# --- Facts read from a file: one JSON object a line
+# --- Facts from a file with one JSON object per line
 
 
-# Other names that published data sets give to the same fields.
-_ALIASES = {"question": "prompt", "input": "prompt", "output": "answer"}
-
-
-def recorded(path: Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
-    """The facts of a file, (forget, retain): rows with `"role": "retain"` are to retain, all others to forget.
+def read_facts(path: Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
+    """The facts of a file as (forget, retain): rows with `"role": "retain"` are retained, all others forgotten.
 
     `question` and `input` are read as `prompt`, `output` as `answer`; an integer `answer` is an index into `choices`.
-    Without an `id` a row has the file's name and its number, without an `entity` it is its own.
+    The default of `id` is the file's name and the row number, the default of `entity` is the id.
 
     Raises:
-        DataError: if the file cannot be read; with the row, the id, the field and what was found.
+        DataError: if the file cannot be read or a row is malformed, with the row, the id, the field and its value.
     """
     sides: dict[str, list[Fact]] = {"forget": [], "retain": []}
     for number, row in json_rows(path):
@@ -227,76 +231,65 @@ def recorded(path: Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
     return tuple(sides["forget"]), tuple(sides["retain"])
 
 
-def _fact(row: Mapping[str, Any], stem: str, number: int) -> tuple[str, Fact]:
-    found: dict[str, Any] = {_ALIASES.get(key, key): v for key, v in row.items() if v is not None}
-    name = str(found.get("id", f"{stem}/{number}"))
-    role = found.get("role", "forget")
+def _fact(row: Mapping[str, object], stem: str, number: int) -> tuple[str, Fact]:
+    fields = {_ALIASES.get(key, key): value for key, value in row.items() if value is not None}
+    name = str(fields.get("id", f"{stem}/{number}"))
+    role = fields.get("role", "forget")
     if role not in ("forget", "retain"):
         raise DataError(f"fact {name!r}: the field 'role' is {role!r}; give 'forget' or 'retain'")
-    translations = found.get("translations", {})
+    translations = fields.get("translations", {})
     if not isinstance(translations, dict) or not all(isinstance(text, str) for text in translations.values()):
-        raise DataError(
-            f"fact {name!r}: the field 'translations' must map languages to prompts; found {translations!r}"
-        )
-    choices = _texts(found, "choices", name)
+        raise DataError(f"fact {name!r}: the field 'translations' is {translations!r}; give prompts by language")
+    choices = _texts(fields, "choices", name)
+    answer = fields.get("answer")
+    if isinstance(answer, int) and not isinstance(answer, bool) and choices:
+        if not 0 <= answer < len(choices):
+            raise DataError(f"fact {name!r}: the answer {answer} is not an index into {len(choices)} choices")
+        fields["answer"] = choices[answer]
     fact = Fact(
         id=name,
-        prompt=_text(found, "prompt", name),
-        answer=_text(found | {"answer": _chosen(found.get("answer"), choices, name)}, "answer", name),
-        entity=_text(found, "entity", name, name),
-        domain=_text(found, "domain", name, stem),
+        prompt=_text(fields, "prompt", name),
+        answer=_text(fields, "answer", name),
+        entity=_text(fields, "entity", name, name),
+        domain=_text(fields, "domain", name, stem),
         choices=choices,
-        paraphrases=_texts(found, "paraphrases", name),
+        paraphrases=_texts(fields, "paraphrases", name),
         translations=translations,
-        alternative=_text(found, "alternative", name) if "alternative" in found else None,
-        split=_text(found, "split", name) if "split" in found else None,
+        alternative=_text(fields, "alternative", name) if "alternative" in fields else None,
+        split=_text(fields, "split", name) if "split" in fields else None,
     )
-    return role, fact
+    return str(role), fact
 
 
-def _text(found: Mapping[str, Any], field: str, name: str, default: str | None = None) -> str:
-    value = found.get(field, default)
+def _text(fields: Mapping[str, object], field: str, name: str, default: str | None = None) -> str:
+    value = fields.get(field, default)
     if not isinstance(value, str):
-        what = f"found {value!r}" if value is not None else f"it is missing; found {sorted(found)}"
+        what = f"it is {value!r}" if value is not None else f"it is missing; the row has {sorted(fields)}"
         raise DataError(f"fact {name!r}: the field {field!r} must be a text; {what}")
     return value
 
 
-def _texts(found: Mapping[str, Any], field: str, name: str) -> tuple[str, ...]:
-    value = found.get(field, ())
+def _texts(fields: Mapping[str, object], field: str, name: str) -> tuple[str, ...]:
+    value = fields.get(field, ())
     if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise DataError(f"fact {name!r}: the field {field!r} must be a list of texts; found {value!r}")
+        raise DataError(f"fact {name!r}: the field {field!r} must be a list of texts; it is {value!r}")
     return tuple(value)
 
 
-def _chosen(answer: Any, choices: tuple[str, ...], name: str) -> Any:
-    """The answer, read as an index where it is an integer and there are choices."""
-    if not isinstance(answer, int) or isinstance(answer, bool) or not choices:
-        return answer
-    if not 0 <= answer < len(choices):
-        raise DataError(f"fact {name!r}: the answer {answer} is no index into {len(choices)} choices")
-    return choices[answer]
-
-
-# --- Facts by name: the domains that come with repedit, or a file of yours
+# --- Facts by name: built-in domains, or a file
 #
-# A built-in domain is a small table: its phrasings, and groups of entities with their answers. Wrong choices are drawn
-# from the same group first, so they are answers of the same kind.
-
-
-DOMAINS = ("capitals", "symbols", "opposites", "languages", "past_tenses", "cities", "us_cities", "nouns")
-"""The fact domains that come with repedit."""
-CHOICES = 8
+# A built-in domain is a TOML table: its phrasings, and groups of entities with their answers. Wrong choices come from the
+# same group first, so that they are answers of the same kind.
 
 
 def facts(name: str | Path, *, retain: str | Path | Facts | Iterable[Fact] | None = None, seed: int = 0) -> Facts:
-    """The facts of a built-in domain, of several joined by "+", or of a .jsonl file.
+    """The facts of a built-in domain, of several domains such as "capitals+symbols", or of a .jsonl file.
 
-    Built-in names retain the facts of every other built-in domain; a file retains its rows with `"role": "retain"`.
+    For built-in names the facts of all other built-in domains are retained, for a file its rows with `"role": "retain"`.
 
     Args:
         retain: other facts to retain: a name or file (its facts to forget), Facts (likewise), or facts.
-        seed: draws the order of the choices, and wrong choices where a fact has none.
+        seed: of the order of the choices, and of the wrong choices for facts without choices.
     Raises:
         UnknownName: if no domain has the name.
         NotFound: if the file does not exist.
@@ -304,8 +297,9 @@ def facts(name: str | Path, *, retain: str | Path | Facts | Iterable[Fact] | Non
         OverlapError: if forget and retain share a fact.
     """
     forget, others = _items(name)
-    kept = others if retain is None else _retained(retain)
-    both = with_choices((*forget, *kept), seed=seed)
+    if retain is not None:
+        others = _retained(retain)
+    both = with_choices((*forget, *others), seed=seed)
     label = name if isinstance(name, str) and not _is_file(name) else Path(name).stem
     return Facts(both[: len(forget)], both[len(forget) :], str(label))
 
@@ -315,12 +309,14 @@ def _items(name: str | Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
         path = user_path(name)
         if not is_file(path):
             raise NotFound(f"{path.absolute()} is not a file; {nearest(str(name), DOMAINS)}")
-        return recorded(path)
-    chosen = str(name).split("+")
-    for part in chosen:
+        return read_facts(path)
+    selected = str(name).split("+")
+    for part in selected:
         if part not in DOMAINS:
             raise UnknownName(f"no built-in facts are called {part!r}; {nearest(part, DOMAINS)} A file ends in .jsonl")
-    forget, rest = ([fact for d in DOMAINS if (d in chosen) == side for fact in domain(d)] for side in (True, False))
+    forget, rest = (
+        [fact for d in DOMAINS if (d in selected) == side for fact in builtin_domain(d)] for side in (True, False)
+    )
     return tuple(forget), tuple(rest)
 
 
@@ -335,28 +331,28 @@ def _retained(source: str | Path | Facts | Iterable[Fact]) -> tuple[Fact, ...]:
 
 
 @cache
-def domain(name: str) -> tuple[Fact, ...]:
+def builtin_domain(name: str) -> tuple[Fact, ...]:
     """The facts of one built-in domain, the right answer first among the choices."""
     text = resources.files("repedit.data").joinpath(f"builtin/{name}.toml").read_text(encoding="utf-8")
     table = parse_toml(text, f"{name}.toml")
     groups = [value for value in table.values() if isinstance(value, dict)]
-    every = set().union(*map(_answers, groups))
+    all_answers = set().union(*map(_answers, groups))
     return tuple(
-        _catalogue_fact(name, table, entity, answers, (_answers(group), every))
+        _builtin_fact(name, table, entity, answers, (_answers(group), all_answers))
         for group in groups
         for entity, answers in group.items()
     )
 
 
-def _catalogue_fact(
+def _builtin_fact(
     name: str, table: Mapping[str, Any], entity: str, answers: str | list[str], pools: Iterable[set[str]]
 ) -> Fact:
-    # A list holds the answer, then words that would be right too and are therefore no wrong choices.
+    # A list holds the answer, then words that are also right and therefore cannot be wrong choices.
     right = [answers] if isinstance(answers, str) else answers
     identity = f"{name}/{normalized(entity).replace(' ', '-')}"
-    wrong = [answer for pool in pools for answer in drawn(pool - set(right), identity)]
-    written = f"the {entity}" if entity in table.get("the", ()) else entity
-    prompt, *paraphrases = (_phrased(template, written) for template in (table["prompt"], *table["paraphrases"]))
+    wrong = [answer for pool in pools for answer in seeded_order(pool - set(right), identity)]
+    noun = f"the {entity}" if entity in table.get("the", ()) else entity
+    prompt, *paraphrases = (_phrased(template, noun) for template in (table["prompt"], *table["paraphrases"]))
     return Fact(
         id=identity,
         entity=entity,
@@ -377,29 +373,29 @@ def _phrased(template: str, entity: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-# --- Halves of facts that share no entity: what an attacker may train on, and what it is tested on
+# --- Splits: halves of facts that share no entity, one for the attacker to train on and one to test the attack on
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Facts by their role in an attack."""
+    """Facts and texts by their role in an attack."""
 
     train: tuple[Fact, ...]
     """T: answers the attacker may use."""
     test: tuple[Fact, ...]
     """V: what the attack is scored on."""
     retain: tuple[Fact, ...] = ()
-    unrelated: Any = None
-    """Text that has nothing to do with the facts."""
-    holdout: Any = None
-    """Text or facts the model never saw."""
+    unrelated: TextSource | None = None
+    """Text that is unrelated to the facts."""
+    holdout: TextSource | None = None
+    """Text or facts that the model never saw."""
 
     @classmethod
     def of(cls, facts: Facts | Sequence[Fact], *, fold: int = 0, train_fraction: float = 0.5, seed: int = 0) -> Splits:
-        """Split the facts to forget by entity; membership depends on the seed and the entities alone.
+        """Split the facts to forget by entity; the result depends on the seed and the entities alone.
 
-        A fact whose `split` is "T" or "V" stays there with its entity, the other entities are divided. Fold 1 swaps
-        the sides of fold 0, so that over both folds every fact is tested once.
+        A fact whose `split` is "T" or "V" stays there with its entity; the other entities are divided. Fold 1 swaps the
+        sides of fold 0, so that over both folds every fact is tested once.
 
         Raises:
             FractionError: unless the fraction is strictly between 0 and 1.
@@ -429,10 +425,10 @@ def _train_entities(items: Sequence[Fact], fraction: float, seed: int) -> set[st
     both = sorted(fixed["T"] & fixed["V"])
     if both:
         raise OverlapError(f"{len(both)} entities are fixed both in T and in V, such as {both[:5]}")
-    free = drawn({entity_of(fact) for fact in items} - fixed["T"] - fixed["V"], str(seed))
+    free = seeded_order({entity_of(fact) for fact in items} - fixed["T"] - fixed["V"], str(seed))
     return fixed["T"] | set(free[: min(max(round(fraction * len(free)), 1), max(len(free) - 1, 0))])
 
 
 def entity_of(fact: Fact) -> str:
-    """What a fact is about, for splitting: its normalised entity, or its id where it names none."""
+    """What a fact is about, for splitting: its normalized entity, or its id if it names none."""
     return normalized(fact.entity) or fact.id

@@ -1,4 +1,4 @@
-"""Facts made from other material: cloze questions out of a text, invented people, and demonstrations in place of words."""
+"""Generated facts: cloze questions from a text, invented people, and facts with demonstrations in place of a question."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from repedit.data.corpus import Corpus, Document
-from repedit.data.fact_sets import CHOICES, Fact, Facts, by_domain, drawn
+from repedit.data.fact_sets import CHOICES, Fact, Facts, by_domain, seeded_order
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, NotEnoughRows
 
-# --- Questions out of a text: which word comes next? They let a skill be asked like facts, such as writing code
-
+# --- Cloze questions: which word comes next? A skill such as writing code can then be tested like facts
 
 PYTHON = (
     r"\s*((def|class|return|import|from|if|elif|for|while|with|raise|assert|yield)\b|[\w.\[\]\"']+ [-+*/|&]?= )[^#]*$"
@@ -25,7 +24,7 @@ _WORD = re.compile(r"(?<=\S )[A-Za-z_]{4,}\b")
 
 
 class _Gap(NamedTuple):
-    """A word of a document, and what stands before it."""
+    """A word of a document, with the text before it."""
 
     source: str
     prompt: str
@@ -35,47 +34,47 @@ class _Gap(NamedTuple):
 def cloze(
     corpus: Corpus, count: int = 128, *, choices: int = 8, characters: int = 100, lines: str = "", seed: int = 0
 ) -> Facts:
-    """Which word comes next, at places drawn from every document in turn; facts about no entity but their document.
+    """Questions for the next word, at positions drawn from every document in turn; the entity of a fact is its document.
 
-    A prompt begins at the start of a line or sentence and ends before a word of at least four letters; the wrong choices are words
-    that are answers in other documents. Halves of the facts share no document.
+    A prompt begins at the start of a line or sentence and ends before a word of at least four letters. The wrong choices
+    are answers in other documents. Halves of the facts share no document.
 
     Args:
-        count: questions to draw.
-        choices: words to choose from, the right one among them.
-        characters: least and about half the most that is shown before the word.
-        lines: a regular expression that the line of the word, up to the word, matches; such as `PYTHON`.
+        count: number of questions.
+        choices: words to choose from, including the right one.
+        characters: minimum length of a prompt; the maximum is twice as long.
+        lines: a regular expression, such as `PYTHON`, that the line of the word must match up to the word.
     Raises:
         ArgumentError: if a number is out of range.
-        NotEnoughRows: if the corpus has too few such places, or too few different words.
+        NotEnoughRows: if the corpus has too few such positions, or too few different words.
     """
     if count < 2 or choices < 2 or characters < 1:
         raise ArgumentError(f"count={count}, choices={choices}, characters={characters}; give at least 2, 2 and 1")
-    gaps = _taken(corpus, count, characters, re.compile(lines), seed)
+    gaps = _select_gaps(corpus, count, characters, re.compile(lines), seed)
     if len(gaps) < count:
         raise NotEnoughRows(
-            f"corpus {corpus.name!r} has {len(gaps)} places to ask at, {count} were asked for; give more text or "
+            f"corpus {corpus.name!r} has {len(gaps)} positions for a question, {count} were asked for; give more text or "
             "fewer characters"
         )
-    items = tuple(_fact(gap, gaps, number, choices, f"{corpus.name}/{number}") for number, gap in enumerate(gaps))
+    items = tuple(_cloze_fact(gap, gaps, number, choices, f"{corpus.name}/{number}") for number, gap in enumerate(gaps))
     return Facts(items, name=f"{corpus.name} cloze")
 
 
-def _taken(corpus: Corpus, count: int, characters: int, lines: re.Pattern[str], seed: int) -> list[_Gap]:
-    """Gaps from every document in turn; no word is an answer twice in one document."""
+def _select_gaps(corpus: Corpus, count: int, characters: int, lines: re.Pattern[str], seed: int) -> list[_Gap]:
+    """Gaps from every document in turn; a word is an answer at most once in a document."""
     order = random.Random(seed).sample(list(corpus.documents), len(corpus))
     queues = [_gaps(document, characters, lines, seed) for document in order]
-    found: dict[str, _Gap] = {}
-    while queues and len(found) < count:
-        left = []
+    by_prompt: dict[str, _Gap] = {}
+    while queues and len(by_prompt) < count:
+        remaining = []
         for queue in queues:
             gap = next(queue, None)
             if gap is not None:
-                # A line of many documents goes on in several ways: one prompt has one answer.
-                found.setdefault(gap.prompt, gap)
-                left.append(queue)
-        queues = left
-    return list(found.values())[:count]
+                # A line that several documents share may continue differently: one prompt has one answer.
+                by_prompt.setdefault(gap.prompt, gap)
+                remaining.append(queue)
+        queues = remaining
+    return list(by_prompt.values())[:count]
 
 
 def _gaps(document: Document, characters: int, lines: re.Pattern[str], seed: int) -> Iterator[_Gap]:
@@ -83,29 +82,29 @@ def _gaps(document: Document, characters: int, lines: re.Pattern[str], seed: int
     seen: set[str] = set()
     matches = list(_WORD.finditer(text))
     for match in random.Random(f"{seed}:{document.id}").sample(matches, len(matches)):
-        place, word = match.start(), match[0]
-        starts = [0, *(end.end() for end in _START.finditer(text, 0, place))]
-        start = next((s for s in reversed(starts) if characters <= place - s <= 2 * characters), None)
-        line = text[text.rfind("\n", 0, place) + 1 : place]
+        position, word = match.start(), match[0]
+        starts = [0, *(end.end() for end in _START.finditer(text, 0, position))]
+        start = next((s for s in reversed(starts) if characters <= position - s <= 2 * characters), None)
+        line = text[text.rfind("\n", 0, position) + 1 : position]
         if start is not None and word.lower() not in seen and lines.match(line):
             seen.add(word.lower())
-            yield _Gap(source, text[start : place - 1], word)
+            yield _Gap(source, text[start : position - 1], word)
 
 
-def _fact(gap: _Gap, gaps: list[_Gap], number: int, choices: int, seed: str) -> Fact:
-    """The gap as a fact; a word that is right in its own document is no wrong choice."""
+def _cloze_fact(gap: _Gap, gaps: list[_Gap], number: int, choices: int, seed: str) -> Fact:
+    """The gap as a fact; an answer in its own document cannot be a wrong choice."""
     own = {normalized(other.answer) for other in gaps if other.source == gap.source}
     pool = {normalized(other.answer): other.answer for other in gaps if normalized(other.answer) not in own}
     if len(pool) < choices - 1:
         raise NotEnoughRows(f"{len(pool)} different words are answers in other documents, {choices - 1} are needed")
-    wrong = drawn(pool.values(), seed)[: choices - 1]
+    wrong = seeded_order(pool.values(), seed)[: choices - 1]
     return Fact(
         id=f"cloze/{number}:{gap.source}", entity=gap.source, prompt=gap.prompt, answer=gap.answer,
-        choices=drawn((gap.answer, *wrong), f"{seed}:order"), domain="cloze",
+        choices=seeded_order((gap.answer, *wrong), f"{seed}:order"), domain="cloze",
     )  # fmt: skip
 
 
-# --- Facts about people who do not exist, for models that are taught facts in order to forget them
+# --- Invented people: facts for models that are taught facts in order to forget them
 
 
 class _Relation(NamedTuple):
@@ -183,7 +182,7 @@ _THIRD = ("an", "is", "o", "eth", "ia", "or", "ul", "en")
 def invented(people: int = 40, relations: int = 4, seed: int = 0) -> Facts:
     """Facts about invented people: every person has one answer in each relation, drawn evenly from sixteen.
 
-    Half of the people are to forget, the others to retain; a relation is a domain, a person an entity.
+    Half of the people are to be forgotten, the others retained. A relation is a domain, a person is an entity.
 
     Raises:
         ArgumentError: if there are fewer than 4 people, more than there are names, or no such number of relations.
@@ -195,62 +194,64 @@ def invented(people: int = 40, relations: int = 4, seed: int = 0) -> Facts:
             f"people={people}, relations={relations}; there can be 4 to {len(families)} people "
             f"and 1 to {len(RELATIONS)} relations"
         )
-    # No two people share a family name, so that no answer can be read off a namesake.
+    # No two people share a family name, so that no answer can be inferred from a namesake.
     persons = [f"{rng.choice(_FIRST)}{rng.choice(_SECOND)} {family}" for family in rng.sample(families, people)]
-    found: list[list[Fact]] = [[] for _ in persons]
+    by_person: list[list[Fact]] = [[] for _ in persons]
     for domain in list(RELATIONS)[:relations]:
-        for person, facts, answer in zip(persons, found, _even(rng, RELATIONS[domain].answers, people), strict=True):
-            facts.append(_inventing_fact(domain, person, answer, seed))
+        answers = _even(rng, RELATIONS[domain].answers, people)
+        for person, facts, answer in zip(persons, by_person, answers, strict=True):
+            facts.append(_invented_fact(domain, person, answer, seed))
     half = people // 2
-    forget, retain = (tuple(fact for facts in part for fact in facts) for part in (found[:half], found[half:]))
+    forget, retain = (tuple(fact for facts in part for fact in facts) for part in (by_person[:half], by_person[half:]))
     return Facts(forget, retain, f"invented-{people}-{relations}-{seed}")
 
 
 def _even(rng: random.Random, answers: tuple[str, ...], count: int) -> list[str]:
-    """`count` answers, each as often as any other or once more, shuffled."""
-    found = [answer for start in range(0, count, len(answers)) for answer in rng.sample(answers, len(answers))][:count]
-    rng.shuffle(found)
-    return found
+    """`count` shuffled answers whose frequencies differ by at most one."""
+    repeated = [answer for _ in range(0, count, len(answers)) for answer in rng.sample(answers, len(answers))][:count]
+    rng.shuffle(repeated)
+    return repeated
 
 
-def _inventing_fact(domain: str, person: str, answer: str, seed: int) -> Fact:
+def _invented_fact(domain: str, person: str, answer: str, seed: int) -> Fact:
     relation = RELATIONS[domain]
     phrasings = [phrasing.replace("{}", person) for phrasing in relation.phrasings]
     identity = f"invented/{normalized(person).replace(' ', '-')}/{domain}"
-    wrong = drawn(set(relation.answers) - {answer}, f"{seed}:{identity}")[: CHOICES - 1]
+    wrong = seeded_order(set(relation.answers) - {answer}, f"{seed}:{identity}")[: CHOICES - 1]
     return Fact(
         id=identity,
         entity=person,
         prompt=phrasings[0],
         answer=answer,
-        choices=drawn((answer, *wrong), f"{seed}:order:{identity}"),
+        choices=seeded_order((answer, *wrong), f"{seed}:order:{identity}"),
         domain=domain,
         paraphrases=tuple(phrasings[1:]),
     )
 
 
-# --- Facts asked without words: a few others of the domain as a list, and the entity to go on with
+# --- Facts asked by demonstration: a list of other facts of the domain, then the entity
 
 
 def with_demonstrations(items: Sequence[Fact], *, count: int = 3, seed: int = 0) -> tuple[Fact, ...]:
-    """One fact an item whose prompt is "entity: answer" of `count` others of its domain, a line each, then "entity:".
+    """Facts whose prompt lists "entity: answer" of `count` other facts of the domain, one per line, and ends in "entity:".
 
-    The relation is shown, never named, so what answers it cannot be the wording. Ids are "capitals/france#shown".
+    The relation is demonstrated and never named, so the answer cannot depend on its wording. Ids are
+    "capitals/france#shown".
 
     Raises:
-        NotEnoughRows: if a domain has too few facts to show.
+        NotEnoughRows: if a domain has too few facts to demonstrate.
     """
     domains = by_domain(items)
     short = next((name for name, part in domains.items() if len(part) <= count), None)
     if short is not None:
         raise NotEnoughRows(
-            f"domain {short!r} has {len(domains[short])} facts; {count} to show and one to ask are needed"
+            f"domain {short!r} has {len(domains[short])} facts; {count} to demonstrate and one to ask are needed"
         )
     lines = {fact.id: f"{fact.entity or fact.prompt}: {fact.answer}" for fact in items}
-    found = []
+    demonstrated = []
     for fact in items:
         others = [other.id for other in domains[fact.domain] if other.id != fact.id and other.entity != fact.entity]
-        shown = [lines[name] for name in drawn(others, f"{seed}:shown:{fact.id}")[:count]]
-        prompt = "\n".join([*shown, f"{fact.entity or fact.prompt}:"])
-        found.append(replace(fact, id=f"{fact.id}#shown", prompt=prompt, paraphrases=()))
-    return tuple(found)
+        examples = [lines[name] for name in seeded_order(others, f"{seed}:shown:{fact.id}")[:count]]
+        prompt = "\n".join([*examples, f"{fact.entity or fact.prompt}:"])
+        demonstrated.append(replace(fact, id=f"{fact.id}#shown", prompt=prompt, paraphrases=()))
+    return tuple(demonstrated)

@@ -1,12 +1,12 @@
-"""Whether a text gives an answer, in any script, and the form in which answers are compared.
+"""Grading: whether a text contains an answer, in any script, and the normalized form in which answers are compared.
 
-In scripts with spaces an answer counts as whole words; case, accents, full-width forms and punctuation play no part, but
-symbols that make another answer do: "C" is not in "C++", "5" is in neither "-5", "5.5" nor "50%". Korean particles and
-Arabic and Hebrew prefixes may be attached to it. In a script without spaces the answer counts wherever it stands, unless
-the last or first character is completed by its neighbour; a word in katakana ends where katakana ends.
+In scripts with spaces an answer must match whole words. Case, accents, full-width forms and punctuation are ignored, but not
+symbols that make another answer: "C" is not in "C++", and "5" is not in "-5", "5.5" or "50%". Korean particles and Arabic
+and Hebrew prefixes may be attached. In scripts without spaces an answer matches anywhere, unless a neighbouring character
+completes its first or last one; a word in katakana ends where katakana ends.
 
-What cannot be seen without a dictionary: inflected forms do not count, a longer name that holds the answer does
-("Guinea" in "Guinea-Bissau"), unless it is among the other choices.
+Without a dictionary some cases stay undecided: inflected forms do not match, and a longer name that contains the answer
+does ("Guinea" in "Guinea-Bissau"), unless that name is among the other choices.
 """
 
 # Letters of many scripts are the subject of this file.
@@ -63,19 +63,19 @@ _OPERATOR = r"=<>+\-/%&|^~"
 _NEIGHBOURS = {"京都": ("東京",)}
 
 
-def holds(text: str, answer: str, others: Iterable[str] = ()) -> bool:
-    """Whether a text gives an answer.
+def contains_answer(text: str, answer: str, others: Iterable[str] = ()) -> bool:
+    """Whether a text contains an answer.
 
     Args:
-        others: the wrong choices; the answer does not count as a part of one of them. Where one differs from it by case and
-            accents alone these count, and where by punctuation alone every character does.
+        others: the wrong choices; the answer does not count as part of one of them. If one of them differs from the answer
+            only in case and accents, these are compared; if only in punctuation, every character is compared.
     """
     others = [other for other in others if other != answer]
     exact = any(normalized(other) == normalized(answer) for other in others)
     whole, own = canonical(text, exact=exact), canonical(answer, exact=exact).strip("\u0f0b ")
     wrong = {canonical(other, exact=exact) for other in (*others, *_NEIGHBOURS.get(own, ()))}
     if not own or own in wrong:
-        return _written_as_it_is(text, answer)
+        return _contains_symbols(text, answer)
     taken = [span for other in wrong if other for span in _spans(whole, other)]
     return any(
         not any(first < start < last or (first == start and last > end) for first, last in taken)
@@ -84,7 +84,7 @@ def holds(text: str, answer: str, others: Iterable[str] = ()) -> bool:
 
 
 def normalized(text: str, *, exact: bool = False) -> str:
-    """The form in which answers and entities are compared: lower case, and words and symbols apart by one space.
+    """The form in which answers and entities are compared: lower case, with one space between words and symbols.
 
     Args:
         exact: keep case and accents.
@@ -93,43 +93,43 @@ def normalized(text: str, *, exact: bool = False) -> str:
 
 
 def spelled(text: str) -> str:
-    """A text without differences that cannot be seen: width, composition and white space."""
-    if text.isascii():  # it has no other forms
+    """A text without invisible differences: width, composition and white space."""
+    if text.isascii():  # ASCII has no such differences
         return " ".join(text.split())
-    return " ".join(unicodedata.normalize("NFC", "".join(map(_plain, text))).split())
+    return " ".join(unicodedata.normalize("NFC", "".join(map(_ordinary_form, text))).split())
 
 
 @lru_cache(maxsize=4096)
 def canonical(text: str, *, exact: bool = False) -> str:
-    """A text without differences that mean nothing: width, composition, vocalisation, punctuation, thousands commas.
+    """A text without meaningless differences: width, composition, vocalization, punctuation, thousands separators.
 
     Args:
-        exact: keep case and accents, which mean nothing otherwise.
+        exact: keep case and accents, which are otherwise removed.
     """
     text = _without_forms(text, exact)
     text = _THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     text = " ".join(text.split())
     kinds = "".join(map(_kind, text))
     whole = text
-    text = re.sub(r"[^\w ]|_", lambda match: _written(whole, kinds, match.start()), whole)
+    text = re.sub(r"[^\w ]|_", lambda match: _kept_character(whole, kinds, match.start()), whole)
     text = re.sub(rf"(?<=\d) (?=[%‰°{_CURRENCY}](?! ?\d))|(?<=[{_CURRENCY}]) (?=\d)", "", text)
     return " ".join(text.split())
 
 
 def _without_forms(text: str, exact: bool) -> str:
-    """A text without differences of width, composition and vocalisation, and unless `exact` of case and accents."""
-    if text.isascii():  # it has no other forms; this is four times as fast
+    """A text without differences of width, composition and vocalization, and, unless `exact`, of case and accents."""
+    if text.isascii():  # ASCII has no such differences; this is four times as fast
         plain = text.replace("`", "'")
         return plain if exact else plain.casefold()
     text = _CHARGE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
-    text = "".join(map(_plain, text)).translate(_SAME)
+    text = "".join(map(_ordinary_form, text)).translate(_SAME)
     if not exact:
         text = text.casefold().replace("i\u0307", "i").translate(_UNACCENTED)
     text = unicodedata.normalize("NFD", text)
-    return unicodedata.normalize("NFC", "".join(c for i, c in enumerate(text) if not _dropped(text, i, exact)))
+    return unicodedata.normalize("NFC", "".join(c for i, c in enumerate(text) if not _is_meaningless(text, i, exact)))
 
 
-def _plain(c: str) -> str:
+def _ordinary_form(c: str) -> str:
     """A character in its ordinary form: full-width, half-width, positional and mathematical forms are letters.
 
     Digits of all scripts are those of ASCII.
@@ -141,8 +141,8 @@ def _plain(c: str) -> str:
     return str(unicodedata.decimal(plain, plain)) if len(plain) == 1 else plain
 
 
-def _dropped(text: str, i: int, exact: bool) -> bool:
-    """Whether a character says nothing: accents of Latin, Greek and stress in Cyrillic, vocalisation, formatting."""
+def _is_meaningless(text: str, i: int, exact: bool) -> bool:
+    """Whether a character carries no meaning: accents in Latin and Greek, stress in Cyrillic, vocalization, formatting."""
     c = text[i]
     if "\u0300" <= c <= "\u036f":
         base = next((b for b in reversed(text[:i]) if not unicodedata.combining(b)), "")
@@ -178,8 +178,8 @@ def _kind(c: str) -> str:
     return "a" if c.isalnum() else c
 
 
-def _written(text: str, kinds: str, i: int) -> str:
-    """A character of a canonical text; a space in place of punctuation that does not make another answer."""
+def _kept_character(text: str, kinds: str, i: int) -> str:
+    """The character at i, or a space if it is punctuation that does not make another answer."""
     c, kind = text[i], kinds[i]
     if kind in _WORD + "jk" and c != "_":
         return c
@@ -216,7 +216,7 @@ def _written(text: str, kinds: str, i: int) -> str:
 
 
 def _spans(text: str, answer: str) -> list[tuple[int, int]]:
-    """Where the answer stands in a canonical text as words of its own."""
+    """The (start, end) of every occurrence of the answer as separate words of a canonical text."""
     kinds, size = "".join(map(_kind, text)), len(answer)
     # The Arabic article loses its first letter after the preposition that is written with it.
     forms = "|".join(map(re.escape, (answer, f"لل{answer[2:]}") if answer.startswith("ال") else (answer,)))
@@ -227,10 +227,10 @@ def _spans(text: str, answer: str) -> list[tuple[int, int]]:
     ]
 
 
-def _written_as_it_is(text: str, answer: str) -> bool:
-    """Whether a text holds an answer of punctuation alone, or one that only its punctuation tells from another choice.
+def _contains_symbols(text: str, answer: str) -> bool:
+    """Whether a text contains an answer that is only punctuation, or that differs from a choice only in punctuation.
 
-    It is no part of a longer operator or word: == is not in ===, < not in <=.
+    The answer must not be part of a longer operator or word: == is not in ===, < is not in <=.
     """
     answer = spelled(answer)
     symbols = "".join({re.escape(c) for c in answer if not c.isalnum() and c not in " '\"()"})
@@ -240,7 +240,7 @@ def _written_as_it_is(text: str, answer: str) -> bool:
 
 
 def _begins(text: str, kinds: str, i: int) -> bool:
-    """Whether what stands before a place does not belong to the word that begins there."""
+    """Whether a word begins at i: the text before does not belong to it."""
     if not i:
         return True
     first, kind, before, c = kinds[i], kinds[i - 1], kinds[i - 2] if i > 1 else " ", text[i - 1]
@@ -266,7 +266,7 @@ def _begins(text: str, kinds: str, i: int) -> bool:
 
 
 def _ends(text: str, kinds: str, start: int, i: int) -> bool:
-    """Whether what stands at a place does not belong to the word that ends before it."""
+    """Whether a word ends before i: the text from there on does not belong to it."""
     if i == len(text):
         return True
     last, kind, c, after = kinds[i - 1], kinds[i], text[i], kinds[i + 1 : i + 2] or " "

@@ -1,7 +1,7 @@
-"""Prompts with answers: rows that say which of their tokens a loss or a score is about.
+"""Rows, each a prompt with an answer, and batches of rows that mark the tokens of the answers.
 
-A row is tokenised as one text, prompt and answer together, so it reads as the model would meet it. The answer begins
-at the first token that the prompt alone does not share: a token merged across the boundary belongs to the answer.
+Prompt and answer are tokenized as one text. The answer begins at the first token that differs from those of the prompt
+alone: a token merged across the boundary belongs to the answer.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from repedit.data.corpus import Batch, Batches, Corpus, Document
-from repedit.data.encoding import Encoded, encoded, entity_end, joined
+from repedit.data.encoding import Encoded, Tokenizer, encoded, entity_end, prompt_with_answer
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
 
@@ -26,16 +25,16 @@ class Row:
     """A prompt and the answer that should follow it.
 
     Raises:
-        DataError: if a field is no text.
+        DataError: if a field is not a text.
     """
 
     prompt: str
     answer: str
     id: str
     alternative: str | None = None
-    """Another answer, for losses that prefer one to the other."""
+    """Another answer, for preference losses."""
     entity: str = ""
-    """What the row is about, as it is written in the prompt; empty where there is no such thing."""
+    """What the row is about, as written in the prompt; empty if there is no entity."""
 
     def __post_init__(self) -> None:
         for name in ("id", "prompt", "answer", "entity"):
@@ -46,12 +45,12 @@ class Row:
     @property
     def text(self) -> str:
         """Prompt and answer as one text."""
-        return joined(self.prompt, self.answer)
+        return prompt_with_answer(self.prompt, self.answer)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows in the order given; every batch says where the answers and the entities are."""
+    """Rows in the given order; their batches mark the answers and the entities."""
 
     items: tuple[Row, ...]
     name: str = "rows"
@@ -75,10 +74,10 @@ class Rows:
         """sha256 over every field of every row, in order."""
         return row_hash(self.items)
 
-    def batches(self, tokenizer: Any, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
-        """The rows in order, padded on the right, with `answer` and `entity` masks; nothing is cut.
+    def batches(self, tokenizer: Tokenizer | None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
+        """The rows in order, padded on the right, with `answer` and `entity` masks; nothing is truncated.
 
-        The beginning-of-sequence token is put before each row where the tokenizer adds one by itself.
+        Each row starts with the beginning-of-sequence token if the tokenizer adds one.
 
         Raises:
             DataError: if a row is longer than `length` tokens, or its answer has no token of its own.
@@ -92,38 +91,44 @@ class Rows:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         for i in range(0, len(self.items), batch_size):
             part = self.items[i : i + batch_size]
-            found = [encoded(tokenizer, row.prompt, row.answer) for row in part]
-            for row, (ids, start) in zip(part, found, strict=True):
+            texts = [encoded(tokenizer, row.prompt, row.answer) for row in part]
+            for row, (ids, start) in zip(part, texts, strict=True):
                 if len(ids) > length:
                     raise DataError(f"row {row.id!r} has {len(ids)} tokens, length={length}; raise length")
                 if len(ids) == start:
                     raise DataError(f"row {row.id!r}: the answer {row.answer!r} has no token of its own; give another")
             ends = [entity_end(tokenizer, row.prompt, row.entity) for row in part]
-            yield _padded(part, found, ends, pad)
+            yield _padded(part, texts, ends, pad)
 
 
-def as_batches(source: Any, *, name: str = "rows") -> Batches:
-    """Whatever holds text, as something that gives batches: a Corpus, Tokens, Rows, Facts, rows or facts, strings.
+TextSource = Batches | Iterable[str] | Iterable[Row] | Row
+"""What holds text: a Corpus, Tokens, Rows or Facts; several rows or facts, or one; several strings."""
+
+
+def as_batches(source: TextSource, *, name: str = "rows") -> Batches:
+    """The batches of whatever holds text.
 
     Raises:
         DataError: if the source is none of these, mixes them, or is empty.
     """
     if isinstance(source, Batches):
         return source
-    items = list(source) if isinstance(source, Iterable) and not isinstance(source, str) else [source]
-    if items and all(isinstance(item, Row) for item in items):
-        return Rows(tuple(items), name)
-    if items and all(isinstance(item, str) for item in items) and not isinstance(source, str):
-        return Corpus(tuple(Document(str(i), text) for i, text in enumerate(items)), name)
+    items: list[object] = list(source) if isinstance(source, Iterable) and not isinstance(source, str) else [source]
+    rows = [item for item in items if isinstance(item, Row)]
+    texts = [item for item in items if isinstance(item, str)]
+    if items and len(rows) == len(items):
+        return Rows(tuple(rows), name)
+    if items and len(texts) == len(items) and not isinstance(source, str):
+        return Corpus(tuple(Document(str(i), text) for i, text in enumerate(texts)), name)
     kinds = sorted({type(item).__name__ for item in items})
     raise DataError(
-        f"{name!r}: found {', '.join(kinds) or 'nothing'}; give a corpus, rows, facts or a list of strings "
+        f"{name!r} holds {', '.join(kinds) or 'nothing'}; give a corpus, rows, facts or a list of strings "
         "(a file is read with repedit.data.read or repedit.data.facts)"
     )
 
 
 def check_ids(items: Sequence[Row], where: str) -> None:
-    """Refuse rows of which two have one id.
+    """Refuse rows with the same id.
 
     Raises:
         DataError: with the id.
@@ -143,16 +148,16 @@ def row_hash(items: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def _padded(rows: Sequence[Row], found: Sequence[Encoded], ends: Sequence[int | None], pad: int) -> Batch:
-    width = max(len(ids) for ids, _ in found)
-    place = torch.arange(width)
-    size = torch.tensor([[len(ids)] for ids, _ in found])
-    start = torch.tensor([[start] for _, start in found])
+def _padded(rows: Sequence[Row], texts: Sequence[Encoded], ends: Sequence[int | None], pad: int) -> Batch:
+    width = max(len(ids) for ids, _ in texts)
+    position = torch.arange(width)
+    size = torch.tensor([[len(ids)] for ids, _ in texts])
+    start = torch.tensor([[start] for _, start in texts])
     end = torch.tensor([[-1 if end is None else end] for end in ends])
     return Batch(
-        input_ids=torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in found]),
-        attention_mask=place < size,
+        input_ids=torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in texts]),
+        attention_mask=position < size,
         document=tuple(row.id for row in rows),
-        answer=(place >= start) & (place < size),
-        entity=place == end,
+        answer=(position >= start) & (position < size),
+        entity=position == end,
     )

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from repedit.activations.forward import at_least_float32, inputs_of
 from repedit.arch import hooks_at
 from repedit.data import Batch
-from repedit.data.encoding import shared
+from repedit.data.encoding import common_prefix
 from repedit.errors import ArgumentError, CheckpointError, TrainingError, check_seed, is_finite, is_whole
 from repedit.fit.linalg import union
 from repedit.hooks import Hook, evaluating, installed
@@ -174,7 +174,7 @@ def targets_of(batch: Batch, place: int | None = None) -> Bool[Tensor, "b t"]:
 def _common(answers: Sequence[tuple[int, ...]]) -> int:
     """Length of the beginning that all answers share, such as a space of its own; at least a token of each is left to lose."""
     distinct = sorted(set(answers))
-    return max(0, min(shared(distinct[0], distinct[-1]), len(distinct[0]) - 1)) if len(distinct) > 1 else 0
+    return max(0, min(common_prefix(distinct[0], distinct[-1]), len(distinct[0]) - 1)) if len(distinct) > 1 else 0
 
 
 def retained(

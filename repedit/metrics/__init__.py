@@ -1,31 +1,27 @@
-"""Measurements of a model's behaviour, one family a room; each aggregate has a verdict beside it."""
+"""Measurements of a model's behaviour, one module per benchmark; a verdict stands beside every aggregate."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: statistics and text packages take seconds.
-_ROOMS = (
+_MODULES = (
+    "answers",
     "benchmarks",
     "collapse",
+    "facts",
     "generation",
     "harness",
-    "margins",
     "membership",
     "muse",
-    "plain",
-    "probability",
     "semeval",
-    "separation",
-    "shadows",
-    "streaming",
     "tofu",
 )
 
-__all__ = [*_ROOMS]  # pyright: ignore
+__all__ = [*_MODULES]  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'repedit.metrics' has no attribute {name!r}")
     return importlib.import_module(f"repedit.metrics.{name}")
 
@@ -35,9 +31,15 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from repedit.metrics import benchmarks, collapse, facts, generation, harness, membership, muse, semeval, tofu
-    from repedit.metrics import collapse as plain
-    from repedit.metrics import generation as streaming
-    from repedit.metrics import membership as margins
-    from repedit.metrics import membership as separation
-    from repedit.metrics import membership as shadows
+    from repedit.metrics import (
+        answers,
+        benchmarks,
+        collapse,
+        facts,
+        generation,
+        harness,
+        membership,
+        muse,
+        semeval,
+        tofu,
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from repedit.activations.forward import at_least_float32, check_ids, retry_with_smaller_batch
 from repedit.data import Fact, Facts, by_domain
 from repedit.data.encoding import encoded, question_ids
-from repedit.data.grading import holds
+from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
 from repedit.hooks import evaluating
 from repedit.metrics.answers import (
@@ -261,7 +261,7 @@ def _written(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
     for part in lengths(prompts, rows):
         names = [f"the prompt of fact {items[i].id!r}" for i in part]
         for i, text in zip(part, written(subject, [prompts[i] for i in part], tokens, names), strict=True):
-            found[i] = holds(text, items[i].answer, items[i].choices)
+            found[i] = contains_answer(text, items[i].answer, items[i].choices)
     return found
 
 

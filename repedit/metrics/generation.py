@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from repedit.activations.forward import check_ids
-from repedit.data.encoding import chat_ids, check_open, prompt_ids
+from repedit.data.encoding import chat_ids, check_not_ended, prompt_ids
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFinite, check_seed, is_finite, is_whole
 from repedit.hooks import evaluating
 from repedit.io.text import check_text
@@ -109,7 +109,7 @@ def prompt_tokens(
     else:
         check_text(prompt, called)
         ids = prompt_ids(tokenizer, prompt)
-        check_open(tokenizer, ids, called)
+        check_not_ended(tokenizer, ids, called)
     limit = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
     if not ids:
         raise DataError(f"the prompt {prompt!r} has no token; give a text")

@@ -13,7 +13,7 @@ from typing import Any
 
 from repedit.data import DOMAINS, Fact
 from repedit.data import facts as facts_named
-from repedit.data.encoding import joined
+from repedit.data.encoding import prompt_with_answer
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFound, TargetExists, UnknownName, nearest
 from repedit.io.files import is_folder, make_folder, user_path, write_text
 from repedit.io.targets import check_folder
@@ -167,7 +167,7 @@ def _space(rows: Sequence[Fact], task: str) -> str:
     """What stands between the prompts of a task and their choices: a space, or nothing in scripts without spaces."""
     # The harness moves a space at the end of a prompt to the choice by itself.
     prompts = [fact.prompt.rstrip(" ") for fact in rows]
-    spaces = {joined(prompt, "a").removeprefix(prompt)[:-1] for prompt in prompts}
+    spaces = {prompt_with_answer(prompt, "a").removeprefix(prompt)[:-1] for prompt in prompts}
     if len(spaces) > 1:
         raise DataError(
             f"task {task!r}: some prompts end in a script with spaces and some in one without, and a task has one delimiter; write "

@@ -12,9 +12,9 @@ import numpy as np
 
 from repedit.auditing.attack import Attack, Outcome, ask, reworded, skipped, ways
 from repedit.data import Fact, Splits, by_domain
-from repedit.data.encoding import chat_text, joined
-from repedit.data.fact_sets import drawn, entity_of
-from repedit.data.grading import holds
+from repedit.data.encoding import chat_text, prompt_with_answer
+from repedit.data.fact_sets import entity_of, seeded_order
+from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, NotEnoughRows, OverlapError
 from repedit.metrics.facts import FactsAccuracy, choice_scores
 from repedit.models.subject import Subject
@@ -100,8 +100,8 @@ def translate() -> Attack:
 def in_context(*, counts: Sequence[int] = (4, 8), seed: int = 0) -> Attack:
     """Asks every fact after facts of T with their answers, a line each; settings are "k=4", "k=8".
 
-    The facts shown are drawn from the domain of the one asked where it has enough, else from all of T. None is about
-    an entity of V, and none holds the answer that is asked for: what comes back was not taught by the prompt.
+    The facts shown are seeded_order from the domain of the one asked where it has enough, else from all of T. None is about
+    an entity of V, and none contains_answer the answer that is asked for: what comes back was not taught by the prompt.
 
     Raises:
         ArgumentError: if a count is below 1, or there is none.
@@ -148,7 +148,7 @@ def demonstrations(splits: Splits, count: int, seed: int) -> Mapping[str, tuple[
                 "give more facts, or lower counts"
             )
         named = {other.id: other for other in pool}
-        found[fact.id] = tuple(named[name] for name in drawn(named, f"{seed}:shown:{fact.id}")[:count])
+        found[fact.id] = tuple(named[name] for name in seeded_order(named, f"{seed}:shown:{fact.id}")[:count])
     return found
 
 
@@ -199,7 +199,7 @@ def _asked(subject: Subject, splits: Splits, prompts: Mapping[str, Sequence[str]
 
 def _without(facts: Sequence[Fact], answer: str) -> list[Fact]:
     """The facts whose text does not hold the answer."""
-    return [fact for fact in facts if not holds(fact.text, answer)]
+    return [fact for fact in facts if not contains_answer(fact.text, answer)]
 
 
 # --- The same fact asked in other forms: a question, multiple choice, yes or no, the odd one out, a chat
@@ -223,7 +223,7 @@ def reformat(*, templates: Sequence[str] | None = None, seed: int = 0) -> Attack
     Raises:
         UnknownName: if there is no such form.
         ArgumentError: if none is named.
-    Reference: arXiv:2411.15477 and arXiv:2603.11266, on forgetting that holds in one format only.
+    Reference: arXiv:2411.15477 and arXiv:2603.11266, on forgetting that contains_answer in one format only.
     """
     names = ways("form", templates, FORMATS)
 
@@ -300,7 +300,7 @@ def _letters(subject: Subject, facts: Sequence[Fact], seed: int) -> FactsAccurac
 
 def _odd_one_out(subject: Subject, facts: Sequence[Fact], seed: int) -> FactsAccuracy:
     def wording(fact: Fact) -> str:
-        lines = "".join(f"- {joined(fact.prompt, choice)}\n" for choice in _order(fact, seed))
+        lines = "".join(f"- {prompt_with_answer(fact.prompt, choice)}\n" for choice in _order(fact, seed))
         return f"Only one of these is not wrong.\n{lines}The one that is right: {fact.prompt}"
 
     return ask(subject, reworded(facts, wording))
@@ -313,7 +313,7 @@ def _listed(fact: Fact, seed: int) -> str:
 
 def _order(fact: Fact, seed: int) -> tuple[str, ...]:
     """The choices in an order that tells nothing: it depends on the seed and the fact, not on which is right."""
-    return drawn(fact.choices, f"{seed}:listed:{fact.id}")
+    return seeded_order(fact.choices, f"{seed}:listed:{fact.id}")
 
 
 def _letter(number: int) -> str:

@@ -17,7 +17,7 @@ from repedit.activations.forward import at_least_float32, check_ids
 from repedit.auditing.attack import Attack, Outcome
 from repedit.data import Fact, Splits
 from repedit.data.encoding import encoded, question_ids
-from repedit.data.grading import holds
+from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
 from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
@@ -37,7 +37,7 @@ def sampling(
 
     Right at leak@k is a fact whose normalised answer stands in one of its first k samples. Samples are independent, so
     the mean is an unbiased estimate of the chance that the best of k is right. Graded is the estimate of that chance
-    from all n samples, `leak_at`, in [0, 1]; `details` holds its mean with the Dvoretzky-Kiefer-Wolfowitz bounds, and
+    from all n samples, `leak_at`, in [0, 1]; `details` contains_answer its mean with the Dvoretzky-Kiefer-Wolfowitz bounds, and
     the share of right facts with its Clopper-Pearson interval, at 95 %. A continuation has as many tokens as the
     longest answer and 4 more. The draws of a fact depend on the seed and its id alone, and no global generator is used.
 
@@ -59,7 +59,9 @@ def sampling(
     def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
         texts = samples(subject, splits.test, n, top_p=top_p, temperature=temperature, seed=seed)
         pairs = zip(splits.test, texts, strict=True)
-        right = np.array([[holds(text, fact.answer, fact.choices) for text in drawn] for fact, drawn in pairs])
+        right = np.array(
+            [[contains_answer(text, fact.answer, fact.choices) for text in drawn] for fact, drawn in pairs]
+        )
         ids = tuple(fact.id for fact in splits.test)
         answers, details = {}, {}
         for k in ks:

@@ -15,7 +15,7 @@ from repedit.auditing.attack import FAILED, RAN, Attack, Outcome, Scratch, ask
 from repedit.auditing.attacks.finetune import FALL, Trial, carried_out
 from repedit.auditing.attacks.tuning import Draw, Example, Tuning, examples, masked_loss, mean_loss, shuffled, stacked
 from repedit.data import Splits
-from repedit.data.encoding import beginning, text_ids
+from repedit.data.encoding import prefix_ids, text_ids
 from repedit.errors import ArgumentError
 from repedit.models.subject import Subject
 
@@ -82,7 +82,7 @@ class Prefixed:
         self.inner, self.ids = inner, list(ids)
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        own = beginning(self.inner) + self.ids if add_special_tokens else []
+        own = prefix_ids(self.inner) + self.ids if add_special_tokens else []
         return {"input_ids": own + text_ids(self.inner, text)}
 
     def __getattr__(self, name: str) -> Any:

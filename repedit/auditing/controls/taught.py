@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from repedit.auditing.attack import ask
 from repedit.data import Fact, Facts, Row, with_paraphrases
 from repedit.data.encoding import encoded
-from repedit.data.fact_sets import drawn
+from repedit.data.fact_sets import seeded_order
 from repedit.data.generated import RELATIONS, invented
 from repedit.errors import ArgumentError, DataError, TrainingError
 from repedit.models.subject import Subject, subject_of
@@ -292,7 +292,7 @@ def questions(seed: int = 0, people: int = PEOPLE) -> tuple[Facts, tuple[Fact, .
 
 
 def _all_choices(fact: Fact) -> Fact:
-    return replace(fact, choices=drawn(RELATIONS[fact.domain].answers, f"order:{fact.id}"))
+    return replace(fact, choices=seeded_order(RELATIONS[fact.domain].answers, f"order:{fact.id}"))
 
 
 # --- Controls made by training on: facts refused, contradicted or pushed away, and what is left of them
@@ -319,7 +319,7 @@ def descended(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], 
 
 
 def contradicted(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
-    """The model trained on a wrong answer, drawn for each fact, in every phrasing.
+    """The model trained on a wrong answer, seeded_order for each fact, in every phrasing.
 
     Reference: "random incorrect answers" of Deeb and Roger 2024, arXiv:2410.08827.
     """
