@@ -237,11 +237,11 @@ def test_answers_that_differ_by_symbols_are_two_facts():
 
 def test_one_prompt_has_one_answer():
     with pytest.raises(
-        DataError, match=r"'a' and 'b' ask 'Bjarne made' and have two answers, 'C\+\+' and 'C#'; keep one"
+        DataError, match=r"'a' and 'b' ask 'Bjarne made' and have the answers 'C\+\+' and 'C#'; keep one"
     ):
         Facts(two("C++", "C#"))
     other = Fact(id="c", prompt="Anders  made", answer="TypeScript")
-    with pytest.raises(DataError, match="'d' and 'c' ask 'Anders  made' and have two answers, 'C#' and 'TypeScript'"):
+    with pytest.raises(DataError, match="'d' and 'c' ask 'Anders  made' and have the answers 'C#' and 'TypeScript'"):
         Facts(two("C++", "C#", id="d", prompt="Anders made"), (other,))
 
 
