@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused():
         stat.update(_normal(5, 3), torch.ones(4, dtype=torch.bool))
     with pytest.raises(ShapeError, match="cannot merge statistics of widths 3 and 4; are they of one site"):
         stat + rp.Activity.zeros(4)
-    with pytest.raises(MissingStatistic, match="one statistic has gradient sums, the other has not"):
+    with pytest.raises(MissingStatistic, match="one statistic has gradient sums, the other has none"):
         stat + rp.Activity.zeros(3, gradients=True)
 
 

@@ -1,1 +1,1 @@
-"""Forward loops over a corpus: statistics of neurons, their most common values, next-token predictions."""
+"""Forward loops over a corpus: statistics at sites, examples that activate neurons, next-token predictions."""

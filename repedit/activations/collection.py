@@ -1,4 +1,7 @@
-"""One forward loop over a corpus: statistics at chosen sites."""
+"""One forward loop over a corpus: statistics at chosen sites.
+
+Statistics are reduced inside the hooks, so memory does not grow with the number of tokens.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +44,237 @@ from repedit.quantization import check_unquantized
 from repedit.sites import Point, Site, SiteKey, site_key
 from repedit.stats import Activity, CrossMoments, Moments
 
-# --- Which tokens of a batch a statistic counts
-
-
 Count = Callable[[Batch], Bool[Tensor, "b t"]]
+"""Which tokens of a batch a statistic counts."""
+Labels = Callable[[Batch], Float[Tensor, "b t z"]]
+"""The labels of the tokens of a batch."""
+Statistic = TypeVar("Statistic", Activity, Moments, CrossMoments)
+
+# --- The value: statistics by site, with their provenance
+
+
+_PLAIN = {
+    "model": str, "corpus": str, "data_hash": str, "rule": dict[str, bool | str], "seen": int, "counted": int, "gated": bool,
+    "seconds_in_hooks": int | float, "edit": str, "weights": dict[str, str], "units": dict[str, dict[str, int]],
+}  # fmt: skip
+"""The fields of a collection that a file holds as plain values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Collection(Mapping[SiteKey, Statistic], Generic[Statistic]):
+    """Statistics by site (by module path for an image classifier), with the model and the text they come from."""
+
+    statistics: Mapping[SiteKey, Statistic]
+    model: str
+    """Fingerprint of the model's weights."""
+    corpus: str
+    data_hash: str
+    rule: Mapping[str, bool | str]
+    """Which tokens counted."""
+    seen: int
+    counted: int
+    group_sizes: Mapping[SiteKey, Mapping[str, int]]
+    """Neurons in each kind of group: {"head": e, "kv_group": G e} for attention sites, empty for others."""
+    gated: bool
+    seconds_in_hooks: float = field(default=0.0, compare=False)
+    edit: str = ""
+    """Hash of the edit that was active, empty where none was."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the tensors that write at the sites; empty for an image classifier."""
+
+    def __repr__(self) -> str:
+        return f"Collection({self.kind} at {len(self)} sites, {self.counted:,} tokens of {self.corpus})"
+
+    def __getitem__(self, site: SiteKey) -> Statistic:
+        return self.statistics[site if site in self.statistics else Site.parse(site)]
+
+    def __iter__(self) -> Iterator[SiteKey]:
+        return iter(self.statistics)
+
+    def __len__(self) -> int:
+        return len(self.statistics)
+
+    @property
+    def kind(self) -> str:
+        """Name of the statistic: "Activity", "Moments" or "CrossMoments"."""
+        return type(next(iter(self.values()))).__name__
+
+    def only(self, point: str | Point) -> Collection[Statistic]:
+        """The part of the collection at one point, such as "attn.neurons"."""
+        statistics = {site: value for site, value in self.items() if site.point == point}
+        return replace(self, statistics=statistics, group_sizes={site: self.group_sizes[site] for site in statistics})
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the sums of every site, with everything else in its header."""
+        tensors = {f"{site}/{name}": v for site, value in self.items() for name, v in value.state().items()}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("statistics", "group_sizes")}
+        sizes = {str(site): dict(groups) for site, groups in self.group_sizes.items()}
+        archive.write(path, "collection", tensors, {"statistic": self.kind, "units": sizes, "collection": plain})
+
+    @staticmethod
+    def load(path: str | Path) -> Collection[Any]:
+        """Read a file written by `save`.
+
+        Raises:
+            CheckpointError: if the file does not hold a saved collection.
+        """
+        tensors, header = archive.read(path, "collection")
+        with archive.rebuilding(path, "collection"):
+            plain = {"weights": {}} | header["collection"]  # files of older versions name the model alone
+            check_fields(plain | {"units": header["units"]}, _PLAIN, "the collection")
+            states: dict[str, dict[str, Any]] = {}
+            for key, value in tensors.items():
+                site, _, name = key.rpartition("/")
+                states.setdefault(site, {})[name] = value
+            kind = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}[header["statistic"]]
+            statistics = {site_key(site): kind.of_state(state) for site, state in states.items()}
+            sizes = {site_key(site): groups for site, groups in header["units"].items()}
+            if not statistics or set(statistics) != set(sizes):
+                raise ValueError("its tensors and its group sizes are of different sites")
+            return Collection({site: statistics[site] for site in sorted(statistics)}, group_sizes=sizes, **plain)
+
+    def __add__(self, other: Collection[Statistic]) -> Collection[Statistic]:
+        """Both collections as one: the sums of every site are added.
+
+        Raises:
+            FingerprintError: if they were not collected at the same sites of one model, by one rule.
+        """
+        for name in ("kind", "model", "edit", "rule", "group_sizes"):
+            values = [getattr(side, name) for side in (self, other)]
+            if values[0] != values[1]:
+                raise FingerprintError(
+                    f"cannot merge collections: {name} is {values[0]} and {values[1]}; collect both alike"
+                )
+        return replace(
+            self,
+            statistics={site: self[site] + other[site] for site in self},
+            corpus=self.corpus if self.corpus == other.corpus else f"{self.corpus}+{other.corpus}",
+            data_hash=hashlib.sha256("+".join(sorted((self.data_hash, other.data_hash))).encode()).hexdigest(),
+            seen=self.seen + other.seen,
+            counted=self.counted + other.counted,
+            seconds_in_hooks=self.seconds_in_hooks + other.seconds_in_hooks,
+        )
+
+
+# --- Collecting
+
+
+def collect(
+    subject: Subject,
+    corpus: Batches,
+    sites: str | Site | list[str | Site] = "*.mlp.neurons",
+    *,
+    statistic: type[Any] = Activity,
+    gradients: bool = False,
+    labels: Labels | None = None,
+    count: Count | None = None,
+    first_position: bool = False,
+    special_tokens: bool = False,
+    edit: Edit | None = None,
+    length: int = 128,
+    batch_size: int = 8,
+    limit_tokens: int | None = None,
+    progress: bool | None = None,
+) -> Collection[Any]:
+    """Statistics of a corpus at the selected sites, in one pass.
+
+    Under `torchrun` every process reads its share of the batches, and all return the statistics of the whole corpus.
+
+    Padding never counts; the first position of a chunk and special tokens do not count unless requested. Without
+    gradients the language-model head is not run. The summed tensor is the one that an edit at that site would be given,
+    after `edit`.
+
+    Args:
+        statistic: Activity, of neurons; Moments (mean and covariance) or CrossMoments, at any site.
+        gradients: with L the summed loss of the predictions of counted tokens (of the answers, where batches mark
+            them), Activity also sums z * dL/dz, and CrossMoments gives E[x g^T], g = dL/dx.
+        labels: batch -> (b, t, z) for CrossMoments, which then gives cov(x, z).
+        count: a custom rule, batch -> mask (b, t), which replaces the default one (padding still never counts), or
+            `positions("answer")` and the like.
+        edit: an edit that is active during the pass.
+        limit_tokens: stop after the batch that reaches this many counted tokens.
+    Raises:
+        ArgumentError: if the length, the batch size or the limit is below 1.
+        UnknownSite: if the selector names a site that this model does not have, or one without this statistic.
+        NotEnoughRows: if no token counts.
+        TooLarge: if the covariances would not fit into memory.
+        NotFinite: if an activation or the loss is not finite.
+        NoGradient: if gradients are requested where none can be computed.
+        HookError, ModelBusy: if a hook does not run in a pass, or another thread uses the model.
+        FingerprintError, ProcessFailed: if processes were given different arguments, or one of them failed.
+    """
+    check_whole(limit_tokens=limit_tokens, length=length, batch_size=batch_size)
+    sums = StatisticsHooks(subject, subject.select(sites), statistic, gradients, labels)
+    rule = CountingRule(subject, first_position=first_position, special_tokens=special_tokens, custom=count)
+    ranks = joined_ranks(subject.device)
+    origin = subject.made_for(sums.sites) | {
+        "data_hash": corpus.hash, "edit": edit.hash if edit else "", "rule": rule.plain(),
+    }  # fmt: skip
+    ranks.check_same(
+        **origin, sites=[str(site) for site in sums.sites], statistic=statistic.__name__, gradients=gradients,
+        length=length, batch_size=batch_size, limit_tokens=limit_tokens,
+    )  # fmt: skip
+    source = batches(subject, corpus, length, batch_size, progress if ranks.first else False, "collect")
+    try:
+        hooks = [*(edit.hooks(subject) if edit else ()), *sums.hooks()]
+        with evaluating(subject.model), installed(subject.model, hooks):
+            seen, counted = _read(source, sums, rule, ranks, limit_tokens)
+    except Exception as error:  # of whatever kind: the other ranks must not wait for this one
+        ranks.check_alive(error)
+        raise
+    ranks.check_alive(None)
+    if not counted:
+        raise NotEnoughRows(
+            f"corpus {corpus.name!r}: {seen} tokens seen, 0 counted ({rule.describe()}); give longer text"
+        )
+    return Collection(
+        statistics={site: value.all_reduced(ranks).cpu() for site, value in sums.statistics.items()},
+        corpus=corpus.name,
+        seen=seen,
+        counted=counted,
+        group_sizes={site: _group_sizes(subject, site) for site in sums.sites},
+        gated=subject.architecture.gated,
+        seconds_in_hooks=ranks.slowest(sums.seconds, subject.device),
+        **origin,
+    )
+
+
+def _read(
+    source: Iterable[Batch], sums: StatisticsHooks, rule: CountingRule, ranks: Ranks, limit: int | None
+) -> tuple[int, int]:
+    """Run this rank's batches; (tokens seen, tokens counted) of all ranks."""
+    seen = counted = 0
+    for number, batch in enumerate(source):
+        with note_batch_on_error(number):
+            mask, first = rule(batch)
+            # Every rank counts every batch, so that all stop where one process would; and all use the shift that it
+            # would use, that of the first batch with counted tokens.
+            own = number % ranks.size == ranks.rank
+            if own or (not counted and sums.statistic is not Activity):
+                sums.run(batch, mask, first)
+            if not own and not counted:
+                sums.reset()
+        seen, counted = seen + int(batch.attention_mask.sum()), counted + int(mask.sum())
+        if limit is not None and counted >= limit:
+            break
+    return seen, counted
+
+
+def _group_sizes(subject: Subject, site: Site) -> dict[str, int]:
+    if site.point is not Point.ATTN_NEURONS:
+        return {}
+    branch = subject.layout.branch(site.layer, site.point)
+    return {"head": branch.head_width, "kv_group": branch.head_width * branch.group}
+
+
+# --- Which tokens count
 
 
 def positions(kind: str) -> Count | None:
     """A counting rule by name, for batches that mark their answers and entities (facts).
 
     "answer": the tokens of the answer; "before_answer": the positions that predict them; "entity": the last token of
-    the entity the question is about; "content": what counts by default (None).
+    the entity the question is about; "content": the default rule (None).
 
     Raises:
         UnknownName: if there is no such rule.
@@ -60,26 +283,22 @@ def positions(kind: str) -> Count | None:
         return None
     if kind not in _MARKS:
         raise UnknownName(f"positions({kind!r}) does not exist; {nearest(kind, (*_MARKS, 'content'))}")
-    return marked(kind)
-
-
-def marked(kind: str) -> Count:
-    """The rule of a mark: "answer", "before_answer" or "entity"."""
     return MarkedPositions(kind)
 
 
 @dataclass(frozen=True)
 class MarkedPositions:
-    """Counts the positions that a mark of the batch gives."""
+    """Counts the positions marked by a field of the batch."""
 
     kind: str
+    """"answer", "before_answer" or "entity"."""
 
     def __call__(self, batch: Batch) -> Bool[Tensor, "b t"]:
-        field, place = _MARKS[self.kind]
-        mark = getattr(batch, field)
+        name, select = _MARKS[self.kind]
+        mark = getattr(batch, name)
         if mark is None:
-            raise DataError(f"positions({self.kind!r}) needs batches that mark their {field}; this corpus marks none")
-        return place(mark.to(batch.attention_mask) & batch.attention_mask)
+            raise DataError(f"positions({self.kind!r}) needs batches that mark their {name}; this corpus marks none")
+        return select(mark.to(batch.attention_mask) & batch.attention_mask)
 
 
 def _before(mark: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
@@ -90,7 +309,7 @@ def _last(mark: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     return mark & (mark.flip(1).cumsum(1).flip(1) == 1)
 
 
-# Rule -> (field of the batch, what to make of its mark).
+# Rule -> (field of the batch, function of its mark).
 _MARKS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "answer": ("answer", lambda mark: mark),
     "before_answer": ("answer", _before),
@@ -99,15 +318,26 @@ _MARKS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 
 
 class CountingRule:
-    """Not padding, not the first position of a chunk (an attention sink), not a special token; or a rule of your own."""
+    """The default rule, or a custom one. Padding never counts.
 
-    def __init__(self, tokenizer: Any, first_position: bool, special_tokens: bool, custom: Count | None) -> None:
+    By default neither the first position of a chunk (an attention sink) nor a special token counts.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        first_position: bool = False,
+        special_tokens: bool = False,
+        custom: Count | None = None,
+    ) -> None:
         self.first_position, self.special_tokens, self.custom = first_position, special_tokens, custom
-        ids = [] if special_tokens or tokenizer is None else sorted(set(tokenizer.all_special_ids))
+        tokenizer = None if special_tokens else subject.tokenizer
+        ids = [] if tokenizer is None else sorted(set(tokenizer.all_special_ids))
         self.special = torch.tensor(ids, dtype=torch.long)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(counted, first): masks (b, t); padding is in neither."""
+        """(counted, first): masks (b, t) of the counted tokens and of the first positions."""
         first = batch.attention_mask & (batch.attention_mask.cumsum(1) == 1)
         if self.custom is not None:
             return batch.attention_mask & self.custom(batch).to(batch.attention_mask), first
@@ -115,7 +345,7 @@ class CountingRule:
         return mask & ~torch.isin(batch.input_ids, self.special.to(batch.input_ids.device)), first
 
     def plain(self) -> dict[str, bool | str]:
-        """The rule as plain values, for provenance."""
+        """The rule as plain values, for the provenance."""
         return {
             "first_position": self.first_position,
             "special_tokens": self.special_tokens,
@@ -123,23 +353,22 @@ class CountingRule:
         }
 
     def describe(self) -> str:
-        """What the rule leaves out, for an error message."""
-        out = (
-            ["padding"]
-            + ([] if self.first_position else ["first positions"])
-            + ([] if self.special_tokens else ["special tokens"])
-        )
-        return "your count rule removed the rest" if self.custom else f"{', '.join(out)} do not count"
+        """What the rule excludes, for an error message."""
+        if self.custom:
+            return "your count rule removed the rest"
+        excluded = {
+            "padding": True,
+            "first positions": not self.first_position,
+            "special tokens": not self.special_tokens,
+        }
+        return f"{', '.join(name for name, out in excluded.items() if out)} do not count"
 
 
-# --- The observing hooks of one collection: they see exactly the tensor that an edit at the same site would be given
+# --- The hooks that sum: they see exactly the tensor that an edit at the same site would be given
 
 
-Labels = Callable[[Batch], Float[Tensor, "b t z"]]
-
-
-class Watch:
-    """What is summed at which site, the hooks that sum it, and the pass that feeds them."""
+class StatisticsHooks:
+    """The statistics of every site, the hooks that add to them, and the forward pass that runs the hooks."""
 
     def __init__(
         self, subject: Subject, sites: tuple[Site, ...], statistic: type[Any], gradients: bool, labels: Labels | None
@@ -149,25 +378,28 @@ class Watch:
         _check_gradients(subject, sites, gradients)
         self.subject, self.sites, self.statistic = subject, sites, statistic
         self.gradients, self.labels = gradients, labels
-        self.found: dict[Site, Any] = {}
+        self.statistics: dict[Site, Any] = {}
         self.mask = self.first = torch.empty(0)
-        self.labelled: Tensor | None = None
-        self.held: dict[Site, Tensor] = {}
+        self.batch_labels: Tensor | None = None
+        self.graph: dict[Site, Tensor] = {}
         self.seconds = 0.0
         if labels is None:
-            self._begin(None)
+            self._allocate(None)
 
     def hooks(self) -> list[Hook]:
-        """Observers at every site; resid.mid, a sum that no module gives out, is put back to be part of the graph."""
-        plan, model = self.subject.layout, self.subject.model
-        back = {site: self.gradients and site.point is Point.RESID_MID for site in self.sites}
-        return [h for s in self.sites for h in hooks_at(model, plan, s, self._visit(s, back[s]), replaces=back[s])]
+        """Observers at every site; resid.mid, a sum that no module returns, is put back so that it is part of the graph."""
+        layout, model = self.subject.layout, self.subject.model
+        hooks: list[Hook] = []
+        for site in self.sites:
+            replaces = self.gradients and site.point is Point.RESID_MID
+            hooks += hooks_at(model, layout, site, self._hook_function(site, replaces), replaces=replaces)
+        return hooks
 
     def run(self, batch: Batch, mask: Tensor, first: Tensor) -> None:
         """One forward pass, and a backward pass for gradients."""
         self.mask, self.first = mask, first
         if self.labels is not None:
-            self._label(batch, self.labels(batch))
+            self._set_labels(batch, self.labels(batch))
         inputs = inputs_of(batch)
         if not self.gradients:
             with torch.no_grad():
@@ -180,51 +412,52 @@ class Watch:
             loss = loss_of(logits, batch, mask)
         if not bool(torch.isfinite(loss)):
             raise NotFinite(f"the loss is {loss.item()}; load the model in float32?")
-        held = list(self.held.values())
-        for (site, z), grad in zip(self.held.items(), torch.autograd.grad(loss, held), strict=True):
+        tensors = list(self.graph.values())
+        for (site, z), grad in zip(self.graph.items(), torch.autograd.grad(loss, tensors), strict=True):
             self._update(site, z.detach(), slice(None), None, grad)
-        self.held.clear()
+        self.graph.clear()
 
-    def empty(self) -> None:
-        """Forget what was seen and keep what second moments were shifted by."""
-        for found in self.found.values():
-            if not isinstance(found, Activity):
-                found.empty()
+    def reset(self) -> None:
+        """Discard the sums and keep the shifts of second moments."""
+        for statistic in self.statistics.values():
+            if not isinstance(statistic, Activity):
+                statistic.reset()
 
-    def _begin(self, other: int | None) -> None:
-        """Empty statistics at every site, once the width of the labels is known."""
-        plan = self.subject.layout
-        widths = {site: plan.width_of(site.layer, site.point) for site in self.sites}
-        place = {site: self.subject.device_at(site.layer) for site in self.sites}
+    def _allocate(self, label_width: int | None) -> None:
+        """Make empty statistics at every site, once the width of the labels is known."""
+        layout = self.subject.layout
+        widths = {site: layout.width_of(site.layer, site.point) for site in self.sites}
+        devices = {site: self.subject.device_at(site.layer) for site in self.sites}
         if self.statistic is Activity:
             gradients = self.gradients
-            self.found = {s: Activity.zeros(d, gradients=gradients, device=place[s]) for s, d in widths.items()}
+            self.statistics = {s: Activity.zeros(d, gradients=gradients, device=devices[s]) for s, d in widths.items()}
             return
-        for device in dict.fromkeys(place.values()):
-            here = [d for site, d in widths.items() if place[site] == device]
-            _check_memory(sum(8 * d * (d if other is None else other) for d in here), len(here), device)
+        other = {site: width if label_width is None else label_width for site, width in widths.items()}
+        for device in dict.fromkeys(devices.values()):
+            here = [site for site in widths if devices[site] == device]
+            _check_memory(sum(8 * widths[site] * other[site] for site in here), len(here), device)
         if self.statistic is Moments:
-            self.found = {site: Moments(d, place[site]) for site, d in widths.items()}
+            self.statistics = {site: Moments(d, devices[site]) for site, d in widths.items()}
         else:
-            self.found = {s: CrossMoments(d, d if other is None else other, place[s]) for s, d in widths.items()}
+            self.statistics = {site: CrossMoments(d, other[site], devices[site]) for site, d in widths.items()}
 
-    def _label(self, batch: Batch, labelled: Tensor) -> None:
-        if labelled.ndim != 3 or labelled.shape[:2] != batch.input_ids.shape:
+    def _set_labels(self, batch: Batch, values: Tensor) -> None:
+        if values.ndim != 3 or values.shape[:2] != batch.input_ids.shape:
             raise ShapeError(
-                f"the labels of a batch have shape {tuple(labelled.shape)}, its tokens {tuple(batch.input_ids.shape)}; "
+                f"the labels of a batch have shape {tuple(values.shape)}, its tokens {tuple(batch.input_ids.shape)}; "
                 "give one row of labels for each token, (b, t, z)"
             )
-        if not self.found:
-            self._begin(labelled.shape[2])
-        self.labelled = labelled
+        if not self.statistics:
+            self._allocate(values.shape[2])
+        self.batch_labels = values
 
-    def _visit(self, site: Site, back: bool) -> Callable[[Tensor, slice, Tensor | None], Tensor | None]:
+    def _hook_function(self, site: Site, replaces: bool) -> Callable[[Tensor, slice, Tensor | None], Tensor | None]:
         def visit(x: Tensor, at: slice, tokens: Tensor | None) -> Tensor | None:
             if self.gradients:
-                self.held[site] = x
-                return x if back else None
+                self.graph[site] = x
+                return x if replaces else None
             start = time.thread_time()
-            self._update(site, x, at, tokens, self.labelled)
+            self._update(site, x, at, tokens, self.batch_labels)
             self.seconds += time.thread_time() - start
             return None
 
@@ -237,7 +470,7 @@ class Watch:
             for m in (self.mask, self.first)
         )
         try:
-            match self.found[site]:
+            match self.statistics[site]:
                 case Activity() as activity:
                     activity.update(x, mask, grad=other, first=first, at=at)
                 case Moments() as moments:
@@ -296,254 +529,27 @@ def _routed(subject: Subject, site: Site) -> bool:
     return site.point is Point.MLP_NEURONS and subject.layout.branch(site.layer, site.point).routed
 
 
-def _check_memory(asked: int, sites: int, device: torch.device) -> None:
+def _check_memory(needed: int, sites: int, device: torch.device) -> None:
     free = _free(device)
-    if asked > free:
+    if needed > free:
         raise TooLarge(
-            f"float64 moments of {sites} sites take {asked / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; "
+            f"float64 moments of {sites} sites take {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; "
             "choose fewer sites, or collect layer groups one after another"
         )
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that can be had on a device."""
+    """Bytes of memory that are available on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    known = Path("/proc/meminfo")
-    if known.exists():
-        # Free pages alone leave out the file cache, which the kernel gives back.
-        return next(int(line.split()[1]) * 1024 for line in known.read_text().splitlines() if "MemAvailable" in line)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        # MemFree excludes the file cache, which the kernel releases on demand.
+        return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# --- One forward loop over a corpus: statistics at chosen sites
-#
-# Statistics are reduced inside the hook, so memory does not grow with tokens.
-
-
-_PLAIN = {
-    "model": str, "corpus": str, "data_hash": str, "rule": dict[str, bool | str], "seen": int, "counted": int, "gated": bool,
-    "seconds_in_hooks": int | float, "edit": str, "weights": dict[str, str], "units": dict[str, dict[str, int]],
-}  # fmt: skip
-"""Of the fields of a collection, those that its file holds as plain values."""
-Statistic = TypeVar("Statistic", Activity, Moments, CrossMoments)
-
-
-@dataclass(frozen=True, eq=False)
-class Collection(Mapping[SiteKey, Statistic], Generic[Statistic]):
-    """Statistics by site, with the model and the text they come from; by module path for an image classifier."""
-
-    statistics: Mapping[SiteKey, Statistic]
-    model: str
-    """Fingerprint of the model's weights."""
-    corpus: str
-    data_hash: str
-    rule: Mapping[str, bool | str]
-    """Which tokens counted."""
-    seen: int
-    counted: int
-    group_sizes: Mapping[SiteKey, Mapping[str, int]]
-    """Neurons in each kind of group: {"head": e, "kv_group": G e} for attention sites, empty for others."""
-    gated: bool
-    seconds_in_hooks: float = field(default=0.0, compare=False)
-    edit: str = ""
-    """Hash of the edit that was active, empty where none was."""
-    weights: Mapping[str, str] = field(default_factory=dict)
-    """Hashes of the tensors that write at the sites; empty for an image classifier."""
-
-    def __repr__(self) -> str:
-        return f"Collection({self.kind} at {len(self)} sites, {self.counted:,} tokens of {self.corpus})"
-
-    def __getitem__(self, site: SiteKey) -> Statistic:
-        return self.statistics[site if site in self.statistics else Site.parse(site)]
-
-    def __iter__(self) -> Iterator[SiteKey]:
-        return iter(self.statistics)
-
-    def __len__(self) -> int:
-        return len(self.statistics)
-
-    @property
-    def kind(self) -> str:
-        """Name of the statistic: "Activity", "Moments" or "CrossMoments"."""
-        return type(next(iter(self.values()))).__name__
-
-    def only(self, point: str | Point) -> Collection[Statistic]:
-        """The part of the collection at one point, such as "attn.neurons"."""
-        kept = {site: value for site, value in self.items() if site.point == point}
-        return replace(self, statistics=kept, group_sizes={site: self.group_sizes[site] for site in kept})
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the sums of every site, with everything else in its header."""
-        tensors = {f"{site}/{name}": v for site, value in self.items() for name, v in value.state().items()}
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("statistics", "group_sizes")}
-        sizes = {str(site): dict(groups) for site, groups in self.group_sizes.items()}
-        archive.write(path, "collection", tensors, {"statistic": self.kind, "units": sizes, "collection": plain})
-
-    @staticmethod
-    def load(path: str | Path) -> Collection[Any]:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: if the file is not a saved collection.
-        """
-        tensors, header = archive.read(path, "collection")
-        with archive.rebuilding(path, "collection"):
-            plain = {"weights": {}} | header["collection"]  # files of older versions name the model alone
-            check_fields(plain | {"units": header["units"]}, _PLAIN, "the collection")
-            states: dict[str, dict[str, Any]] = {}
-            for key, value in tensors.items():
-                site, _, name = key.rpartition("/")
-                states.setdefault(site, {})[name] = value
-            make = {kind.__name__: kind for kind in (Activity, Moments, CrossMoments)}[header["statistic"]]
-            found = {site_key(site): make.of_state(state) for site, state in states.items()}
-            sizes = {site_key(site): groups for site, groups in header["units"].items()}
-            if not found or set(found) != set(sizes):
-                raise ValueError("its tensors and its group sizes are of different sites")
-            return Collection({site: found[site] for site in sorted(found)}, group_sizes=sizes, **plain)
-
-    def __add__(self, other: Collection[Statistic]) -> Collection[Statistic]:
-        """Both collections as one: the sums of every site are added.
-
-        Raises:
-            FingerprintError: if they were not collected at the same sites of one model, by one rule.
-        """
-        for what in ("kind", "model", "edit", "rule", "group_sizes"):
-            mine, theirs = (getattr(side, what) for side in (self, other))
-            if mine != theirs:
-                raise FingerprintError(f"cannot merge collections: {what} is {mine} and {theirs}; collect both alike")
-        return replace(
-            self,
-            statistics={site: self[site] + other[site] for site in self},
-            corpus=self.corpus if self.corpus == other.corpus else f"{self.corpus}+{other.corpus}",
-            data_hash=hashlib.sha256("+".join(sorted((self.data_hash, other.data_hash))).encode()).hexdigest(),
-            seen=self.seen + other.seen,
-            counted=self.counted + other.counted,
-            seconds_in_hooks=self.seconds_in_hooks + other.seconds_in_hooks,
-        )
-
-
-def collect(
-    subject: Subject,
-    corpus: Batches,
-    sites: str | Site | list[str | Site] = "*.mlp.neurons",
-    *,
-    statistic: type[Any] = Activity,
-    gradients: bool = False,
-    labels: Labels | None = None,
-    count: Count | None = None,
-    first_position: bool = False,
-    special_tokens: bool = False,
-    edit: Edit | None = None,
-    length: int = 128,
-    batch_size: int = 8,
-    limit_tokens: int | None = None,
-    progress: bool | None = None,
-) -> Collection[Any]:
-    """Statistics of a corpus at the selected sites, in one pass.
-
-    Under `torchrun` every process reads its share of the batches, and all return the statistics of the whole corpus.
-
-    Padding never counts; the first position of a chunk and special tokens do not count unless asked for. Without
-    gradients the language-model head is not run. The tensor that is summed is the one an edit at that site would be
-    given, after `edit`.
-
-    Args:
-        statistic: Activity, of neurons; Moments (mean and covariance) or CrossMoments, at any site.
-        gradients: with L the summed loss of the predictions of counted tokens (of the answers, where batches mark
-            them), Activity also sums z * dL/dz, and CrossMoments gives E[x g^T], g = dL/dx.
-        labels: batch -> (b, t, z) for CrossMoments, which gives cov(x, z) then.
-        count: a rule of your own: batch -> mask (b, t), replacing the default one (padding still never counts), or
-            `positions("answer")` and its siblings.
-        edit: an edit that is active during the pass.
-        limit_tokens: stop after the batch that reaches this many counted tokens.
-    Raises:
-        ArgumentError: if the length, the batch size or the limit is below 1.
-        UnknownSite: if the selector names a site this model has not, or one that does not have this statistic.
-        NotEnoughRows: if no token counts.
-        TooLarge: if the covariances would not fit into memory.
-        NotFinite: if an activation or the loss is not finite.
-        NoGradient: if gradients are asked for where none can be had.
-        HookError, ModelBusy: if a hook does not run in a pass, or another thread uses the model.
-        FingerprintError, ProcessFailed: if processes were given different things, or one of them failed.
-    """
-    check_whole(limit_tokens=limit_tokens, length=length, batch_size=batch_size)
-    watch = Watch(subject, subject.select(sites), statistic, gradients, labels)
-    rule = CountingRule(subject.tokenizer, first_position, special_tokens, count)
-    ranks = joined_ranks(subject.device)
-    origin: dict[str, Any] = {
-        **subject.made_for(watch.sites),
-        "data_hash": corpus.hash,
-        "edit": edit.hash if edit else "",
-    }
-    origin |= {"rule": rule.plain()}
-    reading: dict[str, Any] = {
-        "length": length,
-        "batch_size": batch_size,
-        "limit_tokens": limit_tokens,
-        "gradients": gradients,
-    }
-    summed: dict[str, Any] = {"sites": [str(site) for site in watch.sites], "statistic": statistic.__name__}
-    ranks.check_same(**origin, **summed, **reading)
-    source = batches(subject, corpus, length, batch_size, progress if ranks.first else False, "collect")
-    try:
-        hooks = [*(edit.hooks(subject) if edit else ()), *watch.hooks()]
-        with evaluating(subject.model), installed(subject.model, hooks):
-            seen, counted = _read(source, watch, rule, ranks, limit_tokens)
-    except Exception as error:  # of whatever kind: the other ranks must not wait for this one
-        ranks.check_alive(error)
-        raise
-    ranks.check_alive(None)
-    if not counted:
-        raise NotEnoughRows(
-            f"corpus {corpus.name!r}: {seen} tokens seen, 0 counted ({rule.describe()}); give longer text"
-        )
-    return Collection(
-        statistics={site: value.all_reduced(ranks).cpu() for site, value in watch.found.items()},
-        corpus=corpus.name,
-        seen=seen,
-        counted=counted,
-        group_sizes={site: _group_sizes(subject, site) for site in watch.sites},
-        gated=subject.architecture.gated,
-        seconds_in_hooks=ranks.slowest(watch.seconds, subject.device),
-        **origin,
-    )
-
-
-def _read(
-    source: Iterable[Batch], watch: Watch, rule: CountingRule, ranks: Ranks, limit: int | None
-) -> tuple[int, int]:
-    """Run this rank's batches; (tokens seen, tokens that count) of all ranks."""
-    seen = counted = 0
-    for number, batch in enumerate(source):
-        with note_batch_on_error(number):
-            mask, first = rule(batch)
-            # Every rank counts every batch, so that all stop where one process would; and all shift as it would, by
-            # the first batch that counts.
-            own = number % ranks.size == ranks.rank
-            if own or (not counted and watch.statistic is not Activity):
-                watch.run(batch, mask, first)
-            if not own and not counted:
-                watch.empty()
-        seen, counted = seen + int(batch.attention_mask.sum()), counted + int(mask.sum())
-        if limit is not None and counted >= limit:
-            break
-    return seen, counted
-
-
-def _group_sizes(subject: Subject, site: Site) -> dict[str, int]:
-    if site.point is not Point.ATTN_NEURONS:
-        return {}
-    branch = subject.layout.branch(site.layer, site.point)
-    return {"head": branch.head_width, "kv_group": branch.head_width * branch.group}
-
-
-# --- The most common activation of each neuron: what "peak" filling holds a pruned neuron at
-#
-# Peak ablation, Pochinkov et al. 2024 (arXiv 2408.17322).
-
-
-BINS = 100
+# --- The most common activation of each neuron, for filling with "peak"
 
 
 def peaks(
@@ -551,22 +557,22 @@ def peaks(
     corpus: Batches,
     edit: Edit,
     *,
-    bins: int = BINS,
+    bins: int = 100,
     length: int = 128,
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> dict[Site, Float[Tensor, " d"]]:
     """The centre of the fullest of `bins` equal bins between each neuron's extremes, at the sites of an edit.
 
-    Two passes over the corpus: one for the extremes, one to count. Counted tokens are those of `collect`.
+    Two passes over the corpus: one for the extremes, one for the histogram. Tokens are counted as in `collect`.
 
     Raises:
         ArgumentError: if a site holds expert neurons, which see different tokens each.
+    Reference: peak ablation, Pochinkov et al. 2024, arXiv 2408.17322.
     """
     routed = [s for s in edit.maps if subject.layout.branch(s.layer, s.point).routed]
     if routed:
         raise ArgumentError(f"{routed[0]} holds expert neurons; fill them with zero")
-    rule = CountingRule(subject.tokenizer, False, False, None)
     extremes: dict[Site, Tensor] = {}
     counts: dict[Site, Tensor] = {}
 
@@ -575,37 +581,34 @@ def peaks(
         old = extremes.get(site, new)
         extremes[site] = torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
 
-    def fill(site: Site, rows: Tensor) -> None:
+    def count(site: Site, rows: Tensor) -> None:
         low, high = extremes[site]
-        place = ((rows - low) / (high - low).clamp(min=1e-30) * bins).long().clamp(0, bins - 1)
-        flat = place + torch.arange(rows.shape[1], device=rows.device) * bins
+        bin_ = ((rows - low) / (high - low).clamp(min=1e-30) * bins).long().clamp(0, bins - 1)
+        flat = bin_ + torch.arange(rows.shape[1], device=rows.device) * bins
         counts[site] = counts.get(site, 0) + torch.bincount(flat.reshape(-1), minlength=rows.shape[1] * bins)
 
-    for visit in (widen, fill):
-        _visited(subject, corpus, list(edit.maps), rule, visit, (length, batch_size, progress))
-    found = {}
+    for visit in (widen, count):
+        read = batches(subject, corpus, length, batch_size, progress, "peaks")
+        _visit_counted_rows(subject, read, list(edit.maps), visit)
+    centers = {}
     for site, (low, high) in extremes.items():
-        best = counts[site].unflatten(0, (-1, bins)).argmax(1)
-        found[site] = (low + (best + 0.5) * (high - low) / bins).cpu()
-    return found
+        fullest = counts[site].unflatten(0, (-1, bins)).argmax(1)
+        centers[site] = (low + (fullest + 0.5) * (high - low) / bins).cpu()
+    return centers
 
 
-def _visited(
-    subject: Subject,
-    corpus: Batches,
-    sites: list[Site],
-    rule: CountingRule,
-    visit: Callable[[Site, Tensor], None],
-    how: tuple[int, int, bool | None],
+def _visit_counted_rows(
+    subject: Subject, read: Iterable[Batch], sites: list[Site], visit: Callable[[Site, Tensor], None]
 ) -> None:
-    mask = torch.empty(0)
+    """Run the model on batches and call `visit` with the counted rows (n, d) of every site, in float32."""
+    rule, mask = CountingRule(subject), torch.empty(0)
 
-    def at(site: Site) -> Callable[..., None]:
+    def hook_function(site: Site) -> Callable[..., None]:
         return lambda x, _at, _tokens: visit(site, x[mask.reshape(x.shape[:-1]).to(x.device)].float())
 
-    hooks = [h for s in sites for h in hooks_at(subject.model, subject.layout, s, at(s), replaces=False)]
+    hooks = [h for s in sites for h in hooks_at(subject.model, subject.layout, s, hook_function(s), replaces=False)]
     with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
-        for batch in batches(subject, corpus, how[0], how[1], how[2], "peaks"):
+        for batch in read:
             mask, _ = rule(batch)
             if bool(mask.any()):
                 subject.model.base_model(**inputs_of(batch))

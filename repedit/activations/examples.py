@@ -1,4 +1,4 @@
-"""The texts that drive each neuron hardest: what a person reads to say what a neuron is about."""
+"""Max-activating examples: the tokens with the largest activation of each neuron, with the text around them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from repedit.sites import Site
 
 @dataclass(frozen=True)
 class Example:
-    """A token that drives a neuron, with the text around it."""
+    """A token that activates a neuron, with the text around it."""
 
     before: str
     token: str
@@ -36,15 +36,15 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Examples(Mapping[Site, Float[Tensor, "k d"]]):
-    """The k strongest tokens of every neuron of some sites, the strongest first, each from another chunk of the corpus."""
+    """The k strongest tokens of every neuron of some sites, in descending order, each from another chunk of the corpus."""
 
     activations: Mapping[Site, Float[Tensor, "k d"]]
     """z of each, with its sign; nan where the corpus has fewer chunks."""
     rows: Mapping[Site, Int[Tensor, "k d"]]
-    """The chunk each stands in; -1 where there is none."""
+    """The chunk that holds each; -1 where there is none."""
     positions: Mapping[Site, Int[Tensor, "k d"]]
     chunks: tuple[tuple[int, ...], ...]
-    """Token ids of what was read, without padding."""
+    """Token ids of every chunk, without padding."""
     tokenizer: Any
     corpus: str
 
@@ -62,18 +62,20 @@ class Examples(Mapping[Site, Float[Tensor, "k d"]]):
         return len(self.activations)
 
     def of(self, site: Site | str, neuron: int, *, context: int = 8) -> tuple[Example, ...]:
-        """The examples of one neuron, with so many tokens on either side.
+        """The examples of one neuron, with up to `context` tokens on either side.
 
         Raises:
-            UnknownSite: if no examples were kept at the site. ArgumentError: if it has no such neuron.
+            UnknownSite: if there are no examples of the site. ArgumentError: if it has no such neuron.
         """
         site = Site.parse(site)
         if site not in self.activations:
             raise UnknownSite(f"no examples were kept at {site}; there are some at {', '.join(map(str, self))}")
         if not 0 <= neuron < self[site].shape[1]:
             raise ArgumentError(f"{site} has neurons 0..{self[site].shape[1] - 1}, not {neuron}")
-        found = (values[site][:, neuron].tolist() for values in (self.activations, self.rows, self.positions))
-        return tuple(self._example(value, row, at, context) for value, row, at in zip(*found, strict=True) if row >= 0)
+        columns = (values[site][:, neuron].tolist() for values in (self.activations, self.rows, self.positions))
+        return tuple(
+            self._example(value, row, at, context) for value, row, at in zip(*columns, strict=True) if row >= 0
+        )
 
     def _example(self, value: float, row: int, at: int, context: int) -> Example:
         ids = self.chunks[row]
@@ -93,59 +95,59 @@ def max_activating(
     limit_tokens: int | None = None,
     progress: bool | None = None,
 ) -> Examples:
-    """For every neuron the tokens of largest |z|, at most one a chunk, in one pass; memory grows with neurons, not tokens.
+    """The tokens of largest |z| for every neuron, at most one in each chunk.
 
-    Counted tokens are those of `collect`.
+    One pass over the corpus; memory grows with the number of neurons, not of tokens. Tokens are counted as in `collect`.
 
     Args:
-        count: how many to keep a neuron.
+        count: number of examples for each neuron.
         limit_tokens: stop after the batch that reaches this many counted tokens.
     Raises:
         ArgumentError: if a site holds expert neurons, which see different tokens each, or count is below 1.
         NotEnoughRows: if no token counts.
     """
     check_whole(limit_tokens=limit_tokens)
-    chosen, plan = subject.select(sites), subject.layout
-    routed = [s for s in chosen if s.point.endswith("neurons") and plan.branch(s.layer, s.point).routed]
+    chosen, layout = subject.select(sites), subject.layout
+    routed = [s for s in chosen if s.point.endswith("neurons") and layout.branch(s.layer, s.point).routed]
     if routed:
         raise ArgumentError(f"{routed[0]} holds expert neurons, which see different tokens each; name other sites")
     if count < 1:
         raise ArgumentError(f"count={count}; keep at least 1 example a neuron")
-    rule, best, counted = CountingRule(subject.need_tokenizer(), False, False, None), _Best(count), 0
-    hooks = [h for s in chosen for h in hooks_at(subject.model, plan, s, best.visit(s), replaces=False)]
+    tokenizer, rule, best, counted = subject.need_tokenizer(), CountingRule(subject), _StrongestTokens(count), 0
+    hooks = [h for s in chosen for h in hooks_at(subject.model, layout, s, best.hook_function(s), replaces=False)]
     with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
         for batch in batches(subject, corpus, length, batch_size, progress, "examples"):
             mask, _ = rule(batch)
-            best.begin(mask, batch.attention_mask)
+            best.start_batch(mask, batch.attention_mask)
             subject.model.base_model(**inputs_of(batch))
-            pairs = zip(batch.input_ids, batch.attention_mask, strict=True)
-            best.chunks += [tuple(ids[seen].tolist()) for ids, seen in pairs]
+            rows = zip(batch.input_ids, batch.attention_mask, strict=True)
+            best.chunks += [tuple(ids[attended].tolist()) for ids, attended in rows]
             counted += int(mask.sum())
             if limit_tokens is not None and counted >= limit_tokens:
                 break
     if not counted:
         raise NotEnoughRows(f"corpus {corpus.name!r}: 0 tokens counted ({rule.describe()}); give longer text")
-    values, rows, places = ({site: best.kept[site][part].cpu() for site in chosen} for part in range(3))
-    return Examples(values, rows, places, tuple(best.chunks), subject.tokenizer, corpus.name)
+    values, chunks, positions = ({site: best.by_site[site][part].cpu() for site in chosen} for part in range(3))
+    return Examples(values, chunks, positions, tuple(best.chunks), tokenizer, corpus.name)
 
 
-class _Best:
-    """The strongest tokens so far: activation, row and position of each, (k, d) a site."""
+class _StrongestTokens:
+    """The strongest tokens so far: activation, chunk and position of each, (k, d) for every site."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.kept: dict[Site, tuple[Tensor, ...]] = {}
+        self.by_site: dict[Site, tuple[Tensor, ...]] = {}
         self.chunks: list[tuple[int, ...]] = []
         self.mask = self.position = torch.empty(0)
 
-    def begin(self, mask: Bool[Tensor, "b t"], attention: Bool[Tensor, "b t"]) -> None:
-        """Another batch; positions are counted without padding."""
+    def start_batch(self, mask: Bool[Tensor, "b t"], attention: Bool[Tensor, "b t"]) -> None:
+        """Set the masks of the next batch; positions are counted without padding."""
         self.mask, self.position = mask, attention.cumsum(1) - 1
 
-    def visit(self, site: Site) -> Callable[..., None]:
-        """What a hook at the site does with the tensor it sees."""
+    def hook_function(self, site: Site) -> Callable[..., None]:
+        """The function that a hook calls with the tensor at the site."""
 
-        def look(x: Tensor, _part: slice, _tokens: Tensor | None) -> None:
+        def visit(x: Tensor, _part: slice, _tokens: Tensor | None) -> None:
             mask = self.mask.to(x.device)
             z = x.reshape(*mask.shape, -1)  # OPT flattens its tokens before the MLP
             at = z.abs().masked_fill(~mask[..., None], -1).argmax(1)
@@ -156,11 +158,12 @@ class _Best:
             position = self.position.to(x.device).gather(1, at)
             self._keep(site, values.masked_fill(~some, torch.nan), rows[:, None].where(some, -1), position)
 
-        return look
+        return visit
 
     def _keep(self, site: Site, values: Tensor, rows: Tensor, positions: Tensor) -> None:
-        found: tuple[Tensor, ...] = (values, rows.expand_as(values), positions)
-        if site in self.kept:
-            found = tuple(torch.cat(pair) for pair in zip(self.kept[site], found, strict=True))
-        best = found[0].abs().nan_to_num(nan=-1.0).topk(min(self.count, len(found[0])), dim=0).indices
-        self.kept[site] = tuple(part.gather(0, best) for part in found)
+        candidates: tuple[Tensor, ...] = (values, rows.expand_as(values), positions)
+        if site in self.by_site:
+            candidates = tuple(torch.cat(pair) for pair in zip(self.by_site[site], candidates, strict=True))
+        sizes = candidates[0].abs().nan_to_num(nan=-1.0)
+        strongest = sizes.topk(min(self.count, len(sizes)), dim=0).indices
+        self.by_site[site] = tuple(part.gather(0, strongest) for part in candidates)

@@ -1,4 +1,4 @@
-"""Forward passes over a corpus: batches on the device of the model, less memory where it does not suffice, and the loss."""
+"""Forward passes over a corpus: batches on the device of the model, smaller ones when memory runs out, and the loss."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from repedit.data import Batch, Batches, Corpus, Facts, Rows
 from repedit.errors import DataError, RepeditError, check_whole, during
 from repedit.models.subject import Subject
 
-# --- Less at a time where memory does not suffice
-
-
 T = TypeVar("T")
+
+# --- Smaller batches when memory runs out
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine had no more memory; a size that repedit itself refuses is another thing."""
+    """Whether the machine ran out of memory; errors that repedit raises itself do not count."""
     if isinstance(error, RepeditError):
         return False
     # On a CPU torch raises a plain RuntimeError.
@@ -33,10 +32,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def retry_with_smaller_batch(run: Callable[[int], T], size: int) -> tuple[T, int]:
-    """(run(size), size), with half the size for as long as memory does not suffice.
+    """(run(size), size), where the size is halved until memory suffices.
 
     Raises:
-        Exception: what `run` raised, if memory does not suffice for a size of 1 either, or if it was something else.
+        Exception: the error of `run`, if memory does not suffice for a size of 1 either or the error is another one.
     """
     while True:
         try:
@@ -47,16 +46,16 @@ def retry_with_smaller_batch(run: Callable[[int], T], size: int) -> tuple[T, int
         size //= 2
 
 
-# --- Feeding a corpus through a model: batches on its device, what its forward takes, the loss of its predictions
+# --- Feeding a corpus to a model
 
 
 def batches(
     subject: Subject, corpus: Batches, length: int, batch_size: int, progress: bool | None, label: str
 ) -> Iterator[Batch]:
-    """The batches of a corpus on the subject's device, with a progress bar where the output is a terminal.
+    """The batches of a corpus on the device of the model, with a progress bar if the output is a terminal.
 
     Raises:
-        ArgumentError: if the length or the batch size is no whole number of at least 1.
+        ArgumentError: if the length or the batch size is not an integer of at least 1.
     """
     check_whole(length=length, batch_size=batch_size)
     items = list(batches_of(subject, corpus, length=length, batch_size=batch_size))
@@ -68,7 +67,7 @@ def batches(
 
 
 def batches_of(subject: Subject, corpus: Batches, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
-    """The batches of a corpus in the tokens of a model, each checked before the model reads it.
+    """The batches of a corpus in the tokens of a model, each checked before it is used.
 
     Raises:
         ArgumentError: if the corpus is text and the model has no tokenizer.
@@ -77,19 +76,19 @@ def batches_of(subject: Subject, corpus: Batches, *, length: int = 128, batch_si
     tokenizer = subject.need_tokenizer() if isinstance(corpus, Corpus | Rows | Facts) else subject.tokenizer
     for batch in corpus.batches(tokenizer, length=length, batch_size=batch_size):
         ids, mask = batch.input_ids, batch.attention_mask
-        whole = not ids.numel() or bool(mask[:, 0].all())
+        unpadded_left = not ids.numel() or bool(mask[:, 0].all())
         for row, name in enumerate(batch.document):
-            # Padding on the right takes up positions, on the left none; its ids go through the embedding on both sides.
-            size = ids.shape[1] if whole else int(mask[row].sum())
+            # Padding on the right takes up positions, on the left none; both kinds go through the embedding.
+            size = ids.shape[1] if unpadded_left else int(mask[row].sum())
             check_ids(subject, ids[row].tolist(), f"corpus {corpus.name!r}, row {name!r}", size=size)
         yield batch
 
 
 def check_ids(subject: Subject, ids: Sequence[int], where: str, *, size: int | None = None) -> None:
-    """Refuse token ids that the model has no embedding for, and more of them than it has positions.
+    """Refuse token ids without an embedding, and sequences longer than the model has positions.
 
     Args:
-        size: positions that are taken; None for as many as there are ids.
+        size: number of positions taken; the number of ids when None.
     Raises:
         DataError: with the first such id and its index, or both lengths.
     """
@@ -109,7 +108,7 @@ def check_ids(subject: Subject, ids: Sequence[int], where: str, *, size: int | N
 
 
 def max_positions(subject: Subject) -> int | None:
-    """How many positions the model has; None where any can be computed, as rotary ones are."""
+    """Number of positions of the model; None where positions are computed, as rotary ones are."""
     config = subject.model.config.get_text_config()
     if getattr(config, "rope_parameters", None):
         return None
@@ -117,24 +116,24 @@ def max_positions(subject: Subject) -> int | None:
 
 
 def inputs_of(batch: Batch) -> dict[str, Any]:
-    """What the forward pass of a model takes for a batch.
+    """The arguments of a model's forward pass for a batch.
 
-    Positions are spelled out where a row is padded on the left: GPT-2 and GPT-Neo would count the padding.
+    Position ids are given where a row is padded on the left: GPT-2 and GPT-Neo would count the padding.
     """
     mask = batch.attention_mask
-    found = {"input_ids": batch.input_ids, "attention_mask": mask.long(), "use_cache": False}
-    return found if bool(mask[:, 0].all()) else found | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": mask.long(), "use_cache": False}
+    return inputs if bool(mask[:, 0].all()) else inputs | {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x, with half types widened: log-probabilities of bfloat16 are coarse."""
+    """x, with half-precision types widened: log-probabilities in bfloat16 are coarse."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def loss_of(logits: Float[Tensor, "b t v"], batch: Batch, mask: Bool[Tensor, "b t"]) -> Float[Tensor, ""]:
     """Summed negative log-likelihood, each token predicted from the position before it.
 
-    The tokens are the answers where the batch marks them, else the counted ones.
+    The tokens are the answers if the batch marks them, and the counted tokens otherwise.
     """
     use = batch.attention_mask[:, :-1] & (mask if batch.answer is None else batch.answer)[:, 1:]
     picked = at_least_float32(logits[:, :-1][use]).log_softmax(-1)
@@ -142,5 +141,5 @@ def loss_of(logits: Float[Tensor, "b t v"], batch: Batch, mask: Bool[Tensor, "b 
 
 
 def note_batch_on_error(number: int) -> AbstractContextManager[None]:
-    """Say which batch failed; nothing is skipped."""
+    """Add the number of the batch to an error; no batch is skipped."""
     return during(f"batch {number}", f"in batch {number} of the corpus; no batch was skipped")

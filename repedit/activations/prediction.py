@@ -1,4 +1,4 @@
-"""How well a model predicts the next token of a text: what pruning is judged by."""
+"""Next-token predictions on a corpus, and the effect of an edit on them; pruning is evaluated by these."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from repedit.models.subject import Subject
 
 @dataclass(frozen=True)
 class Predictions:
-    """Next-token predictions by chunk of text; sums in float64."""
+    """Sums over the next-token predictions of each chunk of text."""
 
     ids: tuple[str, ...]
     count: NDArray[np.int64]
@@ -54,7 +54,7 @@ class Predictions:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean_loss); infinite where that is beyond the numbers of float64."""
+        """exp(mean_loss); infinite where float64 overflows."""
         with np.errstate(over="ignore"):
             return float(np.exp(self.mean_loss))
 
@@ -74,7 +74,7 @@ def predictions(
 
     Args:
         edit: an edit that is active during the pass.
-        skip: token ids that are not counted as targets (the commonest tokens, say).
+        skip: token ids that are not counted as targets, such as the most common tokens.
         limit_tokens: stop after the batch that reaches this many predictions.
     Raises:
         ArgumentError: if a number is below 1.
@@ -88,7 +88,7 @@ def predictions(
         for number, batch in enumerate(batches(subject, corpus, length, batch_size, progress, "predict")):
             with note_batch_on_error(number):
                 logits = subject.model(**inputs_of(batch)).logits
-                rows += [_predicted(logits[i], batch, i, skip) for i in range(len(batch.document))]
+                rows += [_chunk_sums(logits[i], batch, i, skip) for i in range(len(batch.document))]
             ids += batch.document
             if limit_tokens is not None and sum(row[0] for row in rows) >= limit_tokens:
                 break
@@ -98,9 +98,10 @@ def predictions(
     return Predictions(tuple(ids), np.array(count), np.array(hits), np.array(hits10), np.array(loss))
 
 
-def _predicted(
+def _chunk_sums(
     logits: Float[Tensor, "t v"], batch: Batch, row: int, skip: set[int] | None
 ) -> tuple[int, int, int, float]:
+    """(count, hits, hits10, loss) of one chunk."""
     mask, ids = batch.attention_mask[row], batch.input_ids[row]
     use = mask[:-1] & mask[1:]
     targets = ids[1:][use]
@@ -121,22 +122,22 @@ def _predicted(
 
 @dataclass(frozen=True)
 class Effect:
-    """What an edit did to one set of texts: relative change of top-1 accuracy, with a paired bootstrap interval."""
+    """The effect of an edit on one set of texts: relative drop of top-1 accuracy, with a paired bootstrap interval."""
 
     drop: float
     """100 (1 - edited / original), per cent; NaN where the original predicts nothing right."""
     low: float
     high: float
-    """Of the 95 % interval; both NaN where the original predicts nothing right in a resample."""
+    """Bounds of the 95 % interval; both NaN where the original predicts nothing right in a resample."""
     loss_rise: float
-    """Nats a token."""
+    """In nats per token."""
 
     def __str__(self) -> str:
         return f"drop {self.percentage}, loss {self.loss_rise:+.2f} nats a token"
 
     @property
     def percentage(self) -> str:
-        """The drop with its interval, in words where it is not defined."""
+        """The drop with its interval, or the reason why one is not defined."""
         if math.isnan(self.drop):
             return "not defined: nothing was right before the edit"
         interval = "interval not defined: too little was right before the edit"
@@ -165,7 +166,7 @@ def effect(original: Predictions, edited: Predictions, *, resamples: int = 1000,
 
 
 def drop(original: Predictions, edited: Predictions) -> float:
-    """Relative drop of top-1 accuracy in per cent: 100 (1 - edited / original); NaN where the original has none right."""
+    """Relative drop of top-1 accuracy in per cent, 100 (1 - edited / original); NaN where the original has none right."""
     check_same_chunks(original, edited)
     return 100 * (1 - edited.top1 / original.top1) if original.top1 else math.nan
 

@@ -1,1 +1,1 @@
-"""The inner loops: their meaning in plain torch, the kernels that do the same faster, and the choice between them."""
+"""The inner loops: reference implementations in plain torch, Triton kernels, and the choice between them."""

@@ -1,4 +1,4 @@
-"""Which implementation runs, and why: every caller outside this room comes through here.
+"""Which implementation runs, and why; callers outside this package use these functions.
 
 `choose` looks at device, dtype and shape alone, so its answer is the same for every batch of a site and is cached.
 """
@@ -34,20 +34,20 @@ def choose(
     """The implementation for a basis of `shape` (d, k) and the reason: "reference", "resident", "two_sweeps" or "split".
 
     Args:
-        rows: rows of the input, where known; very small inputs are left to the reference.
-        want: an implementation by name instead of "auto".
+        rows: number of rows of the input, if known; the reference handles very small inputs.
+        want: the name of an implementation, or "auto".
     Raises:
-        KernelUnavailable: if the implementation asked for cannot run here.
+        KernelUnavailable: if the requested implementation cannot run here.
         UnknownName: if there is no such implementation.
     """
     small = rows is not None and rows * shape[0] < MIN_ELEMENTS
-    # A compiler traces through; it warns at a cache.
-    decide = _decided if torch.compiler.is_compiling() else _chosen
+    # torch.compile traces through the function, and warns about a cache.
+    decide = _choose if torch.compiler.is_compiling() else _cached_choice
     return decide(torch.device(device), dtype, (shape[0], shape[1]), small, want)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast disabled on the device of x: products are computed in the dtype they are written in."""
+    """A context without autocast on the device of x, so that products are computed in the dtype in which they are written."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -82,7 +82,7 @@ def right(w: Tensor, u: Tensor, v: Tensor, *, out: Tensor | None = None) -> Tens
     _check(w, u, v, "the weight", 1)
     _check_out(w, out)
     name, _ = choose(w.device, w.dtype, (u.shape[0], u.shape[1]), rows=w.shape[0])
-    if name == "reference" or (out is None and reference.recorded(w, u, v)):
+    if name == "reference" or (out is None and reference.is_traced(w, u, v)):
         with full_precision(w):
             return reference.right(w, u, v, out=out)
     from repedit.kernels import triton_project
@@ -100,25 +100,25 @@ def activity(
         ArgumentError: if the mask holds anything but 0 and 1.
         DtypeError, DeviceError: if a dtype is not supported, or tensors are on different devices.
     """
-    marks = _marks(z, mask, grad, shift)
+    selected = _boolean_mask(z, mask, grad, shift)
     name, _ = choose_activity(z.device, z.dtype, z.numel())
     if name == "reference":
         with full_precision(z):
-            return reference.activity(z, marks, grad, shift)
+            return reference.activity(z, selected, grad, shift)
     from repedit.kernels import triton_activity
 
-    return triton_activity.activity(z, marks, grad, shift)
+    return triton_activity.activity(z, selected, grad, shift)
 
 
 def choose_activity(device: torch.device | str, dtype: torch.dtype, elements: int) -> tuple[str, str]:
     """The implementation of `activity` ("reference" or "one_pass") and the reason."""
-    reason = _unfit(torch.device(device), dtype)
+    reason = _why_not(torch.device(device), dtype)
     if reason is None and elements < MIN_ELEMENTS:
         reason = f"fewer than {MIN_ELEMENTS} elements: a kernel takes longer to start"
     return ("one_pass", "one masked pass over the rows") if reason is None else ("reference", reason)
 
 
-def _decided(
+def _choose(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int], small: bool, want: str
 ) -> tuple[str, str]:
     if want not in CHOICES:
@@ -126,32 +126,35 @@ def _decided(
     width, rank = shape
     if want == "reference":
         return "reference", "asked for"
-    reason = _unfit(device, dtype)
+    reason = _why_not(device, dtype)
     if reason is None and rank == 0:
         reason = "rank 0: nothing to remove"
     if reason is None and rank > MAX_RANK:
         reason = f"rank {rank} is above {MAX_RANK}: two matrix products are as fast"
     if reason is None and small and want == "auto":
         reason = f"fewer than {MIN_ELEMENTS} elements: a kernel takes longer to start"
-    plan = None if reason else tile(width, rank, dtype.itemsize, want, major=_capability(device)[0])
-    if plan is not None:
-        return plan.tiling, f"width {width}, rank {rank}: {plan.rows} rows a program, {WHY[plan.tiling]}"
+    chosen_tile = None if reason else tile(width, rank, dtype.itemsize, want, major=_capability(device)[0])
+    if chosen_tile is not None:
+        return (
+            chosen_tile.tiling,
+            f"width {width}, rank {rank}: {chosen_tile.rows} rows a program, {_TILING_REASONS[chosen_tile.tiling]}",
+        )
     reason = reason or f"rows of {width} elements of {dtype} at rank {rank} do not fit the registers"
     if want == "auto":
         return "reference", reason
     raise KernelUnavailable(f"{want!r} cannot run on {device}: {reason}; use want='auto'")
 
 
-_chosen = lru_cache(maxsize=1024)(_decided)
+_cached_choice = lru_cache(maxsize=1024)(_choose)
 
-WHY = {
+_TILING_REASONS = {
     "resident": "kept in registers, read once",
     "two_sweeps": "read twice by the same program",
     "split": "two kernels, any width and rank",
 }
 
 
-def _unfit(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no kernel runs for this device and dtype, or None."""
     if device.type != "cuda":
         return f"{device.type} tensors: blocked torch code"
@@ -183,7 +186,7 @@ def _check(x: Tensor, u: Tensor, v: Tensor, name: str, axis: int) -> None:
         )
     if u.dtype != v.dtype:
         raise DtypeError(f"u is {u.dtype} and v is {v.dtype}; give both in one dtype")
-    _same(x, name, u=u, v=v)
+    _check_dtypes_and_devices(x, name, u=u, v=v)
 
 
 def _check_center(x: Tensor, u: Tensor, center: Tensor | None, residual: Tensor | None) -> None:
@@ -196,7 +199,7 @@ def _check_center(x: Tensor, u: Tensor, center: Tensor | None, residual: Tensor 
         raise ShapeError(f"residual {tuple(residual.shape)} must have the shape of x, {tuple(x.shape)}")
     if residual is not None and residual.dtype != x.dtype:
         raise DtypeError(f"residual is {residual.dtype} and x is {x.dtype}; give both in one dtype")
-    _same(x, "x", center=center, residual=residual)
+    _check_dtypes_and_devices(x, "x", center=center, residual=residual)
 
 
 def _check_out(w: Tensor, out: Tensor | None) -> None:
@@ -214,13 +217,13 @@ def _check_out(w: Tensor, out: Tensor | None) -> None:
 
 
 def _extent(w: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of w and of the one after its last."""
-    reach = sum((size - 1) * stride for size, stride in zip(w.shape, w.stride(), strict=True)) + 1
-    return w.data_ptr(), w.data_ptr() + reach * w.element_size()
+    """Addresses of the first byte of w and of the byte after its last."""
+    elements = sum((size - 1) * stride for size, stride in zip(w.shape, w.stride(), strict=True)) + 1
+    return w.data_ptr(), w.data_ptr() + elements * w.element_size()
 
 
-def _same(x: Tensor, name: str, **others: Tensor | None) -> None:
-    """Every tensor in a supported dtype and on the device of x."""
+def _check_dtypes_and_devices(x: Tensor, name: str, **others: Tensor | None) -> None:
+    """Check that every tensor has a supported dtype and is on the device of x."""
     for other, tensor in {name: x, **others}.items():
         if tensor is None:
             continue
@@ -230,17 +233,19 @@ def _same(x: Tensor, name: str, **others: Tensor | None) -> None:
             raise DeviceError(f"{name} is on {x.device}, {other} is on {tensor.device}; move one of them")
 
 
-def _marks(z: Tensor, mask: Tensor | None, grad: Tensor | None, shift: Tensor | None) -> Tensor:
-    """The mask as booleans, one a row."""
-    _same(z, "z", grad=grad, shift=shift)
+def _boolean_mask(z: Tensor, mask: Tensor | None, grad: Tensor | None, shift: Tensor | None) -> Tensor:
+    """The mask as booleans, one for each row, after checks of all arguments."""
+    _check_dtypes_and_devices(z, "z", grad=grad, shift=shift)
     if grad is not None and grad.shape != z.shape:
         raise ShapeError(f"grad {tuple(grad.shape)} must have the shape of the activations, {tuple(z.shape)}")
     if shift is not None and shift.shape != z.shape[1:]:
-        raise ShapeError(f"shift {tuple(shift.shape)} must be one number a neuron, {tuple(z.shape[1:])}")
+        raise ShapeError(f"shift {tuple(shift.shape)} must hold one number for each neuron, {tuple(z.shape[1:])}")
     if mask is None:
         return torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
     if mask.shape != z.shape[:1]:
-        raise ShapeError(f"mask {tuple(mask.shape)} must hold one mark a row of the activations, ({z.shape[0]},)")
+        raise ShapeError(
+            f"mask {tuple(mask.shape)} must hold one value for each row of the activations, ({z.shape[0]},)"
+        )
     if mask.device != z.device:
         raise DeviceError(f"z is on {z.device}, mask is on {mask.device}; move one of them")
     if mask.dtype != torch.bool:

@@ -1,7 +1,7 @@
 """What each kernel computes, in plain torch: any device, any floating dtype.
 
-`project`, `left` and `right` are one low-rank update of rows, y = r - ((r - c) V) U^T, taken in blocks of rows that
-stay in cache, so no temporary of the size of the tensor is made. With gradients they are the formula as it stands.
+`project`, `left` and `right` are one low-rank update of rows, y = r - ((r - c) V) U^T, computed in blocks of
+rows that stay in cache, so no temporary of the size of the tensor is made. Under autograd the formula is computed as is.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# Rows a block: |z| and z^2 of a block stay in cache. 1024 x 1536 float32 on one core: 1.4 ms at 128 rows,
+# Rows of a block: |z| and z^2 of a block stay in cache. 1024 x 1536 float32 on one core: 1.4 ms at 128 rows,
 # 1.6 at 64, 2.1 at 32; four plain masked reductions over the whole tensor cost 12.7 ms.
 BLOCK = 128
 # Rows summed in float32 before they are added to float64.
 PARTIAL = 4096
 # Elements of a block of rows in `project`: 1 MiB of float32 in a CPU's second-level cache; elsewhere 64 MiB, so that
-# each step is long beside its start.
+# the work of a step outweighs its launch.
 BLOCK_ELEMENTS = 2**18
 DEVICE_ELEMENTS = 2**24
 
@@ -33,13 +33,13 @@ def project(
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     u, v = u.to(work), v.to(work)
     center = None if center is None else center.to(work)
-    if recorded(x, u, v, center, residual):
+    if is_traced(x, u, v, center, residual):
         wide = x.to(work)
         y = wide - ((wide if center is None else wide - center) @ v) @ u.T
         return (y if residual is None else y + residual.to(work)).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(rows.shape)
-    return _rows(rows, u, v, center, added, None).reshape(x.shape)
+    return _project_rows(rows, u, v, center, added, None).reshape(x.shape)
 
 
 def left(
@@ -61,20 +61,20 @@ def right(
     out: Float[Tensor, "o d"] | None = None,
 ) -> Float[Tensor, "o d"]:
     """W - (W U) V^T, a block of rows at a time; `out=w` rewrites in place."""
-    if out is None and recorded(w, u, v):
+    if out is None and is_traced(w, u, v):
         return project(w, v, u)
     work = torch.float64 if w.dtype == torch.float64 else torch.float32
-    return _rows(w, v.to(work), u.to(work), None, None, out)
+    return _project_rows(w, v.to(work), u.to(work), None, None, out)
 
 
-def recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd or a compiler follows the computation, which writes into blocks would disturb."""
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether autograd or a compiler records the computation, in which case no block may be written in place."""
     if torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _rows(
+def _project_rows(
     x: Tensor, u: Tensor, v: Tensor, center: Tensor | None, residual: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """x - ((x - center) V) U^T (+ residual), in the dtype of u inside; a block is read before it is written.
@@ -85,19 +85,19 @@ def _rows(
     block = max(elements // max(x.shape[1], 1), 64)
     out = torch.empty_like(x) if out is None else out
     if x.shape[0] <= block and x.dtype == u.dtype:
-        return _block(x, u, v, center, residual, out)
+        return _project_block(x, u, v, center, residual, out)
     for start in range(0, x.shape[0], block):
         rows = slice(start, start + block)
         part, target = x[rows].to(u.dtype), out[rows]
         added = None if residual is None else residual[rows]
         if target.dtype == u.dtype:
-            _block(part, u, v, center, added, target)
+            _project_block(part, u, v, center, added, target)
         else:
-            target.copy_(_block(part, u, v, center, added, part))
+            target.copy_(_project_block(part, u, v, center, added, part))
     return out
 
 
-def _block(
+def _project_block(
     x: Tensor, u: Tensor, v: Tensor, center: Tensor | None, residual: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     t = (x if center is None else x - center) @ v
@@ -121,7 +121,7 @@ def activity(
     gxa_abs = sum |z g|, gxa = sum z g, gxa_square = sum (z g)^2, grad = sum g.
 
     Each sum is a vector-matrix product with the mask on a block that stays in cache. Rows outside the mask may hold
-    NaN: a product 0 * NaN is seen in the result, and those rows are then cut out and the sums taken again.
+    NaN: a product 0 * NaN shows in the result, and the sums are then taken again without those rows.
     """
     names = ["total", "abs", "square", "positive"] + (
         ["gxa_abs", "gxa", "gxa_square", "grad"] if grad is not None else []
@@ -130,14 +130,14 @@ def activity(
     sums = torch.zeros(len(names), z.shape[1], dtype=torch.float64, device=z.device)
     for start in range(0, z.shape[0], PARTIAL):
         rows = slice(start, start + PARTIAL)
-        sums += _partial(z[rows], mask[rows], None if grad is None else grad[rows], shift, len(names), work)
+        sums += _partial_sums(z[rows], mask[rows], None if grad is None else grad[rows], shift, len(names), work)
     if not bool(mask.all()) and not bool(torch.isfinite(sums).all()):
         kept = None if grad is None else grad[mask]
         return activity(z[mask], torch.ones_like(mask[mask]), kept, shift)
     return dict(zip(names, sums, strict=True))
 
 
-def _partial(
+def _partial_sums(
     z: Tensor, mask: Tensor, grad: Tensor | None, shift: Tensor | None, count: int, work: torch.dtype
 ) -> Tensor:
     sums = torch.zeros(count, z.shape[1], dtype=work, device=z.device)

@@ -1,12 +1,12 @@
 """The dispatch table of the low-rank kernel: which tiling, and how large a tile, for each width, rank and card.
 
 resident    A: a block of rows stays in registers between its two products; x is read once.
-two_sweeps  B: a program reads its rows twice and hopes that the second read hits the L2 cache.
+two_sweeps  B: a program reads its rows twice; the second read usually hits the L2 cache.
 split       C: two kernels, t = x V and y = x - t U^T; x is read twice; any width and rank.
 
 A is chosen while its rows fit the registers without a spill (bench/results/kernels-compiled.json) and while reading U
-and V once a program stays below the traffic of x. The choice rests on counted bytes: no row of the table has been timed
-on a GPU.
+and V once in each program is less traffic than reading x. The choice follows from counted bytes: no row of the table has
+been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 TILINGS = ("resident", "two_sweeps", "split")
 MAX_RANK = 256
-# Fewer elements than this are done before a kernel has started.
+# The reference finishes fewer elements than this before a kernel has started.
 MIN_ELEMENTS = 2**16
 
 
@@ -88,13 +88,13 @@ def tile(width: int, rank: int, itemsize: int, want: str = "auto", *, major: int
     """The tile for rows of `width` elements, or None where tiling `want` does not exist for them.
 
     Args:
-        major: the card's compute capability; one that is not in the table is taken as its nearest older neighbour.
+        major: major compute capability of the device; one that is not in the table uses the nearest older one.
     """
-    size, known = padded(rank), [8, *(m for m in (9, 10, 12) if m <= major)][-1]
+    size, capability = padded(rank), [8, *(m for m in (9, 10, 12) if m <= major)][-1]
     tilings = ("resident", "split") if want == "auto" else (want,)
     for tiling in tilings:
         for fit in (RESIDENT if tiling == "resident" else STREAMED).get(itemsize, ()):
-            if width <= fit.width and size <= fit.rank and known in fit.majors:
+            if width <= fit.width and size <= fit.rank and capability in fit.majors:
                 stages = 1 if tiling == "resident" else 3
                 return Tile(tiling, fit.rows, fit.columns, size, fit.warps, stages)
     return None

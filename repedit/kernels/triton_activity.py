@@ -1,6 +1,6 @@
 """One masked pass over activations: every sum of `reference.activity` from a single read of z (and of its gradient).
 
-A program owns BC neurons and one run of rows, taken BN at a time into float32 lane sums (BN, BC); its partial sums go
+A program handles BC neurons and one range of rows, BN at a time into float32 lane sums (BN, BC); its partial sums go
 to (groups, sums, f), and those are added in float64. There are no atomics, so two runs give the same bits.
 """
 
@@ -8,7 +8,7 @@ to (groups, sums, f), and those are added in float64. There are no atomics, so t
 
 from __future__ import annotations
 
-# Decorators that check types, such as an import hook of tests adds, would hide a kernel's globals from triton.
+# Type-checking decorators, such as those of an import hook of the tests, would hide a kernel's globals from triton.
 from typing import no_type_check
 
 import torch
@@ -20,7 +20,7 @@ NAMES = ("total", "abs", "square", "positive", "gxa_abs", "gxa", "gxa_square", "
 BN, BC = 16, 128
 # Rows a program sums in float32 before float64, as in the reference.
 PARTIAL = 4096
-# Programs a processor: enough to hide latency, few enough that the partial sums stay small.
+# Programs for each processor: enough to hide latency, few enough that the partial sums stay small.
 PROGRAMS = 4
 
 

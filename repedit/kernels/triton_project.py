@@ -1,9 +1,13 @@
 """The low-rank kernel in its three tilings, and its launchers: forward, gradients, and the weight rewrite."""
 
+# mypy: disable-error-code="import-untyped, import-not-found"
+
 from __future__ import annotations
 
 import os
 from functools import cache
+
+# Type-checking decorators, such as those of an import hook of the tests, would hide a kernel's globals from triton.
 from typing import Any, no_type_check
 
 import torch
@@ -14,17 +18,15 @@ from torch import Tensor
 from repedit.errors import KernelUnavailable
 from repedit.kernels.tiles import Tile, tile
 
-# --- The low-rank kernel in its three tilings: y = x - t U^T (+ residual) with t = x V - c
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Rows of a block in the products of the backward pass: sums of 4096 rows in float32, which are then added.
+ROWS = 4096
+
+# --- The kernels: y = x - t U^T (+ residual) with t = x V - c
 #
 # Every operand has its own strides: no layout is assumed and nothing is copied. U and V keep their dtype in memory and
 # are rounded to that of x in registers; products are summed in float32, residuals added in float32. There are no
 # atomics, so two runs give the same bits. UPCAST makes every product a float32 one: the interpreter has no bfloat16.
-
-
-# mypy: disable-error-code="import-untyped, import-not-found"
-
-
-# Decorators that check types, such as an import hook of tests adds, would hide a kernel's globals from triton.
 
 
 @triton.jit
@@ -163,7 +165,7 @@ def split_apply(
     _write(y, residual_ptr, out_ptr, rows, columns[None, :], n, d, srn, srd, son, sod, RESIDUAL)
 
 
-# --- Launch the low-rank kernel: forward, gradients, and the weight rewrite that is the same kernel
+# --- Launchers: forward, gradients, and the weight rewrite, which is the same kernel
 #
 # The kernel path is one custom operator with a fake implementation and registered gradients, so torch.compile sees no
 # graph break. With t = x V - c and the gradient g of y:
@@ -172,14 +174,6 @@ def split_apply(
 #
 # and c = center V carries the rest: dV gains center (dc)^T, which makes it -(x - center)^T (g U). Saved are x (n, d),
 # only where V asks for a gradient, and t (n, k), only where U does; the products run over blocks of rows in float32.
-
-
-# mypy: disable-error-code="import-untyped, import-not-found"
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Rows of a block in the products of the backward pass: 4096 rows summed in float32, blocks added up.
-ROWS = 4096
 
 
 def project(
@@ -196,10 +190,10 @@ def project(
     Raises:
         KernelUnavailable: if the tiling does not exist for this width, rank and dtype.
     """
-    # Leading axes that do not collapse into one stride (a slice of positions, say) cost a copy here.
+    # Leading axes that do not collapse into one stride, as in a slice of positions, cost a copy here.
     rows = x.reshape(-1, x.shape[-1])
     added = None if residual is None else residual.reshape(rows.shape)
-    # V as the kernel sees it: with another rounding, c would differ from m V by 2^-9 of the mean in bfloat16.
+    # V is rounded as in the kernel: with another rounding, c would differ from m V by 2^-9 of the mean in bfloat16.
     c = None if center is None else center.float() @ v.to(x.dtype).float()
     save = torch.is_grad_enabled() and u.requires_grad
     out, _ = _project(rows, u, v, c, added, tiling, save)
@@ -219,15 +213,15 @@ def tile_for(x: Tensor, u: Tensor, tiling: str = "auto") -> Tile:
     Raises:
         KernelUnavailable: if the tiling does not exist for them.
     """
-    found = tile(x.shape[-1], u.shape[1], x.element_size(), tiling, major=major_capability(x.device))
-    if found is None:
+    chosen = tile(x.shape[-1], u.shape[1], x.element_size(), tiling, major=major_capability(x.device))
+    if chosen is None:
         raise KernelUnavailable(
             f"{tiling!r} does not exist for rows of {x.shape[-1]} elements of {x.dtype} at rank {u.shape[1]}; use 'auto'"
         )
-    return found
+    return chosen
 
 
-# Spelled out: read from annotations it could not be under decorators that check types.
+# Given explicitly, because type-checking decorators hide the annotations.
 SCHEMA = "(Tensor x, Tensor u, Tensor v, Tensor? c, Tensor? residual, str tiling, bool save) -> (Tensor, Tensor)"
 
 
@@ -235,7 +229,7 @@ SCHEMA = "(Tensor x, Tensor u, Tensor v, Tensor? c, Tensor? residual, str tiling
 def _project(
     x: Tensor, u: Tensor, v: Tensor, c: Tensor | None, residual: Tensor | None, tiling: str, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """y and, if asked for, t in float32 (otherwise without rows)."""
+    """y and, with `save`, t in float32 (otherwise without rows)."""
     out, t = torch.empty_like(x), x.new_empty((x.shape[0] if save else 0, u.shape[1]), dtype=torch.float32)
     launch(x, u.to(x.dtype), v.to(x.dtype), c, residual, out, t if save else None, tile_for(x, u, tiling))
     return out, t
@@ -290,7 +284,7 @@ def launch(
     upcast: bool = INTERPRETED,
     precision: str = "ieee",
 ) -> None:
-    """Write y (n, d) into `out` and, where given, t (n, k) in float32; `out` may be x itself.
+    """Write y (n, d) to `out` and t (n, k), if given, in float32; `out` may be x itself.
 
     Args:
         precision: of float32 products; "tf32" is faster from rank 32 on and errs by 1e-3.
@@ -335,11 +329,11 @@ def launch(
 
 @cache
 def major_capability(device: torch.device) -> int:
-    """The card's compute capability; the interpreter takes the tiles of 9.0."""
+    """Major compute capability of the device; the interpreter uses the tiles of 9.0."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def split_count(device: torch.device, grid: int, chunks: int) -> int:
-    """Into how many parts the sum over the width is cut: enough programs for every processor, at most 8 parts."""
+    """Number of parts of the sum over the width: enough programs for every processor, at most 8 parts."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
     return max(1, min(8, chunks, processors // grid))

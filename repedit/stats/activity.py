@@ -1,6 +1,6 @@
-"""How active each neuron of a site is: a few float64 vectors, added to batch by batch and merged exactly.
+"""How active each neuron of a site is: a few float64 vectors, updated batch by batch, that merge exactly.
 
-Nothing of size tokens x width is kept, so data-parallel collection is one sum over workers.
+Nothing of size tokens x width is kept, so data-parallel collection is one all-reduce.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SHIFT_RATIO = 30.0
 class Activity:
     """Sums of neuron activations z over the counted tokens, and of z * dL/dz with gradients.
 
-    Every field is a float64 vector with one entry a neuron. `count` is a vector because an expert's neurons count
-    only the tokens routed to them. The first-position sums are kept apart: attention-sink neurons show there.
+    Every field is a float64 vector with one entry for each neuron. `count` is a vector because an expert's neurons
+    count only the tokens routed to them. First positions are summed separately: they reveal attention-sink neurons.
     """
 
     count: Float[Tensor, " d"]
@@ -81,7 +81,7 @@ class Activity:
         first: Bool[Tensor, ...] | None = None,
         at: slice = slice(None),
     ) -> Activity:
-        """Add the rows of x where `mask` is True, in place; `first` marks first positions, summed apart.
+        """Add the rows of x where `mask` is True, in place; `first` marks first positions, summed separately.
 
         Args:
             at: the neurons that x holds, for a site whose neurons arrive in parts (experts).
@@ -109,7 +109,7 @@ class Activity:
             raise ShapeError(f"cannot merge statistics of widths {self.width} and {other.width}; are they of one site?")
         if self.has_gradients != other.has_gradients:
             raise MissingStatistic(
-                "one statistic has gradient sums, the other has not; use collect(..., gradients=True) for both"
+                "one statistic has gradient sums, the other has none; use collect(..., gradients=True) for both"
             )
         a, b = self._about(self.shift), other._about(self.shift)
         merged: Any = {
@@ -122,26 +122,26 @@ class Activity:
         if ranks.size == 1:
             return self
         shift = ranks.of_first(torch.zeros_like(self.count) if self.shift is None else self.shift.clone())
-        mine = self._about(shift)
-        names = [name for name in mine.state() if name != "shift"]
-        sums = ranks.total(torch.stack([getattr(mine, name) for name in names]))
-        return replace(mine, shift=shift if bool(shift.any()) else None, **dict(zip(names, sums, strict=True)))
+        local = self._about(shift)
+        names = [name for name in local.state() if name != "shift"]
+        sums = ranks.total(torch.stack([getattr(local, name) for name in names]))
+        return replace(local, shift=shift if bool(shift.any()) else None, **dict(zip(names, sums, strict=True)))
 
     def cpu(self) -> Activity:
-        """The same values in main memory."""
+        """The same values on the CPU."""
         moved: Any = {name: None if value is None else value.cpu() for name, value in self._items()}
         return Activity(**moved)
 
     def state(self) -> dict[str, Tensor]:
-        """Every vector by its name, for a file."""
+        """Every vector by its name, as tensors for a file."""
         return {name: value for name, value in self._items() if value is not None}
 
     @staticmethod
     def of_state(state: Mapping[str, Tensor]) -> Activity:
-        """What `state` gave.
+        """The statistic with this state.
 
         Raises:
-            ShapeError: if the tensors are others.
+            ShapeError: if a tensor is missing, is unexpected, or has another shape.
         """
         check_state(state, {f.name: "d" for f in fields(Activity)}, {"shift", *GRADIENT_FIELDS})
         return Activity(**{f.name: state.get(f.name) for f in fields(Activity)})  # type: ignore[arg-type]

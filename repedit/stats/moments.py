@@ -1,4 +1,7 @@
-"""Mean and covariance of the rows at a site, alone or with labels and gradients: float64 sums that merge exactly."""
+"""Mean and covariance of the rows at a site, alone or with labels or gradients.
+
+Float64 sums, updated batch by batch, that merge exactly.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,6 @@ from torch import Tensor
 from repedit.distributed import Ranks
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, ShapeError
 
-# --- The rows of a tensor that a second-moment statistic counts, and what may go wrong with them
-
-
 # From this width on half a product beats a whole one on a CPU: of its time it takes 1.05 at width 128, 0.92 at 256,
 # 0.67 at 576, 0.53 at 1536 (1024 rows, one thread).
 TRIANGLE_WIDTH = 256
@@ -26,106 +26,7 @@ TRIANGLE_WIDTH = 256
 # instead of the 6e-2 (worst case) of float32 throughout.
 BLOCK = 4096
 
-
-def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, str], optional: Collection[str] = ()) -> None:
-    """Refuse tensors that are not those of a statistic.
-
-    Args:
-        shapes: the axes of every tensor, such as "d d"; an axis has one size everywhere.
-    Raises:
-        ShapeError: naming the tensor that is missing, is one too many, or has another shape.
-    """
-    odd = sorted((set(state) - set(shapes)) | (set(shapes) - set(state) - set(optional)))
-    if odd:
-        raise ShapeError(f"a statistic is made of {', '.join(shapes)}; {odd[0]!r} is missing, or is one too many")
-    sizes: dict[str, int] = {}
-    for name, value in state.items():
-        axes = shapes[name].split()
-        if len(axes) != value.ndim or any(sizes.setdefault(a, n) != n for a, n in zip(axes, value.shape, strict=True)):
-            raise ShapeError(
-                f"{name!r} of a statistic has shape {tuple(value.shape)}, expected ({shapes[name]}), {sizes}"
-            )
-
-
-def selected_rows(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> Float[Tensor, "n d"]:
-    """The rows where `mask` is True; the others may hold NaN, so they are cut out and not multiplied by zero.
-
-    Raises:
-        ShapeError: if x is not of this width, or the mask does not have its leading shape.
-    """
-    check_row_shape(x, mask, width)
-    rows = rearrange(x.detach(), "... d -> (...) d")
-    # Always cut, so that the same rows give the same bits wherever the padding is.
-    return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
-
-
-def check_row_shape(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> None:
-    """Refuse rows that do not fit a statistic.
-
-    Raises:
-        ShapeError: if x is not of this width, or the mask does not have its leading shape.
-    """
-    if x.shape[-1] != width:
-        raise ShapeError(f"the statistic has width {width}, the activations have width {x.shape[-1]}")
-    if mask is not None and mask.shape != x.shape[:-1]:
-        raise ShapeError(
-            f"mask {tuple(mask.shape)} must have the leading shape of the activations, {tuple(x.shape[:-1])}"
-        )
-
-
-def shift_of(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """The mean of the first block, rounded to float32 so that float32 rows are shifted by exactly the stored value."""
-    return rows[:BLOCK].double().mean(0).float().double()
-
-
-def subtract_shift(block: Float[Tensor, "n d"], shift: Float[Tensor, " d"]) -> Float[Tensor, "n d"]:
-    """block - shift, in float32, or in float64 where the block is."""
-    work = torch.float64 if block.dtype == torch.float64 else torch.float32
-    return block.to(work) - shift.to(work)
-
-
-def lower_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """X^T X, of which the lower triangle may be relied on; the rest may be 0 (a symmetric rank-n update does half)."""
-    if rows.device.type != "cpu" or rows.shape[1] < TRIANGLE_WIDTH:
-        return rows.T @ rows
-    from scipy.linalg import blas
-
-    update = blas.dsyrk if rows.dtype == torch.float64 else blas.ssyrk
-    # A row-major (n, d) is a column-major (d, n): the transposes cost nothing, and turn upper into lower.
-    return torch.from_numpy(update(1.0, rows.contiguous().numpy().T).T)
-
-
-def symmetric(lower: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """The symmetric matrix with this lower triangle."""
-    return lower.tril() + lower.tril(-1).T
-
-
-def check_finite_sums(values: Float[Tensor, " d"], what: str) -> None:
-    """Refuse sums that are not finite.
-
-    Raises:
-        NotFinite: with the first bad coordinate.
-    """
-    if not bool(torch.isfinite(values).all()):
-        bad = int((~torch.isfinite(values)).nonzero()[0])
-        raise NotFinite(f"{what} {bad} is not finite; load the model in float32?")
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Products in full float32: TensorFloat-32 would lose 3e-4."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-# --- Mean and covariance of the rows at a site, added to batch by batch and merged exactly
+# --- Moments: mean and covariance of the rows at a site
 
 
 class Moments:
@@ -142,7 +43,7 @@ class Moments:
         """float64 once a float64 row was seen: the precision that what is fitted should have."""
         self._shift = torch.zeros(width, dtype=torch.float64, device=device)
         self._total = torch.zeros(width, dtype=torch.float64, device=device)
-        self._kept = False
+        self._shift_frozen = False
         # Of sum (x - shift)(x - shift)^T the lower triangle.
         self._square = torch.zeros(width, width, dtype=torch.float64, device=device)
 
@@ -161,7 +62,7 @@ class Moments:
         rows = selected_rows(x, mask, self.width)
         if not rows.shape[0]:
             return self
-        shift = self._shift if self.count or self._kept else shift_of(rows)
+        shift = self._shift if self.count or self._shift_frozen else shift_of(rows)
         sums, products = [], []
         with exact_products():
             for block in rows.split(BLOCK):
@@ -176,9 +77,9 @@ class Moments:
             self._square += product
         return self
 
-    def empty(self) -> None:
-        """Forget the rows and keep the shift: float32 products about one shift are the same in every process."""
-        self.count, self._kept = 0, bool(self.count) or self._kept
+    def reset(self) -> None:
+        """Discard the rows and keep the shift: float32 products about one shift are the same in every process."""
+        self.count, self._shift_frozen = 0, bool(self.count) or self._shift_frozen
         self._total.zero_()
         self._square.zero_()
 
@@ -193,12 +94,12 @@ class Moments:
         if self.width != other.width:
             raise ShapeError(f"cannot merge statistics of widths {self.width} and {other.width}; are they of one site?")
         if not self.count or not other.count:
-            return (other if other.count else self)._like(1.0)
+            return (other if other.count else self)._scaled(1.0)
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
         scatter = self.scatter + other.scatter + (self.count * other.count / count) * torch.outer(delta, delta)
-        return self._of(count, mean, scatter, torch.promote_types(self.dtype, other.dtype))
+        return self._from_scatter(count, mean, scatter, torch.promote_types(self.dtype, other.dtype))
 
     def all_reduced(self, ranks: Ranks) -> Moments:
         """The statistic of the rows of all ranks, on every rank: scatters about one common shift, added up."""
@@ -210,7 +111,7 @@ class Moments:
         rest = self.mean - mean if self.count else torch.zeros_like(mean)
         scatter = ranks.total(self.scatter + self.count * torch.outer(rest, rest))
         wide = ranks.any(self.dtype == torch.float64, mean.device)
-        return self._of(count, mean, scatter, torch.float64 if wide else torch.float32)
+        return self._from_scatter(count, mean, scatter, torch.float64 if wide else torch.float32)
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
@@ -234,26 +135,26 @@ class Moments:
 
     def scaled(self, factor: float) -> Moments:
         """The statistic of the rows multiplied by a factor."""
-        return self._like(factor)
+        return self._scaled(factor)
 
     def cpu(self) -> Moments:
-        """The same values in main memory."""
+        """The same values on the CPU."""
         moved = Moments(0)
         moved.width, moved.count, moved.dtype = self.width, self.count, self.dtype
         moved._shift, moved._total, moved._square = self._shift.cpu(), self._total.cpu(), self._square.cpu()
         return moved
 
     def state(self) -> dict[str, Tensor]:
-        """Count, shift, sums and whether a row was float64, for a file."""
+        """Count, shift, sums and whether a row was float64, as tensors for a file."""
         plain = {"count": torch.tensor(self.count), "wide": torch.tensor(self.dtype == torch.float64)}
         return plain | {"shift": self._shift, "total": self._total, "square": self._square}
 
     @staticmethod
     def of_state(state: Mapping[str, Tensor]) -> Moments:
-        """What `state` gave.
+        """The statistic with this state.
 
         Raises:
-            ShapeError: if the tensors are others.
+            ShapeError: if a tensor is missing, is unexpected, or has another shape.
         """
         check_state(state, {"count": "", "wide": "", "shift": "d", "total": "d", "square": "d d"})
         new = Moments(0)
@@ -262,10 +163,10 @@ class Moments:
         new._shift, new._total, new._square = (state[name] for name in ("shift", "total", "square"))
         return new
 
-    def _like(self, factor: float) -> Moments:
-        return self._of(self.count, self.mean * factor, self.scatter * factor**2, self.dtype)
+    def _scaled(self, factor: float) -> Moments:
+        return self._from_scatter(self.count, self.mean * factor, self.scatter * factor**2, self.dtype)
 
-    def _of(self, count: int, mean: Tensor, scatter: Tensor, dtype: torch.dtype) -> Moments:
+    def _from_scatter(self, count: int, mean: Tensor, scatter: Tensor, dtype: torch.dtype) -> Moments:
         new = Moments(0)
         new.width, new.count, new.dtype = self.width, count, dtype
         # Rounded as in `shift_of`; what the rounding leaves of the mean stays in the sums.
@@ -298,7 +199,7 @@ def pooled(moments: Sequence[Moments], like: Sequence[Moments] | None = None) ->
     return reduce(add, (m.scaled((m.width / t) ** 0.5) for m, t in zip(moments, traces, strict=True)))
 
 
-# --- Covariance between the rows at a site and labels or gradients, added to batch by batch and merged exactly
+# --- CrossMoments: covariance between the rows at a site and labels or gradients
 
 
 class CrossMoments:
@@ -312,7 +213,7 @@ class CrossMoments:
         self.count = 0
         self.dtype = torch.float32
         """float64 once a float64 row of x was seen."""
-        self._x, self._z, self._kept = _Side.zeros(width, device), _Side.zeros(other, device), False
+        self._x, self._z, self._shift_frozen = _Side.zeros(width, device), _Side.zeros(other, device), False
         self._product = torch.zeros(width, other, dtype=torch.float64, device=device)
 
     def __repr__(self) -> str:
@@ -332,7 +233,7 @@ class CrossMoments:
         xs, zs = selected_rows(x, mask, self.width), selected_rows(z.to(x.device), mask, self.other)
         if not xs.shape[0]:
             return self
-        at = (self._x.shift, self._z.shift) if self.count or self._kept else (shift_of(xs), shift_of(zs))
+        at = (self._x.shift, self._z.shift) if self.count or self._shift_frozen else (shift_of(xs), shift_of(zs))
         sums = []
         with exact_products():
             for a, b in zip(xs.split(BLOCK), zs.split(BLOCK), strict=True):
@@ -351,9 +252,9 @@ class CrossMoments:
             self._product += product
         return self
 
-    def empty(self) -> None:
-        """Forget the rows and keep the shifts: float32 products about one shift are the same in every process."""
-        self.count, self._kept = 0, bool(self.count) or self._kept
+    def reset(self) -> None:
+        """Discard the rows and keep the shifts: float32 products about one shift are the same in every process."""
+        self.count, self._shift_frozen = 0, bool(self.count) or self._shift_frozen
         for sums in (self._x.total, self._z.total, self._product):
             sums.zero_()
 
@@ -376,7 +277,7 @@ class CrossMoments:
         scatter = self.scatter + other.scatter + (self.count * share) * torch.outer(dx, dz)
         mean, other_mean = self.mean + share * dx, self.other_mean + share * dz
         dtype = torch.promote_types(self.dtype, other.dtype)
-        return self._of(self.count + other.count, (mean, other_mean), scatter, dtype)
+        return self._from_scatter(self.count + other.count, (mean, other_mean), scatter, dtype)
 
     def all_reduced(self, ranks: Ranks) -> CrossMoments:
         """The statistic of the rows of all ranks, on every rank: scatters about common shifts, added up."""
@@ -389,7 +290,7 @@ class CrossMoments:
         rest = (self.mean - mean, self.other_mean - other_mean) if self.count else (0 * mean, 0 * other_mean)
         scatter = ranks.total(self.scatter + self.count * torch.outer(*rest))
         wide = ranks.any(self.dtype == torch.float64, mean.device)
-        return self._of(count, (mean, other_mean), scatter, torch.float64 if wide else torch.float32)
+        return self._from_scatter(count, (mean, other_mean), scatter, torch.float64 if wide else torch.float32)
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
@@ -417,7 +318,7 @@ class CrossMoments:
         return self.covariance + torch.outer(self.mean, self.other_mean)
 
     def cpu(self) -> CrossMoments:
-        """The same values in main memory."""
+        """The same values on the CPU."""
         moved = CrossMoments(0, 0)
         moved.width, moved.other, moved.count, moved.dtype = self.width, self.other, self.count, self.dtype
         moved._x, moved._z = (_Side(side.shift.cpu(), side.total.cpu()) for side in (self._x, self._z))
@@ -425,7 +326,7 @@ class CrossMoments:
         return moved
 
     def state(self) -> dict[str, Tensor]:
-        """Count, shifts, sums and whether a row was float64, for a file."""
+        """Count, shifts, sums and whether a row was float64, as tensors for a file."""
         plain = {"count": torch.tensor(self.count), "wide": torch.tensor(self.dtype == torch.float64)}
         plain |= {
             "x_shift": self._x.shift,
@@ -437,10 +338,10 @@ class CrossMoments:
 
     @staticmethod
     def of_state(state: Mapping[str, Tensor]) -> CrossMoments:
-        """What `state` gave.
+        """The statistic with this state.
 
         Raises:
-            ShapeError: if the tensors are others.
+            ShapeError: if a tensor is missing, is unexpected, or has another shape.
         """
         sides = {"x_shift": "d", "x_total": "d", "z_shift": "k", "z_total": "k"}
         check_state(state, {"count": "", "wide": "", **sides, "product": "d k"})
@@ -451,7 +352,9 @@ class CrossMoments:
         new._product = state["product"]
         return new
 
-    def _of(self, count: int, means: tuple[Tensor, Tensor], scatter: Tensor, dtype: torch.dtype) -> CrossMoments:
+    def _from_scatter(
+        self, count: int, means: tuple[Tensor, Tensor], scatter: Tensor, dtype: torch.dtype
+    ) -> CrossMoments:
         new = CrossMoments(0, 0)
         new.width, new.other, new.count, new.dtype = self.width, self.other, count, dtype
         new._x, new._z = (_Side.at(mean, count) for mean in means)
@@ -473,3 +376,104 @@ class _Side(NamedTuple):
     def at(mean: Tensor, count: int) -> _Side:
         shift = mean.float().double()
         return _Side(shift, count * (mean - shift))
+
+
+# --- Rows: selection, shift, products, and checks
+
+
+def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, str], optional: Collection[str] = ()) -> None:
+    """Refuse tensors that are not the state of a statistic.
+
+    Args:
+        shapes: the axes of every tensor, such as "d d"; an axis has one size everywhere.
+    Raises:
+        ShapeError: with the name of the tensor that is missing, is unexpected, or has another shape.
+    """
+    odd = sorted((set(state) - set(shapes)) | (set(shapes) - set(state) - set(optional)))
+    if odd:
+        raise ShapeError(f"a statistic is made of {', '.join(shapes)}; {odd[0]!r} is missing, or is one too many")
+    sizes: dict[str, int] = {}
+    for name, value in state.items():
+        axes = shapes[name].split()
+        if len(axes) != value.ndim or any(sizes.setdefault(a, n) != n for a, n in zip(axes, value.shape, strict=True)):
+            raise ShapeError(
+                f"{name!r} of a statistic has shape {tuple(value.shape)}, expected ({shapes[name]}), {sizes}"
+            )
+
+
+def selected_rows(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> Float[Tensor, "n d"]:
+    """The rows where `mask` is True; the others may hold NaN, so they are removed and not multiplied by zero.
+
+    Raises:
+        ShapeError: if x is not of this width, or the mask does not have its leading shape.
+    """
+    check_row_shape(x, mask, width)
+    rows = rearrange(x.detach(), "... d -> (...) d")
+    # Always removed, so that the same rows give the same bits wherever the padding is.
+    return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
+
+
+def check_row_shape(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> None:
+    """Refuse rows whose shape does not fit a statistic.
+
+    Raises:
+        ShapeError: if x is not of this width, or the mask does not have its leading shape.
+    """
+    if x.shape[-1] != width:
+        raise ShapeError(f"the statistic has width {width}, the activations have width {x.shape[-1]}")
+    if mask is not None and mask.shape != x.shape[:-1]:
+        raise ShapeError(
+            f"mask {tuple(mask.shape)} must have the leading shape of the activations, {tuple(x.shape[:-1])}"
+        )
+
+
+def shift_of(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    """The mean of the first block, rounded to float32 so that float32 rows are shifted by exactly the stored value."""
+    return rows[:BLOCK].double().mean(0).float().double()
+
+
+def subtract_shift(block: Float[Tensor, "n d"], shift: Float[Tensor, " d"]) -> Float[Tensor, "n d"]:
+    """block - shift, in float32, or in float64 where the block is."""
+    work = torch.float64 if block.dtype == torch.float64 else torch.float32
+    return block.to(work) - shift.to(work)
+
+
+def lower_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+    """X^T X in the lower triangle; the upper one may be 0, because a symmetric rank-n update computes one half."""
+    if rows.device.type != "cpu" or rows.shape[1] < TRIANGLE_WIDTH:
+        return rows.T @ rows
+    from scipy.linalg import blas
+
+    update = blas.dsyrk if rows.dtype == torch.float64 else blas.ssyrk
+    # A row-major (n, d) is a column-major (d, n): the transposes cost nothing, and turn upper into lower.
+    return torch.from_numpy(update(1.0, rows.contiguous().numpy().T).T)
+
+
+def symmetric(lower: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The symmetric matrix with this lower triangle."""
+    return lower.tril() + lower.tril(-1).T
+
+
+def check_finite_sums(values: Float[Tensor, " d"], what: str) -> None:
+    """Refuse sums that are not finite.
+
+    Raises:
+        NotFinite: with the first bad coordinate.
+    """
+    if not bool(torch.isfinite(values).all()):
+        bad = int((~torch.isfinite(values)).nonzero()[0])
+        raise NotFinite(f"{what} {bad} is not finite; load the model in float32?")
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products in full float32; TensorFloat-32 would err by 3e-4."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

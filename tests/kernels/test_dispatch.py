@@ -25,10 +25,10 @@ HALF = torch.bfloat16
 @pytest.fixture
 def card(monkeypatch):
     """A CUDA device of compute capability 9.0 that is only looked at."""
-    dispatch._chosen.cache_clear()
+    dispatch._cached_choice.cache_clear()
     monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
     yield monkeypatch
-    dispatch._chosen.cache_clear()
+    dispatch._cached_choice.cache_clear()
 
 
 TABLE = [
@@ -118,11 +118,11 @@ REFUSED = {
     "device": (lambda: dispatch.project(X, U.to("meta"), U.to("meta")), DeviceError, r"x is on (cpu|cuda:0), u is on meta; move one of them"),
     "out": (lambda: dispatch.right(X, U, U, out=X.half()), ShapeError, r"out is torch.float16 \(6, 7\) on .* the weight is torch.float32 \(6, 7\)"),
     "overlap": (lambda: dispatch.left(TALL[:7], U, U, out=TALL[1:]), ArgumentError, "out overlaps the weight in memory without being it; give out=w"),
-    "mask, a mark a token": (lambda: dispatch.activity(X, torch.ones(2, 3, 1)), ShapeError, r"mask \(2, 3, 1\) must hold one mark a row of the activations, \(6,\)"),
+    "mask, a mark a token": (lambda: dispatch.activity(X, torch.ones(2, 3, 1)), ShapeError, r"mask \(2, 3, 1\) must hold one value for each row of the activations, \(6,\)"),
     "mask, fractions": (lambda: dispatch.activity(X, torch.full((6,), 0.37, device=DEVICE)), ArgumentError, "a mask holds 0 and 1; found 0.37"),
     "mask, device": (lambda: dispatch.activity(X, torch.ones(6, device="meta")), DeviceError, "mask is on meta"),
     "grad": (lambda: dispatch.activity(X, None, X[:3]), ShapeError, r"grad \(3, 7\) must have the shape of the activations, \(6, 7\)"),
-    "shift": (lambda: dispatch.activity(X, None, None, M[:2]), ShapeError, r"shift \(2,\) must be one number a neuron, \(7,\)"),
+    "shift": (lambda: dispatch.activity(X, None, None, M[:2]), ShapeError, r"shift \(2,\) must hold one number for each neuron, \(7,\)"),
     "activity of integers": (lambda: dispatch.activity(X.int()), DtypeError, "z is torch.int32; supported"),
 }  # fmt: skip
 
