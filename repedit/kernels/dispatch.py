@@ -133,12 +133,9 @@ def _choose(
         reason = f"rank {rank} is above {MAX_RANK}: two matrix products are as fast"
     if reason is None and small and want == "auto":
         reason = f"fewer than {MIN_ELEMENTS} elements: a kernel takes longer to start"
-    chosen_tile = None if reason else tile(width, rank, dtype.itemsize, want, major=_capability(device)[0])
-    if chosen_tile is not None:
-        return (
-            chosen_tile.tiling,
-            f"width {width}, rank {rank}: {chosen_tile.rows} rows a program, {_TILING_REASONS[chosen_tile.tiling]}",
-        )
+    fit = None if reason else tile(width, rank, dtype.itemsize, want, major=_capability(device)[0])
+    if fit is not None:
+        return fit.tiling, f"width {width}, rank {rank}: {fit.rows} rows a program, {_TILING_REASONS[fit.tiling]}"
     reason = reason or f"rows of {width} elements of {dtype} at rank {rank} do not fit the registers"
     if want == "auto":
         return "reference", reason
