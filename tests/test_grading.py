@@ -246,14 +246,14 @@ def test_one_prompt_has_one_answer():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"answer": "\ud83d"}, "the answer holds half of a surrogate pair"), ({"prompt": "a\0b"}, "the prompt contains_answer a null character at place 1"),
-    ({"choices": ("Rome", "\udc00")}, "text 1 of the choices contains_answer half of a surrogate pair"),
-    ({"paraphrases": ("\ud83d",)}, "text 0 of the paraphrases contains_answer half"), ({"answer": " \t"}, "the field 'answer' is"),
+    ({"answer": "\ud83d"}, "the answer holds half of a surrogate pair"), ({"prompt": "a\0b"}, "the prompt holds a null character at place 1"),
+    ({"choices": ("Rome", "\udc00")}, "text 1 of the choices holds half of a surrogate pair"),
+    ({"paraphrases": ("\ud83d",)}, "text 0 of the paraphrases holds half"), ({"answer": " \t"}, "the field 'answer' is"),
     ({"choices": ("Rome", " ")}, "a choice of .* is blank"),
     ({"choices": ("Rome", " Rome")}, "the choice 'Rome' appears twice"),
     ({"choices": ("Rome", "Ｒｏｍｅ")}, "the choice 'Rome' appears twice"),
     ({"choices": ("Rome", "Bj\u00f6rk", "Bjo\u0308rk")}, "the choice 'Björk' appears twice"),
-    ({"alternative": "a\0"}, "the alternative contains_answer a null character"), ({"entity": "\ud83d"}, "the entity contains_answer half"),
+    ({"alternative": "a\0"}, "the alternative holds a null character"), ({"entity": "\ud83d"}, "the entity holds half"),
 ])  # fmt: skip
 def test_what_is_no_text_is_refused_by_its_fact(changes, message):
     with pytest.raises(DataError, match=f"'it'.*{message}"):

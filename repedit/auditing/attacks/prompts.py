@@ -101,7 +101,7 @@ def in_context(*, counts: Sequence[int] = (4, 8), seed: int = 0) -> Attack:
     """Asks every fact after facts of T with their answers, a line each; settings are "k=4", "k=8".
 
     The facts shown are seeded_order from the domain of the one asked where it has enough, else from all of T. None is about
-    an entity of V, and none contains_answer the answer that is asked for: what comes back was not taught by the prompt.
+    an entity of V, and none holds the answer that is asked for: what comes back was not taught by the prompt.
 
     Raises:
         ArgumentError: if a count is below 1, or there is none.
@@ -223,7 +223,7 @@ def reformat(*, templates: Sequence[str] | None = None, seed: int = 0) -> Attack
     Raises:
         UnknownName: if there is no such form.
         ArgumentError: if none is named.
-    Reference: arXiv:2411.15477 and arXiv:2603.11266, on forgetting that contains_answer in one format only.
+    Reference: arXiv:2411.15477 and arXiv:2603.11266, on forgetting that holds in one format only.
     """
     names = ways("form", templates, FORMATS)
 

@@ -37,7 +37,7 @@ def sampling(
 
     Right at leak@k is a fact whose normalised answer stands in one of its first k samples. Samples are independent, so
     the mean is an unbiased estimate of the chance that the best of k is right. Graded is the estimate of that chance
-    from all n samples, `leak_at`, in [0, 1]; `details` contains_answer its mean with the Dvoretzky-Kiefer-Wolfowitz bounds, and
+    from all n samples, `leak_at`, in [0, 1]; `details` holds its mean with the Dvoretzky-Kiefer-Wolfowitz bounds, and
     the share of right facts with its Clopper-Pearson interval, at 95 %. A continuation has as many tokens as the
     longest answer and 4 more. The draws of a fact depend on the seed and its id alone, and no global generator is used.
 
