@@ -25,6 +25,10 @@ _JOINERS = "\u200c\u200d"
 """Invisible characters that Persian, Hindi and emoji cannot be written without; they join letters and do nothing else."""
 
 
+_NONCHARACTERS = "\ufffe\uffff"
+"""What no XML may hold, SVG included."""
+
+
 def for_terminal(text: object, *, lines: bool = False) -> str:
     r"""The text without anything a terminal obeys: what cannot be seen is written as in Python, "\x1b" for an escape.
 
@@ -38,11 +42,6 @@ def for_terminal(text: object, *, lines: bool = False) -> str:
     if words.isascii() and words.isprintable():
         return words
     return "".join(c if _harmless(c) or (lines and c in "\n\t") else _escape(c) for c in words)
-
-
-def for_html(text: object) -> str:
-    """The text as the content of an element or a quoted attribute of HTML and SVG."""
-    return html.escape(for_terminal(text, lines=True))
 
 
 def for_plotly(text: object) -> str:
@@ -98,7 +97,9 @@ def shortened(text: object, most: int = 60) -> str:
 
 
 def _harmless(character: str) -> bool:
-    return character in _JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    if character in _JOINERS:
+        return True
+    return character not in _NONCHARACTERS and unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def _escape(character: str) -> str:

@@ -11,7 +11,8 @@ from repedit.auditing import statistics
 from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
 from repedit.auditing.statistics import Series, chosen, in_first, knowledge, recoveries
 from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRows, ShapeError
-from repedit.report import tables
+from repedit.plot.reports import interval_text
+from repedit.report.tables import format_recovery
 
 N = 100
 ITEMS = tuple(f"f{i}" for i in range(N))
@@ -320,7 +321,7 @@ def test_an_original_at_the_floor_leaves_nothing_to_recover():
     (row,) = recoveries([series(coins(rng, 0.25), coins(rng, 0.2), 0.3)], OWN)
     assert row.status == UNINFORMATIVE and np.isnan(row.value)
     assert re.fullmatch(r"simply asked, the original is no better than the floor: -0\.\d+ above it", row.reason)
-    assert tables.interval(row) == "" and tables.recovered(row) == UNINFORMATIVE
+    assert interval_text(row) == "" and format_recovery(row) == UNINFORMATIVE
 
 
 def test_the_bound_widens_by_less_than_bonferroni_and_not_for_copies():

@@ -8,18 +8,20 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib import cbook
 
-from repedit.escaping import for_html, for_markdown, for_mathtext, for_plotly, for_terminal, for_yaml, shortened
+from repedit.escaping import for_markdown, for_mathtext, for_plotly, for_terminal, for_yaml, shortened
+from repedit.plot.canvas import canvas, named
+from repedit.report.rendering import ENVIRONMENT, svg
 
 SIGNS = (
     "\x1b]52;c;cHduZWQ=\x07", "\x1b[2J", "\x9b31m", "\r", "\b", "\x00", "\u202e", "\u2066", "\ufeff", "\u2028", "\udc80", "\U000e0041",
     "[/]", "[bold red]", "[link=http://a.b]x[/link]", "<script>alert(1)</script>", "</style>", "<!--", "&amp;", '"', "'", "onclick=",
     "|", "`", "```", "**", "__", "[x](javascript:a)", "![x](http://a.b)", "http://a.b", "www.a.b", "# ", "- ", "1. ", "> ", "---", "===", "~~",
-    "$", "$x$", "\\frac{$", "\\", "\\$", "_", "^", "%", "%{x}", "{", "}", "{x:", ": ", "- x", "'", "\n", "\n---\n", "\t", "  ", "é", "日本", "😀", "नि\u200dं",
+    "$", "$x$", "\\frac{$", "\\", "\\$", "_", "^", "%", "%{x}", "{", "}", "{x:", ": ", "- x", "'", "\n", "\n---\n", "\t", "  ", "\uffff", "é", "日本", "😀", "नि\u200dं",
 )  # fmt: skip
 """What some output reads as its own."""
 FOREIGN = st.lists(st.sampled_from(SIGNS) | st.text(max_size=3), max_size=8).map("".join)
@@ -34,7 +36,7 @@ def test_a_terminal_gets_nothing_that_it_obeys(text, lines):
     assert for_terminal(shown, lines=lines) == shown
 
 
-@given(st.text(st.characters(exclude_categories=INVISIBLE)))
+@given(st.text(st.characters(exclude_categories=INVISIBLE, exclude_characters="\ufffe\uffff")))
 def test_what_can_be_seen_is_not_changed(text):
     assert for_terminal(text) == text
 
@@ -57,10 +59,22 @@ class Reader(HTMLParser):
 
 @given(FOREIGN)
 def test_a_page_shows_the_words_and_gets_no_tag(text):
-    inside = Reader(f"<p>{for_html(text)}</p>")
-    assert (inside.tags, inside.words) == ([("p", {})], for_terminal(text, lines=True))
-    attribute = Reader(f'<p title="{for_html(text)}"></p>')
-    assert attribute.tags == [("p", {"title": for_terminal(text, lines=True)})]
+    template = ENVIRONMENT.from_string('<p title="{{ text }}">{{ text }}</p>')
+    page = Reader(template.render(text=text))
+    shown = for_terminal(text, lines=True)
+    assert (page.tags, page.words) == ([("p", {"title": shown})], shown)
+
+
+@given(FOREIGN)
+@settings(max_examples=10, deadline=None)
+def test_a_figure_of_a_page_shows_the_words_and_gets_no_tag(text):
+    figure = canvas(2.0, 2.0)
+    figure.text(0.5, 0.5, named(text))
+    figure.set_label(text)
+    page = Reader(str(svg(figure)))
+    assert {tag for tag, _ in page.tags} <= {"svg", "g", "path", "defs", "text"}
+    assert dict(page.tags[0][1])["aria-label"] == for_terminal(text, lines=True)
+    assert page.words.strip("\u200a \n") == shortened(for_terminal(text), 60).strip("\u200a \n")
 
 
 @given(FOREIGN)

@@ -11,7 +11,7 @@ from tests.layers import between_parts, circles, imports, modules, part, stated_
 
 # Libraries with side effects or long imports, and the only parts that may import them at the top of a module.
 ONLY_IN = {
-    "matplotlib": {"plot"}, "typer": {"cli"}, "rich": {"cli"}, "triton": {"kernels"},
+    "matplotlib": {"plot", "report"}, "typer": {"cli"}, "rich": {"cli"}, "triton": {"kernels"},
     "transformers": set(), "plotly": {"explore"}, "transformer_lens": set(), "nnsight": set(),
 }  # fmt: skip
 # Where transformers may be imported inside a function.

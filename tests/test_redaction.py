@@ -16,7 +16,7 @@ from repedit.auditing.report import Recovery, Report, RetainCheck
 from repedit.auditing.verdict import verdict
 from repedit.report import redacted, write
 from repedit.report.redaction import REDACTED, redacted_values
-from repedit.report.run_page import rendered
+from repedit.report.run_pages import rendered
 from repedit.runs import RunReport, StepRecord, StepReport
 from tests.handmade_reports import ITEMS, finding, recovery, report
 
@@ -194,7 +194,7 @@ def test_no_text_of_a_run_is_on_its_page():
 
 
 def test_a_mark_on_the_page_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.run_page.redacted_run", lambda run: run)
+    monkeypatch.setattr("repedit.report.run_pages.redacted_run", lambda run: run)
     assert MARK in rendered(run_of(), hide_items=True)
 
 

@@ -25,10 +25,18 @@ from repedit.auditing.report import INVALID, Recovery, Report, RetainCheck, Verd
 from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, ReportError, TargetExists
 from repedit.plot.canvas import canvas
-from repedit.plot.reports import layer_charts, lines, relearning_charts
-from repedit.report import compare_reports, markdown, page, redacted, schema, write
-from repedit.report import tables as shown
+from repedit.plot.reports import (
+    audits_forest,
+    curves,
+    forest_rows,
+    interval_text,
+    layer_curves,
+    recovery_forest,
+    relearning_curves,
+)
+from repedit.report import compare_reports, markdown, page, redacted, rendering, schema, write
 from repedit.report.redaction import digest
+from repedit.report.tables import format_recovery
 from tests.handmade_reports import CITIES, ITEMS, LAYERS, STEPS, clean, finding, other_items, recovery, report
 from tests.test_plot import boxes, laid_out, outside
 
@@ -96,11 +104,12 @@ def hostile(found: Report) -> Report:
 
 def spoiled(text: str) -> list[str]:
     """Elements and attributes that no page has, and addresses it would fetch."""
-    found = Elements(text)
-    tags = {tag for tag, _ in found.tags} & {"script", "img", "a", "link", "iframe", "object", "b", "image", "use"}
-    names = {
-        name for _, attributes in found.tags for name in attributes if name.startswith("on") or name in ("src", "href")
-    }
+    page = Elements(text)
+    tags = {tag for tag, _ in page.tags} & {"script", "img", "a", "link", "iframe", "object", "b", "image"}
+    attributes = {pair for _, held in page.tags for pair in held.items()}
+    names = {name for name, _ in attributes if name.startswith("on") or name == "src"}
+    # A mark of a figure is defined once and used where it stands.
+    names |= {name for name, value in attributes if name.endswith("href") and not str(value).startswith("#")}
     fetched = re.findall(r"@import|url\((?!#)", text)
     return [*tags, *names, *fetched]
 
@@ -130,7 +139,7 @@ def test_no_text_of_a_report_becomes_markup():
 
 
 def test_unescaped_text_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.html.for_html", lambda text: text)
+    monkeypatch.setattr(rendering, "ENVIRONMENT", rendering.ENVIRONMENT.overlay(autoescape=False))
     assert {"script", "img", "src", "onerror"} <= set(spoiled(page(hostile(report()))))
 
 
@@ -140,13 +149,13 @@ def test_no_text_of_a_report_breaks_markdown():
 
 
 def test_torn_markdown_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.markdown.for_markdown", lambda text: text)
+    monkeypatch.setattr("repedit.report.audit_pages.for_markdown", lambda text: text)
     assert torn(markdown(hostile(report())))
 
 
-def test_together_escapes_as_well():
-    joint = compare_reports({"a" + HOSTILE: hostile(report()), "b": hostile(clean())})
-    assert spoiled(joint.page()) == [] and torn(joint.markdown()) == []
+def test_a_comparison_escapes_as_well():
+    comparison = compare_reports({"a" + HOSTILE: hostile(report()), "b": hostile(clean())})
+    assert spoiled(comparison.page()) == [] and torn(comparison.markdown()) == []
 
 
 @pytest.mark.parametrize("render", [markdown, lambda r: Elements(page(r)).text], ids=["markdown", "page"])
@@ -183,69 +192,97 @@ def test_large_reports_stay_below_two_megabytes():
     assert len(text.encode()) < 2e6 and "19600 more rows are in audit.json." in text
 
 
-def test_intervals_are_drawn_where_they_are():
-    drawn = Elements(page(report()).split('class="narrow"')[0])
-    found = [(float(a["x1"]), float(a["x2"])) for a in drawn.of("line", "interval")]  # type: ignore[arg-type]
-    zero, one = (float(a["x1"]) for a in drawn.of("line", "axis"))  # type: ignore[arg-type]
-    wanted = [row.recovery.bound for row in lines(report()) if row.recovery.status != "skipped"]
-    assert_allclose((np.array(found) - zero) / (one - zero), np.clip(wanted, -0.3, 1.3), atol=0.002)
+WIDTHS = (rendering.PAGE_WIDTH, rendering.PHONE_WIDTH)
 
 
-def test_an_infinite_interval_reaches_both_ends():
-    found = replace(BARE, recoveries=(recovery("direct", 0.5, bound=(-INF, INF)),))
-    first = Elements(page(found)).of("line", "interval")[0]
-    left, right = (float(str(first[key])) for key in ("x1", "x2"))
-    assert right - left > 300
-    drawn = [item.get_xdata() for item in plot.recovery(found).axes[0].lines]
-    assert any(len(x) == 2 and list(x) == [-0.3, 1.3] for x in drawn)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_intervals_are_drawn_where_they_are(width):
+    lines = [
+        line.get_xdata() for line in recovery_forest(report(), width=width).axes[0].lines if line.get_zorder() == 3
+    ]
+    wanted = [row.recovery.bound for row in forest_rows(report()) if row.recovery.status != "skipped"]
+    assert_allclose(lines, np.clip(wanted, -0.3, 1.3))
 
 
-def test_values_beyond_the_ends_are_arrows_that_point_there():
-    found = replace(BARE, recoveries=(recovery("rtt", 3.0, "B"), recovery("direct", -3.0, "B")))
-    heads = Elements(page(found).split('class="narrow"')[0]).of("polygon", "point")
-    corners = [[float(pair.split(",")[0]) for pair in str(head["points"]).split()] for head in heads]
-    assert [np.sign(x[0] - x[1]) for x in corners] == [1, -1] and all(len(x) == 3 for x in corners)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_page_shows_the_forest_plot_as_it_is(width):
+    assert rendering.svg(recovery_forest(report(), width=width)) in page(report())
+    both = {"a": report(), "b": clean()}
+    assert rendering.svg(audits_forest(both, width=width)) in compare_reports(both).page()
+
+
+def test_the_figures_of_a_page_refer_to_their_own_parts():
+    text = page(report())
+    drawings = re.findall("<svg.*?</svg>", text, re.S)
+    assert len(drawings) == 2 + 1 + 4 and page(report()) == text
+    for drawing in drawings:
+        names = re.findall(r' id="([^"]+)"', drawing)
+        assert set(names) == set(re.findall(r'["(]#([^")]+)[")]', drawing))
+    every = re.findall(r' id="([^"]+)"', text)
+    assert len(every) == len(set(every)) > 20
+
+
+def test_the_figures_of_a_page_have_its_colours():
+    text = page(report())
+    defined = set(re.findall(r"(--[\w-]+):", text))
+    assert {"--ink", "--paper", "--series-0"} <= set(re.findall(r"var\((--[\w-]+)\)", text)) <= defined
+    for drawing in re.findall("<svg.*?</svg>", text, re.S):
+        assert not re.search(r"(fill|stroke)[^;]*#[0-9a-f]{6}", drawing)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_infinite_interval_reaches_both_ends(width):
+    infinite = replace(BARE, recoveries=(recovery("direct", 0.5, bound=(-INF, INF)),))
+    lines = [line.get_xdata() for line in recovery_forest(infinite, width=width).axes[0].lines]
+    assert any(len(x) == 2 and list(x) == [-0.3, 1.3] for x in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_values_beyond_the_ends_are_arrows_that_point_there(width):
+    beyond = replace(BARE, recoveries=(recovery("rtt", 3.0, "B"), recovery("direct", -3.0, "B")))
+    points = [line for line in recovery_forest(beyond, width=width).axes[0].lines if line.get_zorder() == 4]
+    assert [(line.get_marker(), line.get_xdata()[0]) for line in points] == [(">", 1.3), ("<", -0.3)]
 
 
 # Order and curves.
 
 
 def test_strongest_first_then_what_does_not_decide_then_what_is_no_evidence():
-    names = [line.name for line in lines(report())]
+    names = [line.name for line in forest_rows(report())]
     assert names[:3] == ["rtt", "probe", "int4"]
     assert names[8:] == ["membership", "int3", "refill", "translate", "direction"]
-    assert [line.evidence for line in lines(report())] == [True] * 8 + [False] * 5
+    assert [line.evidence for line in forest_rows(report())] == [True] * 8 + [False] * 5
     assert "retain" not in names
 
 
 def test_a_curve_is_the_worst_case_of_the_mean_over_seeds():
     shares = [{"step=0": 0.1, "lr=1 step=5": a, "lr=2 step=5 how=lora": b} for a, b in ((0.6, 0.2), (0.1, 0.4))]
     found = replace(report(), findings={"edited": tuple(finding("rtt", s, seed=n) for n, s in enumerate(shares))})
-    (chart,) = relearning_charts(found)
+    (chart,) = relearning_curves(found)
     # The worst of each seed, (0.6 + 0.4) / 2, would be chosen after the fact.
     assert_allclose(chart.series["edited"], [(0, 0.1), (5, 0.35)])
     assert_allclose(chart.series["floor"], [(0, 0.13), (5, 0.13)])
 
 
 def test_steps_and_layers_are_read_from_the_settings():
-    (rtt,) = relearning_charts(report())
+    (rtt,) = relearning_curves(report())
     assert [x for x, _ in rtt.series["edited"]] == list(STEPS) and set(rtt.series) == {
         "edited",
         "original",
         "reference",
     }
-    charts = layer_charts(report())
+    charts = layer_curves(report())
     assert [c.name for c in charts] == [f"{a}, {s}" for a in ("logit_lens", "probe") for s in ("resid.post", "mlp.out")]
     assert all(len(points) == LAYERS for c in charts for points in c.series.values())
     assert charts[0].marked == {2, 3} and max(charts[0].series["edited"], key=lambda p: p[1])[0] == 5
     by_number = replace(report(), context={"sites": [2, 3]})
-    assert layer_charts(by_number)[0].marked == {2, 3}
+    assert layer_curves(by_number)[0].marked == {2, 3}
 
 
 def test_intervals_say_which_they_are():
     alone = recovery("direct", 0.5, bound=(NAN, NAN), interval=(0.4, 0.6))
-    assert shown.interval(alone) == "[0.40, 0.60]*" and shown.interval(recovery("rtt", 0.5)) == "[0.41, 0.59]"
-    assert shown.recovered(Recovery("gcg", "skipped")) == "skipped"
+    assert interval_text(alone) == "[0.40, 0.60]*" and interval_text(recovery("rtt", 0.5)) == "[0.41, 0.59]"
+    assert format_recovery(Recovery("gcg", "skipped")) == "skipped"
 
 
 # The JSON.
@@ -352,13 +389,13 @@ def test_everything_is_written(tmp_path):
 
 
 def test_audits_of_the_same_facts_stand_side_by_side(tmp_path):
-    joint = compare_reports({"first": report(), "second": clean()})
-    rows = {row[0]: row[1:] for row in joint.recovered.rows}
+    comparison = compare_reports({"first": report(), "second": clean()})
+    rows = {row[0]: row[1:] for row in comparison.recoveries.rows}
     assert rows["rtt"] == ["0.82 [0.73, 0.91]", "0.01 [-0.07, 0.10]"] and rows["int3"][1] == "not run"
-    assert [row[:2] for row in joint.short.rows[:3]] == [["rtt", "first"], ["rtt", "second"], ["probe", "first"]]
-    text = Elements(joint.page()).text
+    assert [row[:2] for row in comparison.summary.rows[:3]] == [["rtt", "first"], ["rtt", "second"], ["probe", "first"]]
+    text = Elements(comparison.page()).text
     assert "first: HIDDEN" in text and "second: NO RECOVERY FOUND" in text
-    assert [path.name for path in joint.write(tmp_path)] == ["audits.md", "audits.html", "recovery.png"]
+    assert [path.name for path in comparison.write(tmp_path)] == ["audits.md", "audits.html", "recovery.png"]
 
 
 REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
@@ -396,7 +433,10 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     ),
     "relearning": lambda: plot.relearning(report()),
     "lenses": lambda: plot.lenses(report()),
-}
+    "recovery on a phone": lambda: recovery_forest(report(), width=rendering.PHONE_WIDTH),
+    "audits on a phone": lambda: audits_forest({"gradient difference": report(), "projected, rank 16": clean()}, width=rendering.PHONE_WIDTH),
+    "curves": lambda: curves(layer_curves(report())[0], "layer"),
+}  # fmt: skip
 
 
 @cache
@@ -416,9 +456,9 @@ def test_a_figure_shows_the_recoveries_in_order():
     found = [
         float(item.get_xdata()[0]) for item in left.lines if len(item.get_xdata()) == 1 and item.get_marker() != "|"
     ]
-    wanted = [line.recovery.value for line in lines(report()) if line.recovery.status != "skipped"]
+    wanted = [line.recovery.value for line in forest_rows(report()) if line.recovery.status != "skipped"]
     assert_allclose(found, np.clip(wanted, -0.3, 1.3))
-    assert [t.get_text() for t in left.get_yticklabels()] == [line.name for line in lines(report())]
+    assert [t.get_text() for t in left.get_yticklabels()] == [line.name for line in forest_rows(report())]
     assert left.get_ylim()[0] > left.get_ylim()[1] and "0.82 [0.73, 0.91]" in [t.get_text() for t in right.texts]
 
 

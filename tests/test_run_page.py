@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -19,7 +20,9 @@ from repedit import runs
 from repedit.cli import app, output
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound
 from repedit.io.files import file_hash, file_hashes
-from repedit.report.run_page import ABSENT, bars, course, rendered, spreads, ticks
+from repedit.plot.reports import bars, course, ranges
+from repedit.report import rendering
+from repedit.report.run_pages import ABSENT, rendered
 from repedit.runs import Journal, StepRecord, journal_path, run_report, step_tables
 from tests.conftest import reload_here
 from tests.handmade_reports import CITIES, report
@@ -164,7 +167,7 @@ def test_what_was_not_done_is_said(made, tmp_path):
 
 def test_an_absence_that_is_not_said_would_be_caught(tmp_path, monkeypatch):
     (tmp_path / "run.toml").write_text('[[step]]\nverb = "diff"\nbase = "a"\nedited = "b"\n')
-    monkeypatch.setattr("repedit.report.run_page._part", lambda title, inside: "".join(inside))
+    monkeypatch.setattr("repedit.report.run_pages.ABSENT", {})
     assert "Under attack" not in headings(rp.report.run_page(tmp_path / "run.toml"))
 
 
@@ -211,7 +214,7 @@ def test_no_text_of_a_run_becomes_markup(audited):
 
 
 def test_unescaped_text_is_caught(audited, monkeypatch):
-    monkeypatch.setattr("repedit.report.html.for_html", lambda words: words)
+    monkeypatch.setattr(rendering, "ENVIRONMENT", rendering.ENVIRONMENT.overlay(autoescape=False))
     assert "b" in spoiled(rp.report.run_page(audited))
 
 
@@ -373,29 +376,27 @@ def test_only_what_is_shown_while_somebody_listens_is_kept(capsys):
 
 
 def test_bars_are_as_high_as_their_numbers():
-    drawn = Elements(bars("n", {0: 4.0, 3: 1.0, 5: 2.0}, "layer", "neurons"))
-    heights = [float(str(a["height"])) for a in drawn.of("rect", "bar")]
-    assert heights == pytest.approx([4 * heights[1], heights[1], 2 * heights[1]], rel=0.02)
+    figure = bars({0: 4.0, 3: 1.0, 5: 2.0}, "layer", "neurons")
+    assert [(bar.get_center()[0], bar.get_height()) for bar in figure.axes[0].patches] == [(0, 4), (3, 1), (5, 2)]
+    assert figure.get_label() == "neurons by layer: 3 values, the largest 4 at layer 0"
 
 
 def test_a_course_has_a_gap_where_nothing_is_known():
-    drawn = Elements(course("forget loss", [3.0, 2.0, float("nan"), 1.0, 0.5]))
-    assert [len(str(a["points"]).split()) for a in drawn.of("polyline")] == [2, 2]
-    assert "3 at the first of 5 steps, 0.5 at the last; 1 not finite" in str(drawn.of("svg")[0]["aria-label"])
-    assert course("one", [1.0]) and course("flat", [2.0, 2.0])
+    figure = course("forget loss", [3.0, 2.0, float("nan"), 1.0, float("inf")])
+    line, points = figure.axes[0].lines
+    np.testing.assert_array_equal(line.get_ydata(), [3, 2, float("nan"), 1, float("nan")])
+    assert list(points.get_xdata()) == [4], "a value between two gaps is a point"
+    assert figure.get_label() == "forget loss: 3 at the first of 5 steps, n/a at the last; 2 not finite"
+    assert course("one", [1.0]).axes[0].lines[1].get_ydata() == [1.0]
 
 
-def test_spreads_stand_where_their_numbers_do():
-    drawn = Elements(spreads("s", {0: (-1.0, 0.0, 1.0, 3.0), 1: (-1.0, 0.0, 1.0, 1.0)}, "layer", "score"))
-    dots = [float(str(a["cy"])) for a in drawn.of("circle", "dot")]
-    ends = [float(str(a["y2"])) for a in drawn.of("line", "spread")]
-    assert dots[1] == ends[2] and dots[0] < ends[0]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 8.1), (0.0, 1e-4), (5.0, 4e6)])
-def test_ticks_are_round_and_inside(low, high):
-    found = ticks(low, high)
-    assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-9)
+def test_ranges_stand_where_their_numbers_do():
+    (lines, strokes) = (
+        axes := ranges({0: (-1.0, 0.0, 1.0, 3.0), 2: (-1.5, 0.5, 1.0, 1.0)}, "layer", "score").axes[0]
+    ).collections
+    assert [segment.tolist() for segment in lines.get_segments()] == [[[0, -1], [0, 1]], [[2, -1.5], [2, 1]]]
+    assert [segment[0, 1] for segment in strokes.get_segments()] == [0.0, 0.5]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 3], [2, 1]]
 
 
 def test_a_training_is_drawn_from_what_was_kept(tmp_path):
@@ -419,7 +420,7 @@ def test_a_training_is_drawn_from_what_was_kept(tmp_path):
     }  # fmt: skip
     assert (
         "2 directions removed at mlp.out of 1 layers" in Elements(page).text
-        and "mrp; it ended so: all steps" in Elements(page).text
+        and "mrp; it stopped because of: all steps" in Elements(page).text
     )
 
 

@@ -102,8 +102,8 @@ def report(
     if hide_items:
         reports = {f"audit {n}": redacted(found) for n, found in enumerate(reports.values(), 1)}
     if len(reports) > 1:
-        joint = compare_reports(reports)
-        written = [] if out is None else _written(partial(joint.write, out))
+        comparison = compare_reports(reports)
+        written = [] if out is None else _written(partial(comparison.write, out))
     else:
         home = audits[0] if is_folder(audits[0]) else audits[0].parent
         only = next(iter(reports.values()))
@@ -112,8 +112,8 @@ def report(
         output.show_json(_plain(reports))
         return
     if len(reports) > 1:
-        output.table("Verdicts", joint.verdicts.columns, joint.verdicts.rows)
-        output.table("What each attack brings back", joint.short.columns, joint.short.rows)
+        output.table("Verdicts", comparison.verdicts.columns, comparison.verdicts.rows)
+        output.table("What each attack brings back", comparison.summary.columns, comparison.summary.rows)
         _name_files(written)
     else:
         show(next(iter(reports.values())), written)
@@ -133,9 +133,9 @@ def show(found: Any, written: list[Path]) -> None:
             output.out.print(line)
     output.out.print("; ".join(tables.headline(found)))
     for title, shown in (
-        ("What each attack brings back", tables.short(found)),
+        ("What each attack brings back", tables.summary(found)),
         ("Gap to the retrained model", tables.gaps(found)),
-        ("Not run, or not counted", tables.untried(found)),
+        ("Not run, or not counted", tables.not_run(found)),
     ):
         if shown.rows:
             output.table(title, shown.columns, shown.rows)

@@ -19,7 +19,7 @@ from repedit.metrics.membership import auc_draws, percentiles
 from repedit.plot.canvas import FORGET as ORANGE
 from repedit.plot.canvas import NEUTRAL, SMALL, canvas, entitle, legend_below, named, plain_texts
 from repedit.plot.canvas import RETAIN as BLUE
-from repedit.plot.reports import measured
+from repedit.plot.reports import is_measured
 from repedit.vision.data import Images, ImageSplits
 
 PANELS: Mapping[str, tuple[float, float, str]] = {
@@ -58,7 +58,7 @@ def gap(reports: Mapping[str, Report]) -> Figure:
     panels[0].set_yticks(range(len(names)), names, fontsize=9)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     panels[0].plot([], [], "o", color=ORANGE, label="gap")
-    if any(measured(*gap.spread) for found in rows.values() for gap in found.values()):
+    if any(is_measured(*gap.spread) for found in rows.values() for gap in found.values()):
         panels[0].plot([], [], "|", color=NEUTRAL, markersize=9, label="lowest and highest retrained model")
     panels[0].axvspan(0, 0, color="#009E73", alpha=0.18, linewidth=0, label="what a pass allows")
     legend_below(figure, panels[0], columns=3)
@@ -146,7 +146,7 @@ def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20
 
 
 def _by_measure(name: str, report: Report) -> dict[str, Gap]:
-    found = {gap.measure: gap for gap in report.gaps if measured(gap.value)}
+    found = {gap.measure: gap for gap in report.gaps if is_measured(gap.value)}
     if not found:
         raise ArgumentError(
             f"{name!r} has no gap to a retrained model; draw audits of classifiers, made with a reference"
@@ -156,7 +156,7 @@ def _by_measure(name: str, report: Report) -> dict[str, Gap]:
 
 def _panel(axes: Axes, values: Sequence[Gap | None], band: tuple[float, float]) -> None:
     """Points at the gaps, their interval, and lowest and highest of several retrained models as ticks."""
-    reach = max([0.12, *(abs(end) for gap in values if gap for end in (gap.value, *gap.interval) if measured(end))])
+    reach = max([0.12, *(abs(end) for gap in values if gap for end in (gap.value, *gap.interval) if is_measured(end))])
     axes.set_xlim(-1.1 * reach, 1.1 * reach)
     axes.axvspan(max(band[0], -1.1 * reach), min(band[1], 1.1 * reach), color="#009E73", alpha=0.18, linewidth=0)
     axes.axvline(0, color="black", linewidth=0.9)
@@ -164,7 +164,7 @@ def _panel(axes: Axes, values: Sequence[Gap | None], band: tuple[float, float]) 
         if gap is None:
             axes.text(0, y, "not measured", fontsize=SMALL, ha="center", va="center", color=NEUTRAL)
             continue
-        if measured(*gap.interval):
+        if is_measured(*gap.interval):
             axes.plot(gap.interval, [y, y], color=ORANGE, linewidth=2)
         axes.plot([end - gap.reference for end in gap.spread], [y, y], "|", color=NEUTRAL, markersize=9)
         axes.plot(gap.value, y, "o", color=ORANGE, markersize=6)

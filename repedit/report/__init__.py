@@ -1,13 +1,12 @@
-"""Reports as pages: rows for a console, Markdown, and one HTML page that needs no network.
+"""Reports as console tables, as Markdown, and as HTML pages that need no network.
 
-Nothing here measures: an audit.json holds everything, so a page can be made again without a model.
+Nothing here measures: audit.json holds all results, so pages can be made again without a model.
 """
 
+from repedit.report.audit_pages import markdown, page
 from repedit.report.comparison import ReportComparison, compare_reports
-from repedit.report.html import page
-from repedit.report.markdown import markdown
 from repedit.report.redaction import redacted
-from repedit.report.run_page import run_page, write_run
+from repedit.report.run_pages import run_page, write_run
 from repedit.report.writing import schema, write
 from repedit.runs import RunReport
 

@@ -1,0 +1,482 @@
+"""The page of a whole run: what was asked, what was done, what it shows, and what it does not."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from markupsafe import Markup
+
+from repedit.arch import match_layout
+from repedit.edit import Edit, describe_map
+from repedit.errors import RepeditError
+from repedit.io import archive
+from repedit.io.checkpoint import open_shards
+from repedit.io.files import make_folder, user_path, write_text
+from repedit.io.text import JsonLines
+from repedit.neurons.scores import Scores
+from repedit.plot.reports import bars, course, ranges
+from repedit.report.audit_pages import AuditFigures
+from repedit.report.limitations import MEASURES, limitations
+from repedit.report.redaction import redacted_run, redacted_values
+from repedit.report.rendering import render, svg, tone
+from repedit.report.tables import Table, format_number, format_value
+from repedit.rewrite.certificate import Certificate, TensorCertificate
+from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
+from repedit.runs import RunReport, StepReport, run_file, run_report
+from repedit.sites import Site
+
+ABSENT = {
+    "The model": "No step of this run says which model it is about.",
+    "How it was found": "Nothing this run left says by which method it was found.",
+    "How neurons were scored": "Not run: no score step of this run left scores, and no edit needed any from a file.",
+    "What was selected": "Not run: this run left no edit of sites.",
+    "How it was trained": "Not run, or not kept: no training of this run left its losses. unlearn keeps them in a .safetensors file, or in the file that log names.",
+    "What changed in the weights": "Not run: this run left no edit, no difference and no checkpoint.",
+    "How exact it is": "Not run: without an exported checkpoint nothing says how exactly the weights equal an edit.",
+    "Before and after": "Not run: no step measured the edited model beside the original (compare, prune or project).",
+    "Under attack": "Not run: the edited model was not attacked, so it is unknown what brings the removed knowledge back. An audit step attacks it.",
+}
+"""What the page says in place of a part that a run does not have."""
+
+
+def run_page(path: str | Path, *, hide_items: bool = False) -> str:
+    """One HTML page about a whole run, without network requests: asked, chosen, changed, measured, attacked, not shown.
+
+    Every file of the run is hashed again; the page begins with what is not as the run left it.
+
+    Args:
+        path: the TOML file of a run, or the folder that holds one.
+        hide_items: redact every text of an item, see `repedit.report.redaction`.
+    Raises:
+        NotFound: if there is no run. ArgumentError: if the folder holds several.
+        DataError, CheckpointError: if the file or its journal is not that of a run.
+    """
+    return rendered(run_report(path), hide_items=hide_items)
+
+
+def write_run(path: str | Path, target: str | Path | None = None, *, hide_items: bool = False) -> Path:
+    """Write the page of a run: to the target, to report.html in it if it is a folder, or to NAME.report.html beside the run.
+
+    Raises:
+        As `run_page`; CheckpointError: if it cannot be written.
+    """
+    file = run_file(path)
+    place = file.with_suffix(".report.html") if target is None else user_path(target)
+    place = place / "report.html" if place.is_dir() else place
+    text = run_page(file, hide_items=hide_items)
+    make_folder(place.parent)
+    write_text(place, text)
+    return place
+
+
+def rendered(run: RunReport, *, hide_items: bool = False) -> str:
+    """The page of a run that was gathered."""
+    run = redacted_run(run) if hide_items else run
+    word, style, sentence = _outcome(run)
+    name = run.file.name
+    return render(
+        "run", title=f"{run.file.stem}: {word}", absent=ABSENT, run=run, style=style, sentence=sentence,
+        facts=_facts(run), brief=_brief(run), first_tables=_first_tables(run, *MEASURES), steps=_steps(run),
+        data=_data(run), versions=_seeds_and_versions(run), models=_models(run), bases=_bases(run), methods=_methods(run),
+        scores=_scores(run), selections=_selections(run), trainings=_trainings(run), tensors=_tensors(run),
+        unapplied=_unapplied(run), exactness=_exactness(run), shown=lambda *verbs: _shown_by_step(run, *verbs),
+        measures=MEASURES, audits=[(out, run.label(out), AuditFigures.of(report)) for out, report in run.audits.items()],
+        limits=limitations(run), commands=f"repedit run {name}\nrepedit reproduce {name}\nrepedit report {name}",
+    )  # fmt: skip
+
+
+# --- The top of the page
+
+
+def _outcome(run: RunReport) -> tuple[str, str, str]:
+    """(words, style, sentence) of the worst audit, or of there being none."""
+    if run.faults:
+        return (
+            "CHANGED SINCE THE RUN", "bad",
+            "Something on this page is not as the run left it. Carry the run out again before you rely on it.",
+        )  # fmt: skip
+    if not run.audits:
+        return (
+            "NOT AUDITED", "open",
+            "The edit was made and measured as described below; it was not attacked, so nothing shows that anything is gone.",
+        )  # fmt: skip
+    words = dict.fromkeys(report.verdict.word for report in run.audits.values())
+    worst = max(run.audits.values(), key=lambda report: report.verdict.exit_code)
+    return " / ".join(words), tone(worst), worst.verdict.sentence
+
+
+def _facts(run: RunReport) -> list[str]:
+    done = sum(step.done for step in run.steps)
+    models = dict.fromkeys(str(step.table["model"]) for step in run.steps if step.table.get("model"))
+    facts = [f"run {run.file.name}", f"{done} of {len(run.steps)} steps carried out"]
+    facts += [f"model {name}" for name in models]
+    return facts + [f"{out}: {origin['method']}" for out, origin in run.provenances.items() if origin.get("method")]
+
+
+def _brief(run: RunReport) -> list[str]:
+    """The numbers a reader asks for first."""
+    brief = [f"{out}: {_total(counts)}" for out, counts in _removed(run).items()]
+    for out, checkpoint in run.checkpoints.items():
+        plan, certificate = checkpoint.manifest.get("plan") or {}, checkpoint.manifest.get("certificate")
+        largest = max((row["relative_change"] or 0.0 for row in plan.values()), default=0.0)
+        brief.append(
+            f"{run.label(out)}: {len(plan)} tensors changed, by {largest:.3f} of their size at most; {checkpoint.describe()}."
+        )
+        if certificate:
+            brief.append(
+                f"{out}: {certificate['form']}, {certificate['exactness']}, largest leak along a removed direction {certificate['worst_leak']:.1e}."
+            )
+    for out, report in run.audits.items():
+        brief.append(f"{run.label(out)}: {report.verdict.word}; {report.verdict.rule}".rstrip(".") + ".")
+    return brief or ["Nothing: no step left anything that can be read."]
+
+
+def _first_tables(run: RunReport, *verbs: str) -> list[tuple[int, str, Table]]:
+    """(step, title, table) of the first table that each of the steps with these verbs showed."""
+    first: dict[int, tuple[int, str, Table]] = {}
+    for step, item in run.display(*verbs):
+        if item["kind"] == "table":
+            first.setdefault(step.number, (step.number, item["title"], Table(item["columns"], item["rows"])))
+    return list(first.values())
+
+
+def _shown_by_step(run: RunReport, *verbs: str) -> list[tuple[StepReport, list[Mapping[str, Any]]]]:
+    """Everything that the steps with these verbs showed."""
+    pairs = list(run.display(*verbs))
+    return [
+        (next(step for step, _ in pairs if step.number == number), [item for _, item in group])
+        for number, group in groupby(pairs, key=lambda pair: pair[0].number)
+    ]
+
+
+# --- What was asked, and of which data and model
+
+
+def _steps(run: RunReport) -> Table:
+    rows = [
+        [
+            str(step.number), step.state,
+            shlex.join(["repedit", *step.record.command]) if step.record else f"repedit {step.verb} (see the file)",
+            f"{step.record.seconds:.1f}" if step.record else "n/a", str(step.table.get("out", "")),
+        ]
+        for step in run.steps
+    ]  # fmt: skip
+    return Table(("step", "state", "command", "seconds", "writes"), rows)
+
+
+def _data(run: RunReport) -> Table:
+    """Every data set that a step used or was asked about, and every file that was given to a step, with its hash."""
+    used_for: dict[tuple[str, ...], str] = {}
+    for out, origin in run.provenances.items():
+        for role, data in (origin.get("data") or {}).items():
+            if isinstance(data, Mapping):
+                size = next((f"{data[unit]:,} {unit}" for unit in ("tokens", "rows", "facts") if unit in data), "")
+                used_for[(role, str(data.get("name", "")), size, str(data.get("hash", "")))] = out
+    for out, report in run.audits.items():
+        for role, digest in (report.context.get("hashes") or {}).items():
+            used_for[(f"audit: {role}", "", "", str(digest))] = out
+    for step in run.steps:
+        for name, digest in (step.record.inputs if step.record else {}).items():
+            used_for[("file", name, "", digest)] = f"step {step.number}"
+    rows = [[*row, use] for row, use in used_for.items()]
+    return Table(("role", "name", "size", "hash", "used for"), rows, "" if rows else "No step left a record of data.")
+
+
+def _seeds_and_versions(run: RunReport) -> Table:
+    seeds = {f"step {s.number}, {s.verb}": str(s.table["seed"]) for s in run.steps if "seed" in s.table}
+    seeds |= {f"provenance of {out}": str(o["seed"]) for out, o in run.provenances.items() if o.get("seed") is not None}
+    audit_seeds = {out: report.context.get("seeds") or () for out, report in run.audits.items()}
+    seeds |= {f"audit {out}": ", ".join(map(str, values)) for out, values in audit_seeds.items() if values}
+    rows = [[f"seed, {where}", value] for where, value in seeds.items()]
+    versions: dict[str, dict[str, None]] = {}
+    for step in run.steps:
+        for package, version in (step.record.versions if step.record else {}).items():
+            versions.setdefault(package, {})[version] = None
+    rows = rows or [["seed", "none was given; every verb starts from 0"]]
+    return Table(("what", "value"), rows + [[package, " and ".join(used)] for package, used in versions.items()])
+
+
+def _models(run: RunReport) -> Table:
+    """The model of the run, and the family and size of its checkpoints."""
+    names = dict.fromkeys(
+        str(s.table[key]) for s in run.steps for key in ("model", "base", "original") if s.table.get(key)
+    )
+    fingerprints = dict.fromkeys(str(o["model"]) for o in run.provenances.values() if o.get("model"))
+    rows = [["asked for as", ", ".join(names) or "no model is named"]]
+    rows += [["sha256 of weights and config", fingerprint] for fingerprint in fingerprints]
+    for out in run.checkpoints:
+        rows += _family_and_size(out, run.file.parent / out, run.redacted)
+    note = "" if run.checkpoints else "No checkpoint was written, so family and size are not known to this page."
+    return Table(("what", "value"), rows, note)
+
+
+def _family_and_size(out: str, folder: Path, hidden: bool) -> list[list[str]]:
+    """From the config of a checkpoint and the headers of its files."""
+    try:
+        specs = used_specs(open_shards(folder))
+        architecture = architecture_of(folder)
+        layout = match_layout(architecture, specs)
+    except RepeditError as error:
+        return [[out, "no whole model" if hidden else f"no whole model: {error}"]]
+    count = sum(prod(spec.shape) for spec in specs.values())
+    dtypes = dict.fromkeys(str(spec.dtype).removeprefix("torch.") for spec in specs.values())
+    size = (
+        f"{len(layout.layers)} layers of width {layout.width}, {architecture.n_heads} heads, "
+        f"{count:,} numbers in {len(specs)} tensors ({', '.join(dtypes)})"
+    )
+    return [[f"{out}: family", architecture.model_type], [f"{out}: size", size]]
+
+
+def _bases(run: RunReport) -> list[tuple[str, str, Table]]:
+    """(checkpoint, base, hashes of the files of the base)."""
+    bases = {out: held.manifest["base"] for out, held in run.checkpoints.items() if "base" in held.manifest}
+    return [
+        (out, base["name"], Table(("file", "sha256"), [[name, digest] for name, digest in base["files"].items()]))
+        for out, base in bases.items()
+    ]
+
+
+# --- How a run chose what to change
+
+
+NEURONS, RANK = re.compile(r"^(\d+) of (\d+) neurons"), re.compile(r"removes rank (\d+)$")
+"""What `describe_map` says of a mask, and of a projection."""
+METHOD = ("method", "formula", "source", "sites", "rank", "steps_run")
+"""Fields of a provenance that are shown first."""
+HISTORY_NAMES = {
+    "forget": "forget loss, nats", "right": "share of forget tokens still right", "divergence": "divergence on retain, nats",
+}  # fmt: skip
+"""What the values in the history of a projection are."""
+Counts = Mapping[tuple[str, str], Mapping[int, float]]
+"""Number removed by layer, by point and kind ("neurons" or "directions")."""
+Charts = list[tuple[str, Markup]]
+"""Charts as SVG with their titles."""
+
+
+def _methods(run: RunReport) -> list[tuple[str, Table, Table]]:
+    """(output, method with formula and source, options)."""
+    methods = []
+    for out, origin in run.provenances.items():
+        values = [[key, format_value(origin[key])] for key in METHOD if origin.get(key) is not None]
+        options = [[key, format_value(v)] for key, v in (origin.get("options") or {}).items() if v is not None]
+        if values or options:
+            methods.append((out, Table(("what", "value"), values), Table(("option", "value"), options)))
+    return methods
+
+
+def _scores(run: RunReport) -> list[tuple[Charts, str]]:
+    """The distribution of the scores of each layer."""
+    charts = []
+    for out, path in run.of_kind("scores"):
+        scores = Scores.load(path)
+        by_point: dict[str, dict[int, tuple[float, float, float, float]]] = {}
+        for site, score in scores.items():
+            finite = score.values[torch.isfinite(score.values)]
+            if len(finite):
+                quantiles = torch.tensor([0.01, 0.5, 0.99], dtype=finite.dtype)
+                low, middle, high = finite.quantile(quantiles).tolist()
+                by_point.setdefault(str(site.point), {})[site.layer] = (low, middle, high, float(finite.max()))
+        drawn = [
+            (f"{point}: score by layer", svg(ranges(layers, "layer", "score"))) for point, layers in by_point.items()
+        ]
+        note = (
+            f"{out}: lines from the 1st to the 99th percentile of the neurons of a layer, a stroke at the median, a dot at the largest; "
+            f"higher is more specific to what is to be forgotten. Median rank correlation of the two importances: {scores.agreement:.2f}."
+        )
+        charts.append((drawn, note))
+    return charts
+
+
+def _selections(run: RunReport) -> list[tuple[Charts, str]]:
+    """What each edit removes from each layer: neurons, or directions."""
+    charts = []
+    for out, counts in _removed(run).items():
+        drawn = [
+            (f"{point}: {kind} removed", svg(bars(layers, "layer", kind))) for (point, kind), layers in counts.items()
+        ]
+        charts.append((drawn, f"{out}: {_total(counts)}"))
+    return charts
+
+
+def _trainings(run: RunReport) -> list[tuple[Charts, str]]:
+    """The losses of every training, step by step, as far as they were kept."""
+    charts = []
+    for out, (origin, records) in _losses(run).items():
+        drawn = [(name, svg(course(name, values))) for name, values in records.items() if values]
+        stopped = format_value(origin["stopped"]) if origin.get("stopped") else ""
+        ending = f"; it stopped because of: {stopped}." if stopped else "."
+        charts.append((drawn, f"{out}: {origin.get('method', 'training')}{ending}"))
+    return charts
+
+
+def _maps(run: RunReport) -> dict[str, Mapping[str, str]]:
+    """The map at each site, in words, of every edit that a checkpoint or a file holds."""
+    maps: dict[str, Mapping[str, str]] = {}
+    for out, checkpoint in run.checkpoints.items():
+        sites = checkpoint.manifest.get("sites") or {}
+        maps[out] = {site: row["map"] for site, row in sites.items()}
+    for out, path in run.of_kind("edit"):
+        maps[out] = {str(site): describe_map(map_) for site, map_ in Edit.load(path).maps.items()}
+    return {out: sites for out, sites in maps.items() if sites}
+
+
+def _removed(run: RunReport) -> dict[str, Counts]:
+    """Neurons or directions that each edit removes, by layer."""
+    removed: dict[str, dict[tuple[str, str], dict[int, float]]] = {}
+    for out, sites in _maps(run).items():
+        for name, text in sites.items():
+            neurons, rank = NEURONS.match(text), RANK.search(text)
+            kind, number = ("neurons", neurons) if neurons else ("directions", rank)
+            if number:
+                site = Site.parse(name)
+                by_layer = removed.setdefault(out, {}).setdefault((str(site.point), kind), {})
+                by_layer[site.layer] = float(number[1])
+    return dict(removed)
+
+
+def _total(counts: Counts) -> str:
+    sentences = [
+        f"{sum(layers.values()):,.0f} {kind} removed at {point} of {len(layers)} layers"
+        for (point, kind), layers in counts.items()
+    ]
+    return f"{'; '.join(sentences)}."
+
+
+def _losses(run: RunReport) -> dict[str, tuple[Mapping[str, Any], dict[str, Sequence[float]]]]:
+    """(provenance, values by name) of every training of which the losses were kept."""
+    losses: dict[str, tuple[Mapping[str, Any], dict[str, Sequence[float]]]] = {}
+    for out, origin in run.provenances.items():
+        history = origin.get("history")
+        if isinstance(history, Mapping):
+            values: dict[str, Sequence[float]] = {
+                HISTORY_NAMES.get(str(key), str(key)): list(held) for key, held in history.items()
+            }
+            losses[out] = origin, values
+    for out, rows in _logs(run):
+        records: dict[str, list[float]] = {}
+        for row in redacted_values(rows) if run.redacted else rows:
+            for key, value in (row.get("losses") or {}).items():
+                records.setdefault(f"{key} loss", []).append(float("nan") if value is None else float(value))
+        if records:
+            losses[out] = run.provenances.get(out, {}), dict(records)
+    return losses
+
+
+def _logs(run: RunReport) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
+    """The records of gradient unlearning: in the delta, or in the file that `log` named."""
+    for out, path in run.of_kind("delta"):
+        yield out, archive.header_of(path).get("log", [])
+    for step in run.steps:
+        out, log = str(step.table.get("out")), step.table.get("log")
+        if step.verb == "unlearn" and log and out not in run.saved and (run.file.parent / str(log)).is_file():
+            yield out, JsonLines(run.file.parent / str(log)).rows
+
+
+# --- What a run changed in the weights, and how exactly
+
+
+HASHES = (
+    "The sha256 of each of them before and after is in repedit.json; every other tensor is byte-identical to the base."
+)
+CONVERTED = "The sha256 of each of them before and after is in repedit.json; every tensor was converted to {}."
+
+
+def _tensors(run: RunReport) -> list[tuple[str, str, Table]]:
+    """(title, sizes, tensors that an export changed, the largest relative change first)."""
+    changed = []
+    for out, checkpoint in run.checkpoints.items():
+        plan, dtype = checkpoint.manifest.get("plan") or {}, checkpoint.manifest.get("dtype")
+        rows = [
+            [name, "; ".join(row["operations"]), _relative_change(row["relative_change"])]
+            for name, row in sorted(plan.items(), key=_change, reverse=True)
+        ]
+        title = f"{out}: {len(rows)} tensors changed" if rows else f"{out}: no list of tensors"
+        note = "" if not rows else CONVERTED.format(dtype) if dtype else HASHES
+        table = Table(("tensor", "what was done", "relative change"), rows, note)
+        changed.append((title, _sizes(checkpoint.manifest), table))
+    return changed
+
+
+def _unapplied(run: RunReport) -> list[str]:
+    """Edits and differences in files."""
+    notes = [
+        f"{out} is an edit in a file, {len(_maps(run).get(out, {}))} sites: a value that changes no weight by itself."
+        for out, _ in run.of_kind("edit")
+    ]
+    for out, path in run.of_kind("delta"):
+        count = len(archive.header_of(path).get("provenance", {}).get("start", {}))
+        size = f", of {count} tensors" if count else ""
+        notes.append(f"{out} is a difference in a file{size}: a value that changes no weight by itself.")
+    return notes
+
+
+def _exactness(run: RunReport) -> list[tuple[str, Table, list[str], Table, str]]:
+    """(title, sites, sentences of the certificate, its tensors, state of the files) of every checkpoint."""
+    parts = []
+    for out, checkpoint in run.checkpoints.items():
+        sites = checkpoint.manifest.get("sites") or {}
+        rows = [[site, sites[site]["map"], sites[site]["exactness"]] for site in sorted(sites, key=Site.parse)]
+        kinds = [row[2] for row in rows]
+        counts = ", ".join(f"{kinds.count(kind)} sites {kind}" for kind in dict.fromkeys(kinds))
+        note = (
+            ""
+            if rows
+            else "The weights were changed directly, not at sites; the files hold exactly the change, rounded once."
+        )
+        table = Table(("site", "edit", "exactness"), rows, note)
+        sentences, tensors = _certificate(checkpoint.manifest.get("certificate"))
+        parts.append((f"{out}: {counts or 'no sites'}", table, sentences, tensors, f"Files: {checkpoint.describe()}."))
+    return parts
+
+
+def _certificate(values: Mapping[str, Any] | None) -> tuple[list[str], Table]:
+    """What is left of removed directions, in sentences and tensor by tensor."""
+    if values is None:
+        reason = "No certificate: it is about directions that a projection removes, and this edit removes none."
+        return [], Table((), (), reason)
+    by_tensor = {name: TensorCertificate(**row) for name, row in values["tensors"].items()}
+    widths = tuple(values["widths"]) if values.get("widths") else None
+    certificate = Certificate(**{**values, "tensors": by_tensor, "widths": widths})
+    rows = [
+        [name, str(row.rank), f"{row.leak_computed:.1e}", f"{row.leak:.1e}", f"{row.residue:.1e}", row.dtype]
+        for name, row in sorted(by_tensor.items(), key=lambda item: _natural_order(item[0]))
+    ]
+    columns = ("tensor", "rank", "leak computed", "leak as stored", "of the original", "dtype")
+    note = "Leak: what is left of a tensor along the removed directions, as a share of what was there."
+    return certificate.describe().split("\n"), Table(columns, rows, note if rows else "")
+
+
+def _sizes(manifest: Mapping[str, Any]) -> str:
+    """What changed apart from the values of tensors."""
+    changes = [
+        row["relative_change"] for row in (manifest.get("plan") or {}).values() if row["relative_change"] is not None
+    ]
+    sentences: dict[str, Callable[[], str]] = {
+        "plan": lambda: f"Relative change |after - before| / |before|: {format_number(max(changes), 3)} at most, {format_number(min(changes), 3)} at least.",
+        "parameters": lambda: f"{manifest['parameters']['before']:,} numbers in the files before, {manifest['parameters']['after']:,} after.",
+        "unties": lambda: f"Untied: {', '.join(f'{a} from {b}' for a, b in manifest['unties'].items())}.",
+        "added": lambda: f"New tensors: {', '.join(manifest['added'])}.",
+        "ranks": lambda: f"An adapter of {len(manifest['ranks'])} modules, rank {max(manifest['ranks'].values())} at most: with it and the base one has both models.",
+    }  # fmt: skip
+    return " ".join(text() for key, text in sentences.items() if (changes if key == "plan" else manifest.get(key)))
+
+
+def _change(item: tuple[str, Mapping[str, Any]]) -> float:
+    change = item[1]["relative_change"]
+    return float("inf") if change is None else float(change)
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _relative_change(value: float | None) -> str:
+    return "new or another shape" if value is None else f"{value:.4f}" if value >= 1e-4 else f"{value:.1e}"
