@@ -99,9 +99,6 @@ def not_finite_at(x: Tensor) -> str | None:
     return f"{place} ({wide[place].item()}, {x.dtype})"
 
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
 def check_together(**tensors: Tensor | None) -> None:
     """Refuse tensors that cannot make up one map.
 
@@ -117,7 +114,7 @@ def check_together(**tensors: Tensor | None) -> None:
         raise DeviceError(f"the tensors of a map must be on one device, found {said}")
     for name, tensor in present.items():
         check_dense(name, tensor)
-        if tensor.dtype not in _FLOATING:
+        if tensor.dtype not in dispatch.SUPPORTED:
             raise DtypeError(f"{name} has dtype {tensor.dtype}; give float32, float64, bfloat16 or float16")
     if any(tensor.ndim and not len(tensor) for tensor in present.values()):
         raise ShapeError("a map of width 0 maps nothing; is the tensor it was made from empty?")

@@ -10,7 +10,7 @@ import torch
 
 import repedit as rp
 from repedit.errors import ArgumentError, NotFoldable, PlanMismatch
-from repedit.rewrite.certificate import LIMITS
+from repedit.kernels.dispatch import LEAK_LIMITS
 from tests.edits import mask, projection
 from tests.test_laws import every_dtype, every_family
 from tests.tiny import tiny
@@ -26,7 +26,7 @@ def test_a_fold_leaves_only_rounding(family, site, dtype):
     post = subject.layout.branch(1, rp.Point.MLP_OUT).gain is not None
     assert (found.form, found.rank) == ("folded", 3)
     assert found.exactness == ("subspace-exact" if post else "exact")
-    assert found.worst_leak <= LIMITS[dtype]
+    assert found.worst_leak <= LEAK_LIMITS[dtype]
     for row in found.tensors.values():
         assert row.rank == 3 and row.leak_computed <= 1e-5 and abs(row.residue) < 3e-2
 

@@ -14,6 +14,7 @@ from repedit.lower import lower
 from repedit.quantization import update_cosine
 from tests import edits, laws
 from tests.tiny import FAMILIES, logits, tiny
+from tests.tolerances import DTYPES
 
 SMALL = ("llama", "gpt2", "gemma2", "mixtral")
 
@@ -49,7 +50,7 @@ def export_equals_apply(subject, delta, folder, apply=rp.apply):
         assert torch.equal(found[name], value), f"{name} differs on disk"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", SMALL)
 def test_apply_equals_export_equals_reload(family, dtype, tmp_path):
     subject = tiny(family, dtype)

@@ -11,6 +11,7 @@ import repedit as rp
 from docs import build
 from repedit import cli
 from repedit.cli.options import EXAMPLES, codes
+from tests.layers import PACKAGE, block
 
 ROOMS = build.rooms(rp)
 VALUES = ("__version__",)
@@ -156,3 +157,24 @@ def test_every_guarantee_has_its_test():
         f"{file}::{test}" for tests in named for file, test in tests if f"def {test}(" not in (root / file).read_text()
     ]
     assert absent == []
+
+
+def modules_in_the_tree() -> set[str]:
+    """Paths of the files and packages that the tree of docs/design.md lists."""
+    parts: list[str] = []
+    paths = set()
+    for line in block("tree"):
+        depth = (len(line) - len(line.lstrip())) // 2
+        parts = [*parts[:depth], line.split()[0]]
+        paths.add("".join(parts))
+    return paths
+
+
+def test_the_tree_of_the_design_lists_every_module():
+    files = {
+        path.relative_to(PACKAGE.parent)
+        for path in PACKAGE.rglob("*.py")
+        if path.parent == PACKAGE or path.name != "__init__.py"
+    }
+    folders = {f"{path.parent}/" for path in files}
+    assert modules_in_the_tree() == {str(path) for path in files} | folders

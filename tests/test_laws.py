@@ -8,9 +8,8 @@ import torch
 from tests import laws
 from tests.edits import fill, mask, projection
 from tests.tiny import FAMILIES, tiny
-from tests.tolerances import TABLE
+from tests.tolerances import DTYPES, TABLE
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
 ROUTED = ("mixtral", "olmoe", "qwen3_moe")
 PRE_NORM = tuple(f for f in FAMILIES if f not in POST_NORM)

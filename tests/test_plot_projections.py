@@ -17,11 +17,12 @@ from numpy.testing import assert_allclose
 from repedit import fit, plot
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, FractionError, NotFinite, RankError, ShapeError
+from repedit.kernels.dispatch import LEAK_LIMITS
 from repedit.linear_maps import Diagonal, LowRank
 from repedit.plot import TradeOff
 from repedit.plot.canvas import NEUTRAL
 from repedit.plot.projections import MOST, spread
-from repedit.rewrite.certificate import LIMITS, Certificate, TensorCertificate
+from repedit.rewrite.certificate import Certificate, TensorCertificate
 from repedit.sites import Point, Site
 from repedit.stats import Moments
 from tests.test_plot import laid_out, line, outside, overlapping, title
@@ -316,7 +317,7 @@ def test_leakage_bars_are_the_leaks_before_and_after_the_cast():
 def test_leakage_has_one_limit_a_dtype_and_counts_what_is_beyond():
     figure = plot.leakage(certificate(weights(4), ("bfloat16", "float32")))
     for dtype in (torch.bfloat16, torch.float32):
-        assert_allclose(line(figure, f"limit of {str(dtype).removeprefix('torch.')}")[0], LIMITS[dtype])
+        assert_allclose(line(figure, f"limit of {str(dtype).removeprefix('torch.')}")[0], LEAK_LIMITS[dtype])
     assert "folded, exact; 64 directions over 4 tensors; largest leak 1.0e-03; 2 of 4 beyond the limit" in title(figure)
     assert "beyond" not in title(plot.leakage(certificate(weights(4))))
 

@@ -12,12 +12,13 @@ from repedit.delta import Delta
 from repedit.unlearning import schedule, trainer
 from tests.simulated_kills import dies
 from tests.test_delta import export_equals_apply
+from tests.tolerances import DTYPES
 from tests.unlearning_cases import sides, subject, values
 
 QUICK = {"steps": 3, "batch_size": 3, "lr": 1e-3, "progress": False}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_unlearned_applies_exports_and_reloads_bitwise(family, dtype, tmp_path):
     lm = subject(family, dtype)

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+"""Dtypes in which the laws are tested."""
+
 
 class Tolerance(NamedTuple):
     """How far two computations of one number may be apart."""

@@ -18,6 +18,7 @@ from repedit.edit import Edit
 from repedit.errors import ArgumentError, FractionError, RankError, ShapeError
 from repedit.fit import Spectra
 from repedit.fit import principal_angles as cosines
+from repedit.kernels.dispatch import LEAK_LIMITS
 from repedit.linear_maps import LowRank
 from repedit.plot.canvas import (
     CELL,
@@ -42,7 +43,7 @@ from repedit.plot.canvas import (
     table,
     wrapped,
 )
-from repedit.rewrite.certificate import LIMITS, Certificate, TensorCertificate
+from repedit.rewrite.certificate import Certificate, TensorCertificate
 from repedit.sites import Site
 
 # --- Where the energy of two sets lies, direction by direction, and where a projection may take from
@@ -564,11 +565,11 @@ def _layer(name: str) -> str:
 
 
 def _limit(dtype: str) -> float | None:
-    return LIMITS.get(getattr(torch, dtype, None))  # type: ignore[arg-type]
+    return LEAK_LIMITS.get(getattr(torch, dtype, None))  # type: ignore[arg-type]
 
 
 def _beyond(row: TensorCertificate) -> float:
-    return row.leak / (_limit(row.dtype) or max(LIMITS.values()))
+    return row.leak / (_limit(row.dtype) or max(LEAK_LIMITS.values()))
 
 
 def _bars(axes: Axes, rows: Mapping[str, TensorCertificate]) -> None:

@@ -15,6 +15,7 @@ from repedit.edit import Edit
 from repedit.errors import ArgumentError, PlanMismatch
 from repedit.io.checkpoint import open_shards
 from repedit.io.files import user_path
+from repedit.kernels.dispatch import LEAK_LIMITS
 from repedit.linear_maps import LowRank
 from repedit.lower import lower
 from repedit.models.subject import Subject
@@ -22,9 +23,6 @@ from repedit.plan import Operation, Plan, TensorReader
 from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
 from repedit.rewrite.slice import slice_plan
 
-# ||V^T W'|| / ||V^T W|| that rounding alone can leave. Measured at k = 1 to 16: float32 4e-7, float16 2e-4, bfloat16
-# 1.7e-3 (6e-3 at k = 1, width 2048).
-LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 _PART = 256
 """Rows at a time: a tensor is not held in float64."""
 _WORDS = {
@@ -164,7 +162,7 @@ def _narrowed(plan: Plan, specs: Specs, before: TensorReader, after: TensorReade
             if new.shape == expected.shape
             else float("inf")
         )
-        if error > LIMITS[new.dtype]:
+        if error > LEAK_LIMITS[new.dtype]:
             raise PlanMismatch(
                 f"{name} {tuple(new.shape)} is not what slicing makes of the original (relative error {error:.1e}); is this the model "
                 "the edit was sliced out of?"
@@ -190,7 +188,7 @@ def check_leaks(tensors: Mapping[str, TensorCertificate]) -> None:
     Raises:
         PlanMismatch: naming the tensors.
     """
-    held = [n for n, row in tensors.items() if row.leak > LIMITS[getattr(torch, row.dtype)]]
+    held = [n for n, row in tensors.items() if row.leak > LEAK_LIMITS[getattr(torch, row.dtype)]]
     if held:
         raise PlanMismatch(
             f"{len(held)} of {len(tensors)} tensors hold removed directions still, such as {held[0]} (leak "
