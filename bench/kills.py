@@ -58,7 +58,7 @@ forget = "../facts.jsonl"
 recipe = "grad_diff"
 steps = 4
 set = ["batch_size=4", "lr=1e-3"]
-resume = "training.safetensors"
+resume = "training"
 out = "delta.safetensors"
 
 [[step]]
@@ -95,7 +95,7 @@ def unlearn() -> None:
     """48 steps; the state is saved every 20."""
     app(
         ["unlearn", "../model", "--forget", "../facts.jsonl", "--recipe", "grad_diff", "--steps", "48", "--set", "batch_size=4", "--set", "lr=1e-3",
-         "--resume", "training.safetensors", "--log", "log.jsonl", "--out", "delta.safetensors"],
+         "--resume", "training", "--log", "log.jsonl", "--out", "delta.safetensors"],
         standalone_mode=False,
     )  # fmt: skip
 

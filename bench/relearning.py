@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 from repedit.activations.forward import inputs_of
 from repedit.auditing.attacks.weights import projections, round_matrices
 from repedit.data import Batches, Fact
-from repedit.fit.mrp_training import forgetting, retained, targets_of, teaching
+from repedit.fit.mrp_training import forget_loss, reference_log_probs, retain_losses
 from repedit.models.subject import Subject, subject_of
-from repedit.training.sampler import Sampler, training_rows
+from repedit.training.batching import label_mask
+from repedit.training.sampler import BatchSampler, training_rows
 
 
 def gradient_difference(
@@ -35,19 +36,21 @@ def gradient_difference(
     Returns it with the steps taken: training ends when `until` says so, asked every `every` steps.
     """
     student = trainable(lm)
-    bad = Sampler(lm, training_rows(forget, "forget", shown=3, seed=seed), batch_size, length=128, seed=seed)
-    kept = [Sampler(lm, training_rows(retain, "retain", shown=3, seed=seed), batch_size, length=128, seed=seed),
-            Sampler(lm, text, 2, length=48, seed=seed)]  # fmt: skip
-    loss_of = forgetting(bad, lm, among="answers", cap=None)
+    bad = BatchSampler(
+        lm, training_rows(forget, "forget", demonstrations=3, seed=seed), batch_size, length=128, seed=seed
+    )
+    kept = [BatchSampler(lm, training_rows(retain, "retain", demonstrations=3, seed=seed), batch_size, length=128, seed=seed),
+            BatchSampler(lm, text, 2, length=48, seed=seed)]  # fmt: skip
+    loss_of = forget_loss(bad, lm, among="answers", cap=None)
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     for step in range(steps):
         batches = [sampler.at(step) for sampler in kept]
-        teachers = [teaching(lm, rows) for rows in batches]
+        teachers = [reference_log_probs(lm, rows) for rows in batches]
         batch = bad.at(step)
         optimizer.zero_grad()
         loss, _ = loss_of(student.model(**inputs_of(batch)).logits, batch)
         for rows, teacher in zip(batches, teachers, strict=True):
-            loss = loss + retained(student, rows, teacher)[0]
+            loss = loss + retain_losses(student, rows, teacher)[0]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
         optimizer.step()
@@ -74,14 +77,14 @@ def relearn(
     student = trainable(lm) if hooked is None else lm
     for p in student.model.parameters():
         p.requires_grad_(True)
-    rows = Sampler(student, training_rows(train, "train"), batch_size, length=128, seed=seed)
+    rows = BatchSampler(student, training_rows(train, "train"), batch_size, length=128, seed=seed)
     optimizer = torch.optim.AdamW(student.model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     with hooked or nullcontext():
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / (0.1 * steps))
             batch = rows.at(step)
             optimizer.zero_grad()
-            logits, use = student.model(**inputs_of(batch)).logits, targets_of(batch)
+            logits, use = student.model(**inputs_of(batch)).logits, label_mask(batch)
             cross_entropy(logits[:, :-1][use[:, 1:]], batch.input_ids[use]).backward()
             torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
             optimizer.step()

@@ -111,7 +111,7 @@ def trained(bench: Bench, name: str) -> tuple[Delta, float]:
     """A recipe carried out, and the minutes of one core it took."""
     busy = time.process_time()
     delta = rp.unlearn(
-        bench.world.original, recipe=rp.recipes.named(name), forget=bench.world.facts.forget, retain=bench.halves.train,
+        bench.world.original, recipe=rp.recipes.by_name(name), forget=bench.world.facts.forget, retain=bench.halves.train,
         seed=bench.seed, progress=False, **(SETTINGS | OWN.get(name, {})),
     )  # fmt: skip
     return delta, (time.process_time() - busy) / 60

@@ -63,7 +63,7 @@ def run(options: Namespace) -> None:
 def made(bench: Bench, options: Namespace) -> tuple[rp.Delta, dict[str, Any]]:
     """The difference that the recipe makes, and what the models score before and after."""
     before = scored(bench, bench.lm)
-    recipe = rp.recipes.named(f"small:{options.recipe}")
+    recipe = rp.recipes.by_name(f"small:{options.recipe}")
     retain: dict[str, Any] = {domain: seen(bench.train[domain]) for domain in RETAIN}
     start, busy = time.time(), time.process_time()
     delta = rp.unlearn(

@@ -26,9 +26,9 @@ import repedit as rp
 from bench.record import record
 from repedit.activations.forward import inputs_of
 from repedit.data import Batch
-from repedit.fit.mrp_training import targets_of
 from repedit.models.subject import Subject
-from repedit.training.sampler import Sampler, training_rows
+from repedit.training.batching import label_mask
+from repedit.training.sampler import BatchSampler, training_rows
 from repedit.unlearning.recipe import UnlearnRecipe
 from repedit.unlearning.schedule import Stop
 
@@ -71,7 +71,7 @@ def measured(name: str) -> None:
         _second_model(lm, forget, retain, times)
     else:
         clock = Stop("clock", lambda _: times.append(time.process_time()) or "")
-        recipe = rp.recipes.named(f"small:{name}")
+        recipe = rp.recipes.by_name(f"small:{name}")
         assert isinstance(recipe, UnlearnRecipe)
         recipe = replace(recipe, steps=STEPS, stop=(clock,))
         rp.unlearn(lm, recipe=recipe, forget=forget, retain=retain, progress=False)
@@ -86,7 +86,7 @@ def _second_model(lm: Subject, forget: Any, retain: Any, times: list[float]) -> 
     for p in model.parameters():
         p.requires_grad_(any(p is w for w in weights))
     optimizer = torch.optim.AdamW(weights, lr=5e-4, weight_decay=0.0)
-    sides = [Sampler(lm, training_rows(rows, "rows"), 8, length=64, seed=0) for rows in (forget, retain)]
+    sides = [BatchSampler(lm, training_rows(rows, "rows"), 8, length=64, seed=0) for rows in (forget, retain)]
     for step in range(STEPS):
         bad, good = (side.at(step) for side in sides)
         with torch.no_grad():
@@ -101,7 +101,7 @@ def _second_model(lm: Subject, forget: Any, retain: Any, times: list[float]) -> 
 
 def _nll(model: Any, batch: Batch) -> Tensor:
     """The summed NLL of the labels of each row."""
-    logits, use = model(**inputs_of(batch)).logits[:, :-1], targets_of(batch)[:, 1:]
+    logits, use = model(**inputs_of(batch)).logits[:, :-1], label_mask(batch)[:, 1:]
     found = cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
     return (found * use).sum(1)
 

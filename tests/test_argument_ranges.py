@@ -15,8 +15,8 @@ from repedit.metrics.generation import stream
 from repedit.neurons.pruning import PruningOptions
 from repedit.unlearning import combiners, losses, sampling, schedule
 from repedit.unlearning.parameters import Lora, Parameters
-from repedit.unlearning.recipe import Optimiser
-from repedit.unlearning.recipes import named
+from repedit.unlearning.recipe import OptimizerConfig
+from repedit.unlearning.recipes import by_name
 from tests.tiny import tiny
 from tests.unlearning_cases import sides, subject
 
@@ -24,19 +24,19 @@ NAN, INF = float("nan"), float("inf")
 COUNT: tuple[Any, ...] = (0, -1)
 RATE: tuple[Any, ...] = (0.0, -1e-4, NAN, INF)
 prune = partial(PruningOptions, fraction=0.1)
-unlearn = lambda **more: rp.unlearn(subject(), recipe=named("ga"), **sides(), **more)  # noqa: E731
+unlearn = lambda **more: rp.unlearn(subject(), recipe=by_name("ga"), **sides(), **more)  # noqa: E731
 train = lambda **more: mrp(tiny("llama"), forget=None, retain=None, config=more)  # noqa: E731
 attack = lambda **more: audit("nowhere", original="nowhere", facts=(), **more)  # noqa: E731
 DOORS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
-    "recipe steps": (partial(named, "npo"), "steps", COUNT),
-    "recipe batch": (partial(named, "small:npo"), "batch_size", COUNT),
-    "recipe length": (partial(named, "npo"), "length", (1, *COUNT)),
-    "recipe lr": (partial(named, "small:npo"), "lr", RATE),
-    "recipe epochs": (partial(named, "npo"), "epochs", RATE),
-    "recipe scale": (partial(named, "npo"), "scale", (0.0, NAN, INF)),
-    "beta": (partial(named, "npo"), "beta", RATE),
-    "cap": (partial(named, "ga"), "cap", RATE),
-    "percentile": (partial(named, "sure:npo"), "percentile", (-1.0, 101.0, NAN)),
+    "recipe steps": (partial(by_name, "npo"), "steps", COUNT),
+    "recipe batch": (partial(by_name, "small:npo"), "batch_size", COUNT),
+    "recipe length": (partial(by_name, "npo"), "length", (1, *COUNT)),
+    "recipe lr": (partial(by_name, "small:npo"), "lr", RATE),
+    "recipe epochs": (partial(by_name, "npo"), "epochs", RATE),
+    "recipe scale": (partial(by_name, "npo"), "scale", (0.0, NAN, INF)),
+    "beta": (partial(by_name, "npo"), "beta", RATE),
+    "cap": (partial(by_name, "ga"), "cap", RATE),
+    "percentile": (partial(by_name, "sure:npo"), "percentile", (-1.0, 101.0, NAN)),
     "micro-batch": (unlearn, "micro_batch", COUNT),
     "clip": (unlearn, "clip", RATE),
     "seed": (unlearn, "seed", (-1, 2**63)),
@@ -45,8 +45,8 @@ DOORS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "layers": (Parameters, "layers", ("", " ")),
     "modules": (Parameters, "modules", (("",),)),
     "pattern": (Parameters, "pattern", ("(",)),
-    "decay": (Optimiser, "weight_decay", (-1.0, NAN)),
-    "betas": (Optimiser, "betas", ((0.9, 1.0), (NAN, 0.9))),
+    "decay": (OptimizerConfig, "weight_decay", (-1.0, NAN)),
+    "betas": (OptimizerConfig, "betas", ((0.9, 1.0), (NAN, 0.9))),
     "warm-up": (schedule.Schedule, "warmup", (-1.0, NAN, INF)),
     "rule": (schedule.steps, "n", COUNT),
     "ratio": (sampling.paired, "ratio", RATE),
@@ -107,12 +107,12 @@ def test_what_is_no_number_is_none(value):
 def test_what_can_be_meant_passes():
     check_whole(0, a=0, b=None, c=3)
     check_seed(a=0, b=2**63 - 1)
-    assert named("small:npo", steps=1, lr=1e-9).steps == 1
+    assert by_name("small:npo", steps=1, lr=1e-9).steps == 1
 
 
 def test_steps_and_epochs_are_one_choice():
     with pytest.raises(ArgumentError, match=r"steps=3, epochs=2\.0; give one of them"):
-        named("npo", steps=3, epochs=2.0)
+        by_name("npo", steps=3, epochs=2.0)
     with pytest.raises(ArgumentError, match=r"steps=3, epochs=2\.0; give one of them"):
         unlearn(steps=3, epochs=2.0)
 
@@ -121,15 +121,15 @@ def test_steps_and_epochs_are_one_choice():
 def test_an_option_wins_over_a_preset(name):
     """Also number of epochs over a preset number of steps."""
     options = {"lr": 0.5, "batch_size": 3, "length": 17}
-    plain, changed = named(name), named(name, **options, steps=2)
+    plain, changed = by_name(name), by_name(name, **options, steps=2)
     assert [getattr(changed, key) for key in (*options, "steps")] == [*options.values(), 2]
     assert all(getattr(plain, key) != value for key, value in options.items())
-    assert named(name, epochs=2.0).steps is None and named(name, epochs=2.0).epochs == 2.0
-    assert named(name, parameters=Parameters("1")).parameters.layers == "1"
+    assert by_name(name, epochs=2.0).steps is None and by_name(name, epochs=2.0).epochs == 2.0
+    assert by_name(name, parameters=Parameters("1")).parameters.layers == "1"
 
 
 def test_a_preset_that_wins_would_be_caught(monkeypatch):
     import repedit.unlearning.recipes as published
 
-    monkeypatch.setattr(published, "settled", lambda settings, changes: settings)
-    assert named("small:npo_klr", lr=0.5).lr == 5e-4
+    monkeypatch.setattr(published, "resolved_fields", lambda settings, changes: settings)
+    assert by_name("small:npo_klr", lr=0.5).lr == 5e-4

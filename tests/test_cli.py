@@ -110,7 +110,7 @@ def test_prune_in_steps_writes_a_checkpoint(model, tmp_path: Path):
 def test_a_learned_mask_needs_no_fraction(model, tmp_path: Path, monkeypatch):
     import repedit.neurons.pruning as job
 
-    quick = lambda *a, **o: __import__("repedit").fit.gates(*a, **o, steps=4, learning_rate=0.5)  # noqa: E731
+    quick = lambda *a, **o: __import__("repedit").fit.gates(*a, **o, steps=4, lr=0.5)  # noqa: E731
     monkeypatch.setattr(job, "gates", quick)
     found = json.loads(run("prune", model, "--learned", "--out", tmp_path / "edit.safetensors", "--json", *LIMITED))
     assert found["pruned"] > 0 and (tmp_path / "edit.safetensors").exists()

@@ -14,7 +14,7 @@ from repedit.cli import options
 from repedit.data import BUILTIN, DOMAINS
 from repedit.demo import RECIPES
 from repedit.models.default_model import DEFAULT
-from repedit.unlearning.recipes import named
+from repedit.unlearning.recipes import by_name
 
 COMMANDS = cli.verbs()
 WORDS = ("PASS", "HIDDEN", "NOT_FORGOTTEN", "INCONCLUSIVE", "INVALID", "DESTROYED", "UNSOUND")
@@ -44,7 +44,7 @@ def test_an_example_parses_and_its_names_exist(verb):
     if verb == "vision demo":
         assert set(given["recipe"]) <= set(RECIPES)
     elif "recipe" in given:
-        assert named(given["recipe"])
+        assert by_name(given["recipe"])
 
 
 @pytest.mark.parametrize(

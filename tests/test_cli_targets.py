@@ -196,7 +196,7 @@ def test_a_log_or_state_of_something_else_is_refused_before_training(tmp_path, m
     for name, error, match in (
         ({"log": tmp_path / "notes.jsonl"}, TargetExists, r"is not the log of a training"),
         ({"log": tmp_path / "folder"}, TargetExists, r"is a directory"),
-        ({"resume": tmp_path / "notes.jsonl"}, TargetExists, r"repedit did not write it"),
+        ({"resume": tmp_path / "notes.jsonl"}, TargetExists, r"is a file, and resume= takes a folder"),
         ({"log": tmp_path / "notes.jsonl" / "x"}, CheckpointError, r"is not a directory"),
         ({"log": tmp_path / "x", "resume": tmp_path / "x"}, ArgumentError, r"log and resume are both"),
     ):
@@ -217,7 +217,7 @@ def test_a_state_that_cannot_be_saved_leaves_what_was_trained(tmp_path, monkeypa
     def full(*args, **options):
         raise CheckpointError("the disk is full")
 
-    monkeypatch.setattr("repedit.unlearning.resume.save", full)
+    monkeypatch.setattr("repedit.training.resume.save", full)
     with pytest.raises(CheckpointError, match=r"stopped after 3 steps.*the disk is full; error\.delta holds") as caught:
         rp.unlearn(subject(), **sides(), **SMALL, resume=tmp_path / "state")
     assert caught.value.delta.tensors

@@ -16,7 +16,7 @@ from repedit.fit.closed_form import FITS
 from repedit.metrics.benchmarks import SUITES
 from repedit.neurons.scores import COMBINATIONS, IMPORTANCES
 from repedit.sites import Point
-from repedit.unlearning.recipes import RECIPES, named
+from repedit.unlearning.recipes import RECIPES, by_name
 from tests.test_public import HEAVY
 
 REAL = {
@@ -129,7 +129,7 @@ def test_no_name_is_offered_twice():
 def test_every_recipe_that_is_offered_exists():
     for name in options.recipe("") + options.recipe("sure:"):
         try:
-            named(name)
+            by_name(name)
         except ArgumentError as error:
             assert "merges several" in str(error)
     assert options.site("") == [f"*.{point}" for point in Point]

@@ -9,7 +9,7 @@ import torch
 
 import repedit as rp
 from repedit.activations.collection import Collection
-from repedit.distributed import Ranks
+from repedit.distributed import ProcessGroup
 from repedit.errors import CheckpointError, FingerprintError, NotFinite, ProcessFailed
 from repedit.io import archive
 from repedit.stats import Activity, CrossMoments, Moments
@@ -28,7 +28,7 @@ STATISTICS = {
 def collected(limit=None, broken="", dtype=torch.float64):
     """By statistic: what is compared of every site, and the tokens counted."""
     if broken == "total":
-        Ranks.total = lambda self, value: value  # type: ignore[method-assign]
+        ProcessGroup.sum = lambda self, value: value  # type: ignore[method-assign]
     if broken == "shift":
         Moments.empty = lambda self: Moments.__init__(self, self.width)  # type: ignore[method-assign,misc]
     corpus, found = rp.data.read(list(TEXTS)), {}
@@ -99,22 +99,22 @@ def test_sums_that_stay_apart_and_shifts_of_their_own_are_caught(broken, dtype):
 
 
 def alone():
-    found = Ranks()
+    found = ProcessGroup()
     value = torch.ones(2)
-    return found.total(value) is value and found.of_first(value) is value and not found.any(False) and found.any(True)
+    return found.sum(value) is value and found.broadcast(value) is value and not found.any(False) and found.any(True)
 
 
 def test_one_process_waits_for_nobody():
     assert alone()
     with pytest.raises(NotFinite, match="mine"):
-        Ranks().check_alive(NotFinite("mine"))
+        ProcessGroup().check_alive(NotFinite("mine"))
 
 
 def other_texts(_):
     rank = int(os.environ["RANK"])
-    with pytest.raises(FingerprintError, match="ranks 0 and 1 do not work on the same: data_hash is"):
+    with pytest.raises(FingerprintError, match="ranks 0 and 1 have different inputs: data_hash is"):
         rp.collect(subject(), rp.data.read(list(TEXTS[rank:])), progress=False)
-    with pytest.raises(FingerprintError, match="ranks 0 and 1 do not work on the same: batch_size is 2 and 3"):
+    with pytest.raises(FingerprintError, match="ranks 0 and 1 have different inputs: batch_size is 2 and 3"):
         rp.collect(subject(), rp.data.read(list(TEXTS)), batch_size=2 + rank, progress=False)
     return True
 

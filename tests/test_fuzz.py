@@ -353,7 +353,7 @@ DOORS = {
     "json lines": Door(
         lambda: rows(FACTS), lambda p: [r for _, r in text.json_rows(p)], lambda p, v: _equal(v, objects(p.read_bytes())), "rows.jsonl"
     ),
-    "toml": Door(lambda: as_bytes(toml()), lambda p: written.read(p, recipes.named), right_recipe, "recipe.toml"),
+    "toml": Door(lambda: as_bytes(toml()), lambda p: written.recipe_from_file(p, recipes.by_name), right_recipe, "recipe.toml"),
     "safetensors": Door(tensor_files, read_header, as_the_library, "model.safetensors"),
     "edit": Door(lambda: archives("edit"), rp.Edit.load, usable_edit, "edit.safetensors"),
     "delta": Door(lambda: archives("delta"), rp.Delta.load, usable_delta, "delta.safetensors"),

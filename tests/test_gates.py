@@ -20,7 +20,7 @@ def corpus(low: int, high: int, seed: int = 0):
 
 
 def fitted(subject, **options):
-    options = {"steps": 30, "learning_rate": 0.1, "retain_weight": 1.0, "progress": False} | options
+    options = {"steps": 30, "lr": 0.1, "retain_weight": 1.0, "progress": False} | options
     return rp.fit.gates(subject, corpus(3, 30), corpus(30, 60), **options)
 
 
@@ -72,4 +72,4 @@ def test_refusals():
     with pytest.raises(ArgumentError, match="steps=0"):
         fitted(subject, steps=0)
     with pytest.raises(SelectionError, match="no gate closed in 1 steps"):
-        fitted(subject, steps=1, learning_rate=1e-6)
+        fitted(subject, steps=1, lr=1e-6)

@@ -71,7 +71,7 @@ MEASUREMENTS = {
     "states": lambda lm: states(lm, [[5, 6, 7]], [rp.Site.parse("1.resid.mid")]),
     "lens": lambda lm: lens(lm, torch.ones(2, 24)),
     "histogram": _bars,
-    "gates": lambda lm: gates(lm, forget=TEXT, retain=OTHER, steps=20, length=8, learning_rate=0.3, retain_weight=0.0, progress=False).hash,
+    "gates": lambda lm: gates(lm, forget=TEXT, retain=OTHER, steps=20, length=8, lr=0.3, retain_weight=0.0, progress=False).hash,
 }  # fmt: skip
 
 

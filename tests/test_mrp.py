@@ -13,7 +13,6 @@ import repedit as rp
 from repedit.arch import hooks_at
 from repedit.errors import (
     ArgumentError,
-    CheckpointError,
     DataError,
     FingerprintError,
     OverlapError,
@@ -24,10 +23,11 @@ from repedit.errors import (
     UnknownName,
 )
 from repedit.fit.mrp import REFERENCE, HookOnlyWarning, RankWarning, mrp
-from repedit.fit.mrp_training import Bases, Forgetting, _common, _positions, forgetting, targets_of
+from repedit.fit.mrp_training import Bases, ForgetLoss, _first_difference, _projected_positions, forget_loss
 from repedit.hooks import installed
 from repedit.models.subject import subject_of
-from repedit.training.sampler import Sampler, collated, neighbours, training_rows
+from repedit.training.batching import collate, label_mask
+from repedit.training.sampler import BatchSampler, split_by_entity, training_rows
 from tests.saved_models import byte_tokenizer
 from tests.tiny import tiny
 from tests.tolerances import within
@@ -95,8 +95,8 @@ def test_gradients_through_the_qr_equal_finite_differences(facts):
     start = rp.LowRank.projection(torch.randn(24, 3, dtype=torch.float64))
     earlier = rp.LowRank.projection(torch.randn(24, 2, dtype=torch.float64))
     bases = Bases(lm, {site: start}, {site: earlier})
-    sampler = Sampler(lm, training_rows(facts.forget, "forget"), 4, length=200, seed=0)
-    loss = forgetting(sampler, lm, among="vocabulary", cap=math.inf)
+    sampler = BatchSampler(lm, training_rows(facts.forget, "forget"), 4, length=200, seed=0)
+    loss = forget_loss(sampler, lm, among="vocabulary", cap=math.inf)
     batch = sampler.at(0)
 
     def value() -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_a_series_is_saved_and_gone_on_with(facts, tmp_path):
     with pytest.raises(ArgumentError, match=r"task 'one' was added before; tasks are \['one', 'two'\]"):
         again.add_task("one", forget=facts.forget[:2], retain=facts.retain)
     rp.Edit({}).save(tmp_path / "plain.safetensors")
-    with pytest.raises(ArgumentError, match="is no series of tasks"):
+    with pytest.raises(ArgumentError, match="is not a series of tasks"):
         rp.ContinualMRP.load(tmp_path / "plain.safetensors", lm)
 
 
@@ -177,18 +177,18 @@ def test_earlier_tasks_are_rehearsed(facts):
     "broken",
     [
         lambda *_: 0.0,
-        lambda subject, sources, step: sources.loss(_logits(subject, sources, step), sources.forget.at(step))[0],
+        lambda subject, sets, step: sets.forget_loss(_logits(subject, sets, step), sets.forget.at(step))[0],
     ],
     ids=["none", "of the task itself"],
 )
 def test_a_rehearsal_that_is_none_is_caught(facts, monkeypatch, broken):
-    monkeypatch.setattr("repedit.fit.mrp_training._staying", broken)
+    monkeypatch.setattr("repedit.fit.mrp_training._rehearsal_loss", broken)
     with pytest.raises(AssertionError):
         _rehearsal_weighs_as_much_as_the_task(facts)
 
 
-def _logits(subject, sources, step):
-    batch = sources.forget.at(step)
+def _logits(subject, sets, step):
+    batch = sets.forget.at(step)
     return subject.model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits
 
 
@@ -222,11 +222,11 @@ def test_a_broken_run_goes_on_to_the_same_edit(facts, tmp_path):
     assert resumed.provenance["steps_run"] == 6
     for site in whole.maps:
         assert torch.allclose(whole.maps[site].u, resumed.maps[site].u, atol=1e-6)
-    with pytest.raises(CheckpointError, match=r"other settings \(previous\); remove it"):
+    with pytest.raises(FingerprintError, match=r"differs in previous: previous was , it is \w+ now\. Remove the file"):
         mrp(lm, config={**SHORT, "steps": 6}, resume=tmp_path / "state", previous=whole, **options)
-    with pytest.raises(CheckpointError, match=r"other settings \(data\); remove it"):
+    with pytest.raises(FingerprintError, match=r"differs in data\.forgotten 0\.hash"):
         mrp(lm, config={**SHORT, "steps": 6}, resume=tmp_path / "state", forgotten=[facts.forget[:2]], **options)
-    with pytest.raises(CheckpointError, match=r"other settings \(config\); remove it"):
+    with pytest.raises(FingerprintError, match=r"differs in config\.steps: config\.steps was 6, it is 7 now"):
         mrp(lm, config={**SHORT, "steps": 7}, resume=tmp_path / "state", **options)
 
 
@@ -246,14 +246,14 @@ def test_the_forget_loss_is_capped_and_counts_first_answer_tokens_among_the_answ
         torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4, dtype=torch.bool), ("a",),
         answer=torch.tensor([[False, False, True, True]]),
     )  # fmt: skip
-    assert targets_of(batch, 0).tolist() == [[False, False, True, False]]
-    assert targets_of(batch).tolist() == [[False, False, True, True]]
+    assert label_mask(batch, 0).tolist() == [[False, False, True, False]]
+    assert label_mask(batch).tolist() == [[False, False, True, True]]
     logits = torch.zeros(1, 4, 10)
     logits[0, 1, 7], logits[0, 1, 3] = 2.0, 9.0
-    among = Forgetting(torch.tensor([6, 7]), math.inf, 0.5, 0)
+    among = ForgetLoss(torch.tensor([6, 7]), math.inf, 0.5, 0)
     loss, right = among(logits, batch)
     assert float(loss) == pytest.approx(-math.log(1 + math.exp(-2.0))) and right == 1.0
-    everything = Forgetting(None, 4.0, 0.1)
+    everything = ForgetLoss(None, 4.0, 0.1)
     assert float(everything(logits, batch)[0]) == pytest.approx(-(4.0 + math.log(10)) / 2, abs=1e-3)
     blank = replace(batch, answer=torch.zeros(1, 4, dtype=torch.bool))
     with pytest.raises(TrainingError, match="no token to forget"):
@@ -261,33 +261,39 @@ def test_the_forget_loss_is_capped_and_counts_first_answer_tokens_among_the_answ
 
 
 def test_an_answer_that_begins_all_others_still_has_a_token_to_lose():
-    assert _common([(3, 5), (3, 6, 7)]) == 1 and _common([(3, 5, 6), (3, 5, 7)]) == 2
-    assert _common([(3,), (3, 5)]) == 0 and _common([(3, 5), (3, 5, 6), (3, 5, 7)]) == 1
-    assert _common([(3, 5), (3, 5)]) == 0 and _common([(), ()]) == 0
+    assert _first_difference([(3, 5), (3, 6, 7)]) == 1 and _first_difference([(3, 5, 6), (3, 5, 7)]) == 2
+    assert _first_difference([(3,), (3, 5)]) == 0 and _first_difference([(3, 5), (3, 5, 6), (3, 5, 7)]) == 1
+    assert _first_difference([(3, 5), (3, 5)]) == 0 and _first_difference([(), ()]) == 0
 
 
 def test_the_projection_acts_where_it_should_while_the_forget_loss_is_taken(facts):
     lm = small()
     site = rp.Site.parse("0.mlp.out")
     bases = Bases(lm, {site: rp.LowRank.projection(torch.randn(24, 3))}, {})
-    batch = Sampler(lm, training_rows(facts.forget, "forget"), 3, length=200, seed=0).at(0)
+    batch = BatchSampler(lm, training_rows(facts.forget, "forget"), 3, length=200, seed=0).at(0)
     seen: list[torch.Tensor] = []
     watch = hooks_at(lm.model, lm.layout, site, lambda x, *_: seen.append(x.clone()), replaces=False)
-    q = bases.now[site].detach()
+    q = bases.current[site].detach()
     for only in (batch.entity, None):
-        bases.only = only
+        bases.projected = only
         with installed(lm.model, [*bases.hooks(), *watch]), torch.no_grad():
             lm.model(batch.input_ids, attention_mask=batch.attention_mask.long())
         gone = (seen[-1] @ q).abs().amax(-1) < 1e-5
         assert torch.equal(gone, batch.entity if only is not None else torch.ones_like(gone))
-    assert torch.equal(_positions(batch, "entity", 0), batch.entity) and _positions(batch, "everywhere", 1) is None
-    assert torch.equal(_positions(batch, "both", 1), batch.entity) and _positions(batch, "both", 2) is None
+    assert (
+        torch.equal(_projected_positions(batch, "entity", 0), batch.entity)
+        and _projected_positions(batch, "everywhere", 1) is None
+    )
+    assert (
+        torch.equal(_projected_positions(batch, "both", 1), batch.entity)
+        and _projected_positions(batch, "both", 2) is None
+    )
     unmarked = replace(batch, entity=torch.zeros_like(batch.entity))
-    assert bool(_positions(unmarked, "entity", 0).all())
+    assert bool(_projected_positions(unmarked, "entity", 0).all())
 
 
 def test_facts_are_shown_without_words_and_neighbours_are_found(facts):
-    rows = training_rows(facts.forget, "forget", shown=1, seed=0)
+    rows = training_rows(facts.forget, "forget", demonstrations=1, seed=0)
     lists = [row for row in rows.items if row.id.endswith("#shown")]
     assert len(lists) == len(facts.forget)
     asked = {fact.id: fact for fact in facts.forget}
@@ -298,21 +304,21 @@ def test_facts_are_shown_without_words_and_neighbours_are_found(facts):
         assert any(first == f"{other.entity}: {other.answer}" for other in facts.forget)
     mine, other = facts.forget[0], facts.retain[0]
     near = replace(other, id="near", entity=mine.entity)
-    sides = neighbours(training_rows([mine], "forget"), training_rows([near, other], "retain"))
+    sides = split_by_entity(training_rows([mine], "forget"), training_rows([near, other], "retain"))
     assert [{row.id.split("#")[0] for row in side.items} for side in sides] == [{"near"}, {other.id}]
-    assert neighbours(training_rows([mine], "forget"), training_rows([other], "retain"))[0] is None
+    assert split_by_entity(training_rows([mine], "forget"), training_rows([other], "retain"))[0] is None
 
 
 def test_padding_changes_no_training_batch(facts):
     lm = small()
     long = replace(facts.forget[0], prompt="x " * 60 + facts.forget[0].prompt)
-    alone, beside = (Sampler(lm, training_rows(items, "forget"), 50, length=250, seed=0) for items in (facts.forget[1:3], (long, *facts.forget[1:3])))  # fmt: skip
-    loss = Forgetting(None, math.inf, 0.1)
+    alone, beside = (BatchSampler(lm, training_rows(items, "forget"), 50, length=250, seed=0) for items in (facts.forget[1:3], (long, *facts.forget[1:3])))  # fmt: skip
+    loss = ForgetLoss(None, math.inf, 0.1)
     with torch.no_grad():
         values = []
         for sampler in (alone, beside):
             rows = [r for r in sampler.rows if r.document[0] != long.id and not r.document[0].startswith(f"{long.id}#")]
-            batch = collated(rows if sampler is alone else sampler.rows)
+            batch = collate(rows if sampler is alone else sampler.rows)
             kept = [i for i, name in enumerate(batch.document) if name in {r.document[0] for r in rows}]
             logits = lm.model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits.double()
             part = replace(
@@ -326,20 +332,20 @@ def test_padding_changes_no_training_batch(facts):
 
 def test_running_text_beside_answered_rows_loses_no_mask(facts):
     lm = small()
-    answered = Sampler(lm, training_rows(facts.forget[:2], "facts"), 1, length=200, seed=0).rows
-    prose = Sampler(lm, training_rows(["The river runs down to the sea."], "prose"), 1, length=200, seed=0).rows
+    answered = BatchSampler(lm, training_rows(facts.forget[:2], "facts"), 1, length=200, seed=0).rows
+    prose = BatchSampler(lm, training_rows(["The river runs down to the sea."], "prose"), 1, length=200, seed=0).rows
     assert prose[0].answer is None
     for rows in ([*answered, *prose], [*prose, *answered]):
-        batch = collated(rows)
+        batch = collate(rows)
         for i, row in enumerate(rows):
             width = row.input_ids.shape[1]
             assert (
-                torch.equal(targets_of(batch)[i, :width], targets_of(row)[0]) and not targets_of(batch)[i, width:].any()
+                torch.equal(label_mask(batch)[i, :width], label_mask(row)[0]) and not label_mask(batch)[i, width:].any()
             )
         assert torch.equal(
             batch.entity.any(1), torch.tensor([row.entity is not None and bool(row.entity.any()) for row in rows])
         )
-    assert collated(prose).answer is None
+    assert collate(prose).answer is None
 
 
 @pytest.mark.parametrize("method", ["residual_pca", "cpca", "gen_eig", "oblique", "mean_difference", "lda", "random"])
@@ -396,10 +402,10 @@ def test_refusals_change_nothing(facts):
         ({"retain": []}, DataError, "found nothing"),
         ({"rank": 24}, RankError, r"0\.mlp\.out: rank 24 was asked for, 1 to 23 is possible"),
         ({"rank": 0}, RankError, "rank 0 was asked for"),
-        ({"sites": "stream", "previous": rp.Edit({rp.Site.parse("0.mlp.out"): rp.Diagonal(torch.ones(24))})}, ArgumentError, "Diagonal that is no orthogonal projection"),
+        ({"sites": "stream", "previous": rp.Edit({rp.Site.parse("0.mlp.out"): rp.Diagonal(torch.ones(24))})}, ArgumentError, "Diagonal that is not an orthogonal projection"),
         ({"previous": rp.Edit({}, {"model": "0" * 64})}, FingerprintError, "previous was made for model 000000000000"),
         ({"previous": rp.Edit({rp.Site.parse("0.mlp.out"): rp.LowRank.projection(torch.eye(12, 1))})}, ShapeError, "previous has width 12, the site has width 24"),
-        ({"previous": rp.Edit({rp.Site.parse("0.mlp.out"): rp.LowRank.oblique(torch.eye(24, 1), torch.ones(24, 1))})}, ArgumentError, "goes on from orthogonal ones only"),
+        ({"previous": rp.Edit({rp.Site.parse("0.mlp.out"): rp.LowRank.oblique(torch.eye(24, 1), torch.ones(24, 1))})}, ArgumentError, "from orthogonal ones only"),
     ]  # fmt: skip
     for change, error, message in cases:
         with pytest.raises(error, match=message):

@@ -11,7 +11,7 @@ from repedit.errors import DataError
 from repedit.metrics.facts import answer_nll, facts_accuracy
 from repedit.metrics.generation import generate, side_by_side
 from repedit.metrics.membership import scores
-from repedit.training.sampler import Sampler, check_disjoint
+from repedit.training.sampler import BatchSampler, check_disjoint
 from tests.saved_models import byte_tokenizer
 from tests.test_attack_weights import small
 
@@ -33,7 +33,7 @@ CALLS = {
     "collect": lambda lm: rp.collect(lm, rp.data.read(["fine", BAD])),
     "predictions": lambda lm: rp.predictions(lm, rp.data.read(["fine", BAD])),
     "rows": lambda lm: rp.predictions(lm, ROW),
-    "training": lambda lm: Sampler(lm, ROW, 1, length=64, seed=0),
+    "training": lambda lm: BatchSampler(lm, ROW, 1, length=64, seed=0),
     "generate": lambda lm: generate(lm, ["fine", BAD], max_new_tokens=2),
     "chat": lambda lm: side_by_side([lm], [BAD], max_new_tokens=2),
     "choices": lambda lm: facts_accuracy(lm, [FACT]),

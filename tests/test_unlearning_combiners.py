@@ -8,8 +8,17 @@ import pytest
 import torch
 
 from repedit.errors import ArgumentError, TrainingError, UnknownName
-from repedit.unlearning import combiners as combine
-from repedit.unlearning.combiners import Dots, Moment, blur, conflict_only, join, norm_diff, primal_dual, weighted_sum
+from repedit.unlearning import combiners
+from repedit.unlearning.combiners import (
+    InnerProducts,
+    StepContext,
+    blur,
+    combine,
+    conflict_only,
+    norm_diff,
+    primal_dual,
+    weighted_sum,
+)
 from tests.unlearning_cases import gradient, subject, training
 
 pytestmark = pytest.mark.numeric
@@ -30,7 +39,9 @@ def joined(combiner, forget, retain, state=None):
     parameters = [torch.zeros_like(g, requires_grad=True) for g in retain]
     for p, g in zip(parameters, retain, strict=True):
         p.grad = g.clone()
-    found = join(combiner, [g.clone() for g in forget], parameters, Moment(2.0, 6.0, {} if state is None else state))
+    found = combine(
+        combiner, [g.clone() for g in forget], parameters, StepContext(2.0, 6.0, {} if state is None else state)
+    )
     return [p.grad for p in parameters], found
 
 
@@ -164,30 +175,30 @@ def test_primal_dual_raises_its_multiplier():
     forget, retain = pair()
     weights = [joined(primal_dual(0.5, 0.1), forget, retain, state)[1].retain_weight for _ in range(3)]
     assert weights == pytest.approx([1.15, 1.3, 1.45])
-    assert primal_dual(0.5).weights(Dots(1, 1, 0, 3), Moment(0.2, 1.0, {})) == (1.0, 1.0)  # warm-up
-    assert primal_dual(5.0).weights(Dots(1, 1, 0, 3), Moment(0.2, 9.0, {})) == (1.0, 0.0)
+    assert primal_dual(0.5).weights(InnerProducts(1, 1, 0, 3), StepContext(0.2, 1.0, {})) == (1.0, 1.0)  # warm-up
+    assert primal_dual(5.0).weights(InnerProducts(1, 1, 0, 3), StepContext(0.2, 9.0, {})) == (1.0, 0.0)
 
 
 def test_a_parameter_without_part_in_a_loss():
     forget, retain = pair()
     parameters = [torch.zeros_like(g, requires_grad=True) for g in retain]
     parameters[0].grad = retain[0].clone()
-    join(weighted_sum(2.0, 3.0), [None, forget[1].clone(), None], parameters, Moment(0.0, 0.0, {}))
+    combine(weighted_sum(2.0, 3.0), [None, forget[1].clone(), None], parameters, StepContext(0.0, 0.0, {}))
     assert torch.equal(parameters[0].grad, 3 * retain[0]) and torch.equal(parameters[1].grad, 2 * forget[1])
     assert parameters[2].grad is None
 
 
 def test_chunks_do_not_matter(monkeypatch):
     forget, retain = pair()
-    whole = joined(blur(), forget, retain)[1].dots
-    monkeypatch.setattr(combine, "CHUNK", 4)
-    assert joined(blur(), forget, retain)[1].dots == pytest.approx(whole, rel=1e-12)
+    whole = joined(blur(), forget, retain)[1].products
+    monkeypatch.setattr(combiners, "CHUNK", 4)
+    assert joined(blur(), forget, retain)[1].products == pytest.approx(whole, rel=1e-12)
 
 
 def lowers_as_promised(name="blur_step"):
     """A step of SGD of size eta changes L_f by -eta gamma |g_f|^2, within 1 %, however the retain gradient lies."""
     from repedit.unlearning.losses import negative_nll, nll
-    from repedit.unlearning.recipe import Optimiser, Term, UnlearnRecipe
+    from repedit.unlearning.recipe import OptimizerConfig, Term, UnlearnRecipe
 
     gamma, eta = 0.5, 1e-5
     # The same rows on both sides: the gradients oppose each other exactly.
@@ -196,11 +207,11 @@ def lowers_as_promised(name="blur_step"):
     sets = {"forget": rows(0, 3), "retain": rows(0, 4), "allow_overlap": True}
     combiner = blur(gamma) if name == "blur_step" else weighted_sum(gamma)
     recipe = UnlearnRecipe(
-        "law", (Term(negative_nll(), "forget"), Term(nll(), "retain")), combiner, optimiser=Optimiser("sgd"), lr=eta,
+        "law", (Term(negative_nll(), "forget"), Term(nll(), "retain")), combiner, optimizer=OptimizerConfig("sgd"), lr=eta,
         steps=2, batch_size=6,
     )  # fmt: skip
     run = training(recipe, subject(), clip=None, **sets)
-    run.run(after=lambda: None, progress=False)
+    run.run(after_step=lambda: None, progress=False)
     fall = run.log[0]["losses"]["negative_nll forget"] - run.log[1]["losses"]["negative_nll forget"]
     assert fall == pytest.approx(eta * gamma * run.log[0]["forget_norm"] ** 2, rel=0.01), "the step does not do that"
 

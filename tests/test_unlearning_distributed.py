@@ -13,13 +13,12 @@ import torch
 import repedit as rp
 from repedit.data import Row
 from repedit.delta import Delta
-from repedit.distributed import Ranks
+from repedit.distributed import ProcessGroup
 from repedit.unlearning import schedule, trainer
 from repedit.unlearning.parameters import Lora, Mask, Parameters
-from repedit.unlearning.recipe import Optimiser
+from repedit.unlearning.recipe import OptimizerConfig
 from repedit.unlearning.recipes import RECIPES
-from repedit.unlearning.sharding import parts
-from repedit.unlearning.trainer import check_shardable
+from repedit.unlearning.sharding import check_shardable, micro_batches
 from tests.gloo_processes import together
 from tests.saved_models import saved
 from tests.unlearning_cases import rows, sides, subject
@@ -44,7 +43,7 @@ def learned(name: str, **options: Any) -> tuple[dict[str, torch.Tensor], list[di
 def several(cases: Cases, broken: bool = False, options: dict[str, Any] | None = None) -> dict[Any, Any]:
     """The same for several recipes, whole or sharded; as a broken twin every rank keeps its own gradients."""
     if broken:
-        trainer.add_gradients = lambda ranks, parameters: None  # type: ignore[assignment]
+        trainer.sum_gradients = lambda ranks, parameters: None  # type: ignore[assignment]
     return {(name, shard): learned(name, shard=shard, **(options or {})) for name, shard in cases}
 
 
@@ -100,7 +99,7 @@ def resumed(folder: str, shard: bool) -> bool:
 
     options = {"shard": shard, "stop": (schedule.metric(ask, above=1.0, every=2),)}
     whole, _ = learned("blur_npo", **options)
-    options |= {"resume": f"{folder}/state.safetensors", "checkpoint_every": 1}
+    options |= {"resume": folder, "checkpoint_every": 1}
     broken[0] = True
     with pytest.raises(Halt):
         learned("blur_npo", **options)
@@ -118,8 +117,8 @@ def test_ranks_resume(shard, tmp_path):
 @pytest.mark.parametrize(("count", "size", "micro"), [(5, 2, 2), (1, 3, 4), (7, 3, 2), (4, 1, 3)])
 def test_every_row_counts_once(count, size, micro):
     """And every rank takes as many forward passes."""
-    held = [parts(Ranks(rank, size), range(10, 10 + count), micro) for rank in range(size)]
-    assert sorted(row for share in held for part in share if part.counts for row in part.rows) == [
+    held = [micro_batches(ProcessGroup(rank, size), range(10, 10 + count), micro) for rank in range(size)]
+    assert sorted(row for share in held for part in share if part.is_real for row in part.rows) == [
         *range(10, 10 + count)
     ]
     assert len({len(share) for share in held}) == 1
@@ -138,7 +137,7 @@ def unlike(_first: int) -> str:
 
 def test_ranks_with_other_rows_are_refused():
     for message in together(unlike, 0):
-        assert message.startswith("ranks 0 and 1 do not work on the same: data is") and "give every process" in message
+        assert message.startswith("ranks 0 and 1 have different inputs: data is") and "give every process" in message
 
 
 @pytest.mark.parametrize(
@@ -146,7 +145,7 @@ def test_ranks_with_other_rows_are_refused():
     [
         ({}, "shard=True and this is the only process; start several with torchrun"),
         ({"ranks": 2, "parameters": Parameters(lora=Lora(2))}, "shard=True and lora were both given"),
-        ({"ranks": 2, "optimiser": Optimiser("adafactor")}, "shard=True and optimiser adafactor were both given"),
+        ({"ranks": 2, "optimizer": OptimizerConfig("adafactor")}, "shard=True and optimizer adafactor were both given"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(options, message):

@@ -11,13 +11,12 @@ import torch
 import repedit as rp
 from repedit.data import Row
 from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, TrainingError
-from repedit.unlearning import losses
+from repedit.unlearning import losses, trainer
 from repedit.unlearning.combiners import weighted_sum
-from repedit.unlearning.masks import neurons, saliency
-from repedit.unlearning.parameters import Lora, Mask, Parameters, Trainee
-from repedit.unlearning.recipe import Merged, Optimiser, Term, UnlearnRecipe
+from repedit.unlearning.masks import neuron_mask, saliency
+from repedit.unlearning.parameters import Lora, Mask, Parameters, TrainableCopy
+from repedit.unlearning.recipe import MergedRecipe, OptimizerConfig, Term, UnlearnRecipe
 from repedit.unlearning.recipes import RECIPES, sure
-from repedit.unlearning.trainer import Training
 from tests.unlearning_cases import gradient, rows, sides, subject, training, values
 
 ALL = Parameters()
@@ -32,7 +31,7 @@ def sets_of(recipe):
 def flat(name):
     """A recipe by name with settings of a test; of a merged one its first part."""
     found = RECIPES[name]()
-    found = found.parts[0] if isinstance(found, Merged) else found
+    found = found.parts[0] if isinstance(found, MergedRecipe) else found
     return replace(found, parameters=ALL, batch_size=6, lr=1e-3, length=64, epochs=1.0)
 
 
@@ -52,25 +51,25 @@ def micro_batches_add_up(name):
 @pytest.mark.parametrize("name", ["grad_diff", "blur_npo", "surgery"])
 def test_keeping_the_last_micro_batch_alone_is_caught(name, monkeypatch):
     """A published fault: of four micro-batches only the last enters the gradient."""
-    honest = Training._summed
+    honest = trainer.Training._forward
 
-    def forgetful(self, seen, *args):
+    def forgetful(self, *args):
         for p in self.parameters:
             p.grad = None
-        return honest(self, seen, *args)
+        return honest(self, *args)
 
-    monkeypatch.setattr(Training, "_summed", forgetful)
+    monkeypatch.setattr(trainer.Training, "_forward", forgetful)
     with pytest.raises(AssertionError, match="the split shows"):
         micro_batches_add_up(name)
 
 
 def test_a_division_by_the_micro_batch_is_caught(monkeypatch):
-    honest = Training._summed
+    honest = trainer._weighted_loss
 
-    def own(self, seen, active, units, *rest):
-        return honest(self, seen, active, {unit: max(1, n // 3) for unit, n in units.items()}, *rest)
+    def own(seen, active, units, *rest):
+        return honest(seen, active, {unit: max(1, n // 3) for unit, n in units.items()}, *rest)
 
-    monkeypatch.setattr(Training, "_summed", own)
+    monkeypatch.setattr(trainer, "_weighted_loss", own)
     # The rows have unlike lengths, so means of means differ from the mean.
     with pytest.raises(AssertionError, match="not the gradient"):
         surgery_is_a_hand_sum()
@@ -78,7 +77,7 @@ def test_a_division_by_the_micro_batch_is_caught(monkeypatch):
 
 def surgery_is_a_hand_sum():
     """.1, .1, 2 and .5 times the four losses, over the rows of each role."""
-    recipe = replace(flat("surgery"), optimiser=Optimiser("sgd"))
+    recipe = replace(flat("surgery"), optimizer=OptimizerConfig("sgd"))
     whole = gradient(recipe, **sets_of(recipe))
     lm = subject()
     total = None
@@ -87,7 +86,7 @@ def surgery_is_a_hand_sum():
         ("retain", losses.cross_entropy_to_reference(), 0.5),
     ):  # fmt: skip
         run = training(recipe, lm, **sets_of(recipe))
-        held = run.material.rows[role]
+        held = run.data.rows[role]
         seen = run._forward(role, range(len(held)), [Term(loss, role)])
         (weight * loss.sum(seen) / int(seen.labels.sum())).backward()
         part = torch.cat(
@@ -103,7 +102,7 @@ def test_surgery_is_a_hand_sum():
 
 def test_surgery_splits_the_forget_set():
     run = training(flat("surgery"), **sets_of(flat("surgery")))
-    assert {role: len(held) for role, held in run.material.rows.items()} == {
+    assert {role: len(held) for role, held in run.data.rows.items()} == {
         "forget": 3,
         "outdated": 3,
         "retain": 6,
@@ -115,7 +114,7 @@ def forwards_of(**weights):
     """Forward passes of a step of surgery."""
     recipe = replace(RECIPES["surgery"](**weights), batch_size=6, steps=1, stop=(), lr=1e-3)
     run = training(recipe, **sets_of(recipe))
-    run.run(after=lambda: None, progress=False)
+    run.run(after_step=lambda: None, progress=False)
     return run.forwards
 
 
@@ -129,7 +128,7 @@ def test_a_weight_of_zero_skips_the_forward():
 )
 def test_references_are_read_only_where_needed(name, passes):
     run = training(replace(flat(name), steps=3, stop=()), **sets_of(flat(name)))
-    run.run(after=lambda: None, progress=False)
+    run.run(after_step=lambda: None, progress=False)
     assert run.reference.passes == passes
 
 
@@ -140,12 +139,12 @@ def test_the_reference_is_a_deep_copy_without_the_copy():
     lm = subject()
     twin = copy.deepcopy(lm.model)
     run = training(replace(flat("ga_kl"), steps=3), lm, **sides())
-    run.run(after=lambda: None, progress=False)
-    batch = run.material.rows["forget"][0]
+    run.run(after_step=lambda: None, progress=False)
+    batch = run.data.rows["forget"][0]
     expected = twin(input_ids=batch.input_ids).logits.detach()
     assert float((run.reference.logits(batch) - expected).abs().max()) <= 1e-12
     assert run.reference.subject.model.lm_head.weight is lm.model.lm_head.weight
-    assert not torch.equal(run.trainee.subject.model(input_ids=batch.input_ids).logits, expected)
+    assert not torch.equal(run.trainable.subject.model(input_ids=batch.input_ids).logits, expected)
 
 
 # What moves and what does not
@@ -157,10 +156,10 @@ def masked_rows_stay():
     names = Parameters(modules=("mlp.down_proj",)).select(lm)
     half = torch.arange(48)[:, None] % 2 == 0
     parameters = Parameters(modules=("mlp.down_proj",), mask=Mask({names[0]: half}))
-    recipe = replace(flat("grad_diff"), parameters=parameters, optimiser=Optimiser(weight_decay=0.1), steps=20)
+    recipe = replace(flat("grad_diff"), parameters=parameters, optimizer=OptimizerConfig(weight_decay=0.1), steps=20)
     run = training(recipe, lm, **sides())
-    run.run(after=lambda: None, progress=False)
-    found = run.trainee.differences()
+    run.run(after_step=lambda: None, progress=False)
+    found = run.trainable.differences()
     assert set(found) == {names[0]}, "a tensor moved that the mask does not hold"
     assert not found[names[0]][1::2].any(), "masked rows moved"
     assert bool(found[names[0]][::2].any())
@@ -171,7 +170,7 @@ def test_masked_rows_stay():
 
 
 def test_masking_the_gradient_alone_is_caught(monkeypatch):
-    monkeypatch.setattr(Trainee, "restore_masked", lambda self: None)
+    monkeypatch.setattr(TrainableCopy, "restore_masked", lambda self: None)
     with pytest.raises(AssertionError, match="moved"):
         masked_rows_stay()
 
@@ -180,7 +179,7 @@ def test_masking_the_gradient_alone_is_caught(monkeypatch):
 def test_unselected_tensors_stay(layers):
     lm = subject(dtype=torch.float32)
     parameters = Parameters(layers, ("mlp.down_proj", "attn.out"))
-    delta = rp.unlearn(lm, recipe=rp.recipes.grad_diff(optimiser=Optimiser(weight_decay=0.1)), **sides(), parameters=parameters,
+    delta = rp.unlearn(lm, recipe=rp.recipes.grad_diff(optimizer=OptimizerConfig(weight_decay=0.1)), **sides(), parameters=parameters,
                        steps=20, batch_size=6, lr=1e-3, progress=False)  # fmt: skip
     chosen = (0, 1) if layers == "0-1" else (1,)
     assert set(delta.tensors) == {
@@ -235,10 +234,10 @@ def test_sure_trains_only_what_it_picked():
 def test_neurons_train_their_own_weights_alone():
     lm = subject(dtype=torch.float32)
     keep = {rp.Site.parse("1.mlp.neurons"): torch.arange(96) != 7}
-    recipe = replace(flat("grad_diff"), steps=4, parameters=Parameters(mask=neurons(keep, lm)))
+    recipe = replace(flat("grad_diff"), steps=4, parameters=Parameters(mask=neuron_mask(keep, lm)))
     run = training(recipe, lm, **sides())
-    run.run(after=lambda: None, progress=False)
-    found = run.trainee.differences()
+    run.run(after_step=lambda: None, progress=False)
+    found = run.trainable.differences()
     assert set(found) == {f"model.layers.1.mlp.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")}
     assert found["model.layers.1.mlp.down_proj.weight"].any(0).nonzero()[:, 0].tolist() == [7]
     assert found["model.layers.1.mlp.up_proj.weight"].any(1).nonzero()[:, 0].tolist() == [7]
@@ -275,11 +274,11 @@ def test_adapters_give_a_dense_delta(family):
         clip=1.0,
         **sides(),
     )
-    run.run(after=lambda: None, progress=False)
-    ids = run.material.rows["forget"][0].input_ids
+    run.run(after_step=lambda: None, progress=False)
+    ids = run.data.rows["forget"][0].input_ids
     torch.testing.assert_close(
         rp.apply(delta, lm).model(input_ids=ids).logits,
-        run.trainee.subject.model(input_ids=ids).logits,
+        run.trainable.subject.model(input_ids=ids).logits,
         rtol=1e-4,
         atol=1e-4,
     )
@@ -363,7 +362,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     recipe = replace(flat(name), batch_size=2, steps=6)
     options = {**sides(), "lr": 1e-3, "progress": False}
     whole = rp.unlearn(subject(), recipe=recipe, **options)
-    files = {"resume": tmp_path / "state.safetensors", "checkpoint_every": 3}
+    files = {"resume": tmp_path / "state", "checkpoint_every": 3}
     broken = True
 
     def ask(_subject):
@@ -384,7 +383,7 @@ def test_resume_refuses_another_seed(tmp_path):
     options = {
         **sides(),
         "recipe": replace(flat("ga"), steps=2),
-        "resume": tmp_path / "s.safetensors",
+        "resume": tmp_path / "state",
         "progress": False,
     }
     rp.unlearn(subject(), **options)
@@ -399,7 +398,7 @@ def without(tensors, name):
 DAMAGED = {
     "no weight": lambda t: without(t, next(n for n in t if n.startswith("w/"))),
     "a weight of another shape": lambda t: t | {n: v[:1] for n, v in t.items() if n.startswith("w/") and v.ndim},
-    "no state of a parameter": lambda t: {n: v for n, v in t.items() if not n.startswith("optimiser/0/")},
+    "no state of a parameter": lambda t: {n: v for n, v in t.items() if not n.startswith("optimizer/0/")},
     "no moment": lambda t: without(t, next(n for n in t if n.endswith("exp_avg"))),
 }
 
@@ -410,8 +409,8 @@ def test_a_damaged_training_state_is_refused(damage, tmp_path):
 
     from repedit.io.safetensors import read_header
 
-    path = tmp_path / "s.safetensors"
-    options = {**sides(), "recipe": replace(flat("ga"), steps=1), "resume": path, "progress": False}
+    path = tmp_path / "state" / "training.safetensors"
+    options = {**sides(), "recipe": replace(flat("ga"), steps=1), "resume": path.parent, "progress": False}
     rp.unlearn(subject(), **options)
     save_file(DAMAGED[damage](load_file(path)), path, metadata=read_header(path)[1])
     with pytest.raises(CheckpointError, match="is damaged and cannot be read as a saved training state"):
@@ -422,7 +421,7 @@ def test_a_damaged_training_state_is_refused(damage, tmp_path):
 
 
 def clipped(limit=0.01):
-    """Norm of what the optimiser sees."""
+    """Norm of what the optimizer sees."""
     recipe = replace(flat("grad_diff"), combiner=weighted_sum(1.0, 1.0))
     return float(gradient(recipe, clip=limit, **sides()).norm())
 
@@ -432,16 +431,14 @@ def test_the_combined_gradient_is_clipped():
 
 
 def test_clipping_before_combining_is_another_thing(monkeypatch):
-    from repedit.unlearning import trainer
-
-    honest = trainer.join
+    honest = trainer.combine
     right = gradient(replace(flat("blur_npo")), clip=0.01, **sides())
 
     def early(combiner, forget, parameters, now):
         torch.nn.utils.clip_grad_norm_(parameters, 0.01)
         return honest(combiner, forget, parameters, now)
 
-    monkeypatch.setattr(trainer, "join", early)
+    monkeypatch.setattr(trainer, "combine", early)
     wrong = gradient(replace(flat("blur_npo")), clip=0.01, **sides())
     assert float(torch.cosine_similarity(right, wrong, dim=0)) < 1 - 1e-6
 
@@ -449,8 +446,8 @@ def test_clipping_before_combining_is_another_thing(monkeypatch):
 def test_a_half_precision_model_trains_float32_copies():
     lm = subject(dtype=torch.bfloat16)
     run = training(replace(flat("grad_diff"), steps=2), lm, **sides())
-    run.run(after=lambda: None, progress=False)
-    assert {p.dtype for p in run.trainee.tensors.values()} == {torch.float32}
+    run.run(after_step=lambda: None, progress=False)
+    assert {p.dtype for p in run.trainable.tensors.values()} == {torch.float32}
     assert {p.dtype for p in lm.model.parameters()} == {torch.bfloat16}
 
 

@@ -10,9 +10,9 @@ import torch
 
 from repedit.data import Batch
 from repedit.errors import ArgumentError, UnknownName
-from repedit.training.sampler import collated
+from repedit.training.batching import collate
 from repedit.unlearning import losses
-from repedit.unlearning.losses import Seen, Steering, count, layer_of, positions
+from repedit.unlearning.losses import ControlVectors, ForwardPass, steering_layer, token_positions, unit_count
 from repedit.unlearning.recipe import Term, UnlearnRecipe
 from repedit.unlearning.reference import Reference
 from tests.unlearning_cases import rows, subject, training
@@ -37,21 +37,21 @@ class World:
             for p in self.model.model.parameters():
                 p.add_(moved * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype))
         run = training(UnlearnRecipe("rows", (Term(losses.nll(), "forget"),)), self.lm, forget=rows())
-        self.rows = run.material.rows["forget"]
+        self.rows = run.data.rows["forget"]
         self.reference = Reference(self.lm, {"forget": self.rows})
 
     def seen(self, indices=range(6), batch=None, model=None):
         """What a loss sees of some rows."""
-        batch = collated([self.rows[i] for i in indices]) if batch is None else batch
+        batch = collate([self.rows[i] for i in indices]) if batch is None else batch
         from repedit.activations.forward import inputs_of
 
         logits = (model or self.model).model(**inputs_of(batch)).logits
-        return Seen(batch, logits, self.reference, list(indices), "forget")
+        return ForwardPass(batch, logits, self.reference, list(indices), "forget")
 
     def mean(self, loss, indices=range(6), **options):
         """A loss divided by its units."""
         seen = self.seen(indices, **options)
-        return loss.sum(seen) / count(loss.unit, seen.batch)
+        return loss.sum(seen) / unit_count(loss.unit, seen.batch)
 
     def gradient(self, value):
         """Of a value, over all weights of the moved copy."""
@@ -125,7 +125,7 @@ def test_a_loss_is_its_formula(world, name):
 def splits_do_not_matter(world, loss):
     """Two batches of three, each divided by the units of all six rows, are the batch of six."""
     whole = world.seen()
-    units = count(loss.unit, whole.batch)
+    units = unit_count(loss.unit, whole.batch)
     parts = [loss.sum(world.seen(part)) for part in ((0, 1, 2), (3, 4, 5))]
     torch.testing.assert_close(sum(parts) / units, loss.sum(whole) / units, rtol=1e-10, atol=1e-12)
 
@@ -139,7 +139,7 @@ def test_log_sigma_of_a_batch_mean_is_caught(world):
     """A published fault: the NLL of the batch is averaged before log sigma, so that the batch size changes the loss."""
 
     def total(seen):
-        gap = (seen.row_nll - seen.reference_rows).mean()
+        gap = (seen.row_nll - seen.reference_row_nll).mean()
         return -20 * torch.nn.functional.logsigmoid(0.1 * gap) * len(seen.row_nll)
 
     with pytest.raises(AssertionError, match="close"):
@@ -148,7 +148,7 @@ def test_log_sigma_of_a_batch_mean_is_caught(world):
 
 def padding_does_not_matter(world, loss, wide=5, side="left"):
     """More padding, on either side, changes no loss."""
-    plain = collated(world.rows)
+    plain = collate(world.rows)
     blank = {
         name: torch.zeros(6, wide, dtype=getattr(plain, name).dtype)
         for name in ("input_ids", "attention_mask", "answer", "entity")
@@ -177,7 +177,7 @@ def test_a_mean_over_all_positions_is_caught(world):
     """A published fault: padding and prompt are counted."""
 
     def total(seen):
-        return -seen.logits.log_softmax(-1).mean() * count("tokens", seen.batch)
+        return -seen.logits.log_softmax(-1).mean() * unit_count("tokens", seen.batch)
 
     with pytest.raises(AssertionError, match="close"):
         padding_does_not_matter(world, losses.Loss("raw", total, "tokens"))
@@ -235,8 +235,8 @@ def test_a_coarse_kl_reads_the_reference_once():
 
 
 def test_a_coarse_kl_of_other_rows_is_caught(monkeypatch):
-    true = Reference.coarse
-    monkeypatch.setattr(Reference, "coarse", lambda self, role, indices, k: true(self, role, sorted(indices), k))
+    true = Reference.top_log_probs
+    monkeypatch.setattr(Reference, "top_log_probs", lambda self, role, indices, k: true(self, role, sorted(indices), k))
     with pytest.raises(AssertionError):
         test_a_coarse_kl_is_never_larger(World())
 
@@ -248,7 +248,7 @@ def test_capped_rows_have_no_gradient(world):
     capped = world.mean(losses.negative_nll(cap=mean))
     assert float(capped) == pytest.approx(float(world.mean(losses.negative_nll())), rel=1e-12)
     low = [i for i in range(6) if i not in rows_above]
-    part = losses.negative_nll().sum(world.seen(low)) / count("tokens", world.seen().batch)
+    part = losses.negative_nll().sum(world.seen(low)) / unit_count("tokens", world.seen().batch)
     # The norms of the model are float32 inside, so another batch is another rounding.
     a, b = world.gradient(capped), world.gradient(part)
     assert float((a - b).norm() / b.norm()) <= 1e-6
@@ -258,11 +258,14 @@ def test_dpo():
     """By hand, and without its first difference it is NPO."""
     recipe = UnlearnRecipe("dpo", (Term(losses.dpo(0.2), "forget"),), batch_size=6, steps=2, lr=1e-3)
     run = training(recipe, forget=rows())
-    run.run(after=lambda: None, progress=False)
+    run.run(after_step=lambda: None, progress=False)
     seen = run._forward("forget", range(6), recipe.terms)
     margin = [
         float(
-            seen.row_nll[i] - seen.reference_rows[i] + seen.alternative.reference_rows[i] - seen.alternative.row_nll[i]
+            seen.row_nll[i]
+            - seen.reference_row_nll[i]
+            + seen.alternative.reference_row_nll[i]
+            - seen.alternative.row_nll[i]
         )
         for i in range(6)
     ]
@@ -279,13 +282,13 @@ def test_steering(adaptive):
     terms = (Term(losses.rmu_forget(1, 3.0, adaptive), "forget"), Term(losses.rmu_retain(1), "retain"))
     recipe = UnlearnRecipe("rmu", terms, batch_size=6, steps=3, lr=1e-3)
     run = training(recipe, forget=rows(0, 6), retain=rows(6, 12))
-    run.run(after=lambda: None, progress=False)
-    start, now = run.reference.subject.model, run.trainee.subject.model
+    run.run(after_step=lambda: None, progress=False)
+    start, now = run.reference.subject.model, run.trainable.subject.model
 
     def states(model, role, i):
-        return _block_output(model, run.material.rows[role][i])[1:]
+        return _block_output(model, run.data.rows[role][i])[1:]
 
-    u = Steering(0).direction("", 48)
+    u = ControlVectors(0).direction("", 48)
     assert float(u.norm()) == pytest.approx(1.0) and bool((u >= 0).all())
     first = run.order.at(0).rows["forget"]
     norms = torch.cat([states(start, "forget", i).norm(dim=-1) for i in first])
@@ -311,20 +314,20 @@ def _block_output(model, row: Batch):
 
 
 def test_one_control_vector_a_topic():
-    steering = Steering(3)
-    assert torch.equal(steering.direction("bio", 8), Steering(3).direction("bio", 8))
+    steering = ControlVectors(3)
+    assert torch.equal(steering.direction("bio", 8), ControlVectors(3).direction("bio", 8))
     assert not torch.equal(steering.direction("bio", 8), steering.direction("cyber", 8))
 
 
 def test_units(world):
-    batch = collated(world.rows)
-    assert count("rows", batch) == 6
-    assert count("tokens", batch) == int(batch.answer.sum())
-    assert count("positions", batch) == int(batch.attention_mask.sum()) - 6 == int(positions(batch).sum())
+    batch = collate(world.rows)
+    assert unit_count("rows", batch) == 6
+    assert unit_count("tokens", batch) == int(batch.answer.sum())
+    assert unit_count("positions", batch) == int(batch.attention_mask.sum()) - 6 == int(token_positions(batch).sum())
 
 
 def test_the_default_layer():
-    assert [layer_of(None, depth) for depth in (2, 30, 32)] == [0, 7, 7] and layer_of(5, 32) == 5
+    assert [steering_layer(None, depth) for depth in (2, 30, 32)] == [0, 7, 7] and steering_layer(5, 32) == 5
 
 
 def test_bad_options():
@@ -337,4 +340,4 @@ def test_bad_options():
     with pytest.raises(UnknownName, match="direction='model'; did you mean 'model_first'"):
         losses.kl("model")
     with pytest.raises(UnknownName, match="loss='nlp'; did you mean 'npo'"):
-        losses.named("nlp")
+        losses.by_name("nlp")

@@ -11,7 +11,7 @@ _SCRIPT = """
 import sys, torch
 from dataclasses import replace
 import repedit as rp
-from repedit.gradient.combine import weighted_sum
+from repedit.unlearning.combiners import weighted_sum
 from tests.teachable_models import blank
 from tests.unlearning_cases import sides
 torch.set_num_threads(1)
@@ -23,7 +23,7 @@ recipe = {"sum": rp.recipes.grad_diff(combiner=weighted_sum(1.0, 1.0, separate=F
           "blur": rp.recipes.blur_ga()}[sys.argv[1]]
 from tests.unlearning_cases import training
 run = training(replace(recipe, steps=2, batch_size=4, lr=1e-4), lm, clip=1.0, **sides())
-run.run(after=lambda: None, progress=False)
+run.run(after_step=lambda: None, progress=False)
 size = sum(p.nbytes for p in lm.model.parameters()) / 1024
 print(peak() - base, size)
 """

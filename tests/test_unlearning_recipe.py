@@ -62,12 +62,12 @@ def test_every_key_arrives(read):
     assert [repr(rule) for rule in found.stop] == ["loss_above(role=retain, value=3.0)"]
     assert found.parameters.layers == "20-29" and found.parameters.modules == ("mlp.out",)
     assert found.parameters.lora is not None and found.parameters.lora.rank == 4
-    assert found.optimiser.betas == (0.9, 0.95) and found.schedule.warmup == 0.1
+    assert found.optimizer.betas == (0.9, 0.95) and found.schedule.warmup == 0.1
     assert found.saliency is not None and found.saliency.percentile == 95.0 and found.saliency.loss.name == "wga"
 
 
 def test_a_base_keeps_what_the_file_does_not_say(read):
-    base = rp.recipes.named("small:npo_gdr", beta=0.5)
+    base = rp.recipes.by_name("small:npo_gdr", beta=0.5)
     found = read('base = "small:npo_gdr"\nlr = 1\n[options]\nbeta = 0.5\n[parameters]\nlayers = "3"')
     differ = {key for key, value in base.plain().items() if found.plain()[key] != value}
     assert differ == {"recipe", "lr", "parameters"} and found.lr == 1.0
@@ -105,6 +105,6 @@ def test_no_file(tmp_path):
 
 
 def test_small_reaches_the_states_a_recipe_is_about():
-    steered, plain = (rp.recipes.named(f"small:{name}") for name in ("rmu", "npo_gdr"))
+    steered, plain = (rp.recipes.by_name(f"small:{name}") for name in ("rmu", "npo_gdr"))
     assert steered.parameters.layers == rp.recipes.rmu().parameters.layers != "20-29"
     assert plain.parameters.layers == "20-29" and steered.steps == plain.steps == 60

@@ -21,8 +21,8 @@ from repedit.errors import (
 )
 from repedit.unlearning import schedule
 from repedit.unlearning.losses import nll
-from repedit.unlearning.parameters import Lora, Mask, Parameters, Trainee, layers_of
-from repedit.unlearning.recipe import Optimiser, Term
+from repedit.unlearning.parameters import Lora, Mask, Parameters, TrainableCopy, parse_layers
+from repedit.unlearning.recipe import OptimizerConfig, Term
 from repedit.unlearning.sampling import Phase, alternate, chunked, in_turn, paired, round_robin
 from tests.teachable_models import blank
 from tests.unlearning_cases import rows, sides, subject
@@ -42,15 +42,15 @@ def run(recipe, lm=None, **options):
         ({"forget": None}, DataError, "needs a forget set and none was given"),
         ({"retain": None}, DataError, r"term 'nll retain' .* and no retain set was given; pass retain="),
         ({"retain": rows(5, 8)}, OverlapError, "share 1 rows, the first is"),
-        ({"update": rows(0, 2)}, DataError, "an update set was given and recipe 'grad_diff' learns none"),
+        ({"update": rows(0, 2)}, DataError, "an update set was given and recipe 'grad_diff' does not use one"),
         ({"length": 8}, DataError, r"row 'Abo' has \d+ tokens, length=8; raise length"),
         ({"parameters": Parameters("7")}, SelectionError, r"layers='7' does not name layers of this model; they are 0 to 1"),
         ({"parameters": Parameters(modules=("mlp.down",))}, SelectionError, "did you mean 'mlp.down_proj'"),
         ({"parameters": Parameters(pattern="q_prog")}, SelectionError, "pattern='q_prog' matches none of"),
         ({"parameters": Parameters(mask=Mask({"lm_heat.weight": torch.ones(1).bool()}))}, SelectionError, "did you mean 'lm_head.weight'"),
         ({"parameters": Parameters(mask=Mask({"lm_head.weight": torch.ones(3, 1).bool()}))}, ShapeError, r"has shape \(3, 1\), the tensor \(260, 48\)"),
-        ({"parameters": Parameters(mask=Mask({"lm_head.weight": torch.zeros(260, 1).bool()}))}, SelectionError, "the mask lets nothing move"),
-        ({"checkpoint_every": 3}, ArgumentError, "checkpoint_every=3, resume=None: give a file in resume"),
+        ({"parameters": Parameters(mask=Mask({"lm_head.weight": torch.zeros(260, 1).bool()}))}, SelectionError, "the mask trains nothing"),
+        ({"checkpoint_every": 3}, ArgumentError, "checkpoint_every=3, resume=None: give a folder in resume"),
         ({"lr": -1.0}, ArgumentError, r"lr=-1\.0 out of range"),
         ({"steps": 0}, ArgumentError, "steps=0 out of range"),
     ],
@@ -112,14 +112,14 @@ def test_weights_that_cannot_be_trained():
         run(rp.recipes.ga(), lm, forget=rows())
     lm = subject(dtype=torch.float32)
     lm.model.model.layers[0].mlp.up_proj.to("meta")
-    with pytest.raises(OffloadedTensors, match="the weights lie on cpu, meta; training needs them on one device"):
-        Trainee(lm, Parameters())
+    with pytest.raises(OffloadedTensors, match="the weights are on cpu, meta; training needs them on one device"):
+        TrainableCopy(lm, Parameters())
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
     """The third batch of ascents at a rate far too high overflows; what was trained before it is not lost."""
     lm = subject(dtype=torch.float32)
-    recipe = rp.recipes.ga(optimiser=Optimiser("sgd"), stop=())
+    recipe = rp.recipes.ga(optimizer=OptimizerConfig("sgd"), stop=())
     with pytest.raises(
         TrainingError,
         match=r"step \d: (loss|norm) of .* is (nan|inf|-inf) at lr 1e\+1\d; the last finite losses were \{",
@@ -158,7 +158,7 @@ def test_masks_and_adapters_exclude_each_other():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: rp.recipes.named("blur_nop"), UnknownName, "no recipe is called 'blur_nop'; did you mean 'blur_npo'"),
+        (lambda: rp.recipes.by_name("blur_nop"), UnknownName, "no recipe is called 'blur_nop'; did you mean 'blur_npo'"),
         (lambda: rp.recipes.ga(batchsize=3), UnknownName, "recipe 'ga' has no option 'batchsize'; did you mean 'batch_size'"),
         (lambda: rp.recipes.ails_ntua("sugt"), UnknownName, "variant='sugt'; did you mean 'sugd'"),
         (lambda: rp.recipes.cyber_for_ai("x"), UnknownName, "variant='x'; valid names: ga, grad_diff"),
@@ -166,9 +166,9 @@ def test_masks_and_adapters_exclude_each_other():
         (lambda: rp.recipes.blur_ga(gamma=0.0), ArgumentError, r"gamma=0\.0; give a number above 0"),
         (lambda: rp.recipes.sure(rp.recipes.ga(), percentile=101.0), ArgumentError, r"percentile=101\.0; give a number in \[0, 100\]"),
         (lambda: rp.recipes.sure(rp.recipes.ga(), unit="rows"), UnknownName, "unit='rows'; did you mean 'row'"),
-        (lambda: rp.recipes.named("sure:zju_merge"), UnknownName, "'zju_merge' merges several"),
+        (lambda: rp.recipes.by_name("sure:zju_merge"), UnknownName, "'zju_merge' merges several"),
         (lambda: Term(nll(), "forgets"), UnknownName, "role='forgets'; did you mean 'forget'"),
-        (lambda: Optimiser("adam"), UnknownName, "optimiser='adam'; did you mean 'adamw'"),
+        (lambda: OptimizerConfig("adam"), UnknownName, "optimizer='adam'; did you mean 'adamw'"),
         (lambda: schedule.Schedule("cosin"), UnknownName, "shape='cosin'; did you mean 'cosine'"),
         (lambda: schedule.Schedule(warmup=-1.0), ArgumentError, r"warmup=-1\.0"),
         (lambda: schedule.metric(len), ArgumentError, "above=None, below=None, every=20; give one of the first two"),
@@ -183,14 +183,14 @@ def test_bad_options(make, error, message):
 
 
 def test_a_phase_without_rows():
-    with pytest.raises(ArgumentError, match="a phase asks for 'retain' rows and there are none"):
+    with pytest.raises(ArgumentError, match="a phase needs 'retain' rows and there are none"):
         alternate(Phase("retain")).order({"forget": ["a"]}, 2, 0)
 
 
 def test_layer_filters():
-    assert layers_of("0-2,5", 8) == (0, 1, 2, 5)
-    assert layers_of("last 8", 30) == tuple(range(22, 30)) and layers_of("last 8", 3) == (0, 1, 2)
-    assert layers_of("3 ending at 0.22", 32) == (5, 6, 7)
+    assert parse_layers("0-2,5", 8) == (0, 1, 2, 5)
+    assert parse_layers("last 8", 30) == tuple(range(22, 30)) and parse_layers("last 8", 3) == (0, 1, 2)
+    assert parse_layers("3 ending at 0.22", 32) == (5, 6, 7)
 
 
 # Samplers
@@ -204,7 +204,7 @@ def drawn(sampler, steps, size=2, **counts):
 
 def test_paired_sees_every_row_once_an_epoch():
     found, order = drawn(paired(2.0), 3, forget=6, retain=5)
-    assert sorted(i for d in found for i in d["forget"]) == list(range(6)) and order.epoch == 3
+    assert sorted(i for d in found for i in d["forget"]) == list(range(6)) and order.steps_per_epoch == 3
     assert [len(d["retain"]) for d in found] == [4, 4, 4]
 
 
@@ -219,13 +219,13 @@ def test_chunks_interleave_in_order():
         ("retain", (2,)),
         ("retain", (3,)),
     ]
-    assert flat[6:12] == flat[:6] == flat[12:] and order.epoch == 27
+    assert flat[6:12] == flat[:6] == flat[12:] and order.steps_per_epoch == 27
 
 
 def test_phases_of_chunks():
     phases = (Phase("forget", 2.0, 5e-5), Phase("retain", share=0.5), Phase("retain", final=True))
     order = alternate(*phases, chunk=2).order({"forget": ["t"] * 4, "retain": ["t"] * 4}, 2, 0)
-    draws = [order.at(step) for step in range(order.epoch)]
+    draws = [order.at(step) for step in range(order.steps_per_epoch)]
     assert [next(iter(d.rows)) for d in draws] == ["forget"] * 2 + ["retain"] + ["forget"] * 2 + ["retain"] * 3
     assert set(draws[0].rows["forget"]) == {0, 1} and set(draws[3].rows["forget"]) == {2, 3}
     assert draws[0].lr == 5e-5 and draws[2].lr is None
@@ -234,7 +234,7 @@ def test_phases_of_chunks():
 
 def test_roles_in_turn():
     found, order = drawn(in_turn("forget", "retain"), 4, forget=4, retain=4)
-    assert [next(iter(d)) for d in found] == ["forget", "retain"] * 2 and order.epoch == 4
+    assert [next(iter(d)) for d in found] == ["forget", "retain"] * 2 and order.steps_per_epoch == 4
 
 
 def test_topics_in_turn():
@@ -312,7 +312,7 @@ def test_merged_and_scaled_recipes():
     options = {**sides(), "parameters": Parameters("1", lora=Lora(2)), "lr": 1e-2}
     merged = run(rp.recipes.zju_merge(), **options)
     assert merged.provenance["method"] == "zju_merge" and len(merged.provenance["parents"]) == 2
-    learned = run(rp.recipes.task_vector(2.0), forget=rows())
+    learned = run(rp.recipes.task_vector(scale=2.0), forget=rows())
     assert learned.log[-1]["nll"]["forget"] < learned.log[0]["nll"]["forget"]
     after = rp.apply(learned, subject(dtype=torch.float32))
     base, now = (_nll(lm) for lm in (subject(dtype=torch.float32), after))

@@ -41,7 +41,7 @@ def test_forgetting_raises_the_forget_loss(recipe):
 def trained(folder, **more) -> bytes:
     """The bytes of a delta after five steps whose state is saved after each second one."""
     options = {"steps": 5, "batch_size": 3, "lr": 1e-3, "progress": False, "checkpoint_every": 2}
-    files = {"resume": folder / "state", "log": folder / "log"}
+    files = {"resume": folder, "log": folder / "log"}
     delta = rp.unlearn(subject(), recipe=rp.recipes.blur_npo(), **sides(), **options | files | more)
     delta.save(folder / "delta")
     return (folder / "delta").read_bytes()
@@ -81,6 +81,6 @@ def test_a_training_that_a_rule_ended_does_not_go_on(tmp_path):
 def test_going_on_past_a_rule_would_be_caught(tmp_path, monkeypatch):
     rule = schedule.loss_above("forget", 0.0)
     whole = trained(tmp_path, stop=[rule])
-    honest = trainer.Training._ended
-    monkeypatch.setattr(trainer.Training, "_ended", lambda run: honest(run) if len(run.log) > 1 else None)
+    honest = trainer.Training._stopped
+    monkeypatch.setattr(trainer.Training, "_stopped", lambda run: honest(run) if len(run.log) > 1 else None)
     assert trained(tmp_path, stop=[rule]) != whole

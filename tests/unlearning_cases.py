@@ -9,10 +9,10 @@ import torch
 
 from repedit.data import Row
 from repedit.models.subject import Subject, subject_of
-from repedit.unlearning.parameters import Trainee
+from repedit.unlearning.parameters import TrainableCopy
 from repedit.unlearning.reference import Reference
 from repedit.unlearning.trainer import Training
-from repedit.unlearning.training_data import material
+from repedit.unlearning.training_data import prepare_data
 from tests import teachable_models
 
 
@@ -56,12 +56,12 @@ def training(
 ):
     """A training that has not begun."""
     model = model or subject()
-    held = material(model, recipe, **(sets or sides()))
-    reference = Reference(model, {**held.rows, "alternative": held.alternatives.get("forget", [])})
+    data = prepare_data(model, recipe, **(sets or sides()))
+    reference = Reference(model, {**data.rows, "alternative": data.alternatives})
     return Training(
-        Trainee(model, recipe.parameters, seed=seed),
+        TrainableCopy(model, recipe.parameters, seed=seed),
         reference,
-        held,
+        data,
         recipe,
         micro_batch or recipe.batch_size,
         clip,
@@ -82,8 +82,8 @@ def gradient(recipe, **options) -> torch.Tensor:
             ).clone()
         )
 
-    run.optimiser.step = look  # type: ignore[method-assign]
-    run.run(after=lambda: None, progress=False)
+    run.optimizer.step = look  # type: ignore[method-assign]
+    run.run(after_step=lambda: None, progress=False)
     return seen[0]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from repedit.activations.forward import batches, inputs_of, loss_of, note_batch_on_error
 from repedit.arch import hooks_at
 from repedit.data import Batch, Batches
-from repedit.distributed import Ranks, joined_ranks
+from repedit.distributed import ProcessGroup, process_group
 from repedit.edit import Edit
 from repedit.errors import (
     ArgumentError,
@@ -206,7 +206,7 @@ def collect(
     check_whole(limit_tokens=limit_tokens, length=length, batch_size=batch_size)
     sums = StatisticsHooks(subject, subject.select(sites), statistic, gradients, labels)
     rule = CountingRule(subject, first_position=first_position, special_tokens=special_tokens, custom=count)
-    ranks = joined_ranks(subject.device)
+    ranks = process_group(subject.device)
     origin = subject.made_for(sums.sites) | {
         "data_hash": corpus.hash, "edit": edit.hash if edit else "", "rule": rule.plain(),
     }  # fmt: skip
@@ -214,7 +214,7 @@ def collect(
         **origin, sites=[str(site) for site in sums.sites], statistic=statistic.__name__, gradients=gradients,
         length=length, batch_size=batch_size, limit_tokens=limit_tokens,
     )  # fmt: skip
-    source = batches(subject, corpus, length, batch_size, progress if ranks.first else False, "collect")
+    source = batches(subject, corpus, length, batch_size, progress if ranks.is_first else False, "collect")
     try:
         hooks = [*(edit.hooks(subject) if edit else ()), *sums.hooks()]
         with evaluating(subject.model), installed(subject.model, hooks):
@@ -234,13 +234,13 @@ def collect(
         counted=counted,
         group_sizes={site: _group_sizes(subject, site) for site in sums.sites},
         gated=subject.architecture.gated,
-        seconds_in_hooks=ranks.slowest(sums.seconds, subject.device),
+        seconds_in_hooks=ranks.max(sums.seconds, subject.device),
         **origin,
     )
 
 
 def _read(
-    source: Iterable[Batch], sums: StatisticsHooks, rule: CountingRule, ranks: Ranks, limit: int | None
+    source: Iterable[Batch], sums: StatisticsHooks, rule: CountingRule, ranks: ProcessGroup, limit: int | None
 ) -> tuple[int, int]:
     """Run this rank's batches; (tokens seen, tokens counted) of all ranks."""
     seen = counted = 0

@@ -48,7 +48,7 @@ def collect(
     from repedit import data
     from repedit.activations.collection import collect as collected
     from repedit.cli import output
-    from repedit.distributed import leave, own_device
+    from repedit.distributed import leave_process_group, local_device
     from repedit.errors import UnknownName, nearest
     from repedit.stats import Activity, Moments
 
@@ -57,10 +57,10 @@ def collect(
     if statistic not in kinds:
         raise UnknownName(f"--statistic {statistic!r}; {nearest(statistic, kinds)}")
     found = collected(
-        opened(model, own_device(device), dtype), data.read(text), sites, statistic=kinds[statistic], gradients=gradients,
+        opened(model, local_device(device), dtype), data.read(text), sites, statistic=kinds[statistic], gradients=gradients,
         limit_tokens=tokens, batch_size=batch_size,
     )  # fmt: skip
-    if not leave():
+    if not leave_process_group():
         return
     save(found, out)
     if json:

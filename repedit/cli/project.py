@@ -30,7 +30,7 @@ def project(
     ] = "mrp",
     steps: Annotated[int, typer.Option(help="Training steps of mrp.")] = 150,
     previous: Annotated[Path | None, typer.Option(help="The edit of earlier tasks, which stay removed.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="File to save the training to, and to go on from.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to continue from.")] = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",

@@ -19,13 +19,13 @@ def _list(context: Any, option: Any, value: bool) -> bool:
     if len(seen) < 2 or not seen["list_recipes"]:
         return value
     from repedit.cli import output
-    from repedit.unlearning.recipe import Merged
+    from repedit.unlearning.recipe import MergedRecipe
     from repedit.unlearning.recipes import RECIPES
 
     rows = []
     for name, make in RECIPES.items():
         found = make()
-        first = found.parts[0] if isinstance(found, Merged) else found
+        first = found.parts[0] if isinstance(found, MergedRecipe) else found
         often = f"{first.steps} steps" if first.steps else f"{first.epochs:g} epochs"
         rows.append([name, found.formula, f"lr {first.lr:g}, {often}, batch {first.batch_size}", found.source])
     columns = ("name", "formula", "defaults", "source")
@@ -68,7 +68,7 @@ def unlearn(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute blocks again in the backward pass; saves memory.")
     ] = False,
-    resume: Annotated[Path | None, typer.Option(help="File to save the training to, and to go on from.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to continue from.")] = None,
     log: Annotated[Path | None, typer.Option(help="JSONL file, one line a step.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -83,17 +83,17 @@ def unlearn(
 
     Several processes share the work under torchrun --nproc-per-node N -m repedit unlearn ...
     """
-    from repedit.distributed import leave, own_device
+    from repedit.distributed import leave_process_group, local_device
 
     check_out(out, model, forget, retain, update, resume, log, overwrite=overwrite)
     chosen = _recipe(recipe, set_ or [], layers, modules, mask)
     sets = _sets(chosen, forget, retain, update)
-    subject = opened(model, own_device(device), dtype)
+    subject = opened(model, local_device(device), dtype)
     delta = _trained(
         subject, out, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log,
         shard=shard, gradient_checkpointing=gradient_checkpointing, checkpoint_every=20 if resume else None, **sets,
     )  # fmt: skip
-    if leave():
+    if leave_process_group():
         _show(delta, subject, out, overwrite, json)
     if delta.provenance.get("stopped", {}).get("rule") == "collapse":
         raise typer.Exit(3)
@@ -138,14 +138,14 @@ def _recipe(name: str, settings: list[str], layers: str | None, modules: str | N
 
     from repedit.errors import ArgumentError
     from repedit.unlearning.recipe import UnlearnRecipe
-    from repedit.unlearning.recipes import named, read, sure
+    from repedit.unlearning.recipes import by_name, read, sure
 
     if name.endswith(".toml"):
         if settings:
             raise ArgumentError(f"--set {settings[0]!r} beside the file {name}; write it under [options] there")
         found: Any = read(name)
     else:
-        found = named(name, **_settings(settings))
+        found = by_name(name, **_settings(settings))
     if not isinstance(found, UnlearnRecipe):
         if layers is not None or modules is not None or mask is not None:
             raise ArgumentError(
@@ -194,9 +194,9 @@ def _setting(text: str) -> tuple[str, Any]:
 def _sets(recipe: Any, forget: str, retain: str | None, update: str | None) -> dict[str, Any]:
     """The sets by role; what is kept by default are the facts that belong to those to forget."""
     from repedit import data
-    from repedit.unlearning.recipe import Merged
+    from repedit.unlearning.recipe import MergedRecipe
 
-    parts = recipe.parts if isinstance(recipe, Merged) else (recipe,)
+    parts = recipe.parts if isinstance(recipe, MergedRecipe) else (recipe,)
     found: dict[str, Any] = {}
     for role, name in (("forget", forget), ("retain", retain), ("update", update)):
         if name is not None:

@@ -1,13 +1,12 @@
-"""A mask of neurons learned by gradient through the frozen model: which ones to drop so that one text suffers alone.
+"""Learned gates: a mask of neurons found by gradient through the frozen model, whose removal harms one text alone.
 
-Slower than a score from statistics, and far more selective: it sees what neurons do together.
+This is slower than a score from statistics and far more selective, because it sees what neurons do together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import cycle, islice
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from repedit.activations.forward import batches_of
-from repedit.arch import hooks_at
+from repedit.activations.forward import batches_of, inputs_of
+from repedit.arch import HookFn, hooks_at
 from repedit.data import Batch, Batches, Corpus
 from repedit.edit import Edit
 from repedit.errors import (
@@ -33,9 +32,12 @@ from repedit.linear_maps import Diagonal
 from repedit.models.subject import Subject
 from repedit.quantization import check_unquantized
 from repedit.sites import Site
+from repedit.training.batching import label_logits, label_mask
+from repedit.training.optimizers import PooledAdam, linear_decay, set_lr
 
-# Characters of an excerpt that gives one chunk of 128 tokens of code or prose.
-_CHARACTERS_A_TOKEN = 5.5
+# Characters of an excerpt that give one chunk of 128 tokens of code or prose.
+_CHARACTERS_PER_TOKEN = 5.5
+_DECAY = 0.4
 
 
 def gates(
@@ -47,7 +49,7 @@ def gates(
     steps: int = 140,
     batch_size: int = 2,
     length: int = 128,
-    learning_rate: float = 0.1,
+    lr: float = 0.1,
     retain_weight: float = 4.0,
     seed: int = 0,
     progress: bool | None = None,
@@ -57,140 +59,124 @@ def gates(
     Loss = mean max(0, 1 + s_y - max_{v != y} s_v) on forget (the right token y must lose to another by a margin of 1
     nat) + retain_weight * KL(original || masked) on retain. Gates are 0 or 1 in every forward pass, and the gradient
     with respect to a gate moves its theta (straight-through estimator): what is trained is what is applied. theta
-    starts at 0.5, is kept in [-1, 1] and moves by Adam steps whose size falls linearly over the last 40 % of the steps.
+    starts at 0.5, is kept in [-1, 1] and moves by steps of `PooledAdam`, one group for each kind of neuron, whose learning
+    rate falls linearly over the last 40 % of the steps.
 
     Args:
-        batch_size: chunks of each set a step; a Corpus is sampled in excerpts, each seen once where there are enough.
+        batch_size: chunks of each set in a step; a Corpus is sampled in excerpts, each seen once where there are enough.
         retain_weight: larger keeps more of the retain set.
     Raises:
         OverlapError: if both sets are the same data. SelectionError: if no gate closed.
-        NotFinite: if a loss is not finite; the model is as it was.
+        NotFinite: if a loss is not finite; the model is unchanged.
     Reference: hard gates with a straight-through gradient, Bengio et al. 2013 (arXiv 1308.3432); learned neuron masks for
         localisation, Chang et al. 2024 (arXiv 2311.09060).
     """
     if forget.hash == retain.hash:
         raise OverlapError(
-            f"forget and retain are the same data ({forget.name!r}); nothing could be forgotten and kept at once"
+            f"forget and retain are the same data ({forget.name!r}); the same text cannot be both forgotten and retained"
         )
     check_seed(seed=seed)
-    whole = is_whole(steps) and is_whole(batch_size)
-    finite = is_finite(learning_rate) and is_finite(retain_weight)
-    if not whole or not finite or learning_rate <= 0 or retain_weight < 0:
+    counts = is_whole(steps) and is_whole(batch_size)
+    rates = is_finite(lr) and lr > 0 and is_finite(retain_weight) and retain_weight >= 0
+    if not (counts and rates):
         raise ArgumentError(
-            f"steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}, retain_weight={retain_weight}: all must be positive"
+            f"steps={steps}, batch_size={batch_size}, lr={lr}, retain_weight={retain_weight}: steps and batch_size must be "
+            "whole numbers of at least 1, lr above 0, retain_weight at least 0"
         )
     check_unquantized(subject.quantizer, subject.specs, "differentiated")
-    search = _Search(subject, subject.select(sites), learning_rate)
-    streams = [_stream(subject, c, steps, batch_size, length, seed) for c in (forget, retain)]
+    chosen = subject.select(sites)
+    search = _Search(subject, chosen)
+    streams = [_batches(subject, c, steps, batch_size, length, seed) for c in (forget, retain)]
     pairs = islice(zip(*streams, strict=False), steps)
     history = []
-    for step, (bad, good) in enumerate(
+    for step, (forget_batch, retain_batch) in enumerate(
         tqdm(pairs, desc="gates", total=steps, disable=None if progress is None else not progress)
     ):
         with evaluating(subject.model):
-            losses = search.step(bad, good, retain_weight, min(1.0, (steps - step) / (0.4 * steps)))
+            losses = search.step(forget_batch, retain_batch, retain_weight, lr * linear_decay(step, steps, _DECAY))
         history.append([round(value, 4) for value in losses])
-    options = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "length": length,
-        "learning_rate": learning_rate,
-        "retain_weight": retain_weight,
-    }
     return search.edit({
         "method": "learned gates",
-        "options": options | {"sites": str(sites), "fill": "zero"},
+        "options": {
+            # "learning_rate" is the name in every file since version 0.1.0.
+            "steps": steps, "batch_size": batch_size, "length": length, "learning_rate": lr, "retain_weight": retain_weight,
+            "sites": str(sites), "fill": "zero",
+        },
         "seed": seed,
-        **subject.made_for(subject.select(sites)),
+        **subject.made_for(chosen),
         "data": {role: {"name": c.name, "hash": c.hash} for role, c in (("forget", forget), ("retain", retain))},
         "losses": {"what": "forget margin, retain KL (nats), every tenth step", "values": history[::10] + history[-1:]},
     })  # fmt: skip
 
 
 class _Search:
-    """Gate parameters of every site, and one optimisation step on them."""
+    """Gate parameters of every site, and one optimization step on them."""
 
-    def __init__(self, subject: Subject, sites: tuple[Site, ...], rate: float) -> None:
-        self.subject, self.rate, self.count = subject, rate, 0
+    def __init__(self, subject: Subject, sites: tuple[Site, ...]) -> None:
+        self.subject, self.steps = subject, 0
         width = subject.layout.width_of
         self.theta = {s: torch.full((width(s.layer, s.point),), 0.5, device=subject.device) for s in sites}
-        self.first = {s: torch.zeros_like(t) for s, t in self.theta.items()}
-        self.second = {s: torch.zeros_like(t) for s, t in self.theta.items()}
+        points = dict.fromkeys(site.point for site in sites)
+        groups = [{"params": [t for site, t in self.theta.items() if site.point is point]} for point in points]
+        self.optimizer = PooledAdam(groups, betas=(0.9, 0.99), eps=1e-12)
         self.open: dict[Site, Tensor] = {}
+        """1 where a gate is open, 0 where it is closed."""
 
-    def step(self, forget: Batch, retain: Batch, weight: float, shrink: float) -> tuple[float, float]:
-        """One Adam step; returns the forget and the retain loss."""
+    def step(self, forget: Batch, retain: Batch, retain_weight: float, lr: float) -> tuple[float, float]:
+        """One step; returns the forget and the retain loss."""
         with torch.no_grad():
-            teacher = self._logits(retain).log_softmax(-1)
+            original = self._logits(retain).log_softmax(-1)
         self.open = {site: (theta > 0).float().requires_grad_() for site, theta in self.theta.items()}
-        inputs = list(self.open.values())
-        hooks = [
-            h
-            for s in self.open
-            for h in hooks_at(self.subject.model, self.subject.layout, s, self._visit(s), replaces=True)
-        ]
-        with installed(self.subject.model, hooks), torch.enable_grad():
-            bad = margin(self._logits(forget), _targets(forget))
-            gradient = torch.autograd.grad(bad, inputs)
-            student = self._logits(retain).log_softmax(-1)
-            good = functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean()
-            held = torch.autograd.grad(good, inputs)
-        if not bool(torch.isfinite(bad + good)):
+        gates = list(self.open.values())
+        model, layout = self.subject.model, self.subject.layout
+        hooks = [hook for s in self.open for hook in hooks_at(model, layout, s, self._visit(s), replaces=True)]
+        with installed(model, hooks), torch.enable_grad():
+            forget_loss = margin(self._logits(forget), forget.input_ids[label_mask(forget)])
+            forget_gradients = torch.autograd.grad(forget_loss, gates)
+            masked = self._logits(retain).log_softmax(-1)
+            retain_loss = functional.kl_div(masked, original, log_target=True, reduction="none").sum(-1).mean()
+            retain_gradients = torch.autograd.grad(retain_loss, gates)
+        if not bool(torch.isfinite(forget_loss + retain_loss)):
             raise NotFinite(
-                f"step {self.count}: forget loss {bad.item()}, retain loss {good.item()}; load the model in float32?"
+                f"step {self.steps}: forget loss {forget_loss.item()}, retain loss {retain_loss.item()}; load the model in float32?"
             )
-        self._adam({s: g + weight * h for s, g, h in zip(self.open, gradient, held, strict=True)}, self.rate * shrink)
-        return float(bad.detach()), float(good.detach())
+        for theta, f, r in zip(self.theta.values(), forget_gradients, retain_gradients, strict=True):
+            theta.grad = f + retain_weight * r
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        for theta in self.theta.values():
+            theta.clamp_(-1, 1)
+        self.steps += 1
+        return float(forget_loss.detach()), float(retain_loss.detach())
 
-    def edit(self, provenance: Mapping[str, Any]) -> Edit:
-        """The masks of the gates that are closed."""
-        kept = {site: (theta > 0).cpu() for site, theta in self.theta.items()}
-        maps = {site: Diagonal.mask(keep) for site, keep in kept.items() if not bool(keep.all())}
+    def edit(self, provenance: Mapping[str, object]) -> Edit:
+        """The masks of the closed gates."""
+        keep = {site: (theta > 0).cpu() for site, theta in self.theta.items()}
+        maps = {site: Diagonal.mask(mask) for site, mask in keep.items() if not bool(mask.all())}
         if not maps:
             raise SelectionError(
-                f"no gate closed in {self.count} steps; take more steps, a larger learning rate or a smaller retain_weight"
+                f"no gate closed in {self.steps} steps; use more steps, a larger lr or a smaller retain_weight"
             )
         return Edit(maps, provenance)
 
-    def _adam(self, gradients: Mapping[Site, Tensor], rate: float) -> None:
-        self.count += 1
-        for site, g in gradients.items():
-            self.first[site].mul_(0.9).add_(g, alpha=0.1)
-            self.second[site].mul_(0.99).addcmul_(g, g, value=0.01)
-        second = {site: value / (1 - 0.99**self.count) for site, value in self.second.items()}
-        for site, value in second.items():
-            # The rms over all neurons of a kind as epsilon: those with tiny gradients do not drift at full speed.
-            alike = torch.cat([v.cpu() for other, v in second.items() if other.point is site.point])
-            step = (
-                self.first[site] / (1 - 0.9**self.count) / (value.sqrt() + alike.mean().sqrt().to(value.device) + 1e-12)
-            )
-            self.theta[site] = (self.theta[site] - rate * step).clamp(-1, 1)
-
-    def _visit(self, site: Site) -> Any:
-        return lambda x, at, _tokens: x * self.open[site][at].to(x.dtype)
+    def _visit(self, site: Site) -> HookFn:
+        return lambda x, channels, _tokens: x * self.open[site][channels].to(x.dtype)
 
     def _logits(self, batch: Batch) -> Float[Tensor, "n v"]:
-        mask = batch.attention_mask
-        logits = self.subject.model(input_ids=batch.input_ids, attention_mask=mask.long(), use_cache=False).logits
-        return logits[:, :-1][mask[:, :-1] & mask[:, 1:]].float()
+        return label_logits(self.subject.model(**inputs_of(batch)).logits, label_mask(batch))
 
 
-def margin(logits: Float[Tensor, "n v"], targets: Tensor) -> Tensor:
+def margin(logits: Float[Tensor, "n v"], targets: Tensor) -> Float[Tensor, ""]:
     """mean max(0, 1 + s_y - max_{v != y} s_v): zero once every right token loses by 1 nat."""
     own = logits.gather(1, targets[:, None])
     rival = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
     return functional.relu(1 + own[:, 0] - rival).mean()
 
 
-def _targets(batch: Batch) -> Tensor:
-    mask = batch.attention_mask
-    return batch.input_ids[:, 1:][mask[:, :-1] & mask[:, 1:]]
-
-
-def _stream(subject: Subject, corpus: Batches, steps: int, batch_size: int, length: int, seed: int) -> Iterator[Batch]:
-    """Batches without end; a Corpus gives one chunk an excerpt, so that steps see many documents."""
+def _batches(subject: Subject, corpus: Batches, steps: int, batch_size: int, length: int, seed: int) -> Iterator[Batch]:
+    """Batches without end, of whole texts; a Corpus gives one chunk of each excerpt, so that steps see many documents."""
     if isinstance(corpus, Corpus):
-        corpus = corpus.excerpts(steps * batch_size, characters=int(length * _CHARACTERS_A_TOKEN), seed=seed)
-    items = list(batches_of(subject, corpus, length=length, batch_size=batch_size))[:steps]
+        corpus = corpus.excerpts(steps * batch_size, characters=int(length * _CHARACTERS_PER_TOKEN), seed=seed)
+    batches = islice(batches_of(subject, corpus, length=length, batch_size=batch_size), steps)
     device = subject.device
-    return cycle([Batch(b.input_ids.to(device), b.attention_mask.to(device), b.document) for b in items])
+    return cycle([Batch(b.input_ids.to(device), b.attention_mask.to(device), b.document) for b in batches])

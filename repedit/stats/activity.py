@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from repedit.distributed import Ranks
+from repedit.distributed import ProcessGroup
 from repedit.errors import MissingStatistic, ShapeError
 from repedit.kernels import dispatch
 from repedit.stats.moments import check_finite_sums, check_row_shape, check_state
@@ -117,14 +117,14 @@ class Activity:
         }
         return Activity(**merged)
 
-    def all_reduced(self, ranks: Ranks) -> Activity:
+    def all_reduced(self, ranks: ProcessGroup) -> Activity:
         """The statistic of the tokens of all ranks, on every rank: sums about the first rank's shift, added up."""
         if ranks.size == 1:
             return self
-        shift = ranks.of_first(torch.zeros_like(self.count) if self.shift is None else self.shift.clone())
+        shift = ranks.broadcast(torch.zeros_like(self.count) if self.shift is None else self.shift.clone())
         local = self._about(shift)
         names = [name for name in local.state() if name != "shift"]
-        sums = ranks.total(torch.stack([getattr(local, name) for name in names]))
+        sums = ranks.sum(torch.stack([getattr(local, name) for name in names]))
         return replace(local, shift=shift if bool(shift.any()) else None, **dict(zip(names, sums, strict=True)))
 
     def cpu(self) -> Activity:

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from repedit.distributed import Ranks
+from repedit.distributed import ProcessGroup
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, ShapeError
 
 # From this width on half a product beats a whole one on a CPU: of its time it takes 1.05 at width 128, 0.92 at 256,
@@ -101,15 +101,15 @@ class Moments:
         scatter = self.scatter + other.scatter + (self.count * other.count / count) * torch.outer(delta, delta)
         return self._from_scatter(count, mean, scatter, torch.promote_types(self.dtype, other.dtype))
 
-    def all_reduced(self, ranks: Ranks) -> Moments:
+    def all_reduced(self, ranks: ProcessGroup) -> Moments:
         """The statistic of the rows of all ranks, on every rank: scatters about one common shift, added up."""
         if ranks.size == 1:
             return self
-        summed = ranks.total(torch.cat([self._total + self.count * self._shift, self._total.new_tensor([self.count])]))
+        summed = ranks.sum(torch.cat([self._total + self.count * self._shift, self._total.new_tensor([self.count])]))
         count = int(summed[-1])
         mean = summed[:-1] / max(count, 1)
         rest = self.mean - mean if self.count else torch.zeros_like(mean)
-        scatter = ranks.total(self.scatter + self.count * torch.outer(rest, rest))
+        scatter = ranks.sum(self.scatter + self.count * torch.outer(rest, rest))
         wide = ranks.any(self.dtype == torch.float64, mean.device)
         return self._from_scatter(count, mean, scatter, torch.float64 if wide else torch.float32)
 
@@ -279,16 +279,16 @@ class CrossMoments:
         dtype = torch.promote_types(self.dtype, other.dtype)
         return self._from_scatter(self.count + other.count, (mean, other_mean), scatter, dtype)
 
-    def all_reduced(self, ranks: Ranks) -> CrossMoments:
+    def all_reduced(self, ranks: ProcessGroup) -> CrossMoments:
         """The statistic of the rows of all ranks, on every rank: scatters about common shifts, added up."""
         if ranks.size == 1:
             return self
         sums = [side.total + self.count * side.shift for side in (self._x, self._z)]
-        summed = ranks.total(torch.cat([*sums, self._product.new_tensor([self.count])]))
+        summed = ranks.sum(torch.cat([*sums, self._product.new_tensor([self.count])]))
         count = int(summed[-1])
         mean, other_mean = (summed[:-1] / max(count, 1)).split([self.width, self.other])
         rest = (self.mean - mean, self.other_mean - other_mean) if self.count else (0 * mean, 0 * other_mean)
-        scatter = ranks.total(self.scatter + self.count * torch.outer(*rest))
+        scatter = ranks.sum(self.scatter + self.count * torch.outer(*rest))
         wide = ranks.any(self.dtype == torch.float64, mean.device)
         return self._from_scatter(count, (mean, other_mean), scatter, torch.float64 if wide else torch.float32)
 

@@ -1,1 +1,1 @@
-"""Gradient unlearning: losses, combiners, samplers, stop rules and filters as small parts, one loop, recipes as expressions."""
+"""Gradient unlearning: losses, combiners, samplers, stop rules and filters as small parts, one loop, and recipes."""

@@ -1,4 +1,4 @@
-"""rp.unlearn: train the forgetting of some rows and the keeping of others into the weights, and return the difference."""
+"""rp.unlearn: train a model to forget some rows and retain others, and return the difference of its weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
 from repedit.delta import Delta
-from repedit.distributed import Ranks, joined_ranks
+from repedit.distributed import ProcessGroup, process_group
 from repedit.errors import (
     ArgumentError,
     CheckpointError,
@@ -30,24 +30,49 @@ from repedit.io.files import append, open_regular, write_text
 from repedit.io.targets import check_file_target
 from repedit.io.text import parse_json
 from repedit.models.subject import Subject
-from repedit.unlearning import resume as state
-from repedit.unlearning.masks import salient
-from repedit.unlearning.parameters import Parameters, Trainee
-from repedit.unlearning.recipe import Merged, UnlearnRecipe, settled
+from repedit.training import resume as resume_state
+from repedit.unlearning import sharding
+from repedit.unlearning.masks import saliency_of_rows
+from repedit.unlearning.parameters import Parameters, TrainableCopy
+from repedit.unlearning.recipe import MergedRecipe, RecipeFields, UnlearnRecipe, resolved_fields
 from repedit.unlearning.reference import Reference, check_vocabulary
 from repedit.unlearning.schedule import Stop
-from repedit.unlearning.trainer import Training, check_dropout, check_shardable, recompute_blocks
-from repedit.unlearning.trainer import shard as divide
-from repedit.unlearning.training_data import Material, material
+from repedit.unlearning.trainer import Training, check_dropout, recompute_blocks
+from repedit.unlearning.training_data import Sources, TrainingData, prepare_data
+
+_SAVE_EVERY = 20
+_LOG_START = b'{"c": '
+"""The beginning of every line of a log."""
+
+
+class _Options(TypedDict):
+    """How a training runs, apart from recipe and data."""
+
+    reference: Subject | None
+    micro_batch: int | None
+    clip: float | None
+    seed: int
+    shard: bool
+    gradient_checkpointing: bool
+    dropout: bool
+    checkpoint_every: int | None
+    progress: bool | None
+
+
+class _Data(TypedDict):
+    forget: Sources
+    retain: Sources | None
+    update: Sources | None
+    allow_overlap: bool
 
 
 def unlearn(
     subject: Subject,
     *,
-    recipe: UnlearnRecipe | Merged,
-    forget: Any,
-    retain: Any = None,
-    update: Any = None,
+    recipe: UnlearnRecipe | MergedRecipe,
+    forget: Sources,
+    retain: Sources | None = None,
+    update: Sources | None = None,
     reference: Subject | None = None,
     parameters: Parameters | None = None,
     lr: float | None = None,
@@ -68,158 +93,199 @@ def unlearn(
     dropout: bool = False,
     progress: bool | None = None,
 ) -> Delta:
-    """Train a model to lose the forget set and keep the retain set; the subject itself is never changed.
+    """Train a model to forget the forget set and keep the retain set; the subject itself is never changed.
 
-    Gradient methods mostly hide what they forget: run `rp.audit` on the result before you believe it.
+    Gradient methods mostly hide what they forget: run `rp.audit` on the result.
 
-    Under `torchrun`, or in any running process group, the ranks share the rows of each step and all return the same
-    Delta, that of one process up to the order of sums; the first of them writes the files.
+    Under `torchrun`, or in any running process group, the ranks share the rows of each step and all of them return the
+    same Delta, which equals that of one process up to the order of sums; the first rank writes the files.
 
     Args:
         recipe: from `rp.recipes`; lr, steps, epochs, batch_size, length and parameters override it, `stop` adds rules.
         forget, retain, update: rows or facts (their answers count), a corpus or texts (all of it counts), or a mapping of
             topics to those.
-        reference: a model the losses compare with, in place of the start weights.
-        micro_batch: rows a forward pass of a rank; gradients add up to those of the whole batch.
+        reference: a model that the losses compare with, in place of the start weights.
+        micro_batch: rows in a forward pass of a rank; gradients add up to those of the whole batch.
         clip: largest norm of the combined gradient; None for no limit.
-        checkpoint_every: steps between saved states in `resume`.
-        resume: a file the training is saved to on its way, and goes on from where it exists.
-        log: a JSONL file that gets one line a step.
+        checkpoint_every: steps between saved states in `resume`; 20 by default.
+        resume: a folder in which the training is saved, and from which a later call continues.
+        log: a JSONL file that gets one line for each step.
         allow_overlap: let forget and retain share rows.
-        shard: divide trained copies, gradients and optimiser among the ranks (FSDP2); the subject stays whole on each.
-        gradient_checkpointing: compute every block again in the backward pass; less memory, more time, the same result.
-        dropout: train with the dropout of the model, drawn from the seed; references are read without it.
+        shard: shard trained copies, gradients and optimizer state over the ranks (FSDP2); the subject stays whole on each.
+        gradient_checkpointing: recompute every block in the backward pass: less memory, more time, the same result.
+        dropout: train with the dropout of the model, drawn from the seed; the reference runs without it.
     Raises:
         ArgumentError: if a number is out of range, or steps and epochs are both given.
         DataError, OverlapError: if a set is missing, empty or malformed, or the sets overlap.
         SelectionError, ShapeError: if the parameter filter or mask fits nothing, or the reference has another vocabulary.
         QuantizedModel, OffloadedTensors: if the weights cannot be trained.
         TrainingError: if a loss is not finite; its `delta` is the last good state.
-        TargetExists, CheckpointError: if `log` or `resume` is something else or cannot be written, before the training; later
-            its `delta` is what was trained.
-        NoOpEdit: if nothing changed, or rounding to the model's dtype swallows all of it.
-        FingerprintError: if `resume` holds another training, or the ranks were given different ones.
+        TargetExists, CheckpointError: if `log` or `resume` is something else or cannot be written. Before the training;
+            later its `delta` is what was trained.
+        NoOpEdit: if nothing changed, or rounding to the dtype of the model cancels every change.
+        FingerprintError: if `resume` holds another training, or the ranks have different inputs.
     """
     if checkpoint_every is not None and (not is_whole(checkpoint_every) or resume is None):
         raise ArgumentError(
-            f"checkpoint_every={checkpoint_every}, resume={resume}: give a file in resume, and at least 1 step"
+            f"checkpoint_every={checkpoint_every}, resume={resume}: give a folder in resume, and at least 1 step"
         )
-    _check_files(log, resume)
+    if log is not None and resume is not None and Path(log).absolute() == Path(resume).absolute():
+        raise ArgumentError(f"log and resume are both {log}; give each its own path")
+    _check_log(log)
+    state = None if resume is None else resume_state.state_path(resume)
     check_whole(micro_batch=micro_batch)
     check_positive(clip=clip)
     check_seed(seed=seed)
-    data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
-    changes = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
-    rest = {"reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "progress": progress}
-    rest |= {"shard": shard, "gradient_checkpointing": gradient_checkpointing, "dropout": dropout}
-    if isinstance(recipe, Merged):
-        return _merged(subject, recipe, data | changes | rest | {"stop": stop}, resume, checkpoint_every, log)
-    chosen = _overridden(recipe, changes, stop)
-    if reference is not None:
-        check_vocabulary(subject, reference)
-    rows = material(subject, chosen, **data)
-    chosen = _masked(subject, chosen, rows)
-    if dropout:
-        check_dropout(subject)
-    record = _record(subject, reference, chosen, rows, seed, {"clip": clip} | ({"dropout": True} if dropout else {}))
-    ranks = joined_ranks(subject.device)
-    ranks.check_same(**record, micro_batch=micro_batch, shard=shard)
-    training = Training(
-        trainee=_trainee(subject, chosen, seed, ranks, shard, gradient_checkpointing),
-        reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives.get("forget", [])}),
-        material=rows, recipe=chosen, micro_batch=chosen.batch_size if micro_batch is None else micro_batch, clip=clip, seed=seed,
-        ranks=ranks, dropout=dropout,
-    )  # fmt: skip
-    return _trained(training, record, None if resume is None else Path(resume), checkpoint_every, log, progress)
+    data: _Data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
+    given = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
+    changes = cast(RecipeFields, {name: value for name, value in given.items() if value is not None})
+    options: _Options = {
+        "reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "shard": shard, "dropout": dropout,
+        "gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every, "progress": progress,
+    }  # fmt: skip
+    if not isinstance(recipe, MergedRecipe):
+        recipe = _changed(recipe, changes, stop)
+        return _unlearn(subject, recipe, data, options, state, None if log is None else Path(log))
+    # Each part from the same start; states and logs of the parts are files of their own.
+    parts = []
+    for number, part in enumerate(recipe.parts):
+        files = [None if path is None else _numbered(Path(path), number) for path in (state, log)]
+        parts.append(_unlearn(subject, _changed(part, changes, stop), data, options, *files))
+    merged = Delta.ties(parts, recipe.weights, recipe.density)
+    return Delta(merged.tensors, {**merged.provenance, "method": recipe.name, "options": recipe.plain()}, parts[0].log)
 
 
-_ROW = b'{"c": '
-"""What every line of a log begins with."""
-
-
-def _check_files(log: str | Path | None, resume: str | Path | None) -> None:
-    """Refuse files that cannot be written, or that something else is in, before anything is trained."""
-    if log is not None and resume is not None and Path(log).absolute() == Path(resume).absolute():
-        raise ArgumentError(f"log and resume are both {log}; give each its own file")
-    for path in (Path(path) for path in (log, resume) if path is not None):
-        check_file_target(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if resume is not None:
-        archive.check_replaceable(resume)
-    if log is not None and Path(log).exists() and Path(log).stat().st_size:
+def _check_log(log: str | Path | None) -> None:
+    """Refuse a log that cannot be written, or a file that is not a log, before anything is trained."""
+    if log is None:
+        return
+    check_file_target(log)
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    if Path(log).exists() and Path(log).stat().st_size:
         with open_regular(log) as file:
-            first = file.readline(len(_ROW))
-        if not _ROW.startswith(first):  # of a log whose writer was killed, the first line may be cut off
+            first = file.readline(len(_LOG_START))
+        if not _LOG_START.startswith(first):  # the first line may be truncated if its writer was killed
             raise TargetExists(f"{log} exists and is not the log of a training; move it away, or give another log")
 
 
-def _overridden(recipe: UnlearnRecipe, changes: Mapping[str, Any], stop: Sequence[Stop]) -> UnlearnRecipe:
-    given = {name: value for name, value in changes.items() if value is not None}
-    return replace(recipe, stop=(*recipe.stop, *stop), **settled({}, given))
+def _changed(recipe: UnlearnRecipe, changes: RecipeFields, stop: Sequence[Stop]) -> UnlearnRecipe:
+    return replace(recipe, **resolved_fields({}, {**changes, "stop": (*recipe.stop, *stop)}))
 
 
-def _trainee(subject: Subject, recipe: UnlearnRecipe, seed: int, ranks: Ranks, shard: bool, recompute: bool) -> Trainee:
-    """What is trained, divided among the ranks and with blocks that are computed again where that is asked for."""
-    if shard:
-        check_shardable(recipe, ranks.size)
-    found = Trainee(subject, recipe.parameters, seed=seed)
-    if recompute:
-        recompute_blocks(found.subject)
-    if shard:
-        divide(found)
-    return found
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
-def _masked(subject: Subject, recipe: UnlearnRecipe, rows: Material) -> UnlearnRecipe:
-    """The recipe with the mask of its saliency, which is taken once at the start weights."""
+def _unlearn(
+    subject: Subject, recipe: UnlearnRecipe, data: _Data, options: _Options, state: Path | None, log: Path | None
+) -> Delta:
+    """The Delta of a single training."""
+    reference = options["reference"]
+    if reference is not None:
+        check_vocabulary(subject, reference)
+    rows = prepare_data(subject, recipe, **data)
+    recipe = _with_saliency_mask(subject, recipe, rows)
+    if options["dropout"]:
+        check_dropout(subject)
+    record = _provenance(subject, recipe, rows, options)
+    group = process_group(subject.device)
+    group.check_same(**record, micro_batch=options["micro_batch"], shard=options["shard"])
+    training = Training(
+        trainable=_trainable(subject, recipe, group, options),
+        reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives}),
+        data=rows,
+        recipe=recipe,
+        micro_batch=options["micro_batch"] or recipe.batch_size,
+        clip=options["clip"],
+        seed=options["seed"],
+        group=group,
+        dropout=options["dropout"],
+    )
+    return _train(training, record, state, log, options["checkpoint_every"] or _SAVE_EVERY, options["progress"])
+
+
+def _with_saliency_mask(subject: Subject, recipe: UnlearnRecipe, data: TrainingData) -> UnlearnRecipe:
+    """The recipe with the mask of its saliency, which is computed once at the start weights."""
     if recipe.saliency is None:
         return recipe
     if recipe.parameters.mask is not None:
         raise ArgumentError(f"recipe {recipe.name!r} computes its own mask and another was given; give one of them")
-    mask = salient(subject, rows.rows["forget"], recipe.saliency, recipe.parameters, recipe.batch_size)
+    mask = saliency_of_rows(subject, data.rows["forget"], recipe.saliency, recipe.parameters, recipe.batch_size)
     return replace(recipe, parameters=replace(recipe.parameters, mask=mask))
 
 
-def _trained(
-    training: Training,
-    record: dict[str, Any],
-    path: Path | None,
-    every: int | None,
-    log: str | Path | None,
-    progress: bool | None,
-) -> Delta:
-    key = {name: record[name] for name in ("model", "options", "data", "seed")}
-    if path is not None and path.exists():
-        state.restore(path, training, key)
-    training.ranks.check_same(**{"steps taken": len(training.log)})
-    written = None if log is None or not training.ranks.first else Path(log)
-    if written is not None:
-        write_text(written, "".join(_line(row) + "\n" for row in training.log))
+def _trainable(subject: Subject, recipe: UnlearnRecipe, group: ProcessGroup, options: _Options) -> TrainableCopy:
+    if options["shard"]:
+        sharding.check_shardable(recipe, group.size)
+    trainable = TrainableCopy(subject, recipe.parameters, seed=options["seed"])
+    if options["gradient_checkpointing"]:
+        recompute_blocks(trainable.subject)
+    if options["shard"]:
+        sharding.shard(trainable)
+    return trainable
 
-    def after() -> None:
-        if written is not None:
-            append(written, parse_json(_line(training.log[-1]), "the log", finite=False))
-        if path is not None and len(training.log) % (every or 20) == 0:
-            state.save(path, training, key)
+
+def _provenance(subject: Subject, recipe: UnlearnRecipe, data: TrainingData, options: _Options) -> dict[str, Any]:
+    reference = options["reference"]
+    dropout = {"dropout": True} if options["dropout"] else {}
+    return {
+        "method": recipe.name,
+        "options": recipe.plain() | {"clip": options["clip"]} | dropout,
+        "formula": recipe.formula,
+        "source": recipe.source,
+        "model": subject.fingerprint(),
+        "reference": None if reference is None else reference.fingerprint(),
+        "data": dict(data.record),
+        "seed": options["seed"],
+        "versions": {name: version(name) for name in ("repedit", "torch", "transformers")},
+    }
+
+
+def _train(
+    training: Training, record: dict[str, Any], state: Path | None, log: Path | None, every: int, progress: bool | None
+) -> Delta:
+    """Take the steps, save the state and the log as they go, and return the difference."""
+    key = {name: record[name] for name in ("model", "options", "data", "seed")}
+    if state is not None and state.exists():
+        header, _ = resume_state.restore(state, training.trainable.tensors, training.optimizer, key=key)
+        with archive.rebuilding(state, "training"):
+            training.log.extend(dict(row) for row in header["log"])
+            training.memory.update(header["memory"])
+    training.group.check_same(**{"steps taken": len(training.log)})
+    if not training.group.is_first:
+        log = None
+    if log is not None:
+        write_text(log, "".join(_line(row) + "\n" for row in training.log))
+
+    def save() -> None:
+        if state is not None:
+            header = {"log": training.log, "memory": training.memory}
+            is_first = training.group.is_first
+            weights = training.trainable.tensors
+            resume_state.save(state, weights, training.optimizer, header, key=key, is_writer=is_first)
+
+    def after_step() -> None:
+        if log is not None:
+            append(log, parse_json(_line(training.log[-1]), "the log", finite=False))
+        if len(training.log) % every == 0:
+            save()
 
     try:
-        rule, reason = training.run(after=after, progress=progress)
-        if path is not None:
-            state.save(path, training, key)
+        rule, reason = training.run(after_step=after_step, progress=progress)
+        save()
     except TrainingError as error:
-        if path is not None:
-            state.save(path, training, key)
+        save()
         error.delta = _delta(training, record | {"stopped": {"rule": "error", "reason": str(error)}})
         raise
     except OSError as error:
         failure = CheckpointError(
-            f"the training stopped after {len(training.log)} steps since {log or path} could not be written: {error}; "
+            f"the training stopped after {len(training.log)} steps because {log or state} could not be written: {error}; "
             "error.delta holds what was trained"
         )
         failure.delta = _delta(training, record | {"stopped": {"rule": "error", "reason": str(failure)}})
         raise failure from error
     delta = _delta(training, record | {"stopped": {"rule": rule, "reason": reason}})
-    _check_change(delta, training)
+    _check_changed(delta, training)
     return delta
 
 
@@ -229,72 +295,25 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _delta(training: Training, record: dict[str, Any]) -> Delta:
-    """What was trained, without the seconds that steps took: the same training gives the same bytes."""
-    found = {name: value * training.recipe.scale for name, value in training.trainee.differences().items()}
-    start = {name: value_hash(_start(training, name)) for name in found}
+    """What was trained, without the seconds of the steps, so that the same training gives the same bytes."""
+    differences = {name: value * training.recipe.scale for name, value in training.trainable.differences().items()}
+    start = {name: value_hash(training.trainable.start_of(name)) for name in differences}
     return Delta(
-        found,
-        record | {"start": start, "steps_run": len(training.log), "lengths": training.steering.lengths},
+        differences,
+        record | {"start": start, "steps_run": len(training.log), "lengths": training.control.lengths},
         tuple({name: value for name, value in row.items() if name != "seconds"} for row in training.log),
     )
 
 
-def _start(training: Training, name: str) -> torch.Tensor:
-    """The weight as it was, also of a module that has an adapter."""
-    known = training.trainee.start
-    return known[name] if name in known else training.trainee.original[name]
-
-
-def _check_change(delta: Delta, training: Training) -> None:
-    def moves(name: str, value: torch.Tensor) -> bool:
-        old = _start(training, name).cpu()
+def _check_changed(delta: Delta, training: Training) -> None:
+    def changes(name: str, value: torch.Tensor) -> bool:
+        old = training.trainable.start_of(name).cpu()
         return not torch.equal((old.to(value.dtype) + value).to(old.dtype), old)
 
-    if not any(moves(name, value) for name, value in delta.tensors.items()):
+    if not any(changes(name, value) for name, value in delta.tensors.items()):
         dtype = str(training.reference.subject.model.dtype).removeprefix("torch.")
         largest = max((float(v.abs().max()) for v in delta.tensors.values()), default=0.0)
         raise NoOpEdit(
             f"the training changes nothing: 0 % of the entries differ after rounding to {dtype}, the largest difference is "
             f"{largest:.2g}; raise lr, or train the model in float32"
         )
-
-
-def _record(
-    subject: Subject,
-    reference: Subject | None,
-    recipe: UnlearnRecipe,
-    rows: Material,
-    seed: int,
-    run: Mapping[str, Any],
-) -> dict[str, Any]:
-    return {
-        "method": recipe.name,
-        "options": recipe.plain() | dict(run),
-        "formula": recipe.formula,
-        "source": recipe.source,
-        "model": subject.fingerprint(),
-        "reference": None if reference is None else reference.fingerprint(),
-        "data": dict(rows.record),
-        "seed": seed,
-        "versions": {name: version(name) for name in ("repedit", "torch", "transformers")},
-    }
-
-
-def _merged(
-    subject: Subject,
-    recipe: Merged,
-    options: dict[str, Any],
-    resume: str | Path | None,
-    every: int | None,
-    log: str | Path | None,
-) -> Delta:
-    """Each part from the same start, then TIES; states and logs of the parts are files of their own."""
-    parts = []
-    for number, part in enumerate(recipe.parts):
-        files: dict[str, Any] = {
-            name: None if path is None else Path(path).with_name(f"{Path(path).stem}-{number}{Path(path).suffix}")
-            for name, path in (("resume", resume), ("log", log))
-        }
-        parts.append(unlearn(subject, recipe=part, checkpoint_every=every, **files, **options))
-    merged = Delta.ties(parts, recipe.weights, recipe.density)
-    return Delta(merged.tensors, {**merged.provenance, "method": recipe.name, "options": recipe.plain()}, parts[0].log)

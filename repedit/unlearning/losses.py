@@ -1,17 +1,22 @@
-"""Losses of gradient unlearning, and what a loss sees of one micro-batch."""
+"""Losses of gradient unlearning, and what a loss reads of one micro-batch.
+
+A loss returns the sum over its unit and names the unit. The training loop divides by the number of units in the whole
+step, so that neither micro-batches nor ranks change the result. Notation: l_i is the summed NLL of the labels of row i,
+n_i their number, and ref the model at the start of the training.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import cross_entropy, logsigmoid
 
 from repedit.activations.forward import at_least_float32
 from repedit.data import Batch
@@ -24,23 +29,23 @@ from repedit.errors import (
     is_whole,
     nearest,
 )
-from repedit.fit.mrp_training import targets_of
-from repedit.unlearning.parameters import layer_at
-from repedit.unlearning.reference import Reference, bucketed
+from repedit.training.batching import label_logits, label_mask
+from repedit.unlearning.parameters import layer_at_depth
+from repedit.unlearning.reference import Reference, with_rest
 
-# --- What a loss sees of one micro-batch: labels, logits, hidden states, and the same of the reference where it asks
+# --- What a loss reads: labels, logits, hidden states, and the same values of the reference on request
 
 
 @dataclass(eq=False)
-class Steering:
-    """The control vectors of RMU: one a topic, and how long each is."""
+class ControlVectors:
+    """The control vectors of RMU: one direction for each topic, and their lengths."""
 
     seed: int
     lengths: dict[str, float] = field(default_factory=dict)
-    """Adaptive lengths by "topic layer", each measured once at the start weights."""
+    """Adaptive lengths by "topic layer", each measured once at the start of the training."""
 
     def direction(self, topic: str, width: int) -> Float[Tensor, " d"]:
-        """A random unit vector in the positive orthant, the same for a seed and a topic ever after."""
+        """A random unit vector in the positive orthant that depends on the seed and the topic alone."""
         digest = hashlib.sha256(f"{self.seed}:{topic}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         u = torch.rand(width, generator=generator, dtype=torch.float64)
@@ -48,27 +53,29 @@ class Steering:
 
 
 @dataclass(eq=False)
-class Seen:
-    """One micro-batch as the model in training sees it."""
+class ForwardPass:
+    """The forward pass of the trained model on one micro-batch."""
 
     batch: Batch
     logits: Float[Tensor, "b t v"]
     reference: Reference
     indices: Sequence[int] = ()
-    """Which rows of their role the batch holds."""
+    """Numbers of the rows within their role."""
     role: str = ""
     states: Mapping[int, Float[Tensor, "b t d"]] = field(default_factory=dict)
-    """Residual streams after a layer."""
+    """Layer -> the residual stream after it."""
     depth: int = 1
-    other: Seen | None = None
+    """Number of layers of the model."""
+    other: ForwardPass | None = None
     """The same rows with their alternative answers."""
-    steer: Steering | None = None
+    control: ControlVectors | None = None
     topics: Sequence[str] = ()
+    """The topic of each row."""
 
     @cached_property
     def labels(self) -> Bool[Tensor, "b t"]:
         """True on the tokens a loss is about."""
-        return targets_of(self.batch)
+        return label_mask(self.batch)
 
     @cached_property
     def targets(self) -> Int[Tensor, " n"]:
@@ -78,100 +85,90 @@ class Seen:
     @cached_property
     def label_logits(self) -> Float[Tensor, "n v"]:
         """The logits that predict the label tokens."""
-        return at_least_float32(self.logits[:, :-1][self.labels[:, 1:]])
+        return label_logits(self.logits, self.labels)
 
     @cached_property
     def token_nll(self) -> Float[Tensor, " n"]:
         """NLL of each label token."""
-        return torch.nn.functional.cross_entropy(self.label_logits, self.targets, reduction="none")
+        return cross_entropy(self.label_logits, self.targets, reduction="none")
 
     @cached_property
     def row_nll(self) -> Float[Tensor, " b"]:
-        """l_i, the summed NLL of a row."""
+        """l_i, the summed NLL of each row."""
         rows = self.labels.nonzero()[:, 0]
         return self.token_nll.new_zeros(len(self.labels)).index_add(0, rows, self.token_nll)
 
     @cached_property
     def row_count(self) -> Int[Tensor, " b"]:
-        """n_i, the label tokens of a row."""
+        """n_i, the number of label tokens of each row."""
         return self.labels.sum(1)
 
     @cached_property
-    def reference_rows(self) -> Float[Tensor, " b"]:
+    def reference_row_nll(self) -> Float[Tensor, " b"]:
         """l_i under the reference."""
-        return self.reference.rows(self.role, self.indices).to(self.token_nll)
+        return self.reference.row_nll(self.role, self.indices).to(self.token_nll)
 
     @cached_property
     def reference_logits(self) -> Float[Tensor, "n v"]:
-        """The reference's logits at the labels."""
-        return at_least_float32(self.reference.logits(self.batch)[:, :-1][self.labels[:, 1:]])
+        """The logits of the reference that predict the label tokens."""
+        return label_logits(self.reference.logits(self.batch), self.labels)
 
     @property
-    def alternative(self) -> Seen:
+    def alternative(self) -> ForwardPass:
         """The same rows with their alternative answers."""
         assert self.other is not None
         return self.other
 
     def hidden(self, layer: int | None) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
-        """The stream after a layer at every real token but the first of its row, and the row of each."""
-        mask = positions(self.batch)
-        return at_least_float32(self.states[layer_of(layer, self.depth)][mask]), mask.nonzero()[:, 0]
+        """The residual stream after a layer at every real token but the first of its row, and the row of each."""
+        mask = token_positions(self.batch)
+        return at_least_float32(self.states[steering_layer(layer, self.depth)][mask]), mask.nonzero()[:, 0]
 
     def reference_hidden(self, layer: int | None) -> Float[Tensor, "n d"]:
-        """The same under the reference."""
-        chosen = layer_of(layer, self.depth)
-        return at_least_float32(self.reference.states(self.batch, [chosen])[chosen][positions(self.batch)])
+        """The same values under the reference."""
+        number = steering_layer(layer, self.depth)
+        return at_least_float32(self.reference.states(self.batch, [number])[number][token_positions(self.batch)])
 
-    def steering(self, layer: int | None, coefficient: float, adaptive: bool) -> Float[Tensor, "b d"]:
-        """c u of each row."""
-        assert self.steer is not None
-        chosen = layer_of(layer, self.depth)
-        state = self.states[chosen]
-        found = {}
+    def control_vectors(self, layer: int | None, coefficient: float, adaptive: bool) -> Float[Tensor, "b d"]:
+        """The control vector c u of each row."""
+        assert self.control is not None
+        number = steering_layer(layer, self.depth)
+        vectors = {}
         for topic in dict.fromkeys(self.topics):
-            length = self.steer.lengths[f"{topic} {chosen}"] if adaptive else 1.0
-            found[topic] = coefficient * length * self.steer.direction(topic, state.shape[-1])
-        return torch.stack([found[topic] for topic in self.topics]).to(state.device)
+            length = self.control.lengths[f"{topic} {number}"] if adaptive else 1.0
+            vectors[topic] = coefficient * length * self.control.direction(topic, self.states[number].shape[-1])
+        return torch.stack([vectors[topic] for topic in self.topics]).to(self.states[number].device)
 
 
-def positions(batch: Batch) -> Bool[Tensor, "b t"]:
-    """True on every real token but the first of its row, where attention sinks are."""
+def token_positions(batch: Batch) -> Bool[Tensor, "b t"]:
+    """True on every real token but the first of its row, which is an attention sink."""
     return batch.attention_mask & (batch.attention_mask.cumsum(1) > 1)
 
 
-def layer_of(layer: int | None, depth: int) -> int:
-    """The layer asked for, or the one at 0.22 of the depth."""
-    return layer_at(0.22, depth) if layer is None else layer
+def steering_layer(layer: int | None, depth: int) -> int:
+    """The layer given, or by default the one at 0.22 of the depth."""
+    return layer_at_depth(0.22, depth) if layer is None else layer
 
 
-def count(unit: str, batch: Batch) -> int:
-    """How many units of a loss a batch holds, known from the labels before any forward pass."""
-    if unit == "rows":
-        return len(batch.document)
-    return int((targets_of(batch) if unit == "tokens" else positions(batch)).sum())
-
-
-# --- Losses of gradient unlearning: each returns a sum over its unit and says what the unit is
-#
-# The loop divides by the count of that unit over the whole step, so that neither micro-batches nor ranks change anything.
-# l_i is the summed NLL of the labels of row i, n_i their number, ref the start weights.
+# --- Losses
 
 
 Unit = Literal["tokens", "rows", "positions"]
 """Label tokens, rows, or every real token but the first."""
+Requirement = Literal["hidden", "alternative"]
+"""What the loop must compute besides logits: hidden states, or the rows with their alternative answers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """What one micro-batch adds to a loss."""
+    """A loss as a sum over the units of a micro-batch."""
 
     name: str
-    sum: Callable[[Seen], Float[Tensor, ""]]
+    sum: Callable[[ForwardPass], Float[Tensor, ""]]
     """The loss summed over the units of a micro-batch."""
     unit: Unit
     options: Mapping[str, Any] = field(default_factory=dict)
-    needs: frozenset[str] = frozenset()
-    """Some of "reference_rows", "reference_logits", "reference_hidden", "hidden", "alternative"."""
+    needs: frozenset[Requirement] = frozenset()
 
     def __post_init__(self) -> None:
         check_finite_numbers(**{name: value for name, value in self.options.items() if isinstance(value, float)})
@@ -180,98 +177,135 @@ class Loss:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})"
 
 
+def unit_count(unit: Unit, batch: Batch) -> int:
+    """Number of units in a batch, known from the labels before any forward pass."""
+    if unit == "rows":
+        return len(batch.document)
+    return int((label_mask(batch) if unit == "tokens" else token_positions(batch)).sum())
+
+
+C = TypeVar("C", bound=Callable[..., Loss])
+LOSSES: dict[str, Callable[..., Loss]] = {}
+"""Constructors of losses by name."""
+
+
+def register_loss(constructor: C) -> C:
+    """Enter a constructor into `LOSSES` under its own name, so that recipe files can name it."""
+    LOSSES[constructor.__name__] = constructor
+    return constructor
+
+
+def by_name(name: str) -> Callable[..., Loss]:
+    """The constructor of a loss.
+
+    Raises:
+        UnknownName: with the nearest names.
+    """
+    _check_choice("loss", name, LOSSES)
+    return LOSSES[name]
+
+
+@register_loss
 def nll() -> Loss:
     """Negative log-likelihood: sum_i l_i / sum_i n_i."""
-    return Loss("nll", lambda seen: seen.token_nll.sum(), "tokens")
+    return Loss("nll", lambda forward: forward.token_nll.sum(), "tokens")
 
 
+@register_loss
 def negative_nll(cap: float | None = None) -> Loss:
     """Gradient ascent: - sum_i l_i / sum_i n_i. It has no minimum.
 
     Args:
-        cap: a row whose mean NLL exceeds this many nats has no gradient.
+        cap: rows whose mean NLL exceeds this many nats have no gradient.
     """
     if cap is not None and not (is_finite(cap) and cap > 0):
         raise ArgumentError(f"cap={cap}; give a number of nats above 0, or None")
 
-    def total(seen: Seen) -> Tensor:
+    def total(forward: ForwardPass) -> Tensor:
         if cap is None:
-            return -seen.token_nll.sum()
-        rows = seen.row_nll
-        return -torch.where(rows / seen.row_count > cap, rows.detach(), rows).sum()
+            return -forward.token_nll.sum()
+        rows = forward.row_nll
+        return -torch.where(rows / forward.row_count > cap, rows.detach(), rows).sum()
 
     return Loss("negative_nll", total, "tokens", {"cap": cap})
 
 
+@register_loss
 def kl(direction: str = "reference_first", cache: int | None = None) -> Loss:
-    """KL divergence to the start model a label token: KL(p_ref || p), or KL(p || p_ref) with "model_first".
+    """KL divergence to the reference at each label token: KL(p_ref || p), or KL(p || p_ref) with "model_first".
 
     Args:
-        cache: read the reference once, keep its k largest probabilities at every label and put the rest in one bucket:
-            no forward pass of the reference is left in a step. That is the KL of a coarser distribution, never larger than
-            the true one. None reads it at every step.
+        cache: evaluate the reference once, keep its `cache` largest probabilities at every label and treat all other
+            tokens as one. Steps then need no forward pass of the reference. This is the KL of a coarser distribution,
+            which is never larger. None evaluates the reference in every step.
     Raises:
         UnknownName: if there is no such direction.
         ArgumentError: if fewer than one token would be kept.
     """
-    _known("direction", direction, ("reference_first", "model_first"))
+    _check_choice("direction", direction, ("reference_first", "model_first"))
     if cache is not None and not is_whole(cache):
         raise ArgumentError(f"cache={cache}; give a number of tokens, at least 1, or None")
 
-    def total(seen: Seen) -> Tensor:
-        q = seen.label_logits.log_softmax(-1)
+    def total(forward: ForwardPass) -> Tensor:
+        q = forward.label_logits.log_softmax(-1)
         if cache is None or cache >= q.shape[1]:
-            p = seen.reference_logits.log_softmax(-1)
+            p = forward.reference_logits.log_softmax(-1)
         else:
-            tokens, p = seen.reference.coarse(seen.role, seen.indices, cache)
-            q, p = bucketed(q, tokens), p.to(q)
+            tokens, p = forward.reference.top_log_probs(forward.role, forward.indices, cache)
+            q, p = with_rest(q, tokens), p.to(q)
         first, second = (p, q) if direction == "reference_first" else (q, p)
         return (first.exp() * (first - second)).sum()
 
-    return Loss("kl", total, "tokens", {"direction": direction, "cache": cache}, frozenset({"reference_logits"}))
+    return Loss("kl", total, "tokens", {"direction": direction, "cache": cache})
 
 
+@register_loss
 def cross_entropy_to_reference() -> Loss:
-    """- sum_v p_ref log p a label token: the gradient of `kl`, a value larger by the entropy of p_ref."""
+    """- sum_v p_ref log p at each label token: the gradient of `kl`, its value plus the entropy of p_ref."""
 
-    def total(seen: Seen) -> Tensor:
-        return -(seen.reference_logits.softmax(-1) * seen.label_logits.log_softmax(-1)).sum()
+    def total(forward: ForwardPass) -> Tensor:
+        return -(forward.reference_logits.softmax(-1) * forward.label_logits.log_softmax(-1)).sum()
 
-    return Loss("cross_entropy_to_reference", total, "tokens", needs=frozenset({"reference_logits"}))
+    return Loss("cross_entropy_to_reference", total, "tokens")
 
 
+@register_loss
 def npo(beta: float = 0.1) -> Loss:
-    """Negative preference optimisation: -(2/beta) mean_i log sigma(beta (l_i - lref_i)).
+    """Negative preference optimization: -(2/beta) mean_i log sigma(beta (l_i - lref_i)).
 
     Reference: Zhang et al. 2024, arXiv:2404.05868, equation 3.
     """
     check_positive(beta=beta)
 
-    def total(seen: Seen) -> Tensor:
-        return -(2 / beta) * logsigmoid(beta * (seen.row_nll - seen.reference_rows)).sum()
+    def total(forward: ForwardPass) -> Tensor:
+        return -(2 / beta) * logsigmoid(beta * (forward.row_nll - forward.reference_row_nll)).sum()
 
-    return Loss("npo", total, "rows", {"beta": beta}, frozenset({"reference_rows"}))
+    return Loss("npo", total, "rows", {"beta": beta})
 
 
+@register_loss
 def dpo(beta: float = 0.1, alternative: bool = True) -> Loss:
-    """Direct preference of another answer: -(2/beta) mean_i log sigma(beta [(lref - l)(alternative_i) - (lref - l)(i)]).
+    """Direct preference optimization of another answer.
+
+    -(2/beta) mean_i log sigma(beta [(lref - l)(alternative_i) - (lref - l)(i)]).
 
     Args:
-        alternative: False leaves out the first difference, which makes it NPO.
+        alternative: False omits the first difference, which makes it NPO.
     """
     check_positive(beta=beta)
 
-    def total(seen: Seen) -> Tensor:
-        margin = seen.row_nll - seen.reference_rows
+    def total(forward: ForwardPass) -> Tensor:
+        margin = forward.row_nll - forward.reference_row_nll
         if alternative:
-            other = seen.alternative
-            margin = margin + other.reference_rows - other.row_nll
+            other = forward.alternative
+            margin = margin + other.reference_row_nll - other.row_nll
         return -(2 / beta) * logsigmoid(beta * margin).sum()
 
-    needs = {"reference_rows"} | ({"alternative"} if alternative else set())
-    return Loss("dpo", total, "rows", {"beta": beta, "alternative": alternative}, frozenset(needs))
+    needs: frozenset[Requirement] = frozenset({"alternative"} if alternative else ())
+    return Loss("dpo", total, "rows", {"beta": beta, "alternative": alternative}, needs)
 
 
+@register_loss
 def sim_npo(beta: float = 4.5, delta: float = 0.0) -> Loss:
     """NPO without a reference: -(2/beta) mean_i log sigma(beta (l_i / n_i - delta)).
 
@@ -279,22 +313,26 @@ def sim_npo(beta: float = 4.5, delta: float = 0.0) -> Loss:
     """
     check_positive(beta=beta)
 
-    def total(seen: Seen) -> Tensor:
-        return -(2 / beta) * logsigmoid(beta * (seen.row_nll / seen.row_count - delta)).sum()
+    def total(forward: ForwardPass) -> Tensor:
+        return -(2 / beta) * logsigmoid(beta * (forward.row_nll / forward.row_count - delta)).sum()
 
     return Loss("sim_npo", total, "rows", {"beta": beta, "delta": delta})
 
 
+@register_loss
 def wga(beta: float = 1.0) -> Loss:
     """Weighted gradient ascent: - mean over label tokens of p^beta (detached) x NLL, p the probability of the label."""
-    return Loss("wga", lambda seen: _weighted(seen, beta, 0.0), "tokens", {"beta": beta})
+    return Loss("wga", lambda forward: _weighted_ascent(forward, beta, 0.0), "tokens", {"beta": beta})
 
 
+@register_loss
 def satimp(beta1: float = 5.0, beta2: float = 1.0) -> Loss:
     """Saturation and importance: - mean over label tokens of p^beta1 (1 - p)^beta2 (detached) x NLL."""
-    return Loss("satimp", lambda seen: _weighted(seen, beta1, beta2), "tokens", {"beta1": beta1, "beta2": beta2})
+    options = {"beta1": beta1, "beta2": beta2}
+    return Loss("satimp", lambda forward: _weighted_ascent(forward, beta1, beta2), "tokens", options)
 
 
+@register_loss
 def undial(beta: float = 10.0) -> Loss:
     """Self-distillation to lowered logits: mean over label tokens of CE(softmax(z_ref - beta onehot(label)), z).
 
@@ -302,81 +340,68 @@ def undial(beta: float = 10.0) -> Loss:
     """
     check_positive(beta=beta)
 
-    def total(seen: Seen) -> Tensor:
-        lowered = seen.reference_logits.scatter_add(
-            1, seen.targets[:, None], torch.full_like(seen.reference_logits[:, :1], -beta)
-        )
-        return -(lowered.softmax(-1) * seen.label_logits.log_softmax(-1)).sum()
+    def total(forward: ForwardPass) -> Tensor:
+        reference = forward.reference_logits
+        lowered = reference.scatter_add(1, forward.targets[:, None], torch.full_like(reference[:, :1], -beta))
+        return -(lowered.softmax(-1) * forward.label_logits.log_softmax(-1)).sum()
 
-    return Loss("undial", total, "tokens", {"beta": beta}, frozenset({"reference_logits"}))
+    return Loss("undial", total, "tokens", {"beta": beta})
 
 
+@register_loss
 def signed_nll(factor: float) -> Loss:
-    """factor x the mean token NLL of a row, a row: -1 unlearns, a positive factor retains."""
-    return Loss("signed_nll", lambda seen: factor * (seen.row_nll / seen.row_count).sum(), "rows", {"factor": factor})
+    """factor x the mean token NLL of each row, averaged over rows: -1 unlearns, a positive factor retains."""
+    options = {"factor": factor}
+    return Loss("signed_nll", lambda forward: factor * (forward.row_nll / forward.row_count).sum(), "rows", options)
 
 
+@register_loss
 def logit_margin() -> Loss:
-    """Mean over label tokens of (max_v z - mean_v z)^2: it flattens what the model predicts."""
+    """Mean over label tokens of (max_v z - mean_v z)^2, which flattens the predictions."""
 
-    def total(seen: Seen) -> Tensor:
-        return (seen.label_logits.amax(-1) - seen.label_logits.mean(-1)).square().sum()
+    def total(forward: ForwardPass) -> Tensor:
+        return (forward.label_logits.amax(-1) - forward.label_logits.mean(-1)).square().sum()
 
     return Loss("logit_margin", total, "tokens")
 
 
+@register_loss
 def rmu_forget(layer: int | None = None, coefficient: float = 2.0, adaptive: bool = False) -> Loss:
-    """Steers the residual stream of the forget set away: mean over positions of ||h - c u||^2 / d, h at `layer`.resid.post.
+    """Steer the residual stream of the forget set: mean over positions of ||h - c u||^2 / d, h at `layer`.resid.post.
 
-    u is a random unit vector in the positive orthant, one a topic, drawn once by the seed.
+    u is a random unit vector in the positive orthant, one for each topic, drawn once from the seed.
 
     Args:
         layer: None for the layer at 0.22 of the depth.
-        adaptive: c is `coefficient` x the mean norm of h over the first forget batch of the topic at the start weights.
+        adaptive: c is `coefficient` times the mean norm of h over the first forget batch of the topic at the start.
     Reference: Li et al. 2024, arXiv:2403.03218, section 4; adaptive: Huu-Tien et al. 2024, arXiv:2408.06223.
     """
 
-    def total(seen: Seen) -> Tensor:
-        hidden, rows = seen.hidden(layer)
-        target = seen.steering(layer, coefficient, adaptive)[rows].to(hidden)
+    def total(forward: ForwardPass) -> Tensor:
+        hidden, rows = forward.hidden(layer)
+        target = forward.control_vectors(layer, coefficient, adaptive)[rows].to(hidden)
         return (hidden - target).square().sum() / hidden.shape[1]
 
     options = {"layer": layer, "coefficient": coefficient, "adaptive": adaptive}
     return Loss("rmu_forget", total, "positions", options, frozenset({"hidden"}))
 
 
+@register_loss
 def rmu_retain(layer: int | None = None) -> Loss:
-    """Keeps the residual stream of the retain set: mean over positions of ||h - h_ref||^2 / d, h at `layer`.resid.post."""
+    """Keep the residual stream of the retain set: mean over positions of ||h - h_ref||^2 / d, h at `layer`.resid.post."""
 
-    def total(seen: Seen) -> Tensor:
-        hidden, _ = seen.hidden(layer)
-        return (hidden - seen.reference_hidden(layer).to(hidden)).square().sum() / hidden.shape[1]
+    def total(forward: ForwardPass) -> Tensor:
+        hidden, _ = forward.hidden(layer)
+        return (hidden - forward.reference_hidden(layer).to(hidden)).square().sum() / hidden.shape[1]
 
-    return Loss("rmu_retain", total, "positions", {"layer": layer}, frozenset({"hidden", "reference_hidden"}))
-
-
-LOSSES: Mapping[str, Callable[..., Loss]] = {
-    f.__name__: f
-    for f in (nll, negative_nll, kl, cross_entropy_to_reference, npo, dpo, sim_npo, wga, satimp, undial, signed_nll,
-              logit_margin, rmu_forget, rmu_retain)
-}  # fmt: skip
+    return Loss("rmu_retain", total, "positions", {"layer": layer}, frozenset({"hidden"}))
 
 
-def named(name: str) -> Callable[..., Loss]:
-    """The constructor of a loss by its name.
-
-    Raises:
-        UnknownName: with the nearest names.
-    """
-    _known("loss", name, LOSSES)
-    return LOSSES[name]
+def _weighted_ascent(forward: ForwardPass, power: float, complement_power: float) -> Tensor:
+    p = torch.exp(-forward.token_nll.detach())
+    return -(p**power * (1 - p) ** complement_power * forward.token_nll).sum()
 
 
-def _weighted(seen: Seen, own: float, rest: float) -> Tensor:
-    probability = torch.exp(-seen.token_nll.detach())
-    return -(probability**own * (1 - probability) ** rest * seen.token_nll).sum()
-
-
-def _known(what: str, name: str, valid: Any) -> None:
+def _check_choice(what: str, name: str, valid: Collection[str]) -> None:
     if name not in valid:
         raise UnknownName(f"{what}={name!r}; {nearest(name, valid)}")

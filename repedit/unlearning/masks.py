@@ -1,9 +1,8 @@
-"""Masks of what may move: the units most salient for the forget set, or the weights of chosen neurons."""
+"""Masks of the entries to train: the units most salient for the forget set, or the weights of chosen neurons."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +14,17 @@ from repedit.data import Batch
 from repedit.errors import SelectionError
 from repedit.models.subject import Subject
 from repedit.sites import Site
-from repedit.training.sampler import collated
-from repedit.unlearning.losses import Loss, Seen, count, nll
-from repedit.unlearning.parameters import Mask, Parameters, Trainee
+from repedit.training.batching import collate
+from repedit.unlearning.losses import ForwardPass, Loss, nll, unit_count
+from repedit.unlearning.parameters import Mask, Parameters, TrainableCopy
 from repedit.unlearning.recipe import Saliency, Term, UnlearnRecipe
-from repedit.unlearning.reference import Reference, precision
-from repedit.unlearning.training_data import material
+from repedit.unlearning.reference import Reference, autocast
+from repedit.unlearning.training_data import Sources, prepare_data
 
 
 def saliency(
     subject: Subject,
-    forget: Any,
+    forget: Sources,
     *,
     loss: Loss | None = None,
     unit: str = "row",
@@ -34,13 +33,13 @@ def saliency(
     batch_size: int = 8,
     length: int = 256,
 ) -> Mask:
-    """The units whose gradient of the forget loss is largest at the start weights, taken once over the whole set.
+    """The units with the largest gradient of the forget loss at the start weights, taken once over the whole set.
 
     G_i = ||dL / dtheta_i||_2 for each output row (or module), gamma the percentile of G over the units of the selected
-    parameters, m_i = 1[G_i >= gamma]. Of a vector (a bias, a norm) each entry is a row.
+    parameters, m_i = 1[G_i >= gamma]. Each entry of a vector (a bias, a norm) is a row.
 
     Args:
-        loss: the NLL when None; it must need nothing but logits and labels.
+        loss: the NLL when None; it may use only logits and labels.
         unit: "row" or "module".
     Raises:
         ArgumentError, UnknownName: if the percentile or the unit is out of range.
@@ -49,80 +48,77 @@ def saliency(
     """
     options = Saliency(percentile, unit, loss or nll())
     recipe = UnlearnRecipe("saliency", (Term(options.loss, "forget"),), length=length)
-    rows = material(subject, recipe, forget=forget).rows["forget"]
-    return salient(subject, rows, options, parameters or Parameters(), batch_size)
+    rows = prepare_data(subject, recipe, forget=forget).rows["forget"]
+    return saliency_of_rows(subject, rows, options, parameters or Parameters(), batch_size)
 
 
-def salient(
+def saliency_of_rows(
     subject: Subject, rows: Sequence[Batch], options: Saliency, parameters: Parameters, batch_size: int
 ) -> Mask:
-    """The same for rows that are gathered already."""
-    trainee = Trainee(subject, parameters)
+    """The same for rows that are tokenized already."""
+    trainable = TrainableCopy(subject, parameters)
     reference = Reference(subject)
-    units = sum(count(options.loss.unit, row) for row in rows)
+    units = sum(unit_count(options.loss.unit, row) for row in rows)
     for start in range(0, len(rows), batch_size):
-        batch = collated(rows[start : start + batch_size])
-        with torch.enable_grad(), precision(trainee.dtype, subject.device):
-            logits = trainee.subject.model(**inputs_of(batch)).logits
-        (options.loss.sum(Seen(batch, logits, reference)) / units).backward()
-    sizes = {
-        name: _unit_norms(p.grad, name, options.unit, subject)
-        for name, p in trainee.tensors.items()
-        if p.grad is not None
-    }
+        batch = collate(rows[start : start + batch_size])
+        with torch.enable_grad(), autocast(trainable.dtype, subject.device):
+            logits = trainable.subject.model(**inputs_of(batch)).logits
+        (options.loss.sum(ForwardPass(batch, logits, reference)) / units).backward()
+    gradients = {name: p.grad for name, p in trainable.tensors.items() if p.grad is not None}
+    norms = {name: _row_norms(grad, name, options.unit, subject) for name, grad in gradients.items()}
     if options.unit == "module":
-        sizes = _by_module(sizes)
-    if not sizes or not any(bool(size.any()) for size in sizes.values()):
+        norms = _module_norms(norms)
+    if not norms or not any(bool(norm.any()) for norm in norms.values()):
         raise SelectionError(
             "no gradient of the forget loss reaches the selected parameters; select earlier layers, or others"
         )
-    gamma = float(
-        np.percentile(
-            torch.cat([s.flatten() for s in _distinct(sizes, options.unit)]).cpu().numpy(), options.percentile
-        )
-    )
-    tensors = {name: size >= gamma for name, size in sizes.items()}
-    chosen = sum(int(mask.sum()) for mask in _distinct(tensors, options.unit))
-    total = sum(mask.numel() for mask in _distinct(tensors, options.unit))
-    record = {
-        "method": "saliency",
-        "unit": options.unit,
-        "percentile": options.percentile,
-        "gamma": gamma,
-        "loss": repr(options.loss),
-    }
+    flat = torch.cat([norm.flatten() for norm in _by_unit(norms, options.unit)])
+    gamma = float(np.percentile(flat.cpu().numpy(), options.percentile))
+    tensors = {name: norm >= gamma for name, norm in norms.items()}
+    masks = _by_unit(tensors, options.unit)
     return Mask(
-        tensors, record | {"units": total, "chosen": chosen, "by_tensor": {n: int(m.sum()) for n, m in tensors.items()}}
+        tensors,
+        {
+            "method": "saliency",
+            "unit": options.unit,
+            "percentile": options.percentile,
+            "gamma": gamma,
+            "loss": repr(options.loss),
+            "units": sum(mask.numel() for mask in masks),
+            "chosen": sum(int(mask.sum()) for mask in masks),
+            "by_tensor": {name: int(mask.sum()) for name, mask in tensors.items()},
+        },
     )
 
 
-def neurons(keep: Mapping[Site, Tensor], subject: Subject) -> Mask:
-    """Trains only what feeds, and what is written by, the neurons that keep-masks of `rp.top` mark False."""
-    named = dict(subject.model.named_parameters())
-    found: dict[str, Tensor] = {}
+def neuron_mask(keep: Mapping[Site, Tensor], subject: Subject) -> Mask:
+    """Train only the input and output weights of the neurons that the keep-masks of `rp.top` mark False.
 
-    def mark(view: MatrixView, chosen: Tensor, *, columns: bool) -> None:
-        mask = found.setdefault(view.tensor, torch.zeros_like(named[view.tensor], dtype=torch.bool))
-        view.change(mask, lambda w: w | (chosen[None, :] if columns else chosen[:, None]))
+    Give it to `rp.unlearn` as `parameters=Parameters(mask=neuron_mask(keep, subject))`.
+    """
+    parameters = dict(subject.model.named_parameters())
+    masks: dict[str, Tensor] = {}
 
-    for site, kept in keep.items():
+    def mark(view: MatrixView, neurons: Tensor, *, columns: bool) -> None:
+        mask = masks.setdefault(view.tensor, torch.zeros_like(parameters[view.tensor], dtype=torch.bool))
+        view.change(mask, lambda w: w | (neurons[None, :] if columns else neurons[:, None]))
+
+    for site, keep_mask in keep.items():
         branch = subject.layout.branch(site.layer, site.point)
         for part in branch.parts:
-            chosen = ~kept[part.start : part.stop].to(subject.device)
-            mark(part.out, chosen, columns=True)
+            neurons = ~keep_mask[part.start : part.stop].to(subject.device)
+            mark(part.out, neurons, columns=True)
             for reader in part.readers:
-                shared = (
-                    chosen.unflatten(0, (-1, branch.group, branch.head_width)).any(1).flatten()
-                    if branch.group > 1
-                    else chosen
-                )
-                mark(reader, shared, columns=False)
-    count = sum(int((~kept).sum()) for kept in keep.values())
-    return Mask(found, {"method": "neurons", "neurons": count, "sites": [str(site) for site in sorted(keep)]})
+                inputs = neurons
+                if branch.group > 1:  # several query heads share a key-value head
+                    inputs = neurons.unflatten(0, (-1, branch.group, branch.head_width)).any(1).flatten()
+                mark(reader, inputs, columns=False)
+    count = sum(int((~keep_mask).sum()) for keep_mask in keep.values())
+    return Mask(masks, {"method": "neurons", "neurons": count, "sites": [str(site) for site in sorted(keep)]})
 
 
-def _unit_norms(grad: Tensor, name: str, unit: str, subject: Subject) -> Tensor:
-    """Norms by unit, in a shape that broadcasts against the tensor."""
+def _row_norms(grad: Tensor, name: str, unit: str, subject: Subject) -> Tensor:
+    """Norms by row, in a shape that broadcasts against the tensor; for modules the sum of squares."""
     squares = grad.double().square()
     if unit == "module":
         return squares.sum()
@@ -133,8 +129,8 @@ def _unit_norms(grad: Tensor, name: str, unit: str, subject: Subject) -> Tensor:
     return squares.sum(inputs, keepdim=True).sqrt()
 
 
-def _by_module(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One norm a module, under the name of each of its tensors."""
+def _module_norms(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One norm for each module, under the name of each of its tensors."""
     total: dict[str, Tensor] = {}
     for name, value in squares.items():
         module = name.rpartition(".")[0]
@@ -142,7 +138,7 @@ def _by_module(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: total[name.rpartition(".")[0]].sqrt() for name in squares}
 
 
-def _distinct(values: Mapping[str, Tensor], unit: str) -> list[Tensor]:
+def _by_unit(values: Mapping[str, Tensor], unit: str) -> list[Tensor]:
     """The values of each unit once."""
     if unit == "row":
         return list(values.values())

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from repedit.distributed import full_tensor, shard_like
 from repedit.errors import (
     ArgumentError,
     MissingDependency,
@@ -25,16 +26,229 @@ from repedit.errors import (
 from repedit.models.subject import Subject
 from repedit.quantization import check_unquantized
 from repedit.sites import Point
-from repedit.unlearning.sharding import divided, whole
 
-# --- Low-rank adapters on the linear modules of the blocks, by peft; their dense product is what a delta holds
+# --- Which tensors are trained
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters through PEFT; the delta is their dense product.
+
+    Raises:
+        ArgumentError: if the rank is below 1.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    modules: tuple[str, ...] = ()
+    """Suffixes of the modules that get adapters; all linear modules of the blocks when empty."""
+
+    def __post_init__(self) -> None:
+        check_whole(rank=self.rank)
+        check_positive(alpha=self.alpha)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Tensor name -> which entries are trained, broadcastable to the tensor; a tensor without a mask is not trained."""
+
+    tensors: Mapping[str, Bool[Tensor, ...]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Share of the entries of the masks, as they are stored, that are trained."""
+        total = sum(mask.numel() for mask in self.tensors.values())
+        return sum(int(mask.sum()) for mask in self.tensors.values()) / max(1, total)
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """Which tensors are trained; the conditions intersect.
+
+    Raises:
+        SelectionError: if layers, modules or the pattern have no meaning.
+    """
+
+    layers: str = "all"
+    """"20-29", "3", "0-2,5", "last 8", "3 ending at 0.22" (of the depth), or "all", which also takes embeddings, head and
+    the last norm."""
+    modules: tuple[str, ...] = ()
+    """Suffixes of module paths, such as "mlp.down_proj"; or "attn.out", "mlp.out" for what writes these in any family."""
+    pattern: str | None = None
+    """A regular expression to search for in the tensor name."""
+    mask: Mask | None = None
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, str) or not self.layers.strip():
+            raise SelectionError(f"layers={self.layers!r}; write '2-5', '3', '0-2,5', 'last 4' or 'all'")
+        if isinstance(self.modules, str) or not all(isinstance(name, str) and name for name in self.modules):
+            raise SelectionError(f"modules={self.modules!r}; give a tuple of names, such as ('mlp.down_proj',)")
+        try:
+            re.compile(self.pattern or "")
+        except (re.error, TypeError) as error:
+            raise SelectionError(f"pattern={self.pattern!r} is not a regular expression: {error}") from error
+
+    def select(self, subject: Subject) -> tuple[str, ...]:
+        """The names of the tensors, each tied one once.
+
+        Routers of expert layers are omitted unless a module suffix or the pattern is given.
+
+        Raises:
+            SelectionError: if nothing matches, with the nearest names.
+            QuantizedModel, OffloadedTensors: if the tensors cannot be trained.
+        """
+        parameters = dict(subject.model.named_parameters())
+        _check_trainable(subject, parameters)
+        names = [name for name in parameters if self._is_in_layers(name, subject)]
+        points = {name: point for point in ("attn.out", "mlp.out") for name in _writers(subject, point)}
+        for suffix in self.modules:
+            if not any(_module(name).endswith(suffix) or points.get(name) == suffix for name in names):
+                suffixes = sorted({suffix for name in names for suffix in _suffixes(_module(name), subject)})
+                raise SelectionError(
+                    f"no tensor of layers {self.layers!r} belongs to a module {suffix!r}; {nearest(suffix, suffixes)}"
+                )
+        if self.modules:
+            names = [n for n in names if _module(n).endswith(self.modules) or points.get(n) in self.modules]
+        if self.pattern is not None:
+            matching = [name for name in names if re.search(self.pattern, name)]
+            if not matching:
+                raise SelectionError(
+                    f"pattern={self.pattern!r} matches none of {len(names)} tensors; {nearest(self.pattern, names)}"
+                )
+            names = matching
+        elif not self.modules:
+            names = [name for name in names if not _is_router(name, subject)]
+        return tuple(names)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "layers": self.layers,
+            "modules": list(self.modules),
+            "pattern": self.pattern,
+            "mask": None if self.mask is None else dict(self.mask.provenance) | {"share": self.mask.share},
+            "lora": None if self.lora is None else {**vars(self.lora), "modules": list(self.lora.modules)},
+        }
+
+    def _is_in_layers(self, name: str, subject: Subject) -> bool:
+        if self.layers == "all":
+            return True
+        paths = subject.layout.block_paths
+        return any(name.startswith(f"{paths[layer]}.") for layer in parse_layers(self.layers, len(paths)))
+
+
+def parse_layers(text: str, depth: int) -> tuple[int, ...]:
+    """The layers that "20-29", "3", "0-2,5", "last 8" or "3 ending at 0.22" names.
+
+    The last two are cut to the layers that exist.
+
+    Raises:
+        SelectionError: if it names none, or one that does not exist.
+    """
+    relative = re.fullmatch(r"last (\d+)|(\d+) ending at (0?\.\d+)", text.strip())
+    if relative:
+        end = depth - 1 if relative[1] else layer_at_depth(float(relative[3]), depth)
+        count = int(relative[1] or relative[2])
+        if count < 1:
+            raise SelectionError(f"layers={text!r} names no layer; give a number of at least 1")
+        return tuple(range(max(0, end - count + 1), end + 1))
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < depth:
+            raise SelectionError(
+                f"layers={text!r} does not name layers of this model; they are 0 to {depth - 1}, write '2-5', '3', '0-2,5', 'last 4' or 'all'"
+            )
+        layers |= set(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def layer_at_depth(fraction: float, depth: int) -> int:
+    """The layer at a fraction of the depth."""
+    return min(depth - 1, round(fraction * depth))
+
+
+# --- The model that is trained
+
+
+class TrainableCopy:
+    """A copy of the model in which the selected tensors are new and float32 (float64 for float64); others are shared."""
+
+    def __init__(self, subject: Subject, parameters: Parameters, *, seed: int = 0) -> None:
+        names = parameters.select(subject)
+        check_mask(parameters, subject, names)
+        new: dict[int, Any] = {id(buffer): buffer for buffer in subject.model.buffers()}
+        self.dtype: torch.dtype = subject.model.dtype
+        """What the model computes in."""
+        self.start: dict[str, Tensor] = {}
+        """The tensors of the subject that are trained; never written."""
+        self.tensors: dict[str, nn.Parameter] = {}
+        """What is trained, by name."""
+        self.original = {name: p.detach() for name, p in subject.model.named_parameters()}
+        """Every tensor of the subject."""
+        for name, p in subject.model.named_parameters():
+            is_trained = name in names and parameters.lora is None
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            # A new Parameter, so that its requires_grad is independent of the subject's.
+            value = p.detach().to(dtype, copy=True) if is_trained else p.detach()
+            new[id(p)] = nn.Parameter(value, requires_grad=is_trained)
+            if is_trained:
+                self.start[name], self.tensors[name] = p.detach(), new[id(p)]
+        model = copy.deepcopy(subject.model, memo=new).eval()
+        self.subject = Subject(model, subject.tokenizer, subject.architecture)
+        # Adapters rename tensors; where things are does not change.
+        self.subject.__dict__["layout"] = subject.layout
+        self.mask: dict[str, Tensor] = {}
+        if parameters.mask is not None:
+            masks, nothing = parameters.mask.tensors, torch.zeros((), dtype=torch.bool)
+            self.mask = {name: masks.get(name, nothing).to(p.device) for name, p in self.tensors.items()}
+        self.adapters: Adapters | None = None
+        if parameters.lora is not None:
+            self.adapters = Adapters(self.subject, names, parameters.lora, seed)
+            self.tensors = self.adapters.tensors
+
+    def start_of(self, name: str) -> Tensor:
+        """The weight before the training, also of a module that has an adapter."""
+        return self.start[name] if name in self.start else self.original[name]
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of masked entries."""
+        for name, mask in self.mask.items():
+            grad = self.tensors[name].grad
+            if grad is not None:
+                grad.mul_(mask)
+
+    @torch.no_grad()
+    def restore_masked(self) -> None:
+        """Restore masked entries, which weight decay and momentum move although they have no gradient."""
+        for name, mask in self.mask.items():
+            p = self.tensors[name]
+            p.copy_(torch.where(mask, p, shard_like(self.start[name].to(p.dtype), p)))
+
+    def differences(self) -> dict[str, Tensor]:
+        """What training changed, without tensors that did not change at all.
+
+        Every rank must call it, and gets all of it, tensor by tensor.
+        """
+        if self.adapters is not None:
+            differences = self.adapters.differences()
+        else:
+            differences = {name: self._difference(name).cpu() for name in self.tensors}
+        return {name: value.cpu() for name, value in differences.items() if bool(value.any())}
+
+    def _difference(self, name: str) -> Tensor:
+        value = full_tensor(self.tensors[name].detach())
+        return value - self.start[name].to(value)
 
 
 class Adapters:
-    """Adapters in the modules of a model; call it on a copy.
+    """Low-rank adapters in the modules of a model, by PEFT; call it on a copy.
 
     Raises:
-        MissingDependency: if peft is not installed.
+        MissingDependency: if PEFT is not installed.
         SelectionError: if no linear module is selected.
     """
 
@@ -44,7 +258,7 @@ class Adapters:
         except ImportError as error:
             raise MissingDependency("lora= needs peft: pip install 'repedit[adapters]'") from error
         self.model = subject.model
-        self.modules = _linear(subject, names, lora)
+        self.modules = _linear_modules(subject, names, lora)
         config = LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=self.modules,
             fan_in_fan_out=subject.architecture.transposed,
@@ -60,254 +274,42 @@ class Adapters:
             p.requires_grad_(".lora_" in name)
 
     def differences(self) -> dict[str, Tensor]:
-        """scaling x B A of every adapted weight, as it is stored."""
-        found = {}
-        for path in self.modules:
-            module: Any = self.model.get_submodule(path)
-            found[f"{path}.weight"] = module.get_delta_weight("default").detach()
-        return found
+        """scaling x B A of every adapted weight, in its stored orientation."""
+        modules = {f"{path}.weight": self.model.get_submodule(path) for path in self.modules}
+        return {name: module.get_delta_weight("default").detach() for name, module in modules.items()}
 
 
-def _linear(subject: Subject, names: tuple[str, ...], lora: Lora) -> list[str]:
+def _linear_modules(subject: Subject, names: tuple[str, ...], lora: Lora) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     blocks = tuple(f"{path}." for path in subject.layout.block_paths)
-    every = [
+    linear = [
         name.removesuffix(".weight")
         for name in names
         if name.startswith(blocks)
         and name.endswith(".weight")
         and isinstance(subject.model.get_submodule(name.removesuffix(".weight")), nn.Linear | Conv1D)
     ]
-    found = [path for path in every if not lora.modules or path.endswith(lora.modules)]
-    if not found:
+    selected = [path for path in linear if not lora.modules or path.endswith(lora.modules)]
+    if not selected:
         raise SelectionError(
-            f"lora={lora.modules or 'all linear modules'} selects none of {len(every)} linear modules; "
-            f"{nearest(lora.modules[0], every) if lora.modules and every else 'select blocks with layers='}"
+            f"lora={lora.modules or 'all linear modules'} selects none of {len(linear)} linear modules; "
+            f"{nearest(lora.modules[0], linear) if lora.modules and linear else 'select blocks with layers='}"
         )
-    return found
-
-
-# --- What is trained: filters over tensor names, and a copy of the model in which only those tensors are new
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters through peft; the delta is their dense product.
-
-    Raises:
-        ArgumentError: if the rank is below 1.
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    modules: tuple[str, ...] = ()
-    """Suffixes of the modules that get adapters; all linear ones of the blocks when empty."""
-
-    def __post_init__(self) -> None:
-        check_whole(rank=self.rank)
-        check_positive(alpha=self.alpha)
-
-
-@dataclass(frozen=True, eq=False)
-class Mask:
-    """Tensor name -> which entries may move, broadcastable to the tensor; a tensor without a mask stays as it is."""
-
-    tensors: Mapping[str, Bool[Tensor, ...]]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def share(self) -> float:
-        """Share of the entries of the masks, as they are stored, that may move."""
-        total = sum(mask.numel() for mask in self.tensors.values())
-        return sum(int(mask.sum()) for mask in self.tensors.values()) / max(1, total)
-
-
-@dataclass(frozen=True, eq=False)
-class Parameters:
-    """Which tensors are trained; the conditions intersect.
-
-    Raises:
-        SelectionError: if layers, modules or the pattern cannot be meant.
-    """
-
-    layers: str = "all"
-    """ "20-29", "3", "0-2,5", "last 8", "3 ending at 0.22" (of the depth), or "all", which also takes embeddings, head and
-    the last norm."""
-    modules: tuple[str, ...] = ()
-    """Suffixes of module paths, such as "mlp.down_proj"; or "attn.out", "mlp.out" for what writes these in any family."""
-    pattern: str | None = None
-    """A regular expression that is searched for in the tensor name."""
-    mask: Mask | None = None
-    lora: Lora | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.layers, str) or not self.layers.strip():
-            raise SelectionError(f"layers={self.layers!r}; write '2-5', '3', '0-2,5', 'last 4' or 'all'")
-        if isinstance(self.modules, str) or not all(isinstance(name, str) and name for name in self.modules):
-            raise SelectionError(f"modules={self.modules!r}; give a tuple of names, such as ('mlp.down_proj',)")
-        try:
-            re.compile(self.pattern or "")
-        except (re.error, TypeError) as error:
-            raise SelectionError(f"pattern={self.pattern!r} is no regular expression: {error}") from error
-
-    def select(self, subject: Subject) -> tuple[str, ...]:
-        """The names of the tensors, each tied one once.
-
-        Routers of expert layers are left out unless a module suffix or the pattern is given.
-
-        Raises:
-            SelectionError: if nothing matches, with the nearest names.
-            QuantizedModel, OffloadedTensors: if the tensors cannot be trained.
-        """
-        named = dict(subject.model.named_parameters())
-        _check_trainable(subject, named)
-        found = [name for name in named if self._layer_fits(name, subject)]
-        writers = {name: point for point in ("attn.out", "mlp.out") for name in _writers(subject, point)}
-        for suffix in self.modules:
-            if not any(_module(name).endswith(suffix) or writers.get(name) == suffix for name in found):
-                known = sorted({tail for name in found for tail in _tails(_module(name), subject)})
-                raise SelectionError(
-                    f"no tensor of layers {self.layers!r} belongs to a module {suffix!r}; {nearest(suffix, known)}"
-                )
-        if self.modules:
-            found = [n for n in found if _module(n).endswith(self.modules) or writers.get(n) in self.modules]
-        if self.pattern is not None:
-            matching = [name for name in found if re.search(self.pattern, name)]
-            if not matching:
-                raise SelectionError(
-                    f"pattern={self.pattern!r} matches none of {len(found)} tensors; {nearest(self.pattern, found)}"
-                )
-            found = matching
-        elif not self.modules:
-            found = [name for name in found if not _is_router(name, subject)]
-        return tuple(found)
-
-    def plain(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {
-            "layers": self.layers,
-            "modules": list(self.modules),
-            "pattern": self.pattern,
-            "mask": None if self.mask is None else dict(self.mask.provenance) | {"share": self.mask.share},
-            "lora": None if self.lora is None else {**vars(self.lora), "modules": list(self.lora.modules)},
-        }
-
-    def _layer_fits(self, name: str, subject: Subject) -> bool:
-        if self.layers == "all":
-            return True
-        paths = subject.layout.block_paths
-        return any(name.startswith(f"{paths[layer]}.") for layer in layers_of(self.layers, len(paths)))
-
-
-class Trainee:
-    """A copy of the model in which the selected tensors are new and float32 (float64 for float64); all others are shared."""
-
-    def __init__(self, subject: Subject, parameters: Parameters, *, seed: int = 0) -> None:
-        names = parameters.select(subject)
-        check_mask(parameters, subject, names)
-        new: dict[int, Any] = {id(buffer): buffer for buffer in subject.model.buffers()}
-        self.dtype: torch.dtype = subject.model.dtype
-        """What the model computes in."""
-        self.start: dict[str, Tensor] = {}
-        """The tensors of the subject that are trained; never written."""
-        self.tensors: dict[str, nn.Parameter] = {}
-        """What is trained, by name."""
-        self.original = {name: p.detach() for name, p in subject.model.named_parameters()}
-        """Every tensor of the subject."""
-        for name, p in subject.model.named_parameters():
-            trained = name in names and parameters.lora is None
-            wide = torch.promote_types(p.dtype, torch.float32)
-            # Wrapped anew, so that asking for gradients here says nothing to the subject.
-            value = p.detach().to(wide, copy=True) if trained else p.detach()
-            new[id(p)] = nn.Parameter(value, requires_grad=trained)
-            if trained:
-                self.start[name], self.tensors[name] = p.detach(), new[id(p)]
-        model = copy.deepcopy(subject.model, memo=new).eval()
-        self.subject = Subject(model, subject.tokenizer, subject.architecture)
-        # Adapters rename tensors; where things are does not change.
-        self.subject.__dict__["layout"] = subject.layout
-        self.mask = {} if parameters.mask is None else {
-            n: parameters.mask.tensors.get(n, torch.zeros((), dtype=torch.bool)).to(p.device) for n, p in self.tensors.items()
-        }  # fmt: skip
-        self.adapters = None
-        if parameters.lora is not None:
-            self.adapters = Adapters(self.subject, names, parameters.lora, seed)
-            self.tensors = self.adapters.tensors
-
-    def mask_gradients(self) -> None:
-        """Take the gradients of masked entries away."""
-        for name, mask in self.mask.items():
-            grad = self.tensors[name].grad
-            if grad is not None:
-                grad.mul_(mask)
-
-    @torch.no_grad()
-    def restore_masked(self) -> None:
-        """Put masked entries back: weight decay and momentum move them although they have no gradient."""
-        for name, mask in self.mask.items():
-            p = self.tensors[name]
-            p.copy_(torch.where(mask, p, divided(self.start[name].to(p.dtype), p)))
-
-    def differences(self) -> dict[str, Tensor]:
-        """What training changed; tensors that did not change at all are left out.
-
-        Every rank must ask, and gets all of it, tensor by tensor.
-        """
-        if self.adapters is not None:
-            found = self.adapters.differences()
-        else:
-            found = {name: self._difference(name).cpu() for name in self.tensors}
-        return {name: value.cpu() for name, value in found.items() if bool(value.any())}
-
-    def _difference(self, name: str) -> Tensor:
-        value = whole(self.tensors[name].detach())
-        return value - self.start[name].to(value)
-
-
-def layers_of(text: str, depth: int) -> tuple[int, ...]:
-    """The layers that "20-29", "3", "0-2,5", "last 8" or "3 ending at 0.22" names.
-
-    The last two are cut to the layers there are.
-
-    Raises:
-        SelectionError: if it names none, or one that does not exist.
-    """
-    relative = re.fullmatch(r"last (\d+)|(\d+) ending at (0?\.\d+)", text.strip())
-    if relative:
-        end = depth - 1 if relative[1] else layer_at(float(relative[3]), depth)
-        count = int(relative[1] or relative[2])
-        if count < 1:
-            raise SelectionError(f"layers={text!r} names no layer; give a number of at least 1")
-        return tuple(range(max(0, end - count + 1), end + 1))
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < depth:
-            raise SelectionError(
-                f"layers={text!r} does not name layers of this model; they are 0 to {depth - 1}, write '2-5', '3', '0-2,5', 'last 4' or 'all'"
-            )
-        found |= set(range(first, last + 1))
-    return tuple(sorted(found))
-
-
-def layer_at(fraction: float, depth: int) -> int:
-    """The layer at a fraction of the depth."""
-    return min(depth - 1, round(fraction * depth))
+    return selected
 
 
 def check_mask(parameters: Parameters, subject: Subject, names: tuple[str, ...]) -> None:
-    """Refuse a mask that fits no tensor or lets nothing move.
+    """Refuse a mask that fits no tensor or trains nothing.
 
     Raises:
-        ShapeError: with both shapes. SelectionError: if nothing may move. ArgumentError: beside adapters.
+        ShapeError: with both shapes. SelectionError: if nothing would be trained. ArgumentError: beside adapters.
     """
     if parameters.mask is None:
         return
     if parameters.lora is not None:
         raise ArgumentError(
-            "mask and lora were both given; a mask holds entries of weights still, adapters add to all of them"
+            "mask and lora were both given; a mask holds entries of weights, adapters add to all of them"
         )
     shapes = {name: tuple(p.shape) for name, p in subject.model.named_parameters()}
     for name, mask in parameters.mask.tensors.items():
@@ -323,33 +325,33 @@ def check_mask(parameters: Parameters, subject: Subject, names: tuple[str, ...])
             )
     if not any(bool(mask.any()) for name, mask in parameters.mask.tensors.items() if name in names):
         raise SelectionError(
-            f"the mask lets nothing move in the {len(names)} selected tensors: all of it is False there; lower the percentile, or select others"
+            f"the mask trains nothing in the {len(names)} selected tensors: all of it is False there; lower the percentile, or select others"
         )
 
 
-def _check_trainable(subject: Subject, named: Mapping[str, nn.Parameter]) -> None:
+def _check_trainable(subject: Subject, parameters: Mapping[str, nn.Parameter]) -> None:
     check_unquantized(subject.quantizer, subject.specs, "trained")
-    places = sorted({p.device.type if p.device.type == "meta" else str(p.device) for p in named.values()})
-    if len(places) > 1 or "meta" in places:
+    devices = sorted({p.device.type if p.device.type == "meta" else str(p.device) for p in parameters.values()})
+    if len(devices) > 1 or "meta" in devices:
         raise OffloadedTensors(
-            f"the weights lie on {', '.join(places)}; training needs them on one device: load without device_map, and "
-            "start several ranks with torchrun and shard=True where the trained copies do not fit on one; or train fewer layers"
+            f"the weights are on {', '.join(devices)}; training needs them on one device: load without device_map, and "
+            "start several processes with torchrun and shard=True if the trained copies do not fit on one; or train fewer layers"
         )
 
 
 def _module(name: str) -> str:
-    """The module of a tensor; a fused tensor such as experts.down_proj counts as one itself."""
+    """The module of a tensor; a fused tensor such as experts.down_proj counts as a module itself."""
     head, _, leaf = name.rpartition(".")
     return head if leaf in ("weight", "bias") else name
 
 
 def _writers(subject: Subject, point: str) -> set[str]:
-    """The weights that write into the stream at a point."""
+    """The weights that write to the residual stream at a point."""
     branches = [subject.layout.branch(layer, Point(point)) for layer in range(len(subject.layout.layers))]
     return {part.out.tensor for branch in branches for part in branch.parts}
 
 
-def _tails(module: str, subject: Subject) -> set[str]:
+def _suffixes(module: str, subject: Subject) -> set[str]:
     """The path of a module inside its block, and its last name."""
     for path in subject.layout.block_paths:
         if module.startswith(f"{path}."):
@@ -358,8 +360,8 @@ def _tails(module: str, subject: Subject) -> set[str]:
 
 
 def _is_router(name: str, subject: Subject) -> bool:
-    row = subject.architecture.experts
-    if row is None:
+    experts = subject.architecture.experts
+    if experts is None:
         return False
     inside = next((name.removeprefix(f"{p}.") for p in subject.layout.block_paths if name.startswith(f"{p}.")), "")
-    return bool(re.match(rf"{re.escape(row.block)}\.(gate|router)(\.|$)", inside))
+    return bool(re.match(rf"{re.escape(experts.block)}\.(gate|router)(\.|$)", inside))

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a gradient unlearning but the model and the data, as a frozen value or a TOML file."""
+"""A recipe: everything that decides a gradient unlearning except the model and the data, as a frozen value or a TOML file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from repedit.errors import (
     ArgumentError,
@@ -19,18 +19,15 @@ from repedit.errors import (
     nearest,
 )
 from repedit.io.text import read_toml
-from repedit.unlearning import combiners, losses, sampling, schedule
-from repedit.unlearning.combiners import Combiner, weighted_sum
+from repedit.unlearning import losses
+from repedit.unlearning.combiners import COMBINERS, Combiner, weighted_sum
 from repedit.unlearning.losses import Loss, nll
 from repedit.unlearning.parameters import Lora, Parameters
-from repedit.unlearning.sampling import FORGET_SIDE, RETAIN_SIDE, Sampler, paired
-from repedit.unlearning.schedule import Record, Schedule, Stop, collapse
-
-# --- A recipe: everything that decides a gradient unlearning but the model and the data, as a frozen value
-
+from repedit.unlearning.sampling import FORGET_SIDE, RETAIN_SIDE, SAMPLERS, Sampler, paired
+from repedit.unlearning.schedule import STOP_RULES, Record, Schedule, Stop, collapse
 
 ROLES = (*FORGET_SIDE, *RETAIN_SIDE)
-OPTIMISERS = ("adamw", "sgd", "adafactor")
+OPTIMIZERS = ("adamw", "sgd", "adafactor")
 Weight = float | Callable[[int, Sequence[Record]], float]
 """A number, or a function of the step and the log."""
 
@@ -40,7 +37,7 @@ class Term:
     """A loss on the rows of a role, with its weight.
 
     Raises:
-        UnknownName: if there is no such role. ArgumentError: if the weight is no finite number.
+        UnknownName: if there is no such role. ArgumentError: if the weight is not a finite number.
     """
 
     loss: Loss
@@ -55,17 +52,17 @@ class Term:
 
     @property
     def name(self) -> str:
-        """What the log calls it."""
+        """Its name in the log."""
         return f"{self.loss.name} {self.role}"
 
     def weight_at(self, step: int, log: Sequence[Record]) -> float:
-        """The weight of a step."""
+        """The weight in a step."""
         return float(self.weight(step, log) if callable(self.weight) else self.weight)
 
 
 @dataclass(frozen=True)
-class Optimiser:
-    """One of torch's optimisers.
+class OptimizerConfig:
+    """Which optimizer of PyTorch to use.
 
     Raises:
         UnknownName: if there is none of that name. ArgumentError: if a number is out of range.
@@ -74,10 +71,11 @@ class Optimiser:
     name: str = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMISERS:
-            raise UnknownName(f"optimiser={self.name!r}; {nearest(self.name, OPTIMISERS)}")
+        if self.name not in OPTIMIZERS:
+            raise UnknownName(f"optimizer={self.name!r}; {nearest(self.name, OPTIMIZERS)}")
         if not (is_finite(self.weight_decay) and self.weight_decay >= 0):
             raise ArgumentError(f"weight_decay={self.weight_decay!r}; give a number, at least 0")
         if len(self.betas) != 2 or not all(is_finite(beta) and 0 <= beta < 1 for beta in self.betas):
@@ -86,10 +84,10 @@ class Optimiser:
 
 @dataclass(frozen=True, eq=False)
 class Saliency:
-    """Which units SURE trains: those whose forget gradient at the start weights is largest.
+    """Which units SURE trains: those with the largest forget gradient at the start weights.
 
     Raises:
-        ArgumentError: if the percentile lies outside [0, 100]. UnknownName: if there is no such unit.
+        ArgumentError: if the percentile is not in [0, 100]. UnknownName: if there is no such unit.
     """
 
     percentile: float = 90.0
@@ -116,7 +114,7 @@ class UnlearnRecipe:
     combiner: Combiner = field(default_factory=weighted_sum)
     sampler: Sampler = field(default_factory=paired)
     parameters: Parameters = field(default_factory=Parameters)
-    optimiser: Optimiser = field(default_factory=Optimiser)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: float = 1e-5
     schedule: Schedule = field(default_factory=Schedule)
     epochs: float = 10.0
@@ -128,12 +126,12 @@ class UnlearnRecipe:
     stop: tuple[Stop, ...] = field(default_factory=lambda: (collapse(),))
     saliency: Saliency | None = None
     scale: float = 1.0
-    """What the differences are multiplied by in the end."""
+    """Factor of the differences at the end."""
     formula: str = ""
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name, kind in COMPOSITE.items():
+        for name, kind in _COMPOSITE.items():
             value = getattr(self, name)
             if not all(isinstance(part, kind) for part in (value if name in ("terms", "stop") else (value,))):
                 raise ArgumentError(
@@ -148,9 +146,9 @@ class UnlearnRecipe:
         wrong += [] if self.terms else ["terms"]
         if wrong:
             raise ArgumentError(
-                f"recipe {self.name!r}: {', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)} out of range; lr and epochs are "
-                "finite and above 0, batch_size and steps whole numbers from 1 on, length one from 2 on, scale is not 0, and "
-                "there is at least one term"
+                f"recipe {self.name!r}: {', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)} out of range; lr and epochs "
+                "must be finite and above 0, batch_size and steps whole numbers of at least 1, length one of at least 2, "
+                "scale must not be 0, and there must be at least one term"
             )
 
     def __repr__(self) -> str:
@@ -158,11 +156,11 @@ class UnlearnRecipe:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles its terms are about."""
+        """The roles of its terms."""
         return tuple(role for role in ROLES if any(term.role == role for term in self.terms))
 
     def plain(self) -> dict[str, Any]:
-        """Everything that decides the result, as plain JSON values."""
+        """Everything that decides the result, as JSON values."""
         weights = {
             t.name: getattr(t.weight, "__name__", "function") if callable(t.weight) else t.weight for t in self.terms
         }
@@ -172,7 +170,8 @@ class UnlearnRecipe:
             "combiner": repr(self.combiner),
             "sampler": repr(self.sampler),
             "parameters": self.parameters.plain(),
-            "optimiser": vars(self.optimiser),
+            # The name in every file since version 0.1.0.
+            "optimiser": vars(self.optimizer),
             "lr": self.lr,
             "schedule": vars(self.schedule),
             "epochs": self.epochs,
@@ -185,39 +184,36 @@ class UnlearnRecipe:
         }
 
 
-def made(name: str, terms: tuple[Term, ...], changes: Mapping[str, Any], **defaults: Any) -> UnlearnRecipe:
-    """A recipe with its own defaults and the caller's changes.
+class RecipeFields(TypedDict, total=False):
+    """What every recipe lets its caller change: the fields of `UnlearnRecipe` except name and terms."""
 
-    Raises:
-        UnknownName: if a change names no field of a recipe.
-    """
-    check_names(f"recipe {name!r}", changes, CHANGEABLE)
-    return UnlearnRecipe(name, terms, **settled(defaults, changes))
-
-
-def settled(defaults: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults and the changes that win over them: epochs that are given also win over a default number of steps.
-
-    Raises:
-        ArgumentError: if steps and epochs are both given.
-    """
-    given = {name: changes[name] for name in ("steps", "epochs") if changes.get(name) is not None}
-    if len(given) == 2:
-        raise ArgumentError(f"steps={given['steps']}, epochs={given['epochs']}; give one of them")
-    return {**defaults, **({"steps": None} if "epochs" in given else {}), **changes}
+    combiner: Combiner
+    sampler: Sampler
+    parameters: Parameters
+    optimizer: OptimizerConfig
+    lr: float
+    schedule: Schedule
+    epochs: float
+    steps: int | None
+    batch_size: int
+    length: int
+    stop: tuple[Stop, ...]
+    saliency: Saliency | None
+    scale: float
+    formula: str
+    source: str
 
 
-CHANGEABLE = tuple(f.name for f in fields(UnlearnRecipe) if f.name not in ("name", "terms"))
-"""What every recipe lets its caller change."""
-COMPOSITE: Mapping[str, Any] = {
-    "terms": Term, "combiner": Combiner, "sampler": Sampler, "parameters": Parameters, "optimiser": Optimiser,
+RECIPE_FIELDS = tuple(RecipeFields.__annotations__)
+_COMPOSITE: Mapping[str, Any] = {
+    "terms": Term, "combiner": Combiner, "sampler": Sampler, "parameters": Parameters, "optimizer": OptimizerConfig,
     "schedule": Schedule, "stop": Stop, "saliency": Saliency | None,
 }  # fmt: skip
-"""The fields of a recipe that are no plain numbers, and what each holds."""
+"""The fields of a recipe that are not plain numbers, and their types."""
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
+class MergedRecipe:
     """Several recipes run from the same start, their deltas merged by `Delta.ties`."""
 
     name: str
@@ -228,18 +224,44 @@ class Merged:
     source: str = ""
 
     def plain(self) -> dict[str, Any]:
-        """Everything that decides the result, as plain JSON values."""
-        parts: list[Mapping[str, Any]] = [part.plain() for part in self.parts]
+        """Everything that decides the result, as JSON values."""
+        parts = [part.plain() for part in self.parts]
         return {"recipe": self.name, "parts": parts, "weights": list(self.weights), "density": self.density}
 
 
-# --- A recipe written in TOML: it mirrors the dataclass, and may start from a recipe that has a name
+def build_recipe(
+    name: str, terms: tuple[Term, ...], changes: RecipeFields, **defaults: Unpack[RecipeFields]
+) -> UnlearnRecipe:
+    """A recipe with its own defaults and the caller's changes.
+
+    Raises:
+        UnknownName: if a change does not name a field of a recipe.
+    """
+    check_names(f"recipe {name!r}", changes, RECIPE_FIELDS)
+    return UnlearnRecipe(name, terms, **resolved_fields(defaults, changes))
+
+
+def resolved_fields(defaults: RecipeFields, changes: RecipeFields) -> RecipeFields:
+    """The defaults with the changes applied; given epochs also replace a default number of steps.
+
+    Raises:
+        ArgumentError: if steps and epochs are both given.
+    """
+    steps, epochs = changes.get("steps"), changes.get("epochs")
+    if steps is not None and epochs is not None:
+        raise ArgumentError(f"steps={steps}, epochs={epochs}; give one of them")
+    if epochs is not None:
+        defaults = {**defaults, "steps": None}
+    return {**defaults, **changes}
+
+
+# --- Recipes in TOML: a file has the keys of `UnlearnRecipe`, and may start from a recipe that has a name
 #
-# base = "small:npo_gdr"          # or none, with terms of its own
+# base = "small:npo_gdr"          # or none, with its own terms
 # lr = 5e-4
 # [options]                       # of the base
 # beta = 0.1
-# [[terms]]                       # in place of the base's; what else a table holds goes to the loss
+# [[terms]]                       # in place of the base's; further keys of the table are options of the loss
 # loss = "npo"
 # role = "forget"
 # [combiner]
@@ -249,23 +271,14 @@ class Merged:
 # layers = "20-29"
 # modules = ["mlp.out"]
 
-
-COMBINERS = (
-    combiners.weighted_sum,
-    combiners.blur,
-    combiners.conflict_only,
-    combiners.norm_diff,
-    combiners.primal_dual,
-)
-SAMPLERS = (sampling.paired, sampling.round_robin, sampling.chunked)
-STOPS = (schedule.steps, schedule.epochs, schedule.loss_above, schedule.collapse)
+ByName = Callable[..., UnlearnRecipe | MergedRecipe]
+"""(name, **options) -> the recipe of that name."""
+Table = Mapping[str, Any]
 
 
-def read(path: str | Path, named: Callable[..., Any]) -> UnlearnRecipe:
+def recipe_from_file(path: str | Path, by_name: ByName) -> UnlearnRecipe:
     """The recipe in a TOML file.
 
-    Args:
-        named: finds the base by its name.
     Raises:
         DataError: if the file cannot be read.
         UnknownName: if a key, loss, combiner, sampler or rule has no such name, with the nearest.
@@ -273,92 +286,94 @@ def read(path: str | Path, named: Callable[..., Any]) -> UnlearnRecipe:
     """
     table = read_toml(path)
     try:
-        return recipe(table, named, name=Path(path).stem)
+        return recipe_from_table(table, by_name, name=Path(path).stem)
     except RepeditError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
-        raise ArgumentError(f"{path}: a value is of another kind than its key needs: {error}") from error
+        raise ArgumentError(f"{path}: the type of a value does not fit its key: {error}") from error
 
 
-def recipe(table: Mapping[str, Any], named: Callable[..., Any], *, name: str = "written") -> UnlearnRecipe:
-    """The recipe of a parsed TOML table; see `read`."""
-    given = dict(table)
-    base, options, title = given.pop("base", None), given.pop("options", {}), given.pop("name", name)
-    valid = [f.name for f in fields(UnlearnRecipe)]
-    check_names(f"recipe {title!r}", given, ["base", "options", *valid], "key")
-    built = {key: PARTS.get(key, _plain)(value) for key, value in given.items()}
+def recipe_from_table(table: Table, by_name: ByName, *, name: str = "written") -> UnlearnRecipe:
+    """The recipe of a parsed TOML table; see `recipe_from_file`."""
+    # Version 0.1.0 wrote the British spelling.
+    keys = {"optimizer" if key == "optimiser" else key: value for key, value in table.items()}
+    base, options, title = keys.pop("base", None), keys.pop("options", {}), keys.pop("name", name)
+    check_names(f"recipe {title!r}", keys, ["base", "options", *(f.name for f in fields(UnlearnRecipe))], "key")
+    values = {key: _BUILDERS.get(key, _plain)(value) for key, value in keys.items()}
     if base is None:
-        if options or "terms" not in built:
+        if options or "terms" not in values:
             raise ArgumentError(
                 f"recipe {title!r} names no base; give base, or at least one [[terms]] and no [options]"
             )
-        return _checked(UnlearnRecipe, {"name": title, **built}, f"recipe {title!r}")
-    start = named(base, **options)
+        return _checked(UnlearnRecipe, {"name": title, **values}, f"recipe {title!r}")
+    start = by_name(base, **options)
     if not isinstance(start, UnlearnRecipe):
         raise ArgumentError(f"recipe {title!r}: {base!r} merges several trainings; a file describes a single one")
-    if "parameters" in given:
-        built["parameters"] = _parameters(given["parameters"], start.parameters)
-    return _checked(UnlearnRecipe, {"name": title, **built}, f"recipe {title!r}", start)
+    if "parameters" in keys:
+        values["parameters"] = _parameters(keys["parameters"], start.parameters)
+    return _checked(UnlearnRecipe, {"name": title, **values}, f"recipe {title!r}", start)
 
 
-def _term(table: Mapping[str, Any]) -> Term:
-    rest = dict(table)
-    loss, role, weight = rest.pop("loss", ""), rest.pop("role", ""), rest.pop("weight", 1.0)
-    return Term(_checked(losses.named(loss), rest, f"loss {loss!r}"), role, float(weight))
+def _term(table: Table) -> Term:
+    options = dict(table)
+    loss, role, weight = options.pop("loss", ""), options.pop("role", ""), options.pop("weight", 1.0)
+    return Term(_checked(losses.by_name(loss), options, f"loss {loss!r}"), role, float(weight))
 
 
-def _one_of(what: str, makers: tuple[Callable[..., Any], ...]) -> Callable[[Mapping[str, Any]], Any]:
-    known = {make.__name__: make for make in makers}
+def _one_of(what: str, makers: tuple[Callable[..., Any], ...]) -> Callable[[Table], Any]:
+    """What builds a value from the name of its maker and the maker's options."""
+    by_name = {make.__name__: make for make in makers}
 
-    def build(table: Mapping[str, Any]) -> Any:
-        rest = dict(table)
-        name = rest.pop("name", "")
-        if name not in known:
-            raise UnknownName(f"{what} name={name!r}; {nearest(name, known)}")
-        return _checked(known[name], rest, f"{what} {name!r}")
+    def build(table: Table) -> Any:
+        options = dict(table)
+        name = options.pop("name", "")
+        if name not in by_name:
+            raise UnknownName(f"{what} name={name!r}; {nearest(name, by_name)}")
+        return _checked(by_name[name], options, f"{what} {name!r}")
 
     return build
 
 
-def _parameters(table: Mapping[str, Any], start: Parameters | None = None) -> Parameters:
-    given = dict(table)
-    if "lora" in given:
-        given["lora"] = _checked(Lora, given["lora"], "[parameters.lora]")
-    if "mask" in given:
+def _parameters(table: Table, start: Parameters | None = None) -> Parameters:
+    values = dict(table)
+    if "lora" in values:
+        values["lora"] = _checked(Lora, values["lora"], "[parameters.lora]")
+    if "mask" in values:
         raise UnknownName("[parameters] mask is made of tensors; write [saliency] for SURE, or give the mask in Python")
-    return _checked(Parameters, given, "[parameters]", start)
+    return _checked(Parameters, values, "[parameters]", start)
 
 
-def _saliency(table: Mapping[str, Any]) -> Saliency:
-    given = dict(table)
-    loss = {"loss": losses.named(given.pop("loss"))()} if "loss" in given else {}
-    return _checked(Saliency, given | loss, "[saliency]")
+def _saliency(table: Table) -> Saliency:
+    values = dict(table)
+    if "loss" in values:
+        values["loss"] = losses.by_name(values["loss"])()
+    return _checked(Saliency, values, "[saliency]")
 
 
-def _checked(make: Callable[..., Any], table: Mapping[str, Any], what: str, start: Any = None) -> Any:
-    """Call a maker with the values of a table after a look at its parameters, or change the value it starts from."""
-    valid = inspect.signature(make).parameters
-    check_names(what, table, valid)
-    missing = [n for n, p in valid.items() if p.default is p.empty and n not in table]
+def _checked(make: Callable[..., Any], table: Table, what: str, start: Any | None = None) -> Any:
+    """Call a maker with the values of a table after checking their names, or change the value it starts from."""
+    parameters = inspect.signature(make).parameters
+    check_names(what, table, parameters)
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in table]
     if missing and start is None:
         raise ArgumentError(f"{what} needs {', '.join(missing)}; give {'them' if missing[1:] else 'it'}")
-    wide = {n for n, p in valid.items() if str(p.annotation).startswith("float")}
-    values = {key: float(v) if key in wide and isinstance(v, int) else _plain(v) for key, v in table.items()}
+    floats = {n for n, p in parameters.items() if str(p.annotation).startswith("float")}
+    values = {key: float(v) if key in floats and isinstance(v, int) else _plain(v) for key, v in table.items()}
     return make(**values) if start is None else replace(start, **values)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-PARTS: Mapping[str, Callable[[Any], Any]] = {
+_BUILDERS: Mapping[str, Callable[[Any], Any]] = {
     "terms": lambda tables: tuple(_term(table) for table in tables),
     "combiner": _one_of("combiner", COMBINERS),
     "sampler": _one_of("sampler", SAMPLERS),
-    "stop": lambda tables: tuple(_one_of("stop", STOPS)(table) for table in tables),
+    "stop": lambda tables: tuple(_one_of("stop", STOP_RULES)(table) for table in tables),
     "parameters": _parameters,
     "saliency": _saliency,
-    "optimiser": lambda table: _checked(Optimiser, table, "[optimiser]"),
-    "schedule": lambda table: _checked(schedule.Schedule, table, "[schedule]"),
+    "optimizer": lambda table: _checked(OptimizerConfig, table, "[optimizer]"),
+    "schedule": lambda table: _checked(Schedule, table, "[schedule]"),
 }
-"""What builds the value of a key; the others are numbers and texts."""
+"""What builds the value of a key; values of other keys are numbers and texts."""

@@ -1,4 +1,4 @@
-"""What changes over time: the learning rate, and the rules that end a training."""
+"""The learning rate over the steps of a training, and the rules that stop it early."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Schedule:
     """
 
     shape: str = "constant"
-    """ "constant", or falling to 0: "linear", "cosine"."""
+    """"constant", or falling to 0: "linear", "cosine"."""
     warmup: float = 0.0
-    """Below 1 a fraction of the steps, else a number of steps, over which the rate rises linearly."""
+    """Fraction of the steps if below 1, otherwise number of steps, over which the rate rises linearly."""
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -53,10 +53,10 @@ class Schedule:
 
 
 class Progress(NamedTuple):
-    """What a stop rule may look at."""
+    """What a stop rule may use."""
 
     step: int
-    """Steps taken."""
+    """Number of steps taken."""
     epoch: float
     log: Sequence[Record]
     subject: Callable[[], Subject]
@@ -65,11 +65,11 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Stop:
-    """A rule that ends a training."""
+    """A rule that stops a training."""
 
     name: str
     reason: Callable[[Progress], str]
-    """Why to stop, with the numbers; empty to go on."""
+    """Why to stop, with the numbers; empty to continue."""
     options: Mapping[str, Any] = field(default_factory=dict)
     watches: tuple[str, ...] = ()
     """Roles whose NLL the log must hold."""
@@ -91,12 +91,12 @@ def epochs(n: float) -> Stop:
 
 
 def loss_above(role: str, value: float) -> Stop:
-    """Stop once the NLL of a role, mean over the tokens of a step, is above a value."""
+    """Stop once the NLL of a role, averaged over the tokens of a step, exceeds a value."""
     check_finite_numbers(value=value)
 
     def reason(p: Progress) -> str:
-        found = p.log[-1]["nll"].get(role)
-        return f"{role} NLL {found:.3f} is above {value}" if found is not None and found > value else ""
+        nll = p.log[-1]["nll"].get(role)
+        return f"{role} NLL {nll:.3f} is above {value}" if nll is not None and nll > value else ""
 
     return Stop("loss_above", reason, {"role": role, "value": value}, (role,))
 
@@ -104,7 +104,7 @@ def loss_above(role: str, value: float) -> Stop:
 def metric(
     fn: Callable[[Subject], float], *, above: float | None = None, below: float | None = None, every: int = 20
 ) -> Stop:
-    """Stop once fn(subject), asked every so many steps, is above or below a value.
+    """Stop once fn(subject), called every so many steps, is above or below a value.
 
     Raises:
         ArgumentError: unless exactly one of above and below is given.
@@ -117,23 +117,23 @@ def metric(
     def reason(p: Progress) -> str:
         if p.step % every:
             return ""
-        found = fn(p.subject())
-        over = above is not None and found > above
-        under = below is not None and found < below
-        return f"{name} is {found:.4g} ({f'above {above}' if over else f'below {below}'})" if over or under else ""
+        value = fn(p.subject())
+        if above is not None and value > above:
+            return f"{name} is {value:.4g} (above {above})"
+        return f"{name} is {value:.4g} (below {below})" if below is not None and value < below else ""
 
     return Stop("metric", reason, {"fn": name, "above": above, "below": below, "every": every})
 
 
 def collapse(retain_ratio: float = 3.0) -> Stop:
-    """Stop once the retain NLL of the last 5 steps is above so many times that of the first 5, and 1 nat above it."""
+    """Stop once the retain NLL of the last 5 steps exceeds that of the first 5 by this factor, and by 1 nat."""
     check_positive(retain_ratio=retain_ratio)
 
     def reason(p: Progress) -> str:
-        found = [record["nll"]["retain"] for record in p.log if "retain" in record["nll"]]
-        if len(found) < 10:
+        nll = [record["nll"]["retain"] for record in p.log if "retain" in record["nll"]]
+        if len(nll) < 10:
             return ""
-        first, last = sum(found[:5]) / 5, sum(found[-5:]) / 5
+        first, last = sum(nll[:5]) / 5, sum(nll[-5:]) / 5
         if last > retain_ratio * first and last > first + 1:
             return (
                 f"retain NLL rose from {first:.3f} (first 5 steps) to {last:.3f} (last 5), above {retain_ratio} times"
@@ -141,3 +141,7 @@ def collapse(retain_ratio: float = 3.0) -> Stop:
         return ""
 
     return Stop("collapse", reason, {"retain_ratio": retain_ratio}, ("retain",))
+
+
+STOP_RULES = (steps, epochs, loss_above, collapse)
+"""Rules that recipe files can name."""

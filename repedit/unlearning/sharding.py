@@ -1,85 +1,83 @@
-"""Tensors that lie in parts on several ranks, and gradients added over them."""
+"""Training on several processes: each takes its share of the rows of a step, and FSDP2 divides what is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from repedit.distributed import Ranks
-
-# --- Tensors that may lie in parts on several ranks: the own part, the whole, and a part of what is whole
-
-
-def is_sharded(value: Tensor) -> bool:
-    """Whether a tensor lies in parts on several ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    # Seconds of imports, which one process alone never needs.
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)
+from repedit.distributed import ProcessGroup, is_sharded, shard_like
+from repedit.errors import ArgumentError
+from repedit.unlearning.parameters import TrainableCopy
+from repedit.unlearning.recipe import UnlearnRecipe
 
 
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor; every rank must ask."""
-    return _any(value).full_tensor() if is_sharded(value) else value
-
-
-def local(value: Tensor) -> Tensor:
-    """The part of a tensor that lies here."""
-    return _any(value).to_local() if is_sharded(value) else value
-
-
-def divided(value: Tensor, like: Tensor) -> Tensor:
-    """The same part of a whole tensor that this rank holds of `like`; nothing is sent."""
-    if not is_sharded(like):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    held = _any(like)
-    return distribute_tensor(value.contiguous(), held.device_mesh, held.placements, src_data_rank=None)
-
-
-def _any(value: Tensor) -> Any:
-    return value
-
-
-# --- Several processes train one model: each takes its share of the rows of a step, and all take the same step
-
-
-class Part(NamedTuple):
-    """Rows of one forward pass."""
+class MicroBatch(NamedTuple):
+    """The rows of one forward pass."""
 
     rows: Sequence[int]
-    counts: bool
-    """False where a rank has no rows left and only keeps step with the others: its loss is multiplied by 0."""
+    is_real: bool
+    """False where a rank has no rows left and runs a forward pass only because the others do: its loss counts as 0."""
 
 
-def parts(ranks: Ranks, rows: Sequence[int], micro_batch: int) -> list[Part]:
-    """Rows rank, rank + size, ... in micro-batches; as many on every rank."""
-    mine = rows[ranks.rank :: ranks.size]
-    longest = -(-len(rows) // ranks.size)
-    found = [mine[start : start + micro_batch] for start in range(0, longest, micro_batch)]
-    return [Part(part, True) if part else Part(rows[:1], False) for part in found]
+def micro_batches(group: ProcessGroup, rows: Sequence[int], size: int) -> list[MicroBatch]:
+    """Rows rank, rank + group size, ... in micro-batches of `size`; every rank gets the same number of them."""
+    own = rows[group.rank :: group.size]
+    longest = -(-len(rows) // group.size)
+    parts = [own[start : start + size] for start in range(0, longest, size)]
+    return [MicroBatch(part, True) if part else MicroBatch(rows[:1], False) for part in parts]
 
 
-def add_gradients(ranks: Ranks, parameters: Sequence[Tensor]) -> None:
-    """Sum `.grad` over the ranks; shards were summed in the backward pass already.
+def check_shardable(recipe: UnlearnRecipe, processes: int) -> None:
+    """Refuse a training that cannot be sharded.
 
-    A parameter that no loss reaches on any rank keeps no gradient, so an optimiser leaves it alone as with one process.
+    Raises:
+        ArgumentError: for a single process, adapters, or an optimizer that needs whole tensors.
     """
-    if ranks.size == 1 or not parameters or is_sharded(parameters[0]):
-        return
-    reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
-    dist.all_reduce(reached, dist.ReduceOp.MAX)
-    pending = []
-    for p, anywhere in zip(parameters, reached.tolist(), strict=True):
-        if anywhere:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
-            pending.append(dist.all_reduce(p.grad, async_op=True))
-    for work in pending:
-        work.wait()
+    if processes < 2:
+        raise ArgumentError(
+            "shard=True and this is the only process; start several with torchrun --nproc-per-node N, or omit shard"
+        )
+    if recipe.parameters.lora is not None:
+        raise ArgumentError("shard=True and lora were both given; adapters are small, omit shard")
+    if recipe.optimizer.name == "adafactor":
+        raise ArgumentError(
+            "shard=True and optimizer adafactor were both given, and its row and column means need whole tensors; use "
+            "adamw or sgd, or omit shard"
+        )
+
+
+def shard(trainable: TrainableCopy) -> None:
+    """Shard the trained tensors, their gradients and the optimizer state block by block, each along its first axis.
+
+    The model given stays whole on every rank, because it is the reference; tensors that are not trained are shared with
+    it. Gradients are summed over the ranks, not averaged: losses are divided by counts over all ranks.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    model = trainable.subject.model
+    mesh = init_device_mesh(trainable.subject.device.type, (dist.get_world_size(),))
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    blocks = [model.get_submodule(path) for path in trainable.subject.layout.block_paths]
+    for module in (*(b for b in blocks if any(p.requires_grad for p in b.parameters())), model):
+        # The root is resharded after its forward too: a pass without backward would leave it whole, and stale after the step.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    sharded = dict(model.named_parameters())
+    trainable.tensors = {name: sharded[name] for name in trainable.tensors}
+    trainable.mask = {n: shard_like(m.expand(sharded[n].shape), sharded[n]) for n, m in trainable.mask.items()}
+
+
+def set_gradient_sync(model: nn.Module, parameters: Sequence[Tensor], *, enabled: bool) -> None:
+    """Sum the gradients of shards in this backward pass only if enabled: for the last micro-batch of a role."""
+    if parameters and is_sharded(parameters[0]):
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(enabled)

@@ -1,128 +1,126 @@
-"""The rows of each role, single and on the model's device, after the checks that forbid a training."""
+"""The rows of each role of a training, on the device of the model, after the checks that can refuse a training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeAlias
 
-from repedit.data import Batch, Batches, Rows
-from repedit.data.rows import Row
+from repedit.data import Batch, Batches, Fact, Row, Rows
 from repedit.errors import DataError
-from repedit.fit.mrp_training import targets_of
 from repedit.models.subject import Subject
-from repedit.training.sampler import Sampler, check_disjoint, training_rows
+from repedit.training.batching import label_mask
+from repedit.training.sampler import BatchSampler, Source, check_disjoint, training_rows
 from repedit.unlearning.recipe import UnlearnRecipe
+
+Sources: TypeAlias = Source | Mapping[str, Source]
+"""Rows, facts, a corpus or texts, or a mapping of topics to those."""
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class TrainingData:
     """Rows by role."""
 
     rows: Mapping[str, list[Batch]]
     topics: Mapping[str, list[str]]
-    alternatives: Mapping[str, list[Batch]]
-    """The same rows with their alternative answers, where a loss needs them."""
-    record: Mapping[str, Any]
+    """The topic of each row."""
+    alternatives: list[Batch]
+    """The forget rows with their alternative answers, where a loss needs them."""
+    record: Mapping[str, Mapping[str, object]]
     """Name, hash and number of rows of each set, for the provenance."""
 
 
-def material(
+def prepare_data(
     subject: Subject,
     recipe: UnlearnRecipe,
     *,
-    forget: Any,
-    retain: Any = None,
-    update: Any = None,
+    forget: Sources | None,
+    retain: Sources | None = None,
+    update: Sources | None = None,
     allow_overlap: bool = False,
-) -> Material:
-    """Gather what a recipe trains on.
+) -> TrainingData:
+    """Tokenize what a recipe trains on.
 
-    Sets are rows, facts (every phrasing they carry), a corpus (whole text, in chunks), texts, or a mapping of topics to those.
+    Sets are rows, facts (with every phrasing they carry), a corpus (whole text, in chunks), texts, or a mapping of topics
+    to those.
 
     Raises:
-        DataError: if a set is missing, empty, not asked for, or a row cannot be used.
+        DataError: if a set is missing, empty or not used, or a row cannot be used.
         OverlapError: if forget and retain share rows.
     """
-    given = {"forget": forget, "retain": retain, "update": update}
-    _check_given(recipe, given)
-    sets = {role: _topics(source, role) for role, source in given.items() if source is not None}
+    sources = {"forget": forget, "retain": retain, "update": update}
+    _check_roles(recipe, sources)
+    sets = {role: _by_topic(source, role) for role, source in sources.items() if source is not None}
     if not allow_overlap and "retain" in sets:
-        for bad in sets["forget"].values():
-            for good in sets["retain"].values():
-                check_disjoint(subject, bad, good, length=recipe.length)
+        for forget_set in sets["forget"].values():
+            for retain_set in sets["retain"].values():
+                check_disjoint(subject, forget_set, retain_set, length=recipe.length)
     record = {
-        role: {topic or "all": {"name": b.name, "hash": b.hash} for topic, b in parts.items()}
-        for role, parts in sets.items()
+        role: {topic or "all": {"name": batches.name, "hash": batches.hash} for topic, batches in by_topic.items()}
+        for role, by_topic in sets.items()
     }
     if "outdated" in recipe.roles:
-        sets |= _split(sets["forget"], sets["update"])
+        sets |= _split_outdated(sets["forget"], sets["update"])
     rows = {
-        role: [(topic, row) for topic, b in parts.items() for row in _single(subject, b, role, recipe)]
+        role: [(topic, row) for topic, batches in parts.items() for row in _single_rows(subject, batches, role, recipe)]
         for role, parts in sets.items()
     }
-    needs_other = any("alternative" in term.loss.needs for term in recipe.terms)
-    others = (
-        {
-            "forget": [
-                row for b in sets["forget"].values() for row in _single(subject, _alternative(b), "forget", recipe)
-            ]
-        }
-        if needs_other
-        else {}
-    )
-    kept = {role: part for role, part in rows.items() if part}
-    return Material(
-        {role: [row for _, row in part] for role, part in kept.items()},
-        {role: [topic for topic, _ in part] for role, part in kept.items()},
-        others,
+    alternatives: list[Batch] = []
+    if any("alternative" in term.loss.needs for term in recipe.terms):
+        for batches in sets["forget"].values():
+            alternatives += _single_rows(subject, _with_alternatives(batches), "forget", recipe)
+    present = {role: part for role, part in rows.items() if part}
+    return TrainingData(
+        {role: [row for _, row in part] for role, part in present.items()},
+        {role: [topic for topic, _ in part] for role, part in present.items()},
+        alternatives,
         record | {"rows": {role: len(part) for role, part in rows.items()}},
     )
 
 
-def _check_given(recipe: UnlearnRecipe, given: Mapping[str, Any]) -> None:
-    if given["forget"] is None:
+def _check_roles(recipe: UnlearnRecipe, sources: Mapping[str, Sources | None]) -> None:
+    if sources["forget"] is None:
         raise DataError(f"recipe {recipe.name!r} needs a forget set and none was given; pass forget=...")
     for role in ("retain", "update"):
         term = next((t for t in recipe.terms if t.role == role), None)
-        if term is not None and given[role] is None:
+        if term is not None and sources[role] is None:
             raise DataError(
                 f"recipe {recipe.name!r} has the term {term.name!r} (combiner {recipe.combiner}) and no {role} set was given; "
-                f"pass {role}=..., or take a recipe without it"
+                f"pass {role}=..., or use a recipe without it"
             )
-    if given["update"] is not None and "update" not in recipe.roles:
+    if sources["update"] is not None and "update" not in recipe.roles:
         raise DataError(
-            f"an update set was given and recipe {recipe.name!r} learns none (its roles: {', '.join(recipe.roles)}); take surgery, or "
-            "leave update out"
+            f"an update set was given and recipe {recipe.name!r} does not use one (its roles: {', '.join(recipe.roles)}); use "
+            "surgery, or omit update"
         )
-    combining = recipe.combiner.name in ("blur", "norm_diff", "primal_dual")
-    if combining and not any(t.role in ("retain", "update") for t in recipe.terms):
+    needs_retain = recipe.combiner.name in ("blur", "norm_diff", "primal_dual")
+    if needs_retain and not any(t.role in ("retain", "update") for t in recipe.terms):
         raise DataError(
-            f"recipe {recipe.name!r} joins two gradients by {recipe.combiner} and has no retain term; add one"
+            f"recipe {recipe.name!r} combines two gradients by {recipe.combiner} and has no retain term; add one"
         )
 
 
-def _topics(source: Any, role: str) -> dict[str, Batches]:
-    parts = source if isinstance(source, Mapping) else {"": source}
-    found = {}
-    for topic, part in parts.items():
-        if hasattr(part, "__len__") and len(part) == 0:
+def _by_topic(source: Sources, role: str) -> dict[str, Batches]:
+    sources: Mapping[str, Source] = source if isinstance(source, Mapping) else {"": source}
+    batches = {}
+    for topic, part in sources.items():
+        if isinstance(part, Sized) and len(part) == 0:
             where = f"{role}, topic {topic!r}" if topic else role
             raise DataError(f"the {where} set holds 0 rows; give at least one")
-        found[str(topic)] = training_rows(part, role)
-    return found
+        batches[str(topic)] = training_rows(part, role)
+    return batches
 
 
-def _single(subject: Subject, batches: Batches, role: str, recipe: UnlearnRecipe) -> list[Batch]:
-    """The rows one by one; each has a label and fits the model."""
-    rows = Sampler(subject, batches, 1, length=recipe.length, seed=0).rows
+def _single_rows(subject: Subject, batches: Batches, role: str, recipe: UnlearnRecipe) -> list[Batch]:
+    """The rows one by one, each with a label and short enough for the model."""
+    rows = BatchSampler(subject, batches, 1, length=recipe.length, seed=0).rows
     limit = getattr(subject.model.config, "max_position_embeddings", None)
     for number, row in enumerate(rows):
         size = row.input_ids.shape[1]
-        if not bool(targets_of(row).any()):
+        if not bool(label_mask(row).any()):
             raise DataError(
                 f"{role} row {number} ({row.document[0]!r}): every label is masked, {size} tokens and none of them is predicted; "
-                "mark an answer that follows something"
+                "mark an answer that follows at least one token"
             )
         if limit is not None and size > limit:
             raise DataError(
@@ -132,34 +130,35 @@ def _single(subject: Subject, batches: Batches, role: str, recipe: UnlearnRecipe
 
 
 def _items(batches: Batches) -> tuple[Row, ...]:
-    found = getattr(batches, "items", getattr(batches, "forget", None))
-    if not isinstance(found, tuple) or not all(isinstance(item, Row) for item in found):
+    items = getattr(batches, "items", getattr(batches, "forget", None))
+    if not isinstance(items, tuple) or not all(isinstance(item, Row) for item in items):
         raise DataError(f"{batches.name!r} is running text; this recipe needs rows with a prompt and an answer")
-    return found
+    return items
 
 
-def _alternative(batches: Batches) -> Rows:
-    items = _items(batches)
-    bare = next((row for row in items if not row.alternative), None)
-    if bare is not None:
-        raise DataError(
-            f"row {bare.id!r} has no alternative answer, which dpo prefers to {bare.answer!r}; use npo, or add alternatives such as "
-            "'I do not know.'"
-        )
-    return Rows(tuple(replace(row, answer=str(row.alternative), **_no_choices(row)) for row in items), batches.name)
+def _with_alternatives(batches: Batches) -> Rows:
+    """The rows with their alternative answers in place of the answers."""
+    rows = []
+    for row in _items(batches):
+        answer = row.alternative
+        if not answer:
+            raise DataError(
+                f"row {row.id!r} has no alternative answer, which dpo prefers to {row.answer!r}; use npo, or add "
+                "alternatives such as 'I do not know.'"
+            )
+        if isinstance(row, Fact):  # whose choices must hold the answer
+            row = replace(row, choices=())
+        rows.append(replace(row, answer=answer))
+    return Rows(tuple(rows), batches.name)
 
 
-def _no_choices(row: Row) -> dict[str, Any]:
-    return {"choices": ()} if hasattr(row, "choices") else {}
-
-
-def _split(forget: Mapping[str, Batches], update: Mapping[str, Batches]) -> dict[str, dict[str, Batches]]:
-    """The forget rows whose prompt also stands in the update set, as `outdated`, and the others."""
+def _split_outdated(forget: Mapping[str, Batches], update: Mapping[str, Batches]) -> dict[str, dict[str, Batches]]:
+    """The forget rows whose prompt is also in the update set, as role `outdated`, and the others."""
     prompts = {row.prompt for part in update.values() for row in _items(part)}
-    found: dict[str, dict[str, Batches]] = {"forget": {}, "outdated": {}}
+    sets: dict[str, dict[str, Batches]] = {"forget": {}, "outdated": {}}
     for topic, part in forget.items():
-        for role, replaced in (("forget", False), ("outdated", True)):
-            rows = tuple(row for row in _items(part) if (row.prompt in prompts) == replaced)
+        for role, outdated in (("forget", False), ("outdated", True)):
+            rows = tuple(row for row in _items(part) if (row.prompt in prompts) == outdated)
             if rows:
-                found[role][topic] = Rows(rows, f"{part.name}, {role}")
-    return found
+                sets[role][topic] = Rows(rows, f"{part.name}, {role}")
+    return sets
