@@ -25,7 +25,7 @@ COUNT: tuple[Any, ...] = (0, -1)
 RATE: tuple[Any, ...] = (0.0, -1e-4, NAN, INF)
 prune = partial(PruningOptions, fraction=0.1)
 unlearn = lambda **more: rp.unlearn(subject(), recipe=by_name("ga"), **sides(), **more)  # noqa: E731
-train = lambda **more: mrp(tiny("llama"), forget=None, retain=None, config=more)  # noqa: E731
+train = lambda **more: mrp(tiny("llama"), forget=(), retain=(), config=more)  # noqa: E731
 attack = lambda **more: audit("nowhere", original="nowhere", facts=(), **more)  # noqa: E731
 DOORS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "recipe steps": (partial(by_name, "npo"), "steps", COUNT),

@@ -60,7 +60,7 @@ class _Options(TypedDict):
 
 
 class _Data(TypedDict):
-    forget: Sources
+    forget: Sources | None
     retain: Sources | None
     update: Sources | None
     allow_overlap: bool
@@ -70,7 +70,7 @@ def unlearn(
     subject: Subject,
     *,
     recipe: UnlearnRecipe | MergedRecipe,
-    forget: Sources,
+    forget: Sources | None,
     retain: Sources | None = None,
     update: Sources | None = None,
     reference: Subject | None = None,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_args, get_type_hints
 
 from repedit.errors import (
     ArgumentError,
@@ -357,7 +357,7 @@ def _checked(make: Callable[..., Any], table: Table, what: str, start: Any | Non
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in table]
     if missing and start is None:
         raise ArgumentError(f"{what} needs {', '.join(missing)}; give {'them' if missing[1:] else 'it'}")
-    floats = {n for n, p in parameters.items() if str(p.annotation).startswith("float")}
+    floats = {n for n, hint in get_type_hints(make).items() if float in (hint, *get_args(hint))}
     values = {key: float(v) if key in floats and isinstance(v, int) else _plain(v) for key, v in table.items()}
     return make(**values) if start is None else replace(start, **values)
 

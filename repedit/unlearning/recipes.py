@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, Unpack, cast
+from typing import Any, TypeVar, Unpack, cast, get_args, get_type_hints
 
 from repedit.errors import ArgumentError, UnknownName, check_finite_numbers, check_names, nearest
 from repedit.unlearning import combiners, losses
@@ -73,8 +73,9 @@ def by_name(name: str, /, **options: object) -> AnyRecipe:
     parameters = inspect.signature(RECIPES[head]).parameters
     keywords = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     check_names(f"recipe {name!r}", options, [*keywords, *RECIPE_FIELDS])
+    hints = get_type_hints(RECIPES[head])
     for key in (key for key in keywords if key in options):
-        if str(parameters[key].annotation).startswith(("float", "int")):
+        if {float, int} & {hints[key], *get_args(hints[key])}:
             check_finite_numbers(**{key: options[key]})
         if options[key] is None and parameters[key].default is not None:
             raise ArgumentError(f"{key}=None; give a value, or omit it for {parameters[key].default!r}")
