@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from repedit.data import Batches, prose
+from repedit.data import Batches, TextSource, prose
 from repedit.edit import Edit, exactness
 from repedit.errors import (
     ArgumentError,
@@ -34,7 +34,7 @@ from repedit.models.subject import Subject
 from repedit.quantization import check_unquantized
 from repedit.sites import Site
 from repedit.training import resume as resume_state
-from repedit.training.sampler import BatchSampler, Source, check_disjoint, split_by_entity, training_rows
+from repedit.training.sampler import BatchSampler, check_disjoint, split_by_entity, training_rows
 
 
 class RankWarning(UserWarning):
@@ -55,15 +55,15 @@ REFERENCE = MRPConfig(
 def mrp(
     subject: Subject,
     *,
-    forget: Source,
-    retain: Source,
+    forget: TextSource,
+    retain: TextSource,
     sites: str | Site | list[str | Site] | None = None,
     rank: int = 8,
     method: str = "mrp",
     config: MRPConfig | Mapping[str, object] | None = None,
-    text: Source | None = "prose",
+    text: TextSource | None = "prose",
     previous: Edit | None = None,
-    forgotten: Sequence[Source] = (),
+    forgotten: Sequence[TextSource] = (),
     stop: Callable[[Subject], bool] | None = None,
     resume: str | Path | None = None,
     progress: bool | None = None,
@@ -101,7 +101,7 @@ def mrp(
     check_method(method)
     check_unquantized(subject.quantizer, subject.specs, "edited exactly")
 
-    def rows(source: Source, role: str) -> Batches:
+    def rows(source: TextSource, role: str) -> Batches:
         return training_rows(source, role, demonstrations=settings.shown, seed=settings.seed)
 
     forget_rows, retain_rows = rows(forget, "forget"), rows(retain, "retain")
@@ -159,7 +159,7 @@ class MRPOptions(TypedDict, total=False):
 
     config: MRPConfig | Mapping[str, object] | None
     method: str
-    text: Source | None
+    text: TextSource | None
     stop: Callable[[Subject], bool] | None
     resume: str | Path | None
     progress: bool | None
@@ -192,13 +192,19 @@ class ContinualMRP:
         self.subject, self.sites, self.rank, self.options = subject, sites, rank, options
         self.edit = Edit({})
         self.tasks: tuple[str, ...] = ()
-        self.forgotten: tuple[Source, ...] = ()
+        self.forgotten: tuple[TextSource, ...] = ()
 
     def __repr__(self) -> str:
         return f"ContinualMRP(tasks={list(self.tasks)}, sites={self.sites!r}, rank={self.rank} a task)"
 
     def add_task(
-        self, name: str, *, forget: Source, retain: Source, rank: int | None = None, **options: Unpack[MRPOptions]
+        self,
+        name: str,
+        *,
+        forget: TextSource,
+        retain: TextSource,
+        rank: int | None = None,
+        **options: Unpack[MRPOptions],
     ) -> Edit:
         """Unlearn one more set; returns the edit of all tasks so far. If it fails, nothing has changed.
 

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import cast
 
 from repedit.activations.forward import batches_of
-from repedit.data import Batch, Batches, Document, Fact, Facts, Row, Rows, as_batches, by_domain, with_paraphrases
+from repedit.data import (
+    Batch,
+    Batches,
+    Document,
+    Fact,
+    Facts,
+    Row,
+    Rows,
+    TextSource,
+    as_batches,
+    by_domain,
+    with_paraphrases,
+)
 from repedit.data.generated import with_demonstrations
 from repedit.errors import DataError, OverlapError
 from repedit.models.subject import Subject
 from repedit.training.batching import collate, single_rows
 
-Source: TypeAlias = Batches | Iterable[Row] | Iterable[str]
-"""Rows, facts, a corpus, or texts."""
 
-
-def training_rows(source: Source, name: str, *, demonstrations: int = 0, seed: int = 0) -> Batches:
+def training_rows(source: TextSource, name: str, *, demonstrations: int = 0, seed: int = 0) -> Batches:
     """The source as batches; facts bring every phrasing they carry.
 
     Args:
@@ -25,11 +34,12 @@ def training_rows(source: Source, name: str, *, demonstrations: int = 0, seed: i
     Raises:
         DataError: if it is empty or of an unknown kind.
     """
-    items: object = source.forget if isinstance(source, Facts) else source
+    items: TextSource = source.forget if isinstance(source, Facts) else source
     if not isinstance(items, Batches | str) and isinstance(items, Iterable):
-        items = tuple(items)
-        facts = [item for item in items if isinstance(item, Fact)]
-        if facts and len(facts) == len(items):
+        rows = tuple(items)
+        items = cast(TextSource, rows)
+        facts = [row for row in rows if isinstance(row, Fact)]
+        if facts and len(facts) == len(rows):
             lists: tuple[Fact, ...] = ()
             if demonstrations:
                 shown = [fact for part in by_domain(facts).values() if len(part) > demonstrations for fact in part]

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from repedit.data import Batch, Batches, Fact, Row, Rows
+from repedit.data import Batch, Batches, Fact, Row, Rows, TextSource
 from repedit.errors import DataError
 from repedit.models.subject import Subject
 from repedit.training.batching import label_mask
-from repedit.training.sampler import BatchSampler, Source, check_disjoint, training_rows
+from repedit.training.sampler import BatchSampler, check_disjoint, training_rows
 from repedit.unlearning.recipe import UnlearnRecipe
 
-Sources: TypeAlias = Source | Mapping[str, Source]
+Sources: TypeAlias = TextSource | Mapping[str, TextSource]
 """Rows, facts, a corpus or texts, or a mapping of topics to those."""
 
 
@@ -101,7 +101,7 @@ def _check_roles(recipe: UnlearnRecipe, sources: Mapping[str, Sources | None]) -
 
 
 def _by_topic(source: Sources, role: str) -> dict[str, Batches]:
-    sources: Mapping[str, Source] = source if isinstance(source, Mapping) else {"": source}
+    sources: Mapping[str, TextSource] = source if isinstance(source, Mapping) else {"": source}
     batches = {}
     for topic, part in sources.items():
         if isinstance(part, Sized) and len(part) == 0:
