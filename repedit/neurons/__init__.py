@@ -1,1 +1,1 @@
-"""From statistics of two sets to an edit: importances, scores, selections, and trajectories of growing edits."""
+"""Selective pruning: scores of neurons from statistics of two sets, selections, and trajectories of growing edits."""
