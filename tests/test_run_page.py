@@ -154,7 +154,7 @@ def test_what_was_not_done_is_said(made, tmp_path):
     assert (
         ABSENT["Under attack"] in shown
         and ABSENT["How it was trained"] in shown
-        and "Nobody attacked the edited model" in shown
+        and "The edited model was not attacked" in shown
     )
     (tmp_path / "run.toml").write_text('[[step]]\nverb = "diff"\nbase = "a"\nedited = "b"\n')
     bare = rp.report.run_page(tmp_path / "run.toml")

@@ -455,8 +455,8 @@ def _name_above(axes: Axes, rows: Sequence[ForestRow], heights: Sequence[float],
 def _draw_bands(axes: Axes, bands: tuple[float, float]) -> None:
     recovery_threshold, pass_threshold = bands
     for low, high, alpha, meaning in (
-        (recovery_threshold, pass_threshold, 0.08, f"R above {recovery_threshold:.2f}: material"),
-        (pass_threshold, 1, 0.16, f"R above {pass_threshold:.2f}: too much for a pass"),
+        (recovery_threshold, pass_threshold, 0.08, f"above the recovery threshold {recovery_threshold:.2f}"),
+        (pass_threshold, 1, 0.16, f"above the pass threshold {pass_threshold:.2f}"),
     ):
         axes.axvspan(low, high, color=NEUTRAL, alpha=alpha, linewidth=0, label=meaning)
     for x in (0, 1):

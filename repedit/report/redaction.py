@@ -1,10 +1,9 @@
-"""A report, and the page of a run, without any text of an item, for readers who must not see them.
+"""Reports and pages of runs without any text of an item, for readers who must not see these texts.
 
-The rule names what stays; every other text is withheld, wherever it stands. What stays are numbers, verdicts, hashes, the
-names of sites and tensors, the files a run wrote, and the words repedit itself has: names of attacks and of their
-settings, of roles, measures, statuses, budgets, recipes, methods and fields, and the sentences of `SENTENCES`. An id
-becomes a digest. Names of models, corpora and files of facts, notes, reasons in other words, commands, examples and
-generations are withheld.
+Texts are redacted unless a rule of this module keeps them. Kept are numbers, verdicts, hashes, the names of sites and
+tensors, the files that a run wrote, and repedit's own words: names of attacks and their settings, of roles, measures,
+statuses, budgets, recipes, methods and fields, and the sentences of `SENTENCES`. An id becomes a digest. Names of models,
+corpora and files of facts, notes, reasons in other words, commands, examples and generations are redacted.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -38,7 +37,7 @@ FIELDS = """
     tpr_at_1_fpr train trained type uds uniform unit units untouched update used value values verb versions verdict warmup weight
     weights welch width widths windows withheld worst worst_leak x y zlib divergence losses interpolated interpolation tensors
 """
-"""Words for fields and options, none of which tells an item; a key that is no word here is shown as its digest."""
+"""Names of fields and options, none of which tells an item; any other key becomes its digest."""
 PHRASES = (
     "fresh facts", "all layers", "multiple choice", "yes/no", "odd one out", "question", "letters", "chat", "choices only", "majority answer",
     "majority letter", "longest choice", "shortest choice", "median number", "same_first_token", "no edit", "random control", "stream erasure",
@@ -46,22 +45,22 @@ PHRASES = (
     "AUC of the loss", "forget images", "forget accuracy, int8", "forget accuracy, int4", "subspace-exact", "hook-only", "probe-mlp", "retain text", "classifier",
     "relative update", "update that survives rounding", "line to the original", "facts shown examples of another domain", "B", "W",
 )  # fmt: skip
-HASHED = frozenset(
+HASH_FIELDS = frozenset(
     {"facts", "retain", "fingerprint", "hash", "hashes", "model", "edited", "original", "reference", "sha256", "start"}
 )
-"""Fields under which a sha256 may stand; elsewhere an answer could look like one."""
-NAMED = frozenset({
+"""Fields that may hold a sha256; in any other field an answer could look like one."""
+NAME_FIELDS = frozenset({
     "attacks", "budget", "combine", "device", "dtype", "exactness", "facts", "fit", "forget", "how", "importance", "kind", "layout", "loss", "method",
     "metrics", "model", "recipe", "retain", "site", "sites", "statistic", "structure", "text", "verb",
 })  # fmt: skip
-"""Fields whose values are names; in any other field a word of repedit could be an answer."""
+"""Fields whose values are names; in any other field one of repedit's words could be an answer."""
 _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)(?: ?%)?"
 _SITE = re.compile(r"(?:(?:\d+(?:-\d+)?|\*)\.)?(?:attn|mlp|resid)\.(?:neurons|out|pre|mid|post)(?: \d+)?")
 _TENSOR = re.compile(r"(?:[A-Za-z_]+\.)+(?:\d+\.)?(?:[A-Za-z_]+\.)*(?:weight|bias)")
 _HASH, _VERSION = re.compile(r"[0-9a-f]{16}(?:[0-9a-f]{48})?"), re.compile(r"\d+(?:\.\w{1,12}){1,4}(?:\+\w{1,12})?")
 _PACKAGES = frozenset({"repedit", "torch", "transformers", "numpy", "safetensors", "scipy", "python"})
 _MACHINES = frozenset({"x86_64", "AMD64", "aarch64", "arm64"})
-_NUMBERED = frozenset({"layers", "accuracy", "line", "uds", "losses", "margins"})
+_NUMBERED_FIELDS = frozenset({"layers", "accuracy", "line", "uds", "losses", "margins"})
 """Fields whose keys are numbers: layers, or points of a line."""
 SENTENCES = r"""
     WORD: at this budget \(NAME\), a control failed here, so nothing can be concluded\.
@@ -142,72 +141,73 @@ SENTENCES = r"""
     neither attack tells even the original from the retrained models \(AUC N, relearn N against N\), so that nothing was found means nothing
     relearning that a retrained model does more slowly: fewer images, or steps
 """
-"""What repedit says in words of its own, clause by clause; N is a number and NAME a word that stays."""
+"""Repedit's own sentences, clause by clause; N is a number and NAME a name that is kept."""
 
 
 def redacted(report: Report) -> Report:
-    """The same report without any text of an item: see the module for what stays.
+    """The report without any text of an item: the docstring of the module says what is kept.
 
-    A digest is the first 16 digits of sha256 of the id: two reports without texts can still be told to be over the same
-    facts. Who knows the ids can find them again.
+    A digest is the first 16 digits of the sha256 of an id: redacted reports can still be recognised as being over the same
+    facts, and whoever knows the ids can find them again.
     """
     if "withheld" in report.context:
         return report
-    ids = {item for held in report.findings.values() for f in held for item in f.items}
+    ids = {item for findings in report.findings.values() for f in findings for item in f.items}
+    verdict = report.verdict
     return replace(
         report,
-        verdict=Verdict(_word(report.verdict.word), *map(_said, (report.verdict.sentence, report.verdict.rule, report.verdict.settle))),
+        verdict=Verdict(_name(verdict.word), *map(_sentences, (verdict.sentence, verdict.rule, verdict.settle))),
         recoveries=tuple(map(_recovery, report.recoveries)),
-        findings={_word(role): tuple(map(_finding, held)) for role, held in report.findings.items()},
-        not_run={_word(name): _said(reason) for name, reason in report.not_run.items()},
-        heuristics={_word(name): value for name, value in report.heuristics.items()},
+        findings={_name(role): tuple(map(_finding, findings)) for role, findings in report.findings.items()},
+        not_run={_name(attack): _sentences(reason) for attack, reason in report.not_run.items()},
+        heuristics={_name(guess): value for guess, value in report.heuristics.items()},
         examples=(),
         diagnostics=redacted_values(report.diagnostics, ids=ids),
         context=_context(report, ids),
         gaps=tuple(map(_gap, report.gaps)),
-    )  # fmt: skip
+    )
 
 
 def redacted_run(run: RunReport) -> RunReport:
-    """The same run without any text of an item: its file and its commands name verbs, options, outputs and numbers alone.
+    """The run without any text of an item: its file and commands show verbs, option names, outputs and numbers alone.
 
-    Tables keep their numbers; lines, generations, reasons and the names of inputs are withheld.
+    Tables keep their numbers; lines, generations, reasons and the names of inputs are redacted.
     """
     outputs = {str(s.table[key]) for s in run.steps for key in ("out", "log", "resume") if s.table.get(key)}
     steps = tuple(_step(step, outputs) for step in run.steps)
     text = ["[[step]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in s.table.items()) for s in steps]
     return replace(
         run, text="\n".join(text), steps=steps, redact=redacted_values,
-        checkpoints={name: replace(held, manifest=_manifest(held.manifest)) for name, held in run.checkpoints.items()},
-        audits={name: redacted(report) for name, report in run.audits.items()},
+        checkpoints={out: replace(held, manifest=_manifest(held.manifest)) for out, held in run.checkpoints.items()},
+        audits={out: redacted(report) for out, report in run.audits.items()},
         unreadable=dict.fromkeys(run.unreadable, REDACTED),
     )  # fmt: skip
 
 
-def redacted_values(value: Any, field: str = "", *, ids: frozenset[str] | set[str] = frozenset()) -> Any:
-    """JSON values without any text that is not repedit's own; a key that is not becomes its digest.
+def redacted_values(value: object, field: str = "", *, ids: Set[str] = frozenset()) -> Any:
+    """JSON values of which only repedit's own texts are kept; any other key becomes its digest.
 
     Args:
-        field: the key under which the value stands.
-        ids: of items, which are digests also where they look like a word of a field.
+        field: the key of the value.
+        ids: ids of items, which become digests even if they look like the name of a field.
     """
     if isinstance(value, Mapping):
         return {_key(str(key), field, ids): redacted_values(inner, str(key), ids=ids) for key, inner in value.items()}
     if isinstance(value, str):
-        return value if value not in ids and _stays(value, field) else REDACTED
+        return value if value not in ids and _is_kept(value, field) else REDACTED
     if value is None or isinstance(value, bool | int | float):
         return value
     return [redacted_values(inner, field, ids=ids) for inner in value] if isinstance(value, Sequence) else REDACTED
 
 
-def digest(item: str) -> str:
-    """What stands for the id of a fact, and for a name that is withheld and must be told from others."""
-    return hashlib.sha256(item.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def digest(name: str) -> str:
+    """What replaces the id of a fact, or another name that must stay distinguishable."""
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @cache
 def own_words() -> frozenset[str]:
-    """The words that stay."""
+    """The names that are kept."""
     from repedit.auditing.budgets import BUDGETS, NAMES
     from repedit.data import BUILTIN, DOMAINS
     from repedit.fit.closed_form import FITS
@@ -222,92 +222,103 @@ def own_words() -> frozenset[str]:
     )
 
 
-@cache
-def _clauses() -> re.Pattern[str]:
-    name = f"(?:{'|'.join(sorted(map(re.escape, own_words()), key=len, reverse=True))})"
-    words = f"(?:{'|'.join(map(re.escape, WORDS))})"
-    lines = "|".join(line.strip() for line in SENTENCES.strip().splitlines())
-    lines = re.sub(r"\bNAMES\b", lambda _: f"{name}(?:, {name})*", lines)
-    lines = re.sub(r"\bNAME\b", lambda _: name, lines)
-    lines = re.sub(r"\bWORD\b", lambda _: words, lines)
-    return re.compile(re.sub(r"\bN\b", lambda _: _NUMBER, lines))
+# --- Names and sentences
 
 
-def _said(text: str) -> str:
-    """A text of several clauses with those withheld that are not repedit's own words."""
-    if _clauses().fullmatch(text):
-        return text
-    clauses = [part if _clauses().fullmatch(part) else _blocked(part) for part in text.split("; ")] if text else []
-    return "; ".join(dict.fromkeys(clauses))
-
-
-def _blocked(clause: str) -> str:
-    """Which attack did not run, without the reason; or nothing of the clause."""
-    name, joint, rest = clause.partition(" was not run (")
-    for middle in (" failed to train (", " was skipped ("):
-        name, joint, rest = (name, joint, rest) if joint else clause.partition(middle)
-    return f"{name}{joint}{_said(rest.removesuffix(')'))})" if joint and name in own_words() else REDACTED
-
-
-def _word(name: str) -> str:
-    """A name that stays, or the digest of another."""
-    return name if name in own_words() else digest(name)
+def _name(name: str) -> str:
+    """A name that is kept, or the digest of another; empty for no name."""
+    return name if not name or name in own_words() else digest(name)
 
 
 def _setting(name: str) -> str:
-    """The name of a setting: "lr=5e-05 step=40", "resid.post 7", "leak@4"; or the digest of another."""
-    tokens = re.split(r"[ ,:=@]+", name)
+    """The name of a setting, such as "lr=5e-05 step=40", "resid.post 7" or "leak@4"; or the digest of another."""
+    parts = re.split(r"[ ,:=@]+", name)
     own = name in own_words() or _SITE.fullmatch(name)
-    return name if own or all(t in own_words() or re.fullmatch(_NUMBER, t) for t in tokens) else digest(name)
+    return name if own or all(part in own_words() or re.fullmatch(_NUMBER, part) for part in parts) else digest(name)
 
 
-def _key(key: str, field: str, ids: frozenset[str] | set[str]) -> str:
-    own = (
+def _key(key: str, field: str, ids: Set[str]) -> str:
+    """A key inside a field, or its digest."""
+    kept = (
         key in own_words()
         or _SITE.fullmatch(key)
         or (field in ("update", "relative update", "start") and _TENSOR.fullmatch(key))
+        or (field == "versions" and re.fullmatch(r"[a-z_]{1,20}", key))
+        or (field in _NUMBERED_FIELDS and (re.fullmatch(_NUMBER, key) or _setting(key) == key))
     )
-    own = own or (field == "versions" and re.fullmatch(r"[a-z_]{1,20}", key))
-    own = own or (field in _NUMBERED and (re.fullmatch(_NUMBER, key) or _setting(key) == key))
-    return key if own and key not in ids else digest(key)
+    return key if kept and key not in ids else digest(key)
 
 
-def _stays(text: str, field: str) -> bool:
+def _is_kept(text: str, field: str) -> bool:
     """Whether the text of a field is one of repedit's own."""
     return bool(
         text == REDACTED
-        or (field in NAMED and (text in own_words() or _SITE.fullmatch(text)))
-        or (field in HASHED and _HASH.fullmatch(text))
+        or (field in NAME_FIELDS and (text in own_words() or _SITE.fullmatch(text)))
+        or (field in HASH_FIELDS and _HASH.fullmatch(text))
         or (field in _PACKAGES and _VERSION.fullmatch(text))
         or (field == "machine" and text in _MACHINES)
     )
 
 
-def _finding(found: Finding) -> Finding:
+def _sentences(text: str) -> str:
+    """A text of several clauses, in which only repedit's own are kept."""
+    if not text or _own_clause().fullmatch(text):
+        return text
+    clauses = (part if _own_clause().fullmatch(part) else _attack_without_reason(part) for part in text.split("; "))
+    return "; ".join(dict.fromkeys(clauses))
+
+
+def _attack_without_reason(clause: str) -> str:
+    """Which attack did not run, with its reason only if that is kept; `REDACTED` for any other clause."""
+    for verb in (" was not run (", " failed to train (", " was skipped ("):
+        name, separator, rest = clause.partition(verb)
+        if separator:
+            reason = _sentences(rest.removesuffix(")"))
+            return f"{name}{separator}{reason})" if name in own_words() else REDACTED
+    return REDACTED
+
+
+@cache
+def _own_clause() -> re.Pattern[str]:
+    """Matches each of `SENTENCES`."""
+    name = f"(?:{'|'.join(sorted(map(re.escape, own_words()), key=len, reverse=True))})"
+    verdict = f"(?:{'|'.join(map(re.escape, WORDS))})"
+    replacements = {"NAMES": f"{name}(?:, {name})*", "NAME": name, "WORD": verdict, "N": _NUMBER}
+    sentences = "|".join(line.strip() for line in SENTENCES.strip().splitlines())
+    return re.compile(re.sub(r"\b(NAMES?|WORD|N)\b", lambda match: replacements[match[1]], sentences))
+
+
+# --- Parts of a report
+
+
+def _finding(finding: Finding) -> Finding:
     return replace(
-        found, attack=_word(found.attack), reason=_said(found.reason), items=tuple(map(digest, found.items)),
-        settings=tuple(map(_setting, found.settings)), details=redacted_values(found.details, ids=set(found.items)),
+        finding, attack=_name(finding.attack), reason=_sentences(finding.reason), items=tuple(map(digest, finding.items)),
+        settings=tuple(map(_setting, finding.settings)), details=redacted_values(finding.details, ids=set(finding.items)),
     )  # fmt: skip
 
 
-def _recovery(found: Recovery) -> Recovery:
-    settings = {_word(role): tuple(map(_setting, names)) for role, names in found.settings.items()}
+def _recovery(recovery: Recovery) -> Recovery:
+    settings = {_name(role): tuple(map(_setting, names)) for role, names in recovery.settings.items()}
     return replace(
-        found, attack=_word(found.attack), status=_word(found.status), reason=_said(found.reason), settings=settings,
-        floor_name=_word(found.floor_name) if found.floor_name else "", level=_word(found.level) if found.level else "",
+        recovery, attack=_name(recovery.attack), status=_name(recovery.status), reason=_sentences(recovery.reason),
+        settings=settings, floor_name=_name(recovery.floor_name), level=_name(recovery.level),
     )  # fmt: skip
 
 
 def _gap(gap: Gap) -> Gap:
-    counted = re.compile(rf"{_NUMBER} (?:other )?(?:forget|retain|test|holdout) images|")
-    members, others = (text if counted.fullmatch(text) else REDACTED for text in (gap.members, gap.others))
-    return replace(gap, measure=_word(gap.measure), members=members, others=others)
+    counts = re.compile(rf"{_NUMBER} (?:other )?(?:forget|retain|test|holdout) images|")
+    members, others = (text if counts.fullmatch(text) else REDACTED for text in (gap.members, gap.others))
+    return replace(gap, measure=_name(gap.measure), members=members, others=others)
 
 
-def _context(report: Report, ids: set[str]) -> dict[str, Any]:
-    rest = {key: value for key, value in report.context.items() if key not in ("notes", "command")}
-    notes = [_said(str(note)) for note in report.context.get("notes", ())]
-    return {**redacted_values(rest, ids=ids), "notes": notes, "withheld": len(report.examples)}
+def _context(report: Report, ids: Set[str]) -> dict[str, Any]:
+    values = {key: value for key, value in report.context.items() if key not in ("notes", "command")}
+    notes = [_sentences(str(note)) for note in report.context.get("notes", ())]
+    return {**redacted_values(values, ids=ids), "notes": notes, "withheld": len(report.examples)}
+
+
+# --- Parts of a run
 
 
 _HEADINGS = frozenset({
@@ -319,7 +330,7 @@ _HEADINGS = frozenset({
 _CELL = re.compile(rf"(?:{_NUMBER}(?: \({_NUMBER} to {_NUMBER}\))?)?")
 
 
-def _step(step: StepReport, outputs: set[str]) -> StepReport:
+def _step(step: StepReport, outputs: Set[str]) -> StepReport:
     table = {str(key): _option(value, str(key), outputs) for key, value in step.table.items()}
     faults = (f"Step {step.number}, {step.verb}: something is not as the run left it.",) if step.faults else ()
     if step.record is None:
@@ -327,37 +338,34 @@ def _step(step: StepReport, outputs: set[str]) -> StepReport:
     options = [(f"--{key.replace('_', '-')}", value) for key, value in table.items() if key != "verb"]
     record = replace(
         step.record, table=table, command=(step.verb, *(str(word) for pair in options for word in pair)),
-        inputs={f"input {n}": digest_ for n, digest_ in enumerate(step.record.inputs.values(), 1)},
-        display=tuple(map(_shown, step.record.display)),
+        inputs={f"input {n}": sha256 for n, sha256 in enumerate(step.record.inputs.values(), 1)},
+        display=tuple(map(_display_item, step.record.display)),
     )  # fmt: skip
     return replace(step, table=table, faults=faults, record=record)
 
 
-def _option(value: Any, field: str, outputs: set[str]) -> Any:
+def _option(value: object, field: str, outputs: Set[str]) -> Any:
     if isinstance(value, list):
         return [_option(inner, field, outputs) for inner in value]
     return value if isinstance(value, str) and (value in outputs or field == "verb") else redacted_values(value, field)
 
 
-def _shown(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a step showed: numbers of tables and of JSON under the names of their columns and fields."""
+def _display_item(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a step showed: only the numbers of tables and of JSON, under the names of their columns and fields."""
     kind = item["kind"]
     if kind == "line":
         return {"kind": kind, "text": REDACTED}
     if kind == "json":
         return {"kind": kind, "value": redacted_values(item["value"])}
-    stay = [str(column) in _HEADINGS and kind == "table" for column in item["columns"]]
-    heads = [
-        column if column in _HEADINGS or column in ("", "original", "edited") else REDACTED
-        for column in item["columns"]
-    ]
+    kept = [str(column) in _HEADINGS and kind == "table" for column in item["columns"]]
+    heads = [column if column in _HEADINGS or column == "" else REDACTED for column in item["columns"]]
     rows = [
-        [cell if own and _CELL.fullmatch(str(cell)) else REDACTED for cell, own in zip(row, stay, strict=True)]
+        [cell if keep and _CELL.fullmatch(str(cell)) else REDACTED for cell, keep in zip(row, kept, strict=True)]
         for row in item["rows"]
     ]
     return {"kind": kind, "title": REDACTED, "columns": heads, "rows": rows}
 
 
-def _manifest(held: Mapping[str, Any]) -> dict[str, Any]:
-    base = {"base": {**held["base"], "name": REDACTED}} if "base" in held else {}
-    return {**held, **base, "edit": redacted_values(held.get("edit") or {})}
+def _manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    base = {"base": {**manifest["base"], "name": REDACTED}} if "base" in manifest else {}
+    return {**manifest, **base, "edit": redacted_values(manifest.get("edit") or {})}

@@ -20,7 +20,7 @@ from repedit.escaping import for_terminal
 from repedit.plot.canvas import NEUTRAL, SERIES
 from repedit.report import tables
 
-PAGE_WIDTH, PHONE_WIDTH = 8.6, 4.4
+PAGE_WIDTH, PHONE_WIDTH = 8.6, 4.2
 """Inches of a figure as wide as a page; at these widths no text is smaller than 10 pixels on a screen."""
 _COLORS = {
     "#000000": "ink", "#ffffff": "paper", "#b0b0b0": "rule", "#bdbdbd": "rule", "#d0d0d0": "hatch", NEUTRAL: "faint",

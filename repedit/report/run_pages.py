@@ -23,7 +23,6 @@ from repedit.io.text import JsonLines
 from repedit.neurons.scores import Scores
 from repedit.plot.reports import bars, course, ranges
 from repedit.report.audit_pages import AuditFigures
-from repedit.report.limitations import MEASURES, limitations
 from repedit.report.redaction import redacted_run, redacted_values
 from repedit.report.rendering import render, svg, tone
 from repedit.report.tables import Table, format_number, format_value
@@ -32,6 +31,8 @@ from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
 from repedit.runs import RunReport, StepReport, run_file, run_report
 from repedit.sites import Site
 
+MEASURES = ("compare", "prune", "project")
+"""Verbs that measure an edited model beside the original."""
 ABSENT = {
     "The model": "No step of this run says which model it is about.",
     "How it was found": "Nothing this run left says by which method it was found.",
@@ -480,3 +481,66 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 
 def _relative_change(value: float | None) -> str:
     return "new or another shape" if value is None else f"{value:.4f}" if value >= 1e-4 else f"{value:.1e}"
+
+
+# --- What a run has not shown: sentences that complete "It has not been shown ..."
+
+
+def limitations(run: RunReport) -> list[str]:
+    """Everything that a reader of the page might believe and must not."""
+    groups = (_unfinished(run), _unmeasured(run), _unattacked(run), _unverified_weights(run), _never_shown(run))
+    return [sentence for sentences in groups for sentence in sentences]
+
+
+def _unfinished(run: RunReport) -> Iterator[str]:
+    unfinished = [f"{s.number}, {s.verb}" for s in run.steps if not s.done]
+    if unfinished:
+        yield f"Anything that rests on steps that were not carried out: {'; '.join(unfinished)}."
+    if run.faults:
+        yield "That today's files are those of the run: see the top of this page."
+
+
+def _unmeasured(run: RunReport) -> Iterator[str]:
+    done = {s.verb for s in run.steps if s.done}
+    if not done & set(MEASURES):
+        yield "What the edit does to the answers of the model, and what it costs: no step compared the two models."
+    if "project" in done:
+        yield "The accuracy on retained facts unseen in training: project measures the facts that it trained on."
+    if done & set(MEASURES) and "compare" not in done:
+        yield "What the exported files answer: prune and project measure the model in memory; a compare step reads the files."
+
+
+def _unattacked(run: RunReport) -> Iterator[str]:
+    if not run.audits:
+        yield "That anything is gone. The edited model was not attacked: a few steps of training, or other words, may bring all of it back."
+    for out, report in run.audits.items():
+        budget = report.context.get("budget", "unknown")
+        yield f"That no attack brings it back: the verdict of {out} ({report.verdict.word}) holds for the attacks that ran, at the budget {budget}."
+        if len(report.context.get("seeds") or ()) == 1:
+            yield f"How much the result of {out} varies with the seed of the attacks: there was one."
+    attacked = {Path(str(s.table.get("edited"))) for s in run.steps if s.verb == "audit" and s.done}
+    unattacked = [out for out in run.checkpoints if Path(out) not in attacked]
+    if run.audits and unattacked:
+        yield f"Anything about attacks on {', '.join(unattacked)}: no audit of this run attacked it."
+
+
+def _unverified_weights(run: RunReport) -> Iterator[str]:
+    for out, checkpoint in run.checkpoints.items():
+        classes = {row["exactness"] for row in (checkpoint.manifest.get("sites") or {}).values()}
+        if "subspace-exact" in classes:
+            yield f"That the weights of {out} equal the edit to the last digit: at some sites the subspace is erased and the scale differs."
+        if checkpoint.manifest.get("certificate"):
+            yield f"That the knowledge is stored nowhere else: the certificate of {out} is about tensors along given directions, not about copies elsewhere."
+        if checkpoint.unlisted:
+            yield f"Where these files of {out}, which its manifest does not list, come from: {', '.join(checkpoint.unlisted)}."
+    if not run.checkpoints:
+        yield "That there is a checkpoint with the edit in its weights: none was written, and whoever has the original has everything."
+
+
+def _never_shown(run: RunReport) -> Iterator[str]:
+    yield "What the model does in languages, formats and tasks that no step tested."
+    yield f"That the same bytes result again: repedit reproduce {run.file.name} carries the run out once more and compares them."
+    yield (
+        "Who made these files: hashes show whether they are what the journal beside them says, and whoever can write there "
+        "can change both."
+    )
