@@ -100,7 +100,7 @@ def translate() -> Attack:
 def in_context(*, counts: Sequence[int] = (4, 8), seed: int = 0) -> Attack:
     """Asks every fact after facts of T with their answers, a line each; settings are "k=4", "k=8".
 
-    The facts shown are seeded_order from the domain of the one asked where it has enough, else from all of T. None is about
+    The facts shown are drawn from the domain of the one asked where it has enough, else from all of T. None is about
     an entity of V, and none holds the answer that is asked for: what comes back was not taught by the prompt.
 
     Raises:

@@ -319,7 +319,7 @@ def descended(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], 
 
 
 def contradicted(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
-    """The model trained on a wrong answer, seeded_order for each fact, in every phrasing.
+    """The model trained on a wrong answer, drawn for each fact, in every phrasing.
 
     Reference: "random incorrect answers" of Deeb and Roger 2024, arXiv:2410.08827.
     """
