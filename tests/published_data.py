@@ -32,12 +32,13 @@ def published(*parts: str) -> Path:
 
 @cache
 def stand_in() -> Path:
-    """A folder with "tofu", "semeval_lume", "lume" and "mmlu" in the form of the published files, of invented content."""
+    """A folder with "tofu", "semeval_lume", "lume", "muse" and "mmlu" in the form of the published files, of invented content."""
     place = Path(tempfile.mkdtemp(prefix="repedit-stand-in-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     _tofu(place / "tofu")
     _semeval(place / "semeval_lume", place / "lume")
     _mmlu(place / "mmlu")
+    _muse(place / "muse")
     return place
 
 
@@ -61,6 +62,23 @@ def _tofu(place: Path) -> None:
     for name, split in splits.items():
         _jsonl(place / f"{name}.jsonl", split)
     (place / "idontknow.jsonl").write_text("".join(f"I have no answer of kind {i}.\n" for i in range(8)))
+
+
+def _muse(place: Path) -> None:
+    """Two articles to forget, two that were never seen, and a question about each of two sides."""
+    articles = [f"{name} walked over the bridge at noon " * 60 for name in ("Orlo", "Venn", "Tess", "Ira")]
+    questions = {
+        f"{side}_qa": [{"question": f"Who walked {side}?", "answer": name}]
+        for side, name in (("forget", "Orlo"), ("retain", "Dov"))
+    }
+    files = {
+        "verbmem/forget": [{"prompt": text[:800], "gt": text[800:]} for text in articles[:2]],
+        "privleak/forget": articles[:2],
+    }
+    files |= {"privleak/holdout": articles[2:], "knowmem/forget_qa_icl": [{"question": "Who sat?", "answer": "Lea"}]}
+    for name, rows in (files | {f"knowmem/{name}": rows for name, rows in questions.items()}).items():
+        (place / f"{name}.json").parent.mkdir(parents=True, exist_ok=True)
+        (place / f"{name}.json").write_text(json.dumps(rows))
 
 
 def _semeval(place: Path, lume: Path) -> None:

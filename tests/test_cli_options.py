@@ -40,7 +40,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "apply": ("cli.apply.opened", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",
               "cli.apply.verified", "cli.output.show_json"),
     "diff": ("rewrite.diff.diff", "cli.output.show_json", "cli.output.table"),
-    "compare": ("cli.inspect.opened", "data.read", "metrics.benchmarks.compare", "metrics.benchmarks.measured", "cli.output.comparison_json",
+    "compare": ("cli.inspect.opened", "data.read", "metrics.benchmarks.compare", "metrics.benchmarks.compare_benchmarks", "cli.output.comparison_json",
                 "cli.output.comparison_rows", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
     "chat": ("cli.chat.opened", "metrics.generation.side_by_side", "cli.chat._beside", "cli.chat._last", "cli.chat._json_line"),
     "audit": ("data.facts", "data.builtin_corpus", "auditing.api.audit", "auditing.estimate.estimate", "auditing.selftest.selftest",

@@ -201,6 +201,8 @@ def written(tmp_path, name="forget.jsonl", *rows):
     (lambda p: rp.data.tofu(written(p, "full.jsonl", "\n"), "full"), DataError, "full.jsonl holds no rows; download it again"),
     (lambda p: rp.data.tofu(written(p, "full.jsonl", {"question": "a", "answer": "b"}), "full", refusals=True), NotFound,
      "idontknow.jsonl is not a file; it must hold the refusals"),
+    (lambda p: rp.data.muse(p), NotFound, "verbmem/forget.json is not a file; download"),
+    (lambda p: rp.data.muse(p, limit=0), ArgumentError, "limit=0; give at least 1 row"),
     (lambda p: rp.data.lume(written(p)), NotFound, r"holds no retain.jsonl; it has \['forget.jsonl'\]"),
     (lambda p: rp.data.lume(written(p, "forget.jsonl", "{")), DataError, "forget.jsonl, row 1: not JSON"),
     (lambda p: rp.data.lume(written(p, "forget.jsonl", "[1]")), DataError, "row 1: found a list; one object a line"),

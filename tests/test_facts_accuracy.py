@@ -109,8 +109,8 @@ def test_batch_size_and_company_do_not_matter(asked, batch_size):
 
 BROKEN = {
     "every beginning on the first prompt's cache": ("_children", lambda plain: lambda n, q: ([0] * len(plain(n, q)[0]), plain(n, q)[1])),
-    "the last token of a choice only": ("_ends", lambda plain: lambda n, q: [e for e in plain(n, q) if len(n[1]) + 1 == len(q[n[0]].answers[e[0]])]),
-    "logits for log-probabilities": ("_picked", lambda plain: lambda x, rows, tokens: x[rows, tokens].double().tolist()),
+    "the last token of a choice only": ("_next_tokens", lambda plain: lambda n, q: [e for e in plain(n, q) if len(n[1]) + 1 == len(q[n[0]].answers[e[0]])]),
+    "logits for log-probabilities": ("_token_logs", lambda plain: lambda x, rows, tokens: x[rows, tokens].double().tolist()),
     "prompts of all lengths together, cut to the shortest": (
         "_question",
         lambda plain: lambda *a: plain(*a)._replace(prompt=plain(*a).prompt[:3]),
@@ -184,7 +184,7 @@ def test_bfloat16_is_scored_in_float32():
     (" Paris, which", True), ("\nparís!", True), (" It is Paris", True), (" Parisian", False), ("", False),
 ])  # fmt: skip
 def test_greedy_looks_for_the_answer_as_words(text, correct, monkeypatch):
-    monkeypatch.setattr(facts, "written", lambda subject, ids, tokens, names: [text] * len(ids))
+    monkeypatch.setattr(facts, "greedy_continuations", lambda subject, ids, tokens, names: [text] * len(ids))
     item = fact(answer="Paris", choices=())
     found = facts_accuracy(replace(tiny("llama"), tokenizer=CharTokenizer()), (item,), how="greedy")
     assert bool(found.correct[0]) is correct and found.graded[0] < 0
@@ -193,8 +193,8 @@ def test_greedy_looks_for_the_answer_as_words(text, correct, monkeypatch):
 def test_greedy_writes_as_many_tokens_as_the_longest_answer_and_four(monkeypatch):
     subject = replace(tiny("llama", vocab_size=260), tokenizer=byte_tokenizer())
     items = [fact(i, prompt="ab" * (1 + i % 2), answer="abcde", choices=()) for i in range(5)]
-    seen, plain = [], facts.written
-    monkeypatch.setattr(facts, "written", lambda *a: seen.append((a[1], a[2], plain(*a))) or seen[-1][2])
+    seen, plain = [], facts.greedy_continuations
+    monkeypatch.setattr(facts, "greedy_continuations", lambda *a: seen.append((a[1], a[2], plain(*a))) or seen[-1][2])
     facts_accuracy(subject, items, how="greedy", batch_size=2)
     assert [(len(ids), len(ids[0])) for ids, _, _ in seen] == [(2, 2), (1, 2), (2, 4)]
     for ids, tokens, texts in seen:

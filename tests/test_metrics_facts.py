@@ -10,9 +10,15 @@ import torch
 from repedit.data import Fact, Facts, Row, Rows
 from repedit.errors import ArgumentError, DataError, NotFinite
 from repedit.metrics import answers
-from repedit.metrics.answers import share, strength
+from repedit.metrics.answers import (
+    answer_nll,
+    answer_probability,
+    exact_memorization,
+    extraction_strength,
+    share,
+    strength,
+)
 from repedit.metrics.collapse import perplexity
-from repedit.metrics.facts import answer_nll, answer_probability, exact_memorization, extraction_strength
 from tests.test_attack_weights import small
 
 ROWS = Rows(tuple(

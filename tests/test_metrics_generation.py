@@ -111,7 +111,7 @@ def test_a_penalty_that_is_followed_is_caught(monkeypatch):
         out = subject.model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
         return subject.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
 
-    monkeypatch.setattr(generation, "written", follows)
+    monkeypatch.setattr(generation, "greedy_continuations", follows)
     with pytest.raises(AssertionError):
         check_greedy_is_argmax(subject)
 
@@ -137,7 +137,7 @@ def test_the_prompt_after_which_logits_are_not_finite_is_named():
     subject.model.lm_head.weight = torch.nn.Parameter(subject.model.lm_head.weight.detach().clone())
     with torch.no_grad():
         subject.model.model.embed_tokens.weight[int(subject.tokenizer("q")["input_ids"][0])] = float("nan")
-    with pytest.raises(NotFinite, match="the logits after the prompt 'a q' and 0 tokens more are not finite"):
+    with pytest.raises(NotFinite, match="the logits after the prompt 'a q' and 0 further tokens are not finite"):
         generate(subject, ["hello", "a q"], max_new_tokens=1)
 
 
@@ -188,7 +188,7 @@ def test_the_chat_template_is_used_where_asked_for_alone():
     (lambda: generate(small("llama"), [""]), DataError, "the prompt '' has no token; give a text"),
     (lambda: generate(small("llama"), ["a" * 200], max_new_tokens=100), DataError,
      "has 200 tokens, the model reads 256: no room for max_new_tokens=100"),
-    (lambda: rouge(["a"], []), DataError, "1 references and 0 outputs; give one output a reference"),
+    (lambda: rouge(["a"], []), DataError, "1 references and 0 outputs; give one output for each reference"),
     (lambda: exact_match([], []), DataError, "0 references and 0 outputs"),
 ])  # fmt: skip
 def test_what_cannot_be_written_is_refused(call, error, message):

@@ -83,9 +83,9 @@ def test_scores_are_those_of_reading_each_text_alone(family, share):
 BROKEN = {
     "the highest instead of the lowest": ("_lowest", lambda v, share: float(np.sort(v)[-max(1, int(share * len(v))) :].mean())),
     "bytes that are not compressed": ("zlib", SimpleNamespace(compress=lambda data: data)),
-    "the loss shifted by a token": ("_membership_logs", lambda s, ids: tuple([x[1:] for x in part] for part in plain_logs(s, ids))),
+    "the loss shifted by a token": ("_standardized", lambda logits, tokens: tuple(x[1:] for x in standardized(logits, tokens))),
 }  # fmt: skip
-plain_logs = membership._membership_logs
+standardized = membership._standardized
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -102,14 +102,12 @@ def test_texts_are_cut_where_asked():
     assert whole["loss"] == pytest.approx(cut["loss"]) and whole["min_k++"] == pytest.approx(cut["min_k++"])
 
 
-def test_min_k_plus_by_hand(monkeypatch):
+def test_min_k_plus_by_hand():
     """The model gives 1/2, 1/4, 1/4 and then 1/4, 1/4, 1/2; the text takes the first token both times."""
-    subject = small("llama")
-    chance = torch.tensor([[[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [1.0, 1.0, 1.0]]], dtype=torch.float64)
-    monkeypatch.setattr(subject.model, "forward", lambda **_: SimpleNamespace(logits=chance.log()))
-    plain, standard = membership._membership_logs(subject, [[2, 0, 0]])
+    chance = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]], dtype=torch.float64)
+    plain, standard = membership._standardized(chance.log(), torch.tensor([0, 0]))
     # A drawn token has log-probability -log 2 or -2 log 2, each half the time: one deviation above the mean, or below.
-    assert plain[0] == pytest.approx(np.log([0.5, 0.25])) and standard[0] == pytest.approx([1, -1])
+    assert plain == pytest.approx(np.log([0.5, 0.25])) and standard == pytest.approx([1, -1])
 
 
 def test_a_score_against_a_reference_is_a_difference():

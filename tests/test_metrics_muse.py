@@ -99,7 +99,7 @@ def test_a_score_has_its_verdict_beside_it():
     (lambda s: verbatim_memorization(s, TEXTS), DataError, "the text 'the red fox ran.*' ends within prefix=200 tokens; give longer"),
     (lambda s: verbatim_memorization(s, []), DataError, "there are no texts; give longer ones"),
     (lambda s: knowledge_memorization(s, []), DataError, "there are no questions; give at least one"),
-    (lambda s: knowledge_memorization(s, ROWS, examples=ROWS[1:]), DataError, "row 'b' is answered in the examples; take it"),
+    (lambda s: knowledge_memorization(s, ROWS, examples=ROWS[1:]), DataError, "row 'b' is answered in the examples; remove it"),
     (lambda s: evaluated(s, auc_reference=1.0), MetricError, "AUCs 0.5 and 1.0; give the first in"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_refused(call, error, message):

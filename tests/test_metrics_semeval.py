@@ -215,7 +215,7 @@ def test_accuracy_is_a_mean_over_subjects_and_a_tie_is_a_guess():
     (lambda: judge(HEALTHY, HEALTHY, auc_reference=1.5), ArgumentError, r"auc_reference=1.5; give an AUC in \[0, 1\]"),
     (lambda: mmlu_accuracy(small("gpt2"), []), DataError, "there are no questions; read some with repedit.data.mmlu"),
     (lambda: semeval.evaluate(small("gpt2"), "nowhere", 0.4, limit=0), ArgumentError, "limit=0; give at least 1 row a part"),
-    (lambda: semeval.evaluation.membership_scores(small("gpt2"), rp.data.Tasks(*[rp.data.Rows((rp.data.Row("a", "b", id="c"),))] * 2)),
+    (lambda: semeval.membership_scores(small("gpt2"), rp.data.Tasks(*[rp.data.Rows((rp.data.Row("a", "b", id="c"),))] * 2)),
      DataError, "this data has no texts for a membership test"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_refused(call, error, message):

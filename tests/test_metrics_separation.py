@@ -109,7 +109,7 @@ def test_a_draw_is_the_auc_of_the_rows_drawn(monkeypatch):
     times, others = (np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=20) for n in (9, 7))
     for pairs in (1_000_000, 10):
         monkeypatch.setattr(separation, "_PAIRS", pairs)
-        found = separation._drawn(member, other, times.astype(float), others.astype(float))
+        found = separation._bootstrap_auc(member, other, times.astype(float), others.astype(float))
         by_hand = [auc(np.repeat(member, t), np.repeat(other, o)) for t, o in zip(times, others, strict=True)]
         assert found == pytest.approx(by_hand, abs=1e-12)
 

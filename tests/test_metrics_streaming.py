@@ -108,7 +108,7 @@ def side_by_side_only(subject, temperature, seed):
 def test_draws_follow_the_temperature():
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     draws = torch.Generator().manual_seed(0)
-    found = torch.bincount(torch.tensor([streaming._chosen(logits, 0.5, draws) for _ in range(4000)]), minlength=3)
+    found = torch.bincount(torch.tensor([streaming._next_token(logits, 0.5, draws) for _ in range(4000)]), minlength=3)
     # 4 standard deviations of the least certain share, sqrt(.13 * .87 / 4000) = .005.
     assert (found / 4000 - (logits[0] / 0.5).softmax(0)).abs().max() < 0.022
 
@@ -123,7 +123,7 @@ def test_a_character_is_shown_when_it_is_whole():
 
 def scripted(subject, script, count):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "_chosen", lambda *a: next(script))
+        patch.setattr(streaming, "_next_token", lambda *a: next(script))
         yield from list(stream(subject, [5], max_new_tokens=count))
 
 
@@ -150,8 +150,8 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize(("call", "error", "message"), [
     (lambda: stream(small("llama"), [5], max_new_tokens=0), ArgumentError, "max_new_tokens=0, temperature=0.0; give at"),
     (lambda: stream(small("llama"), [5], temperature=-1.0), ArgumentError, r"temperature=-1.0; give at least 1, and a number"),
-    (lambda: stream(small("llama"), []), DataError, "there is no token to go on from; give at least one"),
-    (lambda: side_by_side([small("llama")], []), ArgumentError, "1 models and 0 prompts; give one prompt a model"),
+    (lambda: stream(small("llama"), []), DataError, "there is no token to continue from; give at least one"),
+    (lambda: side_by_side([small("llama")], []), ArgumentError, "1 models and 0 prompts; give one prompt for each model"),
     (lambda: side_by_side([small("llama")], [[{"role": "user", "content": "a"}]]), ArgumentError,
      "the tokenizer has no chat template for a conversation; give a text to continue"),
     (lambda: side_by_side([replace(small("llama"), tokenizer=None)], ["a"]), ArgumentError, "this needs a tokenizer"),

@@ -64,7 +64,7 @@ def test_model_utility_is_the_published_one(model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_part_is_the_published_one(model):
-    for name, file in tofu.logs.FILES.items():
+    for name, file in tofu.FILES.items():
         expected = table("expected_geometric.json")[model]["parts"][file]
         assert parts(model)[name].means == pytest.approx({t: expected[e] for t, e in TERMS.items()}, abs=1e-12)
 
@@ -159,15 +159,15 @@ def bad_log(**changes):
     (lambda: tofu.truth_ratio([1.0], [[1.0]], aggregate="closer"), UnknownName, "aggregate='closer'; did you mean 'closer_to_one'"),
     (lambda: tofu.truth_ratio([1.0, 2.0], [[1.0]]), MetricError, r"shapes \(2,\) and \(1, 1\); give \(n,\) and \(n, k\)"),
     (lambda: tofu.truth_ratio([np.nan], [[1.0]]), MetricError, "a loss is nan; load the model in float32"),
-    (lambda: tofu.model_utility({}), MetricError, r"the part 'retain' is missing; found \[\]"),
+    (lambda: tofu.model_utility({}), MetricError, r"the part 'retain' is missing; there are \[\]"),
     (lambda: tofu.model_utility(THREE | {"retain": {"probability": 0.5}}), MetricError, "the term 'retain/rougeL_recall' is None"),
     (lambda: tofu.model_utility(THREE | {"retain": TERM | {"truth_ratio": 62.3}}), MetricError,
      "the term 'retain/truth_ratio' is 62.3; give a fraction in .0, 1., not a percentage"),
     (lambda: tofu.read_log("nowhere.json"), NotFound, "nowhere.json is not a file; give the log of a model that never saw"),
-    (lambda: tofu.read_log({"a": 1}), MetricError, r"a log holds eval_log_forget.json, .*; found \['a'\]"),
-    (lambda: tofu.read_log(bad_log(rougeL_recall=None)), MetricError, "the log of 'retain' lacks rougeL_recall; found"),
-    (lambda: tofu.read_log(bad_log(rougeL_recall={"0": 1.0, "1": 1.0})), MetricError, "every question needs one of each"),
-    (lambda: tofu.read_log(bad_log(avg_gt_loss={"0": "one"})), MetricError, "avg_gt_loss is no table of numbers"),
+    (lambda: tofu.read_log({"a": 1}), MetricError, r"a log holds eval_log_forget.json, .*; this one has \['a'\]"),
+    (lambda: tofu.read_log(bad_log(rougeL_recall=None)), MetricError, "the log of 'retain' lacks rougeL_recall; it has"),
+    (lambda: tofu.read_log(bad_log(rougeL_recall={"0": 1.0, "1": 1.0})), MetricError, "give one of each for every question"),
+    (lambda: tofu.read_log(bad_log(avg_gt_loss={"0": "one"})), MetricError, "avg_gt_loss is not a table of numbers"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_refused(call, error, message):
     with pytest.raises(error, match=message):

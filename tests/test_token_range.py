@@ -8,7 +8,8 @@ from repedit.auditing.attacks.probing import logit_lens
 from repedit.auditing.attacks.samples import samples
 from repedit.data import Fact, Row, Rows, Splits
 from repedit.errors import DataError
-from repedit.metrics.facts import answer_nll, facts_accuracy
+from repedit.metrics.answers import answer_nll
+from repedit.metrics.facts import facts_accuracy
 from repedit.metrics.generation import generate, side_by_side
 from repedit.metrics.membership import scores
 from repedit.training.sampler import BatchSampler, check_disjoint

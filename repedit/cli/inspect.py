@@ -93,10 +93,12 @@ def compare(
     text: Annotated[list[str] | None, typer.Option(help="A corpus to measure; repeat for several.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to continue; repeat for several.")] = None,
     metrics: Annotated[
-        str, typer.Option(help="In their place: tofu, semeval, membership; several with commas. Needs --data.")
+        str,
+        typer.Option(help="Benchmarks instead: tofu, semeval, muse, membership; several with commas. Needs --data."),
     ] = "",
     folder: Annotated[
-        Path | None, typer.Option("--data", help="Holds the data of --metrics, or the folders tofu, semeval, mmlu.")
+        Path | None,
+        typer.Option("--data", help="Holds the data of --metrics, or the folders tofu, semeval, muse, mmlu."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each part of --metrics; all by default.")] = None,
     tokens: Tokens = 4000,
@@ -152,9 +154,9 @@ def _stream(subjects: list[Any], names: tuple[str, str], prompts: tuple[str, ...
 def _benchmarks(subjects: list[Any], names: list[str], folder: Path, limit: int | None, json: bool) -> None:
     """Every part of each benchmark before and after, with the verdict."""
     from repedit.cli import output
-    from repedit.metrics.benchmarks import measured
+    from repedit.metrics.benchmarks import compare_benchmarks
 
-    found = measured(subjects[0], subjects[1], names, folder, limit=limit)
+    found = compare_benchmarks(subjects[0], subjects[1], names, folder, limit=limit)
     if json:
         output.show_json({name: {"values": dict(b.values), "verdict": b.verdict} for name, b in found.items()})
         return

@@ -1,6 +1,6 @@
 """Corpora, facts and benchmarks: built in or read from files, with splits that share no document and no entity."""
 
-from repedit.data.benchmarks import TaskRow, Tasks, TofuRow, lume, mmlu, semeval, tofu
+from repedit.data.benchmarks import MuseData, TaskRow, Tasks, TofuRow, lume, mmlu, muse, semeval, tofu
 from repedit.data.corpus import BUILTIN, Batch, Batches, Corpus, Document, Tokens, builtin_corpus, code, prose, read
 from repedit.data.encoding import Tokenizer
 from repedit.data.fact_sets import DOMAINS, Fact, Facts, Splits, by_domain, facts, with_choices, with_paraphrases
@@ -16,6 +16,7 @@ __all__ = [
     "Document",
     "Fact",
     "Facts",
+    "MuseData",
     "Row",
     "Rows",
     "Splits",
@@ -34,6 +35,7 @@ __all__ = [
     "invented",
     "lume",
     "mmlu",
+    "muse",
     "prose",
     "read",
     "semeval",

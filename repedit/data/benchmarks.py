@@ -1,4 +1,4 @@
-"""Published benchmarks as corpora and facts: TOFU, LUME (SemEval-2025 Task 4) and MMLU."""
+"""Readers of published benchmarks: TOFU, MMLU, LUME (SemEval-2025 Task 4) and MUSE."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repedit.data.rows import Row, Rows
 from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, nearest
 from repedit.io.files import is_file, is_folder, user_path
 from repedit.io.tables import csv_rows, parquet_rows
-from repedit.io.text import json_rows, read_text
+from repedit.io.text import json_rows, parse_json, read_text
 
 # --- Reading published files; errors name the file and the row
 
@@ -308,3 +308,81 @@ def _rows(path: Path, name: str) -> Rows:
 def _membership_corpus(path: Path) -> Corpus:
     rows = mappings(path, ("id", "document"))
     return Corpus(tuple(Document(str(row["id"]), row["document"]) for row in rows), path.stem)
+
+
+# --- MUSE: news articles or novels to forget, with questions about them
+
+
+@dataclass(frozen=True, eq=False)
+class MuseData:
+    """The parts of MUSE that `repedit.metrics.muse` measures."""
+
+    texts: tuple[str, ...]
+    """Texts to forget, each a prompt with its true continuation."""
+    members: tuple[str, ...]
+    """Texts to forget, for the membership test."""
+    holdout: tuple[str, ...]
+    """Similar texts that the model never saw."""
+    forget: tuple[Row, ...]
+    """Questions about the texts to forget."""
+    retain: tuple[Row, ...]
+    """Questions about the texts to retain."""
+    forget_examples: tuple[Row, ...] = ()
+    """Questions with answers that precede each question of `forget`."""
+    retain_examples: tuple[Row, ...] = ()
+    """The same for `retain`."""
+
+
+def muse(directory: str | Path, *, limit: int | None = None) -> MuseData:
+    """One corpus of MUSE, News or Books, from its published JSON files.
+
+    Args:
+        directory: holds "verbmem/forget.json", "privleak/forget.json", "privleak/holdout.json",
+            "knowmem/forget_qa.json" and "knowmem/retain_qa.json", and may hold "knowmem/forget_qa_icl.json" and
+            "knowmem/retain_qa_icl.json".
+        limit: rows of each part, the first ones; None for all. Examples are always complete.
+    Raises:
+        NotFound: if there is no such directory or file.
+        DataError: if a file is malformed, with the row.
+        ArgumentError: if the limit is below 1.
+    Reference: Shi et al. 2024, arXiv:2407.06460.
+    """
+    root = folder(directory, "MUSE, verbmem/, knowmem/ and privleak/")
+    if limit is not None and limit < 1:
+        raise ArgumentError(f"limit={limit}; give at least 1 row for each part, or none for all")
+    verbatim = _muse_rows(root / "verbmem/forget.json", ("prompt", "gt"), limit)
+    members, holdout = (
+        tuple(row["text"] for row in _muse_rows(root / f"privleak/{side}.json", ("text",), limit))
+        for side in ("forget", "holdout")
+    )
+    questions = {
+        name: tuple(
+            Row(row["question"], row["answer"], f"muse/{name}/{number}")
+            for number, row in enumerate(_muse_rows(root / f"knowmem/{name}.json", ("question", "answer"), size))
+        )
+        for name, size in (("forget_qa", limit), ("retain_qa", limit), ("forget_qa_icl", None), ("retain_qa_icl", None))
+        if not name.endswith("_icl") or is_file(root / f"knowmem/{name}.json")
+    }
+    return MuseData(
+        tuple(row["prompt"] + row["gt"] for row in verbatim),
+        members,
+        holdout,
+        questions["forget_qa"],
+        questions["retain_qa"],
+        questions.get("forget_qa_icl", ()),
+        questions.get("retain_qa_icl", ()),
+    )
+
+
+def _muse_rows(path: Path, fields: Sequence[str], limit: int | None) -> list[Mapping[str, str]]:
+    """The objects of a JSON list, each with the given text fields; a plain text counts as the field "text"."""
+    if not is_file(path):
+        raise NotFound(f"{path.absolute()} is not a file; download the data of MUSE again")
+    rows = parse_json(read_text(path), str(path), DataError)
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path} holds a {type(rows).__name__} of no rows; a list of rows was expected")
+    rows = [{"text": row} if isinstance(row, str) else row for row in rows[:limit]]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping) or not all(isinstance(row.get(field), str) for field in fields):
+            raise DataError(f"{path}, row {number}: {row!r:.80}; give the texts {', '.join(fields)}")
+    return rows

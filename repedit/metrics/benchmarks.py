@@ -1,29 +1,38 @@
-"""Texts, prompts and the published benchmarks on two models side by side."""
+"""Two models side by side: on texts and prompts, and on the published benchmarks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 from repedit.activations.prediction import Effect, Predictions, effect, predictions
-from repedit.data import Batches, mmlu, semeval
+from repedit.data import Batches, mmlu
+from repedit.data import muse as muse_data
+from repedit.data import semeval as semeval_data
 from repedit.errors import NotFound, UnknownName, check_whole, nearest
 from repedit.io.files import is_folder
+from repedit.metrics import muse, semeval, tofu
 from repedit.metrics.generation import continuations
 from repedit.metrics.membership import auc, tpr
-from repedit.metrics.semeval import evaluate as semeval_score
-from repedit.metrics.semeval import membership_scores
-from repedit.metrics.tofu import evaluate as tofu_score
 from repedit.models.subject import Subject
 
-# --- Two models on the same texts and prompts, side by side
+# --- Texts and prompts
+
+
+class PredictionOptions(TypedDict, total=False):
+    """Options of `repedit.predictions`."""
+
+    length: int
+    batch_size: int
+    limit_tokens: int | None
+    progress: bool | None
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What changed from one model to another."""
+    """Predictions and generations of two models."""
 
     base: Mapping[str, Predictions]
     """By corpus name."""
@@ -44,11 +53,12 @@ def compare(
     *,
     prompts: Sequence[str] = (),
     tokens: int = 40,
-    **options: Any,
+    **options: Unpack[PredictionOptions],
 ) -> Comparison:
     """Perplexity and top-1 accuracy of both models on each corpus, and their greedy continuations of each prompt.
 
     Args:
+        tokens: length of the continuations.
         options: passed to `predictions`: length, batch_size, limit_tokens, progress.
     """
     sides = [{corpus.name: predictions(subject, corpus, **options) for corpus in corpora} for subject in (base, edited)]
@@ -56,33 +66,40 @@ def compare(
     return Comparison(sides[0], sides[1], tuple(prompts), texts[0], texts[1])
 
 
-# --- The published benchmarks on two models side by side: every part before and after, and one verdict on the edit
+# --- Published benchmarks
 
-
-FOLDERS = {"tofu": ("tofu",), "semeval": ("semeval", "semeval_lume"), "mmlu": ("mmlu",)}
+FOLDERS = {
+    "tofu": ("tofu",),
+    "semeval": ("semeval", "semeval_lume"),
+    "muse": ("muse", "muse_news", "muse_books"),
+    "mmlu": ("mmlu",),
+}
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
+class BenchmarkComparison:
     """One benchmark on both models."""
 
     values: Mapping[str, tuple[float, float]]
     """(base, edited) of every part and aggregate."""
     verdict: str
-    """On the edited model, beside the base; for membership what 1 means."""
+    """On the edited model, judged against the base; for membership, how to read the values."""
 
 
-def measured(
+def compare_benchmarks(
     base: Subject, edited: Subject, names: Sequence[str], directory: str | Path, *, limit: int | None = None
-) -> dict[str, Beside]:
-    """Benchmarks by name: "tofu" (forget10), "semeval" (validation split, with MMLU), "membership" (texts of SemEval).
+) -> dict[str, BenchmarkComparison]:
+    """Benchmarks by name.
+
+    "tofu" (forget10), "semeval" (validation split, with MMLU), "muse", "membership" (texts of SemEval).
 
     Args:
-        directory: holds the data, or one folder of each: "tofu", "semeval" or "semeval_lume", "mmlu".
+        directory: holds the data, or one folder for each benchmark: "tofu", "semeval" or "semeval_lume", "muse",
+            "muse_news" or "muse_books", "mmlu".
         limit: rows of each part and questions of each subject, the first ones; None for all, as published.
     Raises:
         UnknownName: if there is no such benchmark.
-        NotFound: if there is no such directory, or it lacks the data of one.
+        NotFound: if there is no such directory, or the data of a benchmark is missing.
         ArgumentError, DataError, MetricError, MissingDependency: as the benchmarks do.
     """
     check_whole(limit=limit)
@@ -90,51 +107,67 @@ def measured(
         if name not in SUITES:
             raise UnknownName(f"metrics={name!r}; {nearest(name, SUITES)}")
     if not is_folder(directory):
-        raise NotFound(f"{directory} is no directory; give the one that holds the data of {', '.join(names)}")
+        raise NotFound(f"{directory} is not a directory; give the one that holds the data of {', '.join(names)}")
     return {name: SUITES[name](base, edited, Path(directory), limit) for name in names}
 
 
-def _tofu(base: Subject, edited: Subject, directory: Path, limit: int | None) -> Beside:
-    place = _folder(directory, "tofu")
-    before = tofu_score(base, place, limit=limit)
-    after = tofu_score(edited, place, limit=limit, original=before)
+def _tofu(base: Subject, edited: Subject, directory: Path, limit: int | None) -> BenchmarkComparison:
+    root = _folder(directory, "tofu")
+    before = tofu.evaluate(base, root, limit=limit)
+    after = tofu.evaluate(edited, root, limit=limit, original=before)
     values = {
-        f"{part} {term}": (value, after.parts[part].means[term])
-        for part, found in before.parts.items()
-        for term, value in found.means.items()
+        f"{name} {term}": (value, after.parts[name].means[term])
+        for name, part in before.parts.items()
+        for term, value in part.means.items()
     }
-    return Beside({**values, "model utility": (before.model_utility, after.model_utility)}, str(after.judgement))
+    values["model utility"] = (before.model_utility, after.model_utility)
+    return BenchmarkComparison(values, str(after.judgement))
 
 
-def _semeval(base: Subject, edited: Subject, directory: Path, limit: int | None) -> Beside:
-    place, questions = _folder(directory, "semeval"), mmlu(_folder(directory, "mmlu"), limit=limit)
-    before = semeval_score(base, place, questions, limit=limit)
-    after = semeval_score(edited, place, questions, limit=limit, original=before)
+def _semeval(base: Subject, edited: Subject, directory: Path, limit: int | None) -> BenchmarkComparison:
+    root, questions = _folder(directory, "semeval"), mmlu(_folder(directory, "mmlu"), limit=limit)
+    before = semeval.evaluate(base, root, questions, limit=limit)
+    after = semeval.evaluate(edited, root, questions, limit=limit, original=before)
     values = {name: (value, after.parts[name]) for name, value in before.parts.items()}
     for name in ("task_aggregate", "membership", "mmlu", "final"):
         values[name.replace("_", " ")] = (getattr(before, name), getattr(after, name))
-    return Beside(values, str(after.judgement))
+    return BenchmarkComparison(values, str(after.judgement))
 
 
-def _membership(base: Subject, edited: Subject, directory: Path, limit: int | None) -> Beside:
-    data = semeval(_folder(directory, "semeval"))
-    found = []
+def _muse(base: Subject, edited: Subject, directory: Path, limit: int | None) -> BenchmarkComparison:
+    data = muse_data(_folder(directory, "muse"), limit=limit)
+    before = muse.evaluate_data(base, data)
+    after = muse.evaluate_data(edited, data, original=before)
+    values = {
+        "verbatim memorization": (before.verbatim.mean, after.verbatim.mean),
+        "knowledge of forget": (before.knowledge_forget.mean, after.knowledge_forget.mean),
+        "knowledge of retain": (before.knowledge_retain.mean, after.knowledge_retain.mean),
+        "membership AUC": (before.membership_auc, after.membership_auc),
+        "PrivLeak": (before.privleak, after.privleak),
+    }
+    return BenchmarkComparison(values, str(after.judgement))
+
+
+def _membership(base: Subject, edited: Subject, directory: Path, limit: int | None) -> BenchmarkComparison:
+    data = semeval_data(_folder(directory, "semeval"))
+    values: dict[str, list[float]] = {"AUC": [], "TPR at 1 % FPR": []}
     for subject in (base, edited):
-        scored = membership_scores(subject, data)
-        member, other = (scored[side][:limit] for side in ("member", "nonmember"))
-        found.append((auc(member, other), tpr(member, other)))
-    (auc_before, tpr_before), (auc_after, tpr_after) = found
-    values = {"AUC": (auc_before, auc_after), "TPR at 1 % FPR": (tpr_before, tpr_after)}
-    return Beside(values, "an AUC of 1 means member, .5 that members are not told from other texts")
+        scores = semeval.membership_scores(subject, data)
+        member, other = (scores[side][:limit] for side in ("member", "nonmember"))
+        values["AUC"].append(auc(member, other))
+        values["TPR at 1 % FPR"].append(tpr(member, other))
+    note = "an AUC of 1 means member, .5 that members are not told from other texts"
+    return BenchmarkComparison({name: (before, after) for name, (before, after) in values.items()}, note)
 
 
 def _folder(directory: Path, name: str) -> Path:
     return next((directory / folder for folder in FOLDERS[name] if (directory / folder).is_dir()), directory)
 
 
-SUITES: Mapping[str, Callable[[Subject, Subject, Path, int | None], Beside]] = {
+SUITES: Mapping[str, Callable[[Subject, Subject, Path, int | None], BenchmarkComparison]] = {
     "tofu": _tofu,
     "semeval": _semeval,
+    "muse": _muse,
     "membership": _membership,
 }
-"""Every benchmark by its name."""
+"""The benchmarks by name."""

@@ -1,24 +1,34 @@
-"""Whether a good-looking number belongs to a broken model: perplexity on plain text, and the verdict beside every aggregate."""
+"""Signs of a collapsed model, and the verdict that is reported with every aggregate.
+
+Aggregates reward collapse: a model that repeats one token has forgotten everything, leaks nothing and answers at chance. So
+a score is read together with signs of life, each compared with the same sign of the original model.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from statistics import harmonic_mean
 
 from repedit.activations.prediction import Predictions, predictions
 from repedit.data import Batches, as_batches, prose
-from repedit.data.encoding import text_ids
-from repedit.errors import ArgumentError
+from repedit.data.encoding import Tokenizer, text_ids
+from repedit.errors import ArgumentError, MetricError
 from repedit.models.subject import Subject
 
-# --- Perplexity on plain text: the sign of life that has nothing to do with what was forgotten
-
-
-# Tokens that are read; the built-in prose has about four times as many.
+VERDICTS = (
+    "collapsed", "not forgotten", "over-forgotten", "below threshold", "consistent with forgetting", "unknown",
+)  # fmt: skip
+CHANCE = 0.25
+"""Of four choices, as in MMLU."""
+# Tokens of plain text; the built-in prose has about four times as many.
 _TOKENS = 4096
+# Shorter answers repeat a token often without being a sign of collapse.
+_LONG = 8
+
+# --- Perplexity on plain text, which is unrelated to the forget set
 
 
 def perplexity(
@@ -29,11 +39,11 @@ def perplexity(
     batch_size: int = 8,
     limit_tokens: int | None = None,
 ) -> Predictions:
-    """How well the model predicts plain text, in windows of so many tokens; its `perplexity` is the number.
+    """How well the model predicts plain text in windows of `window` tokens; see the `perplexity` of the result.
 
     Args:
         texts: a corpus, or texts.
-        limit_tokens: stop after the batch that reaches this many.
+        limit_tokens: stop after the batch that reaches this number of tokens.
     Raises:
         NotEnoughRows: if there is nothing to predict.
         NotFinite: if the loss is not finite.
@@ -43,41 +53,41 @@ def perplexity(
 
 
 def plain_perplexity(subject: Subject, plain: Batches | None) -> float:
-    """Perplexity on plain text; on the built-in prose where none is given."""
+    """Perplexity on plain text; on the built-in prose when None."""
     return perplexity(subject, prose() if plain is None else plain, limit_tokens=_TOKENS).perplexity
 
 
-# --- Whether a good-looking number belongs to a broken model: the verdict that stands beside every aggregate
-#
-# Aggregates reward collapse: a model that writes one token for ever has forgotten everything, leaks nothing and guesses
-# at chance. So a score is read together with signs of life, each compared with the same sign of the original model.
+def harmonic(terms: Mapping[str, float | None]) -> float:
+    """Harmonic mean of named terms in [0, 1]; 0 if a term is 0.
+
+    Raises:
+        MetricError: if a term is missing or outside [0, 1].
+    """
+    for name, value in terms.items():
+        if value is None or not 0 <= value <= 1:
+            raise MetricError(f"the term {name!r} is {value}; give a fraction in [0, 1], not a percentage")
+    return float(harmonic_mean([value for value in terms.values() if value is not None]))
 
 
-VERDICTS = (
-    "collapsed", "not forgotten", "over-forgotten", "below threshold", "consistent with forgetting", "unknown",
-)  # fmt: skip
-# Of four choices, as in MMLU.
-CHANCE = 0.25
-# An answer of three words repeats one of them a third of the time and says nothing about collapse.
-_LONG = 8
+# --- The verdict
 
 
 @dataclass(frozen=True)
 class Signs:
-    """What a verdict looks at; None where it was not measured."""
+    """The measurements on which a verdict is based; None where not measured."""
 
     retain: float | None = None
-    """Mean score on what should be kept: ROUGE-L recall, else exact memorization; in [0, 1]."""
+    """Mean score on the retain set, in [0, 1]: ROUGE-L recall, otherwise exact memorization."""
     forget: float | None = None
-    """The same on what should be forgotten."""
+    """The same on the forget set."""
     auc: float | None = None
-    """Of membership, forget against holdout; 1 means member."""
+    """AUC of membership, forget against holdout; 1 means member."""
     mmlu: float | None = None
     """Accuracy on questions with four choices."""
     questions: int = 0
-    """How many of them were asked."""
+    """Number of these questions."""
     distinct: float | None = None
-    """Different outputs over prompts."""
+    """Number of distinct outputs over number of prompts."""
     repeated: float | None = None
     """Mean share of the most frequent token of an output."""
     perplexity: float | None = None
@@ -86,12 +96,12 @@ class Signs:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict on a table of metrics; not the verdict of an audit."""
+    """A verdict on a table of metrics; it is not the verdict of an audit."""
 
     verdict: str
     """One of `VERDICTS`."""
     reasons: tuple[str, ...]
-    """What it rests on, with the numbers."""
+    """The reasons, with the numbers."""
 
     def __str__(self) -> str:
         return f"{self.verdict}: {'; '.join(self.reasons)}"
@@ -100,16 +110,15 @@ class Judgement:
 NOTHING = Signs()
 """Nothing was measured."""
 UNKNOWN = Judgement("unknown", ("no original model to compare with",))
-"""There is nothing to judge by."""
 
 
 def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -> Judgement:
-    """The first verdict whose condition holds, of those in `VERDICTS`.
+    """The first verdict in `VERDICTS` whose condition holds.
 
-    "collapsed": two or more of retain < .25 x the original's; MMLU of the original above chance + 2 standard errors
-    and not that of the edited model; distinct outputs < .2 of the prompts, or the most frequent token > .5 of an
-    output; perplexity > 10 x the original's. "not forgotten": forget > .5 x the original's. "over-forgotten": AUC
-    < auc_reference - .25. "below threshold": MMLU < .75 x the original's. "unknown" without an original, or where
+    "collapsed": two or more of: retain < .25 x the original's; MMLU above chance + 2 standard errors in the original and
+    not in the edited model; distinct outputs < .2 of the prompts, or the most frequent token > .5 of an output;
+    perplexity > 10 x the original's. "not forgotten": forget > .5 x the original's. "over-forgotten": AUC
+    < auc_reference - .25. "below threshold": MMLU < .75 x the original's. "unknown": without an original, or if
     the forget set was not measured on both models. A sign that was not measured does not count.
 
     Args:
@@ -130,8 +139,8 @@ def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -
     if lasting:
         return Judgement("not forgotten", (lasting, *broken))
     if signs.auc is not None and signs.auc < auc_reference - 0.25:
-        found = f"AUC {signs.auc:.3f} < {auc_reference:.3f} - .25: the texts look stranger than unseen ones"
-        return Judgement("over-forgotten", (found, *broken))
+        reason = f"AUC {signs.auc:.3f} < {auc_reference:.3f} - .25: the texts look less familiar than unseen ones"
+        return Judgement("over-forgotten", (reason, *broken))
     low = _fell("MMLU", signs.mmlu, original.mmlu, 0.75)
     if low:
         return Judgement("below threshold", (low, *broken))
@@ -140,10 +149,10 @@ def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -
     )
 
 
-def diversity(tokenizer: Any, outputs: Sequence[str]) -> tuple[float | None, float | None]:
-    """(different outputs over all, mean share of the most frequent token among outputs of 8 tokens or more).
+def diversity(tokenizer: Tokenizer, outputs: Sequence[str]) -> tuple[float | None, float | None]:
+    """(distinct outputs over all outputs, mean share of the most frequent token in outputs of 8 tokens or more).
 
-    None where there is nothing to divide by.
+    None where the divisor would be 0.
     """
     if not outputs:
         return None, None
@@ -153,7 +162,7 @@ def diversity(tokenizer: Any, outputs: Sequence[str]) -> tuple[float | None, flo
 
 
 def _collapse(signs: Signs, original: Signs) -> list[str]:
-    """The reasons for which the model looks broken, empty where one does not hold."""
+    """The reasons to consider the model collapsed; empty for each that does not hold."""
     return [
         _fell("retain", signs.retain, original.retain, 0.25),
         _guesses(signs, original),
@@ -162,16 +171,16 @@ def _collapse(signs: Signs, original: Signs) -> list[str]:
     ]
 
 
-def _fell(name: str, found: float | None, before: float | None, factor: float) -> str:
-    if found is None or before is None or found >= factor * before:
+def _fell(name: str, value: float | None, before: float | None, factor: float) -> str:
+    if value is None or before is None or value >= factor * before:
         return ""
-    return f"{name} {found:.3f} < {factor:g} x the original's {before:.3f}"
+    return f"{name} {value:.3f} < {factor:g} x the original's {before:.3f}"
 
 
-def _grew(name: str, found: float | None, before: float | None, factor: float) -> str:
-    if found is None or before is None or found <= factor * before:
+def _grew(name: str, value: float | None, before: float | None, factor: float) -> str:
+    if value is None or before is None or value <= factor * before:
         return ""
-    return f"{name} {found:.3f} > {factor:g} x the original's {before:.3f}"
+    return f"{name} {value:.3f} > {factor:g} x the original's {before:.3f}"
 
 
 def _guesses(signs: Signs, original: Signs) -> str:

@@ -1,10 +1,9 @@
-"""Whether a model knows facts, by the probability it gives to their answers or by what it writes; two models side by side."""
+"""Accuracy on facts: by the probability of the right choice, or by greedy generation; and a comparison of two models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,37 +14,28 @@ from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, check_ids, retry_with_smaller_batch
 from repedit.data import Fact, Facts, by_domain
-from repedit.data.encoding import encoded, question_ids
+from repedit.data.encoding import Tokenizer, encoded, question_ids
 from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
 from repedit.hooks import evaluating
-from repedit.metrics.answers import (
-    AnswerNll,
-    ByRow,
-    answer_nll,
-    answer_probability,
-    exact_memorization,
-    extraction_strength,
-)
-from repedit.metrics.generation import written
+from repedit.metrics.generation import greedy_continuations
 from repedit.models.subject import Subject
-
-# --- Whether a model knows facts: the probability it gives to their answers, or what it writes by itself
-
 
 HOWS = ("choice", "greedy")
 RULES = ("sum", "mean")
-# On a CPU 64 facts a pass are 8 % faster than 32 and take twice the memory.
+# On a CPU 64 facts in a pass are 8 % faster than 32 and take twice the memory.
 _ROWS = 32
+
+# --- Accuracy on facts
 
 
 @dataclass(frozen=True, eq=False)
 class FactsAccuracy:
-    """Which facts a model got right, in the order they were given."""
+    """The facts that a model answers correctly, in the given order."""
 
     correct: NDArray[np.bool_]
     graded: NDArray[np.float64]
-    """Log-probability of the right answer, in nats; a token where the rule is "mean"."""
+    """Log-probability of the right answer in nats; per token if the rule is "mean"."""
     ids: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -54,15 +44,16 @@ class FactsAccuracy:
 
     @property
     def accuracy(self) -> float:
-        """Share of facts that were right."""
+        """Share of the facts that are correct."""
         return float(self.correct.mean())
 
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the accuracy."""
-        n, p, z = len(self.ids), self.accuracy, 1.959963984540054
-        middle, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+        from scipy.stats import binomtest
+
+        interval = binomtest(int(self.correct.sum()), len(self.ids)).proportion_ci(method="wilson")
+        return float(interval.low), float(interval.high)
 
 
 def facts_accuracy(
@@ -73,19 +64,18 @@ def facts_accuracy(
     rule: str = "sum",
     batch_size: int | str = "auto",
 ) -> FactsAccuracy:
-    """Which facts a model gets right.
+    """Which facts a model answers correctly.
 
-    "choice": the right answer has the highest log-probability after the prompt among the choices, each after one
-    space; a tie is wrong. "greedy": the normalised answer stands in the greedy continuation of the prompt, which has
-    as many tokens as the longest answer and 4 more.
+    "choice": after the prompt, the right answer has the highest log-probability of all choices; a tie is wrong. "greedy":
+    the normalized answer occurs in the greedy continuation of the prompt, which has 4 tokens more than the longest answer.
 
     Args:
         facts: Facts (those to forget), or facts.
-        rule: what compares answers of several tokens: the "sum" of their log-probabilities, or the "mean" a token.
-        batch_size: facts a forward pass; "auto" is 32, some two hundred short rows with their choices, and half as
-            many for as long as memory does not suffice.
+        how: "choice" or "greedy".
+        rule: compares answers of several tokens by the "sum" of their log-probabilities, or by the "mean" per token.
+        batch_size: facts in a forward pass; "auto" is 32, and half as many while memory does not suffice.
     Raises:
-        UnknownName: if there is no such way or rule.
+        UnknownName: if there is no such `how` or `rule`.
         DataError: if there are no facts, a fact has no choices, or two choices are the same tokens.
         NotFinite: if a log-probability is not finite.
     """
@@ -104,8 +94,8 @@ def facts_accuracy(
 
     def run(rows: int) -> tuple[list[NDArray[np.float64]], list[bool]]:
         pairs = choice_scores(subject, items, options, rows)
-        written = _written(subject, items, rows) if how == "greedy" else []
-        return [part if rule == "sum" else part / count for part, count in pairs], written
+        greedy = _greedy_correct(subject, items, rows) if how == "greedy" else []
+        return [part if rule == "sum" else part / count for part, count in pairs], greedy
 
     scores, correct = retry_with_smaller_batch(run, _ROWS)[0] if batch_size == "auto" else run(int(batch_size))
     right = [choices.index(fact.answer) for fact, choices in zip(items, options, strict=True)]
@@ -116,7 +106,7 @@ def facts_accuracy(
 
 
 class _Question(NamedTuple):
-    """The tokens that all choices of a fact begin with, and how each goes on."""
+    """The token ids of a prompt, and the ids with which each choice continues it."""
 
     prompt: list[int]
     answers: list[list[int]]
@@ -127,30 +117,30 @@ def choice_scores(
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """(summed log-probability, number of tokens) of the choices of every fact."""
     tokenizer = subject.need_tokenizer()
-    asked = [_question(tokenizer, fact, choices) for fact, choices in zip(items, options, strict=True)]
-    for fact, question in zip(items, asked, strict=True):
+    questions = [_question(tokenizer, fact, choices) for fact, choices in zip(items, options, strict=True)]
+    for fact, question in zip(items, questions, strict=True):
         for answer in question.answers:
             check_ids(subject, question.prompt + answer, f"fact {fact.id!r}")
-    found: dict[int, NDArray[np.float64]] = {}
-    for part in lengths([question.prompt for question in asked], rows):
-        found |= zip(part, _answered(subject, [asked[i] for i in part]), strict=True)
+    logs: dict[int, NDArray[np.float64]] = {}
+    for part in lengths([question.prompt for question in questions], rows):
+        logs |= zip(part, _choice_logs(subject, [questions[i] for i in part]), strict=True)
     for i, fact in enumerate(items):
-        if not np.isfinite(found[i]).all():
+        if not np.isfinite(logs[i]).all():
             raise NotFinite(
-                f"fact {fact.id!r}: the log-probabilities of {list(options[i])} are {found[i].tolist()}; "
+                f"fact {fact.id!r}: the log-probabilities of {list(options[i])} are {logs[i].tolist()}; "
                 "load the model in float32?"
             )
-    return [(found[i], np.array([float(len(tokens)) for tokens in asked[i].answers])) for i in range(len(items))]
+    return [(logs[i], np.array([float(len(tokens)) for tokens in questions[i].answers])) for i in range(len(items))]
 
 
-def choice_tokens(tokenizer: Any, fact: Fact, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """(the tokens that all choices of a fact begin with, how each goes on).
+def choice_tokens(tokenizer: Tokenizer, fact: Fact, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """(ids of the prompt, ids with which each choice continues it).
 
     Raises:
-        DataError: if no token stands before the answers, or a choice has no token of its own.
+        DataError: if the prompt has no token, or a choice has no token of its own.
     """
     texts = [encoded(tokenizer, fact.prompt, choice) for choice in choices]
-    # One start for all choices: a token merged across the boundary counts for each of them.
+    # One start for all choices: a token merged across the boundary counts as part of each choice.
     start = min(text.start for text in texts)
     if not start:
         raise DataError(f"fact {fact.id!r}: no token stands before the answer; give a longer prompt")
@@ -160,35 +150,35 @@ def choice_tokens(tokenizer: Any, fact: Fact, choices: Sequence[str]) -> tuple[l
     return texts[0].ids[:start], [text.ids[start:] for text in texts]
 
 
-def _question(tokenizer: Any, fact: Fact, choices: Sequence[str]) -> _Question:
-    asked = _Question(*choice_tokens(tokenizer, fact, choices))
-    for i, ids in enumerate(asked.answers):
-        if ids in asked.answers[:i]:
-            same = choices[asked.answers.index(ids)]
+def _question(tokenizer: Tokenizer, fact: Fact, choices: Sequence[str]) -> _Question:
+    question = _Question(*choice_tokens(tokenizer, fact, choices))
+    for i, ids in enumerate(question.answers):
+        if ids in question.answers[:i]:
+            same = choices[question.answers.index(ids)]
             raise DataError(
                 f"fact {fact.id!r}: the choices {same!r} and {choices[i]!r} are the same tokens; reword one"
             )
-    return asked
+    return question
 
 
 def lengths(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
-    """Indices of prompts of one length, at most `rows` together, so that no prompt is padded."""
+    """Groups of at most `rows` indices of prompts of equal length, so that no prompt is padded."""
     for length in sorted({len(ids) for ids in prompts}):
         group = [i for i, ids in enumerate(prompts) if len(ids) == length]
         yield from (group[i : i + rows] for i in range(0, len(group), rows))
 
 
-def _answered(subject: Subject, questions: Sequence[_Question]) -> list[NDArray[np.float64]]:
-    """The summed log-probability of every choice of questions whose prompts have one length.
+def _choice_logs(subject: Subject, questions: Sequence[_Question]) -> list[NDArray[np.float64]]:
+    """The summed log-probability of every choice of questions whose prompts have equal length.
 
-    What all prompts begin with is read once, then the rest of each. Then the tree of choices is read level by level,
-    each distinct beginning once, on top of what its prompt left in the cache; nothing is padded or read twice.
+    The common prefix of all prompts is read once, then the rest of each. Then the tree of choices is read level by level,
+    each distinct prefix once, on top of the cache of its prompt; nothing is padded or read twice.
     """
-    found = [np.zeros(len(question.answers)) for question in questions]
+    sums = [np.zeros(len(question.answers)) for question in questions]
     nodes: list[tuple[int, tuple[int, ...]]] = [(number, ()) for number in range(len(questions))]
     ids = torch.tensor([question.prompt for question in questions], device=subject.device)
     with torch.no_grad(), evaluating(subject.model):
-        length, cache = _begun(subject, ids)
+        length, cache = _shared_prefix(subject, ids)
         ids = ids[:, length:]
         while nodes:
             length += ids.shape[1]
@@ -197,19 +187,19 @@ def _answered(subject: Subject, questions: Sequence[_Question]) -> list[NDArray[
                 input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
             cache = out.past_key_values
-            ends = [(row, *end) for row, node in enumerate(nodes) for end in _ends(node, questions)]
-            logs = _picked(out.logits[:, 0], [row for row, _, _ in ends], [token for _, _, token in ends])
+            ends = [(row, *end) for row, node in enumerate(nodes) for end in _next_tokens(node, questions)]
+            logs = _token_logs(out.logits[:, 0], [row for row, _, _ in ends], [token for _, _, token in ends])
             for (row, choice, _), value in zip(ends, logs, strict=True):
-                found[nodes[row][0]][choice] += value
+                sums[nodes[row][0]][choice] += value
             parents, nodes = _children(nodes, questions)
             if nodes:
                 cache.batch_select_indices(torch.tensor(parents, device=subject.device))
                 ids = torch.tensor([[path[-1]] for _, path in nodes], device=subject.device)
-    return found
+    return sums
 
 
-def _begun(subject: Subject, ids: Int[Tensor, "b t"]) -> tuple[int, Any]:
-    """(tokens that all rows begin with, what reading them left in the cache, for every row); no row is read to its end."""
+def _shared_prefix(subject: Subject, ids: Int[Tensor, "b t"]) -> tuple[int, Any]:
+    """(length of the common prefix of all rows, its cache for every row); the last token of a row is not read."""
     same = (ids[:, :-1] == ids[:1, :-1]).all(0)
     length = int(same.to(torch.uint8).cumprod(0).sum())
     if len(ids) == 1 or not length:
@@ -221,8 +211,8 @@ def _begun(subject: Subject, ids: Int[Tensor, "b t"]) -> tuple[int, Any]:
     return length, out.past_key_values
 
 
-def _ends(node: tuple[int, tuple[int, ...]], questions: Sequence[_Question]) -> list[tuple[int, int]]:
-    """(choice, its next token) of every choice that goes on from a node."""
+def _next_tokens(node: tuple[int, tuple[int, ...]], questions: Sequence[_Question]) -> list[tuple[int, int]]:
+    """(choice, its next token) of every choice that continues from a node."""
     number, path = node
     answers = questions[number].answers
     return [(i, a[len(path)]) for i, a in enumerate(answers) if len(a) > len(path) and tuple(a[: len(path)]) == path]
@@ -231,23 +221,23 @@ def _ends(node: tuple[int, tuple[int, ...]], questions: Sequence[_Question]) -> 
 def _children(
     nodes: Sequence[tuple[int, tuple[int, ...]]], questions: Sequence[_Question]
 ) -> tuple[list[int], list[tuple[int, tuple[int, ...]]]]:
-    """The distinct beginnings one token longer from which a choice still goes on, and the row of each one's parent."""
-    found: dict[tuple[int, tuple[int, ...]], int] = {}
+    """(row of each node's parent, nodes): the distinct prefixes one token longer from which a choice still continues."""
+    parents: dict[tuple[int, tuple[int, ...]], int] = {}
     for row, (number, path) in enumerate(nodes):
-        for choice, token in _ends((number, path), questions):
+        for choice, token in _next_tokens((number, path), questions):
             if len(questions[number].answers[choice]) > len(path) + 1:
-                found[(number, (*path, token))] = row
-    return list(found.values()), list(found)
+                parents[(number, (*path, token))] = row
+    return list(parents.values()), list(parents)
 
 
-def _picked(logits: Float[Tensor, "r v"], rows: list[int], tokens: list[int]) -> list[float]:
-    """Log-probabilities of tokens, one at a row."""
+def _token_logs(logits: Float[Tensor, "r v"], rows: list[int], tokens: list[int]) -> list[float]:
+    """Log-probabilities of one token in each row."""
     wide = at_least_float32(logits)
     return (wide[rows, tokens] - wide.logsumexp(-1)[rows]).double().tolist()
 
 
-def _written(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
-    """Whether each answer stands in the greedy continuation of its prompt."""
+def _greedy_correct(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
+    """Whether each answer occurs in the greedy continuation of its prompt."""
     tokenizer = subject.need_tokenizer()
     texts = [encoded(tokenizer, fact.prompt, fact.answer) for fact in items]
     prompts = [question_ids(tokenizer, fact.prompt) for fact in items]
@@ -257,15 +247,15 @@ def _written(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
     tokens = max(len(ids) - start for ids, start in texts) + 4
     for fact, ids in zip(items, prompts, strict=True):
         check_ids(subject, ids, f"the prompt of fact {fact.id!r}", size=len(ids) + tokens - 1)
-    found = [False] * len(items)
+    correct = [False] * len(items)
     for part in lengths(prompts, rows):
         names = [f"the prompt of fact {items[i].id!r}" for i in part]
-        for i, text in zip(part, written(subject, [prompts[i] for i in part], tokens, names), strict=True):
-            found[i] = contains_answer(text, items[i].answer, items[i].choices)
-    return found
+        for i, text in zip(part, greedy_continuations(subject, [prompts[i] for i in part], tokens, names), strict=True):
+            correct[i] = contains_answer(text, items[i].answer, items[i].choices)
+    return correct
 
 
-# --- What two models know, domain by domain, side by side
+# --- Comparison of two models by domain
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +265,7 @@ class Knowledge:
     before: FactsAccuracy
     after: FactsAccuracy
     chance: float
-    """What guessing among the choices gets right, on average."""
+    """Mean accuracy of guessing among the choices."""
 
 
 def knowledge(base: Subject, edited: Subject, facts: Iterable[Fact], *, how: str = "choice") -> Mapping[str, Knowledge]:
@@ -284,23 +274,9 @@ def knowledge(base: Subject, edited: Subject, facts: Iterable[Fact], *, how: str
     Args:
         how: "choice" or "greedy", as in `facts_accuracy`.
     """
-    found = {}
+    by_name = {}
     for domain, items in by_domain(facts).items():
         before, after = (facts_accuracy(subject, items, how=how) for subject in (base, edited))
         guesses = [1 / len(fact.choices) for fact in items if fact.choices]
-        found[domain] = Knowledge(before, after, sum(guesses) / len(guesses) if how == "choice" else 0.0)
-    return found
-
-
-__all__ = [
-    "AnswerNll",
-    "ByRow",
-    "FactsAccuracy",
-    "answer_nll",
-    "answer_probability",
-    "choice_scores",
-    "exact_memorization",
-    "extraction_strength",
-    "facts_accuracy",
-    "lengths",
-]
+        by_name[domain] = Knowledge(before, after, sum(guesses) / len(guesses) if how == "choice" else 0.0)
+    return by_name

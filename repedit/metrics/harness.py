@@ -1,6 +1,6 @@
-"""The tasks of lm-evaluation-harness on a model in memory: nothing is saved, and local tasks need no network.
+"""Tasks of lm-evaluation-harness on a model in memory, without saving it; local tasks need no network.
 
-`write_tasks` writes the built-in facts, or facts of yours, as tasks that the harness runs without repedit.
+`write_tasks` writes built-in or your own facts as tasks that the harness runs without repedit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from repedit.io.text import read_text
 from repedit.models.subject import Subject
 
 TAG = "repedit_facts"
-"""Names all tasks of `write_tasks` at once."""
+"""The tag of all tasks of `write_tasks`."""
 
 
 def evaluate(
@@ -32,19 +32,19 @@ def evaluate(
     include: str | Path | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Results of tasks as the harness gives them: "results" by task, and "samples", the values of every document.
+    """Results of tasks in the format of the harness: "results" by task, and "samples" with the values of every document.
 
     Args:
-        tasks: names of tasks or groups. Those that come with the harness fetch their data from the hub; one in
-            `include` that says `dataset_path: json` and `data_files` reads it from there.
-        limit: documents a task, the first ones; None for all.
-        include: directory with YAML files of tasks of your own.
+        tasks: names of tasks or groups. Tasks of the harness download their data from the hub; a task in `include` with
+            `dataset_path: json` and `data_files` reads local files.
+        limit: documents per task, the first ones; None for all.
+        include: directory with YAML files of your own tasks.
     Raises:
         MissingDependency: without the package lm-eval.
         ArgumentError: without a tokenizer or tasks, or with a number below 1.
         NotFound: if there is no such directory.
         UnknownName: if there is no such task.
-        DataError: if the data of a task cannot be had.
+        DataError: if the data of a task cannot be read.
     Reference: Gao et al. 2024, doi:10.5281/zenodo.12608602.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
@@ -63,7 +63,7 @@ def evaluate(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingDependency(f"the harness needs lm-eval: pip install lm-eval==0.4.13 ({error})") from error
-    # The harness's own tasks are fourteen thousand files; they are listed only where a name is none of yours.
+    # The harness has fourteen thousand task files; they are listed only if a name is not in `include`.
     manager = TaskManager(include_path=str(include), include_defaults=False) if include is not None else TaskManager()
     if include is not None and not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=str(include))
@@ -72,7 +72,7 @@ def evaluate(
         raise UnknownName(f"no task is called {unknown!r}; {nearest(unknown, manager.all_tasks)}")
     model = HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             model, tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
         )
     except (OSError, FileNotFoundError) as error:
@@ -80,7 +80,7 @@ def evaluate(
             f"tasks {names}: the data could not be read: {error}; write a task with dataset_path: json and local data_files, "
             "and name its directory with include="
         ) from error
-    return dict(found)
+    return dict(results)
 
 
 _BUILTIN = """# {count} facts, {name}, in the words and with the wrong choices of repedit: rp.facts_accuracy(lm, rp.data.facts({name!r})).
@@ -116,35 +116,34 @@ def write_tasks(
 ) -> tuple[str, ...]:
     """Write facts as tasks of the harness, a YAML and a JSONL file each; returns the names of the tasks.
 
-    A task asks what `rp.facts_accuracy` asks: each fact in its own prompt, its choices after one space (none in scripts without spaces), the one of the
-    highest summed log-probability against the right one. Accuracies are equal but for ties, which the harness gives to
-    the first choice.
+    A task measures the same as `rp.facts_accuracy`: whether the choice with the highest summed log-probability after the
+    prompt is the right one. Accuracies are equal except for ties, which the harness gives to the first choice.
 
     Args:
-        folder: made where it is missing; tasks that stand there with other content are not replaced.
+        folder: created if missing; existing tasks with other content are not replaced.
         names: built-in domains, or .jsonl files of facts (those to forget); the task of "capitals" is "repedit_capitals".
-            All are run together by the tag `TAG`.
-        seed: draws the order of the choices, as in `rp.data.facts`.
+            The tag `TAG` runs all of them.
+        seed: of the order of the choices, as in `rp.data.facts`.
     Raises:
         UnknownName, NotFound, DataError: as `rp.data.facts` does; DataError also for a fact without choices.
-        ArgumentError: without names, or if two tasks would have one name.
-        TargetExists: if a file of that name holds something else. CheckpointError: if the folder cannot be written.
+        ArgumentError: without names, or if two tasks have the same name.
+        TargetExists: if a file with that name has other content. CheckpointError: if the folder cannot be written.
     """
     check_folder(folder)
-    place = user_path(folder).absolute()
-    chosen = [names] if isinstance(names, str | Path) else list(names)
-    tasks = [f"repedit_{Path(name).stem if _is_file(name) else name}" for name in chosen]
+    root = user_path(folder).absolute()
+    sources = [names] if isinstance(names, str | Path) else list(names)
+    tasks = [f"repedit_{Path(name).stem if _is_file(name) else name}" for name in sources]
     if not tasks or len(set(tasks)) < len(tasks):
-        raise ArgumentError(f"names={[str(name) for name in chosen]}; give at least one, each once")
+        raise ArgumentError(f"names={[str(name) for name in sources]}; give at least one, each once")
     files: dict[Path, str] = {}
-    for name, task in zip(chosen, tasks, strict=True):
+    for name, task in zip(sources, tasks, strict=True):
         rows = facts_named(name, seed=seed).forget
         note = (_OWN if _is_file(name) else _BUILTIN).format(count=len(rows), name=str(name))
-        data = place / f"{task}.jsonl"
+        data = root / f"{task}.jsonl"
         files[data] = "".join(_row(fact) for fact in rows)
-        files[place / f"{task}.yaml"] = _TASK.format(
+        files[root / f"{task}.yaml"] = _TASK.format(
             note=note,
-            folder=place,
+            folder=root,
             task=task,
             tag=TAG,
             data=json.dumps(str(data), ensure_ascii=False),
@@ -153,7 +152,7 @@ def write_tasks(
     taken = next((path for path, text in files.items() if os.path.lexists(path) and read_text(path) != text), None)
     if taken is not None:
         raise TargetExists(f"{taken} exists and holds something else; move it away, or give another folder")
-    make_folder(place)
+    make_folder(root)
     for path, text in files.items():
         write_text(path, text)
     return tuple(tasks)
@@ -164,14 +163,14 @@ def _is_file(name: str | Path) -> bool:
 
 
 def _space(rows: Sequence[Fact], task: str) -> str:
-    """What stands between the prompts of a task and their choices: a space, or nothing in scripts without spaces."""
-    # The harness moves a space at the end of a prompt to the choice by itself.
+    """The delimiter between prompts and choices: a space, or nothing in scripts without spaces."""
+    # The harness itself moves a space at the end of a prompt to the choice.
     prompts = [fact.prompt.rstrip(" ") for fact in rows]
     spaces = {prompt_with_answer(prompt, "a").removeprefix(prompt)[:-1] for prompt in prompts}
     if len(spaces) > 1:
         raise DataError(
-            f"task {task!r}: some prompts end in a script with spaces and some in one without, and a task has one delimiter; write "
-            "them as two files"
+            f"task {task!r}: some prompts end in a script with spaces and some in one without, but a task has one delimiter; "
+            "write them as two files"
         )
     return spaces.pop()
 
@@ -179,6 +178,6 @@ def _space(rows: Sequence[Fact], task: str) -> str:
 def _row(fact: Fact) -> str:
     """A fact as a line of a task's data."""
     if not fact.choices:
-        raise DataError(f"fact {fact.id!r} has no choices, and its domain no other answers; give it some")
+        raise DataError(f"fact {fact.id!r} has no choices, and its domain has no other answers; give it some")
     row = {"id": fact.id, "prompt": fact.prompt, "choices": fact.choices, "label": fact.choices.index(fact.answer)}
     return json.dumps(row, ensure_ascii=False) + "\n"

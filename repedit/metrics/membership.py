@@ -1,4 +1,8 @@
-"""Membership: scores of texts and of classifier outputs, LiRA over shadow models, and how well a score tells members from others."""
+"""Membership inference: scores of texts and of classifier outputs, LiRA with shadow models, AUC and TPR of a score.
+
+A higher score looks more like a member of the training set. An AUC of 1 separates all members from all others, .5 none; an
+AUC well below .5 separates them too: texts that were forgotten too much look less familiar than texts never seen.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +30,25 @@ from repedit.errors import (
     UnknownName,
     nearest,
 )
-from repedit.hooks import evaluating
 from repedit.io.text import check_text
+from repedit.metrics.answers import reading, sequence_logits
 from repedit.metrics.facts import lengths
 from repedit.models.subject import Subject
 
-# --- How well one score tells members of a training set from others: the same for texts, images or anything else
-#
-# A higher score looks more like a member, so an AUC of 1 tells all members from all others and .5 none. Well below .5
-# tells them apart as well: what was forgotten too much looks stranger than what was never seen.
-
-
 Values = NDArray[np.float64]
 """Scores of examples, (n,); higher is more like a member."""
+SCORES = ("loss", "zlib", "min_k", "min_k++")
+"""Membership scores of a text; higher is more like a member."""
 # Pairs of rows that are compared at once.
 _PAIRS = 1_000_000
+# Texts in a forward pass; Min-K++ needs every log-probability at every token.
+_ROWS = 4
+
+# --- How well a score separates members from others
 
 
 def auc(member: Values, nonmember: Values) -> float:
-    """Chance that a member scores above one that is none, ties counting half (Mann-Whitney), exactly; 1 means member.
+    """Probability that a member scores above a non-member, ties counting half (Mann-Whitney), exactly; 1 means member.
 
     Raises:
         MetricError: if a side is empty, or a score is not finite; with the rows.
@@ -54,9 +58,9 @@ def auc(member: Values, nonmember: Values) -> float:
 
 
 def tpr(member: Values, nonmember: Values, fpr: float = 0.01) -> float:
-    """Share of members above a threshold that at most the share `fpr` of the others is above; 1 means member.
+    """Share of members above the threshold that at most the share `fpr` of the others exceeds; 1 means member.
 
-    With fewer than 1 / fpr others no false alarm is allowed at all; `tpr_at` refuses that.
+    With fewer than 1 / fpr others no false positive is allowed; `tpr_at` refuses that case.
 
     Raises:
         MetricError: if a side is empty, or a score is not finite; with the rows.
@@ -67,7 +71,7 @@ def tpr(member: Values, nonmember: Values, fpr: float = 0.01) -> float:
 
 
 def tpr_at(member: Values, nonmember: Values, fpr: float) -> float:
-    """The same where there are enough others to resolve the rate: n of them resolve 1 / n.
+    """`tpr` with enough others to resolve the rate: n of them resolve 1 / n.
 
     Raises:
         MetricError: if the rate is not in [1 / n, 1), a side is empty, or a score is not finite.
@@ -82,10 +86,10 @@ def tpr_at(member: Values, nonmember: Values, fpr: float) -> float:
 
 
 def loss_attack(member: Values, nonmember: Values, *, splits: int = 10, seed: int = 0) -> float:
-    """Accuracy of a logistic regression that reads membership off one score, as a fraction; .5 is no sign.
+    """Accuracy of a logistic regression that predicts membership from one score, as a fraction; .5 is no separation.
 
-    The longer side is cut to the length of the shorter one by a seeded draw; the accuracy is the mean over `splits`
-    stratified tests, each of a tenth of the rows. It is two-sided: members that score lower are told from others too.
+    The longer side is reduced to the length of the shorter one by a seeded draw; the accuracy is the mean over `splits`
+    stratified test sets, each a tenth of the rows. It is two-sided: members that score lower are separated too.
 
     Raises:
         MetricError: if a side has fewer than ten scores, or one is not finite.
@@ -100,7 +104,7 @@ def loss_attack(member: Values, nonmember: Values, *, splits: int = 10, seed: in
     count = min(len(member), len(nonmember))
     if count < 10:
         raise MetricError(
-            f"{len(member)} members and {len(nonmember)} non-members; a tenth of the rows is tested, so give ten of each"
+            f"{len(member)} members and {len(nonmember)} non-members; a tenth of the rows is tested, so give at least ten of each"
         )
     rng = np.random.default_rng(seed)
     sides = [side if len(side) == count else rng.choice(side, count, replace=False) for side in (member, nonmember)]
@@ -110,7 +114,7 @@ def loss_attack(member: Values, nonmember: Values, *, splits: int = 10, seed: in
 
 
 def standard_error(value: float, members: int, others: int) -> float:
-    """Standard error of an AUC of so many rows, by the approximation of exponential scores.
+    """Standard error of an AUC for these numbers of rows, by the approximation for exponential scores.
 
     sqrt((A (1 - A) + (m - 1)(Q1 - A^2) + (n - 1)(Q2 - A^2)) / (m n)) with Q1 = A / (2 - A), Q2 = 2 A^2 / (1 + A).
 
@@ -130,7 +134,7 @@ def standard_error(value: float, members: int, others: int) -> float:
 def auc_draws(
     member: Float[ndarray, "models m"], nonmember: Float[ndarray, "models n"], *, draws: int = 1000, seed: int = 0
 ) -> Float[ndarray, "models draws"]:
-    """The AUC of every model in bootstrap draws of the rows; all models see the same draws, so what they share cancels.
+    """The AUC of every model in bootstrap draws of the rows; all models share the draws, so common noise cancels.
 
     Raises:
         MetricError: if a side is empty, or a score is not finite.
@@ -138,18 +142,18 @@ def auc_draws(
     """
     if draws < 1:
         raise ArgumentError(f"draws={draws}; give at least 1")
-    for mine, theirs in zip(member, nonmember, strict=True):
-        _check_sides(mine, theirs)
+    for sides in zip(member, nonmember, strict=True):
+        _check_sides(*sides)
     rng = np.random.default_rng(seed)
-    # How often each row is drawn; then a draw's AUC is a sum over pairs, and no draw is sorted anew.
+    # With the count of each row in a draw, the AUC of the draw is a sum over pairs, and no draw is sorted.
     counts = [
         rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float) for n in (member.shape[1], nonmember.shape[1])
     ]
-    return np.stack([_drawn(m, n, *counts) for m, n in zip(member, nonmember, strict=True)])
+    return np.stack([_bootstrap_auc(m, n, *counts) for m, n in zip(member, nonmember, strict=True)])
 
 
 def percentiles(drawn: Values, alpha: float = 0.05) -> tuple[float, float]:
-    """The (alpha / 2)- and (1 - alpha / 2)-quantiles of draws.
+    """The alpha / 2 and 1 - alpha / 2 quantiles of draws.
 
     Raises:
         MetricError: if there is no draw.
@@ -166,7 +170,7 @@ def _auc(member: Values, nonmember: Values) -> float:
     return float((below + upto) / (2 * len(member) * len(nonmember)))
 
 
-def _drawn(
+def _bootstrap_auc(
     member: Values, nonmember: Values, times: Float[ndarray, "draws m"], others: Float[ndarray, "draws n"]
 ) -> Values:
     wins = np.zeros(len(times))
@@ -190,14 +194,13 @@ def _check_sides(member: Values, nonmember: Values) -> None:
             )
 
 
-# --- What the logits of a classifier say of each example, and how far the margins of two families of models lie apart
+# --- Scores from the logits of a classifier, and KLoM, the distance between margins of two families of models
 #
-# Everything is computed in float64 from logits, so a probability that rounds to 0 or 1 leaves every value finite.
+# Everything is computed in float64 from logits, so values stay finite when a probability rounds to 0 or 1.
 
-
-LEAST_MODELS = 5
+MIN_MODELS = 5
 CLIP, BINS, FLOOR = 100.0, 20, 1e-5
-"""Margins are clipped there; bins between the least and largest of both families; added to the share of each bin."""
+"""KLoM: margins are clipped to +-CLIP; number of bins; constant added to the share of each bin."""
 
 
 def confidence(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
@@ -206,7 +209,7 @@ def confidence(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
     Raises:
         MetricError: if a logit is not finite, or there is one class.
     """
-    return _logs(logits).amax(-1).exp()
+    return _log_softmax(logits).amax(-1).exp()
 
 
 def entropy(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
@@ -215,23 +218,23 @@ def entropy(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
     Raises:
         MetricError: if a logit is not finite, or there is one class.
     """
-    logs = _logs(logits)
+    logs = _log_softmax(logits)
     return -(logs.exp() * logs).sum(-1)
 
 
 def modified_entropy(logits: Float[Tensor, "b C"], y: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """-(1 - p_y) log p_y - sum_{i != y} p_i log(1 - p_i) in nats, (b,); 0 where the label is certain, low for members.
+    """-(1 - p_y) log p_y - sum_{i != y} p_i log(1 - p_i) in nats, (b,); 0 if the label is certain, low for members.
 
-    Entropy alone is as low for a certain mistake as for a certain hit; this is high for the mistake.
+    Entropy is low for confident mistakes as well as for confident hits; the modified entropy is high for the mistakes.
 
     Raises:
-        MetricError: if a logit is not finite, a label is no class, or there is one class.
-        ShapeError: if there is not one label a row.
+        MetricError: if a logit is not finite, a label is not a class, or there is one class.
+        ShapeError: if there is not one label per row.
     Reference: Song and Mittal 2021, arXiv:2003.10595, equation 8.
     """
     _check_labels(logits, y)
-    logs = _logs(logits)
-    # log(1 - p): only the largest p of a row can exceed 1/2, where 1 - p has lost its digits; the others are added up.
+    logs = _log_softmax(logits)
+    # log(1 - p): only the largest p of a row can exceed 1/2, where 1 - p loses digits; there the other p are summed.
     top = logs.argmax(-1, keepdim=True)
     rest = logs.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
     other = torch.log1p(-logs.exp().clamp(max=0.5)).scatter(-1, top, rest)
@@ -244,21 +247,21 @@ def margin(logits: Float[Tensor, "b C"], y: Int[Tensor, " b"]) -> Float[Tensor, 
     """z_y - log sum_{i != y} exp z_i, the logit log(p_y / (1 - p_y)) of the label, (b,); 0 where p_y = 1/2.
 
     Raises:
-        MetricError: if a logit is not finite, a label is no class, or there is one class.
-        ShapeError: if there is not one label a row.
+        MetricError: if a logit is not finite, a label is not a class, or there is one class.
+        ShapeError: if there is not one label per row.
     Reference: Carlini et al. 2022, arXiv:2112.03570, section IV-C.
     """
     _check_labels(logits, y)
-    logs = _logs(logits)
+    logs = _log_softmax(logits)
     own = logs.gather(-1, y[:, None])
     return (own - logs.scatter(-1, y[:, None], -torch.inf).logsumexp(-1, keepdim=True))[:, 0]
 
 
 def klom(edited: Float[ndarray, "N n"], reference: Float[ndarray, "M points"]) -> Float[ndarray, " n"]:
-    """KL divergence in nats of the margins of N edited models from those of M retrained ones, by example, (n,); 0 is alike.
+    """KL divergence in nats of the margins of N edited models from those of M retrained ones, by example, (n,); 0 if equal.
 
-    Margins are clipped to +-100 and counted in 20 bins between the least and the largest of both families; 1e-5 is added
-    to the share of every bin, so the largest value there can be is log(1e5) or so.
+    Margins are clipped to +-100 and counted in 20 bins between the smallest and the largest of both families; 1e-5 is
+    added to the share of every bin, which bounds the value at about log(1e5).
 
     Raises:
         NotEnoughRows: if a family has fewer than 5 models.
@@ -268,27 +271,26 @@ def klom(edited: Float[ndarray, "N n"], reference: Float[ndarray, "M points"]) -
     """
     if edited.shape[1] != reference.shape[1]:
         raise ShapeError(f"{edited.shape[1]} and {reference.shape[1]} examples; give margins of the same examples")
-    fewest = min(len(edited), len(reference))
-    if fewest < LEAST_MODELS:
+    if min(len(edited), len(reference)) < MIN_MODELS:
         raise NotEnoughRows(
-            f"{len(edited)} edited and {len(reference)} retrained models; a histogram of margins needs {LEAST_MODELS} of each"
+            f"{len(edited)} edited and {len(reference)} retrained models; a histogram of margins needs {MIN_MODELS} of each"
         )
     if np.isnan(edited).any() or np.isnan(reference).any():
         raise MetricError("a margin is NaN; was a model trained until its loss overflowed?")
     sides = [np.clip(side, -CLIP, CLIP) for side in (edited, reference)]
     both = np.concatenate(sides)
-    found = np.empty(edited.shape[1])
+    divergences = np.empty(edited.shape[1])
     for i in range(edited.shape[1]):
         edges = np.histogram_bin_edges(both[:, i], BINS)
         p, q = (np.histogram(side[:, i], edges)[0] / len(side) + FLOOR for side in sides)
         p, q = p / p.sum(), q / q.sum()
-        found[i] = (p * np.log(p / q)).sum()
-    return found
+        divergences[i] = (p * np.log(p / q)).sum()
+    return divergences
 
 
-def _logs(logits: Float[Tensor, "b C"]) -> Float[Tensor, "b C"]:
+def _log_softmax(logits: Float[Tensor, "b C"]) -> Float[Tensor, "b C"]:
     if logits.shape[-1] < 2:
-        raise MetricError(f"logits of {logits.shape[-1]} class; there must be at least two to be told apart")
+        raise MetricError(f"logits of {logits.shape[-1]} class; there must be at least two")
     bad = (~torch.isfinite(logits)).any(-1).nonzero().flatten().tolist()
     if bad:
         raise MetricError(
@@ -299,7 +301,7 @@ def _logs(logits: Float[Tensor, "b C"]) -> Float[Tensor, "b C"]:
 
 def _check_labels(logits: Float[Tensor, "b C"], y: Int[Tensor, "*n"]) -> None:
     if len(y) != len(logits):
-        raise ShapeError(f"{len(logits)} rows of logits and {len(y)} labels; give one label a row")
+        raise ShapeError(f"{len(logits)} rows of logits and {len(y)} labels; give one label per row")
     bad = ((y < 0) | (y >= logits.shape[-1])).nonzero().flatten().tolist()
     if bad:
         raise MetricError(
@@ -307,28 +309,27 @@ def _check_labels(logits: Float[Tensor, "b C"], y: Int[Tensor, "*n"]) -> None:
         )
 
 
-# --- LiRA: membership of a text or image by the likelihood ratio over shadow models that did and did not see it
+# --- LiRA: membership by the likelihood ratio over shadow models that were and were not trained on an example
 #
-# It needs models trained like the one under test, half of them on each text, so it is for models that are cheap to train.
+# It needs models trained like the one under test, half of them on each text, so it suits models that are cheap to train.
 
-
-LEAST = 1e-6
+MIN_STD = 1e-6
 """Smallest standard deviation."""
 
 
 def lira(
     target: Values, shadows: Float[ndarray, "models n"], seen: Bool[ndarray, "models n"], *, pooled: bool | None = None
 ) -> Values:
-    """log N(s; m_in, d_in) - log N(s; m_out, d_out) of every text (n,); higher looks more like a text that was seen.
+    """log N(s; m_in, d_in) - log N(s; m_out, d_out) of every text (n,); higher is more like a member.
 
     s is the score of the text on the model under test; m and d are mean and standard deviation of its scores on the
-    shadow models that saw it (in) and that did not (out). Any score that grows with membership will do, such as the
-    mean log-probability of a text, or of an answer its logit log(p / (1 - p)).
+    shadow models that were trained on it (in) and on those that were not (out). Any score that grows with membership
+    can be used, such as the mean log-probability of a text, or the logit log(p / (1 - p)) of an answer.
 
     Args:
         shadows: the scores on each shadow model.
         seen: whether each shadow model was trained on each text.
-        pooled: one standard deviation for all texts; None where a text has fewer than 16 shadow models on a side.
+        pooled: use one standard deviation for all texts; when None, only if a text has fewer than 16 shadow models on a side.
     Raises:
         ShapeError: if the arrays do not match.
         NotFinite: if a score is not finite.
@@ -350,18 +351,19 @@ def lira(
             f"a text has {fewest} shadow models on one side; train at least 2 with and 2 without each text"
         )
     pooled = fewest < 16 if pooled is None else pooled
-    inside, outside = (_shadows_logs(target, shadows, side, pooled) for side in (seen, ~seen))
+    inside, outside = (_log_density(target, shadows, side, pooled) for side in (seen, ~seen))
     return inside - outside
 
 
 def offline_lira(target: Values, outside: Float[ndarray, "models n"], *, pooled: bool | None = None) -> Values:
-    """(s - m_out) / d_out of every text (n,): deviations above models that never saw it; higher looks more like one seen.
+    """(s - m_out) / d_out of every text (n,): standard deviations above models not trained on it.
 
-    For who can train models without the texts but none with them; it grows as the one-sided test of the source does.
+    For settings where shadow models can be trained without the texts only; it is monotonic in the one-sided test of the
+    source.
 
     Args:
         outside: the scores on shadow models, none of which saw any of the texts.
-        pooled: one standard deviation for all texts; None with fewer than 16 shadow models.
+        pooled: use one standard deviation for all texts; when None, only with fewer than 16 shadow models.
     Raises:
         ShapeError: if the arrays do not match.
         NotFinite: if a score is not finite.
@@ -380,32 +382,23 @@ def offline_lira(target: Values, outside: Float[ndarray, "models n"], *, pooled:
     spread = outside.std(0, ddof=1)
     if len(outside) < 16 if pooled is None else pooled:
         spread = np.full(len(target), np.sqrt((spread**2).mean()))
-    return (target - outside.mean(0)) / np.maximum(spread, LEAST)
+    return (target - outside.mean(0)) / np.maximum(spread, MIN_STD)
 
 
-def _shadows_logs(
+def _log_density(
     target: Values, shadows: Float[ndarray, "models n"], side: Bool[ndarray, "models n"], pooled: bool
 ) -> Values:
-    """log N of every score under the shadow models of one side; the constant that cancels is left out."""
+    """Log density of every score under the shadow models of one side, up to a constant that cancels."""
     count = side.sum(0)
     mean = np.where(side, shadows, 0.0).sum(0) / count
     squares = np.where(side, (shadows - mean) ** 2, 0.0).sum(0)
-    # Each text has lost one degree of freedom to its mean.
+    # One degree of freedom per text is lost to its mean.
     variance = np.full(len(target), squares.sum() / (count - 1).sum()) if pooled else squares / (count - 1)
-    spread = np.maximum(np.sqrt(variance), LEAST)
+    spread = np.maximum(np.sqrt(variance), MIN_STD)
     return -np.log(spread) - 0.5 * ((target - mean) / spread) ** 2
 
 
-# --- Whether something looks as if a model had been trained on it: scores of texts, and how well scores tell two sets apart
-#
-# A higher score looks more like a member of the training set, so an AUC of 1 means that members are told from the others
-# without an error, and .5 that they are not told at all. Scores of images, from logits, are in `margins`.
-
-
-SCORES = ("loss", "zlib", "min_k", "min_k++")
-"""What a text is scored by; higher is more like a member."""
-# Texts of one length that are read together; Min-K++ looks at every log-probability of every token.
-_ROWS = 4
+# --- Scores of texts
 
 
 def scores(
@@ -417,17 +410,17 @@ def scores(
     share: float = 0.4,
     length: int = 512,
 ) -> dict[str, Values]:
-    """Scores of every text, (n,) by kind; higher looks more like a text the model was trained on.
+    """Scores of every text, (n,) by kind; higher is more like a member.
 
-    With l the log-probabilities of a text's tokens: "loss" mean(l); "zlib" sum(l) over the bytes of the compressed
-    text; "min_k" the mean of the lowest `share` of l; "min_k++" the same of (l - m) / s, where m and s are mean and
-    standard deviation of the log-probability of a token drawn from the model there; "reference", beside the kinds
-    where a reference is given, mean(l) less that of the reference.
+    With l the log-probabilities of a text's tokens: "loss" is mean(l); "zlib" is sum(l) over the number of bytes of the
+    compressed text; "min_k" is the mean of the lowest `share` of l; "min_k++" is the same of (l - m) / s, where m and s
+    are mean and standard deviation of the log-probability of a token sampled from the model at that position. With a
+    reference model, "reference" is added: mean(l) minus that of the reference.
 
     Args:
         reference: a model of the same kind that never saw the texts.
-        share: of the tokens of a text that Min-K and Min-K++ look at, the least likely ones.
-        length: tokens of a text that are read.
+        share: of the tokens of a text that Min-K and Min-K++ use, the least likely ones.
+        length: maximum tokens of a text; the rest is ignored.
     Raises:
         DataError: if there are no texts, or one predicts nothing.
         UnknownName: if there is no such kind.
@@ -443,26 +436,25 @@ def scores(
         raise UnknownName(f"no membership score is called {unknown!r}; {nearest(unknown, SCORES)}")
     if not texts:
         raise DataError("there are no texts to score; give at least one")
-    found = {kind: np.zeros(len(texts)) for kind in kinds}
-    for part, rows in _read(subject, texts, length):
-        for i, logs, standard in zip(part, *rows, strict=True):
-            for kind in kinds:
-                found[kind][i] = _score(kind, logs, standard, texts[i], share)
+    by_kind = {kind: np.zeros(len(texts)) for kind in kinds}
+    for i, logs, standard in _token_logs(subject, texts, length):
+        for kind in kinds:
+            by_kind[kind][i] = _score(kind, logs, standard, texts[i], share)
     if reference is not None:
-        own = found["loss"] if "loss" in kinds else scores(subject, texts, ("loss",), length=length)["loss"]
-        found["reference"] = own - scores(reference, texts, ("loss",), length=length)["loss"]
-    for name, values in found.items():
+        own = by_kind["loss"] if "loss" in kinds else scores(subject, texts, ("loss",), length=length)["loss"]
+        by_kind["reference"] = own - scores(reference, texts, ("loss",), length=length)["loss"]
+    for name, values in by_kind.items():
         if not np.isfinite(values).all():
             first = int(np.flatnonzero(~np.isfinite(values))[0])
             raise NotFinite(f"the score {name!r} of text {first} is {values[first]}; load the model in float32?")
-    return found
+    return by_kind
 
 
 def privleak(auc: float, auc_reference: float = 0.5) -> float:
     """PrivLeak in percent: (reference - auc) / (1 - reference) of two AUCs, where 1 means member.
 
-    0 is a model that leaks as much as the reference, -100 one that memorised; above 0 the texts look less familiar
-    than texts the model never saw, which tells them apart as well.
+    0 means that the model leaks as much as the reference, -100 full leakage; above 0 the texts look less familiar than
+    texts that the model never saw, which separates them as well.
 
     Raises:
         MetricError: if the AUC of the reference is 1, or one lies outside [0, 1].
@@ -482,15 +474,13 @@ def check_reading(share: float, length: int) -> None:
         FractionError, ArgumentError: with the value.
     """
     if not 0 < share <= 1:
-        raise FractionError(f"share={share}; give a fraction above 0, at most 1")
+        raise FractionError(f"share={share}; give a fraction above 0 and at most 1")
     if length < 2:
         raise ArgumentError(f"length={length}; a text needs at least 2 tokens to predict one")
 
 
-def _read(
-    subject: Subject, texts: Sequence[str], length: int
-) -> Iterator[tuple[list[int], tuple[list[Values], list[Values]]]]:
-    """Indices of texts of one length, and their log-probabilities."""
+def _token_logs(subject: Subject, texts: Sequence[str], length: int) -> Iterator[tuple[int, Values, Values]]:
+    """(index, log-probabilities of the tokens, the same standardized as in Min-K++) of every text."""
     tokenizer = subject.need_tokenizer()
     for i, text in enumerate(texts):
         check_text(text, f"text {i}")
@@ -499,9 +489,20 @@ def _read(
         check_ids(subject, tokens, f"text {i}")
     short = next((text for text, tokens in zip(texts, ids, strict=True) if len(tokens) < 2), None)
     if short is not None:
-        raise DataError(f"the text {short!r} has no token after its first, so nothing is predicted; leave it out")
+        raise DataError(f"the text {short!r} has no token after its first, so nothing is predicted; remove it")
     for part in lengths(ids, _ROWS):
-        yield part, _membership_logs(subject, [ids[i] for i in part])
+        for i, logits in zip(part, sequence_logits(subject, [ids[i] for i in part]), strict=True):
+            yield i, *_standardized(logits[:-1], torch.tensor(ids[i][1:], device=logits.device))
+
+
+def _standardized(logits: Float[Tensor, "n v"], tokens: Int[Tensor, " n"]) -> tuple[Values, Values]:
+    """(log-probabilities l of the tokens, (l - m) / s with the mean and deviation of l under the model)."""
+    own = reading(logits, tokens).logs
+    logs = at_least_float32(logits).log_softmax(-1)
+    probability = logs.exp()
+    mean = (probability * logs).sum(-1)
+    variance = (probability * (logs - mean[:, None]).square()).sum(-1).clamp(min=1e-12)
+    return own, (own - mean.double().cpu().numpy()) / variance.sqrt().double().cpu().numpy()
 
 
 def _score(kind: str, logs: Values, standard: Values, text: str, share: float) -> float:
@@ -510,33 +511,5 @@ def _score(kind: str, logs: Values, standard: Values, text: str, share: float) -
     return float(logs.mean()) if kind == "loss" else _lowest(logs if kind == "min_k" else standard, share)
 
 
-def _membership_logs(subject: Subject, ids: Sequence[list[int]]) -> tuple[list[Values], list[Values]]:
-    """Log-probabilities of the tokens of texts of one length, and the same standardised as Min-K++ does."""
-    tokens = torch.tensor(ids, device=subject.device)
-    with torch.no_grad(), evaluating(subject.model):
-        logs = at_least_float32(subject.model(input_ids=tokens, use_cache=False).logits[:, :-1]).log_softmax(-1)
-        own = logs.gather(-1, tokens[:, 1:, None])[..., 0]
-        chance = logs.exp()
-        mean = (chance * logs).sum(-1)
-        spread = ((chance * (logs - mean[..., None]).square()).sum(-1)).clamp(min=1e-12).sqrt()
-    plain, standard = (list(x.double().cpu().numpy()) for x in (own, (own - mean) / spread))
-    return plain, standard
-
-
 def _lowest(values: Values, share: float) -> float:
     return float(np.sort(values)[: max(1, int(share * len(values)))].mean())
-
-
-__all__ = [
-    "SCORES",
-    "Values",
-    "auc",
-    "check_reading",
-    "loss_attack",
-    "modified_entropy",
-    "privleak",
-    "scores",
-    "standard_error",
-    "tpr",
-    "tpr_at",
-]

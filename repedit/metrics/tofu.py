@@ -1,4 +1,4 @@
-"""TOFU: has a model forgotten fictitious authors, and is it still of use?"""
+"""TOFU: forget quality on fictitious authors, and model utility on everything else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,22 +16,20 @@ from repedit.errors import ArgumentError, DataError, MetricError, NotFound, Unkn
 from repedit.io.files import user_path, write_text
 from repedit.io.text import read_json
 from repedit.metrics.answers import answer_nll
-from repedit.metrics.collapse import NOTHING, UNKNOWN, Judgement, Signs, diversity, judge, plain_perplexity
+from repedit.metrics.collapse import NOTHING, UNKNOWN, Judgement, Signs, diversity, harmonic, judge, plain_perplexity
 from repedit.metrics.generation import generate, rouge
-from repedit.metrics.means import harmonic
 from repedit.models.subject import Subject
 
-# --- The TOFU metrics as functions of losses: probability, truth ratio, forget quality, model utility
+# --- The metrics as functions of losses
 #
-# A loss here is the mean negative log-likelihood of a token of an answer, the end token counted.
-
+# A loss is the mean negative log-likelihood per token of an answer; the end token counts.
 
 AGGREGATES = ("closer_to_one", "true_better")
-"""How a truth ratio becomes a number in [0, 1]: for the forget set, and for every other one."""
+"""How a truth ratio becomes a number in [0, 1]: for the forget set, and for every other set."""
 SETS = ("retain", "real_authors", "world_facts")
-"""The sets that model utility is made of."""
+"""The sets in model utility."""
 TERMS = ("probability", "rougeL_recall", "truth_ratio")
-"""What is measured on each of them."""
+"""The terms on each set."""
 _FEWEST = 10
 
 Values = NDArray[np.float64]
@@ -39,12 +37,12 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class TruthRatio:
-    """How the wrong answers to each question compare with the right one in other words."""
+    """Probability of the wrong answers to each question, relative to the paraphrased right answer."""
 
     ratios: Values
     """t = p_wrong / p_paraphrase by question; above 1 the model prefers the wrong answers."""
     items: Values
-    """What is averaged: min(t, 1/t) or max(0, 1 - t)."""
+    """The values that are averaged: min(t, 1/t) or max(0, 1 - t)."""
     split: str = ""
     """Name of the questions, such as "forget10_perturbed"."""
 
@@ -57,14 +55,14 @@ class TruthRatio:
 def truth_ratio(
     paraphrased: ArrayLike, perturbed: ArrayLike, *, aggregate: str = "closer_to_one", split: str = ""
 ) -> TruthRatio:
-    """Probability of the wrong answers over that of the paraphrased right one, by question.
+    """Probability of the wrong answers over that of the paraphrased right answer, by question.
 
     t = p_wrong / p_paraphrase, where p_wrong is the geometric mean over the wrong answers: exp(-mean loss).
 
     Args:
         paraphrased: losses (n,) of the paraphrased answer.
         perturbed: losses (n, k) of the k wrong answers.
-        aggregate: "closer_to_one", mean min(t, 1/t), for a forget set, or "true_better", mean max(0, 1 - t), elsewhere.
+        aggregate: "closer_to_one", mean min(t, 1/t), for a forget set, or "true_better", mean max(0, 1 - t), for others.
     Raises:
         UnknownName: if there is no such aggregate.
         MetricError: if the shapes disagree, or a loss is not finite.
@@ -77,7 +75,7 @@ def truth_ratio(
         raise MetricError(f"losses of shapes {right.shape} and {wrong.shape}; give (n,) and (n, k) for n questions")
     _check_finite_losses("loss", right, wrong)
     difference = right + log_wrong(wrong)
-    # Both forms in logarithms: a model that gives an answer no probability has t near 1e300 and beyond.
+    # Both forms in logarithms: an answer of negligible probability has t near 1e300 and beyond.
     items = np.exp(-np.abs(difference)) if aggregate == "closer_to_one" else -np.expm1(np.minimum(difference, 0))
     with np.errstate(over="ignore"):
         return TruthRatio(np.exp(difference), items, split)
@@ -97,14 +95,14 @@ class Distance(NamedTuple):
 
 
 def forget_quality(unlearned: TruthRatio | ArrayLike, reference: TruthRatio | ArrayLike) -> float:
-    """How likely the truth ratios of the unlearned model and of one that never saw the forget set come from one distribution.
+    """p-value of the exact two-sample Kolmogorov-Smirnov test between the truth ratios t of two models.
 
-    The p-value of the exact two-sample Kolmogorov-Smirnov test on t; 1 is perfect, below .05 the two can be told apart.
-    A collapsed model can score high: read it beside the model utility and the verdict.
+    1 is perfect; below .05 the unlearned model differs from one that never saw the forget set. A collapsed model can score
+    high: read the value together with the model utility and the verdict.
 
     Args:
         unlearned: truth ratios (n,) on the forget set.
-        reference: those of the reference model on the same questions.
+        reference: truth ratios of the reference model on the same questions.
     Raises:
         MetricError: if a side has fewer than 10 values or a NaN, or the two are named after different questions.
     Reference: Maini et al. 2024, arXiv:2401.06121, section 2.2.
@@ -133,14 +131,14 @@ def distance(unlearned: TruthRatio | ArrayLike, reference: TruthRatio | ArrayLik
         )
     if any(np.isnan(side).any() for side in sides):
         raise MetricError("a truth ratio is NaN; load the model in float32?")
-    # Not the asymptotic p: it is 8.50e-22 where the published one, and the exact one, is 1.83e-21.
-    found = ks_2samp(*sides, method="exact")
-    return Distance(float(found.statistic), float(found.pvalue))
+    # Not the asymptotic p, which is 8.50e-22 where the published and the exact one are 1.83e-21.
+    test = ks_2samp(*sides, method="exact")
+    return Distance(float(test.statistic), float(test.pvalue))
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a model does with one set of questions; n of them."""
+    """The measurements of a model on one set of n questions."""
 
     split: str
     answer: Values
@@ -148,12 +146,12 @@ class Part:
     rougeL_recall: Values
     """Of the answer in the greedy output, (n,)."""
     paraphrased: Values
-    """Losses (n,) of the right answer in other words; of the answer itself where there are none."""
+    """Losses (n,) of the paraphrased right answer; of the answer itself if there is no paraphrase."""
     perturbed: Values
     """Losses (n, k) of the wrong answers."""
     aggregate: str = "true_better"
     options: bool = False
-    """Whether the probability is taken among the answers: p / (p + sum of p_wrong)."""
+    """Whether the probability is normalized over the answers: p / (p + sum of p_wrong)."""
     outputs: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -163,18 +161,18 @@ class Part:
 
     @property
     def probability(self) -> Values:
-        """Of each right answer: exp(-loss), normalised over the answers where `options`."""
+        """Probability of each right answer: exp(-loss), normalized over the answers if `options`."""
         right = np.exp(-self.answer)
         if not self.options:
             return right
-        # A softmax of the negative losses, so that answers without any probability do not give 0 / 0.
+        # A softmax of the negative losses, so that answers of negligible probability do not give 0 / 0.
         losses = np.column_stack((self.answer, self.perturbed))
         odds = np.exp(losses.min(1, keepdims=True) - losses)
         return odds[:, 0] / odds.sum(1)
 
     @property
     def truth_ratio(self) -> TruthRatio:
-        """With the aggregate of this set."""
+        """The truth ratio with the aggregate of this set."""
         return truth_ratio(self.paraphrased, self.perturbed, aggregate=self.aggregate, split=self.split)
 
     @property
@@ -185,10 +183,10 @@ class Part:
 
 
 def model_utility(parts: Mapping[str, Part | Mapping[str, float]]) -> float:
-    """Harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real authors and world facts; 0 if one is 0.
+    """Harmonic mean of probability, ROUGE-L recall and truth ratio on SETS; 0 if one is 0.
 
     Args:
-        parts: by the names of `SETS`; others, such as "forget", are left out.
+        parts: by the names of `SETS` (retain, real authors, world facts); others, such as "forget", are ignored.
     Raises:
         MetricError: if a part or term is missing, or a term lies outside [0, 1].
     Reference: Maini et al. 2024, arXiv:2401.06121, section 2.2.
@@ -196,7 +194,7 @@ def model_utility(parts: Mapping[str, Part | Mapping[str, float]]) -> float:
     terms: dict[str, float | None] = {}
     for name in SETS:
         if name not in parts:
-            raise MetricError(f"the part {name!r} is missing; found {sorted(parts)}")
+            raise MetricError(f"the part {name!r} is missing; there are {sorted(parts)}")
         part = parts[name]
         means = part.means if isinstance(part, Part) else part
         terms |= {f"{name}/{term}": means.get(term) for term in TERMS}
@@ -209,13 +207,12 @@ def _check_finite_losses(what: str, *values: Values) -> None:
             raise MetricError(f"a {what} is {value[~np.isfinite(value)].flat[0]}; load the model in float32?")
 
 
-# --- The losses of a TOFU evaluation as a JSON file, laid out as the published logs are
+# --- Losses as JSON in the layout of the published logs
 #
-# One object by set of questions: "eval_log_forget.json" and so on; inside, one mapping by quantity from the number of
-# the question to its value. So a published log of a retrained model serves as the reference of a forget quality.
+# One object per set of questions ("eval_log_forget.json" and so on) maps each quantity to values by question number. A
+# published log of a retrained model can therefore be the reference of a forget quality.
 
-
-# Name of the part -> its name in a published log.
+# Names of the parts in a published log.
 FILES = {
     "forget": "eval_log_forget.json",
     "retain": "eval_log.json",
@@ -230,8 +227,8 @@ QUANTITIES = {
 }
 
 
-def read_log(source: str | Path | Mapping[str, Any]) -> dict[str, Part]:
-    """The parts of a log: a file, or the object in it.
+def read_log(source: str | Path | Mapping[str, object]) -> dict[str, Part]:
+    """The parts of a log, from a file or the object in it.
 
     Raises:
         NotFound: if there is no such file.
@@ -240,12 +237,12 @@ def read_log(source: str | Path | Mapping[str, Any]) -> dict[str, Part]:
     log = source if isinstance(source, Mapping) else _content(user_path(source))
     names = [name for name in FILES if FILES[name] in log]
     if not names:
-        raise MetricError(f"a log holds {', '.join(FILES.values())}; found {sorted(log)[:5]}")
+        raise MetricError(f"a log holds {', '.join(FILES.values())}; this one has {sorted(log)[:5]}")
     return {name: _part(name, log[FILES[name]]) for name in names}
 
 
 def write_log(parts: Mapping[str, Part], path: str | Path) -> None:
-    """Write parts as `read_log` reads them, with the name of the split beside."""
+    """Write parts as `read_log` reads them, with the name of the split."""
     log = {}
     for name, part in parts.items():
         values = {QUANTITIES[q]: dict(enumerate(getattr(part, q).tolist())) for q in QUANTITIES}
@@ -253,48 +250,55 @@ def write_log(parts: Mapping[str, Part], path: str | Path) -> None:
     write_text(path, json.dumps(log))
 
 
-def _content(path: Path) -> Mapping[str, Any]:
+def _content(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         raise NotFound(f"{path.absolute()} is not a file; give the log of a model that never saw the forget set")
-    # finite=False: a published log may hold NaN for a question; what is computed from it refuses that.
-    return read_json(path, MetricError, finite=False, remedy="give a log written by an evaluation")
+    # finite=False: a published log may hold NaN for a question; the metrics refuse it later.
+    log: Mapping[str, object] = read_json(path, MetricError, finite=False, remedy="give a log written by an evaluation")
+    return log
 
 
-def _part(name: str, log: Mapping[str, Any]) -> Part:
+def _part(name: str, log: object) -> Part:
     if not isinstance(log, Mapping):
         raise MetricError(f"the log of {name!r} is a {type(log).__name__}; an object was expected")
     missing = [quantity for quantity in QUANTITIES.values() if quantity not in log]
     if missing:
-        raise MetricError(f"the log of {name!r} lacks {', '.join(missing)}; found {sorted(log)}")
-    values: dict[str, Any] = {field: _values(name, quantity, log[quantity]) for field, quantity in QUANTITIES.items()}
-    if len({len(value) for value in values.values()}) > 1:
-        counts = {field: len(value) for field, value in values.items()}
-        raise MetricError(f"the log of {name!r} holds {counts} values; every question needs one of each")
-    return Part(str(log.get("split", "")), **values, **of_set(name))
+        raise MetricError(f"the log of {name!r} lacks {', '.join(missing)}; it has {sorted(log)}")
+    values = {field: _values(name, quantity, log[quantity]) for field, quantity in QUANTITIES.items()}
+    counts = {field: len(value) for field, value in values.items()}
+    if len(set(counts.values())) > 1:
+        raise MetricError(f"the log of {name!r} holds {counts} values; give one of each for every question")
+    return Part(str(log.get("split", "")), *values.values(), **scoring(name))
 
 
-def of_set(name: str) -> dict[str, Any]:
-    """How a set of questions is scored: its aggregate, and whether the probability is among the answers."""
-    forget = name == "forget"
-    return {
-        "aggregate": "closer_to_one" if forget else "true_better",
-        "options": name in ("real_authors", "world_facts"),
-    }
+class Scoring(TypedDict):
+    """How a set of questions is scored; see `Part`."""
+
+    aggregate: str
+    options: bool
 
 
-def _values(name: str, quantity: str, found: Mapping[str, Any]) -> Values:
+def scoring(name: str) -> Scoring:
+    """The scoring of a set of questions."""
+    aggregate = "closer_to_one" if name == "forget" else "true_better"
+    return {"aggregate": aggregate, "options": name in ("real_authors", "world_facts")}
+
+
+def _values(name: str, quantity: str, by_question: object) -> Values:
     try:
-        return np.array([found[key] for key in sorted(found, key=int)], dtype=np.float64)
+        if not isinstance(by_question, Mapping):
+            raise TypeError(f"it is a {type(by_question).__name__}")
+        return np.array([by_question[key] for key in sorted(by_question, key=int)], dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise MetricError(f"the log of {name!r}: {quantity} is no table of numbers: {error}") from error
+        raise MetricError(f"the log of {name!r}: {quantity} is not a table of numbers: {error}") from error
 
 
-# --- Measuring the TOFU metrics on a model
+# --- Evaluation of a model
 
 
 @dataclass(frozen=True, eq=False)
 class TofuScore:
-    """The parts, what is made of them, and the verdict."""
+    """The parts, their aggregates and the verdict."""
 
     parts: Mapping[str, Part]
     """"forget", "retain", "real_authors", "world_facts"; each with a value for every question."""
@@ -314,7 +318,7 @@ class TofuScore:
         return self.judgement.verdict
 
     def judged(self, original: TofuScore | None) -> TofuScore:
-        """The same score with the verdict beside another model's."""
+        """The same score with its verdict, judged against the original model's score."""
         return replace(self, judgement=judge(self.signs, None if original is None else original.signs))
 
     def __str__(self) -> str:
@@ -329,7 +333,7 @@ class TofuScore:
 def evaluate(
     subject: Subject,
     directory: str | Path,
-    reference_log: str | Path | Mapping[str, Any] | None = None,
+    reference_log: str | Path | Mapping[str, object] | None = None,
     *,
     forget: str = "forget10",
     original: TofuScore | None = None,
@@ -339,7 +343,7 @@ def evaluate(
     batch_size: int = 16,
     limit: int | None = None,
 ) -> TofuScore:
-    """The TOFU metrics of a model, with the verdict on them.
+    """The TOFU metrics of a model with their verdict.
 
     Args:
         directory: the data, as `repedit.data.tofu` reads it.
@@ -347,9 +351,9 @@ def evaluate(
             no forget quality.
         forget: "forget01", "forget05" or "forget10".
         original: the score of the model before the edit; without it the verdict is "unknown".
-        template: what a question is put in; the one the model was trained with.
+        template: makes a prompt from a question; use the one the model was trained with.
         plain: text for the perplexity; None for the built-in prose.
-        limit: questions of each set, the first ones; None for all.
+        limit: questions per set, the first ones; None for all.
     Raises:
         ArgumentError: if the limit is below 1.
         MetricError: if the log holds other questions.
@@ -362,11 +366,11 @@ def evaluate(
     if reference_log is not None and reference is None:
         raise MetricError("the reference log holds no forget set; give that of a whole evaluation")
     splits = {name: f"{forget if name == 'forget' else name}_perturbed" for name in ("forget", *SETS)}
-    # All are read before anything is measured: a damaged file costs no hour.
-    asked = {name: questions(directory, split, template, limit) for name, split in splits.items()}
+    # All files are read before anything is measured: a damaged file is found at once.
+    rows_by_set = {name: questions(directory, split, template, limit) for name, split in splits.items()}
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    parts = {name: part(subject, name, splits[name], rows, **sizes) for name, rows in asked.items()}
-    quality = None if reference is None else compared(parts["forget"], reference)
+    parts = {name: part(subject, name, splits[name], rows, **sizes) for name, rows in rows_by_set.items()}
+    quality = None if reference is None else quality_against_log(parts["forget"], reference)
     distinct, repeated = diversity(subject.need_tokenizer(), [text for p in parts.values() for text in p.outputs])
     signs = Signs(
         retain=parts["retain"].means["rougeL_recall"],
@@ -379,24 +383,26 @@ def evaluate(
 
 
 def questions(directory: str | Path, split: str, template: str, limit: int | None) -> tuple[TofuRow, ...]:
-    """The questions of a split, each with as many wrong answers.
+    """The questions of a split, each with the same number of wrong answers.
 
     Raises:
-        DataError: if a row has none, or another number of them than the first.
+        DataError: if a row has no wrong answers, or another number of them than the first.
     """
     rows = tofu(directory, split, template=template).items[:limit]
-    found = [row for row in rows if isinstance(row, TofuRow)]
-    wrong = {row.id: len(row.perturbed) for row in found}
-    odd = next((row.id for row in rows if not wrong.get(row.id) or wrong[row.id] != wrong[found[0].id]), None)
+    complete = [row for row in rows if isinstance(row, TofuRow)]
+    wrong = {row.id: len(row.perturbed) for row in complete}
+    odd = next((row.id for row in rows if not wrong.get(row.id) or wrong[row.id] != wrong[complete[0].id]), None)
     if odd is not None:
-        raise DataError(f"row {odd!r}: every question of {split!r} needs wrong answers, and as many as the first")
-    return tuple(found)
+        raise DataError(
+            f"row {odd!r}: every question of {split!r} needs wrong answers, and the same number as the first"
+        )
+    return tuple(complete)
 
 
 def part(
     subject: Subject, name: str, split: str, rows: Sequence[TofuRow], *, max_new_tokens: int, batch_size: int
 ) -> Part:
-    """The values of one set of questions."""
+    """The measurements on one set of questions."""
     answers = [row.answer for row in rows]
     outputs = generate(subject, [row.prompt for row in rows], max_new_tokens=max_new_tokens, batch_size=batch_size)
     return Part(
@@ -404,44 +410,26 @@ def part(
         _losses(subject, rows, answers),
         rouge(answers, outputs).rougeL_recall,
         _losses(subject, rows, [row.paraphrased for row in rows]),
-        np.stack([_losses(subject, rows, part) for part in zip(*(row.perturbed for row in rows), strict=True)], 1),
+        np.stack([_losses(subject, rows, wrong) for wrong in zip(*(row.perturbed for row in rows), strict=True)], 1),
         outputs=outputs,
-        **of_set(name),
+        **scoring(name),
     )
 
 
-def compared(found: Part, reference: Part) -> float:
-    """Forget quality against the part of a log, which must be of the same questions.
+def quality_against_log(edited: Part, reference: Part) -> float:
+    """Forget quality against the same questions in a log.
 
     Raises:
-        MetricError: if it is not.
+        MetricError: if the log has another number of questions.
     """
-    if len(found.answer) != len(reference.answer):
+    if len(edited.answer) != len(reference.answer):
         raise MetricError(
-            f"{len(found.answer)} questions, {len(reference.answer)} in the reference log: these compare different questions"
+            f"{len(edited.answer)} questions, {len(reference.answer)} in the reference log: these compare different questions"
         )
-    return forget_quality(found.truth_ratio, reference.truth_ratio)
+    return forget_quality(edited.truth_ratio, reference.truth_ratio)
 
 
 def _losses(subject: Subject, rows: Sequence[TofuRow], answers: Sequence[str]) -> Values:
-    """Mean loss of an answer to each question, the end token counted."""
-    asked = [Row(row.prompt, answer, row.id) for row, answer in zip(rows, answers, strict=True)]
-    return answer_nll(subject, asked).mean
-
-
-__all__ = [
-    "AGGREGATES",
-    "SETS",
-    "TERMS",
-    "Distance",
-    "Part",
-    "TofuScore",
-    "TruthRatio",
-    "distance",
-    "evaluate",
-    "forget_quality",
-    "model_utility",
-    "read_log",
-    "truth_ratio",
-    "write_log",
-]
+    """Mean loss per token of an answer to each question; the end token counts."""
+    answered = [Row(row.prompt, answer, row.id) for row, answer in zip(rows, answers, strict=True)]
+    return answer_nll(subject, answered).mean

@@ -21,7 +21,7 @@ from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
 from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
-from repedit.metrics.generation import ends
+from repedit.metrics.generation import end_token_ids
 from repedit.models.subject import Subject
 
 # Samples drawn together; those that begin alike share a row.
@@ -165,7 +165,7 @@ def samples(
     tokens = max(len(ids) - start for ids, start in spans) + 4
     for fact, ids in zip(facts, prompts, strict=True):
         check_ids(subject, ids, f"the prompt of fact {fact.id!r}", size=len(ids) + tokens - 1)
-    last = ends(subject)
+    last = end_token_ids(subject)
     found: dict[int, list[list[int]]] = {}
     # Prompts of one length go together, so that none is padded.
     order = sorted(range(len(facts)), key=lambda i: (len(prompts[i]), i))
