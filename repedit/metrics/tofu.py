@@ -268,7 +268,10 @@ def _part(name: str, log: object) -> Part:
     counts = {field: len(value) for field, value in values.items()}
     if len(set(counts.values())) > 1:
         raise MetricError(f"the log of {name!r} holds {counts} values; give one of each for every question")
-    return Part(str(log.get("split", "")), *values.values(), **scoring(name))
+    right, rouge_recall, paraphrased, perturbed = (
+        values[field] for field in ("answer", "rougeL_recall", "paraphrased", "perturbed")
+    )
+    return Part(str(log.get("split", "")), right, rouge_recall, paraphrased, perturbed, **scoring(name))
 
 
 class Scoring(TypedDict):
