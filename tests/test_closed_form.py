@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.errors import ArgumentError, NotFinite
 from repedit.fit import FITS, linalg
 from repedit.stats import CrossMoments, Moments
 from tests.structured_rows import (
@@ -253,16 +252,3 @@ def test_spectra_show_where_the_cut_is():
     assert float(found.retain[: found.cut].sum()) >= 0.95 * float(found.retain.sum())
     assert float(found.retain[: found.cut - 1].sum()) < 0.95 * float(found.retain.sum())
     assert 0.02 < found.share < 0.5 and bool((found.residual.diff() <= 0).all())
-
-
-def test_choosing_goes_by_behaviour():
-    edits = {
-        name: rp.Edit({rp.Site.parse("0.mlp.out"): rp.fit.random_basis(D, rank=K, seed=s)})
-        for s, name in enumerate("abc")
-    }
-    scores = dict(zip(edits.values(), (0.1, 0.7, 0.7), strict=True))
-    assert rp.fit.choose(edits, scores.__getitem__) == ("b", edits["b"])
-    with pytest.raises(ArgumentError, match="no candidate to choose from"):
-        rp.fit.choose({}, len)
-    with pytest.raises(NotFinite, match="the score of 'a' is NaN"):
-        rp.fit.choose(edits, lambda _: float("nan"))

@@ -117,7 +117,7 @@ def test_a_fit_that_finds_nothing_says_so():
 
 def test_labels_and_means_without_signal_are_refused():
     x, _ = labelled()
-    with pytest.raises(NoSignal, match=r"no direction of x predicts z \(svd_tol=0.01\); 1 of 4 labels were seen"):
+    with pytest.raises(NoSignal, match=r"no direction of x predicts z \(svd_tol=0.01\); 1 of 4 labels occur"):
         rp.fit.leace(*statistics_of(x, torch.eye(4, dtype=torch.float64)[:1].expand(len(x), 4)))
     same, _ = pair()
     for fit in (rp.fit.lda, rp.fit.mean_difference):
@@ -142,7 +142,7 @@ def test_options_out_of_range_are_refused():
     with pytest.raises(NotEnoughRows, match="the retain statistic has no energy here"):
         rp.fit.gen_eig(forget, moments_of(torch.zeros(50, D).double()), rank=K)
     with pytest.raises(
-        ShapeError, match="forget pairs rows of width 24 with values of width 4, which are no gradients"
+        ShapeError, match="forget pairs rows of width 24 with values of width 4, which are not gradients"
     ):
         rp.fit.grad_pca(CrossMoments(D, 4), CrossMoments(D, D), rank=K)
     with pytest.raises(

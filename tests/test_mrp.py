@@ -399,7 +399,7 @@ def test_refusals_change_nothing(facts):
         ({"config": {"steps": 0}}, ArgumentError, "steps out of range"),
         ({"config": {"steps": 3, "epochs": 2, "among": "words"}}, ArgumentError, "give one of them|among"),
         ({"retain": facts.forget}, OverlapError, r"share \d+ rows, the first is"),
-        ({"retain": []}, DataError, "found nothing"),
+        ({"retain": []}, DataError, "holds nothing"),
         ({"rank": 24}, RankError, r"0\.mlp\.out: rank 24 was asked for, 1 to 23 is possible"),
         ({"rank": 0}, RankError, "rank 0 was asked for"),
         ({"sites": "stream", "previous": rp.Edit({rp.Site.parse("0.mlp.out"): rp.Diagonal(torch.ones(24))})}, ArgumentError, "Diagonal that is not an orthogonal projection"),

@@ -134,14 +134,14 @@ def test_directions_are_added_until_the_width_is_a_multiple():
 def test_added_directions_need_moments_and_an_orthogonal_basis():
     subject = tiny("llama")
     with pytest.raises(
-        ArgumentError, match="21 is no multiple of 8, so 5 more directions must go; pass retain=Moments"
+        ArgumentError, match="21 is not a multiple of 8, so 5 more directions must be removed; pass retain=Moments"
     ):
         rp.erase_stream(subject, basis(rank=3), multiple=8)
     with pytest.raises(
         ArgumentError, match="multiple=8 adds directions to an orthogonal basis; the map given is oblique"
     ):
         rp.erase_stream(subject, rp.LowRank.oblique(basis(rank=3), basis(rank=3, seed=1)), multiple=8)
-    with pytest.raises(ArgumentError, match="multiple=0: at least 1"):
+    with pytest.raises(ArgumentError, match="multiple=0; give at least 1"):
         rp.erase_stream(subject, basis(), multiple=0)
     with pytest.raises(RankError, match="rank 24 was asked for"):
         rp.erase_stream(subject, basis(rank=3), multiple=32, retain=rp.Moments(24))

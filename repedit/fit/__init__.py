@@ -1,9 +1,12 @@
-"""Find what to remove by optimisation or in closed form; every fit returns a value and changes no weight."""
+"""Subspaces to remove from hidden states, in closed form or by optimization; no fit changes a weight.
+
+Each closed form takes statistics from `rp.collect` and returns a `LowRank`; `FITS` holds all of them by name. What a
+projection does to rows is measured by `norm_ratio` (how much longer they become), `distortion` (how much it changes them)
+and `spectra` (where the energy of two sets lies).
+"""
 
 from repedit.fit.closed_form import (
     FITS,
-    NEEDS,
-    choose,
     cpca,
     gen_eig,
     grad_pca,
@@ -21,10 +24,8 @@ from repedit.fit.linalg import extend, orthonormal, principal_angles, top_eigenv
 
 __all__ = [
     "FITS",
-    "NEEDS",
     "Spectra",
     "capped",
-    "choose",
     "cpca",
     "distortion",
     "extend",

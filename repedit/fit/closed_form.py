@@ -1,22 +1,22 @@
-"""Subspaces to remove, in closed form: eigenproblems of second moments, discriminants, and LEACE. No training."""
+"""Subspaces to remove, in closed form: eigenproblems of second moments, discriminants, and LEACE.
+
+S_f and S_r are the uncentred second moments E[x x^T] of the forget and retain rows, k is the rank. With `previous`, a fit
+chooses in the complement of what is removed already, and its result is orthogonal to it.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.edit import Edit
 from repedit.errors import (
     ArgumentError,
     FractionError,
     NoSignal,
     NotEnoughRows,
-    NotFinite,
     NothingLeft,
     RankError,
     ShapeError,
@@ -37,28 +37,24 @@ from repedit.fit.linalg import (
 from repedit.linear_maps import LowRank
 from repedit.stats import CrossMoments, Moments
 
-# --- Subspaces to remove from second moments of forget and retain rows: one eigenproblem each, no training
-#
-# S_f, S_r are the uncentred second moments E[x x^T] of the two sets, k the rank. With `previous`, a fit chooses in the
-# complement of what is removed already, and its result is orthogonal to it.
+# Below this share of the forget energy the residual is rounding error, and its principal directions are meaningless.
+_NEGLIGIBLE = 1e-6
 
-
-# Below this share of the forget energy the residual is rounding, and its principal directions mean nothing.
-NOTHING = 1e-6
+# --- Second moments of forget and retain rows: one eigenproblem each
 
 
 def residual_pca(
     forget: Moments, retain: Moments, *, rank: int = 16, energy: float = 0.95, previous: LowRank | None = None
 ) -> LowRank:
-    """The directions of most forget energy outside the span that holds the retain energy.
+    """The directions with the most forget energy outside the span that holds the retain energy.
 
     Q = top-m eigenvectors of S_r, m the fewest with at least `energy` of tr S_r and at most d - k;
     U = top-k eigenvectors of (I - Q Q^T) S_f (I - Q Q^T). It changes retain rows by at most (1 - energy) tr S_r, unless
-    d - k cut m short.
+    d - k limits m.
 
     Raises:
-        FractionError: if energy is not a fraction. RankError, NotEnoughRows, ShapeError, NotFinite: as every fit.
-        NothingLeft: if less than 1e-6 of the forget energy, or fewer than k directions, lie outside.
+        FractionError: if energy is not a fraction. RankError, NotEnoughRows, ShapeError, NotFinite: as in every fit.
+        NothingLeft: if less than 1e-6 of the forget energy, or fewer than k directions, are outside.
     Reference: the start of MRP, arXiv 2508.15449, with the truncation it needs to have a complement at all.
     """
     if not 0 <= energy <= 1:
@@ -71,7 +67,7 @@ def residual_pca(
     residual = symmetric(outside.T @ forgotten @ outside)
     share = float(residual.trace()) / max(float(forgotten.trace()), 1e-300)
     top, chosen = top_eigenvectors(residual, rank)
-    if share < NOTHING or float(top[-1]) < NOTHING**2 * float(forgotten.trace()):
+    if share < _NEGLIGIBLE or float(top[-1]) < _NEGLIGIBLE**2 * float(forgotten.trace()):
         raise NothingLeft(
             f"outside the {m} directions that hold {energy:.0%} of the retain energy, {share:.1e} of the forget energy "
             f"is left, not enough for rank {rank}; use a lower energy or rank"
@@ -82,7 +78,7 @@ def residual_pca(
 def cpca(
     forget: Moments, retain: Moments, *, rank: int = 16, alpha: float = 1.2, previous: LowRank | None = None
 ) -> LowRank:
-    """The directions of most contrast: top-k eigenvectors of S_f - alpha S_r.
+    """The directions with the most contrast: top-k eigenvectors of S_f - alpha S_r.
 
     Raises:
         NothingLeft: if no direction holds more forget energy than alpha times its retain energy.
@@ -95,10 +91,10 @@ def cpca(
 def gen_eig(
     forget: Moments, retain: Moments, *, rank: int = 16, ridge: float = 1e-3, previous: LowRank | None = None
 ) -> LowRank:
-    """The span that reads most forget energy for its retain energy: U = orth(W), S_f w = l R w, largest l first.
+    """The span with the largest ratio of forget to retain energy: U = orth(W), S_f w = l R w, largest l first.
 
-    R = S_r + lam I, lam = ridge tr(S_r) / d. The w are directions to read along, not the ones that forget rows are
-    written along: `oblique` uses both.
+    R = S_r + lam I, lam = ridge tr(S_r) / d. The w are the directions to read along, not those along which forget rows are
+    written: `oblique` uses both.
     """
     space, dtype = _ready(forget, retain, rank, previous)
     readers, _ = _generalised(space, forget, retain, rank, ridge)
@@ -114,20 +110,20 @@ def oblique(
     norm_cap: float = 1.05,
     previous: LowRank | None = None,
 ) -> LowRank:
-    """The projection along the forget directions F = S_f W that moves retain rows least.
+    """The projection along the forget directions F = S_f W that changes retain rows least.
 
     P = I - F (F^T R^-1 F)^-1 F^T R^-1, W and R as in `gen_eig`, which makes it I - R W W^T. Among the projections with
-    kernel span F its distortion in the metric R, tr((F^T R^-1 F)^-1 F^T F), is smallest; the orthogonal one has more.
-    What is removed of a forget row is uncorrelated with what is left (S_f W = R W l), and the ridge only helps retain
-    rows, so neither set grows; `norm_cap` guards that as it guards `lda` (see `capped`).
+    kernel span F it has the smallest distortion in the metric R, tr((F^T R^-1 F)^-1 F^T F); the orthogonal one has more.
+    What is removed from a forget row is uncorrelated with what remains (S_f W = R W l), and the ridge only helps retain
+    rows, so neither set grows; `norm_cap` enforces this as it does for `lda` (see `capped`).
     """
     space, dtype = _ready(forget, retain, rank, previous)
     readers, metric = _generalised(space, forget, retain, rank, ridge)
     # U = R W a^-1 is orthonormal and V = W a^T, so that U V^T = R W W^T and V^T U = I.
     u, a = torch.linalg.qr(metric @ readers)
-    found = LowRank(space.back(u).contiguous(), space.back(readers @ a.T).contiguous())
-    found, _ = capped(found, [forget, retain], norm_cap)
-    return LowRank(found.u.to(dtype), found.v.to(dtype))
+    map_ = LowRank(space.back(u).contiguous(), space.back(readers @ a.T).contiguous())
+    map_, _ = capped(map_, [forget, retain], norm_cap)
+    return LowRank(map_.u.to(dtype), map_.v.to(dtype))
 
 
 def grad_pca(
@@ -141,13 +137,13 @@ def grad_pca(
     """The span whose removal raises L_f - retain_weight * L_r most, to first order.
 
     Removing U changes a loss by -tr(U^T A U) + O(2), A = E[x g^T], g = dL/dx. So U = top-k eigenvectors of
-    -sym(A_f) + retain_weight sym(A_r). An argument about small steps: U U^T x is none.
+    -sym(A_f) + retain_weight sym(A_r). This is an argument about small steps, which U U^T x is not.
 
     Args:
         forget, retain: from collect(..., statistic=CrossMoments, gradients=True).
     Raises:
         NothingLeft: if no direction would raise it.
-        ShapeError: if the statistics are not of gradients, which are as wide as the rows.
+        ShapeError: if the statistics are not of gradients, which have the width of the rows.
     """
     for name, statistic in (("forget", forget), ("retain", retain)):
         check_gradients(name, statistic)
@@ -157,7 +153,7 @@ def grad_pca(
 
 
 def random_basis(d: int, *, rank: int, seed: int, previous: LowRank | None = None) -> LowRank:
-    """A uniformly random subspace, the control of every other fit: orthonormalised Gaussian columns."""
+    """A uniformly random subspace, the control for every other fit: orthonormalised Gaussian columns."""
     space = Space.after(previous, d)
     space.check(rank)
     draw = torch.randn(d - space.taken, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -166,10 +162,14 @@ def random_basis(d: int, *, rank: int, seed: int, previous: LowRank | None = Non
 
 
 def check_gradients(name: str, statistic: CrossMoments) -> None:
-    """Refuse cross moments with labels where gradients are needed."""
+    """Refuse cross moments with labels where gradients are needed.
+
+    Raises:
+        ShapeError: with both widths.
+    """
     if statistic.other != statistic.width:
         raise ShapeError(
-            f"{name} pairs rows of width {statistic.width} with values of width {statistic.other}, which are no "
+            f"{name} pairs rows of width {statistic.width} with values of width {statistic.other}, which are not "
             "gradients; collect with gradients=True"
         )
 
@@ -183,11 +183,11 @@ def _ready(
     return space, dtype
 
 
-def _leading(space: Space, contrast: Tensor, rank: int, dtype: torch.dtype, what: str) -> LowRank:
+def _leading(space: Space, contrast: Tensor, rank: int, dtype: torch.dtype, option: str) -> LowRank:
     values, vectors = top_eigenvectors(symmetric(contrast), rank)
     if not float(values[0]) > 1e-12 * float(contrast.norm()):
         raise NothingLeft(
-            f"no direction favours forget over retain with {what} (the largest eigenvalue is {float(values[0]):.1e}); "
+            f"no direction favours forget over retain with {option} (the largest eigenvalue is {float(values[0]):.1e}); "
             "are the two sets different? Lower it, or collect other text"
         )
     return projector(sign_fixed(space.back(vectors)), dtype)
@@ -205,10 +205,10 @@ def _generalised(space: Space, forget: Moments, retain: Moments, rank: int, ridg
     return torch.linalg.solve_triangular(lower.T, vectors, upper=True), metric
 
 
-# --- Directions that tell classes apart: the mean difference, Fisher's discriminant, and LEACE
+# --- Directions that separate classes: the mean difference, Fisher's discriminant, and LEACE
 #
-# Means reach the *topic* of a text. What tells one fact of a topic from another is variance inside it, which only
-# labels of the answers (LEACE) or second moments (closed_form.py) see.
+# Means carry the topic of a text. Facts of one topic differ by variance within it, which only labels of the answers (LEACE)
+# or second moments capture.
 
 
 def mean_difference(forget: Moments, retain: Moments, *, previous: LowRank | None = None) -> LowRank:
@@ -235,7 +235,7 @@ def lda(
     norm_cap: float = 1.05,
     previous: LowRank | None = None,
 ) -> LowRank:
-    """The projection along the mean difference that moves rows least within their class, rank 1.
+    """The projection along the mean difference that changes rows least within their class, rank 1.
 
     P = I - F F^T R^-1 / (F^T R^-1 F), F = m_f - m_r, R the pooled within-class covariance + lam I,
     lam = ridge tr / d. Norms are capped as in `oblique`.
@@ -255,8 +255,8 @@ def lda(
         raise ArgumentError(f"the within-class covariance is singular with ridge={ridge}; use a larger one, 1e-3 say")
     u = direction / direction.norm()
     reader = torch.cholesky_solve(u, lower)
-    found, _ = capped(LowRank(space.back(u), space.back(reader / (u.T @ reader))), [forget, retain], norm_cap)
-    return LowRank(found.u.to(dtype), found.v.to(dtype))
+    map_, _ = capped(LowRank(space.back(u), space.back(reader / (u.T @ reader))), [forget, retain], norm_cap)
+    return LowRank(map_.u.to(dtype), map_.v.to(dtype))
 
 
 def leace(
@@ -271,17 +271,17 @@ def leace(
     """The least-squares smallest affine map after which no linear probe predicts z from x.
 
     P = I - W^+ u u^T W, W = cov(x)^(-1/2), u the left singular vectors of W cov(x, z) above `svd_tol`, center the mean
-    of x. What is removed is uncorrelated with what is left, so no row set grows. Computed as U = C r / s,
+    of x. What is removed is uncorrelated with what remains, so no set of rows grows. Computed as U = C r / s,
     V = cov(x)^+ C r / s with C = cov(x, z) and s, r the singular values and right vectors of L^-1 C, cov(x) = L L^T.
 
     Args:
         xx: statistics of x, width d, at least d + 1 rows.
-        xz: cross statistics of the same rows with their labels, one-hot classes say.
+        xz: cross statistics of the same rows with their labels, such as one-hot classes.
         shrinkage: shrink cov(x) towards a multiple of I by random-matrix theory (`shrunk`).
-        affine: keep the mean of x where it is; without, the map is linear and needs no bias.
+        affine: keep the mean of x; otherwise the map is linear and needs no bias.
     Raises:
         NotEnoughRows: if there are fewer than d + 1 rows. NoSignal: if z does not vary with x.
-        RankError: if nothing would remain. ShapeError: if the two are of other rows.
+        RankError: if nothing would remain. ShapeError: if the two are of different rows.
     Reference: Belrose et al. 2023, arXiv 2306.03819, section 4.
     """
     if (xx.width, xx.count) != (xz.width, xz.count):
@@ -297,9 +297,9 @@ def leace(
         raise NotEnoughRows("x does not vary; does the site carry anything, after `previous`?")
     u, v = _whitened_factors(shrunk(sigma, xx.count) if shrinkage else sigma, cross, svd_tol)
     if not u.shape[1]:
-        seen = int((xz.other_mean != 0).sum())
+        occurring = int((xz.other_mean != 0).sum())
         raise NoSignal(
-            f"no direction of x predicts z (svd_tol={svd_tol}); {seen} of {xz.other} labels were seen. "
+            f"no direction of x predicts z (svd_tol={svd_tol}); {occurring} of {xz.other} labels occur. "
             "Does z take several values, and does x carry them?"
         )
     if u.shape[1] >= xx.width - space.taken:
@@ -312,7 +312,7 @@ def leace(
 
 
 def shrunk(sigma: Float[Tensor, "d d"], rows: int) -> Float[Tensor, "d d"]:
-    """alpha sigma + (1 - alpha) (tr sigma / d) I, with the alpha of least Frobenius error for this many rows.
+    """alpha sigma + (1 - alpha) (tr sigma / d) I, with the alpha of smallest Frobenius error for this many rows.
 
     1 - alpha = tr(sigma)^2 / (n ||sigma - (tr sigma / d) I||^2) with ||.|| the Frobenius norm, in [0, 1].
 
@@ -346,9 +346,9 @@ def _whitened_factors(sigma: Tensor, cross: Tensor, svd_tol: float) -> tuple[Ten
         solved = torch.linalg.solve_triangular(lower.T, half, upper=True)
     else:
         values, vectors = torch.linalg.eigh(sigma)
-        # What torch.linalg.pinv takes for zero.
-        known = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-        values, vectors = values[known], vectors[:, known]
+        # The tolerance of torch.linalg.pinv.
+        nonzero = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        values, vectors = values[nonzero], vectors[:, nonzero]
         half = (vectors.T @ cross) / values.sqrt()[:, None]
         solved = vectors @ (half / values.sqrt()[:, None])
         cross = vectors @ (vectors.T @ cross)
@@ -356,9 +356,6 @@ def _whitened_factors(sigma: Tensor, cross: Tensor, svd_tol: float) -> tuple[Ten
     keep = size > svd_tol
     r = right.T[:, keep] / size[keep]
     return cross @ r, solved @ r
-
-
-# --- The table of closed forms, and the choice between what they find
 
 
 FITS: Mapping[str, Callable[..., LowRank]] = {
@@ -373,28 +370,3 @@ FITS: Mapping[str, Callable[..., LowRank]] = {
     "random": random_basis,
 }
 """Every closed form by name; each returns a `LowRank`."""
-NEEDS: Mapping[str, str] = {
-    "leace": "moments, and cross moments with labels",
-    "grad_pca": "forget and retain cross moments with gradients",
-    "random": "a width and a seed",
-}
-"""What a fit is given where it is not (forget, retain) moments."""
-
-
-def choose(candidates: Mapping[str, Edit], score: Callable[[Edit], Any]) -> tuple[str, Edit]:
-    """The candidate with the highest score, by name; the first of equals.
-
-    Score them by what the edited model does on a validation split: energies are a poor judge of what a direction means
-    to the network.
-
-    Raises:
-        ArgumentError: if there is no candidate. NotFinite: if a score is NaN.
-    """
-    if not candidates:
-        raise ArgumentError("there is no candidate to choose from; give at least one edit")
-    scores = {name: float(score(edit)) for name, edit in candidates.items()}
-    for name, value in scores.items():
-        if math.isnan(value):
-            raise NotFinite(f"the score of {name!r} is NaN")
-    best = max(scores, key=lambda name: scores[name])
-    return best, candidates[best]

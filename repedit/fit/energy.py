@@ -1,4 +1,4 @@
-"""What a projection does to the energy of rows, and where the energy of two sets lies: facts to judge a fit by."""
+"""Measures of a projection: what it does to the energy of rows, and where the energy of two sets lies."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ def distortion(map_: LowRank, moments: Moments) -> float:
 
 
 def capped(map_: LowRank, moments: Sequence[Moments], norm_cap: float = 1.05) -> tuple[LowRank, float]:
-    """The map with V replaced by (1 - t) V + t U, U orthonormal, and the smallest t that caps the norms.
+    """The map with V replaced by (1 - t) V + t U, U orthonormal, with the smallest t that bounds the norms.
 
     For each set of rows E ||P x||^2 <= norm_cap E ||x||^2, about the map's center. V^T U = I for every t, so the kernel
-    stays; t = 1 is the orthogonal projection, which never makes a row longer. Returns (map, t); t = 0 changes nothing.
+    does not change; t = 1 is the orthogonal projection, which never makes a row longer. Returns (map, t).
 
     Raises:
         ArgumentError: if norm_cap is below 1.
     """
     if not norm_cap >= 1:
-        raise ArgumentError(f"norm_cap={norm_cap} is below 1, which no projection with this kernel may satisfy")
+        raise ArgumentError(
+            f"norm_cap={norm_cap} is below 1, which a projection with this kernel may be unable to satisfy"
+        )
     seconds = [_about(map_, m) for m in moments]
     t = max((_mixture(map_, second, norm_cap) for second in seconds), default=0.0)
     if t == 0.0:
@@ -56,42 +58,47 @@ class Spectra:
     residual: Float[Tensor, " r"]
     """Forget energy outside the first `cut` principal directions of retain."""
     cut: int
-    """Directions of retain that `residual_pca` keeps out of."""
+    """Number of principal directions of retain that `residual_pca` avoids."""
 
     @property
     def share(self) -> float:
-        """Forget energy outside the cut over all forget energy."""
+        """Share of the forget energy that is outside the cut."""
         return float(self.residual.sum() / self.forget.sum())
 
 
 def spectra(
     forget: Moments, retain: Moments, *, rank: int = 16, energy: float = 0.95, previous: LowRank | None = None
 ) -> Spectra:
-    """The eigenvalues of S_f, S_r and of S_f outside the retain span, as `residual_pca` sees them."""
+    """The eigenvalues of S_f, S_r and of S_f outside the retain span, as `residual_pca` uses them."""
     space, _ = prepared(forget, retain, previous)
     space.check(rank)
     forgotten = space.restricted(forget.second)
     values, vectors = torch.linalg.eigh(space.restricted(retain.second))
     m = cut(values.flip(0), energy, rank)
     outside = vectors.flip(1)[:, m:]
-    of = lambda matrix: torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)  # noqa: E731
-    return Spectra(of(forgotten), values.flip(0).clamp(min=0), of(outside.T @ forgotten @ outside), m)
+    residual = _eigenvalues(outside.T @ forgotten @ outside)
+    return Spectra(_eigenvalues(forgotten), values.flip(0).clamp(min=0), residual, m)
 
 
 def cut(values: Float[Tensor, " c"], energy: float, rank: int) -> int:
-    """The fewest of the descending eigenvalues that hold this share of their sum, leaving room for the rank."""
-    held = values.clamp(min=0).cumsum(0)
-    # 1e-12: the last partial sum is the total, whatever the rounding of the ones before.
-    enough = int((held < energy * held[-1] * (1 - 1e-12)).sum()) + 1 if energy > 0 else 0
+    """How many of the descending eigenvalues hold this share of their sum, at most as many as leave room for the rank."""
+    sums = values.clamp(min=0).cumsum(0)
+    # 1e-12: the last partial sum is the total, whatever the rounding of the previous ones.
+    enough = int((sums < energy * sums[-1] * (1 - 1e-12)).sum()) + 1 if energy > 0 else 0
     return min(enough, len(values) - rank)
+
+
+def _eigenvalues(matrix: Float[Tensor, "c c"]) -> Float[Tensor, " c"]:
+    """Descending, without negative rounding errors."""
+    return torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)
 
 
 def _about(map_: LowRank, moments: Moments) -> Tensor:
     """E (x - c)(x - c)^T, c the center of the map (0 without one)."""
     if map_.center is None:
         return moments.second.cpu()
-    away = (moments.mean - map_.center.to(moments.mean)).cpu()
-    return moments.covariance.cpu() + torch.outer(away, away)
+    offset = (moments.mean - map_.center.to(moments.mean)).cpu()
+    return moments.covariance.cpu() + torch.outer(offset, offset)
 
 
 def _factors(map_: LowRank) -> tuple[Tensor, Tensor]:
@@ -99,7 +106,7 @@ def _factors(map_: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal_factors(map_: LowRank) -> tuple[Tensor, Tensor]:
-    """(Q, V r^T) with U = Q r: the same U V^T, with an orthonormal first factor."""
+    """(Q, V r^T) with U = Q r: the same product, with an orthonormal first factor."""
     u, v = _factors(map_)
     q, r = torch.linalg.qr(u)
     return q, v @ r.T

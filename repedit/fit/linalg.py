@@ -1,4 +1,4 @@
-"""Subspaces as orthonormal bases in float64, and what every closed form asks of its statistics."""
+"""Subspaces as orthonormal bases in float64, and the checks that every closed form makes of its statistics."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ from repedit.errors import (
 from repedit.linear_maps import LowRank
 from repedit.stats import CrossMoments, Moments
 
-# --- Subspaces as orthonormal bases in float64: unions, complements, angles, and the leading eigenvectors of a matrix
-
-
 SOLVERS = ("auto", "eigh", "eigsh")
-# From this width on, and for at most a tenth of the vectors, Lanczos is faster: at 2048 and k = 16 by 15 times (the
-# top-16 subspace agrees to 2e-14).
+# Lanczos is faster from this width on, for at most a tenth of the vectors: 15 times at width 2048 and k = 16 (the top-16
+# subspace agrees to 2e-14).
 LANCZOS_WIDTH = 1024
 RESIDUAL = 1e-8
+
+# --- Bases: unions, complements, angles, and leading eigenvectors
 
 
 def orthonormal(basis: Float[Tensor, "d k"], *, tol: float = 1e-6) -> Float[Tensor, "d r"]:
@@ -46,21 +45,23 @@ def orthonormal(basis: Float[Tensor, "d k"], *, tol: float = 1e-6) -> Float[Tens
 
 
 def union(*maps: LowRank) -> LowRank:
-    """The orthogonal projection whose kernel is the sum of the kernels: what several edits remove, together.
+    """The orthogonal projection whose kernel is the sum of the kernels: it removes what any of the maps removes.
 
     [U_1 .. U_t] is re-orthonormalised in float64, so P_union P_i = P_i P_union = P_union. Products of projectors that
     are not jointly orthogonal are neither commuting nor idempotent.
 
     Raises:
         ArgumentError: if there is no map, or one is oblique or has a center.
-        ShapeError: if widths differ. RankError: if nothing would remain.
+        ShapeError: if the widths differ. RankError: if nothing would remain.
     """
     if not maps:
         raise ArgumentError("a union needs at least one map; an empty one is LowRank of a (d, 0) basis")
     width = maps[0].width
     for number, map_ in enumerate(maps):
         if map_.width != width:
-            raise ShapeError(f"map 0 has width {width}, map {number} has width {map_.width}; are they for one site?")
+            raise ShapeError(
+                f"map 0 has width {width}, map {number} has width {map_.width}; are they for the same site?"
+            )
         if map_.center is not None or not is_orthogonal(map_):
             what = "has a center" if map_.center is not None else "is oblique"
             raise ArgumentError(f"map {number} {what}: a union is of orthogonal projections; compose the maps with @")
@@ -72,12 +73,12 @@ def union(*maps: LowRank) -> LowRank:
 
 
 def extend(basis: Float[Tensor, "d k"], retain: Moments, rank: int) -> Float[Tensor, "d r"]:
-    """The basis with the directions that retain uses least added to it, until it has this rank.
+    """The basis extended to a rank by the directions that retain uses least.
 
     The added directions are the eigenvectors of E[x x^T], in the complement of the basis, with the smallest values.
 
     Raises:
-        ShapeError: if the widths differ. RankError: if the basis is larger already, or nothing would remain.
+        ShapeError: if the widths differ. RankError: if the basis already has a larger rank, or nothing would remain.
     """
     if basis.shape[0] != retain.width:
         raise ShapeError(
@@ -122,7 +123,7 @@ def top_eigenvectors(
 
 
 def principal_angles(a: Float[Tensor, "d k"], b: Float[Tensor, "e j"]) -> Float[Tensor, " r"]:
-    """Cosines of the principal angles between two spans, descending; 1 is a shared direction, 0 an orthogonal one.
+    """Cosines of the principal angles between two spans, descending: 1 for a shared direction, 0 for an orthogonal one.
 
     Raises:
         ShapeError: if the widths differ.
@@ -133,12 +134,12 @@ def principal_angles(a: Float[Tensor, "d k"], b: Float[Tensor, "e j"]) -> Float[
 
 
 def complement(basis: Float[Tensor, "d k"]) -> Float[Tensor, "d c"]:
-    """An orthonormal basis, in float64, of what is orthogonal to an orthonormal basis."""
+    """An orthonormal basis, in float64, of the orthogonal complement of an orthonormal basis."""
     return torch.linalg.qr(basis.double(), mode="complete").Q[:, basis.shape[1] :]
 
 
 def projector(basis: Float[Tensor, "d k"], dtype: torch.dtype = torch.float32) -> LowRank:
-    """x - U U^T x, with an orthonormal basis as its factors."""
+    """x - U U^T x for an orthonormal basis U."""
     u = basis.to(dtype).contiguous()
     return LowRank(u, u)
 
@@ -157,7 +158,7 @@ def symmetric(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 def is_orthogonal(map_: LowRank) -> bool:
-    """Whether U V^T is an orthogonal projector: V in span U and V^T U = I, within what float32 factors allow."""
+    """Whether U V^T is an orthogonal projector: V in span U and V^T U = I, within the precision of float32 factors."""
     u, v = map_.u.double(), map_.v.double()
     q, r = torch.linalg.qr(u)
     # U V^T = q (r V^T): it is q q^T exactly where r V^T = q^T.
@@ -166,7 +167,7 @@ def is_orthogonal(map_: LowRank) -> bool:
 
 def _check_symmetric(c: Tensor) -> None:
     if c.shape[0] != c.shape[1]:
-        raise ShapeError(f"eigenvectors need a square matrix, found {tuple(c.shape)}")
+        raise ShapeError(f"eigenvectors need a square matrix, this one is {tuple(c.shape)}")
     if not bool(torch.isfinite(c).all()):
         row, column = (~torch.isfinite(c)).nonzero()[0].tolist()
         raise NotFinite(f"the matrix is not finite at ({row}, {column}); were the statistics?")
@@ -179,7 +180,7 @@ def _lanczos(c: Tensor, k: int) -> tuple[Tensor, Tensor]:
     from scipy.sparse.linalg import ArpackError, eigsh
 
     matrix = c.numpy()
-    # ARPACK's own start is random; this one is the same every time, and orthogonal to nothing in particular.
+    # ARPACK's default start is random; this one is fixed and has a part in every direction.
     start = np.random.default_rng(0).standard_normal(len(matrix))
     try:
         values, vectors = eigsh(matrix, k=k, which="LA", tol=1e-10, v0=start)
@@ -195,7 +196,7 @@ def _lanczos(c: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), sign_fixed(torch.from_numpy(vectors))
 
 
-# --- What every closed form asks of its statistics, and the space it may choose from
+# --- What every closed form checks of its statistics, and the space it chooses from
 
 
 Statistic = Moments | CrossMoments
@@ -203,16 +204,16 @@ Statistic = Moments | CrossMoments
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """What earlier projections have left: coordinates in the complement of span(previous.u), and the way back."""
+    """Coordinates in the complement of what earlier projections remove, span(previous.u)."""
 
     width: int
     taken: int
     basis: Float[Tensor, "d c"] | None
-    """None where nothing was removed before: the coordinates are the entries of x."""
+    """None if nothing was removed before: the coordinates are the entries of x."""
 
     @staticmethod
     def after(previous: LowRank | None, width: int) -> Space:
-        """The space outside of an earlier projection.
+        """The space outside an earlier projection.
 
         Raises:
             ShapeError: if the projection has another width.
@@ -227,20 +228,20 @@ class Space:
         return Space(width, taken.shape[1], complement(taken))
 
     def check(self, rank: int) -> None:
-        """Refuse a rank that is not there.
+        """Refuse a rank that is not possible.
 
         Raises:
-            RankError: if it is not positive, or not below what is left.
+            RankError: if it is not positive, or not below what remains.
         """
         largest = self.width - self.taken - 1
         if not 1 <= rank <= largest:
             raise RankError(
                 f"rank {rank} was asked for, 1 to {largest} is possible: the width is {self.width}, {self.taken} "
-                "directions are removed already and one must remain; to remove nothing give a (d, 0) basis"
+                "directions are removed already and one must remain; to remove nothing, give a (d, 0) basis"
             )
 
     def restricted(self, matrix: Float[Tensor, "d d"]) -> Float[Tensor, "c c"]:
-        """N^T M N: a symmetric form on what is left."""
+        """N^T M N: a symmetric form in the coordinates."""
         matrix = matrix.cpu()
         return matrix if self.basis is None else self.basis.T @ matrix @ self.basis
 
@@ -249,7 +250,7 @@ class Space:
         return vectors.cpu() if self.basis is None else self.basis.T @ vectors.cpu()
 
     def back(self, vectors: Float[Tensor, "c k"]) -> Float[Tensor, "d k"]:
-        """N w: vectors of full width, orthogonal to what was removed."""
+        """N w: the vectors in full width, orthogonal to what was removed."""
         return vectors if self.basis is None else self.basis @ vectors
 
 
@@ -276,7 +277,7 @@ def check_finite_matrix(name: str, matrix: Float[Tensor, "d k"]) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        NotFinite: with the first bad coordinate.
+        NotFinite: with the first such coordinate.
     """
     if not bool(torch.isfinite(matrix).all()):
         bad = int((~torch.isfinite(matrix)).nonzero()[0, 0])
@@ -287,7 +288,7 @@ def check_rows(needed: int, why: str, **counts: int) -> None:
     """Refuse statistics of too few rows.
 
     Raises:
-        NotEnoughRows: with the rows found and needed.
+        NotEnoughRows: with the number of rows and the number needed.
     """
     for name, count in counts.items():
         if count < needed:

@@ -1,4 +1,4 @@
-"""One basis removed by every writer of the residual stream: the scope that leaves no place where it could be written."""
+"""Stream erasure: one basis removed by every writer of the residual stream, so that the stream never contains it."""
 
 from __future__ import annotations
 
@@ -18,35 +18,37 @@ from repedit.stats import Moments
 def erase_stream(
     subject: Subject, basis: LowRank | Float[Tensor, "d k"], *, multiple: int = 1, retain: Moments | None = None
 ) -> Edit:
-    """The edit {0.resid.pre: P, *.attn.out: P, *.mlp.out: P}: the stream has nothing along the basis at any point.
+    """The edit {0.resid.pre: P, *.attn.out: P, *.mlp.out: P}: the stream has no component along the basis at any point.
 
-    P = I - U U^T, or the oblique map given. Where the family's norms subtract the mean (LayerNorm), readers see the
-    centred stream, in which centring would re-create part of the direction; there U' = orth((I - 1 1^T / d) U).
+    P = I - U U^T, or the oblique map given. If the norms of the family subtract the mean (LayerNorm), centring would
+    re-create part of the direction in what readers see; U' = orth((I - 1 1^T / d) U) is used instead.
 
     Args:
         basis: (d, k), d the width of the stream, or a map without a center.
-        multiple: remove more directions, those that `retain` uses least, until d - k is a multiple of this; a stream
-            that is then sliced has a width that hardware likes.
-        retain: second moments of the stream on what is kept; needed where directions have to be added.
+        multiple: remove more directions, those that `retain` uses least, until d - k is a multiple of this, so that a
+            sliced stream has a width that suits the hardware.
+        retain: second moments of the stream on the retain set; needed if directions have to be added.
     Raises:
-        ShapeError: if the width is not the stream's.
-        ArgumentError: if the map has a center, or is oblique in a family with LayerNorm or where directions have to be
+        ShapeError: if the width is not that of the stream.
+        ArgumentError: if the map has a center, or is oblique in a family with LayerNorm or if directions have to be
             added; if retain is needed and missing.
         RankError: if nothing is removed, or nothing would remain.
     """
     width = subject.layout.width
     map_ = basis if isinstance(basis, LowRank) else None
-    found = basis.width if isinstance(basis, LowRank) else basis.shape[0]
-    if found != width:
-        raise ShapeError(f"the basis has width {found}, the stream has width {width}; was it fitted on another model?")
+    basis_width = basis.width if isinstance(basis, LowRank) else basis.shape[0]
+    if basis_width != width:
+        raise ShapeError(
+            f"the basis has width {basis_width}, the stream has width {width}; was it fitted on another model?"
+        )
     if map_ is not None and map_.center is not None:
         raise ArgumentError("a stream erasure is linear: every writer would add the offset again; fit without a center")
     if map_ is None or is_orthogonal(map_):
-        given = basis.u if isinstance(basis, LowRank) else basis
-        u = orthonormal(given)
+        columns = basis.u if isinstance(basis, LowRank) else basis
+        u = orthonormal(columns)
         u = centred_basis(u) if subject.architecture.centered else u
-        u = _rounded(u, multiple, retain, subject.architecture.centered)
-        map_ = projector(u, torch.promote_types(given.dtype, torch.float32))
+        u = _extended_to_multiple(u, multiple, retain, subject.architecture.centered)
+        map_ = projector(u, torch.promote_types(columns.dtype, torch.float32))
     elif subject.architecture.centered:
         raise ArgumentError(
             f"{subject.architecture.model_type} has LayerNorm, which re-creates part of an oblique map's kernel; "
@@ -66,18 +68,20 @@ def erase_stream(
     )
 
 
-def _rounded(u: Float[Tensor, "d k"], multiple: int, retain: Moments | None, centered: bool) -> Float[Tensor, "d r"]:
-    """The basis with as many directions added as make d - k a multiple; the mean is not one of them where norms take it."""
+def _extended_to_multiple(
+    u: Float[Tensor, "d k"], multiple: int, retain: Moments | None, centered: bool
+) -> Float[Tensor, "d r"]:
+    """The basis with the directions added that make d - k a multiple; not the mean, if the norms subtract it."""
     if multiple < 1:
-        raise ArgumentError(f"multiple={multiple}: at least 1")
+        raise ArgumentError(f"multiple={multiple}; give at least 1")
     d, k = u.shape
     rank = d - (d - k) // multiple * multiple
     if rank == k:
         return u
     if retain is None:
         raise ArgumentError(
-            f"{d - k} is no multiple of {multiple}, so {rank - k} more directions must go; pass retain=Moments of the stream to say "
-            "which are used least"
+            f"{d - k} is not a multiple of {multiple}, so {rank - k} more directions must be removed; pass retain=Moments of the "
+            "stream to determine which are used least"
         )
     if not centered:
         return extend(u, retain, rank)
@@ -91,6 +95,6 @@ def stream_sites(subject: Subject) -> tuple[Site, ...]:
 
 
 def centred_basis(basis: Float[Tensor, "d k"]) -> Float[Tensor, "d r"]:
-    """orth((I - 1 1^T / d) U), U orthonormal: the basis without the mean, which LayerNorm removes by itself."""
+    """orth((I - 1 1^T / d) U), U orthonormal: the basis without the mean, which LayerNorm removes itself."""
     left, size, _ = torch.linalg.svd(basis - basis.mean(0, keepdim=True), full_matrices=False)
     return left[:, size > 1e-6]
