@@ -37,7 +37,7 @@ sys.argv, mode, source, target, edit = sys.argv[:1], *sys.argv[1:]
 if mode != "cp":
     import torch, transformers, repedit as rp
     from repedit.edit import Edit
-    from repedit.rewrite.checkpoint import dry_run, export
+    from repedit.rewrite.export import dry_run, export
     torch.set_num_threads(1)
 if mode == "save_pretrained":
     from bench.by_hand import load_edit_save
@@ -51,9 +51,10 @@ if mode.startswith("stream"):
 base, start, wall = peak(), spent(), time.time()
 if mode == "stream without hashes":
     from types import SimpleNamespace
-    from repedit.rewrite import manifest, resuming, writing
-    manifest.file_hash = resuming.file_hash = lambda path: "0" * 64
-    writing.hashlib = SimpleNamespace(sha256=lambda data: SimpleNamespace(hexdigest=lambda: "0" * 64))
+    from repedit.rewrite import manifest, shards
+    manifest.file_hash = shards.file_hash = lambda path: "0" * 64
+    unhashed = SimpleNamespace(update=lambda data: None, digest=lambda: b"", hexdigest=lambda: "0" * 64)
+    shards.hashlib = SimpleNamespace(sha256=lambda data=b"": unhashed)
 if mode.startswith("stream"):
     export(change, source, target, link=False, allow_identity=mode != "stream")
 elif mode == "load-edit-save":

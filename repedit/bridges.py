@@ -16,7 +16,7 @@ from repedit.errors import ArgumentError, NotAModel, UnknownArchitecture, Unknow
 from repedit.hooks import evaluating
 from repedit.linear_maps import AffineMap
 from repedit.models.subject import Subject, subject_of
-from repedit.rewrite.apply import follows, shared_clone
+from repedit.rewrite.apply import shared_clone, synchronize
 from repedit.sites import Point
 
 LensHook = Callable[..., Tensor]
@@ -78,7 +78,7 @@ def to_lens(subject: Subject) -> Any:
     )  # fmt: skip
     bridge.tokenizer = copy.deepcopy(subject.tokenizer)
     if not subject.architecture.n_experts:
-        follows(bridge.original_model, subject.model, _WRAPPED)
+        synchronize(bridge.original_model, subject.model, _WRAPPED)
     _check_same(bridge, subject)
     return bridge
 

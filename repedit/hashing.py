@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repedit.arch.offload import held, offloaded_file, offloaded_tensor
+from repedit.arch.offload import offloaded_file, offloaded_tensor, parameters_with_values
 
 _VOLATILE = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
@@ -83,7 +83,7 @@ def _checksum(p: Tensor) -> bytes:
 
 def _digest(model: nn.Module, config: str) -> str:
     digest = hashlib.sha256(config.encode())
-    for name, p in sorted(held(model), key=lambda item: item[0]):
+    for name, p in sorted(parameters_with_values(model), key=lambda item: item[0]):
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
         if p.device.type != "meta":
             digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

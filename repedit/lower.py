@@ -21,6 +21,8 @@ from repedit.plan import Operation, Plan
 from repedit.sites import Point, Site
 
 EditOrDelta = Edit | Delta
+Change = EditOrDelta | Plan | Sequence[EditOrDelta]
+"""What can be applied and exported: one edit or delta, several in order, or a plan."""
 
 
 def lower(
@@ -76,9 +78,7 @@ def lower(
     )
 
 
-def check_model(
-    change: EditOrDelta | Plan | Sequence[EditOrDelta], read: Callable[[str], Tensor | None], *, any_model: bool = False
-) -> None:
+def check_model(change: Change, read: Callable[[str], Tensor | None], *, any_model: bool = False) -> None:
     """Refuse edits that were made for another model; deltas are checked when they are added, and plans when they are made.
 
     Args:

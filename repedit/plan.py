@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
@@ -194,6 +195,19 @@ class Plan:
             raise PlanMismatch(
                 f"the plan names tensors this {self.store} store does not hold: {absent[:5]} ({len(absent)} in all)"
             )
+
+    def check_touched(self, names: AbstractSet[str], ignore: AbstractSet[str] = frozenset()) -> None:
+        """Refuse other tensors than those planned.
+
+        Args:
+            names: the tensors that were written, added or untied.
+            ignore: names to leave out of the comparison.
+        Raises:
+            PlanMismatch: naming the tensors.
+        """
+        missed, extra = sorted(self.touched - names - ignore), sorted(names - self.touched - ignore)
+        if missed or extra:
+            raise PlanMismatch(f"planned but untouched: {missed[:5]}; touched but not planned: {extra[:5]}")
 
     def resolved(self, read: TensorReader) -> Plan:
         """The plan for the actual gains of post-norms: a gain of 0 becomes 1, and the row of the weight before it 0.

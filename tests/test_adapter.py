@@ -81,13 +81,13 @@ def rp_tensors(folder):
 
 
 def test_a_factor_that_is_lost_is_caught(tmp_path, monkeypatch):
-    true = adapter._spanned
+    true = adapter._low_rank_factors
 
-    def short(size, wanted):
-        found = true(size, wanted)
+    def short(difference, max_rank):
+        found = true(difference, max_rank)
         return found and replace(found, a=found.a[:-1], b=found.b[:, :-1])
 
-    monkeypatch.setattr(adapter, "_spanned", short)
+    monkeypatch.setattr(adapter, "_low_rank_factors", short)
     lm = tiny("llama")
     with pytest.raises(AssertionError):
         check_served(lm, EDITS["projection"](lm), tmp_path / "adapter")

@@ -127,7 +127,7 @@ def test_a_plan_for_files_is_not_for_a_model(tmp_path):
 
 def test_a_tensor_that_was_skipped_is_found_out(monkeypatch):
     subject = tiny("llama")
-    monkeypatch.setattr(apply, "_set", lambda model, name, value, before: None)
+    monkeypatch.setattr(apply, "_set_parameter", lambda model, name, value, before: None)
     with pytest.raises(PlanMismatch, match=r"planned but untouched: \['model\.layers\.1\.mlp\.down_proj"):
         rp.apply(mask(subject, "1.mlp.neurons"), subject)
 
@@ -226,7 +226,7 @@ def test_diff_reads_directories(source, tmp_path):
 
 
 def test_diff_refuses_another_model():
-    with pytest.raises(FingerprintError, match=r"of different models: .* tensors are gone"):
+    with pytest.raises(FingerprintError, match=r"of different models: .* tensors are missing"):
         rp.diff(tiny("llama"), tiny("gpt2"))
 
 

@@ -56,7 +56,7 @@ def test_half_a_fold_is_refused():
     edit = projection(subject, "1.mlp.out") | projection(subject, "0.attn.out")
     half = rp.apply(projection(subject, "1.mlp.out"), subject)
     with pytest.raises(
-        PlanMismatch, match=r"1 of 2 tensors hold removed directions still, such as .*layers\.0.* \(leak 1\)"
+        PlanMismatch, match=r"1 of 2 tensors still hold removed directions, such as .*layers\.0.* \(leak 1\)"
     ):
         rp.certificate(half, edit, subject)
 

@@ -45,8 +45,8 @@ def test_the_manifest_tells_the_truth(source, edit, tmp_path):
     assert dict(record.base["files"]) == {k: v for k, v in content(source).items() if k != ".git"}
     for name, entry in record.plan.items():
         before, after = open_shards(source).read(name), open_shards(tmp_path / "out").read(name)
-        assert entry["sha256_before"] == writing._writing_change(None, before).after
-        assert entry["sha256_after"] == writing._writing_change(None, after).after
+        assert entry["sha256_before"] == writing._tensor_change(None, before).after
+        assert entry["sha256_after"] == writing._tensor_change(None, after).after
 
 
 def test_the_manifest_holds_no_path_and_no_time(source, edit, tmp_path):

@@ -125,7 +125,7 @@ def test_blocks_that_do_not_fit_are_named(tmp_path):
     found = gguf_check(tmp_path / "slim")
     bad = found.unfit["Q8_0"]
     assert "model.layers.0.self_attn.q_proj.weight" in bad
-    assert f"Q8_0: {len(bad)} matrices have rows that are no multiple of 32, such as {bad[0]}" in found.describe()
+    assert f"Q8_0: {len(bad)} matrices have rows that are not a multiple of 32, such as {bad[0]}" in found.describe()
     assert "multiple=256" in found.describe()
 
 

@@ -195,7 +195,7 @@ def test_what_torch_compile_returned_is_wrapped_as_the_model_in_it():
     model = tiny("llama").model
     assert rp.wrap(torch.compile(model, backend="eager"), None).model is model
     model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
-    with pytest.raises(UnknownArchitecture, match=r"model.layers.0 is what torch.compile\(module\) returned"):
+    with pytest.raises(UnknownArchitecture, match=r"model.layers.0 was returned by torch.compile\(module\)"):
         rp.wrap(model, None)
 
 

@@ -77,7 +77,7 @@ def test_what_is_uploaded_is_the_manifest_and_what_it_lists(exported):
     found = pushed(exported, hub)
     listed = set(json.loads((exported / "repedit.json").read_text())["files"])
     assert set(hub.uploaded) == listed | {"repedit.json", "README.md"} == set(found.files)
-    assert found.left == ("notes.txt", "secrets/token") and found.url == f"hub/{NAME}/commit/1"
+    assert found.unlisted == ("notes.txt", "secrets/token") and found.url == f"hub/{NAME}/commit/1"
     assert all(path.parent == exported for path in hub.uploaded.values())
 
 
@@ -159,7 +159,7 @@ def test_what_is_there_is_replaced_only_on_request_and_wholly(exported):
 def test_a_repository_of_another_visibility_is_left_alone(exported, private):
     hub = Hub({NAME: (not private, set())})
     with pytest.raises(
-        ArgumentError, match=r"exists and is (public|private), asked was (public|private); change it on the hub"
+        ArgumentError, match=r"exists and is (public|private), (public|private) was asked for; change it on the hub"
     ):
         pushed(exported, hub, private=private, overwrite=True)
     assert "commit" not in hub.calls

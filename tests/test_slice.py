@@ -234,7 +234,7 @@ def other(site: str, map_):
     ("edit", "message"),
     [
         (lambda s: projection(s, "1.mlp.out"), r"0\.resid\.pre is not edited, so the stream still receives"),
-        (other("1.mlp.neurons", lambda s: rp.LowRank.projection(basis(40))), r"1\.mlp\.neurons is no writer of the stream"),
+        (other("1.mlp.neurons", lambda s: rp.LowRank.projection(basis(40))), r"1\.mlp\.neurons is not a writer of the stream"),
         (other("1.attn.out", lambda s: rp.LowRank.projection(basis(seed=1))), r"1\.attn\.out removes other directions than 0\.resid"),
         (other("0.mlp.out", lambda s: rp.LowRank.projection(basis(rank=8))), r"0\.mlp\.out removes other directions than"),
         (other("1.mlp.out", lambda s: rp.LowRank(basis(), basis())), r"1\.mlp\.out holds a LowRank that is not a linear projection"),
@@ -245,7 +245,7 @@ def other(site: str, map_):
         ),
         (
             lambda s: erasure(s, 5),
-            r"leaves a width of 19, which is no multiple of 4 .* insists on a multiple of its 4 heads\).* ranks that do are \[4, 8\]",
+            r"leaves a width of 19, which is not a multiple of 4 .* requires a multiple of its 4 heads\).* ranks that do are \[4, 8\]",
         ),
     ],
 )  # fmt: skip
@@ -257,7 +257,7 @@ def test_what_is_no_stream_erasure_is_refused(edit, message):
 
 def test_widths_and_means_that_do_not_fit_are_refused():
     subject, centred = tiny("mistral"), tiny("starcoder2")
-    with pytest.raises(NotSliceable, match=r"no multiple of 16; the nearest ranks that do are \[8\]: erase_stream"):
+    with pytest.raises(NotSliceable, match=r"not a multiple of 16; the nearest ranks that do are \[8\]: erase_stream"):
         rp.sliced(erasure(subject), subject, multiple=16)
     with pytest.raises(ArgumentError, match="multiple=0: at least 1"):
         rp.sliced(erasure(subject), subject, multiple=0)

@@ -198,7 +198,7 @@ def test_heads_of_these_families_stay(family):
 def test_a_config_that_refuses_the_heads_is_heard_before_anything_is_cut():
     # 24 is no multiple of 5, so one group of six has to go together with another.
     subject = tiny("llama", num_attention_heads=6, num_key_value_heads=6)
-    with pytest.raises(NotSlimmable, match="5 heads would stay, the width is 24; prune another number"):
+    with pytest.raises(NotSlimmable, match="5 heads would remain, the width is 24; prune another number"):
         rp.slimmed(pruned_groups(subject), subject)
     row = replace(subject.architecture, shrink=replace(subject.architecture.shrink, heads_must_divide_width=False))
     unaware = replace(subject, architecture=row)

@@ -1,4 +1,4 @@
-"""Architectures as data, matched against real tensors and proved on real forward passes."""
+"""Architectures as data, matched against the tensors of a model and verified on forward passes."""
 
 from repedit.arch import table as _families  # fills the table
 from repedit.arch.hooks import HookFn, hooks_at

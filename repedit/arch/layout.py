@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,8 +14,7 @@ from repedit.errors import UnknownArchitecture, nearest
 from repedit.io.safetensors import TensorSpec
 from repedit.sites import Point, Site
 
-# --- A stored tensor by shape, and the logical matrix that a view picks out of it
-
+# --- The logical matrix inside a stored tensor
 
 Specs = Mapping[str, TensorSpec]
 """Shape and dtype by tensor name: all that a plan needs of a model."""
@@ -25,7 +24,7 @@ Specs = Mapping[str, TensorSpec]
 class MatrixView:
     """A logical (out, in) matrix, or a vector of outputs, inside a stored tensor.
 
-    The stored rows from `start` on are read as (groups, parts, size) and `part` is picked of each group. With `kernel`
+    The stored rows from `start` on are read as (groups, parts, size), and the view takes `part` of each group. With `kernel`
     the stored tensor is the (out, in, *kernel) of a convolution, read as ((out *kernel), in).
     """
 
@@ -45,17 +44,16 @@ class MatrixView:
         return result
 
     def change(self, stored: Tensor, function: Callable[[Tensor], Tensor]) -> None:
-        """The same in place, `function` being free to write into what it is given: a hundred experts in one tensor need
-        no hundred copies of it."""
+        """The same in place; `function` may write into its argument, so that many experts in one tensor need no copies."""
         window = self._window(stored)
         if self.kernel:
             inputs = window.movedim(2, -1)
             inputs.copy_(function(inputs.flatten(0, -2).clone()).reshape(inputs.shape))
             return
         matrix = window.flatten(0, 1)
-        given = matrix[:, None] if matrix.ndim == 1 else matrix
-        new = function(given)
-        if new.data_ptr() != window.data_ptr() or new.stride() != given.stride():
+        matrix = matrix[:, None] if matrix.ndim == 1 else matrix
+        new = function(matrix)
+        if new.data_ptr() != window.data_ptr() or new.stride() != matrix.stride():
             window.copy_(new.reshape(window.shape))
 
     def read(self, stored: Tensor) -> Tensor:
@@ -71,9 +69,8 @@ class MatrixView:
 
 # --- An architecture matched against the tensors of one model, in memory or on disk
 #
-# The same row serves a live model and a directory of headers: only names and shapes are read. Every expected tensor
-# must be there; a layer that matches in no way or in two ways is an error, never a choice.
-
+# The same row serves a model in memory and a directory of headers: only names and shapes are read. Every expected tensor
+# must exist; a layer that matches in no way or in two ways is an error, never a choice.
 
 Store = Literal["live", "disk"]
 
@@ -96,7 +93,7 @@ class Branch:
     outer: Point
     width: int
     parts: tuple[Neurons, ...]
-    """One for a dense branch, one an expert otherwise; together they cover 0..width."""
+    """One for a dense branch, otherwise one per expert; together they cover 0..width."""
     writer: str
     """Module whose input holds the neurons; the fused experts module where `routed`."""
     joined: str
@@ -104,7 +101,7 @@ class Branch:
     bias: str | None
     """Bias tensor of the writer."""
     bias_name: str | None
-    """Name a bias of the writer has or would have; None where experts have no slot."""
+    """Name that a bias of the writer has or would have; None for experts, which have none."""
     gain: str | None
     """Weight of the post-norm between the writer and the stream."""
     routed: bool
@@ -115,7 +112,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Every branch of every layer, with tensor names of one store."""
+    """Every branch of every layer, with the tensor names in memory or on disk."""
 
     architecture: Architecture
     store: Store
@@ -146,33 +143,30 @@ def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
     Raises:
         UnknownArchitecture: if a tensor the row names is missing, a layer matches twice, or shapes contradict the config.
     """
-    base = _base(architecture, specs)
+    prefix = f"{architecture.base}."  # old checkpoints leave it out
+    base = prefix if any(name.startswith(f"{prefix}{architecture.blocks}.") for name in specs) else ""
     blocks = f"{base}{architecture.blocks}"
-    found = {int(m[1]) for name in specs if (m := re.match(rf"{re.escape(blocks)}\.(\d+)\.", name))}
-    if found != set(range(architecture.n_layers)):
+    numbers = {int(m[1]) for name in specs if (m := re.match(rf"{re.escape(blocks)}\.(\d+)\.", name))}
+    if numbers != set(range(architecture.n_layers)):
         raise UnknownArchitecture(
-            f"the config has {architecture.n_layers} layers, the weights hold layers {sorted(found)} under {blocks!r}; "
+            f"the config has {architecture.n_layers} layers, the weights hold layers {sorted(numbers)} under {blocks!r}; "
             "is a shard missing?"
         )
     matcher = _Matcher(architecture, specs)
-    layers = tuple((matcher.attention(f"{blocks}.{i}."), matcher.mlp(f"{blocks}.{i}.")) for i in range(len(found)))
+    block_paths = tuple(f"{blocks}.{layer}" for layer in sorted(numbers))
+    layers = tuple((matcher.attention(f"{path}."), matcher.mlp(f"{path}.")) for path in block_paths)
     embeddings = tuple(matcher.need(f"{base}{name}.weight") for name in architecture.embeddings)
-    store: Store = "disk" if any(matcher.on_disk) or base != f"{architecture.base}." else "live"
+    store: Store = "disk" if any(matcher.on_disk) or base != prefix else "live"
     head = architecture.disk_head if f"{architecture.disk_head}.weight" in specs else architecture.head
     return ModelLayout(
         architecture=architecture,
         store=store,
         width=specs[embeddings[0]].shape[1],
         layers=layers,
-        block_paths=tuple(f"{blocks}.{i}" for i in range(len(found))),
+        block_paths=block_paths,
         embeddings=embeddings,
         head=f"{head}.weight",
     )
-
-
-def _base(architecture: Architecture, specs: Specs) -> str:
-    full = f"{architecture.base}."
-    return full if any(name.startswith(f"{full}{architecture.blocks}.") for name in specs) else ""
 
 
 class _Matcher:
@@ -261,13 +255,13 @@ class _Matcher:
     def _expert_count(self, block: str, experts: Experts, disk: bool) -> int:
         if disk:
             pattern = re.escape(block + experts.down).replace(r"\{e\}", r"(\d+)")
-            found = {int(m[1]) for name in self.specs if (m := re.fullmatch(pattern, name))}
-            count = len(found) if found == set(range(len(found))) else -1
+            numbers = {int(m[1]) for name in self.specs if (m := re.fullmatch(pattern, name))}
+            count = len(numbers) if numbers == set(range(len(numbers))) else -1
         else:
             count = self.specs[f"{block}{experts.module}.down_proj"].shape[0]
         if count != self.architecture.n_experts:
             raise UnknownArchitecture(
-                f"{block[:-1]}: the config has {self.architecture.n_experts} experts, the weights hold {count if count >= 0 else sorted(found)}"
+                f"{block[:-1]}: the config has {self.architecture.n_experts} experts, the weights hold {count if count >= 0 else sorted(numbers)}"
             )
         return count
 
@@ -303,11 +297,13 @@ class _Matcher:
             )
         return self._views(block, reader, parts=reader.parts, part=reader.part)
 
-    def _views(self, block: str, reader: Reader, **layout: Any) -> tuple[MatrixView, ...]:
+    def _views(
+        self, block: str, reader: Reader, *, start: int = 0, groups: int = 1, parts: int = 1, part: int = 0
+    ) -> tuple[MatrixView, ...]:
+        """Views of the weight and, if there is one, the bias of a reader."""
         names = (f"{block}{reader.module}.weight", f"{block}{reader.module}.bias")
-        return tuple(
-            MatrixView(name, transposed=self.architecture.transposed, **layout) for name in names if name in self.specs
-        )
+        view = MatrixView("", None, start, groups, parts, part, self.architecture.transposed)
+        return tuple(replace(view, tensor=name) for name in names if name in self.specs)
 
     def _columns(self, view: MatrixView) -> int:
         return self.specs[view.tensor].shape[0 if view.transposed else 1]

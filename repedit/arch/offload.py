@@ -1,4 +1,4 @@
-"""Where the weights of a model are: in memory on one device or several, or put off by accelerate until a module computes."""
+"""Where the weights of a model are: in memory on one or several devices, or offloaded by Accelerate until a module runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from repedit.errors import OffloadedTensors
 
 
-def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter under each of its names, with its values also where accelerate has put them off to memory or disk.
+def parameters_with_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter under each of its names, with its values even if Accelerate has offloaded them to memory or disk.
 
     Only a parameter that has no values anywhere is on the meta device.
     """
@@ -23,18 +23,20 @@ def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_in_memory(model: nn.Module, instead: str) -> None:
-    """Refuse a model with weights that are put off, saying what to do instead.
+    """Refuse a model with offloaded weights, saying what to do instead.
 
     Raises:
         OffloadedTensors: naming the first of them.
     """
-    away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
-    if away:
-        raise OffloadedTensors(f"{len(away)} tensors are not in memory ({', '.join(away[:3])}, ...); {instead}")
+    offloaded = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if offloaded:
+        raise OffloadedTensors(
+            f"{len(offloaded)} tensors are not in memory ({', '.join(offloaded[:3])}, ...); {instead}"
+        )
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: the device of its parameters, or the one they are brought to where they are put off."""
+    """Where a module runs: the device of its parameters, or the one that offloaded parameters are brought to."""
     first = next(module.parameters(), None)
     if first is not None and first.device.type != "meta":
         return first.device
@@ -45,14 +47,16 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def values(module: nn.Module, leaf: str) -> Tensor:
-    """A parameter of a module with its values, where they are put off and the module is not computing too."""
-    p: Tensor = getattr(module, leaf)
-    away = _put_off(module, leaf) if p.device.type == "meta" else None
-    return p if away is None else away
+    """A parameter of a module with its values, even if they are offloaded."""
+    parameter: Tensor = getattr(module, leaf)
+    if parameter.device.type == "meta":
+        for store, key in _stores(module, leaf):
+            return torch.as_tensor(store[key])
+    return parameter
 
 
 def offloaded_tensor(module: nn.Module, leaf: str) -> Tensor | None:
-    """The values of an offloaded parameter where they are held in memory; None where they are on disk or nowhere."""
+    """The values of an offloaded parameter if they are in memory; None if they are on disk or nowhere."""
     for store, key in _stores(module, leaf):
         tensor = getattr(store, "state_dict", store if isinstance(store, dict) else {}).get(key)
         if isinstance(tensor, Tensor):
@@ -61,7 +65,7 @@ def offloaded_tensor(module: nn.Module, leaf: str) -> Tensor | None:
 
 
 def offloaded_file(module: nn.Module, leaf: str) -> Path | None:
-    """The file that holds the values of an offloaded parameter; None where they are in memory or nowhere."""
+    """The file that holds the values of an offloaded parameter; None if they are in memory or nowhere."""
     for store, key in _stores(module, leaf):
         entry = getattr(store, "index", {}).get(key)
         if entry is not None:
@@ -70,23 +74,17 @@ def offloaded_file(module: nn.Module, leaf: str) -> Path | None:
     return None
 
 
-def _put_off(module: nn.Module, leaf: str) -> Tensor | None:
-    for store, key in _stores(module, leaf):
-        return torch.as_tensor(store[key])
-    return None
-
-
 def _stores(module: nn.Module, leaf: str) -> Iterator[tuple[Any, str]]:
-    """Where accelerate's hooks look for an offloaded parameter, and its key there."""
+    """Where the hooks of Accelerate look for an offloaded parameter, and its key there."""
     for hook in _hooks(module):
-        values = getattr(hook, "weights_map", None)
-        if values is not None:
-            store, key = getattr(values, "dataset", values), f"{getattr(values, 'prefix', '')}{leaf}"
+        weights = getattr(hook, "weights_map", None)
+        if weights is not None:
+            store, key = getattr(weights, "dataset", weights), f"{getattr(weights, 'prefix', '')}{leaf}"
             if key in store:
                 yield store, key
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    """The hooks that accelerate has put on a module."""
+    """The hooks of Accelerate on a module."""
     hook = getattr(module, "_hf_hook", None)
     return tuple(getattr(hook, "hooks", () if hook is None else (hook,)))

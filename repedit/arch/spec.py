@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from repedit.errors import UnknownArchitecture, nearest
 from repedit.sites import Point
 
-# --- What has to change with it when a family gets fewer neurons, fewer heads or a narrower stream
+# --- What changes in a family that gets fewer neurons, fewer heads or a narrower stream
 #
-# A model that ignores one of these facts still runs and gives other logits, so each row is proved by the laws of
-# tests/test_slim.py and tests/test_slice.py before it may say that a width can change.
+# A model that ignores one of these facts still runs, with other logits, so each row is verified by the laws of
+# tests/test_slim.py and tests/test_slice.py before it may state that a width can change.
 
 
 @dataclass(frozen=True)
 class Shrink:
-    """Names in the config and in a block of what depends on a width; paths are relative to a block."""
+    """The config fields and modules that depend on a width; paths are relative to a block."""
 
     mlp: str = "intermediate_size"
     """Config field that holds the number of neurons of an MLP."""
     expert: str = ""
-    """Config field for the neurons of one expert, where dense layers have a field of their own."""
+    """Config field for the neurons of one expert, if dense layers have another field."""
     heads: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    """Modules that give queries, keys and values; one module where their rows are stacked in this order."""
+    """Modules of queries, keys and values; one module if their rows are stacked in this order."""
     attention_norm: str = "input_layernorm"
     """The norm whose output the attention reads."""
     mlp_norm: str = "post_attention_layernorm"
@@ -32,15 +32,15 @@ class Shrink:
     final_norm: str = "norm"
     """The norm in the backbone whose output the head reads."""
     epsilon: str = "rms_norm_eps"
-    """Config field of what the norms add to the mean square."""
+    """Config field of the epsilon that norms add to the mean square."""
     head_norms: Mapping[str, str] = field(default_factory=dict)
-    """Module of `heads` -> the norm of head width that its rows pass and that adds the same epsilon."""
+    """Module of `heads` -> the norm of head width that follows it, with the same epsilon."""
     heads_must_divide_width: bool = False
-    """The config insists that the number of heads divides the width of the stream."""
+    """Whether the config requires that the number of heads divides the width of the stream."""
     whole_heads: str = ""
-    """Why the number of heads cannot change; empty where it can."""
+    """Why the number of heads cannot change; empty if it can."""
     whole_stream: str = ""
-    """Why the width of the stream cannot change; empty where it can."""
+    """Why the width of the stream cannot change; empty if it can."""
 
 
 _RMS = Shrink()
@@ -83,14 +83,14 @@ SHRINKS: Mapping[str, Shrink] = {
     "qwen3_moe": replace(_RMS, expert="moe_intermediate_size", head_norms=_QK_NORM),
 }
 
-# --- An architecture as a row of data: where a family keeps its neurons, its writers and its norms
+# --- The row of a family
 #
-# Paths are relative to a block unless said otherwise. Widths are never computed here: they are read from weights.
+# Paths are relative to a block unless stated otherwise. Widths are not in a row: they are read from the weights.
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A projection whose output joins the residual stream; `norm` is the post-norm it passes first, if any."""
+    """A projection whose output is added to the residual stream, after the post-norm `norm` if there is one."""
 
     module: str
     norm: str | None = None
@@ -112,7 +112,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: fused tensors in memory, one tensor an expert on disk."""
+    """A mixture of experts: fused tensors in memory, one tensor per expert on disk."""
 
     module: str = "mlp.experts"
     """In memory: gate_up_proj (E, 2f, d) with rows [gate; up], and down_proj (E, d, f)."""
@@ -135,11 +135,11 @@ class BiasFlag:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family: where things are. `resolve` fills the last block of fields from a config."""
+    """One family: the paths and orientations of its modules. `resolve` fills the last fields from a config."""
 
     model_type: str
     base: str
-    """Name of the backbone inside the causal model; its prefix may be absent in old checkpoints."""
+    """Name of the backbone inside the causal model; old checkpoints may leave this prefix out."""
     blocks: str
     """Path of the list of blocks inside the backbone."""
     attention: Writer
@@ -148,7 +148,7 @@ class Architecture:
     readers: tuple[Reader, ...]
     experts: Experts | None = None
     embeddings: tuple[str, ...] = ("embed_tokens",)
-    """Stream writers in the backbone besides the blocks, the token embedding first."""
+    """Embeddings in the backbone that write the stream, the token embedding first."""
     embedding_scaled: bool = False
     """The token embedding is multiplied by sqrt(d) in the forward pass."""
     head: str = "lm_head"
@@ -160,22 +160,22 @@ class Architecture:
     centered: bool = False
     """Norms subtract the mean of the stream first (LayerNorm)."""
     gated: bool = True
-    """z = act(gate) * up, so the sign of z says nothing."""
+    """z = act(gate) * up, so the sign of z has no meaning."""
     parallel: bool | str = False
-    """Attention and MLP read the same stream (no resid.mid): True, or the config flag that says so."""
+    """Whether attention and MLP read the same stream (no resid.mid), or the config flag that says so."""
     bias_flags: Mapping[Point, BiasFlag] = field(default_factory=dict)
     requires: tuple[tuple[str, object, str], ...] = ()
-    """(config field, value it must have, what another value means): variants this row does not describe."""
+    """(config field, required value, what another value means), to refuse variants that the row does not describe."""
 
     shrink: Shrink | None = None
-    """What changes with the widths of this family; None where that is not known."""
+    """What changes with the widths of this family; None if that is not known."""
 
     n_layers: int = 0
     n_heads: int = 0
     n_experts: int = 0
     tied: bool = False
     epsilon: float = 0.0
-    """What the norms of the stream add to the mean square; 0 where the stream has to keep its width."""
+    """What the norms of the stream add to the mean square; 0 if the stream must keep its width."""
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -187,13 +187,13 @@ _ROWS: dict[str, Architecture] = {}
 
 
 def register(architecture: Architecture, *, replace: bool = False) -> None:
-    """Add a family to the table; `replace=True` allows overriding a row.
+    """Add a family to the table; `replace=True` overrides a row.
 
     Raises:
-        UnknownArchitecture: if the model type has a row already and `replace` is False.
+        UnknownArchitecture: if the model type already has a row and `replace` is False.
     """
     if architecture.model_type in _ROWS and not replace:
-        raise UnknownArchitecture(f"{architecture.model_type!r} has a row already; pass replace=True to override it")
+        raise UnknownArchitecture(f"{architecture.model_type!r} already has a row; pass replace=True to override it")
     _ROWS[architecture.model_type] = architecture
 
 
@@ -202,7 +202,17 @@ def families() -> Mapping[str, Architecture]:
     return _ROWS
 
 
-def resolve(config: Any) -> Architecture:
+@runtime_checkable
+class ModelConfig(Protocol):
+    """The fields that every config of transformers has and that `resolve` reads."""
+
+    model_type: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    tie_word_embeddings: bool
+
+
+def resolve(config: ModelConfig) -> Architecture:
     """The row of the family table for a config, with heads, layers, ties and experts filled in.
 
     Raises:
@@ -213,12 +223,12 @@ def resolve(config: Any) -> Architecture:
         raise UnknownArchitecture(
             f"no row for model_type {config.model_type!r}; {nearest(config.model_type, _ROWS)} "
             "Supply one with repedit.arch.register(Architecture(model_type=..., base=..., blocks=..., attention=Writer(...), "
-            "values=Reader(...), mlp=Writer(...), readers=(Reader(...), ...))) and prove it with check_architecture(model)"
+            "values=Reader(...), mlp=Writer(...), readers=(Reader(...), ...))) and verify it with check_architecture(model)"
         )
     for name, value, meaning in row.requires:
-        found = getattr(config, name)
-        if found != value:
-            raise UnknownArchitecture(f"{config.model_type} with {name}={found!r} is not supported: {meaning}")
+        actual = getattr(config, name)
+        if actual != value:
+            raise UnknownArchitecture(f"{config.model_type} with {name}={actual!r} is not supported: {meaning}")
     return replace(
         row,
         n_layers=config.num_hidden_layers,

@@ -40,7 +40,7 @@ def push(
                 "repository": repository,
                 "private": found.private,
                 "files": dict(found.files),
-                "left": list(found.left),
+                "left": list(found.unlisted),
                 "url": found.url,
             }
         )

@@ -148,6 +148,6 @@ def show_plan(plan: str, out: Path | None, json: bool) -> None:
 
 def plan_of(edit: Any, subject: Any, shape: dict[str, Any] | None = None) -> str:
     """The dry run."""
-    from repedit.rewrite.export import structured
+    from repedit.rewrite.export import structured_plan
 
-    return structured(edit, subject.architecture, subject.specs, **(shape or {})).summary(subject.specs)
+    return structured_plan(edit, subject.architecture, subject.specs, **(shape or {})).summary(subject.specs)

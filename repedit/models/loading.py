@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from repedit.arch import Architecture, Specs, resolve
-from repedit.arch.offload import held
+from repedit.arch.offload import parameters_with_values
 from repedit.errors import (
     ArgumentError,
     CheckpointError,
@@ -390,7 +390,7 @@ def check_finite_weights(model: nn.Module, dtype: str | torch.dtype = "auto") ->
         NotFinite: with the first place.
     """
     cause = "" if dtype == "auto" else f" or holds a number that {dtype} cannot hold (load it with dtype='auto')"
-    for name, p in held(model):
+    for name, p in parameters_with_values(model):
         place = not_finite_at(p)
         if place is not None:
             raise NotFinite(

@@ -40,7 +40,7 @@ def mlp_tensors(layout: ModelLayout) -> frozenset[str]:
     return frozenset(view.tensor for view in views)
 
 
-def fit(model: nn.Module, name: str, value: nn.Parameter) -> None:
+def set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> None:
     """Put a parameter in its place, and tell its module the shape."""
     path, _, leaf = name.rpartition(".")
     module: Any = model.get_submodule(path)
@@ -95,7 +95,9 @@ def refit(model: nn.Module, architecture: Architecture, place: Path | str, names
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in sorted(names):
         old = parameters[name]
-        fit(model, name, nn.Parameter(_stored(name, architecture, shards).to(old), requires_grad=old.requires_grad))
+        set_parameter(
+            model, name, nn.Parameter(_stored(name, architecture, shards).to(old), requires_grad=old.requires_grad)
+        )
     specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}
     found = mlp_widths(match_layout(architecture, specs))
     if found != recorded:

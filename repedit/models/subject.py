@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from repedit.arch import Architecture, ModelLayout, TensorSpec, match_layout, resolve
-from repedit.arch.check import check_bare, check_merged, check_modules
+from repedit.arch.check import check_modules, check_no_adapter, check_plain_weights
 from repedit.arch.offload import check_in_memory, execution_device, values
 from repedit.errors import (
     ArgumentError,
@@ -364,7 +364,7 @@ def subject_of(
     """
     from transformers import PreTrainedModel
 
-    check_merged(model)
+    check_no_adapter(model)
     if not isinstance(model, PreTrainedModel):
         raise NotAModel(
             f"{type(model).__name__} is not a transformers model; pass an AutoModelForCausalLM model or a path to repedit.load"
@@ -391,7 +391,7 @@ def subject_of(
     try:
         check_modules(model, subject.layout)
     except UnknownArchitecture:
-        check_bare(model)
+        check_plain_weights(model)
         raise
     if source is not None:
         _loaded_state[model] = (state(model), file_states(source) if files is None else files)

@@ -1,4 +1,4 @@
-"""What is left of removed directions in edited weights, tensor by tensor: a statement about weights, not about knowledge."""
+"""Certificates: what remains of removed directions in edited weights. They say nothing about knowledge stored elsewhere."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from repedit.plan import Operation, Plan, TensorReader
 from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
 from repedit.rewrite.slice import slice_plan
 
-_PART = 256
-"""Rows at a time: a tensor is not held in float64."""
-_WORDS = {
+_ROWS = 256
+"""Rows at a time, so that no whole tensor is held in float64."""
+_MEANINGS = {
     "hook": "the weights are those of the original: whoever removes the hook has the original back",
     "folded": "the directions are gone from the weights, up to rounding; the slot can be trained again",
     "sliced": "the coordinates themselves are gone",
@@ -41,15 +41,15 @@ class TensorCertificate:
     leak_computed: float
     """||V^T W'|| / ||V^T W|| before the cast to the stored dtype."""
     leak: float
-    """The same as stored."""
+    """The same for the stored weights."""
     residue: float
-    """Regression of V^T W' on V^T W: how much of what remains is the original, not noise of rounding."""
+    """Regression of V^T W' on V^T W: how much of the rest is the original, not rounding noise."""
     dtype: str
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """How irreversible a projection is, as far as the weights can say."""
+    """How irreversible a projection is, as far as the weights can show."""
 
     form: Literal["hook", "folded", "sliced"]
     exactness: str
@@ -59,18 +59,18 @@ class Certificate:
     worst_leak: float
     tensors: Mapping[str, TensorCertificate]
     widths: tuple[int, int] | None = None
-    """Width of the stream before and after, where it was sliced: the leak is 0 by shape."""
+    """Width of the stream before and after slicing, where the leak is 0 by shape."""
 
     def describe(self) -> str:
-        """A few lines: what holds, and what does not follow from it."""
+        """A few lines: what the certificate shows, and what it does not."""
         if self.widths is not None:
             return (
-                f"{self.form}: {_WORDS[self.form]}.\nThe stream has {self.widths[1]} coordinates where it had {self.widths[0]}; "
+                f"{self.form}: {_MEANINGS[self.form]}.\nThe stream has {self.widths[1]} coordinates where it had {self.widths[0]}; "
                 f"{self.exactness}.\nThis says nothing of copies of the knowledge in those that stay: attack it."
             )
         worst = max(self.tensors, key=lambda name: self.tensors[name].leak, default="none")
         return (
-            f"{self.form}: {_WORDS[self.form]}.\n{self.rank} directions over {len(self.tensors)} tensors, {self.exactness}; "
+            f"{self.form}: {_MEANINGS[self.form]}.\n{self.rank} directions over {len(self.tensors)} tensors, {self.exactness}; "
             f"largest leak {self.worst_leak:.1e} ({worst}).\nThis says nothing of copies of the knowledge elsewhere: attack it."
         )
 
@@ -80,7 +80,7 @@ class Certificate:
 
 
 def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | str | Path) -> Certificate:
-    """Measure what is left of the directions an edit removes, in the weights of an edited model.
+    """Measure what remains, in the weights of an edited model, of the directions that an edit removes.
 
     leak = ||V^T W'||_F / ||V^T W||_F for each writer W (out, in), ||W' U||_F / ||W U||_F for each reader; D W in place of
     W where a post-norm with gain D follows. A narrower model is compared with what slicing makes of the original.
@@ -90,38 +90,39 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
     Raises:
         ArgumentError: if the edit holds no projection, or one is in memory and the other a directory.
         NotFoldable: if a site of the edit has no weight.
-        PlanMismatch: if some tensors were edited and others hold the directions still.
+        PlanMismatch: if some tensors were edited and others still hold the directions.
     """
     if isinstance(edited, Subject) != isinstance(original, Subject):
         raise ArgumentError(
             "edited is in memory and original a directory, or the reverse; load both, or give both directories"
         )
-    architecture, specs, before = _store(original)
-    other, narrower, after = _store(edited)
-    if match_layout(other, narrower).width != match_layout(architecture, specs).width:
-        return _narrowed(slice_plan(edit, architecture, specs), narrower, before, after)
+    architecture, specs, before = _weights(original)
+    edited_architecture, edited_specs, after = _weights(edited)
+    if match_layout(edited_architecture, edited_specs).width != match_layout(architecture, specs).width:
+        plan = slice_plan(edit, architecture, specs)
+        _check_sliced(plan, before, after)
+        return sliced_certificate(plan)
     plan = lower(edit, architecture, specs)
-    found = {}
+    rows = {}
     for name in (name for name in plan.operations if _projections(plan, name)):
         old = before(name) if name in specs else torch.zeros(plan.added[name].shape, dtype=plan.added[name].dtype)
-        new = after(name)
-        row = certified(plan, name, old, new, plan.computed(name, old, before), before)
+        row = certified(plan, name, old, after(name), plan.computed(name, old, before), before)
         if row is not None:
-            found[name] = row
-    if not found:
+            rows[name] = row
+    if not rows:
         raise ArgumentError(
             "the edit holds no projection (LowRank); a certificate is about directions that were removed"
         )
-    untouched = all(torch.equal(before(name), after(name)) for name in found)
+    untouched = all(torch.equal(before(name), after(name)) for name in rows)
     if not untouched:
-        check_leaks(found)
-    return combined(plan, found, "hook" if untouched else "folded")
+        check_leaks(rows)
+    return combined(plan, rows, "hook" if untouched else "folded")
 
 
 def certified(
     plan: Plan, name: str, before: Tensor, after: Tensor, computed: Tensor, read: TensorReader
 ) -> TensorCertificate | None:
-    """The row of one tensor, as it was, as it is stored, and before it was rounded; None where no projection acts on it."""
+    """The certificate of one tensor, from its values before, as stored, and before rounding; None without a projection."""
     operations = _projections(plan, name)
     if not operations:
         return None
@@ -130,11 +131,10 @@ def certified(
         old, new, exact = _coordinates(operation, before, after, computed, read)
         sums += torch.stack([old.square().sum(), new.square().sum(), exact.square().sum(), (old * new).sum()]).cpu()
     size = sums[0].clamp(min=1e-300)
+    # Experts share one map: a direction that four of them lose is one direction.
+    maps = {id(op.map): op.map for op in operations if op.map is not None}
     return TensorCertificate(
-        # Experts share one map: a direction that four of them lose is one direction.
-        rank=sum(
-            map_.rank_removed for map_ in {id(op.map): op.map for op in operations if op.map is not None}.values()
-        ),
+        rank=sum(map_.rank_removed for map_ in maps.values()),
         leak_computed=float((sums[2] / size).sqrt()),
         leak=float((sums[1] / size).sqrt()),
         residue=float(sums[3] / size),
@@ -143,31 +143,29 @@ def certified(
 
 
 def _projections(plan: Plan, name: str) -> list[Operation]:
-    """The operations on a tensor that take directions away."""
+    """The operations on a tensor that remove directions."""
     return [op for op in plan.operations.get(name, ()) if isinstance(op.map, LowRank) and op.map.u.shape[1]]
 
 
 def sliced_certificate(plan: Plan) -> Certificate:
-    """The certificate of a plan that takes the coordinates away."""
+    """The certificate of a plan that removes coordinates."""
     rank = sum(plan.ranks.values())
     return Certificate("sliced", "exact", rank, worst_leak=0.0, tensors={}, widths=plan.stream)
 
 
-def _narrowed(plan: Plan, specs: Specs, before: TensorReader, after: TensorReader) -> Certificate:
+def _check_sliced(plan: Plan, before: TensorReader, after: TensorReader) -> None:
+    """Refuse a narrower model that is not the sliced original."""
     for name in plan.resized:
         old = before(plan.unties.get(name, name))
         new, expected = after(name), plan.apply(name, old, before)
-        error = (
-            float((new.double() - expected.double()).norm() / expected.double().norm())
-            if new.shape == expected.shape
-            else float("inf")
-        )
+        error = float("inf")
+        if new.shape == expected.shape:
+            error = float((new.double() - expected.double()).norm() / expected.double().norm())
         if error > LEAK_LIMITS[new.dtype]:
             raise PlanMismatch(
                 f"{name} {tuple(new.shape)} is not what slicing makes of the original (relative error {error:.1e}); is this the model "
                 "the edit was sliced out of?"
             )
-    return sliced_certificate(plan)
 
 
 def combined(plan: Plan, tensors: Mapping[str, TensorCertificate], form: Literal["hook", "folded"]) -> Certificate:
@@ -183,23 +181,23 @@ def combined(plan: Plan, tensors: Mapping[str, TensorCertificate], form: Literal
 
 
 def check_leaks(tensors: Mapping[str, TensorCertificate]) -> None:
-    """Refuse weights that hold a removed direction still.
+    """Refuse weights that still hold a removed direction.
 
     Raises:
         PlanMismatch: naming the tensors.
     """
-    held = [n for n, row in tensors.items() if row.leak > LEAK_LIMITS[getattr(torch, row.dtype)]]
-    if held:
+    leaking = [n for n, row in tensors.items() if row.leak > LEAK_LIMITS[getattr(torch, row.dtype)]]
+    if leaking:
         raise PlanMismatch(
-            f"{len(held)} of {len(tensors)} tensors hold removed directions still, such as {held[0]} (leak "
-            f"{tensors[held[0]].leak:.2g}); is this the model the edit was folded into?"
+            f"{len(leaking)} of {len(tensors)} tensors still hold removed directions, such as {leaking[0]} (leak "
+            f"{tensors[leaking[0]].leak:.2g}); is this the model the edit was folded into?"
         )
 
 
 def _coordinates(
     operation: Operation, before: Tensor, after: Tensor, computed: Tensor, read: TensorReader
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Coordinates of the old, the stored and the uncast tensor along the removed directions, in float64."""
+    """Coordinates along the removed directions of the tensor before, as stored, and before rounding, in float64."""
     map_, view, offset = operation.map, operation.view, operation.constant
     assert isinstance(map_, LowRank)
     inputs = operation.kind == "inputs"
@@ -207,30 +205,31 @@ def _coordinates(
     if not inputs:
         gain = operation.gain_of(read, factor)
         factor = factor if gain is None else gain * factor
-    # 6e-8 of a product is lost in float32: enough beside the 2e-4 of a half type, which is what its weights are read for.
+    # A product in float32 is exact to 6e-8, which is enough for weights in a half type, exact to 2e-4.
     factor = factor.float() if before.dtype.itemsize < 4 else factor
-    found = [_along(view.read(tensor), factor, inputs) for tensor in (before, after, computed)]
-    if offset is not None:
-        # An affine map holds the coordinates at those of its center; they are the measure for a bias that was zero.
-        held = map_.v.double().cpu().T @ offset.double().cpu()[:, None]
-        old, *rest = (c.cpu() for c in found)
-        found = [torch.cat([old, held], 1), *(torch.cat([c - held, torch.zeros_like(held)], 1) for c in rest)]
-    return found[0], found[1], found[2]
+    old, new, exact = (_products(view.read(tensor), factor, inputs) for tensor in (before, after, computed))
+    if offset is None:
+        return old, new, exact
+    # An affine map sets the coordinates to those of its center, which serve as the measure for a bias that was zero.
+    center = map_.v.double().cpu().T @ offset.double().cpu()[:, None]
+    zeros = torch.zeros_like(center)
+    old, new, exact = old.cpu(), new.cpu(), exact.cpu()
+    return torch.cat([old, center], 1), torch.cat([new - center, zeros], 1), torch.cat([exact - center, zeros], 1)
 
 
-def _along(w: Tensor, factor: Tensor, inputs: bool) -> Tensor:
+def _products(w: Tensor, factor: Tensor, inputs: bool) -> Tensor:
     """W U for inputs, V^T W for outputs, some rows of W at a time: products in the factor's dtype, sums in float64."""
     w, f = w[:, None] if w.ndim == 1 else w, factor.to(w.device)
-    parts = w.split(_PART)
+    parts = w.split(_ROWS)
     if inputs:
         return torch.cat([(part.to(f) @ f).double() for part in parts])
     total = torch.zeros(f.shape[1], w.shape[1], dtype=torch.float64, device=w.device)
-    for part, rows in zip(parts, f.split(_PART), strict=True):
+    for part, rows in zip(parts, f.split(_ROWS), strict=True):
         total += rows.T @ part.to(f)
     return total
 
 
-def _store(source: Subject | str | Path) -> tuple[Architecture, Specs, TensorReader]:
+def _weights(source: Subject | str | Path) -> tuple[Architecture, Specs, TensorReader]:
     if isinstance(source, Subject):
         return source.architecture, source.specs, source.value
     directory = user_path(source)

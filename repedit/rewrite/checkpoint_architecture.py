@@ -1,14 +1,18 @@
-"""The family of a checkpoint on disk and the tensors its model reads, and whether a planned checkpoint is the planned model."""
+"""Checkpoints on disk: their family, the tensors their model reads, and whether a planned checkpoint is the planned model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from repedit.arch import Architecture, Specs, TensorSpec, match_layout, resolve
-from repedit.errors import CheckpointError, PlanMismatch
+from repedit.errors import CheckpointError, NotFound, PlanMismatch
 from repedit.io.checkpoint import Shards
+from repedit.io.files import is_folder, user_path
 from repedit.io.text import read_json
+from repedit.models.default_model import DEFAULT, cached
 from repedit.models.loading import (
     buildable,
     check_count,
@@ -25,6 +29,22 @@ from repedit.quantization import check_unquantized, quantizer_name
 from repedit.rewrite.resize import patched_config
 
 
+def checkpoint_directory(source: str | Path) -> Path:
+    """The absolute path of a checkpoint directory, or of the built-in model by its name.
+
+    Raises:
+        NotFound: if there is no such directory.
+    """
+    path = user_path(source)
+    if is_folder(path):
+        return path.absolute()
+    if str(source) == DEFAULT:
+        return cached()
+    raise NotFound(
+        f"{path.absolute()} is not a directory; a hub id is exported by loading it first: export(edit, rp.load(...), target)"
+    )
+
+
 def architecture_of(directory: Path) -> Architecture:
     """The family row of a checkpoint directory.
 
@@ -35,7 +55,7 @@ def architecture_of(directory: Path) -> Architecture:
 
 
 def used_specs(shards: Shards) -> Specs:
-    """Shape and dtype of the tensors of a checkpoint that the model of its config reads; the others are streamed as they are.
+    """Shape and dtype of the tensors of a checkpoint that the model of its config reads; others are copied unchanged.
 
     Raises:
         QuantizedModel, UnknownArchitecture: if it cannot be edited.
@@ -52,11 +72,11 @@ def used_specs(shards: Shards) -> Specs:
 
 
 def check_planned(plan: Plan, shards: Shards, used: Specs) -> None:
-    """Refuse a plan whose checkpoint plain transformers would read as another model.
+    """Refuse a plan whose checkpoint transformers would read as another model.
 
     Raises:
-        CheckpointError: naming tensors that the files hold and the model of the config does not read, where the plan needs them.
-        PlanMismatch: naming tensors that the planned config does not describe, or that would be absent or of another shape.
+        CheckpointError: naming tensors that the plan needs and the files hold, but the model of the config does not read.
+        PlanMismatch: naming tensors that the planned config does not describe, or that would be missing or of another shape.
     """
     config, architecture = _described(shards.directory)
     planned = {name: plan.spec(name, spec) for name, spec in used.items()} | dict(plan.added)
@@ -85,7 +105,7 @@ def check_planned(plan: Plan, shards: Shards, used: Specs) -> None:
 
 
 def check_described(subject: Subject) -> None:
-    """Refuse a model in memory that its own config does not describe: plain transformers would read its files as another model.
+    """Refuse a model in memory that its own config does not describe: transformers would read its files as another model.
 
     Raises:
         CheckpointError: naming the tensors that differ from what the config builds.
@@ -93,9 +113,9 @@ def check_described(subject: Subject) -> None:
     with buildable("the model in memory"):
         built = _shapes(empty_model(subject.model.config))
     own, layout = _shapes(subject.model), subject.layout
-    free = mlp_tensors(layout) if ragged_widths(layout) else frozenset()
+    ragged = mlp_tensors(layout) if ragged_widths(layout) else frozenset()
     extra, absent = sorted(set(own) - set(built)), sorted(set(built) - set(own))
-    reshaped = sorted(n for n in set(own) & set(built) if own[n].shape != built[n].shape and n not in free)
+    reshaped = sorted(n for n in set(own) & set(built) if own[n].shape != built[n].shape and n not in ragged)
     if extra or absent or reshaped:
         flags = sorted({slot.flag for slot in subject.architecture.bias_flags.values()})
         raise CheckpointError(
@@ -106,7 +126,7 @@ def check_described(subject: Subject) -> None:
         )
 
 
-def _shapes(model: Any) -> dict[str, TensorSpec]:
+def _shapes(model: nn.Module) -> dict[str, TensorSpec]:
     """Shape and dtype of every parameter and buffer of a model by name."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}

@@ -1,6 +1,6 @@
-"""What goes along with the weights of a checkpoint: tokenizer, licence, card, templates; and what does not, by name and with the reason.
+"""The files that an export copies with the weights (tokenizer, licence, templates), and those it leaves out, with the reason.
 
-Nothing that a link leads to outside the checkpoint goes along, since exports are published.
+Exports are published, so no file outside the checkpoint is copied through a link.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ class Companions:
     """Files of a checkpoint beside its weights, its config and its card, by their path in it."""
 
     files: Mapping[str, Path] = field(default_factory=dict)
-    """Those that go along, each with the regular file to read, links followed."""
+    """Files to copy, each with the regular file to read, links resolved."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Those that do not, each with the reason. Hidden files and folders are not looked at."""
+    """Files left out, each with the reason. Hidden files and folders are ignored."""
 
 
 def companions(directory: Path, used: frozenset[str], *, trusted: bool = False) -> Companions:
-    """The files that go along with a checkpoint's weights.
+    """The files to copy with the weights of a checkpoint.
 
     Args:
         used: files of weights that are read, which are not companions.
-        trusted: follow every link: the directory is in the cache of the hub, where the hub's client makes the links.
+        trusted: follow every link, because the directory is in the hub's cache and the links were made by its client.
     Raises:
-        CheckpointError: if a file that would go along, the config or the card is a link that leads out of the checkpoint.
+        CheckpointError: if a file to copy, the config or the card is a link to a file outside the checkpoint.
     """
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
-    leaving: list[str] = []
+    outside: list[str] = []
     for name, path in _walk(directory, left_out):
         real = Path(os.path.realpath(path))
-        reason = _reason(name, used) or _special(real)
+        reason = _reason(name, used) or _special_file(real)
         if reason is None and path.is_symlink() and not trusted:
-            inside = _inside(real, directory)
+            inside = _path_inside(real, directory)
             if inside is None:
-                leaving.append(f"{name} -> {real}")
+                outside.append(f"{name} -> {real}")
                 continue
             hidden = any(part.startswith(".") for part in PurePosixPath(inside).parts)
             reason = "a link to a hidden file" if hidden else _reason(inside, used)
@@ -69,10 +69,10 @@ def companions(directory: Path, used: frozenset[str], *, trusted: bool = False) 
             files[name] = real
         elif reason is not None:
             left_out[name] = reason
-    if leaving:
+    if outside:
         raise CheckpointError(
-            f"{directory} holds links that lead out of it: {', '.join(leaving[:5])}; what they lead to would be published with "
-            "the export. Put the files in their place (cp -L), or remove the links"
+            f"{directory} holds links to files outside it: {', '.join(outside[:5])}; those would be published with the export. "
+            "Replace the links with the files (cp -L), or remove them"
         )
     return Companions(files, left_out)
 
@@ -82,9 +82,9 @@ def used_files(shards: Shards) -> frozenset[str]:
     return frozenset((*shards.files, *([INDEX] if shards.indexed else [])))
 
 
-def copy_companions(found: Companions, folder: Path) -> None:
-    """Copy the files that go along into a folder; those that are there already stay."""
-    for name, path in found.files.items():
+def copy_companions(others: Companions, folder: Path) -> None:
+    """Copy the files into a folder; files that exist there are kept."""
+    for name, path in others.files.items():
         target = folder / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def copy_companions(found: Companions, folder: Path) -> None:
 
 
 def _walk(folder: Path, left_out: dict[str, str], prefix: str = "") -> list[tuple[str, Path]]:
-    """Every file below a folder that is not hidden, by its path; folders that are left out are entered as such."""
+    """Every file below a folder that is not hidden, by its path; adds folders that are left out to `left_out`."""
     entries: list[tuple[str, Path]] = []
     for path in sorted(folder.iterdir()):
         name = f"{prefix}{path.name}"
@@ -110,7 +110,7 @@ def _walk(folder: Path, left_out: dict[str, str], prefix: str = "") -> list[tupl
 
 
 def _reason(name: str, used: frozenset[str]) -> str | None:
-    """Why a file is left out, by its name; None where it is not."""
+    """Why a file is left out, by its name; None if it is not."""
     if name in used:
         return None
     path = PurePosixPath(name.lower())
@@ -121,7 +121,7 @@ def _reason(name: str, used: frozenset[str]) -> str | None:
     return next((reason for reason, suffixes in _LEFT_OUT.items() if path.suffix in suffixes), None)
 
 
-def _special(real: Path) -> str | None:
+def _special_file(real: Path) -> str | None:
     try:
         regular = stat.S_ISREG(real.stat().st_mode)
     except OSError:
@@ -129,8 +129,8 @@ def _special(real: Path) -> str | None:
     return None if regular else "no regular file"
 
 
-def _inside(real: Path, directory: Path) -> str | None:
-    """The path of a file in a checkpoint, or in the blobs that the hub's cache keeps beside its snapshots; None elsewhere."""
+def _path_inside(real: Path, directory: Path) -> str | None:
+    """The path of a file inside a checkpoint or among the blobs of the hub's cache; None for a file anywhere else."""
     root = Path(os.path.realpath(directory))
     if real.is_relative_to(root):
         return real.relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, tensor by tensor."""
+"""The tensors that differ between two checkpoints or models."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from repedit.errors import FingerprintError
 from repedit.io.checkpoint import open_shards
-from repedit.io.files import is_folder
-from repedit.models.default_model import DEFAULT, cached
 from repedit.models.subject import Subject
+from repedit.rewrite.checkpoint_architecture import checkpoint_directory
 
 
 @dataclass(frozen=True)
@@ -30,28 +29,29 @@ class Difference:
     rows: int
     """Rows with a change."""
     columns: int
+    """Columns with a change."""
 
 
 def diff(base: Subject | str | Path, edited: Subject | str | Path) -> list[Difference]:
-    """Every tensor whose values differ, largest relative change first; an empty list means equal weights.
+    """Every tensor whose values differ, largest relative change first; the list is empty for equal weights.
 
     Raises:
         FingerprintError: if the two do not hold the same tensors in the same shapes, except for added biases and heads.
     """
     (first, read_first), (last, read_last) = _tensors(base), _tensors(edited)
-    gone = sorted(set(first) - set(last))
+    missing = sorted(set(first) - set(last))
     reshaped = sorted(n for n in set(first) & set(last) if first[n] != last[n])
-    if gone or reshaped:
+    if missing or reshaped:
         raise FingerprintError(
-            f"the checkpoints are of different models: {len(gone)} tensors are gone, {len(reshaped)} have another shape ({(gone + reshaped)[0]})"
+            f"the checkpoints are of different models: {len(missing)} tensors are missing, {len(reshaped)} have another shape ({(missing + reshaped)[0]})"
         )
-    found = []
+    differences = []
     for name in sorted(last):
         new = read_last(name).double()
         old = read_first(name).double() if name in first else torch.zeros_like(new)
         if not torch.equal(old, new):
-            found.append(_difference(name, old, new))
-    return sorted(found, key=lambda d: -d.relative)
+            differences.append(_difference(name, old, new))
+    return sorted(differences, key=lambda d: -d.relative)
 
 
 def _difference(name: str, old: Tensor, new: Tensor) -> Difference:
@@ -70,9 +70,9 @@ def _difference(name: str, old: Tensor, new: Tensor) -> Difference:
 
 
 def _tensors(source: Subject | str | Path) -> tuple[Mapping[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """Shapes by name, and a function that reads a tensor."""
     if isinstance(source, Subject):
-        names = dict(source.model.named_parameters())
-        return {n: tuple(p.shape) for n, p in names.items()}, lambda name: source.value(name).cpu()
-    directory = cached() if str(source) == DEFAULT and not is_folder(source) else Path(source)
-    shards = open_shards(directory)
-    return {n: spec.shape for n, spec in shards.specs.items()}, shards.read
+        shapes = {name: tuple(p.shape) for name, p in source.model.named_parameters()}
+        return shapes, lambda name: source.value(name).cpu()
+    shards = open_shards(checkpoint_directory(source))
+    return {name: spec.shape for name, spec in shards.specs.items()}, shards.read

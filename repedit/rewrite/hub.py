@@ -1,36 +1,50 @@
-"""Upload an exported checkpoint to the Hugging Face hub: what its manifest lists and nothing else, and only when told to."""
+"""Upload an exported checkpoint to the Hugging Face hub: exactly the files that its manifest lists."""
 
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from repedit.errors import ArgumentError, CheckpointError, HubError, TargetExists
+from repedit.errors import ArgumentError, CheckpointError, HubError, RepeditError, TargetExists
 from repedit.io.files import user_path
 from repedit.io.targets import CARD, MANIFEST, entries
 from repedit.rewrite.verification import Verification, verification
 
-KEPT = (".gitattributes",)
-"""Files that the hub itself puts into a repository."""
+HUB_FILES = (".gitattributes",)
+"""Files that the hub itself adds to a repository."""
+
+
+@runtime_checkable
+class HubApi(Protocol):
+    """The methods of `huggingface_hub.HfApi` that an upload uses."""
+
+    def repo_exists(self, repo_id: str, *, repo_type: str | None = None) -> bool: ...
+    def repo_info(self, repo_id: str, *, repo_type: str | None = None) -> Any: ...
+    def create_repo(
+        self, repo_id: str, *, private: bool | None = None, repo_type: str | None = None, exist_ok: bool = False
+    ) -> Any: ...
+    def create_commit(
+        self, repo_id: str, operations: Iterable[Any], *, commit_message: str, repo_type: str | None = None
+    ) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Push:
-    """What is, or would be, uploaded."""
+    """An upload, planned or done."""
 
     repository: str
     private: bool
     files: Mapping[str, int]
     """Bytes by name."""
-    left: tuple[str, ...]
-    """Files of the directory that stay here, since the manifest does not list them."""
+    unlisted: tuple[str, ...]
+    """Files of the directory that are not uploaded, because the manifest does not list them."""
     manifest: Mapping[str, Any]
     url: str | None = None
-    """The commit; None where nothing was uploaded."""
+    """The commit; None if nothing was uploaded."""
 
     @property
     def size(self) -> int:
@@ -38,18 +52,16 @@ class Push:
         return sum(self.files.values())
 
     def describe(self) -> str:
-        """A few lines: where to, what, and what the manifest says of it."""
+        """A few lines: the repository, the files, and a summary of the manifest."""
         edit = self.manifest.get("edit", {})
-        held = self.manifest.get("certificate")
-        said = (
-            f"largest leak {held['worst_leak']:.1e}, {held['exactness']}"
-            if held
-            else "no certificate: nothing was projected"
-        )
+        certificate = self.manifest.get("certificate")
+        leak = "no certificate: nothing was projected"
+        if certificate:
+            leak = f"largest leak {certificate['worst_leak']:.1e}, {certificate['exactness']}"
         return "\n".join([
             f"{self.repository} ({'private' if self.private else 'public'}): {len(self.files)} files, {self.size / 1e6:.1f} MB",
-            f"manifest: {edit.get('method', 'an edit')}; every file has the hash it was exported with; {said}",
-            *([f"stay here, not in the manifest: {', '.join(self.left)}"] if self.left else []),
+            f"manifest: {edit.get('method', 'an edit')}; every file has the hash it was exported with; {leak}",
+            *([f"not uploaded, not in the manifest: {', '.join(self.unlisted)}"] if self.unlisted else []),
             f"uploaded: {self.url}" if self.url else "nothing was uploaded",
         ])  # fmt: skip
 
@@ -62,33 +74,33 @@ def push(
     private: bool = True,
     overwrite: bool = False,
     message: str = "Upload an edited checkpoint",
-    api: Any = None,
+    api: HubApi | None = None,
 ) -> Push:
     """Upload an exported checkpoint as one commit: the files of its manifest, the manifest and the card.
 
-    Without `yes` the directory is checked and nothing is asked of the network. A token comes from where huggingface_hub
-    looks for one.
+    Without `yes` only the directory is checked, and the network is not used. huggingface_hub finds the token.
 
     Args:
         repository: "owner/name".
-        private: visibility of a new repository; one that exists must have it already.
-        overwrite: replace the files of a repository that exists; its history keeps the old ones.
-        api: in place of `huggingface_hub.HfApi()`.
+        private: visibility of a new repository; an existing one must have this visibility already.
+        overwrite: replace the files of an existing repository; its history keeps the old ones.
+        api: used in place of `huggingface_hub.HfApi()`.
     Raises:
         NotFound: if the directory holds no manifest.
         CheckpointError: if a file is not as it was exported, is missing, or changes while it is read.
-        ArgumentError: if the repository has no valid name, or is not as private as asked.
-        TargetExists: if the repository holds something and overwrite is False.
+        ArgumentError: if the repository name is not valid, or the repository has another visibility.
+        TargetExists: if the repository holds files and overwrite is False.
         HubError: if the hub refuses or cannot be reached.
     """
     _check_name(repository)
-    place = user_path(directory)
-    found = verification(place)
-    if not found.whole:
+    root = user_path(directory)
+    verified = verification(root)
+    if not verified.whole:
         raise CheckpointError(
-            f"{place.absolute()} is not what its {MANIFEST} says was exported: {found.describe()}; export it again, or put the files back"
+            f"{root.absolute()} is not what its {MANIFEST} says was exported: {verified.describe()}; export it again, or restore "
+            "the files"
         )
-    planned = Push(repository, private, dict(found.files), found.unlisted, found.manifest)
+    planned = Push(repository, private, dict(verified.files), verified.unlisted, verified.manifest)
     if not yes:
         return planned
     if api is None:
@@ -96,8 +108,8 @@ def push(
 
         api = HfApi()
     with _hub(repository):
-        stale = _stale(api, planned, overwrite)
-    operations = _operations(place, found, stale)
+        stale = _stale_files(api, planned, overwrite)
+    operations = _operations(root, verified, stale)
     with _hub(repository):
         if stale is None:
             api.create_repo(repository, private=private, repo_type="model", exist_ok=False)
@@ -116,50 +128,43 @@ def _check_name(repository: str) -> None:
         raise ArgumentError(f"{repository!r} names no repository; write owner/name")
 
 
-def _stale(api: Any, planned: Push, overwrite: bool) -> list[str] | None:
-    """Files that a repository holds beyond the push; None where there is no repository yet."""
+def _stale_files(api: HubApi, planned: Push, overwrite: bool) -> list[str] | None:
+    """Files of a repository that the push does not contain; None if there is no repository yet."""
     name = planned.repository
     if not api.repo_exists(name, repo_type="model"):
         return None
-    there = api.repo_info(name, repo_type="model")
-    if bool(there.private) != planned.private:
+    info = api.repo_info(name, repo_type="model")
+    if bool(info.private) != planned.private:
+        actual, asked = ("private" if private else "public" for private in (info.private, planned.private))
         raise ArgumentError(
-            f"{name} exists and is {'private' if there.private else 'public'}, asked was {'private' if planned.private else 'public'}; "
-            "change it on the hub, or ask for what it is"
+            f"{name} exists and is {actual}, {asked} was asked for; change it on the hub, or ask for {actual}"
         )
-    held = [sibling.rfilename for sibling in there.siblings or () if sibling.rfilename not in KEPT]
-    if held and not overwrite:
+    files = [sibling.rfilename for sibling in info.siblings or () if sibling.rfilename not in HUB_FILES]
+    if files and not overwrite:
         raise TargetExists(
-            f"{name} holds {len(held)} files, such as {held[0]}; pass overwrite=True to replace them, or give another name"
+            f"{name} holds {len(files)} files, such as {files[0]}; pass overwrite=True to replace them, or give another name"
         )
-    return [file for file in held if file not in planned.files]
+    return [file for file in files if file not in planned.files]
 
 
-def _operations(place: Path, found: Verification, stale: list[str] | None) -> list[Any]:
-    """One addition a file, of the very bytes that were verified, and the deletion of what lies there beyond them."""
+def _operations(root: Path, verified: Verification, stale: list[str] | None) -> list[Any]:
+    """Additions of exactly the bytes that were verified, and deletions of stale files."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(place / name)) for name in found.files]
-    there = entries(place)
-    for operation in additions:
-        name = operation.path_in_repo
-        regular = name in there and stat.S_ISREG(there[name].st_mode)
-        if not regular or (
-            name not in (MANIFEST, CARD) and operation.upload_info.sha256.hex() != found.manifest["files"][name]
-        ):
-            raise CheckpointError(f"{place / name} changed while it was read; nothing was uploaded")
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(root / name)) for name in verified.files]
+    present = entries(root)
+    for addition in additions:
+        name = addition.path_in_repo
+        regular = name in present and stat.S_ISREG(present[name].st_mode)
+        hashed = name not in (MANIFEST, CARD)
+        if not regular or (hashed and addition.upload_info.sha256.hex() != verified.manifest["files"][name]):
+            raise CheckpointError(f"{root / name} changed while it was read; nothing was uploaded")
     return [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale or ())]
 
 
 @contextmanager
 def _hub(repository: str) -> Iterator[None]:
-    """Whatever the client or the hub says becomes one error of repedit, with the cause kept.
-
-    Raises:
-        HubError.
-    """
-    from repedit.errors import RepeditError
-
+    """Raise the errors of the client and the hub as HubError, with their cause."""
     try:
         yield
     except RepeditError:
@@ -167,5 +172,5 @@ def _hub(repository: str) -> Iterator[None]:
     except Exception as error:
         raise HubError(
             f"the hub did not take {repository}: {type(error).__name__}: {str(error).strip() or 'no reason given'}; log in with "
-            "`hf auth login` or set HF_TOKEN, and see that the owner is yours"
+            "`hf auth login` or set HF_TOKEN, and check that the owner is yours"
         ) from error

@@ -1,4 +1,4 @@
-"""What an export says of itself: the manifest repedit.json and the model card."""
+"""The record of an export: the manifest repedit.json and the model card."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from repedit.plan import Plan
 from repedit.rewrite.certificate import TensorCertificate, check_leaks, combined, sliced_certificate
 from repedit.rewrite.companions import Companions, used_files
 
-_FIELDS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
-"""Fields of a base's card that hold for the edited model too."""
+_CARD_FIELDS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
+"""Fields of the card of a base model that hold for the edited model too."""
 PACKAGES = ("repedit", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
-class Change:
-    """One touched tensor."""
+class TensorChange:
+    """The change of one touched tensor."""
 
     relative: float
     """||after - before|| / ||before||, infinite for a tensor that is new or has another shape."""
     before: str | None
-    """sha256 of the bytes; None for a tensor that is new."""
+    """sha256 of the bytes; None for a new tensor."""
     after: str
     certificate: TensorCertificate | None = None
-    """What is left of the directions a projection removed."""
+    """What remains of the directions that a projection removed."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """What was edited."""
+    """The model that was edited."""
 
     directory: Path
     name: str
     files: Mapping[str, Path]
-    """By their path in the directory."""
+    """Files by their path in the directory."""
     left_out: Mapping[str, str]
-    """Files that are no part of the export, each with the reason."""
+    """Files that are not part of the export, each with the reason."""
     in_memory: bool
-    """Whether the weights are those of a model in memory, and not of its files."""
+    """Whether the weights are those of a model in memory rather than of its files."""
 
 
 def base_of(shards: Shards, origin: Origin | None, others: Companions, in_memory: bool) -> Base:
-    """What is edited: the weights of a checkpoint, and what goes along with them."""
+    """The model that is edited: the weights of a checkpoint and the files beside them."""
     folder = shards.directory
     own = [name for name in ("config.json", CARD, MANIFEST) if (folder / name).is_file()]
     own += [name for name in others.left_out if stat.S_ISREG(_mode(folder / name))]
@@ -66,7 +66,7 @@ def base_of(shards: Shards, origin: Origin | None, others: Companions, in_memory
 
 
 def base_card(folder: Path) -> str:
-    """The text of the card of a base; empty where it has none."""
+    """The model card in a directory; empty if it has none."""
     path = folder / CARD
     return read_bytes(path).decode(errors="replace") if path.is_file() else ""
 
@@ -80,7 +80,7 @@ def _mode(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of repedit.json; sorted keys, no clock, no path."""
+    """The content of repedit.json: sorted keys, no clock, no path."""
 
     base: Mapping[str, Any]
     edit: Mapping[str, Any]
@@ -93,19 +93,19 @@ class Manifest:
     dtype: str | None
     versions: Mapping[str, str]
     certificate: Mapping[str, Any] | None = None
-    """rank, leak before and after the cast, exactness, per tensor; None where nothing was projected."""
+    """Rank, leak before and after the cast, and exactness by tensor; None if nothing was projected."""
     loaders: tuple[str, ...] = ("transformers.AutoModelForCausalLM", "repedit.load")
     structure: str = "keep"
     layout: str | None = None
-    """"uniform" or "ragged" where neurons were cut out; "ragged" too where the source was so."""
+    """"uniform" or "ragged" if neurons were cut out; also "ragged" if the source was."""
     widths: Mapping[str, int] | None = None
-    """MLP neurons by layer (of one expert where there are experts), along with the layout; read by repedit.load."""
+    """MLP neurons by layer (of one expert if there are experts) if there is a layout; read by repedit.load."""
     parameters: Mapping[str, int] | None = None
-    """Numbers in the files before and after, where shapes changed."""
+    """Numbers in the files before and after, if shapes changed."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Files of the source that are not part of the export, each with the reason."""
     card: str | None = None
-    """sha256 of the card as it was written, which `files` leaves out since people may write on it."""
+    """sha256 of the card as written; `files` does not list it, because people may edit it."""
     format: int = 1
 
     def __repr__(self) -> str:
@@ -114,8 +114,7 @@ class Manifest:
     @property
     def relative_change(self) -> float:
         """The largest relative change of a tensor that existed before."""
-        found = [c["relative_change"] for c in self.plan.values() if c["relative_change"] is not None]
-        return max(found, default=0.0)
+        return max((row["relative_change"] or 0.0 for row in self.plan.values()), default=0.0)
 
     def to_json(self) -> str:
         """The text of repedit.json."""
@@ -124,21 +123,21 @@ class Manifest:
 
 def manifest(
     plan: Plan,
-    changes: Mapping[str, Change],
+    changes: Mapping[str, TensorChange],
     base: Base,
     new: Path,
     dtype: str | None,
-    made: ModelLayout,
-    known: Mapping[str, str],
+    layout: ModelLayout,
+    hashes: Mapping[str, str],
 ) -> Manifest:
     """Hash every file of the new checkpoint and of its source, and record what was done.
 
     Args:
-        known: hashes of files of the new checkpoint; those that are hard links of the source's are known there too.
-        made: the new checkpoint's anatomy, from its own config and headers.
+        layout: of the new checkpoint, from its own config and headers.
+        hashes: known hashes of files of the new checkpoint; they also hold for files of the source that are hard links.
     """
-    ragged = bool(ragged_widths(made))
-    files = _hashes({name: new / name for name in entries(new)}, known)
+    ragged = bool(ragged_widths(layout))
+    files = _hashes({name: new / name for name in entries(new)}, hashes)
     shared = {name: sha for name, sha in files.items() if name in base.files and _same(base.files[name], new / name)}
     sized = ragged or plan.structure == "slim"
     return Manifest(
@@ -156,7 +155,7 @@ def manifest(
         loaders=("repedit.load",) if ragged else ("transformers.AutoModelForCausalLM", "repedit.load"),
         structure=plan.structure,
         layout=("ragged" if ragged else "uniform") if sized else None,
-        widths={str(layer): width for layer, width in mlp_widths(made).items()} if sized else None,
+        widths={str(layer): width for layer, width in mlp_widths(layout).items()} if sized else None,
         parameters={"before": _numbers(base.directory), "after": _numbers(new)} if plan.structure != "keep" else None,
         left_out=dict(base.left_out),
     )
@@ -166,7 +165,7 @@ def card(plan: Plan, record: Manifest, base: str) -> str:
     """The model card: what the checkpoint is, what was changed, and what that does not show.
 
     Args:
-        base: text of the base's card; empty where it has none.
+        base: text of the card of the base; empty if it has none.
     """
     name = for_markdown(record.base["name"])
     fields, body = _front_matter(base)
@@ -187,7 +186,7 @@ def card(plan: Plan, record: Manifest, base: str) -> str:
             "",
             f"Weights {weights} {name}, edited with repedit {record.versions['repedit']}: {len(record.plan)} tensors changed, all "
             f"others are byte-identical to {others}. {_loading(record)}",
-            *_structure(record),
+            *_size_lines(record),
             "",
             "| site | edit | exactness |",
             "|---|---|---|",
@@ -203,7 +202,7 @@ def card(plan: Plan, record: Manifest, base: str) -> str:
     )
 
 
-def _certificate(plan: Plan, changes: Mapping[str, Change]) -> dict[str, Any] | None:
+def _certificate(plan: Plan, changes: Mapping[str, TensorChange]) -> dict[str, Any] | None:
     if plan.structure == "slice":
         return sliced_certificate(plan).plain()
     rows = {name: change.certificate for name, change in sorted(changes.items()) if change.certificate is not None}
@@ -219,8 +218,8 @@ def _loading(record: Manifest) -> str:
     return "Plain `AutoModelForCausalLM.from_pretrained` loads this directory."
 
 
-def _structure(record: Manifest) -> list[str]:
-    """What changed in size, and what that does not mean."""
+def _size_lines(record: Manifest) -> list[str]:
+    """What changed in size, and what that does not imply."""
     if record.parameters is None:
         return []
     before, after = record.parameters["before"], record.parameters["after"]
@@ -242,7 +241,7 @@ def _numbers(folder: Path) -> int:
 
 
 def _front_matter(text: str) -> tuple[dict[str, Any], str]:
-    """(fields that hold for an edited model too, body) of a card; front matter that is no YAML is shown in the body as it is."""
+    """(fields that hold for an edited model too, body) of a card; front matter that is not YAML stays in the body."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     match = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$", text, re.DOTALL | re.MULTILINE)
     if match is None:
@@ -251,16 +250,15 @@ def _front_matter(text: str) -> tuple[dict[str, Any], str]:
     table = parse_yaml(match[1])
     if not isinstance(table, dict):
         return {}, "\n".join([*(f"    {line}" for line in match[1].splitlines()), "", body])
-    texts = {key: table[key] for key in _FIELDS if isinstance(table.get(key), str) and table[key]}
-    lists = {
-        key: table[key]
-        for key in _FIELDS
-        if isinstance(table.get(key), list) and all(isinstance(item, str) for item in table[key])
-    }
-    return {key: (texts | lists)[key] for key in _FIELDS if key in texts | lists}, body
+    return {key: table[key] for key in _CARD_FIELDS if _is_text(table.get(key))}, body
 
 
-def _entry(plan: Plan, name: str, change: Change) -> dict[str, Any]:
+def _is_text(value: object) -> bool:
+    """Whether a field of a card is a text or a list of texts."""
+    return bool(value) if isinstance(value, str) else isinstance(value, list) and all(isinstance(s, str) for s in value)
+
+
+def _entry(plan: Plan, name: str, change: TensorChange) -> dict[str, Any]:
     return {
         "operations": plan.describe(name),
         "relative_change": change.relative if isfinite(change.relative) else None,

@@ -1,4 +1,4 @@
-"""Carry out a plan that changes shapes: a new model of the same class around the resized tensors."""
+"""Apply a plan that changes shapes: a new model of the same class with the resized tensors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 from repedit.arch import match_layout
 from repedit.errors import NotSliceable, NotSlimmable, PlanMismatch
-from repedit.models.ragged import fit, mlp_tensors, ragged_widths
+from repedit.models.ragged import mlp_tensors, ragged_widths, set_parameter
 from repedit.models.subject import Subject, subject_of
 from repedit.plan import Plan
-from repedit.rewrite.apply import check_editable, new_tensors
+from repedit.rewrite.apply import check_editable, named_parameters, new_tensors
 
 
 def rebuilt(plan: Plan, subject: Subject) -> Subject:
@@ -26,23 +26,22 @@ def rebuilt(plan: Plan, subject: Subject) -> Subject:
     """
     check_editable(subject)
     plan.check(subject.specs)
-    before = dict(subject.model.named_parameters(remove_duplicate=False))
+    before = named_parameters(subject.model)
     new = {
         name: nn.Parameter(value, requires_grad=before[name].requires_grad if name in before else True)
         for name, value in new_tensors(plan, before).items()
     }
     model = _empty(subject.model, plan)
-    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
-    values = {name: new.get(name, before.get(name)) for name in shapes}
-    absent = sorted({name for name, value in values.items() if value is None} | (set(new) - set(shapes)))
-    if absent:
-        raise PlanMismatch(f"the smaller model and the plan disagree on the tensors {absent[:5]}")
-    for name, value in values.items():
-        assert value is not None
-        fit(model, name, value)
-    found = subject_of(model, subject.tokenizer, origin=subject.origin)
-    _check_shapes(found, shapes)
-    return found
+    shapes = {name: p.shape for name, p in named_parameters(model).items()}
+    values = before | new
+    different = sorted((set(shapes) - set(values)) | (set(new) - set(shapes)))
+    if different:
+        raise PlanMismatch(f"the smaller model and the plan disagree on the tensors {different[:5]}")
+    for name in shapes:
+        set_parameter(model, name, values[name])
+    smaller = subject_of(model, subject.tokenizer, origin=subject.origin)
+    _check_shapes(smaller, shapes)
+    return smaller
 
 
 def patched_config(config: Any, plan: Plan) -> Any:
@@ -67,7 +66,7 @@ def patched_config(config: Any, plan: Plan) -> Any:
 
 
 def _empty(model: Any, plan: Plan) -> Any:
-    """A model of the new shape without values; its buffers are real, as they are computed from the config."""
+    """A model of the new shape without values; its buffers have values, because they are computed from the config."""
     from accelerate import init_empty_weights
 
     config = patched_config(model.config, plan)
@@ -83,7 +82,7 @@ def _empty(model: Any, plan: Plan) -> Any:
 
 
 def _check_shapes(subject: Subject, shapes: dict[str, torch.Size]) -> None:
-    wrong = {n for n, p in subject.model.named_parameters(remove_duplicate=False) if p.shape != shapes[n]}
+    wrong = {n for n, p in named_parameters(subject.model).items() if p.shape != shapes[n]}
     layout = match_layout(subject.architecture, subject.specs)
     if wrong - (mlp_tensors(layout) if ragged_widths(layout) else frozenset()):
         name = min(wrong)

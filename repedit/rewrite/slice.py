@@ -1,11 +1,15 @@
-"""A narrower model: after a stream erasure the coordinates that hold nothing are taken out of every tensor."""
+"""Slicing: a model with a narrower residual stream, without the coordinates that a stream erasure empties.
+
+The removed directions cannot be restored by removing a hook or by filling a null space, because they have no coordinates
+left. The remaining coordinates may still hold copies of the information, or learn it again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm, sqrt
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
@@ -18,19 +22,103 @@ from repedit.fit.linalg import complement, orthonormal
 from repedit.linear_maps import LowRank
 from repedit.lower import check_model, lower
 from repedit.models.subject import Subject
-from repedit.plan import Plan, Resize, TensorReader
+from repedit.plan import LoweringOptions, Plan, Resize, TensorReader
 from repedit.rewrite.apply import check_editable
 from repedit.rewrite.resize import rebuilt
 from repedit.sites import Point, Site
 
-# --- Coordinates for an erased residual stream, and what they make of the tensors that write it, read it and scale it
+
+def sliced(edit: Edit, subject: Subject, *, multiple: int = 1) -> Subject:
+    """The subject without the stream directions that a stream erasure removes; its logits equal those of the erased model.
+
+    With V (d, s) a basis of the remaining directions, writers become V^T P W, readers W diag(gain) V sqrt(d / s), every
+    norm's gain 1, and epsilon' = epsilon d / s.
+
+    Args:
+        edit: the result of `erase_stream`.
+        multiple: refuse a width s that is not a multiple of this; `erase_stream(..., multiple=, retain=)` makes it one.
+    Raises:
+        NotSliceable: if the edit is not a stream erasure, or the family or the width does not allow slicing.
+    """
+    check_editable(subject)
+    check_model(edit, subject.value)
+    return rebuilt(slice_plan(edit, subject.architecture, subject.specs, multiple=multiple), subject)
+
+
+def slice_plan(
+    edit: Edit, architecture: Architecture, specs: Specs, *, multiple: int = 1, **options: Unpack[LoweringOptions]
+) -> Plan:
+    """The plan of `sliced`, from tensor names and shapes alone, so that a checkpoint can be sliced tensor by tensor.
+
+    Raises:
+        NotSliceable: as for `sliced`.
+    """
+    if multiple < 1 or options.pop("tied", "untie") != "untie":
+        raise ArgumentError(f"multiple={multiple}: at least 1; and a sliced head is always untied (tied='untie')")
+    reason = "its row does not say what changes with the width (Architecture.shrink)"
+    if architecture.shrink is not None:
+        reason = architecture.shrink.whole_stream
+    if reason:
+        raise NotSliceable(
+            f"the stream of {architecture.model_type} cannot be made narrower: {reason}; use structure='keep'"
+        )
+    layout = match_layout(architecture, specs)
+    check_widths(edit, layout)
+    map_ = erasure(edit, layout)
+    basis = coordinates(map_, centered=architecture.centered)
+    _check_width(layout, basis.shape[1], multiple)
+    builder = _SliceBuilder(layout, specs, map_, basis)
+    resized = dict(builder.tensors())
+    _check_complete(resized, builder, specs)
+    folded = lower(edit, architecture, specs, **options)
+    return replace(
+        folded,
+        operations={},
+        resized=resized,
+        config={**folded.config, **builder.config()},
+        structure="slice",
+        stream=(basis.shape[0], basis.shape[1]),
+    )
+
+
+def erasure(edit: Edit, layout: ModelLayout) -> LowRank:
+    """The projection that an edit applies at every writer of the stream.
+
+    Raises:
+        NotSliceable: naming the first site that differs.
+    """
+    layers = range(len(layout.layers))
+    writers = [Site(0, Point.RESID_PRE), *(Site(i, p) for i in layers for p in (Point.ATTN_OUT, Point.MLP_OUT))]
+    hint = "build it with erase_stream"
+    extra = sorted(set(edit.maps) - set(writers))
+    if extra:
+        raise NotSliceable(f"{extra[0]} is not a writer of the stream, so this is not a stream erasure; {hint}")
+    first = edit.maps.get(writers[0])
+    for site in writers:
+        map_ = edit.maps.get(site)
+        if map_ is None:
+            raise NotSliceable(f"{site} is not edited, so the stream still receives the directions there; {hint}")
+        if not isinstance(map_, LowRank) or map_.offset is not None or not _is_projection(map_):
+            raise NotSliceable(f"{site} holds a {type(map_).__name__} that is not a linear projection; {hint}")
+        assert isinstance(first, LowRank)
+        if map_.u.shape != first.u.shape or not (torch.equal(map_.u, first.u) and torch.equal(map_.v, first.v)):
+            raise NotSliceable(f"{site} removes other directions than {writers[0]}; {hint}")
+    assert isinstance(first, LowRank)
+    if layout.architecture.centered and float(first.v.double().sum(0).abs().max()) > 1e-4 * sqrt(layout.width):
+        raise NotSliceable(
+            f"{layout.architecture.model_type} subtracts the mean, which is in the span of the directions; {hint}, which leaves it out"
+        )
+    return first
+
+
+# --- Coordinates of an erased residual stream, and the new values of the tensors that write, read and scale it
 #
-# Let V (d, s), s = d - k, be orthonormal with range what the erasure leaves. The stream y = V^T x holds all of x, and
+# Let V (d, s), s = d - k, be orthonormal and span the directions that remain. The stream y = V^T x holds all of x, and
 # mean_d(x^2) = (s / d) mean_s(y^2), so x / sqrt(mean_d(x^2) + eps) = sqrt(d / s) V y / sqrt(mean_s(y^2) + eps d / s).
 
 
 def coordinates(map_: LowRank, *, centered: bool) -> Float[Tensor, "d s"]:
-    """V: an orthonormal basis, in float64, of what a projection leaves of the stream.
+    """V: an orthonormal basis, in float64, of the stream directions that a projection keeps.
 
     Where norms subtract the mean, V carries it: V = A B^T + 1_d 1_s^T / sqrt(d s), with A a basis of what is
     orthogonal to the removed directions and to 1_d, and B of what is orthogonal to 1_s. Then the mean of V^T x is that
@@ -49,7 +137,7 @@ def coordinates(map_: LowRank, *, centered: bool) -> Float[Tensor, "d s"]:
 
 @dataclass(frozen=True, eq=False)
 class Write(Resize):
-    """What writes the stream, in its coordinates: W (d, i) -> A W, or A on the last axis of an embedding or a bias."""
+    """A writer of the stream in the new coordinates: W (d, i) -> A W, or A on the last axis of an embedding or a bias."""
 
     matrix: Float[Tensor, "s d"]
     """A = V^T P; for an orthogonal projection V^T alone."""
@@ -72,10 +160,10 @@ class Write(Resize):
 
 @dataclass(frozen=True, eq=False)
 class Observe(Resize):
-    """What reads a norm of the stream: W (o, d) -> factor W diag(gain) V, with the gain of the norm and its bias inside.
+    """A reader of a norm of the stream: W (o, d) -> factor W diag(gain) V, with the gain and bias of the norm absorbed.
 
     A bias b of the norm becomes ones, and is absorbed by centre(W diag(gain) V) factor + (W b) 1_s^T / s: the normed
-    vector is orthogonal to 1_s, so the first term sees nothing of the ones and the second nothing else.
+    vector is orthogonal to 1_s, so the first term does not respond to the ones, and the second responds only to them.
     """
 
     basis: Float[Tensor, "d s"]
@@ -85,7 +173,7 @@ class Observe(Resize):
     bias: str | None
     """Bias of the norm."""
     factor: float
-    """sqrt(d / s); in the readers because it is not a number that half types hold, unlike the 1 left in the norm."""
+    """sqrt(d / s); in the readers rather than in the norm, where half types would round it, unlike the 1 left there."""
     extra: float = 1.0
     """sqrt(d / s) for rows that pass a norm of head width, which adds the same epsilon."""
 
@@ -108,7 +196,7 @@ class Observe(Resize):
 
 @dataclass(frozen=True)
 class Constant(Resize):
-    """A norm's gain or bias, whose values its readers have absorbed."""
+    """The gain or bias of a norm whose values its readers absorb."""
 
     width: int
     value: float
@@ -125,7 +213,7 @@ class Constant(Resize):
 
 @dataclass(frozen=True)
 class Scaled(Resize):
-    """A tensor times a number, in its old shape."""
+    """A tensor times a number, in the same shape."""
 
     factor: float
 
@@ -139,98 +227,11 @@ class Scaled(Resize):
         return f"scaled by {self.factor:.6g}, for the epsilon of the norm that follows"
 
 
-# --- A narrower model: after a stream erasure the coordinates that hold nothing are taken out of every tensor
-#
-# The slot is gone, so neither a hook that is removed nor a null space that is filled again can bring the directions back.
-# The model may still hold copies of the information in the coordinates that stay, or learn it there again.
+# --- The tensors of a model, and what each becomes
 
 
-def sliced(edit: Edit, subject: Subject, *, multiple: int = 1) -> Subject:
-    """The subject with a stream narrowed by the directions that a stream erasure removes; the logits are the erased ones.
-
-    With V (d, s) a basis of what is left, writers become V^T P W, readers W diag(gain) V sqrt(d / s), every norm's gain
-    1, and epsilon' = epsilon d / s.
-
-    Args:
-        edit: what `erase_stream` gives.
-        multiple: refuse a width s that is no multiple of this; `erase_stream(..., multiple=, retain=)` makes it one.
-    Raises:
-        NotSliceable: if the edit is no stream erasure, or the family or the width does not allow it.
-    """
-    check_editable(subject)
-    check_model(edit, subject.value)
-    return rebuilt(slice_plan(edit, subject.architecture, subject.specs, multiple=multiple), subject)
-
-
-def slice_plan(edit: Edit, architecture: Architecture, specs: Specs, *, multiple: int = 1, **options: Any) -> Plan:
-    """The plan of `sliced`: tensor names and shapes suffice, so a checkpoint is sliced as a stream.
-
-    Raises:
-        NotSliceable: as for `sliced`.
-    """
-    if multiple < 1 or options.pop("tied", "untie") != "untie":
-        raise ArgumentError(f"multiple={multiple}: at least 1; and a sliced head is always untied (tied='untie')")
-    shrink = architecture.shrink
-    whole = (
-        "its row does not say what changes with the width (Architecture.shrink)"
-        if shrink is None
-        else shrink.whole_stream
-    )
-    if whole:
-        raise NotSliceable(
-            f"the stream of {architecture.model_type} cannot be made narrower: {whole}; use structure='keep'"
-        )
-    layout = match_layout(architecture, specs)
-    check_widths(edit, layout)
-    map_ = erasure(edit, layout)
-    basis = coordinates(map_, centered=architecture.centered)
-    _check_width(layout, basis.shape[1], multiple)
-    build = _Builder(layout, specs, map_, basis)
-    resized = dict(build.tensors())
-    _check_complete(resized, build, specs)
-    folded = lower(edit, architecture, specs, **options)
-    return replace(
-        folded,
-        operations={},
-        resized=resized,
-        config={**folded.config, **build.config()},
-        structure="slice",
-        stream=(basis.shape[0], basis.shape[1]),
-    )
-
-
-def erasure(edit: Edit, layout: ModelLayout) -> LowRank:
-    """The one projection that an edit applies at every writer of the stream.
-
-    Raises:
-        NotSliceable: naming the first site that differs.
-    """
-    layers = range(len(layout.layers))
-    writers = [Site(0, Point.RESID_PRE), *(Site(i, p) for i in layers for p in (Point.ATTN_OUT, Point.MLP_OUT))]
-    hint = "build it with erase_stream"
-    extra = sorted(set(edit.maps) - set(writers))
-    if extra:
-        raise NotSliceable(f"{extra[0]} is no writer of the stream, so this is not a stream erasure; {hint}")
-    first = edit.maps.get(writers[0])
-    for site in writers:
-        map_ = edit.maps.get(site)
-        if map_ is None:
-            raise NotSliceable(f"{site} is not edited, so the stream still receives the directions there; {hint}")
-        if not isinstance(map_, LowRank) or map_.offset is not None or not _is_projection(map_):
-            raise NotSliceable(f"{site} holds a {type(map_).__name__} that is not a linear projection; {hint}")
-        assert isinstance(first, LowRank)
-        if map_.u.shape != first.u.shape or not (torch.equal(map_.u, first.u) and torch.equal(map_.v, first.v)):
-            raise NotSliceable(f"{site} removes other directions than {writers[0]}; {hint}")
-    assert isinstance(first, LowRank)
-    if layout.architecture.centered and float(first.v.double().sum(0).abs().max()) > 1e-4 * sqrt(layout.width):
-        raise NotSliceable(
-            f"{layout.architecture.model_type} subtracts the mean, which is in the span of the directions; {hint}, which leaves it out"
-        )
-    return first
-
-
-class _Builder:
-    """Goes through the tensors of a model once and says what each becomes."""
+class _SliceBuilder:
+    """The new values of every tensor of a model and of its config."""
 
     def __init__(self, layout: ModelLayout, specs: Specs, map_: LowRank, basis: Float[Tensor, "d s"]) -> None:
         row = layout.architecture
@@ -258,9 +259,9 @@ class _Builder:
                     yield branch.bias, Write(self.writer, True)
             for module in self.shrink.heads:
                 yield from self._reader(f"{block}.{module}", first, normed=module in self.shrink.head_norms)
-            fed = {view.tensor for part in mlp.parts for view in part.readers if not view.tensor.endswith(".bias")}
-            yield from ((name, self._observe(second)) for name in sorted(fed))
-            self.readers |= fed
+            readers = {view.tensor for part in mlp.parts for view in part.readers if not view.tensor.endswith(".bias")}
+            yield from ((name, self._observe(second)) for name in sorted(readers))
+            self.readers |= readers
             if mlp.routed:
                 yield from self._reader(f"{block}.{self._router()}", second)
         base = tokens.removesuffix(f"{self.row.embeddings[0]}.weight")
@@ -305,36 +306,33 @@ def _is_projection(map_: LowRank) -> bool:
 
 
 def _check_width(layout: ModelLayout, width: int, multiple: int) -> None:
-    """Refuse a width that the config or the caller does not allow, and name the nearest ranks that give one."""
+    """Refuse a width that the config or the caller does not allow, naming the nearest ranks with an allowed width."""
     row = layout.architecture
     step = lcm(multiple, row.n_heads if row.shrink and row.shrink.heads_must_divide_width else 1)
     if width % step == 0 and width:
         return
     ranks = sorted({layout.width - s for s in (width // step * step, -(-width // step) * step) if 0 < s < layout.width})
     heads = (
-        f" (the config of {row.model_type} insists on a multiple of its {row.n_heads} heads)"
-        if step != multiple
-        else ""
+        f" (the config of {row.model_type} requires a multiple of its {row.n_heads} heads)" if step != multiple else ""
     )
     raise NotSliceable(
-        f"removing {layout.width - width} of {layout.width} directions leaves a width of {width}, which is no multiple of {step}{heads}; "
+        f"removing {layout.width - width} of {layout.width} directions leaves a width of {width}, which is not a multiple of {step}{heads}; "
         f"the nearest ranks that do are {ranks}: erase_stream(..., multiple={step}, retain=moments) adds directions"
     )
 
 
-def _check_complete(resized: dict[str, Resize], build: _Builder, specs: Specs) -> None:
-    """Refuse a model with a tensor that the row does not account for and that may touch the stream."""
-    absent = sorted(set(resized) - set(specs) - {build.layout.head})
+def _check_complete(resized: dict[str, Resize], builder: _SliceBuilder, specs: Specs) -> None:
+    """Refuse a model with a tensor that may read or write the stream and that the row does not account for."""
+    absent = sorted(set(resized) - set(specs) - {builder.layout.head})
     if absent:
-        raise NotSliceable(f"the row of {build.row.model_type} names {absent[0]}, which this model does not hold")
-    harmless = {f"{name.removesuffix('.weight')}.bias" for name in build.readers}
-    harmless |= {
-        f"{block}.{norm}.weight" for block in build.layout.block_paths for norm in build.shrink.head_norms.values()
-    }
+        raise NotSliceable(f"the row of {builder.row.model_type} names {absent[0]}, which this model does not hold")
+    norms = builder.shrink.head_norms.values()
+    unaffected = {f"{name.removesuffix('.weight')}.bias" for name in builder.readers}
+    unaffected |= {f"{block}.{norm}.weight" for block in builder.layout.block_paths for norm in norms}
     for name, spec in specs.items():
-        suspect = build.layout.width in spec.shape or "norm" in name.split(".")[-2]
-        if suspect and name not in resized and name not in harmless:
+        suspect = builder.layout.width in spec.shape or "norm" in name.split(".")[-2]
+        if suspect and name not in resized and name not in unaffected:
             raise NotSliceable(
-                f"{name} {tuple(spec.shape)} may read or write the stream and the row of {build.row.model_type} does not say how; "
+                f"{name} {tuple(spec.shape)} may read or write the stream and the row of {builder.row.model_type} does not say how; "
                 "use structure='keep'"
             )

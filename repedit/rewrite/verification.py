@@ -1,4 +1,4 @@
-"""Whether an exported directory holds what its manifest says, and loads where repedit cannot be imported."""
+"""Verify an exported directory: its files against its manifest, and loading it in a process that cannot import repedit."""
 
 from __future__ import annotations
 
@@ -27,25 +27,24 @@ class Verification:
     files: Mapping[str, int]
     """Bytes of every file of the manifest that is there, and of the manifest and the card."""
     changed: tuple[str, ...]
-    """Files with another hash than the manifest has, or links and special files in their place."""
+    """Files with another hash than in the manifest, or replaced by links or special files."""
     missing: tuple[str, ...]
     unlisted: tuple[str, ...]
-    """Files, also of folders below, that the manifest does not know."""
+    """Files, including those in subfolders, that the manifest does not list."""
 
     @property
     def whole(self) -> bool:
-        """Whether every file of the manifest is there as it was exported; others may lie beside them."""
+        """Whether every file of the manifest is there as it was exported; other files may be present."""
         return not self.changed and not self.missing
 
     def describe(self) -> str:
         """One line."""
-        parts = [
-            f"{word}: {', '.join(names)}"
-            for word, names in (
-                ("changed since the export", self.changed), ("missing", self.missing), ("not of the export", self.unlisted),
-            )
-            if names
-        ]  # fmt: skip
+        problems = {
+            "changed since the export": self.changed,
+            "missing": self.missing,
+            "not of the export": self.unlisted,
+        }
+        parts = [f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names]
         return "; ".join(parts) or f"all {len(self.manifest['files'])} files are as they were exported"
 
 
@@ -53,23 +52,28 @@ def verification(directory: str | Path) -> Verification:
     """Hash the files of an exported directory and compare them with its repedit.json.
 
     Raises:
-        NotFound: if there is no manifest. CheckpointError: if it is none, or names files outside the directory.
+        NotFound: if there is no manifest. CheckpointError: if it is damaged, or names files outside the directory.
     """
-    place = user_path(directory)
-    record, expected = read_manifest(place)
-    there = entries(place)
-    regular = [name for name, status in there.items() if stat.S_ISREG(status.st_mode)]
-    known = [name for name in (*expected, MANIFEST, CARD) if name in there]
+    root = user_path(directory)
+    record, expected = read_manifest(root)
+    present = entries(root)
+    listed = sorted(name for name in (*expected, MANIFEST, CARD) if name in present)
+
+    def changed(name: str) -> bool:
+        if not stat.S_ISREG(present[name].st_mode):
+            return True
+        return name in expected and file_hash(root / name) != expected[name]
+
     return Verification(
-        record,
-        {name: there[name].st_size for name in sorted(known)},
-        tuple(n for n in sorted(known) if n not in regular or (n in expected and file_hash(place / n) != expected[n])),
-        tuple(name for name in sorted(expected) if name not in there),
-        tuple(name for name in there if name not in known),
+        manifest=record,
+        files={name: present[name].st_size for name in listed},
+        changed=tuple(filter(changed, listed)),
+        missing=tuple(name for name in sorted(expected) if name not in present),
+        unlisted=tuple(name for name in present if name not in listed),
     )
 
 
-# --- Prove that an exported directory stands on its own: load it where importing repedit fails
+# --- Load an exported directory in a process where importing repedit fails
 
 
 _SCRIPT = """
@@ -92,7 +96,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Reload:
-    """What a fresh process saw."""
+    """What a fresh process loaded."""
 
     parameters: int
     logits: str
@@ -100,21 +104,23 @@ class Reload:
 
 
 def reload_check(directory: str | Path) -> Reload:
-    """Load an exported checkpoint with plain transformers in a fresh process that cannot import repedit.
+    """Load an exported checkpoint with transformers in a fresh process that cannot import repedit.
 
     Raises:
         CheckpointError: if it does not load, keys are missing or unexpected, or the logits are not finite.
     """
     command = [sys.executable, "-c", _SCRIPT, str(Path(directory).absolute())]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if done.returncode:
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if process.returncode:
         raise CheckpointError(
-            f"{directory} does not load with plain transformers: {done.stderr.strip().splitlines()[-1:]}"
+            f"{directory} does not load with plain transformers: {process.stderr.strip().splitlines()[-1:]}"
         )
-    found = parse_json((done.stdout.strip().splitlines() or [""])[-1], "what the process printed", CheckpointError)
-    if found["missing"] or found["unexpected"] or not found["finite"]:
+    lines = process.stdout.strip().splitlines() or [""]
+    result = parse_json(lines[-1], "what the process printed", CheckpointError)
+    missing, unexpected, finite = result["missing"], result["unexpected"], result["finite"]
+    if missing or unexpected or not finite:
         raise CheckpointError(
-            f"{directory} loads, but {len(found['missing'])} keys are missing ({found['missing'][:3]}), "
-            f"{len(found['unexpected'])} unexpected ({found['unexpected'][:3]}), logits finite: {found['finite']}"
+            f"{directory} loads, but {len(missing)} keys are missing ({missing[:3]}), "
+            f"{len(unexpected)} unexpected ({unexpected[:3]}), logits finite: {finite}"
         )
-    return Reload(found["parameters"], found["logits"])
+    return Reload(result["parameters"], result["logits"])

@@ -38,7 +38,7 @@ from repedit.lower import lower
 from repedit.neurons.scores import score
 from repedit.neurons.selection import top
 from repedit.plan import Operation, Plan
-from repedit.rewrite.apply import new_tensors, noop_message
+from repedit.rewrite.apply import new_tensors, no_op_message
 from repedit.stats import Activity, CrossMoments, Moments
 from repedit.vision.data import Images, ImageSplits, Task, module_at
 
@@ -63,7 +63,7 @@ def apply(delta: Delta | Sequence[Delta], model: nn.Module, *, any_model: bool =
     plan.check(specs)
     new = new_tensors(plan, before)
     if all(name in before and torch.equal(value, before[name]) for name, value in new.items()):
-        raise NoOpEdit(noop_message(list(plan.operations)))
+        raise NoOpEdit(no_op_message(list(plan.operations)))
     changed = copy.deepcopy(model)
     tensors = tensors_of(changed)
     for name, value in new.items():
