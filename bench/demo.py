@@ -13,6 +13,7 @@ from typing import Any
 import repedit as rp
 from bench.record import record
 from repedit.cli import output
+from repedit.cli.demo import forgotten_json
 from repedit.demo import forget_capitals, walkthrough
 from repedit.models.default_model import cached
 
@@ -36,7 +37,7 @@ def projection(folder: Path) -> list[dict[str, Any]]:
     """The second act: one row a domain of facts."""
     start = time.time()
     found = forget_capitals("smollm2-135m", folder / "capitals", seed=SEED)
-    seconds, plain = time.time() - start, output.forgotten_json(found)
+    seconds, plain = time.time() - start, forgotten_json(found)
     rows = [{"name": f"projected, {domain}", **numbers} for domain, numbers in plain["facts"].items()]
     rest = {"certificate": plain["certificate"], "seconds": seconds, "generations": plain["generations"]}
     return [*rows, {"name": "projected", **rest}]

@@ -37,13 +37,13 @@ model = "../model"
 
 [[step]]
 verb = "score"
-tokens = 400
+limit_tokens = 400
 out = "scores.safetensors"
 
 [[step]]
 verb = "prune"
 fraction = 0.1
-tokens = 400
+limit_tokens = 400
 out = "edit.safetensors"
 
 [[step]]

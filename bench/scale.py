@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for name, (given, bar) in PARTS.items():
-            collect = ["repedit", "collect", "smollm2-135m", "--text", "code", "--tokens", str(TOKENS), *given]
+            collect = ["repedit", "collect", "smollm2-135m", "--text", "code", "--limit-tokens", str(TOKENS), *given]
             one = seconds([sys.executable, "-m", *collect, "--out", "one.safetensors"], place)
             two = seconds(
                 [

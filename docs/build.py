@@ -21,7 +21,7 @@ from pdoc.render_helpers import link, linkify
 
 import repedit as rp
 from repedit import cli
-from repedit.cli.options import EXAMPLES, codes
+from repedit.cli.application import EXAMPLES, exit_codes
 
 TASKS = {
     "load": "Load a model", "Site": "Places, maps and statistics", "collect": "Look at what is inside",
@@ -44,7 +44,7 @@ def build(folder: Path) -> dict[str, Module]:
     )  # pdoc shows jaxtyping's "..." as it is written
     pdoc.render.configure(show_source=False, template_directory=Path(__file__).with_name("templates"))
     env.filters |= {"literal": literal, "linkify": linked}
-    env.globals.update(tasks=TASKS, verbs=cli.verbs(), examples=EXAMPLES, codes=codes, version=rp.__version__)
+    env.globals.update(tasks=TASKS, verbs=cli.verbs(), examples=EXAMPLES, exit_codes=exit_codes, version=rp.__version__)
     env.globals.update(kinds=kinds, spots=spots(modules))
     pages = {name.replace(".", "/"): pdoc.render.html_module(module, modules) for name, module in modules.items()}
     pages["index"] = pdoc.render.html_index(modules)

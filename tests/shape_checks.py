@@ -6,6 +6,8 @@ Functions whose annotations contain no shape have nothing to bind: beartype chec
 
 from __future__ import annotations
 
+import ast
+import builtins
 import functools
 import inspect
 import re
@@ -62,10 +64,24 @@ def _names(annotation: str) -> tuple[str, ...]:
 
 
 def _without_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
+    names = _free_names(function)
     typed = _typed(function)
+    checkable = functools.cache(lambda: all(_is_defined(function, name) for name in names))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (function if jaxtyping.config.jaxtyping_disable else typed)(*args, **kwargs)
+        return (typed if checkable() and not jaxtyping.config.jaxtyping_disable else function)(*args, **kwargs)
 
     return call
+
+
+def _free_names(function: Any) -> set[str]:
+    """The names in the annotations of a function, before beartype replaces them."""
+    notes = [note for note in function.__annotations__.values() if isinstance(note, str)]
+    nodes = (node for note in notes for node in ast.walk(ast.parse(note, mode="eval")))
+    return {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
+def _is_defined(function: Any, name: str) -> bool:
+    """Whether a name exists at run time; the command line imports some for type checkers only, and torch inside functions."""
+    return name in function.__globals__ or hasattr(builtins, name)

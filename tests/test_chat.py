@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import repedit as rp
 from repedit.cli import app, output
 from repedit.cli import chat as chatting
-from repedit.cli.chat import Talk
+from repedit.cli.chat import Conversation
 from repedit.errors import ArgumentError
 from repedit.metrics.generation import Writing, generate
 from tests.saved_models import saved
@@ -49,29 +49,29 @@ def written(model: str, prompt: str, chat: bool = False) -> str:
 
 def test_both_answers_to_a_prompt_are_printed(models):
     one, two = models
-    found = run(two, "hello", "--original", one, "--tokens", "9")
+    found = run(two, "hello", "--original", one, "--max-new-tokens", "9")
     expected = f"> hello\noriginal: {written(one, 'hello').strip()}\nedited: {written(two, 'hello').strip()}\n"
     assert found.splitlines() == expected.splitlines() and written(one, "hello") != written(two, "hello")
 
 
 def test_lines_of_a_pipe_are_asked_alone_and_answered_in_lines_of_json(models):
     one, two = models
-    found = run(two, "--original", two, "--tokens", "9", "--json", lines="hello\n\nzz top\n").splitlines()
+    found = run(two, "--original", two, "--max-new-tokens", "9", "--json", lines="hello\n\nzz top\n").splitlines()
     assert [json.loads(line)["prompt"] for line in found] == ["hello", "zz top"]
     for line in map(json.loads, found):
         assert line["original"] == line["edited"] and line["edited"]["text"] == written(two, line["prompt"], chat=True)
-    plain = json.loads(run(two, "hello", "--original", one, "--tokens", "9", "--json", "--plain"))
+    plain = json.loads(run(two, "hello", "--original", one, "--max-new-tokens", "9", "--json", "--plain"))
     assert (plain["original"]["text"], plain["edited"]["text"]) == (written(one, "hello"), written(two, "hello"))
     assert plain["edited"]["tokens"] == 9 and plain["edited"]["ended"] == "length"
 
 
 def test_draws_are_repeated_by_a_seed(models):
-    given = (models[1], "hello", "--original", models[0], "--tokens", "9", "--json", "--temperature", "3")
+    given = (models[1], "hello", "--original", models[0], "--max-new-tokens", "9", "--json", "--temperature", "3")
     assert run(*given) == run(*given) != run(*given, "--seed", "1")
 
 
-def talk(models, plain: bool = False) -> Talk:
-    found = Talk([rp.load(models[1]), rp.load(models[1])], plain, {"max_new_tokens": 4, "temperature": 0.0}, 0)
+def talk(models, plain: bool = False) -> Conversation:
+    found = Conversation([rp.load(models[1]), rp.load(models[1])], plain, max_new_tokens=4, temperature=0.0, seed=0)
     found.reset()
     return found
 
@@ -108,9 +108,11 @@ def terminal(monkeypatch, lines: list[str]) -> io.StringIO:
 def test_the_conversation_goes_on_until_it_is_ended(models, monkeypatch):
     here, asked = talk(models), []
     shown = terminal(monkeypatch, ["hi", "  ", "/help", "and?", "/reset", "hi", "/quit", "never"])
-    plain = Talk.ask
+    plain = Conversation.ask
     monkeypatch.setattr(
-        Talk, "ask", lambda self, line, show: asked.append((line, len(self.turns[0]))) or plain(self, line, show)
+        Conversation,
+        "ask",
+        lambda self, line, show: asked.append((line, len(self.turns[0]))) or plain(self, line, show),
     )
     chatting._converse(here)
     assert asked == [("hi", 0), ("and?", 2), ("hi", 0)]
@@ -132,7 +134,7 @@ def growing(*texts: str):
 
 def test_texts_grow_in_columns_and_what_they_share_is_dim(monkeypatch):
     shown = terminal(monkeypatch, [])
-    last = output.show_beside(("original", "edited"), growing("It is ", "It is paris", "It is paris, France."))
+    last = output.show_side_by_side(("original", "edited"), growing("It is ", "It is paris", "It is paris, France."))
     assert last[1].text == "It is PARIS, FRANCE."
     assert shown.getvalue().rstrip().splitlines()[-1].count("\x1b[2mIt is ") == 2
     assert "original" in shown.getvalue() and "\x1b[2K" in shown.getvalue(), "lines were drawn again"
@@ -141,9 +143,9 @@ def test_texts_grow_in_columns_and_what_they_share_is_dim(monkeypatch):
 def test_a_long_text_shows_its_end_while_it_grows(monkeypatch):
     terminal(monkeypatch, [])
     text = "\n".join(f"line {i}" for i in range(40))
-    cells = [next(iter(column.cells)).plain for column in output.columns(("a", "b"), [text, text], 5).columns]
+    cells = [next(iter(column.cells)).plain for column in output.side_by_side(("a", "b"), [text, text], 5).columns]
     assert cells == ["\n".join(f"line {i}" for i in range(35, 40))] * 2
-    assert next(iter(output.columns(("a",), [text]).columns[0].cells)).plain == text
+    assert next(iter(output.side_by_side(("a",), [text]).columns[0].cells)).plain == text
 
 
 def test_an_interrupted_answer_is_kept(monkeypatch):
@@ -152,7 +154,7 @@ def test_an_interrupted_answer_is_kept(monkeypatch):
         raise KeyboardInterrupt
 
     shown = terminal(monkeypatch, [])
-    assert output.show_beside(("original", "edited"), interrupted())[0].text == "It is "
+    assert output.show_side_by_side(("original", "edited"), interrupted())[0].text == "It is "
     assert "It is" in shown.getvalue()
 
 
@@ -169,12 +171,12 @@ def test_an_answer_interrupted_before_it_began_is_forgotten(models, monkeypatch)
 
 
 def test_compare_streams_its_prompts_on_a_terminal(models, monkeypatch):
-    given = ["compare", *models, "--text", "prose", "--prompt", "A river", "--tokens", "400"]
+    given = ["compare", *models, "--text", "prose", "--prompt", "A river", "--limit-tokens", "400"]
     said = json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)["generations"][0]
     shown = terminal(monkeypatch, [])
     names = []
-    plain = output.show_beside
-    monkeypatch.setattr(output, "show_beside", lambda *a: names.append((a[0], plain(*a))))
+    plain = output.show_side_by_side
+    monkeypatch.setattr(output, "show_side_by_side", lambda *a: names.append((a[0], plain(*a))))
     assert CliRunner().invoke(app, given).exit_code == 0
     ((titles, last),) = names
     assert titles == models and [w.text for w in last] == [said["base"], said["edited"]]
@@ -192,7 +194,18 @@ def test_what_cannot_be_asked_is_refused(models):
 @pytest.mark.slow
 def test_a_real_terminal_is_talked_to(models):
     main, side = pty.openpty()
-    command = [sys.executable, "-m", "repedit", "chat", models[1], "--original", models[0], "--tokens", "5", "--plain"]
+    command = [
+        sys.executable,
+        "-m",
+        "repedit",
+        "chat",
+        models[1],
+        "--original",
+        models[0],
+        "--max-new-tokens",
+        "5",
+        "--plain",
+    ]
     process = subprocess.Popen(
         command, stdin=side, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm", "COLUMNS": "80"}
     )

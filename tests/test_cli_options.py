@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from repedit import cli
-from repedit.cli import options
+from repedit.cli import application
 from repedit.errors import ArgumentError, RepeditError
 from repedit.unlearning.recipe import UnlearnRecipe
 
@@ -22,27 +22,27 @@ KEPT.provenance = {"data": {"forget": {"tokens": 1}, "retain": {"tokens": 1}}, "
 KEPT.to_json.return_value = "{}"
 KEPT.verdict.exit_code = 0
 ANSWERS = {
-    "io.archive.kind_of": "edit", "runs.run": 0, "cli.neurons.plan_of": "plan", "cli.project.plan_of": "plan", "rewrite.export.dry_run": "plan", "report.write": [],
+    "io.archive.kind_of": "edit", "runs.run": 0, "cli.neurons.plan_summary": "plan", "cli.project.plan_summary": "plan", "rewrite.export.dry_run": "plan", "report.write": [],
 }  # fmt: skip
 PATCHED: dict[str, tuple[str, ...]] = {
     "demo": ("demo.walkthrough", "demo.forget_capitals", "cli.demo._show_pruning", "cli.demo._show_forgotten",
-             "cli.output.comparison_json", "cli.output.forgotten_json", "cli.output.show_json"),
+             "cli.output.comparison_json", "cli.demo.forgotten_json", "cli.output.show_json"),
     "fetch": ("models.default_model.fetch", "cli.output.show_json"),
-    "doctor": ("cli.inspect.opened", "arch.check.check_architecture", "kernels.dispatch.choose", "cli.output.show_json", "cli.output.table"),
-    "inspect": ("cli.inspect.opened", "cli.output.show_json", "cli.output.table"),
-    "collect": ("cli.neurons.opened", "data.read", "activations.collection.collect", "cli.neurons.save", "cli.output.show_json"),
-    "score": ("cli.neurons.opened", "cli.neurons._scored", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
-    "prune": ("cli.neurons.opened", "neurons.pruning.run_pruning", "cli.neurons.write", "cli.neurons._show", "cli.neurons.plan_of"),
-    "project": ("cli.project.opened", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "metrics.facts.knowledge", "rewrite.apply.apply",
-                "cli.project._show", "cli.project.plan_of", "cli.project.write"),
-    "unlearn": ("cli.unlearn.opened", "data.facts", "data.read", "unlearning.api.unlearn", "cli.unlearn.write",
+    "doctor": ("cli.inspect.load_model", "arch.check.check_architecture", "kernels.dispatch.choose", "cli.output.show_json", "cli.output.table"),
+    "inspect": ("cli.inspect.load_model", "cli.output.show_json", "cli.output.table"),
+    "collect": ("cli.neurons.load_model", "data.read", "activations.collection.collect", "cli.neurons.save", "cli.output.show_json"),
+    "score": ("cli.neurons.load_model", "cli.neurons._scores", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
+    "prune": ("cli.neurons.load_model", "neurons.pruning.run_pruning", "cli.neurons.write", "cli.neurons._show", "cli.neurons.plan_summary"),
+    "project": ("cli.project.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "metrics.facts.knowledge", "rewrite.apply.apply",
+                "cli.project._show", "cli.project.plan_summary", "cli.project.write"),
+    "unlearn": ("cli.unlearn.load_model", "data.facts", "data.read", "unlearning.api.unlearn", "cli.unlearn._write_and_show",
                 "cli.output.show_json", "cli.output.table"),
-    "apply": ("cli.apply.opened", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",
-              "cli.apply.verified", "cli.output.show_json"),
+    "apply": ("cli.apply.load_model", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",
+              "cli.apply.verify_checkpoint", "cli.output.show_json"),
     "diff": ("rewrite.diff.diff", "cli.output.show_json", "cli.output.table"),
-    "compare": ("cli.inspect.opened", "data.read", "metrics.benchmarks.compare", "metrics.benchmarks.compare_benchmarks", "cli.output.comparison_json",
+    "compare": ("cli.inspect.load_model", "data.read", "metrics.benchmarks.compare", "metrics.benchmarks.compare_benchmarks", "cli.output.comparison_json",
                 "cli.output.comparison_rows", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
-    "chat": ("cli.chat.opened", "metrics.generation.side_by_side", "cli.chat._beside", "cli.chat._last", "cli.chat._json_line"),
+    "chat": ("cli.chat.load_model", "metrics.generation.side_by_side", "cli.chat._show", "cli.chat._last", "cli.chat._show_json_line"),
     "audit": ("data.facts", "data.builtin_corpus", "auditing.api.audit", "auditing.estimate.estimate", "auditing.selftest.selftest",
               "report.write", "report.redacted", "cli.audit.show", "cli.audit._estimate", "cli.audit._selftest"),
     "report": ("auditing.report.Report.load", "report.compare_reports", "report.redacted", "report.write", "cli.audit.show", "cli.output.show_json",
@@ -63,7 +63,7 @@ BASE: dict[str, tuple[str, ...]] = {
     "reproduce": ("r.toml",), "vision demo": (),
 }  # fmt: skip
 COMMON = {
-    "device": "--device cpu", "dtype": "--dtype float32", "seed": "--seed 7", "json": "--json", "batch_size": "--batch-size 3", "tokens": "--tokens 77",
+    "device": "--device cpu", "dtype": "--dtype float32", "seed": "--seed 7", "json": "--json", "batch_size": "--batch-size 3", "limit_tokens": "--limit-tokens 77", "max_new_tokens": "--max-new-tokens 77",
     "out": "--out other.safetensors", "overwrite": "--overwrite", "dry_run": "--dry-run", "sites": "--sites 1.mlp.neurons", "structure": "--structure slim --out o",
     "layout": "--structure slim --layout ragged --out o", "multiple": "--structure slim --multiple 4 --out o", "importance": "--importance rms",
     "combine": "--combine ratio", "steps": "--steps 5", "forget": "--forget prose", "retain": "--retain code", "model": "other", "edited": "other",
@@ -110,7 +110,7 @@ def asked(verb: str, words: tuple[str, ...], monkeypatch: Any, folder: Path) -> 
     def stub(name: str) -> Any:
         def called(*args: Any, **given: Any) -> Any:
             calls.append((name, [plain(a) for a in args], {key: plain(a) for key, a in given.items()}))
-            return ANSWERS.get(name, [KEPT, KEPT] if name.startswith("cli.chat") and "opened" not in name else KEPT)
+            return ANSWERS.get(name, [KEPT, KEPT] if name.startswith("cli.chat") and "load_model" not in name else KEPT)
 
         return called
 
@@ -164,7 +164,7 @@ def test_every_option_changes_what_is_asked_for(verb, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("verb", "beside", "names"), [(v, b, n) for v, rows in options.IDLE.items() for b, _, n in rows]
+    ("verb", "beside", "names"), [(v, b, n) for v, rows in application.INEFFECTIVE.items() for b, _, n in rows]
 )
 def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
     ways = {
@@ -186,7 +186,7 @@ def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
         base = "m --original n --facts capitals"
     for name in names:
         given = own.get(name) or {**COMMON, **OWN.get(verb, {})}[name]
-        with pytest.raises(ArgumentError, match=r"changes nothing beside .*; leave one of them out"):
+        with pytest.raises(ArgumentError, match=r"has no effect with .*; leave one of them out"):
             CliRunner().invoke(cli.app, [verb, *f"{base} {ways[beside]} {given}".split()], catch_exceptions=False)
 
 
@@ -227,6 +227,6 @@ def test_a_setting_that_cannot_be_meant_is_refused(settings, match):
 
 def test_an_option_that_is_dropped_would_be_caught(monkeypatch, tmp_path):
     """The walk sees a verb that forgets to pass an option on."""
-    monkeypatch.setattr(cli.unlearning, "_recipe", lambda *a: SimpleNamespace(roles=()))
+    monkeypatch.setattr(cli.unlearn, "_recipe", lambda *a: SimpleNamespace(roles=()))
     with pytest.raises(AssertionError, match=r"recipe.*set_"):
         test_every_option_changes_what_is_asked_for("unlearn", monkeypatch, tmp_path)

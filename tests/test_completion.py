@@ -4,23 +4,25 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from repedit import data
 from repedit.auditing import budgets
-from repedit.cli import options
-from repedit.cli.saving import shaped
+from repedit.cli import completion, options
 from repedit.errors import ArgumentError
 from repedit.fit.closed_form import FITS
+from repedit.io.safetensors import floating
 from repedit.metrics.benchmarks import SUITES
 from repedit.neurons.scores import COMBINATIONS, IMPORTANCES
+from repedit.rewrite.export import STRUCTURES
 from repedit.sites import Point
 from repedit.unlearning.recipes import RECIPES, by_name
 from tests.test_public import HEAVY
 
 REAL = {
-    "attacks": budgets.NAMES, "budgets": budgets.BUDGETS, "combinations": COMBINATIONS, "domains": data.DOMAINS, "fits": FITS,
+    "attacks": budgets.NAMES, "combinations": COMBINATIONS, "domains": data.DOMAINS, "fits": FITS,
     "importances": IMPORTANCES, "metrics": SUITES, "recipes": RECIPES, "texts": data.BUILTIN,
 }  # fmt: skip
 SCRIPT = f"""
@@ -49,12 +51,12 @@ def asked(words: str, shell: str = "bash") -> list[str]:
 
 
 def check_table(table: str) -> None:
-    assert options.names(table) == tuple(REAL[table])
+    assert completion.names(table) == tuple(REAL[table])
 
 
-@pytest.mark.parametrize("table", options.TABLES)
+@pytest.mark.parametrize("table", completion.REGISTRIES)
 def test_names_that_are_completed_are_those_that_exist(table):
-    assert set(REAL) == set(options.TABLES)
+    assert set(REAL) == set(completion.REGISTRIES)
     check_table(table)
 
 
@@ -65,9 +67,9 @@ def test_a_name_that_is_missing_is_caught(monkeypatch):
 
 
 def test_a_table_that_was_moved_is_reported(monkeypatch):
-    monkeypatch.setitem(options.TABLES, "moved", ("data/fact_sets.py", "NOWHERE"))
+    monkeypatch.setitem(completion.REGISTRIES, "moved", ("data/fact_sets.py", "NOWHERE"))
     with pytest.raises(LookupError, match=r"data/fact_sets.py assigns no NOWHERE"):
-        options.names("moved")
+        completion.names("moved")
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -100,7 +102,7 @@ def test_words_that_bash_took_apart_are_joined():
         ("a b", 2, "a b", 2),
         ("a x : y b c", 4, "a x:y b c", 2),
     ]:
-        assert options.joined(words.split(" "), at) == (expected.split(" "), place)
+        assert completion.joined(words.split(" "), at) == (expected.split(" "), place)
 
 
 BASH = """
@@ -122,23 +124,23 @@ def test_bash_itself_completes(tmp_path):
 
 
 def test_no_name_is_offered_twice():
-    assert options.several("domains", "+")("capitals+c") == ["capitals+cities"]
-    assert options.recipe("small:sure:np") == [] and options.recipe("small:blur_n") == ["small:blur_npo"]
+    assert completion.several("domains", "+")("capitals+c") == ["capitals+cities"]
+    assert completion.recipe("small:sure:np") == [] and completion.recipe("small:blur_n") == ["small:blur_npo"]
 
 
 def test_every_recipe_that_is_offered_exists():
-    for name in options.recipe("") + options.recipe("sure:"):
+    for name in completion.recipe("") + completion.recipe("sure:"):
         try:
             by_name(name)
         except ArgumentError as error:
             assert "merges several" in str(error)
-    assert options.site("") == [f"*.{point}" for point in Point]
+    assert completion.site("") == [f"*.{point}" for point in Point]
 
 
-def test_every_shape_that_is_offered_is_taken():
-    for structure in options._COMPLETERS["structure"](""):
-        for layout in options._COMPLETERS["layout"](""):
-            assert shaped(None, structure, layout, None)["structure"] == structure
+def test_choices_are_those_that_the_library_takes():
+    choices = {name: get_args(get_args(getattr(options, name))[0]) for name in ("Structure", "Dtype")}
+    assert choices["Structure"] == STRUCTURES and get_args(options.Budget.__origin__) == tuple(budgets.BUDGETS)
+    assert all(floating(name).is_floating_point for name in choices["Dtype"] if name != "auto")
 
 
 def test_the_script_for_the_shell_is_shown():

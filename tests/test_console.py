@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from repedit import cli
-from repedit.cli import options as examples
+from repedit.cli import application as examples
 from repedit.cli import output
 from repedit.escaping import for_terminal
 from tests.saved_models import saved
@@ -40,7 +40,7 @@ PRINTED = {
     "a column": lambda text: output.table("t", (text,), [["x"]]),
     "a cell": lambda text: output.table("t", ("a",), [[text]]),
     "generations": lambda text: output.show_generations([text], [text], [text]),
-    "texts side by side": lambda text: output.show_beside((text, "b"), [(SimpleNamespace(text=text), SimpleNamespace(text="x"))]),
+    "texts side by side": lambda text: output.show_side_by_side((text, "b"), [(SimpleNamespace(text=text), SimpleNamespace(text="x"))]),
 }  # fmt: skip
 
 
@@ -101,7 +101,15 @@ def test_work_is_finished_though_nobody_reads_on(model, tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     done = start(
-        "prune", model, "--fraction", "0.1", "--tokens", "300", "--out", tmp_path / "edit.safetensors", stdout=writing
+        "prune",
+        model,
+        "--fraction",
+        "0.1",
+        "--limit-tokens",
+        "300",
+        "--out",
+        tmp_path / "edit.safetensors",
+        stdout=writing,
     )
     os.close(writing)
     assert "Traceback" not in done.communicate()[1] and done.returncode == examples.CUT_OFF
@@ -142,7 +150,7 @@ def test_a_warning_and_a_log_show_what_was_given_and_obey_none_of_it():
 
 def test_every_help_that_lists_exit_codes_lists_those_of_every_verb():
     listed = [verb for verb in cli.verbs() if "Exit codes" in examples.epilog(verb)]
-    assert set(listed) == set(examples.OWN)
+    assert set(listed) == set(examples.VERB_EXIT_CODES)
     for verb in listed:
         shown = " ".join(CliRunner().invoke(cli.app, [verb, "--help"]).stdout.split())
         assert "130 interrupted by Ctrl-C; 141" in shown
@@ -163,7 +171,7 @@ def files(model, tmp_path_factory):
     (place / "kept.jsonl").write_text(
         "".join(json.dumps(row | {"prompt": row["prompt"].replace("code", "name")}) + "\n" for row in rows)
     )
-    verb("prune", model, "--fraction", "0.1", "--tokens", "300", "--out", place / "edit.safetensors")
+    verb("prune", model, "--fraction", "0.1", "--limit-tokens", "300", "--out", place / "edit.safetensors")
     verb("apply", place / "edit.safetensors", model, "--no-verify", "--out", place / "edited")
     return place
 
@@ -176,9 +184,9 @@ def verb(*words):
 
 AUDITED = "F/edited --original M --facts F/facts.jsonl --attacks direct --allow-small"
 JSON_OF = {
-    "inspect": ["M"], "doctor": ["M"], "diff": ["M F/edited"], "compare": ["M F/edited --text prose --prompt A --tokens 200"],
-    "collect": ["M --tokens 300 --out T/c.safetensors"], "score": ["M --tokens 300 --out T/s.safetensors"],
-    "prune": ["M --fraction 0.1 --tokens 300 --out T/e.safetensors", "M --fraction 0.1 --tokens 300 --out T/e.safetensors --dry-run"],
+    "inspect": ["M"], "doctor": ["M"], "diff": ["M F/edited"], "compare": ["M F/edited --text prose --prompt A --limit-tokens 200"],
+    "collect": ["M --limit-tokens 300 --out T/c.safetensors"], "score": ["M --limit-tokens 300 --out T/s.safetensors"],
+    "prune": ["M --fraction 0.1 --limit-tokens 300 --out T/e.safetensors", "M --fraction 0.1 --limit-tokens 300 --out T/e.safetensors --dry-run"],
     "project": ["M --forget F/facts.jsonl --retain F/kept.jsonl --rank 1 --steps 1 --sites 0.mlp.out --out T/e.safetensors",
                 "M --forget F/facts.jsonl --retain F/kept.jsonl --rank 1 --sites 0.mlp.out --out T/e.safetensors --dry-run"],
     "unlearn": ["--list-recipes", "M --recipe ga --steps 1 --forget F/facts.jsonl --retain F/kept.jsonl --out T/d.safetensors"],

@@ -10,7 +10,7 @@ import pytest
 import repedit as rp
 from docs import build
 from repedit import cli
-from repedit.cli.options import EXAMPLES, codes
+from repedit.cli.application import EXAMPLES, exit_codes
 from tests.layers import PACKAGE, block
 
 ROOMS = build.rooms(rp)
@@ -144,7 +144,7 @@ def test_every_verb_is_shown_with_its_options_example_and_exit_codes(built):
         shown = " ".join(html.unescape(re.sub("<[^>]*>", "", entry)).split())
         options = [p.opts[0] if p.param_type_name == "option" else p.name.upper() for p in command.params]
         assert EXAMPLES[verb] in shown and all(option in shown for option in options), verb
-        assert all(f"{code} {text}" in shown for code, text in codes(verb).items()), verb
+        assert all(f"{code} {text}" in shown for code, text in exit_codes(verb).items()), verb
 
 
 def test_every_guarantee_has_its_test():

@@ -239,10 +239,21 @@ def run(*words: object, code: int = 0) -> str:
 @pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 def test_verbs_write_other_shapes_and_say_who_reads_them(tmp_path: Path):
     model = saved(tmp_path / "tiny")
-    words = ("prune", model, "--fraction", "0.4", "--tokens", "400", "--structure", "slim", "--layout", "ragged")
+    words = ("prune", model, "--fraction", "0.4", "--limit-tokens", "400", "--structure", "slim", "--layout", "ragged")
     text = run(*words, "--out", tmp_path / "ragged")
     assert "read by: repedit.load" in text and "plain transformers cannot, its layers have different widths" in text
-    words = ("prune", model, "--fraction", "0.01", "--tokens", "400", "--structure", "slim", "--out", tmp_path / "none")
+    words = (
+        "prune",
+        model,
+        "--fraction",
+        "0.01",
+        "--limit-tokens",
+        "400",
+        "--structure",
+        "slim",
+        "--out",
+        tmp_path / "none",
+    )
     with pytest.raises(
         NotSlimmable,
         match=r"nothing would be cut.*what was computed is kept in \S+none.rescued.safetensors: repedit apply",

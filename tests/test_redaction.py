@@ -158,7 +158,7 @@ def test_an_id_that_looks_like_a_field_is_a_digest():
 
 def run_of() -> RunReport:
     """A run of two steps, with a mark in every text it was given and showed."""
-    asked = {"verb": "compare", "base": MARK, "edited": "edited", "prompt": [MARK, f"--{MARK}"], "tokens": 300}
+    asked = {"verb": "compare", "base": MARK, "edited": "edited", "prompt": [MARK, f"--{MARK}"], "limit_tokens": 300}
     shown = (
         {"kind": "table", "title": MARK, "columns": ["text", "tokens", MARK], "rows": [[MARK, "300", MARK], ["code", "12.5 % (1.0 to 2.0)", "1969"]]},
         {"kind": "generations", "title": MARK, "columns": ["prompt", "original", MARK], "rows": [[MARK, MARK, MARK]]},
@@ -182,8 +182,8 @@ def test_no_text_of_a_run_is_on_its_page():
     assert MARK not in hidden and REDACTED in hidden
     for stays in (
         "12.5 % (1.0 to 2.0)",
-        "tokens = 300",
-        "--tokens 300",
+        "limit_tokens = 300",
+        "--limit-tokens 300",
         "scores.safetensors",
         "prose",
         "a" * 64,

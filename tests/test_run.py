@@ -34,14 +34,14 @@ model = "tiny"
 verb = "score"
 forget = "code"
 retain = "mine.jsonl"
-tokens = 400
+limit_tokens = 400
 out = "scores.safetensors"
 
 [[step]]
 verb = "prune"
 forget = "code"
 retain = "mine.jsonl"
-tokens = 400
+limit_tokens = 400
 fraction = {fraction}
 out = "edited"
 

@@ -41,14 +41,14 @@ model = "tiny"
 verb = "score"
 forget = "code"
 retain = "mine.jsonl"
-tokens = 400
+limit_tokens = 400
 out = "scores.safetensors"
 
 [[step]]
 verb = "prune"
 forget = "code"
 retain = "mine.jsonl"
-tokens = 400
+limit_tokens = 400
 fraction = 0.1
 seed = 3
 out = "edited"
@@ -58,7 +58,7 @@ verb = "compare"
 base = "tiny"
 edited = "edited"
 text = ["mine.jsonl"]
-tokens = 300
+limit_tokens = 300
 prompt = ["def f(n):", "A <b>bold</b> claim"]
 
 [[step]]
@@ -140,7 +140,7 @@ def test_everything_that_was_asked_and_done_is_told(made):
     origin = manifest["edit"]
     for words in (
         "# Is it only the rivers?", "NOT AUDITED", "4 of 4 steps carried out", "seed, step 2, prune 3", "Every file that the steps were given",
-        "repedit prune tiny --out edited --fraction 0.1 --forget code --retain mine.jsonl --tokens 400 --seed 3",
+        "repedit prune tiny --out edited --fraction 0.1 --forget code --retain mine.jsonl --limit-tokens 400 --seed 3",
         origin["model"], origin["method"], origin["data"]["forget"]["hash"], file_hash(made / "mine.jsonl"),
         "llama", f"{len(manifest['plan'])} tensors changed", *manifest["plan"], *manifest["base"]["files"].values(), *manifest["sites"],
         "neurons zeroed", "exact", f"all {len(manifest['files'])} files are as they were exported", rp.__version__, manifest["versions"]["torch"],

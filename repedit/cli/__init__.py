@@ -1,6 +1,6 @@
-"""The command line: one function a verb; each parses, calls one public function and shows what it returns.
+"""The command line: one function for each verb, which parses, calls one public function and shows what it returns.
 
-`repedit.cli.options` lists the exit codes, of all verbs and of each; the help of a verb shows its own.
+`repedit.cli.application` lists the exit codes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import typer
 
 from repedit.cli import apply, audit, chat, demo, hub, inspect, neurons, project, run, unlearn, vision
-from repedit.cli.app import app, verbs
-from repedit.cli.options import BASH, CUT_OFF, INTERRUPTED, Verb, completed, epilog, in_bash
+from repedit.cli.application import CUT_OFF, INTERRUPTED, Verb, app, epilog, verbs
+from repedit.cli.completion import BASH, complete_in_bash, with_completion
 from repedit.escaping import for_terminal
 
 for verb in (
@@ -41,29 +41,31 @@ for verb in (
     run.run,
     run.reproduce,
 ):
-    app.command(epilog=epilog(verb.__name__), cls=Verb)(completed(verb))
+    app.command(epilog=epilog(verb.__name__), cls=Verb)(with_completion(verb))
 app.add_typer(vision.app, name="vision")
 
 __all__ = ["app", "main", "verbs"]
 
 
 def main() -> None:
-    """Run the command line; bad input ends with exit code 2 and one message, see `repedit.cli.options.COMMON`."""
+    """Run the command line; bad input ends with exit code 2 and one message."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the shell closed it: `repedit ... >&-`
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter gets its number
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **options: for_terminal(plain(*args, **options), lines=True)
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a character that the terminal cannot show becomes its number
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **options: for_terminal(format_warning(*args, **options), lines=True)
     logging.setLogRecordFactory(_LogRecord)
-    code, message = _ended()
+    code, message = _run_verb()
     if message:
         sys.stderr.write(for_terminal(message, lines=True).rstrip("\n") + "\n")
-    shown = sys.modules.get("repedit.cli.output")
+    output = sys.modules.get("repedit.cli.output")
     try:
         sys.stdout.flush()
-        cut_off = shown is not None and shown.out.cut_off
+        cut_off = output is not None and output.out.cut_off
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         cut_off = True
@@ -71,21 +73,21 @@ def main() -> None:
 
 
 class _LogRecord(logging.LogRecord):
-    """A line of a log, of repedit or of transformers, that a terminal shows and does not obey."""
+    """A log message, of repedit or of transformers, that a terminal shows and does not obey."""
 
     def getMessage(self) -> str:
         return for_terminal(super().getMessage(), lines=True)
 
 
-def _ended() -> tuple[int, str]:
-    """The exit code of the command line, and what to say on standard error."""
+def _run_verb() -> tuple[int, str]:
+    """The exit code of the command line, and the message for standard error."""
     from repedit.errors import RepeditError
 
     # ClickException of the click inside typer, which typer does not export.
     usage_error: type[Exception] = typer.BadParameter.__mro__[2]
     try:
         if os.environ.get(BASH) == "complete_bash":
-            in_bash(lambda: app(prog_name="repedit"))
+            complete_in_bash(lambda: app(prog_name="repedit"))
         code = app(prog_name="repedit", standalone_mode=False)
     except RepeditError as error:
         return 2, f"{type(error).__name__}: {error}"
@@ -103,7 +105,7 @@ def _ended() -> tuple[int, str]:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with the words of a command line, and where to read what is right."""
+    """What is wrong with a command line, and where to read what is right."""
     context, message = getattr(error, "ctx", None), error.format_message()
     if context is None or not message:
         return str(message)

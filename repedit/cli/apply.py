@@ -1,21 +1,21 @@
-"""The verb that carries a saved edit or delta out on the files of a model."""
+"""The verb that applies a saved edit or delta to the files of a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from repedit.cli.options import Json, Layout, Model, Multiple, opened
-from repedit.cli.saving import check_out, shaped, show_plan
-from repedit.cli.saving import verify as verified
+from repedit.cli.options import DryRun, Json, Layout, Model, Multiple, Overwrite, load_model
+from repedit.cli.saving import check_out, shape_options, show_plan
+from repedit.cli.saving import verify as verify_checkpoint
 from repedit.io.files import is_folder
 
-Shape = Annotated[
-    str,
-    typer.Option(help="keep; slim cuts pruned neurons out; slice narrows an erased stream; adapter, a LoRA for PEFT."),
-]
+if TYPE_CHECKING:
+    from repedit.delta import Delta
+    from repedit.edit import Edit
+    from repedit.models.subject import Subject
 
 
 def apply(
@@ -23,10 +23,15 @@ def apply(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Directory of the edited checkpoint.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Convert every tensor, to bfloat16 say.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
     verify: Annotated[bool, typer.Option(help="Load the result in a process without repedit.")] = True,
-    structure: Shape = "keep",
+    structure: Annotated[
+        Literal["keep", "slim", "slice", "adapter"],
+        typer.Option(
+            help="slim removes pruned neurons from the tensors; slice narrows an erased stream; adapter, a LoRA for PEFT."
+        ),
+    ] = "keep",
     layout: Layout = "uniform",
     multiple: Multiple = None,
     json: Json = False,
@@ -42,51 +47,46 @@ def apply(
 
     if not dry_run:
         check_out(out, edit, model, overwrite=overwrite)
-    loaded = Delta.load(edit) if archive.kind_of(edit) == "delta" else Edit.load(edit)
+    change = Delta.load(edit) if archive.kind_of(edit) == "delta" else Edit.load(edit)
     adapter = structure == "adapter"
     if adapter and (dtype, layout, multiple) != (None, "uniform", None):
         raise ArgumentError("--structure adapter takes no --dtype, --layout or --multiple: it is stored in float32")
-    shape = shaped(out, "keep" if adapter else structure, layout, multiple)
+    shape = shape_options(out, "keep" if adapter else structure, layout, multiple)
     local = is_folder(model) or model == DEFAULT
-    source: Any = model if local and not adapter else opened(model, "auto", "auto")
+    loaded = None if local and not adapter else load_model(model)
+    source = model if loaded is None else loaded
     if dry_run:
-        show_plan(export.dry_run(loaded, source, **shape), out, json)
+        show_plan(export.dry_run(change, source, **shape), out, json)
         return
     if out is None:
         raise ArgumentError("--out is needed: the directory to write (or --dry-run)")
-    if adapter:
-        _adapter(loaded, source, out, overwrite, json)
+    if adapter and loaded is not None:
+        _write_adapter(change, loaded, out, overwrite, json)
         return
-    record = export.export(loaded, source, out, dtype=dtype, overwrite=overwrite, **shape)
+    manifest = export.export(change, source, out, dtype=dtype, overwrite=overwrite, **shape)
     if verify:
-        verified(out, record)
+        verify_checkpoint(out, manifest)
     if json:
-        output.show_json(
-            {
-                "out": str(out),
-                "tensors": len(record.plan),
-                "largest_relative_change": record.relative_change,
-                "structure": record.structure,
-                "loaders": record.loaders,
-                "left_out": record.left_out,
-            }
-        )
+        output.show_json({
+            "out": str(out), "tensors": len(manifest.plan), "largest_relative_change": manifest.relative_change,
+            "structure": manifest.structure, "loaders": manifest.loaders, "left_out": manifest.left_out,
+        })  # fmt: skip
     else:
-        output.out.print(
-            f"{out}: {len(record.plan)} tensors changed, largest relative change {record.relative_change:.3g}"
-        )
+        count, largest = len(manifest.plan), manifest.relative_change
+        output.out.print(f"{out}: {count} tensors changed, largest relative change {largest:.3g}")
 
 
-def _adapter(change: Any, source: Any, out: Path, overwrite: bool, json: bool) -> None:
+def _write_adapter(change: Edit | Delta, subject: Subject, out: Path, overwrite: bool, json: bool) -> None:
     from repedit.cli import output
     from repedit.rewrite.adapter import export_adapter
 
-    record = export_adapter(change, source, out, overwrite=overwrite)
-    found = {"out": str(out), "modules": len(record.ranks), "largest_rank": max(record.ranks.values())}
+    adapter = export_adapter(change, subject, out, overwrite=overwrite)
+    modules, rank = len(adapter.ranks), max(adapter.ranks.values())
     if json:
-        output.show_json(found | {"parameters": record.parameters, "residual": record.residual})
+        output.show_json({
+            "out": str(out), "modules": modules, "largest_rank": rank, "parameters": adapter.parameters, "residual": adapter.residual,
+        })  # fmt: skip
         return
     output.out.print(
-        f"{out}: adapter of {found['modules']} modules, rank at most {found['largest_rank']}, {record.parameters:,} numbers; it and "
-        "the base hold both models"
+        f"{out}: adapter of {modules} modules, rank at most {rank}, {adapter.parameters:,} numbers; it and the base hold both models"
     )

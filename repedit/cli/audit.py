@@ -1,19 +1,23 @@
-"""The verbs that attack a checkpoint and say what has been shown, and that show audits again without a model."""
+"""Verbs that attack an edited checkpoint and report what was recovered: audit, report."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repedit.cli.options import Device, Json, quiet
+from repedit.cli.options import Budget, Device, Json, hide_progress_bars
 from repedit.io.files import is_folder
 from repedit.io.text import parse_json
+
+if TYPE_CHECKING:
+    from repedit.auditing.report import Report
+    from repedit.data import Facts
 
 
 def audit(
@@ -24,52 +28,56 @@ def audit(
     reference: Annotated[str | None, typer.Option(help="A model that never saw the facts.")] = None,
     unrelated: Annotated[str | None, typer.Option(help="Text for harmless fine-tuning; the built-in prose.")] = None,
     holdout: Annotated[str | None, typer.Option(help="Text that no model saw, for membership inference.")] = None,
-    budget: Annotated[str, typer.Option(help="fast, standard or full.")] = "fast",
+    budget: Budget = "fast",
     attacks: Annotated[str | None, typer.Option(help="Names of attacks, joined by commas.")] = None,
-    sites: Annotated[str | None, typer.Option(help="Where the edit is, if repedit.json does not say.")] = None,
+    sites: Annotated[str | None, typer.Option(help="Where the edit is, if there is no repedit.json.")] = None,
     folds: Annotated[int, typer.Option(help="2 tests every fact once; 1 only those of V.")] = 2,
     seeds: Annotated[str | None, typer.Option(help="Seeds of the attacks, joined by commas.")] = None,
     allow_small: Annotated[bool, typer.Option(help="Let fewer than 100 facts count.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where findings and pages go; a broken audit goes on there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of findings and pages; an interrupted audit is resumed there.")
+    ] = None,
     hide_items: Annotated[bool, typer.Option(help="Leave the texts of the facts out of the pages.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Say what would be run and about how long; attack nothing.")] = False,
-    selftest: Annotated[bool, typer.Option(help="Audit models of which the answer is known, nothing else.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Show what would be run and about how long it takes; attack nothing.")
+    ] = False,
+    selftest: Annotated[bool, typer.Option(help="Audit models whose verdict is known, nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the self-test.")] = 0,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Attack an edited checkpoint and say what has been shown."""
-    quiet()
+    hide_progress_bars()
     if selftest:
         _selftest(seed, json)
         return
-    asked = _asked(edited, original, facts, retain)
-    chosen = None if attacks is None else attacks.split(",")
+    fact_sets = _facts(edited, original, facts, retain)
+    names = None if attacks is None else attacks.split(",")
     if dry_run:
-        _estimate(str(edited), asked, budget, chosen, device, json)
+        _estimate(str(edited), fact_sets, budget, names, device, json)
         return
     from repedit import data
-    from repedit.auditing.api import audit as audited
+    from repedit.auditing.api import audit as run_audit
     from repedit.auditing.store import private_folder
     from repedit.cli import output
     from repedit.io.targets import check_folder
     from repedit.report import redacted, write
 
     check_folder(out, "findings", "audit.json", read=(str(edited), str(original)))
-    found = audited(
-        str(edited), original=str(original), facts=asked, reference=reference, budget=budget, attacks=chosen,
+    result = run_audit(
+        str(edited), original=str(original), facts=fact_sets, reference=reference, budget=budget, attacks=names,
         unrelated=None if unrelated is None else data.builtin_corpus(unrelated),
         holdout=None if holdout is None else data.builtin_corpus(holdout), sites=sites, folds=folds,
-        seeds=_numbers(seeds), allow_small=allow_small,
-        device=device, out=private_folder(out) if hide_items and out is not None else out, save=False, command=_command(),
+        seeds=_whole_numbers(seeds), allow_small=allow_small, device=device,
+        out=private_folder(out) if hide_items and out is not None else out, save=False, command=_command_line(),
     )  # fmt: skip
-    written = [] if out is None else _written(partial(write, found, out, hide_items=hide_items))
-    shown = redacted(found) if hide_items else found
+    files = [] if out is None else _written(partial(write, result, out, hide_items=hide_items))
+    shown = redacted(result) if hide_items else result
     if json:
         output.out.write(shown.to_json())
     else:
-        show(shown, written)
-    raise typer.Exit(found.verdict.exit_code)
+        show(shown, files)
+    raise typer.Exit(result.verdict.exit_code)
 
 
 def report(
@@ -98,62 +106,58 @@ def report(
     if any(map(is_run, audits)):
         show_run(audits, out, hide_items, json)
         return
-    reports = {name: Report.load(path) for name, path in zip(_names(audits), audits, strict=True)}
+    reports = {name: Report.load(path) for name, path in zip(_distinct_names(audits), audits, strict=True)}
     if hide_items:
-        reports = {f"audit {n}": redacted(found) for n, found in enumerate(reports.values(), 1)}
+        reports = {f"audit {number}": redacted(one) for number, one in enumerate(reports.values(), 1)}
+    first = next(iter(reports.values()))
     if len(reports) > 1:
         comparison = compare_reports(reports)
-        written = [] if out is None else _written(partial(comparison.write, out))
+        files = [] if out is None else _written(partial(comparison.write, out))
     else:
-        home = audits[0] if is_folder(audits[0]) else audits[0].parent
-        only = next(iter(reports.values()))
-        written = _written(partial(write, only, home if out is None else out, hide_items=hide_items))
+        folder = audits[0] if is_folder(audits[0]) else audits[0].parent
+        files = _written(partial(write, first, folder if out is None else out, hide_items=hide_items))
     if json:
         output.show_json(_plain(reports))
-        return
-    if len(reports) > 1:
+    elif len(reports) > 1:
         output.table("Verdicts", comparison.verdicts.columns, comparison.verdicts.rows)
         output.table("What each attack brings back", comparison.summary.columns, comparison.summary.rows)
-        _name_files(written)
+        output.show_files(files)
     else:
-        show(next(iter(reports.values())), written)
+        show(first, files)
 
 
-def show(found: Any, written: list[Path]) -> None:
-    """Verdict, recoveries, what was not run, and the files that were written."""
+def show(report: Report, files: Sequence[Path]) -> None:
+    """Show the verdict, the recoveries, what was not run, and the files that were written."""
     from repedit.cli import output
     from repedit.report import tables
 
-    for line in (
-        f"{found.verdict.word}: {found.verdict.sentence}",
-        f"Rule: {found.verdict.rule}",
-        found.verdict.settle,
-    ):
+    verdict = report.verdict
+    for line in (f"{verdict.word}: {verdict.sentence}", f"Rule: {verdict.rule}", verdict.settle):
         if line:
             output.out.print(line)
-    output.out.print("; ".join(tables.headline(found)))
-    for title, shown in (
-        ("What each attack brings back", tables.summary(found)),
-        ("Gap to the retrained model", tables.gaps(found)),
-        ("Not run, or not counted", tables.not_run(found)),
+    output.out.print("; ".join(tables.headline(report)))
+    for title, table in (
+        ("What each attack brings back", tables.summary(report)),
+        ("Gap to the retrained model", tables.gaps(report)),
+        ("Not run, or not counted", tables.not_run(report)),
     ):
-        if shown.rows:
-            output.table(title, shown.columns, shown.rows)
-    _name_files(written)
+        if table.rows:
+            output.table(title, table.columns, table.rows)
+    output.show_files(files)
 
 
-def _asked(edited: str | None, original: str | None, facts: str | None, retain: str | None) -> Any:
-    """The facts, if everything is there that an audit cannot do without."""
+def _facts(edited: str | None, original: str | None, facts: str | None, retain: str | None) -> Facts:
+    """The facts of an audit, if everything that it needs is given."""
     from repedit import data
     from repedit.errors import ArgumentError
 
     missing = [name for name, value in (("EDITED", edited), ("--original", original), ("--facts", facts)) if not value]
     if missing:
         raise ArgumentError(f"{' and '.join(missing)} missing; give the edited checkpoint, --original and --facts")
-    return data.facts(str(facts)) if retain is None else data.facts(str(facts), retain=retain)
+    return data.facts(str(facts)) if retain is None else data.facts(str(facts), retain=data.facts(retain).forget)
 
 
-def _numbers(seeds: str | None) -> list[int] | None:
+def _whole_numbers(seeds: str | None) -> list[int] | None:
     from repedit.errors import ArgumentError
 
     try:
@@ -162,22 +166,22 @@ def _numbers(seeds: str | None) -> list[int] | None:
         raise ArgumentError(f"--seeds {seeds!r}; give whole numbers, joined by commas, such as 0,1,2") from error
 
 
-def _command() -> str:
-    """The words this process was started with; empty where they are those of another program."""
+def _command_line() -> str:
+    """The command line of this process; empty if it is one of another program."""
     return shlex.join(["repedit", *sys.argv[1:]]) if sys.argv[1:2] == ["audit"] else ""
 
 
-def _estimate(edited: str, asked: Any, budget: str, chosen: list[str] | None, device: str, json: bool) -> None:
+def _estimate(edited: str, facts: Facts, budget: str, attacks: Sequence[str] | None, device: str, json: bool) -> None:
     from repedit.auditing.estimate import estimate
     from repedit.cli import output
 
-    found = estimate(edited, asked, budget=budget, attacks=chosen, device=device)
+    costs = estimate(edited, facts, budget=budget, attacks=attacks, device=device)
     if json:
-        output.show_json(found)
+        output.show_json(costs)
         return
-    rows = [[name, cost["questions"], cost["steps"], round(cost["seconds"])] for name, cost in found["attacks"].items()]
+    rows = [[name, cost["questions"], cost["steps"], round(cost["seconds"])] for name, cost in costs["attacks"].items()]
     output.table(
-        f"{budget}: {found['facts']} facts, about {found['minutes']:.0f} minutes; nothing was attacked",
+        f"{budget}: {costs['facts']} facts, about {costs['minutes']:.0f} minutes; nothing was attacked",
         ("attack", "questions", "training steps", "seconds"), rows,
     )  # fmt: skip
 
@@ -188,22 +192,22 @@ def _selftest(seed: int, json: bool) -> None:
     from repedit.auditing.selftest import selftest
     from repedit.cli import output
 
-    found = selftest(seed)
+    result = selftest(seed)
     if json:
-        output.show_json({**asdict(found), "passed": found.passed})
+        output.show_json({**asdict(result), "passed": result.passed})
     else:
         columns = ("control", "passed", "expected", "found", "attack", "R", "least", "seconds", "what it is")
         rows = [
             [c.control, c.passed, c.expected, c.found, c.attack, round(c.recovered, 2), c.least, round(c.seconds, 1), c.description]
-            for c in found.checks
+            for c in result.checks
         ]  # fmt: skip
-        output.table(f"{sum(c.passed for c in found.checks)} of {len(found.checks)} controls pass", columns, rows)
-        output.out.print(f"{found.seconds:.0f} seconds; {found.failures or 'the audit is sound here'}")
-    raise typer.Exit(0 if found.passed else 6)
+        output.table(f"{sum(c.passed for c in result.checks)} of {len(result.checks)} controls pass", columns, rows)
+        output.out.print(f"{result.seconds:.0f} seconds; {result.failures or 'the audit is sound here'}")
+    raise typer.Exit(0 if result.passed else 6)
 
 
 def _written(write: Callable[[], list[Path]]) -> list[Path]:
-    """What was written; a page or figure that could not be made costs neither the rest nor the verdict."""
+    """The files that were written; a page or figure that cannot be made costs neither the others nor the verdict."""
     from repedit.cli import output
     from repedit.errors import ReportError
 
@@ -214,25 +218,17 @@ def _written(write: Callable[[], list[Path]]) -> list[Path]:
         return []
 
 
-def _name_files(written: list[Path]) -> None:
-    from repedit.cli import output
-
-    for path in written:
-        output.out.print(f"wrote {path}", soft_wrap=True)
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
-    whole = [path.absolute() if is_folder(path) else path.absolute().parent for path in paths]
-    for count in range(1, max(len(path.parts) for path in whole) + 1):
-        names = ["/".join(path.parts[-count:]) for path in whole]
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as distinguish all paths."""
+    folders = [path.absolute() if is_folder(path) else path.absolute().parent for path in paths]
+    for count in range(1, max(len(path.parts) for path in folders) + 1):
+        names = ["/".join(path.parts[-count:]) for path in folders]
         if len(set(names)) == len(names):
             return names
-    return [f"{number}: {path}" for number, path in enumerate(whole, 1)]
+    return [f"{number}: {path}" for number, path in enumerate(folders, 1)]
 
 
-def _plain(reports: dict[str, Any]) -> Any:
+def _plain(reports: Mapping[str, Report]) -> object:
     """One audit as its own JSON, several by name."""
-
-    found = {name: parse_json(report.to_json(), name) for name, report in reports.items()}
-    return found if len(found) > 1 else next(iter(found.values()))
+    plain = {name: parse_json(report.to_json(), name) for name, report in reports.items()}
+    return plain if len(plain) > 1 else next(iter(plain.values()))

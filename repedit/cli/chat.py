@@ -5,15 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repedit.cli.options import Device, Dtype, Seed, opened
+from repedit.cli.options import Device, Dtype, Seed, load_model
+
+if TYPE_CHECKING:
+    from repedit.metrics.generation import Writing
+    from repedit.models.subject import Subject
+
+    Writings = Iterator[tuple[Writing, ...]]
 
 COLUMNS = ("original", "edited")
-Writings = Iterator[tuple[Any, ...]]
-"""What `repedit.metrics.generation.side_by_side` gives."""
 HELP = "/reset begins anew, /quit ends; Ctrl-C stops an answer"
 
 
@@ -26,74 +30,81 @@ def chat(
     plain: Annotated[
         bool, typer.Option("--plain", help="Continue each prompt as text, alone; no chat template.")
     ] = False,
-    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, tokens are drawn.")] = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print one line of JSON a prompt.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one line of JSON for each prompt.")] = False,
 ) -> None:
-    """Ask the original and the edited model the same, and see both answers as they are written, side by side.
+    """Ask the original and the edited model the same, and see both answers side by side as they are written.
 
     Each model sees its own answers as the conversation goes on; /reset begins anew, /quit ends it, and Ctrl-C an answer.
-    Prompts from an argument or a pipe are asked alone.
+    Each prompt from an argument or a pipe begins a new conversation.
     """
     from repedit.cli import output
 
-    subjects = [opened(name, device, dtype) for name in (original, edited)]
+    subjects = [load_model(name, device, dtype) for name in (original, edited)]
     if not plain and not all(subject.need_tokenizer().chat_template for subject in subjects):
         output.err.print("no chat template with these models: prompts are continued as plain text")
         plain = True
-    talk = Talk(subjects, plain, {"max_new_tokens": tokens, "temperature": temperature}, seed)
+    conversation = Conversation(subjects, plain, max_new_tokens, temperature, seed)
     if prompt is None and sys.stdin.isatty() and not json:
-        _converse(talk)
+        _converse(conversation)
         return
-    for number, line in enumerate([prompt] if prompt is not None else _lines()):
-        talk.reset()
+    for number, line in enumerate([prompt] if prompt is not None else _input_lines()):
+        conversation.reset()
         if json:
-            _json_line(line, talk.ask(line, _last))
+            _show_json_line(line, conversation.ask(line, _last))
             continue
         output.out.print(f"{'' if not number else chr(10)}> {line}", soft_wrap=True)
-        talk.ask(line, _beside)
+        conversation.ask(line, _show)
 
 
 @dataclass
-class Talk:
-    """A conversation with several models; each remembers what it said itself."""
+class Conversation:
+    """A conversation with several models; each of them remembers its own answers."""
 
-    subjects: list[Any]
+    subjects: list[Subject]
     plain: bool
-    options: dict[str, Any]
+    """Continue each prompt as text, without a chat template."""
+    max_new_tokens: int
+    temperature: float
     seed: int
     turns: list[list[dict[str, str]]] = field(default_factory=list)
-    asked: int = 0
+    """For each model, the messages so far."""
+    prompts: int = 0
+    """Number of prompts so far."""
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Forget all messages."""
         self.turns = [[] for _ in self.subjects]
 
-    def ask(self, line: str, show: Callable[[Writings], Sequence[Any]]) -> Sequence[Any]:
-        """Let every model answer, show the answers as they come, and keep them."""
+    def ask(self, prompt: str, show: Callable[[Writings], Sequence[Writing]]) -> Sequence[Writing]:
+        """Let every model answer, show the answers as they grow, and remember them."""
         from repedit.metrics.generation import side_by_side
 
-        turns = [[*own, {"role": "user", "content": line}] for own in self.turns]
-        prompts = [line] * len(turns) if self.plain else turns
-        # Another prompt draws other numbers; the same list of prompts draws the same.
-        answers = show(side_by_side(self.subjects, prompts, seed=self.seed + self.asked, **self.options))
-        self.asked += 1
+        turns = [[*messages, {"role": "user", "content": prompt}] for messages in self.turns]
+        answers = show(side_by_side(
+            self.subjects, [prompt] * len(turns) if self.plain else turns, max_new_tokens=self.max_new_tokens,
+            # The same list of prompts draws the same numbers, another prompt draws others.
+            temperature=self.temperature, seed=self.seed + self.prompts,
+        ))  # fmt: skip
+        self.prompts += 1
         self.turns = [
-            [*own, {"role": "assistant", "content": answer.text}] for own, answer in zip(turns, answers, strict=True)
+            [*messages, {"role": "assistant", "content": answer.text}]
+            for messages, answer in zip(turns, answers, strict=True)
         ]
         return answers
 
 
-def _converse(talk: Talk) -> None:
+def _converse(conversation: Conversation) -> None:
     """Ask for prompts until there are no more."""
     from repedit.cli import output
     from repedit.errors import RepeditError
 
     output.out.print(HELP, style="dim")
-    talk.reset()
+    conversation.reset()
     while True:
         try:
             line = output.out.input("> ", markup=False).strip()
@@ -102,37 +113,37 @@ def _converse(talk: Talk) -> None:
         if line == "/quit":
             return
         if line == "/reset":
-            talk.reset()
+            conversation.reset()
             output.out.print("both models begin anew", style="dim")
         elif line.startswith("/"):
             output.out.print(HELP, style="dim")
         elif line:
             try:
-                talk.ask(line, _beside)
+                conversation.ask(line, _show)
             except KeyboardInterrupt:
                 output.out.print("nothing was written yet; the prompt is forgotten", style="dim")
             except RepeditError as error:
                 output.err.print(f"{type(error).__name__}: {error}")
 
 
-def _lines() -> list[str]:
+def _input_lines() -> list[str]:
     """The prompts of standard input."""
     return [line.strip() for line in sys.stdin if line.strip()]
 
 
-def _beside(writings: Writings) -> Sequence[Any]:
+def _show(writings: Writings) -> Sequence[Writing]:
     from repedit.cli import output
 
-    return output.show_beside(COLUMNS, writings)
+    return output.show_side_by_side(COLUMNS, writings)
 
 
-def _last(writings: Writings) -> Sequence[Any]:
+def _last(writings: Writings) -> Sequence[Writing]:
     *_, last = writings
     return last
 
 
-def _json_line(prompt: str, writings: Sequence[Any]) -> None:
-    """One line of JSON a prompt."""
+def _show_json_line(prompt: str, writings: Sequence[Writing]) -> None:
+    """Show the answers to a prompt as one line of JSON."""
     from repedit.cli import output
 
     answers = {

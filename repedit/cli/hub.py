@@ -1,4 +1,4 @@
-"""Verbs that hand results on: upload a checkpoint, write tasks for lm-evaluation-harness."""
+"""Verbs that publish results: push uploads a checkpoint, tasks writes tasks for lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import typer
 
 from repedit.cli.options import Json
 
-# --- The verb that uploads an exported checkpoint
-
-
-DRY = 3
-"""The exit code of a push that uploaded nothing."""
+NOT_UPLOADED = 3
+"""The exit code of a push without --yes."""
 
 
 def push(
@@ -29,41 +26,32 @@ def push(
     message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload an edited checkpoint",
     json: Json = False,
 ) -> None:
-    """Check an exported checkpoint against its manifest and upload it to the hub, what the manifest lists and nothing else."""
+    """Check an exported checkpoint against its manifest and upload exactly the files that it lists to the hub."""
     from repedit.cli import output
-    from repedit.rewrite.hub import push as pushed
+    from repedit.rewrite.hub import push as push_checkpoint
 
-    found = pushed(directory, repository, yes=yes, private=not public, overwrite=overwrite, message=message)
+    upload = push_checkpoint(directory, repository, yes=yes, private=not public, overwrite=overwrite, message=message)
     if json:
-        output.show_json(
-            {
-                "repository": repository,
-                "private": found.private,
-                "files": dict(found.files),
-                "left": list(found.unlisted),
-                "url": found.url,
-            }
-        )
+        output.show_json({
+            "repository": repository, "private": upload.private, "files": dict(upload.files), "left": list(upload.unlisted), "url": upload.url,
+        })  # fmt: skip
     else:
-        output.table("Files", ("file", "bytes"), [[name, size] for name, size in found.files.items()])
-        output.out.print(found.describe(), soft_wrap=True)
+        output.table("Files", ("file", "bytes"), [[name, size] for name, size in upload.files.items()])
+        output.out.print(upload.describe(), soft_wrap=True)
         if not yes:
             output.out.print("Add --yes to upload it.")
     if not yes:
-        raise typer.Exit(DRY)
-
-
-# --- The verb that writes facts as tasks of lm-evaluation-harness
+        raise typer.Exit(NOT_UPLOADED)
 
 
 def tasks(
-    out: Annotated[Path, typer.Argument(help="Folder to write a YAML and a JSONL file a task to.")],
+    out: Annotated[Path, typer.Argument(help="Folder for a YAML and a JSONL file of each task.")],
     facts: Annotated[
         str | None, typer.Option(help="Built-in domains or .jsonl files, joined by commas; every domain by default.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write facts as tasks of lm-evaluation-harness, which count what repedit counts and run without it."""
+    """Write facts as tasks of lm-evaluation-harness, which grade as repedit does and run without it."""
     import shlex
 
     from repedit.cli import output

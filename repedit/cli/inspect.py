@@ -1,13 +1,17 @@
-"""Verbs that look and change nothing: doctor, inspect, diff, compare."""
+"""Verbs that change nothing: doctor, inspect, diff, compare."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Tokens, opened
+from repedit.cli.options import BatchSize, Device, Dtype, EditedModel, Json, LimitTokens, Model, load_model
+
+if TYPE_CHECKING:
+    from repedit.models.subject import Subject
 
 
 def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: Json = False) -> None:
@@ -16,7 +20,7 @@ def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: J
     from repedit.cli import output
     from repedit.kernels.dispatch import choose
 
-    subject = opened(model, device, dtype)
+    subject = load_model(model, device, dtype)
     report = check_architecture(subject.model)
     rows = [[str(p.site), p.moved, p.error, p.note.strip("; ")] for p in report.proofs]
     widths = sorted({row["width"] for row in subject.sites()})
@@ -24,10 +28,9 @@ def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: J
     if json:
         output.show_json({"model_type": report.model_type, "passed": report.passed, "proofs": rows, "kernels": kernels})
         return
-    columns = ("site", "moved", "hook against weights", "note")
     output.table(
         f"{report.model_type}: every tap edited by hook and in the weights (shares of the spread of what the layer adds)",
-        columns,
+        ("site", "moved", "hook against weights", "note"),
         rows,
     )
     output.out.print(
@@ -44,52 +47,48 @@ def inspect(
     ] = "0.mlp.neurons,0.attn.neurons,0.mlp.out,0.attn.out,0.resid.pre",
     json: Json = False,
 ) -> None:
-    """Show where this model can be cut: sites, module paths, tensors, widths and exactness."""
+    """Show where this model can be edited: sites, module paths, tensors, widths and exactness."""
     from repedit.cli import output
     from repedit.edit import exactness
 
-    subject = opened(model, "auto", "auto")
-    chosen = {str(site): site for site in subject.select(sites)}
+    subject = load_model(model)
+    selected = {str(site): site for site in subject.select(sites)}
     rows = [
-        row | {"exactness": exactness(chosen[row["site"]], subject.layout)}
+        row | {"exactness": exactness(selected[row["site"]], subject.layout)}
         for row in subject.sites()
-        if row["site"] in chosen
+        if row["site"] in selected
     ]
+    architecture, layout = subject.architecture, subject.layout
     if json:
-        output.show_json(
-            {"model_type": subject.architecture.model_type, "fingerprint": subject.fingerprint(), "sites": rows}
-        )
+        fingerprint = subject.fingerprint()
+        output.show_json({"model_type": architecture.model_type, "fingerprint": fingerprint, "sites": rows})
         return
     columns = ("site", "hook", "tensor", "width", "experts", "exactness")
-    plan = subject.layout
     output.table(
-        f"{subject.architecture.model_type}: {len(plan.layers)} layers of width {plan.width}, {subject.architecture.n_heads} heads, "
-        f"tied {subject.architecture.tied}", columns, [[row[c] for c in columns] for row in rows],
+        f"{architecture.model_type}: {len(layout.layers)} layers of width {layout.width}, {architecture.n_heads} heads, "
+        f"tied {architecture.tied}", columns, [[row[c] for c in columns] for row in rows],
     )  # fmt: skip
 
 
-def diff(base: Model, edited: Annotated[str, typer.Argument(help="The other checkpoint.")], json: Json = False) -> None:
+def diff(base: Model, edited: EditedModel, json: Json = False) -> None:
     """List every tensor that differs between two checkpoints."""
     from dataclasses import asdict
 
     from repedit.cli import output
-    from repedit.rewrite.diff import diff as differences
+    from repedit.rewrite.diff import diff as tensor_differences
 
-    found = differences(base, edited)
+    differences = [asdict(difference) for difference in tensor_differences(base, edited)]
     if json:
-        output.show_json([asdict(d) for d in found])
+        output.show_json(differences)
         return
     columns = ("tensor", "norm", "relative", "rank", "rows", "columns")
-    output.table(
-        f"{len(found)} tensors differ",
-        columns,
-        [[getattr(d, c) if getattr(d, c) is not None else "" for c in columns] for d in found],
-    )
+    rows = [["" if row[column] is None else row[column] for column in columns] for row in differences]
+    output.table(f"{len(differences)} tensors differ", columns, rows)
 
 
 def compare(
     base: Model,
-    edited: Annotated[str, typer.Argument(help="The other checkpoint.")],
+    edited: EditedModel,
     text: Annotated[list[str] | None, typer.Option(help="A corpus to measure; repeat for several.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to continue; repeat for several.")] = None,
     metrics: Annotated[
@@ -101,7 +100,7 @@ def compare(
         typer.Option("--data", help="Holds the data of --metrics, or the folders tofu, semeval, muse, mmlu."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each part of --metrics; all by default.")] = None,
-    tokens: Tokens = 4000,
+    limit_tokens: LimitTokens = 4000,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -112,55 +111,52 @@ def compare(
     from repedit.cli import output
     from repedit.demo import PRUNING_PROMPTS
     from repedit.errors import ArgumentError
-    from repedit.metrics.benchmarks import compare as compared
+    from repedit.metrics.benchmarks import compare as compare_models
 
     if bool(metrics) != (folder is not None):
         raise ArgumentError(f"--metrics {metrics!r} with --data {folder}; give both, or neither")
-    subjects = [opened(name, device, dtype) for name in (base, edited)]
+    subjects = [load_model(name, device, dtype) for name in (base, edited)]
     if folder is not None:
-        _benchmarks(subjects, metrics.split(","), folder, limit, json)
+        _show_benchmarks(subjects, metrics.split(","), folder, limit, json)
         return
-    corpora: list[Any] = [data.read(name) for name in text or ["code", "prose"]]
+    corpora = [data.read(name) for name in text or ["code", "prose"]]
     prompts = tuple(prompt or PRUNING_PROMPTS)
-    streamed = output.out.is_terminal and not json  # the same texts, seen as they are written
-    found = compared(
-        subjects[0],
-        subjects[1],
-        corpora,
-        prompts=() if streamed else prompts,
-        limit_tokens=tokens,
-        batch_size=batch_size,
-    )
+    streamed = output.out.is_terminal and not json  # the same texts, shown as they are written
+    comparison = compare_models(
+        subjects[0], subjects[1], corpora, prompts=() if streamed else prompts, limit_tokens=limit_tokens, batch_size=batch_size
+    )  # fmt: skip
     if json:
-        output.show_json(output.comparison_json(found))
+        output.show_json(output.comparison_json(comparison))
         return
-    output.table(f"{base} against {edited}", output.COMPARISON_COLUMNS, output.comparison_rows(found))
+    output.table(f"{base} against {edited}", output.COMPARISON_COLUMNS, output.comparison_rows(comparison))
     if streamed:
         _stream(subjects, (base, edited), prompts)
     else:
-        output.show_generations(found.prompts, found.base_text, found.edited_text)
+        output.show_generations(comparison.prompts, comparison.base_text, comparison.edited_text)
 
 
-def _stream(subjects: list[Any], names: tuple[str, str], prompts: tuple[str, ...]) -> None:
-    """What both models write after each prompt, side by side as it comes."""
+def _stream(subjects: Sequence[Subject], names: Sequence[str], prompts: Sequence[str]) -> None:
+    """Show what both models write after each prompt, side by side as it is written."""
     from repedit.cli import output
     from repedit.metrics.generation import side_by_side
 
     for prompt in prompts:
         output.out.print(f"> {prompt}")
-        output.show_beside(names, side_by_side(subjects, [prompt, prompt], max_new_tokens=40))
+        output.show_side_by_side(names, side_by_side(subjects, [prompt, prompt], max_new_tokens=40))
 
 
-def _benchmarks(subjects: list[Any], names: list[str], folder: Path, limit: int | None, json: bool) -> None:
-    """Every part of each benchmark before and after, with the verdict."""
+def _show_benchmarks(
+    subjects: Sequence[Subject], names: Sequence[str], folder: Path, limit: int | None, json: bool
+) -> None:
+    """Show every part of each benchmark before and after, with the verdict."""
     from repedit.cli import output
     from repedit.metrics.benchmarks import compare_benchmarks
 
-    found = compare_benchmarks(subjects[0], subjects[1], names, folder, limit=limit)
+    results = compare_benchmarks(subjects[0], subjects[1], names, folder, limit=limit)
     if json:
-        output.show_json({name: {"values": dict(b.values), "verdict": b.verdict} for name, b in found.items()})
+        output.show_json({name: {"values": dict(b.values), "verdict": b.verdict} for name, b in results.items()})
         return
-    for name, beside in found.items():
-        rows = [[part, f"{before:.3f}", f"{after:.3f}"] for part, (before, after) in beside.values.items()]
+    for name, benchmark in results.items():
+        rows = [[part, f"{before:.3f}", f"{after:.3f}"] for part, (before, after) in benchmark.values.items()]
         output.table(name, ("part", "base", "edited"), rows)
-        output.out.print(beside.verdict)
+        output.out.print(benchmark.verdict)

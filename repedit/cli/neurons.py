@@ -1,29 +1,39 @@
-"""Verbs that find and remove: collect, score, prune."""
+"""Verbs that find and remove neurons: collect, score, prune."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from repedit.cli.options import (
     BatchSize,
+    Combine,
     Device,
+    DryRun,
     Dtype,
+    EditOut,
+    Importance,
     Json,
     Layout,
+    LimitTokens,
     Model,
     Multiple,
+    Overwrite,
     Seed,
-    Side,
     Sites,
     Structure,
     Text,
-    Tokens,
-    opened,
+    TextOrCollection,
+    load_model,
 )
-from repedit.cli.saving import check_out, plan_of, save, shaped, write
+from repedit.cli.saving import check_out, plan_summary, save, shape_options, write
+
+if TYPE_CHECKING:
+    from repedit.models.subject import Subject
+    from repedit.neurons.pruning import PruningResult
+    from repedit.neurons.scores import Scores
 
 
 def collect(
@@ -32,10 +42,11 @@ def collect(
     text: Text = "code",
     sites: Sites = "*.mlp.neurons",
     statistic: Annotated[
-        str, typer.Option(help="activity, of neurons; moments (mean and covariance), of any site.")
+        Literal["activity", "moments"],
+        typer.Option(help="activity, of neurons; moments (mean and covariance), of any site."),
     ] = "activity",
     gradients: Annotated[bool, typer.Option("--gradients", help="Also sum activation times gradient.")] = False,
-    tokens: Annotated[int | None, typer.Option(help="Counted tokens; the whole text by default.")] = None,
+    limit_tokens: Annotated[int | None, typer.Option(help="Counted tokens; the whole text by default.")] = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -46,38 +57,36 @@ def collect(
     Several processes share the text under torchrun --nproc-per-node N -m repedit collect ...
     """
     from repedit import data
-    from repedit.activations.collection import collect as collected
+    from repedit.activations.collection import collect as collect_statistics
     from repedit.cli import output
     from repedit.distributed import leave_process_group, local_device
-    from repedit.errors import UnknownName, nearest
     from repedit.stats import Activity, Moments
 
     check_out(out, text, file=True)
-    kinds: dict[str, Any] = {"activity": Activity, "moments": Moments}
-    if statistic not in kinds:
-        raise UnknownName(f"--statistic {statistic!r}; {nearest(statistic, kinds)}")
-    found = collected(
-        opened(model, local_device(device), dtype), data.read(text), sites, statistic=kinds[statistic], gradients=gradients,
-        limit_tokens=tokens, batch_size=batch_size,
+    collection = collect_statistics(
+        load_model(model, local_device(device), dtype), data.read(text), sites, gradients=gradients,
+        statistic=Moments if statistic == "moments" else Activity, limit_tokens=limit_tokens, batch_size=batch_size,
     )  # fmt: skip
     if not leave_process_group():
         return
-    save(found, out)
+    save(collection, out)
     if json:
-        output.show_json({"out": str(out), "sites": [str(site) for site in found], "counted": found.counted})
+        names = [str(site) for site in collection]
+        output.show_json({"out": str(out), "sites": names, "counted": collection.counted})
     else:
-        output.out.print(f"{len(found)} sites, {found.counted} of {found.seen} tokens counted; written to {out}")
+        counts = f"{collection.counted} of {collection.seen} tokens counted"
+        output.out.print(f"{len(collection)} sites, {counts}; written to {out}")
 
 
 def score(
     model: Model,
     out: Annotated[Path, typer.Option(help="Where to write the scores (.safetensors).")],
-    forget: Side = "code",
-    retain: Side = "prose",
+    forget: TextOrCollection = "code",
+    retain: TextOrCollection = "prose",
     sites: Sites = "*.mlp.neurons",
-    importance: Annotated[str, typer.Option(help="abs, rms, std, gxa, fisher, ...")] = "abs",
-    combine: Annotated[str, typer.Option(help="difference, ratio, logratio, rank, setdiff.")] = "difference",
-    tokens: Tokens = 8000,
+    importance: Importance = "abs",
+    combine: Combine = "difference",
+    limit_tokens: LimitTokens = 8000,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -87,57 +96,81 @@ def score(
     from repedit.cli import output
 
     check_out(out, forget, retain, file=True)
-    subject = opened(model, device, dtype)
-    scores = _scored(subject, forget, retain, sites, importance, combine, tokens, batch_size)
+    subject = load_model(model, device, dtype)
+    scores = _scores(subject, forget, retain, sites, importance, combine, limit_tokens, batch_size)
     save(scores, out)
     counts = {role: row["tokens"] for role, row in scores.provenance["data"].items()}
-    found = {
-        "out": str(out),
-        "tokens": counts,
-        "agreement": scores.agreement,
-        "sinks": sum(len(s.sinks) for s in scores.values()),
-    }
     if json:
-        output.show_json(found)
+        sinks = sum(len(s.sinks) for s in scores.values())
+        output.show_json({"out": str(out), "tokens": counts, "agreement": scores.agreement, "sinks": sinks})
         return
     best = sorted(
-        ((float(v), str(site), i) for site, s in scores.items() for v, i in zip(*s.values.topk(3), strict=True)),
+        ((float(v), str(site), int(i)) for site, s in scores.items() for v, i in zip(*s.values.topk(3), strict=True)),
         reverse=True,
     )
-    output.table("Most specific neurons", ("site", "neuron", "score"), [[site, int(i), v] for v, site, i in best[:10]])
+    output.table("Most specific neurons", ("site", "neuron", "score"), [[site, i, v] for v, site, i in best[:10]])
     output.out.print(
         f"{counts['forget']} forget and {counts['retain']} retain tokens; median rank correlation {scores.agreement:.2f}; written to {out}"
     )
 
 
+def _scores(
+    subject: Subject,
+    forget: str,
+    retain: str,
+    sites: str,
+    importance: str,
+    combine: str,
+    limit_tokens: int,
+    batch_size: int,
+) -> Scores:
+    """Scores from two saved collections, or from two texts."""
+    from repedit import data
+    from repedit.errors import ArgumentError
+    from repedit.neurons.pruning import collect_pair, load_collection
+    from repedit.neurons.scores import score as score_neurons
+
+    saved = [name.endswith(".safetensors") for name in (forget, retain)]
+    if any(saved) and not all(saved):
+        raise ArgumentError(f"--forget {forget} and --retain {retain}: give two collections, or two texts")
+    if all(saved):
+        sides = load_collection(forget, subject), load_collection(retain, subject)
+    else:
+        texts = data.read(forget), data.read(retain)
+        sides = collect_pair(subject, *texts, sites, importance, combine, tokens=limit_tokens, batch_size=batch_size)
+    return score_neurons(*sides, importance=importance, combine=combine)
+
+
 def prune(
     model: Model,
-    out: Annotated[Path, typer.Option(help="x.safetensors writes the edit, a directory the edited checkpoint.")],
-    fraction: Annotated[float | None, typer.Option(help="Share of all scored neurons to prune, in [0, 1].")] = None,
+    out: EditOut,
+    fraction: Annotated[float | None, typer.Option(help="Fraction of all scored neurons to prune, in [0, 1].")] = None,
     learned: Annotated[
         bool, typer.Option("--learned", help="Learn the mask by gradient: far more selective, 15 minutes on two cores.")
     ] = False,
-    scores: Annotated[Path | None, typer.Option(help="A file of `repedit score`; else --forget and --retain.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="A file of `repedit score`, instead of --forget and --retain.")
+    ] = None,
     forget: Text = "code",
     retain: Text = "prose",
     sites: Annotated[
         str | None, typer.Option(help="Which neurons; MLP by default, attention too if --learned.")
     ] = None,
-    importance: Annotated[str, typer.Option(help="abs, rms, std, gxa, fisher, ...")] = "abs",
-    combine: Annotated[str, typer.Option(help="difference, ratio, logratio, rank, setdiff.")] = "difference",
+    importance: Importance = "abs",
+    combine: Combine = "difference",
     steps: Annotated[int, typer.Option(help="Prune in this many steps, collecting again before each.")] = 1,
     max_retain_drop: Annotated[
         float | None, typer.Option(help="Largest drop on the retain set, per cent; exit 3 if exceeded at once.")
     ] = None,
-    cap_per_layer: Annotated[float | None, typer.Option(help="Largest share of a layer that may go.")] = None,
-    control: Annotated[int, typer.Option(help="Random controls to measure beside the edit.")] = 0,
-    tokens: Tokens = 8000,
+    cap_per_layer: Annotated[float | None, typer.Option(help="Largest fraction of a layer to prune.")] = None,
+    control: Annotated[int, typer.Option(help="Number of random controls to measure.")] = 0,
+    limit_tokens: LimitTokens = 8000,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
     structure: Structure = "keep",
     layout: Layout = "uniform",
     multiple: Multiple = None,
@@ -147,55 +180,36 @@ def prune(
     from repedit.cli import output
     from repedit.neurons.pruning import PruningOptions, run_pruning
 
-    shape = shaped(out, structure, layout, multiple)
+    shape = shape_options(out, structure, layout, multiple)
     options = PruningOptions(
         fraction=fraction, learned=learned, sites=sites, importance=importance, combine=combine, steps=steps, max_retain_drop=max_retain_drop,
-        cap_per_layer=cap_per_layer, control=control, tokens=tokens, batch_size=batch_size, seed=seed,
+        cap_per_layer=cap_per_layer, control=control, tokens=limit_tokens, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     if not dry_run:
         check_out(out, model, scores, forget, retain, overwrite=overwrite)
-    subject = opened(model, device, dtype)
-    found = run_pruning(subject, forget, retain, options, scores=scores, on_stage=output.stage)
-    plan = plan_of(found.edit, subject, shape) if dry_run and not found.exceeded else ""
-    _show(found, out, dry_run, plan, json)
-    if found.exceeded:
+    subject = load_model(model, device, dtype)
+    result = run_pruning(subject, forget, retain, options, scores=scores, on_stage=output.stage)
+    plan = plan_summary(result.edit, subject, shape) if dry_run and not result.exceeded else ""
+    _show(result, out, dry_run, plan, json)
+    if result.exceeded:
         output.err.print(f"Nothing written: the retain drop exceeds {max_retain_drop} % at once; lower --fraction")
         raise typer.Exit(3)
     if not dry_run:
-        write(found.edit, subject, out, overwrite, shape)
+        write(result.edit, subject, out, overwrite, shape)
 
 
-def _show(found: Any, out: Path, dry_run: bool, plan: str, json: bool) -> None:
+def _show(result: PruningResult, out: Path, dry_run: bool, plan: str, json: bool) -> None:
     from repedit.cli import output
 
     if json:
         drops = {
             label: {"forget": f.plain()["drop_percent"], "retain": r.plain()["drop_percent"]}
-            for label, (f, r) in found.effects.items()
+            for label, (f, r) in result.effects.items()
         }
-        held = {"drops": drops, "pruned": found.count, "out": str(out), "dry_run": dry_run}
-        output.show_json(held | ({"plan": plan.splitlines()} if plan else {}))
+        values = {"drops": drops, "pruned": result.count, "out": str(out), "dry_run": dry_run}
+        output.show_json(values | ({"plan": plan.splitlines()} if plan else {}))
     else:
-        title = f"{found.count} neurons pruned; drops in per cent of the original top-1 accuracy (95 % interval)"
-        output.table(title, ("", "forget", "retain", "selectivity"), output.effect_rows(found.effects))
+        title = f"{result.count} neurons pruned; drops in per cent of the original top-1 accuracy (95 % interval)"
+        output.table(title, ("", "forget", "retain", "selectivity"), output.effect_rows(result.effects))
         if plan:
             output.out.print(plan)
-
-
-def _scored(
-    subject: Any, forget: str, retain: str, sites: str, importance: str, combine: str, tokens: int, batch_size: int
-) -> Any:
-    from repedit import data
-    from repedit.errors import ArgumentError
-    from repedit.neurons.pruning import collect_pair, load_collection
-    from repedit.neurons.scores import score as scored
-
-    saved = [name.endswith(".safetensors") for name in (forget, retain)]
-    if any(saved) and not all(saved):
-        raise ArgumentError(f"--forget {forget} and --retain {retain}: give two collections, or two texts")
-    if all(saved):
-        sides = load_collection(forget, subject), load_collection(retain, subject)
-    else:
-        texts = data.read(forget), data.read(retain)
-        sides = collect_pair(subject, *texts, sites, importance, combine, tokens=tokens, batch_size=batch_size)
-    return scored(*sides, importance=importance, combine=combine)

@@ -1,7 +1,7 @@
-"""Values -> rich tables and JSON; what the command line shows.
+"""What the command line shows: tables, texts and JSON on standard output, stages and errors on standard error.
 
-Every text is shown as it is: nothing in a path, a name, an error or what a model writes is read as markup or obeyed by
-the terminal. Standard output may be closed by its reader, such as `head`: what comes after is dropped, the work goes on.
+Texts are shown literally: nothing in a path, a name, an error or the output of a model is read as markup or obeyed by the
+terminal. If the reader of standard output closes it, as `head` does, further output is dropped and the work continues.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -24,24 +24,30 @@ from rich.text import Text
 
 from repedit.escaping import for_terminal
 
+if TYPE_CHECKING:
+    from repedit.activations.prediction import Effect
+    from repedit.metrics.benchmarks import Comparison
+    from repedit.metrics.facts import Knowledge
+    from repedit.metrics.generation import Writing
+
 _recording: ContextVar[list[dict[str, Any]] | None] = ContextVar("_recording", default=None)
 
 
 class Output(Console):
-    """A console that shows texts as they are, and keeps its lines where somebody asked for that."""
+    """A console that shows texts literally and outlives its reader."""
 
     cut_off = False
-    """Whether its reader has closed standard output."""
+    """Whether the reader has closed standard output."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print; a text has neither markup nor escape sequences. On standard output, keep what is words."""
-        words = [Text(for_terminal(item, lines=True)) if isinstance(item, str) else item for item in objects]
+        """Print; texts have neither markup nor escape sequences. Texts on standard output are recorded, see `recorded`."""
+        literal = [Text(for_terminal(item, lines=True)) if isinstance(item, str) else item for item in objects]
         if objects and not self.stderr and all(isinstance(item, str) for item in objects):
             _record("line", text=" ".join(objects))
-        super().print(*words, **options)
+        super().print(*literal, **options)
 
     def write(self, text: str) -> None:
-        """Write a text for programs as it is."""
+        """Write a text for programs, without formatting."""
         try:
             self.file.write(text)
             self.file.flush()
@@ -49,7 +55,7 @@ class Output(Console):
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
-        """Drop what is still to come; the file descriptor stays valid, so that Python can close it at its end."""
+        """Drop further output; the file descriptor stays valid, so that Python can close it when it exits."""
         self.cut_off = self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
@@ -71,98 +77,97 @@ def recorded() -> Iterator[list[dict[str, Any]]]:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "table") -> None:
-    """One table; numbers are right-aligned. `kind` says what it holds to who keeps it, see `recorded`."""
-    _record(kind, title=title, columns=list(columns), rows=[[_words(cell) for cell in row] for row in rows])
-    drawn = Table(title=_text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    """Show a table with numbers aligned to the right; `kind` is its kind in a recording, see `recorded`."""
+    _record(kind, title=title, columns=list(columns), rows=[[_cell(cell) for cell in row] for row in rows])
+    rich_table = Table(title=_text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
-        drawn.add_column(_text(column), justify="right" if numeric else "left", overflow="fold")
+        rich_table.add_column(_text(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(_text(cell) for cell in row))
-    out.print(drawn)
+        rich_table.add_row(*(_text(cell) for cell in row))
+    out.print(rich_table)
 
 
-def show_json(value: Any, *, indent: int | None = 2) -> None:
-    """One JSON document on standard output; a number that is not finite is null. Without an indent it is one line."""
+def show_json(value: object, *, indent: int | None = 2) -> None:
+    """Show one JSON document; numbers that are not finite are null. Without an indent it is one line."""
     plain = _plain(value)
     _record("json", value=plain)
     out.write(json.dumps(plain, indent=indent, sort_keys=indent is not None, allow_nan=False) + "\n")
 
 
+def show_files(paths: Iterable[object]) -> None:
+    """Name the files that were written."""
+    for path in paths:
+        out.print(f"wrote {path}", soft_wrap=True)
+
+
 def stage(text: str) -> None:
-    """A line about what is being done, on standard error."""
+    """Show on standard error what is being done."""
     err.print(f".. {text}")
 
 
-def comparison_rows(comparison: Any) -> list[list[Any]]:
-    """One row a corpus: accuracy and perplexity before and after, the drop with its interval."""
-    rows = []
-    for name, before in comparison.base.items():
-        after, found = comparison.edited[name], comparison.effect(name)
-        rows.append([
-            name, f"{before.top1:.1%}", f"{after.top1:.1%}", found.percentage,
-            f"{before.perplexity:.1f}", f"{after.perplexity:.1f}", int(before.count.sum()),
-        ])  # fmt: skip
-    return rows
-
-
-def percent(value: float) -> str:
-    """A percentage or a difference of two, or that it is a division by nothing."""
-    return "not defined" if value != value else f"{value:.1f}"
-
-
-def effect_rows(effects: Any) -> list[list[str]]:
-    """One row an edit: both drops with their intervals, and their difference."""
-    return [[label, f.percentage, r.percentage, percent(f.drop - r.drop)] for label, (f, r) in effects.items()]
+# --- Two models on the same texts, facts and prompts
 
 
 COMPARISON_COLUMNS = (
     "text", "next token right, before", "after", "relative drop (95 % interval)", "perplexity, before", "after", "tokens",
 )  # fmt: skip
-
-
-def comparison_json(comparison: Any) -> dict[str, Any]:
-    """The same as plain values, with the generations."""
-    found = {}
-    for name, before in comparison.base.items():
-        after, change = comparison.edited[name], comparison.effect(name)
-        found[name] = {
-            "top1": [before.top1, after.top1], "perplexity": [before.perplexity, after.perplexity],
-            **change.plain(), "tokens": int(before.count.sum()),
-        }  # fmt: skip
-    texts = zip(comparison.prompts, comparison.base_text, comparison.edited_text, strict=True)
-    return {"corpora": found, "generations": [{"prompt": p, "base": a, "edited": b} for p, a, b in texts]}
-
-
 KNOWLEDGE_COLUMNS = ("domain", "", "right, before", "after (95 % interval)", "chance", "facts")
 
 
-def knowledge_rows(found: Any, forgotten: Any) -> list[list[Any]]:
-    """One row a domain: accuracy before and after, and what guessing would get."""
-    rows = []
-    for name, k in found.items():
-        low, high = k.after.interval
-        role = "forget" if name in forgotten else "keep"
+def comparison_rows(comparison: Comparison) -> list[list[Any]]:
+    """One row for each corpus, see `COMPARISON_COLUMNS`."""
+    rows: list[list[Any]] = []
+    for name, before in comparison.base.items():
+        after = comparison.edited[name]
         rows.append([
-            name, role, f"{k.before.accuracy:.1%}", f"{k.after.accuracy:.1%} ({low:.1%} to {high:.1%})", f"{k.chance:.1%}",
-            len(k.after.ids),
+            name, f"{before.top1:.1%}", f"{after.top1:.1%}", comparison.effect(name).percentage,
+            f"{before.perplexity:.1f}", f"{after.perplexity:.1f}", int(before.count.sum()),
         ])  # fmt: skip
     return rows
 
 
-def forgotten_json(found: Any) -> dict[str, Any]:
-    """The second act of the demo as plain values."""
-    rows = {**found.trained, "capitals, unseen phrasing": found.unseen}
-    return {
-        "facts": {name: {"before": k.before.accuracy, "after": k.after.accuracy, "interval": k.after.interval} for name, k in rows.items()},
-        "generations": [{"prompt": p, "base": a, "edited": b} for p, a, b in zip(found.prompts, found.before, found.after, strict=True)],
-        "certificate": {k: v for k, v in found.manifest.certificate.items() if k != "tensors"},
-        "target": found.target,
-    }  # fmt: skip
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """The same as plain values, with the generations."""
+    corpora = {}
+    for name, before in comparison.base.items():
+        after = comparison.edited[name]
+        corpora[name] = {
+            "top1": [before.top1, after.top1], "perplexity": [before.perplexity, after.perplexity],
+            **comparison.effect(name).plain(), "tokens": int(before.count.sum()),
+        }  # fmt: skip
+    generations = generations_json(comparison.prompts, comparison.base_text, comparison.edited_text)
+    return {"corpora": corpora, "generations": generations}
+
+
+def generations_json(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+    """Each prompt with both continuations."""
+    return [{"prompt": p, "base": a, "edited": b} for p, a, b in zip(prompts, before, after, strict=True)]
+
+
+def knowledge_rows(knowledge: Mapping[str, Knowledge], forget: Iterable[str]) -> list[list[Any]]:
+    """One row for each domain, see `KNOWLEDGE_COLUMNS`; `forget` names the domains to forget."""
+    forget, rows = set(forget), []
+    for name, k in knowledge.items():
+        low, high = k.after.interval
+        after = f"{k.after.accuracy:.1%} ({low:.1%} to {high:.1%})"
+        role = "forget" if name in forget else "keep"
+        rows.append([name, role, f"{k.before.accuracy:.1%}", after, f"{k.chance:.1%}", len(k.after.ids)])
+    return rows
+
+
+def effect_rows(effects: Mapping[str, tuple[Effect, Effect]]) -> list[list[str]]:
+    """One row for each edit: the drops on forget and retain with their intervals, and their difference."""
+    return [[label, f.percentage, r.percentage, percent(f.drop - r.drop)] for label, (f, r) in effects.items()]
+
+
+def percent(value: float) -> str:
+    """A percentage, or that it is not defined because it divides by zero."""
+    return "not defined" if math.isnan(value) else f"{value:.1f}"
 
 
 def show_generations(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
-    """Each prompt with both continuations."""
+    """Show each prompt with both continuations."""
     rows = [
         [prompt, old.strip() or "(nothing)", new.strip() or "(nothing)"]
         for prompt, old, new in zip(prompts, before, after, strict=True)
@@ -170,9 +175,12 @@ def show_generations(prompts: Sequence[str], before: Sequence[str], after: Seque
     table("What each model writes (greedy)", ("prompt", "original", "edited"), rows, "generations")
 
 
-def show_beside(names: Sequence[str], writings: Iterable[Sequence[Any]]) -> Sequence[Any]:
-    """Texts side by side as they grow, on a terminal; one after another when they are done, elsewhere. Returns the last ones."""
-    last: Sequence[Any] = ()
+def show_side_by_side(names: Sequence[str], writings: Iterable[Sequence[Writing]]) -> Sequence[Writing]:
+    """Show texts side by side as they grow on a terminal, otherwise one after another when they are complete.
+
+    Returns the complete texts.
+    """
+    last: Sequence[Writing] = ()
     if not out.is_terminal:
         *_, last = writings
         for name, writing in zip(names, last, strict=True):
@@ -181,42 +189,41 @@ def show_beside(names: Sequence[str], writings: Iterable[Sequence[Any]]) -> Sequ
     with Live(console=out, auto_refresh=False, transient=True) as live:
         try:
             for last in writings:
-                live.update(columns(names, [writing.text for writing in last], out.height - 6), refresh=True)
-        except KeyboardInterrupt:  # ends what is being written, and keeps what is there
+                live.update(side_by_side(names, [writing.text for writing in last], out.height - 6), refresh=True)
+        except KeyboardInterrupt:  # ends the generation and keeps what was written
             if not last:
                 raise
-    out.print(columns(names, [writing.text for writing in last]))
+    out.print(side_by_side(names, [writing.text for writing in last]))
     return last
 
 
-def columns(names: Sequence[str], texts: Sequence[str], lines: int | None = None) -> Table:
-    """A column a text; what all texts begin with is dim. The last lines alone, where a number of them is given."""
+def side_by_side(names: Sequence[str], texts: Sequence[str], lines: int | None = None) -> Table:
+    """One column for each text, their common prefix dimmed; only the last lines if a number of lines is given."""
     width = max(10, out.width // len(texts) - 3)
-    pairs = zip(*map(_words, texts), strict=False)
-    same = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, pairs)) if len(texts) > 1 else 0
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, width=out.width)
-    for name in names:
-        drawn.add_column(_text(name), ratio=1)
+    pairs = zip(*map(_cell, texts), strict=False)
+    common = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, pairs)) if len(texts) > 1 else 0
+    rich_table = Table(box=box.SIMPLE_HEAD, pad_edge=False, width=out.width)
     cells = []
-    for text in texts:
-        shown = _text(text)
-        shown.stylize("dim", 0, same)
-        rows = shown.wrap(out, width)
+    for name, text in zip(names, texts, strict=True):
+        rich_table.add_column(_text(name), ratio=1)
+        literal = _text(text)
+        literal.stylize("dim", 0, common)
+        rows = literal.wrap(out, width)
         cells.append(Text("\n").join(rows if lines is None else rows[-max(1, lines) :]))
-    drawn.add_row(*cells)
-    return drawn
+    rich_table.add_row(*cells)
+    return rich_table
 
 
-def _words(cell: Any) -> str:
-    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _text(cell: Any) -> Text:
-    return Text(for_terminal(_words(cell), lines=True))
+def _text(value: object) -> Text:
+    return Text(for_terminal(_cell(value), lines=True))
 
 
 def _plain(value: Any) -> Any:
-    """JSON values of the same content: keys and what JSON does not know as texts, null for what is not finite."""
+    """JSON values of the same content: keys and values that JSON does not have as texts, null for what is not finite."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,19 +1,34 @@
-"""The verb that projects: directions of hidden states, fitted or trained, one task after another."""
+"""The verb that projects hidden states."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repedit.cli.options import BatchSize, Device, Dtype, Json, Model, Seed, opened
-from repedit.cli.saving import check_out, plan_of, show_plan, write
+from repedit.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    EditOut,
+    Json,
+    Model,
+    Overwrite,
+    Seed,
+    load_model,
+)
+from repedit.cli.saving import check_out, plan_summary, show_plan, write
+
+if TYPE_CHECKING:
+    from repedit.edit import Edit
+    from repedit.metrics.facts import Knowledge
 
 
 def project(
     model: Model,
-    out: Annotated[Path, typer.Option(help="x.safetensors writes the edit, a directory the edited checkpoint.")],
+    out: EditOut,
     forget: Annotated[
         str, typer.Option(help="A built-in domain (capitals, symbols, ...; several with +), or a .jsonl of facts.")
     ] = "capitals",
@@ -26,11 +41,11 @@ def project(
     ] = None,
     rank: Annotated[int, typer.Option(help="Directions removed at each site.")] = 8,
     method: Annotated[
-        str, typer.Option(help="mrp trains; cpca, residual_pca, leace, oblique, ... fit at once.")
+        str, typer.Option(help="mrp trains; cpca, residual_pca, leace, oblique, ... fit in closed form.")
     ] = "mrp",
     steps: Annotated[int, typer.Option(help="Training steps of mrp.")] = 150,
     previous: Annotated[Path | None, typer.Option(help="The edit of earlier tasks, which stay removed.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to continue from.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to resume it from.")] = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",
@@ -38,7 +53,7 @@ def project(
     dry_run: Annotated[
         bool, typer.Option(help="Show the plan of a random projection of this rank; train nothing.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Remove the directions that hold a set of facts, keep the other facts, and write an edit or a checkpoint."""
@@ -51,34 +66,32 @@ def project(
     if not dry_run:
         check_out(out, model, forget, retain, previous, resume, overwrite=overwrite)
     facts = data.facts(forget) if retain is None else data.facts(forget, retain=data.facts(retain).forget)
-    subject = opened(model, device, dtype)
-    earlier = None if previous is None else Edit.load(previous)
-    config: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    subject = load_model(model, device, dtype)
     edit = mrp(
         subject, forget=facts.forget, retain=facts.retain, sites=sites, rank=rank, method="random" if dry_run else method,
-        config=config, previous=earlier, resume=resume,
+        config={"steps": steps, "batch_size": batch_size, "seed": seed}, resume=resume,
+        previous=None if previous is None else Edit.load(previous),
     )  # fmt: skip
     if dry_run:
-        show_plan(plan_of(edit, subject), out, json)
+        show_plan(plan_summary(edit, subject), out, json)
         return
-    found = knowledge(subject, apply(edit, subject), (*facts.forget, *facts.retain))
-    _show(found, facts, edit, json, out)
+    measured = knowledge(subject, apply(edit, subject), (*facts.forget, *facts.retain))
+    _show(measured, {fact.domain for fact in facts.forget}, edit, json, out)
     write(edit, subject, out, overwrite)
 
 
-def _show(found: Any, facts: Any, edit: Any, json: bool, out: Path) -> None:
+def _show(measured: Mapping[str, Knowledge], forget: set[str], edit: Edit, json: bool, out: Path) -> None:
+    """Show the accuracy on each domain before and after; `forget` names the domains to forget."""
     from repedit.cli import output
 
-    forgotten = {fact.domain for fact in facts.forget}
+    ranks = {str(site): map_.rank_removed for site, map_ in edit.maps.items()}
     if json:
         rows = {
             name: {"before": k.before.accuracy, "after": k.after.accuracy, "interval": k.after.interval,
-                   "chance": k.chance, "role": "forget" if name in forgotten else "retain"}
-            for name, k in found.items()
+                   "chance": k.chance, "role": "forget" if name in forget else "retain"}
+            for name, k in measured.items()
         }  # fmt: skip
-        output.show_json(
-            {"domains": rows, "rank": {str(s): m.rank_removed for s, m in edit.maps.items()}, "out": str(out)}
-        )
+        output.show_json({"domains": rows, "rank": ranks, "out": str(out)})
         return
-    output.table("Facts right, multiple choice", output.KNOWLEDGE_COLUMNS, output.knowledge_rows(found, forgotten))
-    output.out.print(f"{sum(m.rank_removed for m in edit.maps.values())} directions over {len(edit.maps)} sites")
+    output.table("Facts right, multiple choice", output.KNOWLEDGE_COLUMNS, output.knowledge_rows(measured, forget))
+    output.out.print(f"{sum(ranks.values())} directions over {len(ranks)} sites")

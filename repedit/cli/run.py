@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repedit.cli.app import verbs
+from repedit.cli.application import verbs
 
 if TYPE_CHECKING:
     from repedit.runs import Execute, Step
@@ -72,7 +72,7 @@ def show_run(paths: Sequence[Path], out: Path | None, hide_items: bool, json: bo
     output.table(report.file.name, ("step", "verb", "state"), rows)
     for fault in report.faults:
         output.out.print(f"Not as the run left it: {fault}")
-    output.out.print(f"wrote {page}", soft_wrap=True)
+    output.show_files([page])
 
 
 def _execute_with(commands: dict[str, Any]) -> Execute:

@@ -1,4 +1,4 @@
-"""What the verbs that make an edit do with it: show its plan, write it, check what was written."""
+"""What the verbs that make an edit do with it: show its plan, write it, and verify what was written."""
 
 from __future__ import annotations
 
@@ -7,29 +7,51 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 from repedit.io.files import exists, is_folder, make_folder
 
+if TYPE_CHECKING:
+    from repedit.delta import Delta
+    from repedit.edit import Edit
+    from repedit.models.subject import Subject
+    from repedit.rewrite.manifest import Manifest
 
-def shaped(out: Path | None, structure: str, layout: str, multiple: int | None) -> dict[str, Any]:
-    """The options of an export that say which shape it has, checked before anything long begins."""
+
+@runtime_checkable
+class Saveable(Protocol):
+    """Any value of repedit that is saved to a file."""
+
+    def save(self, path: Path, /) -> object:
+        """Write the value."""
+
+
+class Shape(TypedDict):
+    """The options of an export that say which shapes its tensors have."""
+
+    structure: str
+    layout: str
+    multiple: int | None
+
+
+UNCHANGED: Shape = {"structure": "keep", "layout": "uniform", "multiple": None}
+
+
+def shape_options(out: Path | None, structure: str, layout: str, multiple: int | None) -> Shape:
+    """The same options, checked before any long work begins."""
     from repedit.errors import ArgumentError
 
-    if structure not in ("keep", "slim", "slice") or layout not in ("uniform", "ragged"):
-        raise ArgumentError(f"--structure {structure} --layout {layout}: keep, slim or slice; uniform or ragged")
     if structure != "keep" and out is not None and out.suffix == ".safetensors":
         raise ArgumentError(f"--structure {structure} writes a checkpoint: give a directory as --out, not {out.name}")
     return {"structure": structure, "layout": layout, "multiple": multiple}
 
 
-def check_out(out: Path | None, *reads: Any, overwrite: bool = False, file: bool = False) -> None:
-    """Refuse a target before any work is done: one that cannot be written, that holds something else, or that is read.
+def check_out(out: Path | None, *inputs: str | Path | None, overwrite: bool = False, file: bool = False) -> None:
+    """Refuse an output path before any work is done if it cannot be written, holds something else, or is an input.
 
     Args:
-        out: x.safetensors is a file, everything else a directory.
-        file: whether the verb writes a file whatever its name.
-        reads: what the verb reads, by the words it was given.
+        inputs: words of the command line, some of which may be paths that are read.
+        file: whether the verb writes a file whatever its name; x.safetensors is always a file.
     Raises:
         TargetExists: if something would be lost. CheckpointError: if nothing can be written there.
     """
@@ -39,7 +61,7 @@ def check_out(out: Path | None, *reads: Any, overwrite: bool = False, file: bool
 
     if out is None:
         return
-    sources = [Path(word) for word in reads if word is not None and exists(word)]
+    sources = [Path(word) for word in inputs if word is not None and exists(word)]
     if file or out.suffix == ".safetensors":
         if any(source.samefile(out) for source in sources if out.exists()):
             raise TargetExists(f"{out} is read by this command and cannot be written by it; give another --out")
@@ -51,23 +73,23 @@ def check_out(out: Path | None, *reads: Any, overwrite: bool = False, file: bool
         check_target(out, overwrite=overwrite, source=folder)
 
 
-def save(value: Any, out: Path) -> None:
-    """Save what was computed to a file; where that fails after all, beside it under another name.
+def save(value: Saveable, out: Path) -> None:
+    """Save a result to a file; if that fails, save it elsewhere, see `rescued`.
 
     Raises:
-        RepeditError: of the type of the failure, saying where the value is kept.
+        RepeditError: of the type of the failure, saying where the value was saved.
     """
-    with keeping(value, out):
+    with rescued(value, out):
         make_folder(Path(os.path.realpath(out)).parent)
         value.save(out)
 
 
 @contextmanager
-def keeping(value: Any, out: Path) -> Iterator[None]:
-    """Keep a value that took long to find where writing it fails: beside the target, here, or in the temporary folder.
+def rescued(value: Saveable, out: Path) -> Iterator[None]:
+    """If writing a result fails, save it beside the target, in the current folder or in the temporary folder.
 
     Raises:
-        RepeditError: of the type of the failure, saying where the value is kept.
+        RepeditError: of the type of the failure, saying where the value was saved.
     """
     from repedit.cli import output
     from repedit.errors import CheckpointError, RepeditError
@@ -75,18 +97,18 @@ def keeping(value: Any, out: Path) -> Iterator[None]:
     try:
         yield
     except (RepeditError, OSError, KeyboardInterrupt) as error:
-        kept = _kept(value, out)
-        where = f"what was computed is kept in {kept}" if kept else "what was computed could be saved nowhere"
-        if kept and type(value).__name__ in ("Edit", "Delta"):
-            where += f": repedit apply {kept} MODEL --out {out}"
+        path = _save_elsewhere(value, out)
+        where = f"what was computed is kept in {path}" if path else "what was computed could be saved nowhere"
+        if path and type(value).__name__ in ("Edit", "Delta"):
+            where += f": repedit apply {path} MODEL --out {out}"
         if isinstance(error, KeyboardInterrupt):
             output.err.print(f"Interrupted; {where}")
             raise
         raise (type(error) if isinstance(error, RepeditError) else CheckpointError)(f"{error}; {where}") from error
 
 
-def _kept(value: Any, out: Path) -> Path | None:
-    """The first free place that takes the value."""
+def _save_elsewhere(value: Saveable, out: Path) -> Path | None:
+    """Save the value at the first free path that can be written; returns that path."""
     for folder in (out.absolute().parent, Path.cwd(), Path(tempfile.gettempdir())):
         for number in range(100):
             path = folder / f"{out.name.removesuffix('.safetensors')}.rescued{number or ''}.safetensors"
@@ -94,50 +116,49 @@ def _kept(value: Any, out: Path) -> Path | None:
                 continue
             try:
                 value.save(path)
-            except Exception:  # of whatever kind: the next place may take it
+            except Exception:  # of whatever kind: the next folder may take it
                 break
             return path
     return None
 
 
-def write(edit: Any, subject: Any, out: Path, overwrite: bool, shape: dict[str, Any] | None = None) -> None:
-    """The edit as a file (.safetensors), or the edited checkpoint as a directory, verified.
+def write(change: Edit | Delta, subject: Subject, out: Path, overwrite: bool, shape: Shape = UNCHANGED) -> None:
+    """Write the edit as a file (.safetensors), or the edited checkpoint as a directory, and verify that.
 
-    Where that fails, the edit, which may have taken long to find, is kept beside the target.
+    If that fails, the edit, which may have taken long to compute, is saved elsewhere.
     """
     from repedit.cli import output
     from repedit.rewrite.export import export
 
     if out.suffix == ".safetensors":
-        save(edit, out)
+        save(change, out)
     else:
-        with keeping(edit, out):
-            record = export(edit, subject, out, overwrite=overwrite, **(shape or {}))
-        verify(out, record)
+        with rescued(change, out):
+            manifest = export(change, subject, out, overwrite=overwrite, **shape)
+        verify(out, manifest)
     output.err.print(f"written: {out}")
 
 
-def verify(out: Path, record: Any) -> None:
-    """Load a checkpoint in a process without repedit, or with it where nothing else can; and say which loaders work."""
+def verify(out: Path, manifest: Manifest) -> None:
+    """Load a checkpoint in a process without repedit, or with repedit if nothing else can; and name the loaders that work."""
     from repedit.cli import output
     from repedit.models.subject import load
     from repedit.rewrite.verification import reload_check
 
-    if record.parameters is not None:
-        output.err.print(
-            f"{record.parameters['before']:,} parameters in the files before, {record.parameters['after']:,} now"
-        )
-    output.err.print(f"read by: {', '.join(record.loaders)}")
-    if len(record.loaders) == 1:
+    if manifest.parameters is not None:
+        before, after = manifest.parameters["before"], manifest.parameters["after"]
+        output.err.print(f"{before:,} parameters in the files before, {after:,} now")
+    output.err.print(f"read by: {', '.join(manifest.loaders)}")
+    if len(manifest.loaders) == 1:
         load(out)
         output.err.print("verified: repedit.load reads it; plain transformers cannot, its layers have different widths")
         return
-    found = reload_check(out)
-    output.err.print(f"verified: plain transformers loads {found.parameters:,} parameters in a process without repedit")
+    parameters = reload_check(out).parameters
+    output.err.print(f"verified: plain transformers loads {parameters:,} parameters in a process without repedit")
 
 
 def show_plan(plan: str, out: Path | None, json: bool) -> None:
-    """A dry run: the plan in words, or its lines in a JSON document."""
+    """Show a dry run: the plan as text, or its lines in a JSON document."""
     from repedit.cli import output
 
     if json:
@@ -146,8 +167,8 @@ def show_plan(plan: str, out: Path | None, json: bool) -> None:
         output.out.print(plan)
 
 
-def plan_of(edit: Any, subject: Any, shape: dict[str, Any] | None = None) -> str:
-    """The dry run."""
+def plan_summary(edit: Edit, subject: Subject, shape: Shape = UNCHANGED) -> str:
+    """The plan of a dry run as text."""
     from repedit.rewrite.export import structured_plan
 
-    return structured_plan(edit, subject.architecture, subject.specs, **(shape or {})).summary(subject.specs)
+    return structured_plan(edit, subject.architecture, subject.specs, **shape).summary(subject.specs)

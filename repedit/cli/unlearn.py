@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
-from repedit.cli.options import JSON, Device, Dtype, Model, Seed, opened
-from repedit.cli.saving import check_out, keeping, write
+from repedit.cli.options import JSON_HELP, Device, Dtype, Model, Overwrite, Seed, load_model
+from repedit.cli.saving import Saveable, check_out, rescued, write
+
+if TYPE_CHECKING:
+    from repedit.data import Corpus, Fact, Tokens
+    from repedit.delta import Delta
+    from repedit.models.subject import Subject
+    from repedit.unlearning.recipe import MergedRecipe, UnlearnRecipe
+
+    _Rows = Corpus | Tokens | Sequence[Fact]
 
 
-def _list(context: Any, option: Any, value: bool) -> bool:
-    """Every recipe with its formula, source and defaults; both options come here first, and the second one shows it."""
-    seen = context.meta.setdefault("repedit.list_recipes", {})
-    seen[option.name] = value
-    if len(seen) < 2 or not seen["list_recipes"]:
+class _Sets(TypedDict):
+    """The data of a training, by role."""
+
+    forget: _Rows | None
+    retain: _Rows | None
+    update: _Rows | None
+
+
+def _list_recipes(context: Any, option: Any, value: bool) -> bool:
+    """Callback of --list-recipes and --json, which are read first; the second call shows the recipes and ends the verb."""
+    values = context.meta.setdefault("repedit.list_recipes", {})
+    values[option.name] = value
+    if len(values) < 2 or not values["list_recipes"]:
         return value
     from repedit.cli import output
     from repedit.unlearning.recipe import MergedRecipe
@@ -24,12 +41,12 @@ def _list(context: Any, option: Any, value: bool) -> bool:
 
     rows = []
     for name, make in RECIPES.items():
-        found = make()
-        first = found.parts[0] if isinstance(found, MergedRecipe) else found
-        often = f"{first.steps} steps" if first.steps else f"{first.epochs:g} epochs"
-        rows.append([name, found.formula, f"lr {first.lr:g}, {often}, batch {first.batch_size}", found.source])
+        recipe = make()
+        first = recipe.parts[0] if isinstance(recipe, MergedRecipe) else recipe
+        duration = f"{first.steps} steps" if first.steps else f"{first.epochs:g} epochs"
+        rows.append([name, recipe.formula, f"lr {first.lr:g}, {duration}, batch {first.batch_size}", recipe.source])
     columns = ("name", "formula", "defaults", "source")
-    if seen["json"]:
+    if values["json"]:
         output.show_json([dict(zip(columns, row, strict=True)) for row in rows])
     else:
         output.table("Recipes; none of them promises removal, see repedit audit", columns, rows)
@@ -60,63 +77,65 @@ def unlearn(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Options of the recipe, such as lr=1e-4; repeatable.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps, in place of the recipe's.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Rows a forward pass.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, instead of those of the recipe.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows in one forward pass.")] = None,
     shard: Annotated[
-        bool, typer.Option("--shard", help="Under torchrun: divide what is trained among the ranks.")
+        bool, typer.Option("--shard", help="Under torchrun: divide what is trained among the processes.")
     ] = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute blocks again in the backward pass; saves memory.")
+        bool, typer.Option("--gradient-checkpointing", help="Recompute blocks in the backward pass; saves memory.")
     ] = False,
-    resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to continue from.")] = None,
-    log: Annotated[Path | None, typer.Option(help="JSONL file, one line a step.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to resume it from.")] = None,
+    log: Annotated[Path | None, typer.Option(help="JSONL file, one line for each step.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing directory.")] = False,
-    json: Annotated[bool, typer.Option("--json", help=JSON, is_eager=True, callback=_list)] = False,
+    overwrite: Overwrite = False,
+    json: Annotated[bool, typer.Option("--json", help=JSON_HELP, is_eager=True, callback=_list_recipes)] = False,
     list_recipes: Annotated[
-        bool, typer.Option("--list-recipes", help="Show every recipe.", is_eager=True, callback=_list)
+        bool, typer.Option("--list-recipes", help="Show every recipe.", is_eager=True, callback=_list_recipes)
     ] = False,
 ) -> None:
-    """Train the forgetting of a set of rows into the weights, and write the difference; it mostly hides, so audit it.
+    """Unlearn by gradient steps and write the difference of the weights; it mostly hides what it forgets, so audit it.
 
     Several processes share the work under torchrun --nproc-per-node N -m repedit unlearn ...
     """
     from repedit.distributed import leave_process_group, local_device
+    from repedit.unlearning.api import unlearn as train
 
     check_out(out, model, forget, retain, update, resume, log, overwrite=overwrite)
     chosen = _recipe(recipe, set_ or [], layers, modules, mask)
     sets = _sets(chosen, forget, retain, update)
-    subject = opened(model, local_device(device), dtype)
-    delta = _trained(
-        subject, out, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log,
-        shard=shard, gradient_checkpointing=gradient_checkpointing, checkpoint_every=20 if resume else None, **sets,
-    )  # fmt: skip
+    subject = load_model(model, local_device(device), dtype)
+    with _training_errors(out):
+        delta = train(
+            subject, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log, shard=shard,
+            gradient_checkpointing=gradient_checkpointing, checkpoint_every=20 if resume else None, **sets,
+        )  # fmt: skip
     if leave_process_group():
-        _show(delta, subject, out, overwrite, json)
+        _write_and_show(delta, subject, out, overwrite, json)
     if delta.provenance.get("stopped", {}).get("rule") == "collapse":
         raise typer.Exit(3)
 
 
-def _trained(subject: Any, out: Path, **options: Any) -> Any:
-    """The Delta of a training; one that failed ends the command with exit code 4."""
+@contextlib.contextmanager
+def _training_errors(out: Path) -> Iterator[None]:
+    """A training error ends the verb with exit code 4; an error of writing saves the delta elsewhere, if there is one."""
     from repedit.cli import output
     from repedit.errors import CheckpointError, TrainingError
-    from repedit.unlearning.api import unlearn as unlearned
 
     try:
-        return unlearned(subject, **options)
+        yield
     except CheckpointError as error:  # a log or a state that could not be written
-        with contextlib.nullcontext() if error.delta is None else keeping(error.delta, out):
+        with rescued(error.delta, out) if isinstance(error.delta, Saveable) else contextlib.nullcontext():
             raise
     except TrainingError as error:
         output.err.print(f"TrainingError: {error}")
         raise typer.Exit(4) from error
 
 
-def _show(delta: Any, subject: Any, out: Path, overwrite: bool, json: bool) -> None:
-    """Write the difference and say what became of the training."""
+def _write_and_show(delta: Delta, subject: Subject, out: Path, overwrite: bool, json: bool) -> None:
+    """Write the difference of the weights and show how the training ended."""
     from repedit.cli import output
 
     write(delta, subject, out, overwrite)
@@ -129,11 +148,14 @@ def _show(delta: Any, subject: Any, out: Path, overwrite: bool, json: bool) -> N
     else:
         output.out.print(delta.summary(subject).rsplit("\n", 1)[0])
         output.out.print(
-            f"{stopped.get('reason', '')}; {len(delta.tensors)} tensors changed. This mostly hides: repedit audit",
+            f"{stopped.get('reason', '')}; {len(delta.tensors)} tensors changed. This mostly hides: repedit audit"
         )
 
 
-def _recipe(name: str, settings: list[str], layers: str | None, modules: str | None, mask: str | None) -> Any:
+def _recipe(
+    name: str, settings: Sequence[str], layers: str | None, modules: str | None, mask: str | None
+) -> UnlearnRecipe | MergedRecipe:
+    """The recipe of a name or file, with its settings and what it trains."""
     from dataclasses import replace
 
     from repedit.errors import ArgumentError
@@ -143,65 +165,72 @@ def _recipe(name: str, settings: list[str], layers: str | None, modules: str | N
     if name.endswith(".toml"):
         if settings:
             raise ArgumentError(f"--set {settings[0]!r} beside the file {name}; write it under [options] there")
-        found: Any = read(name)
+        recipe: UnlearnRecipe | MergedRecipe = read(name)
     else:
-        found = by_name(name, **_settings(settings))
-    if not isinstance(found, UnlearnRecipe):
+        recipe = by_name(name, **_settings(settings))
+    if not isinstance(recipe, UnlearnRecipe):
         if layers is not None or modules is not None or mask is not None:
             raise ArgumentError(
                 f"recipe {name!r} merges several trainings; --layers, --modules and --mask fit a single one"
             )
-        return found
-    changes: dict[str, Any] = {} if layers is None else {"layers": layers}
-    changes |= {} if modules is None else {"modules": tuple(modules.split(","))}
-    found = replace(found, parameters=replace(found.parameters, **changes))
+        return recipe
+    parameters = recipe.parameters
+    if layers is not None:
+        parameters = replace(parameters, layers=layers)
+    if modules is not None:
+        parameters = replace(parameters, modules=tuple(modules.split(",")))
+    recipe = replace(recipe, parameters=parameters)
     if mask is None:
-        return found
+        return recipe
     kind, _, percentile = mask.partition(":")
     try:
-        return sure(found, percentile=float(percentile if kind == "sure" else "none"))
+        return sure(recipe, percentile=float(percentile if kind == "sure" else "none"))
     except ValueError as error:
         raise ArgumentError(f"--mask {mask!r}; write 'sure:90', with a number in [0, 100]") from error
 
 
-def _settings(texts: list[str]) -> dict[str, Any]:
-    """The options of --set, each given once."""
+def _settings(texts: Sequence[str]) -> dict[str, Any]:
+    """The values of --set by name, each given once."""
     from repedit.errors import ArgumentError
 
-    options: dict[str, Any] = {}
-    for key, value in map(_setting, texts):
-        if key in options:
-            raise ArgumentError(f"--set {key} is given twice, as {options[key]!r} and as {value!r}; give it once")
-        options[key] = value
-    return options
+    settings: dict[str, Any] = {}
+    for name, value in map(_setting, texts):
+        if name in settings:
+            raise ArgumentError(f"--set {name} is given twice, as {settings[name]!r} and as {value!r}; give it once")
+        settings[name] = value
+    return settings
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def _setting(text: str) -> tuple[str, object]:
+    """(name, value) of name=value; numbers are floats, except for options that are whole numbers."""
     from repedit.errors import ArgumentError
     from repedit.io.text import parse_json
 
-    key, found, value = text.partition("=")
-    if not found:
+    name, equals, value = text.partition("=")
+    if not equals:
         raise ArgumentError(f"--set {text!r}; write name=value, such as lr=1e-4")
     try:
-        parsed = parse_json(value, key, ArgumentError)
+        parsed = parse_json(value, name, ArgumentError)
     except ArgumentError:
         parsed = value
-    whole = key in ("steps", "batch_size", "length", "layer")
-    return key, float(parsed) if isinstance(parsed, int) and not isinstance(parsed, bool) and not whole else parsed
+    whole = name in ("steps", "batch_size", "length", "layer")
+    return name, float(parsed) if isinstance(parsed, int) and not isinstance(parsed, bool) and not whole else parsed
 
 
-def _sets(recipe: Any, forget: str, retain: str | None, update: str | None) -> dict[str, Any]:
-    """The sets by role; what is kept by default are the facts that belong to those to forget."""
+def _sets(recipe: UnlearnRecipe | MergedRecipe, forget: str, retain: str | None, update: str | None) -> _Sets:
+    """The data by role; by default, a recipe that retains retains the facts that belong to those it forgets."""
     from repedit import data
     from repedit.unlearning.recipe import MergedRecipe
 
+    def is_text(name: str) -> bool:
+        return name in data.BUILTIN or name.endswith((".txt", ".md", ".parquet"))
+
+    def rows(name: str | None) -> _Rows | None:
+        return None if name is None else data.read(name) if is_text(name) else data.facts(name).forget
+
     parts = recipe.parts if isinstance(recipe, MergedRecipe) else (recipe,)
-    found: dict[str, Any] = {}
-    for role, name in (("forget", forget), ("retain", retain), ("update", update)):
-        if name is not None:
-            text = name in data.BUILTIN or name.endswith((".txt", ".md", ".parquet"))
-            found[role] = data.read(name) if text else data.facts(name).forget
-            if role == "forget" and retain is None and not text and any("retain" in part.roles for part in parts):
-                found["retain"] = data.facts(name).retain
-    return found
+    retains = any("retain" in part.roles for part in parts)
+    facts_of_forget = retain is None and retains and not is_text(forget)
+    return {
+        "forget": rows(forget), "retain": data.facts(forget).retain if facts_of_forget else rows(retain), "update": rows(update),
+    }  # fmt: skip

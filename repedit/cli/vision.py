@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repedit.cli.options import Json, Seed, Verb, epilog
+from repedit.cli.application import Verb, epilog
+from repedit.cli.options import Json, Seed
+
+if TYPE_CHECKING:
+    from repedit.demo import ForgottenImages
 
 app = typer.Typer(help="Make an image classifier forget, and compare it with one that never saw the images.", no_args_is_help=True)  # fmt: skip
 
@@ -37,59 +41,60 @@ def demo(
     from repedit.io.targets import check_folder
 
     check_folder(out)
-    found = [
+    results = [
         forget_images(request, data, recipes=recipe, references=references, seed=seed, say=output.stage)
         for request in forget or ("class:3", "mislabelled:0.1")
     ]
-    written = [path for one in found for path in ([] if out is None else _written(one, out))]
+    files = [path for result in results for path in ([] if out is None else _written(result, out))]
     if json:
-        output.show_json({one.request: _plain(one) for one in found})
+        output.show_json({result.request: _plain(result) for result in results})
         return
-    for one in found:
-        _show(one)
-    for path in written:
-        output.out.print(f"wrote {path}", soft_wrap=True)
+    for result in results:
+        _show(result)
+    output.show_files(files)
 
 
-def _show(found: Any) -> None:
+def _show(result: ForgottenImages) -> None:
     from repedit.cli import output
     from repedit.demo import COLUMNS
 
-    counts = f"{len(found.splits.forget)} forget and {len(found.splits.holdout)} holdout images"
+    counts = f"{len(result.splits.forget)} forget and {len(result.splits.holdout)} holdout images"
     output.table(
-        f"{found.request}, {counts}: gap to {len(found.references)} retrained models (edited - retrained)",
+        f"{result.request}, {counts}: gap to {len(result.references)} retrained models (edited - retrained)",
         COLUMNS,
-        found.rows(),
+        result.rows(),
     )
-    for name, reason in found.refused.items():
+    for name, reason in result.refused.items():
         output.out.print(f"{name} was not run: {reason}")
     output.out.print(
-        "0 is a model that never saw the images; a gap below 0 is no better than one above. No recovery found is no proof of deletion.",
+        "0 is a model that never saw the images; a gap below 0 is no better than one above. No recovery found is no proof of deletion."
     )
 
 
-def _written(found: Any, out: Path) -> list[Path]:
-    """One report a recipe, and the figure of all."""
+def _written(result: ForgottenImages, out: Path) -> list[Path]:
+    """Write one report for each recipe, and the figure of all; returns their paths."""
     from repedit.plot import gap
     from repedit.report import write
 
-    folder = out / found.request.replace(":", "-")
-    paths = [path for name, report in found.reports.items() for path in write(report, folder / name.replace(" ", "-"))]
-    gap(found.reports).savefig(folder / "gap.png", dpi=150)
+    folder = out / result.request.replace(":", "-")
+    reports = result.reports.items()
+    paths = [path for name, report in reports for path in write(report, folder / name.replace(" ", "-"))]
+    gap(result.reports).savefig(folder / "gap.png", dpi=150)
     return [*paths, folder / "gap.png"]
 
 
-def _plain(found: Any) -> dict[str, Any]:
+def _plain(result: ForgottenImages) -> dict[str, Any]:
+    """The result as plain values."""
     from dataclasses import asdict
 
     return {
         "recipes": {
             name: {
-                "verdict": report.verdict.word, "rule": report.verdict.rule, "seconds": dict(found.seconds[name]),
+                "verdict": report.verdict.word, "rule": report.verdict.rule, "seconds": dict(result.seconds[name]),
                 "gaps": {gap.measure: asdict(gap) for gap in report.gaps},
             }
-            for name, report in found.reports.items()
+            for name, report in result.reports.items()
         },
-        "retraining_seconds": found.retraining, "refused": dict(found.refused), "references": len(found.references),
-        "sets": {name: len(images) for name, images in found.splits.sets.items()},
+        "retraining_seconds": result.retraining, "refused": dict(result.refused), "references": len(result.references),
+        "sets": {name: len(images) for name, images in result.splits.sets.items()},
     }  # fmt: skip

@@ -1,0 +1,164 @@
+"""The typer application: its verbs, and what the help of a verb ends with: one working example and the exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import typer
+import typer.main
+from typer.core import TyperCommand
+
+app = typer.Typer(
+    name="repedit",
+    help="See what a capability of a language model is made of, cut it out of the weights, and test what is left.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def verbs() -> dict[str, Any]:
+    """The click command of every verb, in the order of --help; a verb of a group has both names: "vision demo"."""
+    commands: dict[str, Any] = {}
+    for name, command in getattr(typer.main.get_command(app), "commands", {}).items():
+        group = getattr(command, "commands", None)
+        commands |= {name: command} if group is None else {f"{name} {part}": verb for part, verb in group.items()}
+    return commands
+
+
+# --- Examples and exit codes, also for the pages of the documentation
+
+
+EXAMPLES: Mapping[str, str] = {
+    "demo": "repedit demo --act code --out edited/",
+    "fetch": "repedit fetch smollm2-135m",
+    "doctor": "repedit doctor smollm2-135m",
+    "inspect": "repedit inspect smollm2-135m --sites '0-3.mlp.neurons'",
+    "collect": "repedit collect smollm2-135m --text code --limit-tokens 8000 --out code.safetensors",
+    "score": "repedit score smollm2-135m --forget code --retain prose --out scores.safetensors",
+    "prune": "repedit prune smollm2-135m --fraction 0.01 --forget code --retain prose --out edited/",
+    "project": "repedit project smollm2-135m --forget capitals --rank 8 --out edited/",
+    "unlearn": "repedit unlearn smollm2-135m --recipe small:npo_klr --forget capitals --out delta.safetensors",
+    "apply": "repedit apply edit.safetensors smollm2-135m --out edited/",
+    "diff": "repedit diff smollm2-135m edited/",
+    "compare": "repedit compare smollm2-135m edited/ --text prose --prompt 'The capital of France is'",
+    "chat": "repedit chat edited/ --original smollm2-135m",
+    "audit": "repedit audit edited/ --original smollm2-135m --facts capitals --out audit/",
+    "report": "repedit report audit/",
+    "tasks": "repedit tasks harness/ --facts capitals,symbols",
+    "run": "repedit run mine.toml",
+    "reproduce": "repedit reproduce mine.toml",
+    "push": "repedit push edited/ me/smollm2-edited",
+    "vision demo": "repedit vision demo --forget class:3 --recipe relabel --out forgotten/",
+}
+
+
+INTERRUPTED, CUT_OFF = 130, 141
+"""Exit codes that a shell gives to processes that SIGINT and SIGPIPE end."""
+COMMON_EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "an unexpected exception",
+    2: "bad input, with one message that says what to do",
+    INTERRUPTED: "interrupted by Ctrl-C",
+    CUT_OFF: "done, but the reader of standard output had closed it, as `head` does",
+}
+"""Exit codes of every verb."""
+VERB_EXIT_CODES: Mapping[str, Mapping[int, str]] = {
+    "prune": {3: "the limit on what is retained was exceeded at once; nothing is written"},
+    "unlearn": {3: "the model collapsed", 4: "a loss was not finite"},
+    "audit": {
+        0: "no recovery found", 3: "hidden, or not forgotten", 4: "inconclusive", 5: "invalid, or destroyed",
+        6: "unsound: a control fails on this machine",
+    },
+    "run": {3: "or another: the code of the step that failed, or else of the last audit"},
+    "reproduce": {1: "an output differs"},
+    "push": {0: "uploaded", 3: "nothing was uploaded, since --yes was not given"},
+}  # fmt: skip
+"""Verb -> exit codes that it has in addition, or with another meaning."""
+
+
+def exit_codes(verb: str) -> dict[int, str]:
+    """The exit codes of a verb, in ascending order."""
+    return dict(sorted({**COMMON_EXIT_CODES, **VERB_EXIT_CODES.get(verb, {})}.items()))
+
+
+def epilog(verb: str) -> str:
+    """The end of the help of a verb: its example and, if it has exit codes of its own, all exit codes."""
+    lines = [f"Example: {EXAMPLES[verb]}"] if verb in EXAMPLES else []
+    if verb in VERB_EXIT_CODES:
+        lines.append("Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in exit_codes(verb).items()))
+    return "\n\n".join(lines)
+
+
+# --- A verb refuses options that would have no effect
+
+
+Values = Mapping[str, Any]
+INEFFECTIVE: Mapping[str, tuple[tuple[str, Callable[[Values], bool], tuple[str, ...]], ...]] = {
+    "collect": (("--statistic moments", lambda o: o["statistic"] == "moments", ("gradients",)),),
+    "score": (
+        ("two saved collections", lambda o: _saved(o["forget"], o["retain"]), ("sites", "limit_tokens", "batch_size")),
+    ),
+    "prune": (
+        ("--learned", lambda o: o["learned"], ("fraction", "scores", "importance", "combine", "steps", "cap_per_layer")),
+        ("--scores", lambda o: o["scores"] is not None, ("sites", "importance", "combine", "steps")),
+        ("--structure keep", lambda o: o["structure"] == "keep", ("layout", "multiple")),
+    ),
+    "project": (("a --method that fits at once", lambda o: o["method"] != "mrp", ("steps", "resume", "batch_size")),),
+    "apply": (("--structure keep", lambda o: o["structure"] == "keep", ("layout", "multiple")),),
+    "audit": (
+        ("--selftest", lambda o: o["selftest"], ("edited", "original", "facts", "retain", "reference", "attacks", "out", "hide_items")),
+        ("an audit without --selftest", lambda o: not o["selftest"], ("seed",)),
+        ("--dry-run", lambda o: o["dry_run"], ("hide_items",)),
+    ),
+    "compare": (
+        ("--metrics", lambda o: bool(o["metrics"]), ("text", "prompt", "limit_tokens", "batch_size")),
+        ("no --metrics", lambda o: not o["metrics"], ("limit",)),
+    ),
+    "demo": (
+        ("--act code", lambda o: o["act"] == "code", ("steps",)),
+        ("--act capitals", lambda o: o["act"] == "capitals", ("limit_tokens",)),
+    ),
+}  # fmt: skip
+"""Verb -> (a condition in words, whether the values of the options meet it, options that have no effect then).
+
+In all other cases: an option of the command line overrides --set, --set overrides the settings of `small`, and these
+override the defaults of a recipe; --steps overrides a number of epochs; steps and epochs in two --set are refused.
+"""
+
+
+class Verb(TyperCommand):
+    """A command whose options all have an effect, or are refused."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Call the verb.
+
+        Raises:
+            ArgumentError: if an option is empty, or has no effect beside another one.
+        """
+        from repedit.errors import ArgumentError
+
+        given = {p.name: p for p in self.params if _is_on_command_line(ctx, p.name)}
+        for name, parameter in given.items():
+            values = ctx.params[name] if isinstance(ctx.params[name], list | tuple) else [ctx.params[name]]
+            if any(isinstance(value, str) and not value.strip() for value in values):
+                raise ArgumentError(f"{_option_name(parameter)} is empty; leave it out, or give it a value")
+        for condition, applies, names in INEFFECTIVE.get(str(self.name), ()):
+            for name in names:
+                if name in given and applies(ctx.params):
+                    raise ArgumentError(
+                        f"{_option_name(given[name])} has no effect with {condition}; leave one of them out"
+                    )
+        return super().invoke(ctx)
+
+
+def _is_on_command_line(ctx: Any, name: str) -> bool:
+    return getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
+def _option_name(parameter: Any) -> str:
+    return parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.name).upper()
+
+
+def _saved(*names: str) -> bool:
+    return all(name.endswith(".safetensors") for name in names)
