@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import reduce
 from operator import add
-from typing import NamedTuple
+from typing import ClassVar, TypeVar
 
 import torch
 from einops import rearrange
@@ -25,27 +26,85 @@ TRIANGLE_WIDTH = 256
 # Rows whose products are summed in float32 before they are added to float64: 1e6 rows err by 4e-6 of a block
 # instead of the 6e-2 (worst case) of float32 throughout.
 BLOCK = 4096
+S = TypeVar("S", bound="_Sums")
 
 # --- Moments: mean and covariance of the rows at a site
 
 
-class Moments:
+class _Sums:
+    """What both statistics share: a count, a dtype, and float64 tensors about shifts frozen at the first block."""
+
+    _AXES: ClassVar[Mapping[str, str]]
+    """Name of each tensor -> its axes, for files; the attribute is the name after an underscore."""
+
+    def __init__(self, sizes: Mapping[str, int], device: torch.device | str) -> None:
+        self.count = 0
+        self.dtype = torch.float32
+        """float64 once a float64 row of x was seen: the precision that what is fitted should have."""
+        self._shift_frozen = False
+        for name, axes in self._AXES.items():
+            shape = [sizes[axis] for axis in axes.split()]
+            setattr(self, f"_{name}", torch.zeros(shape, dtype=torch.float64, device=device))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, f"_{name}") for name in self._AXES}
+
+    def reset(self) -> None:
+        """Discard the rows and keep the shifts: float32 products about one shift are the same in every process."""
+        self.count, self._shift_frozen = 0, bool(self.count) or self._shift_frozen
+        for name, tensor in self._tensors().items():
+            if not name.endswith("shift"):
+                tensor.zero_()
+
+    def cpu(self: S) -> S:
+        """The same values on the CPU."""
+        return self._copy(self.count, self.dtype, {name: tensor.cpu() for name, tensor in self._tensors().items()})
+
+    def state(self) -> dict[str, Tensor]:
+        """Count, shifts, sums and whether a row was float64, as tensors for a file."""
+        plain = {"count": torch.tensor(self.count), "wide": torch.tensor(self.dtype == torch.float64)}
+        return plain | self._tensors()
+
+    @classmethod
+    def of_state(cls: type[S], state: Mapping[str, Tensor]) -> S:
+        """The statistic with this state.
+
+        Raises:
+            ShapeError: if a tensor is missing, is unexpected, or has another shape.
+        """
+        check_state(state, {"count": "", "wide": "", **cls._AXES})
+        dtype = torch.float64 if bool(state["wide"]) else torch.float32
+        return cls.__new__(cls)._copy(int(state["count"]), dtype, {name: state[name] for name in cls._AXES})
+
+    def _copy(self: S, count: int, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> S:
+        new = copy(self)
+        new.count, new.dtype, new._shift_frozen = count, dtype, False
+        for name, tensor in tensors.items():
+            setattr(new, f"_{name}", tensor)
+        return new
+
+
+class Moments(_Sums):
     """Count, mean and scatter of the counted rows: what closed-form fits are made of.
 
     Sums of x - shift and (x - shift)(x - shift)^T are kept in float64, with the shift frozen at the mean of the first
     block, so a mean far from zero costs no digits. `+` merges: C = Ca + Cb + (na nb / n) delta delta^T.
     """
 
+    _AXES: ClassVar[Mapping[str, str]] = {"shift": "d", "total": "d", "square": "d d"}
+    _shift: Tensor
+    _total: Tensor
+    """sum (x - shift)"""
+    _square: Tensor
+    """sum (x - shift)(x - shift)^T; the lower triangle is valid."""
+
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.width = width
-        self.count = 0
-        self.dtype = torch.float32
-        """float64 once a float64 row was seen: the precision that what is fitted should have."""
-        self._shift = torch.zeros(width, dtype=torch.float64, device=device)
-        self._total = torch.zeros(width, dtype=torch.float64, device=device)
-        self._shift_frozen = False
-        # Of sum (x - shift)(x - shift)^T the lower triangle.
-        self._square = torch.zeros(width, width, dtype=torch.float64, device=device)
+        super().__init__({"d": width}, device)
+
+    @property
+    def width(self) -> int:
+        """Width of the rows."""
+        return self._total.shape[0]
 
     def __repr__(self) -> str:
         return f"Moments(width={self.width}, count={self.count})"
@@ -77,12 +136,6 @@ class Moments:
             self._square += product
         return self
 
-    def reset(self) -> None:
-        """Discard the rows and keep the shift: float32 products about one shift are the same in every process."""
-        self.count, self._shift_frozen = 0, bool(self.count) or self._shift_frozen
-        self._total.zero_()
-        self._square.zero_()
-
     def __add__(self, other: Moments) -> Moments:
         """The statistic of both sets of rows.
 
@@ -94,7 +147,7 @@ class Moments:
         if self.width != other.width:
             raise ShapeError(f"cannot merge statistics of widths {self.width} and {other.width}; are they of one site?")
         if not self.count or not other.count:
-            return (other if other.count else self)._scaled(1.0)
+            return (other if other.count else self).scaled(1.0)
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
@@ -135,46 +188,14 @@ class Moments:
 
     def scaled(self, factor: float) -> Moments:
         """The statistic of the rows multiplied by a factor."""
-        return self._scaled(factor)
-
-    def cpu(self) -> Moments:
-        """The same values on the CPU."""
-        moved = Moments(0)
-        moved.width, moved.count, moved.dtype = self.width, self.count, self.dtype
-        moved._shift, moved._total, moved._square = self._shift.cpu(), self._total.cpu(), self._square.cpu()
-        return moved
-
-    def state(self) -> dict[str, Tensor]:
-        """Count, shift, sums and whether a row was float64, as tensors for a file."""
-        plain = {"count": torch.tensor(self.count), "wide": torch.tensor(self.dtype == torch.float64)}
-        return plain | {"shift": self._shift, "total": self._total, "square": self._square}
-
-    @staticmethod
-    def of_state(state: Mapping[str, Tensor]) -> Moments:
-        """The statistic with this state.
-
-        Raises:
-            ShapeError: if a tensor is missing, is unexpected, or has another shape.
-        """
-        check_state(state, {"count": "", "wide": "", "shift": "d", "total": "d", "square": "d d"})
-        new = Moments(0)
-        new.width, new.count = len(state["shift"]), int(state["count"])
-        new.dtype = torch.float64 if bool(state["wide"]) else torch.float32
-        new._shift, new._total, new._square = (state[name] for name in ("shift", "total", "square"))
-        return new
-
-    def _scaled(self, factor: float) -> Moments:
         return self._from_scatter(self.count, self.mean * factor, self.scatter * factor**2, self.dtype)
 
     def _from_scatter(self, count: int, mean: Tensor, scatter: Tensor, dtype: torch.dtype) -> Moments:
-        new = Moments(0)
-        new.width, new.count, new.dtype = self.width, count, dtype
         # Rounded as in `shift_of`; what the rounding leaves of the mean stays in the sums.
-        new._shift = mean.float().double()
-        rest = mean - new._shift
-        new._total = count * rest
-        new._square = scatter + count * torch.outer(rest, rest)
-        return new
+        shift = mean.float().double()
+        rest = mean - shift
+        square = scatter + count * torch.outer(rest, rest)
+        return self._copy(count, dtype, {"shift": shift, "total": count * rest, "square": square})
 
 
 def pooled(moments: Sequence[Moments], like: Sequence[Moments] | None = None) -> Moments:
@@ -202,19 +223,40 @@ def pooled(moments: Sequence[Moments], like: Sequence[Moments] | None = None) ->
 # --- CrossMoments: covariance between the rows at a site and labels or gradients
 
 
-class CrossMoments:
+class CrossMoments(_Sums):
     """Count, both means and the cross scatter of rows x (width d) and z (width k): cov(x, z) and E[x z^T].
 
     z are labels of the rows (one-hot classes, say), or the gradient dL/dx. Sums are kept as in `Moments`.
     """
 
+    _AXES: ClassVar[Mapping[str, str]] = {
+        "x_shift": "d",
+        "x_total": "d",
+        "z_shift": "k",
+        "z_total": "k",
+        "product": "d k",
+    }
+    _x_shift: Tensor
+    _x_total: Tensor
+    """sum (x - x_shift)"""
+    _z_shift: Tensor
+    _z_total: Tensor
+    """sum (z - z_shift)"""
+    _product: Tensor
+    """sum (x - x_shift)(z - z_shift)^T"""
+
     def __init__(self, width: int, other: int, device: torch.device | str = "cpu") -> None:
-        self.width, self.other = width, other
-        self.count = 0
-        self.dtype = torch.float32
-        """float64 once a float64 row of x was seen."""
-        self._x, self._z, self._shift_frozen = _Side.zeros(width, device), _Side.zeros(other, device), False
-        self._product = torch.zeros(width, other, dtype=torch.float64, device=device)
+        super().__init__({"d": width, "k": other}, device)
+
+    @property
+    def width(self) -> int:
+        """Width of x."""
+        return self._product.shape[0]
+
+    @property
+    def other(self) -> int:
+        """Width of z."""
+        return self._product.shape[1]
 
     def __repr__(self) -> str:
         return f"CrossMoments(width={self.width}, other={self.other}, count={self.count})"
@@ -233,11 +275,12 @@ class CrossMoments:
         xs, zs = selected_rows(x, mask, self.width), selected_rows(z.to(x.device), mask, self.other)
         if not xs.shape[0]:
             return self
-        at = (self._x.shift, self._z.shift) if self.count or self._shift_frozen else (shift_of(xs), shift_of(zs))
+        frozen = bool(self.count) or self._shift_frozen
+        shifts = (self._x_shift, self._z_shift) if frozen else (shift_of(xs), shift_of(zs))
         sums = []
         with exact_products():
             for a, b in zip(xs.split(BLOCK), zs.split(BLOCK), strict=True):
-                a, b = subtract_shift(a, at[0]), subtract_shift(b, at[1])
+                a, b = subtract_shift(a, shifts[0]), subtract_shift(b, shifts[1])
                 work = torch.promote_types(a.dtype, b.dtype)
                 sums.append((a.sum(0), b.sum(0), a.to(work).T @ b.to(work)))
                 check_finite_sums(sums[-1][0], "the sum of coordinate")
@@ -245,18 +288,12 @@ class CrossMoments:
                 check_finite_sums(sums[-1][2].sum(1), "the product with coordinate")
         self.count += xs.shape[0]
         self.dtype = torch.promote_types(self.dtype, sums[0][0].dtype)
-        self._x, self._z = _Side(at[0], self._x.total), _Side(at[1], self._z.total)
+        self._x_shift, self._z_shift = shifts
         for a, b, product in sums:
-            self._x.total.add_(a)
-            self._z.total.add_(b)
+            self._x_total += a
+            self._z_total += b
             self._product += product
         return self
-
-    def reset(self) -> None:
-        """Discard the rows and keep the shifts: float32 products about one shift are the same in every process."""
-        self.count, self._shift_frozen = 0, bool(self.count) or self._shift_frozen
-        for sums in (self._x.total, self._z.total, self._product):
-            sums.zero_()
 
     def __add__(self, other: CrossMoments) -> CrossMoments:
         """The statistic of both sets of rows.
@@ -283,7 +320,7 @@ class CrossMoments:
         """The statistic of the rows of all ranks, on every rank: scatters about common shifts, added up."""
         if ranks.size == 1:
             return self
-        sums = [side.total + self.count * side.shift for side in (self._x, self._z)]
+        sums = (self._x_total + self.count * self._x_shift, self._z_total + self.count * self._z_shift)
         summed = ranks.sum(torch.cat([*sums, self._product.new_tensor([self.count])]))
         count = int(summed[-1])
         mean, other_mean = (summed[:-1] / max(count, 1)).split([self.width, self.other])
@@ -295,17 +332,17 @@ class CrossMoments:
     @property
     def mean(self) -> Float[Tensor, " d"]:
         """Mean of x; 0 where there are no rows."""
-        return self._x.shift + self._x.total / max(self.count, 1)
+        return self._x_shift + self._x_total / max(self.count, 1)
 
     @property
     def other_mean(self) -> Float[Tensor, " k"]:
         """Mean of z."""
-        return self._z.shift + self._z.total / max(self.count, 1)
+        return self._z_shift + self._z_total / max(self.count, 1)
 
     @property
     def scatter(self) -> Float[Tensor, "d k"]:
         """sum (x - mean)(z - other_mean)^T."""
-        return self._product - torch.outer(self._x.total, self._z.total / max(self.count, 1))
+        return self._product - torch.outer(self._x_total, self._z_total / max(self.count, 1))
 
     @property
     def covariance(self) -> Float[Tensor, "d k"]:
@@ -317,65 +354,14 @@ class CrossMoments:
         """E[x z^T]."""
         return self.covariance + torch.outer(self.mean, self.other_mean)
 
-    def cpu(self) -> CrossMoments:
-        """The same values on the CPU."""
-        moved = CrossMoments(0, 0)
-        moved.width, moved.other, moved.count, moved.dtype = self.width, self.other, self.count, self.dtype
-        moved._x, moved._z = (_Side(side.shift.cpu(), side.total.cpu()) for side in (self._x, self._z))
-        moved._product = self._product.cpu()
-        return moved
-
-    def state(self) -> dict[str, Tensor]:
-        """Count, shifts, sums and whether a row was float64, as tensors for a file."""
-        plain = {"count": torch.tensor(self.count), "wide": torch.tensor(self.dtype == torch.float64)}
-        plain |= {
-            "x_shift": self._x.shift,
-            "x_total": self._x.total,
-            "z_shift": self._z.shift,
-            "z_total": self._z.total,
-        }
-        return plain | {"product": self._product}
-
-    @staticmethod
-    def of_state(state: Mapping[str, Tensor]) -> CrossMoments:
-        """The statistic with this state.
-
-        Raises:
-            ShapeError: if a tensor is missing, is unexpected, or has another shape.
-        """
-        sides = {"x_shift": "d", "x_total": "d", "z_shift": "k", "z_total": "k"}
-        check_state(state, {"count": "", "wide": "", **sides, "product": "d k"})
-        new = CrossMoments(0, 0)
-        new.width, new.other = state["product"].shape
-        new.count, new.dtype = int(state["count"]), torch.float64 if bool(state["wide"]) else torch.float32
-        new._x, new._z = (_Side(state[f"{side}_shift"], state[f"{side}_total"]) for side in ("x", "z"))
-        new._product = state["product"]
-        return new
-
     def _from_scatter(
         self, count: int, means: tuple[Tensor, Tensor], scatter: Tensor, dtype: torch.dtype
     ) -> CrossMoments:
-        new = CrossMoments(0, 0)
-        new.width, new.other, new.count, new.dtype = self.width, self.other, count, dtype
-        new._x, new._z = (_Side.at(mean, count) for mean in means)
-        new._product = scatter + torch.outer(new._x.total, new._z.total) / max(count, 1)
-        return new
-
-
-class _Side(NamedTuple):
-    """The frozen shift of x or z, and sum (value - shift)."""
-
-    shift: Tensor
-    total: Tensor
-
-    @staticmethod
-    def zeros(width: int, device: torch.device | str) -> _Side:
-        return _Side(*(torch.zeros(width, dtype=torch.float64, device=device) for _ in range(2)))
-
-    @staticmethod
-    def at(mean: Tensor, count: int) -> _Side:
-        shift = mean.float().double()
-        return _Side(shift, count * (mean - shift))
+        shifts = [mean.float().double() for mean in means]
+        totals = [count * (mean - shift) for mean, shift in zip(means, shifts, strict=True)]
+        product = scatter + torch.outer(totals[0], totals[1]) / max(count, 1)
+        sides = {"x_shift": shifts[0], "x_total": totals[0], "z_shift": shifts[1], "z_total": totals[1]}
+        return self._copy(count, dtype, {**sides, "product": product})
 
 
 # --- Rows: selection, shift, products, and checks
