@@ -30,7 +30,7 @@ def collected(limit=None, broken="", dtype=torch.float64):
     if broken == "total":
         ProcessGroup.sum = lambda self, value: value  # type: ignore[method-assign]
     if broken == "shift":
-        Moments.empty = lambda self: Moments.__init__(self, self.width)  # type: ignore[method-assign,misc]
+        Moments.reset = lambda self: Moments.__init__(self, self.width)  # type: ignore[method-assign,misc]
     corpus, found = rp.data.read(list(TEXTS)), {}
     for name, (sites, options) in STATISTICS.items():
         made = rp.collect(
