@@ -573,11 +573,11 @@ def course(name: str, values: Sequence[float]) -> Figure:
     """Values over training steps, from step 1; the line has a gap where a value is not finite."""
     figure, axes = _small_chart("training step", "")
     finite = np.isfinite(values)
-    steps, shown = np.arange(1, len(values) + 1), np.where(finite, values, np.nan)
-    axes.plot(steps, shown, color=FORGET, linewidth=1.5)
+    steps, line = np.arange(1, len(values) + 1), np.where(finite, values, np.nan)
+    axes.plot(steps, line, color=FORGET, linewidth=1.5)
     neighbours = np.concatenate([[False], finite, [False]])
     alone = finite & ~neighbours[:-2] & ~neighbours[2:]  # a line of one point would not be seen
-    axes.plot(steps[alone], shown[alone], "o", color=FORGET, markersize=3.5)
+    axes.plot(steps[alone], line[alone], "o", color=FORGET, markersize=3.5)
     first, last = (f"{value:.4g}" if math.isfinite(value) else "n/a" for value in (values[0], values[-1]))
     gaps = f"; {(~finite).sum()} not finite" if not finite.all() else ""
     figure.set_label(f"{name}: {first} at the first of {len(values)} steps, {last} at the last{gaps}")

@@ -31,8 +31,7 @@ class AuditFigures:
     @classmethod
     def of(cls, report: Report) -> AuditFigures:
         """Draw the figures of a report."""
-        drawn = bool(forest_rows(report)) and not report.gaps
-        widths = (PAGE_WIDTH, PHONE_WIDTH) if drawn else ()
+        widths = (PAGE_WIDTH, PHONE_WIDTH) if forest_rows(report) and not report.gaps else ()
         x = "epoch" if report.gaps else "training step"
         return cls(
             report,
@@ -48,10 +47,10 @@ def page(report: Report, *, hide_items: bool = False) -> str:
     Args:
         hide_items: leave out the texts of facts, see `redacted`.
     """
-    shown = redacted(report) if hide_items else report
+    report = redacted(report) if hide_items else report
     elsewhere = ("notes", "command", "withheld")
-    origin = {key: value for key, value in shown.context.items() if key not in elsewhere}
-    return render("audit", title=f"{shown.verdict.word}: audit", audit=AuditFigures.of(shown), origin=origin)
+    origin = {key: value for key, value in report.context.items() if key not in elsewhere}
+    return render("audit", title=f"{report.verdict.word}: audit", audit=AuditFigures.of(report), origin=origin)
 
 
 def markdown(report: Report, *, hide_items: bool = False) -> str:
@@ -60,12 +59,12 @@ def markdown(report: Report, *, hide_items: bool = False) -> str:
     Args:
         hide_items: leave out the texts of facts, see `redacted`.
     """
-    shown = redacted(report) if hide_items else report
-    verdict = shown.verdict
+    report = redacted(report) if hide_items else report
+    verdict = report.verdict
     parts = [f"# {for_markdown(verdict.word)}", for_markdown(verdict.sentence), f"Rule: {for_markdown(verdict.rule)}"]
     parts += [f"What would settle it: {for_markdown(verdict.settle)}"] if verdict.settle else []
-    parts.append("\n".join(f"- {for_markdown(fact)}" for fact in tables.headline(shown)))
-    for title, texts in (_gap_sections(shown) if shown.gaps else _recovery_sections(shown)).items():
+    parts.append("\n".join(f"- {for_markdown(fact)}" for fact in tables.headline(report)))
+    for title, texts in (_gap_sections(report) if report.gaps else _recovery_sections(report)).items():
         if any(texts):
             parts += [f"## {title}", *filter(None, texts)]
     return "\n\n".join(parts) + "\n"

@@ -43,8 +43,8 @@ class ReportComparison:
         by_report = {
             name: {r.attack: r for r in recoveries_by_strength(report)} for name, report in self.reports.items()
         }
-        drawn = dict.fromkeys(row.group for row in grouped_forest_rows(self.reports))
-        attacks = dict.fromkeys([*drawn, *(attack for recoveries in by_report.values() for attack in recoveries)])
+        ordered = dict.fromkeys(row.group for row in grouped_forest_rows(self.reports))
+        attacks = dict.fromkeys([*ordered, *(attack for recoveries in by_report.values() for attack in recoveries)])
         rows = [
             [attack, *(format_recovery(of[attack]) if attack in of else "not run" for of in by_report.values())]
             for attack in attacks
@@ -70,8 +70,8 @@ class ReportComparison:
 
     def page(self) -> str:
         """Verdicts, one forest plot, one table, as one HTML page."""
-        drawn = grouped_forest_rows(self.reports)
-        forest = [svg(audits_forest(self.reports, width=width)) for width in (PAGE_WIDTH, PHONE_WIDTH) if drawn]
+        widths = (PAGE_WIDTH, PHONE_WIDTH) if grouped_forest_rows(self.reports) else ()
+        forest = [svg(audits_forest(self.reports, width=width)) for width in widths]
         return render("comparison", title="Audits side by side", comparison=self, forest=forest)
 
     def write(self, folder: str | Path) -> list[Path]:

@@ -178,7 +178,7 @@ def redacted_run(run: RunReport) -> RunReport:
     text = ["[[step]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in s.table.items()) for s in steps]
     return replace(
         run, text="\n".join(text), steps=steps, redact=redacted_values,
-        checkpoints={out: replace(held, manifest=_manifest(held.manifest)) for out, held in run.checkpoints.items()},
+        checkpoints={out: replace(export, manifest=_manifest(export.manifest)) for out, export in run.checkpoints.items()},
         audits={out: redacted(report) for out, report in run.audits.items()},
         unreadable=dict.fromkeys(run.unreadable, REDACTED),
     )  # fmt: skip
@@ -239,14 +239,14 @@ def _setting(name: str) -> str:
 
 def _key(key: str, field: str, ids: Set[str]) -> str:
     """A key inside a field, or its digest."""
-    kept = (
+    own = (
         key in own_words()
         or _SITE.fullmatch(key)
         or (field in ("update", "relative update", "start") and _TENSOR.fullmatch(key))
         or (field == "versions" and re.fullmatch(r"[a-z_]{1,20}", key))
         or (field in _NUMBERED_FIELDS and (re.fullmatch(_NUMBER, key) or _setting(key) == key))
     )
-    return key if kept and key not in ids else digest(key)
+    return key if own and key not in ids else digest(key)
 
 
 def _is_kept(text: str, field: str) -> bool:
@@ -357,10 +357,13 @@ def _display_item(item: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"kind": kind, "text": REDACTED}
     if kind == "json":
         return {"kind": kind, "value": redacted_values(item["value"])}
-    kept = [str(column) in _HEADINGS and kind == "table" for column in item["columns"]]
+    numeric = [str(column) in _HEADINGS and kind == "table" for column in item["columns"]]
     heads = [column if column in _HEADINGS or column == "" else REDACTED for column in item["columns"]]
     rows = [
-        [cell if keep and _CELL.fullmatch(str(cell)) else REDACTED for cell, keep in zip(row, kept, strict=True)]
+        [
+            cell if shows_numbers and _CELL.fullmatch(str(cell)) else REDACTED
+            for cell, shows_numbers in zip(row, numeric, strict=True)
+        ]
         for row in item["rows"]
     ]
     return {"kind": kind, "title": REDACTED, "columns": heads, "rows": rows}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,26 +25,12 @@ from repedit.plot.reports import bars, course, ranges
 from repedit.report.audit_pages import AuditFigures
 from repedit.report.redaction import redacted_run, redacted_values
 from repedit.report.rendering import render, svg, tone
-from repedit.report.tables import Table, format_number, format_value
+from repedit.report.tables import Table, format_value
 from repedit.rewrite.certificate import Certificate, TensorCertificate
 from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
-from repedit.runs import RunReport, StepReport, run_file, run_report
+from repedit.rewrite.verification import Verification
+from repedit.runs import RunReport, run_file, run_report
 from repedit.sites import Site
-
-MEASURES = ("compare", "prune", "project")
-"""Verbs that measure an edited model beside the original."""
-ABSENT = {
-    "The model": "No step of this run says which model it is about.",
-    "How it was found": "Nothing this run left says by which method it was found.",
-    "How neurons were scored": "Not run: no score step of this run left scores, and no edit needed any from a file.",
-    "What was selected": "Not run: this run left no edit of sites.",
-    "How it was trained": "Not run, or not kept: no training of this run left its losses. unlearn keeps them in a .safetensors file, or in the file that log names.",
-    "What changed in the weights": "Not run: this run left no edit, no difference and no checkpoint.",
-    "How exact it is": "Not run: without an exported checkpoint nothing says how exactly the weights equal an edit.",
-    "Before and after": "Not run: no step measured the edited model beside the original (compare, prune or project).",
-    "Under attack": "Not run: the edited model was not attacked, so it is unknown what brings the removed knowledge back. An audit step attacks it.",
-}
-"""What the page says in place of a part that a run does not have."""
 
 
 def run_page(path: str | Path, *, hide_items: bool = False) -> str:
@@ -78,22 +64,19 @@ def write_run(path: str | Path, target: str | Path | None = None, *, hide_items:
 
 
 def rendered(run: RunReport, *, hide_items: bool = False) -> str:
-    """The page of a run that was gathered."""
+    """The page of a run that was read."""
     run = redacted_run(run) if hide_items else run
     word, style, sentence = _outcome(run)
-    name = run.file.name
+    maps = _maps(run)
+    removed = _removed(maps)
     return render(
-        "run", title=f"{run.file.stem}: {word}", absent=ABSENT, run=run, style=style, sentence=sentence,
-        facts=_facts(run), brief=_brief(run), first_tables=_first_tables(run, *MEASURES), steps=_steps(run),
-        data=_data(run), versions=_seeds_and_versions(run), models=_models(run), bases=_bases(run), methods=_methods(run),
-        scores=_scores(run), selections=_selections(run), trainings=_trainings(run), tensors=_tensors(run),
-        unapplied=_unapplied(run), exactness=_exactness(run), shown=lambda *verbs: _shown_by_step(run, *verbs),
-        measures=MEASURES, audits=[(out, run.label(out), AuditFigures.of(report)) for out, report in run.audits.items()],
-        limits=limitations(run), commands=f"repedit run {name}\nrepedit reproduce {name}\nrepedit report {name}",
+        "run", title=f"{run.file.stem}: {word}", style=style, sentence=sentence, run=run, maps=maps,
+        removed=[(out, _total(counts)) for out, counts in removed.items()], first_tables=partial(_first_tables, run),
+        commands=_commands(run), data=_data(run), versions=_seeds_and_versions(run), models=_models(run), bases=_bases(run),
+        methods=_methods(run), scores=_scores(run), selections=_selections(removed), trainings=_trainings(run),
+        changed=_changed(run), deltas=_deltas(run), exactness=_exactness(run), leaks=_leaks, unattacked=_unattacked(run),
+        audits=[(out, AuditFigures.of(report)) for out, report in run.audits.items()],
     )  # fmt: skip
-
-
-# --- The top of the page
 
 
 def _outcome(run: RunReport) -> tuple[str, str, str]:
@@ -113,32 +96,6 @@ def _outcome(run: RunReport) -> tuple[str, str, str]:
     return " / ".join(words), tone(worst), worst.verdict.sentence
 
 
-def _facts(run: RunReport) -> list[str]:
-    done = sum(step.done for step in run.steps)
-    models = dict.fromkeys(str(step.table["model"]) for step in run.steps if step.table.get("model"))
-    facts = [f"run {run.file.name}", f"{done} of {len(run.steps)} steps carried out"]
-    facts += [f"model {name}" for name in models]
-    return facts + [f"{out}: {origin['method']}" for out, origin in run.provenances.items() if origin.get("method")]
-
-
-def _brief(run: RunReport) -> list[str]:
-    """The numbers a reader asks for first."""
-    brief = [f"{out}: {_total(counts)}" for out, counts in _removed(run).items()]
-    for out, checkpoint in run.checkpoints.items():
-        plan, certificate = checkpoint.manifest.get("plan") or {}, checkpoint.manifest.get("certificate")
-        largest = max((row["relative_change"] or 0.0 for row in plan.values()), default=0.0)
-        brief.append(
-            f"{run.label(out)}: {len(plan)} tensors changed, by {largest:.3f} of their size at most; {checkpoint.describe()}."
-        )
-        if certificate:
-            brief.append(
-                f"{out}: {certificate['form']}, {certificate['exactness']}, largest leak along a removed direction {certificate['worst_leak']:.1e}."
-            )
-    for out, report in run.audits.items():
-        brief.append(f"{run.label(out)}: {report.verdict.word}; {report.verdict.rule}".rstrip(".") + ".")
-    return brief or ["Nothing: no step left anything that can be read."]
-
-
 def _first_tables(run: RunReport, *verbs: str) -> list[tuple[int, str, Table]]:
     """(step, title, table) of the first table that each of the steps with these verbs showed."""
     first: dict[int, tuple[int, str, Table]] = {}
@@ -148,19 +105,16 @@ def _first_tables(run: RunReport, *verbs: str) -> list[tuple[int, str, Table]]:
     return list(first.values())
 
 
-def _shown_by_step(run: RunReport, *verbs: str) -> list[tuple[StepReport, list[Mapping[str, Any]]]]:
-    """Everything that the steps with these verbs showed."""
-    pairs = list(run.display(*verbs))
-    return [
-        (next(step for step, _ in pairs if step.number == number), [item for _, item in group])
-        for number, group in groupby(pairs, key=lambda pair: pair[0].number)
-    ]
+def _unattacked(run: RunReport) -> list[str]:
+    """The checkpoints that no audit of the run attacked."""
+    attacked = {Path(str(step.table.get("edited"))) for step in run.steps if step.verb == "audit" and step.done}
+    return [out for out in run.checkpoints if Path(out) not in attacked]
 
 
 # --- What was asked, and of which data and model
 
 
-def _steps(run: RunReport) -> Table:
+def _commands(run: RunReport) -> Table:
     rows = [
         [
             str(step.number), step.state,
@@ -237,7 +191,7 @@ def _family_and_size(out: str, folder: Path, hidden: bool) -> list[list[str]]:
 
 def _bases(run: RunReport) -> list[tuple[str, str, Table]]:
     """(checkpoint, base, hashes of the files of the base)."""
-    bases = {out: held.manifest["base"] for out, held in run.checkpoints.items() if "base" in held.manifest}
+    bases = {out: export.manifest["base"] for out, export in run.checkpoints.items() if "base" in export.manifest}
     return [
         (out, base["name"], Table(("file", "sha256"), [[name, digest] for name, digest in base["files"].items()]))
         for out, base in bases.items()
@@ -284,25 +238,25 @@ def _scores(run: RunReport) -> list[tuple[Charts, str]]:
                 quantiles = torch.tensor([0.01, 0.5, 0.99], dtype=finite.dtype)
                 low, middle, high = finite.quantile(quantiles).tolist()
                 by_point.setdefault(str(site.point), {})[site.layer] = (low, middle, high, float(finite.max()))
-        drawn = [
+        figures = [
             (f"{point}: score by layer", svg(ranges(layers, "layer", "score"))) for point, layers in by_point.items()
         ]
         note = (
             f"{out}: lines from the 1st to the 99th percentile of the neurons of a layer, a stroke at the median, a dot at the largest; "
             f"higher is more specific to what is to be forgotten. Median rank correlation of the two importances: {scores.agreement:.2f}."
         )
-        charts.append((drawn, note))
+        charts.append((figures, note))
     return charts
 
 
-def _selections(run: RunReport) -> list[tuple[Charts, str]]:
+def _selections(removed: Mapping[str, Counts]) -> list[tuple[Charts, str]]:
     """What each edit removes from each layer: neurons, or directions."""
     charts = []
-    for out, counts in _removed(run).items():
-        drawn = [
+    for out, counts in removed.items():
+        figures = [
             (f"{point}: {kind} removed", svg(bars(layers, "layer", kind))) for (point, kind), layers in counts.items()
         ]
-        charts.append((drawn, f"{out}: {_total(counts)}"))
+        charts.append((figures, f"{out}: {_total(counts)}"))
     return charts
 
 
@@ -310,10 +264,10 @@ def _trainings(run: RunReport) -> list[tuple[Charts, str]]:
     """The losses of every training, step by step, as far as they were kept."""
     charts = []
     for out, (origin, records) in _losses(run).items():
-        drawn = [(name, svg(course(name, values))) for name, values in records.items() if values]
+        figures = [(name, svg(course(name, values))) for name, values in records.items() if values]
         stopped = format_value(origin["stopped"]) if origin.get("stopped") else ""
         ending = f"; it stopped because of: {stopped}." if stopped else "."
-        charts.append((drawn, f"{out}: {origin.get('method', 'training')}{ending}"))
+        charts.append((figures, f"{out}: {origin.get('method', 'training')}{ending}"))
     return charts
 
 
@@ -328,10 +282,10 @@ def _maps(run: RunReport) -> dict[str, Mapping[str, str]]:
     return {out: sites for out, sites in maps.items() if sites}
 
 
-def _removed(run: RunReport) -> dict[str, Counts]:
+def _removed(maps: Mapping[str, Mapping[str, str]]) -> dict[str, Counts]:
     """Neurons or directions that each edit removes, by layer."""
     removed: dict[str, dict[tuple[str, str], dict[int, float]]] = {}
-    for out, sites in _maps(run).items():
+    for out, sites in maps.items():
         for name, text in sites.items():
             neurons, rank = NEURONS.match(text), RANK.search(text)
             kind, number = ("neurons", neurons) if neurons else ("directions", rank)
@@ -357,7 +311,7 @@ def _losses(run: RunReport) -> dict[str, tuple[Mapping[str, Any], dict[str, Sequ
         history = origin.get("history")
         if isinstance(history, Mapping):
             values: dict[str, Sequence[float]] = {
-                HISTORY_NAMES.get(str(key), str(key)): list(held) for key, held in history.items()
+                HISTORY_NAMES.get(str(key), str(key)): list(values) for key, values in history.items()
             }
             losses[out] = origin, values
     for out, rows in _logs(run):
@@ -389,84 +343,54 @@ HASHES = (
 CONVERTED = "The sha256 of each of them before and after is in repedit.json; every tensor was converted to {}."
 
 
-def _tensors(run: RunReport) -> list[tuple[str, str, Table]]:
-    """(title, sizes, tensors that an export changed, the largest relative change first)."""
+def _changed(run: RunReport) -> list[tuple[str, Mapping[str, Any], Table]]:
+    """(checkpoint, manifest, tensors that the export changed, the largest relative change first)."""
     changed = []
-    for out, checkpoint in run.checkpoints.items():
-        plan, dtype = checkpoint.manifest.get("plan") or {}, checkpoint.manifest.get("dtype")
+    for out, export in run.checkpoints.items():
+        plan, dtype = export.manifest.get("plan") or {}, export.manifest.get("dtype")
         rows = [
             [name, "; ".join(row["operations"]), _relative_change(row["relative_change"])]
             for name, row in sorted(plan.items(), key=_change, reverse=True)
         ]
-        title = f"{out}: {len(rows)} tensors changed" if rows else f"{out}: no list of tensors"
         note = "" if not rows else CONVERTED.format(dtype) if dtype else HASHES
-        table = Table(("tensor", "what was done", "relative change"), rows, note)
-        changed.append((title, _sizes(checkpoint.manifest), table))
+        changed.append((out, export.manifest, Table(("tensor", "what was done", "relative change"), rows, note)))
     return changed
 
 
-def _unapplied(run: RunReport) -> list[str]:
-    """Edits and differences in files."""
-    notes = [
-        f"{out} is an edit in a file, {len(_maps(run).get(out, {}))} sites: a value that changes no weight by itself."
-        for out, _ in run.of_kind("edit")
-    ]
-    for out, path in run.of_kind("delta"):
-        count = len(archive.header_of(path).get("provenance", {}).get("start", {}))
-        size = f", of {count} tensors" if count else ""
-        notes.append(f"{out} is a difference in a file{size}: a value that changes no weight by itself.")
-    return notes
+def _deltas(run: RunReport) -> list[tuple[str, int]]:
+    """(file, number of tensors) of differences; 0 if the file does not tell."""
+    headers = {out: archive.header_of(path) for out, path in run.of_kind("delta")}
+    return [(out, len(header.get("provenance", {}).get("start", {}))) for out, header in headers.items()]
 
 
-def _exactness(run: RunReport) -> list[tuple[str, Table, list[str], Table, str]]:
-    """(title, sites, sentences of the certificate, its tensors, state of the files) of every checkpoint."""
+def _exactness(run: RunReport) -> list[tuple[str, Verification, Table, Certificate | None]]:
+    """(checkpoint, its files, its sites, its certificate)."""
     parts = []
-    for out, checkpoint in run.checkpoints.items():
-        sites = checkpoint.manifest.get("sites") or {}
+    for out, export in run.checkpoints.items():
+        sites = export.manifest.get("sites") or {}
         rows = [[site, sites[site]["map"], sites[site]["exactness"]] for site in sorted(sites, key=Site.parse)]
-        kinds = [row[2] for row in rows]
-        counts = ", ".join(f"{kinds.count(kind)} sites {kind}" for kind in dict.fromkeys(kinds))
-        note = (
-            ""
-            if rows
-            else "The weights were changed directly, not at sites; the files hold exactly the change, rounded once."
-        )
-        table = Table(("site", "edit", "exactness"), rows, note)
-        sentences, tensors = _certificate(checkpoint.manifest.get("certificate"))
-        parts.append((f"{out}: {counts or 'no sites'}", table, sentences, tensors, f"Files: {checkpoint.describe()}."))
+        certificate = _certificate(export.manifest.get("certificate"))
+        parts.append((out, export, Table(("site", "edit", "exactness"), rows), certificate))
     return parts
 
 
-def _certificate(values: Mapping[str, Any] | None) -> tuple[list[str], Table]:
-    """What is left of removed directions, in sentences and tensor by tensor."""
+def _certificate(values: Mapping[str, Any] | None) -> Certificate | None:
     if values is None:
-        reason = "No certificate: it is about directions that a projection removes, and this edit removes none."
-        return [], Table((), (), reason)
-    by_tensor = {name: TensorCertificate(**row) for name, row in values["tensors"].items()}
+        return None
+    tensors = {name: TensorCertificate(**row) for name, row in values["tensors"].items()}
     widths = tuple(values["widths"]) if values.get("widths") else None
-    certificate = Certificate(**{**values, "tensors": by_tensor, "widths": widths})
+    return Certificate(**{**values, "tensors": tensors, "widths": widths})
+
+
+def _leaks(certificate: Certificate) -> Table:
+    """What is left of removed directions, tensor by tensor."""
     rows = [
         [name, str(row.rank), f"{row.leak_computed:.1e}", f"{row.leak:.1e}", f"{row.residue:.1e}", row.dtype]
-        for name, row in sorted(by_tensor.items(), key=lambda item: _natural_order(item[0]))
+        for name, row in sorted(certificate.tensors.items(), key=lambda item: _natural_order(item[0]))
     ]
     columns = ("tensor", "rank", "leak computed", "leak as stored", "of the original", "dtype")
     note = "Leak: what is left of a tensor along the removed directions, as a share of what was there."
-    return certificate.describe().split("\n"), Table(columns, rows, note if rows else "")
-
-
-def _sizes(manifest: Mapping[str, Any]) -> str:
-    """What changed apart from the values of tensors."""
-    changes = [
-        row["relative_change"] for row in (manifest.get("plan") or {}).values() if row["relative_change"] is not None
-    ]
-    sentences: dict[str, Callable[[], str]] = {
-        "plan": lambda: f"Relative change |after - before| / |before|: {format_number(max(changes), 3)} at most, {format_number(min(changes), 3)} at least.",
-        "parameters": lambda: f"{manifest['parameters']['before']:,} numbers in the files before, {manifest['parameters']['after']:,} after.",
-        "unties": lambda: f"Untied: {', '.join(f'{a} from {b}' for a, b in manifest['unties'].items())}.",
-        "added": lambda: f"New tensors: {', '.join(manifest['added'])}.",
-        "ranks": lambda: f"An adapter of {len(manifest['ranks'])} modules, rank {max(manifest['ranks'].values())} at most: with it and the base one has both models.",
-    }  # fmt: skip
-    return " ".join(text() for key, text in sentences.items() if (changes if key == "plan" else manifest.get(key)))
+    return Table(columns, rows, note if rows else "")
 
 
 def _change(item: tuple[str, Mapping[str, Any]]) -> float:
@@ -474,73 +398,10 @@ def _change(item: tuple[str, Mapping[str, Any]]) -> float:
     return float("inf") if change is None else float(change)
 
 
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def _relative_change(value: float | None) -> str:
     return "new or another shape" if value is None else f"{value:.4f}" if value >= 1e-4 else f"{value:.1e}"
 
 
-# --- What a run has not shown: sentences that complete "It has not been shown ..."
-
-
-def limitations(run: RunReport) -> list[str]:
-    """Everything that a reader of the page might believe and must not."""
-    groups = (_unfinished(run), _unmeasured(run), _unattacked(run), _unverified_weights(run), _never_shown(run))
-    return [sentence for sentences in groups for sentence in sentences]
-
-
-def _unfinished(run: RunReport) -> Iterator[str]:
-    unfinished = [f"{s.number}, {s.verb}" for s in run.steps if not s.done]
-    if unfinished:
-        yield f"Anything that rests on steps that were not carried out: {'; '.join(unfinished)}."
-    if run.faults:
-        yield "That today's files are those of the run: see the top of this page."
-
-
-def _unmeasured(run: RunReport) -> Iterator[str]:
-    done = {s.verb for s in run.steps if s.done}
-    if not done & set(MEASURES):
-        yield "What the edit does to the answers of the model, and what it costs: no step compared the two models."
-    if "project" in done:
-        yield "The accuracy on retained facts unseen in training: project measures the facts that it trained on."
-    if done & set(MEASURES) and "compare" not in done:
-        yield "What the exported files answer: prune and project measure the model in memory; a compare step reads the files."
-
-
-def _unattacked(run: RunReport) -> Iterator[str]:
-    if not run.audits:
-        yield "That anything is gone. The edited model was not attacked: a few steps of training, or other words, may bring all of it back."
-    for out, report in run.audits.items():
-        budget = report.context.get("budget", "unknown")
-        yield f"That no attack brings it back: the verdict of {out} ({report.verdict.word}) holds for the attacks that ran, at the budget {budget}."
-        if len(report.context.get("seeds") or ()) == 1:
-            yield f"How much the result of {out} varies with the seed of the attacks: there was one."
-    attacked = {Path(str(s.table.get("edited"))) for s in run.steps if s.verb == "audit" and s.done}
-    unattacked = [out for out in run.checkpoints if Path(out) not in attacked]
-    if run.audits and unattacked:
-        yield f"Anything about attacks on {', '.join(unattacked)}: no audit of this run attacked it."
-
-
-def _unverified_weights(run: RunReport) -> Iterator[str]:
-    for out, checkpoint in run.checkpoints.items():
-        classes = {row["exactness"] for row in (checkpoint.manifest.get("sites") or {}).values()}
-        if "subspace-exact" in classes:
-            yield f"That the weights of {out} equal the edit to the last digit: at some sites the subspace is erased and the scale differs."
-        if checkpoint.manifest.get("certificate"):
-            yield f"That the knowledge is stored nowhere else: the certificate of {out} is about tensors along given directions, not about copies elsewhere."
-        if checkpoint.unlisted:
-            yield f"Where these files of {out}, which its manifest does not list, come from: {', '.join(checkpoint.unlisted)}."
-    if not run.checkpoints:
-        yield "That there is a checkpoint with the edit in its weights: none was written, and whoever has the original has everything."
-
-
-def _never_shown(run: RunReport) -> Iterator[str]:
-    yield "What the model does in languages, formats and tasks that no step tested."
-    yield f"That the same bytes result again: repedit reproduce {run.file.name} carries the run out once more and compares them."
-    yield (
-        "Who made these files: hashes show whether they are what the journal beside them says, and whoever can write there "
-        "can change both."
-    )
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -144,14 +144,14 @@ def recoveries(report: Report) -> Table:
 
 def examples(report: Report) -> Table:
     """The first facts that came back, and what the models answered."""
-    shown = report.examples[:MAX_EXAMPLES]
-    keys = {key: None for example in shown for key in example if key != "id"}
+    first = report.examples[:MAX_EXAMPLES]
+    keys = {key: None for example in first for key in example if key != "id"}
     columns = [key for key in EXAMPLE_COLUMNS if key in keys] + [key for key in keys if key not in EXAMPLE_COLUMNS]
-    hidden = len(report.examples) - len(shown)
-    note = f"{hidden} more are in audit.json." if hidden else ""
+    more = len(report.examples) - len(first)
+    note = f"{more} more are in audit.json." if more else ""
     if "withheld" in report.context:
         note = f"{report.context['withheld']} facts came back; {WITHHELD}."
-    rows = [[format_value(example.get(key, "")) for key in columns] for example in shown]
+    rows = [[format_value(example.get(key, "")) for key in columns] for example in first]
     return Table([key.replace("_", " ") for key in columns], rows, note)
 
 

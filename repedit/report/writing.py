@@ -35,19 +35,19 @@ def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[
     from repedit.plot import gap, membership, recovery
 
     target = Path(folder)
-    shown = redacted(report) if hide_items else report
     if hide_items:
         _check_holds_no_texts(target)
+        report = redacted(report)
     makers: dict[str, Callable[[], bytes]] = {
-        "audit.md": lambda: markdown(shown).encode(),
-        "audit.html": lambda: page(shown).encode(),
+        "audit.md": lambda: markdown(report).encode(),
+        "audit.html": lambda: page(report).encode(),
     }
-    if shown.gaps:
-        makers["gap.png"] = lambda: png(gap({"edited": shown}))
-        makers["membership.png"] = lambda: png(membership(shown))
+    if report.gaps:
+        makers["gap.png"] = lambda: png(gap({"edited": report}))
+        makers["membership.png"] = lambda: png(membership(report))
     else:
-        makers["recovery.png"] = lambda: png(recovery(shown))
-    return [shown.save(target), *write_parts(target, makers, "audit.json")]
+        makers["recovery.png"] = lambda: png(recovery(report))
+    return [report.save(target), *write_parts(target, makers, "audit.json")]
 
 
 def write_parts(target: Path, makers: Mapping[str, Callable[[], bytes]], data_file: str = "") -> list[Path]:
