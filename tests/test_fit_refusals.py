@@ -168,7 +168,7 @@ def test_maps_and_matrices_that_do_not_fit_are_refused():
     with pytest.raises(NotFinite, match="the basis holds NaN or infinity"):
         rp.fit.orthonormal(torch.full((D, 2), torch.nan))
     for c, error, message in (
-        (normal(4, 5), ShapeError, r"eigenvectors need a square matrix, found \(4, 5\)"),
+        (normal(4, 5), ShapeError, r"eigenvectors need a square matrix, this one is \(4, 5\)"),
         (normal(4, 4), ArgumentError, "the matrix is not symmetric: entries differ by up to"),
         (torch.full((4, 4), torch.inf), NotFinite, r"the matrix is not finite at \(0, 0\)"),
     ):

@@ -20,7 +20,7 @@ Header = dict[str, Any]
 """JSON values."""
 FILE = "training.safetensors"
 """The file in a resume folder."""
-P = TypeVar("P", bound=Tensor)
+_P = TypeVar("_P", bound=Tensor)
 
 
 def state_path(folder: str | Path) -> Path:
@@ -65,7 +65,7 @@ def save(
 
 
 def restore(
-    path: Path, weights: Mapping[str, P], optimizer: torch.optim.Optimizer, *, key: Mapping[str, object]
+    path: Path, weights: Mapping[str, _P], optimizer: torch.optim.Optimizer, *, key: Mapping[str, object]
 ) -> tuple[Header, dict[str, Tensor]]:
     """Load weights and optimizer state from a file that `save` wrote; its header and all its tensors.
 
@@ -95,7 +95,7 @@ def restore(
     return header, tensors
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], weights: list[P]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], weights: list[_P]) -> None:
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         # Files of version 0.1.0 may spell it "optimiser".

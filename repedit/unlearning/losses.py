@@ -184,12 +184,12 @@ def unit_count(unit: Unit, batch: Batch) -> int:
     return int((label_mask(batch) if unit == "tokens" else token_positions(batch)).sum())
 
 
-C = TypeVar("C", bound=Callable[..., Loss])
+_C = TypeVar("_C", bound=Callable[..., Loss])
 LOSSES: dict[str, Callable[..., Loss]] = {}
 """Constructors of losses by name."""
 
 
-def register_loss(constructor: C) -> C:
+def register_loss(constructor: _C) -> _C:
     """Enter a constructor into `LOSSES` under its own name, so that recipe files can name it."""
     LOSSES[constructor.__name__] = constructor
     return constructor

@@ -34,12 +34,12 @@ from repedit.unlearning.sampling import Phase, alternate, chunked, in_turn, roun
 from repedit.unlearning.schedule import Record, Schedule
 
 AnyRecipe = UnlearnRecipe | MergedRecipe
-R = TypeVar("R", bound=Callable[..., AnyRecipe])
+_R = TypeVar("_R", bound=Callable[..., AnyRecipe])
 RECIPES: dict[str, Callable[..., AnyRecipe]] = {}
 """Recipes by name that need no other recipe or loss as an argument."""
 
 
-def register_recipe(recipe: R) -> R:
+def register_recipe(recipe: _R) -> _R:
     """Enter a recipe into `RECIPES` under its own name, so that `by_name`, recipe files and the CLI know it."""
     RECIPES[recipe.__name__] = recipe
     return recipe
