@@ -22,7 +22,7 @@ from repedit.neurons.scores import Scores
 from repedit.neurons.trajectory import Step, Trajectory
 from repedit.plot import specialization
 from repedit.plot import trajectory as drawn
-from repedit.plot.canvas import FORGET, NEUTRAL, RETAIN, model, removed, spans, texts
+from repedit.plot.canvas import FORGET, NEUTRAL, RETAIN, data_facts, describe_sites, model_facts, pruned_masks
 from repedit.plot.neurons import SCALES, reach
 from repedit.sites import Site
 
@@ -228,7 +228,7 @@ def _title(scores: Scores, shown: int, cloud: _Cloud) -> str:
     part = f"all {total:,} neurons" if shown == total else f"the {shown:,} most extreme of {total:,} neurons"
     left = f"{cloud.protected:,} protected neurons left out" if cloud.protected else ""
     facts: Mapping[str, Any] = scores.provenance
-    said = "; ".join(filter(None, [spans(scores), part, left, *texts(facts), *model(facts)]))
+    said = "; ".join(filter(None, [describe_sites(scores), part, left, *data_facts(facts), *model_facts(facts)]))
     return f"How specific each neuron is to the forget set<br><sup>{for_plotly(said)}</sup>"
 
 
@@ -296,7 +296,7 @@ def trajectory(found: Trajectory) -> Explorer:
 
 def _per_layer(step: Step) -> dict[int, int]:
     counts: dict[int, int] = {}
-    for site, mask in removed(step.edit).items():
+    for site, mask in pruned_masks(step.edit).items():
         counts[site.layer] = counts.get(site.layer, 0) + int(mask.sum())
     return counts
 
@@ -318,7 +318,7 @@ def _sliding_title(found: Trajectory, number: int) -> str:
         f"{100 * found.steps[number].fraction:.3g} % pruned: forget drop {forget:.1f} %, retain drop {retain:.1f} %, "
         f"selectivity {forget - retain:.1f}"
     )
-    said = "; ".join([*texts(found.provenance), *model(found.provenance)])
+    said = "; ".join([*data_facts(found.provenance), *model_facts(found.provenance)])
     return f"{head}<br><sup>{for_plotly(said)}</sup>"
 
 

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from matplotlib import cbook
 
 from repedit.escaping import for_markdown, for_mathtext, for_plotly, for_terminal, for_yaml, shortened
-from repedit.plot.canvas import canvas, named
+from repedit.plot.canvas import canvas, label_text
 from repedit.report.rendering import ENVIRONMENT, svg
 
 SIGNS = (
@@ -69,7 +69,7 @@ def test_a_page_shows_the_words_and_gets_no_tag(text):
 @settings(max_examples=10, deadline=None)
 def test_a_figure_of_a_page_shows_the_words_and_gets_no_tag(text):
     figure = canvas(2.0, 2.0)
-    figure.text(0.5, 0.5, named(text))
+    figure.text(0.5, 0.5, label_text(text))
     figure.set_label(text)
     page = Reader(str(svg(figure)))
     assert {tag for tag, _ in page.tags} <= {"svg", "g", "path", "defs", "text"}

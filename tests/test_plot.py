@@ -32,7 +32,7 @@ from repedit.linear_maps import Diagonal, LowRank
 from repedit.neurons.scores import Score, Scores, agreement
 from repedit.neurons.selection import prune, random_like, top
 from repedit.neurons.trajectory import Step, Trajectory
-from repedit.plot.canvas import ink, percent, spans
+from repedit.plot.canvas import describe_sites, percent, text_color
 from repedit.sites import Point, Site
 from repedit.stats import Activity
 from tests.tiny import ids, tiny
@@ -361,9 +361,9 @@ def test_activations_follow_an_edit_and_leave_no_hook():
 
 def test_words_of_titles():
     assert percent(0.025) == "2.5 %"
-    assert spans([Site(2, Point.MLP_NEURONS)]) == "MLP neurons of layer 2"
-    assert spans([Site(i, Point.MLP_OUT) for i in (0, 1, 5)]) == "mlp.out of 3 layers in 0-5"
-    assert (ink((1.0, 1.0, 1.0, 1.0)), ink((0.0, 0.0, 0.0, 1.0))) == ("black", "white")
+    assert describe_sites([Site(2, Point.MLP_NEURONS)]) == "MLP neurons of layer 2"
+    assert describe_sites([Site(i, Point.MLP_OUT) for i in (0, 1, 5)]) == "mlp.out of 3 layers in 0-5"
+    assert (text_color((1.0, 1.0, 1.0, 1.0)), text_color((0.0, 0.0, 0.0, 1.0))) == ("black", "white")
 
 
 NOTHING = prune(scores(), fraction=0.1)

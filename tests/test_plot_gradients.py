@@ -17,7 +17,7 @@ from repedit.errors import ArgumentError, FingerprintError, FractionError
 from repedit.metrics.collapse import Judgement
 from repedit.metrics.semeval import PARTS, aggregate
 from repedit.neurons.scores import Score, Scores
-from repedit.plot.canvas import place
+from repedit.plot.canvas import layer_and_module
 from repedit.quantization import step_size, update_cosine
 from repedit.sites import Point, Site
 from repedit.unlearning import masks
@@ -119,7 +119,7 @@ def test_every_figure_says_what_it_shows(name):
     ],
 )
 def test_a_name_says_where_a_tensor_stands(name, expected):
-    assert place(name) == expected
+    assert layer_and_module(name) == expected
 
 
 def test_saliency_shows_the_share_of_each_module():
@@ -132,8 +132,8 @@ def test_saliency_shows_the_share_of_each_module():
 def test_saliency_of_a_model_is_what_the_mask_counts():
     found = masks.saliency(lm(), rows(), percentile=80.0)
     shown = plot.saliency(found).axes[0].images[0].get_array()
-    inside = {name: m for name, m in found.tensors.items() if place(name)[0] is not None}
-    assert len({place(name) for name in inside}) == shown.size
+    inside = {name: m for name, m in found.tensors.items() if layer_and_module(name)[0] is not None}
+    assert len({layer_and_module(name) for name in inside}) == shown.size
     assert_allclose(np.sort(shown, None), sorted(100 * float(m.double().mean()) for m in inside.values()), rtol=1e-6)
     assert shown.max() > shown.min()
 

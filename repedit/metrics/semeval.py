@@ -152,6 +152,7 @@ def aggregate(
     mmlu: float,
     *,
     signs: Signs = NOTHING,
+    judgement: Judgement = UNKNOWN,
     items: Mapping[str, NDArray[np.float64]] | None = None,
     outputs: Mapping[str, tuple[str, ...]] | None = None,
 ) -> SemEvalScore:
@@ -160,7 +161,7 @@ def aggregate(
     Args:
         parts: by the names of `PARTS`; regurgitation is the mean ROUGE-L recall of completions, knowledge the mean
             exact match of answers.
-        signs, items, outputs: as in `SemEvalScore`.
+        signs, judgement, items, outputs: as in `SemEvalScore`.
     Raises:
         MetricError: if a part is missing, has another name, or a value lies outside [0, 1].
     Reference: Ramakrishna et al. 2025, arXiv:2502.15097.
@@ -172,7 +173,7 @@ def aggregate(
         if not 0 <= value <= 1:
             raise MetricError(f"{name} is {value}; give a fraction in [0, 1], not a percentage")
     ordered = {name: float(parts[name]) for name in PARTS}
-    return SemEvalScore(ordered, float(membership_auc), float(mmlu), signs, items=items or {}, outputs=outputs or {})
+    return SemEvalScore(ordered, float(membership_auc), float(mmlu), signs, judgement, items or {}, outputs or {})
 
 
 def final(task_aggregate: float, membership: float, mmlu: float) -> float:

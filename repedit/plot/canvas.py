@@ -59,12 +59,12 @@ def canvas(width: float, height: float) -> Figure:
     return Canvas(figsize=(width, height), layout="constrained")
 
 
-def named(text: object, most: int = LONGEST) -> str:
+def label_text(text: object, most: int = LONGEST) -> str:
     """A name that somebody gave, as a label: in one line, shortened, and without anything matplotlib reads as TeX."""
     return for_mathtext(shortened(for_terminal(text), most))
 
 
-def plain_texts(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def escape_texts(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """A function whose figure shows every text as it is: no dollar sign begins a formula, no character is obeyed.
 
     Labels of ticks and legends are made by matplotlib while it draws; those take their names through `named`.
@@ -82,12 +82,12 @@ def plain_texts(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return drawn
 
 
-def entitle(figure: Figure, head: str, facts: Iterable[str]) -> None:
+def set_title(figure: Figure, head: str, facts: Iterable[str]) -> None:
     """The title: what is shown, and below it what is known of where it comes from, wrapped to the figure."""
     # 13 characters an inch: at 10 points a character of DejaVu Sans is 5.4 points wide on average.
     room = int(13 * figure.get_figwidth())
     # No-break spaces inside a fact: a line ends between facts where it can.
-    listed = "; ".join(named(fact, 2 * LONGEST).replace(" ", "\u00a0") for fact in dict.fromkeys(facts))
+    listed = "; ".join(label_text(fact, 2 * LONGEST).replace(" ", "\u00a0") for fact in dict.fromkeys(facts))
     lines = [
         line
         for text in (for_mathtext(shortened(head, 4 * LONGEST)), listed)
@@ -103,7 +103,7 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
     )
 
 
-def origin(provenance: Mapping[str, Any]) -> list[str]:
+def provenance_facts(provenance: Mapping[str, Any]) -> list[str]:
     """Method, share pruned, texts with their token counts and model, as far as a provenance tells."""
     options, facts = provenance.get("options", {}), []
     if "importance" in options:
@@ -112,10 +112,10 @@ def origin(provenance: Mapping[str, Any]) -> list[str]:
         facts.append("random neurons")
     if "fraction" in options:
         facts.append(f"{percent(options['fraction'])} pruned")
-    return [*facts, *texts(provenance), *model(provenance)]
+    return [*facts, *data_facts(provenance), *model_facts(provenance)]
 
 
-def texts(provenance: Mapping[str, Any]) -> list[str]:
+def data_facts(provenance: Mapping[str, Any]) -> list[str]:
     """Both sets with the number of tokens they were collected on, where a provenance tells."""
     return [
         f"{role} {known['name']}, {known['tokens']:,} tokens"
@@ -124,7 +124,7 @@ def texts(provenance: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def model(provenance: Mapping[str, Any]) -> list[str]:
+def model_facts(provenance: Mapping[str, Any]) -> list[str]:
     """The first digits of the model's fingerprint, where a provenance tells."""
     return [f"model {provenance['model'][:8]}"] if provenance.get("model") else []
 
@@ -134,10 +134,10 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.3g} %"
 
 
-def spans(sites: Iterable[Site]) -> str:
+def describe_sites(sites: Iterable[Site]) -> str:
     """Points with their layers, such as "MLP neurons of layers 0-29"."""
     found = by_point(sites)
-    return ", ".join(f"{point_name(point)} of {_layers([s.layer for s in held])}" for point, held in found.items())
+    return ", ".join(f"{point_title(point)} of {_layers([s.layer for s in held])}" for point, held in found.items())
 
 
 def by_point(sites: Iterable[Site]) -> dict[Point, list[Site]]:
@@ -147,12 +147,12 @@ def by_point(sites: Iterable[Site]) -> dict[Point, list[Site]]:
     return {point: [site for site in ordered if site.point is point] for point in points}
 
 
-def point_name(point: Point) -> str:
+def point_title(point: Point) -> str:
     """What a reader calls a point."""
     return POINT_NAMES.get(point, str(point))
 
 
-def removed(edit: Edit) -> dict[Site, NDArray[np.bool_]]:
+def pruned_masks(edit: Edit) -> dict[Site, NDArray[np.bool_]]:
     """Masks by site, True for the neurons an edit prunes.
 
     Raises:
@@ -166,14 +166,14 @@ def removed(edit: Edit) -> dict[Site, NDArray[np.bool_]]:
     return {site: ~map_.kept.cpu().numpy() for site, map_ in edit.maps.items() if isinstance(map_, Diagonal)}
 
 
-def name_layers(axes: Axes, layers: list[int]) -> None:
+def label_layers(axes: Axes, layers: list[int]) -> None:
     """Name the columns 0, 1, ... of an axis after layers; every second or third where there are many."""
     every = 1 + (len(layers) - 1) // 16
     axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
     axes.set_xlabel("layer")
 
 
-def ink(shade: Any) -> str:
+def text_color(shade: Any) -> str:
     """Black or white, whichever reads better on an (r, g, b, a) colour."""
     return "black" if np.dot(shade[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
 
@@ -188,7 +188,7 @@ def _layers(layers: list[int]) -> str:
 # --- Where a tensor stands, read from its name: which layer, and which module of it
 
 
-def place(name: str) -> tuple[int | None, str]:
+def layer_and_module(name: str) -> tuple[int | None, str]:
     """Layer and module of a tensor: (3, "mlp.down_proj") of "model.layers.3.mlp.down_proj.weight".
 
     The layer is None outside the blocks. A bias counts to its module.
@@ -198,12 +198,12 @@ def place(name: str) -> tuple[int | None, str]:
     return (int(found[1]), found[2]) if found else (None, module)
 
 
-def modules(names: Iterable[str]) -> list[str]:
+def layer_modules(names: Iterable[str]) -> list[str]:
     """The modules that stand in layers, in the order in which their tensors are named."""
-    return list(dict.fromkeys(module for layer, module in map(place, names) if layer is not None))
+    return list(dict.fromkeys(module for layer, module in map(layer_and_module, names) if layer is not None))
 
 
-def short(module: str) -> str:
+def short_module(module: str) -> str:
     """What a reader calls a module: "down_proj" of "mlp.down_proj"; "attn.c_proj" keeps its branch, which tells it apart."""
     head, _, tail = module.rpartition(".")
     return tail if not head or (tail.endswith("_proj") and tail != "c_proj") else f"{head.rpartition('.')[2]}.{tail}"
@@ -223,7 +223,7 @@ MISSING = "n/a"
 """What a cell says that holds no number."""
 
 
-def checked(name: str, values: Rows, shape: tuple[int, int], needed: str) -> Table:
+def checked_table(name: str, values: Rows, shape: tuple[int, int], needed: str) -> Table:
     """The values as an array of this shape; NaN stands for what was not measured.
 
     Raises:
@@ -248,13 +248,13 @@ def checked(name: str, values: Rows, shape: tuple[int, int], needed: str) -> Tab
     return table
 
 
-def sheet(rows: Sequence[str], columns: int, *, height: float = 0.5, below: float = 1.9) -> Figure:
+def table_figure(rows: Sequence[str], columns: int, *, height: float = 0.5, below: float = 1.9) -> Figure:
     """An empty figure for a table: as wide as its row labels and columns need, `height` inches a row."""
     beside = 1.7 + LETTER * max(min(len(line), LONGEST) for row in rows for line in row.split("\n"))
     return canvas(max(6.0, beside + CELL * columns), below + height * max(len(rows), 2))
 
 
-def table(
+def draw_table(
     axes: Axes,
     values: Table,
     rows: Sequence[str],
@@ -271,7 +271,7 @@ def table(
         known = bool(np.isfinite(value))
         text = axes.text(
             column, row, form.format(value) if known else MISSING, ha="center", va="center", fontsize=9,
-            color=ink(shades[row, column]) if known else "black",
+            color=text_color(shades[row, column]) if known else "black",
         )  # fmt: skip
         if not known:
             text.set_path_effects([withStroke(linewidth=3, foreground="white")])
@@ -284,7 +284,7 @@ def table(
     return image
 
 
-def outline(axes: Axes, cells: Sequence[tuple[int, int]], label: str, **style: Any) -> None:
+def outline_cells(axes: Axes, cells: Sequence[tuple[int, int]], label: str, **style: Any) -> None:
     """A black frame on white inside each (row, column), which shows on dark and light cells; one label for all."""
     for number, (row, column) in enumerate(cells):
         # 0.06: neighbouring frames do not touch.
@@ -296,7 +296,7 @@ def outline(axes: Axes, cells: Sequence[tuple[int, int]], label: str, **style: A
         )  # fmt: skip
 
 
-def counted(number: int, noun: str) -> str:
+def count_text(number: int, noun: str) -> str:
     """ "1 layer", "2 layers"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -308,4 +308,4 @@ def wrapped(name: str, room: int = 24) -> str:
 
 def _lines(name: str) -> str:
     """A label of a row or column, each of its lines as it is."""
-    return "\n".join(map(named, name.split("\n")))
+    return "\n".join(map(label_text, name.split("\n")))

@@ -17,7 +17,7 @@ from repedit.auditing.report import Gap, Report
 from repedit.errors import ArgumentError
 from repedit.metrics.membership import auc_draws, percentiles
 from repedit.plot.canvas import FORGET as ORANGE
-from repedit.plot.canvas import NEUTRAL, SMALL, canvas, entitle, legend_below, named, plain_texts
+from repedit.plot.canvas import NEUTRAL, SMALL, canvas, escape_texts, label_text, legend_below, set_title
 from repedit.plot.canvas import RETAIN as BLUE
 from repedit.plot.reports import is_measured
 from repedit.vision.data import Images, ImageSplits
@@ -33,7 +33,7 @@ LEAST_LOSS = 1e-5
 """Losses below are drawn there: a report rounds scores to five digits."""
 
 
-@plain_texts
+@escape_texts
 def gap(reports: Mapping[str, Report]) -> Figure:
     """Recipes by their gap to the retrained model, one panel a measure, one row a recipe; green bands are what a pass allows.
 
@@ -54,7 +54,7 @@ def gap(reports: Mapping[str, Report]) -> Figure:
         _panel(axes, values, (low, high))
         axes.set_title(title, fontsize=9.5)
         axes.set_xlabel("edited - retrained")
-    names = [f"{named(name, 30)}: {named(report.verdict.word, 30)}" for name, report in reports.items()]
+    names = [f"{label_text(name, 30)}: {label_text(report.verdict.word, 30)}" for name, report in reports.items()]
     panels[0].set_yticks(range(len(names)), names, fontsize=9)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     panels[0].plot([], [], "o", color=ORANGE, label="gap")
@@ -62,11 +62,11 @@ def gap(reports: Mapping[str, Report]) -> Figure:
         panels[0].plot([], [], "|", color=NEUTRAL, markersize=9, label="lowest and highest retrained model")
     panels[0].axvspan(0, 0, color="#009E73", alpha=0.18, linewidth=0, label="what a pass allows")
     legend_below(figure, panels[0], columns=3)
-    entitle(figure, "Gap to a model that never saw the forget images", _facts(next(iter(reports.values()))))
+    set_title(figure, "Gap to a model that never saw the forget images", _facts(next(iter(reports.values()))))
     return figure
 
 
-@plain_texts
+@escape_texts
 def membership(report: Report) -> Figure:
     """Loss histograms of forget and holdout images for original, edited and retrained, with the AUC and its interval.
 
@@ -91,16 +91,16 @@ def membership(report: Report) -> Figure:
         drawn = auc_draws(-forget[None], -holdout[None])[0]
         low, high = percentiles(drawn)
         axes.set_title(
-            f"{named(name, 30)}: AUC {held[name].details['auc']['loss']:.2f} [{low:.2f}, {high:.2f}]", fontsize=9.5
+            f"{label_text(name, 30)}: AUC {held[name].details['auc']['loss']:.2f} [{low:.2f}, {high:.2f}]", fontsize=9.5
         )
         axes.set(xscale="log", xlabel="loss of the image's label, nats")
     panels[0].set_ylabel("share of the images")
     legend_below(figure, panels[0])
-    entitle(figure, "Are forget images told from images that no model saw?", [report.verdict.word, *_facts(report)])
+    set_title(figure, "Are forget images told from images that no model saw?", [report.verdict.word, *_facts(report)])
     return figure
 
 
-@plain_texts
+@escape_texts
 def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20) -> Figure:
     """Images that a data plan made, each above its nearest real image of any label, by the distance of pixels.
 
@@ -139,7 +139,7 @@ def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20
         ):
             _picture(grid[place, column], image)
             grid[place, column].set_title(word, fontsize=SMALL)
-    entitle(
+    set_title(
         figure, "Made images, each above its nearest real one", [*splits.plans, f"{sum(map(len, chosen))} made images"]
     )
     return figure

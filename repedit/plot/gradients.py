@@ -32,19 +32,19 @@ from repedit.plot.canvas import (
     Table,
     by_point,
     canvas,
-    counted,
-    entitle,
+    count_text,
+    draw_table,
+    escape_texts,
+    label_layers,
+    label_text,
+    layer_and_module,
+    layer_modules,
     legend_below,
-    model,
-    modules,
-    name_layers,
-    named,
+    model_facts,
     percent,
-    place,
-    plain_texts,
-    point_name,
-    short,
-    table,
+    point_title,
+    set_title,
+    short_module,
 )
 from repedit.quantization import step_size
 from repedit.unlearning.parameters import Mask
@@ -55,7 +55,7 @@ from repedit.unlearning.parameters import Mask
 _STYLES = ("-", "--", "-.", ":")
 
 
-@plain_texts
+@escape_texts
 def training(delta: Delta, *, notes: Sequence[str] = ()) -> Figure:
     """The losses of a gradient unlearning by term, and below them the cosine of the two gradients and c, over the steps.
 
@@ -83,8 +83,10 @@ def training(delta: Delta, *, notes: Sequence[str] = ()) -> Figure:
     legend_below(figure, axes[0], columns=3)
     stopped = delta.provenance.get("stopped", {})
     facts = [f"ended: {stopped['reason']}"] if stopped.get("reason") else []
-    entitle(
-        figure, f"Training of {delta.provenance.get('method', 'a delta')}", [*facts, *model(delta.provenance), *notes]
+    set_title(
+        figure,
+        f"Training of {delta.provenance.get('method', 'a delta')}",
+        [*facts, *model_facts(delta.provenance), *notes],
     )
     return figure
 
@@ -109,7 +111,7 @@ def _losses(axes: Axes, delta: Delta) -> None:
             *zip(*held, strict=True),
             style,
             color=color,
-            label=named(name),
+            label=label_text(name),
             linewidth=1.4,
             marker="." if len(held) < 40 else None,
         )
@@ -152,7 +154,7 @@ MARGIN = 0.06
 """What the axes show beyond 0 and 1; more than `NEAR`, so that its box is whole."""
 
 
-@plain_texts
+@escape_texts
 def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Figure:
     """Forget against retain, a point a seed: the best place is beside the retrained model, at the upper left.
 
@@ -187,7 +189,7 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
         color, marker, size = styles[name]
         forgotten, kept = zip(*points, strict=True)
         axes.scatter(
-            forgotten, kept, color=color, marker=marker, s=size, label=named(name), zorder=3, alpha=0.85,
+            forgotten, kept, color=color, marker=marker, s=size, label=label_text(name), zorder=3, alpha=0.85,
             edgecolors="white", linewidths=0.6, clip_on=False,
         )  # fmt: skip
     _count_shared(axes, results)
@@ -199,7 +201,9 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
     legend_below(figure, axes, columns=4)
     seeds = max(len(points) for points in results.values())
     others = len(set(results) - {ORIGINAL, RETRAINED})
-    entitle(figure, "What unlearning buys and costs", [counted(others, "recipe"), counted(seeds, "seed"), *notes])
+    set_title(
+        figure, "What unlearning buys and costs", [count_text(others, "recipe"), count_text(seeds, "seed"), *notes]
+    )
     return figure
 
 
@@ -264,7 +268,7 @@ def _regions(axes: Axes, start: tuple[float, float]) -> None:
 # --- How far a training moved each weight, and whether so small a step outlives four bits
 
 
-@plain_texts
+@escape_texts
 def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figure:
     """The change of each weight over its spread, |dw| / std(w), by layer and module, and what four bits can hold.
 
@@ -280,17 +284,17 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
     """
     start = _started(delta, subject)
     moved = {name: _relative(value, start[name]) for name, value in delta.tensors.items()}
-    moved = {name: size for name, size in moved.items() if place(name)[0] is not None and size > 0}
+    moved = {name: size for name, size in moved.items() if layer_and_module(name)[0] is not None and size > 0}
     if not moved:
-        raise ArgumentError(f"the delta changes nothing inside a layer, of {counted(len(delta.tensors), 'tensor')}")
+        raise ArgumentError(f"the delta changes nothing inside a layer, of {count_text(len(delta.tensors), 'tensor')}")
     layers = list(range(len(subject.layout.layers)))
     figure = canvas(8.5, 5.2)
     axes = figure.subplots()
-    for number, module in enumerate(modules(moved)):
-        values = _mean_by_layer({name: size for name, size in moved.items() if place(name)[1] == module})
+    for number, module in enumerate(layer_modules(moved)):
+        values = _mean_by_layer({name: size for name, size in moved.items() if layer_and_module(name)[1] == module})
         axes.plot(
             *zip(*sorted(values.items()), strict=True), color=SERIES[number % len(SERIES)], markersize=6, linewidth=1.0,
-            marker=MARKERS[number % len(MARKERS)], linestyle="-", label=named(short(module)),
+            marker=MARKERS[number % len(MARKERS)], linestyle="-", label=label_text(short_module(module)),
         )  # fmt: skip
     held = _thresholds({name: start[name] for name in moved if start[name].ndim > 1})
     if held:
@@ -299,13 +303,13 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
     # A factor of 4 on both sides: a scale of less than a decade has ticks that nobody can read.
     axes.set_ylim(min(shown) / 4, max(shown) * 4)
     axes.set(yscale="log", ylabel="|dw| / std(w)", xlim=(-0.5, len(layers) - 0.5))
-    name_layers(axes, layers)
+    label_layers(axes, layers)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25)
     legend_below(figure, axes, columns=4)
-    entitle(figure, "How far the training moved each weight", [*_facts(delta), *notes])
+    set_title(figure, "How far the training moved each weight", [*_facts(delta), *notes])
     return figure
 
 
@@ -334,7 +338,7 @@ def _mean_by_layer(sizes: dict[str, float]) -> dict[int, float]:
     """Weight and bias, or experts, of a module as one point: the root of their mean square."""
     found: dict[int, list[float]] = {}
     for name, size in sizes.items():
-        layer, _ = place(name)
+        layer, _ = layer_and_module(name)
         found.setdefault(-1 if layer is None else layer, []).append(size)
     return {layer: (sum(s * s for s in part) / len(part)) ** 0.5 for layer, part in found.items()}
 
@@ -343,7 +347,7 @@ def _thresholds(weights: dict[str, Tensor]) -> list[tuple[float, float]]:
     """Ends of a line for each layer: the median over its matrices of half a step, over the standard deviation."""
     found: dict[int, list[float]] = {}
     for name, weight in weights.items():
-        layer, _ = place(name)
+        layer, _ = layer_and_module(name)
         half = float(step_size(weight, "int4").double().median()) / 2
         found.setdefault(-1 if layer is None else layer, []).append(half / (float(weight.double().std()) or 1.0))
     # Each layer as a level stretch, so that a single layer shows too; NaN leaves a gap where nothing changed.
@@ -355,11 +359,11 @@ def _thresholds(weights: dict[str, Tensor]) -> list[tuple[float, float]]:
 
 
 def _facts(delta: Delta) -> list[str]:
-    outside = [name for name in delta.tensors if place(name)[0] is None]
+    outside = [name for name in delta.tensors if layer_and_module(name)[0] is None]
     facts = [str(delta.provenance["method"])] if delta.provenance.get("method") else []
-    facts.append(counted(len(delta.tensors), "tensor") + " changed")
-    facts += [f"{counted(len(outside), 'tensor')} outside the layers not shown"] if outside else []
-    return [*facts, *model(delta.provenance)]
+    facts.append(count_text(len(delta.tensors), "tensor") + " changed")
+    facts += [f"{count_text(len(outside), 'tensor')} outside the layers not shown"] if outside else []
+    return [*facts, *model_facts(delta.provenance)]
 
 
 # --- Which units a gradient unlearning may move: a mask by layer and module, beside what pruning would have picked
@@ -368,7 +372,7 @@ def _facts(delta: Delta) -> list[str]:
 _Panel = tuple[Table, list[str], str]
 
 
-@plain_texts
+@escape_texts
 def saliency(mask: Mask, score: Scores | None = None, *, notes: Sequence[str] = ()) -> Figure:
     """The share of units of each layer and module that a mask lets move; beside it the neurons that pruning would pick.
 
@@ -384,26 +388,26 @@ def saliency(mask: Mask, score: Scores | None = None, *, notes: Sequence[str] = 
     """
     held: dict[tuple[int, str], list[int]] = {}
     for name, chosen in mask.tensors.items():
-        layer, module = place(name)
+        layer, module = layer_and_module(name)
         if layer is not None:
             sums = held.setdefault((layer, module), [0, 0])
             sums[0] += int(chosen.sum())
             sums[1] += chosen.numel()
     if not held or not any(picked for picked, _ in held.values()):
         raise ArgumentError(
-            f"the mask of {counted(len(mask.tensors), 'tensor')} selects nothing inside a layer; draw one that does"
+            f"the mask of {count_text(len(mask.tensors), 'tensor')} selects nothing inside a layer; draw one that does"
         )
-    columns = modules(mask.tensors)
+    columns = layer_modules(mask.tensors)
     layers = sorted({layer for layer, _ in held} | {site.layer for site in score or ()})
     grid = np.full((len(layers), len(columns)), np.nan)
     for (layer, module), (picked, total) in held.items():
         grid[layers.index(layer), columns.index(module)] = 100 * picked / total
-    panels: list[_Panel] = [(grid, [short(module) for module in columns], "may move")]
+    panels: list[_Panel] = [(grid, [short_module(module) for module in columns], "may move")]
     share = sum(c for c, _ in held.values()) / sum(n for _, n in held.values())
     if score is not None:
         panels.append(_pruned(score, share, layers))
     figure = _drawn(panels, layers)
-    entitle(figure, "Units that a mask lets move", [f"{percent(share)} of the units", *_origin(mask), *notes])
+    set_title(figure, "Units that a mask lets move", [f"{percent(share)} of the units", *_origin(mask), *notes])
     return figure
 
 
@@ -414,7 +418,7 @@ def _pruned(score: Scores, share: float, layers: list[int]) -> _Panel:
     for column, found in enumerate(sites.values()):
         for site in found:
             grid[layers.index(site.layer), column] = 100 * float((~keep[site]).double().mean())
-    return grid, [point_name(point) for point in sites], "pruning would pick"
+    return grid, [point_title(point) for point in sites], "pruning would pick"
 
 
 def _drawn(panels: list[_Panel], layers: list[int]) -> Figure:
@@ -424,7 +428,7 @@ def _drawn(panels: list[_Panel], layers: list[int]) -> Figure:
     row = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths, sharey=True)[0]
     end = max(float(np.nanmax(grid)) for grid, _, _ in panels)
     for axes, (grid, columns, head) in zip(row, panels, strict=True):
-        image = table(axes, grid, [str(layer) for layer in layers], columns, ends=(0.0, end), form="{:.3g}")
+        image = draw_table(axes, grid, [str(layer) for layer in layers], columns, ends=(0.0, end), form="{:.3g}")
         axes.set_title(head, fontsize=9)
     row[0].set_ylabel("layer")
     figure.colorbar(image, ax=list(row), label="share of the units, %", pad=0.02)
@@ -435,9 +439,9 @@ def _origin(mask: Mask) -> list[str]:
     known = mask.provenance
     facts = [f"unit: {known['unit']}"] if "unit" in known else []
     facts += [f"percentile {known['percentile']:g} of {known['loss']}"] if {"percentile", "loss"} <= set(known) else []
-    outside = [name for name in mask.tensors if place(name)[0] is None]
-    facts += [f"{counted(len(outside), 'tensor')} outside the layers not shown"] if outside else []
-    return [*facts, *model(known)]
+    outside = [name for name in mask.tensors if layer_and_module(name)[0] is None]
+    facts += [f"{count_text(len(outside), 'tensor')} outside the layers not shown"] if outside else []
+    return [*facts, *model_facts(known)]
 
 
 # --- The parts of the SemEval score as bars: an aggregate hides which of them is zero
@@ -448,7 +452,7 @@ MOST = len(HATCHES)
 """Models in one figure; more bars could not be told apart."""
 
 
-@plain_texts
+@escape_texts
 def semeval(scores: Mapping[str, SemEvalScore] | SemEvalScore, *, notes: Sequence[str] = ()) -> Figure:
     """The 12 parts of each model's score as bars, forget above and retain below, with every verdict in the title.
 
@@ -468,9 +472,10 @@ def semeval(scores: Mapping[str, SemEvalScore] | SemEvalScore, *, notes: Sequenc
         _bars(axes, side, by_name)
     legend_below(figure, figure.axes[0], columns=1)
     verdicts = [
-        score.verdict if len(by_name) == 1 else f"{named(name)}: {score.verdict}" for name, score in by_name.items()
+        score.verdict if len(by_name) == 1 else f"{label_text(name)}: {score.verdict}"
+        for name, score in by_name.items()
     ]
-    entitle(figure, "SemEval-2025 Task 4, part by part", [*verdicts, counted(len(by_name), "model"), *notes])
+    set_title(figure, "SemEval-2025 Task 4, part by part", [*verdicts, count_text(len(by_name), "model"), *notes])
     return figure
 
 
@@ -483,7 +488,7 @@ def _bars(axes: Axes, side: str, scores: Mapping[str, SemEvalScore]) -> None:
         values = [score.parts[f"{side}/{task}/{measure}"] for task, measure in groups]
         bars = axes.bar(
             [i + shift for i in range(len(groups))], values, 0.92 * width, color=SERIES[number], hatch=HATCHES[number],
-            edgecolor="white", label=named(_label(name, score), 90),
+            edgecolor="white", label=label_text(_label(name, score), 90),
         )  # fmt: skip
         # Room for two digits above a bar of .8 / 3 of a group; with more models they would touch.
         if len(scores) <= 3:

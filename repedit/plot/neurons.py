@@ -48,17 +48,17 @@ from repedit.plot.canvas import (
     SMALL,
     by_point,
     canvas,
-    entitle,
-    ink,
+    describe_sites,
+    escape_texts,
+    label_layers,
+    label_text,
     legend_below,
-    name_layers,
-    named,
-    origin,
     percent,
-    plain_texts,
-    point_name,
-    removed,
-    spans,
+    point_title,
+    provenance_facts,
+    pruned_masks,
+    set_title,
+    text_color,
 )
 from repedit.sites import Point, Site
 
@@ -72,7 +72,7 @@ CONTOURS = {0.01: "-", 0.05: "--"}
 """Fractions of all neurons whose boundary is drawn, with their line styles."""
 
 
-@plain_texts
+@escape_texts
 def specialization(scores: Scores) -> Figure:
     """Every neuron's score: one column a layer, layer 0 at the left, the most forget-specific neuron on top.
 
@@ -98,8 +98,8 @@ def specialization(scores: Scores) -> Figure:
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (point, sites) in zip(row, panels.items(), strict=True):
         mesh = _heat(axes, [shown[site] for site in sites], norm)
-        name_layers(axes, [site.layer for site in sites])
-        axes.set_ylabel(f"rank of {point_name(point)} in the layer (square-root scale)")
+        label_layers(axes, [site.layer for site in sites])
+        axes.set_ylabel(f"rank of {point_title(point)} in the layer (square-root scale)")
         for share, keep in boundaries.items():
             _contour(axes, share, keep, sites)
     if allowed < total:
@@ -108,8 +108,8 @@ def specialization(scores: Scores) -> Figure:
     bar = figure.colorbar(mesh, ax=list(row), extend="both", pad=0.02)
     bar.set_label(f"{scale.name}\nretain-specific  <   >  forget-specific")
     legend_below(figure, row[0], columns=3)
-    facts = [spans(scores), f"{total:,} neurons", *origin(scores.provenance)]
-    entitle(figure, "How specific each neuron is to the forget set", facts)
+    facts = [describe_sites(scores), f"{total:,} neurons", *provenance_facts(scores.provenance)]
+    set_title(figure, "How specific each neuron is to the forget set", facts)
     return figure
 
 
@@ -195,7 +195,7 @@ def _contour(axes: Axes, share: float, keep: Keep, sites: Sequence[Site]) -> Non
 Values = Mapping[Site, NDArray[np.float64]]
 
 
-@plain_texts
+@escape_texts
 def importances(forget: Collection, retain: Collection, *, importance: str = "abs", edit: Edit | None = None) -> Figure:
     """Forget against retain importance of every neuron, log-log; colour is the layer, above the line is forget-specific.
 
@@ -223,15 +223,15 @@ def importances(forget: Collection, retain: Collection, *, importance: str = "ab
     figure = canvas(7.0, 6.2)
     axes = figure.subplots()
     _draw(figure, axes, x, y)
-    facts = [spans(sites), f"median rank correlation over sites {rho:.2f}"]
+    facts = [describe_sites(sites), f"median rank correlation over sites {rho:.2f}"]
     facts += [f"{dead:,} of {total:,} neurons without importance on a set, at the edge"] if dead else []
     if edit is not None:
         facts.append(_ring(axes, x, y, edit))
     facts += [f"{role} {c.corpus}, {c.counted:,} tokens" for role, c in (("forget", forget), ("retain", retain))]
-    axes.set_xlabel(f"importance on retain ({named(retain.corpus, 30)}): {IMPORTANCES[importance].meaning}")
-    axes.set_ylabel(f"importance on forget ({named(forget.corpus, 30)}): {IMPORTANCES[importance].meaning}")
+    axes.set_xlabel(f"importance on retain ({label_text(retain.corpus, 30)}): {IMPORTANCES[importance].meaning}")
+    axes.set_ylabel(f"importance on forget ({label_text(forget.corpus, 30)}): {IMPORTANCES[importance].meaning}")
     legend_below(figure, axes, columns=4)
-    entitle(figure, f"Importance {importance!r} of each neuron on both sets", [*facts, f"model {forget.model[:8]}"])
+    set_title(figure, f"Importance {importance!r} of each neuron on both sets", [*facts, f"model {forget.model[:8]}"])
     return figure
 
 
@@ -260,7 +260,7 @@ def _draw(figure: Figure, axes: Axes, x: Values, y: Values) -> None:
             marker=MARKERS[2 * number % len(MARKERS)],
             linewidths=0,
             rasterized=True,
-            label=point_name(point),
+            label=point_title(point),
         )
     axes.set(xscale="log", yscale="log")
     middle = float(np.sqrt(np.prod([np.median(np.concatenate(list(v.values()))) for v in (x, y)])))
@@ -270,10 +270,10 @@ def _draw(figure: Figure, axes: Axes, x: Values, y: Values) -> None:
 
 
 def _ring(axes: Axes, x: Values, y: Values, edit: Edit) -> str:
-    masks = {site: mask for site, mask in removed(edit).items() if site in x and mask.any()}
+    masks = {site: mask for site, mask in pruned_masks(edit).items() if site in x and mask.any()}
     if not masks:
         raise SelectionError(
-            f"the edit prunes none of the collected neurons; it touches {spans(edit.maps) or 'no site'}"
+            f"the edit prunes none of the collected neurons; it touches {describe_sites(edit.maps) or 'no site'}"
         )
     across, up = (np.concatenate([side[site][mask] for site, mask in masks.items()]) for side in (x, y))
     name = f"pruned, {len(across):,} neurons"
@@ -287,7 +287,7 @@ def _ring(axes: Axes, x: Values, y: Values, edit: Edit) -> str:
 Activations = NDArray[np.float64]
 
 
-@plain_texts
+@escape_texts
 def activations(
     subject: Subject,
     site: Site | str,
@@ -340,7 +340,7 @@ def activations(
     )
     legend_below(figure, axes)
     seen = [f"{bins} bins", f"model {subject.fingerprint()[:8]}"] + (["edited"] if edit else [])
-    entitle(figure, f"Activation of neuron {neuron} of {place} on both sets", [*facts, *seen])
+    set_title(figure, f"Activation of neuron {neuron} of {place} on both sets", [*facts, *seen])
     return figure
 
 
@@ -406,7 +406,7 @@ def _histogram(axes: Axes, name: str, role: str, values: Activations, edges: Act
 Table = NDArray[np.float64]
 
 
-@plain_texts
+@escape_texts
 def pruned_per_layer(
     edit_or_trajectory: Edit | Trajectory, control: Edit | None = None, *, layers: int | None = None
 ) -> Figure:
@@ -420,7 +420,7 @@ def pruned_per_layer(
     """
     steps = _steps(edit_or_trajectory)
     counts = [{site: int(mask.sum()) for site, mask in found.items()} for _, found in steps]
-    beside = {} if control is None else {site: int(mask.sum()) for site, mask in removed(control).items()}
+    beside = {} if control is None else {site: int(mask.sum()) for site, mask in pruned_masks(control).items()}
     total = sum(sum(found.values()) for found in counts)
     if not total:
         raise SelectionError("no neuron is pruned, so there is no bar to draw; raise the fraction")
@@ -442,12 +442,16 @@ def pruned_per_layer(
     if control is not None:
         legend_below(figure, column[0])
     last = edit_or_trajectory if isinstance(edit_or_trajectory, Edit) else edit_or_trajectory.steps[-1].edit
-    facts = [f"{total:,} neurons", spans(site for sites in panels.values() for site in sites), *origin(last.provenance)]
-    entitle(figure, "Neurons pruned in each layer", facts)
+    facts = [
+        f"{total:,} neurons",
+        describe_sites(site for sites in panels.values() for site in sites),
+        *provenance_facts(last.provenance),
+    ]
+    set_title(figure, "Neurons pruned in each layer", facts)
     return figure
 
 
-@plain_texts
+@escape_texts
 def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) -> Figure:
     """What removing the neurons of one set does to another: rows removed, columns evaluated, cells drop in per cent.
 
@@ -475,7 +479,7 @@ def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) 
         _table(figure, row[1], np.asarray(overlap, dtype=np.float64), names, (0.0, 1.0), "{:.2f}", "Jaccard overlap")
         row[1].set(ylabel="neurons removed for", xlabel="neurons removed for")
     beside = [] if overlap is None else ["right: Jaccard overlap of the removed neurons"]
-    entitle(figure, "Removing the neurons of one set, measured on another", [f"{n} sets", *beside])
+    set_title(figure, "Removing the neurons of one set, measured on another", [f"{n} sets", *beside])
     return figure
 
 
@@ -485,7 +489,9 @@ def overlap(edits: Sequence[Edit]) -> Table:
     Raises:
         ArgumentError: if there is no edit, or one is not made of neuron masks. SelectionError: if one prunes nothing.
     """
-    sets = [{(site, int(i)) for site, mask in removed(edit).items() for i in np.flatnonzero(mask)} for edit in edits]
+    sets = [
+        {(site, int(i)) for site, mask in pruned_masks(edit).items() for i in np.flatnonzero(mask)} for edit in edits
+    ]
     if not sets:
         raise ArgumentError("overlap() was given no edit to compare")
     if not all(sets):
@@ -496,11 +502,11 @@ def overlap(edits: Sequence[Edit]) -> Table:
 def _steps(source: Edit | Trajectory) -> list[tuple[str, dict[Site, NDArray[np.bool_]]]]:
     """What each step prunes that no step before it did, with its name."""
     if isinstance(source, Edit):
-        return [("pruned", removed(source))]
+        return [("pruned", pruned_masks(source))]
     gone: dict[Site, NDArray[np.bool_]] = {}
     found = []
     for step in source.steps[1:]:
-        now = removed(step.edit)
+        now = pruned_masks(step.edit)
         found.append((percent(step.fraction), {s: m & ~gone.get(s, np.zeros_like(m)) for s, m in now.items()}))
         gone |= {site: mask | gone.get(site, np.zeros_like(mask)) for site, mask in now.items()}
     return found
@@ -525,9 +531,9 @@ def _bars(
         base += heights(found)
     if control is not None:
         axes.bar(at + shift, heights(control), width, color="white", edgecolor="black", hatch="////", label="control")
-    name_layers(axes, list(range(depth)))
+    label_layers(axes, list(range(depth)))
     axes.set_xlim(-0.7, depth - 0.3)
-    axes.set_ylabel(f"pruned {point_name(point)}")
+    axes.set_ylabel(f"pruned {point_title(point)}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -537,8 +543,10 @@ def _table(
     image = axes.imshow(values, cmap=SEQUENTIAL, vmin=ends[0], vmax=ends[1])
     shades = image.to_rgba(values)
     for (row, column), value in np.ndenumerate(values):
-        axes.text(column, row, form.format(value), ha="center", va="center", color=ink(shades[row, column]), fontsize=9)
-    names = [named(name, 30) for name in names]
+        axes.text(
+            column, row, form.format(value), ha="center", va="center", color=text_color(shades[row, column]), fontsize=9
+        )
+    names = [label_text(name, 30) for name in names]
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=axes, label=unit, fraction=0.05, pad=0.03)

@@ -31,16 +31,16 @@ from repedit.plot.canvas import (
     Rows,
     Table,
     canvas,
-    checked,
-    counted,
-    entitle,
+    checked_table,
+    count_text,
+    draw_table,
+    escape_texts,
+    label_text,
     legend_below,
-    named,
-    outline,
+    outline_cells,
     percent,
-    plain_texts,
-    sheet,
-    table,
+    set_title,
+    table_figure,
     wrapped,
 )
 from repedit.rewrite.certificate import Certificate, TensorCertificate
@@ -53,7 +53,7 @@ NEGLIGIBLE = 1e-12
 """Energies below this share of the largest are rounding of float64 eigenvalues, and are not drawn."""
 
 
-@plain_texts
+@escape_texts
 def spectra(spectra: Spectra, *, notes: Sequence[str] = ()) -> Figure:
     """Energy along the principal directions of forget, of retain, and of forget outside the cut; log-log.
 
@@ -96,7 +96,7 @@ def spectra(spectra: Spectra, *, notes: Sequence[str] = ()) -> Figure:
     outside = f"{percent(spectra.share)} of forget energy outside the cut" if spectra.cut else "no cut"
     facts = [f"{len(spectra.forget)} directions", outside]
     facts += [f"{hidden} energies below {NEGLIGIBLE:.0e} of the largest not drawn"] if hidden else []
-    entitle(figure, "Where the energy of both sets lies", [*facts, *notes])
+    set_title(figure, "Where the energy of both sets lies", [*facts, *notes])
     return figure
 
 
@@ -122,7 +122,7 @@ def _mark(axes: Axes, spectra: Spectra) -> None:
 # --- Where to project and how much: one value for every layer and rank
 
 
-@plain_texts
+@escape_texts
 def layer_rank(
     values: Rows, *, layers: Sequence[int | str], ranks: Sequence[int], label: str, notes: Sequence[str] = ()
 ) -> Figure:
@@ -140,21 +140,21 @@ def layer_rank(
     if not layers or not ranks:
         raise ArgumentError(f"layer_rank() was given {len(layers)} layers and {len(ranks)} ranks; at least 1 of each")
     single = all(isinstance(layer, int) for layer in layers)
-    needed = f"{counted(len(layers), 'layer' if single else 'range')} and {counted(len(ranks), 'rank')}"
-    grid = checked("values", values, (len(layers), len(ranks)), needed)
+    needed = f"{count_text(len(layers), 'layer' if single else 'range')} and {count_text(len(ranks), 'rank')}"
+    grid = checked_table("values", values, (len(layers), len(ranks)), needed)
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
     ends = (low, high) if low < high else (low - 0.5, high + 0.5)
     rows = [wrapped(str(layer)) for layer in layers]
     tall = max(row.count("\n") + 1 for row in rows)
-    figure = sheet(rows, len(ranks), height=max(0.5 if len(rows) < 9 else 0.24, 0.18 * tall))
+    figure = table_figure(rows, len(ranks), height=max(0.5 if len(rows) < 9 else 0.24, 0.18 * tall))
     axes = figure.subplots()
     digits = "{:.2f}" if 0.1 <= max(abs(low), abs(high)) < 10 else "{:.3g}"
-    image = table(axes, grid, rows, [str(rank) for rank in ranks], ends=ends, form=digits)
+    image = draw_table(axes, grid, rows, [str(rank) for rank in ranks], ends=ends, form=digits)
     axes.set(ylabel="layer" if single else "layers", xlabel="rank")
     figure.colorbar(image, ax=axes, label=label, pad=0.02)
     missing = int(np.isnan(grid).sum())
-    facts = [needed, *([f"{counted(missing, 'cell')} not measured"] if missing else []), *notes]
-    entitle(figure, f"{label[:1].upper()}{label[1:]} by layer and rank", facts)
+    facts = [needed, *([f"{count_text(missing, 'cell')} not measured"] if missing else []), *notes]
+    set_title(figure, f"{label[:1].upper()}{label[1:]} by layer and rank", facts)
     return figure
 
 
@@ -192,7 +192,7 @@ class TradeOff:
                 raise FractionError(f"{name}_interval {ends} does not hold the accuracy {value} within [0, 1]")
 
 
-@plain_texts
+@escape_texts
 def rank_tradeoff(
     results: Mapping[str, Sequence[TradeOff]], *, chance: float | None = None, notes: Sequence[str] = ()
 ) -> Figure:
@@ -232,8 +232,8 @@ def rank_tradeoff(
     upper.tick_params(labelbottom=False)
     shown = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
     bars = any(p.forget_interval or p.retain_interval for found in results.values() for p in found)
-    facts = [counted(len(results), "method"), shown, *(["bars: intervals"] if bars else []), *notes]
-    entitle(figure, "What is forgotten and what is kept, by rank removed", facts)
+    facts = [count_text(len(results), "method"), shown, *(["bars: intervals"] if bars else []), *notes]
+    set_title(figure, "What is forgotten and what is kept, by rank removed", facts)
     return figure
 
 
@@ -298,12 +298,14 @@ def _panel(
     for name, found in results.items():
         ordered = sorted(found, key=lambda point: point.rank)
         values = [getattr(point, side) for point in ordered]
-        axes.plot([p.rank for p in ordered], values, markersize=5, linewidth=1.4, label=named(name), **styles[name])
+        axes.plot(
+            [p.rank for p in ordered], values, markersize=5, linewidth=1.4, label=label_text(name), **styles[name]
+        )
         for point in ordered:
             ends = getattr(point, f"{side}_interval")
             if ends is not None:
                 axes.vlines(point.rank, *ends, color=styles[name]["color"], linewidth=1, alpha=0.6)
-        labels.append((wrapped(named(name)), ordered[-1].rank, values[-1], styles[name]["color"]))
+        labels.append((wrapped(label_text(name)), ordered[-1].rank, values[-1], styles[name]["color"]))
     if chance is not None:
         axes.axhline(chance, color="black", linestyle="--", linewidth=0.9, label="chance")
         labels.append((f"chance {chance:.3g}", None, chance, "black"))
@@ -335,7 +337,7 @@ def _name_ranks(axes: Axes, ranks: Sequence[int]) -> None:
 # --- Deletion requests one after another: what each leaves of every task, and how the removed spans lie to each other
 
 
-@plain_texts
+@escape_texts
 def continual(
     matrix: Rows,
     tasks: Sequence[str],
@@ -365,27 +367,27 @@ def continual(
     _check_distinct("tasks and untouched", columns)
     check_chance(chance)
     named = _row_names(len(matrix), tasks, rows)
-    needed = (
-        f"{counted(len(named), 'row')}, {counted(len(tasks), 'task')} and {counted(len(untouched), 'untouched domain')}"
-    )
-    grid = checked("matrix", matrix, (len(named), len(columns)), needed)
+    needed = f"{count_text(len(named), 'row')}, {count_text(len(tasks), 'task')} and {count_text(len(untouched), 'untouched domain')}"
+    grid = checked_table("matrix", matrix, (len(named), len(columns)), needed)
     if np.nanmin(grid) < 0 or np.nanmax(grid) > 1:
         wrong = next(v for v in grid.flat if v < 0 or v > 1)
         raise FractionError(f"matrix holds {wrong:g}, outside [0, 1]; give accuracies as fractions, not per cent")
     figure = _drawn(grid, named, tasks, untouched, chance)
     trained = [tasks.index(name) for name in named if name in tasks]
     facts = [
-        f"{len(trained)} of {len(tasks)} tasks unlearnt" if len(trained) < len(tasks) else counted(len(tasks), "task")
+        f"{len(trained)} of {len(tasks)} tasks unlearnt"
+        if len(trained) < len(tasks)
+        else count_text(len(tasks), "task")
     ]
     earlier = grid[-1, trained[:-1]]
     if np.isfinite(earlier).any():
         facts.append(f"earlier tasks end at {np.nanmax(earlier):.2f} or below")
     facts += [] if chance is None else [f"chance {chance:.3g}"]
-    entitle(figure, "Accuracy on each task as tasks are unlearnt one after another", [*facts, *notes])
+    set_title(figure, "Accuracy on each task as tasks are unlearnt one after another", [*facts, *notes])
     return figure
 
 
-@plain_texts
+@escape_texts
 def principal_angles(edits: Mapping[str, Edit], *, notes: Sequence[str] = ()) -> Figure:
     """How much of what one task removes another removes too: mean squared cosines of principal angles at shared sites.
 
@@ -417,17 +419,17 @@ def principal_angles(edits: Mapping[str, Edit], *, notes: Sequence[str] = ()) ->
     if not random:
         raise ArgumentError(f"no two of the {len(names)} edits share a site, so there is no angle to draw")
     rows = [wrapped(name) for name in names]
-    figure = sheet(rows, len(names), below=2.3)
+    figure = table_figure(rows, len(names), below=2.3)
     axes = figure.subplots()
-    image = table(axes, grid, rows, rows, ends=(0.0, 1.0), form="{:.3f}")
+    image = draw_table(axes, grid, rows, rows, ends=(0.0, 1.0), form="{:.3f}")
     axes.set(xlabel="removed for", ylabel="removed for")
     bar = figure.colorbar(image, ax=axes, label="mean squared cosine", pad=0.02)
     bar.ax.axhline(float(np.mean(random)), color="white", linestyle="--", linewidth=1.5)
     facts = [f"sites shared by a pair: {_range(sorted(shared), '{:d}')}"]
     facts.append(f"random subspaces: {_range(sorted(random), '{:.3f}')} (k/d), dashed in the colour bar")
     inside = int((grid[np.tril_indices(len(names), -1)] > 1 - 1e-6).sum())
-    facts += [f"{counted(inside, 'pair')} where one span holds the other"] if inside else []
-    entitle(figure, "How much the removed subspaces of two tasks have in common", [*facts, *notes])
+    facts += [f"{count_text(inside, 'pair')} where one span holds the other"] if inside else []
+    set_title(figure, "How much the removed subspaces of two tasks have in common", [*facts, *notes])
     return figure
 
 
@@ -459,11 +461,11 @@ def _drawn(
     grid: Table, named: Sequence[str], tasks: Sequence[str], untouched: Sequence[str], chance: float | None
 ) -> Figure:
     rows, n = [wrapped(name) for name in named], len(tasks)
-    figure = sheet(rows, len(tasks) + len(untouched), below=2.9)
+    figure = table_figure(rows, len(tasks) + len(untouched), below=2.9)
     ratios = [n, len(untouched)] if untouched else [n]
     panels = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
     for axes, part, names in zip(panels, (grid[:, :n], grid[:, n:]), (tasks, untouched), strict=False):
-        image = table(axes, part, rows, [wrapped(name) for name in names], ends=(0.0, 1.0))
+        image = draw_table(axes, part, rows, [wrapped(name) for name in names], ends=(0.0, 1.0))
     panels[0].set(ylabel="after unlearning", xlabel="accuracy on tasks")
     if untouched:
         panels[1].set_yticks([])
@@ -472,8 +474,8 @@ def _drawn(
     column = {name: number for number, name in enumerate(tasks)}
     just = [(row, column[name]) for row, name in enumerate(named) if name in column]
     held = [(row, before) for row in range(len(named)) for at, before in just if at < row]
-    outline(panels[0], just, "just forgotten", linewidth=2.2)
-    outline(panels[0], held, "forgotten earlier, must stay low", linewidth=1.2, linestyle="--")
+    outline_cells(panels[0], just, "just forgotten", linewidth=2.2)
+    outline_cells(panels[0], held, "forgotten earlier, must stay low", linewidth=1.2, linestyle="--")
     bar = figure.colorbar(image, ax=list(panels), label="accuracy", pad=0.02)
     if chance is not None:
         bar.ax.axhline(chance, color="white", linestyle="--", linewidth=1.5)
@@ -514,7 +516,7 @@ STYLES: tuple[dict[str, Any], ...] = ({"color": "white", "edgecolor": NEUTRAL, "
 """How the bars before the cast, and as stored, are drawn."""
 
 
-@plain_texts
+@escape_texts
 def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
     """Bars of ||V^T W'|| / ||V^T W|| by tensor, before and after the cast to the stored dtype, on a logarithmic axis.
 
@@ -536,14 +538,14 @@ def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
     legend_below(figure, axes, columns=4)
     n, beyond = len(certificate.tensors), sum(_beyond(row) > 1 for row in certificate.tensors.values())
     facts = [f"{certificate.form}, {certificate.exactness}"]
-    facts += [f"{counted(certificate.rank, 'direction')} over {counted(n, 'tensor')}"]
+    facts += [f"{count_text(certificate.rank, 'direction')} over {count_text(n, 'tensor')}"]
     facts += [f"largest leak {_short(certificate.worst_leak)}"]
     facts += [f"{beyond} of {n} beyond the limit"] if beyond else []
     if len(shown) < n:
         all_layers = len(shown) == len({_layer(name) for name in certificate.tensors})
         which = "the worst of each layer" if all_layers else f"the worst of the {len(shown)} worst layers"
         facts.append(f"{which}, {n - len(shown)} tensors not shown")
-    entitle(figure, "What is left of the removed directions in the weights", [*facts, *notes])
+    set_title(figure, "What is left of the removed directions in the weights", [*facts, *notes])
     return figure
 
 
@@ -596,7 +598,8 @@ def _bars(axes: Axes, rows: Mapping[str, TensorCertificate]) -> None:
     )
     # Lines end after a dot.
     names = [
-        wrapped(f"{named(name)}, {row.dtype}".replace(".", ". "), 60).replace(". ", ".") for name, row in rows.items()
+        wrapped(f"{label_text(name)}, {row.dtype}".replace(".", ". "), 60).replace(". ", ".")
+        for name, row in rows.items()
     ]
     axes.set_yticks(at, names, fontsize=8)
     axes.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6))

@@ -19,13 +19,13 @@ from repedit.plot.canvas import (
     SERIES,
     SMALL,
     canvas,
-    entitle,
+    data_facts,
+    escape_texts,
+    label_text,
     legend_below,
-    model,
-    named,
+    model_facts,
     percent,
-    plain_texts,
-    texts,
+    set_title,
 )
 
 Points = Sequence[tuple[float, float]] | NDArray[np.float64]
@@ -38,7 +38,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
 NAMES = {"mlp": "MLP neurons", "attention": "attention neurons", "random": "random control"}
 
 
-@plain_texts
+@escape_texts
 def trajectory(
     *trajectories: Trajectory,
     labels: Sequence[str] | None = None,
@@ -73,11 +73,11 @@ def trajectory(
         _draw(left, right, number, name, found, limit)
     _frame(left, right, limit, control)
     legend_below(figure, left)
-    entitle(figure, "What pruning costs: forget and retain, step by step", _facts(trajectories))
+    set_title(figure, "What pruning costs: forget and retain, step by step", _facts(trajectories))
     return figure
 
 
-@plain_texts
+@escape_texts
 def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
     """Selectivities of several methods on one number line, 0 to 100; the best method has the lowest label.
 
@@ -103,7 +103,7 @@ def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
             axes.plot([], [], **style, markersize=5, label=NAMES[kind])
     for height, (label, (value, kind)) in enumerate(ordered, 1):
         axes.plot([value, value], [0, height], **KINDS[kind], markersize=5, markevery=[1])
-        text = f"{named(label)}, {value:.1f}"
+        text = f"{label_text(label)}, {value:.1f}"
         axes.annotate(text, (value, height), (6, 0), textcoords="offset points", va="center", fontsize=SMALL)
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xlim(min(0.0, ordered[-1][1][0]) - 1.5, max(100.0, ordered[0][1][0]) + 1.5)
@@ -112,7 +112,7 @@ def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.set_xlabel("selectivity: forget drop - retain drop, points")
     legend_below(figure, axes, columns=3)
-    entitle(figure, "Selectivity by method", [f"{len(ordered)} methods", "0 = no selectivity"])
+    set_title(figure, "Selectivity by method", [f"{len(ordered)} methods", "0 = no selectivity"])
     return figure
 
 
@@ -144,7 +144,7 @@ def _draw(left: Axes, right: Axes, number: int, name: str, found: Trajectory, li
             )
     except SelectionError:
         note = "no step within the limit"
-    left.plot(retain, forget, label=f"{named(name)}: {note}", **style)
+    left.plot(retain, forget, label=f"{label_text(name)}: {note}", **style)
     right.plot(retain, forget - retain, **style)
 
 
@@ -178,6 +178,6 @@ def _facts(trajectories: Sequence[Trajectory]) -> list[str]:
     ends = [f"{len(t.steps) - 1} steps to {percent(t.steps[-1].fraction)} pruned" for t in trajectories]
     counts = [[int(p.count.sum()) for p in (t.steps[0].forget, t.steps[0].retain)] for t in trajectories]
     evaluated = [f"evaluated on {f:,} forget and {r:,} retain predictions" for f, r in counts]
-    collected = [f"collected on {text}" for t in trajectories for text in texts(t.steps[-1].edit.provenance)]
-    models = [fact for provenance in known for fact in model(provenance)]
+    collected = [f"collected on {text}" for t in trajectories for text in data_facts(t.steps[-1].edit.provenance)]
+    models = [fact for provenance in known for fact in model_facts(provenance)]
     return [*(f"sites {p['sites']}" for p in known if "sites" in p), *ends, *evaluated, *collected, *models]

@@ -28,10 +28,10 @@ from repedit.plot.canvas import (
     SERIES,
     SMALL,
     canvas,
-    entitle,
+    escape_texts,
+    label_text,
     legend_below,
-    named,
-    plain_texts,
+    set_title,
 )
 from repedit.sites import Site
 
@@ -264,7 +264,7 @@ NO_EVIDENCE: Mapping[str, Any] = {"facecolor": "white", "edgecolor": "#d0d0d0", 
 """Fill of a row that is not evidence."""
 
 
-@plain_texts
+@escape_texts
 def recovery(report: Report) -> Figure:
     """Recovered fractions: one row per attack, the strongest first, beside the accuracies they are computed from.
 
@@ -275,11 +275,11 @@ def recovery(report: Report) -> Figure:
         ArgumentError: if the report holds no attack.
     """
     figure = recovery_forest(report)
-    entitle(figure, f"{report.verdict.word}: what each attack brings back", _facts(report))
+    set_title(figure, f"{report.verdict.word}: what each attack brings back", _facts(report))
     return figure
 
 
-@plain_texts
+@escape_texts
 def audits(reports: Mapping[str, Report]) -> Figure:
     """The recovered fractions of several reports in one figure, attack by attack; the colour is the report.
 
@@ -289,11 +289,11 @@ def audits(reports: Mapping[str, Report]) -> Figure:
     if not reports:
         raise ArgumentError("audits() was given no report to draw; pass {name: report}")
     figure = audits_forest(reports)
-    entitle(figure, f"What each attack brings back from {len(reports)} models", _facts(next(iter(reports.values()))))
+    set_title(figure, f"What each attack brings back from {len(reports)} models", _facts(next(iter(reports.values()))))
     return figure
 
 
-@plain_texts
+@escape_texts
 def relearning(report: Report) -> Figure:
     """Accuracy on held-out facts or images against training steps or epochs, for attacks that fine-tune.
 
@@ -316,7 +316,7 @@ def relearning(report: Report) -> Figure:
     return _panels(charts, 3, "epoch" if report.gaps else "training step", title, _facts(report))
 
 
-@plain_texts
+@escape_texts
 def lenses(report: Report) -> Figure:
     """Accuracy of what is read from each layer, one panel per attack and stream; grey bands are the edited layers.
 
@@ -347,7 +347,7 @@ def audits_forest(reports: Mapping[str, Report], *, width: float = 10.0) -> Figu
     return _forest(grouped_forest_rows(reports), legend, thresholds(next(iter(reports.values()))), width)
 
 
-@plain_texts
+@escape_texts
 def curves(chart: Curves, x: str) -> Figure:
     """One panel of `relearning` or `lenses` without its title, as pages show it."""
     figure = canvas(*CHART_SIZE)
@@ -369,7 +369,7 @@ def _facts(report: Report) -> list[str]:
     return facts + ([f"floor: {', '.join(floors)}"] if floors else [])
 
 
-@plain_texts
+@escape_texts
 def _forest(rows: Sequence[ForestRow], legend: Mapping[int, str], bands: tuple[float, float], width: float) -> Figure:
     """The rows with a legend below, `width` inches wide.
 
@@ -395,7 +395,7 @@ def _forest(rows: Sequence[ForestRow], legend: Mapping[int, str], bands: tuple[f
         left.set(xlabel="recovered fraction R: 0 never knew, 1 the original")
     _draw_bands(left, bands)
     for series, name in legend.items():
-        left.plot([], [], **_marker(series), linestyle="", label=named(name))
+        left.plot([], [], **_marker(series), linestyle="", label=label_text(name))
     left.fill_between([], [], [], **NO_EVIDENCE, label="no evidence")
     if width >= NARROW:
         _explain_accuracies(left)
@@ -433,7 +433,7 @@ def _name_beside(
     """Names of attacks and headings as the labels of the vertical axis."""
     names = {**headings, **{y: row.name for y, row in zip(heights, rows, strict=True)}}
     ticks = sorted(names)
-    axes.set_yticks(ticks, [named(names[y], 40) for y in ticks], fontsize=9)
+    axes.set_yticks(ticks, [label_text(names[y], 40) for y in ticks], fontsize=9)
     for y, label in zip(ticks, axes.get_yticklabels(), strict=True):
         label.set_fontweight("bold" if y in headings else "normal")
 
@@ -444,9 +444,9 @@ def _name_above(axes: Axes, rows: Sequence[ForestRow], heights: Sequence[float],
     style: dict[str, Any] = {"va": "center", "fontsize": 9, "zorder": 5, "bbox": background}
     style["transform"] = axes.get_yaxis_transform()
     for y, name in headings.items():
-        axes.text(0.01, y, named(name, 40), fontweight="bold", **style)
+        axes.text(0.01, y, label_text(name, 40), fontweight="bold", **style)
     for y, row in zip(heights, rows, strict=True):
-        axes.text(0.01, y - 0.25, named(row.name, 28), **style)
+        axes.text(0.01, y - 0.25, label_text(row.name, 28), **style)
         axes.text(0.99, y - 0.25, row.label, ha="right", **style)
         _draw_interval(axes, y + 0.22, row, height=0.4)
     axes.set_yticks([])
@@ -517,13 +517,13 @@ def _panels(charts: Sequence[Curves], columns: int, x: str, title: str, facts: S
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, chart in zip(grid.flat, charts, strict=False):
         _draw_curves(axes, chart, x)
-        axes.set_title(named(chart.name, 40), fontsize=9.5)
+        axes.set_title(label_text(chart.name, 40), fontsize=9.5)
     for axes in grid.flat[len(charts) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy on V")
     _add_role_legend(figure, grid[0, 0], charts, columns=5)
-    entitle(figure, title, facts)
+    set_title(figure, title, facts)
     return figure
 
 
