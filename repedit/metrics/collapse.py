@@ -110,6 +110,7 @@ class Judgement:
 NOTHING = Signs()
 """Nothing was measured."""
 UNKNOWN = Judgement("unknown", ("no original model to compare with",))
+"""The original was not measured."""
 
 
 def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -> Judgement:
