@@ -16,7 +16,6 @@ from repedit.auditing.attacks import finetune, tuning
 from repedit.auditing.attacks.finetune import benign, downstream, layered, lettered, relearn, rtt, upstream
 from repedit.auditing.attacks.tuning import (
     Example,
-    Lion,
     Tuning,
     examples,
     in_turn,
@@ -29,6 +28,7 @@ from repedit.auditing.attacks.tuning import (
 from repedit.data import Row, Splits
 from repedit.errors import ArgumentError, DataError, NotFinite, QuantizedModel, UnknownName
 from repedit.hashing import fingerprint
+from repedit.training.optimizers import Lion
 from tests.teachable_models import blank, facts, guarded, pupil, splits
 from tests.tolerances import close, within
 

@@ -11,7 +11,8 @@ import torch
 import repedit as rp
 from repedit.data import Row
 from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, TrainingError
-from repedit.unlearning import losses, trainer
+from repedit.io import archive
+from repedit.unlearning import losses, schedule, trainer
 from repedit.unlearning.combiners import weighted_sum
 from repedit.unlearning.masks import neuron_mask, saliency
 from repedit.unlearning.parameters import Lora, Mask, Parameters, TrainableCopy
@@ -377,6 +378,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     rest = rp.unlearn(subject(), recipe=recipe, stop=(rule,), **files, **options)
     assert [r["step"] for r in rest.log] == list(range(6))
     assert all(torch.equal(v, rest.tensors[n]) for n, v in whole.tensors.items())
+
+
+def test_a_state_of_an_earlier_version_is_resumed(tmp_path):
+    """Its optimizer state has another spelling, and was a file of any name before it was in a folder."""
+    options = {**sides(), "recipe": replace(flat("blur_npo"), batch_size=2), "lr": 1e-3, "progress": False}
+    whole = rp.unlearn(subject(), steps=6, **options)
+    recipe = replace(options.pop("recipe"), steps=6, stop=(schedule.steps(3),))
+    rp.unlearn(subject(), recipe=recipe, resume=tmp_path, **options)
+    path = tmp_path / "training.safetensors"
+    tensors, header = archive.read(path, "training")
+    old = {name.replace("optimizer/", "optimiser/"): value for name, value in tensors.items()}
+    header["key"]["options"]["stop"] = []
+    rest = {name: value for name, value in header.items() if name not in ("kind", "format")}
+    archive.write(path, "training", old, rest | {"parts": sorted(old)})
+    resumed = rp.unlearn(subject(), recipe=replace(recipe, stop=()), resume=tmp_path, **options)
+    assert len(resumed.log) == 6 and set(old) != set(tensors)
+    assert all(torch.equal(value, resumed.tensors[name]) for name, value in whole.tensors.items())
 
 
 def test_resume_refuses_another_seed(tmp_path):

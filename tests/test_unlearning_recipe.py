@@ -99,6 +99,13 @@ def test_what_is_wrong_is_named(read, text, error, match):
         read(text)
 
 
+def test_both_spellings_of_the_optimizer_are_read(read):
+    for key in ("optimizer", "optimiser"):
+        assert read(f'base = "npo"\n[{key}]\nname = "sgd"').optimizer.name == "sgd"
+    with pytest.raises(ArgumentError, match=r"has both \[optimizer\] and \[optimiser\]; keep the first"):
+        read('base = "npo"\n[optimiser]\nname = "sgd"\n[optimizer]\nname = "sgd"')
+
+
 def test_no_file(tmp_path):
     with pytest.raises(DataError, match=r"absent\.toml"):
         rp.recipes.read(tmp_path / "absent.toml")

@@ -98,7 +98,7 @@ def gates(
     return search.edit({
         "method": "learned gates",
         "options": {
-            # "learning_rate" is the name in every file since version 0.1.0.
+            # "learning_rate" is the name in the files of earlier versions.
             "steps": steps, "batch_size": batch_size, "length": length, "learning_rate": lr, "retain_weight": retain_weight,
             "sites": str(sites), "fill": "zero",
         },

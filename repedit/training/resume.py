@@ -98,7 +98,7 @@ def restore(
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], weights: list[_P]) -> None:
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        # Files of version 0.1.0 may spell it "optimiser".
+        # Files of earlier versions spell it "optimiser".
         if name.startswith(("optimizer/", "optimiser/")):
             _, number, part = name.split("/")
             like = weights[int(number)]

@@ -170,7 +170,7 @@ class UnlearnRecipe:
             "combiner": repr(self.combiner),
             "sampler": repr(self.sampler),
             "parameters": self.parameters.plain(),
-            # The name in every file since version 0.1.0.
+            # The spelling of earlier versions, so that their files are continued and compared.
             "optimiser": vars(self.optimizer),
             "lr": self.lr,
             "schedule": vars(self.schedule),
@@ -295,8 +295,11 @@ def recipe_from_file(path: str | Path, by_name: ByName) -> UnlearnRecipe:
 
 def recipe_from_table(table: Table, by_name: ByName, *, name: str = "written") -> UnlearnRecipe:
     """The recipe of a parsed TOML table; see `recipe_from_file`."""
-    # Version 0.1.0 wrote the British spelling.
-    keys = {"optimizer" if key == "optimiser" else key: value for key, value in table.items()}
+    keys = dict(table)
+    if "optimiser" in keys:  # the spelling of earlier versions
+        if "optimizer" in keys:
+            raise ArgumentError(f"recipe {name!r} has both [optimizer] and [optimiser]; keep the first")
+        keys["optimizer"] = keys.pop("optimiser")
     base, options, title = keys.pop("base", None), keys.pop("options", {}), keys.pop("name", name)
     check_names(f"recipe {title!r}", keys, ["base", "options", *(f.name for f in fields(UnlearnRecipe))], "key")
     values = {key: _BUILDERS.get(key, _plain)(value) for key, value in keys.items()}

@@ -19,6 +19,7 @@ from repedit.data import Batch, as_batches
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
 from repedit.hooks import evaluating
 from repedit.models.subject import Subject
+from repedit.training import optimizers
 
 # --- Texts to learn, batches of them, and the masked loss
 #
@@ -141,26 +142,7 @@ def padding(subject: Subject) -> int:
 LOSSES, HOWS, SCHEDULES = ("answer", "sequence"), ("full", "lora"), ("constant", "cosine")
 
 
-class Lion(torch.optim.Optimizer):
-    """Sign of an interpolated momentum; Chen et al. 2023, arXiv:2302.06675, algorithm 2, betas .9 and .99."""
-
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update from the gradients."""
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(group["lr"] * momentum.lerp(p.grad, 0.1).sign_())
-                momentum.lerp_(p.grad, 0.01)
-
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": partial(torch.optim.AdamW, fused=True), "lion": Lion, "sgd": torch.optim.SGD,
-}  # fmt: skip
+OPTIMIZERS = {name: optimizers.OPTIMIZERS[name] for name in ("adamw", "lion", "sgd")}
 
 
 @dataclass(frozen=True)
@@ -264,8 +246,7 @@ def tune(
                 return TuningLog(tuple(losses), tokens, step)
             if not bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, tuning.clip))):
                 return TuningLog(tuple(losses), tokens, step)
-            for group in optimizer.param_groups:
-                group["lr"] = tuning.rate_at(step)
+            optimizers.set_lr(optimizer, tuning.rate_at(step))
             optimizer.step()
             if step in steps:
                 try:
