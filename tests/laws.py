@@ -5,7 +5,7 @@ test_laws.py runs them over all families; test_sabotage.py gives each a broken t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -132,14 +132,23 @@ def hooks_are_gone(subject: Subject, edit: Edit) -> None:
 
 def seen_at(subject: Subject, site: rp.Site) -> Tensor:
     """The tensor at a site on fixed ids."""
+    return seen(subject, [site])[site]
+
+
+def seen(subject: Subject, sites: Sequence[rp.Site]) -> dict[rp.Site, Tensor]:
+    """The tensors at sites on fixed ids, in one pass."""
     from repedit.arch import hooks_at
     from repedit.hooks import installed
 
-    seen: list[Tensor] = []
-    hooks = hooks_at(subject.model, subject.layout, site, lambda x, at, tokens: seen.append(x.clone()), replaces=False)
+    tensors: dict[rp.Site, Tensor] = {}
+
+    def keep(site: rp.Site) -> Callable[..., None]:
+        return lambda x, at, tokens: tensors.update({site: tensors.get(site, x).clone()})
+
+    hooks = [hook for site in sites for hook in hooks_at(subject.model, subject.layout, site, keep(site), replaces=False)]
     with installed(subject.model, hooks):
         logits(subject)
-    return seen[0]
+    return tensors
 
 
 def leak(x: Tensor, v: Tensor) -> float:
@@ -158,19 +167,19 @@ def stream_is_empty(
     edited = apply(edit, subject)
     u = next(iter(edit.maps.values())).u
     points = subject.select(["*.resid.pre", "*.resid.post"])
+    before, after = (read_by_norms(s, points) for s in (subject, edited))
+    # transformers computes every norm in float32, so a stream that post-norms write to is no better than that.
+    normed = subject.layout.branch(0, rp.Point.MLP_OUT).gain is not None
     for site in points:
-        before, after = (read_by_norms(s, site) for s in (subject, edited))
-        assert leak(before, u) > 1e-2, "the subspace was not there to begin with"
-        # transformers computes every norm in float32, so a stream that post-norms write to is no better than that.
-        normed = subject.layout.branch(0, rp.Point.MLP_OUT).gain is not None
-        narrow = torch.float32 if normed and before.dtype == torch.float64 else before.dtype
-        within(leak(after, u), f"leak, {short(narrow)}")
+        assert leak(before[site], u) > 1e-2, "the subspace was not there to begin with"
+        narrow = torch.float32 if normed and before[site].dtype == torch.float64 else before[site].dtype
+        within(leak(after[site], u), f"leak, {short(narrow)}")
 
 
-def read_by_norms(subject: Subject, site: rp.Site) -> Tensor:
-    """The stream, without its mean where the family's norms take it away."""
-    x = seen_at(subject, site)
-    return x - x.mean(-1, keepdim=True) if subject.architecture.centered else x
+def read_by_norms(subject: Subject, sites: Sequence[rp.Site]) -> dict[rp.Site, Tensor]:
+    """The stream at sites, without its mean where the family's norms take it away."""
+    centered = subject.architecture.centered
+    return {site: x - x.mean(-1, keepdim=True) if centered else x for site, x in seen(subject, sites).items()}
 
 
 def slim_equals_zeroed(subject: Subject, edit: Edit, slim: Callable[..., Subject] = rp.slimmed) -> Subject:

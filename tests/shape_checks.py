@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import jaxtyping
@@ -64,15 +65,36 @@ def _names(annotation: str) -> tuple[str, ...]:
 
 
 def _without_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
-    names = _free_names(function)
-    typed = _typed(function)
-    checkable = functools.cache(lambda: all(_is_defined(function, name) for name in names))
+    typed, checkable = _check_of(function)
+    if typed is function:
+        return function
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (typed if checkable() and not jaxtyping.config.jaxtyping_disable else function)(*args, **kwargs)
+        checked = not jaxtyping.config.jaxtyping_disable and checkable()
+        return (typed if checked else function)(*args, **kwargs)
 
     return call
+
+
+_CHECKS: dict[CodeType, tuple[Any, Callable[[], bool]]] = {}
+
+
+def _check_of(function: Any) -> tuple[Callable[..., Any], Callable[[], bool]]:
+    """The checked function, and whether its annotations can be evaluated.
+
+    beartype writes the check once for a function that is defined anew in every call of another.
+    """
+    if function.__code__ not in _CHECKS:
+        names = _free_names(function)
+        checkable = functools.cache(lambda: all(_is_defined(function, name) for name in names))
+        _CHECKS[function.__code__] = _typed(function), checkable
+    first, checkable = _CHECKS[function.__code__]
+    if first.__code__ is function.__code__:  # there is nothing to check
+        return function, checkable
+    check = FunctionType(first.__code__, first.__globals__, first.__name__, first.__defaults__, first.__closure__)
+    check.__kwdefaults__ = first.__kwdefaults__ | {"__beartype_func": function}
+    return check, checkable
 
 
 def _free_names(function: Any) -> set[str]:

@@ -154,51 +154,79 @@ WRITES = [(shutil, "copyfile"), (os, "link"), (os, "fsync"), (Path, "write_text"
 
 def dies_at(k, run):
     """Run in a forked child that is gone at its k-th write, with no clean-up; whether it got to the end."""
+    return in_child(lambda calls: dying(calls, k), run) == 0
+
+
+def writes_of(run):
+    """How many writes a run makes."""
+    reading, writing_end = os.pipe()
+
+    def counted(calls):
+        return lambda function: lambda *args, **options: next(calls) and function(*args, **options)
+
+    in_child(counted, run, lambda calls: os.write(writing_end, str(next(calls) - 1).encode()))
+    return int(os.read(reading, 20))
+
+
+def in_child(wrapper, run, at_end=lambda calls: None):
+    """Run in a forked child with every function that writes wrapped, and its exit code."""
     child = os.fork()
     if not child:
         calls = itertools.count(1)
         for owner, name in WRITES:
-            setattr(owner, name, dying(getattr(owner, name), calls, k))
+            setattr(owner, name, wrapper(calls)(getattr(owner, name)))
         try:
             run()
+            at_end(calls)
             os._exit(0)
         finally:
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def dying(function, calls, k):
-    return lambda *args, **options: os._exit(9) if next(calls) == k else function(*args, **options)
+def dying(calls, k):
+    return lambda function: lambda *args, **options: os._exit(9) if next(calls) == k else function(*args, **options)
 
 
+EVERY = [pytest.param(9, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+"""Every how many writes there is a kill. The last three, where the old gives way to the new, have one each in any case."""
+
+
+def moments(count, every):
+    """The writes at which there is a kill; at the last of these numbers there is no such write."""
+    return sorted({*range(1, count, every), *range(count - 2, count + 2)})
+
+
+@pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_kill_at_any_write_leaves_the_target_absent_or_whole(resumed, source, edit, tmp_path):
+def test_a_kill_at_any_write_leaves_the_target_absent_or_whole(resumed, every, source, edit, tmp_path):
     edit, seen = edit | fill(tiny("llama"), "0.mlp.neurons"), []
-    rp.export(edit, source, tmp_path / "whole")
-    for k in itertools.count(1):
+    count = writes_of(lambda: rp.export(edit, source, tmp_path / "whole"))
+    for k in moments(count, every):
         done = dies_at(k, lambda: rp.export(edit, source, tmp_path / "out"))
         seen.append((tmp_path / "out").exists())
         assert not seen[-1] or content(tmp_path / "out") == content(tmp_path / "whole")
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         for place in () if resumed else tmp_path.glob(".out.partial-*"):
             shutil.rmtree(place)
-        if done:
-            break
-    assert len(seen) > 15 and seen[-1] and (resumed or seen == sorted(seen))
+        assert done == (k > count) or resumed  # a run that goes on has fewer writes left
+    assert count > 15 and done and seen[-1] and (resumed or seen == sorted(seen))
 
 
-def test_a_kill_while_overwriting_leaves_the_old_or_the_new_or_neither(source, edit, tmp_path):
+@pytest.mark.parametrize("every", EVERY)
+def test_a_kill_while_overwriting_leaves_the_old_or_the_new_or_neither(every, source, edit, tmp_path):
     new, states = projection(tiny("llama"), "1.mlp.out"), []
     for name, change in (("old", edit), ("new", new)):
         rp.export(change, source, tmp_path / name)
         states.append(content(tmp_path / name))
-    for k in itertools.count(1):
+    shutil.copytree(tmp_path / "old", tmp_path / "out")
+    count = writes_of(lambda: rp.export(new, source, tmp_path / "out", overwrite=True))
+    for k in moments(count, every):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.copytree(tmp_path / "old", tmp_path / "out")
         done = dies_at(k, lambda: rp.export(new, source, tmp_path / "out", overwrite=True))
         assert not (tmp_path / "out").exists() or content(tmp_path / "out") in states
-        if done:
-            break
+        assert done == (k > count)
 
 
 def test_a_plan_for_another_store_is_refused(source, edit, tmp_path):

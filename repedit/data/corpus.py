@@ -8,7 +8,7 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -244,6 +244,11 @@ def code(*, characters: int | None = 64_000, seed: int = 0) -> Corpus:
     Args:
         characters: approximate amount of text, in excerpts of 1,600 characters; None for all files in full.
     """
+    return _code(characters, seed)
+
+
+@cache  # reading the standard library takes a second
+def _code(characters: int | None, seed: int) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         p
