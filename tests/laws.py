@@ -145,7 +145,9 @@ def seen(subject: Subject, sites: Sequence[rp.Site]) -> dict[rp.Site, Tensor]:
     def keep(site: rp.Site) -> Callable[..., None]:
         return lambda x, at, tokens: tensors.update({site: tensors.get(site, x).clone()})
 
-    hooks = [hook for site in sites for hook in hooks_at(subject.model, subject.layout, site, keep(site), replaces=False)]
+    hooks = [
+        hook for site in sites for hook in hooks_at(subject.model, subject.layout, site, keep(site), replaces=False)
+    ]
     with installed(subject.model, hooks):
         logits(subject)
     return tensors

@@ -62,10 +62,21 @@ def few(count=20):
     return replace(facts(), forget=facts().forget[:count])
 
 
+def small(count=32):
+    """The options of an audit of few facts."""
+    return {"facts": few(count), "retain": facts().retain[:count], "allow_small": True}
+
+
+@pytest.fixture(scope="module")
+def nudged():
+    """An edited model that still knows everything."""
+    return writing.nudged(original())
+
+
 def test_the_same_seed_gives_the_same_report_and_no_model_changes():
     edited = writing.nudged(original())
     before = [m.fingerprint() for m in (edited, original(), reference())]
-    first, second = (audited(edited).to_json() for _ in range(2))
+    first, second = (audited(edited, **small()).to_json() for _ in range(2))
     assert [m.fingerprint() for m in (edited, original(), reference())] == before
     times = ('"seconds"',)
     plain = [[line for line in text.splitlines() if not any(t in line for t in times)] for text in (first, second)]
@@ -73,8 +84,8 @@ def test_the_same_seed_gives_the_same_report_and_no_model_changes():
     assert rp.Report.from_json(first).to_json() == first
 
 
-def test_a_model_that_knows_is_not_forgotten_and_one_that_never_knew_is_not_seen_to_know():
-    known = audited(writing.nudged(original()), attacks=("direct",))
+def test_a_model_that_knows_is_not_forgotten_and_one_that_never_knew_is_not_seen_to_know(nudged):
+    known = audited(nudged, attacks=("direct",))
     assert known.verdict.word == "NOT FORGOTTEN" and known.direct.value >= 0.95
     assert len(known.diagnostics["update"]) <= 1 and known.context["command"] == ""
     never = audited(world().other, attacks=CHEAP)
@@ -85,7 +96,7 @@ def test_a_model_that_knows_is_not_forgotten_and_one_that_never_knew_is_not_seen
 
 def test_a_hook_is_stripped_and_what_it_hid_is_found():
     case = CONTROLS["PC1"].build(world())
-    found = audited(case.edited)
+    found = audited(case.edited, **small())
     (strip,) = (r for r in found.recoveries if r.attack == "strip")
     assert found.verdict.word == "HIDDEN" and "strip" in found.verdict.sentence and strip.value >= 0.99
     assert case.edited.model.training is False and any(
@@ -99,7 +110,7 @@ def test_a_hook_is_stripped_and_what_it_hid_is_found():
 
 
 def test_without_a_reference_the_floor_is_the_larger_of_fresh_facts_and_guesses():
-    found = audited(world().other, reference=None, attacks=("direct",))
+    found = audited(world().other, reference=None, attacks=("direct",), **small())
     assert set(found.findings) == {"edited", "original", "fresh facts"}
     fresh, guess = found.finding("fresh facts", "direct").correct.mean(), max(found.heuristics.values())
     assert found.direct.floor == pytest.approx(max(fresh, guess))
@@ -138,6 +149,7 @@ def test_facts_are_taken_out_of_a_finding_by_name():
 
 def test_a_broken_audit_goes_on_with_the_findings_it_has(tmp_path, monkeypatch):
     edited, asked = writing.nudged(original()), []
+    options = small() | {"out": tmp_path / "out"}
     from repedit.auditing import runner
 
     whole = runner._attacked
@@ -150,12 +162,12 @@ def test_a_broken_audit_goes_on_with_the_findings_it_has(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "_attacked", breaking)
     with pytest.raises(KeyboardInterrupt):
-        audited(edited, out=tmp_path / "out")
+        audited(edited, **options)
     assert len(list((tmp_path / "out/findings").glob("*.json"))) == 2 and not (tmp_path / "out/audit.json").exists()
-    report = audited(edited, out=tmp_path / "out")
+    report = audited(edited, **options)
     total = len(asked)
     assert rp.Report.load(tmp_path / "out").to_json() == report.to_json()
-    assert audited(edited, out=tmp_path / "out").verdict == report.verdict and len(asked) == total
+    assert audited(edited, **options).verdict == report.verdict and len(asked) == total
 
 
 def test_another_model_or_other_facts_never_get_a_kept_finding(tmp_path):
@@ -188,7 +200,7 @@ def test_an_original_is_attacked_once_for_many_audits(monkeypatch):
     asked, whole = [], runner._attacked
     monkeypatch.setattr(runner, "_attacked", lambda a, s, p: asked.append((s.fingerprint(), a.name)) or whole(a, s, p))
     for edited in (writing.nudged(original()), world().other):
-        audited(edited, attacks=("direct",))
+        audited(edited, attacks=("direct",), **small())
     mine = [name for model, name in asked if model == original().fingerprint()]
     assert sorted(mine) == ["choices only", "direct", "retain"]
 
@@ -218,14 +230,14 @@ def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
     (attack,) = plain[1](budgets.Setup())
     monkeypatch.setitem(budgets._BUILDERS, "strip", (plain[0], lambda _: [replace(attack, run=failing)]))
     with pytest.raises(DataError, match=r"attacking the edited model: attack 'strip': nonsense"):
-        audited(world().other)
+        audited(world().other, **small())
 
 
-def test_an_audit_whose_self_test_failed_here_is_unsound(monkeypatch):
+def test_an_audit_whose_self_test_failed_here_is_unsound(nudged, monkeypatch):
     from repedit.auditing import conclusion
 
     monkeypatch.setattr(conclusion, "selftest_failures", lambda: "PC1 was not caught")
-    found = audited(writing.nudged(original()), attacks=("direct",))
+    found = audited(nudged, attacks=("direct",), **small())
     assert found.verdict.word == "UNSOUND" and "PC1 was not caught" in found.verdict.rule
 
 
@@ -277,7 +289,7 @@ def test_a_reference_that_knows_is_refused():
     with pytest.raises(BadReference, match="the reference is the edited model itself"):
         audited(world().other, reference=world().other)
     with pytest.raises(BadReference, match=r"the reference knows the facts: 1\.000 of them"):
-        audited(world().other, reference=writing.nudged(original()), attacks=("direct",))
+        audited(world().other, reference=writing.nudged(original()), attacks=("direct",), **small())
 
 
 @pytest.mark.parametrize(
@@ -295,9 +307,9 @@ def test_a_reference_that_knows_is_refused():
     ],
     ids=str,
 )
-def test_arguments_out_of_range_are_refused(options, error, message):
+def test_arguments_out_of_range_are_refused(options, error, message, nudged):
     with pytest.raises(error, match=message):
-        audited(writing.nudged(original()), **({"attacks": ("direct",)} | options))
+        audited(nudged, **({"attacks": ("direct",)} | options))
 
 
 def fact(number, entity=None, **changes):
@@ -347,14 +359,15 @@ def test_free_text_stays_without_choices_and_short_answers_get_some():
     assert all(not f.choices for f in asked.forget[:30]) and all(len(f.choices) == 8 for f in asked.forget[30:])
 
 
-def test_what_was_kept_is_measured_on_facts_and_text():
-    found = audited(writing.nudged(original()), attacks=("direct",))
+def test_what_was_kept_is_measured_on_facts_and_text(nudged):
+    options = small() | {"attacks": ("direct",)}
+    found = audited(nudged, **options)
     assert found.retain.accuracy == (1.0, 1.0) and found.retain.perplexity is None
-    read = audited(writing.nudged(original()), attacks=("direct",), retain=[f.text for f in facts().retain])
+    read = audited(nudged, **(options | {"retain": [f.text for f in options["retain"]]}))
     assert read.retain.accuracy is None and read.retain.perplexity[0] == pytest.approx(
         read.retain.perplexity[1], rel=0.01
     )
-    rolled = audited(CONTROLS["NC4b"].build(world()).edited, attacks=("direct",))
+    rolled = audited(CONTROLS["NC4b"].build(world()).edited, **options)
     assert rolled.verdict.word == "DESTROYED" and np.isfinite(rolled.direct.value)
 
 

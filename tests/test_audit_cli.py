@@ -18,6 +18,9 @@ from repedit.cli import app
 from repedit.errors import RepeditError, UnknownName
 from tests.taught_models import facts, original, reference, world
 
+FEW = 40
+"""Facts of each role, and so few that they count by --allow-small alone."""
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
@@ -31,7 +34,7 @@ def files(tmp_path_factory):
     for name, subject in (("original", original()), ("edited", edited.nudged(original())), ("reference", reference())):
         subject.model.save_pretrained(root / name)
         subject.tokenizer.save_pretrained(root / name)
-    rows = [(fact, role) for role in ("forget", "retain") for fact in getattr(facts(), role)]
+    rows = [(fact, role) for role in ("forget", "retain") for fact in getattr(facts(), role)[:FEW]]
     keep = ("id", "prompt", "answer", "entity", "domain", "choices")
     lines = [json.dumps({k: v for k, v in asdict(f).items() if k in keep} | {"role": role}) for f, role in rows]
     (root / "facts.jsonl").write_text("\n".join(lines))
@@ -47,7 +50,7 @@ def run(*words, code):
 def asked(files):
     return (
         "audit", files / "edited", "--original", files / "original", "--facts", files / "facts.jsonl",
-        "--reference", files / "reference", "--attacks", "direct,strip",
+        "--reference", files / "reference", "--allow-small", "--attacks", "direct,strip",
     )  # fmt: skip
 
 
@@ -58,7 +61,7 @@ def test_an_audit_prints_its_verdict_writes_its_pages_and_exits_with_its_code(fi
     hidden = json.loads(run(*asked(files), "--out", tmp_path / "hidden", "--hide-items", "--json", code=3))
     assert hidden["verdict"]["word"] == "NOT FORGOTTEN" and hidden["verdict"]["exit_code"] == 3
     assert "command" not in json.loads((tmp_path / "hidden/audit.json").read_text())["context"]
-    texts = {text for fact in facts().forget for text in (fact.id, fact.prompt)}
+    texts = {text for fact in facts().forget[:FEW] for text in (fact.id, fact.prompt)}
     pages = list((tmp_path / "hidden").rglob("*.*"))
     assert {path.name for path in pages} >= {"audit.json", "audit.md", "audit.html"}
     for path in pages:
@@ -68,7 +71,7 @@ def test_an_audit_prints_its_verdict_writes_its_pages_and_exits_with_its_code(fi
 def test_a_report_names_the_command_that_repeats_it(files, tmp_path, monkeypatch):
     options = (
         "--attacks", "direct", "--unrelated", "prose", "--holdout", "prose", "--folds", "1",
-        "--seeds", "0,1", "--sites", "1.mlp.out", "--allow-small", "--out", tmp_path / "a folder",
+        "--seeds", "0,1", "--sites", "1.mlp.out", "--out", tmp_path / "a folder",
     )  # fmt: skip
     words = [str(word) for word in (*asked(files)[:-2], *options)]
     for start, command in (("/usr/bin/repedit", ["repedit", *words]), ("/usr/bin/python", [])):

@@ -20,7 +20,8 @@ def accuracies(seed: int, method: str) -> tuple[float, float]:
         text=None, config={"steps": 200, "shown": 0, "seed": seed}, progress=False,
     )  # fmt: skip
     edited = rp.apply(edit, made.original)
-    return ask(edited, made.facts.forget).accuracy, ask(edited, made.facts.retain).accuracy
+    forget, retain = (ask(edited, part[:60]).accuracy for part in (made.facts.forget, made.facts.retain))
+    return forget, retain
 
 
 def forgets(found: list[tuple[float, float]]) -> None:
@@ -29,15 +30,17 @@ def forgets(found: list[tuple[float, float]]) -> None:
     assert forget <= 0.60 and retain >= 0.95
 
 
-def test_taught_facts_are_forgotten_and_the_others_kept():
-    forgets([accuracies(0, "mrp")])
+def gap(found: list[tuple[float, float]]) -> float:
+    """How many more of the facts to retain than of those to forget are right."""
+    return sum(retain - forget for forget, retain in found) / len(found)
 
 
-def test_a_random_projection_of_the_same_rank_breaks_the_law():
-    found = [accuracies(0, "random")]
-    assert found[0][0] >= 0.95
+def test_what_is_trained_forgets_and_a_random_projection_of_the_same_rank_does_not():
+    """The bars over seeds are those of the slow test."""
+    trained, blind = accuracies(0, "mrp"), accuracies(0, "random")
+    assert gap([blind]) < gap([trained]) / 3 and trained[1] > trained[0] + 0.2
     with pytest.raises(AssertionError):
-        forgets(found)
+        forgets([blind])
 
 
 @pytest.mark.slow
@@ -45,5 +48,4 @@ def test_taught_facts_are_forgotten_over_seeds():
     trained = [accuracies(seed, "mrp") for seed in range(3)]
     blind = [accuracies(seed, "random") for seed in range(3)]
     forgets(trained)
-    gaps = [sum(retain - forget for forget, retain in found) / len(found) for found in (trained, blind)]
-    assert gaps[1] < gaps[0] / 3
+    assert gap(blind) < gap(trained) / 3

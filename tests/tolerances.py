@@ -47,6 +47,9 @@ TABLE = {
     "leak, float64": Tolerance(1e-12, 5.1e-16, "||V^T out|| / ||out|| after a projection"),
     "leak, float32": Tolerance(1e-5, 8.7e-8, "the same in float32"),
     "leak, bfloat16": Tolerance(4e-2, 1.7e-3, "the same in bfloat16"),
+    "residue, float64": Tolerance(1e-14, 6.1e-16, "share of the removed rows that a folded weight still holds"),
+    "residue, float32": Tolerance(2e-6, 1.7e-7, "the same in float32"),
+    "residue, bfloat16": Tolerance(3e-2, 2.8e-3, "the same in bfloat16"),
     "slimmed, float32": Tolerance(1e-4, 3e-6, "logits over their spread: neurons and heads cut out against zeroed"),
     "sliced, float64": Tolerance(
         1e-11, 7.5e-14, "logits of a narrower stream against those of the erased one, norms in float64"

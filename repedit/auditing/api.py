@@ -20,6 +20,7 @@ from repedit.auditing.floors import choices_only_baseline, fresh_facts
 from repedit.auditing.report import Report
 from repedit.auditing.retain_check import retain_check
 from repedit.auditing.runner import Audited, Role, check_pair, run
+from repedit.auditing.statistics import check_draws
 from repedit.auditing.store import FindingStore
 from repedit.auditing.verdict import check_thresholds
 from repedit.data import Fact, Facts, prose
@@ -100,6 +101,7 @@ def audit(
     names = planned(budget, attacks)
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
     _check_numbers(steps, draws, scale_lrs, chosen)
+    check_draws(draws, alpha)
     given: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
     models = {role: Audited(role, source, device) for role, source in given.items() if source is not None}
     _check_models(models)

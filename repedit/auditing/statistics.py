@@ -261,17 +261,31 @@ class _Fraction(NamedTuple):
         return self.original.value - self.floor.value
 
 
+def check_draws(draws: int, alpha: float) -> None:
+    """Refuse a number of bootstrap draws that gives no interval at level alpha.
+
+    Raises:
+        ArgumentError: if there are fewer than 200 draws, or too few for alpha.
+        FractionError: if alpha is not strictly between 0 and 1.
+    """
+    if not 0 < alpha < 1:
+        raise FractionError(f"alpha={alpha}; give a fraction strictly between 0 and 1, such as 0.05")
+    if draws < LEAST_DRAWS or _tail(draws, alpha) < 0:
+        least = max(LEAST_DRAWS, ceil(2 / alpha))
+        raise ArgumentError(f"draws={draws}; the ends of an interval at alpha={alpha} need at least {least}")
+
+
+def _tail(draws: int, alpha: float) -> int:
+    return int(alpha / 2 * (draws + 1)) - 1
+
+
 class _Sampler:
     """The draws that all series share; facts that only a floor was measured on have draws of their own."""
 
     def __init__(self, ran: Sequence[Series], entities: Mapping[str, str], draws: int, alpha: float, seed: int) -> None:
-        if not 0 < alpha < 1:
-            raise FractionError(f"alpha={alpha}; give a fraction strictly between 0 and 1, such as 0.05")
-        self.tail = int(alpha / 2 * (draws + 1)) - 1
+        check_draws(draws, alpha)
+        self.tail = _tail(draws, alpha)
         """How many draws lie beyond either end of an interval."""
-        if draws < LEAST_DRAWS or self.tail < 0:
-            least = max(LEAST_DRAWS, ceil(2 / alpha))
-            raise ArgumentError(f"draws={draws}; the ends of an interval at alpha={alpha} need at least {least}")
         self._asked = {item for one in ran for found in (*one.edited, *one.original) for item in found.items}
         floors = {item for one in ran if isinstance(one.floor, tuple) for found in one.floor for item in found.items}
         missing = sorted(item for item in self._asked | floors if item not in entities)
