@@ -77,7 +77,8 @@ def _without_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_CHECKS: dict[CodeType, tuple[Any, Callable[[], bool]]] = {}
+_CHECKS: dict[int, tuple[CodeType, Any, Callable[[], bool]]] = {}
+"""By the identity of the code: that of two dataclasses with other types can be equal."""
 
 
 def _check_of(function: Any) -> tuple[Callable[..., Any], Callable[[], bool]]:
@@ -85,12 +86,13 @@ def _check_of(function: Any) -> tuple[Callable[..., Any], Callable[[], bool]]:
 
     beartype writes the check once for a function that is defined anew in every call of another.
     """
-    if function.__code__ not in _CHECKS:
+    code = function.__code__
+    if id(code) not in _CHECKS:
         names = _free_names(function)
         checkable = functools.cache(lambda: all(_is_defined(function, name) for name in names))
-        _CHECKS[function.__code__] = _typed(function), checkable
-    first, checkable = _CHECKS[function.__code__]
-    if first.__code__ is function.__code__:  # there is nothing to check
+        _CHECKS[id(code)] = code, _typed(function), checkable
+    _, first, checkable = _CHECKS[id(code)]
+    if first.__code__ is code:  # there is nothing to check
         return function, checkable
     check = FunctionType(first.__code__, first.__globals__, first.__name__, first.__defaults__, first.__closure__)
     check.__kwdefaults__ = first.__kwdefaults__ | {"__beartype_func": function}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from typer.testing import CliRunner
 
 from repedit.auditing import selftest as testing
+from repedit.auditing.api import audit
 from repedit.auditing.controls import CONTROLS, edited
 from repedit.auditing.estimate import estimate
 from repedit.auditing.selftest import Checked, SelfTest, selftest
@@ -107,23 +108,28 @@ def test_a_self_test_is_remembered_and_a_failed_one_exits_with_6(monkeypatch):
     assert selftest_failures() == "NC1 failed"
 
 
+def brief(edited, *, facts, **options):
+    """An audit of a few facts."""
+    some = replace(facts, forget=facts.forget[:FEW], retain=facts.retain[:FEW])
+    rest = {"retain": some.retain, "unrelated": some.retain, "draws": 400, "allow_small": True}
+    return audit(edited, facts=some, **(options | rest))
+
+
 def test_a_self_test_of_some_controls_runs_them_and_is_not_recorded(monkeypatch):
     monkeypatch.setattr(testing, "world", world)
-    found = selftest(controls=("PC0", "PC1"), progress=False)
+    found = selftest(controls=("PC0", "PC1"), progress=False, auditing=brief)
     assert [c.control for c in found.checks] == ["PC0", "PC1"] and found.passed and selftest_failures() is None
     with pytest.raises(UnknownName, match="no control is called 'PC99'"):
         selftest(controls=("PC99",))
 
 
 def test_a_self_test_catches_an_audit_that_strips_nothing(monkeypatch):
-    from dataclasses import replace
-
     from repedit.auditing import budgets
     from repedit.auditing.attacks.prompts import direct
 
     monkeypatch.setitem(budgets._BUILDERS, "strip", ("fast", lambda _: [replace(direct(), name="strip")]))
     monkeypatch.setattr(testing, "world", world)
-    found = selftest(controls=("PC1",), progress=False)
+    found = selftest(controls=("PC1",), progress=False, auditing=brief)
     assert not found.passed and "PC1" in found.failures
 
 
