@@ -1,20 +1,20 @@
 """Every error repedit raises, in one hierarchy.
 
-Each message says what was asked, what was found and what to do. A second parent lets `except ValueError`
-and the like keep working.
+Each message states what was asked, what is there and what to do. A second base class lets `except ValueError` and the like
+work.
 
     RepeditError
     |- ArgumentError (ValueError)              a value out of range, or a missing partner argument
     |  |- FractionError, RankError
-    |  |- UnknownName                          an option, method or corpus name; says the nearest valid ones
+    |  |- UnknownName                          an option, method or corpus name; names the nearest valid ones
     |  |  `- UnknownSite
     |  |- SelectionError                       nothing selected, or constraints that cannot be met together
-    |  `- UnsuitableImportance                 a score known to mislead here; says the measured number
+    |  `- UnsuitableImportance                 a score known to mislead here; states the measured number
     |- ShapeError, DeviceError (ValueError), DtypeError (TypeError)
     |- DataError (ValueError)                  a bad row, field or empty set
     |  |- OverlapError, NotEnoughRows, NotFinite
-    |  |- NothingLeft, NoSignal                a fit that finds nothing to remove
-    |- MetricError (ValueError)                values that make no metric: NaN, out of range, of different questions
+    |  |- NothingLeft, NoSignal                a fit that has nothing to remove
+    |- MetricError (ValueError)                values that give no metric: NaN, out of range, of different questions
     |- NotConverged, TrainingError (RuntimeError), TooLarge (MemoryError)
     |- HookError (RuntimeError)                a hook that a forward pass did not run, or could not
     |  `- ModelBusy                            another thread uses the model
@@ -24,14 +24,15 @@ and the like keep working.
     |- CheckpointError (OSError), TargetExists (FileExistsError)
     |- NotFoldable (ValueError)
     |  |- NoBiasSlot
-    |  `- NotSlimmable, NotSliceable           what an edit removes cannot be cut out of the tensors exactly
+    |  `- NotSlimmable, NotSliceable           the removed neurons or directions cannot be cut out exactly
     |- PlanMismatch (RuntimeError), NoOpEdit, BadReference (ValueError)
-    |- ReportError (RuntimeError)              a page or figure of a report could not be made; the other files are there
+    |- ReportError (RuntimeError)              a page or figure of a report could not be written; the other files exist
     |- HubError (OSError)                      the hub refuses an upload, or cannot be reached
     |- KernelUnavailable (RuntimeError)        a kernel was asked for by name and cannot run here
     `- MissingDependency (ImportError)
 """
 
+import difflib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -107,18 +108,18 @@ class NoSignal(DataError):
 
 
 class MetricError(RepeditError, ValueError):
-    """Values from which a metric cannot be computed, or not one that means anything."""
+    """Values from which no meaningful metric can be computed."""
 
 
 class TrainingError(RepeditError, RuntimeError):
-    """Training cannot go on: the loss is not finite, or a batch has nothing to learn from."""
+    """Training cannot continue: the loss is not finite, or a batch has nothing to learn from."""
 
     delta: object | None = None
     """What gradient unlearning had changed up to the last good step, a Delta; None elsewhere."""
 
 
 class HookError(RepeditError, RuntimeError):
-    """A hook did not run in the forward pass it was installed for, or found nothing to act on."""
+    """A hook did not run in the forward pass it was installed for, or had nothing to act on."""
 
 
 class ModelBusy(HookError):
@@ -138,7 +139,7 @@ class MissingStatistic(RepeditError, ValueError):
 
 
 class NoGradient(RepeditError, RuntimeError):
-    """Gradients were asked for where none can be had."""
+    """Gradients were asked for where none can be computed."""
 
 
 class NotFound(RepeditError, FileNotFoundError):
@@ -146,7 +147,7 @@ class NotFound(RepeditError, FileNotFoundError):
 
 
 class NotAModel(RepeditError, TypeError):
-    """The object given is not a model repedit can wrap."""
+    """The object is not a model that repedit can wrap."""
 
 
 class UnknownArchitecture(RepeditError, ValueError):
@@ -177,7 +178,7 @@ class TargetExists(RepeditError, FileExistsError):
 
 
 class ReportError(RepeditError, RuntimeError):
-    """A page or a figure of a report could not be made or written; its other files are there."""
+    """A page or a figure of a report could not be written; its other files exist."""
 
 
 class NotFoldable(RepeditError, ValueError):
@@ -185,7 +186,7 @@ class NotFoldable(RepeditError, ValueError):
 
 
 class NoBiasSlot(NotFoldable):
-    """The edit needs a bias that this family cannot hold."""
+    """The edit needs a bias that this family does not have."""
 
 
 class NotSlimmable(NotFoldable):
@@ -226,7 +227,7 @@ class MissingDependency(RepeditError, ImportError):
 
 @contextmanager
 def during(place: str, note: str) -> Iterator[None]:
-    """Put the place of work before the message of an error of repedit, and add a note to any other; nothing is caught.
+    """Prefix the message of an error of repedit with a place, and add a note to any other error; every error is raised.
 
     Raises:
         RepeditError: of the same type, "place: message".
@@ -246,19 +247,19 @@ def check_names(what: str, given: Iterable[str], valid: Iterable[str], kind: str
     Raises:
         UnknownName: with the nearest names.
     """
-    known = list(valid)
-    for key in given:
-        if key not in known:
-            raise UnknownName(f"{what} has no {kind} {key!r}; {nearest(key, known)}")
+    names = list(valid)
+    for name in given:
+        if name not in names:
+            raise UnknownName(f"{what} has no {kind} {name!r}; {nearest(name, names)}")
 
 
 def is_whole(value: object, least: int = 1) -> bool:
-    """Whether a value is a whole number of at least `least` and below 2^63; True and False are no numbers."""
+    """Whether a value is a whole number of at least `least` and below 2^63; True and False are not numbers."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 2**63
 
 
 def is_finite(value: object) -> bool:
-    """Whether a value is a finite real number; True and False are no numbers."""
+    """Whether a value is a finite real number; True and False are not numbers."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -296,21 +297,19 @@ def check_finite_numbers(**values: object) -> None:
 
 
 def check_seed(**values: object) -> None:
-    """Refuse seeds that not every generator takes, or that two numbers would share, as -1 and 1 do in `random`.
+    """Refuse seeds that some generators do not accept, or that are equivalent to others, as -1 and 1 are in `random`.
 
     Raises:
         ArgumentError: with the name and the value.
     """
     for name, value in values.items():
-        if not is_whole(value, 0) or int(value) >= 2**63:  # type: ignore[call-overload]
+        if not is_whole(value, 0):
             raise ArgumentError(f"{name}={value!r}; give a whole number from 0 to 2^63 - 1")
 
 
-def nearest(name: str, valid: object, count: int = 3) -> str:
-    """The names of `valid` closest to `name`, for an error message: "did you mean 'a', 'b'?" or the list."""
-    import difflib
-
-    names = [str(item) for item in valid]  # type: ignore[attr-defined]
+def nearest(name: str, valid: Iterable[object], count: int = 3) -> str:
+    """The names of `valid` closest to `name`, for an error message: "did you mean 'a' or 'b'?", or else the list."""
+    names = [str(item) for item in valid]
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(item) for item in close) + "?"

@@ -1,4 +1,4 @@
-"""Which weights a model holds: a hash that names them, and a cheap key that tells when they change in memory."""
+"""Hashes that identify the weights of a model, and a cheap key that detects changes in memory."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from repedit.arch.offload import offloaded_file, offloaded_tensor, parameters_with_values
 
 _VOLATILE = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
 def fingerprint(model: Any) -> str:
     """sha256 over the name, dtype, shape and bytes of every parameter, and the config without volatile keys."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
     text = json.dumps(config, sort_keys=True, default=str)
-    key, known = (text, state(model)), _known.get(model)
-    if known is None or known[0] != key:
-        known = (key, _digest(model, text))
-        _known[model] = known
-    return known[1]
+    key, cached = (text, state(model)), _fingerprints.get(model)
+    if cached is None or cached[0] != key:
+        cached = (key, _digest(model, text))
+        _fingerprints[model] = cached
+    return cached[1]
 
 
 def module_fingerprint(model: nn.Module) -> str:
@@ -37,9 +37,9 @@ def module_fingerprint(model: nn.Module) -> str:
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
-    """A key that differs once a weight was replaced or changed in place; ten times cheaper than the fingerprint.
+    """A key that differs after a weight is replaced or changed in place; ten times cheaper than the fingerprint.
 
-    Of a weight that accelerate offloads, the key holds the state of its values in memory or of the file they are read from.
+    For a weight that Accelerate offloads, the key holds the state of its values in memory or of the file that holds them.
     """
     return tuple(
         (name, p.data_ptr(), p._version, _checksum(p))
@@ -50,7 +50,7 @@ def state(model: nn.Module) -> tuple[Any, ...]:
 
 
 def value_hash(tensor: Tensor) -> str:
-    """The first 16 digits of sha256 over a tensor's values: the same for bfloat16 values held in float32."""
+    """The first 16 digits of sha256 over the values of a tensor; the same for bfloat16 values stored in float32."""
     wide = tensor.detach().to("cpu", torch.float32)
     if tensor.dtype == torch.float64 and not torch.equal(wide.double(), tensor.detach().cpu()):
         wide = tensor.detach().cpu()
@@ -58,7 +58,7 @@ def value_hash(tensor: Tensor) -> str:
 
 
 def _offloaded_state(model: nn.Module, name: str) -> tuple[Any, ...]:
-    """Every pass puts another meta tensor in the place of an offloaded weight: its own identity says nothing."""
+    """The state of an offloaded weight; every pass replaces its meta tensor, whose identity therefore means nothing."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     tensor = offloaded_tensor(module, leaf)
@@ -72,7 +72,7 @@ def _offloaded_state(model: nn.Module, name: str) -> tuple[Any, ...]:
 
 
 def _checksum(p: Tensor) -> bytes:
-    """Sums over 4 KB at a time: a tensor's version alone misses `weight.data[:, 5] = 0`."""
+    """Sums over 4 KB at a time, because the version of a tensor does not count `weight.data[:, 5] = 0`."""
     if p.device.type == "meta":
         return b""
     data = p.detach().contiguous().reshape(-1).view(torch.uint8)

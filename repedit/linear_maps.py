@@ -1,4 +1,4 @@
-"""Affine maps x -> Mx + c on the last axis: the value every edit is made of."""
+"""Affine maps x -> Mx + c on the last axis: the values that edits consist of."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class AffineMap(ABC):
     @property
     @abstractmethod
     def rank_removed(self) -> int:
-        """d - rank(M): the number of directions no input can reach afterwards."""
+        """d - rank(M): the number of directions that no output has."""
 
     @abstractmethod
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Mx + c, in the dtype of x; half types are computed in float32 and rounded once.
 
-        Where a GPU kernel runs, its products take half operands and are summed in float32 (repedit.kernels).
+        A GPU kernel multiplies half operands and sums in float32 (repedit.kernels).
         """
 
     @abstractmethod
@@ -48,7 +48,7 @@ class AffineMap(ABC):
     @property
     @abstractmethod
     def offset(self) -> Float[Tensor, " d"] | None:
-        """The vector c, or None where it is zero; in float64 where it has to be computed."""
+        """The vector c, or None if it is zero; in float64 if it has to be computed."""
 
     def __matmul__(self, first: AffineMap) -> AffineMap:
         """The map that applies `first`, then this one; stays factored."""
@@ -56,25 +56,24 @@ class AffineMap(ABC):
             raise ShapeError(
                 f"cannot compose maps of widths {self.width} and {first.width}; are they for the same site?"
             )
-
         return composed(self, first)
 
     @property
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that the map is made of, by name."""
+        """The tensors of the map by name."""
 
     def check_finite(self) -> None:
         """Refuse a map with a number that is not finite.
 
         Raises:
-            NotFinite: naming the tensor and the place.
+            NotFinite: naming the tensor and the index.
         """
         for name, value in self.tensors.items():
-            place = not_finite_at(value)
-            if place is not None:
+            index = not_finite_at(value)
+            if index is not None:
                 raise NotFinite(
-                    f"{name} of the {type(self).__name__} is not finite at {place}; was the statistic or the fit behind it finite?"
+                    f"{name} of the {type(self).__name__} is not finite at {index}; was the statistic or the fit behind it finite?"
                 )
 
     def as_matrix(self) -> Float[Tensor, "d d"]:
@@ -89,7 +88,7 @@ class AffineMap(ABC):
 
 
 def not_finite_at(x: Tensor) -> str | None:
-    """The first place where a tensor is NaN or infinite, with the value; None where it is finite or has no values."""
+    """The first index at which a tensor is NaN or infinite, with the value; None if it is finite or has no values."""
     if x.device.type == "meta" or not (x.is_floating_point() or x.is_complex()):
         return None
     wide = x.detach().float() if x.dtype.itemsize == 1 else x.detach()
@@ -100,31 +99,31 @@ def not_finite_at(x: Tensor) -> str | None:
 
 
 def check_together(**tensors: Tensor | None) -> None:
-    """Refuse tensors that cannot make up one map.
+    """Refuse tensors that cannot form one map.
 
     Raises:
-        DtypeError: if one is no dense tensor with values, or not of a floating dtype that torch computes in.
+        DtypeError: if one is not a dense tensor with values, or not of a floating dtype that torch computes in.
         DeviceError: if they are on several devices.
         ShapeError: if the width is zero.
     """
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    places = {name: tensor.device for name, tensor in present.items() if isinstance(tensor, Tensor)}
-    if len(set(places.values())) > 1:
-        said = ", ".join(f"{name} on {device}" for name, device in places.items())
-        raise DeviceError(f"the tensors of a map must be on one device, found {said}")
+    devices = {name: tensor.device for name, tensor in present.items() if isinstance(tensor, Tensor)}
+    if len(set(devices.values())) > 1:
+        text = ", ".join(f"{name} is on {device}" for name, device in devices.items())
+        raise DeviceError(f"the tensors of a map must be on one device: {text}; move them with .to(device)")
     for name, tensor in present.items():
         check_dense(name, tensor)
         if tensor.dtype not in dispatch.SUPPORTED:
             raise DtypeError(f"{name} has dtype {tensor.dtype}; give float32, float64, bfloat16 or float16")
     if any(tensor.ndim and not len(tensor) for tensor in present.values()):
-        raise ShapeError("a map of width 0 maps nothing; is the tensor it was made from empty?")
+        raise ShapeError("a map needs a width of at least 1; is the tensor it was made from empty?")
 
 
-def check_dense(name: str, value: Any) -> None:
-    """Refuse what is no dense tensor with values.
+def check_dense(name: str, value: object) -> None:
+    """Refuse anything but a dense tensor with values.
 
     Raises:
-        DtypeError: saying what it is.
+        DtypeError: with what it is.
     """
     if not isinstance(value, Tensor):
         raise DtypeError(f"{name} is a {type(value).__name__}; give a tensor")
@@ -133,8 +132,8 @@ def check_dense(name: str, value: Any) -> None:
         raise DtypeError(f"{name} {what}; give a dense tensor with values")
 
 
-def working(x: Tensor) -> Tensor:
-    """x in the dtype the arithmetic runs in: float64 stays, everything else is float32.
+def to_work_dtype(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic: float64 stays, everything else is float32.
 
     Raises:
         DtypeError: if x holds integers, booleans or complex numbers.
@@ -182,9 +181,11 @@ class LowRank(AffineMap):
         if place is not None:
             raise NotFinite(f"the basis of shape {tuple(basis.shape)} is not finite at {place}")
         q, r = torch.linalg.qr(basis.double())
-        # What is left of a column after the ones before it; a dependent column leaves its own rounding.
-        left = r.diagonal().abs() / r.norm(dim=0)[: len(r)]
-        if basis.shape[1] > basis.shape[0] or not bool((left > max(1e-10, 8 * torch.finfo(basis.dtype).eps)).all()):
+        # The part of a column orthogonal to those before it; of a dependent column, only rounding.
+        independent = r.diagonal().abs() / r.norm(dim=0)[: len(r)]
+        if basis.shape[1] > basis.shape[0] or not bool(
+            (independent > max(1e-10, 8 * torch.finfo(basis.dtype).eps)).all()
+        ):
             raise RankError(
                 f"a basis of shape {tuple(basis.shape)} is not of full column rank; remove dependent columns"
             )
@@ -226,34 +227,34 @@ class LowRank(AffineMap):
 
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         self._check(x.shape[-1])
-        u, v, center = self._beside(x)
+        u, v, center = self._factors_for(x)
         return dispatch.project(x, u, v, center)
 
     def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
         self._check(w.shape[0])
-        u, v, _ = self._beside(w)
+        u, v, _ = self._factors_for(w)
         return dispatch.left(w, u, v, out=out)
 
     def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
         self._check(w.shape[1])
-        u, v, _ = self._beside(w)
+        u, v, _ = self._factors_for(w)
         return dispatch.right(w, u, v, out=out)
 
-    def _beside(self, x: Tensor) -> Factors:
-        """The factors on the device of x, in one dtype; copies made for that are kept for as long as the map lives."""
-        own = self.u, self.v, self.center
-        present = [t for t in own if t is not None]
+    def _factors_for(self, x: Tensor) -> Factors:
+        """The factors on the device of x, in one dtype; copies are cached as long as the map exists."""
+        factors = self.u, self.v, self.center
+        present = [t for t in factors if t is not None]
         if all(t.device == x.device and t.dtype == self.u.dtype for t in present):
-            return own
+            return factors
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() for t in present):
-            return _moved(own, x.device, dtype)
+            return _moved(factors, x.device, dtype)
         copies = _COPIES.setdefault(self, {})
-        # A tensor's version counts its in-place changes, so a stale copy is not used.
+        # The version of a tensor counts its changes in place, so a stale copy is not used.
         key = (x.device, dtype, *(t._version for t in present))
         if key not in copies:
             copies.clear()
-            copies[key] = _moved(own, x.device, dtype)
+            copies[key] = _moved(factors, x.device, dtype)
         return copies[key]
 
 
@@ -261,12 +262,12 @@ Factors = tuple[Tensor, Tensor, Tensor | None]
 _COPIES: WeakKeyDictionary[LowRank, dict[tuple[Any, ...], Factors]] = WeakKeyDictionary()
 
 
-def _moved(own: Factors, device: torch.device, dtype: torch.dtype) -> Factors:
-    u, v, center = own
+def _moved(factors: Factors, device: torch.device, dtype: torch.dtype) -> Factors:
+    u, v, center = factors
     return u.to(device, dtype), v.to(device, dtype), None if center is None else center.to(device, dtype)
 
 
-# --- Maps that scale and shift each neuron by itself
+# --- Elementwise maps: masks of neurons and constant fills
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +290,7 @@ class Diagonal(AffineMap):
 
     @staticmethod
     def fill(keep: Bool[Tensor, " d"], value: Float[Tensor, " d"]) -> Diagonal:
-        """Hold the neurons where `keep` is False at `value` (their mean, say)."""
+        """Set the neurons where `keep` is False to `value` (their mean, say)."""
         return Diagonal(keep.float(), torch.where(keep, torch.zeros_like(value), value).float())
 
     @property
@@ -302,7 +303,7 @@ class Diagonal(AffineMap):
 
     @property
     def kept(self) -> Bool[Tensor, " d"]:
-        """True where the neuron survives."""
+        """True where a neuron is not pruned."""
         return self.scale != 0
 
     @property
@@ -320,7 +321,7 @@ class Diagonal(AffineMap):
 
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         self._check(x.shape[-1])
-        work = working(x)
+        work = to_work_dtype(x)
         scaled = work * self.scale.to(work)
         return (scaled if self.offset is None else scaled + self.offset.to(work)).to(x.dtype)
 
@@ -334,14 +335,14 @@ class Diagonal(AffineMap):
 
 
 def _scaled(w: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
-    work = working(w)
+    work = to_work_dtype(w)
     if out is not None and work is w:
         return torch.mul(w, scale.to(w), out=out)
     new = (work * scale.to(work)).to(w.dtype)
     return new if out is None else out.copy_(new)
 
 
-# --- One map after another: a single map where there is one, a chain otherwise
+# --- Composition: a single map if there is one, otherwise a chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,7 +354,7 @@ class Chain(AffineMap):
     def __post_init__(self) -> None:
         if not self.maps or len({m.width for m in self.maps}) != 1:
             raise ShapeError(
-                f"a chain needs at least one map and one width; found widths {[m.width for m in self.maps]}"
+                f"a chain needs at least one map and one width, the widths are {[m.width for m in self.maps]}; compose maps of one site"
             )
 
     @property
@@ -375,37 +376,39 @@ class Chain(AffineMap):
         return self(torch.zeros(self.width, dtype=torch.float64))
 
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        work = working(x)
+        work = to_work_dtype(x)
         for map_ in self.maps:
             work = map_(work)
         return work.to(x.dtype)
 
     def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
-        work = working(w)
+        work = to_work_dtype(w)
         for map_ in self.maps:
             work = map_.left(work, out=out if out is not None and out.dtype == work.dtype else None)
-        return _given(work.to(w.dtype), out)
+        return _written_to(work.to(w.dtype), out)
 
     def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
-        work = working(w)
+        work = to_work_dtype(w)
         for map_ in reversed(self.maps):
             work = map_.right(work, out=out if out is not None and out.dtype == work.dtype else None)
-        return _given(work.to(w.dtype), out)
+        return _written_to(work.to(w.dtype), out)
 
 
-def _given(result: Tensor, out: Tensor | None) -> Tensor:
+def _written_to(result: Tensor, out: Tensor | None) -> Tensor:
+    """The result, copied into `out` if there is one."""
     return result if out is None or out is result else out.copy_(result)
 
 
 def composed(last: AffineMap, first: AffineMap) -> AffineMap:
+    """The map that applies `first`, then `last`."""
     if isinstance(last, Diagonal) and isinstance(first, Diagonal):
-        return _multiplied(last, first)
-    merged = _merged(last, first) if isinstance(last, LowRank) and isinstance(first, LowRank) else None
+        return _diagonal_product(last, first)
+    product = _low_rank_product(last, first) if isinstance(last, LowRank) and isinstance(first, LowRank) else None
     links = (*_links(first), *_links(last))
-    return Chain(cast("tuple[LowRank | Diagonal, ...]", links)) if merged is None else merged
+    return Chain(cast("tuple[LowRank | Diagonal, ...]", links)) if product is None else product
 
 
-def _multiplied(last: Diagonal, first: Diagonal) -> Diagonal:
+def _diagonal_product(last: Diagonal, first: Diagonal) -> Diagonal:
     scale = last.scale.double() * first.scale.to(last.scale.device).double()
     start = torch.zeros_like(scale) if first.offset is None else first.offset.to(scale)
     shift = None if first.offset is None and last.offset is None else last(start)
@@ -416,8 +419,8 @@ def _links(map_: AffineMap) -> tuple[AffineMap, ...]:
     return map_.maps if isinstance(map_, Chain) else (map_,)
 
 
-def _merged(last: LowRank, first: LowRank) -> LowRank | None:
-    """One LowRank equal to last after first, or None where no center gives its offset.
+def _low_rank_product(last: LowRank, first: LowRank) -> LowRank | None:
+    """One LowRank equal to last after first, or None if no center gives its offset.
 
     M2 M1 = I - [U1 - U2 V2^T U1, U2] [V1, V2]^T, compressed in float64 by QR of both factors and an SVD of the core.
     """
@@ -426,7 +429,7 @@ def _merged(last: LowRank, first: LowRank) -> LowRank | None:
     qu, ru = torch.linalg.qr(u)
     qv, rv = torch.linalg.qr(v)
     left, size, right = torch.linalg.svd(ru @ rv.T)
-    # float32 factors are exact to 6e-8: below 1e-6 of their size a direction is the rounding of one already removed.
+    # float32 factors are exact to 6e-8: a direction below 1e-6 of their size is rounding of one already removed.
     scale = max(float(a.norm() * b.norm()) for a, b in ((u1, v1), (u2, v2)))
     keep = size > 1e-6 * scale
     u, v = (qu @ left)[:, keep] * size[keep], (qv @ right.T)[:, keep]

@@ -27,7 +27,7 @@ class Point(StrEnum):
 
     @property
     def order(self) -> int:
-        """Position in the forward pass of a block; operations on one tensor are carried out in this order."""
+        """Position in the forward pass of a block; operations on one tensor are applied in this order."""
         return list(Point).index(self)
 
 
@@ -71,7 +71,7 @@ class Site:
         """The site that `text` names: "7.mlp.neurons" or "blocks.7.mlp.hook_post".
 
         Raises:
-            UnknownSite: if the text names no point, or a range of layers.
+            UnknownSite: if the text does not name a point, or names a range of layers.
         """
         if isinstance(text, Site):
             return text
@@ -104,19 +104,16 @@ def select(
 
     Args:
         layers: number of blocks of the model.
-        points: the points this model has; all of them when None.
+        points: the points of this model; None for all.
     Raises:
-        UnknownSite: if a layer or point does not exist in this model, or nothing is named.
+        UnknownSite: if a layer or point does not exist in this model, or the selector is empty.
     """
     valid = tuple(Point) if points is None else tuple(points)
     parts = [selector] if isinstance(selector, str | Site) else list(selector)
-    found: set[Site] = set()
-    for part in parts:
-        for text in str(part).split(","):
-            found.update(_expand(text.strip(), layers, valid))
-    if not found:
+    sites = {site for part in parts for text in str(part).split(",") for site in _expand(text.strip(), layers, valid)}
+    if not sites:
         raise UnknownSite(f"selector {selector!r} names no site; try '*.mlp.neurons'")
-    return tuple(sorted(found))
+    return tuple(sorted(sites))
 
 
 def _expand(text: str, layers: int, points: tuple[Point, ...]) -> list[Site]:

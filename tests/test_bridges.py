@@ -188,7 +188,7 @@ def test_a_bridge_that_computes_something_else_is_refused():
 def test_what_transformerlens_cannot_say_is_refused():
     subject = tiny("llama")
     with pytest.raises(
-        UnknownSite, match=r"1\.resid\.mid: what is changed at blocks\.1\.hook_resid_mid .*1\.attn\.out"
+        UnknownSite, match=r"1\.resid\.mid: a change at blocks\.1\.hook_resid_mid .*1\.attn\.out"
     ):
         rp.lens_hooks(projection(subject, "1.resid.mid"), subject)
     experts = tiny("mixtral")

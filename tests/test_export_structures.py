@@ -125,7 +125,7 @@ def test_widths_that_do_not_fit_the_files_are_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"holds MLPs of widths \[\d+, \d+\], its repedit.json records \[3, 4\]"):
         rp.load(tmp_path / "out")
     path.write_text(json.dumps(record | {"widths": None}))
-    with pytest.raises(CheckpointError, match="says layout 'ragged' and holds no widths by layer"):
+    with pytest.raises(CheckpointError, match="has layout 'ragged' and no widths by layer"):
         rp.load(tmp_path / "out")
     path.write_text(json.dumps(record | {"layout": "uniform"}))
     with pytest.raises(CheckpointError, match="does not hold the model its config describes"):

@@ -41,7 +41,7 @@ def test_replacing_the_primary_tensor_keeps_the_container(output):
 
 @pytest.mark.parametrize("output", [("text", X), None, {"hidden": X}], ids=str)
 def test_an_output_without_a_tensor_in_front_is_refused(output):
-    with pytest.raises(HookError, match=f"a tuple that begins with one, found {type(output).__name__}"):
+    with pytest.raises(HookError, match=f"a tuple that begins with one, and got a {type(output).__name__}"):
         primary(output)
 
 
@@ -220,7 +220,7 @@ def test_the_stance_of_the_compiler_comes_back_when_the_last_context_is_left():
 def test_scripted_modules_are_refused_by_name():
     lm, plain = tiny("llama"), nn.Sequential(nn.Linear(3, 3), nn.Identity())
     lm.model.model.layers[1].mlp = torch.jit.trace(lm.model.model.layers[1].mlp, torch.randn(3, 11, 24))
-    named = r"'model.layers.1.mlp.down_proj' is scripted by torch.jit, where no hook runs"
+    named = r"'model.layers.1.mlp.down_proj' is scripted by torch.jit, where hooks do not run"
     with pytest.raises(HookError, match=named), projection(lm, "1.mlp.out").hooked(lm):
         pass
     for scripted in (torch.jit.script(plain), torch.jit.trace(plain, X)):
@@ -329,7 +329,7 @@ def test_an_early_exit_of_a_model_is_refused_as_its_last_layers_go_unedited():
 
 def test_a_hook_outside_the_model_is_refused():
     with (
-        pytest.raises(HookError, match="a hook is on a Linear that is no part of the Identity"),
+        pytest.raises(HookError, match="a hook is on a Linear that is not part of the Identity"),
         installed(nn.Identity(), [Hook(nn.Linear(2, 2), "input", print)]),
     ):
         pass

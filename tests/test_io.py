@@ -287,7 +287,8 @@ TAKERS = {
 def test_the_home_of_nobody_is_not_found(take, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        RepeditError, match=r"not a directory|does not exist|cannot be found|no repedit\.json|can be no path|holds no"
+        RepeditError,
+        match=r"not a directory|does not exist|cannot be found|no repedit\.json|neither a valid path|holds no",
     ):
         take()
     assert not list(tmp_path.iterdir())

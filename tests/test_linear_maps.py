@@ -214,5 +214,5 @@ def test_shapes_that_do_not_fit_are_refused():
         rp.Diagonal(torch.ones(3), torch.ones(4))
     with pytest.raises(ShapeError, match="cannot compose maps of widths 7 and 3"):
         LINKS["mask"] @ rp.Diagonal(torch.ones(3))
-    with pytest.raises(ShapeError, match=r"a chain needs at least one map and one width; found widths \[7, 3\]"):
+    with pytest.raises(ShapeError, match=r"a chain needs at least one map and one width, the widths are \[7, 3\]"):
         rp.Chain((LINKS["mask"], rp.Diagonal(torch.ones(3))))

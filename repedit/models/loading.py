@@ -1,4 +1,4 @@
-"""Find a model and read its files: every step refuses what it cannot trust, with an error of repedit."""
+"""Find a model and read its files; every step refuses what it cannot trust, with a typed error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from repedit.arch import Architecture, Specs, resolve
+from repedit.arch import Architecture, ModelConfig, Specs, resolve
 from repedit.arch.offload import parameters_with_values
 from repedit.errors import (
     ArgumentError,
@@ -32,19 +32,19 @@ from repedit.io.checkpoint import TOKENIZERS, open_shards
 from repedit.io.files import open_regular, user_path
 from repedit.linear_maps import not_finite_at
 from repedit.models.default_model import DEFAULT, cached
-from repedit.models.ragged import refit
+from repedit.models.ragged import set_recorded_widths
 from repedit.quantization import check_unquantized
 
 log = logging.getLogger("repedit")
-# What is small and belongs to a model on the hub, whether transformers asks for it or not.
+# Small files that belong to a model on the hub, whether transformers reads them or not.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _MOST_LAYERS = 10_000
 _HUB_ID = re.compile(r"(?!-)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-_READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
+_READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 def device_named(name: str) -> str:
-    """A device by its name; "auto" is cuda where there is one.
+    """The name of a device; "auto" is cuda if there is one.
 
     Raises:
         ArgumentError: if it cannot be used.
@@ -59,11 +59,11 @@ def device_named(name: str) -> str:
     return name
 
 
-def located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict[str, Any]]:
-    """What to open, a path or a hub id, and the options to open it with.
+def locate(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict[str, Any]]:
+    """The directory or hub id of a model, and the options to open it with.
 
     Raises:
-        NotFound, CheckpointError: if nothing is there, or it is no model.
+        NotFound, CheckpointError: if nothing is there, or it is not a model.
     """
     from transformers import GgufConfig
 
@@ -71,7 +71,7 @@ def located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict
     try:
         path.exists()
     except (ValueError, OSError) as error:
-        raise NotFound(f"{str(name)[:80]!r} can be no path and no hub id: {reason_of(error)}") from error
+        raise NotFound(f"{str(name)[:80]!r} is neither a valid path nor a hub id: {reason_of(error)}") from error
     if path.is_file() and path.suffix == ".gguf":
         open_regular(path).close()
         return path.parent, {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -80,10 +80,10 @@ def located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict
             raise CheckpointError(f"{path.resolve()} holds no config.json; is it a model directory?")
         if (path / "adapter_config.json").exists():
             raise CheckpointError(
-                f"{path.resolve()} holds an adapter (adapter_config.json), which transformers loads or not, as peft is there or "
-                "not; merge it (merge_and_unload) and save the model, or take the file away"
+                f"{path.resolve()} holds an adapter (adapter_config.json), which transformers loads only if peft is installed; merge "
+                "it (merge_and_unload) and save the model, or remove the file"
             )
-        for file in sorted(p for p in path.iterdir() if p.suffix in _READ and p.is_file()):
+        for file in sorted(p for p in path.iterdir() if p.suffix in _READ_SUFFIXES and p.is_file()):
             open_regular(file).close()
         open_shards(path)
         return path, {"trust_remote_code": trust_remote_code}
@@ -99,7 +99,7 @@ def located(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict
 
 
 def _similar(path: Path) -> str:
-    """A question whether a directory beside a path, or the built-in name, is meant; empty where none is called so."""
+    """A hint with similar names in the same directory, or the built-in name; empty if there are none."""
     parent = path.absolute().parent
     names = [p.name for p in parent.iterdir() if p.is_dir() or p.suffix == ".gguf"] if parent.is_dir() else []
     close = difflib.get_close_matches(path.name, [*names, DEFAULT], n=3, cutoff=0.6)
@@ -107,13 +107,13 @@ def _similar(path: Path) -> str:
 
 
 def file_of(place: Path | str, options: dict[str, Any]) -> Path | str:
-    """The GGUF file that is read, or the directory or hub id."""
+    """The GGUF file to read, or the directory or hub id."""
     return place / options["gguf_file"] if isinstance(place, Path) and "gguf_file" in options else place
 
 
 @contextmanager
 def typed_errors(place: Path | str, what: str = "", *, options: bool = False) -> Iterator[None]:
-    """What transformers and safetensors raise, as an error of repedit that says where it looked.
+    """Raise the errors of transformers and safetensors as errors of repedit that name the model.
 
     Args:
         what: the part of the model that is read, such as "the tokenizer of ".
@@ -139,7 +139,7 @@ def typed_errors(place: Path | str, what: str = "", *, options: bool = False) ->
             f"{what}the hub id {place!r} could not be loaded, and no directory has that name{_similar(Path(place))}: {error} Give "
             f"the path of a local directory, or get the built-in model {DEFAULT!r} once with: repedit fetch"
         ) from error
-    except Exception as error:  # each class has its own ways to fail
+    except Exception as error:  # each class of transformers raises its own errors
         if options and isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise ArgumentError(f"{where} cannot be loaded with these options: {error}") from error
         raise CheckpointError(
@@ -147,11 +147,11 @@ def typed_errors(place: Path | str, what: str = "", *, options: bool = False) ->
         ) from error
 
 
-def read_config(place: Path | str, **options: Any) -> Any:
-    """The config of a directory or a hub id, as the class of its family accepts it.
+def read_config(place: Path | str, **options: object) -> Any:
+    """The config of a directory or a hub id, as an object of its family's class.
 
     Raises:
-        UnknownArchitecture: with the reason the class gives. OSError: if there is no file, or it is no JSON.
+        UnknownArchitecture: with the reason that the class gives. OSError: if there is no file, or it is not JSON.
     """
     from transformers import AutoConfig
 
@@ -159,12 +159,12 @@ def read_config(place: Path | str, **options: Any) -> Any:
         return AutoConfig.from_pretrained(str(place), **options)
     except OSError:
         raise
-    except Exception as error:  # each config class has its own ways to fail
+    except Exception as error:  # each config class raises its own errors
         raise UnknownArchitecture(f"the config of {place} cannot be used: {reason_of(error)}") from error
 
 
 def check_config(place: Path | str, options: dict[str, Any]) -> None:
-    """Refuse a model that no row fits, or that its config cannot build, before its weights are read.
+    """Refuse a model without a row in the family table, or that its config cannot build, before its weights are read.
 
     Raises:
         UnknownArchitecture: with the reason.
@@ -172,18 +172,20 @@ def check_config(place: Path | str, options: dict[str, Any]) -> None:
     config = read_config(place, **options)
     if config.is_encoder_decoder:
         raise UnknownArchitecture(
-            f"{place} is an encoder-decoder ({config.model_type}), not a decoder-only causal language model; give one of those"
+            f"{place} is an encoder-decoder ({config.model_type}); give a decoder-only causal language model"
         )
     with buildable(place):
         architecture = resolve(config)
-        check_count(place, architecture, len(open_shards(place).entries) if isinstance(place, Path) else _MOST_LAYERS)
+        check_layer_count(
+            place, architecture, len(open_shards(place).entries) if isinstance(place, Path) else _MOST_LAYERS
+        )
         empty_model(config, trust_remote_code=options.get("trust_remote_code", False))
     if isinstance(place, Path) and getattr(config, "quantization_config", None) is None:
         check_unquantized(None, open_shards(place).specs, "read", where=str(place))
 
 
-def check_count(place: Path | str, architecture: Architecture, most: int) -> None:
-    """Refuse more layers than the files have tensors, before a model of so many layers is built.
+def check_layer_count(place: Path | str, architecture: Architecture, most: int) -> None:
+    """Refuse more layers than the files have tensors, before a model with that many layers is built.
 
     Raises:
         CheckpointError: with both numbers.
@@ -197,7 +199,7 @@ def check_count(place: Path | str, architecture: Architecture, most: int) -> Non
 
 @contextmanager
 def buildable(place: Path | str) -> Iterator[None]:
-    """What the classes of a family raise on a config that describes no model, as an error of repedit.
+    """Raise the errors of a family's classes for a config that does not describe a model as an error of repedit.
 
     Raises:
         UnknownArchitecture: with the reason.
@@ -208,19 +210,19 @@ def buildable(place: Path | str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise MissingDependency(f"{place} needs a package that is not installed: {reason_of(error)}") from error
-    except Exception as error:  # a wrong number surfaces wherever a module first uses it
+    except Exception as error:  # a wrong number fails wherever a module first uses it
         raise UnknownArchitecture(
-            f"the config of {place} describes no model that transformers can build: {reason_of(error)}"
+            f"the config of {place} does not describe a model that transformers can build: {reason_of(error)}"
         ) from error
 
 
 def reason_of(error: BaseException) -> str:
-    """The kind of an error and what it says, on one line."""
+    """The type and message of an error, on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+def empty_model(config: ModelConfig, *, trust_remote_code: bool = False) -> Any:
     """The model of a config without values, on the meta device."""
     from transformers import AutoModelForCausalLM
 
@@ -232,16 +234,16 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
 
 
 @dataclass(frozen=True)
-class Matching:
-    """How transformers matches the tensors of a store with the model that a config builds."""
+class TensorMatch:
+    """How transformers matches stored tensors with the model that a config builds."""
 
     missing: tuple[str, ...]
-    """Parameters of the model that the store does not hold."""
+    """Parameters of the model that are not stored."""
     reshaped: tuple[str, ...]
-    """Parameters that it holds in another shape."""
+    """Parameters that are stored in another shape."""
     unused: tuple[str, ...]
-    """Tensors of the store that the model does not read."""
-    beyond: tuple[str, ...]
+    """Stored tensors that the model does not read."""
+    later_layers: tuple[str, ...]
     """Those among them that belong to a layer after the last one of the config."""
 
     def used(self, specs: Specs) -> Specs:
@@ -250,7 +252,7 @@ class Matching:
         return {name: spec for name, spec in specs.items() if name not in unused}
 
 
-def matching(config: Any, architecture: Architecture, specs: Specs) -> Matching:
+def match_tensors(config: ModelConfig, architecture: Architecture, specs: Specs) -> TensorMatch:
     """Match the names and shapes of checkpoint tensors with the model of a config; no weight is read."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -261,42 +263,42 @@ def matching(config: Any, architecture: Architecture, specs: Specs) -> Matching:
             None, config=copy.deepcopy(config), state_dict=tensors, device_map="meta", output_loading_info=True,
             ignore_mismatched_sizes=True, attn_implementation="eager",
         )  # fmt: skip
-    # transformers leaves out of its report what a class says to ignore, such as layers of a speculative decoder.
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    # transformers leaves tensors that a class ignores out of its report, such as layers of a speculative decoder.
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     own = model.state_dict().keys()
-    passed = {name for name in specs if name not in own and any(pattern.search(name) for pattern in ignored)}
-    return Matching(
+    ignored = {name for name in specs if name not in own and any(pattern.search(name) for pattern in patterns)}
+    return TensorMatch(
         missing=tuple(sorted(report["missing_keys"])),
         reshaped=tuple(sorted(item[0] for item in report["mismatched_keys"])),
-        unused=tuple(sorted(report["unexpected_keys"] | passed)),
-        beyond=beyond(report["unexpected_keys"], architecture),
+        unused=tuple(sorted(report["unexpected_keys"] | ignored)),
+        later_layers=later_layers(report["unexpected_keys"], architecture),
     )
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """No warning and no progress bar of transformers."""
-    from transformers.utils import logging as words
+    """Without warnings and progress bars of transformers."""
+    from transformers.utils import logging as transformers_logging
 
-    level, bar = words.get_verbosity(), words.is_progress_bar_enabled()
-    words.set_verbosity_error()
-    words.disable_progress_bar()
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        words.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
         if bar:
-            words.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
-def beyond(names: Iterable[str], architecture: Architecture) -> tuple[str, ...]:
+def later_layers(names: Iterable[str], architecture: Architecture) -> tuple[str, ...]:
     """The tensors of layers after the last one that the config describes."""
     pattern = re.compile(rf"(?:{re.escape(architecture.base)}\.)?{re.escape(architecture.blocks)}\.(\d+)\.")
     numbers = {name: match[1] for name in names if (match := pattern.match(name))}
     return tuple(sorted(name for name, number in numbers.items() if int(number) >= architecture.n_layers))
 
 
-def check_layers(place: Path | str, names: Sequence[str], architecture: Architecture) -> None:
+def check_no_later_layers(place: Path | str, names: Sequence[str], architecture: Architecture) -> None:
     """Refuse tensors of layers that the config does not describe.
 
     Raises:
@@ -309,8 +311,8 @@ def check_layers(place: Path | str, names: Sequence[str], architecture: Architec
         )
 
 
-def read_weights(place: Path | str, **options: Any) -> Any:
-    """The model, once every weight its config describes is found in the files, and no layer that it does not describe.
+def read_weights(place: Path | str, **options: object) -> Any:
+    """The model, if the files hold every weight that its config describes, and no layer that it does not describe.
 
     Raises:
         CheckpointError: naming what is missing, of another shape or of a later layer.
@@ -322,14 +324,14 @@ def read_weights(place: Path | str, **options: Any) -> Any:
         str(place), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     architecture = resolve(model.config)
-    reshaped = refit(model, architecture, place, {item[0] for item in report["mismatched_keys"]})
+    reshaped = set_recorded_widths(model, architecture, place, {item[0] for item in report["mismatched_keys"]})
     if report["missing_keys"] or reshaped:
         raise CheckpointError(
             f"{place} does not hold the model its config describes: missing {sorted(report['missing_keys'])[:3]} "
             f"({len(report['missing_keys'])} in all), of another shape {sorted(reshaped)[:3]} ({len(reshaped)} in all); "
             "is a shard or the right config.json missing?"
         )
-    check_layers(place, beyond(report["unexpected_keys"], architecture), architecture)
+    check_no_later_layers(place, later_layers(report["unexpected_keys"], architecture), architecture)
     if report["unexpected_keys"]:
         names = sorted(report["unexpected_keys"])
         log.warning(
@@ -337,16 +339,16 @@ def read_weights(place: Path | str, **options: Any) -> Any:
             place, names[:3], len(names),
         )  # fmt: skip
     for tensor in (*model.parameters(), *model.buffers()):
-        # transformers maps the files into memory: weights would change, or the process die, when a file does.
+        # transformers memory-maps the files: if one changed, weights would change, or the process would die.
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
     return model
 
 
 def snapshot(hub_id: str, revision: str | None) -> Path | None:
-    """The directory where huggingface_hub keeps the files of a hub id that was loaded, licence and card among them.
+    """The directory of the hub cache with the files of a model that was loaded, including licence and card.
 
-    None where it holds no safetensors weights, as when transformers took them from another revision.
+    None if it holds no safetensors weights, as when transformers read them from another revision.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -358,7 +360,9 @@ def snapshot(hub_id: str, revision: str | None) -> Path | None:
     try:
         snapshot_download(hub_id, revision=revision, allow_patterns=list(_COMPANIONS))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        log.warning("licence, card and other files of %s that are not in the cache could not be had: %s", hub_id, error)
+        log.warning(
+            "licence, card and other files of %s are not in the cache and could not be downloaded: %s", hub_id, error
+        )
     try:
         open_shards(Path(config).parent)
     except (CheckpointError, NotFound):
@@ -367,27 +371,27 @@ def snapshot(hub_id: str, revision: str | None) -> Path | None:
 
 
 def read_tokenizer(place: Path | str, options: dict[str, Any]) -> Any | None:
-    """The tokenizer; None, with a warning, where a directory holds none."""
+    """The tokenizer; None, with a warning, if a directory holds none."""
     from transformers import AutoTokenizer
 
     plain = isinstance(place, Path) and "gguf_file" not in options
     if plain and not any(path.name.startswith(TOKENIZERS) for path in Path(place).iterdir()):
-        log.warning("%s holds no tokenizer files: loaded without one, so nothing that reads text will work", place)
+        log.warning("%s holds no tokenizer files: loaded without one, so functions that read text will not work", place)
         return None
     with typed_errors(file_of(place, options), "the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
-        # Settings of another kind, such as a length in words, and a vocabulary without its pieces surface only here.
+        # Settings of a wrong type and an incomplete vocabulary fail only when the tokenizer is called.
         tokenizer("a")
         return tokenizer
 
 
 def check_finite_weights(model: nn.Module, dtype: str | torch.dtype = "auto") -> None:
-    """Refuse weights that are NaN or infinite, wherever they are, and rotary frequencies that the config makes so.
+    """Refuse weights that are NaN or infinite, and rotary frequencies that the config makes so.
 
     Args:
-        dtype: what the weights were cast to as they were loaded; "auto" for none.
+        dtype: the dtype that the weights were cast to when they were loaded; "auto" for none.
     Raises:
-        NotFinite: with the first place.
+        NotFinite: with the first index.
     """
     cause = "" if dtype == "auto" else f" or holds a number that {dtype} cannot hold (load it with dtype='auto')"
     for name, p in parameters_with_values(model):

@@ -1,4 +1,8 @@
-"""Layers whose MLPs have different widths: which they are, and how such a checkpoint is loaded."""
+"""Models whose layers have MLPs of different widths, and loading their checkpoints.
+
+`config.json` cannot express per-layer widths, so repedit.json records them, and `load` replaces the tensors that transformers
+reports as tensors of another shape.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,14 @@ from repedit.io.checkpoint import Shards, open_shards
 from repedit.io.text import read_json
 from repedit.sites import Point
 
-# --- Layers of different widths: which they are, and tensors of another shape in modules that were built for one width
-
 
 def mlp_widths(layout: ModelLayout) -> dict[int, int]:
-    """Neurons of the MLP of each layer; of one expert where it has experts."""
+    """Neurons of the MLP of each layer; of one expert if it has experts."""
     return {i: branch.parts[0].stop for i, (_, branch) in enumerate(layout.layers)}
 
 
 def ragged_widths(layout: ModelLayout) -> dict[int, int]:
-    """The same where layers of one kind differ, which no config can say; empty where they agree."""
+    """The same if layers of one kind (dense, experts) differ; otherwise empty."""
     widths = mlp_widths(layout)
     kinds = {(branch.routed, widths[i]) for i, (_, branch) in enumerate(layout.layers)}
     return widths if len(kinds) > len({routed for routed, _ in kinds}) else {}
@@ -41,7 +43,7 @@ def mlp_tensors(layout: ModelLayout) -> frozenset[str]:
 
 
 def set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> None:
-    """Put a parameter in its place, and tell its module the shape."""
+    """Replace a parameter of a model, and update the sizes that its module records."""
     path, _, leaf = name.rpartition(".")
     module: Any = model.get_submodule(path)
     setattr(module, leaf, value)
@@ -51,14 +53,11 @@ def set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> None:
         module.nx, module.nf = value.shape if leaf == "weight" else (module.nx, module.nf)
 
 
-# --- Checkpoints whose layers have MLPs of different widths: what `load` does after transformers has read the rest
-#
-# config.json can hold one width for all layers, so such a directory keeps the widths in repedit.json and transformers
-# reports their tensors as tensors of another shape.
+# --- Loading
 
 
 def recorded_widths(directory: Path) -> dict[int, int]:
-    """The width of each layer that repedit.json records; empty where the config says them all."""
+    """The width of each layer that repedit.json records; empty if the config describes all widths."""
     path = directory / "repedit.json"
     record = read_json(path, finite=False) if path.is_file() else {}
     if record.get("layout") != "ragged":
@@ -66,12 +65,12 @@ def recorded_widths(directory: Path) -> dict[int, int]:
     try:
         return {int(layer): int(width) for layer, width in record["widths"].items()}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} says layout 'ragged' and holds no widths by layer; export again") from error
+        raise CheckpointError(f"{path} has layout 'ragged' and no widths by layer; export again") from error
 
 
 @contextmanager
-def quiet(place: Path | str) -> Iterator[None]:
-    """Silence what transformers says of tensors of another shape, where repedit.json explains them and `refit` follows."""
+def quiet_if_ragged(place: Path | str) -> Iterator[None]:
+    """Silence the warnings of transformers about tensors of another shape, if repedit.json records their widths."""
     logger = logging.getLogger("transformers")
     level = logger.level
     if isinstance(place, Path) and recorded_widths(place):
@@ -82,8 +81,8 @@ def quiet(place: Path | str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def refit(model: nn.Module, architecture: Architecture, place: Path | str, names: set[str]) -> set[str]:
-    """Give a model the tensors that its config has the wrong width for; returns the names of those left as they are.
+def set_recorded_widths(model: nn.Module, architecture: Architecture, place: Path | str, names: set[str]) -> set[str]:
+    """Give a model the tensors of the recorded widths in place of the config's; returns the names of those not replaced.
 
     Raises:
         CheckpointError: if a tensor is absent, or a layer comes out with another width than repedit.json records.
@@ -96,30 +95,30 @@ def refit(model: nn.Module, architecture: Architecture, place: Path | str, names
     for name in sorted(names):
         old = parameters[name]
         set_parameter(
-            model, name, nn.Parameter(_stored(name, architecture, shards).to(old), requires_grad=old.requires_grad)
+            model, name, nn.Parameter(_read_stored(name, architecture, shards).to(old), requires_grad=old.requires_grad)
         )
     specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}
-    found = mlp_widths(match_layout(architecture, specs))
-    if found != recorded:
+    actual = mlp_widths(match_layout(architecture, specs))
+    if actual != recorded:
         raise CheckpointError(
-            f"{place} holds MLPs of widths {list(found.values())}, its repedit.json records {list(recorded.values())}; "
-            "is it of another export?"
+            f"{place} holds MLPs of widths {list(actual.values())}, its repedit.json records {list(recorded.values())}; "
+            "is it from another export?"
         )
     return set()
 
 
-def _stored(name: str, architecture: Architecture, shards: Shards) -> Tensor:
-    """A tensor by its name in memory; experts lie on disk one by one."""
-    for known in (name, name.removeprefix(f"{architecture.base}.")):
-        if known in shards.entries:
-            return shards.read(known)
-        for parts in _expert_names(known, architecture, shards):
+def _read_stored(name: str, architecture: Architecture, shards: Shards) -> Tensor:
+    """A tensor by its name in memory; experts are stored one by one."""
+    for alias in (name, name.removeprefix(f"{architecture.base}.")):
+        if alias in shards.entries:
+            return shards.read(alias)
+        for parts in _expert_names(alias, architecture, shards):
             return torch.stack([torch.cat([shards.read(n) for n in names]) for names in parts])
     raise CheckpointError(f"{shards.directory} holds no tensor {name!r}")
 
 
 def _expert_names(name: str, architecture: Architecture, shards: Shards) -> Iterator[list[tuple[str, ...]]]:
-    """The names on disk, expert by expert, of what one fused tensor holds."""
+    """The names on disk, by expert, of the parts of a fused tensor."""
     row = architecture.experts
     if row is None:
         return

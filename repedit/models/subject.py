@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,13 +39,13 @@ from repedit.models.loading import (
     check_finite_weights,
     device_named,
     file_of,
-    located,
+    locate,
     read_tokenizer,
     read_weights,
     snapshot,
     typed_errors,
 )
-from repedit.models.ragged import quiet
+from repedit.models.ragged import quiet_if_ragged
 from repedit.quantization import check_unquantized, quantizer_name
 from repedit.sites import Point, Site, select
 
@@ -285,7 +285,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
-    device_map: Any = None,
+    device_map: str | Mapping[str, int | str | torch.device] | None = None,
     attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -305,11 +305,11 @@ def load(
         ArgumentError: if there is no such dtype or device.
     """
     target, load_dtype = device_named(device), dtype if dtype == "auto" else floating(dtype)
-    place, options = located(name, trust_remote_code)
+    place, options = locate(name, trust_remote_code)
     options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
     extra = {"device_map": device_map} if device_map is not None else {}
     extra |= {"attn_implementation": attention} if attention else {}
-    with typed_errors(file_of(place, options), options=bool(extra)), quiet(place):
+    with typed_errors(file_of(place, options), options=bool(extra)), quiet_if_ragged(place):
         if "gguf_file" not in options:
             check_config(place, options)
         files = file_states(place) if isinstance(place, Path) and "gguf_file" not in options else None
@@ -345,8 +345,8 @@ def _in_own_memory(model: Any) -> Any:
 
 
 def subject_of(
-    model: Any,
-    tokenizer: Any | None = None,
+    model: object,
+    tokenizer: object | None = None,
     *,
     source: Path | None = None,
     files: FileStates | None = None,

@@ -15,10 +15,10 @@ from repedit.io.text import read_json
 from repedit.models.default_model import DEFAULT, cached
 from repedit.models.loading import (
     buildable,
-    check_count,
-    check_layers,
+    check_layer_count,
+    check_no_later_layers,
     empty_model,
-    matching,
+    match_tensors,
     read_config,
     typed_errors,
 )
@@ -63,9 +63,9 @@ def used_specs(shards: Shards) -> Specs:
     """
     config, architecture = _described(shards.directory)
     with buildable(shards.directory):
-        check_count(shards.directory, architecture, len(shards.entries))
-        match = matching(config, architecture, shards.specs)
-    check_layers(shards.directory, match.beyond, architecture)
+        check_layer_count(shards.directory, architecture, len(shards.entries))
+        match = match_tensors(config, architecture, shards.specs)
+    check_no_later_layers(shards.directory, match.later_layers, architecture)
     used = match.used(shards.specs)
     check_unquantized(None, used, "edited exactly", where=str(shards.directory))
     return used
@@ -84,7 +84,7 @@ def check_planned(plan: Plan, shards: Shards, used: Specs) -> None:
     unused = {name: spec for name, spec in shards.specs.items() if name not in used}
     with buildable(shards.directory):
         config = patched_config(config, plan)
-        match = matching(config, architecture, unused | planned)
+        match = match_tensors(config, architecture, unused | planned)
     revived = sorted(set(unused) - set(match.unused))
     if revived:
         raise CheckpointError(
