@@ -7,78 +7,58 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that holds it, loaded on first use: `import repedit` is cheap.
-_NAMES = {
-    "load": "repedit.models.subject",
-    "Subject": "repedit.models.subject",
-    "fetch": "repedit.models.default_model",
-    "wrap": "repedit.bridges",
-    "to_lens": "repedit.bridges",
-    "to_nnsight": "repedit.bridges",
-    "lens_hooks": "repedit.bridges",
-    "Site": "repedit.sites",
-    "Point": "repedit.sites",
-    "AffineMap": "repedit.linear_maps",
-    "LowRank": "repedit.linear_maps",
-    "Diagonal": "repedit.linear_maps",
-    "Chain": "repedit.linear_maps",
-    "Activity": "repedit.stats",
-    "Moments": "repedit.stats",
-    "CrossMoments": "repedit.stats",
-    "collect": "repedit.activations.collection",
-    "peaks": "repedit.activations.collection",
-    "max_activating": "repedit.activations.examples",
-    "predictions": "repedit.activations.prediction",
-    "score": "repedit.neurons.scores",
-    "top": "repedit.neurons.selection",
-    "prune": "repedit.neurons.selection",
-    "agreement": "repedit.neurons.scores",
-    "random_like": "repedit.neurons.selection",
-    "Score": "repedit.neurons.scores",
-    "Scores": "repedit.neurons.scores",
-    "CollinearWarning": "repedit.neurons.scores",
-    "trajectory": "repedit.neurons.trajectory",
-    "Trajectory": "repedit.neurons.trajectory",
-    "Step": "repedit.neurons.trajectory",
-    "Edit": "repedit.edit",
-    "Delta": "repedit.delta",
-    "unlearn": "repedit.unlearning.api",
-    "Plan": "repedit.plan",
-    "mrp": "repedit.fit.mrp",
-    "MRPConfig": "repedit.fit.mrp_training",
-    "ContinualMRP": "repedit.fit.mrp",
-    "erase_stream": "repedit.fit.stream",
-    "apply": "repedit.rewrite.apply",
-    "certificate": "repedit.rewrite.certificate",
-    "Certificate": "repedit.rewrite.certificate",
-    "slimmed": "repedit.rewrite.slim",
-    "sliced": "repedit.rewrite.slice",
-    "diff": "repedit.rewrite.diff",
-    "export": "repedit.rewrite.export",
-    "export_adapter": "repedit.rewrite.adapter",
-    "gguf_check": "repedit.rewrite.gguf",
-    "push": "repedit.rewrite.hub",
-    "reload_check": "repedit.rewrite.verification",
-    "compare": "repedit.metrics.benchmarks",
-    "facts_accuracy": "repedit.metrics.facts",
-    "audit": "repedit.auditing.api",
-    "audit_classifier": "repedit.auditing.classifier",
-    "Report": "repedit.auditing.report",
-    "check_architecture": "repedit.arch.check",
-    "register": "repedit.arch",
-    "resolve": "repedit.arch",
+# Module -> its public names, loaded on first use so that `import repedit` is cheap. The imports at the end repeat the table
+# for type checkers.
+_MODULES = {
+    "activations.collection": "collect peaks",
+    "activations.examples": "max_activating",
+    "activations.prediction": "predictions",
+    "arch": "register resolve",
+    "arch.check": "check_architecture",
+    "auditing.api": "audit",
+    "auditing.classifier": "audit_classifier",
+    "auditing.report": "Report",
+    "bridges": "lens_hooks to_lens to_nnsight wrap",
+    "delta": "Delta",
+    "edit": "Edit",
+    "fit.mrp": "ContinualMRP mrp",
+    "fit.mrp_training": "MRPConfig",
+    "fit.stream": "erase_stream",
+    "linear_maps": "AffineMap Chain Diagonal LowRank",
+    "metrics.benchmarks": "compare",
+    "metrics.facts": "facts_accuracy",
+    "models.default_model": "fetch",
+    "models.subject": "Subject load",
+    "neurons.scores": "CollinearWarning Score Scores agreement score",
+    "neurons.selection": "prune random_like top",
+    "neurons.trajectory": "Step Trajectory trajectory",
+    "plan": "Plan",
+    "rewrite.adapter": "export_adapter",
+    "rewrite.apply": "apply",
+    "rewrite.certificate": "Certificate certificate",
+    "rewrite.diff": "diff",
+    "rewrite.export": "export",
+    "rewrite.gguf": "gguf_check",
+    "rewrite.hub": "push",
+    "rewrite.slice": "sliced",
+    "rewrite.slim": "slimmed",
+    "rewrite.verification": "reload_check",
+    "sites": "Point Site",
+    "stats": "Activity CrossMoments Moments",
+    "unlearning.api": "unlearn",
 }
-_ROOMS = {
+_NAMES = {name: f"repedit.{module}" for module, names in _MODULES.items() for name in names.split()}
+_NAMESPACES = {
     name: f"repedit.{name}"
     for name in ("arch", "data", "errors", "explore", "fit", "metrics", "plot", "report", "vision")
 } | {"recipes": "repedit.unlearning.recipes"}
 
-__all__ = [*_NAMES, *_ROOMS, "__version__"]  # pyright: ignore
+__all__ = [*_NAMES, *_NAMESPACES, "__version__"]  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(_ROOMS[name])
+    if name in _NAMESPACES:
+        return importlib.import_module(_NAMESPACES[name])
     if name not in _NAMES:
         raise AttributeError(f"module 'repedit' has no attribute {name!r}")
     value = getattr(importlib.import_module(_NAMES[name]), name)

@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from repedit.errors import HookError, ModelBusy
 from repedit.kernels.dispatch import full_precision
@@ -77,7 +76,7 @@ def installed(model: nn.Module, hooks: Sequence[Hook]) -> Iterator[None]:
     """
     with claimed(model), _eager():
         passes = _Passes(model, hooks)
-        handles: list[RemovableHandle] = []
+        handles: list[Any] = []
         try:
             handles += passes.begin_hooks()
             for number, hook in enumerate(hooks):
@@ -135,7 +134,7 @@ def claimed(model: nn.Module) -> Iterator[None]:
 # --- Hooks on modules
 
 
-def _install(hook: Hook, note: Callable[[], None]) -> RemovableHandle:
+def _install(hook: Hook, note: Callable[[], None]) -> Any:
     if hook.side == "call":
         return hook.module.register_forward_hook(_on_call(hook.function, note), with_kwargs=True)
     if hook.side == "output":
@@ -214,7 +213,7 @@ class _Passes:
 
         return note
 
-    def begin_hooks(self) -> list[RemovableHandle]:
+    def begin_hooks(self) -> list[Any]:
         """Install the hooks that observe the beginning of a pass."""
 
         def begin(module: nn.Module, _args: object) -> None:
@@ -228,7 +227,7 @@ class _Passes:
 
         return [root.register_forward_pre_hook(begin, prepend=True) for root in self.roots]
 
-    def end_hooks(self) -> list[RemovableHandle]:
+    def end_hooks(self) -> list[Any]:
         """Install the hooks that observe the end of a pass, after all other hooks."""
 
         def ending(expected: set[int]) -> Callable[..., None]:

@@ -114,7 +114,8 @@ def check_together(**tensors: Tensor | None) -> None:
     for name, tensor in present.items():
         check_dense(name, tensor)
         if tensor.dtype not in dispatch.SUPPORTED:
-            raise DtypeError(f"{name} has dtype {tensor.dtype}; give float32, float64, bfloat16 or float16")
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dispatch.SUPPORTED)
+            raise DtypeError(f"{name} has dtype {tensor.dtype}; give one of {names}")
     if any(tensor.ndim and not len(tensor) for tensor in present.values()):
         raise ShapeError("a map needs a width of at least 1; is the tensor it was made from empty?")
 

@@ -163,7 +163,7 @@ def test_captures_agree_to_the_bit_on_smollm2():
 
 
 def test_bridging_without_a_clone_would_be_caught(monkeypatch):
-    monkeypatch.setattr(bridges, "_clone", lambda model, shared: model)
+    monkeypatch.setattr(bridges, "shared_clone", lambda model: model)
     subject = tiny("llama")
     before = states(subject.model)
     rp.to_lens(subject)
@@ -187,19 +187,17 @@ def test_a_bridge_that_computes_something_else_is_refused():
 
 def test_what_transformerlens_cannot_say_is_refused():
     subject = tiny("llama")
-    with pytest.raises(
-        UnknownSite, match=r"1\.resid\.mid: a change at blocks\.1\.hook_resid_mid .*1\.attn\.out"
-    ):
+    with pytest.raises(UnknownSite, match=r"1\.resid\.mid: a change at blocks\.1\.hook_resid_mid .*1\.attn\.out"):
         rp.lens_hooks(projection(subject, "1.resid.mid"), subject)
     experts = tiny("mixtral")
-    with pytest.raises(UnknownSite, match=r"no neurons of experts, blocks\.1\.mlp\.hook_post .*1\.mlp\.out"):
+    with pytest.raises(UnknownSite, match=r"no neurons of experts, and blocks\.1\.mlp\.hook_post .*1\.mlp\.out"):
         rp.lens_hooks(mask(experts, "1.mlp.neurons"), experts)
 
 
 def test_the_middle_of_the_stream_would_be_wrong_there():
     subject = tiny("llama")
     edit, lens = projection(subject, "1.resid.mid"), rp.to_lens(subject)
-    hooks = [(site.hook_name, bridges._on_value(map_)) for site, map_ in edit.maps.items()]
+    hooks = [(site.hook_name, bridges._lens_hook(map_)) for site, map_ in edit.maps.items()]
     with edit.hooked(subject):
         expected = logits(subject)
     with torch.no_grad():

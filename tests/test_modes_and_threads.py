@@ -141,7 +141,7 @@ def test_collections_of_several_threads_are_those_of_one(lm):
 
 def test_a_thread_that_waits_in_vain_is_refused_and_both_are_named(lm, impatient):
     edit = projection(lm, "1.mlp.out")
-    named = r"the GPT2LMHeadModel is in use by thread 'MainThread'; thread 'other_0' cannot use it meanwhile"
+    named = r"the GPT2LMHeadModel is in use by thread 'MainThread'; thread 'other_0' cannot use it at the same time"
     with edit.hooked(lm):
         for work in (lambda: rp.predictions(lm, TEXT), lambda: edit.hooked(lm).__enter__()):
             with pytest.raises(ModelBusy, match=named):

@@ -43,46 +43,6 @@ class Shrink:
     """Why the width of the stream cannot change; empty if it can."""
 
 
-_RMS = Shrink()
-_LAYER_NORM = replace(_RMS, epsilon="layer_norm_eps")
-_QK_NORM = {"self_attn.q_proj": "self_attn.q_norm", "self_attn.k_proj": "self_attn.k_norm"}
-
-
-def _fixed(heads: str, mlp: str = "intermediate_size") -> Shrink:
-    """A family that computes the head width from the width of the stream."""
-    reason = f"the width of a head is computed from the width of the stream ({heads})"
-    return replace(_RMS, mlp=mlp, whole_heads=reason, whole_stream=reason)
-
-
-_SPREAD = "its q and k norms run over all heads together"
-_POST_NORM = "post-norms follow its writers, so that a stream erasure is itself only subspace-exact"
-_BY_DIVISION = "hidden_size // heads"
-
-SHRINKS: Mapping[str, Shrink] = {
-    "llama": replace(_RMS, heads_must_divide_width=True),
-    "mistral": _RMS,
-    "qwen2": _RMS,
-    "qwen3": replace(_RMS, head_norms=_QK_NORM),
-    "smollm3": _RMS,
-    "gemma": _RMS,
-    "gemma2": replace(_RMS, heads_must_divide_width=True, whole_stream=_POST_NORM),
-    "gemma3_text": replace(_RMS, heads_must_divide_width=True, whole_stream=_POST_NORM),
-    "olmo2": replace(_RMS, whole_heads=_SPREAD, whole_stream=_POST_NORM),
-    "gpt2": _fixed(_BY_DIVISION, mlp="n_inner"),
-    "gpt_neo": _fixed(_BY_DIVISION),
-    "gptj": _fixed(_BY_DIVISION, mlp="n_inner"),
-    "gpt_neox": _fixed(_BY_DIVISION),
-    "opt": _fixed(_BY_DIVISION, mlp="ffn_dim"),
-    "stablelm": _fixed("heads x width == hidden_size"),
-    "phi": replace(_LAYER_NORM, mlp_norm="input_layernorm", final_norm="final_layernorm"),
-    "phi3": replace(_RMS, heads=("self_attn.qkv_proj",)),
-    "starcoder2": replace(_RMS, epsilon="norm_epsilon"),
-    "cohere": replace(_LAYER_NORM, mlp_norm="input_layernorm"),
-    "mixtral": _RMS,
-    "olmoe": replace(_RMS, whole_heads=_SPREAD, whole_stream=_SPREAD),
-    "qwen3_moe": replace(_RMS, expert="moe_intermediate_size", head_norms=_QK_NORM),
-}
-
 # --- The row of a family
 #
 # Paths are relative to a block unless stated otherwise. Widths are not in a row: they are read from the weights.
@@ -167,6 +127,8 @@ class Architecture:
     requires: tuple[tuple[str, object, str], ...] = ()
     """(config field, required value, what another value means), to refuse variants that the row does not describe."""
 
+    gguf: str = ""
+    """Name of the family in llama.cpp, if it differs from the model type."""
     shrink: Shrink | None = None
     """What changes with the widths of this family; None if that is not known."""
 

@@ -1,10 +1,15 @@
-"""The family table: a new model is a row here and a fixture line in tests/tiny.py."""
+"""The family table: a new family is a row here and a fixture line in tests/tiny.py.
+
+`_SHRINKS` states what changes when a family gets fewer neurons, fewer heads or a narrower stream; `repedit.slimmed` and
+`repedit.sliced` refuse a family without an entry.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from repedit.arch.spec import SHRINKS, Architecture, BiasFlag, Experts, Reader, Writer, register
+from repedit.arch.spec import Architecture, BiasFlag, Experts, Reader, Shrink, Writer, register
 from repedit.sites import Point
 
 _QKVO = tuple(f"self_attn.{name}_proj" for name in "qkvo")
@@ -47,6 +52,7 @@ _GPT2 = Architecture(
 _PHI = replace(
     _LLAMA,
     model_type="phi",
+    gguf="phi2",
     attention=Writer("self_attn.dense"),
     mlp=Writer("mlp.fc2"),
     readers=(Reader("mlp.fc1"),),
@@ -59,13 +65,13 @@ _EXPERTS = replace(_LLAMA, experts=Experts(), bias_flags=_ATTENTION_BIAS)
 
 _TABLE = (
     _LLAMA,
-    replace(_LLAMA, model_type="mistral", bias_flags={}),
+    replace(_LLAMA, model_type="mistral", gguf="llama", bias_flags={}),
     replace(_LLAMA, model_type="qwen2", bias_flags={}),
     replace(_LLAMA, model_type="qwen3", bias_flags=_ATTENTION_BIAS),
     replace(_LLAMA, model_type="smollm3"),
     _GEMMA,
     replace(_SANDWICH, model_type="gemma2"),
-    replace(_SANDWICH, model_type="gemma3_text"),
+    replace(_SANDWICH, model_type="gemma3_text", gguf="gemma3"),
     replace(_SANDWICH, model_type="olmo2", embedding_scaled=False, unit_gain=False),
     _GPT2,
     replace(
@@ -88,6 +94,7 @@ _TABLE = (
     ),
     Architecture(
         model_type="gpt_neox",
+        gguf="gptneox",
         base="gpt_neox",
         blocks="layers",
         attention=Writer("attention.dense"),
@@ -131,10 +138,11 @@ _TABLE = (
         gated=False,
         bias_flags={},
     ),
-    replace(_LLAMA, model_type="cohere", centered=True, parallel=True, bias_flags=_ATTENTION_BIAS),
+    replace(_LLAMA, model_type="cohere", gguf="command-r", centered=True, parallel=True, bias_flags=_ATTENTION_BIAS),
     replace(
         _EXPERTS,
         model_type="mixtral",
+        gguf="llama",
         mlp=None,
         readers=(),
         bias_flags={},
@@ -146,7 +154,50 @@ _TABLE = (
         ),
     ),
     replace(_EXPERTS, model_type="olmoe", mlp=None, readers=()),
-    replace(_EXPERTS, model_type="qwen3_moe"),
+    replace(_EXPERTS, model_type="qwen3_moe", gguf="qwen3moe"),
 )
+
+# --- What changes with the widths of a family
+
+_RMS = Shrink()
+_LAYER_NORM = replace(_RMS, epsilon="layer_norm_eps")
+_QK_NORM = {"self_attn.q_proj": "self_attn.q_norm", "self_attn.k_proj": "self_attn.k_norm"}
+
+
+def _fixed(heads: str, mlp: str = "intermediate_size") -> Shrink:
+    """A family that computes the head width from the width of the stream."""
+    reason = f"the width of a head is computed from the width of the stream ({heads})"
+    return replace(_RMS, mlp=mlp, whole_heads=reason, whole_stream=reason)
+
+
+_SPREAD = "its q and k norms run over all heads together"
+_POST_NORM = "post-norms follow its writers, so that a stream erasure is itself only subspace-exact"
+_BY_DIVISION = "hidden_size // heads"
+
+_SHRINKS: Mapping[str, Shrink] = {
+    "llama": replace(_RMS, heads_must_divide_width=True),
+    "mistral": _RMS,
+    "qwen2": _RMS,
+    "qwen3": replace(_RMS, head_norms=_QK_NORM),
+    "smollm3": _RMS,
+    "gemma": _RMS,
+    "gemma2": replace(_RMS, heads_must_divide_width=True, whole_stream=_POST_NORM),
+    "gemma3_text": replace(_RMS, heads_must_divide_width=True, whole_stream=_POST_NORM),
+    "olmo2": replace(_RMS, whole_heads=_SPREAD, whole_stream=_POST_NORM),
+    "gpt2": _fixed(_BY_DIVISION, mlp="n_inner"),
+    "gpt_neo": _fixed(_BY_DIVISION),
+    "gptj": _fixed(_BY_DIVISION, mlp="n_inner"),
+    "gpt_neox": _fixed(_BY_DIVISION),
+    "opt": _fixed(_BY_DIVISION, mlp="ffn_dim"),
+    "stablelm": _fixed("heads x width == hidden_size"),
+    "phi": replace(_LAYER_NORM, mlp_norm="input_layernorm", final_norm="final_layernorm"),
+    "phi3": replace(_RMS, heads=("self_attn.qkv_proj",)),
+    "starcoder2": replace(_RMS, epsilon="norm_epsilon"),
+    "cohere": replace(_LAYER_NORM, mlp_norm="input_layernorm"),
+    "mixtral": _RMS,
+    "olmoe": replace(_RMS, whole_heads=_SPREAD, whole_stream=_SPREAD),
+    "qwen3_moe": replace(_RMS, expert="moe_intermediate_size", head_norms=_QK_NORM),
+}
+
 for _row in _TABLE:
-    register(replace(_row, shrink=SHRINKS.get(_row.model_type)))
+    register(replace(_row, shrink=_SHRINKS.get(_row.model_type)))

@@ -16,11 +16,6 @@ from repedit.io.files import is_folder, user_path
 from repedit.models.ragged import ragged_widths
 from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
 
-_GGUF_NAMES = {
-    "mistral": "llama", "mixtral": "llama", "gpt_neox": "gptneox", "phi": "phi2", "cohere": "command-r",
-    "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "gemma3_text": "gemma3",
-}  # fmt: skip
-"""Families with another name in llama.cpp."""
 _UNQUANTIZED = ("F32", "F16", "BF16")
 _BLOCKED = ("Q8_0", "Q4_0", "Q4_K", "Q6_K")
 
@@ -74,7 +69,7 @@ def gguf_check(directory: str | Path) -> GgufCheck:
     if not is_folder(root):
         raise NotFound(f"{root.absolute()} is not a directory; give the one that export wrote")
     architecture, specs = architecture_of(root), used_specs(open_shards(root))
-    name = _GGUF_NAMES.get(architecture.model_type, architecture.model_type)
+    name = architecture.gguf or architecture.model_type
     families = {family: number for number, family in gguf.MODEL_ARCH_NAMES.items()}
     if name not in families:
         raise UnknownArchitecture(
