@@ -11,7 +11,7 @@ import torch
 
 from repedit.arch import TensorSpec
 from repedit.io.checkpoint import INDEX
-from repedit.io.safetensors import header, raw_bytes
+from repedit.io.safetensors import header_bytes, raw_bytes
 
 LLAMA_70B = {"d": 8192, "mlp": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocabulary": 128256}
 LLAMA_3B = {"d": 3072, "mlp": 8192, "layers": 16, "heads": 24, "kv_heads": 8, "vocabulary": 32768}
@@ -40,7 +40,7 @@ def llama(
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     generator = torch.Generator().manual_seed(0)
     for name, part in zip(names, shards, strict=True):
-        head, ranges = header(part, {"format": "pt"})
+        head, ranges = header_bytes(part, {"format": "pt"})
         with open(folder / name, "wb") as file:
             file.write(head)
             for spec in () if sparse else part.values():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repedit.errors import ArgumentError, DtypeError, FingerprintError, NotFinite
 from repedit.io import archive
-from repedit.io.text import plain
+from repedit.io.text import json_copy
 from repedit.linear_maps import check_dense, not_finite_at
 from repedit.models.subject import Subject
 from repedit.plan import LoweringOptions
@@ -56,7 +56,7 @@ class Delta:
                 raise NotFinite(f"the difference of {name} is not finite at {place}; did the training diverge?")
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
         object.__setattr__(
-            self, "provenance", MappingProxyType(plain(dict(self.provenance), "the provenance of a delta"))
+            self, "provenance", MappingProxyType(json_copy(dict(self.provenance), "the provenance of a delta"))
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

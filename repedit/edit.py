@@ -23,7 +23,7 @@ from repedit.arch import HookFn, ModelLayout, hooks_at
 from repedit.errors import ArgumentError, FingerprintError, NotFoldable, ShapeError, during
 from repedit.hashing import value_hash
 from repedit.io import archive
-from repedit.io.text import plain
+from repedit.io.text import json_copy
 from repedit.linear_maps import AffineMap, Chain, Diagonal, LowRank
 from repedit.models.subject import Subject
 from repedit.plan import LoweringOptions
@@ -57,7 +57,7 @@ class Edit:
         check_finite_maps(ordered)
         object.__setattr__(self, "maps", MappingProxyType(ordered))
         object.__setattr__(
-            self, "provenance", MappingProxyType(plain(dict(self.provenance), "the provenance of an edit"))
+            self, "provenance", MappingProxyType(json_copy(dict(self.provenance), "the provenance of an edit"))
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from repedit.auditing import budgets
 from repedit.cli import completion, options
 from repedit.errors import ArgumentError
 from repedit.fit.closed_form import FITS
-from repedit.io.safetensors import floating
+from repedit.io.safetensors import floating_dtype
 from repedit.metrics.benchmarks import SUITES
 from repedit.neurons.scores import COMBINATIONS, IMPORTANCES
 from repedit.rewrite.export import STRUCTURES
@@ -140,7 +140,7 @@ def test_every_recipe_that_is_offered_exists():
 def test_choices_are_those_that_the_library_takes():
     choices = {name: get_args(get_args(getattr(options, name))[0]) for name in ("Structure", "Dtype")}
     assert choices["Structure"] == STRUCTURES and get_args(options.Budget.__origin__) == tuple(budgets.BUDGETS)
-    assert all(floating(name).is_floating_point for name in choices["Dtype"] if name != "auto")
+    assert all(floating_dtype(name).is_floating_point for name in choices["Dtype"] if name != "auto")
 
 
 def test_the_script_for_the_shell_is_shown():

@@ -157,7 +157,7 @@ def test_a_target_that_is_being_written_is_refused_to_everybody_else(other, sour
     killed(source, edit, tmp_path / "out", 2)
     change = mask(tiny("llama"), "1.mlp.neurons") if other else edit
     with (
-        targets._claimed(tmp_path / "out"),
+        targets._locked_staging(tmp_path / "out"),
         pytest.raises(TargetExists, match="out is being written by another export; wait for it"),
     ):
         rp.export(change, source, tmp_path / "out", link=False, overwrite=True)

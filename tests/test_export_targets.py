@@ -13,7 +13,7 @@ import pytest
 from repedit.errors import ArgumentError, CheckpointError, TargetExists
 from repedit.io import targets
 from repedit.io.files import file_hash
-from repedit.io.targets import add_to_manifest, check_file_target, check_target, install, workplace
+from repedit.io.targets import add_to_manifest, check_file_target, check_target, install, staging_folder
 
 
 def exported(folder, **files):
@@ -29,7 +29,7 @@ def exported(folder, **files):
 def write(out, overwrite=False, meanwhile=lambda: None, text="new"):
     """Write a directory as an export does."""
     target = check_target(out, overwrite=overwrite)
-    with workplace(target, overwrite=overwrite) as place:
+    with staging_folder(target, overwrite=overwrite) as place:
         (place / "checkpoint").mkdir()
         (place / "checkpoint" / "model").write_text(text)
         meanwhile()
@@ -123,14 +123,14 @@ def test_what_comes_between_the_last_check_and_the_rename_stays(tmp_path, monkey
         folder.mkdir()
         FOREIGN[kind][0](folder / "out")
         before = tree(folder)
-        with pytest.raises((TargetExists, CheckpointError)), workplace(folder / "out", overwrite=True) as place:
+        with pytest.raises((TargetExists, CheckpointError)), staging_folder(folder / "out", overwrite=True) as place:
             (place / "checkpoint").mkdir()
             install(place / "checkpoint", folder / "out", overwrite=True)
         assert before.items() <= tree(folder).items()
 
 
 def test_a_check_that_trusts_any_directory_would_be_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "not_ours", lambda folder: None)
+    monkeypatch.setattr(targets, "reason_to_keep", lambda folder: None)
     home(tmp_path / "out")
     write(tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "photos").exists()
@@ -192,11 +192,11 @@ def test_the_source_is_recognised_under_every_name(tmp_path):
 def test_a_target_is_locked_under_every_name(name, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "link").symlink_to(tmp_path)
-    with workplace(tmp_path / "out"):
+    with staging_folder(tmp_path / "out"):
         with pytest.raises(TargetExists, match="is being written by another export"):
             check_target(f"{tmp_path}/{name}")
         same = targets._absolute(f"{tmp_path}/{name}")
-        with pytest.raises(TargetExists, match="is being written by another export"), workplace(same):
+        with pytest.raises(TargetExists, match="is being written by another export"), staging_folder(same):
             pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "sub"]
 
@@ -232,7 +232,7 @@ def test_of_many_writers_one_wins_and_the_others_are_told(kind, tmp_path):
 
 def test_without_the_lock_two_writers_would_be_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(targets.FileLock, "acquire", lambda lock: None)
-    with workplace(tmp_path / "out"), workplace(tmp_path / "out") as place:
+    with staging_folder(tmp_path / "out"), staging_folder(tmp_path / "out") as place:
         assert place.exists()
 
 
@@ -251,7 +251,7 @@ def test_a_folder_with_the_name_of_a_workplace_stays(tmp_path):
 
 
 def test_files_that_somebody_put_into_a_workplace_stay(tmp_path):
-    with workplace(tmp_path / "out") as place:
+    with staging_folder(tmp_path / "out") as place:
         (place / "notes.txt").write_text("mine")
         (place / "checkpoint").mkdir()
     assert [p.name for p in place.iterdir()] == ["notes.txt"]
@@ -291,7 +291,10 @@ def test_a_directory_that_may_not_be_written_is_refused_before_work(tmp_path, mo
 
 
 def test_parents_are_made_and_removed_again_where_nothing_came_of_it(tmp_path):
-    with pytest.raises(CheckpointError, match="disk; nothing was written"), workplace(tmp_path / "a" / "b" / "out"):
+    with (
+        pytest.raises(CheckpointError, match="disk; nothing was written"),
+        staging_folder(tmp_path / "a" / "b" / "out"),
+    ):
         raise OSError("disk")
     assert not list(tmp_path.iterdir())
     write(tmp_path / "a" / "b" / "out")
@@ -299,8 +302,8 @@ def test_parents_are_made_and_removed_again_where_nothing_came_of_it(tmp_path):
 
 
 def test_a_check_writes_nothing_and_keeps_what_a_kill_left(tmp_path):
-    with targets._claimed(tmp_path / "out") as place:
-        targets._mark(place, "job")
+    with targets._locked_staging(tmp_path / "out") as place:
+        targets._mark_job(place, "job")
         (place / "checkpoint").mkdir()
     before = tree(tmp_path)
     check_target(tmp_path / "out")
@@ -308,8 +311,8 @@ def test_a_check_writes_nothing_and_keeps_what_a_kill_left(tmp_path):
 
 
 def test_an_early_check_sees_the_target_that_a_kill_moved_aside(tmp_path):
-    with targets._claimed(tmp_path / "out") as place:
-        targets._mark(place, "job")
+    with targets._locked_staging(tmp_path / "out") as place:
+        targets._mark_job(place, "job")
         exported(tmp_path / "out").rename(place / "replaced")
     with pytest.raises(TargetExists, match="out exists"):
         check_target(tmp_path / "out")

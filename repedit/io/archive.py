@@ -1,4 +1,4 @@
-"""The file that holds a value of repedit: one safetensors file with a JSON header that says what it is."""
+"""Files of edits, deltas, collections and the like: safetensors with a JSON header that names the kind of value."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from repedit.errors import CheckpointError, RepeditError, TargetExists
 from repedit.io.files import is_file, open_regular
-from repedit.io.safetensors import header_of as tensor_header
-from repedit.io.safetensors import read_header, read_tensor, write_file
+from repedit.io.safetensors import read_header, read_open_header, read_tensor, write_file
 from repedit.io.text import parse_json
 
 FORMAT = 1
@@ -27,10 +26,10 @@ _KINDS = {
 
 
 def check_replaceable(path: str | Path) -> None:
-    """Refuse to write over a file that is there and holds no value of repedit, such as the weights of a model.
+    """Refuse to overwrite a file that does not hold a value of repedit, such as the weights of a model.
 
     Raises:
-        TargetExists: with what is there.
+        TargetExists: if there is such a file.
     """
     place = Path(path)
     if is_file(place) and place.stat().st_size and kind_of(place) is None:
@@ -38,7 +37,7 @@ def check_replaceable(path: str | Path) -> None:
 
 
 def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a header of plain JSON values, by one rename; kind is a key of the table above.
+    """Write tensors and a header of plain JSON values, atomically; `kind` is a key of the table above.
 
     Raises:
         TargetExists: if a file is there that repedit did not write.
@@ -50,7 +49,7 @@ def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Ma
 
 
 def kind_of(path: str | Path) -> str | None:
-    """What a file says it holds; None where it says nothing or cannot be read."""
+    """The kind of value in a file; None if the file does not name one or cannot be read."""
     try:
         kind = header_of(path).get("kind")
     except CheckpointError:
@@ -59,7 +58,7 @@ def kind_of(path: str | Path) -> str | None:
 
 
 def header_of(path: str | Path) -> dict[str, Any]:
-    """The header of a file, without its tensors; empty where it has none.
+    """The header of a file, without its tensors; empty if it has none.
 
     Raises:
         CheckpointError: if the file cannot be read.
@@ -76,7 +75,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     name, other, remedy = _KINDS[kind]
     try:
         with open_regular(path) as file:
-            entries, metadata = tensor_header(file, Path(path))
+            entries, metadata = read_open_header(file, Path(path))
             header = _parsed(path, metadata)
             tensors = {key: read_tensor(file, Path(path), key, entry) for key, entry in sorted(entries.items())}
     except (OSError, RepeditError) as error:
@@ -87,19 +86,19 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def tensor_like(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """The tensor of a name, refused with a ValueError where it is absent or of another shape; see `rebuilding`."""
+    """The tensor of a name; a ValueError if it is missing or has another shape, see `rebuilding`."""
     if name not in tensors or tensors[name].shape != like.shape:
-        found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-        raise ValueError(f"the tensor {name!r} {found}, {tuple(like.shape)} was expected")
+        state = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+        raise ValueError(f"the tensor {name!r} {state}, {tuple(like.shape)} was expected")
     return tensors[name]
 
 
 @contextmanager
 def rebuilding(path: str | Path, kind: str) -> Iterator[None]:
-    """Say which file holds the header and tensors of which no value can be made.
+    """Name the file whose header and tensors do not make a value.
 
     Raises:
-        CheckpointError: in place of what the header's fields or the constructors raise.
+        CheckpointError: instead of the errors of missing fields and of constructors.
     """
     try:
         yield

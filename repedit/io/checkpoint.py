@@ -84,14 +84,14 @@ def open_shards(directory: str | Path) -> Shards:
         if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{index} names {file!r}, which leaves the directory; nothing was read")
         if not file.endswith(".safetensors"):  # transformers would open it as a pickle
-            raise CheckpointError(f"{index} names {file!r}, which is no .safetensors file; nothing was read")
+            raise CheckpointError(f"{index} names {file!r}, which is not a .safetensors file; nothing was read")
         if not (root / file).exists():
             raise CheckpointError(f"{index} names the shard {file!r}, which is absent from {root}; download it again")
     return Shards(root, _entries_of(root, weight_map), indexed=True)
 
 
 def _entries_of(root: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
-    """Every tensor of the shards that an index names: transformers reads those, also a tensor that the index leaves out."""
+    """Every tensor of the shards that an index names; transformers reads tensors that the index omits, too."""
     headers = {file: read_header(root / file)[0] for file in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in headers[file])
     if absent:
@@ -107,7 +107,7 @@ def _entries_of(root: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
 
 
 def check_files(root: Path) -> None:
-    """Refuse a directory with a file that transformers or tokenizers would hang on, or fail on without saying why.
+    """Refuse files on which transformers or tokenizers would hang, or fail without a reason.
 
     Raises:
         CheckpointError: if a file is no regular file, cannot be read, is a Git LFS pointer, or is one of `CONFIGS` and no JSON
@@ -142,11 +142,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-# The state of the files that a model is read from.
+# --- Whether the files of a model changed
 
 _OTHERS = ("config.json", "generation_config.json", "special_tokens_map", "added_tokens", "chat_template", INDEX)
 TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
-"""What the files of a tokenizer begin with."""
+"""Beginnings of the names of tokenizer files."""
 
 FileStates = Mapping[str, tuple[int, ...]]
 
@@ -166,7 +166,7 @@ def file_states(directory: Path) -> FileStates:
 
 
 def check_unchanged(directory: Path, before: FileStates, since: str, remedy: str) -> None:
-    """Refuse files that are not in the state they were in.
+    """Refuse a directory whose files changed.
 
     Raises:
         CheckpointError: naming them.

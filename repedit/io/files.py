@@ -1,4 +1,4 @@
-"""Regular files: opening without hanging, hashing, replacing at once, and journals that outlive a kill."""
+"""Regular files: opened without blocking, hashed, replaced atomically, and appended to so that a kill loses nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +18,8 @@ from repedit.errors import CheckpointError, NotFound, RepeditError
 
 LIMIT = 4 << 30
 """Bytes of the largest text that is read into memory as a whole."""
-POINTER = b"version https://git-lfs.github.com/spec/"
-"""The first line of a Git LFS pointer, which stands in a clone in place of a file that was not downloaded."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""First line of a Git LFS pointer, which a clone holds instead of a file that was not downloaded."""
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
@@ -30,30 +30,30 @@ _KINDS = {
 
 
 def open_regular(path: str | Path, error: type[RepeditError] = CheckpointError) -> io.BufferedReader:
-    """A regular file, or a link to one, opened for reading; anything else is refused before a read could wait for it.
+    """A regular file, or a link to one, opened for reading; anything else is refused before a read could block.
 
     Raises:
         RepeditError: of the type `error`, if the path is absent, unreadable, no regular file or a Git LFS pointer.
     """
     try:
         _check_regular(Path(path).stat().st_mode, path, error)
-        # O_NONBLOCK: a pipe that took the place of the file meanwhile would wait for a writer.
+        # O_NONBLOCK: opening a pipe that replaced the file meanwhile would wait for a writer.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError, TypeError) as reason:
         if isinstance(reason, RepeditError):
             raise
-        raise error(f"{path} cannot be opened: {_said(reason)}; give the path of a readable file") from reason
+        raise error(f"{path} cannot be opened: {_reason_text(reason)}; give the path of a readable file") from reason
     file = os.fdopen(handle, "rb")
     try:
         status = os.fstat(handle)
         _check_regular(status.st_mode, path, error)
-        if status.st_size < 1024 and file.peek(len(POINTER)).startswith(POINTER):
+        if status.st_size < 1024 and file.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
             raise error(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
     except OSError as reason:
         file.close()
         if isinstance(reason, RepeditError):
             raise
-        raise error(f"{path} cannot be read: {_said(reason)}") from reason
+        raise error(f"{path} cannot be read: {_reason_text(reason)}") from reason
     except RepeditError:
         file.close()
         raise
@@ -69,35 +69,33 @@ def user_path(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except TypeError as reason:
-        raise NotFound(f"{path!r} can be no path: {reason}; give the path of a file or directory") from reason
+        raise NotFound(f"{path!r} cannot be a path: {reason}; give the path of a file or directory") from reason
     except RuntimeError:
         return Path(path)
 
 
-NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-"""What the system says of a path at which nothing can be."""
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Error numbers of paths at which nothing exists."""
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether a path names a regular file, or a link to one; False also for what is no possible path."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def exists(path: str | Path) -> bool:
-    """Whether anything is at a path, behind all links; False also for what is no possible path."""
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):
-        return False
+    """Whether a path names a regular file, or a link to one; False also for impossible paths."""
+    return _mode_is(path, stat.S_ISREG)
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a path names a folder, or a link to one; False also for what is no possible path."""
+    """Whether a path names a folder, or a link to one; False also for impossible paths."""
+    return _mode_is(path, stat.S_ISDIR)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether anything exists at a path, behind all links; False also for impossible paths."""
+    return _mode_is(path, lambda mode: True)
+
+
+def _mode_is(path: str | Path, test: Callable[[int], bool]) -> bool:
     try:
-        return Path(path).is_dir()
+        return test(Path(path).stat().st_mode)
     except (OSError, ValueError):
         return False
 
@@ -113,7 +111,7 @@ def read_bytes(path: str | Path, error: type[RepeditError] = CheckpointError, *,
             size = os.fstat(file.fileno()).st_size
             data = file.read(limit + 1) if size <= limit else b""
         except OSError as reason:
-            raise error(f"{path} cannot be read: {_said(reason)}") from reason
+            raise error(f"{path} cannot be read: {_reason_text(reason)}") from reason
     if max(size, len(data)) > limit:
         raise error(
             f"{path} holds {max(size, len(data)):,} bytes, more than the {limit:,} that are read; is it this file?"
@@ -128,17 +126,17 @@ def file_hash(path: Path) -> str:
 
 
 def file_hashes(path: Path) -> dict[str, str]:
-    """sha256 of a file, under "", or of every file of a folder by its path there; empty where there is nothing."""
+    """sha256 of a file, under "", or of every file of a folder by its relative path; empty if nothing exists there."""
     if path.is_file():
         return {"": file_hash(path)}
     return {p.relative_to(path).as_posix(): file_hash(p) for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 @contextmanager
-def replacing(path: str | Path, error: type[RepeditError] = CheckpointError) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` when the context ends; after an exception `path` is as before.
+def atomic_write(path: str | Path, error: type[RepeditError] = CheckpointError) -> Iterator[BinaryIO]:
+    """A file to write, which replaces `path` when the context ends; after an exception `path` is unchanged.
 
-    The content is written beside the target under a temporary name, is on the disk before the rename, and a link is
+    The content is written beside the target under a temporary name and flushed to the disk before the rename. A link is
     followed to the file it names.
 
     Raises:
@@ -157,34 +155,34 @@ def replacing(path: str | Path, error: type[RepeditError] = CheckpointError) -> 
     except OSError as reason:
         if isinstance(reason, RepeditError):
             raise
-        raise error(f"{path} cannot be written: {_said(reason)}; nothing there was changed") from reason
+        raise error(f"{path} cannot be written: {_reason_text(reason)}; nothing there was changed") from reason
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str, error: type[RepeditError] = CheckpointError) -> None:
-    """Write a text as UTF-8, by one rename."""
-    with replacing(path, error) as file:
+    """Write a text as UTF-8, atomically."""
+    with atomic_write(path, error) as file:
         file.write(text.encode())
 
 
 def make_folder(path: str | Path, error: type[RepeditError] = CheckpointError) -> Path:
-    """A folder, made with those above it where they are absent.
+    """A folder, created with its parents if it does not exist.
 
     Raises:
-        RepeditError: of the type `error`, if it cannot be made or something else stands in its place.
+        RepeditError: of the type `error`, if it cannot be created or something else has its name.
     """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as reason:
-        raise error(f"the folder {folder} cannot be made: {_said(reason)}; give another path") from reason
+        raise error(f"the folder {folder} cannot be made: {_reason_text(reason)}; give another path") from reason
     return folder
 
 
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one JSON object as a line, on the disk when this returns; an incomplete last line is removed first.
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a JSON object as one line, which is on the disk when this returns; an incomplete last line is removed first.
 
     Raises:
         CheckpointError: if the path is no regular file, or cannot be written.
@@ -198,7 +196,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as reason:
-        raise CheckpointError(f"{path} cannot be written: {_said(reason)}") from reason
+        raise CheckpointError(f"{path} cannot be written: {_reason_text(reason)}") from reason
 
 
 def _complete(path: Path) -> tuple[int, int]:
@@ -223,7 +221,7 @@ def _check_regular(mode: int, path: str | Path, error: type[RepeditError]) -> No
 
 
 def _target(path: str | Path, error: type[RepeditError]) -> Path:
-    """The regular file to replace, or the place of a new one, behind all links."""
+    """The path of the regular file to replace or to create, behind all links."""
     try:
         target = Path(os.path.realpath(path))
         if os.path.lexists(target):
@@ -233,12 +231,12 @@ def _target(path: str | Path, error: type[RepeditError]) -> Path:
     except (OSError, ValueError, TypeError) as reason:
         if isinstance(reason, RepeditError):
             raise
-        raise error(f"{path} cannot be written: {_said(reason)}") from reason
+        raise error(f"{path} cannot be written: {_reason_text(reason)}") from reason
     return target
 
 
 def _mode(target: Path) -> int:
-    """The permissions of the file that is replaced, or those of a new file."""
+    """The permissions of the file to replace, or of a new file."""
     if target.exists():
         return stat.S_IMODE(target.stat().st_mode)
     mask = os.umask(0)
@@ -246,7 +244,7 @@ def _mode(target: Path) -> int:
     return 0o666 & ~mask
 
 
-def _said(reason: Exception) -> str:
+def _reason_text(reason: Exception) -> str:
     number = getattr(reason, "errno", None)
     if number == errno.ENOENT:
         return "no such file or folder"

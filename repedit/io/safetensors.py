@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from repedit.errors import ArgumentError, CheckpointError, RepeditError
-from repedit.io.files import open_regular, replacing
+from repedit.io.files import atomic_write, open_regular
 from repedit.io.text import parse_json
 
 HEADER_LIMIT = 100_000_000
@@ -63,38 +63,38 @@ class Entry:
     stop: int
 
 
-def floating(name: str | torch.dtype) -> torch.dtype:
+def floating_dtype(name: str | torch.dtype) -> torch.dtype:
     """A floating dtype by its name in torch.
 
     Raises:
         ArgumentError: if there is no such dtype, it is not a floating one, or weights of it need scales.
     """
-    found = getattr(torch, name, None) if isinstance(name, str) else name
-    if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize == 1:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 1:
         raise ArgumentError(
             f"dtype={name!r} holds weights only beside scales, which repedit does not write; give 'float32', 'bfloat16' or "
             "'float16', and quantise the result with a tool made for it"
         )
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ArgumentError(f"dtype={name!r} is not a floating dtype; give 'float32', 'bfloat16' or 'float16'")
-    return found
+    return dtype
 
 
 def read_header(path: Path, error: type[RepeditError] = CheckpointError) -> tuple[dict[str, Entry], dict[str, str]]:
     """(entries by tensor name, metadata) of a file.
 
     Raises:
-        RepeditError: of the type `error`, if the file cannot be read, its header is not one that the safetensors library
-            takes, or a dtype is not supported.
+        RepeditError: of the type `error`, if the file cannot be read, the safetensors library would refuse its header, or
+            a dtype is not supported.
     """
     with open_regular(path, error) as file:
-        return header_of(file, path, error)
+        return read_open_header(file, path, error)
 
 
-def header_of(
+def read_open_header(
     file: BufferedReader, path: Path, error: type[RepeditError] = CheckpointError
 ) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What `read_header` gives, of a file that is open."""
+    """`read_header` of an open file."""
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -136,8 +136,10 @@ def read_tensor(file: BufferedReader, path: Path, name: str, entry: Entry) -> Te
     return torch.frombuffer(data, dtype=entry.spec.dtype).reshape(entry.spec.shape)
 
 
-def header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The bytes a file of these tensors begins with, and the absolute byte range of each tensor."""
+def header_bytes(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The first bytes of a file of these tensors, and the absolute byte range of each tensor."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset, ranges = 0, {}
     for name, spec in specs.items():
@@ -155,53 +157,53 @@ def header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tupl
 
 
 def write_file(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata as one file, by one rename.
+    """Write tensors and metadata as one file, atomically.
 
     Raises:
         CheckpointError: if the file cannot be written, or a dtype is not supported; what was there before is unchanged.
     """
-    # The widest first, so that each tensor begins at a multiple of its element size.
+    # Widest dtype first, so that each tensor begins at a multiple of its element size.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     wrong = next((name for name, value in ordered.items() if value.dtype not in CODES), None)
     if wrong is not None:
         raise CheckpointError(f"{path} cannot hold {wrong!r}, whose dtype is {ordered[wrong].dtype}; convert it first")
-    start, _ = header({name: TensorSpec(tuple(v.shape), v.dtype) for name, v in ordered.items()}, metadata)
+    start, _ = header_bytes({name: TensorSpec(tuple(v.shape), v.dtype) for name, v in ordered.items()}, metadata)
     if len(start) - 8 > HEADER_LIMIT:
         raise CheckpointError(f"{path} would have a header of {len(start):,} bytes; a file can have {HEADER_LIMIT:,}")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(start)
         for value in ordered.values():
             file.write(raw_bytes(value))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The little-endian bytes of a tensor, as safetensors stores them; without a copy where memory holds them so."""
+    """The little-endian bytes of a tensor, as safetensors stores them; a view if memory has the same layout."""
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _entry(path: Path, name: str, item: Any, base: int, error: type[RepeditError]) -> Entry:
+def _entry(path: Path, name: str, item: object, base: int, error: type[RepeditError]) -> Entry:
     if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= set(item):
         raise ValueError(f"tensor {name!r} has no dtype, shape and data_offsets")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
-    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+    if not isinstance(dtype, str) or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has dtype {dtype!r}, shape {shape!r} and data_offsets {offsets!r}")
     if dtype not in DTYPES:
         raise error(f"tensor {name!r} has dtype {dtype}, which is not supported; is it quantised? Use the base")
     count = DTYPES[dtype].itemsize
     for number in shape:
-        count *= max(number, 1)  # strides are computed also where there is no element
+        count *= max(number, 1)  # strides are computed even for tensors without elements
         if count >= 1 << 63:
             raise ValueError(f"tensor {name!r} has shape {shape}, of more elements than a file can hold")
     return Entry(path.name, TensorSpec(tuple(shape), DTYPES[dtype]), base + offsets[0], base + offsets[1])
 
 
-def _sizes(value: Any) -> bool:
+def _is_sizes(value: object) -> bool:
     """Whether a value is a list of sizes, neither negative nor of another type."""
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 64 for number in value)
 
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int, error: type[RepeditError]) -> None:
-    """Refuse tensors that overlap, leave a gap, have another size than their shape, or end elsewhere than the file."""
+    """Refuse tensors that overlap, leave a gap, do not have the size of their shape, or do not end with the file."""
     end = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         length = entry.stop - entry.start

@@ -1,7 +1,7 @@
-"""Where results are written: a target is checked before work begins, locked while it is written, and checked again at the rename.
+"""Output paths: checked before work begins, locked while they are written, and checked again when the result is renamed.
 
-A directory appears whole, by one rename: a crash leaves its target absent, or as it was. What repedit did not write is
-never replaced: not a file among the files of an export, not a link, a special file, a home or a mounted disk.
+A directory appears complete, by one rename: after a crash its target is absent or unchanged. What repedit did not write
+is never replaced: a file added to an export, a link, a special file, a home directory or a mounted disk.
 """
 
 from __future__ import annotations
@@ -20,60 +20,58 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditError, TargetExists
-from repedit.io.files import NOWHERE, file_hash, user_path
+from repedit.io.files import ABSENT, file_hash, user_path
 from repedit.io.text import read_json
 
 MANIFEST, CARD = "repedit.json", "README.md"
-"""The record of an export, which lists its other files with their hashes; and the card, which people may write on."""
-_ASIDE, _DISCARDED, _LOCK, _MARK = "replaced", "discarded", "repedit.lock", "unfinished-export.json"
-_OURS = ("checkpoint", "adapter", "unedited", "finished.jsonl", _DISCARDED, _MARK)
-"""What a workplace may hold; anything else in it is somebody's and stays."""
+"""The record of an export, which lists its files with their hashes; and the model card, which people may edit."""
+_REPLACED, _DISCARDED, _LOCK, _MARK = "replaced", "discarded", "repedit.lock", "unfinished-export.json"
+_STAGED = ("checkpoint", "adapter", "unedited", "finished.jsonl", _DISCARDED, _MARK)
+"""What repedit writes in a staging folder; anything else in it belongs to somebody else and stays."""
 _KINDS = {stat.S_IFREG: "a file", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _hashes: dict[tuple[int, ...], str] = {}
 
 
-# Before work begins.
+# --- Before work begins
 
 
 def check_target(target: str | Path, *, overwrite: bool = False, source: str | Path | None = None) -> Path:
-    """The absolute path of a directory that may be written, refused where something would be lost; nothing is written yet.
+    """The absolute path of a directory that may be written; refused if something would be lost. Nothing is written yet.
 
-    Call it before work begins; `install` checks again when the result takes its place.
+    Call it before work begins; `install` checks again when the result is renamed.
 
     Args:
-        overwrite: allow an earlier export whose files are as they were exported. An empty directory is always allowed.
-        source: directory that is read; the target may neither lie in it nor around it.
+        overwrite: allow an earlier export whose files are unchanged. An empty directory is always allowed.
+        source: directory that is read; neither may contain the other.
     Raises:
         TargetExists: if something else is there, or another process is writing it.
         CheckpointError: if nothing can be written there. ArgumentError: if the name cannot be one.
     """
     out = _absolute(target)
-    with _typed(out):
+    with _typed_errors(out):
         _check_parent(out)
         if source is not None:
             _check_apart(out, _real(source), Path(source))
-        if _is_ours(_place(out)):
-            with _claimed(
-                out
-            ) as place:  # refused where another process writes; what one that was killed moved aside comes back
-                _put_back(out, place)
+        if _is_staging_folder(_staging_path(out)):
+            with _locked_staging(out) as staging:  # refused if another process is writing
+                _restore_replaced(out, staging)
         _check_free(out, overwrite)
     return out
 
 
 def check_file_target(target: str | Path, *, overwrite: bool = True) -> Path:
-    """The absolute path of a file that may be written, behind all links: it is absent, or a regular file that may be replaced.
+    """The absolute path of a file that may be written, behind all links: absent, or a regular file that may be replaced.
 
     Raises:
         TargetExists: if a directory or a special file is there, or a file and overwrite is False.
         CheckpointError: if nothing can be written there. ArgumentError: if the name cannot be one.
     """
     out = _absolute(target)
-    with _typed(out):
+    with _typed_errors(out):
         out = _real(out)
         _check_parent(out)
-        kind = _kind(out)
+        kind = _kind_of(out)
         if kind not in (None, "a file"):
             raise TargetExists(f"{out} is {kind}, where a file is to be written; give another target")
         if kind is not None and not overwrite:
@@ -82,22 +80,22 @@ def check_file_target(target: str | Path, *, overwrite: bool = True) -> Path:
 
 
 def check_folder(target: str | Path | None, *ours: str, read: tuple[str | Path, ...] = ()) -> None:
-    """Refuse a folder that pages and findings are put into, one by one: it is absent, empty, or holds some of ours already.
+    """Refuse a folder for pages and findings unless it is absent, empty, or holds one of the expected files.
 
     Args:
-        ours: names of what a folder of this kind holds; without any, a folder may hold anything.
-        read: what is read, which the folder may not be.
+        ours: names of files that a folder of this kind holds; without any, it may hold anything.
+        read: paths that are read, none of which may be the folder.
     Raises:
-        TargetExists: if it holds something else, or is what is read. CheckpointError: if nothing can be written there.
+        TargetExists: if it holds something else, or is read. CheckpointError: if nothing can be written there.
     """
     if target is None:
         return
     out = _real(_absolute(target))
-    with _typed(out):
+    with _typed_errors(out):
         if any(_real(path) == out for path in read):
             raise TargetExists(f"the target {target} is read by this command; give another target")
         _check_parent(out)
-        kind = _kind(out)
+        kind = _kind_of(out)
         if kind is not None and not out.is_dir():
             raise TargetExists(f"{out} is {kind}, where a folder is to be written; give another target")
         if kind is not None and not os.access(out, os.W_OK | os.X_OK):
@@ -106,42 +104,42 @@ def check_folder(target: str | Path | None, *ours: str, read: tuple[str | Path, 
             raise TargetExists(f"{out} holds something else than {' or '.join(ours)}; give another target")
 
 
-def check_space(place: Path, need: int) -> None:
-    """Refuse to write more bytes than the disk has.
+def check_space(folder: Path, need: int) -> None:
+    """Refuse to write more bytes than the disk has free.
 
     Raises:
-        CheckpointError: with both numbers.
+        CheckpointError: naming both numbers.
     """
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(
-            f"the disk of {place.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {need / 1e9:.1f} GB; nothing was written"
+            f"the disk of {folder.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {need / 1e9:.1f} GB; nothing was written"
         )
 
 
-# What a directory of ours holds.
+# --- The files of an export
 
 
-def entries(folder: Path) -> dict[str, os.stat_result]:
-    """Everything in a folder that is not itself a folder, by its path there: files, and links and special files unopened."""
-    found = {}
+def folder_entries(folder: Path) -> dict[str, os.stat_result]:
+    """Files, links and special files below a folder, none of them opened, by their relative paths."""
+    statuses = {}
     for root, folders, files in os.walk(folder, onerror=_raise):
         for name in (*files, *folders):
             path = Path(root, name)
             status = path.lstat()
             if not stat.S_ISDIR(status.st_mode):
-                found[path.relative_to(folder).as_posix()] = status
-    return dict(sorted(found.items()))
+                statuses[path.relative_to(folder).as_posix()] = status
+    return dict(sorted(statuses.items()))
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The manifest of a directory, and the hash of each file it lists.
 
     Raises:
-        NotFound: if there is none. CheckpointError: if it is none, or names files outside the directory.
+        NotFound: if there is none. CheckpointError: if it is damaged, or names files outside the directory.
     """
     path = folder / MANIFEST
-    if _kind(path) != "a file":
+    if _kind_of(path) != "a file":
         raise NotFound(f"{folder.absolute()} holds no {MANIFEST}; give a directory that repedit exported")
     record = read_json(path, finite=False, remedy="export again")
     files = record.get("files")
@@ -154,7 +152,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def add_to_manifest(folder: Path, names: Iterable[str]) -> None:
-    """List further files of an export in its manifest, so that they count as a part of it."""
+    """List further files in the manifest of an export, so that they count as part of it."""
     record, files = read_manifest(folder)
     record["files"] = files | {name: file_hash(folder / name) for name in names}
     draft = folder / f"{MANIFEST}.draft"
@@ -162,52 +160,53 @@ def add_to_manifest(folder: Path, names: Iterable[str]) -> None:
     draft.replace(folder / MANIFEST)
 
 
-def not_ours(folder: Path) -> str | None:
-    """Why a directory is not, or is no longer, what repedit wrote; None where it is: nothing is lost that cannot be made again."""
+def reason_to_keep(folder: Path) -> str | None:
+    """Why a directory must not be replaced: it is not, or no longer, what repedit wrote; None if it is and may be made again."""
     try:
         record, files = read_manifest(folder)
     except NotFound:
         return f"it is not an export of repedit, it holds no {MANIFEST}"
     except CheckpointError as error:
         return f"it cannot be told whether repedit wrote it: {error}"
-    there = entries(folder)
+    present = folder_entries(folder)
     expected = files if record.get("card") is None else files | {CARD: str(record["card"])}
-    foreign = [name for name in there if name not in files and name not in (MANIFEST, CARD)]
+    foreign = [name for name in present if name not in files and name not in (MANIFEST, CARD)]
     if foreign or not files:
-        return f"it holds files that are not of the export: {_listed(foreign)}"
+        return f"it holds files that are not of the export: {_listing(foreign)}"
     changed = [
         name
-        for name, status in there.items()
-        if name in expected and (not stat.S_ISREG(status.st_mode) or _hash(folder / name, status) != expected[name])
+        for name, status in present.items()
+        if name in expected
+        and (not stat.S_ISREG(status.st_mode) or _cached_hash(folder / name, status) != expected[name])
     ]
-    return f"files were changed since they were exported: {_listed(changed)}" if changed else None
+    return f"files were changed since they were exported: {_listing(changed)}" if changed else None
 
 
-# While it is written.
+# --- While a directory is written
 
 
 @contextmanager
-def workplace(out: Path, job: str = "", *, overwrite: bool = False) -> Iterator[Path]:
-    """A directory beside the target, held by this process alone and removed whatever happens short of a kill.
+def staging_folder(out: Path, job: str = "", *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory beside the target, locked by this process and removed at the end unless the process is killed.
 
-    A job with a name finds there what it had finished when it was killed. What other jobs left there is removed.
+    A job with a name finds there what it had finished before a kill. What other jobs left there is removed.
 
     Raises:
         TargetExists: if another export to the same target is under way, or it may not be replaced.
-        CheckpointError: if the disk is full or refuses, nothing being left behind.
+        CheckpointError: if the disk is full or cannot be written; nothing is left behind.
     """
-    with _typed(out, "nothing was written"):
+    with _typed_errors(out, "nothing was written"):
         parents = [folder for folder in out.parents if not folder.exists()]
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with _claimed(out) as place:
-                _put_back(out, place)
+            with _locked_staging(out) as staging:
+                _restore_replaced(out, staging)
                 try:
                     _check_free(out, overwrite)
-                    _mark(place, job)
-                    yield place
+                    _mark_job(staging, job)
+                    yield staging
                 finally:
-                    _clear(place)
+                    _clear(staging)
         finally:
             for folder in parents:
                 with suppress(OSError):  # it holds the result
@@ -221,12 +220,12 @@ def install(new: Path, out: Path, *, overwrite: bool = False) -> None:
         TargetExists: if something was put there meanwhile; it stays, and the new directory is kept beside it, under a name
             that the message says.
     """
-    aside = new.parent / _ASIDE
+    aside = new.parent / _REPLACED
     try:
         _check_free(out, overwrite)
         if out.exists() and any(out.iterdir()):
             out.rename(aside)
-            reason = not_ours(aside)  # again, now that nobody finds it by its name
+            reason = reason_to_keep(aside)  # again, now that nobody finds it by its name
             if reason:
                 raise TargetExists(f"{out} is not replaced: {reason}")
         new.rename(out)  # replaces nothing but an empty directory: the system refuses everything else
@@ -241,18 +240,18 @@ def install(new: Path, out: Path, *, overwrite: bool = False) -> None:
         raise
 
 
-def sync(folder: Path) -> None:
-    """Have every file of a folder, and of the folders in it, on the disk."""
-    for name in entries(folder):
+def sync_files(folder: Path) -> None:
+    """Flush every file below a folder to the disk."""
+    for name in folder_entries(folder):
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
 
 
-# The parts of a check.
+# --- Parts of the checks
 
 
 def _absolute(target: str | Path) -> Path:
-    """The target by the real path of its parent and its own name, so that every way to write it is one."""
+    """The target by the real path of its parent and its own name, so that different spellings are equal."""
     path = Path(target)
     if any(ord(character) < 32 or character == "\x7f" for character in str(path)):
         raise ArgumentError(
@@ -290,7 +289,7 @@ def _name_limit(folder: Path) -> int:
 
 
 def _check_apart(out: Path, origin: Path, source: Path) -> None:
-    """Compared as the system does: links and, where it does not tell them apart, capitals are seen through."""
+    """Compared as the file system does, behind links and, where it ignores case, in any case."""
     if any(_same(folder, origin) for folder in (out, *_real(out).parents)) or any(
         _same(out, folder) for folder in origin.parents
     ):
@@ -300,12 +299,12 @@ def _check_apart(out: Path, origin: Path, source: Path) -> None:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    """Refuse whatever stands at the target, but for an empty directory and, on request, an export of ours."""
-    kind = _kind(out)
+    """Refuse whatever exists at the target, except an empty directory and, with overwrite, an unchanged export."""
+    kind = _kind_of(out)
     if kind is None:
         return
-    for name, place in _standing_places().items():
-        if any(_same(out, folder) for folder in (place, *place.parents)):
+    for name, protected in _protected_folders().items():
+        if any(_same(out, folder) for folder in (protected, *protected.parents)):
             raise TargetExists(f"{out} is {name} or lies above it, and is never replaced; give another target")
     if kind != "a directory":
         raise TargetExists(f"{out} is {kind} and is never replaced; give another target")
@@ -317,25 +316,25 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise TargetExists(
             f"{out} exists; pass overwrite=True to replace it if it is an earlier export, or give another target"
         )
-    reason = not_ours(out)
+    reason = reason_to_keep(out)
     if reason:
         raise TargetExists(f"{out} is not replaced: {reason}; move it away, or give another target")
 
 
-def _standing_places() -> dict[str, Path]:
-    places = {}
+def _protected_folders() -> dict[str, Path]:
+    folders = {}
     for name, find in (("the current directory", Path.cwd), ("your home directory", Path.home)):
-        with suppress(OSError, RuntimeError):  # one that was deleted is not the target
-            places[name] = find().resolve()
-    return places
+        with suppress(OSError, RuntimeError):  # a deleted folder cannot be the target
+            folders[name] = find().resolve()
+    return folders
 
 
-def _kind(path: Path) -> str | None:
-    """What stands at a path, links and special files unopened; None where nothing does."""
+def _kind_of(path: Path) -> str | None:
+    """What exists at a path, without following links or opening special files; None if nothing does."""
     try:
         mode = path.lstat().st_mode
     except OSError as error:
-        if error.errno in NOWHERE:
+        if error.errno in ABSENT:
             return None
         raise
     return "a directory" if stat.S_ISDIR(mode) else _KINDS.get(stat.S_IFMT(mode), "a device")
@@ -345,7 +344,7 @@ def _same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
-def _hash(path: Path, status: os.stat_result) -> str:
+def _cached_hash(path: Path, status: os.stat_result) -> str:
     """sha256 of a file, computed once for each state of it."""
     key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if key not in _hashes:
@@ -353,16 +352,16 @@ def _hash(path: Path, status: os.stat_result) -> str:
     return _hashes[key]
 
 
-def _listed(names: list[str]) -> str:
+def _listing(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none is its"
 
 
 @contextmanager
-def _typed(out: Path, consequence: str = "nothing was written") -> Iterator[None]:
-    """What the system and safetensors say, as an error of repedit.
+def _typed_errors(out: Path, consequence: str = "nothing was written") -> Iterator[None]:
+    """Errors of the system and of safetensors as an error of repedit.
 
     Raises:
-        CheckpointError: with the target and the reason.
+        CheckpointError: naming the target and the reason.
     """
     from safetensors import SafetensorError
 
@@ -374,54 +373,54 @@ def _typed(out: Path, consequence: str = "nothing was written") -> Iterator[None
         raise CheckpointError(f"writing {out} failed: {error}; {consequence}") from error
 
 
-# The workplace.
+# --- The staging folder, where a directory is written before it is renamed
 
 
-def _place(out: Path) -> Path:
-    """Where a target is made: one place for each target, whatever its name is long."""
+def _staging_path(out: Path) -> Path:
+    """The staging folder of a target, however long its name is."""
     name = out.name if len(os.fsencode(out.name)) < 200 else sha256(os.fsencode(out.name)).hexdigest()
     return out.parent / f".{name}.partial-export"
 
 
-def _is_ours(place: Path) -> bool:
-    """Whether a directory is a workplace that repedit made: it holds its mark, or nothing but its lock yet."""
-    if _kind(place) != "a directory":
+def _is_staging_folder(staging: Path) -> bool:
+    """Whether a directory is a staging folder of repedit: it holds its mark, or nothing but its lock yet."""
+    if _kind_of(staging) != "a directory":
         return False
     with suppress(OSError, ValueError, AttributeError, RecursionError):
-        return bool(json.loads((place / _MARK).read_text(encoding="utf-8")).get("repedit") == "unfinished export")
-    with suppress(FileNotFoundError):  # removed this moment by the one who made it
-        return all(path.name == _LOCK and not path.stat().st_size for path in place.iterdir())
+        return bool(json.loads((staging / _MARK).read_text(encoding="utf-8")).get("repedit") == "unfinished export")
+    with suppress(FileNotFoundError):  # its owner has just removed it
+        return all(path.name == _LOCK and not path.stat().st_size for path in staging.iterdir())
     return True
 
 
 @contextmanager
-def _claimed(out: Path) -> Iterator[Path]:
-    """The workplace of a target, held by nobody else. The system releases it when a process dies."""
-    place, lock = _place(out), None
+def _locked_staging(out: Path) -> Iterator[Path]:
+    """The staging folder of a target, locked by this process; the system releases the lock of a process that dies."""
+    staging, lock = _staging_path(out), None
     while lock is None:
         with suppress(FileExistsError):
-            place.mkdir()
-        if _kind(place) is not None and not _is_ours(place):
+            staging.mkdir()
+        if _kind_of(staging) is not None and not _is_staging_folder(staging):
             raise TargetExists(
-                f"{place} is in the way, and repedit did not make it; move it away, or give another target"
+                f"{staging} is in the way, and repedit did not make it; move it away, or give another target"
             )
-        lock = _lock(place / _LOCK, out)
+        lock = _lock(staging / _LOCK, out)
     try:
-        yield place
+        yield staging
     finally:
-        if not (place / _MARK).exists():  # nothing is left to go on from
-            _remove_empty(place)
+        if not (staging / _MARK).exists():  # nothing is left to resume from
+            _remove_empty(staging)
         lock.release()
 
 
 def _lock(path: Path, out: Path) -> FileLock | None:
-    """The lock at a path, held; None if the file was removed by its last holder before it was locked here.
+    """The lock at a path, acquired; None if its last holder removed the file before it was locked here.
 
     Raises:
         TargetExists: if it is held elsewhere.
     """
     try:
-        # An open file keeps its number to itself: a file of that number at the end is the one that was there all the time.
+        # An open file keeps its inode number: if the path has that number at the end, the file was never replaced.
         number = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     except FileNotFoundError:
         return None
@@ -433,7 +432,7 @@ def _lock(path: Path, out: Path) -> FileLock | None:
                 return lock
         lock.release()
         return None
-    except (FileNotFoundError, FileExistsError):  # filelock makes the folder anew where it was removed this moment
+    except (FileNotFoundError, FileExistsError):  # filelock creates the folder again if it has just been removed
         return None
     except Timeout as error:
         raise TargetExists(f"{out} is being written by another export; wait for it, or give another target") from error
@@ -441,23 +440,23 @@ def _lock(path: Path, out: Path) -> FileLock | None:
         os.close(number)
 
 
-def _mark(place: Path, job: str) -> None:
-    """Say whose a workplace is; what a job of another name left there is removed."""
+def _mark_job(staging: Path, job: str) -> None:
+    """Write the name of the job into its staging folder; what another job left there is removed."""
     mark = {"repedit": "unfinished export", "job": job}
     with suppress(OSError, ValueError):
-        if job and json.loads((place / _MARK).read_text(encoding="utf-8")) == mark:
+        if job and json.loads((staging / _MARK).read_text(encoding="utf-8")) == mark:
             return
-    for name in _OURS:
-        _remove(place / name)
-    (place / _MARK).write_text(json.dumps(mark), encoding="utf-8")
+    for name in _STAGED:
+        _remove(staging / name)
+    (staging / _MARK).write_text(json.dumps(mark), encoding="utf-8")
 
 
-def _put_back(out: Path, place: Path) -> None:
-    """Put back a target that was moved aside by an export that was killed before the new one stood in its place."""
-    aside = place / _ASIDE
-    if aside.exists() and (not os.path.lexists(out) or not_ours(aside)):
+def _restore_replaced(out: Path, staging: Path) -> None:
+    """Restore a target that an export had moved aside when it was killed before the new one was renamed."""
+    aside = staging / _REPLACED
+    if aside.exists() and (not os.path.lexists(out) or reason_to_keep(aside)):
         _rename_free(aside, out)
-    _discard(place)
+    _discard(staging)
 
 
 def _rename_free(folder: Path, out: Path) -> Path:
@@ -474,30 +473,30 @@ def _rename_free(folder: Path, out: Path) -> Path:
     raise CheckpointError(f"{out.parent} has no free name beside {out.name}; what was written is in {folder}")
 
 
-def _clear(place: Path) -> None:
-    """Remove a workplace; what somebody else put into it stays, and so does the directory then."""
-    _discard(place)
-    for name in _OURS:
-        _remove(place / name)
-    _remove_empty(place)
+def _clear(staging: Path) -> None:
+    """Remove a staging folder; files of somebody else stay in it."""
+    _discard(staging)
+    for name in _STAGED:
+        _remove(staging / name)
+    _remove_empty(staging)
 
 
-def _remove_empty(place: Path) -> None:
+def _remove_empty(staging: Path) -> None:
     with suppress(OSError):
-        (place / _LOCK).unlink(missing_ok=True)
-        place.rmdir()
+        (staging / _LOCK).unlink(missing_ok=True)
+        staging.rmdir()
 
 
-def _discard(place: Path) -> None:
-    """Remove the target that was replaced, under another name first: one that a kill left half removed must not come back."""
-    _remove(place / _DISCARDED)
-    if (place / _ASIDE).exists():
-        (place / _ASIDE).rename(place / _DISCARDED)
-        _remove(place / _DISCARDED)
+def _discard(staging: Path) -> None:
+    """Remove the replaced target, renamed first: a kill must not leave a half-removed one to be restored."""
+    _remove(staging / _DISCARDED)
+    if (staging / _REPLACED).exists():
+        (staging / _REPLACED).rename(staging / _DISCARDED)
+        _remove(staging / _DISCARDED)
 
 
 def _remove(path: Path) -> None:
-    if _kind(path) == "a directory":
+    if _kind_of(path) == "a directory":
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

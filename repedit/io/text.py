@@ -1,7 +1,7 @@
-"""Text files: UTF-8, JSON, JSON Lines, TOML and YAML, each read through one door.
+"""Text files: UTF-8, JSON, JSON Lines, TOML and YAML, each with one reader.
 
-A text is refused if it is not Unicode, and JSON if it is nested deeper than 100 levels, gives a key twice, or holds a
-number that is not finite. Every message names the file and, where there is one, the line.
+Text is refused if it is not Unicode. JSON is refused if it is nested deeper than 100 levels, gives a key twice, or holds a
+number that is not finite. Every message names the file and, if it has one, the line.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from repedit.errors import ArgumentError, CheckpointError, DataError, RepeditError
-from repedit.io.files import LIMIT, append, read_bytes
+from repedit.io.files import LIMIT, append_line, read_bytes
 
 DEPTH = 100
-"""Levels of nesting that are read."""
+"""Deepest nesting that is read."""
 DIGITS = 300
-"""Digits of the longest integer that is read; a longer one is no float64."""
-_SURROGATE = "holds half of a surrogate pair ({!a}), which is no character; was a text cut within an emoji? Mend it"
+"""Digits of the longest integer that is read; longer ones do not fit a float64."""
+_SURROGATE = "holds half of a surrogate pair ({!a}), which is not a character; was a text cut within an emoji? Mend it"
 # A pair of escaped surrogates, or a surrogate without its partner, or any other escape.
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>u[dD][89a-fA-F]..)|.)", re.DOTALL)
 
@@ -43,7 +43,7 @@ def parse_json(
     """The value of a JSON text.
 
     Args:
-        where: what the messages name: the file, and the line if the text is one line of it.
+        where: named in messages: the file, and the line if the text is one line of it.
         finite: refuse NaN and infinity, which JSON does not have.
         unique: refuse an object that gives a key twice.
     Raises:
@@ -96,11 +96,11 @@ def json_rows(path: str | Path, error: type[RepeditError] = DataError) -> Iterat
     """(line number, object) of every line of a JSON Lines file that is not blank.
 
     Raises:
-        RepeditError: of the type `error`, with the line that is no JSON object.
+        RepeditError: of the type `error`, with the first line that is not a JSON object.
     """
-    # Not splitlines: a JSON string may hold U+2028 and its like as they are.
+    # Not splitlines: a JSON string may hold U+2028 and the like unescaped.
     for number, line in enumerate(read_text(path, error).split("\n"), 1):
-        if line.strip(" \t\r"):  # no other character is blank in JSON
+        if line.strip(" \t\r"):  # JSON has no other white space
             where = f"{path}, row {number}"
             try:
                 row = parse_json(line, where, error)
@@ -133,7 +133,7 @@ def parse_toml(text: str, where: str, error: type[RepeditError] = DataError) -> 
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text whose scalars are all texts ("no" is a language); None where it is no YAML."""
+    """The value of a YAML text whose scalars are all texts ("no" is a language); None if it is not YAML."""
     import yaml
 
     try:
@@ -158,42 +158,42 @@ def check_text(text: Any, where: str, error: type[RepeditError] = DataError) -> 
         raise error(f"{where} holds a null character at place {text.index(chr(0))}; take it out")
 
 
-def check_fields(row: Any, types: Mapping[str, Any], where: str, error: type[RepeditError] = CheckpointError) -> None:
-    """Refuse what is no JSON object of exactly the named fields, each of its type; true and false are no numbers.
+def check_fields(
+    row: object, types: Mapping[str, Any], where: str, error: type[RepeditError] = CheckpointError
+) -> None:
+    """Refuse anything but a JSON object of exactly these fields, each of its type; true and false are not numbers.
 
     Raises:
-        RepeditError: of the type `error`, with the field.
+        RepeditError: of the type `error`, naming the field.
     """
     if not isinstance(row, Mapping) or set(row) != set(types):
-        found = sorted(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
-        raise error(f"{where} must hold {', '.join(types)}; found {found!s:.200}")
+        content = sorted(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
+        raise error(f"{where} must hold {', '.join(types)}; found {content!s:.200}")
     for name, kind in types.items():
         if not _is_of(row[name], kind):
             raise error(f"{where}: {name} is {row[name]!r:.50}")
 
 
-def plain(value: Any, what: str, **options: Any) -> Any:
-    """A copy of a value as JSON gives it back: tuples become lists, keys become texts.
+def json_copy(value: object, what: str) -> Any:
+    """A copy of a value after a round trip through JSON: tuples become lists, keys become texts.
 
-    Args:
-        options: for `json.dumps`, such as `default=str`.
     Raises:
         ArgumentError: if the value holds anything that JSON cannot.
     """
     try:
-        return json.loads(json.dumps(value, **options))
+        return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as reason:
         raise ArgumentError(f"{what} must hold plain JSON values: {reason}") from reason
 
 
 class JsonLines:
-    """The rows of a file to which lines of JSON are added one at a time; an incomplete last line is no row."""
+    """The rows of a file of JSON lines that are appended one at a time; an incomplete last line does not count."""
 
     def __init__(self, path: Path) -> None:
         """Read the rows.
 
         Raises:
-            CheckpointError: if a complete line is no JSON object, with its number.
+            CheckpointError: if a complete line is not a JSON object, with its number.
         """
         self.path = path
         self.rows: list[dict[str, Any]] = []
@@ -207,9 +207,9 @@ class JsonLines:
             self.rows.append(row)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add a row, on the disk when this returns."""
+        """Append a row, which is on the disk when this returns."""
         self.rows.append(dict(row))
-        append(self.path, row)
+        append_line(self.path, row)
 
 
 def _decoded(path: str | Path, data: bytes, error: type[RepeditError]) -> str:
@@ -221,7 +221,7 @@ def _decoded(path: str | Path, data: bytes, error: type[RepeditError]) -> str:
 
 
 def _lone_surrogate(text: str) -> int | None:
-    """Where a text holds half of a surrogate pair, as it is or escaped; None where it does not."""
+    """The position of half of a surrogate pair, escaped or not; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as reason:
@@ -232,22 +232,22 @@ def _lone_surrogate(text: str) -> int | None:
 
 
 def _line(text: str, place: int) -> str:
-    """The line of a place, where the text has several."""
+    """The line of a position, if the text has several lines."""
     return f", line {text.count(chr(10), 0, place) + 1}" if "\n" in text.strip() else ""
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def _is_of(value: object, kind: object) -> bool:
     """Whether a JSON value is of a type such as str, int | float, list[int] or dict[str, str]."""
-    parts = get_args(kind)
+    parts, origin = get_args(kind), get_origin(kind)
     if isinstance(kind, UnionType):
         return any(_is_of(value, part) for part in parts)
     if parts:
-        inner = value.values() if isinstance(value, Mapping) else value
-        return isinstance(value, get_origin(kind)) and all(_is_of(item, parts[-1]) for item in inner)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        return isinstance(origin, type) and isinstance(value, origin) and all(_is_of(item, parts[-1]) for item in items)
+    return isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _check_depth(text: str, value: Any) -> None:
+def _check_depth(text: str, value: object) -> None:
     if text.count("[") + text.count("{") + text.count(".") <= DEPTH:
         return  # too few brackets and dotted keys
     level = [value] if isinstance(value, dict | list) else []

@@ -31,7 +31,7 @@ from repedit.errors import (
 from repedit.hashing import fingerprint, state, value_hash
 from repedit.hooks import claimed
 from repedit.io.checkpoint import FileStates, check_unchanged, file_states
-from repedit.io.safetensors import floating
+from repedit.io.safetensors import floating_dtype
 from repedit.linear_maps import not_finite_at
 from repedit.models.default_model import DEFAULT
 from repedit.models.loading import (
@@ -182,7 +182,7 @@ class Subject:
         check_unquantized(self.quantizer, self.specs, "moved or cast")
         check_in_memory(self.model, "load the model again with another device_map")
         new_device = None if device is None else device_named(str(device))
-        new_dtype = None if dtype is None else floating(dtype)
+        new_dtype = None if dtype is None else floating_dtype(dtype)
         for name, parameter in self.model.named_parameters() if new_dtype else ():
             index = not_finite_at(parameter.detach().to(new_dtype))
             if index is not None:
@@ -304,7 +304,7 @@ def load(
         NotFinite: if a weight is NaN or infinite.
         ArgumentError: if there is no such dtype or device.
     """
-    target, load_dtype = device_named(device), dtype if dtype == "auto" else floating(dtype)
+    target, load_dtype = device_named(device), dtype if dtype == "auto" else floating_dtype(dtype)
     place, options = locate(name, trust_remote_code)
     options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
     extra = {"device_map": device_map} if device_map is not None else {}

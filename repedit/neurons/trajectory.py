@@ -36,7 +36,7 @@ from repedit.errors import (
 )
 from repedit.io.files import make_folder, write_text
 from repedit.io.store import JsonStore, content_hash
-from repedit.io.text import plain, read_json
+from repedit.io.text import json_copy, read_json
 from repedit.models.subject import Subject
 from repedit.neurons.scores import Scores, needs_gradients, score
 from repedit.neurons.selection import check_fraction, prune
@@ -330,7 +330,7 @@ class _SavedSteps:
         if self._store.folder is None:
             return
         make_folder(self._folder)
-        path, current = self._folder / "run.json", plain(provenance, "the provenance of a trajectory")
+        path, current = self._folder / "run.json", json_copy(provenance, "the provenance of a trajectory")
         if path.exists():
             saved = read_json(path, remedy="remove it, or give another directory")
             different = [key for key in sorted({*saved, *current}) if saved.get(key) != current.get(key)]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from repedit.auditing.report import Report
 from repedit.errors import ReportError, TargetExists
 from repedit.escaping import shortened
-from repedit.io.files import replacing
+from repedit.io.files import atomic_write
 from repedit.io.text import parse_json
 from repedit.report.audit_pages import markdown, page
 from repedit.report.redaction import redacted
@@ -63,7 +63,7 @@ def write_parts(target: Path, makers: Mapping[str, Callable[[], bytes]], data_fi
     for name, make in makers.items():
         try:
             content = make()
-            with replacing(target / name) as file:
+            with atomic_write(target / name) as file:
                 file.write(content)
             written.append(target / name)
         except Exception as error:  # no failure of one page may cost the others

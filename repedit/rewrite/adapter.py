@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from repedit.errors import NoOpEdit, NotFoldable
 from repedit.io.files import file_hash
 from repedit.io.safetensors import write_file
-from repedit.io.targets import check_target, install, sync, workplace
+from repedit.io.targets import check_target, install, staging_folder, sync_files
 from repedit.lower import Change
 from repedit.models.subject import Subject
 from repedit.plan import LoweringOptions, Plan
@@ -80,7 +80,7 @@ def export_adapter(
     tensors = _peft_tensors(by_module, biases)
     residual = max(f.residual for f in by_module.values())
     record = Adapter(ranks, residual, sum(t.numel() for t in tensors.values()))
-    with workplace(out, overwrite=overwrite) as place:
+    with staging_folder(out, overwrite=overwrite) as place:
         new = place / "adapter"
         new.mkdir()
         write_file(new / "adapter_model.safetensors", tensors, {"format": "pt"})
@@ -89,7 +89,7 @@ def export_adapter(
         edit = dict(plan.provenance)
         manifest = {"edit": edit, "ranks": ranks, "residual": residual, "structure": "adapter", "files": files}
         _write_json(new / "repedit.json", manifest)
-        sync(new)
+        sync_files(new)
         install(new, out, overwrite=overwrite)
     return record
 

@@ -29,8 +29,8 @@ from repedit.errors import (
 from repedit.escaping import for_terminal
 from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
 from repedit.io.files import file_hash
-from repedit.io.safetensors import floating
-from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, sync, workplace
+from repedit.io.safetensors import floating_dtype
+from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, staging_folder, sync_files
 from repedit.io.text import read_json
 from repedit.lower import Change, EditOrDelta, check_model, lower, read_by_name
 from repedit.models.loading import check_finite_weights
@@ -111,7 +111,7 @@ def export(
         NotFinite: if a weight is not finite, or would not be in its dtype.
     """
     plan_for = partial(structured_plan, change, structure=structure, layout=layout, multiple=multiple, options=options)
-    new_dtype = None if dtype is None else floating(dtype)
+    new_dtype = None if dtype is None else floating_dtype(dtype)
     dtype_name = None if new_dtype is None else str(new_dtype).removeprefix("torch.")
     files, states = _source_files(source, plan_for)
     out = check_target(target, overwrite=overwrite, source=files)
@@ -119,7 +119,7 @@ def export(
     stored = None if files is None else _plan_checkpoint(files, plan_for)
     _check_source(change, source, stored, any_model=options.get("any_model", False))
     key = "" if stored is None else job(stored.plan, stored.shards, new_dtype, link)
-    with workplace(out, key, overwrite=overwrite) as place:
+    with staging_folder(out, key, overwrite=overwrite) as place:
         checkpoint = stored or _plan_checkpoint(_save_in_memory(source, place, max_shard_size), plan_for)
         plan, shards, used = checkpoint
         directory = shards.directory
@@ -149,7 +149,7 @@ def export(
         (new / CARD).write_text(text, encoding="utf-8")
         record = replace(record, card=file_hash(new / CARD))
         (new / MANIFEST).write_text(record.to_json(), encoding="utf-8")
-        sync(new)
+        sync_files(new)
         install(new, out, overwrite=overwrite)
     _log_result(record, out, others, structure)
     return record

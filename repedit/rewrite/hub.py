@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from repedit.errors import ArgumentError, CheckpointError, HubError, RepeditError, TargetExists
 from repedit.io.files import user_path
-from repedit.io.targets import CARD, MANIFEST, entries
+from repedit.io.targets import CARD, MANIFEST, folder_entries
 from repedit.rewrite.verification import Verification, verification
 
 HUB_FILES = (".gitattributes",)
@@ -152,7 +152,7 @@ def _operations(root: Path, verified: Verification, stale: list[str] | None) -> 
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(root / name)) for name in verified.files]
-    present = entries(root)
+    present = folder_entries(root)
     for addition in additions:
         name = addition.path_in_repo
         regular = name in present and stat.S_ISREG(present[name].st_mode)

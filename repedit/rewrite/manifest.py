@@ -16,7 +16,7 @@ from repedit.arch import ModelLayout
 from repedit.escaping import for_markdown, for_yaml
 from repedit.io.checkpoint import Shards, open_shards
 from repedit.io.files import file_hash, read_bytes
-from repedit.io.targets import CARD, MANIFEST, entries
+from repedit.io.targets import CARD, MANIFEST, folder_entries
 from repedit.io.text import parse_yaml
 from repedit.models.ragged import mlp_widths, ragged_widths
 from repedit.models.subject import Origin
@@ -137,7 +137,7 @@ def manifest(
         hashes: known hashes of files of the new checkpoint; they also hold for files of the source that are hard links.
     """
     ragged = bool(ragged_widths(layout))
-    files = _hashes({name: new / name for name in entries(new)}, hashes)
+    files = _hashes({name: new / name for name in folder_entries(new)}, hashes)
     shared = {name: sha for name, sha in files.items() if name in base.files and _same(base.files[name], new / name)}
     sized = ragged or plan.structure == "slim"
     return Manifest(

@@ -21,7 +21,7 @@ from repedit.arch import Specs, TensorSpec
 from repedit.errors import CheckpointError
 from repedit.io.checkpoint import INDEX, SINGLE, Shards
 from repedit.io.files import file_hash
-from repedit.io.safetensors import header, raw_bytes
+from repedit.io.safetensors import header_bytes, raw_bytes
 from repedit.io.store import JsonLog
 from repedit.plan import Plan, cast_tensor
 from repedit.rewrite.certificate import TensorCertificate, certified
@@ -144,7 +144,7 @@ def _converted(
     """A shard with a new header, because dtypes or shapes change."""
     names = [name for name, entry in shards.entries.items() if entry.file == file]
     specs = {name: _cast(plan.spec(name, shards.entries[name].spec), dtype if name in used else None) for name in names}
-    head, ranges = header(specs, _METADATA)
+    head, ranges = header_bytes(specs, _METADATA)
     changes = {}
     with open(target, "xb") as out:
         out.write(head)
@@ -167,7 +167,7 @@ def _cast(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
 
 def _write_shard(tensors: Mapping[str, Tensor], target: Path) -> None:
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    head, _ = header(specs, _METADATA)
+    head, _ = header_bytes(specs, _METADATA)
     # "x": the name may be a hard link to a file of the source, which must never be opened for writing.
     with open(target, "xb") as out:
         out.write(head)

@@ -13,7 +13,7 @@ from typing import Any
 
 from repedit.errors import CheckpointError
 from repedit.io.files import file_hash, user_path
-from repedit.io.targets import CARD, MANIFEST, entries, read_manifest
+from repedit.io.targets import CARD, MANIFEST, folder_entries, read_manifest
 from repedit.io.text import parse_json
 
 # --- Whether a directory still holds what its manifest says was exported
@@ -56,7 +56,7 @@ def verification(directory: str | Path) -> Verification:
     """
     root = user_path(directory)
     record, expected = read_manifest(root)
-    present = entries(root)
+    present = folder_entries(root)
     listed = sorted(name for name in (*expected, MANIFEST, CARD) if name in present)
 
     def changed(name: str) -> bool:

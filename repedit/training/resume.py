@@ -14,7 +14,7 @@ from repedit.errors import FingerprintError, TargetExists
 from repedit.io import archive
 from repedit.io.files import is_file, make_folder
 from repedit.io.targets import check_file_target
-from repedit.io.text import plain
+from repedit.io.text import json_copy
 
 Header = dict[str, Any]
 """JSON values."""
@@ -76,7 +76,7 @@ def restore(
     tensors, header = archive.read(path, "training")
     with archive.rebuilding(path, "training"):
         saved = _flat(header["key"])
-    current = _flat(plain(dict(key), "the settings of a training"))
+    current = _flat(json_copy(dict(key), "the settings of a training"))
     different = sorted(name for name in {*saved, *current} if saved.get(name) != current.get(name))
     if different:
         name = different[0]

@@ -26,7 +26,7 @@ from repedit.errors import (
 )
 from repedit.hashing import value_hash
 from repedit.io import archive
-from repedit.io.files import append, open_regular, write_text
+from repedit.io.files import append_line, open_regular, write_text
 from repedit.io.targets import check_file_target
 from repedit.io.text import parse_json
 from repedit.models.subject import Subject
@@ -266,7 +266,7 @@ def _train(
 
     def after_step() -> None:
         if log is not None:
-            append(log, parse_json(_line(training.log[-1]), "the log", finite=False))
+            append_line(log, parse_json(_line(training.log[-1]), "the log", finite=False))
         if len(training.log) % every == 0:
             save()
 
