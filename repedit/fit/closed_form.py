@@ -12,15 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.errors import (
-    ArgumentError,
-    FractionError,
-    NoSignal,
-    NotEnoughRows,
-    NothingLeft,
-    RankError,
-    ShapeError,
-)
+from repedit.errors import ArgumentError, FractionError, NoSignal, NotEnoughRows, NothingLeft, RankError, ShapeError
 from repedit.fit.energy import capped, cut
 from repedit.fit.linalg import (
     Space,
@@ -228,12 +220,7 @@ def mean_difference(forget: Moments, retain: Moments, *, previous: LowRank | Non
 
 
 def lda(
-    forget: Moments,
-    retain: Moments,
-    *,
-    ridge: float = 1e-3,
-    norm_cap: float = 1.05,
-    previous: LowRank | None = None,
+    forget: Moments, retain: Moments, *, ridge: float = 1e-3, norm_cap: float = 1.05, previous: LowRank | None = None
 ) -> LowRank:
     """The projection along the mean difference that changes rows least within their class, rank 1.
 

@@ -18,15 +18,7 @@ from repedit.activations.forward import batches_of, inputs_of
 from repedit.arch import HookFn, hooks_at
 from repedit.data import Batch, Batches, Corpus
 from repedit.edit import Edit
-from repedit.errors import (
-    ArgumentError,
-    NotFinite,
-    OverlapError,
-    SelectionError,
-    check_seed,
-    is_finite,
-    is_whole,
-)
+from repedit.errors import ArgumentError, NotFinite, OverlapError, SelectionError, check_seed, is_finite, is_whole
 from repedit.hooks import evaluating, installed
 from repedit.linear_maps import Diagonal
 from repedit.models.subject import Subject

@@ -34,7 +34,7 @@ from repedit.training import resume as resume_state
 from repedit.unlearning import sharding
 from repedit.unlearning.masks import saliency_of_rows
 from repedit.unlearning.parameters import Parameters, TrainableCopy
-from repedit.unlearning.recipe import MergedRecipe, RecipeFields, UnlearnRecipe, resolved_fields
+from repedit.unlearning.recipe import Changes, MergedRecipe, UnlearnRecipe, resolved_fields
 from repedit.unlearning.reference import Reference, check_vocabulary
 from repedit.unlearning.schedule import Stop
 from repedit.unlearning.trainer import Training, check_dropout, recompute_blocks
@@ -138,7 +138,7 @@ def unlearn(
     check_seed(seed=seed)
     data: _Data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
     given = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
-    changes = cast(RecipeFields, {name: value for name, value in given.items() if value is not None})
+    changes = cast(Changes, {name: value for name, value in given.items() if value is not None})
     options: _Options = {
         "reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "shard": shard, "dropout": dropout,
         "gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every, "progress": progress,
@@ -168,7 +168,7 @@ def _check_log(log: str | Path | None) -> None:
             raise TargetExists(f"{log} exists and is not the log of a training; move it away, or give another log")
 
 
-def _changed(recipe: UnlearnRecipe, changes: RecipeFields, stop: Sequence[Stop]) -> UnlearnRecipe:
+def _changed(recipe: UnlearnRecipe, changes: Changes, stop: Sequence[Stop]) -> UnlearnRecipe:
     return replace(recipe, **resolved_fields({}, {**changes, "stop": (*recipe.stop, *stop)}))
 
 

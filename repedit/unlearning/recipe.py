@@ -184,7 +184,7 @@ class UnlearnRecipe:
         }
 
 
-class RecipeFields(TypedDict, total=False):
+class Changes(TypedDict, total=False):
     """What every recipe lets its caller change: the fields of `UnlearnRecipe` except name and terms."""
 
     combiner: Combiner
@@ -204,7 +204,7 @@ class RecipeFields(TypedDict, total=False):
     source: str
 
 
-RECIPE_FIELDS = tuple(RecipeFields.__annotations__)
+RECIPE_FIELDS = tuple(Changes.__annotations__)
 _COMPOSITE: Mapping[str, Any] = {
     "terms": Term, "combiner": Combiner, "sampler": Sampler, "parameters": Parameters, "optimizer": OptimizerConfig,
     "schedule": Schedule, "stop": Stop, "saliency": Saliency | None,
@@ -229,9 +229,7 @@ class MergedRecipe:
         return {"recipe": self.name, "parts": parts, "weights": list(self.weights), "density": self.density}
 
 
-def build_recipe(
-    name: str, terms: tuple[Term, ...], changes: RecipeFields, **defaults: Unpack[RecipeFields]
-) -> UnlearnRecipe:
+def build_recipe(name: str, terms: tuple[Term, ...], changes: Changes, **defaults: Unpack[Changes]) -> UnlearnRecipe:
     """A recipe with its own defaults and the caller's changes.
 
     Raises:
@@ -241,7 +239,7 @@ def build_recipe(
     return UnlearnRecipe(name, terms, **resolved_fields(defaults, changes))
 
 
-def resolved_fields(defaults: RecipeFields, changes: RecipeFields) -> RecipeFields:
+def resolved_fields(defaults: Changes, changes: Changes) -> Changes:
     """The defaults with the changes applied; given epochs also replace a default number of steps.
 
     Raises:

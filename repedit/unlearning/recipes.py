@@ -20,9 +20,9 @@ from repedit.unlearning.losses import Loss
 from repedit.unlearning.parameters import Lora, Parameters
 from repedit.unlearning.recipe import (
     RECIPE_FIELDS,
+    Changes,
     MergedRecipe,
     OptimizerConfig,
-    RecipeFields,
     Saliency,
     Term,
     UnlearnRecipe,
@@ -67,7 +67,7 @@ def by_name(name: str, /, **options: object) -> AnyRecipe:
             raise UnknownName(f"{head} modifies a single training, {rest!r} merges several; name another recipe")
         if head == "sure":
             return sure(inner, **cast("dict[str, Any]", own))
-        return small(inner, **cast(RecipeFields, {key: v for key, v in options.items() if key in RECIPE_FIELDS}))
+        return small(inner, **cast(Changes, {key: v for key, v in options.items() if key in RECIPE_FIELDS}))
     if head not in RECIPES:
         raise UnknownName(f"no recipe is called {head!r}; {nearest(head, RECIPES)}")
     parameters = inspect.signature(RECIPES[head]).parameters
@@ -98,7 +98,7 @@ def read(path: str | Path) -> UnlearnRecipe:
 
 
 @register_recipe
-def ga(*, cap: float | None = None, **changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def ga(*, cap: float | None = None, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """Gradient ascent: -NLL(forget). It has no minimum and ruins a model that trains on; it mostly hides: `rp.audit`."""
     terms = (Term(losses.negative_nll(cap), "forget"),)
     return build_recipe("ga", terms, changes, formula="-NLL(forget)", source="Yao et al. 2023, arXiv:2310.10683")
@@ -106,7 +106,7 @@ def ga(*, cap: float | None = None, **changes: Unpack[RecipeFields]) -> UnlearnR
 
 @register_recipe
 def grad_diff(
-    *, gamma: float = 1.0, alpha: float = 1.0, cap: float | None = None, **changes: Unpack[RecipeFields]
+    *, gamma: float = 1.0, alpha: float = 1.0, cap: float | None = None, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
     """Gradient difference: -gamma NLL(forget) + alpha NLL(retain). It mostly hides what it forgets: run `rp.audit`."""
     terms = (Term(losses.negative_nll(cap), "forget"), Term(losses.nll(), "retain"))
@@ -118,7 +118,7 @@ def grad_diff(
 
 @register_recipe
 def ga_kl(
-    *, gamma: float = 1.0, alpha: float = 1.0, cap: float | None = None, **changes: Unpack[RecipeFields]
+    *, gamma: float = 1.0, alpha: float = 1.0, cap: float | None = None, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
     """-gamma NLL(forget) + alpha KL(start || model)(retain). It mostly hides what it forgets: run `rp.audit`."""
     terms = (Term(losses.negative_nll(cap), "forget"), Term(losses.kl(), "retain"))
@@ -129,31 +129,27 @@ def ga_kl(
 
 
 @register_recipe
-def npo(*, beta: float = 0.1, **changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def npo(*, beta: float = 0.1, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """Negative preference optimization alone: NPO(forget). It mostly hides what it forgets: run `rp.audit`."""
     return _preference("npo", losses.npo(beta), None, weighted_sum(), "NPO(forget)", changes)
 
 
 @register_recipe
-def npo_gdr(
-    *, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[RecipeFields]
-) -> UnlearnRecipe:
+def npo_gdr(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma NPO(forget) + alpha NLL(retain). It mostly hides what it forgets: run `rp.audit`."""
     combiner, formula = weighted_sum(gamma, alpha), "NPO(forget) + NLL(retain)"
     return _preference("npo_gdr", losses.npo(beta), losses.nll(), combiner, formula, changes)
 
 
 @register_recipe
-def npo_klr(
-    *, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[RecipeFields]
-) -> UnlearnRecipe:
+def npo_klr(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma NPO(forget) + alpha KL(start || model)(retain). It mostly hides what it forgets: run `rp.audit`."""
     combiner, formula = weighted_sum(gamma, alpha), "NPO(forget) + KL(retain)"
     return _preference("npo_klr", losses.npo(beta), losses.kl(), combiner, formula, changes)
 
 
 @register_recipe
-def dpo(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def dpo(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma DPO(forget, alternative answers) + alpha NLL(retain); rows carry `alternative`. It mostly hides: `rp.audit`."""
     combiner, formula = weighted_sum(gamma, alpha), "DPO(alternative over forget) + NLL(retain)"
     return _preference("dpo", losses.dpo(beta), losses.nll(), combiner, formula, changes)
@@ -161,12 +157,7 @@ def dpo(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes:
 
 @register_recipe
 def sim_npo(
-    *,
-    beta: float = 4.5,
-    delta: float = 0.0,
-    gamma: float = 0.125,
-    alpha: float = 1.0,
-    **changes: Unpack[RecipeFields],
+    *, beta: float = 4.5, delta: float = 0.0, gamma: float = 0.125, alpha: float = 1.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
     """gamma SimNPO(forget) + alpha NLL(retain), without a reference. It mostly hides what it forgets: run `rp.audit`."""
     terms = (Term(losses.sim_npo(beta, delta), "forget"), Term(losses.nll(), "retain"))
@@ -177,19 +168,14 @@ def sim_npo(
 
 
 @register_recipe
-def wga(*, beta: float = 1.0, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def wga(*, beta: float = 1.0, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma WGA(forget) + alpha NLL(retain); alpha 0 drops the second. It mostly hides what it forgets: run `rp.audit`."""
     return _weighted("wga", losses.wga(beta), gamma, alpha, changes, formula="WGA(forget) + NLL(retain)", epochs=5.0)
 
 
 @register_recipe
 def satimp(
-    *,
-    beta1: float = 5.0,
-    beta2: float = 1.0,
-    gamma: float = 0.1,
-    alpha: float = 1.0,
-    **changes: Unpack[RecipeFields],
+    *, beta1: float = 5.0, beta2: float = 1.0, gamma: float = 0.1, alpha: float = 1.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
     """gamma SatImp(forget) + alpha NLL(retain); alpha 0 drops the second. It mostly hides: run `rp.audit`."""
     return _weighted(
@@ -198,15 +184,13 @@ def satimp(
 
 
 @register_recipe
-def undial(
-    *, beta: float = 10.0, gamma: float = 1.0, alpha: float = 0.0, **changes: Unpack[RecipeFields]
-) -> UnlearnRecipe:
+def undial(*, beta: float = 10.0, gamma: float = 1.0, alpha: float = 0.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma UNDIAL(forget) + alpha NLL(retain); alpha 0, the default, drops the second. It mostly hides: `rp.audit`."""
     return _weighted("undial", losses.undial(beta), gamma, alpha, changes, formula="UNDIAL(forget)", lr=1e-4)
 
 
 def _preference(
-    name: str, loss: Loss, retain: Loss | None, combiner: Combiner, formula: str, changes: RecipeFields
+    name: str, loss: Loss, retain: Loss | None, combiner: Combiner, formula: str, changes: Changes
 ) -> UnlearnRecipe:
     terms = (Term(loss, "forget"), *(() if retain is None else (Term(retain, "retain"),)))
     source = "Zhang et al. 2024, arXiv:2404.05868"
@@ -214,12 +198,7 @@ def _preference(
 
 
 def _weighted(
-    name: str,
-    loss: Loss,
-    gamma: float,
-    alpha: float,
-    changes: RecipeFields,
-    **defaults: Unpack[RecipeFields],
+    name: str, loss: Loss, gamma: float, alpha: float, changes: Changes, **defaults: Unpack[Changes]
 ) -> UnlearnRecipe:
     terms = (Term(loss, "forget"), *((Term(losses.nll(), "retain"),) if alpha else ()))
     defaults |= {"combiner": weighted_sum(gamma, alpha or 1.0), "source": "open-unlearning"}
@@ -231,7 +210,7 @@ def _weighted(
 
 @register_recipe
 def rmu(
-    *, layer: int | None = None, coefficient: float = 6.5, alpha: float = 1200.0, **changes: Unpack[RecipeFields]
+    *, layer: int | None = None, coefficient: float = 6.5, alpha: float = 1200.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
     """||h - c u||^2 / d (forget) + alpha ||h - h_start||^2 / d (retain), h after `layer`. It mostly hides: run `rp.audit`.
 
@@ -245,7 +224,7 @@ def rmu(
 
 @register_recipe
 def adaptive_rmu(
-    *, layer: int | None = None, coefficient: float = 5.0, alpha: float = 900.0, **changes: Unpack[RecipeFields]
+    *, layer: int | None = None, coefficient: float = 5.0, alpha: float = 900.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
     """RMU with c = coefficient x mean norm of h over the first forget batch of a topic. It mostly hides: run `rp.audit`.
 
@@ -255,7 +234,7 @@ def adaptive_rmu(
 
 
 def _rmu(
-    name: str, layer: int | None, coefficient: float, adaptive: bool, combiner: Combiner, changes: RecipeFields
+    name: str, layer: int | None, coefficient: float, adaptive: bool, combiner: Combiner, changes: Changes
 ) -> UnlearnRecipe:
     terms = (Term(losses.rmu_forget(layer, coefficient, adaptive), "forget"), Term(losses.rmu_retain(layer), "retain"))
     layers = "3 ending at 0.22" if layer is None else f"{max(0, layer - 2)}-{layer}"
@@ -274,7 +253,7 @@ def _rmu(
 
 def blur(
     forget: Loss, retain: Loss, *, gamma: float = 1.0, alpha: float = 1.0, when: str = "always", scope: str = "global",
-    role_first: str = "forget", name: str = "blur", **changes: Unpack[RecipeFields],
+    role_first: str = "forget", name: str = "blur", **changes: Unpack[Changes],
 ) -> UnlearnRecipe:  # fmt: skip
     """G = gamma g_f + alpha (g_r - c g_f) for any two losses; see `combiners.blur`. It mostly hides: run `rp.audit`."""
     return build_recipe(
@@ -285,20 +264,18 @@ def blur(
 
 
 @register_recipe
-def blur_npo(
-    *, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[RecipeFields]
-) -> UnlearnRecipe:
+def blur_npo(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """NPO(forget) and NLL(retain) under BLUR, as on TOFU: beta .1, lr 1e-5, decay .01, warm-up 1 epoch. Run `rp.audit`.
 
     On MUSE: lr 2.5e-5 (News) or 1e-5 (Books), 10 epochs, batch size 32, length 2048, constant lr.
     """
-    defaults: RecipeFields = {"optimizer": OptimizerConfig(weight_decay=0.01), "schedule": Schedule(warmup=0.1)}
+    defaults: Changes = {"optimizer": OptimizerConfig(weight_decay=0.01), "schedule": Schedule(warmup=0.1)}
     return blur(losses.npo(beta), losses.nll(), gamma=gamma, alpha=alpha, name="blur_npo", **(defaults | changes))
 
 
 @register_recipe
 def blur_ga(
-    *, cap: float | None = None, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[RecipeFields]
+    *, cap: float | None = None, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
     """-NLL(forget) and NLL(retain) under BLUR. It mostly hides what it forgets: run `rp.audit`."""
     return blur(losses.negative_nll(cap), losses.nll(), gamma=gamma, alpha=alpha, name="blur_ga", **changes)
@@ -311,14 +288,14 @@ def blur_rmu(
     coefficient: float = 6.5,
     gamma: float = 1.0,
     alpha: float = 800.0,
-    **changes: Unpack[RecipeFields],
+    **changes: Unpack[Changes],
 ) -> UnlearnRecipe:
     """RMU under BLUR, as on WMDP: lr 5e-5, 150 batches of 4, length 512. It mostly hides what it forgets: run `rp.audit`."""
     return _rmu("blur_rmu", layer, coefficient, False, combiners.blur(gamma, alpha), changes)
 
 
 @register_recipe
-def normalised_difference(*, cap: float | None = None, **changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def normalised_difference(*, cap: float | None = None, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """g_f / |g_f| + g_r / |g_r| of -NLL(forget) and NLL(retain). It mostly hides what it forgets: run `rp.audit`."""
     terms = (Term(losses.negative_nll(cap), "forget"), Term(losses.nll(), "retain"))
     return build_recipe(
@@ -329,7 +306,7 @@ def normalised_difference(*, cap: float | None = None, **changes: Unpack[RecipeF
 
 @register_recipe
 def primal_dual(
-    *, epsilon: float = 0.1, eta: float = 1.0, warmup_epochs: float = 5.0, **changes: Unpack[RecipeFields]
+    *, epsilon: float = 0.1, eta: float = 1.0, warmup_epochs: float = 5.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
     """Logit margin (forget) + lambda NLL(retain), lambda rising while NLL > epsilon. It mostly hides: run `rp.audit`."""
     return build_recipe(
@@ -344,12 +321,7 @@ def primal_dual(
 
 @register_recipe
 def surgery(
-    *,
-    forget: float = 0.1,
-    outdated: float = 0.1,
-    update: float = 2.0,
-    retain: float = 0.5,
-    **changes: Unpack[RecipeFields],
+    *, forget: float = 0.1, outdated: float = 0.1, update: float = 2.0, retain: float = 0.5, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
     """LLM Surgery: forget, replace and keep at once. It mostly hides what it forgets: run `rp.audit`.
 
@@ -392,7 +364,7 @@ def sure(
 
 
 @register_recipe
-def cyber_for_ai(variant: str = "grad_diff", **changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def cyber_for_ai(variant: str = "grad_diff", **changes: Unpack[Changes]) -> UnlearnRecipe:
     """Global weight modification as in Cyber for AI at SemEval-2025 Task 4; a reconstruction. Run `rp.audit`.
 
     The paper's list of variants is not available. These change all weights, except "selected_layers" (the last 8).
@@ -404,7 +376,7 @@ def cyber_for_ai(variant: str = "grad_diff", **changes: Unpack[RecipeFields]) ->
             sampler=in_turn("forget", "retain"), formula="-NLL(forget), NLL(retain) in turn",
         )  # fmt: skip
     elif variant == "selected_layers":
-        last: RecipeFields = {"parameters": Parameters("last 8")}
+        last: Changes = {"parameters": Parameters("last 8")}
         recipe = grad_diff(**(last | changes))
     else:
         recipe = {"ga": ga, "grad_diff": grad_diff, "ga_kl": ga_kl}[variant](**changes)
@@ -412,7 +384,7 @@ def cyber_for_ai(variant: str = "grad_diff", **changes: Unpack[RecipeFields]) ->
 
 
 @register_recipe
-def ails_ntua(variant: str = "sugd", **changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def ails_ntua(variant: str = "sugd", **changes: Unpack[Changes]) -> UnlearnRecipe:
     """The winner of SemEval-2025 Task 4. It mostly hides what it forgets: run `rp.audit`.
 
     "sugd": forget rows chunk by chunk, each followed by its retain rows, -1 and +0.5 x mean NLL a row, batch size 1, last 8
@@ -435,7 +407,7 @@ def ails_ntua(variant: str = "sugd", **changes: Unpack[RecipeFields]) -> Unlearn
 
 
 @register_recipe
-def zju_merge(**changes: Unpack[RecipeFields]) -> MergedRecipe:
+def zju_merge(**changes: Unpack[Changes]) -> MergedRecipe:
     """Two LoRA runs of NPO + KL + NLL with different weights, merged by TIES. It mostly hides: run `rp.audit`."""
     parts = []
     for number, (forget, kl, nll) in enumerate(((0.4, 0.4, 0.2), (0.3, 0.3, 0.4))):
@@ -454,7 +426,7 @@ def zju_merge(**changes: Unpack[RecipeFields]) -> MergedRecipe:
 
 
 @register_recipe
-def multiplier(**changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def multiplier(**changes: Unpack[Changes]) -> UnlearnRecipe:
     """-NLL(forget) + m NLL(retain), m rising with the retain loss; MLPs of layers 0-5. It mostly hides: run `rp.audit`.
 
     m = 1.2 while L_r is at most its mean over the first epoch, else 0.3 x 6^(L_r - mean) + 0.8 rounded to 0.1, in [1.2, 2.3].
@@ -476,7 +448,7 @@ def rising(_step: int, log: Sequence[Record]) -> float:
 
 
 @register_recipe
-def task_vector(**changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def task_vector(**changes: Unpack[Changes]) -> UnlearnRecipe:
     """Fine-tune on the forget set and subtract `scale` (1) times the difference. It mostly hides: run `rp.audit`."""
     scale = changes.pop("scale", 1.0)
     check_finite_numbers(scale=scale)
@@ -486,7 +458,7 @@ def task_vector(**changes: Unpack[RecipeFields]) -> UnlearnRecipe:
     )  # fmt: skip
 
 
-def small(recipe: UnlearnRecipe, **changes: Unpack[RecipeFields]) -> UnlearnRecipe:
+def small(recipe: UnlearnRecipe, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """The recipe with settings for SmolLM2-135M on a CPU: what writes mlp.out in layers 20-29, 60 steps of 8 rows at 5e-4.
 
     Learning rate and steps were chosen on the capitals with NPO, by what the training half of the other facts kept. A
@@ -494,7 +466,7 @@ def small(recipe: UnlearnRecipe, **changes: Unpack[RecipeFields]) -> UnlearnReci
     a recipe can be given, and wins over these settings.
     """
     check_names(f"small({recipe.name})", changes, RECIPE_FIELDS)
-    settings: RecipeFields = {"batch_size": 8, "length": 64, "lr": 5e-4, "steps": 60}
+    settings: Changes = {"batch_size": 8, "length": 64, "lr": 5e-4, "steps": 60}
     if not any("hidden" in term.loss.needs for term in recipe.terms):
         settings["parameters"] = Parameters("20-29", ("mlp.out",))
     return replace(recipe, **resolved_fields(settings, changes))
