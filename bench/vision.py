@@ -17,7 +17,7 @@ import torch
 
 from bench.record import record, spread
 from repedit import plot, vision
-from repedit.auditing.classifier import RELEARNING
+from repedit.auditing.gaps import RELEARNING
 from repedit.auditing.report import Report
 from repedit.demo import AGAIN, SETTINGS, ForgottenImages, forget_images
 from repedit.errors import NotFound

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
-from repedit.auditing.report import HIDDEN, PASS, Recovery, Report, RetainCheck, Verdict
+from repedit.auditing.report import Recovery, Report, RetainCheck, Verdict
+from repedit.outcomes import HIDDEN, PASS
 
 CITIES = ("Paris", "Oslo", "Cairo", "Lima", "Quito", "Accra", "Hanoi", "Sofia", "Riga", "Tunis", "Minsk", "Dakar")
 IDS = tuple(f"capitals/{city}" for city in CITIES * 4)[:40]

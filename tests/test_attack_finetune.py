@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from repedit.auditing.attack import ask
 from repedit.auditing.attacks import finetune, tuning
-from repedit.auditing.attacks.finetune import benign, downstream, layered, lettered, relearn, rtt, upstream
+from repedit.auditing.attacks.finetune import benign, downstream, lettered, relearn, rtt, upstream
 from repedit.auditing.attacks.tuning import (
     Example,
     Tuning,
@@ -233,8 +233,8 @@ def test_a_hooked_edit_acts_on_what_adapters_write():
 def test_half_precision_is_widened_for_full_training_only():
     subject = blank()
     subject.model.to(torch.bfloat16)
-    assert {finetune.on_copy(subject, full=full)()[0].model.dtype for full in (True,)} == {torch.float32}
-    copy, _ = finetune.on_copy(subject, full=False)()
+    assert {tuning.on_copy(subject, full=full)()[0].model.dtype for full in (True,)} == {torch.float32}
+    copy, _ = tuning.on_copy(subject, full=False)()
     assert copy.model.dtype == subject.model.dtype == torch.bfloat16
     assert tuned(copy, Tuning(1e-2, steps=10, how="lora")).losses[-1] < 5.4
 
@@ -379,7 +379,7 @@ def test_an_exception_leaves_the_model_as_it_was(monkeypatch):
     def fails(model, asked):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(finetune, "ask", fails)
+    monkeypatch.setattr(tuning, "ask", fails)
     with pytest.raises(RuntimeError, match="no room") as caught:
         rtt(**QUICK | {"measured": (5,)})(subject, splits())
     assert "in attack 'rtt'" in caught.value.__notes__[0]
@@ -487,7 +487,7 @@ def test_what_is_unrelated_needs_no_answers():
     found = attack(pupil(), Splits((), facts(8, 12), facts(12, 16), text))
     places = ("on=retain", "on=unrelated", "on=unrelated n=1")
     assert found.settings == tuple(f"lr=0.003 step={step} {place}" for place in places for step in (4, 8))
-    assert (found.status, found.train_accuracy, attack.uses_train) == ("ran", None, False)
+    assert (found.status, found.train_accuracy, attack.record.uses_train) == ("ran", None, False)
     alone = attack(pupil(), Splits((), facts(8, 12), (), text))
     assert alone.settings == found.settings[2:]
     assert alone.reason == "no retain texts were given"
@@ -517,19 +517,19 @@ def test_what_was_kept_can_bring_facts_back():
         (downstream(0, rates=(1e-2,), steps=1), (1,), ""),
         (upstream(rates=(1e-2,), steps=1), (0,), "the edited layers are not known: layers 0 to 0 are trained"),
         (downstream(rates=(1e-2,), steps=1), (1,), "the edited layers are not known: layers 1 to 1 are trained"),
-        (layered("upstream", [0, 1], rates=(1e-2,), steps=1), (0, 1), ""),
+        (upstream(2, rates=(1e-2,), steps=1), (0, 1), ""),
     ],
 )
 def test_only_layers_on_one_side_are_trained(monkeypatch, attack, layers, note):
     used = []
-    monkeypatch.setattr(finetune, "tune", lambda s, d, given, **rest: used.append(given) or tune(s, d, given, **rest))
+    monkeypatch.setattr(tuning, "tune", lambda s, d, given, **rest: used.append(given) or tune(s, d, given, **rest))
     found = attack(pupil(), splits())
     assert [(given.how, given.layers) for given in used] == [("lora", layers)]
     assert found.settings == ("step=0", "lr=0.01 step=1")
     assert found.reason.endswith(note) and ("not known" in found.reason) == bool(note)
 
 
-@pytest.mark.parametrize("attack", [upstream(0), downstream(1), layered("upstream", ())])
+@pytest.mark.parametrize("attack", [upstream(0), downstream(1)])
 def test_without_layers_on_that_side_it_is_skipped(attack):
     found = attack(pupil(), splits())
     assert (found.status, found.settings) == ("skipped", ())

@@ -37,7 +37,7 @@ def test_it_shows_and_never_decides():
     subject = small("gpt2")
     before, attack = subject.fingerprint(), membership(length=20)
     found = attack(subject, SPLITS)
-    assert not attack.decides and found.status == RAN and found.settings == () and found.items == ()
+    assert not attack.record.decides and found.status == RAN and found.settings == () and found.items == ()
     assert set(found.details["auc"]) == set(found.details["tpr_at_1_fpr"]) == set(SCORES)
     assert (found.details["members"], found.details["holdout"], found.details["cut"]) == (8, 8, 16)
     assert subject.fingerprint() == before

@@ -145,16 +145,16 @@ def test_order_and_number_of_the_facts_asked_together_change_nothing(name, monke
 @pytest.mark.parametrize("name", ["format", "prefix", "in_context"])
 def test_the_seed_decides_where_something_is_drawn(name):
     built = ATTACKS[name]()
-    assert built.draws and not same(built(subject(), splits()), built.at(1)(subject(), splits()))
+    assert built.record.draws and not same(built(subject(), splits()), built.at(1)(subject(), splits()))
 
 
 @pytest.mark.parametrize("name", ["direct", "paraphrase", "translate", "strip"])
 def test_what_draws_nothing_says_so(name):
-    assert not ATTACKS[name]().draws
+    assert not ATTACKS[name]().record.draws
 
 
 def test_levels_and_the_use_of_answers():
-    found = {name: (build().level, build().uses_train) for name, build in ATTACKS.items()}
+    found = {name: (build().record.level, build().record.uses_train) for name, build in ATTACKS.items()}
     assert {name for name, (level, _) in found.items() if level == "W"} == {"strip"}
     assert {name for name, (_, trains) in found.items() if trains} == {"in_context"}
 
@@ -472,6 +472,6 @@ def test_labels_go_on_after_z():
 
 
 def test_settings_are_plain_and_name_what_is_done():
-    assert in_context(counts=(3,)).settings == {"counts": [3]}
-    assert reformat().settings == {"templates": list(FORMATS)} and prefix().settings == {"wordings": list(PREFIXES)}
-    assert sampling().settings == {"n": 16, "ks": [1, 4, 16], "top_p": 0.9, "temperature": 1.0}
+    assert in_context(counts=(3,)).options == {"counts": [3]}
+    assert reformat().options == {"templates": list(FORMATS)} and prefix().options == {"wordings": list(PREFIXES)}
+    assert sampling().options == {"n": 16, "ks": [1, 4, 16], "top_p": 0.9, "temperature": 1.0}

@@ -40,7 +40,7 @@ def test_a_package_gets_matrices_in_float32_and_its_result_keeps_shape_and_type(
 
 
 def test_what_is_installed_is_tried_above_the_fast_budget(coarse):
-    schemes = {b: built(["quantize"], Setup(budget=b))[0].settings["schemes"] for b in ("fast", "standard")}
+    schemes = {b: built(["quantize"], Setup(budget=b))[0].options["schemes"] for b in ("fast", "standard")}
     assert "hqq-int4" in schemes["standard"] and not set(schemes["fast"]) & set(PACKAGED)
     found = quantize(schemes=("int8", "hqq-int4"))(pupil(), splits())
     assert found.settings == ("int8", "hqq-int4") and not (found.graded[1] == found.graded[0]).any()

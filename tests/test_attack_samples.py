@@ -10,7 +10,8 @@ import torch
 
 import repedit as rp
 from repedit.auditing.attacks import samples
-from repedit.auditing.attacks.samples import clopper_pearson, dkw_band, leak_at, sampling
+from repedit.auditing.attacks.samples import leak_at, sampling
+from repedit.auditing.statistics import clopper_pearson, dkw_band
 from repedit.data import Fact, Splits
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
 from repedit.models.subject import subject_of

@@ -118,7 +118,7 @@ def _library_removal(name, module, kept):
 
 
 def _in_place(monkeypatch):
-    monkeypatch.setattr(unhook, "copied", lambda subject: subject)
+    monkeypatch.setattr(unhook, "deep_copy", lambda subject: subject)
 
 
 BROKEN = {
@@ -230,7 +230,7 @@ def test_an_adapter_merged_into_its_layer_is_taken_out_again():
 
 def test_wrappers_are_found_without_a_copy_of_the_model(monkeypatch):
     model = subject()
-    monkeypatch.setattr(unhook, "copied", lambda subject: 1 / 0)
+    monkeypatch.setattr(unhook, "deep_copy", lambda subject: 1 / 0)
     assert not Audited("edited", model).hooked
     _hooked(model)
     assert Audited("edited", model).hooked

@@ -13,7 +13,7 @@ import torch
 import repedit as rp
 from repedit.auditing import api as auditing
 from repedit.auditing import store as storing
-from repedit.auditing.attack import SKIPPED, only
+from repedit.auditing.attack import _RECORDS, SKIPPED, Setup
 from repedit.auditing.attacks.finetune import benign, rtt
 from repedit.auditing.attacks.prompts import direct, in_context
 from repedit.auditing.controls import CONTROLS
@@ -142,9 +142,9 @@ def test_what_a_training_makes_is_asked_invented_facts_and_other_attacks_are_mad
 def test_facts_are_taken_out_of_a_finding_by_name():
     whole = direct()(original(), Splits((), few().forget))
     some = [f.id for f in few().forget[3:9]]
-    found = only(whole, some)
+    found = whole.restricted(some)
     assert list(found.items) == some and (found.correct == whole.correct[:, 3:9]).all()
-    assert (found.graded == whole.graded[:, 3:9]).all() and only(whole, whole.items) is whole
+    assert (found.graded == whole.graded[:, 3:9]).all() and whole.restricted(whole.items) is whole
 
 
 def test_a_broken_audit_goes_on_with_the_findings_it_has(tmp_path, monkeypatch):
@@ -211,9 +211,9 @@ def test_an_attack_without_memory_is_reported_and_blocks_a_pass(monkeypatch):
     def starving(*_):
         raise MemoryError
 
-    plain = budgets._BUILDERS["strip"]
-    (attack,) = plain[1](budgets.Setup())
-    monkeypatch.setitem(budgets._BUILDERS, "strip", (plain[0], lambda _: [replace(attack, run=starving)]))
+    record = budgets.records()["strip"]
+    (attack,) = record.build(Setup())
+    monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [replace(attack, run=starving)]))
     found = audited(world().other)
     (strip,) = (r for r in found.recoveries if r.attack == "strip")
     assert strip.status == SKIPPED and "ran out of memory" in found.not_run["strip"]
@@ -226,9 +226,9 @@ def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
     def failing(*_):
         raise DataError("nonsense")
 
-    plain = budgets._BUILDERS["strip"]
-    (attack,) = plain[1](budgets.Setup())
-    monkeypatch.setitem(budgets._BUILDERS, "strip", (plain[0], lambda _: [replace(attack, run=failing)]))
+    record = budgets.records()["strip"]
+    (attack,) = record.build(Setup())
+    monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [replace(attack, run=failing)]))
     with pytest.raises(DataError, match=r"attacking the edited model: attack 'strip': nonsense"):
         audited(world().other, **small())
 

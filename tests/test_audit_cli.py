@@ -125,9 +125,11 @@ def test_a_self_test_of_some_controls_runs_them_and_is_not_recorded(monkeypatch)
 
 def test_a_self_test_catches_an_audit_that_strips_nothing(monkeypatch):
     from repedit.auditing import budgets
+    from repedit.auditing.attack import _RECORDS
     from repedit.auditing.attacks.prompts import direct
 
-    monkeypatch.setitem(budgets._BUILDERS, "strip", ("fast", lambda _: [replace(direct(), name="strip")]))
+    stripping = replace(budgets.records()["strip"], build=lambda _: [replace(direct(), label="strip")])
+    monkeypatch.setitem(_RECORDS, "strip", stripping)
     monkeypatch.setattr(testing, "world", world)
     found = selftest(controls=("PC1",), progress=False, auditing=brief)
     assert not found.passed and "PC1" in found.failures

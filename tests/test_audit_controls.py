@@ -15,12 +15,12 @@ from repedit.auditing.controls import CONTROLS, questions
 from repedit.auditing.controls import edited as grid
 from repedit.auditing.controls import edited as writing
 from repedit.auditing.controls.taught import continued, taught, untaught, vocabulary
-from repedit.auditing.report import WORDS
 from repedit.data import Row, with_paraphrases
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, TrainingError
 from repedit.metrics.generation import continuations
 from repedit.models.subject import Subject, load, subject_of
+from repedit.outcomes import OUTCOMES
 from repedit.quantization import fake_quantize
 from tests.taught_models import case, facts, original, reference, strangers, world
 
@@ -261,7 +261,7 @@ def test_a_destroyed_model_keeps_nothing(name):
 
 
 def test_the_table_asks_for_real_words_and_covers_the_quick_controls():
-    assert {c.verdict for c in CONTROLS.values()} <= {*WORDS, ""}
+    assert {c.verdict for c in CONTROLS.values()} <= {*OUTCOMES, ""}
     quick = {name for name, c in CONTROLS.items() if c.quick}
     assert quick == {"PC0", *WRITTEN, *TRAINED, "PC4", "NC1", "NC3", "NC4a", "NC4b"}
     assert all(c.verdict == "HIDDEN" for name, c in CONTROLS.items() if name in {*WRITTEN, *TRAINED, "PC4"})

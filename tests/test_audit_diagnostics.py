@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from repedit.auditing import diagnostics
-from repedit.auditing.attack import ask, copied
+from repedit.auditing.attack import ask, deep_copy
 from repedit.auditing.controls import edited as writing
 from repedit.auditing.diagnostics import line, uds, with_examples_and_diagnostics
 from repedit.auditing.runner import Audited
@@ -57,7 +57,7 @@ def test_the_line_goes_from_the_original_to_the_edited_model():
     assert [fingerprint(m.model) for m in (original(), reference())] == before
     one, other = (torch.nn.utils.parameters_to_vector(m.model.parameters()).detach() for m in (original(), reference()))
     assert found["distance"] == pytest.approx(float((one - other).double().norm()), rel=1e-5)
-    middle = copied(original())
+    middle = deep_copy(original())
     with torch.no_grad():
         torch.nn.utils.vector_to_parameters((one + other) / 2, middle.model.parameters())
     assert found["accuracy"]["0.5"] == ask(middle, some()).accuracy

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from repedit.auditing import statistics
 from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
-from repedit.auditing.statistics import Series, chosen, in_first, knowledge, recoveries
+from repedit.auditing.statistics import Series, cross_fitted, in_first_half, knowledge, recoveries
 from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRows, ShapeError
 from repedit.plot.reports import interval_text
 from repedit.report.tables import format_recovery
@@ -47,11 +47,11 @@ def null(rng, attack="direct", settings=1, floor=0.25) -> Series:
 
 
 def test_each_half_is_scored_under_the_best_setting_of_the_other():
-    rng, first, used = np.random.default_rng(0), in_first(ITEMS, OWN), set()
+    rng, first, used = np.random.default_rng(0), in_first_half(ITEMS, OWN), set()
     assert first.sum() == N // 2
     for _ in range(5):
         found = finding(coins(rng, [0.5] * 6))
-        values, settings = chosen(found, OWN)
+        values, settings = cross_fitted(found, OWN)
         for half, name in zip((first, ~first), settings, strict=True):
             best = found.correct[:, ~half].sum(1).argmax()
             assert name == f"s{best}"
@@ -64,11 +64,11 @@ def check_the_scored_half_is_not_read():
     rng = np.random.default_rng(1)
     for _ in range(20):
         found = finding(coins(rng, [0.4, 0.5, 0.5, 0.6]))
-        first = in_first(ITEMS, OWN)
+        first = in_first_half(ITEMS, OWN)
         for half, number in ((first, 0), (~first, 1)):
             noise = found.correct.copy()
             noise[:, half] = coins(rng, rng.random(4))[:, half]
-            assert chosen(finding(noise), OWN).settings[number] == chosen(found, OWN).settings[number]
+            assert cross_fitted(finding(noise), OWN).settings[number] == cross_fitted(found, OWN).settings[number]
 
 
 def test_the_scored_half_is_not_read():
@@ -83,28 +83,28 @@ def test_choosing_on_all_facts_is_caught(monkeypatch):
 
 def test_halves_share_no_entity_and_follow_seed_and_entities_alone():
     entities = {item: f"e{i // 3}" for i, item in enumerate(ITEMS)}
-    first = dict(zip(ITEMS, in_first(ITEMS, entities, 5), strict=True))
+    first = dict(zip(ITEMS, in_first_half(ITEMS, entities, 5), strict=True))
     sides = [{entities[item] for item in ITEMS if first[item] == side} for side in (True, False)]
     assert not sides[0] & sides[1] and abs(len(sides[0]) - len(sides[1])) <= 1
-    backwards = dict(zip(ITEMS[::-1], in_first(ITEMS[::-1], entities, 5), strict=True))
+    backwards = dict(zip(ITEMS[::-1], in_first_half(ITEMS[::-1], entities, 5), strict=True))
     assert backwards == first
-    assert list(in_first(ITEMS, entities, 6)) != list(first.values())
+    assert list(in_first_half(ITEMS, entities, 6)) != list(first.values())
 
 
 def test_of_equal_settings_the_first_is_used():
     row = coins(np.random.default_rng(2), 0.9)
-    assert chosen(finding(np.concatenate([~row, row, row])), OWN).settings == ("s1", "s1")
+    assert cross_fitted(finding(np.concatenate([~row, row, row])), OWN).settings == ("s1", "s1")
 
 
 def test_choosing_refuses_what_it_cannot_do():
     row = coins(np.random.default_rng(2), [0.5, 0.5])
     with pytest.raises(NotEnoughRows, match=r"2 settings and one entity"):
-        chosen(finding(row), dict.fromkeys(ITEMS, "one"))
-    assert chosen(finding(row[:1]), dict.fromkeys(ITEMS, "one")).settings == ("s0", "s0")
+        cross_fitted(finding(row), dict.fromkeys(ITEMS, "one"))
+    assert cross_fitted(finding(row[:1]), dict.fromkeys(ITEMS, "one")).settings == ("s0", "s0")
     with pytest.raises(DataError, match=r"100 items have no entity, such as \['f0'"):
-        chosen(finding(row), {})
+        cross_fitted(finding(row), {})
     with pytest.raises(ArgumentError, match=r"\(skipped\) asked nothing"):
-        chosen(finding(np.zeros((0, 0)), status=SKIPPED), OWN)
+        cross_fitted(finding(np.zeros((0, 0)), status=SKIPPED), OWN)
 
 
 def test_a_pure_noise_attack_recovers_nothing():
@@ -113,7 +113,7 @@ def test_a_pure_noise_attack_recovers_nothing():
     fair, naive = [], []
     for _ in range(200):
         noise = null(rng, settings=50)
-        rates = (chosen(role[0], OWN).values.mean() for role in (noise.edited, noise.original, noise.floor))
+        rates = (cross_fitted(role[0], OWN).values.mean() for role in (noise.edited, noise.original, noise.floor))
         a, c, b = rates
         fair.append(((a - b) / (c - b), (a - 0.25) / (c - 0.25)))
         naive.append((noise.edited[0].correct.mean(1).max() - 0.25) / 0.70)
@@ -152,7 +152,7 @@ def test_the_worst_status_of_any_model_counts():
 
 def slow_interval(edited, original, floor, entity, counts, alpha=0.05):
     """The percentile interval, draw by draw, fact by fact; settings of the upper end chosen in each draw."""
-    first = in_first(ITEMS, entity)
+    first = in_first_half(ITEMS, entity)
 
     def accuracy(rows, weight, anew):
         by = weight if anew else np.ones(N)
@@ -286,7 +286,7 @@ def test_the_upper_end_holds_the_best_setting():
     truth = (0.5 - 0.125) / (original.mean() - 0.125)
     for _ in range(150):
         one = series(coins(rng, chances), original, 0.125)
-        used = series(chosen(one.edited[0], OWN).values, original, 0.125)
+        used = series(cross_fitted(one.edited[0], OWN).values, original, 0.125)
         (whole,), (frozen,) = (recoveries([s], OWN, draws=400) for s in (one, used))
         assert whole.interval[0] == frozen.interval[0]
         kept, anew = kept + (frozen.interval[1] < truth), anew + (whole.interval[1] < truth)

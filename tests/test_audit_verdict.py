@@ -1,15 +1,20 @@
 """The seven words of an audit, the order of their rules, and how many facts they need."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 
 from repedit.auditing import budgets
 from repedit.auditing import verdict as module
-from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE
-from repedit.auditing.report import OVER_FORGOTTEN, WORDS, Recovery, RetainCheck
-from repedit.auditing.verdict import check_thresholds, cost, half_width, informative, items_needed, verdict
+from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, AttackRecord, Setting, Setup, register
+from repedit.auditing.attacks import attack_names
+from repedit.auditing.attacks.tuning import UNTOUCHED
+from repedit.auditing.report import Recovery, RetainCheck
+from repedit.auditing.verdict import check_thresholds, cost, informative, items_needed, verdict
 from repedit.errors import ArgumentError, FractionError
+from repedit.outcomes import BELOW_THRESHOLD, CONSISTENT, OUTCOMES, OVER_FORGOTTEN
+from repedit.sites import Point, Site
 
 NAN = float("nan")
 KEPT = RetainCheck(accuracy=(0.9, 0.88), perplexity=(20.0, 22.0))
@@ -37,9 +42,10 @@ CASES = {
     "NO RECOVERY FOUND": ((row(), row("rtt", -0.05, 0.19)), {}),
     "INCONCLUSIVE": ((row(), row("rtt", 0.05, 0.25)), {}),
 }  # fmt: skip
+OTHERS = (OVER_FORGOTTEN, BELOW_THRESHOLD, CONSISTENT)
 
 
-@pytest.mark.parametrize("word", [word for word in WORDS if word != OVER_FORGOTTEN])
+@pytest.mark.parametrize("word", [word for word in OUTCOMES if word not in OTHERS])
 def test_each_word_is_reached_and_wins_over_those_below(word):
     rows, options = CASES[word]
     found = said(*rows, **options)
@@ -94,10 +100,9 @@ def test_hidden_names_the_cheapest_attack():
 
 
 def test_attacks_have_a_cost():
-    assert [cost(name) for name in ("direct", "strip")] == [0, 1]
+    assert cost("direct") == 0 < cost("strip") < cost("paraphrase")
     assert cost("rtt, LoRA") == cost("rtt") > cost("quantize") and cost("probe-mlp") == cost("probe")
-    assert cost("unheard of") > max(cost(name) for name in budgets.NAMES)
-    assert all(cost(name) < len(module.COSTS) for name in budgets.NAMES)
+    assert cost("unheard of") > max(cost(name) for name in budgets.records())
 
 
 @pytest.mark.parametrize(
@@ -159,28 +164,6 @@ def test_inconclusive_says_how_many_facts_would_settle_it():
     )
 
 
-# Rows of "n: original .95 with R = 0, .88, then with a measured floor R = 0, .88; the same for original .65".
-TABLE = {
-    50: (0.10, 0.12, 0.16, 0.12, 0.18, 0.28, 0.29, 0.28),
-    67: (0.09, 0.10, 0.14, 0.10, 0.15, 0.24, 0.24, 0.25),
-    100: (0.08, 0.08, 0.11, 0.09, 0.12, 0.19, 0.19, 0.19),
-    157: (0.06, 0.07, 0.09, 0.07, 0.10, 0.15, 0.15, 0.15),
-    314: (0.04, 0.05, 0.06, 0.05, 0.07, 0.10, 0.10, 0.10),
-}
-
-
-@pytest.mark.parametrize("items", TABLE)
-def test_half_widths_are_those_simulated(items):
-    cells = [(known, measured, r) for known in (0.95, 0.65) for measured in (False, True) for r in (0.0, 0.88)]
-    found = [half_width(known, 0.125, items, recovered=r, measured=measured) for known, measured, r in cells]
-    assert found == pytest.approx(TABLE[items], rel=0.2)
-
-
-@pytest.mark.parametrize(("items", "well", "badly"), [(50, 0.17, 0.34), (100, 0.12, 0.22), (628, 0.05, 0.085)])
-def test_half_widths_with_four_choices(items, well, badly):
-    assert [half_width(known, 0.25, items) for known in (0.95, 0.65)] == pytest.approx([well, badly], rel=0.2)
-
-
 def test_items_needed():
     assert items_needed(0.95, 0.125, 0.2, 12) == pytest.approx(100, rel=0.2)
     assert items_needed(0.65, 0.125, 0.2, 12) == pytest.approx(320, rel=0.2)
@@ -212,9 +195,37 @@ def test_an_attack_that_takes_more_than_half_is_uninformative():
             r"pass_threshold=0.0, alpha=0.05; give fractions strictly",
         ),
         (lambda: items_needed(0.9, 0.2, 0.2, 0), ArgumentError, r"attacks=0; give at least 1"),
-        (lambda: half_width(0.9, 0.2, 0), ArgumentError, r"items=0; give at least 1"),
     ],
 )
 def test_verdict_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_every_attack_registers_one_record_and_its_name_is_read_without_importing_it():
+    known = budgets.records()
+    assert tuple(known) == attack_names() and [r.cost for r in known.values()] == sorted(
+        {r.cost for r in known.values()}
+    )
+    for name, record in known.items():
+        assert [attack.record for attack in record.build(Setup("full", layers=2))] == [record] * (1 + (name == "probe"))
+    with pytest.raises(ArgumentError, match="attack 'rtt' is registered already"):
+        register(AttackRecord("rtt"))
+    with pytest.raises(ArgumentError, match="attack 'new': budget 'slow'; valid names: fast, standard, full"):
+        register(AttackRecord("new", budget="slow"))
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "site"),
+    [("lr=5e-05 step=40 how=lora", 40, None), ("epoch=3", 3, None), ("resid.post 3", None, "3.resid.post"), ("phrasing 1", None, None), ("k=4", None, None)],
+)  # fmt: skip
+def test_settings_of_earlier_versions_are_parsed_once(text, step, site):
+    setting = Setting.parse(text)
+    assert setting == text and setting.step == step and (str(setting.site) if setting.site else None) == site
+    assert copy.copy(setting).step == step and Setting.parse(setting) is setting
+
+
+def test_settings_that_attacks_make_are_those_that_are_parsed():
+    for setting in (Setting.at(Site(3, Point.MLP_OUT)), UNTOUCHED):
+        parsed = Setting.parse(str(setting))
+        assert (parsed, parsed.step, parsed.site) == (setting, setting.step, setting.site)

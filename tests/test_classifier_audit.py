@@ -16,10 +16,12 @@ from torch import nn
 
 import repedit as rp
 from repedit.auditing import classifier
-from repedit.auditing.attacks import images as image_relearning
-from repedit.auditing.attacks import images as image_rounding
-from repedit.auditing.attacks import images as image_shadows
-from repedit.auditing.attacks.images import (
+from repedit.auditing import image_attacks as image_relearning
+from repedit.auditing import image_attacks as image_rounding
+from repedit.auditing import image_attacks as image_shadows
+from repedit.auditing.classifier import audit_classifiers, klom
+from repedit.auditing.gaps import AUC, FORGET, RELEARNING
+from repedit.auditing.image_attacks import (
     SCORES,
     coarse,
     halves,
@@ -30,9 +32,9 @@ from repedit.auditing.attacks.images import (
     shadows,
     sides,
 )
-from repedit.auditing.classifier import AUC, FORGET, RELEARNING, audit_classifiers, klom
-from repedit.auditing.report import HIDDEN, INCONCLUSIVE, NOT_FORGOTTEN, PASS, Report
+from repedit.auditing.report import Report
 from repedit.errors import ArgumentError, BadReference, MetricError, NotEnoughRows, TrainingError, UnknownName
+from repedit.outcomes import HIDDEN, INCONCLUSIVE, NOT_FORGOTTEN, PASS
 from repedit.report import compare_reports, markdown, page, redacted, schema, write
 from repedit.vision import ImageSplits, Relabel, Task, apply, relabel, retrain, small_cnn, train
 from repedit.vision.editing import tensors_of

@@ -16,9 +16,11 @@ import pytest
 from torch import nn
 
 from repedit import vision
-from repedit.auditing.classifier import AUC, FORGET, RELEARNING, RETAIN, TEST, audit_classifiers
-from repedit.auditing.report import HIDDEN, PASS, Gap, Report
+from repedit.auditing.classifier import audit_classifiers
+from repedit.auditing.gaps import AUC, FORGET, RELEARNING, RETAIN, TEST
+from repedit.auditing.report import Gap, Report
 from repedit.demo import RECIPES, SETTINGS, Setting
+from repedit.outcomes import HIDDEN, PASS
 
 SLOW: Any = pytest.mark.slow
 CLASSES = [(20, 6), pytest.param(21, 1, marks=SLOW), pytest.param(22, 9, marks=SLOW)]

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import repedit as rp
 from repedit import demo, plot
-from repedit.auditing.attacks.images import sides
-from repedit.auditing.classifier import AUC, FORGET, RELEARNING
+from repedit.auditing.gaps import AUC, FORGET, RELEARNING
+from repedit.auditing.image_attacks import sides
 from repedit.auditing.report import Report
 from repedit.cli import app
 from repedit.demo import AGAIN, COLUMNS, RECIPES, Setting, forget_images

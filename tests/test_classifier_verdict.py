@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from repedit.auditing import classifier
-from repedit.auditing.classifier import AUC, FORGET, RELEARNING, Measured, gaps, verdict
-from repedit.auditing.report import (
-    DESTROYED,
-    HIDDEN,
-    INCONCLUSIVE,
-    INVALID,
-    NOT_FORGOTTEN,
-    OVER_FORGOTTEN,
-    PASS,
-    WORDS,
-    Verdict,
-)
+from repedit.auditing import verdict
+from repedit.auditing.gaps import AUC, FORGET, RELEARNING, Measured, gaps
+from repedit.auditing.report import Verdict
+from repedit.auditing.verdict import classifier_verdict
 from repedit.errors import ArgumentError, MetricError
+from repedit.outcomes import DESTROYED, HIDDEN, INCONCLUSIVE, INVALID, NOT_FORGOTTEN, OUTCOMES, OVER_FORGOTTEN, PASS
 
 FORGOTTEN, OTHERS = 120, 60
 
@@ -57,7 +49,7 @@ CASES = {
 
 
 def judged(edited: Measured, *references: Measured, original: Measured = ORIGINAL) -> Verdict:
-    return verdict(gaps(edited, original, references or (RETRAINED,), draws=300), OTHERS)
+    return classifier_verdict(gaps(edited, original, references or (RETRAINED,), draws=300), OTHERS)
 
 
 @pytest.mark.parametrize("word", CASES)
@@ -67,10 +59,11 @@ def test_each_word_is_reached(word):
 
 
 @pytest.mark.parametrize(("rule", "word"), [
-    ("_destroyed", DESTROYED), ("_known", NOT_FORGOTTEN), ("_hidden", HIDDEN), ("_over", OVER_FORGOTTEN), ("_passed", PASS),
+    ("_worse_than_retrained", DESTROYED), ("_still_labelled", NOT_FORGOTTEN), ("_hidden_images", HIDDEN),
+    ("_over_forgotten", OVER_FORGOTTEN), ("_no_gap", PASS),
 ])  # fmt: skip
 def test_a_rule_that_is_left_out_is_missed(rule, word, monkeypatch):
-    monkeypatch.setattr(classifier, rule, lambda *_: None)
+    monkeypatch.setattr(verdict, rule, lambda *_: None)
     assert judged(CASES[word]).word != word
 
 
@@ -145,13 +138,13 @@ def test_it_is_the_retrained_model_that_counts_and_not_a_half():
 
 def test_without_a_retrained_model_nothing_can_be_said():
     for edited in CASES.values():
-        found = verdict(gaps(edited, ORIGINAL, draws=20), OTHERS)
+        found = classifier_verdict(gaps(edited, ORIGINAL, draws=20), OTHERS)
         assert found.word == INCONCLUSIVE and "none was given" in found.rule and "rp.vision.retrain" in found.settle
 
 
 def test_no_pass_without_relearning():
     empty = [replace(model, relearned=np.zeros(0)) for model in (measured(), ORIGINAL, RETRAINED)]
-    found = verdict(gaps(empty[0], empty[1], empty[2:], draws=100), OTHERS)
+    found = classifier_verdict(gaps(empty[0], empty[1], empty[2:], draws=100), OTHERS)
     assert found.word == INCONCLUSIVE and "relearning was not tried" in found.rule and "relearn=True" in found.settle
 
 
@@ -165,7 +158,7 @@ def test_no_pass_by_attacks_that_do_not_find_the_original_either():
     quick = np.full(10, 0.93)
     knows = replace(ORIGINAL, members=scores(0.0, FORGOTTEN, 9), relearned=quick + 0.06)
     models = [measured(relearned=quick + 0.05), knows, measured(relearned=quick, seed=2)]
-    found = verdict(gaps(models[0], models[1], models[2:], draws=100), OTHERS)
+    found = classifier_verdict(gaps(models[0], models[1], models[2:], draws=100), OTHERS)
     assert (
         found.word == INCONCLUSIVE
         and "neither attack tells even the original" in found.rule
@@ -177,14 +170,14 @@ def test_no_pass_by_attacks_that_do_not_find_the_original_either():
 def test_the_number_that_would_settle_it():
     few = slice(0, 25)
     cut = [replace(m, members=m.members[few], others=m.others[few]) for m in (measured(0.42), ORIGINAL, RETRAINED)]
-    found = verdict(gaps(cut[0], cut[1], cut[2:], draws=300), 25)
+    found = classifier_verdict(gaps(cut[0], cut[1], cut[2:], draws=300), 25)
     assert found.word == INCONCLUSIVE and "AUC of the loss" in found.rule
     needed = int(found.settle.split()[1])
     assert 25 < needed < 200
     # With that many images, the same gap of the mean is found.
     many = [Measured(m.forget, m.retain, m.test, scores(shift, 4 * needed, seed), scores(0.0, 4 * needed + 1, seed + 50), m.relearned)
             for m, shift, seed in ((measured(), 0.42, 1), (ORIGINAL, 3.0, 7), (RETRAINED, 0.0, 2))]  # fmt: skip
-    assert verdict(gaps(many[0], many[1], many[2:], draws=300), 4 * needed).word == HIDDEN
+    assert classifier_verdict(gaps(many[0], many[1], many[2:], draws=300), 4 * needed).word == HIDDEN
 
 
 @pytest.mark.parametrize(("name", "value", "word"), [
@@ -196,8 +189,8 @@ def test_margins_hold_to_nine_digits(name, value, word):
 
 
 def test_every_word_has_an_exit_code():
-    assert {word: Verdict(word, "", "").exit_code for word in WORDS}[OVER_FORGOTTEN] == 3
-    assert Verdict(PASS, "", "").exit_code == 0 and len(WORDS) == 8
+    assert {word: Verdict(word, "", "").exit_code for word in OUTCOMES}[OVER_FORGOTTEN] == 3
+    assert Verdict(PASS, "", "").exit_code == 0 and len(OUTCOMES) == 10
 
 
 def test_gaps_say_what_they_are_of():
@@ -215,7 +208,7 @@ def test_gaps_say_what_they_are_of():
     (lambda: judged(replace(measured(), relearned=np.zeros(3))), ArgumentError, "the models were measured differently"),
     (lambda: judged(replace(measured(), members=np.zeros(0))), ArgumentError, "measured differently"),
     (lambda: judged(replace(measured(), members=np.full(FORGOTTEN, np.nan))), MetricError, "120 scores of the members are not finite"),
-    (lambda: verdict(gaps(measured(), ORIGINAL, draws=5)[:2]), ArgumentError, "needs test accuracy, AUC of the loss as well"),
+    (lambda: classifier_verdict(gaps(measured(), ORIGINAL, draws=5)[:2]), ArgumentError, "needs test accuracy, AUC of the loss as well"),
 ])  # fmt: skip
 def test_what_cannot_be_judged_is_refused(call, error, message):
     with pytest.raises(error, match=message):

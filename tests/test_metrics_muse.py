@@ -85,12 +85,12 @@ def evaluated(subject, **options):
 
 def test_a_score_has_its_verdict_beside_it():
     known, random = evaluated(learned()), evaluated(small("llama"))
-    assert known.membership_auc == 1 and known.privleak == -100 and known.verdict == "unknown"
-    assert known.judged(known).verdict == "not forgotten" and "PrivLeak -100.0 (AUC 1.000)" in str(known)
-    assert str(known).splitlines()[-1] == "verdict unknown: no original model to compare with"
+    assert known.membership_auc == 1 and known.privleak == -100 and known.verdict == "INCONCLUSIVE"
+    assert known.judged(known).verdict == "NOT FORGOTTEN" and "PrivLeak -100.0 (AUC 1.000)" in str(known)
+    assert str(known).splitlines()[-1] == "verdict INCONCLUSIVE: no original model to compare with"
     # Knows nothing any more, and writes alike whatever is asked.
     lost = replace(random, signs=replace(random.signs, repeated=0.9))
-    assert lost.judged(replace(known, signs=Signs(retain=1.0, forget=1.0, perplexity=9.0))).verdict == "collapsed"
+    assert lost.judged(replace(known, signs=Signs(retain=1.0, forget=1.0, perplexity=9.0))).verdict == "DESTROYED"
     assert set(known.scores) == {"member", "nonmember"} and len(known.scores["member"]) == 2
 
 

@@ -83,7 +83,7 @@ def test_a_score_is_printed_with_its_parts_and_refuses_to_be_a_number():
         text in str(found)
         for text in ("retain regurgitation       0.900", "(AUC 0.600)", "final 0.667", "(below 0.371)")
     )
-    assert str(found).endswith("verdict unknown: no original model to compare with")
+    assert str(found).endswith("verdict INCONCLUSIVE: no original model to compare with")
     with pytest.raises(MetricError, match=r"report the parts; score\.final is available"):
         float(found)
 
@@ -118,19 +118,19 @@ def demonstrated(place, limit, tokens, subjects, batch_size=2):
 
 def check_collapse(found) -> None:
     assert (found.task_aggregate, found.membership, found.mmlu) == (0, 1, 0.25)
-    assert 0.40 <= found.final <= 0.43 and found.verdict == "collapsed" and len(found.judgement.reasons) == 4
+    assert 0.40 <= found.final <= 0.43 and found.verdict == "DESTROYED" and len(found.judgement.reasons) == 4
 
 
 def test_a_model_that_writes_one_token_scores_well_and_is_called_collapsed():
     found = demonstrated(stand_in(), 2, 9, ("anatomy",))
     check_collapse(found)
     assert {text for part in found.outputs.values() for text in part} == {"\x07" * 9}
-    assert found.final == pytest.approx(1.25 / 3) and found.judged(None).verdict == "unknown"
+    assert found.final == pytest.approx(1.25 / 3) and found.judged(None).verdict == "INCONCLUSIVE"
     assert len(found.items) == 14 and len(found.items["member"]) == MEMBERS
 
 
 def test_a_verdict_that_reads_the_final_score_is_caught(monkeypatch):
-    by_score = lambda signs, other, auc_reference: score.Judgement("consistent with forgetting", ())  # noqa: E731
+    by_score = lambda signs, other, auc_reference: score.Judgement("CONSISTENT WITH FORGETTING", ())  # noqa: E731
     monkeypatch.setattr(score, "judge", by_score)
     with pytest.raises(AssertionError):
         check_collapse(demonstrated(stand_in(), 2, 9, ("anatomy",)).judged(ORIGINAL))
@@ -144,12 +144,12 @@ def test_the_whole_validation_split_of_a_model_that_writes_one_token():
 
 
 VERDICTS = {
-    "collapsed": {"retain": 0.2, "perplexity": 121.0},
-    "not forgotten": {"forget": 0.5},
-    "over-forgotten": {"forget": 0.1, "auc": 0.24},
-    "below threshold": {"forget": 0.1, "auc": 0.5, "mmlu": 0.33},
-    "consistent with forgetting": {"forget": 0.1, "auc": 0.5},
-    "unknown": {"forget": None},
+    "DESTROYED": {"retain": 0.2, "perplexity": 121.0},
+    "NOT FORGOTTEN": {"forget": 0.5},
+    "OVER-FORGOTTEN": {"forget": 0.1, "auc": 0.24},
+    "BELOW THRESHOLD": {"forget": 0.1, "auc": 0.5, "mmlu": 0.33},
+    "CONSISTENT WITH FORGETTING": {"forget": 0.1, "auc": 0.5},
+    "INCONCLUSIVE": {"forget": None},
 }
 
 
@@ -164,25 +164,25 @@ SIGNS = [{"retain": 0.2}, {"mmlu": 0.25}, {"distinct": 0.1}, {"repeated": 0.6}, 
 
 @pytest.mark.parametrize("sign", SIGNS, ids=str)
 def test_one_sign_of_collapse_is_none(sign):
-    assert judge(replace(HEALTHY, forget=0.1, auc=0.5, **sign), HEALTHY).verdict != "collapsed"
+    assert judge(replace(HEALTHY, forget=0.1, auc=0.5, **sign), HEALTHY).verdict != "DESTROYED"
     for other in SIGNS:
         # Both signs of repetition are one.
         both = set(sign | other) - {"repeated"} | ({"distinct"} if "repeated" in sign | other else set())
         found = judge(replace(HEALTHY, forget=0.1, auc=0.5, **(sign | other)), HEALTHY).verdict
-        assert (found == "collapsed") == (len(both) == 2)
+        assert (found == "DESTROYED") == (len(both) == 2)
 
 
 def test_mmlu_is_no_sign_where_the_original_guesses_too():
     weak = replace(HEALTHY, mmlu=0.26)
     assert (
-        judge(replace(weak, retain=0.1, forget=0.1, auc=0.5, mmlu=0.25), weak).verdict == "consistent with forgetting"
+        judge(replace(weak, retain=0.1, forget=0.1, auc=0.5, mmlu=0.25), weak).verdict == "CONSISTENT WITH FORGETTING"
     )
 
 
 def test_the_bar_of_overforgetting_moves_with_the_reference():
     signs = replace(HEALTHY, forget=0.1, auc=0.3)
     found = [judge(signs, HEALTHY, auc_reference=reference).verdict for reference in (0.5, 0.6)]
-    assert found == ["consistent with forgetting", "over-forgotten"]
+    assert found == ["CONSISTENT WITH FORGETTING", "OVER-FORGOTTEN"]
 
 
 def test_diversity_of_outputs():

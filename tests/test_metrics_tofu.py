@@ -217,7 +217,9 @@ def test_a_model_is_evaluated_question_by_question(folder, tmp_path):
     assert [found.parts["retain"].answer[7], found.parts["retain"].perturbed[7, 1]] == pytest.approx(nll, rel=1e-5)
     assert found.parts["retain"].outputs[7] == generate(subject, [row.prompt], max_new_tokens=9)[0]
     assert found.parts["world_facts"].options and not found.parts["forget"].options
-    assert (found.forget_quality, found.verdict) == (None, "unknown") and "not measured, no reference" in str(found)
+    assert (found.forget_quality, found.verdict) == (None, "INCONCLUSIVE") and "not measured, no reference" in str(
+        found
+    )
     tofu.write_log(found.parts, tmp_path / "log.json")
     again = evaluated(subject, folder, tmp_path / "log.json", original=found)
     assert again.forget_quality == 1 and again.model_utility == found.model_utility
@@ -231,8 +233,8 @@ def test_a_collapsed_model_is_called_so_beside_its_utility(folder):
         subject.model.transformer.ln_f.weight.zero_(), subject.model.transformer.ln_f.bias.mul_(60)
     healthy = Signs(retain=0.9, forget=0.9, distinct=0.9, repeated=0.1, perplexity=12.0)
     found = evaluated(subject, folder, original=replace(evaluated(small("gpt2"), folder), signs=healthy))
-    assert found.verdict == "collapsed" and len(found.judgement.reasons) == 3
-    assert str(found).splitlines()[-1].startswith("verdict collapsed: retain 0.000 < 0.25 x the original's 0.900")
+    assert found.verdict == "DESTROYED" and len(found.judgement.reasons) == 3
+    assert str(found).splitlines()[-1].startswith("verdict DESTROYED: retain 0.000 < 0.25 x the original's 0.900")
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [

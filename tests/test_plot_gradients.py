@@ -65,7 +65,7 @@ def change(names: str = "", size: float = 0.01, seed: int = 0) -> Delta:
     return Delta(found, {"method": "blur_npo", "model": lm().fingerprint()})
 
 
-def score(value: float, verdict: str = "collapsed"):
+def score(value: float, verdict: str = "DESTROYED"):
     parts = {name: value if name.startswith("retain") else 1 - value for name in PARTS}
     return aggregate(parts, 0.5, 0.3, judgement=Judgement(verdict, ("because",)))
 
@@ -214,12 +214,12 @@ def test_tradeoff_refuses(given, error, message):
 
 
 def test_semeval_bars_are_the_parts_and_the_title_the_verdict():
-    given = score(0.71, "over-forgotten")
+    given = score(0.71, "OVER-FORGOTTEN")
     figure = plot.semeval(given)
     for axes, side in zip(figure.axes, ("forget", "retain"), strict=True):
         expected = [given.parts[f"{side}/{task.get_text().replace(chr(10), '/')}"] for task in axes.get_xticklabels()]
         assert_allclose([bar.get_height() for bar in axes.patches], expected)
-    assert "over-forgotten" in title(figure)
+    assert "OVER-FORGOTTEN" in title(figure)
 
 
 @pytest.mark.parametrize("count", [0, 7])

@@ -21,9 +21,10 @@ from numpy.testing import assert_allclose
 from typer.testing import CliRunner
 
 from repedit import plot
-from repedit.auditing.report import INVALID, Recovery, Report, RetainCheck, Verdict
+from repedit.auditing.report import Recovery, Report, RetainCheck, Verdict
 from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, ReportError, TargetExists
+from repedit.outcomes import INVALID
 from repedit.plot.canvas import canvas
 from repedit.plot.reports import (
     audits_forest,

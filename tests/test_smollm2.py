@@ -10,7 +10,8 @@ import torch
 
 import repedit as rp
 from repedit.activations.prediction import drop
-from repedit.auditing.attack import copied
+from repedit.auditing.attack import deep_copy
+from repedit.auditing.verdict import retain_damage
 from repedit.errors import NotFound
 from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
@@ -119,9 +120,9 @@ def test_a_short_training_forgets_capitals_in_new_words_and_keeps_symbols(lm):
 
 def test_one_changed_weight_is_audited_as_not_forgotten(lm, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
-    edited = copied(lm)
+    edited = deep_copy(lm)
     with torch.no_grad():
         edited.model.model.norm.weight[0] *= 1.0001
     found = rp.audit(edited, original=lm, facts=rp.data.facts("capitals"), attacks=("direct", "strip"), progress=False)
     assert found.verdict.word == "NOT FORGOTTEN" and 0.95 <= found.direct.value <= 1.05
-    assert found.context["n_test"] == 151 and found.retain.destroyed == ""
+    assert found.context["n_test"] == 151 and retain_damage(found.retain) == ""

@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from repedit.auditing.attack import Attack
-from repedit.auditing.budgets import MOST_FRESH, SEEDS, Setup, built, planned
-from repedit.auditing.conclusion import Case, concluded
+from repedit.auditing.attack import Attack, Setup
+from repedit.auditing.budgets import INVENTED_FACTS, RETAIN_FACTS, SEEDS, built, planned, records
+from repedit.auditing.conclusion import Case, report_of
 from repedit.auditing.data import AuditData, audit_data
 from repedit.auditing.diagnostics import with_examples_and_diagnostics
 from repedit.auditing.floors import choices_only_baseline, fresh_facts
@@ -23,14 +23,11 @@ from repedit.auditing.runner import Audited, Role, check_pair, run
 from repedit.auditing.statistics import check_draws
 from repedit.auditing.store import FindingStore
 from repedit.auditing.verdict import check_thresholds
-from repedit.data import Fact, Facts, prose
+from repedit.data import Fact, Facts, Splits, prose
 from repedit.errors import ArgumentError, BadReference, DataError, check_positive, check_seed, check_whole, is_whole
 from repedit.io.targets import check_folder
 from repedit.models.subject import Subject
 from repedit.sites import Site
-
-MOST_RETAIN = {"fast": 160, "standard": None, "full": None}
-"""Retain facts asked."""
 
 
 def audit(
@@ -101,26 +98,31 @@ def audit(
     names = planned(budget, attacks)
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
     _check_numbers(steps, draws, scale_lrs, chosen)
+<<<<<<< HEAD
     check_draws(draws, alpha)
     given: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
     models = {role: Audited(role, source, device) for role, source in given.items() if source is not None}
+=======
+    sources: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
+    models = {role: Audited(role, source, device) for role, source in sources.items() if source is not None}
+>>>>>>> c40be8c (Attacks are records that register where they are written, settings are values, and all verdicts share one list of outcomes and one file of rules)
     _check_models(models)
     options = {
         "unrelated": prose() if unrelated is None else unrelated, "holdout": holdout, "folds": folds,
         "train_fraction": train_fraction, "seed": chosen[0],
     }  # fmt: skip
-    asked = audit_data(facts, retain, most=MOST_RETAIN[budget], **options)
-    where = _edited_layers(models["edited"], sites)
-    with _setup(budget, models, where, scale_lrs, steps, names) as setup:
-        roles = _roles(models, asked, built(names, setup), budget, options)
+    data = audit_data(facts, retain, most=RETAIN_FACTS[budget], **options)
+    edited_layers = _edited_layers(models["edited"], sites)
+    with _setup(budget, models, edited_layers, scale_lrs, steps, names) as setup:
+        roles = _roles(models, data, built(names, setup), budget, options)
         store = FindingStore(Path(out) if out is not None else None)
         findings = run(roles, chosen, store, progress=progress)
     case = Case(
-        roles=roles, findings=findings, asked=asked, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
-        recovery_threshold=recovery_threshold, pass_threshold=pass_threshold, allow_small=allow_small, edited_layers=where, planned=names, command=command,
+        roles=roles, findings=findings, data=data, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
+        recovery_threshold=recovery_threshold, pass_threshold=pass_threshold, allow_small=allow_small, edited_layers=edited_layers, planned=names, command=command,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
-    report = with_examples_and_diagnostics(concluded(case), models, () if budget == "fast" else asked.tested)
+    report = with_examples_and_diagnostics(report_of(case), models, () if budget == "fast" else data.tested)
     if out is not None and save:
         report.save(out)
     return report
@@ -158,7 +160,7 @@ def _edited_layers(edited: Audited, sites: str | Site | list[str | Site] | None)
 def _setup(
     budget: str,
     models: Mapping[str, Audited],
-    where: tuple[int, ...] | None,
+    edited_layers: tuple[int, ...] | None,
     scale: float,
     steps: int,
     names: Sequence[str],
@@ -169,30 +171,34 @@ def _setup(
     """
     with ExitStack() as stack:
         alike = len({model.width for model in models.values()}) == 1
-        contrast = stack.enter_context(models["original"].opened()) if "direction" in names and alike else None
-        yield Setup(budget, models["edited"].layers, where, scale, steps, contrast)
+        compares = any(records()[name].compares for name in names)
+        original = stack.enter_context(models["original"].opened()) if compares and alike else None
+        yield Setup(budget, models["edited"].layers, edited_layers, scale, steps, original)
 
 
 def _roles(
     models: Mapping[str, Audited],
-    asked: AuditData,
+    data: AuditData,
     attacks: tuple[Attack, ...],
     budget: str,
     options: Mapping[str, Any],
 ) -> tuple[Role, ...]:
     """Edited, original, and the reference; without one the edited model is asked invented facts as well."""
-    whole = (*attacks, retain_check(asked.text))
-    original = Role("original", models["original"], asked, (*whole, choices_only_baseline()), shared=True)
+    retain = (retain_check(data.text), Splits((), data.retain))
+    choices_only = (choices_only_baseline(), data.whole)
+    original = Role("original", models["original"], data, attacks, (retain, choices_only), shared=True)
     if "reference" in models:
-        edited = Role("edited", models["edited"], asked, whole)
-        return edited, original, Role("reference", models["reference"], asked, attacks, shared=True)
-    return Role("edited", models["edited"], asked, whole, invented=_invented(asked, budget, options)), original
+        edited = Role("edited", models["edited"], data, attacks, (retain,))
+        return edited, original, Role("reference", models["reference"], data, attacks, shared=True)
+    return Role(
+        "edited", models["edited"], data, attacks, (retain,), invented=_invented(data, budget, options)
+    ), original
 
 
-def _invented(asked: AuditData, budget: str, options: Mapping[str, Any]) -> AuditData | None:
+def _invented(data: AuditData, budget: str, options: Mapping[str, Any]) -> AuditData | None:
     try:
-        fresh = fresh_facts(asked.forget, min(len(asked.forget), MOST_FRESH[budget]), options["seed"])
-        return audit_data(fresh, asked.retain or asked.text, most=None, **options)
+        fresh = fresh_facts(data.forget, min(len(data.forget), INVENTED_FACTS[budget]), options["seed"])
+        return audit_data(fresh, data.retain or data.text, most=None, **options)
     except DataError as error:
-        asked.notes.append(f"no invented facts could be made ({error}); the floor is the best guess without knowledge")
+        data.notes.append(f"no invented facts could be made ({error}); the floor is the best guess without knowledge")
         return None

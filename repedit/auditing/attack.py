@@ -1,8 +1,9 @@
-"""What an attack is and what it found, how it asks facts, and a copy of a model that it may change."""
+"""What an attack is: how it asks facts, the model copy it may change, its record, its settings and its finding."""
 
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,88 +18,113 @@ from repedit.data import Fact, Splits
 from repedit.errors import ArgumentError, ShapeError, UnknownName, during, nearest
 from repedit.metrics.facts import FactsAccuracy, facts_accuracy
 from repedit.models.subject import Subject
+from repedit.sites import Point, Site
 
-# --- Asking a model facts, as every attack does: among choices where facts have them, else by what it writes
+# --- The record of an attack: what is known before it is built
 
 
-def ask(subject: Subject, facts: Sequence[Fact]) -> FactsAccuracy:
-    """Which facts the model gets right: the answer likeliest among the choices, ties wrong; without choices, the
-    normalised answer stands in a greedy continuation. Facts of both kinds may be mixed.
+BUDGETS = ("fast", "standard", "full")
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What building an attack may need to know."""
+
+    budget: str = "fast"
+    layers: int = 0
+    """Layers of the model."""
+    edited_layers: tuple[int, ...] | None = None
+    """Layers that were edited; None where they are unknown."""
+    scale: float = 1.0
+    """Multiplies every learning rate: tiny models need larger ones."""
+    steps: int = 40
+    """Training steps of `rtt`."""
+    original: Subject | None = None
+    """The original model, for attacks that compare with it."""
+
+
+@dataclass(frozen=True)
+class AttackRecord:
+    """One attack: its name, what it costs, and how an audit builds it.
+
+    Registering the record where the attack is written is all it takes to add one: budgets, verdicts, estimates, reports
+    and the command line read the records.
     """
-    bare = np.array([not fact.choices for fact in facts])
-    if not bare.any() or bare.all():
-        return facts_accuracy(subject, facts, how="greedy" if bare.any() else "choice")
-    correct, graded = np.zeros(len(facts), dtype=bool), np.zeros(len(facts))
-    for kind in (False, True):
-        part = facts_accuracy(
-            subject, [f for f, b in zip(facts, bare, strict=True) if b == kind], how="greedy" if kind else "choice"
-        )
-        correct[bare == kind], graded[bare == kind] = part.correct, part.graded
-    return FactsAccuracy(correct, graded, tuple(fact.id for fact in facts))
+
+    name: str
+    cost: int = 0
+    """Place in the order from the cheapest attack (asking) to the most expensive one (searching for an input)."""
+    budget: str = "full"
+    """The smallest budget that includes it."""
+    build: Callable[[Setup], Sequence[Attack]] = lambda setup: ()
+    level: str = "B"
+    """ "B": prompts and samples only. "W": the weights."""
+    uses_train: bool = False
+    """Whether the answers of T are used; otherwise every fact is asked at once."""
+    trains: bool = False
+    """Whether it trains another model, or an input, and asks that."""
+    draws: bool = True
+    """Whether the seed matters; an attack that draws nothing runs with one seed."""
+    decides: bool = True
+    """False for what is shown beside the verdict and never enters it."""
+    may_skip: bool = False
+    """Whether it may have nothing to work on, such as facts without translations; skipping it then blocks no pass."""
+    compares: bool = False
+    """Whether it reads the original model beside the one attacked."""
 
 
-def reworded(facts: Iterable[Fact], wording: Callable[[Fact], str]) -> tuple[Fact, ...]:
-    """The facts under their own ids with another prompt; `wording` gives it."""
-    return tuple(replace(fact, prompt=wording(fact), paraphrases=()) for fact in facts)
+_RECORDS: dict[str, AttackRecord] = {}
 
 
-def ways(what: str, names: Sequence[str] | None, known: Collection[str]) -> tuple[str, ...]:
-    """The ways to ask that are named, or all that are known where `names` is None; `what` is one of them in words.
+def register(record: AttackRecord) -> AttackRecord:
+    """Add an attack to those that budgets include.
 
     Raises:
-        UnknownName: if one is not known.
-        ArgumentError: if none is named.
+        ArgumentError: if the name is taken, or there is no such budget.
     """
-    found = tuple(known if names is None else names)
-    bad = next((name for name in found if name not in known), None)
-    if bad is not None:
-        raise UnknownName(f"{what} {bad!r}; {nearest(bad, known)}")
-    if not found:
-        raise ArgumentError(f"no {what} to ask in; give some of {list(known)}")
-    return found
+    if record.name in _RECORDS:
+        raise ArgumentError(f"attack {record.name!r} is registered already; give another name")
+    if record.budget not in BUDGETS:
+        raise ArgumentError(f"attack {record.name!r}: budget {record.budget!r}; {nearest(record.budget, BUDGETS)}")
+    _RECORDS[record.name] = record
+    return record
 
 
-# --- A copy of a model that an attack may change, and put back between its settings
+# --- Settings and findings
 
 
-def copied(subject: Subject) -> Subject:
-    """A deep copy, with everything somebody put on the model: hooks, parametrizations, masks.
+class Setting(str):
+    """One setting of an attack: the text that findings store, such as "lr=5e-05 step=40", with its parts as fields."""
 
-    It is not wrapped anew: a parametrised weight has another name than the family table gives it.
-    """
-    # torch copies no tensor that carries a graph, such as the masked weight that torch.nn.utils.prune leaves behind.
-    graphs = [v for m in subject.model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    model = copy.deepcopy(subject.model, {id(v): v.detach().clone() for v in graphs})
-    return replace(subject, model=model, source=None)
+    step: int | None
+    """Training steps, or epochs, after which V was asked; None where nothing was trained."""
+    site: Site | None
+    """Where answers were read, as in "resid.post 3"; None where an attack reads no site."""
 
+    def __new__(cls, text: str, *, step: int | None = None, site: Site | None = None) -> Setting:
+        setting = super().__new__(cls, text)
+        setting.step, setting.site = step, site
+        return setting
 
-class Scratch:
-    """One deep copy of a model whose weights can be put back to those of the model it was made from.
+    @classmethod
+    def at(cls, site: Site) -> Setting:
+        """The setting that reads a site."""
+        return cls(f"{site.point} {site.layer}", site=site)
 
-    The model itself is the memory of what the weights were: it is never changed, so no second copy is kept.
-    """
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """The setting of a stored finding; any text is one, with the fields it names."""
+        if isinstance(text, Setting):
+            return text
+        step = re.search(r"(?:^|\s)(?:step|epoch)=(\d+)", text)
+        point, _, layer = text.partition(" ")
+        site = Site(int(layer), Point(point)) if layer.isdecimal() and point in set(Point) else None
+        return cls(text, step=int(step[1]) if step else None, site=site)
 
-    def __init__(self, subject: Subject) -> None:
-        self._source = subject
-        self.subject = copied(subject)
-        self.subject.model.eval()
-
-    def restore(self) -> Subject:
-        """The copy with every parameter as it was, without gradients."""
-        named = dict(self.subject.model.named_parameters())
-        with torch.no_grad():
-            for name, value in self._source.model.named_parameters():
-                named[name].copy_(value)
-        for p in named.values():
-            p.grad = None
-            p.requires_grad_(False)
-        return self.subject
-
-
-# --- What an attack is, and what it found
-#
-# An attack asks a model the facts of V after doing something to it, in one or several settings. It holds the weights or
-# only the prompts, and may use the answers of T. It works on a copy: the model it is given is never changed.
+    @property
+    def words(self) -> list[str]:
+        """The words and numbers of the text."""
+        return re.split(r"[ ,:=@]+", self)
 
 
 RAN, FAILED, UNINFORMATIVE, SKIPPED = "ran", "failed to train", "uninformative", "skipped"
@@ -123,7 +149,7 @@ class Finding:
     items: tuple[str, ...]
     """Ids of the facts asked, in the order of the columns."""
     settings: tuple[str, ...]
-    """One name a row, such as "lr=5e-05 step=40"."""
+    """One `Setting` a row, such as "lr=5e-05 step=40"; plain texts are parsed."""
     correct: NDArray[np.int8]
     """1 where the fact was right; settings x items."""
     graded: NDArray[np.float64]
@@ -145,14 +171,57 @@ class Finding:
                 f"finding {self.attack!r}: {self.correct.shape} answers and {self.graded.shape} grades for {shape[0]} settings "
                 f"and {shape[1]} items"
             )
+        object.__setattr__(self, "settings", tuple(map(Setting.parse, self.settings)))
 
     @property
-    def accuracy(self) -> Mapping[str, float]:
+    def accuracy(self) -> Mapping[Setting, float]:
         """Share of the facts that were right, by setting."""
-        return {name: float(row.mean()) for name, row in zip(self.settings, self.correct, strict=True)}
+        return {Setting.parse(name): float(row.mean()) for name, row in zip(self.settings, self.correct, strict=True)}
+
+    def restricted(self, items: Collection[str]) -> Finding:
+        """The finding for some of its facts."""
+        columns = [i for i, item in enumerate(self.items) if item in items]
+        if len(columns) == len(self.items):
+            return self
+        return replace(
+            self, items=tuple(self.items[i] for i in columns), correct=self.correct[:, columns],
+            graded=self.graded[:, columns],
+        )  # fmt: skip
 
 
-class Outcome(NamedTuple):
+def merged_folds(parts: Sequence[Finding]) -> Finding:
+    """The findings of both folds as one: the settings of the first, the items of all.
+
+    Raises:
+        ArgumentError: if the parts are of different attacks or settings, or ask a fact twice.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    worst = next((p for p in parts if p.status in (SKIPPED, FAILED)), first)
+    if worst.status == SKIPPED:
+        return worst
+    items = tuple(item for part in parts for item in part.items)
+    if any((p.attack, p.seed, p.settings) != (first.attack, first.seed, first.settings) for p in parts):
+        raise ArgumentError(f"findings of {[(p.attack, p.seed, p.settings) for p in parts]} cannot be joined")
+    if len(set(items)) < len(items):
+        raise ArgumentError(f"attack {first.attack!r}: {len(items) - len(set(items))} facts were asked in both folds")
+    accuracies = [p.train_accuracy for p in parts if p.train_accuracy is not None]
+    return replace(
+        first, status=worst.status, reason=worst.reason, items=items,
+        correct=np.concatenate([p.correct for p in parts], 1), graded=np.concatenate([p.graded for p in parts], 1),
+        train_accuracy=min(accuracies, default=None), tokens=sum(p.tokens for p in parts),
+        seconds=sum(p.seconds for p in parts), details={"folds": [dict(p.details) for p in parts]},
+    )  # fmt: skip
+
+
+# --- An attack, ready to be carried out
+#
+# It asks a model the facts of V after doing something to it, in one or several settings. It works on a copy: the model it
+# is given is never changed.
+
+
+class AttackResult(NamedTuple):
     """What the function of an attack returns."""
 
     answers: Mapping[str, FactsAccuracy]
@@ -164,25 +233,30 @@ class Outcome(NamedTuple):
     status: str = RAN
 
 
+class Work(NamedTuple):
+    """What an attack makes a model do, for estimates of its duration."""
+
+    questions: float | int
+    """Times each fact is asked, in units of asking it plainly; longer prompts count more."""
+    steps: float | int = 0
+    """Training steps of a fold, in units of one on facts."""
+
+
 @dataclass(frozen=True)
 class Attack:
     """Something done to a model before it is asked; called with a model and splits, it gives a `Finding`."""
 
-    name: str
-    family: str
-    level: str
-    """ "B": prompts and samples only. "W": the weights."""
-    uses_train: bool
-    """Whether the answers of T are used; else every fact can be asked at once."""
-    settings: Mapping[str, Any]
-    """What it was built with, as plain JSON values; two attacks of one name and settings do the same."""
-    run: Callable[[Subject, Splits, int], Outcome]
-    """(model, splits, seed) -> outcome. It must leave the model as it was, also after an exception."""
+    record: AttackRecord
+    options: Mapping[str, Any]
+    """What it was built with, as plain JSON values; two attacks of one name and options do the same."""
+    run: Callable[[Subject, Splits, int], AttackResult]
+    """(model, splits, seed) -> result. It must leave the model as it was, also after an exception."""
+    work: Work
     seed: int = 0
-    decides: bool = True
-    """False for what is shown beside the verdict and never enters it."""
-    draws: bool = True
-    """Whether the seed matters; what draws nothing is run with one seed."""
+    label: str = ""
+    """Its name where that is not the record's: it tells two of a kind apart in one audit."""
+    applies: Callable[[Subject], bool] | None = None
+    """Whether a model gives the attack anything to work on; None where every model does."""
 
     def __call__(self, subject: Subject, splits: Splits) -> Finding:
         """Attack the model with T and ask it V.
@@ -192,71 +266,115 @@ class Attack:
         """
         start = time.perf_counter()
         name = f"attack {self.name!r}"
-        with during(name, f"in {name} with {dict(self.settings)}, seed {self.seed}"):
-            found = self.run(subject, splits, self.seed)
-        return _finding(self, found, splits, time.perf_counter() - start)
+        with during(name, f"in {name} with {dict(self.options)}, seed {self.seed}"):
+            result = self.run(subject, splits, self.seed)
+        return _finding(self, result, splits, time.perf_counter() - start)
 
     @property
-    def trains(self) -> bool:
-        """Whether it makes another model of the one it is given, and asks that."""
-        return self.family in ("finetune", "optimise")
+    def name(self) -> str:
+        """The name under which findings are stored."""
+        return self.label or self.record.name
 
     def at(self, seed: int) -> Attack:
         """The same attack with another seed."""
         return replace(self, seed=seed)
 
 
-def skipped(reason: str) -> Outcome:
-    """The outcome of an attack that cannot be done here; the report lists it and no pass is possible by it."""
-    return Outcome({}, reason, status=SKIPPED)
+def skipped(reason: str) -> AttackResult:
+    """The result of an attack that cannot be done here; the report lists it and no pass is possible by it."""
+    return AttackResult({}, reason, status=SKIPPED)
 
 
-def only(finding: Finding, items: Collection[str]) -> Finding:
-    """The finding for some of its facts."""
-    columns = [i for i, item in enumerate(finding.items) if item in items]
-    if len(columns) == len(finding.items):
-        return finding
-    return replace(
-        finding, items=tuple(finding.items[i] for i in columns), correct=finding.correct[:, columns],
-        graded=finding.graded[:, columns],
-    )  # fmt: skip
-
-
-def joined(parts: Sequence[Finding]) -> Finding:
-    """The findings of both folds as one: the settings of the first, the items of all.
-
-    Raises:
-        ArgumentError: if the parts are of different attacks or settings, or ask a fact twice.
-    """
-    first = parts[0]
-    bad = next((p for p in parts if p.status in (SKIPPED, FAILED)), first)
-    if bad.status == SKIPPED:
-        return bad
-    items = tuple(item for part in parts for item in part.items)
-    if any((p.attack, p.seed, p.settings) != (first.attack, first.seed, first.settings) for p in parts):
-        raise ArgumentError(f"findings of {[(p.attack, p.seed, p.settings) for p in parts]} cannot be joined")
-    if len(set(items)) < len(items):
-        raise ArgumentError(f"attack {first.attack!r}: {len(items) - len(set(items))} facts were asked in both folds")
-    trained = [p.train_accuracy for p in parts if p.train_accuracy is not None]
-    return replace(
-        first, status=bad.status, reason=bad.reason, items=items,
-        correct=np.concatenate([p.correct for p in parts], 1), graded=np.concatenate([p.graded for p in parts], 1),
-        train_accuracy=min(trained, default=None), tokens=sum(p.tokens for p in parts),
-        seconds=sum(p.seconds for p in parts), details={"folds": [dict(p.details) for p in parts]},
-    )  # fmt: skip
-
-
-def _finding(attack: Attack, found: Outcome, splits: Splits, seconds: float) -> Finding:
+def _finding(attack: Attack, result: AttackResult, splits: Splits, seconds: float) -> Finding:
     asked = tuple(fact.id for fact in splits.test)
-    for name, answers in found.answers.items():
+    for name, answers in result.answers.items():
         if answers.ids != asked:
             raise ShapeError(f"attack {attack.name!r}, {name!r}: {len(answers.ids)} facts asked, V has {len(asked)}")
-    items = asked if found.answers else ()
-    rows = list(found.answers.values())
+    items = asked if result.answers else ()
+    rows = list(result.answers.values())
     return Finding(
-        attack=attack.name, seed=attack.seed, status=found.status, reason=found.reason,
-        items=items, settings=tuple(found.answers),
+        attack=attack.name, seed=attack.seed, status=result.status, reason=result.reason,
+        items=items, settings=tuple(result.answers),
         correct=np.array([r.correct for r in rows], dtype=np.int8).reshape(len(rows), len(items)),
         graded=np.array([r.graded for r in rows], dtype=np.float64).reshape(len(rows), len(items)),
-        train_accuracy=found.train_accuracy, tokens=found.tokens, seconds=seconds, details=found.details,
+        train_accuracy=result.train_accuracy, tokens=result.tokens, seconds=seconds, details=result.details,
     )  # fmt: skip
+
+
+# --- Asking a model facts, as every attack does
+
+
+def ask(subject: Subject, facts: Sequence[Fact]) -> FactsAccuracy:
+    """Which facts the model gets right: the answer is the likeliest of the choices, ties are wrong; without choices, the
+    normalised answer stands in a greedy continuation. Facts of both kinds may be mixed.
+    """
+    free = np.array([not fact.choices for fact in facts])
+    if not free.any() or free.all():
+        return facts_accuracy(subject, facts, how="greedy" if free.any() else "choice")
+    correct, graded = np.zeros(len(facts), dtype=bool), np.zeros(len(facts))
+    for is_free in (False, True):
+        part = facts_accuracy(
+            subject,
+            [fact for fact, f in zip(facts, free, strict=True) if f == is_free],
+            how="greedy" if is_free else "choice",
+        )
+        correct[free == is_free], graded[free == is_free] = part.correct, part.graded
+    return FactsAccuracy(correct, graded, tuple(fact.id for fact in facts))
+
+
+def reworded(facts: Iterable[Fact], wording: Callable[[Fact], str]) -> tuple[Fact, ...]:
+    """The facts under their own ids with another prompt; `wording` gives it."""
+    return tuple(replace(fact, prompt=wording(fact), paraphrases=()) for fact in facts)
+
+
+def checked_names(kind: str, names: Sequence[str] | None, valid: Collection[str]) -> tuple[str, ...]:
+    """The names that were given, or all valid ones where `names` is None; `kind` says what they name.
+
+    Raises:
+        UnknownName: if one is not valid.
+        ArgumentError: if none is given.
+    """
+    given = tuple(valid if names is None else names)
+    unknown = next((name for name in given if name not in valid), None)
+    if unknown is not None:
+        raise UnknownName(f"{kind} {unknown!r}; {nearest(unknown, valid)}")
+    if not given:
+        raise ArgumentError(f"no {kind} to ask in; give some of {list(valid)}")
+    return given
+
+
+# --- A copy of a model that an attack may change
+
+
+def deep_copy(subject: Subject) -> Subject:
+    """A copy with everything that was put on the model: hooks, parametrizations, masks.
+
+    It is not wrapped anew: a parametrised weight has another name than the family table gives it.
+    """
+    # torch copies no tensor that carries a graph, such as the masked weight that torch.nn.utils.prune leaves behind.
+    graphs = [v for m in subject.model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    model = copy.deepcopy(subject.model, {id(v): v.detach().clone() for v in graphs})
+    return replace(subject, model=model, source=None)
+
+
+class Scratch:
+    """One copy of a model whose weights can be put back to those of the model it was made from.
+
+    The model itself holds the original weights: it is never changed, so no second copy is kept.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._source = subject
+        self.subject = deep_copy(subject)
+        self.subject.model.eval()
+
+    def restore(self) -> Subject:
+        """The copy with every parameter as it was, without gradients."""
+        parameters = dict(self.subject.model.named_parameters())
+        with torch.no_grad():
+            for name, value in self._source.model.named_parameters():
+                parameters[name].copy_(value)
+        for p in parameters.values():
+            p.grad = None
+            p.requires_grad_(False)
+        return self.subject

@@ -69,31 +69,35 @@ def audit_data(
     forget = tuple(facts.forget if isinstance(facts, Facts) else facts)
     if not forget:
         raise DataError("there are no facts to audit; give at least 16, of 16 entities")
-    kept, text, notes = _retained(forget, facts, retain)
-    both = _with_choices((*forget, *kept), seed)
-    forget, kept = both[: len(forget)], _sampled(both[len(forget) :], most, seed)
+    retained, text, notes = _retained(forget, facts, retain)
+    both = _with_choices((*forget, *retained), seed)
+    forget, retained = both[: len(forget)], _sampled(both[len(forget) :], most, seed)
     parts = tuple(
-        replace(Splits.of(forget, fold=i, train_fraction=train_fraction, seed=seed), retain=kept, unrelated=unrelated, holdout=holdout)
+        replace(Splits.of(forget, fold=i, train_fraction=train_fraction, seed=seed), retain=retained, unrelated=unrelated, holdout=holdout)
         for i in range(folds)
     )  # fmt: skip
     for part in parts:
         _check(part)
-    return AuditData(forget, parts, kept, text, notes)
+    return AuditData(forget, parts, retained, text, notes)
 
 
 def _retained(forget: tuple[Fact, ...], facts: Any, retain: Any) -> tuple[tuple[Fact, ...], Batches | None, list[str]]:
-    mine = {normalized(fact.entity) for fact in forget if fact.entity}
+    forgotten = {normalized(fact.entity) for fact in forget if fact.entity}
     if retain is None:
         own = facts.retain if isinstance(facts, Facts) else ()
-        kept = tuple(fact for fact in own if normalized(fact.entity) not in mine)
-        note = f"retain: {len(kept)} facts of the facts' own retain side and the built-in prose"
-        note += f"; {len(own) - len(kept)} facts about forgotten entities are left out" if len(kept) < len(own) else ""
-        return kept, prose(), [note]
+        retained = tuple(fact for fact in own if normalized(fact.entity) not in forgotten)
+        note = f"retain: {len(retained)} facts of the facts' own retain side and the built-in prose"
+        note += (
+            f"; {len(own) - len(retained)} facts about forgotten entities are left out"
+            if len(retained) < len(own)
+            else ""
+        )
+        return retained, prose(), [note]
     items = retain.forget if isinstance(retain, Facts) else retain
     if not isinstance(items, Batches | str) and isinstance(items, Iterable):
         items = tuple(items)
         if items and all(isinstance(item, Fact) for item in items):
-            shared = sorted({fact.entity for fact in items if normalized(fact.entity) in mine})
+            shared = sorted({fact.entity for fact in items if normalized(fact.entity) in forgotten})
             if shared:
                 raise OverlapError(
                     f"retain and forget share {len(shared)} entities, such as {shared[:5]}; training on them would teach what "
@@ -127,15 +131,15 @@ def _sampled(facts: tuple[Fact, ...], most: int | None, seed: int) -> tuple[Fact
 
 def _check(part: Splits) -> None:
     for name, side in (("T", part.train), ("V", part.test)):
-        found = len({entity_of(fact) for fact in side})
-        if found < ENTITIES:
-            raise NotEnoughRows(f"{name} has {found} entities; an audit needs at least {ENTITIES} on each side")
+        count = len({entity_of(fact) for fact in side})
+        if count < ENTITIES:
+            raise NotEnoughRows(f"{name} has {count} entities; an audit needs at least {ENTITIES} on each side")
     texts = {normalized(fact.text): fact.id for fact in part.train}
     grams = {fact.id: _grams(fact) for fact in part.train}
     pairs = [(texts[normalized(f.text)], f.id) for f in part.test if normalized(f.text) in texts]
     for fact in part.test:
-        mine = _grams(fact)
-        pairs += [(other, fact.id) for other, theirs in grams.items() if mine and len(mine & theirs) > NEAR * len(mine | theirs)]  # fmt: skip
+        own = _grams(fact)
+        pairs += [(other, fact.id) for other, other_grams in grams.items() if own and len(own & other_grams) > NEAR * len(own | other_grams)]  # fmt: skip
     if pairs:
         raise OverlapError(f"{len(pairs)} near-duplicates straddle T and V, such as {pairs[:5]}; keep one of each pair")
 

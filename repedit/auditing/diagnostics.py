@@ -53,13 +53,13 @@ def line(edited: Subject, original: Subject, facts: Sequence[Fact]) -> dict[str,
     scratch = Scratch(original)
     ends = [dict(subject.model.named_parameters()) for subject in (original, edited)]
     squared = sum(float((b.detach() - ends[0][name].detach()).double().square().sum()) for name, b in ends[1].items())
-    found = {}
+    accuracy = {}
     for t in BETWEEN:
         with torch.no_grad():
             for name, value in scratch.subject.model.named_parameters():
                 value.copy_(torch.lerp(ends[0][name], ends[1][name].to(ends[0][name]), t))
-        found[f"{t:g}"] = ask(scratch.subject, facts).accuracy
-    return {"distance": squared**0.5, "accuracy": found}
+        accuracy[f"{t:g}"] = ask(scratch.subject, facts).accuracy
+    return {"distance": squared**0.5, "accuracy": accuracy}
 
 
 def uds(edited: Subject, original: Subject, reference: Subject, facts: Sequence[Fact]) -> dict[str, Any]:
@@ -103,29 +103,31 @@ def _states(subject: Subject, items: Sequence[_Item]) -> Mapping[Site, Float[Ten
         for site, x in seen.items():
             for i, state in zip(part, x, strict=True):
                 rows[site][i] = state[items[i].entity]
-    return {site: torch.stack(found) for site, found in rows.items()}
+    return {site: torch.stack(states) for site, states in rows.items()}
 
 
 def _graded(
-    subject: Subject, items: Sequence[_Item], put: tuple[Site, Float[Tensor, "n d"]] | None
+    subject: Subject, items: Sequence[_Item], replacement: tuple[Site, Float[Tensor, "n d"]] | None
 ) -> Float[Tensor, " n"]:
     """log P(answer) of each item in nats, with a state in the place of the model's own at the entity if one is given."""
-    found = torch.zeros(len(items), dtype=torch.float64)
+    log_probabilities = torch.zeros(len(items), dtype=torch.float64)
     for part in lengths([item.ids for item in items], _ROWS):
         ids = torch.tensor([items[i].ids for i in part], device=subject.device)
         hooks = []
-        if put is not None:
-            site, states = put
+        if replacement is not None:
+            site, states = replacement
             visit = _putting([items[i].entity for i in part], states[part])
             hooks = hooks_at(subject.model, subject.layout, site, visit, replaces=True)
         with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
             logs = at_least_float32(subject.model(input_ids=ids, use_cache=False).logits).log_softmax(-1)
         for row, i in enumerate(part):
             span = torch.arange(items[i].start, len(items[i].ids), device=subject.device)
-            found[i] = logs[row, span - 1, ids[row, span]].double().sum().cpu()
-            if not bool(torch.isfinite(found[i])):
-                raise NotFinite(f"fact {items[i].name!r}: log P(answer) is {found[i]}; load the model in float32?")
-    return found
+            log_probabilities[i] = logs[row, span - 1, ids[row, span]].double().sum().cpu()
+            if not bool(torch.isfinite(log_probabilities[i])):
+                raise NotFinite(
+                    f"fact {items[i].name!r}: log P(answer) is {log_probabilities[i]}; load the model in float32?"
+                )
+    return log_probabilities
 
 
 def _putting(places: Sequence[int], states: Float[Tensor, "b d"]) -> Callable[[Tensor, slice, Tensor | None], Tensor]:
@@ -148,9 +150,8 @@ def with_examples_and_diagnostics(report: Report, models: Mapping[str, Audited],
     """The report with what each model writes after the examples' prompts, and what its edit is like.
 
     diagnostics: "update": for every changed matrix of the blocks its size, and the cosine of the rounded update with the
-    true one by scheme; its mean as "survival". With facts to ask also "line", and with a reference "uds": see
-    `diagnosing`. An edit that lives in hooks or changed a shape has neither update nor line, one of another width no uds. Loading costs seconds, so every model is
-    opened once.
+    true one by scheme; its mean as "survival". With facts to ask also "line", and with a reference "uds". An edit
+    that lives in hooks or changed a shape has neither update nor line, one of another width no uds.
     """
     prompts = [example["prompt"] for example in report.examples]
     pair = models["edited"], models["original"]
@@ -161,37 +162,37 @@ def with_examples_and_diagnostics(report: Report, models: Mapping[str, Audited],
     with ExitStack() as stack:
         opened = {role: stack.enter_context(models[role].opened()) for role in roles}
         words = {role: continuations(subject, prompts, tokens=TOKENS) for role, subject in opened.items()}
-        found = _update(opened["edited"], opened["original"]) if opened and not apart else {}
+        diagnostics = _update(opened["edited"], opened["original"]) if opened and not apart else {}
         if facts:
-            found |= _diagnosed(opened, facts, plain=not apart)
+            diagnostics |= _diagnosed(opened, facts, plain=not apart)
     examples = tuple(
         {**example, **{role: texts[i] for role, texts in words.items()}, "attacked": example["answer"]}
         for i, example in enumerate(report.examples)
     )
-    return replace(report, examples=examples, diagnostics={**report.diagnostics, **found})
+    return replace(report, examples=examples, diagnostics={**report.diagnostics, **diagnostics})
 
 
 def _diagnosed(opened: Mapping[str, Subject], facts: Sequence[Fact], *, plain: bool) -> dict[str, Any]:
     edited, original = opened["edited"], opened["original"]
     if edited.quantizer or original.quantizer:
         return {}
-    found = {"line": line(edited, original, facts)} if plain else {}
+    diagnostics = {"line": line(edited, original, facts)} if plain else {}
     # States of one model are put into another.
     same = len({subject.layout.width for subject in opened.values()}) == 1
     if "reference" not in opened or not same:
-        return found
-    return found | {"uds": uds(edited, original, opened["reference"], facts)}
+        return diagnostics
+    return diagnostics | {"uds": uds(edited, original, opened["reference"], facts)}
 
 
 def _update(edited: Subject, original: Subject) -> dict[str, Any]:
     if edited.quantizer or original.quantizer:
         return {}
-    found = {scheme: survival(edited, original, scheme) for scheme in SCHEMES}
-    names = found[SCHEMES[0]]
+    by_scheme = {scheme: survival(edited, original, scheme) for scheme in SCHEMES}
+    names = by_scheme[SCHEMES[0]]
     return {
         "update": {
-            name: {"relative": names[name]["relative"], **{scheme: found[scheme][name]["cosine"] for scheme in SCHEMES}}
+            name: {"relative": names[name]["relative"], **{scheme: by_scheme[scheme][name]["cosine"] for scheme in SCHEMES}}
             for name in names
         },
-        "survival": {s: sum(c["cosine"] for c in found[s].values()) / len(names) for s in SCHEMES if names},
+        "survival": {s: sum(c["cosine"] for c in by_scheme[s].values()) / len(names) for s in SCHEMES if names},
     }  # fmt: skip

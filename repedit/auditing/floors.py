@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from repedit.auditing.attack import Attack, Outcome, ask, reworded
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, ask, reworded
 from repedit.data import Fact, Facts, Splits, by_domain
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError
@@ -22,6 +22,7 @@ from repedit.models.subject import Subject
 
 
 Values = NDArray[np.float64]
+CHOICES_ONLY = AttackRecord("choices only", draws=False, decides=False)
 QUESTION = "Answer:"
 """What stands in the place of a question that is removed."""
 _STARTS = ("br", "v", "dr", "k", "pl", "t", "z", "gr", "m", "sk", "l", "fr", "n", "tw", "r", "bl")
@@ -84,10 +85,12 @@ def choices_only(subject: Subject, test: Sequence[Fact]) -> FactsAccuracy:
 def choices_only_baseline() -> Attack:
     """Ask V without its questions: what the choices alone give away to the model that was never edited."""
 
-    def run(subject: Subject, splits: Splits, _: int) -> Outcome:
-        return Outcome({"choices": choices_only(subject, splits.test)} if any(f.choices for f in splits.test) else {})
+    def run(subject: Subject, splits: Splits, _: int) -> AttackResult:
+        return AttackResult(
+            {"choices": choices_only(subject, splits.test)} if any(f.choices for f in splits.test) else {}
+        )
 
-    return Attack("choices only", "keeping", "B", False, {}, run, decides=False, draws=False)
+    return Attack(CHOICES_ONLY, {}, run, Work(1.0))
 
 
 def fresh_facts(like: Facts | Sequence[Fact], n: int, seed: int = 0) -> tuple[Fact, ...]:
@@ -109,12 +112,12 @@ def fresh_facts(like: Facts | Sequence[Fact], n: int, seed: int = 0) -> tuple[Fa
     rng = random.Random(f"{seed}:fresh")
     words = _names(rng, _words((*like.forget, *like.retain) if isinstance(like, Facts) else items))
     pools = by_domain(items)
-    found: list[Fact] = []
-    while len(found) < n:
-        for fact in rng.sample(items, min(len(items), n - len(found))):
+    fresh: list[Fact] = []
+    while len(fresh) < n:
+        for fact in rng.sample(items, min(len(items), n - len(fresh))):
             others = [other for other in pools[fact.domain] if other.entity != fact.entity] or [fact]
-            found.append(_fresh(fact, rng.choice(others), _like(fact.entity, words), rng))
-    return tuple(found)
+            fresh.append(_fresh(fact, rng.choice(others), _like(fact.entity, words), rng))
+    return tuple(fresh)
 
 
 def _right(fact: Fact, scores: list[float]) -> float:
@@ -123,8 +126,8 @@ def _right(fact: Fact, scores: list[float]) -> float:
 
 
 def _majority(fact: Fact, train: Sequence[Fact]) -> list[float]:
-    said = [normalized(other.answer) for other in train if other.domain == fact.domain]
-    return [float(said.count(normalized(choice))) for choice in fact.choices]
+    answers = [normalized(other.answer) for other in train if other.domain == fact.domain]
+    return [float(answers.count(normalized(choice))) for choice in fact.choices]
 
 
 def _letter(fact: Fact, train: Sequence[Fact]) -> list[float]:
@@ -133,11 +136,11 @@ def _letter(fact: Fact, train: Sequence[Fact]) -> list[float]:
 
 
 def _median(fact: Fact, train: Sequence[Fact]) -> list[float]:
-    said = [number for other in train if other.domain == fact.domain for number in _numbers((other.answer,))]
+    answers = [number for other in train if other.domain == fact.domain for number in _numbers((other.answer,))]
     numbers = _numbers(fact.choices)
-    if not said or not numbers:
+    if not answers or not numbers:
         return [0.0] * len(fact.choices)
-    middle = median(said)
+    middle = median(answers)
     return [-abs(number - middle) for number in numbers]
 
 
@@ -163,8 +166,8 @@ _GUESSES: Mapping[str, Callable[[Fact, Sequence[Fact]], list[float]]] = {
 
 def _written(fact: Fact, train: Sequence[Fact]) -> float:
     """Whether a free answer is the one given most often in T, the first of equals."""
-    said = Counter(normalized(other.answer) for other in train if other.domain == fact.domain)
-    return float(bool(said) and said.most_common(1)[0][0] == normalized(fact.answer))
+    answers = Counter(normalized(other.answer) for other in train if other.domain == fact.domain)
+    return float(bool(answers) and answers.most_common(1)[0][0] == normalized(fact.answer))
 
 
 def _numbers(texts: Sequence[str]) -> list[float]:
@@ -192,7 +195,7 @@ def _renamed(text: str, fact: Fact, name: str) -> str:
             "it; name the entity as the prompt does, or do without the fresh floor"
         )
     return re.sub(
-        pattern, lambda found: name[:1].upper() + name[1:] if found[0][0].isupper() else name, text, flags=re.IGNORECASE
+        pattern, lambda match: name[:1].upper() + name[1:] if match[0][0].isupper() else name, text, flags=re.IGNORECASE
     )
 
 

@@ -15,12 +15,11 @@ from repedit.auditing.attack import Finding
 from repedit.errors import CheckpointError
 from repedit.io.files import is_folder, make_folder, write_text
 from repedit.io.text import parse_json, read_text
+from repedit.outcomes import EXIT_CODES
 
 SCHEMA = 1
-UNSOUND, INVALID, DESTROYED, NOT_FORGOTTEN, HIDDEN, OVER_FORGOTTEN, PASS, INCONCLUSIVE = WORDS = (
-    "UNSOUND", "INVALID", "DESTROYED", "NOT FORGOTTEN", "HIDDEN", "OVER-FORGOTTEN", "NO RECOVERY FOUND", "INCONCLUSIVE",
-)  # fmt: skip
-"""OVER-FORGOTTEN is said of classifiers alone, which have a retrained reference to be beyond."""
+RETAIN_CHECK = "retain"
+"""The name under which the findings of the retain check are stored."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +92,13 @@ class RetainCheck:
     facts: int = 0
     tokens: int = 0
 
-    @property
-    def destroyed(self) -> str:
-        """Why the model counts as destroyed; empty where it does not."""
-        if self.accuracy and self.accuracy[1] < 0.9 * self.accuracy[0]:
-            return f"retain accuracy fell from {self.accuracy[0]:.3f} to {self.accuracy[1]:.3f}, more than 10 %"
-        if self.perplexity and not self.perplexity[1] <= 1.5 * self.perplexity[0]:
-            return (
-                f"retain perplexity rose from {self.perplexity[0]:.1f} to {self.perplexity[1]:.1f}, more than 1.5 times"
-            )
-        return ""
-
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of eight words, with the rule that gave it."""
+    """An outcome, with the rule that gave it."""
 
     word: str
+    """One of `repedit.outcomes.OUTCOMES`."""
     sentence: str
     """What has been shown, in one sentence that says at which budget."""
     rule: str
@@ -120,8 +109,7 @@ class Verdict:
     @property
     def exit_code(self) -> int:
         """0 no recovery found; 3 hidden, not or over-forgotten; 4 inconclusive; 5 invalid or destroyed; 6 unsound."""
-        codes = {PASS: 0, HIDDEN: 3, NOT_FORGOTTEN: 3, OVER_FORGOTTEN: 3, INCONCLUSIVE: 4, INVALID: 5, DESTROYED: 5, UNSOUND: 6}  # fmt: skip
-        return codes[self.word]
+        return EXIT_CODES[self.word]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,14 +149,14 @@ class Report:
 
     def to_json(self) -> str:
         """The text of audit.json: sorted keys, NaN as null."""
-        found = {
+        content = {
             "schema": SCHEMA, "verdict": {**asdict(self.verdict), "exit_code": self.verdict.exit_code},
             "recoveries": [{**asdict(r), "ratio": r.ratio} for r in self.recoveries], "retain": asdict(self.retain),
-            "findings": {role: [finding_json(f) for f in found] for role, found in self.findings.items()},
+            "findings": {role: [finding_json(f) for f in findings] for role, findings in self.findings.items()},
             "not_run": self.not_run, "heuristics": self.heuristics, "examples": self.examples,
             "diagnostics": self.diagnostics, "context": self.context, "gaps": [asdict(gap) for gap in self.gaps],
         }  # fmt: skip
-        return json.dumps(_plain(found), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(_plain(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -178,16 +166,16 @@ class Report:
             CheckpointError: if it is not such a text.
         """
         try:
-            found = parse_json(text, "the audit", CheckpointError)
-            if found["schema"] != SCHEMA:
-                raise CheckpointError(f"the audit has schema {found['schema']}, this version reads {SCHEMA}")
-            verdict = {k: v for k, v in found["verdict"].items() if k != "exit_code"}
-            retain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found["retain"].items()}
+            content = parse_json(text, "the audit", CheckpointError)
+            if content["schema"] != SCHEMA:
+                raise CheckpointError(f"the audit has schema {content['schema']}, this version reads {SCHEMA}")
+            verdict = {k: v for k, v in content["verdict"].items() if k != "exit_code"}
+            retain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["retain"].items()}
             return cls(
-                Verdict(**verdict), tuple(_recovery(r) for r in found["recoveries"]), RetainCheck(**retain),
-                {role: tuple(finding_of(f) for f in items) for role, items in found["findings"].items()},
-                found["not_run"], found["heuristics"], tuple(found["examples"]), found["diagnostics"], found["context"],
-                tuple(_gap(g) for g in found.get("gaps", ())),
+                Verdict(**verdict), tuple(_recovery(r) for r in content["recoveries"]), RetainCheck(**retain),
+                {role: tuple(finding_of(f) for f in items) for role, items in content["findings"].items()},
+                content["not_run"], content["heuristics"], tuple(content["examples"]), content["diagnostics"], content["context"],
+                tuple(_gap(g) for g in content.get("gaps", ())),
             )  # fmt: skip
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"this is not the JSON of an audit: {type(error).__name__} {error}") from error
@@ -217,11 +205,11 @@ class Report:
             raise CheckpointError(f"{file.absolute()} cannot be read: {reason}; give the --out of an audit") from error
 
 
-def finding_json(found: Finding) -> dict[str, Any]:
+def finding_json(finding: Finding) -> dict[str, Any]:
     """A finding as plain JSON values; the rows of `correct` are texts of 0 and 1."""
-    rows = ["".join(str(int(c)) for c in row) for row in found.correct]
-    grades = [[round(float(g), 5) for g in row] for row in found.graded]
-    return _plain({**{k: getattr(found, k) for k in _FIELDS}, "correct": rows, "graded": grades})
+    rows = ["".join(str(int(c)) for c in row) for row in finding.correct]
+    grades = [[round(float(g), 5) for g in row] for row in finding.graded]
+    return _plain({**{k: getattr(finding, k) for k in _FIELDS}, "correct": rows, "graded": grades})
 
 
 def finding_of(value: Mapping[str, Any]) -> Finding:
@@ -237,13 +225,13 @@ _FIELDS = ("attack", "seed", "status", "reason", "items", "settings", "train_acc
 
 
 def _recovery(value: Mapping[str, Any]) -> Recovery:
-    found = {k: v for k, v in value.items() if k != "ratio"}
+    fields = {k: v for k, v in value.items() if k != "ratio"}
     for name in ("value", "edited", "original", "floor"):
-        found[name] = _number(found[name])
+        fields[name] = _number(fields[name])
     for name in ("interval", "bound"):
-        found[name] = tuple(_number(v) for v in found[name])
-    found["settings"] = {role: tuple(names) for role, names in found["settings"].items()}
-    return Recovery(**found)
+        fields[name] = tuple(_number(v) for v in fields[name])
+    fields["settings"] = {role: tuple(names) for role, names in fields["settings"].items()}
+    return Recovery(**fields)
 
 
 def _gap(value: Mapping[str, Any]) -> Gap:

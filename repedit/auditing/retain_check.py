@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 from repedit.activations.forward import at_least_float32, batches, inputs_of
-from repedit.auditing.attack import Attack, Outcome, ask
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, ask
+from repedit.auditing.report import RETAIN_CHECK
 from repedit.data import Batches, Splits
 from repedit.errors import NotEnoughRows
 from repedit.hooks import evaluating
 from repedit.models.subject import Subject
+
+RETAIN = AttackRecord(RETAIN_CHECK, draws=False, decides=False)
 
 
 def retain_check(text: Batches | None, *, tokens: int = 4000, length: int = 128, batch_size: int = 8) -> Attack:
@@ -18,16 +21,16 @@ def retain_check(text: Batches | None, *, tokens: int = 4000, length: int = 128,
     details: "perplexity" and "tokens" of the text, where there is one.
     """
 
-    def run(subject: Subject, splits: Splits, _: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, _: int) -> AttackResult:
         answers = {"prompt": ask(subject, splits.test)} if splits.test else {}
         details = {}
         if text is not None:
             value, count = perplexity(subject, text, tokens=tokens, length=length, batch_size=batch_size)
             details = {"perplexity": value, "tokens": count}
-        return Outcome(answers, details=details)
+        return AttackResult(answers, details=details)
 
-    settings = {"text": text.hash if text is not None else None, "tokens": tokens, "length": length}
-    return Attack("retain", "keeping", "B", False, settings, run, decides=False, draws=False)
+    options = {"text": text.hash if text is not None else None, "tokens": tokens, "length": length}
+    return Attack(RETAIN, options, run, Work(1.0))
 
 
 def perplexity(

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from repedit.activations.forward import is_out_of_memory
-from repedit.auditing.attack import SKIPPED, Attack, Finding, Outcome, joined, only
+from repedit.auditing.attack import SKIPPED, Attack, AttackRecord, AttackResult, Finding, merged_folds
 from repedit.auditing.attacks.unhook import wrapped
 from repedit.auditing.data import AuditData
 from repedit.auditing.store import FindingStore, key_of
@@ -77,10 +77,10 @@ class Audited:
             return None
         sites = read_json(manifest, finite=False, remedy="export again").get("sites") or {}
         try:
-            found = sorted({Site.parse(name).layer for name in dict(sites)})
+            layers = sorted({Site.parse(name).layer for name in dict(sites)})
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"the sites of {manifest} cannot be read: {error}; export again") from error
-        return tuple(found) or None
+        return tuple(layers) or None
 
 
 def check_pair(edited: Audited, original: Audited) -> None:
@@ -90,10 +90,10 @@ def check_pair(edited: Audited, original: Audited) -> None:
         FingerprintError: if architecture, vocabulary or tokenizer differ; with the first difference.
         NoOpEdit: if every weight is equal.
     """
-    for name, found in edited.kind.items():
-        if found != original.kind[name]:
+    for name, value in edited.kind.items():
+        if value != original.kind[name]:
             raise FingerprintError(
-                f"{edited.role} and {original.role} are models of different kinds: {name} is {found!r} and "
+                f"{edited.role} and {original.role} are models of different kinds: {name} is {value!r} and "
                 f"{original.kind[name]!r}; give the checkpoint that was edited"
             )
     if edited.tokenizer != original.tokenizer:
@@ -132,6 +132,8 @@ class Role:
     model: Audited
     data: AuditData
     attacks: tuple[Attack, ...]
+    checks: tuple[tuple[Attack, Splits], ...] = ()
+    """What is measured beside the attacks, with the facts that are asked for it."""
     shared: bool = False
     """Whether other audits may use what is found: for originals and references, which do not change."""
     invented: AuditData | None = None
@@ -146,81 +148,87 @@ def run(
     Raises:
         RepeditError: what an attack raised, with model and attack named; nothing failed becomes "no recovery".
     """
-    jobs = [(role, attack) for role in roles for attack in role.attacks]
-    total = sum(1 for role, attack in jobs for _ in _runs(attack, role.data, role.invented, seeds))
+    total = sum(len(tasks) for role in roles for tasks in _tasks(role, seeds))
     names = [role.name for role in roles] + [FRESH for role in roles if role.invented is not None]
-    found: dict[str, list[Finding]] = {name: [] for name in names}
+    findings_by_role: dict[str, list[Finding]] = {name: [] for name in names}
     with tqdm(total=total, desc="audit", leave=False, disable=None if progress is None else not progress) as bar:
         for role in roles:
             with role.model.opened() as subject:
                 for name, finding in _findings(role, subject, seeds, store, bar):
-                    found[name].append(finding)
-    return {name: tuple(findings) for name, findings in found.items()}
+                    findings_by_role[name].append(finding)
+    return {name: tuple(findings) for name, findings in findings_by_role.items()}
+
+
+class _Task(NamedTuple):
+    """One attack with one seed on one fold."""
+
+    role: str
+    """The role whose findings it gives."""
+    attack: Attack
+    splits: Splits
+    fold: int | None
+    """None where everything is asked at once."""
 
 
 def _findings(
     role: Role, subject: Subject, seeds: Sequence[int], store: FindingStore, bar: tqdm
 ) -> Iterator[tuple[str, Finding]]:
-    """(role, finding): an attack and seed, its folds joined; invented facts are a role of their own."""
-    for attack in role.attacks:
-        parts: dict[tuple[str, int], list[Finding]] = {}
-        for name, seeded, splits, fold in _runs(attack, role.data, role.invented, seeds):
-            bar.set_postfix_str(f"{name or role.name}: {attack.name}")
-            found = _one(role, name, subject, seeded, splits, fold, store)
-            for part, items in _sides(name or role.name, splits, role.invented):
+    """(role, finding): an attack and seed, its folds merged; invented facts are a role of their own."""
+    for tasks in _tasks(role, seeds):
+        folds: dict[tuple[str, int], list[Finding]] = {}
+        for task in tasks:
+            bar.set_postfix_str(f"{task.role}: {task.attack.name}")
+            finding = _stored_or_attacked(role, task, subject, store)
+            for name, items in _items_by_role(task, role.invented):
                 # One training made both; its cost is counted once.
-                own = found if part == (name or role.name) else replace(found, seconds=0.0, tokens=0)
-                parts.setdefault((part, seeded.seed), []).append(only(own, items))
+                part = finding if name == task.role else replace(finding, seconds=0.0, tokens=0)
+                folds.setdefault((name, task.attack.seed), []).append(part.restricted(items))
             bar.update()
-        yield from ((name, joined(found) if len(found) > 1 else found[0]) for (name, _), found in parts.items())
+        yield from ((name, merged_folds(parts)) for (name, _), parts in folds.items())
 
 
-def _sides(name: str, splits: Splits, invented: AuditData | None) -> list[tuple[str, frozenset[str]]]:
+def _items_by_role(task: _Task, invented: AuditData | None) -> list[tuple[str, frozenset[str]]]:
     """The facts asked, by the role they are asked for."""
-    asked = {fact.id for fact in splits.test}
-    fresh = {fact.id for fact in invented.forget} & asked if invented is not None and name != FRESH else set()
-    return [(name, frozenset(asked - fresh)), *([(FRESH, frozenset(fresh))] if fresh else [])]
+    asked = {fact.id for fact in task.splits.test}
+    fresh = {fact.id for fact in invented.forget} & asked if invented is not None and task.role != FRESH else set()
+    return [(task.role, frozenset(asked - fresh)), *([(FRESH, frozenset(fresh))] if fresh else [])]
 
 
-def _runs(
-    attack: Attack, data: AuditData, invented: AuditData | None, seeds: Sequence[int]
-) -> Iterator[tuple[str, Attack, Splits, int | None]]:
-    """(role if another, attack, what it is given, fold) for each seed and fold. One that draws nothing runs once."""
-    invented = None if attack.family == "keeping" else invented
-    for seeded in [attack.at(seed) for seed in (seeds if attack.draws else seeds[:1])]:
-        if attack.name == "retain":
-            yield "", seeded, Splits((), data.retain), None
-            continue
-        for number, splits in _given(seeded, data, invented if attack.trains else None):
-            yield "", seeded, splits, number
-        if invented is not None and not attack.trains:
-            for number, splits in _given(seeded, invented, None):
-                yield FRESH, seeded, splits, number
+def _tasks(role: Role, seeds: Sequence[int]) -> Iterator[list[_Task]]:
+    """For every attack its tasks, one a seed and fold, then those of the checks; what draws nothing runs with one seed."""
+    for attack in role.attacks:
+        record, tasks = attack.record, []
+        for seed in seeds if record.draws else seeds[:1]:
+            for fold, splits in _folds(record, role.data, role.invented if record.trains else None):
+                tasks.append(_Task(role.name, attack.at(seed), splits, fold))
+            if role.invented is not None and not record.trains:
+                tasks += [_Task(FRESH, attack.at(seed), s, fold) for fold, s in _folds(record, role.invented, None)]
+        yield tasks
+    for check, splits in role.checks:
+        yield [_Task(role.name, check.at(seeds[0]), splits, None)]
 
 
-def _given(attack: Attack, data: AuditData, also: AuditData | None) -> Iterator[tuple[int | None, Splits]]:
+def _folds(record: AttackRecord, data: AuditData, also: AuditData | None) -> Iterator[tuple[int | None, Splits]]:
     """(fold, splits): each fold for an attack that uses T, else everything at once; V of `also` is asked with it."""
-    mine = enumerate(data.folds) if attack.uses_train else [(None, data.whole)]
-    for number, splits in mine:
+    for number, splits in enumerate(data.folds) if record.uses_train else [(None, data.whole)]:
         more = () if also is None else (also.whole if number is None else also.folds[number]).test
         yield number, replace(splits, test=(*splits.test, *more))
 
 
-def _one(
-    role: Role, other: str, subject: Subject, attack: Attack, splits: Splits, fold: int | None, store: FindingStore
-) -> Finding:
-    key = key_of(attack, role.model.fingerprint, splits)
-    options = hashlib.sha256(repr(sorted(attack.settings.items(), key=str)).encode()).hexdigest()[:6]
-    name = f"{attack.name}-{(other or role.name).replace(' ', '-')}-{attack.seed}-{'all' if fold is None else fold}-{options}"
-    known = None if role.model.hooked else store.get(name, key, sharing=role.shared)
-    if known is not None:
-        return known
+def _stored_or_attacked(role: Role, task: _Task, subject: Subject, store: FindingStore) -> Finding:
+    attack, fold = task.attack, "all" if task.fold is None else task.fold
+    key = key_of(attack, role.model.fingerprint, task.splits)
+    options = hashlib.sha256(repr(sorted(attack.options.items(), key=str)).encode()).hexdigest()[:6]
+    name = f"{attack.name}-{task.role.replace(' ', '-')}-{attack.seed}-{fold}-{options}"
+    stored = None if role.model.hooked else store.get(name, key, sharing=role.shared)
+    if stored is not None:
+        return stored
     place = f"attacking the {role.name} model"
     with during(place, f"while {place}"):
-        found = _attacked(attack, subject, splits)
-    if not role.model.hooked and found.reason != MEMORY:
-        store.put(name, key, found, sharing=role.shared)
-    return found
+        finding = _attacked(attack, subject, task.splits)
+    if not role.model.hooked and finding.reason != MEMORY:
+        store.put(name, key, finding, sharing=role.shared)
+    return finding
 
 
 def _attacked(attack: Attack, subject: Subject, splits: Splits) -> Finding:
@@ -229,4 +237,4 @@ def _attacked(attack: Attack, subject: Subject, splits: Splits) -> Finding:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return replace(attack, run=lambda *_: Outcome({}, MEMORY, status=SKIPPED))(subject, splits)
+        return replace(attack, run=lambda *_: AttackResult({}, MEMORY, status=SKIPPED))(subject, splits)

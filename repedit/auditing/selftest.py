@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 from repedit.auditing.api import audit
 from repedit.auditing.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.auditing.controls.taught import world
-from repedit.auditing.report import PASS, Report
+from repedit.auditing.report import Report
 from repedit.auditing.selftest_record import save_selftest
 from repedit.errors import UnknownName, check_seed, nearest
+from repedit.outcomes import PASS
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SelfTest:
 
 def selftest(
     seed: int = 0, *, controls: Sequence[str] | None = None, record: bool = True, progress: bool | None = None,
-    auditing: Callable[..., Report] = audit,
+    audit_function: Callable[..., Report] = audit,
 ) -> SelfTest:  # fmt: skip
     """Teach tiny models, spoil them in known ways, and audit each.
 
@@ -81,19 +82,19 @@ def selftest(
         if name not in CONTROLS:
             raise UnknownName(f"no control is called {name!r}; {nearest(name, CONTROLS)}")
     chosen = [c for c in CONTROLS.values() if (c.quick if controls is None else c.name in controls)]
-    start, made = time.perf_counter(), world(seed)
-    found = []
+    start, models = time.perf_counter(), world(seed)
+    checks = []
     for control in tqdm(chosen, desc="selftest", leave=False, disable=None if progress is None else not progress):
-        began, case = time.perf_counter(), control.build(made)
-        report = auditing(
-            case.edited, original=case.original, reference=case.reference, facts=case.facts, retain=case.facts.retain,
-            unrelated=case.facts.retain, attacks=_attacks(control), budget="fast", seeds=(seed,), scale_lrs=SCALE,
+        control_start, audited = time.perf_counter(), control.build(models)
+        report = audit_function(
+            audited.edited, original=audited.original, reference=audited.reference, facts=audited.facts, retain=audited.facts.retain,
+            unrelated=audited.facts.retain, attacks=_attacks(control), budget="fast", seeds=(seed,), scale_lrs=SCALE,
             steps=STEPS if control.verdict == PASS else 40, progress=False,
         )  # fmt: skip
-        found.append(_checked(control, report, time.perf_counter() - began))
-    result = SelfTest(tuple(found), seed, time.perf_counter() - start)
+        checks.append(_checked(control, report, time.perf_counter() - control_start))
+    result = SelfTest(tuple(checks), seed, time.perf_counter() - start)
     if record and controls is None:
-        save_selftest(result.failures, [asdict(check) for check in found])
+        save_selftest(result.failures, [asdict(check) for check in checks])
     return result
 
 
@@ -105,8 +106,8 @@ def _attacks(control: Control) -> tuple[str, ...] | None:
 def _checked(control: Control, report: Report, seconds: float) -> Checked:
     ranked = [r for r in report.recoveries if r.attack in control.attacks and r.value == r.value]
     best = max(ranked, key=lambda r: r.value, default=None)
-    named = "" if not control.attacks else best.attack if best else control.attacks[0]
+    attack = "" if not control.attacks else best.attack if best else control.attacks[0]
     return Checked(
-        control.name, control.description, control.verdict, report.verdict.word, named,
+        control.name, control.description, control.verdict, report.verdict.word, attack,
         best.value if best else float("nan"), control.recovered, seconds,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Intervals of the recovered fraction, for each attack and for the strongest of all, and the choice of a setting by cross-fitting."""
+"""Every statistic of an audit: cross-fitted settings, recovered fractions with their intervals, and intervals of shares."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from math import ceil
+from math import ceil, log, sqrt
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
 from repedit.auditing.report import Recovery
@@ -27,8 +27,8 @@ from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRow
 Values = NDArray[np.float64]
 
 
-class Selected(NamedTuple):
-    """What a finding shows once its setting is chosen elsewhere."""
+class CrossFitted(NamedTuple):
+    """A finding with the setting of each half of V chosen on the other half."""
 
     values: NDArray[np.int8]
     """1 where a fact was right under the setting that the other half chose; one an item."""
@@ -57,7 +57,7 @@ class Series:
     """Draws the halves of V on which settings are chosen."""
 
     def __post_init__(self) -> None:
-        if len({found.attack for found in self._findings}) != 1 or not (self.edited and self.original):
+        if len({finding.attack for finding in self._findings}) != 1 or not (self.edited and self.original):
             raise ArgumentError(
                 f"a series of findings {[f.attack for f in self.edited]} on the edited model and "
                 f"{[f.attack for f in self._findings[len(self.edited) :]]} on others; give those of one attack for each"
@@ -65,12 +65,12 @@ class Series:
         if self.status == SKIPPED:
             return
         asked = set(self.edited[0].items)
-        for number, found in enumerate(self._findings):
-            apart = set(found.items) ^ asked
+        for number, finding in enumerate(self._findings):
+            other_items = set(finding.items) ^ asked
             # Fresh facts are all others; a reference is asked the very same.
-            if apart and (number < len(self.edited) + len(self.original) or asked & set(found.items)):
+            if other_items and (number < len(self.edited) + len(self.original) or asked & set(finding.items)):
                 raise ArgumentError(
-                    f"attack {self.attack!r}, seed {found.seed}: {len(apart)} facts were asked of one model alone; "
+                    f"attack {self.attack!r}, seed {finding.seed}: {len(other_items)} facts were asked of one model alone; "
                     "edited, original and reference are asked the same"
                 )
         if isinstance(self.floor, np.ndarray) and self.floor.shape != (len(self.edited[0].items),):
@@ -87,8 +87,8 @@ class Series:
     @cached_property
     def status(self) -> str:
         """The worst of any model: an attack skipped on one is skipped, one that failed to train on one failed."""
-        found = {found.status for found in self._findings}
-        return next(status for status in (SKIPPED, FAILED, UNINFORMATIVE, RAN) if status in found)
+        statuses = {finding.status for finding in self._findings}
+        return next(status for status in (SKIPPED, FAILED, UNINFORMATIVE, RAN) if status in statuses)
 
     @cached_property
     def reason(self) -> str:
@@ -104,7 +104,7 @@ class Series:
         return (*self.edited, *self.original, *self._measured)
 
 
-def chosen(finding: Finding, entities: Mapping[str, str], seed: int = 0) -> Selected:
+def cross_fitted(finding: Finding, entities: Mapping[str, str], seed: int = 0) -> CrossFitted:
     """Each half of V under the setting that is best on the other half; of equal ones the first.
 
     The halves share no entity and depend on the entities and the seed alone, so every model and attack asked the same
@@ -120,19 +120,19 @@ def chosen(finding: Finding, entities: Mapping[str, str], seed: int = 0) -> Sele
     if not finding.items:
         raise ArgumentError(f"finding {finding.attack!r} ({finding.status}) asked nothing, so no setting can be chosen")
     if len(finding.settings) == 1:
-        return Selected(finding.correct[0], (finding.settings[0], finding.settings[0]))
-    first = in_first(finding.items, entities, seed)
+        return CrossFitted(finding.correct[0], (finding.settings[0], finding.settings[0]))
+    first = in_first_half(finding.items, entities, seed)
     if first.all():
         raise NotEnoughRows(
             f"finding {finding.attack!r}: {len(finding.settings)} settings and one entity; choosing a setting on other "
             "facts than those scored needs at least 2 entities"
         )
-    used = _best(finding.correct, ~first), _best(finding.correct, first)
-    values = np.where(first, finding.correct[used[0]], finding.correct[used[1]])
-    return Selected(values, (finding.settings[used[0]], finding.settings[used[1]]))
+    rows = _best(finding.correct, ~first), _best(finding.correct, first)
+    values = np.where(first, finding.correct[rows[0]], finding.correct[rows[1]])
+    return CrossFitted(values, (finding.settings[rows[0]], finding.settings[rows[1]]))
 
 
-def in_first(items: Iterable[str], entities: Mapping[str, str], seed: int = 0) -> NDArray[np.bool_]:
+def in_first_half(items: Iterable[str], entities: Mapping[str, str], seed: int = 0) -> NDArray[np.bool_]:
     """Whether each item is in half 1, which has half of the entities, drawn by the seed.
 
     Raises:
@@ -167,7 +167,7 @@ LEAST_DRAWS = 200
 
 
 def recoveries(
-    found: Sequence[Series],
+    series: Sequence[Series],
     entities: Mapping[str, str],
     *,
     draws: int = 2000,
@@ -196,10 +196,10 @@ def recoveries(
         DataError: if an item has no entity.
         NotEnoughRows: if settings are to be chosen and all facts have one entity.
     """
-    sampler = _Sampler([one for one in found if one.status != SKIPPED], entities, draws, alpha, seed)
-    fractions = [None if one.status == SKIPPED else _fraction(one, sampler) for one in found]
-    direct = next((r for one, r in zip(found, fractions, strict=True) if r and one.attack == "direct"), None)
-    rows = [_recovery(one, r, direct) for one, r in zip(found, fractions, strict=True)]
+    sampler = _Sampler([one for one in series if one.status != SKIPPED], entities, draws, alpha, seed)
+    fractions = [None if one.status == SKIPPED else _fraction(one, sampler) for one in series]
+    direct = next((r for one, r in zip(series, fractions, strict=True) if r and one.attack == "direct"), None)
+    rows = [_recovery(one, r, direct) for one, r in zip(series, fractions, strict=True)]
     family = [i for i, row in enumerate(rows) if row.decides and row.status in (RAN, FAILED)]
     bounds = _simultaneous([r for i in family if (r := fractions[i])], sampler.tail)
     for i, bound in zip(family, bounds, strict=True):
@@ -222,7 +222,7 @@ def knowledge(
     """
     sampler = _Sampler([one], entities, draws, alpha, seed)
     _, original, floor = _accuracies(one, sampler)
-    gaps = [c - b for c, b in product(original.ends(original.kept), floor.ends(floor.kept))]
+    gaps = [c - b for c, b in product(original.ends(original.fixed), floor.ends(floor.fixed))]
     low, high = np.sort(np.min(gaps, 0)), np.sort(np.max(gaps, 0))
     return original.value - floor.value, float(low[sampler.tail]), float(high[-1 - sampler.tail])
 
@@ -231,9 +231,9 @@ class _Accuracy(NamedTuple):
     """An accuracy over seeds and facts, and its draws."""
 
     value: float
-    kept: Values
+    fixed: Values
     """With the settings that cross-fitting chose."""
-    anew: Values
+    rechosen: Values
     """With the settings chosen anew in each draw."""
     exact: tuple[float, float] | None = None
     """Ends that stand for the draws where none can differ from another."""
@@ -245,7 +245,7 @@ class _Accuracy(NamedTuple):
 
 
 class _Fraction(NamedTuple):
-    """R, the accuracies it is made of, its draws for the lower and for the upper end, and those ends."""
+    """R, the accuracies it is made of, its draws for the lower and the upper end, and those ends."""
 
     value: float
     edited: _Accuracy
@@ -282,32 +282,36 @@ def _tail(draws: int, alpha: float) -> int:
 class _Sampler:
     """The draws that all series share; facts that only a floor was measured on have draws of their own."""
 
-    def __init__(self, ran: Sequence[Series], entities: Mapping[str, str], draws: int, alpha: float, seed: int) -> None:
+    def __init__(
+        self, series: Sequence[Series], entities: Mapping[str, str], draws: int, alpha: float, seed: int
+    ) -> None:
         check_draws(draws, alpha)
         self.tail = _tail(draws, alpha)
         """How many draws lie beyond either end of an interval."""
-        self._asked = {item for one in ran for found in (*one.edited, *one.original) for item in found.items}
-        floors = {item for one in ran if isinstance(one.floor, tuple) for found in one.floor for item in found.items}
+        self._asked = {item for one in series for finding in (*one.edited, *one.original) for item in finding.items}
+        floors = {
+            item for one in series if isinstance(one.floor, tuple) for finding in one.floor for item in finding.items
+        }
         missing = sorted(item for item in self._asked | floors if item not in entities)
         if missing:
             raise DataError(f"{len(missing)} items have no entity, such as {missing[:5]}; give one for each")
         self._entities, self._draws, self._alpha, self._seed = entities, draws, alpha, seed
         self._sides = [self._side(items, number) for number, items in enumerate((self._asked, floors - self._asked))]
 
-    def measured(self, found: Sequence[Finding], halves: int) -> _Accuracy:
+    def measured(self, findings: Sequence[Finding], halves: int) -> _Accuracy:
         """The accuracy of an attack on a model, over its seeds."""
-        selected = [chosen(one, self._entities, halves) for one in found]
-        values = np.array([part.values for part in selected])
-        drawn = [
-            self._drawn(one, halves, [one.settings.index(name) for name in part.settings])
-            for one, part in zip(found, selected, strict=True)
+        selected = [cross_fitted(finding, self._entities, halves) for finding in findings]
+        values = np.array([choice.values for choice in selected])
+        draws = [
+            self._drawn(finding, halves, [finding.settings.index(name) for name in choice.settings])
+            for finding, choice in zip(findings, selected, strict=True)
         ]
-        kept, anew = (self._over_seeds(np.stack(part, 1)) for part in zip(*drawn, strict=True))
-        exact = _exact(values, len({self._entities[item] for item in found[0].items}), self._alpha)
-        settings = tuple(name for part in selected for name in part.settings)
-        return _Accuracy(float(values.mean()), kept, anew, exact, settings)
+        fixed, rechosen = (self._over_seeds(np.stack(choice, 1)) for choice in zip(*draws, strict=True))
+        exact = _exact(values, len({self._entities[item] for item in findings[0].items}), self._alpha)
+        settings = tuple(name for choice in selected for name in choice.settings)
+        return _Accuracy(float(values.mean()), fixed, rechosen, exact, settings)
 
-    def given(self, values: Values | float, items: tuple[str, ...]) -> _Accuracy:
+    def known(self, values: Values | float, items: tuple[str, ...]) -> _Accuracy:
         """An accuracy of one value a fact, or one that needs no measuring."""
         if isinstance(values, float):
             drawn = np.full(self._draws, values)
@@ -323,18 +327,18 @@ class _Sampler:
             return drawn[:, 0]
         return (drawn * _resampled(count, self._draws, [self._seed, 2, count])).sum(1) / count
 
-    def _drawn(self, found: Finding, halves: int, used: Sequence[int]) -> tuple[Values, Values]:
+    def _drawn(self, finding: Finding, halves: int, used: Sequence[int]) -> tuple[Values, Values]:
         """The accuracy in every draw: under the settings used on either half, and under the best of the draw."""
-        right, counts, size, index = self._totals(found.correct.astype(np.float64), found.items)
-        if len(found.settings) == 1:
+        right, counts, size, index = self._totals(finding.correct.astype(np.float64), finding.items)
+        if len(finding.settings) == 1:
             drawn = (counts @ right)[:, 0] / size
             return drawn, drawn
         first = np.zeros(len(right), dtype=np.bool_)
-        first[index] = in_first(found.items, self._entities, halves)
+        first[index] = in_first_half(finding.items, self._entities, halves)
         one, two = (counts * first) @ right, (counts * ~first) @ right
         row = np.arange(self._draws)
-        kept = (one[:, used[0]] + two[:, used[1]]) / size
-        return kept, (one[row, two.argmax(1)] + two[row, one.argmax(1)]) / size
+        fixed = (one[:, used[0]] + two[:, used[1]]) / size
+        return fixed, (one[row, two.argmax(1)] + two[row, one.argmax(1)]) / size
 
     def _totals(self, rows: Values, items: tuple[str, ...]) -> tuple[Values, Values, Values, NDArray[np.int64]]:
         """Right answers by entity and row; the draws of entities; facts in each draw; the entity of each item."""
@@ -360,9 +364,10 @@ def _resampled(count: int, draws: int, key: list[int]) -> Values:
 
 
 def _exact(values: NDArray[np.int8], entities: int, alpha: float) -> tuple[float, float] | None:
-    """Clopper-Pearson, in closed form, where every answer is right or every answer wrong."""
-    spread = 1 - (alpha / 2) ** (1 / entities)
-    return (1 - spread, 1.0) if values.all() else None if values.any() else (0.0, spread)
+    """Clopper-Pearson's interval over the entities, where every answer is right or every answer wrong."""
+    if values.any() and not values.all():
+        return None
+    return clopper_pearson(entities if values.all() else 0, entities, alpha)
 
 
 def _accuracies(one: Series, sampler: _Sampler) -> tuple[_Accuracy, _Accuracy, _Accuracy]:
@@ -370,17 +375,17 @@ def _accuracies(one: Series, sampler: _Sampler) -> tuple[_Accuracy, _Accuracy, _
     if isinstance(one.floor, tuple):
         floor = sampler.measured(one.floor, one.seed)
     else:
-        floor = sampler.given(one.floor, one.edited[0].items)
+        floor = sampler.known(one.floor, one.edited[0].items)
     return sampler.measured(one.edited, one.seed), sampler.measured(one.original, one.seed), floor
 
 
 def _fraction(one: Series, sampler: _Sampler) -> _Fraction:
     edited, original, floor = _accuracies(one, sampler)
     # R rises with A, but falls with B only while A < C; so every pair of ends is looked at.
-    kept = product(edited.ends(edited.kept), floor.ends(floor.kept))
-    anew = product(edited.ends(edited.anew), floor.ends(floor.anew))
-    low = np.min([_ratio(a, original.kept, b, -np.inf) for a, b in kept], 0)
-    high = np.max([_ratio(a, original.anew, b, np.inf) for a, b in anew], 0)
+    fixed = product(edited.ends(edited.fixed), floor.ends(floor.fixed))
+    rechosen = product(edited.ends(edited.rechosen), floor.ends(floor.rechosen))
+    low = np.min([_ratio(a, original.fixed, b, -np.inf) for a, b in fixed], 0)
+    high = np.max([_ratio(a, original.rechosen, b, np.inf) for a, b in rechosen], 0)
     gap = original.value - floor.value
     value = (edited.value - floor.value) / gap if gap > 0 else float("nan")
     ends = float(np.sort(low)[sampler.tail]), float(np.sort(high)[-1 - sampler.tail])
@@ -408,22 +413,85 @@ def _widened(values: Sequence[float], ends: Sequence[float], draws: Sequence[Val
     return [v + factor * w if ok else end for v, w, end, ok in zip(values, widths, ends, usable, strict=True)]
 
 
-def _recovery(one: Series, found: _Fraction | None, direct: _Fraction | None) -> Recovery:
+def _recovery(one: Series, fraction: _Fraction | None, direct: _Fraction | None) -> Recovery:
     row = Recovery(one.attack, one.status, one.reason, floor_name=one.floor_name, level=one.level, decides=one.decides)
-    if found is None:
+    if fraction is None:
         return row
-    roles = {"edited": found.edited, "original": found.original, "floor": found.floor}
+    roles = {"edited": fraction.edited, "original": fraction.original, "floor": fraction.floor}
     settings = {role: accuracy.settings for role, accuracy in roles.items() if accuracy.settings}
     row = replace(
-        row, value=found.value, interval=found.interval, settings=settings,
-        edited=found.edited.value, original=found.original.value, floor=found.floor.value,
+        row, value=fraction.value, interval=fraction.interval, settings=settings,
+        edited=fraction.edited.value, original=fraction.original.value, floor=fraction.floor.value,
     )  # fmt: skip
-    if one.status != RAN or direct is None or informative(found.gap, direct.gap):
+    if one.status != RAN or direct is None or informative(fraction.gap, direct.gap):
         return row
     reason = (
-        f"it breaks the original too: {found.gap:.3f} above the floor after the attack, less than half of "
+        f"it breaks the original too: {fraction.gap:.3f} above the floor after the attack, less than half of "
         f"{direct.gap:.3f} before"
     )
     if direct.gap <= 0:
         reason = f"simply asked, the original is no better than the floor: {direct.gap:.3f} above it"
     return replace(row, status=UNINFORMATIVE, reason=reason)
+
+
+# --- Intervals of a share, and of a whole distribution
+
+
+def clopper_pearson(successes: int, n: int, alpha: float = 0.05) -> tuple[float, float]:
+    """The exact interval of a share, which covers it with probability at least 1 - alpha.
+
+    Raises:
+        ArgumentError: unless 0 <= successes <= n and n >= 1.
+        FractionError: unless 0 < alpha < 1.
+    """
+    from scipy.stats import binomtest
+
+    if not (n >= 1 and 0 <= successes <= n):
+        raise ArgumentError(f"{successes} successes of {n}; give 0 to n of at least 1")
+    _check_alpha(alpha)
+    interval = binomtest(successes, n).proportion_ci(1 - alpha, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+class Band(NamedTuple):
+    """Between which bounds a distribution function lies."""
+
+    points: NDArray[np.float64]
+    """The values, ascending; repeated ones stand as often as they came."""
+    lower: NDArray[np.float64]
+    """At a point and up to the next one."""
+    upper: NDArray[np.float64]
+    width: float
+    """How far either bound is from the sample's own distribution function, before it is cut to [0, 1]."""
+
+    def mean(self, low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
+        """The least and the largest mean of a distribution on [low, high] that lies inside the band."""
+        steps = np.diff(np.concatenate([[low], self.points, [high]]))
+        above = np.concatenate([[min(self.width, 1.0)], self.upper])
+        below = np.concatenate([[0.0], self.lower])
+        return float(high - (steps * above).sum()), float(high - (steps * below).sum())
+
+
+def dkw_band(values: ArrayLike, alpha: float = 0.05) -> Band:
+    """Bounds that hold a whole distribution function with at least 1 - alpha, from independent values.
+
+    F_n -+ sqrt(ln(2 / alpha) / (2 n)), cut to [0, 1]: the Dvoretzky-Kiefer-Wolfowitz inequality.
+
+    Raises:
+        DataError: if there are no values, or one is not finite.
+        FractionError: unless 0 < alpha < 1.
+    Reference: Scholten et al. 2024, arXiv:2410.03523.
+    """
+    points = np.sort(np.asarray(values, dtype=np.float64).ravel())
+    if not points.size or not np.isfinite(points).all():
+        raise DataError(f"a band from {points.size} values; give at least one, all finite")
+    _check_alpha(alpha)
+    width = sqrt(log(2 / alpha) / (2 * points.size))
+    # The function steps at the last of equal values; the earlier ones stand for nothing, the distance to them is 0.
+    share = np.searchsorted(points, points, side="right") / points.size
+    return Band(points, np.clip(share - width, 0.0, 1.0), np.clip(share + width, 0.0, 1.0), width)
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 < alpha < 1:
+        raise FractionError(f"alpha={alpha}; give a fraction strictly between 0 and 1, such as 0.05")

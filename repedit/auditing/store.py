@@ -20,7 +20,7 @@ def key_of(attack: Attack, model: str, splits: Splits, extra: Mapping[str, Any] 
     """sha256 over everything that decides a finding: attack, settings, seed, weights, data, code and versions."""
     text = [getattr(part, "hash", None) or repr(part) for part in (splits.unrelated, splits.holdout)]
     content = {
-        "attack": attack.name, "settings": dict(attack.settings), "seed": attack.seed, "model": model,
+        "attack": attack.name, "options": dict(attack.options), "seed": attack.seed, "model": model,
         "facts": [row_hash(part) for part in (splits.train, splits.test, splits.retain)], "text": text,
         "environment": environment(), **(extra or {}),
     }  # fmt: skip

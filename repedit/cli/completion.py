@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
+from repedit.auditing.attacks import attack_names
+
 Completer = Callable[[str], list[str]]
 """Takes the incomplete word and returns the words that it may become."""
 BASH = "_REPEDIT_COMPLETE"
@@ -109,7 +111,6 @@ def _matching(incomplete: str, words: Iterable[str]) -> list[str]:
 
 ROOT = Path(__file__).parents[1]
 REGISTRIES = {
-    "attacks": ("auditing/budgets.py", "_BUILDERS"),
     "combinations": ("neurons/scores.py", "COMBINATIONS"),
     "domains": ("data/fact_sets.py", "DOMAINS"),
     "fits": ("fit/closed_form.py", "FITS"),
@@ -126,11 +127,13 @@ A test compares the names with the registries.
 
 @cache
 def names(table: str) -> tuple[str, ...]:
-    """The names in a registry, in their order.
+    """The names of the attacks, or in a registry, in their order.
 
     Raises:
         LookupError: if the file has no such variable or decorator.
     """
+    if table == "attacks":
+        return attack_names()
     file, source = REGISTRIES[table]
     body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
     if source.startswith("@"):

@@ -17,10 +17,8 @@ from repedit.data import Batches, as_batches, prose
 from repedit.data.encoding import Tokenizer, text_ids
 from repedit.errors import ArgumentError, MetricError
 from repedit.models.subject import Subject
+from repedit.outcomes import BELOW_THRESHOLD, CONSISTENT, DESTROYED, INCONCLUSIVE, NOT_FORGOTTEN, OVER_FORGOTTEN
 
-VERDICTS = (
-    "collapsed", "not forgotten", "over-forgotten", "below threshold", "consistent with forgetting", "unknown",
-)  # fmt: skip
 CHANCE = 0.25
 """Of four choices, as in MMLU."""
 # Tokens of plain text; the built-in prose has about four times as many.
@@ -99,7 +97,7 @@ class Judgement:
     """A verdict on a table of metrics; it is not the verdict of an audit."""
 
     verdict: str
-    """One of `VERDICTS`."""
+    """One of `repedit.outcomes.OUTCOMES`, without those that only an audit gives."""
     reasons: tuple[str, ...]
     """The reasons, with the numbers."""
 
@@ -109,18 +107,19 @@ class Judgement:
 
 NOTHING = Signs()
 """Nothing was measured."""
-UNKNOWN = Judgement("unknown", ("no original model to compare with",))
+NO_ORIGINAL = Judgement(INCONCLUSIVE, ("no original model to compare with",))
 """The original was not measured."""
 
 
 def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -> Judgement:
-    """The first verdict in `VERDICTS` whose condition holds.
+    """The first of these verdicts whose condition holds.
 
-    "collapsed": two or more of: retain < .25 x the original's; MMLU above chance + 2 standard errors in the original and
-    not in the edited model; distinct outputs < .2 of the prompts, or the most frequent token > .5 of an output;
-    perplexity > 10 x the original's. "not forgotten": forget > .5 x the original's. "over-forgotten": AUC
-    < auc_reference - .25. "below threshold": MMLU < .75 x the original's. "unknown": without an original, or if
-    the forget set was not measured on both models. A sign that was not measured does not count.
+    DESTROYED, by collapse: two or more of: retain < .25 x the original's; MMLU above chance + 2 standard errors in the
+    original and not in the edited model; distinct outputs < .2 of the prompts, or the most frequent token > .5 of an
+    output; perplexity > 10 x the original's. NOT FORGOTTEN: forget > .5 x the original's. OVER-FORGOTTEN: AUC
+    < auc_reference - .25. BELOW THRESHOLD: MMLU < .75 x the original's. CONSISTENT WITH FORGETTING otherwise.
+    INCONCLUSIVE: without an original, or if the forget set was not measured on both models, unless DESTROYED holds.
+    A sign that was not measured does not count.
 
     Args:
         auc_reference: AUC of a model that never saw the forget set.
@@ -130,24 +129,22 @@ def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -
     if not 0 <= auc_reference <= 1:
         raise ArgumentError(f"auc_reference={auc_reference}; give an AUC in [0, 1]")
     if original is None:
-        return UNKNOWN
+        return NO_ORIGINAL
     broken = [reason for reason in _collapse(signs, original) if reason]
     if len(broken) > 1:
-        return Judgement("collapsed", tuple(broken))
+        return Judgement(DESTROYED, tuple(broken))
     if signs.forget is None or original.forget is None:
-        return Judgement("unknown", ("the forget set was not measured on both models", *broken))
+        return Judgement(INCONCLUSIVE, ("the forget set was not measured on both models", *broken))
     lasting = _grew("forget", signs.forget, original.forget, 0.5)
     if lasting:
-        return Judgement("not forgotten", (lasting, *broken))
+        return Judgement(NOT_FORGOTTEN, (lasting, *broken))
     if signs.auc is not None and signs.auc < auc_reference - 0.25:
         reason = f"AUC {signs.auc:.3f} < {auc_reference:.3f} - .25: the texts look less familiar than unseen ones"
-        return Judgement("over-forgotten", (reason, *broken))
+        return Judgement(OVER_FORGOTTEN, (reason, *broken))
     low = _fell("MMLU", signs.mmlu, original.mmlu, 0.75)
     if low:
-        return Judgement("below threshold", (low, *broken))
-    return Judgement(
-        "consistent with forgetting", (f"forget {signs.forget:.3f}, original {original.forget:.3f}", *broken)
-    )
+        return Judgement(BELOW_THRESHOLD, (low, *broken))
+    return Judgement(CONSISTENT, (f"forget {signs.forget:.3f}, original {original.forget:.3f}", *broken))
 
 
 def diversity(tokenizer: Tokenizer, outputs: Sequence[str]) -> tuple[float | None, float | None]:

@@ -13,7 +13,7 @@ from repedit.data.encoding import text_ids
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
 from repedit.metrics.answers import RowSource, rows_of
-from repedit.metrics.collapse import NOTHING, UNKNOWN, Judgement, Signs, diversity, judge, plain_perplexity
+from repedit.metrics.collapse import NO_ORIGINAL, NOTHING, Judgement, Signs, diversity, judge, plain_perplexity
 from repedit.metrics.generation import generate, rouge
 from repedit.metrics.membership import auc, privleak, scores
 from repedit.models.subject import Subject
@@ -116,7 +116,7 @@ class MuseScore:
     scores: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
     """Membership scores of the texts, under "member" and "nonmember"."""
     signs: Signs = NOTHING
-    judgement: Judgement = UNKNOWN
+    judgement: Judgement = NO_ORIGINAL
 
     @property
     def privleak(self) -> float:
@@ -125,7 +125,7 @@ class MuseScore:
 
     @property
     def verdict(self) -> str:
-        """One of `repedit.metrics.collapse.VERDICTS`."""
+        """One of `repedit.outcomes.OUTCOMES`."""
         return self.judgement.verdict
 
     def judged(self, original: MuseScore | None) -> MuseScore:
@@ -166,7 +166,7 @@ def evaluate(
         forget: questions about the texts.
         retain: questions about what should be retained.
         members: texts to forget, for the membership test; `texts` when None.
-        original: the score of the model before the edit; without it the verdict is "unknown".
+        original: the score of the model before the edit; without it the verdict is INCONCLUSIVE.
         examples: questions with answers that precede each question in the prompt.
         retain_examples: the same for the questions of `retain`; `examples` when None.
         auc_reference: AUC of a model that never saw the texts.

@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from repedit.data import Batches, Corpus, Fact, Tasks, by_domain, semeval
 from repedit.data.benchmarks import TASKS, TaskRow
 from repedit.errors import ArgumentError, DataError, MetricError
-from repedit.metrics.collapse import NOTHING, UNKNOWN, Judgement, Signs, diversity, harmonic, judge, plain_perplexity
+from repedit.metrics.collapse import (
+    NO_ORIGINAL,
+    NOTHING,
+    Judgement,
+    Signs,
+    diversity,
+    harmonic,
+    judge,
+    plain_perplexity,
+)
 from repedit.metrics.facts import choice_scores
 from repedit.metrics.generation import exact_match, generate, rouge
 from repedit.metrics.membership import auc, scores
@@ -95,7 +104,7 @@ class SemEvalScore:
     mmlu: float
     """Mean accuracy over subjects."""
     signs: Signs = NOTHING
-    judgement: Judgement = UNKNOWN
+    judgement: Judgement = NO_ORIGINAL
     items: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
     """Value of each row, by part; membership scores as "member" and "nonmember"."""
     outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
@@ -118,7 +127,7 @@ class SemEvalScore:
 
     @property
     def verdict(self) -> str:
-        """One of `repedit.metrics.collapse.VERDICTS`."""
+        """One of `repedit.outcomes.OUTCOMES`."""
         return self.judgement.verdict
 
     def judged(self, original: SemEvalScore | None, *, auc_reference: float = 0.5) -> SemEvalScore:
@@ -203,7 +212,7 @@ def evaluate(
     Args:
         directory: the data, as `repedit.data.semeval` reads it.
         mmlu: questions from `repedit.data.mmlu`, or an accuracy measured elsewhere, which the verdict ignores.
-        original: the score of the model before the edit; without it the verdict is "unknown".
+        original: the score of the model before the edit; without it the verdict is INCONCLUSIVE.
         auc_reference: AUC of a model that never saw the forget set.
         plain: text for the perplexity; None for the built-in prose.
         limit: rows of each of the 12 parts, the first ones; None for all, as published.

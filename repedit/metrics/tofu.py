@@ -16,7 +16,16 @@ from repedit.errors import ArgumentError, DataError, MetricError, NotFound, Unkn
 from repedit.io.files import user_path, write_text
 from repedit.io.text import read_json
 from repedit.metrics.answers import answer_nll
-from repedit.metrics.collapse import NOTHING, UNKNOWN, Judgement, Signs, diversity, harmonic, judge, plain_perplexity
+from repedit.metrics.collapse import (
+    NO_ORIGINAL,
+    NOTHING,
+    Judgement,
+    Signs,
+    diversity,
+    harmonic,
+    judge,
+    plain_perplexity,
+)
 from repedit.metrics.generation import generate, rouge
 from repedit.models.subject import Subject
 
@@ -308,7 +317,7 @@ class TofuScore:
     forget_quality: float | None = None
     """Against the reference; None without one."""
     signs: Signs = NOTHING
-    judgement: Judgement = UNKNOWN
+    judgement: Judgement = NO_ORIGINAL
 
     @property
     def model_utility(self) -> float:
@@ -317,7 +326,7 @@ class TofuScore:
 
     @property
     def verdict(self) -> str:
-        """One of `repedit.metrics.collapse.VERDICTS`."""
+        """One of `repedit.outcomes.OUTCOMES`."""
         return self.judgement.verdict
 
     def judged(self, original: TofuScore | None) -> TofuScore:
@@ -353,7 +362,7 @@ def evaluate(
         reference_log: losses of a model that never saw the forget set, as `write_log` writes them; without it there is
             no forget quality.
         forget: "forget01", "forget05" or "forget10".
-        original: the score of the model before the edit; without it the verdict is "unknown".
+        original: the score of the model before the edit; without it the verdict is INCONCLUSIVE.
         template: makes a prompt from a question; use the one the model was trained with.
         plain: text for the perplexity; None for the built-in prose.
         limit: questions per set, the first ones; None for all.

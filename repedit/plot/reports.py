@@ -7,9 +7,8 @@ and the Markdown texts all take their values from there.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from repedit.auditing.attack import RAN, SKIPPED, Finding
-from repedit.auditing.report import Recovery, Report
+from repedit.auditing.attack import RAN, SKIPPED, Finding, Setting
+from repedit.auditing.report import RETAIN_CHECK, Recovery, Report
 from repedit.errors import ArgumentError, UnknownSite
 from repedit.plot.canvas import (
     FORGET,
@@ -44,8 +43,6 @@ LEVELS: Mapping[str, tuple[int, str]] = {
 }
 """What an attacker has access to: the index of its colour and marker, and its name in the legend."""
 ROLES = ("edited", "original", "reference", "fresh facts")
-RETAIN_CHECK = "retain"
-"""The name of the findings that check what should have been kept; they are no attack."""
 R_LIMITS = (-0.3, 1.3)
 """Range of the axis of recovered fractions; values outside are drawn as arrows at its ends."""
 Points = tuple[tuple[int, float], ...]
@@ -155,7 +152,7 @@ def relearning_curves(report: Report) -> list[Curves]:
     seeds: the worst case for the edit.
     """
     charts = []
-    for attack, findings_by_role in _findings_by_attack(report, _STEP):
+    for attack, findings_by_role in _findings_by_attack(report, lambda setting: setting.step is not None):
         series = {role: _best_by_step(findings) for role, findings in findings_by_role.items()}
         if len({x for points in series.values() for x, _ in points}) > 1:
             charts.append(Curves(attack, _with_floor(report, attack, series)))
@@ -167,17 +164,13 @@ def layer_curves(report: Report) -> list[Curves]:
     sites = report.context.get("sites") or ()
     edited = frozenset(layer for layer in map(_layer, sites) if layer is not None)
     charts = []
-    for attack, findings_by_role in _findings_by_attack(report, _LAYER):
+    for attack, findings_by_role in _findings_by_attack(report, lambda setting: setting.site is not None):
         by_stream: dict[str, dict[str, Points]] = {}
         for role, findings in findings_by_role.items():
             for stream, points in _points_by_stream(findings).items():
                 by_stream.setdefault(stream, {})[role] = points
         charts += [Curves(f"{attack}, {stream}", series, edited) for stream, series in by_stream.items()]
     return charts
-
-
-_STEP = r"(?:^|\s)(?:step|epoch)=(\d+)"
-_LAYER = r"^([a-z][a-z._]*) (\d+)$"
 
 
 def _layer(site: object) -> int | None:
@@ -203,19 +196,21 @@ def _rank(recovery: Recovery) -> float:
     return penalty + (5.0 if np.isnan(recovery.value) else -_clip(recovery.value))
 
 
-def _findings_by_attack(report: Report, pattern: str) -> Iterator[tuple[str, dict[str, list[Finding]]]]:
-    """Attacks with a setting that matches, and their findings by role; skipped attacks have no settings."""
+def _findings_by_attack(
+    report: Report, wanted: Callable[[Setting], bool]
+) -> Iterator[tuple[str, dict[str, list[Finding]]]]:
+    """Attacks with a wanted setting, and their findings by role; skipped attacks have no settings."""
     attacks = {f.attack: None for role in ROLES for f in report.findings.get(role, ())}
     for attack in attacks:
         by_role = {role: [f for f in report.findings.get(role, ()) if f.attack == attack and f.items] for role in ROLES}
         by_role = {role: findings for role, findings in by_role.items() if findings}
-        if any(re.search(pattern, name) for findings in by_role.values() for f in findings for name in f.settings):
+        if any(wanted(setting) for findings in by_role.values() for f in findings for setting in f.accuracy):
             yield attack, by_role
 
 
-def _mean_accuracies(findings: Sequence[Finding]) -> dict[str, float]:
+def _mean_accuracies(findings: Sequence[Finding]) -> dict[Setting, float]:
     """Accuracy by setting, averaged over seeds."""
-    by_setting: dict[str, list[float]] = {}
+    by_setting: dict[Setting, list[float]] = {}
     for finding in findings:
         for setting, accuracy in finding.accuracy.items():
             by_setting.setdefault(setting, []).append(accuracy)
@@ -225,18 +220,16 @@ def _mean_accuracies(findings: Sequence[Finding]) -> dict[str, float]:
 def _best_by_step(findings: Sequence[Finding]) -> Points:
     best: dict[int, float] = {}
     for setting, accuracy in _mean_accuracies(findings).items():
-        match = re.search(_STEP, setting)
-        if match:
-            best[int(match[1])] = max(accuracy, best.get(int(match[1]), 0.0))
+        if setting.step is not None:
+            best[setting.step] = max(accuracy, best.get(setting.step, 0.0))
     return tuple(sorted(best.items()))
 
 
 def _points_by_stream(findings: Sequence[Finding]) -> dict[str, Points]:
     points: dict[str, list[tuple[int, float]]] = {}
     for setting, accuracy in _mean_accuracies(findings).items():
-        match = re.search(_LAYER, setting)
-        if match:
-            points.setdefault(match[1], []).append((int(match[2]), accuracy))
+        if setting.site is not None:
+            points.setdefault(str(setting.site.point), []).append((setting.site.layer, accuracy))
     return {stream: tuple(sorted(rows)) for stream, rows in points.items()}
 
 

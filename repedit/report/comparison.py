@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from repedit.auditing.report import Report
+from repedit.auditing.report import RETAIN_CHECK, Report
 from repedit.errors import ArgumentError
 from repedit.io.files import make_folder
 from repedit.plot.reports import (
-    RETAIN_CHECK,
     audits_forest,
     grouped_forest_rows,
     recoveries_by_strength,

@@ -16,8 +16,9 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from repedit.auditing.attack import STATUSES, Finding
-from repedit.auditing.report import WORDS, Gap, Recovery, Report, Verdict
+from repedit.auditing.attack import STATUSES, Finding, Setting
+from repedit.auditing.report import Gap, Recovery, Report, Verdict
+from repedit.outcomes import OUTCOMES
 from repedit.runs import RunReport, StepReport
 
 REDACTED = "(withheld)"
@@ -208,7 +209,8 @@ def digest(name: str) -> str:
 @cache
 def own_words() -> frozenset[str]:
     """The names that are kept."""
-    from repedit.auditing.budgets import BUDGETS, NAMES
+    from repedit.auditing.attack import BUDGETS
+    from repedit.auditing.attacks import attack_names
     from repedit.data import BUILTIN, DOMAINS
     from repedit.fit.closed_form import FITS
     from repedit.metrics.benchmarks import SUITES
@@ -216,9 +218,9 @@ def own_words() -> frozenset[str]:
     from repedit.quantization import SCHEMES
     from repedit.unlearning.recipes import RECIPES
 
-    tables = (BUDGETS, NAMES, SCHEMES, BUILTIN, DOMAINS, FITS, RECIPES, COMBINATIONS, IMPORTANCES, SUITES)
+    tables = (BUDGETS, attack_names(), SCHEMES, BUILTIN, DOMAINS, FITS, RECIPES, COMBINATIONS, IMPORTANCES, SUITES)
     return frozenset(
-        {*FIELDS.split(), *PHRASES, *STATUSES, *WORDS, "smollm2-135m", *(name for table in tables for name in table)}
+        {*FIELDS.split(), *PHRASES, *STATUSES, *OUTCOMES, "smollm2-135m", *(name for table in tables for name in table)}
     )
 
 
@@ -232,9 +234,9 @@ def _name(name: str) -> str:
 
 def _setting(name: str) -> str:
     """The name of a setting, such as "lr=5e-05 step=40", "resid.post 7" or "leak@4"; or the digest of another."""
-    parts = re.split(r"[ ,:=@]+", name)
     own = name in own_words() or _SITE.fullmatch(name)
-    return name if own or all(part in own_words() or re.fullmatch(_NUMBER, part) for part in parts) else digest(name)
+    words = Setting.parse(name).words
+    return name if own or all(word in own_words() or re.fullmatch(_NUMBER, word) for word in words) else digest(name)
 
 
 def _key(key: str, field: str, ids: Set[str]) -> str:
@@ -282,7 +284,7 @@ def _attack_without_reason(clause: str) -> str:
 def _own_clause() -> re.Pattern[str]:
     """Matches each of `SENTENCES`."""
     name = f"(?:{'|'.join(sorted(map(re.escape, own_words()), key=len, reverse=True))})"
-    verdict = f"(?:{'|'.join(map(re.escape, WORDS))})"
+    verdict = f"(?:{'|'.join(map(re.escape, OUTCOMES))})"
     replacements = {"NAMES": f"{name}(?:, {name})*", "NAME": name, "WORD": verdict, "N": _NUMBER}
     sentences = "|".join(line.strip() for line in SENTENCES.strip().splitlines())
     return re.compile(re.sub(r"\b(NAMES?|WORD|N)\b", lambda match: replacements[match[1]], sentences))

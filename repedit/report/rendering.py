@@ -15,8 +15,9 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from repedit.auditing.report import INCONCLUSIVE, PASS, Report
+from repedit.auditing.report import Report
 from repedit.escaping import for_terminal
+from repedit.outcomes import INCONCLUSIVE, PASS
 from repedit.plot.canvas import NEUTRAL, SERIES
 from repedit.report import tables
 

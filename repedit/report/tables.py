@@ -8,9 +8,9 @@ from statistics import median
 from typing import NamedTuple
 
 from repedit.auditing.attack import RAN, Finding
-from repedit.auditing.report import Recovery, Report
+from repedit.auditing.report import RETAIN_CHECK, Recovery, Report
+from repedit.auditing.verdict import retain_damage
 from repedit.plot.reports import (
-    RETAIN_CHECK,
     ROLES,
     interval_text,
     is_measured,
@@ -230,7 +230,8 @@ def retain_check(report: Report) -> Table:
     if retain.perplexity:
         perplexities = (format_number(v, 1) for v in retain.perplexity)
         rows.append(["perplexity of retain text", f"{retain.tokens:,} tokens", *perplexities])
-    note = f"Destroyed: {retain.destroyed}." if retain.destroyed else "" if rows else "No retain set was given."
+    damage = retain_damage(retain)
+    note = f"Destroyed: {damage}." if damage else "" if rows else "No retain set was given."
     return Table(("what", "of", "original", "edited"), rows, note)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from repedit.arch import HookFn, hooks_at
-from repedit.auditing.attack import Attack, Outcome, ask, skipped
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, ask, register, skipped
 from repedit.auditing.attacks.probing import captured
 from repedit.data import Fact, Splits
 from repedit.data.encoding import prompt_ids
@@ -51,25 +50,36 @@ def direction(contrast: Subject | None = None, *, items: int = ITEMS) -> Attack:
     Reference: Arditi et al. 2024, arXiv:2406.11717; Lucki et al. 2024, arXiv:2409.18025.
     """
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         if contrast is None and not splits.retain:
             return skipped("needs the original to compare with, or retain facts")
-        found = _directions(subject, contrast, splits, items, seed)
+        by_kind = _directions(subject, contrast, splits, items, seed)
         layers = list(range(len(subject.layout.layers)))
-        tried = layers if len(layers) <= SHALLOW else layers[STEP - 1 :: STEP]
+        layers_tried = layers if len(layers) <= SHALLOW else layers[STEP - 1 :: STEP]
         answers: dict[str, FactsAccuracy] = {}
-        plain: list[FactsAccuracy] = []
-        for kind, directions in found.items():
-            for name, chosen in (("all layers", layers), *((f"layer {layer}", [layer]) for layer in tried)):
-                taken = {layer: directions[layer] for layer in chosen if layer in directions}
-                if not taken and not plain:
-                    plain.append(ask(subject, splits.test))
-                answers[f"{kind}, {name}"] = _asked_without(subject, taken, splits.test) if taken else plain[0]
-        details = {"layers": tried, "without": {kind: sorted(set(layers) - set(d)) for kind, d in found.items()}}
-        return Outcome(answers, details=details)
+        unchanged: list[FactsAccuracy] = []
+        for kind, directions in by_kind.items():
+            for name, chosen in (("all layers", layers), *((f"layer {layer}", [layer]) for layer in layers_tried)):
+                removed = {layer: directions[layer] for layer in chosen if layer in directions}
+                if not removed and not unchanged:
+                    unchanged.append(ask(subject, splits.test))
+                answers[f"{kind}, {name}"] = _asked_without(subject, removed, splits.test) if removed else unchanged[0]
+        details = {
+            "layers": layers_tried,
+            "without": {kind: sorted(set(layers) - set(d)) for kind, d in by_kind.items()},
+        }
+        return AttackResult(answers, details=details)
 
-    settings: dict[str, Any] = {"contrast": contrast.fingerprint() if contrast else None, "items": items}
-    return Attack("direction", "directions", "W", True, settings, run)
+    options = {"contrast": contrast.fingerprint() if contrast else None, "items": items}
+    return Attack(DIRECTION, options, run, Work(12.0))
+
+
+DIRECTION = register(
+    AttackRecord(
+        "direction", cost=120, budget="standard", build=lambda setup: [direction(setup.original)], level="W",
+        uses_train=True, compares=True,
+    )
+)  # fmt: skip
 
 
 def without(subject: Subject, directions: Mapping[int, Float[Tensor, " d"]]) -> AbstractContextManager[None]:
@@ -107,49 +117,49 @@ def _directions(
     subject: Subject, contrast: Subject | None, splits: Splits, items: int, seed: int
 ) -> dict[str, dict[int, Tensor]]:
     """Unit directions by kind and layer; a layer where the states do not differ has none."""
-    chosen = _sample(splits.train, items, seed)
-    mine = _rows(subject, subject, chosen)
+    facts = _sample(splits.train, items, seed)
+    forget_states = _rows(subject, subject, facts)
     if contrast is not None:
         _check_alike(subject, contrast)
-        other = _rows(contrast, subject, chosen)
+        other_states = _rows(contrast, subject, facts)
     else:
-        other = _rows(subject, subject, _sample(splits.retain, items, seed))
-    first = "forget - retain" if contrast is None else "edited - original"
-    found: dict[str, dict[int, Tensor]] = {first: {}, "first PC": {}}
-    for layer, h in mine.items():
-        mean = mean_direction(h, other[layer])
+        other_states = _rows(subject, subject, _sample(splits.retain, items, seed))
+    mean_kind = "forget - retain" if contrast is None else "edited - original"
+    by_kind: dict[str, dict[int, Tensor]] = {mean_kind: {}, "first PC": {}}
+    for layer, h in forget_states.items():
+        mean = mean_direction(h, other_states[layer])
         if float(mean.norm()) > 0:
             kept = usual(h, mean)
-            apart = h[kept] - (other[layer].mean(0) if contrast is None else other[layer][kept])
+            differences = h[kept] - (other_states[layer].mean(0) if contrast is None else other_states[layer][kept])
         else:
-            apart = h - (other[layer].mean(0) if contrast is None else other[layer])
+            differences = h - (other_states[layer].mean(0) if contrast is None else other_states[layer])
         least = _LEAST * float(h.norm(dim=1).mean())
         if float(mean.norm()) > least:
-            found[first][layer] = mean / mean.norm()
-        if float(apart.norm(dim=1).mean()) > least:
-            found["first PC"][layer] = first_component(apart)
-    return found
+            by_kind[mean_kind][layer] = mean / mean.norm()
+        if float(differences.norm(dim=1).mean()) > least:
+            by_kind["first PC"][layer] = first_component(differences)
+    return by_kind
 
 
 def _rows(subject: Subject, asked: Subject, facts: Sequence[Fact]) -> Rows:
     """States after every block at all positions but the first, in tokens of the model that is asked."""
     tokenizer = asked.need_tokenizer()
     prompts = [prompt_ids(tokenizer, fact.prompt) for fact in facts]
-    long = [ids for ids in prompts if len(ids) > 1]
-    if not long:
+    usable = [ids for ids in prompts if len(ids) > 1]
+    if not usable:
         raise NotEnoughRows("no prompt has a second token, and the first position is not read; give longer prompts")
     sites = [Site(layer, Point.RESID_POST) for layer in range(len(subject.layout.layers))]
-    found: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
-    for _, seen in captured(subject, long, sites, lambda x: x[:, 1:].flatten(0, 1)):
-        for site, x in seen.items():
+    states: dict[int, list[Tensor]] = {site.layer: [] for site in sites}
+    for _, captured_states in captured(subject, usable, sites, lambda x: x[:, 1:].flatten(0, 1)):
+        for site, x in captured_states.items():
             if not bool(torch.isfinite(x).all()):
                 raise NotFinite(f"{site}: a state is not finite; load the model in float32?")
-            found[site.layer].append(x)
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+            states[site.layer].append(x)
+    return {layer: torch.cat(parts) for layer, parts in states.items()}
 
 
-def _asked_without(subject: Subject, taken: Mapping[int, Tensor], facts: Sequence[Fact]) -> FactsAccuracy:
-    with without(subject, taken):
+def _asked_without(subject: Subject, removed: Mapping[int, Tensor], facts: Sequence[Fact]) -> FactsAccuracy:
+    with without(subject, removed):
         return ask(subject, facts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from repedit.auditing.attack import Attack, Outcome, skipped
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, register, skipped
 from repedit.data import Corpus, Facts, Row, Rows, Splits
 from repedit.data.encoding import prompt_ids
 from repedit.errors import DataError
@@ -32,22 +32,28 @@ def membership(*, share: float = 0.4, length: int = 512) -> Attack:
     """
     check_reading(share, length)
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         if splits.holdout is None:
             return skipped("needs holdout text never trained on")
         members = list({fact.id: fact.text for fact in (*splits.train, *splits.test)}.values())
         others = texts_of(splits.holdout)
         mine, theirs = (scores(subject, texts, share=share, length=length) for texts in (members, others))
         cut = sum(len(prompt_ids(subject.need_tokenizer(), text)) > length for text in (*members, *others))
-        return Outcome({}, details={
+        return AttackResult({}, details={
             "auc": {s: auc(mine[s], theirs[s]) for s in SCORES},
             "tpr_at_1_fpr": {s: tpr(mine[s], theirs[s]) for s in SCORES},
             "members": len(members), "holdout": len(others), "cut": cut,
         })  # fmt: skip
 
-    return Attack(
-        "membership", "members", "W", False, {"share": share, "length": length}, run, decides=False, draws=False
+    return Attack(MEMBERSHIP, {"share": share, "length": length}, run, Work(1.0))
+
+
+MEMBERSHIP = register(
+    AttackRecord(
+        "membership", cost=190, budget="standard", build=lambda setup: [membership()], level="W", draws=False,
+        decides=False,
     )
+)  # fmt: skip
 
 
 def texts_of(source: Any) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, check_ids
 from repedit.arch import hooks_at
-from repedit.auditing.attack import Attack, Outcome
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Setting, Work, register
 from repedit.data import Fact, Splits, by_domain
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownName, UnknownSite, nearest
 from repedit.hooks import evaluating, installed
@@ -56,17 +56,24 @@ def logit_lens(*, streams: Sequence[str] = STREAMS, layers: Sequence[int] | None
     """
     check_streams(streams)
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         sites = stream_sites(subject, streams, layers)
-        asked = [question(subject, fact) for fact in splits.test]
-        seen = states(subject, [item.prompt for item in asked], sites)
+        questions = [question(subject, fact) for fact in splits.test]
+        states_by_site = states(subject, [item.prompt for item in questions], sites)
         ids = tuple(fact.id for fact in splits.test)
-        found = {named(site): FactsAccuracy(*_read(subject, seen[site], asked), ids) for site in sites}
-        alike = sum(item.answers[item.right][0] in _other_heads(item) for item in asked)
-        return Outcome(found, details={"same_first_token": alike, "absent": absent(subject, streams)})
+        answers: dict[str, FactsAccuracy] = {
+            Setting.at(site): FactsAccuracy(*_read(subject, states_by_site[site], questions), ids) for site in sites
+        }
+        ambiguous = sum(item.answers[item.right][0] in _other_heads(item) for item in questions)
+        return AttackResult(answers, details={"same_first_token": ambiguous, "absent": absent(subject, streams)})
 
-    settings = {"streams": list(streams), "layers": None if layers is None else list(layers)}
-    return Attack("logit_lens", "reading", "W", False, settings, run, draws=False)
+    options = {"streams": list(streams), "layers": None if layers is None else list(layers)}
+    return Attack(LOGIT_LENS, options, run, Work(1.5))
+
+
+LOGIT_LENS = register(
+    AttackRecord("logit_lens", cost=100, budget="fast", build=lambda setup: [logit_lens()], level="W", draws=False)
+)
 
 
 def question(subject: Subject, fact: Fact, choices: Sequence[str] | None = None) -> Question:
@@ -84,12 +91,12 @@ def question(subject: Subject, fact: Fact, choices: Sequence[str] | None = None)
 
 def states(subject: Subject, prompts: Sequence[list[int]], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "n d"]]:
     """The tensor at each site at the last token of each prompt, on the CPU in float32 or better."""
-    found: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(prompts) for site in sites}
-    for part, seen in captured(subject, prompts, sites, lambda x: x[:, -1]):
-        for site, x in seen.items():
+    rows_by_site: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(prompts) for site in sites}
+    for part, captured_states in captured(subject, prompts, sites, lambda x: x[:, -1]):
+        for site, x in captured_states.items():
             for row, state in zip(part, x, strict=True):
-                found[site][row] = state
-    return {site: torch.stack(rows) for site, rows in found.items()}
+                rows_by_site[site][row] = state
+    return {site: torch.stack(rows) for site, rows in rows_by_site.items()}
 
 
 def captured(
@@ -103,17 +110,17 @@ def captured(
         check_ids(subject, tokens, f"prompt {i}")
     for part in lengths(prompts, _ROWS):
         ids = torch.tensor([prompts[i] for i in part], device=subject.device)
-        seen: dict[Site, Tensor] = {}
+        kept_states: dict[Site, Tensor] = {}
         hooks = [
             hook
             for site in sites
             for hook in hooks_at(
-                subject.model, subject.layout, site, _keeper(seen, site, ids.shape, keep), replaces=False
+                subject.model, subject.layout, site, _keeper(kept_states, site, ids.shape, keep), replaces=False
             )
         ]
         with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
             subject.model.base_model(input_ids=ids, use_cache=False)
-        yield part, seen
+        yield part, kept_states
 
 
 def lens(subject: Subject, seen: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
@@ -147,11 +154,6 @@ def stream_sites(subject: Subject, streams: Sequence[str], layers: Sequence[int]
 def absent(subject: Subject, streams: Sequence[str]) -> list[str]:
     """The streams this family does not have."""
     return [stream for stream in streams if Point(stream) not in subject.architecture.points]
-
-
-def named(site: Site) -> str:
-    """The name of a setting that reads a site, such as "resid.post 3"."""
-    return f"{site.point} {site.layer}"
 
 
 def _keeper(
@@ -227,23 +229,33 @@ def probe(
         raise UnknownName(f"kind={kind!r}; {nearest(kind, KINDS)}")
     check_streams(streams)
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         if len(splits.train) < 2:
             raise NotEnoughRows(f"T has {len(splits.train)} facts; a probe needs at least 2 to learn from")
         task = _task(subject, splits, seed)
         sites = stream_sites(subject, streams, layers)
-        seen = states(subject, [item.prompt for item in task.asked], sites)
-        answers, permuted, strengths = {}, {}, {}
+        states_by_site = states(subject, [item.prompt for item in task.asked], sites)
+        answers: dict[str, FactsAccuracy] = {}
+        permuted, strengths = {}, {}
         for site in sites:
-            if not bool(torch.isfinite(seen[site]).all()):
+            if not bool(torch.isfinite(states_by_site[site]).all()):
                 raise NotFinite(f"{site}: a state is not finite; load the model in float32?")
-            (answers[named(site)], mixed), strengths[named(site)] = _probed(kind, seen[site], task, seed)
-            permuted[named(site)] = mixed.accuracy
+            setting = Setting.at(site)
+            (answers[setting], permuted_answers), strengths[setting] = _probed(kind, states_by_site[site], task, seed)
+            permuted[setting] = permuted_answers.accuracy
         details = {"kind": task.kind, "fit": kind, "permuted": permuted, "strength": strengths}
-        return Outcome(answers, details=details | {"absent": absent(subject, streams)})
+        return AttackResult(answers, details=details | {"absent": absent(subject, streams)})
 
-    settings = {"kind": kind, "streams": list(streams), "layers": None if layers is None else list(layers)}
-    return Attack("probe" if kind == "linear" else f"probe-{kind}", "probes", "W", True, settings, run)
+    options = {"kind": kind, "streams": list(streams), "layers": None if layers is None else list(layers)}
+    return Attack(PROBE, options, run, Work(2.5), label="" if kind == "linear" else f"probe-{kind}")
+
+
+PROBE = register(
+    AttackRecord(
+        "probe", cost=110, budget="fast", level="W", uses_train=True,
+        build=lambda setup: [probe(kind) for kind in (KINDS if setup.budget == "full" else KINDS[:1])],
+    )
+)  # fmt: skip
 
 
 class _Choice(NamedTuple):
@@ -323,18 +335,18 @@ def _folds(facts: Sequence[Fact], seed: int) -> Tensor:
 
 
 def _probed(
-    kind: str, seen: Float[Tensor, "n d"], task: _Task, seed: int
+    kind: str, states_read: Float[Tensor, "n d"], task: _Task, seed: int
 ) -> tuple[tuple[FactsAccuracy, FactsAccuracy], float]:
     """(answers, answers of the probe of permuted targets) on V, and the penalty of the first."""
-    x, at = _standardised(seen.double(), len(task.fold))
+    x, at = _standardised(states_read.double(), len(task.fold))
     folds, strengths = task.fold.unique(), STRENGTHS[kind]
     # A row for each fold, false where it is left out, and one that leaves out nothing.
     use = torch.cat([task.fold != folds[:, None], torch.ones(1, len(x), dtype=torch.bool)])
     y = torch.stack(task.targets)
-    found = (_ridge if kind == "linear" else _network)(x, y, use, torch.cat([x, at]), strengths, seed)
-    best = _best(found[:-1, :, :, : len(x)], y, use[:-1], strengths)
-    true, mixed = (_scored(task, found[-1, i, k, len(x) :]) for k, i in enumerate(best))
-    return (true, mixed), strengths[best[0]]
+    predictions = (_ridge if kind == "linear" else _network)(x, y, use, torch.cat([x, at]), strengths, seed)
+    best = _best(predictions[:-1, :, :, : len(x)], y, use[:-1], strengths)
+    true, permuted = (_scored(task, predictions[-1, i, k, len(x) :]) for k, i in enumerate(best))
+    return (true, permuted), strengths[best[0]]
 
 
 def _standardised(seen: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -348,10 +360,13 @@ def _standardised(seen: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _best(
-    found: Float[Tensor, "f s k n r"], y: Float[Tensor, "k n r"], use: Bool[Tensor, "f n"], strengths: tuple[float, ...]
+    predictions: Float[Tensor, "f s k n r"],
+    y: Float[Tensor, "k n r"],
+    use: Bool[Tensor, "f n"],
+    strengths: tuple[float, ...],
 ) -> list[int]:
     """For each kind of targets, which penalty errs least on left-out rows; the larger of equals."""
-    error = ((found - y).square() * ~use[:, None, None, :, None]).sum((0, 3, 4))
+    error = ((predictions - y).square() * ~use[:, None, None, :, None]).sum((0, 3, 4))
     return [max(range(len(strengths)), key=lambda i: (-float(error[i, k]), strengths[i])) for k in range(len(y))]
 
 
@@ -360,13 +375,13 @@ def _ridge(
     strengths: tuple[float, ...], seed: int,
 ) -> Float[Tensor, "f s k m r"]:  # fmt: skip
     """Predictions at some states of a ridge regression on the rows of each fold, for each penalty and kind of targets."""
-    found = []
-    for kept in use:
-        mean = y[:, kept].mean(1, keepdim=True)
-        values, vectors = torch.linalg.eigh(x[kept].T @ x[kept])
-        left, right = at @ vectors, (x[kept] @ vectors).T @ (y[:, kept] - mean)
-        found.append(torch.stack([(left / (values.clamp(min=0) + s)) @ right + mean for s in strengths]))
-    return torch.stack(found)
+    predictions = []
+    for rows in use:
+        mean = y[:, rows].mean(1, keepdim=True)
+        values, vectors = torch.linalg.eigh(x[rows].T @ x[rows])
+        left, right = at @ vectors, (x[rows] @ vectors).T @ (y[:, rows] - mean)
+        predictions.append(torch.stack([(left / (values.clamp(min=0) + s)) @ right + mean for s in strengths]))
+    return torch.stack(predictions)
 
 
 def _network(

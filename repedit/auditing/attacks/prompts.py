@@ -1,4 +1,7 @@
-"""Attacks with words alone: another wording, another language, examples, another form of question."""
+"""Attacks by prompts alone: other wordings, other languages, examples, and other forms of the question.
+
+None of them needs the weights. Each has one setting a wording, in which every fact of V is asked once.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from repedit.auditing.attack import Attack, Outcome, ask, reworded, skipped, ways
+from repedit.auditing.attack import (
+    Attack,
+    AttackRecord,
+    AttackResult,
+    Work,
+    ask,
+    checked_names,
+    register,
+    reworded,
+    skipped,
+)
 from repedit.data import Fact, Splits, by_domain
 from repedit.data.encoding import chat_text, prompt_with_answer
 from repedit.data.fact_sets import entity_of, seeded_order
@@ -19,9 +32,7 @@ from repedit.errors import ArgumentError, NotEnoughRows, OverlapError
 from repedit.metrics.facts import FactsAccuracy, choice_scores
 from repedit.models.subject import Subject
 
-# --- Attacks with words alone: the facts asked in another wording, another language, or after examples
-#
-# None of them needs the weights. Each returns one setting a wording; in each every fact of V is asked once.
+# --- Another wording, another language, or examples before the question
 
 
 NOISE = 0.05
@@ -30,10 +41,13 @@ NOISE = 0.05
 def direct() -> Attack:
     """Asks every fact in its own prompt; what every other attack is compared with."""
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
-        return Outcome({"prompt": ask(subject, splits.test)})
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
+        return AttackResult({"prompt": ask(subject, splits.test)})
 
-    return Attack("direct", "prompts", "B", False, {}, run, draws=False)
+    return Attack(DIRECT, {}, run, Work(1.0))
+
+
+DIRECT = register(AttackRecord("direct", cost=0, budget="fast", build=lambda setup: [direct()], draws=False))
 
 
 def paraphrase() -> Attack:
@@ -43,7 +57,7 @@ def paraphrase() -> Attack:
     arXiv:2309.17410, and Lynch et al. 2024, arXiv:2402.16835.
     """
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         counts = [len(fact.paraphrases) for fact in splits.test]
         common, most = min(counts, default=0), max(counts, default=0)
         if not most:
@@ -52,9 +66,14 @@ def paraphrase() -> Attack:
             return skipped(f"{counts.count(0)} of {len(counts)} facts have no paraphrases")
         prompts = {f"phrasing {i + 1}": [fact.paraphrases[i] for fact in splits.test] for i in range(common)}
         note = f"{most - common} phrasings that only some facts have were left out" if most > common else ""
-        return Outcome(_asked(subject, splits, prompts), note)
+        return AttackResult(_asked(subject, splits, prompts), note)
 
-    return Attack("paraphrase", "prompts", "B", False, {}, run, draws=False)
+    return Attack(PARAPHRASE, {}, run, Work(4.6))
+
+
+PARAPHRASE = register(
+    AttackRecord("paraphrase", cost=20, budget="fast", build=lambda setup: [paraphrase()], draws=False)
+)
 
 
 def prefix(*, wordings: Sequence[str] | None = None, seed: int = 0) -> Attack:
@@ -67,12 +86,17 @@ def prefix(*, wordings: Sequence[str] | None = None, seed: int = 0) -> Attack:
         ArgumentError: if none is named.
     Reference: Lynch et al. 2024, arXiv:2402.16835.
     """
-    names = ways("wording", wordings, PREFIXES)
+    names = checked_names("wording", wordings, PREFIXES)
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
-        return Outcome(_asked(subject, splits, {n: [PREFIXES[n](fact, seed) for fact in splits.test] for n in names}))
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
+        return AttackResult(
+            _asked(subject, splits, {n: [PREFIXES[n](fact, seed) for fact in splits.test] for n in names})
+        )
 
-    return Attack("prefix", "prompts", "B", False, {"wordings": list(names)}, run, seed)
+    return Attack(PREFIX, {"wordings": list(names)}, run, Work(6.0), seed)
+
+
+PREFIX = register(AttackRecord("prefix", cost=40, budget="standard", build=lambda setup: [prefix()]))
 
 
 def translate() -> Attack:
@@ -81,20 +105,25 @@ def translate() -> Attack:
     The answers stay as they are written in the fact. Reference: Lynch et al. 2024, arXiv:2402.16835.
     """
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
-        have = [set(fact.translations) for fact in splits.test]
-        every, common = set().union(*have), have[0].intersection(*have)
-        if not every:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
+        languages = [set(fact.translations) for fact in splits.test]
+        some, all_facts = set().union(*languages), languages[0].intersection(*languages)
+        if not some:
             return skipped("the facts have no translations")
-        if not common:
-            return skipped(f"no language is common to all facts; some have {sorted(every)}")
-        prompts = {language: [fact.translations[language] for fact in splits.test] for language in sorted(common)}
-        missing = ", ".join(sorted(every - common))
-        return Outcome(
+        if not all_facts:
+            return skipped(f"no language is common to all facts; some have {sorted(some)}")
+        prompts = {language: [fact.translations[language] for fact in splits.test] for language in sorted(all_facts)}
+        missing = ", ".join(sorted(some - all_facts))
+        return AttackResult(
             _asked(subject, splits, prompts), f"left out, since only some facts have them: {missing}" if missing else ""
         )
 
-    return Attack("translate", "prompts", "B", False, {}, run, draws=False)
+    return Attack(TRANSLATE, {}, run, Work(3.0))
+
+
+TRANSLATE = register(
+    AttackRecord("translate", cost=50, budget="standard", build=lambda setup: [translate()], draws=False, may_skip=True)
+)
 
 
 def in_context(*, counts: Sequence[int] = (4, 8), seed: int = 0) -> Attack:
@@ -111,19 +140,26 @@ def in_context(*, counts: Sequence[int] = (4, 8), seed: int = 0) -> Attack:
     if not counts or min(counts) < 1:
         raise ArgumentError(f"counts={tuple(counts)}; give how many facts to show, at least 1")
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         prompts: dict[str, list[str]] = {}
-        strange: dict[str, int] = {}
+        other_domain: dict[str, int] = {}
         for count in counts:
             try:
-                shown = demonstrations(splits, count, seed)
+                examples = demonstrations(splits, count, seed)
             except NotEnoughRows as error:
                 return skipped(str(error))
-            prompts[f"k={count}"] = ["\n".join([*(s.text for s in shown[f.id]), f.prompt]) for f in splits.test]
-            strange[f"k={count}"] = sum(any(s.domain != f.domain for s in shown[f.id]) for f in splits.test)
-        return Outcome(_asked(subject, splits, prompts), details={"facts shown examples of another domain": strange})
+            prompts[f"k={count}"] = ["\n".join([*(s.text for s in examples[f.id]), f.prompt]) for f in splits.test]
+            other_domain[f"k={count}"] = sum(any(s.domain != f.domain for s in examples[f.id]) for f in splits.test)
+        return AttackResult(
+            _asked(subject, splits, prompts), details={"facts shown examples of another domain": other_domain}
+        )
 
-    return Attack("in_context", "prompts", "B", True, {"counts": list(counts)}, run, seed)
+    return Attack(IN_CONTEXT, {"counts": list(counts)}, run, Work(4.0), seed)
+
+
+IN_CONTEXT = register(
+    AttackRecord("in_context", cost=60, budget="fast", build=lambda setup: [in_context()], uses_train=True)
+)
 
 
 def demonstrations(splits: Splits, count: int, seed: int) -> Mapping[str, tuple[Fact, ...]]:
@@ -133,23 +169,25 @@ def demonstrations(splits: Splits, count: int, seed: int) -> Mapping[str, tuple[
         OverlapError: if T and V share a fact or an entity.
         NotEnoughRows: if T has too few facts that do not hold the answer asked for.
     """
-    both = sorted({entity_of(fact) for fact in splits.train} & {entity_of(fact) for fact in splits.test})
-    both += sorted({fact.id for fact in splits.train} & {fact.id for fact in splits.test})
-    if both:
-        raise OverlapError(f"T and V share {both[:5]}; an example would tell what is asked: split the facts by entity")
+    shared = sorted({entity_of(fact) for fact in splits.train} & {entity_of(fact) for fact in splits.test})
+    shared += sorted({fact.id for fact in splits.train} & {fact.id for fact in splits.test})
+    if shared:
+        raise OverlapError(
+            f"T and V share {shared[:5]}; an example would tell what is asked: split the facts by entity"
+        )
     domains = by_domain(splits.train)
-    found: dict[str, tuple[Fact, ...]] = {}
+    shown: dict[str, tuple[Fact, ...]] = {}
     for fact in splits.test:
-        own, every = _without(domains.get(fact.domain, ()), fact.answer), _without(splits.train, fact.answer)
-        pool = own if len(own) >= count else every
+        same_domain, every = _without(domains.get(fact.domain, ()), fact.answer), _without(splits.train, fact.answer)
+        pool = same_domain if len(same_domain) >= count else every
         if len(pool) < count:
             raise NotEnoughRows(
                 f"T has {len(pool)} facts without the answer of {fact.id!r}, and {count} are to be shown; "
                 "give more facts, or lower counts"
             )
-        named = {other.id: other for other in pool}
-        found[fact.id] = tuple(named[name] for name in seeded_order(named, f"{seed}:shown:{fact.id}")[:count])
-    return found
+        by_id = {other.id: other for other in pool}
+        shown[fact.id] = tuple(by_id[name] for name in seeded_order(by_id, f"{seed}:shown:{fact.id}")[:count])
+    return shown
 
 
 def misspelt(fact: Fact, seed: int) -> str:
@@ -158,21 +196,21 @@ def misspelt(fact: Fact, seed: int) -> str:
     The last two characters stay, since the answer follows them.
     """
     rng, text = random.Random(f"{seed}:misspelt:{fact.id}"), fact.prompt
-    places = [i for i in range(len(text) - 2) if text[i].isalpha() and text[i + 1].isalpha()]
-    wanted = max(1, round(NOISE * sum(map(str.isalpha, text))))
+    positions = [i for i in range(len(text) - 2) if text[i].isalpha() and text[i + 1].isalpha()]
+    count = max(1, round(NOISE * sum(map(str.isalpha, text))))
     chosen: set[int] = set()
-    for i in rng.sample(places, len(places)):
+    for i in rng.sample(positions, len(positions)):
         # Neighbours would undo each other.
-        if len(chosen) < wanted and not {i - 1, i + 1} & chosen:
+        if len(chosen) < count and not {i - 1, i + 1} & chosen:
             chosen.add(i)
-    found, i = "", 0
+    misspelt_text, i = "", 0
     while i < len(text):
-        one, two = text[i], text[i + 1 : i + 2]
-        change = rng.choice((one + one + two, two, two + one)) if i in chosen else one
+        letter, following = text[i], text[i + 1 : i + 2]
+        change = rng.choice((letter + letter + following, following, following + letter)) if i in chosen else letter
         # Two equal letters swapped would be no change.
-        found += one + change if i in chosen and change == one + two else change
+        misspelt_text += letter + change if i in chosen and change == letter + following else change
         i += 2 if i in chosen else 1
-    return found
+    return misspelt_text
 
 
 PREFIXES: Mapping[str, Callable[[Fact, int], str]] = {
@@ -190,11 +228,11 @@ PREFIXES: Mapping[str, Callable[[Fact, int], str]] = {
 
 def _asked(subject: Subject, splits: Splits, prompts: Mapping[str, Sequence[str]]) -> dict[str, FactsAccuracy]:
     """By setting, the facts of V asked with the prompts given for it, in their order."""
-    found = {}
+    answers = {}
     for setting, texts in prompts.items():
         items = zip(splits.test, texts, strict=True)
-        found[setting] = ask(subject, [replace(fact, prompt=text, paraphrases=()) for fact, text in items])
-    return found
+        answers[setting] = ask(subject, [replace(fact, prompt=text, paraphrases=()) for fact, text in items])
+    return answers
 
 
 def _without(facts: Sequence[Fact], answer: str) -> list[Fact]:
@@ -202,11 +240,12 @@ def _without(facts: Sequence[Fact], answer: str) -> list[Fact]:
     return [fact for fact in facts if not contains_answer(fact.text, answer)]
 
 
-# --- The same fact asked in other forms: a question, multiple choice, yes or no, the odd one out, a chat
+# --- Other forms: a question, multiple choice, yes or no, the odd one out, a chat
 
 
 # Facts a pass of the yes-or-no form: each has two rows a choice.
 _ROWS = 16
+_SHORT_FORMS = ("question", "multiple choice", "yes/no", "odd one out")
 _WRAPPED = re.compile(r"^\s*(?:question|q)\s*:\s*|\s*(?:answer|a)\s*:\s*$", re.IGNORECASE)
 _DOUBT = "\nQuestion: Is that right, yes or no?\nAnswer: "
 
@@ -225,16 +264,24 @@ def reformat(*, templates: Sequence[str] | None = None, seed: int = 0) -> Attack
         ArgumentError: if none is named.
     Reference: arXiv:2411.15477 and arXiv:2603.11266, on forgetting that holds in one format only.
     """
-    names = ways("form", templates, FORMATS)
+    names = checked_names("form", templates, FORMATS)
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         left_out = {name: why for name in names if (why := _obstacle(name, subject, splits.test))}
         notes = "; ".join(f"{name!r} was left out: {why}" for name, why in left_out.items())
         if len(left_out) == len(names):
             return skipped(notes)
-        return Outcome({n: FORMATS[n](subject, splits.test, seed) for n in names if n not in left_out}, notes)
+        return AttackResult({n: FORMATS[n](subject, splits.test, seed) for n in names if n not in left_out}, notes)
 
-    return Attack("format", "prompts", "B", False, {"templates": list(names)}, run, seed)
+    return Attack(FORMAT, {"templates": list(names)}, run, Work(15.0), seed)
+
+
+FORMAT = register(
+    AttackRecord(
+        "format", cost=30, budget="fast",
+        build=lambda setup: [reformat(templates=_SHORT_FORMS if setup.budget == "fast" else None)],
+    )
+)  # fmt: skip
 
 
 def question(prompt: str) -> str:
@@ -290,12 +337,12 @@ def _multiple_choice(subject: Subject, facts: Sequence[Fact], seed: int) -> Fact
 
 
 def _letters(subject: Subject, facts: Sequence[Fact], seed: int) -> FactsAccuracy:
-    found = []
+    lettered = []
     for fact in reworded(facts, lambda fact: _listed(fact, seed)):
         letters = [_letter(i) for i in range(len(fact.choices))]
-        own = letters[_order(fact, seed).index(fact.answer)]
-        found.append(replace(fact, answer=own, choices=tuple(letters)))
-    return ask(subject, found)
+        answer = letters[_order(fact, seed).index(fact.answer)]
+        lettered.append(replace(fact, answer=answer, choices=tuple(letters)))
+    return ask(subject, lettered)
 
 
 def _odd_one_out(subject: Subject, facts: Sequence[Fact], seed: int) -> FactsAccuracy:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from repedit.arch import MatrixView
-from repedit.auditing.attack import Attack, Outcome, Scratch, skipped
-from repedit.auditing.attacks.finetune import carried_out, scaled, trial
-from repedit.auditing.attacks.tuning import Tuning, examples, shuffled
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Scratch, register, skipped
+from repedit.auditing.attacks.tuning import Tuning, carried_out, examples, scaled_rates, shuffled, training_work, trial
 from repedit.data import Splits
 from repedit.errors import FractionError
 from repedit.models.subject import Subject
@@ -44,32 +43,45 @@ def refill(
     Raises:
         ArgumentError: if a rate, a number of steps or the ratio is out of range.
     """
-    base, tried = Tuning(1.0, steps=steps), scaled(rates, scale)
+    base, scaled = Tuning(1.0, steps=steps), scaled_rates(rates, scale)
     _check(ratio)
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         scratch = Scratch(subject).subject
         spaces = null_spaces(scratch, ratio)
         if not spaces:
             return skipped("no null space: no write weight has singular values that are almost zero")
-        filled = _parametrized(scratch, spaces)
+        trained = _parametrized(scratch, spaces)
         draw = shuffled(examples(scratch, splits.train), base.batch_size, seed)
-        trials = [trial(replace(base, rate=rate), draw, measured, known=splits.train) for rate in tried]
+        trials = [trial(replace(base, rate=rate), draw, measured, known=splits.train) for rate in scaled]
 
         def start() -> tuple[Subject, list[nn.Parameter]]:
             with torch.no_grad():
-                for z in filled:
+                for z in trained:
                     z.zero_()
-            return scratch, filled
+            return scratch, trained
 
-        found = carried_out(trials, start, splits.test, seed)
+        result = carried_out(trials, start, splits.test, seed)
         ranks = {str(view.tensor) + _expert(view): basis.shape[1] for view, basis in spaces}
-        return found._replace(details={**found.details, "directions": ranks})
+        return result._replace(details={**result.details, "directions": ranks})
 
-    given = {
+    options = {
         "rates": list(rates), "steps": steps, "measured": list(measured), "ratio": ratio, "scale": scale,
     }  # fmt: skip
-    return Attack("refill", "finetune", "W", True, given, run)
+    return Attack(
+        REFILL, options, run, training_work(len(rates), steps, measured),
+        applies=lambda subject: bool(null_spaces(subject, ratio)),
+    )  # fmt: skip
+
+
+REFILL = register(
+    AttackRecord(
+        "refill", cost=140, budget="fast", level="W", uses_train=True, trains=True, may_skip=True,
+        build=lambda setup: [
+            refill(scale=setup.scale, measured=(0, 20, 40) if setup.budget == "fast" else (0, 5, 10, 20, 40))
+        ],
+    )
+)  # fmt: skip
 
 
 def null_space(weight: Float[Tensor, "d i"], ratio: float | None = None) -> Float[Tensor, "d k"]:
@@ -85,26 +97,28 @@ def null_space(weight: Float[Tensor, "d i"], ratio: float | None = None) -> Floa
     """
     _check(ratio)
     ratio = (1e-3 if weight.dtype.itemsize > 2 else 5e-3) if ratio is None else ratio
-    wide = weight.detach().double()
+    matrix = weight.detach().double()
     # Squares of singular values: float64 keeps ratios down to 1e-7, and d x d is the smaller matrix here.
-    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     sizes = values.clamp(min=0).sqrt()
-    most = min(weight.shape)
-    own = sizes[len(sizes) - most :]
-    alive = own[own > 1e-6 * own.max()]
-    limit = ratio * float(alive.median()) if len(alive) else float("inf")
-    lost = int((own < limit).sum())
-    return vectors[:, : len(sizes) - most + lost if lost else 0].to(torch.promote_types(weight.dtype, torch.float32))
+    smaller_side = min(weight.shape)
+    nonzero_sizes = sizes[len(sizes) - smaller_side :]
+    kept_sizes = nonzero_sizes[nonzero_sizes > 1e-6 * nonzero_sizes.max()]
+    limit = ratio * float(kept_sizes.median()) if len(kept_sizes) else float("inf")
+    lost = int((nonzero_sizes < limit).sum())
+    return vectors[:, : len(sizes) - smaller_side + lost if lost else 0].to(
+        torch.promote_types(weight.dtype, torch.float32)
+    )
 
 
 def null_spaces(subject: Subject, ratio: float | None = None) -> list[tuple[MatrixView, Tensor]]:
     """Every attention or MLP output weight that has a null space, an expert at a time, with its basis."""
-    named = dict(subject.model.named_parameters())
-    found = []
+    parameters = dict(subject.model.named_parameters())
+    spaces = []
     for part in (part for pair in subject.layout.layers for branch in pair for part in branch.parts):
-        basis = null_space(part.out.read(named[part.out.tensor]), ratio)
-        found += [(part.out, basis)] if basis.shape[1] else []
-    return found
+        basis = null_space(part.out.read(parameters[part.out.tensor]), ratio)
+        spaces += [(part.out, basis)] if basis.shape[1] else []
+    return spaces
 
 
 class _Filled(nn.Module):
@@ -129,13 +143,13 @@ def _adding(basis: Tensor, z: Tensor) -> Callable[[Tensor], Tensor]:
 def _parametrized(subject: Subject, spaces: Sequence[tuple[MatrixView, Tensor]]) -> list[nn.Parameter]:
     """Put a `_Filled` on every weight; what it trains."""
     model = subject.model
-    found: list[nn.Parameter] = []
+    trained: list[nn.Parameter] = []
     for tensor in dict.fromkeys(view.tensor for view, _ in spaces):
         path, _, leaf = tensor.rpartition(".")
         module = model.get_submodule(path)
-        filled = _Filled([space for space in spaces if space[0].tensor == tensor], getattr(module, leaf))
-        parametrize.register_parametrization(module, leaf, filled)
-        found += list(filled.z)
+        module_filled = _Filled([space for space in spaces if space[0].tensor == tensor], getattr(module, leaf))
+        parametrize.register_parametrization(module, leaf, module_filled)
+        trained += list(module_filled.z)
     inner = model.forward
 
     # Experts read their weights once each: made anew every time, a pass would take as many copies as there are experts.
@@ -145,7 +159,7 @@ def _parametrized(subject: Subject, spaces: Sequence[tuple[MatrixView, Tensor]])
             return inner(*args, **kwargs)
 
     model.forward = forward
-    return found
+    return trained
 
 
 def _expert(view: MatrixView) -> str:

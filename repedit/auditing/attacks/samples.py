@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from math import comb, log, sqrt
-from typing import Any, NamedTuple
+from math import comb
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, check_ids
-from repedit.auditing.attack import Attack, Outcome
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, register
+from repedit.auditing.statistics import clopper_pearson, dkw_band
 from repedit.data import Fact, Splits
 from repedit.data.encoding import encoded, question_ids
 from repedit.data.grading import contains_answer
@@ -56,7 +57,7 @@ def sampling(
     if not 0 < top_p <= 1:
         raise FractionError(f"top_p={top_p}; give a fraction above 0 and up to 1")
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         texts = samples(subject, splits.test, n, top_p=top_p, temperature=temperature, seed=seed)
         pairs = zip(splits.test, texts, strict=True)
         right = np.array(
@@ -69,10 +70,18 @@ def sampling(
             among = np.any(right[:, :k], axis=1)
             answers[f"leak@{k}"] = FactsAccuracy(among, leaks, ids)
             details[f"leak@{k}"] = _summary(among, leaks)
-        return Outcome(answers, details=details)
+        return AttackResult(answers, details=details)
 
-    settings = {"n": n, "ks": list(ks), "top_p": top_p, "temperature": temperature}
-    return Attack("sampling", "samples", "B", False, settings, run, seed)
+    options = {"n": n, "ks": list(ks), "top_p": top_p, "temperature": temperature}
+    return Attack(SAMPLING, options, run, Work(16.0), seed)
+
+
+SAMPLING = register(
+    AttackRecord(
+        "sampling", cost=70, budget="standard",
+        build=lambda setup: [sampling(n=128, ks=(1, 4, 16, 64)) if setup.budget == "full" else sampling()],
+    )
+)  # fmt: skip
 
 
 def leak_at(n: int, c: int, k: int) -> float:
@@ -87,62 +96,6 @@ def leak_at(n: int, c: int, k: int) -> float:
     if not (0 <= c <= n and 1 <= k <= n):
         raise ArgumentError(f"n={n} samples, c={c} right, k={k}; c is 0 to n, k is 1 to n")
     return 1.0 - comb(n - c, k) / comb(n, k)
-
-
-def clopper_pearson(successes: int, n: int, alpha: float = 0.05) -> tuple[float, float]:
-    """The exact interval of a share, which covers it with at least 1 - alpha.
-
-    Raises:
-        ArgumentError: unless 0 <= successes <= n and n >= 1.
-        FractionError: unless 0 < alpha < 1.
-    """
-    from scipy.stats import beta
-
-    if not (n >= 1 and 0 <= successes <= n):
-        raise ArgumentError(f"{successes} successes of {n}; give 0 to n of at least 1")
-    _check_alpha(alpha)
-    low = float(beta.ppf(alpha / 2, successes, n - successes + 1)) if successes else 0.0
-    high = float(beta.ppf(1 - alpha / 2, successes + 1, n - successes)) if successes < n else 1.0
-    return low, high
-
-
-class Band(NamedTuple):
-    """Between which bounds a distribution function lies."""
-
-    points: NDArray[np.float64]
-    """The values, ascending; repeated ones stand as often as they came."""
-    lower: NDArray[np.float64]
-    """At a point and up to the next one."""
-    upper: NDArray[np.float64]
-    width: float
-    """How far either bound is from the sample's own distribution function, before it is cut to [0, 1]."""
-
-    def mean(self, low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
-        """The least and the largest mean of a distribution on [low, high] that lies inside the band."""
-        steps = np.diff(np.concatenate([[low], self.points, [high]]))
-        above = np.concatenate([[min(self.width, 1.0)], self.upper])
-        below = np.concatenate([[0.0], self.lower])
-        return float(high - (steps * above).sum()), float(high - (steps * below).sum())
-
-
-def dkw_band(values: ArrayLike, alpha: float = 0.05) -> Band:
-    """Bounds that hold a whole distribution function with at least 1 - alpha, from independent values.
-
-    F_n -+ sqrt(ln(2 / alpha) / (2 n)), cut to [0, 1]: the Dvoretzky-Kiefer-Wolfowitz inequality.
-
-    Raises:
-        DataError: if there are no values, or one is not finite.
-        FractionError: unless 0 < alpha < 1.
-    Reference: Scholten et al. 2024, arXiv:2410.03523.
-    """
-    points = np.sort(np.asarray(values, dtype=np.float64).ravel())
-    if not points.size or not np.isfinite(points).all():
-        raise DataError(f"a band from {points.size} values; give at least one, all finite")
-    _check_alpha(alpha)
-    width = sqrt(log(2 / alpha) / (2 * points.size))
-    # The function steps at the last of equal values; the earlier ones stand for nothing, the distance to them is 0.
-    share = np.searchsorted(points, points, side="right") / points.size
-    return Band(points, np.clip(share - width, 0.0, 1.0), np.clip(share + width, 0.0, 1.0), width)
 
 
 def samples(
@@ -165,17 +118,17 @@ def samples(
     tokens = max(len(ids) - start for ids, start in spans) + 4
     for fact, ids in zip(facts, prompts, strict=True):
         check_ids(subject, ids, f"the prompt of fact {fact.id!r}", size=len(ids) + tokens - 1)
-    last = end_token_ids(subject)
-    found: dict[int, list[list[int]]] = {}
+    end_tokens = end_token_ids(subject)
+    by_fact: dict[int, list[list[int]]] = {}
     # Prompts of one length go together, so that none is padded.
     order = sorted(range(len(facts)), key=lambda i: (len(prompts[i]), i))
     while order:
-        same = [i for i in order if len(prompts[i]) == len(prompts[order[0]])][: max(1, _TOGETHER // n)]
-        order = [i for i in order if i not in same]
-        chances = torch.stack([_chances(facts[i].id, tokens, n, seed) for i in same])
-        part = _drawn(subject, [prompts[i] for i in same], chances, last, top_p=top_p, temperature=temperature)
-        found |= zip(same, part, strict=True)
-    return [list(tokenizer.batch_decode(found[i], skip_special_tokens=True)) for i in range(len(facts))]
+        group = [i for i in order if len(prompts[i]) == len(prompts[order[0]])][: max(1, _TOGETHER // n)]
+        order = [i for i in order if i not in group]
+        chances = torch.stack([_chances(facts[i].id, tokens, n, seed) for i in group])
+        drawn = _drawn(subject, [prompts[i] for i in group], chances, end_tokens, top_p=top_p, temperature=temperature)
+        by_fact |= zip(group, drawn, strict=True)
+    return [list(tokenizer.batch_decode(by_fact[i], skip_special_tokens=True)) for i in range(len(facts))]
 
 
 def _chances(name: str, tokens: int, n: int, seed: int) -> Float[Tensor, "tokens n"]:
@@ -188,7 +141,7 @@ def _drawn(
     subject: Subject,
     prompts: Sequence[list[int]],
     chances: Float[Tensor, "b tokens n"],
-    last: set[int],
+    end_tokens: set[int],
     **options: float,
 ) -> list[list[list[int]]]:
     """The tokens of every sample of prompts that have one length.
@@ -212,14 +165,14 @@ def _drawn(
             tokens = _inverse(out.logits[:, -1], row[live], chances[:, step].reshape(-1).numpy()[live], **options)
             for sample, token in zip(live, tokens, strict=True):
                 written[sample].append(int(token))
-            going = ~np.isin(tokens, list(last))
+            going = ~np.isin(tokens, list(end_tokens))
             live, pairs = live[going], np.stack([row[live], tokens], 1)[going]
             if not len(live) or step + 1 == steps:
                 break
             nodes, row[live] = np.unique(pairs, axis=0, return_inverse=True)
             cache.batch_select_indices(torch.from_numpy(nodes[:, 0].copy()).to(subject.device))
             ids = torch.from_numpy(nodes[:, 1:].copy()).to(subject.device)
-    cut = [[token for token in text if token not in last] for text in written]
+    cut = [[token for token in text if token not in end_tokens] for text in written]
     return [cut[i * n : i * n + n] for i in range(b)]
 
 
@@ -230,20 +183,22 @@ def _inverse(
 
     The nucleus is the fewest likeliest tokens that hold `top_p` of the probability.
     """
-    spread = (at_least_float32(logits) / temperature).softmax(-1)
-    if not bool(torch.isfinite(spread).all()):
+    probabilities = (at_least_float32(logits) / temperature).softmax(-1)
+    if not bool(torch.isfinite(probabilities).all()):
         raise NotFinite("the probabilities of the next token are not finite; load the model in float32?")
-    p, index = spread.topk(min(_HEAD, spread.shape[-1]))
+    p, index = probabilities.topk(min(_HEAD, probabilities.shape[-1]))
     if bool((p.double().sum(-1) < top_p).any()):
-        p, index = spread.sort(dim=-1, descending=True)
+        p, index = probabilities.sort(dim=-1, descending=True)
     mass = p.double().cumsum(-1)
     kept = (mass - p < top_p).sum(-1).cpu().numpy()
-    wide, names = mass.cpu().numpy(), index.cpu().numpy()
-    found = np.empty(len(rows), dtype=np.int64)
+    masses, token_ids = mass.cpu().numpy(), index.cpu().numpy()
+    tokens = np.empty(len(rows), dtype=np.int64)
     for r in np.unique(rows):
-        mine, own = rows == r, wide[r, : kept[r]]
-        found[mine] = names[r, np.searchsorted(own[:-1], chances[mine] * own[-1], side="right")]
-    return found
+        selected, cumulative = rows == r, masses[r, : kept[r]]
+        tokens[selected] = token_ids[
+            r, np.searchsorted(cumulative[:-1], chances[selected] * cumulative[-1], side="right")
+        ]
+    return tokens
 
 
 def _summary(right: NDArray[np.bool_], leaks: NDArray[np.float64]) -> dict[str, Any]:
@@ -251,8 +206,3 @@ def _summary(right: NDArray[np.bool_], leaks: NDArray[np.float64]) -> dict[str, 
         "mean": float(leaks.mean()), "mean bounds": list(dkw_band(leaks).mean()),
         "share": float(right.mean()), "share interval": list(clopper_pearson(int(right.sum()), right.size)),
     }  # fmt: skip
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 0 < alpha < 1:
-        raise FractionError(f"alpha={alpha}; give a fraction strictly between 0 and 1")

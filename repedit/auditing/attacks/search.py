@@ -1,4 +1,4 @@
-"""Attacks that search for an input: soft prompts, and prefixes of real tokens found by greedy coordinate gradients."""
+"""Attacks that search for an input: trained vectors before the prompt, and a prefix of tokens found by greedy coordinate gradients."""
 
 from __future__ import annotations
 
@@ -11,15 +11,39 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from repedit.auditing.attack import FAILED, RAN, Attack, Outcome, Scratch, ask
-from repedit.auditing.attacks.finetune import FALL, Trial, carried_out
-from repedit.auditing.attacks.tuning import Draw, Example, Tuning, examples, masked_loss, mean_loss, shuffled, stacked
+from repedit.auditing.attack import (
+    FAILED,
+    RAN,
+    Attack,
+    AttackRecord,
+    AttackResult,
+    Scratch,
+    Setting,
+    Work,
+    ask,
+    register,
+)
+from repedit.auditing.attacks.tuning import (
+    FALL,
+    Draw,
+    Example,
+    Trial,
+    Tuning,
+    carried_out,
+    examples,
+    masked_loss,
+    mean_loss,
+    shuffled,
+    stacked,
+    training_work,
+)
 from repedit.data import Splits
 from repedit.data.encoding import prefix_ids, text_ids
 from repedit.errors import ArgumentError
+from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
 
-# --- Attacks that search for an input: the weights stay as they are, and vectors before the prompt are trained
+# --- Soft prompts: vectors before the prompt are trained, the weights stay as they are
 
 
 def soft_prompt(
@@ -47,32 +71,40 @@ def soft_prompt(
         )
     base = Tuning(1.0, steps=steps)
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         scratch = Scratch(subject).subject
         first = _starting(scratch, vectors, seed)
         trained = nn.Parameter(first.clone())
-        held = prompted(scratch, trained)
+        prompted_subject = prompted(scratch, trained)
         unit = float(scratch.model.get_input_embeddings().weight.detach().float().pow(2).mean().sqrt())
-        items = examples(held, splits.train)
+        items = examples(prompted_subject, splits.train)
         draw = shuffled(items, base.batch_size, seed)
         at = sorted({step for step in measured if 0 < step <= steps} | {steps})
         trials = [
             Trial(f"lr={rate * scale:g}", replace(base, rate=rate * scale * unit), draw,
-                  {step: f"lr={rate * scale:g} step={step}" for step in at}, known=splits.train, watched=items)
+                  {step: Setting(f"lr={rate * scale:g} step={step}", step=step) for step in at}, known=splits.train, watched=items)
             for rate in rates
         ]  # fmt: skip
 
         def start() -> tuple[Subject, list[nn.Parameter]]:
             with torch.no_grad():
                 trained.copy_(first)
-            return held, [trained]
+            return prompted_subject, [trained]
 
         return carried_out(trials, start, splits.test, seed)
 
-    given = {
+    options = {
         "vectors": vectors, "steps": steps, "rates": list(rates), "measured": list(measured), "scale": scale,
     }  # fmt: skip
-    return Attack("soft_prompt", "optimise", "W", True, given, run)
+    return Attack(SOFT_PROMPT, options, run, training_work(len(rates), steps, measured))
+
+
+SOFT_PROMPT = register(
+    AttackRecord(
+        "soft_prompt", cost=210, budget="full", build=lambda setup: [soft_prompt()], level="W", uses_train=True,
+        trains=True,
+    )
+)  # fmt: skip
 
 
 class Prefixed:
@@ -93,8 +125,8 @@ def _starting(subject: Subject, count: int, seed: int) -> Float[Tensor, "n d"]:
     table = subject.model.get_input_embeddings()
     ids = [random.Random(f"{seed}:{number}").randrange(table.weight.shape[0]) for number in range(count)]
     with torch.no_grad():
-        found = table(torch.tensor([ids], device=subject.device))[0]
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+        embeddings = table(torch.tensor([ids], device=subject.device))[0]
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
 def prompted(subject: Subject, vectors: nn.Parameter) -> Subject:
@@ -108,14 +140,14 @@ def prompted(subject: Subject, vectors: nn.Parameter) -> Subject:
 
 def _looking_up(inner: Callable[[Tensor], Tensor], vectors: nn.Parameter, size: int) -> Callable[[Tensor], Tensor]:
     def forward(ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-        found = inner(ids.clamp(max=size - 1))
-        ours = vectors[(ids - size).clamp(min=0)].to(found.dtype)
-        return torch.where((ids >= size)[..., None], ours, found)
+        embedded = inner(ids.clamp(max=size - 1))
+        vectors_at = vectors[(ids - size).clamp(min=0)].to(embedded.dtype)
+        return torch.where((ids >= size)[..., None], vectors_at, embedded)
 
     return forward
 
 
-# --- A prefix of real tokens before every prompt, found by greedy coordinate gradients: anyone with the weights can search it
+# --- GCG: a prefix of tokens before every prompt, found by greedy coordinate gradients
 
 
 class Search(NamedTuple):
@@ -154,31 +186,38 @@ def gcg(
         raise ArgumentError(f"{dict(search._asdict())}; give at least 1 of each")
     at = sorted({step for step in measured if 0 < step <= steps} | {steps})
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         scratch = Scratch(subject).subject
         allowed = _allowed(scratch)
         prefix = random.Random(f"{seed}:gcg").choices(allowed.tolist(), k=length)
         size, width = scratch.model.get_input_embeddings().weight.shape
         vectors = nn.Parameter(torch.zeros(length, width, device=scratch.device))
-        held = prompted(scratch, vectors)
-        items = examples(held, splits.train)
+        prompted_subject = prompted(scratch, vectors)
+        items = examples(prompted_subject, splits.train)
         before = mean_loss(scratch, _with(items, prefix, size))
-        answers, losses, tokens = {}, [], 0
-        steps_of = _steps(held, vectors, shuffled(items, batch_size, seed), prefix, allowed, search, seed)
+        answers: dict[str, FactsAccuracy] = {}
+        losses, tokens = [], 0
+        steps_of = _steps(prompted_subject, vectors, shuffled(items, batch_size, seed), prefix, allowed, search, seed)
         for step, (prefix, loss, read) in enumerate(steps_of, 1):
             losses.append(round(loss, 4))
             tokens += read
             if step in at:
                 behind = replace(scratch, tokenizer=Prefixed(scratch.need_tokenizer(), prefix))
-                answers[f"step={step}"] = ask(behind, splits.test)
+                answers[Setting(f"step={step}", step=step)] = ask(behind, splits.test)
         fall = 1 - mean_loss(scratch, _with(items, prefix, size)) / max(before, 1e-12)
         failed = not fall >= FALL
-        short = f"the loss on T fell by {fall:.1%}, {FALL:.0%} is needed; give more steps, candidates or tokens"
+        reason = f"the loss on T fell by {fall:.1%}, {FALL:.0%} is needed; give more steps, candidates or tokens"
         details = {"prefix": scratch.need_tokenizer().decode(prefix), "losses": losses, "fall": fall}
-        return Outcome(answers, short if failed else "", None, tokens, details, FAILED if failed else RAN)
+        return AttackResult(answers, reason if failed else "", None, tokens, details, FAILED if failed else RAN)
 
-    given = {**search._asdict(), "measured": at}
-    return Attack("gcg", "optimise", "W", True, given, run)
+    options = {**search._asdict(), "measured": at}
+    # Each candidate is a forward pass, which is about a third of a training step.
+    return Attack(GCG, options, run, Work(len(at), steps * (1 + candidates / 3)))
+
+
+GCG = register(
+    AttackRecord("gcg", cost=220, budget="full", build=lambda setup: [gcg()], level="W", uses_train=True, trains=True)
+)
 
 
 def _steps(
@@ -210,9 +249,9 @@ def _slopes(
     table = held.model.get_input_embeddings()
     with torch.no_grad():
         vectors.copy_(table(torch.tensor([list(prefix)], device=held.device))[0])
-    (found,) = torch.autograd.grad(masked_loss(held, stacked(held, items)), vectors)
+    (gradient,) = torch.autograd.grad(masked_loss(held, stacked(held, items)), vectors)
     # Some families scale what the table gives; a positive number for all tokens leaves their order as it is.
-    return found @ table.weight.detach().to(found).T
+    return gradient @ table.weight.detach().to(gradient).T
 
 
 def _with(items: Sequence[Example], prefix: Sequence[int], size: int) -> list[Example]:

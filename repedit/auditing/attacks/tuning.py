@@ -1,10 +1,10 @@
-"""The training loop of the attacks: texts to learn, the masked loss, and a few steps that are asked in between."""
+"""The training that attacks do: examples, the masked loss, the loop, and trials that ask V in between."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -15,10 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repedit.activations.forward import at_least_float32, batches_of, inputs_of, retry_with_smaller_batch
-from repedit.data import Batch, as_batches
+from repedit.auditing.attack import FAILED, RAN, AttackResult, Scratch, Setting, Work, ask
+from repedit.data import Batch, Fact, as_batches
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
 from repedit.hooks import evaluating
+from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
+from repedit.quantization import check_unquantized
 from repedit.training import optimizers
 
 # --- Texts to learn, batches of them, and the masked loss
@@ -43,15 +46,17 @@ def examples(subject: Subject, source: Any, *, loss: str = "answer", max_tokens:
     Raises:
         DataError: if a row is longer than `max_tokens`, or has no token that another comes before.
     """
-    found = []
+    items = []
     for batch in batches_of(subject, as_batches(source), length=max_tokens, batch_size=64):
-        marked = batch.attention_mask if loss == "sequence" or batch.answer is None else batch.answer
-        for name, ids, real, mark in zip(batch.document, batch.input_ids, batch.attention_mask, marked, strict=True):
-            learned = [False, *mark[real].tolist()[1:]]
+        learned_tokens = batch.attention_mask if loss == "sequence" or batch.answer is None else batch.answer
+        for name, ids, real, marks in zip(
+            batch.document, batch.input_ids, batch.attention_mask, learned_tokens, strict=True
+        ):
+            learned = [False, *marks[real].tolist()[1:]]
             if not any(learned):
                 raise DataError(f"{name!r}: no token is learned, a first one follows nothing; give a longer text")
-            found.append(Example(ids[real].tolist(), learned))
-    return tuple(found)
+            items.append(Example(ids[real].tolist(), learned))
+    return tuple(items)
 
 
 def shuffled(items: Sequence[Example], size: int, seed: int) -> Draw:
@@ -283,14 +288,14 @@ def _trainable(
         p.requires_grad_(False)
     try:
         if trained is not None:
-            found = list(trained)
+            wanted = list(trained)
         elif tuning.how == "full":
-            found = own
+            wanted = own
         else:
-            found = _adapt(subject, tuning, seed, undo)
-        for p in found:
+            wanted = _adapt(subject, tuning, seed, undo)
+        for p in wanted:
             p.requires_grad_(True)
-        yield found
+        yield wanted
     finally:
         for step in reversed(undo):
             step()
@@ -305,11 +310,11 @@ def _adapt(subject: Subject, tuning: Tuning, seed: int, undo: list[Callable[[], 
 
     paths = subject.layout.block_paths
     layers = range(len(paths)) if tuning.layers is None else tuning.layers
-    wrong = [layer for layer in layers if not 0 <= layer < len(paths)]
-    if wrong:
-        raise ArgumentError(f"adapters were asked for in layers {wrong}; the model has layers 0 to {len(paths) - 1}")
+    absent = [layer for layer in layers if not 0 <= layer < len(paths)]
+    if absent:
+        raise ArgumentError(f"adapters were asked for in layers {absent}; the model has layers 0 to {len(paths) - 1}")
     generator = torch.Generator().manual_seed(seed)
-    found: list[nn.Parameter] = []
+    adapters: list[nn.Parameter] = []
     for module in (m for layer in layers for m in subject.model.get_submodule(paths[layer]).modules()):
         if isinstance(module, nn.Linear | Conv1D):
             out, width = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
@@ -317,8 +322,8 @@ def _adapt(subject: Subject, tuning: Tuning, seed: int, undo: list[Callable[[], 
             dtype = torch.promote_types(module.weight.dtype, torch.float32)
             pair = [nn.Parameter(x.to(module.weight.device, dtype)) for x in (down, torch.zeros(out, tuning.rank))]
             undo.append(_attach(module, *pair))
-            found += pair
-    return found
+            adapters += pair
+    return adapters
 
 
 def _attach(module: nn.Module, down: Tensor, up: Tensor) -> Callable[[], Any]:
@@ -331,3 +336,155 @@ def _attach(module: nn.Module, down: Tensor, up: Tensor) -> Callable[[], Any]:
 
     module.forward = forward
     return lambda: module.__dict__.pop("forward") if own is None else setattr(module, "forward", own)
+
+
+# --- Trials of a training attack: each trains from the same weights, is asked at some steps, and must have learned
+
+
+KNOWN = 0.9
+"""Accuracy on T that the best trial must reach; less is no evidence that anything was removed."""
+FALL = 0.1
+"""Where no facts are taught: the share by which the loss on what is trained on must fall."""
+UNTOUCHED = Setting("step=0", step=0)
+
+Start = Callable[[], tuple[Subject, list[nn.Parameter] | None]]
+"""A model with the starting weights, and what to train of it where the tuning does not say."""
+
+
+class Trial(NamedTuple):
+    """One training, and when V is asked."""
+
+    name: str
+    """What sets it apart from the others, such as "lr=5e-05"."""
+    tuning: Tuning
+    draw: Draw
+    settings: Mapping[int, Setting]
+    """The name of each setting, by the step at which V is asked; step 0 is the same in all trials and asked once."""
+    known: tuple[Fact, ...] = ()
+    """Facts it should know afterwards."""
+    watched: tuple[Example, ...] = ()
+    """Texts whose loss should fall; with them, `known` is only asked and decides nothing."""
+
+
+class _TrialResult(NamedTuple):
+    answers: Mapping[int, FactsAccuracy]
+    log: TuningLog
+    known: float | None
+    fall: float | None
+
+
+def scaled_rates(rates: Sequence[float], scale: float) -> tuple[float, ...]:
+    """The rates times the scale.
+
+    Raises:
+        ArgumentError: if there is no rate, or one of them would not be above 0.
+    """
+    if not rates or not min(rates) * scale > 0:
+        raise ArgumentError(f"rates={tuple(rates)}, scale={scale}; give at least one rate, and both above 0")
+    return tuple(rate * scale for rate in rates)
+
+
+def trial(
+    tuning: Tuning,
+    draw: Draw,
+    measured: Sequence[int],
+    extra: str = "",
+    *,
+    known: tuple[Fact, ...] = (),
+    watched: tuple[Example, ...] = (),
+) -> Trial:
+    """A training whose settings are named "lr=5e-05 step=40" and `extra`, asked at the steps in reach and the last one.
+
+    Args:
+        known, watched: see `Trial`.
+    """
+    at = sorted({step for step in measured if 0 <= step <= tuning.steps} | {tuning.steps})
+    settings = {step: Setting(f"lr={tuning.rate:g} step={step}{extra}", step=step) for step in at}
+    return Trial(f"lr={tuning.rate:g}{extra}", tuning, draw, settings, known, watched)
+
+
+def training_work(trials: int, steps: int, measured: Sequence[int], *, checks: int = 1) -> Work:
+    """The work of trials that ask V at the measured steps, and T `checks` times each."""
+    return Work(trials * (len(measured) + checks), trials * max(steps, *measured, 0))
+
+
+def on_copy(subject: Subject, *, full: bool) -> Start:
+    """Each trial begins with the weights of the model, on a copy of it.
+
+    Args:
+        full: whether all weights will be trained; half types are then widened to float32, as they lose small updates.
+    Raises:
+        QuantizedModel: if the weights are not plain tensors.
+    """
+    check_unquantized(subject.quantizer, subject.specs, "trained")
+    scratch = Scratch(subject)
+    if full and any(p.dtype.itemsize < 4 for p in scratch.subject.model.parameters()):
+        scratch.subject.model.float()
+    return lambda: (scratch.restore(), None)
+
+
+def carried_out(trials: Sequence[Trial], start: Start, test: Sequence[Fact], seed: int, note: str = "") -> AttackResult:
+    """The answers of all trials on V.
+
+    A trial whose numbers are no longer finite scores what the model answers before any training from there on, and
+    the reason says so. The outcome is "failed to train" where no trial learned what it was taught.
+
+    details: "losses" of every step and trial; "diverged", by trial the step.
+    """
+    untouched = cache(lambda: ask(start()[0], test))
+    answers: dict[str, FactsAccuracy] = {}
+    results: dict[str, _TrialResult] = {}
+    if any(0 in trial.settings for trial in trials):
+        answers[UNTOUCHED] = untouched()
+    for trial in trials:
+        enough = any(t.known == 1.0 for t in results.values())
+        results[trial.name] = result = _one(trial, start, test, seed, ask_known=not enough)
+        for step, name in trial.settings.items():
+            if step:
+                answers[name] = result.answers.get(step) or untouched()
+    diverged = {name: result.log.diverged for name, result in results.items() if result.log.diverged}
+    details = {
+        "losses": {name: [round(loss, 4) for loss in result.log.losses] for name, result in results.items()},
+        "diverged": diverged,
+    }
+    failure, train_accuracy = _failure(list(results.values()), any(trial.watched for trial in trials))
+    divergence_note = "; ".join(f"{name} diverged at step {step} and scores step 0" for name, step in diverged.items())
+    return AttackResult(
+        answers, "; ".join(part for part in (failure, note, divergence_note) if part), train_accuracy,
+        sum(result.log.tokens for result in results.values()), details, FAILED if failure else RAN,
+    )  # fmt: skip
+
+
+def _one(trial: Trial, start: Start, test: Sequence[Fact], seed: int, *, ask_known: bool) -> _TrialResult:
+    subject, trained = start()
+    before = mean_loss(subject, trial.watched) if trial.watched else 0.0
+    answers: dict[int, FactsAccuracy] = {}
+    known: list[float] = []
+    falls: list[float] = []
+
+    def measure(step: int) -> None:
+        if step in trial.settings:
+            answers[step] = ask(subject, test)
+        if step == trial.tuning.steps and trial.known and ask_known:
+            known.append(ask(subject, trial.known).accuracy)
+        if step == trial.tuning.steps and trial.watched:
+            falls.append(1 - mean_loss(subject, trial.watched) / max(before, 1e-12))
+
+    at = {step for step in (*trial.settings, trial.tuning.steps) if step}
+    log = tune(subject, trial.draw, trial.tuning, at=at, measure=measure, seed=seed, trained=trained)
+    return _TrialResult(answers, log, *(next(iter(values), None) for values in (known, falls)))
+
+
+def _failure(results: Sequence[_TrialResult], by_loss: bool) -> tuple[str, float | None]:
+    """(why nothing was learned, or nothing; best accuracy on T)."""
+    known = max((result.known for result in results if result.known is not None), default=None)
+    fall = max((result.fall for result in results if result.fall is not None), default=None)
+    if all(result.log.diverged for result in results):
+        return "every training diverged; give lower rates", known
+    if by_loss and (fall is None or not fall >= FALL):
+        shortfall = f"the training loss fell by {fall or 0:.1%} at best, {FALL:.0%} is needed"
+        return f"{shortfall}; give higher rates or more steps", known
+    if not by_loss and (known is None or not known >= KNOWN):
+        shortfall = f"the best accuracy on T after training is {known or 0:.3f}, {KNOWN} is needed"
+        return f"{shortfall}; give other rates or more steps", known
+    return "", known

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repedit.auditing.attack import Attack, Outcome, ask, copied
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, ask, deep_copy, register
 from repedit.data import Splits
 from repedit.models.subject import Subject
 
@@ -30,14 +30,17 @@ def strip() -> Attack:
     says what was kept because nothing lies under it.
     """
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         bare, removed, kept = stripped(subject)
         total = ", ".join(f"{count} {what}" for what, count in removed.items() if count)
         reason = f"removed: {total}" if total else "no hooks, no wrappers"
         reason += f"; kept, since nothing lies under them: {', '.join(kept)}" if kept else ""
-        return Outcome({"prompt": ask(bare, splits.test)}, reason, details={"removed": removed, "kept": kept})
+        return AttackResult({"prompt": ask(bare, splits.test)}, reason, details={"removed": removed, "kept": kept})
 
-    return Attack("strip", "stripping", "W", False, {}, run, draws=False)
+    return Attack(STRIP, {}, run, Work(1.0))
+
+
+STRIP = register(AttackRecord("strip", cost=10, budget="fast", build=lambda setup: [strip()], level="W", draws=False))
 
 
 def stripped(subject: Subject) -> tuple[Subject, dict[str, int], list[str]]:
@@ -45,8 +48,8 @@ def stripped(subject: Subject) -> tuple[Subject, dict[str, int], list[str]]:
 
     The model given keeps all of it.
     """
-    found = copied(subject)
-    model = found.model
+    bare = deep_copy(subject)
+    model = bare.model
     kept: list[str] = []
     removed = {
         "adapters": _bare_layers(model),
@@ -55,13 +58,13 @@ def stripped(subject: Subject) -> tuple[Subject, dict[str, int], list[str]]:
         "parametrizations": sum(_unparametrize(name, m, kept) for name, m in list(model.named_modules())),
         "masks": sum(_unmask(module) for module in model.modules()),
     }
-    return found, removed, kept
+    return bare, removed, kept
 
 
 def wrapped(subject: Subject) -> bool:
     """Whether stripping would take anything off; found on the model itself, without a copy."""
-    found = (_hooks(m) or _is_replaced(m) or _originals(m) or _masks(m) for m in subject.model.modules())
-    return bool(_adapters(subject.model)) or any(found)
+    wrappers = (_hooks(m) or _is_replaced(m) or _originals(m) or _masks(m) for m in subject.model.modules())
+    return bool(_adapters(subject.model)) or any(wrappers)
 
 
 def _adapters(model: nn.Module) -> list[tuple[str, Any]]:
@@ -90,11 +93,11 @@ def _hooks(module: nn.Module) -> list[tuple[str, int]]:
 
 
 def _unhook(module: nn.Module) -> int:
-    found = _hooks(module)
-    for where, key in found:
+    hooks = _hooks(module)
+    for where, key in hooks:
         for name in (where, f"{where}_with_kwargs", f"{where}_always_called"):
             getattr(module, name, {}).pop(key, None)
-    return len(found)
+    return len(hooks)
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -119,8 +122,12 @@ def _of_library(function: Callable[..., Any]) -> bool:
 
 def _computed(module: nn.Module) -> dict[str, Any]:
     """The parametrizations of a module by the name of the tensor that they compute."""
-    found = vars(module).get("_modules", {}).get("parametrizations")
-    return dict(found) if found is not None and torch.nn.utils.parametrize.is_parametrized(module) else {}
+    parametrizations = vars(module).get("_modules", {}).get("parametrizations")
+    return (
+        dict(parametrizations)
+        if parametrizations is not None and torch.nn.utils.parametrize.is_parametrized(module)
+        else {}
+    )
 
 
 def _originals(module: nn.Module) -> dict[str, Tensor]:
@@ -134,15 +141,15 @@ def _unparametrize(name: str, module: nn.Module, kept: list[str]) -> int:
 
     torch's own removal deletes the property from the class, which the copy shares with the model it was made from.
     """
-    found, tensors = _computed(module), _originals(module)
+    computed, tensors = _computed(module), _originals(module)
     if not tensors:
-        kept += [f"{name}.{key}" for key in found]
+        kept += [f"{name}.{key}" for key in computed]
         return 0
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
     for key, value in tensors.items():
         _register(module, key, value)
-    return sum(len(part) for part in found.values())
+    return sum(len(part) for part in computed.values())
 
 
 def _masks(module: nn.Module) -> list[str]:

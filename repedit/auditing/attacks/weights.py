@@ -1,4 +1,4 @@
-"""Attacks that change the weights without training: noise, pruning, shrinking, and rounding by ours and by shipped quantisers."""
+"""Attacks that change the weights without training: rounding, noise, pruning, and shrinking towards fresh weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 
 from repedit.activations.forward import batches, inputs_of, loss_of
-from repedit.auditing.attack import Attack, Outcome, Scratch, ask, skipped
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Scratch, Setup, Work, ask, register, skipped
 from repedit.data import Fact, Rows, Splits
 from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite
 from repedit.hooks import evaluating
 from repedit.models.subject import Subject
-from repedit.quantization import GROUP, SCHEMES, check_scheme, check_unquantized, fake_quantize, update_cosine
+from repedit.quantization import (
+    GROUP,
+    SCHEMES,
+    check_scheme,
+    check_unquantized,
+    fake_quantize,
+    installed_schemes,
+    update_cosine,
+)
 
-# --- Attack by rounding: store the matrices of the blocks in few bits, which swallows updates smaller than a step
+# --- Rounding: the matrices of the blocks are stored in few bits, which undoes updates smaller than a step
 
 
 log = logging.getLogger("repedit")
@@ -41,7 +49,7 @@ def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Atta
     for scheme in schemes:
         check_scheme(scheme)
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         names = projections(subject)
         scratch = Scratch(subject)
         per_row = [name for name, size in _widths(subject, names).items() if size % GROUP]
@@ -50,14 +58,26 @@ def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Atta
                 "quantize: %d does not divide the width of %d matrices, their rows are the groups: %s",
                 GROUP, len(per_row), ", ".join(per_row),
             )  # fmt: skip
-        found = {}
+        answers = {}
         for scheme in schemes:
             copy = scratch.restore()
             round_matrices(copy, names, scheme)
-            found[scheme] = ask(copy, splits.test)
-        return Outcome(found, details={"touched": len(names), "per_row": per_row})
+            answers[scheme] = ask(copy, splits.test)
+        return AttackResult(answers, details={"touched": len(names), "per_row": per_row})
 
-    return Attack("quantize", "rounding", "W", False, {"schemes": list(schemes), "group": GROUP}, run, draws=False)
+    return Attack(QUANTIZE, {"schemes": list(schemes), "group": GROUP}, run, Work(len(schemes)))
+
+
+def _schemes(setup: Setup) -> tuple[str, ...]:
+    return ("int8", "int4", "nf4", "fp4", *(() if setup.budget == "fast" else ("int3", *installed_schemes())))
+
+
+QUANTIZE = register(
+    AttackRecord(
+        "quantize", cost=80, budget="fast", build=lambda setup: [quantize(schemes=_schemes(setup))], level="W",
+        draws=False,
+    )
+)  # fmt: skip
 
 
 def projections(subject: Subject) -> dict[str, bool]:
@@ -97,17 +117,17 @@ def survival(edited: Subject, original: Subject, scheme: str) -> dict[str, dict[
         FingerprintError: if the models do not hold the same tensors.
         UnknownName: if there is no such scheme.
     """
-    found = {}
+    by_matrix = {}
     inside = projections(edited)
     for name, after, before in paired(edited, original):
         if name not in inside or torch.equal(after, before):
             continue
-        mine, old = (w.float().mT if inside[name] else w.float() for w in (after, before))
-        found[name] = {
-            "cosine": update_cosine(old, mine, scheme),
-            "relative": float((mine - old).square().mean().sqrt() / old.std()),
+        new, old = (w.float().mT if inside[name] else w.float() for w in (after, before))
+        by_matrix[name] = {
+            "cosine": update_cosine(old, new, scheme),
+            "relative": float((new - old).square().mean().sqrt() / old.std()),
         }
-    return found
+    return by_matrix
 
 
 def paired(edited: Subject, original: Subject) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -116,22 +136,24 @@ def paired(edited: Subject, original: Subject) -> Iterator[tuple[str, Tensor, Te
     Raises:
         FingerprintError: if the models do not hold the same tensors.
     """
-    others = dict(original.model.named_parameters())
-    mine = dict(edited.model.named_parameters())
-    odd = sorted(set(mine) ^ set(others)) or [n for n in mine if mine[n].shape != others[n].shape]
-    if odd:
+    originals = dict(original.model.named_parameters())
+    parameters = dict(edited.model.named_parameters())
+    different = sorted(set(parameters) ^ set(originals)) or [
+        n for n in parameters if parameters[n].shape != originals[n].shape
+    ]
+    if different:
         raise FingerprintError(
-            f"the edited and the original model differ in {len(odd)} tensors, such as {odd[0]!r}; give the model that was edited"
+            f"the edited and the original model differ in {len(different)} tensors, such as {different[0]!r}; give the model that was edited"
         )
-    for name, p in mine.items():
-        yield name, p.detach(), others[name].detach().to(p.device)
+    for name, p in parameters.items():
+        yield name, p.detach(), originals[name].detach().to(p.device)
 
 
 def _widths(subject: Subject, names: dict[str, bool]) -> dict[str, int]:
     return {name: subject.specs[name].shape[-2 if transposed else -1] for name, transposed in names.items()}
 
 
-# --- Attacks that shake the weights: noise, pruning, a step towards fresh weights, and pruning what only T needs
+# --- Noise, pruning, shrinking towards fresh weights, and pruning what only T needs
 
 
 PAIRS = ((0.01, 0.01), (0.01, 0.05), (0.02, 0.02), (0.05, 0.01), (0.05, 0.05), (0.1, 0.1))
@@ -167,18 +189,21 @@ def perturb(
     changes |= {f"prune={p:g}": (partial(_pruned, fraction=p), False) for p in prune}
     changes |= {f"shrink={a:g}": (partial(shrunk, share=a, xavier=xavier), True) for a in shrink}
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
-        inside = projections(subject)
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
+        matrices = projections(subject)
         scratch = Scratch(subject)
-        found = {}
+        answers = {}
         for setting, (change, everywhere) in changes.items():
             copy = scratch.restore()
-            _change(copy, None if everywhere else inside, change, seed)
-            found[setting] = ask(copy, splits.test)
-        return Outcome(found, details={"touched": len(inside)})
+            _change(copy, None if everywhere else matrices, change, seed)
+            answers[setting] = ask(copy, splits.test)
+        return AttackResult(answers, details={"touched": len(matrices)})
 
     numbers = {"noise": list(noise), "prune": list(prune), "shrink": list(shrink), "xavier": xavier}
-    return Attack("perturb", "perturb", "W", False, numbers, run)
+    return Attack(PERTURB, numbers, run, Work(7.0))
+
+
+PERTURB = register(AttackRecord("perturb", cost=90, budget="standard", build=lambda setup: [perturb()], level="W"))
 
 
 def set_difference(*, pairs: Sequence[tuple[float, float]] = PAIRS) -> Attack:
@@ -198,47 +223,28 @@ def set_difference(*, pairs: Sequence[tuple[float, float]] = PAIRS) -> Attack:
         raise ArgumentError("pairs=(); give at least one (p, q)")
     _check((), [share for pair in pairs for share in pair], 0.0)
 
-    def run(subject: Subject, splits: Splits, seed: int) -> Outcome:
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         if not splits.retain:
             return skipped("needs retain facts, to leave alone what they use")
-        inside = projections(subject)
+        matrices = projections(subject)
         scratch = Scratch(subject)
-        wanted, needed = (saliency(scratch.restore(), facts, inside) for facts in (splits.train, splits.retain))
-        found, gone = {}, {}
+        wanted, needed = (saliency(scratch.restore(), facts, matrices) for facts in (splits.train, splits.retain))
+        answers, pruned_counts = {}, {}
         for p, q in pairs:
             copy, setting = scratch.restore(), f"p={p:g} q={q:g}"
-            gone[setting] = _cut(copy, wanted, needed, p, q)
-            found[setting] = ask(copy, splits.test)
-        return Outcome(found, details={"pruned": gone})
+            pruned_counts[setting] = _cut(copy, wanted, needed, p, q)
+            answers[setting] = ask(copy, splits.test)
+        return AttackResult(answers, details={"pruned": pruned_counts})
 
-    return Attack("set_difference", "perturb", "W", True, {"pairs": [list(pair) for pair in pairs]}, run, draws=False)
+    return Attack(SET_DIFFERENCE, {"pairs": [list(pair) for pair in pairs]}, run, Work(len(pairs)))
 
 
-def line_to(
-    edited: Subject,
-    original: Subject,
-    facts: Sequence[Fact],
-    points: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-) -> dict[str, object]:
-    """Accuracy at weights edited + x (original - edited), and the L2 distance of the two; shown, never deciding.
-
-    Raises:
-        FingerprintError: if the models do not hold the same tensors.
-    """
-    updates = {
-        name: before - after for name, after, before in paired(edited, original) if not torch.equal(after, before)
-    }
-    scratch = Scratch(edited)
-    found = {}
-    for x in points:
-        copy = scratch.restore()
-        named = dict(copy.model.named_parameters())
-        with torch.no_grad():
-            for name, update in updates.items():
-                named[name].add_(x * update)
-        found[f"{x:g}"] = ask(copy, facts).accuracy
-    distance = sum(float(u.double().square().sum()) for u in updates.values()) ** 0.5
-    return {"accuracy": found, "distance": distance}
+SET_DIFFERENCE = register(
+    AttackRecord(
+        "set_difference", cost=200, budget="full", build=lambda setup: [set_difference(pairs=FULL_PAIRS)], level="W",
+        uses_train=True, draws=False,
+    )
+)  # fmt: skip
 
 
 def noisy(w: Tensor, generator: torch.Generator, size: float) -> Tensor:
@@ -320,6 +326,6 @@ def _normal(w: Tensor, generator: torch.Generator) -> Tensor:
 def _check(noise: Sequence[float], shares: Sequence[float], xavier: float) -> None:
     if any(s <= 0 for s in noise) or xavier < 0:
         raise ArgumentError(f"noise={tuple(noise)}, xavier={xavier}; noise is above 0, xavier at least 0")
-    odd = [share for share in shares if not 0 < share < 1]
-    if odd:
-        raise FractionError(f"the shares {odd} are outside (0, 1); give fractions strictly between 0 and 1")
+    outside = [share for share in shares if not 0 < share < 1]
+    if outside:
+        raise FractionError(f"the shares {outside} are outside (0, 1); give fractions strictly between 0 and 1")

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from repedit.auditing.controls.edited import hooked, inside_buckets, masked, nudged, on_grid, projected, pushed, rolled
 from repedit.auditing.controls.taught import World, collapsed, contradicted, descended, lowered, one_template, refusing
-from repedit.auditing.report import DESTROYED, HIDDEN, INVALID, NOT_FORGOTTEN, PASS
 from repedit.data import Facts
 from repedit.models.subject import Subject
+from repedit.outcomes import DESTROYED, HIDDEN, INVALID, NOT_FORGOTTEN, PASS
 
 SCALE, STEPS = 15.0, 160
 """What multiplies the learning rates of attacks on these models, and how long they are trained.

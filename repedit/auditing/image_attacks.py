@@ -47,12 +47,12 @@ def membership(model: nn.Module, task: Task, splits: ImageSplits, *, seed: int =
         MetricError: if an output of the model is not finite.
         ArgumentError: if the model has fewer outputs than the splits have labels.
     """
-    begin = time.perf_counter()
+    start = time.perf_counter()
     sides = [outputs(model, task, images, splits.labels) for images in (splits.forget, splits.holdout)]
     labels = [images.y.cpu() for images in (splits.forget, splits.holdout)]
-    found = [np.stack([_scores(*side)[name] for name in SCORES]) for side in zip(sides, labels, strict=True)]
-    right = np.concatenate([(z.argmax(1) == y).numpy() for z, y in zip(sides, labels, strict=True)])
-    values = {name: auc(*row) for name, *row in zip(SCORES, *found, strict=True)}
+    scores = [np.stack([_scores(*side)[name] for name in SCORES]) for side in zip(sides, labels, strict=True)]
+    correct = np.concatenate([(z.argmax(1) == y).numpy() for z, y in zip(sides, labels, strict=True)])
+    values = {name: auc(*row) for name, *row in zip(SCORES, *scores, strict=True)}
     counts = len(splits.forget), len(splits.holdout)
     details = {
         "auc": values,
@@ -61,11 +61,11 @@ def membership(model: nn.Module, task: Task, splits: ImageSplits, *, seed: int =
         "others": counts[1],
     }
     if min(counts) >= 10:
-        details["loss_lr"] = loss_attack(found[0][0], found[1][0], seed=seed)
+        details["loss_lr"] = loss_attack(scores[0][0], scores[1][0], seed=seed)
     return Finding(
         attack=MEMBERSHIP, seed=seed, status=RAN, reason="", items=(*named("forget", splits.forget), *named("holdout", splits.holdout)),
-        settings=SCORES, correct=np.tile(right.astype(np.int8), (len(SCORES), 1)), graded=np.concatenate(found, 1),
-        seconds=time.perf_counter() - begin, details=details,
+        settings=SCORES, correct=np.tile(correct.astype(np.int8), (len(SCORES), 1)), graded=np.concatenate(scores, 1),
+        seconds=time.perf_counter() - start, details=details,
     )  # fmt: skip
 
 
@@ -87,12 +87,12 @@ def outputs(model: nn.Module, task: Task, images: Images, labels: int) -> Tensor
     Raises:
         ArgumentError: if there are fewer of them than labels.
     """
-    found = task.logits(model, images).double().cpu()
-    if found.shape[1] < labels:
+    logits = task.logits(model, images).double().cpu()
+    if logits.shape[1] < labels:
         raise ArgumentError(
-            f"the model has {found.shape[1]} outputs, the splits have labels={labels}; give one output a label"
+            f"the model has {logits.shape[1]} outputs, the splits have labels={labels}; give one output a label"
         )
-    return found
+    return logits
 
 
 def log_probabilities(logits: Tensor, y: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ def log_probabilities(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _scores(logits: Tensor, y: Tensor) -> dict[str, Values]:
-    found = {
+    scores = {
         "confidence": confidence(logits), "entropy": -entropy(logits), "m_entropy": -modified_entropy(logits, y),
         "loss": log_probabilities(logits, y),
     }  # fmt: skip
-    return {name: value.numpy() for name, value in found.items()}
+    return {name: value.numpy() for name, value in scores.items()}
 
 
 # --- Attack on a classifier by relearning: is half of the forget set enough to bring the other half back?
@@ -137,7 +137,7 @@ def relearn(
         NotEnoughRows: if there are fewer than four forget images. ArgumentError: if epochs < 1 or lr <= 0.
         TrainingError: if the loss is not finite.
     """
-    begin = time.perf_counter()
+    start = time.perf_counter()
     if epochs < 1:
         raise ArgumentError(f"epochs={epochs}; give at least 1")
     train, test = halves(splits.forget, seed)
@@ -145,18 +145,18 @@ def relearn(
     mixed = train + splits.retain[rows]
     student = copy.deepcopy(model)
     optimiser, order = adam(student, task, None, lr), generator(seed)
-    found = [outputs(student, task, test, splits.labels)]
+    logits = [outputs(student, task, test, splits.labels)]
     with learning(student, task, None, seed):
         for _ in range(epochs):
             descend(student, optimiser, mixed, epochs=1, batch_size=batch, order=order)
-            found.append(outputs(student, task, test, splits.labels))
+            logits.append(outputs(student, task, test, splits.labels))
     y = test.y.cpu()
-    own = [log_probabilities(z, y).numpy() for z in found]
+    log_probability = [log_probabilities(z, y).numpy() for z in logits]
     return Finding(
         attack=RELEARN, seed=seed, status=RAN, reason="", items=named("forget", test),
         settings=tuple(f"epoch={epoch}" for epoch in range(epochs + 1)),
-        correct=np.stack([(z.argmax(1) == y).numpy().astype(np.int8) for z in found]), graded=np.stack(own),
-        train_accuracy=task.accuracy(student, train), seconds=time.perf_counter() - begin,
+        correct=np.stack([(z.argmax(1) == y).numpy().astype(np.int8) for z in logits]), graded=np.stack(log_probability),
+        train_accuracy=task.accuracy(student, train), seconds=time.perf_counter() - start,
         details={"T": len(train), "V": len(test), "retain": len(rows), "lr": lr, "batch": batch},
     )  # fmt: skip
 
@@ -195,15 +195,15 @@ def rounding(model: nn.Module, task: Task, splits: ImageSplits, scheme: str, *, 
     Raises:
         UnknownName: if there is no such scheme.
     """
-    begin = time.perf_counter()
-    copied = coarse(model, scheme)
-    logits, y = outputs(copied, task, splits.forget, splits.labels), splits.forget.y.cpu()
-    own = log_probabilities(logits, y).numpy()
-    others = -task.losses(copied, splits.holdout).cpu().numpy()
+    start = time.perf_counter()
+    rounded_model = coarse(model, scheme)
+    logits, y = outputs(rounded_model, task, splits.forget, splits.labels), splits.forget.y.cpu()
+    log_probability = log_probabilities(logits, y).numpy()
+    others = -task.losses(rounded_model, splits.holdout).cpu().numpy()
     return Finding(
         attack=scheme, seed=seed, status=RAN, reason="", items=named("forget", splits.forget), settings=(scheme,),
-        correct=(logits.argmax(1) == y).numpy().astype(np.int8)[None], graded=own[None], seconds=time.perf_counter() - begin,
-        details={"test": task.accuracy(copied, splits.test), "retain": task.accuracy(copied, splits.retain), "auc": auc(own, others)},
+        correct=(logits.argmax(1) == y).numpy().astype(np.int8)[None], graded=log_probability[None], seconds=time.perf_counter() - start,
+        details={"test": task.accuracy(rounded_model, splits.test), "retain": task.accuracy(rounded_model, splits.retain), "auc": auc(log_probability, others)},
     )  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def shadows(
         ArgumentError: if there are fewer than two models, or an odd number of four or more.
         MetricError: if the holdout is too small for a rate. TrainingError: if a loss is not finite.
     """
-    begin = time.perf_counter()
+    start = time.perf_counter()
     if models < 2 or (models > 3 and models % 2):
         raise ArgumentError(f"models={models}; give an even number of at least 4, or 2 or 3 for the offline form")
     asked = splits.forget + splits.holdout
@@ -265,14 +265,14 @@ def shadows(
     trained = [train(build(), task, pool[half], epochs=epochs, lr=lr, seed=seed + i) for i, half in enumerate(halves)]
     shadow = np.stack([margin(one, task, asked, splits.labels) for one in trained])
     target = margin(model, task, asked, splits.labels)
-    seen = np.stack([np.isin(np.arange(len(pool)), half.numpy()) for half in halves])[:, len(splits.retain) :]
-    values = offline_lira(target, shadow) if offline else lira(target, shadow, seen)
+    trained_on = np.stack([np.isin(np.arange(len(pool)), half.numpy()) for half in halves])[:, len(splits.retain) :]
+    values = offline_lira(target, shadow) if offline else lira(target, shadow, trained_on)
     members, others = values[: len(splits.forget)], values[len(splits.forget) :]
-    right = outputs(model, task, asked, splits.labels).argmax(1) == asked.y.cpu()
+    correct = outputs(model, task, asked, splits.labels).argmax(1) == asked.y.cpu()
     kind = "offline" if offline else "online"
     return Finding(
         attack=SHADOWS, seed=seed, status=RAN, reason="", items=(*named("forget", splits.forget), *named("holdout", splits.holdout)),
-        settings=("lira",), correct=right.numpy().astype(np.int8)[None], graded=values[None], seconds=time.perf_counter() - begin,
+        settings=("lira",), correct=correct.numpy().astype(np.int8)[None], graded=values[None], seconds=time.perf_counter() - start,
         details={
             "auc": auc(members, others), "tpr": {f"{fpr:g}": tpr_at(members, others, fpr) for fpr in fprs}, "kind": kind,
             "models": models, "members": len(members), "others": len(others),
@@ -304,9 +304,9 @@ def margin(model: nn.Module, task: Task, images: Images, labels: int) -> Values:
 
 def _halves(count: int, models: int, seed: int) -> list[torch.Tensor]:
     """Rows of each model: random halves, each followed by its other half."""
-    draw = generator(seed)
-    found: list[torch.Tensor] = []
-    while len(found) < models:
-        order = torch.randperm(count, generator=draw)
-        found += [order[: count // 2], order[count // 2 :]]
-    return found[:models]
+    draws = generator(seed)
+    rows: list[torch.Tensor] = []
+    while len(rows) < models:
+        order = torch.randperm(count, generator=draws)
+        rows += [order[: count // 2], order[count // 2 :]]
+    return rows[:models]
