@@ -161,7 +161,7 @@ def aggregate(
     mmlu: float,
     *,
     signs: Signs = NOTHING,
-    judgement: Judgement = UNKNOWN,
+    judgement: Judgement = NO_ORIGINAL,
     items: Mapping[str, NDArray[np.float64]] | None = None,
     outputs: Mapping[str, tuple[str, ...]] | None = None,
 ) -> SemEvalScore:
