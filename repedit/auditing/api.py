@@ -98,14 +98,9 @@ def audit(
     names = planned(budget, attacks)
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
     _check_numbers(steps, draws, scale_lrs, chosen)
-<<<<<<< HEAD
     check_draws(draws, alpha)
-    given: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
-    models = {role: Audited(role, source, device) for role, source in given.items() if source is not None}
-=======
     sources: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
     models = {role: Audited(role, source, device) for role, source in sources.items() if source is not None}
->>>>>>> c40be8c (Attacks are records that register where they are written, settings are values, and all verdicts share one list of outcomes and one file of rules)
     _check_models(models)
     options = {
         "unrelated": prose() if unrelated is None else unrelated, "holdout": holdout, "folds": folds,
