@@ -503,7 +503,7 @@ def _check_sites(subject: Subject, sites: tuple[Site, ...], statistic: type[Any]
                 f"{site} is not made of neurons: activity is collected at mlp.neurons and attn.neurons; "
                 "try '*.mlp.neurons'"
             )
-        if statistic is not Activity and _routed(subject, site):
+        if statistic is not Activity and subject.layout.routed(site):
             raise UnknownSite(
                 f"{site} holds the neurons of several experts, which no single token passes together: they have no "
                 f"covariance. Collect {statistic.__name__} at {site.layer}.mlp.out, or Activity here"
@@ -518,15 +518,11 @@ def _check_gradients(subject: Subject, sites: tuple[Site, ...], gradients: bool)
             "gradients were asked for under torch.inference_mode, where no tensor has one; leave that context"
         )
     check_unquantized(subject.quantizer, subject.specs, "differentiated")
-    routed = [site for site in sites if _routed(subject, site)]
+    routed = [site for site in sites if subject.layout.routed(site)]
     if routed:
         raise NoGradient(
             f"{routed[0]} holds expert neurons, which are recomputed outside the graph; collect without gradients"
         )
-
-
-def _routed(subject: Subject, site: Site) -> bool:
-    return site.point is Point.MLP_NEURONS and subject.layout.branch(site.layer, site.point).routed
 
 
 def _check_memory(needed: int, sites: int, device: torch.device) -> None:
@@ -570,7 +566,7 @@ def peaks(
         ArgumentError: if a site holds expert neurons, which see different tokens each.
     Reference: peak ablation, Pochinkov et al. 2024, arXiv 2408.17322.
     """
-    routed = [s for s in edit.maps if subject.layout.branch(s.layer, s.point).routed]
+    routed = [site for site in edit.maps if subject.layout.routed(site)]
     if routed:
         raise ArgumentError(f"{routed[0]} holds expert neurons; fill them with zero")
     extremes: dict[Site, Tensor] = {}

@@ -108,7 +108,7 @@ def max_activating(
     """
     check_whole(limit_tokens=limit_tokens)
     chosen, layout = subject.select(sites), subject.layout
-    routed = [s for s in chosen if s.point.endswith("neurons") and layout.branch(s.layer, s.point).routed]
+    routed = [site for site in chosen if layout.routed(site)]
     if routed:
         raise ArgumentError(f"{routed[0]} holds expert neurons, which see different tokens each; name other sites")
     if count < 1:
