@@ -91,11 +91,6 @@ class Trajectory:
             raise SelectionError(f"no step keeps the retain drop within {retain_drop_at_most} %; take smaller steps")
         return max(allowed, key=lambda pair: pair[0])[1]
 
-    def max_selectivity(self, retain_drop_at_most: float | None = 10.0) -> float:
-        """The selectivity of `best`."""
-        best = self.best(retain_drop_at_most)
-        return self.selectivities()[self.steps.index(best)]
-
     def area(self) -> float:
         """Separability: area under (acc_retain, acc_forget) over the triangle 0.5 acc_retain0 acc_forget0.
 
