@@ -14,7 +14,7 @@ import repedit as rp
 from bench.record import record
 from repedit.cli import output
 from repedit.cli.demo import forgotten_json
-from repedit.demo import forget_capitals, walkthrough
+from repedit.demo import forget_capitals, prune_code
 from repedit.models.default_model import cached
 
 SEED = 0
@@ -23,7 +23,7 @@ SEED = 0
 def pruning(folder: Path) -> list[dict[str, Any]]:
     """The first act: one row a text, with what pruning as many random neurons does."""
     start = time.time()
-    found = walkthrough("smollm2-135m", folder / "edited", seed=SEED)
+    found = prune_code("smollm2-135m", folder / "edited", seed=SEED)
     seconds, plain = time.time() - start, output.comparison_json(found.comparison)
     rows = [
         {"name": f"pruned, {text}", **numbers, "random_drop_percent": found.control[text].drop}

@@ -19,7 +19,7 @@ from bench.record import record, spread
 from repedit import plot, vision
 from repedit.auditing.gaps import RELEARNING
 from repedit.auditing.report import Report
-from repedit.demo import AGAIN, SETTINGS, ForgottenImages, forget_images
+from repedit.demo import RETRAINED_AGAIN, SETTINGS, ImageDemo, forget_images
 from repedit.errors import NotFound
 
 FIGURES = Path(__file__).parents[1] / "figures"
@@ -28,7 +28,7 @@ CLASSES = (6, 1, 9, 2, 7, 4)
 BACK = 0.8
 
 
-def measured(found: ForgottenImages, seed: int) -> list[dict[str, Any]]:
+def measured(found: ImageDemo, seed: int) -> list[dict[str, Any]]:
     """One row a recipe: every measure of edited, retrained and original, and how soon relearning brings the images back."""
     rows = []
     for name, report in found.reports.items():
@@ -147,7 +147,11 @@ def main() -> None:
         made = summary(rows)
         table(f"{options.data}, {wanted}, seeds {options.seeds}: gap to retrained models, points", made)
         kind = wanted.partition(":")[0]
-        print(record(f"vision-{options.data}-{kind}", rows, module="vision", summary=made, control=AGAIN, threads=1))
+        print(
+            record(
+                f"vision-{options.data}-{kind}", rows, module="vision", summary=made, control=RETRAINED_AGAIN, threads=1
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `repedit demo` and `repedit vision demo` run: acts of a few public calls that a notebook can repeat."""
+"""The demos behind `repedit demo` and `repedit vision demo`: a few public calls each, which a notebook can repeat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from torch import nn
 
@@ -34,43 +33,40 @@ from repedit.rewrite.manifest import Manifest
 from repedit.rewrite.verification import Reload, reload_check
 from repedit.vision import Images, ImageSplits, Task
 
-# --- The first act: find the neurons of code, prune them, export, measure, draw
-#
-# Every step is a public call that a notebook can repeat.
-
+# --- First demo: find the neurons of code, prune them, export, measure and plot
 
 PRUNING_PROMPTS = ("def factorial(n):\n", "The capital of France is")
 FRACTION = 0.01
 
 
 @dataclass(frozen=True, eq=False)
-class Walkthrough:
-    """What the demo did and measured."""
+class PruningDemo:
+    """Results of the first demo."""
 
     edit: Edit
     manifest: Manifest
     comparison: Comparison
     control: dict[str, Effect]
-    """The effect of pruning as many random neurons in each layer."""
+    """The effect of pruning the same number of random neurons in each layer."""
     reload: Reload
     total: int
-    """Neurons that were scored."""
+    """Number of scored neurons."""
     target: Path
     figures: tuple[Path, ...]
 
 
-def walkthrough(
+def prune_code(
     model: str, target: str | Path, *, tokens: int = 3000, seed: int = 0, say: Callable[[str], None] = lambda text: None
-) -> Walkthrough:
-    """Prune the neurons a model uses for code and hardly for prose, export the result and compare it with the original.
+) -> PruningDemo:
+    """Prune the neurons that a model uses for code and hardly for prose, export the result and compare it with the original.
 
-    Collection and evaluation use different documents. The target directory is replaced if an earlier export is there.
+    Collection and evaluation use different documents. An earlier export in the target directory is replaced.
 
     Args:
-        tokens: counted tokens to collect, and to evaluate, on each set.
-        say: called with a line about each stage.
+        tokens: counted tokens of each set, for collection and for evaluation.
+        say: called with a line of text at each stage.
     Raises:
-        TargetExists: if the target holds something that is not an export of repedit.
+        TargetExists: if the target holds anything but an export of repedit.
     """
     check_whole(tokens=tokens)
     check_seed(seed=seed)
@@ -93,31 +89,30 @@ def walkthrough(
     say(
         f"Measuring the original, the exported checkpoint and a random control on other documents, {tokens} tokens a set"
     )
-    named = (Corpus(forget_eval.documents, "code"), Corpus(retain_eval.documents, "prose"))
-    comparison = compare(subject, load(out), named, prompts=PRUNING_PROMPTS, limit_tokens=tokens)
+    corpora = (Corpus(forget_eval.documents, "code"), Corpus(retain_eval.documents, "prose"))
+    comparison = compare(subject, load(out), corpora, prompts=PRUNING_PROMPTS, limit_tokens=tokens)
     control = random_like(edit, seed=seed)
     random = {
         c.name: effect(comparison.base[c.name], predictions(subject, c, edit=control, limit_tokens=tokens))
-        for c in named
+        for c in corpora
     }
     total = sum(len(s.values) for s in scores.values())
     pictures = tuple(sorted((out / "figures").glob("*.png")))
-    return Walkthrough(edit, manifest, comparison, random, reload, total, out, pictures)
+    return PruningDemo(edit, manifest, comparison, random, reload, total, out, pictures)
 
 
 def _draw(folder: Path, sides: list[Collection], scores: Scores, edit: Edit, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {
+    by_name = {
         "specialization": plot.specialization(scores),
         "importances": plot.importances(sides[0], sides[1], edit=edit),
         "pruned_per_layer": plot.pruned_per_layer(edit, control=random_like(edit, seed=seed), layers=len(scores)),
     }
-    for name, figure in drawn.items():
+    for name, figure in by_name.items():
         figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Description": f"repedit demo, seed {seed}"})
 
 
-# --- The second act: the model forgets the capitals of countries and keeps what else it knows
-
+# --- Second demo: the model forgets the capitals of countries and keeps its other knowledge
 
 CAPITAL_PROMPTS = (
     "The capital of France is",
@@ -128,16 +123,16 @@ CAPITAL_PROMPTS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Forgotten:
-    """What the second act did and measured."""
+class CapitalsDemo:
+    """Results of the second demo."""
 
     edit: Edit
     manifest: Manifest
-    """With the certificate of the fold."""
+    """Includes the certificate of the fold."""
     trained: Mapping[str, Knowledge]
-    """In the phrasing that training saw: the forgotten domain, and retained facts it did not see."""
+    """In the phrasing seen in training: the forgotten domain, and retained facts not used in training."""
     unseen: Knowledge
-    """The forgotten domain in a phrasing that training never saw."""
+    """The forgotten domain in a phrasing unseen in training."""
     prompts: tuple[str, ...]
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -147,46 +142,45 @@ class Forgotten:
 def forget_capitals(
     model: str, target: str | Path, *, steps: int = 30, count: int = 30, seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
-) -> Forgotten:  # fmt: skip
-    """Train a projection that loses the capitals, fold it into the weights, export, and ask the exported model.
+) -> CapitalsDemo:  # fmt: skip
+    """Train a projection that removes the capitals, fold it into the weights, export it and test the exported model.
 
-    Half of the retained facts are trained on; the other half is what retention is measured on.
+    Half of the retained facts are used in training; retention is measured on the other half.
 
     Args:
-        steps: training steps; the default of `rp.mrp` is more thorough, and slower.
-        count: facts a domain to measure on.
+        steps: training steps; `rp.mrp` trains longer by default.
+        count: facts per domain to measure on.
     Raises:
-        TargetExists: if the target holds something that is not an export of repedit.
+        TargetExists: if the target holds anything but an export of repedit.
     """
     check_whole(steps=steps, count=count)
     check_seed(seed=seed)
     out = check_target(target, overwrite=True)
-    subject, asked = load(model), facts("capitals", seed=seed)
-    halves = Splits.of(asked.retain, seed=seed)
-    shown = tuple(replace(fact, paraphrases=fact.paraphrases[:3]) for fact in asked.forget)
+    subject, capitals = load(model), facts("capitals", seed=seed)
+    halves = Splits.of(capitals.retain, seed=seed)
+    forget = tuple(replace(fact, paraphrases=fact.paraphrases[:3]) for fact in capitals.forget)
     rank = min(8, subject.layout.width // 8)
-    say(f"Training projections of rank {rank} for {steps} steps: forget {len(shown)} capitals, keep the rest")
-    edit = mrp(subject, forget=shown, retain=halves.train, rank=rank, config={"steps": steps, "seed": seed})
+    say(f"Training projections of rank {rank} for {steps} steps: forget {len(forget)} capitals, keep the rest")
+    edit = mrp(subject, forget=forget, retain=halves.train, rank=rank, config={"steps": steps, "seed": seed})
     say(f"Writing the projected checkpoint to {out}")
     manifest = export(edit, subject, out, overwrite=True)
     edited = load(out)
     say(f"Asking both models: {count} facts a domain, eight choices each")
-    tested = [fact for part in (shown, *by_domain(halves.test).values()) for fact in part[:count]]
-    held = with_paraphrases(asked.forget[:count], only=[4])
+    tested = [fact for part in (forget, *by_domain(halves.test).values()) for fact in part[:count]]
+    rephrased = with_paraphrases(capitals.forget[:count], only=[4])
     trained = knowledge(subject, edited, tested)
-    (unseen,) = knowledge(subject, edited, held).values()
+    (unseen,) = knowledge(subject, edited, rephrased).values()
     before, after = (continuations(side, CAPITAL_PROMPTS, tokens=8) for side in (subject, edited))
-    return Forgotten(edit, manifest, trained, unseen, CAPITAL_PROMPTS, before, after, out)
+    return CapitalsDemo(edit, manifest, trained, unseen, CAPITAL_PROMPTS, before, after, out)
 
 
-# --- One request to forget images, carried out by every recipe and audited beside models that were trained again without them
-
+# --- Image demo: every recipe forgets the same images, and is audited against models retrained without them
 
 COLUMNS = (
     "recipe", "verdict", "forget", "retain", "test", "AUC of the loss (95 %)", "relearn", "seconds", "of retraining",
 )  # fmt: skip
-AGAIN = "retrained again"
-"""The control: one more retraining, audited like a recipe. It should have no gap."""
+RETRAINED_AGAIN = "retrained again"
+"""The control: one more retrained model, audited like a recipe. It should have no gap."""
 
 
 @dataclass(frozen=True)
@@ -200,9 +194,9 @@ class Setting:
     epochs: int = 20
     lr: float = 1e-3
     tuned: int = 5
-    """Epochs of recipes that go on training."""
+    """Epochs of the recipes that continue training."""
     k: int = 10
-    """Clusters a class of condensation."""
+    """Clusters per class in condensation."""
 
 
 SETTINGS: Mapping[str, Mapping[str, Setting]] = {
@@ -219,7 +213,7 @@ SETTINGS: Mapping[str, Mapping[str, Setting]] = {
         "mislabelled": Setting(vision.small_mlp, train=4000, remember=300, epochs=60, tuned=8, k=30),
     },
 }
-"""By data set and kind of request. Wrong labels need the MLP: the small CNN does not learn them by heart."""
+"""By data set and kind of request. Wrong labels need the MLP: the small CNN does not memorize them."""
 Recipe = Callable[[nn.Module, Task, ImageSplits, Setting, int], Delta]
 RECIPES: Mapping[str, Recipe] = {
     "finetune": lambda m, t, s, o, seed: vision.finetune(m, t, s, epochs=o.tuned, seed=seed),
@@ -233,12 +227,12 @@ RECIPES: Mapping[str, Recipe] = {
     "erase_class": lambda m, t, s, o, seed: vision.erase_class(m, t, s),
     "zero_units": lambda m, t, s, o, seed: vision.zero_units(m, t, s),
 }
-"""Every recipe with the defaults of its kind of request. `relabel` is `multi_gan` without synthetic images."""
+"""The recipes by name. `relabel` is `multi_gan` without synthetic images."""
 
 
 @dataclass(frozen=True, eq=False)
-class ForgottenImages:
-    """What became of one request."""
+class ImageDemo:
+    """Results of one request."""
 
     request: str
     task: Task
@@ -247,27 +241,27 @@ class ForgottenImages:
     references: tuple[nn.Module, ...]
     models: Mapping[str, nn.Module]
     reports: Mapping[str, Report]
-    """By recipe; `AGAIN` is the control."""
+    """By recipe, including the control `RETRAINED_AGAIN`."""
     seconds: Mapping[str, Mapping[str, float]]
     """Online and offline, by recipe."""
     retraining: float
     """Seconds of one retraining."""
     refused: Mapping[str, str]
-    """Recipes that could not be carried out, with the reason."""
+    """Reasons of the recipes that could not run."""
 
-    def rows(self) -> list[list[Any]]:
-        """One row a recipe: its verdict, its gaps, and what it cost beside a retraining; see `COLUMNS`."""
-        found = []
+    def rows(self) -> list[list[str]]:
+        """One row per recipe: its verdict, its gaps, and its time relative to a retraining; see `COLUMNS`."""
+        rows = []
         for name, report in self.reports.items():
             gaps = {gap.measure: gap for gap in report.gaps}
-            told = gaps[AUC]
+            membership = gaps[AUC]
             cost = self.seconds[name]["online"]
-            found.append([
+            rows.append([
                 name, report.verdict.word, *(f"{gaps[m].value:+.1%}" for m in (FORGET, RETAIN, TEST)),
-                f"{told.value:+.2f} ({told.interval[0]:+.2f} to {told.interval[1]:+.2f})", f"{gaps[RELEARNING].value:+.2f}",
+                f"{membership.value:+.2f} ({membership.interval[0]:+.2f} to {membership.interval[1]:+.2f})", f"{gaps[RELEARNING].value:+.2f}",
                 f"{cost:.1f}", f"{cost / self.retraining:.2f}",
             ])  # fmt: skip
-        return found
+        return rows
 
 
 def forget_images(
@@ -279,18 +273,18 @@ def forget_images(
     setting: Setting | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
-) -> ForgottenImages:
-    """Train, forget by every recipe, train again without the images, and audit all of it.
+) -> ImageDemo:
+    """Train a model, forget by every recipe, retrain without the images, and audit all models.
 
     Args:
-        request: "class:3", or "mislabelled:0.1" for a share of the training images that got wrong labels.
+        request: "class:3", or "mislabelled:0.1" for a fraction of the training images with wrong labels.
         data: "digits", "mnist5k" or "cifar6k", or images with a setting.
         recipes: names among `RECIPES`; None for all.
-        references: models retrained beside the one that serves as control.
+        references: retrained models, in addition to the control.
     Raises:
         UnknownName: if there is no such data set, request or recipe.
-        ArgumentError: if the number of a request cannot be read, there is no reference, or images come without a setting.
-        NotFound: if the files of a data set are not there.
+        ArgumentError: if the number of a request cannot be read, there is no reference, or images have no setting.
+        NotFound: if the files of a data set are missing.
     """
     kind, number = _parsed(request)
     names = list(RECIPES) if recipes is None else list(recipes)
@@ -299,7 +293,7 @@ def forget_images(
             raise UnknownName(f"no recipe is called {name!r}; {nearest(name, RECIPES)}")
     check_seed(seed=seed)
     if not is_whole(references):
-        raise ArgumentError(f"references={references}; everything is judged beside a retrained model, give at least 1")
+        raise ArgumentError(f"references={references}; results are compared with retrained models, give at least 1")
     images, options = _data(data, kind, setting)
     sizes = {"train": options.train, "remember": options.remember, "seed": seed}
     splits = (
@@ -313,7 +307,11 @@ def forget_images(
     begin = perf_counter()
     retrained = [_retrained(options, images, task, splits, 1000 * (seed + 1) + n) for n in range(references + 1)]
     retraining = (perf_counter() - begin) / (references + 1)
-    models, seconds, refused = {AGAIN: retrained[-1]}, {AGAIN: {"online": retraining, "offline": 0.0}}, {}
+    models, seconds, refused = (
+        {RETRAINED_AGAIN: retrained[-1]},
+        {RETRAINED_AGAIN: {"online": retraining, "offline": 0.0}},
+        {},
+    )
     for name in names:
         say(f"{request}: {name}")
         try:
@@ -324,7 +322,7 @@ def forget_images(
         models[name], seconds[name] = vision.apply(delta, original), delta.provenance["seconds"]
     say(f"{request}: auditing {len(models)} models")
     reports = audit_classifiers(models, original, task, splits, references=retrained[:-1], seed=seed)
-    return ForgottenImages(
+    return ImageDemo(
         request, task, splits, original, tuple(retrained[:-1]), models, reports, seconds, retraining, refused
     )
 
@@ -342,13 +340,13 @@ def _parsed(request: str) -> tuple[str, float]:
     try:
         return kind, float(int(number or 3) if kind == "class" else number or 0.1)
     except ValueError as error:
-        raise ArgumentError(f"{request!r}: {number!r} is no number; give class:3 or mislabelled:0.1") from error
+        raise ArgumentError(f"{request!r}: {number!r} is not a number; give class:3 or mislabelled:0.1") from error
 
 
 def _data(data: str | Images, kind: str, setting: Setting | None) -> tuple[Images, Setting]:
     if isinstance(data, Images):
         if setting is None:
-            raise ArgumentError("images were given without a setting; say how models are trained on them")
+            raise ArgumentError("images were given without a setting; pass how models are trained on them")
         return data, setting
     if data not in SETTINGS:
         raise UnknownName(f"no data set is called {data!r}; {nearest(data, SETTINGS)}")
@@ -358,15 +356,3 @@ def _data(data: str | Images, kind: str, setting: Setting | None) -> tuple[Image
     else:
         images = vision.digits() if data == "digits" else vision.mnist5k()
     return images, setting or SETTINGS[data][kind]
-
-
-__all__ = [
-    "CAPITAL_PROMPTS",
-    "PRUNING_PROMPTS",
-    "Forgotten",
-    "ForgottenImages",
-    "Walkthrough",
-    "forget_capitals",
-    "forget_images",
-    "walkthrough",
-]

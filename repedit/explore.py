@@ -1,4 +1,4 @@
-"""Figures to explore in a notebook, without a server; a still picture where the front end cannot show them."""
+"""Explorers: interactive figures for notebooks that need no server, with a static image for other front ends."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from repedit.io.text import parse_json
 from repedit.neurons.scores import Scores
 from repedit.neurons.trajectory import Step, Trajectory
 from repedit.plot import specialization
-from repedit.plot import trajectory as drawn
+from repedit.plot import trajectory as trajectory_figure
 from repedit.plot.canvas import FORGET, NEUTRAL, RETAIN, data_facts, describe_sites, model_facts, pruned_masks
 from repedit.plot.neurons import SCALES, reach
 from repedit.sites import Site
 
-# --- A plotly figure with a still picture beside it, so that every front end shows one of them
+# --- The explorer: a plotly figure and a static image of the same values
 
 
 @dataclass(frozen=True, eq=False)
 class Explorer:
-    """What a notebook shows interactively where it can, and as a picture elsewhere."""
+    """A figure that a notebook shows interactively if it can, and as an image otherwise."""
 
     figure: Any
     """A plotly Figure."""
@@ -39,9 +39,9 @@ class Explorer:
     """A matplotlib Figure of the same values."""
 
     def __repr__(self) -> str:
-        return "Explorer: this front end shows neither plotly nor pictures; write_html(path) makes a page of it"
+        return "Explorer: this front end shows neither plotly nor images; write_html(path) writes a page"
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
         buffer = io.BytesIO()
         self.still.savefig(buffer, format="png", dpi=110)
         return {
@@ -51,7 +51,7 @@ class Explorer:
         }
 
     def write_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """One page that holds everything it needs (5 MB, most of it plotly.js) and asks no network.
+        """Write a self-contained HTML page (5 MB, mostly plotly.js) that needs no network.
 
         Raises:
             TargetExists: if the file exists and overwrite is not set. CheckpointError: if it cannot be written.
@@ -73,7 +73,7 @@ def plotly() -> Any:
         import plotly.graph_objects
     except ImportError as error:
         raise MissingDependency(
-            "rp.explore needs plotly, which is not installed: pip install plotly; rp.plot draws the same values as pictures"
+            "rp.explore needs plotly, which is not installed: pip install plotly; rp.plot draws the same values as images"
         ) from error
     return plotly.graph_objects
 
@@ -86,10 +86,10 @@ LAYOUT: dict[str, Any] = {
     "plot_bgcolor": "white",
     "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"family": "monospace", "size": 12, "color": "#222"}},
 }
-"""One look: white paper, whatever the theme of the notebook."""
+"""White background, independent of the theme of the notebook."""
 
 
-def axis(title: str, **options: Any) -> dict[str, Any]:
+def axis(title: str, **options: object) -> dict[str, Any]:
     """The layout of an axis with its title."""
     return {"title": {"text": title, "font": {"size": 13}}, **options}
 
@@ -104,13 +104,12 @@ def slider(label: str, steps: list[dict[str, Any]], active: int) -> dict[str, An
     }
 
 
-# --- Every neuron in the order of the model, as high as its score: hover one to read what drives it
-
+# --- All neurons in model order, with their scores and activating texts
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-"""What the slider offers to prune."""
+"""Fractions on the slider."""
 SVG = 6000
-"""Up to so many points are drawn as SVG, which needs no WebGL."""
+"""Maximum number of points drawn as SVG, which needs no WebGL."""
 HOVER = (
     "<b>%{text}, neuron %{customdata[0]}</b><br>score %{y:.4g}, rank %{customdata[1]:,}<br>%{hovertext}<extra></extra>"
 )
@@ -125,15 +124,15 @@ def neurons(
     snippets: int = 400,
     context: int = 6,
 ) -> Explorer:
-    """The map of specialisation to explore: neurons from the first layer to the last, each as high as its score.
+    """The scores of all neurons, from the first layer to the last.
 
-    Hovering shows site, index, score, rank over all sites, and the texts that drive the neuron hardest on each set. The slider
-    moves the line above which `rp.prune(scores, fraction=...)` takes neurons.
+    Hovering shows site, index, score, rank over all sites, and the texts that activate the neuron most on each set. The
+    slider moves the line above which `rp.prune(scores, fraction=...)` prunes neurons.
 
     Args:
-        examples: what `rp.max_activating` returned for each set, such as (of_forget, of_retain).
-        at_most: show only the neurons of most extreme scores, half of either side; None shows all.
-        snippets: for how many neurons of most extreme scores texts are in the figure.
+        examples: results of `rp.max_activating` for each set, such as (of_forget, of_retain).
+        at_most: show only the neurons with the most extreme scores, half from each end; None shows all.
+        snippets: number of neurons with the most extreme scores that get texts.
         context: tokens on either side of the strongest one.
     Raises:
         ArgumentError: if there is no score to draw.
@@ -143,8 +142,8 @@ def neurons(
     still, cloud = specialization(scores), _cloud(scores)
     order = np.argsort(-cloud.shown, kind="stable")
     shown = _extreme(order, at_most)
-    told = {int(i) for i in _extreme(order, snippets)} if examples else set()
-    texts_of = [_told(cloud, int(i), examples, context) if int(i) in told else "" for i in shown]
+    with_texts = {int(i) for i in _extreme(order, snippets)} if examples else set()
+    texts = [_snippets(cloud, int(i), examples, context) if int(i) in with_texts else "" for i in shown]
     layers = sorted({site.layer for site in cloud.sites})
     scale = SCALES[next(iter(scores.values())).combine]
     middle, far = scale.neutral(cloud.shown), reach(scale, cloud.shown)
@@ -155,7 +154,7 @@ def neurons(
             y=colour,
             customdata=np.stack([cloud.index[shown], cloud.rank[shown]], 1).astype(np.int32),
             text=[str(cloud.sites[i]) for i in cloud.site[shown]],
-            hovertext=texts_of,
+            hovertext=texts,
             mode="markers",
             hovertemplate=HOVER,
             marker=MARKER | {"color": colour, "cmin": middle - far, "cmax": middle + far},
@@ -174,7 +173,7 @@ def neurons(
 
 @dataclass(frozen=True, eq=False)
 class _Cloud:
-    """Every unprotected neuron: its site, index, place in depth, score as drawn, rank by score over all sites."""
+    """All unprotected neurons: site, index, depth in the model, score as drawn, rank of the score over all sites."""
 
     sites: list[Site]
     site: NDArray[np.int64]
@@ -189,35 +188,35 @@ def _cloud(scores: Scores) -> _Cloud:
     sites, parts = list(scores), []
     scale = SCALES[next(iter(scores.values())).combine]
     values = [scores[site].values.numpy() for site in sites]
-    drawn = np.split(scale.shown(np.concatenate(values)), np.cumsum([len(v) for v in values])[:-1])
-    for number, (site, shown) in enumerate(zip(sites, drawn, strict=True)):
+    columns = np.split(scale.shown(np.concatenate(values)), np.cumsum([len(v) for v in values])[:-1])
+    for number, (site, shown) in enumerate(zip(sites, columns, strict=True)):
         index = np.arange(len(shown))
         parts.append(
             np.stack([np.full(len(shown), number), index, site.layer + (index + 0.5) / len(shown) - 0.5, shown])
         )
     rows = np.concatenate(parts, 1)
-    kept = np.isfinite(rows[3])
-    number, index, depth, shown = rows[:, kept]
+    finite = np.isfinite(rows[3])
+    number, index, depth, shown = rows[:, finite]
     rank = np.empty(len(shown), dtype=np.int64)
     rank[np.argsort(-shown, kind="stable")] = np.arange(1, len(shown) + 1)
-    return _Cloud(sites, number.astype(int), index.astype(int), depth, shown, rank, int((~kept).sum()))
+    return _Cloud(sites, number.astype(int), index.astype(int), depth, shown, rank, int((~finite).sum()))
 
 
 def _extreme(order: NDArray[np.int64], count: int | None) -> NDArray[np.int64]:
-    """The first and last of an order, half of either."""
+    """The first and last entries of an order, half from each end."""
     if count is None or count >= len(order):
         return order
     if count < 2:
-        raise ArgumentError(f"{count} neurons were asked for; give at least 2, one of either side")
+        raise ArgumentError(f"{count} neurons were asked for; give at least 2, one from each end")
     return np.concatenate([order[: count - count // 2], order[-(count // 2) :]])
 
 
-def _told(cloud: _Cloud, i: int, examples: Sequence[Examples], context: int) -> str:
-    """What drives a neuron on each set, as lines of HTML."""
+def _snippets(cloud: _Cloud, i: int, examples: Sequence[Examples], context: int) -> str:
+    """The most activating texts of a neuron on each set, as lines of HTML."""
     site, lines = cloud.sites[cloud.site[i]], []
-    for found in examples:
-        lines.append(f"<i>{for_plotly(found.corpus)}</i>")
-        for row in found.of(site, int(cloud.index[i]), context=context):
+    for of_set in examples:
+        lines.append(f"<i>{for_plotly(of_set.corpus)}</i>")
+        for row in of_set.of(site, int(cloud.index[i]), context=context):
             before, token, after = (for_plotly(part.replace("\n", "⏎")) for part in (row.before, row.token, row.after))
             lines.append(f"{row.activation:+.3g}  {before}<b>[{token}]</b>{after}")
     return "<br>".join(lines)
@@ -228,21 +227,21 @@ def _title(scores: Scores, shown: int, cloud: _Cloud) -> str:
     part = f"all {total:,} neurons" if shown == total else f"the {shown:,} most extreme of {total:,} neurons"
     left = f"{cloud.protected:,} protected neurons left out" if cloud.protected else ""
     facts: Mapping[str, Any] = scores.provenance
-    said = "; ".join(filter(None, [describe_sites(scores), part, left, *data_facts(facts), *model_facts(facts)]))
-    return f"How specific each neuron is to the forget set<br><sup>{for_plotly(said)}</sup>"
+    facts_line = "; ".join(filter(None, [describe_sites(scores), part, left, *data_facts(facts), *model_facts(facts)]))
+    return f"How specific each neuron is to the forget set<br><sup>{for_plotly(facts_line)}</sup>"
 
 
 def _line(ordered: NDArray[np.float64]) -> dict[str, Any]:
     """The line above which a fraction is pruned, and the slider that moves it."""
-    offered = [(f, math.floor(f * len(ordered))) for f in FRACTIONS if math.floor(f * len(ordered)) >= 1]
-    if not offered:
+    fractions = [(f, math.floor(f * len(ordered))) for f in FRACTIONS if math.floor(f * len(ordered)) >= 1]
+    if not fractions:
         return {}
-    heights = [float(ordered[count - 1]) for _, count in offered]
+    heights = [float(ordered[count - 1]) for _, count in fractions]
     steps = [
         {"method": "relayout", "label": f"{100 * f:g} % ({count:,})", "args": [{"shapes[0].y0": y, "shapes[0].y1": y}]}
-        for (f, count), y in zip(offered, heights, strict=True)
+        for (f, count), y in zip(fractions, heights, strict=True)
     ]
-    start = next((i for i, (f, _) in enumerate(offered) if f == 0.01), 0)
+    start = next((i for i, (f, _) in enumerate(fractions) if f == 0.01), 0)
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": heights[start], "y1": heights[start]}
     return {
         "shapes": [line | {"line": {"color": "black", "width": 1.5, "dash": "dash"}}],
@@ -250,25 +249,25 @@ def _line(ordered: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-# --- A pruning trajectory to slide along: what each fraction costs either set, and where its neurons lie
+# --- A pruning trajectory with a slider over the pruned fraction
 
 
-def trajectory(found: Trajectory) -> Explorer:
+def trajectory(trajectory: Trajectory) -> Explorer:
     """Forget drop against retain drop, and the neurons pruned in each layer, with a slider over the pruned fraction.
 
     Drops are in per cent of the original top-1 accuracy; selectivity = forget drop - retain drop.
 
     Raises:
-        SelectionError: if no step prunes. ArgumentError: if a step holds something else than masks.
+        SelectionError: if no step prunes. ArgumentError: if a step holds anything but masks.
         MissingDependency: if plotly is not installed.
     """
     go = plotly()
-    if len(found.steps) < 2:
-        raise SelectionError(f"the trajectory has {len(found.steps)} step, none that prunes; run more steps")
-    drops, bars = found.drops(), [_per_layer(step) for step in found.steps]
+    if len(trajectory.steps) < 2:
+        raise SelectionError(f"the trajectory has {len(trajectory.steps)} step, none that prunes; run more steps")
+    drops, bars = trajectory.drops(), [_per_layer(step) for step in trajectory.steps]
     layers = sorted({layer for counts in bars for layer in counts})
     heights = [[counts.get(layer, 0) for layer in layers] for counts in bars]
-    start = found.steps.index(found.best(None))
+    start = trajectory.steps.index(trajectory.best(None))
     retain, forget = (list(side) for side in zip(*drops, strict=True))
     figure = go.Figure(
         [
@@ -282,16 +281,18 @@ def trajectory(found: Trajectory) -> Explorer:
     )  # fmt: skip
     figure.update_layout(
         **LAYOUT,
-        title={"text": _sliding_title(found, start), "font": {"size": 14}},
+        title={"text": _sliding_title(trajectory, start), "font": {"size": 14}},
         xaxis=axis("retain drop, %", domain=[0, 0.44]),
         yaxis=axis("forget drop, %"),
         xaxis2=axis("layer", domain=[0.56, 1], anchor="y2", nticks=12),
         yaxis2=axis("neurons pruned", anchor="x2", range=[0, max(map(max, heights)) * 1.05]),
         legend={"x": 0.02, "y": 0.98},
         height=480,
-        sliders=[slider("pruned: ", [_shown(found, i, layers, row) for i, row in enumerate(heights)], start)],
+        sliders=[
+            slider("pruned: ", [_slider_step(trajectory, i, layers, row) for i, row in enumerate(heights)], start)
+        ],
     )
-    return Explorer(figure, drawn(found))
+    return Explorer(figure, trajectory_figure(trajectory))
 
 
 def _per_layer(step: Step) -> dict[int, int]:
@@ -301,25 +302,25 @@ def _per_layer(step: Step) -> dict[int, int]:
     return counts
 
 
-def _shown(found: Trajectory, number: int, layers: list[int], heights: list[int]) -> dict[str, Any]:
-    """What the slider changes to show a step: the marker, the bars, the title."""
-    retain, forget = found.drops()[number]
+def _slider_step(trajectory: Trajectory, number: int, layers: list[int], heights: list[int]) -> dict[str, Any]:
+    """The changes that show a step: the marker, the bars and the title."""
+    retain, forget = trajectory.drops()[number]
     values = {"x": [[retain], layers], "y": [[forget], heights]}
     return {
         "method": "update",
-        "label": f"{100 * found.steps[number].fraction:.3g} %",
-        "args": [values, {"title.text": _sliding_title(found, number)}, [1, 2]],
+        "label": f"{100 * trajectory.steps[number].fraction:.3g} %",
+        "args": [values, {"title.text": _sliding_title(trajectory, number)}, [1, 2]],
     }
 
 
-def _sliding_title(found: Trajectory, number: int) -> str:
-    retain, forget = found.drops()[number]
+def _sliding_title(trajectory: Trajectory, number: int) -> str:
+    retain, forget = trajectory.drops()[number]
     head = (
-        f"{100 * found.steps[number].fraction:.3g} % pruned: forget drop {forget:.1f} %, retain drop {retain:.1f} %, "
+        f"{100 * trajectory.steps[number].fraction:.3g} % pruned: forget drop {forget:.1f} %, retain drop {retain:.1f} %, "
         f"selectivity {forget - retain:.1f}"
     )
-    said = "; ".join([*data_facts(found.provenance), *model_facts(found.provenance)])
-    return f"{head}<br><sup>{for_plotly(said)}</sup>"
+    facts_line = "; ".join([*data_facts(trajectory.provenance), *model_facts(trajectory.provenance)])
+    return f"{head}<br><sup>{for_plotly(facts_line)}</sup>"
 
 
 __all__ = ["Explorer", "neurons", "trajectory"]

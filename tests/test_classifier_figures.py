@@ -19,7 +19,7 @@ from repedit.auditing.gaps import AUC, FORGET, RELEARNING
 from repedit.auditing.image_attacks import sides
 from repedit.auditing.report import Report
 from repedit.cli import app
-from repedit.demo import AGAIN, COLUMNS, RECIPES, Setting, forget_images
+from repedit.demo import COLUMNS, RECIPES, RETRAINED_AGAIN, Setting, forget_images
 from repedit.errors import ArgumentError, UnknownName
 from repedit.metrics.membership import auc
 from repedit.vision import Condense, Images, small_cnn
@@ -135,7 +135,7 @@ def _rgb(images: Images) -> Images:
     (lambda: plot.gap({"a": rp.audit_classifier(made().edited, made().model, made().task, made().splits, relearn=False)}), "'a' has no gap to a retrained model"),
     (lambda: plot.membership(replace(report(), findings={})), "holds no membership attack on images"),
     (lambda: plot.relearning(reports()["nothing done"]), "no attack of this report has settings of at least two steps"),
-    (lambda: plot.condensed(made().splits), "most=20, 0 made images; give what a data plan returned"),
+    (lambda: plot.condensed(made().splits), "most=20, 0 synthetic images; give the result of a data plan"),
     (lambda: plot.condensed(made().splits, most=0), "most=0"),
 ])  # fmt: skip
 def test_there_is_nothing_to_draw(call, message):
@@ -143,7 +143,7 @@ def test_there_is_nothing_to_draw(call, message):
         call()
 
 
-# The walkthrough and its verb.
+# The demo and its verb.
 
 
 def images(n=260) -> Images:
@@ -153,7 +153,7 @@ def images(n=260) -> Images:
 def test_a_request_is_carried_out_and_audited_by_recipe():
     setting = replace(TINY, remember=0)
     found = forget_images("class:2", images(), setting=setting, recipes=["relabel", "condense"], references=2)
-    assert list(found.reports) == [AGAIN, "relabel"] and found.refused["condense"].startswith("DataError: ")
+    assert list(found.reports) == [RETRAINED_AGAIN, "relabel"] and found.refused["condense"].startswith("DataError: ")
     assert len(found.references) == 2 and len(found.reports["relabel"].findings["reference"]) == 8
     assert found.splits.forget.classes == {2} and set(found.seconds["relabel"]) == {"online", "offline"}
     rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in found.rows()}
@@ -162,7 +162,7 @@ def test_a_request_is_carried_out_and_audited_by_recipe():
         rows["relabel"]["forget"] == f"{gaps[FORGET].value:+.1%}"
         and rows["relabel"]["relearn"] == f"{gaps[RELEARNING].value:+.2f}"
     )
-    assert rows[AGAIN]["of retraining"] == "1.00"
+    assert rows[RETRAINED_AGAIN]["of retraining"] == "1.00"
 
 
 def test_every_recipe_is_offered_and_wrong_labels_are_a_request():
@@ -173,7 +173,7 @@ def test_every_recipe_is_offered_and_wrong_labels_are_a_request():
 
 @pytest.mark.parametrize(("words", "error", "message"), [
     (("klass:3", "digits"), UnknownName, "no request is called 'klass'; give class:3 or mislabelled:0.1"),
-    (("class:three", "digits"), ArgumentError, "'class:three': 'three' is no number"),
+    (("class:three", "digits"), ArgumentError, "'class:three': 'three' is not a number"),
     (("class:3", "digit"), UnknownName, "no data set is called 'digit'; did you mean 'digits'"),
     (("class:3", "images"), UnknownName, "no data set is called 'images'"),
 ])  # fmt: skip
@@ -182,10 +182,10 @@ def test_requests_that_cannot_be_read_are_refused(words, error, message):
         forget_images(*words)
 
 
-def test_what_a_walkthrough_lacks_is_named():
+def test_what_a_demo_lacks_is_named():
     with pytest.raises(UnknownName, match="no recipe is called 'relable'; did you mean 'relabel'"):
         forget_images(recipes=["relable"])
-    with pytest.raises(ArgumentError, match="references=0; everything is judged beside a retrained model"):
+    with pytest.raises(ArgumentError, match="references=0; results are compared with retrained models"):
         forget_images(references=0)
     with pytest.raises(ArgumentError, match="images were given without a setting"):
         forget_images("class:1", images())

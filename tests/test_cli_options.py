@@ -25,7 +25,7 @@ ANSWERS = {
     "io.archive.kind_of": "edit", "runs.run": 0, "cli.neurons.plan_summary": "plan", "cli.project.plan_summary": "plan", "rewrite.export.dry_run": "plan", "report.write": [],
 }  # fmt: skip
 PATCHED: dict[str, tuple[str, ...]] = {
-    "demo": ("demo.walkthrough", "demo.forget_capitals", "cli.demo._show_pruning", "cli.demo._show_forgotten",
+    "demo": ("demo.prune_code", "demo.forget_capitals", "cli.demo._show_pruning", "cli.demo._show_forgotten",
              "cli.output.comparison_json", "cli.demo.forgotten_json", "cli.output.show_json"),
     "fetch": ("models.default_model.fetch", "cli.output.show_json"),
     "doctor": ("cli.inspect.load_model", "arch.check.check_architecture", "kernels.dispatch.choose", "cli.output.show_json", "cli.output.table"),

@@ -10,7 +10,7 @@ import typer
 from repedit.cli.options import Json, LimitTokens, Seed, hide_progress_bars
 
 if TYPE_CHECKING:
-    from repedit.demo import Forgotten, Walkthrough
+    from repedit.demo import CapitalsDemo, PruningDemo
 
 
 def demo(
@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Prune the code neurons of the default model; make it forget the capitals; export both and compare."""
     from repedit.cli import output
-    from repedit.demo import forget_capitals, walkthrough
+    from repedit.demo import forget_capitals, prune_code
     from repedit.errors import ArgumentError
     from repedit.io.targets import check_target
 
@@ -42,7 +42,7 @@ def demo(
         check_target(target, overwrite=True)
     results: dict[str, Any] = {}
     if act in ("both", "code"):
-        first = walkthrough(model, out, tokens=limit_tokens, seed=seed, say=output.stage)
+        first = prune_code(model, out, tokens=limit_tokens, seed=seed, say=output.stage)
         results["code"] = output.comparison_json(first.comparison) | {"target": first.target, "figures": first.figures}
         if not json:
             _show_pruning(first)
@@ -55,7 +55,7 @@ def demo(
         output.show_json(results)
 
 
-def forgotten_json(result: Forgotten) -> dict[str, Any]:
+def forgotten_json(result: CapitalsDemo) -> dict[str, Any]:
     """The second act as plain values."""
     from repedit.cli import output
 
@@ -71,7 +71,7 @@ def forgotten_json(result: Forgotten) -> dict[str, Any]:
     }
 
 
-def _show_pruning(result: Walkthrough) -> None:
+def _show_pruning(result: PruningDemo) -> None:
     from repedit.cli import output
 
     comparison = result.comparison
@@ -99,7 +99,7 @@ def _show_pruning(result: Walkthrough) -> None:
     output.out.print("Pruned is not proved gone: a little fine-tuning may bring the capability back.")
 
 
-def _show_forgotten(result: Forgotten) -> None:
+def _show_forgotten(result: CapitalsDemo) -> None:
     from repedit.cli import output
 
     rows = output.knowledge_rows(result.trained, {"capitals"})

@@ -11,7 +11,7 @@ from repedit.cli.application import Verb, epilog
 from repedit.cli.options import Json, Seed
 
 if TYPE_CHECKING:
-    from repedit.demo import ForgottenImages
+    from repedit.demo import ImageDemo
 
 app = typer.Typer(help="Make an image classifier forget, and compare it with one that never saw the images.", no_args_is_help=True)  # fmt: skip
 
@@ -54,7 +54,7 @@ def demo(
     output.show_files(files)
 
 
-def _show(result: ForgottenImages) -> None:
+def _show(result: ImageDemo) -> None:
     from repedit.cli import output
     from repedit.demo import COLUMNS
 
@@ -71,7 +71,7 @@ def _show(result: ForgottenImages) -> None:
     )
 
 
-def _written(result: ForgottenImages, out: Path) -> list[Path]:
+def _written(result: ImageDemo, out: Path) -> list[Path]:
     """Write one report for each recipe, and the figure of all; returns their paths."""
     from repedit.plot import gap
     from repedit.report import write
@@ -83,7 +83,7 @@ def _written(result: ForgottenImages, out: Path) -> list[Path]:
     return [*paths, folder / "gap.png"]
 
 
-def _plain(result: ForgottenImages) -> dict[str, Any]:
+def _plain(result: ImageDemo) -> dict[str, Any]:
     """The result as plain values."""
     from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""What an audit of a classifier found: gaps to the retrained model, losses of forget and holdout, and made images."""
+"""Figures of classifier audits: gaps to the retrained model, losses of forget and holdout, and synthetic images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from repedit.auditing.verdict import ALIKE, CLOSE, DAMAGE, RELEARNED
 from repedit.errors import ArgumentError
 from repedit.metrics.membership import auc_draws, percentiles
 from repedit.plot.canvas import FORGET as ORANGE
-from repedit.plot.canvas import NEUTRAL, SMALL, canvas, escape_texts, label_text, legend_below, set_title
+from repedit.plot.canvas import NEUTRAL, SMALL, canvas, label_text
 from repedit.plot.canvas import RETAIN as BLUE
 from repedit.plot.reports import is_measured
 from repedit.vision.data import Images, ImageSplits
@@ -27,18 +27,18 @@ PANELS: Mapping[str, tuple[float, float, str]] = {
     FORGET: (-ALIKE, ALIKE, "forget accuracy"), RETAIN: (-DAMAGE, np.inf, "retain accuracy"),
     TEST: (-DAMAGE, np.inf, "test accuracy"), AUC: (-CLOSE, CLOSE, "AUC of the loss"), RELEARNING: (-np.inf, RELEARNED, "relearn value"),
 }  # fmt: skip
-"""Measure: the gaps that a pass allows, and the name of its panel."""
+"""By measure: lowest and highest gap that passes, and the title of the panel."""
 ROLES = {"original": "original", "edited": "edited", "reference": "retrained"}
 BINS = 24
 LEAST_LOSS = 1e-5
-"""Losses below are drawn there: a report rounds scores to five digits."""
+"""Smaller losses are drawn at this value: a report rounds scores to five digits."""
 
 
-@escape_texts
 def gap(reports: Mapping[str, Report]) -> Figure:
-    """Recipes by their gap to the retrained model, one panel a measure, one row a recipe; green bands are what a pass allows.
+    """Gaps of recipes to the retrained model: one panel per measure, one row per recipe; gaps in the green band pass.
 
-    Bars are 95 % intervals of the AUC's gap, grey ticks several retrained models. A measure that none of the reports holds has no panel.
+    Bars are 95 % intervals of the gap in AUC, grey ticks are several retrained models. A measure that no report holds has
+    no panel.
 
     Raises:
         ArgumentError: if there is no report, or one is not of a classifier with a retrained model.
@@ -46,12 +46,12 @@ def gap(reports: Mapping[str, Report]) -> Figure:
     rows = {name: _by_measure(name, report) for name, report in reports.items()}
     if not rows:
         raise ArgumentError("gap() was given no report to draw; pass {recipe: report}")
-    shown = [measure for measure in PANELS if any(measure in found for found in rows.values())]
-    figure = canvas(3.0 + 2.0 * len(shown), 1.9 + 0.34 * len(rows))
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axes, measure in zip(panels, shown, strict=True):
+    measures = [measure for measure in PANELS if any(measure in gaps for gaps in rows.values())]
+    figure = canvas(3.0 + 2.0 * len(measures), 1.9 + 0.34 * len(rows))
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
         low, high, title = PANELS[measure]
-        values = [found.get(measure) for found in rows.values()]
+        values = [gaps.get(measure) for gaps in rows.values()]
         _panel(axes, values, (low, high))
         axes.set_title(title, fontsize=9.5)
         axes.set_xlabel("edited - retrained")
@@ -59,68 +59,71 @@ def gap(reports: Mapping[str, Report]) -> Figure:
     panels[0].set_yticks(range(len(names)), names, fontsize=9)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     panels[0].plot([], [], "o", color=ORANGE, label="gap")
-    if any(is_measured(*gap.spread) for found in rows.values() for gap in found.values()):
+    if any(is_measured(*gap.spread) for gaps in rows.values() for gap in gaps.values()):
         panels[0].plot([], [], "|", color=NEUTRAL, markersize=9, label="lowest and highest retrained model")
     panels[0].axvspan(0, 0, color="#009E73", alpha=0.18, linewidth=0, label="what a pass allows")
-    legend_below(figure, panels[0], columns=3)
-    set_title(figure, "Gap to a model that never saw the forget images", _facts(next(iter(reports.values()))))
-    return figure
+    return figure.finish(
+        "Gap to a model that never saw the forget images",
+        _facts(next(iter(reports.values()))),
+        legend=panels[0],
+        columns=3,
+    )
 
 
-@escape_texts
 def membership(report: Report) -> Figure:
-    """Loss histograms of forget and holdout images for original, edited and retrained, with the AUC and its interval.
+    """Loss histograms of forget and holdout images for original, edited and retrained model, with the AUC and its interval.
 
     Raises:
         ArgumentError: if the report holds no membership attack on images.
     """
-    found = {name: _told(report, role) for role, name in ROLES.items()}
-    held = {name: finding for name, finding in found.items() if finding is not None}
-    if not held:
+    by_role = {name: _membership_finding(report, role) for role, name in ROLES.items()}
+    findings = {name: finding for name, finding in by_role.items() if finding is not None}
+    if not findings:
         raise ArgumentError("the report holds no membership attack on images; draw what rp.audit_classifier returned")
     losses = {
-        name: [np.maximum(-side.round(5), LEAST_LOSS) for side in sides(finding)] for name, finding in held.items()
+        name: [np.maximum(-side.round(5), LEAST_LOSS) for side in sides(finding)] for name, finding in findings.items()
     }
-    every = np.concatenate([side for pair in losses.values() for side in pair])
-    edges = np.geomspace(every.min(), max(every.max(), 2 * every.min()), BINS + 1)
-    figure = canvas(max(6.0, 3.4 * len(held)), 3.6)
-    panels = figure.subplots(1, len(held), sharey=True, squeeze=False)[0]
+    all_losses = np.concatenate([side for pair in losses.values() for side in pair])
+    edges = np.geomspace(all_losses.min(), max(all_losses.max(), 2 * all_losses.min()), BINS + 1)
+    figure = canvas(max(6.0, 3.4 * len(findings)), 3.6)
+    panels = figure.subplots(1, len(findings), sharey=True, squeeze=False)[0]
     for axes, (name, (forget, holdout)) in zip(panels, losses.items(), strict=True):
         for values, colour, filled, label in ((forget, ORANGE, True, "forget"), (holdout, BLUE, False, "holdout")):
             share = np.histogram(values, edges)[0] / len(values)
             axes.stairs(share, edges, color=colour, fill=filled, alpha=0.5 if filled else 1.0, linewidth=1.4, label=f"{label}, {len(values)} images")  # fmt: skip
-        drawn = auc_draws(-forget[None], -holdout[None])[0]
-        low, high = percentiles(drawn)
+        low, high = percentiles(auc_draws(-forget[None], -holdout[None])[0])
         axes.set_title(
-            f"{label_text(name, 30)}: AUC {held[name].details['auc']['loss']:.2f} [{low:.2f}, {high:.2f}]", fontsize=9.5
+            f"{label_text(name, 30)}: AUC {findings[name].details['auc']['loss']:.2f} [{low:.2f}, {high:.2f}]",
+            fontsize=9.5,
         )
         axes.set(xscale="log", xlabel="loss of the image's label, nats")
     panels[0].set_ylabel("share of the images")
-    legend_below(figure, panels[0])
-    set_title(figure, "Are forget images told from images that no model saw?", [report.verdict.word, *_facts(report)])
-    return figure
+    return figure.finish(
+        "Are forget images told from images that no model saw?",
+        [report.verdict.word, *_facts(report)],
+        legend=panels[0],
+    )
 
 
-@escape_texts
 def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20) -> Figure:
-    """Images that a data plan made, each above its nearest real image of any label, by the distance of pixels.
+    """Synthetic images of a data plan, each above its nearest real image of any label by pixel distance.
 
     Args:
-        splits: what a data plan such as `rp.vision.Condense` returned; made images have a negative index.
-        real: where nearest images are looked for; None for every image of these splits that was not made.
-        most: images drawn, spread over the labels.
+        splits: the result of a data plan such as `rp.vision.Condense`; synthetic images have a negative index.
+        real: the candidates for nearest images; None for all real images of these splits.
+        most: maximum number of images, spread over the labels.
     Raises:
-        ArgumentError: if no image of the splits was made, or most < 1.
+        ArgumentError: if no image of the splits is synthetic, or most < 1.
     """
-    every = [images for name, images in splits.sets.items() if len(images)]
-    made = [images[images.index < 0] for images in (splits.retain, splits.forget) if len(images)]
-    chosen = [images for images in made if len(images)]
-    if not chosen or most < 1:
+    all_sets = [images for images in splits.sets.values() if len(images)]
+    synthetic = [images[images.index < 0] for images in (splits.retain, splits.forget) if len(images)]
+    sets = [images for images in synthetic if len(images)]
+    if not sets or most < 1:
         raise ArgumentError(
-            f"most={most}, {sum(map(len, made))} made images; give what a data plan returned, and most >= 1"
+            f"most={most}, {sum(map(len, synthetic))} synthetic images; give the result of a data plan, and most >= 1"
         )
-    first = _spread(chosen, most)
-    others = [real] if real is not None else [images[images.index >= 0] for images in every]
+    first = _spread(sets, most)
+    others = [real] if real is not None else [images[images.index >= 0] for images in all_sets]
     pool = torch.cat([images.x for images in others]).flatten(1)
     labels = torch.cat([images.y for images in others])
     near = torch.cdist(first.x.flatten(1).double(), pool.double()).argmin(1)
@@ -140,23 +143,22 @@ def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20
         ):
             _picture(grid[place, column], image)
             grid[place, column].set_title(word, fontsize=SMALL)
-    set_title(
-        figure, "Made images, each above its nearest real one", [*splits.plans, f"{sum(map(len, chosen))} made images"]
+    return figure.finish(
+        "Made images, each above its nearest real one", [*splits.plans, f"{sum(map(len, sets))} made images"]
     )
-    return figure
 
 
 def _by_measure(name: str, report: Report) -> dict[str, Gap]:
-    found = {gap.measure: gap for gap in report.gaps if is_measured(gap.value)}
-    if not found:
+    gaps = {gap.measure: gap for gap in report.gaps if is_measured(gap.value)}
+    if not gaps:
         raise ArgumentError(
-            f"{name!r} has no gap to a retrained model; draw audits of classifiers, made with a reference"
+            f"{name!r} has no gap to a retrained model; draw audits of classifiers that have a reference"
         )
-    return found
+    return gaps
 
 
 def _panel(axes: Axes, values: Sequence[Gap | None], band: tuple[float, float]) -> None:
-    """Points at the gaps, their interval, and lowest and highest of several retrained models as ticks."""
+    """Points at the gaps with their intervals; ticks at the lowest and highest of several retrained models."""
     reach = max([0.12, *(abs(end) for gap in values if gap for end in (gap.value, *gap.interval) if is_measured(end))])
     axes.set_xlim(-1.1 * reach, 1.1 * reach)
     axes.axvspan(max(band[0], -1.1 * reach), min(band[1], 1.1 * reach), color="#009E73", alpha=0.18, linewidth=0)
@@ -172,23 +174,23 @@ def _panel(axes: Axes, values: Sequence[Gap | None], band: tuple[float, float]) 
     axes.grid(axis="x", alpha=0.25)
 
 
-def _told(report: Report, role: str) -> Finding | None:
-    found = report.finding(role, MEMBERSHIP)
-    return found if found is not None and "loss" in found.settings else None
+def _membership_finding(report: Report, role: str) -> Finding | None:
+    finding = report.finding(role, MEMBERSHIP)
+    return finding if finding is not None and "loss" in finding.settings else None
 
 
 def _facts(report: Report) -> list[str]:
     first = report.gaps[0] if report.gaps else None
-    told = next((gap for gap in report.gaps if gap.measure == AUC), None)
-    sets = [told.members, told.others] if told else []
+    membership_gap = next((gap for gap in report.gaps if gap.measure == AUC), None)
+    sets = [membership_gap.members, membership_gap.others] if membership_gap else []
     count = len(report.context.get("hashes", {}).get("reference", ()))
     return [*sets, f"{count} retrained model{'s' if count > 1 else ''}"] if first and count else sets
 
 
-def _spread(made: Sequence[Images], most: int) -> Images:
-    """At most so many images, a label at a time in turn."""
-    whole = made[0]
-    for images in made[1:]:
+def _spread(sets: Sequence[Images], most: int) -> Images:
+    """At most `most` images, taken from the labels in turn."""
+    whole = sets[0]
+    for images in sets[1:]:
         whole = whole + images
     turn: NDArray[np.int64] = np.zeros(len(whole), dtype=np.int64)
     for label in whole.y.unique():

@@ -1,4 +1,4 @@
-"""Gradient unlearning: losses and angles by step, recipes as points, changed weights, salient units, and parts of the SemEval score."""
+"""Figures of gradient unlearning: losses by step, trade-offs, changed weights, salient units, and SemEval scores."""
 
 from __future__ import annotations
 
@@ -29,43 +29,39 @@ from repedit.plot.canvas import (
     RETAIN,
     SERIES,
     SMALL,
+    Canvas,
     Table,
     by_point,
     canvas,
     count_text,
     draw_table,
-    escape_texts,
     label_layers,
     label_text,
     layer_and_module,
     layer_modules,
-    legend_below,
     model_facts,
     percent,
     point_title,
-    set_title,
     short_module,
 )
 from repedit.quantization import step_size
 from repedit.unlearning.parameters import Mask
 
-# --- A gradient unlearning step by step: its losses, and how its two gradients lie to each other
-
+# --- Training: losses, and the angle between the two gradients, by step
 
 _STYLES = ("-", "--", "-.", ":")
 
 
-@escape_texts
 def training(delta: Delta, *, notes: Sequence[str] = ()) -> Figure:
-    """The losses of a gradient unlearning by term, and below them the cosine of the two gradients and c, over the steps.
+    """The losses of a gradient unlearning by term and step; below, the cosine of the two gradients, and c.
 
-    c = <g_r, g_f> / |g_f|^2 is the share of the forget gradient that BLUR takes out of the retain gradient. The title says
-    why the training ended.
+    c = <g_r, g_f> / |g_f|^2 is the share of the forget gradient that BLUR removes from the retain gradient. The title
+    gives the reason why training ended.
 
     Args:
-        notes: what else the title should tell, such as the data.
+        notes: further facts for the title, such as the data.
     Raises:
-        ArgumentError: if the delta has no log, as sums and scaled deltas have none.
+        ArgumentError: if the delta has no log; sums and scaled deltas have none.
     """
     if not delta.log:
         raise ArgumentError(
@@ -80,40 +76,39 @@ def training(delta: Delta, *, notes: Sequence[str] = ()) -> Figure:
     if apart:
         _angles(axes[1], delta)
     axes[-1].set_xlabel("step")
-    legend_below(figure, axes[0], columns=3)
     stopped = delta.provenance.get("stopped", {})
     facts = [f"ended: {stopped['reason']}"] if stopped.get("reason") else []
-    set_title(
-        figure,
+    return figure.finish(
         f"Training of {delta.provenance.get('method', 'a delta')}",
         [*facts, *model_facts(delta.provenance), *notes],
+        legend=axes[0],
+        columns=3,
     )
-    return figure
 
 
 def _losses(axes: Axes, delta: Delta) -> None:
     steps = [record["step"] for record in delta.log]
     names = list(dict.fromkeys(name for record in delta.log for name in record["losses"]))
     others = iter(SERIES[2:] * len(names))
-    taken: set[str] = set()
+    colored: set[str] = set()
     for number, name in enumerate(names):
         role = name.rpartition(" ")[2]
         main = {"forget": FORGET, "retain": RETAIN}.get(role)
-        color = main if main is not None and role not in taken else next(others)
-        taken.add(role)
-        held = [
+        color = main if main is not None and role not in colored else next(others)
+        colored.add(role)
+        points = [
             (step, record["losses"][name])
             for step, record in zip(steps, delta.log, strict=True)
             if name in record["losses"]
         ]
         style = _STYLES[number % len(_STYLES)]
         axes.plot(
-            *zip(*held, strict=True),
+            *zip(*points, strict=True),
             style,
             color=color,
             label=label_text(name),
             linewidth=1.4,
-            marker="." if len(held) < 40 else None,
+            marker="." if len(points) < 40 else None,
         )
     values = [value for record in delta.log for value in record["losses"].values()]
     if min(values) < 0 < max(values) or max(abs(v) for v in values) > 100 * (1e-3 + min(abs(v) for v in values)):
@@ -128,8 +123,8 @@ def _losses(axes: Axes, delta: Delta) -> None:
 
 
 def _angles(axes: Axes, delta: Delta) -> None:
-    held = [(r["step"], r["cosine"]) for r in delta.log if r.get("cosine") is not None]
-    axes.plot(*zip(*held, strict=True), "-", color=NEUTRAL, linewidth=1.4, label="cosine of the gradients")
+    cosines = [(r["step"], r["cosine"]) for r in delta.log if r.get("cosine") is not None]
+    axes.plot(*zip(*cosines, strict=True), "-", color=NEUTRAL, linewidth=1.4, label="cosine of the gradients")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(ylabel="cos(g_f, g_r)", ylim=(-1.05, 1.05))
     axes.grid(alpha=0.25)
@@ -141,33 +136,31 @@ def _angles(axes: Axes, delta: Delta) -> None:
     other.set_ylim(-limit, limit)
 
 
-# --- What unlearning buys and costs: each recipe as a point, forget against retain, in the regions that its place means
-
+# --- Trade-off: each recipe as a point, forget against retain, with the regions of the verdicts
 
 Points = Sequence[tuple[float, float]]
 ORIGINAL, RETRAINED = "original", "retrained"
 NEAR = 0.05
-"""How near to the retrained model, on both axes, counts as like it."""
+"""Distance on both axes within which a model is close to the retrained one."""
 KEPT, LOST = 0.5, 0.25
-"""Shares of the original's value: above the first the forget set is not forgotten, below the second the rest is lost."""
+"""Fractions of the original's value: above the first the forget set is not forgotten, below the second retain is lost."""
 MARGIN = 0.06
-"""What the axes show beyond 0 and 1; more than `NEAR`, so that its box is whole."""
+"""Margin of the axes beyond 0 and 1; larger than `NEAR`, so that its box is complete."""
 
 
-@escape_texts
 def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Figure:
-    """Forget against retain, a point a seed: the best place is beside the retrained model, at the upper left.
+    """Forget against retain with one point per seed; the best position is near the retrained model, at the upper left.
 
-    Regions are those of the verdicts on metrics: "not forgotten" right of half of the original's forget value, "retain
-    lost" below a quarter of its retain value, one of the two signs that a collapse needs. A box around the retrained
-    model holds what cannot be told from it here.
+    The regions are those of the verdicts on metrics: "not forgotten" to the right of half of the original's forget value,
+    "retain lost" below a quarter of its retain value, which is one of the two signs that a collapse needs. A box marks
+    what is close to the retrained model.
 
     Args:
-        results: name -> (forget, retain) of each seed, shares in [0, 1]. "original" must be among the names; "retrained"
-            is the model that never saw the forget set.
-        notes: what else the title should tell, such as the model and the facts.
+        results: name -> (forget, retain) of each seed, fractions in [0, 1]. "original" must be among the names;
+            "retrained" is the model that never saw the forget set.
+        notes: further facts for the title, such as the model and the facts.
     Raises:
-        ArgumentError: if "original" is missing, there is nothing beside it, or a name has no point.
+        ArgumentError: if "original" is missing or the only name, or a name has no point.
         FractionError: if a value lies outside [0, 1].
     """
     _check(results)
@@ -198,23 +191,24 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
         xlim=(-MARGIN, 1 + MARGIN), ylim=(-MARGIN, 1 + MARGIN),
     )  # fmt: skip
     axes.grid(alpha=0.25)
-    legend_below(figure, axes, columns=4)
     seeds = max(len(points) for points in results.values())
     others = len(set(results) - {ORIGINAL, RETRAINED})
-    set_title(
-        figure, "What unlearning buys and costs", [count_text(others, "recipe"), count_text(seeds, "seed"), *notes]
+    return figure.finish(
+        "What unlearning buys and costs",
+        [count_text(others, "recipe"), count_text(seeds, "seed"), *notes],
+        legend=axes,
+        columns=4,
     )
-    return figure
 
 
 def _check(results: Mapping[str, Points]) -> None:
     if ORIGINAL not in results or len(results) < 2:
         raise ArgumentError(
-            f"tradeoff() was given {sorted(results)}; give {ORIGINAL!r}, which the regions are measured by, and at least one other"
+            f"tradeoff() was given {sorted(results)}; give {ORIGINAL!r}, which defines the regions, and at least one other"
         )
     for name, points in results.items():
         if not len(points):
-            raise ArgumentError(f"{name!r} has no point; give one (forget, retain) a seed")
+            raise ArgumentError(f"{name!r} has no point; give one (forget, retain) per seed")
         for point in points:
             if len(point) != 2 or not all(0 <= value <= 1 for value in point):
                 raise FractionError(f"{name!r} holds {tuple(point)}; give (forget, retain), both in [0, 1]")
@@ -226,12 +220,12 @@ def _mean(points: Points) -> tuple[float, float]:
 
 
 def _count_shared(axes: Axes, results: Mapping[str, Points]) -> None:
-    """Say how many names lie under one mark, where some hide others."""
-    places: dict[tuple[float, float], set[str]] = {}
+    """Annotate the number of names at positions that several share."""
+    positions: dict[tuple[float, float], set[str]] = {}
     for name, points in results.items():
         for forget, retain in points:
-            places.setdefault((round(forget, 2), round(retain, 2)), set()).add(name)
-    for point, names in places.items():
+            positions.setdefault((round(forget, 2), round(retain, 2)), set()).add(name)
+    for point, names in positions.items():
         if len(names) > 1:
             axes.annotate(
                 f"{len(names)} here", point, (0, -17), textcoords="offset points", ha="center", va="top", fontsize=SMALL,
@@ -240,7 +234,7 @@ def _count_shared(axes: Axes, results: Mapping[str, Points]) -> None:
 
 
 def _regions(axes: Axes, start: tuple[float, float]) -> None:
-    """Where the forget set is still known, and where everything else is gone too."""
+    """Shade the regions in which the forget set is not forgotten, and in which retain is lost."""
     right, floor = KEPT * start[0], LOST * start[1]
     axes.axvspan(right, 1 + MARGIN, color=FORGET, alpha=0.10, linewidth=0, zorder=0)
     axes.axhspan(-MARGIN, floor, color=NEUTRAL, alpha=0.16, linewidth=0, zorder=0)
@@ -265,19 +259,18 @@ def _regions(axes: Axes, start: tuple[float, float]) -> None:
         )
 
 
-# --- How far a training moved each weight, and whether so small a step outlives four bits
+# --- The change of each weight, and whether it survives rounding to four bits
 
 
-@escape_texts
 def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figure:
-    """The change of each weight over its spread, |dw| / std(w), by layer and module, and what four bits can hold.
+    """The change of each weight relative to its spread, |dw| / std(w), by layer and module.
 
-    |dw| is a root mean square. The dashed line is half a step of 4-bit rounding, over std(w): the median over the changed
-    matrices of a layer. What lies far below it is mostly rounded away, and the model is then what it was before.
+    |dw| is a root mean square. The dashed line is half a step of 4-bit rounding over std(w), the median over the changed
+    matrices of a layer. Changes far below the line mostly vanish in 4-bit rounding, which restores the original model.
 
     Args:
-        subject: the model that the delta was trained from.
-        notes: what else the title should tell.
+        subject: the model from which the delta was trained.
+        notes: further facts for the title.
     Raises:
         FingerprintError: if the delta was made for another model.
         ArgumentError: if it changes no tensor of a layer.
@@ -296,11 +289,13 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
             *zip(*sorted(values.items()), strict=True), color=SERIES[number % len(SERIES)], markersize=6, linewidth=1.0,
             marker=MARKERS[number % len(MARKERS)], linestyle="-", label=label_text(short_module(module)),
         )  # fmt: skip
-    held = _thresholds({name: start[name] for name in moved if start[name].ndim > 1})
-    if held:
-        axes.plot(*zip(*held, strict=True), color="black", linestyle="--", linewidth=1.2, label="half a step of 4 bits")
-    shown = [*moved.values(), *(value for _, value in held if value == value)]
-    # A factor of 4 on both sides: a scale of less than a decade has ticks that nobody can read.
+    thresholds = _thresholds({name: start[name] for name in moved if start[name].ndim > 1})
+    if thresholds:
+        axes.plot(
+            *zip(*thresholds, strict=True), color="black", linestyle="--", linewidth=1.2, label="half a step of 4 bits"
+        )
+    shown = [*moved.values(), *(value for _, value in thresholds if value == value)]
+    # A factor of 4 on both sides: the ticks of a scale of less than a decade are unreadable.
     axes.set_ylim(min(shown) / 4, max(shown) * 4)
     axes.set(yscale="log", ylabel="|dw| / std(w)", xlim=(-0.5, len(layers) - 0.5))
     label_layers(axes, layers)
@@ -308,52 +303,52 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25)
-    legend_below(figure, axes, columns=4)
-    set_title(figure, "How far the training moved each weight", [*_facts(delta), *notes])
-    return figure
+    return figure.finish("How far the training moved each weight", [*_facts(delta), *notes], legend=axes, columns=4)
 
 
 def _started(delta: Delta, subject: Subject) -> dict[str, Tensor]:
-    """The weights of the model by name, once they are known to be those the delta was trained from."""
+    """The weights of the model by name, checked to be those from which the delta was trained."""
     start = {name: subject.value(name) for name in subject.specs}
     for name, value in delta.tensors.items():
-        found = tuple(start[name].shape) if name in start else "absent"
-        if found != tuple(value.shape):
+        shape = tuple(start[name].shape) if name in start else "absent"
+        if shape != tuple(value.shape):
             raise FingerprintError(
-                f"the delta was made for another model: its {name} has shape {tuple(value.shape)}, here it is {found}"
+                f"the delta was made for another model: its {name} has shape {tuple(value.shape)}, here it is {shape}"
             )
-    made, mine = delta.provenance.get("model"), subject.fingerprint()
-    if made and made != mine:
-        raise FingerprintError(f"the delta was made for model {made[:12]}, this one is {mine[:12]}; give the original")
+    expected, actual = delta.provenance.get("model"), subject.fingerprint()
+    if expected and expected != actual:
+        raise FingerprintError(
+            f"the delta was made for model {expected[:12]}, this one is {actual[:12]}; give the original"
+        )
     return start
 
 
 def _relative(value: Tensor, weight: Tensor) -> float:
-    """Root mean square of a difference over the standard deviation of the weight; a constant weight counts by its size."""
+    """Root mean square of a difference over the standard deviation of the weight, or its mean size if it is constant."""
     spread = float(weight.double().std()) if weight.numel() > 1 else 0.0
     return float(value.double().square().mean().sqrt()) / (spread or float(weight.double().abs().mean()) or 1.0)
 
 
 def _mean_by_layer(sizes: dict[str, float]) -> dict[int, float]:
-    """Weight and bias, or experts, of a module as one point: the root of their mean square."""
-    found: dict[int, list[float]] = {}
+    """The root mean square over weight and bias, or over experts, of a module, by layer."""
+    by_layer: dict[int, list[float]] = {}
     for name, size in sizes.items():
         layer, _ = layer_and_module(name)
-        found.setdefault(-1 if layer is None else layer, []).append(size)
-    return {layer: (sum(s * s for s in part) / len(part)) ** 0.5 for layer, part in found.items()}
+        by_layer.setdefault(-1 if layer is None else layer, []).append(size)
+    return {layer: (sum(s * s for s in part) / len(part)) ** 0.5 for layer, part in by_layer.items()}
 
 
 def _thresholds(weights: dict[str, Tensor]) -> list[tuple[float, float]]:
-    """Ends of a line for each layer: the median over its matrices of half a step, over the standard deviation."""
-    found: dict[int, list[float]] = {}
+    """Two points per layer: the median over its matrices of half a rounding step over the standard deviation."""
+    by_layer: dict[int, list[float]] = {}
     for name, weight in weights.items():
         layer, _ = layer_and_module(name)
         half = float(step_size(weight, "int4").double().median()) / 2
-        found.setdefault(-1 if layer is None else layer, []).append(half / (float(weight.double().std()) or 1.0))
-    # Each layer as a level stretch, so that a single layer shows too; NaN leaves a gap where nothing changed.
+        by_layer.setdefault(-1 if layer is None else layer, []).append(half / (float(weight.double().std()) or 1.0))
+    # Each layer is a level segment, so that a single layer is visible; NaN leaves a gap where nothing changed.
     return [
-        (layer + end, median(found.get(layer, [math.nan])))
-        for layer in range(max(found, default=-1) + 1)
+        (layer + end, median(by_layer.get(layer, [math.nan])))
+        for layer in range(max(by_layer, default=-1) + 1)
         for end in (-0.5, 0.5)
     ]
 
@@ -366,62 +361,59 @@ def _facts(delta: Delta) -> list[str]:
     return [*facts, *model_facts(delta.provenance)]
 
 
-# --- Which units a gradient unlearning may move: a mask by layer and module, beside what pruning would have picked
-
+# --- The units that a mask selects, by layer and module, next to those that pruning would select
 
 _Panel = tuple[Table, list[str], str]
 
 
-@escape_texts
 def saliency(mask: Mask, score: Scores | None = None, *, notes: Sequence[str] = ()) -> Figure:
-    """The share of units of each layer and module that a mask lets move; beside it the neurons that pruning would pick.
+    """The percentage of units of each layer and module that a mask selects, next to the neurons that pruning would select.
 
-    The right half, drawn where scores are given, has the same share of all neurons, those with the highest scores: where
-    both halves are bright, gradients and activations agree on where the forget set lives. Shares are in per cent.
+    With scores, the right half shows the same fraction of all neurons, those with the highest scores: where both halves
+    are bright, gradients and activations agree on where the forget set is represented.
 
     Args:
-        mask: of `repedit.unlearning.masks.saliency`, or another one.
-        score: of `repedit.score`.
-        notes: what else the title should tell, such as the forget set.
+        mask: from `repedit.unlearning.masks.saliency`, or another mask.
+        score: from `repedit.score`.
+        notes: further facts for the title, such as the forget set.
     Raises:
-        ArgumentError: if the mask holds no tensor of a layer, or selects nothing.
+        ArgumentError: if the mask has no tensor in a layer, or selects nothing.
     """
-    held: dict[tuple[int, str], list[int]] = {}
+    counts: dict[tuple[int, str], list[int]] = {}
     for name, chosen in mask.tensors.items():
         layer, module = layer_and_module(name)
         if layer is not None:
-            sums = held.setdefault((layer, module), [0, 0])
+            sums = counts.setdefault((layer, module), [0, 0])
             sums[0] += int(chosen.sum())
             sums[1] += chosen.numel()
-    if not held or not any(picked for picked, _ in held.values()):
+    if not any(selected for selected, _ in counts.values()):
         raise ArgumentError(
             f"the mask of {count_text(len(mask.tensors), 'tensor')} selects nothing inside a layer; draw one that does"
         )
     columns = layer_modules(mask.tensors)
-    layers = sorted({layer for layer, _ in held} | {site.layer for site in score or ()})
+    layers = sorted({layer for layer, _ in counts} | {site.layer for site in score or ()})
     grid = np.full((len(layers), len(columns)), np.nan)
-    for (layer, module), (picked, total) in held.items():
-        grid[layers.index(layer), columns.index(module)] = 100 * picked / total
+    for (layer, module), (selected, total) in counts.items():
+        grid[layers.index(layer), columns.index(module)] = 100 * selected / total
     panels: list[_Panel] = [(grid, [short_module(module) for module in columns], "may move")]
-    share = sum(c for c, _ in held.values()) / sum(n for _, n in held.values())
+    share = sum(c for c, _ in counts.values()) / sum(n for _, n in counts.values())
     if score is not None:
         panels.append(_pruned(score, share, layers))
-    figure = _drawn(panels, layers)
-    set_title(figure, "Units that a mask lets move", [f"{percent(share)} of the units", *_origin(mask), *notes])
-    return figure
+    figure = _mask_figure(panels, layers)
+    return figure.finish("Units that a mask lets move", [f"{percent(share)} of the units", *_origin(mask), *notes])
 
 
 def _pruned(score: Scores, share: float, layers: list[int]) -> _Panel:
-    """The same share of the neurons, by importance."""
+    """The same fraction of all neurons, selected by score."""
     keep, sites = top(score, fraction=share), by_point(score)
     grid = np.full((len(layers), len(sites)), np.nan)
-    for column, found in enumerate(sites.values()):
-        for site in found:
+    for column, group in enumerate(sites.values()):
+        for site in group:
             grid[layers.index(site.layer), column] = 100 * float((~keep[site]).double().mean())
     return grid, [point_title(point) for point in sites], "pruning would pick"
 
 
-def _drawn(panels: list[_Panel], layers: list[int]) -> Figure:
+def _mask_figure(panels: list[_Panel], layers: list[int]) -> Canvas:
     widths = [max(len(columns), 1.5) for _, columns, _ in panels]
     # 3.2: labels of layers, a colour bar and slanted names; 2.4: title and slanted names.
     figure = canvas(max(6.0, 3.2 + CELL * sum(widths)), 2.4 + 0.25 * max(len(layers), 3))
@@ -436,31 +428,30 @@ def _drawn(panels: list[_Panel], layers: list[int]) -> Figure:
 
 
 def _origin(mask: Mask) -> list[str]:
-    known = mask.provenance
-    facts = [f"unit: {known['unit']}"] if "unit" in known else []
-    facts += [f"percentile {known['percentile']:g} of {known['loss']}"] if {"percentile", "loss"} <= set(known) else []
+    record = mask.provenance
+    facts = [f"unit: {record['unit']}"] if "unit" in record else []
+    if {"percentile", "loss"} <= set(record):
+        facts.append(f"percentile {record['percentile']:g} of {record['loss']}")
     outside = [name for name in mask.tensors if layer_and_module(name)[0] is None]
     facts += [f"{count_text(len(outside), 'tensor')} outside the layers not shown"] if outside else []
-    return [*facts, *model_facts(known)]
+    return [*facts, *model_facts(record)]
 
 
-# --- The parts of the SemEval score as bars: an aggregate hides which of them is zero
-
+# --- The parts of the SemEval score, which the aggregate hides
 
 HATCHES = ("", "//", "..", "xx", "--", "\\\\")
 MOST = len(HATCHES)
-"""Models in one figure; more bars could not be told apart."""
+"""Maximum number of models in one figure."""
 
 
-@escape_texts
 def semeval(scores: Mapping[str, SemEvalScore] | SemEvalScore, *, notes: Sequence[str] = ()) -> Figure:
-    """The 12 parts of each model's score as bars, forget above and retain below, with every verdict in the title.
+    """The 12 parts of each model's score as bars, forget above and retain below, with the verdicts in the title.
 
-    Bars are as measured: on the forget side less is better. Below stand the numbers that the parts are made into.
+    Bars are the measured values: on the forget side less is better. The legend has the aggregates of the parts.
 
     Args:
         scores: name -> score, or one score.
-        notes: what else the title should tell.
+        notes: further facts for the title.
     Raises:
         ArgumentError: if there is no score, or there are more than 6.
     """
@@ -470,17 +461,20 @@ def semeval(scores: Mapping[str, SemEvalScore] | SemEvalScore, *, notes: Sequenc
     figure = canvas(9.0, 6.6 + 0.2 * len(by_name))
     for axes, side in zip(figure.subplots(2, 1), SIDES, strict=True):
         _bars(axes, side, by_name)
-    legend_below(figure, figure.axes[0], columns=1)
     verdicts = [
         score.verdict if len(by_name) == 1 else f"{label_text(name)}: {score.verdict}"
         for name, score in by_name.items()
     ]
-    set_title(figure, "SemEval-2025 Task 4, part by part", [*verdicts, count_text(len(by_name), "model"), *notes])
-    return figure
+    return figure.finish(
+        "SemEval-2025 Task 4, part by part",
+        [*verdicts, count_text(len(by_name), "model"), *notes],
+        legend=figure.axes[0],
+        columns=1,
+    )
 
 
 def _bars(axes: Axes, side: str, scores: Mapping[str, SemEvalScore]) -> None:
-    """Six groups, one bar a model in each."""
+    """Six groups with one bar per model."""
     groups = [(task, measure) for measure in MEASURES for task in TASKS]
     width = 0.8 / len(scores)
     for number, (name, score) in enumerate(scores.items()):

@@ -49,7 +49,6 @@ from repedit.plot.canvas import (
     by_point,
     canvas,
     describe_sites,
-    escape_texts,
     label_layers,
     label_text,
     legend_below,
@@ -57,7 +56,6 @@ from repedit.plot.canvas import (
     point_title,
     provenance_facts,
     pruned_masks,
-    set_title,
     text_color,
 )
 from repedit.sites import Point, Site
@@ -72,7 +70,6 @@ CONTOURS = {0.01: "-", 0.05: "--"}
 """Fractions of all neurons whose boundary is drawn, with their line styles."""
 
 
-@escape_texts
 def specialization(scores: Scores) -> Figure:
     """Every neuron's score: one column a layer, layer 0 at the left, the most forget-specific neuron on top.
 
@@ -107,10 +104,8 @@ def specialization(scores: Scores) -> Figure:
         row[0].fill_between([], [], facecolor="white", edgecolor="grey", hatch="////", label=name)
     bar = figure.colorbar(mesh, ax=list(row), extend="both", pad=0.02)
     bar.set_label(f"{scale.name}\nretain-specific  <   >  forget-specific")
-    legend_below(figure, row[0], columns=3)
     facts = [describe_sites(scores), f"{total:,} neurons", *provenance_facts(scores.provenance)]
-    set_title(figure, "How specific each neuron is to the forget set", facts)
-    return figure
+    return figure.finish("How specific each neuron is to the forget set", facts, legend=row[0], columns=3)
 
 
 class Scale(NamedTuple):
@@ -195,7 +190,6 @@ def _contour(axes: Axes, share: float, keep: Keep, sites: Sequence[Site]) -> Non
 Values = Mapping[Site, NDArray[np.float64]]
 
 
-@escape_texts
 def importances(forget: Collection, retain: Collection, *, importance: str = "abs", edit: Edit | None = None) -> Figure:
     """Forget against retain importance of every neuron, log-log; colour is the layer, above the line is forget-specific.
 
@@ -230,9 +224,12 @@ def importances(forget: Collection, retain: Collection, *, importance: str = "ab
     facts += [f"{role} {c.corpus}, {c.counted:,} tokens" for role, c in (("forget", forget), ("retain", retain))]
     axes.set_xlabel(f"importance on retain ({label_text(retain.corpus, 30)}): {IMPORTANCES[importance].meaning}")
     axes.set_ylabel(f"importance on forget ({label_text(forget.corpus, 30)}): {IMPORTANCES[importance].meaning}")
-    legend_below(figure, axes, columns=4)
-    set_title(figure, f"Importance {importance!r} of each neuron on both sets", [*facts, f"model {forget.model[:8]}"])
-    return figure
+    return figure.finish(
+        f"Importance {importance!r} of each neuron on both sets",
+        [*facts, f"model {forget.model[:8]}"],
+        legend=axes,
+        columns=4,
+    )
 
 
 def _lifted(values: Values) -> Values:
@@ -287,7 +284,6 @@ def _ring(axes: Axes, x: Values, y: Values, edit: Edit) -> str:
 Activations = NDArray[np.float64]
 
 
-@escape_texts
 def activations(
     subject: Subject,
     site: Site | str,
@@ -338,10 +334,8 @@ def activations(
     axes.set(
         xlabel=f"activation z of neuron {neuron}", ylabel="density, per unit of z", yscale="log" if log else "linear"
     )
-    legend_below(figure, axes)
     seen = [f"{bins} bins", f"model {subject.fingerprint()[:8]}"] + (["edited"] if edit else [])
-    set_title(figure, f"Activation of neuron {neuron} of {place} on both sets", [*facts, *seen])
-    return figure
+    return figure.finish(f"Activation of neuron {neuron} of {place} on both sets", [*facts, *seen], legend=axes)
 
 
 def _values(subject: Subject, site: Site, neuron: int, items: Iterable[Batch], limit: int | None) -> Activations:
@@ -406,7 +400,6 @@ def _histogram(axes: Axes, name: str, role: str, values: Activations, edges: Act
 Table = NDArray[np.float64]
 
 
-@escape_texts
 def pruned_per_layer(
     edit_or_trajectory: Edit | Trajectory, control: Edit | None = None, *, layers: int | None = None
 ) -> Figure:
@@ -447,11 +440,9 @@ def pruned_per_layer(
         describe_sites(site for sites in panels.values() for site in sites),
         *provenance_facts(last.provenance),
     ]
-    set_title(figure, "Neurons pruned in each layer", facts)
-    return figure
+    return figure.finish("Neurons pruned in each layer", facts)
 
 
-@escape_texts
 def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) -> Figure:
     """What removing the neurons of one set does to another: rows removed, columns evaluated, cells drop in per cent.
 
@@ -479,8 +470,7 @@ def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) 
         _table(figure, row[1], np.asarray(overlap, dtype=np.float64), names, (0.0, 1.0), "{:.2f}", "Jaccard overlap")
         row[1].set(ylabel="neurons removed for", xlabel="neurons removed for")
     beside = [] if overlap is None else ["right: Jaccard overlap of the removed neurons"]
-    set_title(figure, "Removing the neurons of one set, measured on another", [f"{n} sets", *beside])
-    return figure
+    return figure.finish("Removing the neurons of one set, measured on another", [f"{n} sets", *beside])
 
 
 def overlap(edits: Sequence[Edit]) -> Table:

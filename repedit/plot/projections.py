@@ -28,18 +28,17 @@ from repedit.plot.canvas import (
     RETAIN,
     SERIES,
     SMALL,
+    Canvas,
     Rows,
     Table,
     canvas,
     checked_table,
     count_text,
     draw_table,
-    escape_texts,
     label_text,
     legend_below,
     outline_cells,
     percent,
-    set_title,
     table_figure,
     wrapped,
 )
@@ -53,7 +52,6 @@ NEGLIGIBLE = 1e-12
 """Energies below this share of the largest are rounding of float64 eigenvalues, and are not drawn."""
 
 
-@escape_texts
 def spectra(spectra: Spectra, *, notes: Sequence[str] = ()) -> Figure:
     """Energy along the principal directions of forget, of retain, and of forget outside the cut; log-log.
 
@@ -92,12 +90,10 @@ def spectra(spectra: Spectra, *, notes: Sequence[str] = ()) -> Figure:
     axes.grid(alpha=0.25)
     if spectra.cut:
         _mark(axes, spectra)
-    legend_below(figure, axes, columns=4)
     outside = f"{percent(spectra.share)} of forget energy outside the cut" if spectra.cut else "no cut"
     facts = [f"{len(spectra.forget)} directions", outside]
     facts += [f"{hidden} energies below {NEGLIGIBLE:.0e} of the largest not drawn"] if hidden else []
-    set_title(figure, "Where the energy of both sets lies", [*facts, *notes])
-    return figure
+    return figure.finish("Where the energy of both sets lies", [*facts, *notes], legend=axes, columns=4)
 
 
 def _sparse(n: int) -> list[int]:
@@ -122,7 +118,6 @@ def _mark(axes: Axes, spectra: Spectra) -> None:
 # --- Where to project and how much: one value for every layer and rank
 
 
-@escape_texts
 def layer_rank(
     values: Rows, *, layers: Sequence[int | str], ranks: Sequence[int], label: str, notes: Sequence[str] = ()
 ) -> Figure:
@@ -154,8 +149,7 @@ def layer_rank(
     figure.colorbar(image, ax=axes, label=label, pad=0.02)
     missing = int(np.isnan(grid).sum())
     facts = [needed, *([f"{count_text(missing, 'cell')} not measured"] if missing else []), *notes]
-    set_title(figure, f"{label[:1].upper()}{label[1:]} by layer and rank", facts)
-    return figure
+    return figure.finish(f"{label[:1].upper()}{label[1:]} by layer and rank", facts)
 
 
 # --- What a rank buys and costs: accuracy on both sets against the number of directions removed, method by method
@@ -192,7 +186,6 @@ class TradeOff:
                 raise FractionError(f"{name}_interval {ends} does not hold the accuracy {value} within [0, 1]")
 
 
-@escape_texts
 def rank_tradeoff(
     results: Mapping[str, Sequence[TradeOff]], *, chance: float | None = None, notes: Sequence[str] = ()
 ) -> Figure:
@@ -233,8 +226,7 @@ def rank_tradeoff(
     shown = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
     bars = any(p.forget_interval or p.retain_interval for found in results.values() for p in found)
     facts = [count_text(len(results), "method"), shown, *(["bars: intervals"] if bars else []), *notes]
-    set_title(figure, "What is forgotten and what is kept, by rank removed", facts)
-    return figure
+    return figure.finish("What is forgotten and what is kept, by rank removed", facts)
 
 
 def check_chance(chance: float | None) -> None:
@@ -337,7 +329,6 @@ def _name_ranks(axes: Axes, ranks: Sequence[int]) -> None:
 # --- Deletion requests one after another: what each leaves of every task, and how the removed spans lie to each other
 
 
-@escape_texts
 def continual(
     matrix: Rows,
     tasks: Sequence[str],
@@ -383,11 +374,9 @@ def continual(
     if np.isfinite(earlier).any():
         facts.append(f"earlier tasks end at {np.nanmax(earlier):.2f} or below")
     facts += [] if chance is None else [f"chance {chance:.3g}"]
-    set_title(figure, "Accuracy on each task as tasks are unlearnt one after another", [*facts, *notes])
-    return figure
+    return figure.finish("Accuracy on each task as tasks are unlearnt one after another", [*facts, *notes])
 
 
-@escape_texts
 def principal_angles(edits: Mapping[str, Edit], *, notes: Sequence[str] = ()) -> Figure:
     """How much of what one task removes another removes too: mean squared cosines of principal angles at shared sites.
 
@@ -429,8 +418,7 @@ def principal_angles(edits: Mapping[str, Edit], *, notes: Sequence[str] = ()) ->
     facts.append(f"random subspaces: {_range(sorted(random), '{:.3f}')} (k/d), dashed in the colour bar")
     inside = int((grid[np.tril_indices(len(names), -1)] > 1 - 1e-6).sum())
     facts += [f"{count_text(inside, 'pair')} where one span holds the other"] if inside else []
-    set_title(figure, "How much the removed subspaces of two tasks have in common", [*facts, *notes])
-    return figure
+    return figure.finish("How much the removed subspaces of two tasks have in common", [*facts, *notes])
 
 
 def _check_distinct(what: str, names: Sequence[str]) -> None:
@@ -459,7 +447,7 @@ def _row_names(found: int, tasks: Sequence[str], rows: Sequence[str] | None) -> 
 
 def _drawn(
     grid: Table, named: Sequence[str], tasks: Sequence[str], untouched: Sequence[str], chance: float | None
-) -> Figure:
+) -> Canvas:
     rows, n = [wrapped(name) for name in named], len(tasks)
     figure = table_figure(rows, len(tasks) + len(untouched), below=2.9)
     ratios = [n, len(untouched)] if untouched else [n]
@@ -516,7 +504,6 @@ STYLES: tuple[dict[str, Any], ...] = ({"color": "white", "edgecolor": NEUTRAL, "
 """How the bars before the cast, and as stored, are drawn."""
 
 
-@escape_texts
 def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
     """Bars of ||V^T W'|| / ||V^T W|| by tensor, before and after the cast to the stored dtype, on a logarithmic axis.
 
@@ -535,7 +522,6 @@ def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
     figure = canvas(9.5, 2.2 + 0.27 * len(shown))
     axes = figure.subplots()
     _bars(axes, shown)
-    legend_below(figure, axes, columns=4)
     n, beyond = len(certificate.tensors), sum(_beyond(row) > 1 for row in certificate.tensors.values())
     facts = [f"{certificate.form}, {certificate.exactness}"]
     facts += [f"{count_text(certificate.rank, 'direction')} over {count_text(n, 'tensor')}"]
@@ -545,8 +531,9 @@ def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
         all_layers = len(shown) == len({_layer(name) for name in certificate.tensors})
         which = "the worst of each layer" if all_layers else f"the worst of the {len(shown)} worst layers"
         facts.append(f"{which}, {n - len(shown)} tensors not shown")
-    set_title(figure, "What is left of the removed directions in the weights", [*facts, *notes])
-    return figure
+    return figure.finish(
+        "What is left of the removed directions in the weights", [*facts, *notes], legend=axes, columns=4
+    )
 
 
 def _chosen(tensors: Mapping[str, TensorCertificate]) -> dict[str, TensorCertificate]:

@@ -20,12 +20,9 @@ from repedit.plot.canvas import (
     SMALL,
     canvas,
     data_facts,
-    escape_texts,
     label_text,
-    legend_below,
     model_facts,
     percent,
-    set_title,
 )
 
 Points = Sequence[tuple[float, float]] | NDArray[np.float64]
@@ -38,7 +35,6 @@ KINDS: Mapping[str, dict[str, Any]] = {
 NAMES = {"mlp": "MLP neurons", "attention": "attention neurons", "random": "random control"}
 
 
-@escape_texts
 def trajectory(
     *trajectories: Trajectory,
     labels: Sequence[str] | None = None,
@@ -72,12 +68,9 @@ def trajectory(
     for number, (name, found) in enumerate(zip(names, trajectories, strict=True)):
         _draw(left, right, number, name, found, limit)
     _frame(left, right, limit, control)
-    legend_below(figure, left)
-    set_title(figure, "What pruning costs: forget and retain, step by step", _facts(trajectories))
-    return figure
+    return figure.finish("What pruning costs: forget and retain, step by step", _facts(trajectories), legend=left)
 
 
-@escape_texts
 def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
     """Selectivities of several methods on one number line, 0 to 100; the best method has the lowest label.
 
@@ -111,9 +104,9 @@ def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
     axes.set_yticks([])
     axes.spines[["left", "right", "top"]].set_visible(False)
     axes.set_xlabel("selectivity: forget drop - retain drop, points")
-    legend_below(figure, axes, columns=3)
-    set_title(figure, "Selectivity by method", [f"{len(ordered)} methods", "0 = no selectivity"])
-    return figure
+    return figure.finish(
+        "Selectivity by method", [f"{len(ordered)} methods", "0 = no selectivity"], legend=axes, columns=3
+    )
 
 
 def _names(trajectories: Sequence[Trajectory], labels: Sequence[str] | None) -> list[str]:
