@@ -397,7 +397,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no row": (lambda: plot.continual(np.zeros((0, 3)), TASKS), ArgumentError, "matrix has no cell to draw: 0 rows, 3 tasks and 0 untouched domains"),
     "unnamed original": (lambda: plot.continual(DONE, TASKS, untouched=["languages"]), ShapeError, r"4 rows for 3 tasks; name them if the first is the original: rows=\['original'"),
     "rows": (lambda: plot.continual(DONE, TASKS, rows=TASKS), ShapeError, "matrix has 4 rows, rows= names 3"),
-    "row": (lambda: plot.continual(DONE[:2], TASKS, rows=["capitals", "after symbols"]), ArgumentError, "row 'after symbols' is no task; only the first row may be another"),
+    "row": (lambda: plot.continual(DONE[:2], TASKS, rows=["capitals", "after symbols"]), ArgumentError, "row 'after symbols' is not a task; only the first row may have another name"),
     "row twice": (lambda: plot.continual(DONE[:2], TASKS, rows=["capitals", "capitals"]), ArgumentError, "names a task twice"),
     "columns": (lambda: plot.continual(DONE[:3], TASKS), ShapeError, r"matrix has shape \(3, 4\), 3 rows, 3 tasks and 0 untouched domains need \(3, 3\)"),
     "matrix in per cent": (lambda: plot.continual([[50.0]], ["a"]), FractionError, "matrix holds 50, outside"),

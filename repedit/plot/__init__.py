@@ -1,8 +1,8 @@
-"""Figures of what was measured: every function takes values and returns a matplotlib Figure, and shows nothing.
+"""Figures: every function takes values and returns a matplotlib Figure without showing it.
 
-Save one with `figure.savefig("drops.png", dpi=200)`; a notebook shows it when it is the last value of a cell. Orange
-is forget and blue is retain. Colours come from Okabe and Ito's set, cividis and PuOr, and marks, hatches or line
-styles repeat what colour says, so that a grey print can be read.
+Save a figure with `figure.savefig("drops.png", dpi=200)`; a notebook shows it as the last value of a cell. Orange is forget
+and blue is retain. Colours come from the palette of Okabe and Ito, cividis and PuOr; markers, hatches or line styles
+repeat the information, so that a grey print is readable.
 """
 
 from repedit.plot.classifiers import condensed, gap, membership

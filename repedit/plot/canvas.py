@@ -8,7 +8,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -58,10 +58,11 @@ class Canvas(Figure):
         escape_figure(self)
         return self
 
-    def draw(self, renderer: RendererBase) -> None:
+    def draw(self, renderer: object) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from")
-            super().draw(renderer)
+            # A mixed raster and vector renderer is not a RendererBase.
+            super().draw(cast(RendererBase, renderer))
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -196,7 +197,7 @@ def label_layers(axes: Axes, layers: list[int]) -> None:
     axes.set_xlabel("layer")
 
 
-def text_color(shade: NDArray[np.float64]) -> str:
+def text_color(shade: Sequence[float] | NDArray[np.float64]) -> str:
     """Black or white, whichever is easier to read on an (r, g, b, a) colour."""
     return "black" if np.dot(shade[:3], (0.299, 0.587, 0.114)) > 0.5 else "white"
 

@@ -1,17 +1,18 @@
-"""Where the specific neurons are: scores by layer, importances on two sets, one neuron's activations, and what edits remove."""
+"""Figures of neurons: scores by layer, importances on two sets, activations of one neuron, and what edits prune."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import BoundaryNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -60,22 +61,21 @@ from repedit.plot.canvas import (
 )
 from repedit.sites import Point, Site
 
-# --- Where in the model the specific neurons are: every score, layer by layer
-
+# --- Specialization: the score of every neuron by layer
 
 Rows = NDArray[np.float64]
 QUANTILE = 0.98
-"""Share of neurons inside the colour scale; the few beyond it take its end colours."""
+"""Fraction of neurons inside the colour scale; the others have its end colours."""
 CONTOURS = {0.01: "-", 0.05: "--"}
-"""Fractions of all neurons whose boundary is drawn, with their line styles."""
+"""Line styles of the boundaries, by fraction of all neurons."""
 
 
 def specialization(scores: Scores) -> Figure:
-    """Every neuron's score: one column a layer, layer 0 at the left, the most forget-specific neuron on top.
+    """The score of every neuron: one column per layer, layer 0 at the left, the most forget-specific neuron on top.
 
-    Orange is forget-specific, purple retain-specific, white no preference. Lines bound the global top 1 % and 5 %,
-    which `prune` would take; the square-root axis gives them room. Protected neurons are hatched. One panel a point
-    where scores mix attention and MLP.
+    Orange is forget-specific, purple retain-specific, white no preference. Lines bound the global top 1 % and 5 %, which
+    `prune` would select; the square-root axis gives them room. Protected neurons are hatched. Attention and MLP neurons
+    have separate panels.
 
     Raises:
         ArgumentError: if there is no score, or every neuron is protected.
@@ -109,12 +109,12 @@ def specialization(scores: Scores) -> Figure:
 
 
 class Scale(NamedTuple):
-    """How the scores of one combination become colours."""
+    """How the scores of a combination become colours."""
 
     name: str
     shown: Callable[[Rows], Rows]
     neutral: Callable[[Rows], float]
-    """The value of no preference."""
+    """Returns the value of no preference."""
 
 
 def _same(values: Rows) -> Rows:
@@ -138,9 +138,9 @@ SCALES: Mapping[str, Scale] = {
 
 
 def reach(scale: Scale, shown: Rows) -> float:
-    """How far from no preference the colour scale goes."""
-    away = np.abs(shown - scale.neutral(shown))
-    return float(np.nanquantile(away, QUANTILE)) or float(np.nanmax(away)) or 1.0
+    """The distance of the ends of the colour scale from no preference."""
+    distance = np.abs(shown - scale.neutral(shown))
+    return float(np.nanquantile(distance, QUANTILE)) or float(np.nanmax(distance)) or 1.0
 
 
 def _split(values: Rows, like: Mapping[Site, Rows]) -> list[Rows]:
@@ -152,7 +152,7 @@ def _norm(scale: Scale, shown: Rows) -> Normalize:
     return Normalize(middle - far, middle + far)
 
 
-def _heat(axes: Axes, columns: Sequence[Rows], norm: Normalize) -> Any:
+def _heat(axes: Axes, columns: Sequence[Rows], norm: Normalize) -> QuadMesh:
     rows = max(len(column) for column in columns)
     grid = np.full((rows, len(columns)), np.nan)
     for number, column in enumerate(columns):
@@ -184,23 +184,23 @@ def _contour(axes: Axes, share: float, keep: Keep, sites: Sequence[Site]) -> Non
     )
 
 
-# --- The two importances of every neuron against each other
-
+# --- Importances on two sets against each other
 
 Values = Mapping[Site, NDArray[np.float64]]
 
 
 def importances(forget: Collection, retain: Collection, *, importance: str = "abs", edit: Edit | None = None) -> Figure:
-    """Forget against retain importance of every neuron, log-log; colour is the layer, above the line is forget-specific.
+    """Forget against retain importance of every neuron, log-log; the colour is the layer.
 
-    A neuron without importance on a set is drawn at the edge, at half the smallest importance there is.
+    Neurons above the line are forget-specific. A neuron without importance on a set is drawn at half the smallest
+    importance, at the edge.
 
     Args:
-        edit: the neurons it prunes are ringed.
+        edit: marks the neurons that it prunes with rings.
     Raises:
         UnknownName: if there is no such importance. UnsuitableImportance: if it is signed.
         SelectionError: if the edit prunes no collected neuron, or no neuron has importance on both sets.
-        as `score`, for collections that do not belong together.
+        as `score`, for collections that do not match.
     """
     if importance not in IMPORTANCES:
         raise UnknownName(f"importance={importance!r} does not exist; {nearest(importance, IMPORTANCES)}")
@@ -233,7 +233,7 @@ def importances(forget: Collection, retain: Collection, *, importance: str = "ab
 
 
 def _lifted(values: Values) -> Values:
-    """Zeros raised to half the smallest positive value, which a logarithmic axis can show."""
+    """Zeros replaced by half the smallest positive value, for a logarithmic axis."""
     least = min(float(v[v > 0].min()) for v in values.values() if (v > 0).any()) / 2
     return {site: np.maximum(v, least) for site, v in values.items()}
 
@@ -243,7 +243,7 @@ def _draw(figure: Figure, axes: Axes, x: Values, y: Values) -> None:
     for number, point in enumerate(dict.fromkeys(site.point for site in x)):
         sites = [site for site in x if site.point is point]
         layer = np.concatenate([np.full(len(x[s]), s.layer) for s in sites])
-        # Drawn layer by layer the last layer would hide the others; the order is fixed, so a figure is repeatable.
+        # Drawn by layer, the last layer would hide the others; the order is fixed, so that a figure is reproducible.
         order = np.random.default_rng(0).permutation(len(layer))
         axes.scatter(
             np.concatenate([x[s] for s in sites])[order],
@@ -278,8 +278,7 @@ def _ring(axes: Axes, x: Values, y: Values, edit: Edit) -> str:
     return f"{len(across):,} of {sum(len(v) for v in x.values()):,} neurons pruned"
 
 
-# --- One neuron seen closely: its activations on both sets
-
+# --- Activations of one neuron on both sets
 
 Activations = NDArray[np.float64]
 
@@ -299,30 +298,30 @@ def activations(
     limit_tokens: int | None = None,
     progress: bool | None = None,
 ) -> Figure:
-    """Histograms of one neuron's activation on both sets, in shared bins, with zero, mean and peak marked.
+    """Histograms of one neuron's activation on both sets, in shared bins, with marks at zero, mean and peak.
 
     The peak is the centre of the fullest bin. Padding and first positions do not count.
 
     Args:
-        edit: an edit that is active during the passes.
-        log: a logarithmic density axis, on which rare large activations can be seen.
-        limit_tokens: end each pass after the batch that reaches this many counted tokens.
+        edit: an edit that is active during the forward passes.
+        log: use a logarithmic density axis, which shows rare large activations.
+        limit_tokens: stop after the batch that reaches this number of counted tokens.
     Raises:
         UnknownSite: if the model has no such site. ArgumentError: if it has no such neuron.
         NotEnoughRows: if no token of a set counts. NotFinite: if an activation is not finite.
     """
-    place = subject.select(Site.parse(site))[0]
-    width = subject.layout.width_of(place.layer, place.point)
+    site = subject.select(Site.parse(site))[0]
+    width = subject.layout.width_of(site.layer, site.point)
     if not 0 <= neuron < width:
-        raise ArgumentError(f"{place} has no neuron {neuron}; its neurons are 0..{width - 1}")
+        raise ArgumentError(f"{site} has no neuron {neuron}; its neurons are 0..{width - 1}")
     if bins < 1:
         raise ArgumentError(f"bins={bins}; a histogram needs at least 1")
     sides = []
     for corpus in (forget, retain):
         items = batches(subject, corpus, length, batch_size, progress, "activations")
         with edit.hooked(subject) if edit else nullcontext():
-            sides.append(_values(subject, place, neuron, items, limit_tokens))
-        _check(sides[-1], corpus, place, neuron)
+            sides.append(_values(subject, site, neuron, items, limit_tokens))
+        _check(sides[-1], corpus, site, neuron)
     edges = np.histogram_bin_edges(np.concatenate(sides), bins)
     figure = canvas(7.0, 4.8)
     axes = figure.subplots()
@@ -334,34 +333,36 @@ def activations(
     axes.set(
         xlabel=f"activation z of neuron {neuron}", ylabel="density, per unit of z", yscale="log" if log else "linear"
     )
-    seen = [f"{bins} bins", f"model {subject.fingerprint()[:8]}"] + (["edited"] if edit else [])
-    return figure.finish(f"Activation of neuron {neuron} of {place} on both sets", [*facts, *seen], legend=axes)
+    settings = [f"{bins} bins", f"model {subject.fingerprint()[:8]}"] + (["edited"] if edit else [])
+    return figure.finish(f"Activation of neuron {neuron} of {site} on both sets", [*facts, *settings], legend=axes)
 
 
 def _values(subject: Subject, site: Site, neuron: int, items: Iterable[Batch], limit: int | None) -> Activations:
     """The activations of one neuron at counted tokens."""
-    found: list[Tensor] = []
+    parts: list[Tensor] = []
     mask = torch.empty(0)
 
     def visit(x: Tensor, at: slice, tokens: Tensor | None) -> None:
         column = neuron - (at.start or 0)
-        # An expert holds some of the neurons and sees some of the tokens.
+        # An expert has some of the neurons and processes some of the tokens.
         if 0 <= column < x.shape[-1]:
-            use = mask.reshape(-1).to(x.device)
-            found.append(x[..., column].reshape(-1)[use if tokens is None else use[tokens]].double().cpu())
+            counts = mask.reshape(-1).to(x.device)
+            parts.append(x[..., column].reshape(-1)[counts if tokens is None else counts[tokens]].double().cpu())
 
     hooks = hooks_at(subject.model, subject.layout, site, visit, replaces=False)
     with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
         counted = 0
         for number, batch in enumerate(items):
-            given = batch.attention_mask
-            mask = given & (given.cumsum(1) > 1)
+            attention_mask = batch.attention_mask
+            mask = attention_mask & (attention_mask.cumsum(1) > 1)
             with note_batch_on_error(number):
-                subject.model.base_model(input_ids=batch.input_ids, attention_mask=given.long(), use_cache=False)
+                subject.model.base_model(
+                    input_ids=batch.input_ids, attention_mask=attention_mask.long(), use_cache=False
+                )
             counted += int(mask.sum())
             if limit is not None and counted >= limit:
                 break
-    return torch.cat(found).numpy() if found else np.empty(0)
+    return torch.cat(parts).numpy() if parts else np.empty(0)
 
 
 def _check(values: Activations, corpus: Batches, site: Site, neuron: int) -> None:
@@ -375,7 +376,7 @@ def _check(values: Activations, corpus: Batches, site: Site, neuron: int) -> Non
 
 
 def _histogram(axes: Axes, name: str, role: str, values: Activations, edges: Activations) -> None:
-    """Forget is filled, with a dashed mean; retain is an outline, with a dotted one."""
+    """Forget is filled with a dashed line at the mean; retain is an outline with a dotted line."""
     density, _ = np.histogram(values, edges, density=True)
     fullest = int(density.argmax())
     mean, peak = float(values.mean()), float(edges[fullest : fullest + 2].mean())
@@ -394,8 +395,7 @@ def _histogram(axes: Axes, name: str, role: str, values: Activations, edges: Act
     )
 
 
-# --- Which neurons edits remove: counts by layer, overlaps, and the effect on every set
-
+# --- Pruned neurons: counts by layer, overlaps, and the effect on every set
 
 Table = NDArray[np.float64]
 
@@ -403,28 +403,28 @@ Table = NDArray[np.float64]
 def pruned_per_layer(
     edit_or_trajectory: Edit | Trajectory, control: Edit | None = None, *, layers: int | None = None
 ) -> Figure:
-    """Neurons pruned in each layer, one panel a point; stacked over the steps of a trajectory.
+    """Neurons pruned in each layer, with one panel per point; stacked over the steps of a trajectory.
 
     Args:
-        control: an edit drawn beside it, hatched.
-        layers: number of layers of the model; up to the last pruned one when None.
+        control: another edit, drawn next to it with hatching.
+        layers: number of layers of the model; up to the last pruned layer when None.
     Raises:
         SelectionError: if nothing is pruned. ArgumentError: if an edit is not made of neuron masks.
     """
     steps = _steps(edit_or_trajectory)
-    counts = [{site: int(mask.sum()) for site, mask in found.items()} for _, found in steps]
-    beside = {} if control is None else {site: int(mask.sum()) for site, mask in pruned_masks(control).items()}
-    total = sum(sum(found.values()) for found in counts)
+    counts = [{site: int(mask.sum()) for site, mask in masks.items()} for _, masks in steps]
+    controls = {} if control is None else {site: int(mask.sum()) for site, mask in pruned_masks(control).items()}
+    total = sum(sum(step.values()) for step in counts)
     if not total:
         raise SelectionError("no neuron is pruned, so there is no bar to draw; raise the fraction")
-    panels = by_point({site for found in (*counts, beside) for site, n in found.items() if n})
+    panels = by_point({site for step in (*counts, controls) for site, n in step.items() if n})
     depth = max(layers or 0, 1 + max(site.layer for sites in panels.values() for site in sites))
     figure = canvas(max(6.5, min(12.0, 2.5 + 0.22 * depth)), 1.6 + 2.7 * len(panels))
     column = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     shades = colormaps[SEQUENTIAL].resampled(len(counts))
     colours = [shades(i) for i in range(len(counts))] if len(counts) > 1 else [to_rgba(SERIES[0])]
     for axes, point in zip(column, panels, strict=True):
-        _bars(axes, point, depth, counts, beside if control is not None else None, colours)
+        _bars(axes, point, depth, counts, controls if control is not None else None, colours)
     if len(counts) > 1:
         norm = BoundaryNorm(np.arange(len(counts) + 1) + 0.5, len(counts))
         bar = figure.colorbar(ScalarMappable(norm, shades), ax=list(column), pad=0.02)
@@ -444,21 +444,21 @@ def pruned_per_layer(
 
 
 def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) -> Figure:
-    """What removing the neurons of one set does to another: rows removed, columns evaluated, cells drop in per cent.
+    """The effect of removing the neurons of one set (rows) on every set (columns), as a drop in per cent.
 
     Args:
-        matrix: drops of top-1 accuracy in per cent, (n, n), rows the set whose neurons were removed.
+        matrix: drops of top-1 accuracy in per cent, (n, n); rows are the sets whose neurons were removed.
         names: the n sets.
-        overlap: Jaccard overlap of the removed neurons, (n, n), as `overlap` returns; drawn beside.
+        overlap: Jaccard overlap of the removed neurons, (n, n), as `overlap` returns; drawn in a second panel.
     Raises:
         ArgumentError: if there is no set. ShapeError: if a matrix does not fit the names.
     """
     n = len(names)
     if not n:
         raise ArgumentError("transfer() was given no set to draw; pass a matrix of drops and one name a row")
-    for name, found in (("matrix", matrix), ("overlap", overlap)):
-        if found is not None and np.shape(found) != (n, n):
-            raise ShapeError(f"{name} has shape {np.shape(found)}, {n} names need ({n}, {n})")
+    for name, values in (("matrix", matrix), ("overlap", overlap)):
+        if values is not None and np.shape(values) != (n, n):
+            raise ShapeError(f"{name} has shape {np.shape(values)}, {n} names need ({n}, {n})")
     panels = 1 if overlap is None else 2
     figure = canvas((2.6 + 0.75 * n) * panels, 2.6 + 0.6 * n)
     row = figure.subplots(1, panels, squeeze=False)[0]
@@ -469,8 +469,8 @@ def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) 
     if overlap is not None:
         _table(figure, row[1], np.asarray(overlap, dtype=np.float64), names, (0.0, 1.0), "{:.2f}", "Jaccard overlap")
         row[1].set(ylabel="neurons removed for", xlabel="neurons removed for")
-    beside = [] if overlap is None else ["right: Jaccard overlap of the removed neurons"]
-    return figure.finish("Removing the neurons of one set, measured on another", [f"{n} sets", *beside])
+    overlap_fact = [] if overlap is None else ["right: Jaccard overlap of the removed neurons"]
+    return figure.finish("Removing the neurons of one set, measured on another", [f"{n} sets", *overlap_fact])
 
 
 def overlap(edits: Sequence[Edit]) -> Table:
@@ -490,16 +490,16 @@ def overlap(edits: Sequence[Edit]) -> Table:
 
 
 def _steps(source: Edit | Trajectory) -> list[tuple[str, dict[Site, NDArray[np.bool_]]]]:
-    """What each step prunes that no step before it did, with its name."""
+    """(name, masks) of every step, with the neurons that no earlier step prunes."""
     if isinstance(source, Edit):
         return [("pruned", pruned_masks(source))]
-    gone: dict[Site, NDArray[np.bool_]] = {}
-    found = []
+    earlier: dict[Site, NDArray[np.bool_]] = {}
+    steps = []
     for step in source.steps[1:]:
-        now = pruned_masks(step.edit)
-        found.append((percent(step.fraction), {s: m & ~gone.get(s, np.zeros_like(m)) for s, m in now.items()}))
-        gone |= {site: mask | gone.get(site, np.zeros_like(mask)) for site, mask in now.items()}
-    return found
+        masks = pruned_masks(step.edit)
+        steps.append((percent(step.fraction), {s: m & ~earlier.get(s, np.zeros_like(m)) for s, m in masks.items()}))
+        earlier |= {site: mask | earlier.get(site, np.zeros_like(mask)) for site, mask in masks.items()}
+    return steps
 
 
 def _bars(
@@ -510,15 +510,15 @@ def _bars(
     control: dict[Site, int] | None,
     colours: Sequence[tuple[float, ...]],
 ) -> None:
-    def heights(found: dict[Site, int]) -> NDArray[np.int64]:
-        return np.array([found.get(Site(layer, point), 0) for layer in range(depth)])
+    def heights(step: dict[Site, int]) -> NDArray[np.int64]:
+        return np.array([step.get(Site(layer, point), 0) for layer in range(depth)])
 
     at, width, base = np.arange(depth), 0.8 if control is None else 0.42, np.zeros(depth, dtype=np.int64)
     shift = 0.0 if control is None else width / 2
-    for found, colour in zip(counts, colours, strict=True):
+    for step, colour in zip(counts, colours, strict=True):
         name = "edit" if len(counts) == 1 else ""
-        axes.bar(at - shift, heights(found), width, bottom=base, color=colour, label=name)
-        base += heights(found)
+        axes.bar(at - shift, heights(step), width, bottom=base, color=colour, label=name)
+        base += heights(step)
     if control is not None:
         axes.bar(at + shift, heights(control), width, color="white", edgecolor="black", hatch="////", label="control")
     label_layers(axes, list(range(depth)))

@@ -1,4 +1,4 @@
-"""Projections: energy by direction, what a layer and a rank cost, deletion requests one after another, and leakage."""
+"""Figures of projections: energy by direction, results by layer and rank, sequential deletion requests, and leakage."""
 
 from __future__ import annotations
 
@@ -45,21 +45,20 @@ from repedit.plot.canvas import (
 from repedit.rewrite.certificate import Certificate, TensorCertificate
 from repedit.sites import Site
 
-# --- Where the energy of two sets lies, direction by direction, and where a projection may take from
-
+# --- Spectra: the energy of two sets by direction, and the cut of a projection
 
 NEGLIGIBLE = 1e-12
-"""Energies below this share of the largest are rounding of float64 eigenvalues, and are not drawn."""
+"""Energies below this fraction of the largest are rounding error of float64 eigenvalues and are not drawn."""
 
 
 def spectra(spectra: Spectra, *, notes: Sequence[str] = ()) -> Figure:
     """Energy along the principal directions of forget, of retain, and of forget outside the cut; log-log.
 
-    Each set has its own directions, numbered from 1 in descending order. The cut is drawn after the last retain
-    direction that `residual_pca` keeps out of; what it removes is at the left end of "forget outside the cut".
+    Each set has its own directions, numbered from 1 in descending order. The cut follows the last retain direction that
+    `residual_pca` avoids; what it removes is at the left end of "forget outside the cut".
 
     Args:
-        notes: what else the title should tell, such as the site and the texts.
+        notes: further facts for the title, such as the site and the texts.
     Raises:
         ArgumentError: if no direction has energy.
     """
@@ -97,7 +96,7 @@ def spectra(spectra: Spectra, *, notes: Sequence[str] = ()) -> Figure:
 
 
 def _sparse(n: int) -> list[int]:
-    """About 40 of n places, evenly spaced on a logarithmic axis, the first and the last among them."""
+    """About 40 of n positions, evenly spaced on a logarithmic axis, including the first and the last."""
     return sorted({int(i) - 1 for i in np.geomspace(1, n, 40).round()}) if n else []
 
 
@@ -105,29 +104,29 @@ def _mark(axes: Axes, spectra: Spectra) -> None:
     """The cut as a line after its last direction, with its number and the share of retain energy before it."""
     at = spectra.cut + 0.5
     axes.axvline(at, color="black", linestyle=":", linewidth=1.4, label="cut")
-    held = float(spectra.retain[: spectra.cut].sum() / spectra.retain.sum())
-    # All lines descend, so the corner below them and left of the cut is free; with a small cut it is too narrow.
+    share = float(spectra.retain[: spectra.cut].sum() / spectra.retain.sum())
+    # All lines descend, so the corner below them and left of the cut is free, but too narrow if the cut is small.
     right = at < len(spectra.forget) ** 0.5
     axes.annotate(
-        f"cut: first {spectra.cut}\nhold {percent(held)}\nof retain", (at, 0.03), (5 if right else -5, 0),
+        f"cut: first {spectra.cut}\nhold {percent(share)}\nof retain", (at, 0.03), (5 if right else -5, 0),
         xycoords=axes.get_xaxis_transform(), textcoords="offset points", va="bottom", ha="left" if right else "right",
         fontsize=SMALL, path_effects=[withStroke(linewidth=3, foreground="white")],
     )  # fmt: skip
 
 
-# --- Where to project and how much: one value for every layer and rank
+# --- Results by layer and rank
 
 
 def layer_rank(
     values: Rows, *, layers: Sequence[int | str], ranks: Sequence[int], label: str, notes: Sequence[str] = ()
 ) -> Figure:
-    """A heat map of one value, such as forget accuracy: a row a layer, a column a rank, numbers in the cells.
+    """A heat map of one value, such as forget accuracy, with a row per layer and a column per rank.
 
     Args:
-        values: (layers, ranks); NaN where nothing was measured, drawn hatched.
+        values: (layers, ranks); NaN for values that were not measured, which are hatched.
         layers: layers, or the names of several, such as "8-20".
         label: what the value is, with its unit.
-        notes: what else the title should tell.
+        notes: further facts for the title.
     Raises:
         ArgumentError: if there is no layer, no rank, or no value. ShapeError: if the values do not fit them.
         NotFinite: if a value is infinite.
@@ -152,21 +151,20 @@ def layer_rank(
     return figure.finish(f"{label[:1].upper()}{label[1:]} by layer and rank", facts)
 
 
-# --- What a rank buys and costs: accuracy on both sets against the number of directions removed, method by method
-
+# --- Trade-off by rank: accuracy on both sets against the number of removed directions
 
 Interval = tuple[float, float]
 PANEL = 2.6
-"""Inches a panel is high, at least."""
+"""Minimum height of a panel in inches."""
 LINE = 0.15
-"""Inches a line of a label takes."""
+"""Height of a line of a label in inches."""
 MARGIN = 0.03
-"""What an axis of accuracies shows beyond 0 and 1."""
+"""Margin of an axis of accuracies beyond 0 and 1."""
 
 
 @dataclass(frozen=True)
 class TradeOff:
-    """What one rank does: accuracies in [0, 1] on both sets, with the ends of their intervals where known."""
+    """The accuracies in [0, 1] on both sets at one rank, with their intervals if known."""
 
     rank: int
     """Directions removed at each site; 0 is the unedited model."""
@@ -189,25 +187,25 @@ class TradeOff:
 def rank_tradeoff(
     results: Mapping[str, Sequence[TradeOff]], *, chance: float | None = None, notes: Sequence[str] = ()
 ) -> Figure:
-    """Forget accuracy above, retain accuracy below, against the rank removed; one line a method, labelled at its end.
+    """Forget accuracy above, retain accuracy below, against the removed rank; one line per method, labelled at its end.
 
-    Ranks are spaced as their logarithms, with rank 0, the unedited model, one step left of rank 1. A method whose name
-    begins with "random" is the control, in grey. Bars are intervals.
+    The axis of ranks is logarithmic, with rank 0, the unedited model, one step left of rank 1. A method whose name begins
+    with "random" is the control, in grey. Bars are intervals.
 
     Args:
-        results: method -> one value a rank, in any order.
+        results: method -> one value per rank, in any order.
         chance: the accuracy of guessing, drawn dashed.
-        notes: what else the title should tell, such as the model and the sites.
+        notes: further facts for the title, such as the model and the sites.
     Raises:
-        ArgumentError: if there is no method, one has no value, or a rank comes twice.
+        ArgumentError: if there is no method, one has no value, or a rank appears twice.
         FractionError: if chance lies outside [0, 1].
     """
     if not results:
         raise ArgumentError("rank_tradeoff() was given no method to draw; pass {method: [TradeOff(...), ...]}")
-    for name, found in results.items():
-        ranks = [point.rank for point in found]
+    for name, points in results.items():
+        ranks = [point.rank for point in points]
         if not ranks:
-            raise ArgumentError(f"method {name!r} has no value to draw; give one TradeOff a rank")
+            raise ArgumentError(f"method {name!r} has no value to draw; give one TradeOff per rank")
         if len(set(ranks)) < len(ranks):
             twice = next(rank for rank in ranks if ranks.count(rank) > 1)
             raise ArgumentError(f"method {name!r} has rank {twice} more than once; give the mean over seeds")
@@ -220,17 +218,17 @@ def rank_tradeoff(
     styles = _styles(list(results))
     for axes, side in ((upper, "forget"), (lower, "retain")):
         _panel(axes, side, results, styles, chance, panel)
-    ranks = sorted({point.rank for found in results.values() for point in found})
+    ranks = sorted({point.rank for points in results.values() for point in points})
     _name_ranks(lower, ranks)
     upper.tick_params(labelbottom=False)
     shown = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
-    bars = any(p.forget_interval or p.retain_interval for found in results.values() for p in found)
+    bars = any(p.forget_interval or p.retain_interval for points in results.values() for p in points)
     facts = [count_text(len(results), "method"), shown, *(["bars: intervals"] if bars else []), *notes]
     return figure.finish("What is forgotten and what is kept, by rank removed", facts)
 
 
 def check_chance(chance: float | None) -> None:
-    """Refuse a chance that is no fraction.
+    """Refuse a chance that is not a fraction.
 
     Raises:
         FractionError: if it lies outside [0, 1].
@@ -240,37 +238,37 @@ def check_chance(chance: float | None) -> None:
 
 
 def spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """Heights nearest to the wanted ones, in [0, 1], at which labels of these sizes do not overlap.
+    """Heights in [0, 1] nearest to the wanted ones at which labels of these sizes do not overlap.
 
-    They keep their order; there must be room: sum(sizes) <= 1.
+    The order is kept; requires sum(sizes) <= 1.
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    found, floor = [0.0] * len(wanted), 0.0
+    heights, floor = [0.0] * len(wanted), 0.0
     for i in order:
-        found[i] = max(wanted[i], floor + sizes[i] / 2)
-        floor = found[i] + sizes[i] / 2
+        heights[i] = max(wanted[i], floor + sizes[i] / 2)
+        floor = heights[i] + sizes[i] / 2
     ceiling = 1.0
     for i in reversed(order):
-        found[i] = min(found[i], ceiling - sizes[i] / 2)
-        ceiling = found[i] - sizes[i] / 2
-    return found
+        heights[i] = min(heights[i], ceiling - sizes[i] / 2)
+        ceiling = heights[i] - sizes[i] / 2
+    return heights
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line by method: grey for the control, and the series for the others."""
-    found: dict[str, dict[str, Any]] = {}
+    """Colour, marker and line by method: grey for the control, the series for the others."""
+    styles: dict[str, dict[str, Any]] = {}
     number = 0
     for name in names:
         if name.lower().startswith("random"):
-            found[name] = {"color": NEUTRAL, "marker": "x", "linestyle": ":"}
+            styles[name] = {"color": NEUTRAL, "marker": "x", "linestyle": ":"}
             continue
-        found[name] = {
+        styles[name] = {
             "color": SERIES[number % len(SERIES)],
             "marker": MARKERS[number % len(MARKERS)],
             "linestyle": ("-", "--", "-.")[number // len(SERIES) % 3],
         }
         number += 1
-    return found
+    return styles
 
 
 def _panel(
@@ -287,8 +285,8 @@ def _panel(
     axes.set_ylabel(f"{side} accuracy")
     axes.grid(alpha=0.25)
     labels: list[tuple[str, int | None, float, str]] = []
-    for name, found in results.items():
-        ordered = sorted(found, key=lambda point: point.rank)
+    for name, points in results.items():
+        ordered = sorted(points, key=lambda point: point.rank)
         values = [getattr(point, side) for point in ordered]
         axes.plot(
             [p.rank for p in ordered], values, markersize=5, linewidth=1.4, label=label_text(name), **styles[name]
@@ -303,30 +301,30 @@ def _panel(
         labels.append((f"chance {chance:.3g}", None, chance, "black"))
     one = LINE * (1 + 2 * MARGIN) / inches
     sizes = [one * (text.count("\n") + 1) for text, *_ in labels]
-    beside = axes.get_yaxis_transform()
+    edge = axes.get_yaxis_transform()
     for (text, rank, value, colour), height in zip(labels, spread([v for *_, v, _ in labels], sizes), strict=True):
-        start, where = ((1.0, value), beside) if rank is None else ((rank, value), "data")
-        axes.text(1.04, height, text, transform=beside, va="center", fontsize=SMALL)
-        # Faint: a method that ends at a small rank must not look as if it went on.
+        start, where = ((1.0, value), edge) if rank is None else ((rank, value), "data")
+        axes.text(1.04, height, text, transform=edge, va="center", fontsize=SMALL)
+        # Faint: a method that ends at a small rank must not seem to continue.
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 0}
-        axes.annotate("", start, (1.035, height), xycoords=where, textcoords=beside, arrowprops=leader)
+        axes.annotate("", start, (1.035, height), xycoords=where, textcoords=edge, arrowprops=leader)
 
 
 def _name_ranks(axes: Axes, ranks: Sequence[int]) -> None:
-    """A tick at every rank, named where its name does not run into the next."""
+    """A tick at every rank, labelled unless its label would overlap the next one."""
     at = [float(np.log2(rank)) if rank else -1.0 for rank in ranks]
     # 5 inches hold about 16 names of three digits.
     room = (at[-1] - at[0]) / 16
-    named = [len(ranks) - 1]
+    labelled = [len(ranks) - 1]
     for i in reversed(range(len(ranks) - 1)):
-        if at[named[-1]] - at[i] >= room:
-            named.append(i)
-    axes.set_xticks([ranks[i] for i in sorted(named)], [str(ranks[i]) for i in sorted(named)])
-    axes.set_xticks([rank for i, rank in enumerate(ranks) if i not in named], minor=True)
+        if at[labelled[-1]] - at[i] >= room:
+            labelled.append(i)
+    axes.set_xticks([ranks[i] for i in sorted(labelled)], [str(ranks[i]) for i in sorted(labelled)])
+    axes.set_xticks([rank for i, rank in enumerate(ranks) if i not in labelled], minor=True)
     axes.set_xlabel("rank: directions removed at each site")
 
 
-# --- Deletion requests one after another: what each leaves of every task, and how the removed spans lie to each other
+# --- Sequential deletion requests: accuracy on every task after each, and angles between the removed subspaces
 
 
 def continual(
@@ -338,18 +336,18 @@ def continual(
     rows: Sequence[str] | None = None,
     notes: Sequence[str] = (),
 ) -> Figure:
-    """Accuracy on every task (columns) after each was unlearnt in turn (rows); untouched domains stand apart, right.
+    """Accuracy on every task (columns) after each was unlearnt in turn (rows); untouched domains are on the right.
 
-    A solid frame is the task just forgotten, a dashed one a task forgotten earlier, which must stay low.
+    A solid frame marks the task just forgotten, a dashed frame a task forgotten earlier, which must stay low.
 
     Args:
-        matrix: accuracies in [0, 1], (rows, tasks + untouched); NaN where nothing was measured.
+        matrix: accuracies in [0, 1], (rows, tasks + untouched); NaN for values that were not measured.
         chance: the accuracy of guessing, a line in the colour bar.
         rows: the task unlearnt before each row, in order; the first may have another name, such as "original". When
             None, the first tasks in their order.
-        notes: what else the title should tell.
+        notes: further facts for the title.
     Raises:
-        ArgumentError: if there is no task, a name comes twice, or a row is no task. ShapeError: if the matrix does not
+        ArgumentError: if there is no task, a name appears twice, or a row is not a task. ShapeError: if the matrix does not
             fit. FractionError: if an accuracy or chance lies outside [0, 1].
     """
     columns = [*tasks, *untouched]
@@ -357,14 +355,14 @@ def continual(
         raise ArgumentError("continual() was given no task to draw; pass the tasks in the order they were unlearnt")
     _check_distinct("tasks and untouched", columns)
     check_chance(chance)
-    named = _row_names(len(matrix), tasks, rows)
-    needed = f"{count_text(len(named), 'row')}, {count_text(len(tasks), 'task')} and {count_text(len(untouched), 'untouched domain')}"
-    grid = checked_table("matrix", matrix, (len(named), len(columns)), needed)
+    row_names = _row_names(len(matrix), tasks, rows)
+    needed = f"{count_text(len(row_names), 'row')}, {count_text(len(tasks), 'task')} and {count_text(len(untouched), 'untouched domain')}"
+    grid = checked_table("matrix", matrix, (len(row_names), len(columns)), needed)
     if np.nanmin(grid) < 0 or np.nanmax(grid) > 1:
         wrong = next(v for v in grid.flat if v < 0 or v > 1)
         raise FractionError(f"matrix holds {wrong:g}, outside [0, 1]; give accuracies as fractions, not per cent")
-    figure = _drawn(grid, named, tasks, untouched, chance)
-    trained = [tasks.index(name) for name in named if name in tasks]
+    figure = _continual_figure(grid, row_names, tasks, untouched, chance)
+    trained = [tasks.index(name) for name in row_names if name in tasks]
     facts = [
         f"{len(trained)} of {len(tasks)} tasks unlearnt"
         if len(trained) < len(tasks)
@@ -378,16 +376,16 @@ def continual(
 
 
 def principal_angles(edits: Mapping[str, Edit], *, notes: Sequence[str] = ()) -> Figure:
-    """How much of what one task removes another removes too: mean squared cosines of principal angles at shared sites.
+    """Overlap of the subspaces that tasks remove: mean squared cosines of principal angles at shared sites.
 
-    1 where one span holds the other, 0 where they are orthogonal, and max(k, j) / d in the mean for random spans of
-    ranks k and j. Give the edit of each task alone: the edits of a continual series hold those of earlier tasks.
+    The value is 1 if one subspace contains the other, 0 if they are orthogonal, and max(k, j) / d on average for random
+    subspaces of ranks k and j. Pass the edit of each task alone: the edits of a continual series contain earlier ones.
 
     Args:
         edits: task -> its projections. Two tasks without a shared site get a hatched cell.
-        notes: what else the title should tell.
+        notes: further facts for the title.
     Raises:
-        ArgumentError: if there are fewer than two edits, a map is no projection, or no two share a site.
+        ArgumentError: if there are fewer than two edits, a map is not a projection, or no two share a site.
         ShapeError: if the maps of a site differ in width.
     """
     if len(edits) < 2:
@@ -401,8 +399,7 @@ def principal_angles(edits: Mapping[str, Edit], *, notes: Sequence[str] = ()) ->
         for j, b in enumerate(names[:i]):
             pairs = {site: (map_, spans[b][site]) for site, map_ in spans[a].items() if site in spans[b]}
             if pairs:
-                found = [_alike(a, b, site, *pair) for site, pair in pairs.items()]
-                grid[i, j] = grid[j, i] = np.mean(found)
+                grid[i, j] = grid[j, i] = np.mean([_overlap(a, b, site, *pair) for site, pair in pairs.items()])
                 random.append(float(np.mean([max(p.u.shape[1], q.u.shape[1]) / p.width for p, q in pairs.values()])))
                 shared.add(len(pairs))
     if not random:
@@ -427,28 +424,30 @@ def _check_distinct(what: str, names: Sequence[str]) -> None:
             raise ArgumentError(f"{what} hold {name!r} more than once; give each column its own name")
 
 
-def _row_names(found: int, tasks: Sequence[str], rows: Sequence[str] | None) -> list[str]:
+def _row_names(count: int, tasks: Sequence[str], rows: Sequence[str] | None) -> list[str]:
     if rows is None:
-        if found > len(tasks):
+        if count > len(tasks):
             raise ShapeError(
-                f"matrix has {found} rows for {len(tasks)} tasks; name them if the first is the original: "
+                f"matrix has {count} rows for {len(tasks)} tasks; name them if the first is the original: "
                 "rows=['original', ...]"
             )
-        return list(tasks[:found])
-    if len(rows) != found:
-        raise ShapeError(f"matrix has {found} rows, rows= names {len(rows)}; give one name a row")
+        return list(tasks[:count])
+    if len(rows) != count:
+        raise ShapeError(f"matrix has {count} rows, rows= names {len(rows)}; give one name per row")
     for name in rows[1:]:
         if name not in tasks:
-            raise ArgumentError(f"row {name!r} is no task; only the first row may be another, tasks are {list(tasks)}")
+            raise ArgumentError(
+                f"row {name!r} is not a task; only the first row may have another name, tasks are {list(tasks)}"
+            )
     if len(set(rows)) < len(rows):
         raise ArgumentError(f"rows={list(rows)} names a task twice; each is unlearnt once")
     return list(rows)
 
 
-def _drawn(
-    grid: Table, named: Sequence[str], tasks: Sequence[str], untouched: Sequence[str], chance: float | None
+def _continual_figure(
+    grid: Table, row_names: Sequence[str], tasks: Sequence[str], untouched: Sequence[str], chance: float | None
 ) -> Canvas:
-    rows, n = [wrapped(name) for name in named], len(tasks)
+    rows, n = [wrapped(name) for name in row_names], len(tasks)
     figure = table_figure(rows, len(tasks) + len(untouched), below=2.9)
     ratios = [n, len(untouched)] if untouched else [n]
     panels = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
@@ -460,10 +459,10 @@ def _drawn(
         panels[1].set_xlabel("on untouched\ndomains" if CELL * len(untouched) < 1.4 else "on untouched domains")
     figure.align_xlabels()
     column = {name: number for number, name in enumerate(tasks)}
-    just = [(row, column[name]) for row, name in enumerate(named) if name in column]
-    held = [(row, before) for row in range(len(named)) for at, before in just if at < row]
+    just = [(row, column[name]) for row, name in enumerate(row_names) if name in column]
+    earlier = [(row, before) for row in range(len(row_names)) for at, before in just if at < row]
     outline_cells(panels[0], just, "just forgotten", linewidth=2.2)
-    outline_cells(panels[0], held, "forgotten earlier, must stay low", linewidth=1.2, linestyle="--")
+    outline_cells(panels[0], earlier, "forgotten earlier, must stay low", linewidth=1.2, linestyle="--")
     bar = figure.colorbar(image, ax=list(panels), label="accuracy", pad=0.02)
     if chance is not None:
         bar.ax.axhline(chance, color="white", linestyle="--", linewidth=1.5)
@@ -482,7 +481,7 @@ def _spans(name: str, edit: Edit) -> dict[Site, LowRank]:
     return {site: m for site, m in edit.maps.items() if isinstance(m, LowRank) and m.u.shape[1]}
 
 
-def _alike(a: str, b: str, site: Site, first: LowRank, second: LowRank) -> float:
+def _overlap(a: str, b: str, site: Site, first: LowRank, second: LowRank) -> float:
     if first.width != second.width:
         raise ShapeError(
             f"{site}: {a!r} has width {first.width}, {b!r} has width {second.width}; are they of one model?"
@@ -495,30 +494,30 @@ def _range(values: Sequence[float | int], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-# --- What is left of removed directions in the weights, tensor by tensor
-
+# --- Leakage: what remains of removed directions in each tensor
 
 MOST = 32
-"""Tensors a figure has room for."""
+"""Maximum number of tensors in a figure."""
 STYLES: tuple[dict[str, Any], ...] = ({"color": "white", "edgecolor": NEUTRAL, "hatch": "////"}, {"color": RETAIN})
-"""How the bars before the cast, and as stored, are drawn."""
+"""Styles of the bars before the cast and as stored."""
 
 
 def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
     """Bars of ||V^T W'|| / ||V^T W|| by tensor, before and after the cast to the stored dtype, on a logarithmic axis.
 
-    The line is what rounding alone can leave in a dtype. Beyond 32 tensors the worst of each layer is drawn, beyond 32
-    layers the worst of those; the title says how many are not. Worst is nearest to, or furthest beyond, its limit.
+    The line is what rounding alone can leave in a dtype. Of more than 32 tensors the worst of each layer is drawn, of more
+    than 32 layers the worst layers; the title has the number of tensors not shown. The worst has the largest ratio to its
+    limit.
 
     Args:
-        certificate: what `repedit.rewrite.certificate.certificate` returns.
-        notes: what else the title should tell, such as the model.
+        certificate: from `repedit.certificate`.
+        notes: further facts for the title, such as the model.
     Raises:
         ArgumentError: if the certificate lists no tensor.
     """
     if not certificate.tensors:
         raise ArgumentError(f"the certificate ({certificate.form}) lists no tensor, so there is no bar to draw")
-    shown = _chosen(certificate.tensors)
+    shown = _worst_tensors(certificate.tensors)
     figure = canvas(9.5, 2.2 + 0.27 * len(shown))
     axes = figure.subplots()
     _bars(axes, shown)
@@ -536,21 +535,21 @@ def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
     )
 
 
-def _chosen(tensors: Mapping[str, TensorCertificate]) -> dict[str, TensorCertificate]:
-    """All tensors, or the worst of each layer, or the worst of those; in the order they came."""
+def _worst_tensors(tensors: Mapping[str, TensorCertificate]) -> dict[str, TensorCertificate]:
+    """All tensors, or the worst of each layer, or the worst of these; in their given order."""
     if len(tensors) <= MOST:
         return dict(tensors)
     worst: dict[str, str] = {}
     for name in sorted(tensors, key=lambda name: -_beyond(tensors[name])):
         worst.setdefault(_layer(name), name)
-    kept = set(list(worst.values())[:MOST])
-    return {name: row for name, row in tensors.items() if name in kept}
+    selected = set(list(worst.values())[:MOST])
+    return {name: row for name, row in tensors.items() if name in selected}
 
 
 def _layer(name: str) -> str:
-    """The part of a name up to its first number, such as "model.layers.7"; the name itself where there is none."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found[0] if found else name
+    """The part of a name up to its first number, such as "model.layers.7"; the whole name if there is none."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match[0] if match else name
 
 
 def _limit(dtype: str) -> float | None:
@@ -567,8 +566,8 @@ def _bars(axes: Axes, rows: Mapping[str, TensorCertificate]) -> None:
         "before the cast": np.array([row.leak_computed for row in rows.values()]),
         "as stored": np.array([row.leak for row in rows.values()]),
     }
-    known = [limit for limit in limits.values() if limit]
-    positive = [float(v) for side in sides.values() for v in side if v > 0] + known
+    positive = [float(v) for side in sides.values() for v in side if v > 0]
+    positive += [limit for limit in limits.values() if limit]
     left, right = min(positive, default=1e-9) / 10, max(positive, default=1.0) * 10
     at = np.arange(len(rows))
     axes.set_xscale("log")
@@ -583,7 +582,7 @@ def _bars(axes: Axes, rows: Mapping[str, TensorCertificate]) -> None:
     axes.annotate(
         "before → stored", (1.01, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL
     )
-    # Lines end after a dot.
+    # Lines break after a dot.
     names = [
         wrapped(f"{label_text(name)}, {row.dtype}".replace(".", ". "), 60).replace(". ", ".")
         for name, row in rows.items()

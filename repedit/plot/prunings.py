@@ -1,4 +1,4 @@
-"""What pruning does to both capabilities: trajectories of drops, and selectivities side by side."""
+"""Figures of pruning: trajectories of forget and retain drops, and selectivities of several methods."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "attention": {"color": SERIES[1], "linestyle": "--", "marker": "s"},
     "random": {"color": "black", "linestyle": "-", "marker": "D"},
 }
-"""How `selectivity_strip` draws a method that prunes MLP neurons, attention neurons, or neurons at random."""
+"""Styles of `selectivity_strip` by kind of pruning."""
 NAMES = {"mlp": "MLP neurons", "attention": "attention neurons", "random": "random control"}
 
 
@@ -41,38 +41,38 @@ def trajectory(
     control: Points | None = None,
     limit: float | None = 10.0,
 ) -> Figure:
-    """Forget drop, and selectivity, against retain drop; one marker a step, the best step within the limit ringed.
+    """Forget drop and selectivity against retain drop, with one marker per step and a ring at the best step in the limit.
 
-    Left y = forget drop, right y = selectivity = forget drop - retain drop; drops in per cent of the original top-1
-    accuracy. Dashed: no selectivity.
+    The left panel shows the forget drop, the right panel selectivity = forget drop - retain drop; drops are in per cent of
+    the original top-1 accuracy. The dashed line is no selectivity.
 
     Args:
-        labels: one name a trajectory; its importance and combination when None.
+        labels: one name per trajectory; its importance and combination when None.
         control: (retain drop, forget drop) of random prunings; the band is their mean selectivity +- 2 standard
             deviations.
-        limit: the largest retain drop that is acceptable, in per cent; None for no limit.
+        limit: the largest acceptable retain drop in per cent; None for no limit.
     Raises:
         ArgumentError: if no trajectory is given, the control is empty, or labels do not match.
         SelectionError: if a trajectory has no step that prunes.
     """
     if not trajectories:
         raise ArgumentError("trajectory() was given no trajectory to draw; pass at least one repedit.Trajectory")
-    for number, found in enumerate(trajectories):
-        if len(found.steps) < 2:
-            raise SelectionError(f"trajectory {number} has {len(found.steps)} step, none that prunes; run more steps")
+    for number, one in enumerate(trajectories):
+        if len(one.steps) < 2:
+            raise SelectionError(f"trajectory {number} has {len(one.steps)} step, none that prunes; run more steps")
     if control is not None and not len(control):
         raise ArgumentError("control holds no point to draw; pass (retain drop, forget drop) pairs, or None")
     names = _names(trajectories, labels)
     figure = canvas(9.0, 5.0)
     left, right = figure.subplots(1, 2)
-    for number, (name, found) in enumerate(zip(names, trajectories, strict=True)):
-        _draw(left, right, number, name, found, limit)
+    for number, (name, one) in enumerate(zip(names, trajectories, strict=True)):
+        _draw(left, right, number, name, one, limit)
     _frame(left, right, limit, control)
     return figure.finish("What pruning costs: forget and retain, step by step", _facts(trajectories), legend=left)
 
 
 def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
-    """Selectivities of several methods on one number line, 0 to 100; the best method has the lowest label.
+    """Selectivities of several methods on a number line from 0 to 100; the best method has the lowest label.
 
     Args:
         results: label -> (selectivity, kind); kind is "mlp" (solid), "attention" (dashed) or "random" (black).
@@ -86,7 +86,7 @@ def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
             raise UnknownName(f"{label!r} has kind {kind!r}; {nearest(kind, KINDS)}")
         if not math.isfinite(value):
             raise ArgumentError(f"{label!r} has selectivity {value}; a finite number is needed")
-    # The larger the value the shorter the stem, so a label to the right of its stem crosses no other stem.
+    # A larger value has a shorter stem, so a label to the right of its stem crosses no other stem.
     ordered = sorted(results.items(), key=lambda item: -item[1][0])
     figure = canvas(9.0, 1.7 + 0.22 * len(ordered))
     axes = figure.subplots()
@@ -111,15 +111,15 @@ def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
 
 def _names(trajectories: Sequence[Trajectory], labels: Sequence[str] | None) -> list[str]:
     if labels is None:
-        known = [" of ".join(str(t.provenance.get(k, "?")) for k in ("combine", "importance")) for t in trajectories]
-        return [f"{name} ({i})" if known.count(name) > 1 else name for i, name in enumerate(known, 1)]
+        names = [" of ".join(str(t.provenance.get(k, "?")) for k in ("combine", "importance")) for t in trajectories]
+        return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
     if len(labels) != len(trajectories):
-        raise ArgumentError(f"{len(labels)} labels for {len(trajectories)} trajectories; give one each")
+        raise ArgumentError(f"{len(labels)} labels for {len(trajectories)} trajectories; give one for each")
     return list(labels)
 
 
-def _draw(left: Axes, right: Axes, number: int, name: str, found: Trajectory, limit: float | None) -> None:
-    retain, forget = np.array(found.drops()).T
+def _draw(left: Axes, right: Axes, number: int, name: str, trajectory: Trajectory, limit: float | None) -> None:
+    retain, forget = np.array(trajectory.drops()).T
     style: dict[str, Any] = {
         "color": SERIES[number % len(SERIES)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -129,8 +129,8 @@ def _draw(left: Axes, right: Axes, number: int, name: str, found: Trajectory, li
     ring = "best step" if limit is None else "best step within the limit"
     ring = "" if ring in left.get_legend_handles_labels()[1] else ring
     try:
-        best = found.steps.index(found.best(limit))
-        note = f"best {forget[best] - retain[best]:.1f} at {percent(found.steps[best].fraction)} pruned"
+        best = trajectory.steps.index(trajectory.best(limit))
+        note = f"best {forget[best] - retain[best]:.1f} at {percent(trajectory.steps[best].fraction)} pruned"
         for axes, value in ((left, forget), (right, forget - retain)):
             axes.plot(
                 retain[best], value[best], "o", color="black", fillstyle="none", markersize=11, zorder=4, label=ring
@@ -167,10 +167,10 @@ def _band(left: Axes, right: Axes, control: NDArray[np.float64]) -> None:
 
 
 def _facts(trajectories: Sequence[Trajectory]) -> list[str]:
-    known = [t.provenance for t in trajectories]
+    records = [t.provenance for t in trajectories]
     ends = [f"{len(t.steps) - 1} steps to {percent(t.steps[-1].fraction)} pruned" for t in trajectories]
     counts = [[int(p.count.sum()) for p in (t.steps[0].forget, t.steps[0].retain)] for t in trajectories]
     evaluated = [f"evaluated on {f:,} forget and {r:,} retain predictions" for f, r in counts]
     collected = [f"collected on {text}" for t in trajectories for text in data_facts(t.steps[-1].edit.provenance)]
-    models = [fact for provenance in known for fact in model_facts(provenance)]
-    return [*(f"sites {p['sites']}" for p in known if "sites" in p), *ends, *evaluated, *collected, *models]
+    models = [fact for provenance in records for fact in model_facts(provenance)]
+    return [*(f"sites {p['sites']}" for p in records if "sites" in p), *ends, *evaluated, *collected, *models]
