@@ -67,7 +67,7 @@ def for_yaml(value: object) -> str:
     """A value as block-style YAML that reads back as the same value, whatever texts it contains.
 
     The result ends with a line feed and keeps the order of keys. A text stays on one line, in double quotes unless it is
-    plain string.
+    plain words.
     """
     import yaml
 

@@ -334,7 +334,7 @@ def test_reports_written_before_there_were_gaps_are_still_read():
 
 
 def test_audits_of_classifiers_are_not_put_among_those_of_language_models():
-    with pytest.raises(ArgumentError, match=r"'a', 'b': audits of classifiers stand side by side in rp.plot.gap"):
+    with pytest.raises(ArgumentError, match=r"'a', 'b': audits of classifiers are compared by rp.plot.gap"):
         compare_reports({"a": report(), "b": report()})
 
 
