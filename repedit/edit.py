@@ -15,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from repedit import hooks
@@ -23,6 +22,7 @@ from repedit.arch import HookFn, ModelLayout, hooks_at
 from repedit.errors import ArgumentError, FingerprintError, NotFoldable, ShapeError, during
 from repedit.hashing import value_hash
 from repedit.io import archive
+from repedit.io.safetensors import raw_bytes
 from repedit.io.text import json_copy
 from repedit.linear_maps import AffineMap, Chain, Diagonal, LowRank
 from repedit.models.subject import Subject
@@ -145,7 +145,7 @@ class Edit:
             for link in _links(map_):
                 for name, value in link.tensors.items():
                     digest.update(f"{site} {type(link).__name__} {name} {value.dtype} {tuple(value.shape)}".encode())
-                    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    digest.update(raw_bytes(value))
         return digest.hexdigest()
 
     def describe(self) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repedit.arch.offload import offloaded_file, offloaded_tensor, parameters_with_values
+from repedit.io.safetensors import raw_bytes
 
 _VOLATILE = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 _fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
@@ -22,18 +24,14 @@ def fingerprint(model: Any) -> str:
     text = json.dumps(config, sort_keys=True, default=str)
     key, cached = (text, state(model)), _fingerprints.get(model)
     if cached is None or cached[0] != key:
-        cached = (key, _digest(model, text))
+        cached = (key, _digest(parameters_with_values(model), text))
         _fingerprints[model] = cached
     return cached[1]
 
 
 def module_fingerprint(model: nn.Module) -> str:
     """sha256 over the name, dtype, shape and bytes of every parameter and buffer of a model without a config."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return _digest([*model.named_parameters(), *model.named_buffers()])
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
@@ -54,7 +52,12 @@ def value_hash(tensor: Tensor) -> str:
     wide = tensor.detach().to("cpu", torch.float32)
     if tensor.dtype == torch.float64 and not torch.equal(wide.double(), tensor.detach().cpu()):
         wide = tensor.detach().cpu()
-    return hashlib.sha256(wide.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:16]
+    return hashlib.sha256(raw_bytes(wide)).hexdigest()[:16]
+
+
+def byte_hash(tensor: Tensor) -> bytes:
+    """The sha256 digest of the bytes of a tensor."""
+    return hashlib.sha256(raw_bytes(tensor)).digest()
 
 
 def _offloaded_state(model: nn.Module, name: str) -> tuple[Any, ...]:
@@ -81,10 +84,11 @@ def _checksum(p: Tensor) -> bytes:
     return sums.cpu().numpy().tobytes() + data[whole:].cpu().numpy().tobytes()
 
 
-def _digest(model: nn.Module, config: str) -> str:
-    digest = hashlib.sha256(config.encode())
-    for name, p in sorted(parameters_with_values(model), key=lambda item: item[0]):
-        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        if p.device.type != "meta":
-            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def _digest(tensors: Iterable[tuple[str, Tensor]], header: str = "") -> str:
+    """sha256 over a header and the name, dtype, shape and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.device.type != "meta":
+            digest.update(raw_bytes(tensor))
     return digest.hexdigest()

@@ -29,10 +29,10 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the spread of what is expected; the root mean square of differences in bfloat16."""
+    """The largest difference over the spread of what is expected; the root mean square of differences in half types."""
     difference = found.double() - expected.double()
     # The largest of thousands of roundings to 8 bits says little; their root mean square does.
-    size = difference.square().mean().sqrt() if found.dtype == torch.bfloat16 else difference.abs().max()
+    size = difference.square().mean().sqrt() if found.dtype.itemsize == 2 else difference.abs().max()
     return float(size / expected.double().std())
 
 

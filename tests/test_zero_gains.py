@@ -87,7 +87,7 @@ def test_two_edits_with_a_delta_between_them_are_refused(monkeypatch):
     subject = with_gains("olmo2", 0.0)
     edit = projection(subject, "1.mlp.out")
     delta = rp.Delta({"model.norm.weight": torch.ones(24)})
-    with pytest.raises(NotFoldable, match="some of whose gains are 0, more than once in this plan; carry"):
+    with pytest.raises(NotFoldable, match="some of whose gains are 0, more than once in this plan; apply"):
         rp.apply([edit, delta, edit], subject)
 
 

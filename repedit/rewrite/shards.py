@@ -19,6 +19,7 @@ from torch import Tensor
 
 from repedit.arch import Specs, TensorSpec
 from repedit.errors import CheckpointError
+from repedit.hashing import byte_hash
 from repedit.io.checkpoint import INDEX, SINGLE, Shards
 from repedit.io.files import file_hash
 from repedit.io.safetensors import header_bytes, raw_bytes
@@ -310,7 +311,7 @@ def _feed(update: Callable[[bytes], None], value: object, seen: dict[int, bytes]
     update(type(value).__name__.encode())
     if isinstance(value, Tensor):
         if id(value) not in seen:
-            seen[id(value)] = hashlib.sha256(raw_bytes(value)).digest()
+            seen[id(value)] = byte_hash(value)
         update(f"{value.dtype} {tuple(value.shape)}".encode() + seen[id(value)])
     elif is_dataclass(value):
         for field in fields(value):
