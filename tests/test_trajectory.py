@@ -129,6 +129,15 @@ def test_a_step_without_its_json_is_made_again(whole, steps):
     assert rp.Edit.load(steps / "step-002.safetensors").hash == whole[0].steps[2].edit.hash
 
 
+def test_steps_that_an_earlier_version_saved_are_resumed(whole, steps):
+    """They hold the value alone, without its key and hash."""
+    for path in steps.glob("step-*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text())["value"]))
+    before = {path.name: path.stat().st_mtime_ns for path in steps.glob("step-*")}
+    assert _hashes(_run(resume=steps)) == _hashes(whole[0])
+    assert {path.name: path.stat().st_mtime_ns for path in steps.glob("step-*")} == before
+
+
 @pytest.mark.parametrize("name", ["run.json", "step-001.json", "step-001.safetensors"])
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"fraction": NaN}'])
 def test_a_damaged_step_is_refused(name, content, steps):
