@@ -217,7 +217,7 @@ def test_items_are_hidden_on_standard_output_too(monkeypatch, tmp_path):
     [
         (["lr=1e-3", "lr=2e-3"], r"--set lr is given twice, as 0\.001 and as 0\.002; give it once"),
         (["name=x"], r"recipe 'npo_klr' has no option 'name'"),
-        (["beta=null"], r"beta=None; give a value, or leave it out for 0\.\d+"),
+        (["beta=null"], r"beta=None; give a value, or omit it for 0\.\d+"),
         (["steps=99999999999999999999"], r"steps=9+ out of range"),
     ],
 )
