@@ -66,7 +66,7 @@ def few_retained(count=32):
     return facts().retain[:count]
 
 
-def small(count=32):
+def of_few(count=32):
     """The options of an audit of few facts."""
     return {"facts": few(count), "retain": few_retained(count), "allow_small": True}
 
@@ -80,7 +80,7 @@ def nudged():
 def test_the_same_seed_gives_the_same_report_and_no_model_changes():
     edited = writing.nudged(original())
     before = [m.fingerprint() for m in (edited, original(), reference())]
-    first, second = (audited(edited, **small()).to_json() for _ in range(2))
+    first, second = (audited(edited, **of_few()).to_json() for _ in range(2))
     assert [m.fingerprint() for m in (edited, original(), reference())] == before
     times = ('"seconds"',)
     plain = [[line for line in text.splitlines() if not any(t in line for t in times)] for text in (first, second)]
@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_report_and_no_model_changes():
 
 
 def test_a_model_that_knows_is_not_forgotten_and_one_that_never_knew_is_not_seen_to_know(nudged):
-    known = audited(nudged, attacks=("direct",), **small())
+    known = audited(nudged, attacks=("direct",), **of_few())
     assert known.verdict.word == "NOT FORGOTTEN" and known.direct.value >= 0.95
     assert len(known.diagnostics["update"]) <= 1 and known.context["command"] == ""
     never = audited(world().other, attacks=CHEAP, retain=few_retained())
@@ -100,7 +100,7 @@ def test_a_model_that_knows_is_not_forgotten_and_one_that_never_knew_is_not_seen
 
 def test_a_hook_is_stripped_and_what_it_hid_is_found():
     case = CONTROLS["PC1"].build(world())
-    found = audited(case.edited, **small())
+    found = audited(case.edited, **of_few())
     (strip,) = (r for r in found.recoveries if r.attack == "strip")
     assert found.verdict.word == "HIDDEN" and "strip" in found.verdict.sentence and strip.value >= 0.99
     assert case.edited.model.training is False and any(
@@ -114,7 +114,7 @@ def test_a_hook_is_stripped_and_what_it_hid_is_found():
 
 
 def test_without_a_reference_the_floor_is_the_larger_of_fresh_facts_and_guesses():
-    found = audited(world().other, reference=None, attacks=("direct",), **small())
+    found = audited(world().other, reference=None, attacks=("direct",), **of_few())
     assert set(found.findings) == {"edited", "original", "fresh facts"}
     fresh, guess = found.finding("fresh facts", "direct").correct.mean(), max(found.heuristics.values())
     assert found.direct.floor == pytest.approx(max(fresh, guess))
@@ -153,7 +153,7 @@ def test_facts_are_taken_out_of_a_finding_by_name():
 
 def test_a_broken_audit_goes_on_with_the_findings_it_has(tmp_path, monkeypatch):
     edited, asked = writing.nudged(original()), []
-    options = small() | {"out": tmp_path / "out"}
+    options = of_few() | {"out": tmp_path / "out"}
     from repedit.auditing import runner
 
     whole = runner._attacked
@@ -204,7 +204,7 @@ def test_an_original_is_attacked_once_for_many_audits(monkeypatch):
     asked, whole = [], runner._attacked
     monkeypatch.setattr(runner, "_attacked", lambda a, s, p: asked.append((s.fingerprint(), a.name)) or whole(a, s, p))
     for edited in (writing.nudged(original()), world().other):
-        audited(edited, attacks=("direct",), **small())
+        audited(edited, attacks=("direct",), **of_few())
     mine = [name for model, name in asked if model == original().fingerprint()]
     assert sorted(mine) == ["choices only", "direct", "retain"]
 
@@ -234,14 +234,14 @@ def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
     (attack,) = record.build(Setup())
     monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [replace(attack, run=failing)]))
     with pytest.raises(DataError, match=r"attacking the edited model: attack 'strip': nonsense"):
-        audited(world().other, **small())
+        audited(world().other, **of_few())
 
 
 def test_an_audit_whose_self_test_failed_here_is_unsound(nudged, monkeypatch):
     from repedit.auditing import conclusion
 
     monkeypatch.setattr(conclusion, "selftest_failures", lambda: "PC1 was not caught")
-    found = audited(nudged, attacks=("direct",), **small())
+    found = audited(nudged, attacks=("direct",), **of_few())
     assert found.verdict.word == "UNSOUND" and "PC1 was not caught" in found.verdict.rule
 
 
@@ -280,7 +280,7 @@ def test_a_model_of_another_shape_is_attacked(how, tmp_path):
     small.model.save_pretrained(tmp_path / "small")
     lm.tokenizer.save_pretrained(tmp_path / "small")
     some = few(24)
-    report = audited(tmp_path / "small", **small(24), attacks=("direct", "refill", "direction"))
+    report = audited(tmp_path / "small", **of_few(24), attacks=("direct", "refill", "direction"))
     found = {name: report.finding("edited", name) for name in ("direct", "refill", "direction")}
     assert max(found["direct"].accuracy.values()) == rp.facts_accuracy(small, some.forget).accuracy
     assert (found["refill"].status, found["refill"].reason[:13]) == ("skipped", "no null space")
@@ -293,7 +293,7 @@ def test_a_reference_that_knows_is_refused():
     with pytest.raises(BadReference, match="the reference is the edited model itself"):
         audited(world().other, reference=world().other)
     with pytest.raises(BadReference, match=r"the reference knows the facts: 1\.000 of them"):
-        audited(world().other, reference=writing.nudged(original()), attacks=("direct",), **small())
+        audited(world().other, reference=writing.nudged(original()), attacks=("direct",), **of_few())
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_free_text_stays_without_choices_and_short_answers_get_some():
 
 
 def test_what_was_kept_is_measured_on_facts_and_text(nudged):
-    options = small() | {"attacks": ("direct",)}
+    options = of_few() | {"attacks": ("direct",)}
     found = audited(nudged, **options)
     assert found.retain.accuracy == (1.0, 1.0) and found.retain.perplexity is None
     read = audited(nudged, **(options | {"retain": [f.text for f in options["retain"]]}))
