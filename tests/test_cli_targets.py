@@ -60,7 +60,7 @@ def taken(folder: Path, model: Path) -> dict[str, tuple[Path, str]]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_target_is_checked_before_work(verb, model, rows, tmp_path, monkeypatch):
-    for place in ("cut", "project", "unlearning", "applying"):
+    for place in ("neurons", "project", "unlearn", "apply"):
         monkeypatch.setattr(f"repedit.cli.{place}.opened", lambda *a: pytest.fail("the model was opened"))
     monkeypatch.setattr("repedit.edit.Edit.load", lambda path: pytest.fail("the edit was read"))
     words = VERBS[verb].format(model=model, facts=rows, edit=rows).split()
@@ -97,7 +97,7 @@ def test_links_that_lead_back_to_themselves_are_refused(model, rows, tmp_path):
 
 @pytest.mark.parametrize("out", [".", "/", ".."])
 def test_the_second_directory_of_the_demo_needs_a_name(out):
-    with pytest.raises(ArgumentError, match=r"has no name that the second directory could go by"):
+    with pytest.raises(ArgumentError, match=r"has no name that the second directory could be named after"):
         CliRunner().invoke(app, ["demo", "--out", out], catch_exceptions=False)
 
 
