@@ -220,3 +220,18 @@ def written(tmp_path, name="forget.jsonl", *rows):
 def test_what_cannot_be_read_is_refused(call, error, message, tmp_path):
     with pytest.raises(error, match=message):
         call(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "forget.json holds a list of no rows; a list of rows was expected"),
+        ('{"prompt": "a"}', "forget.json holds a dict of no rows"),
+        ('[{"prompt": "a"}]', "forget.json, row 1: .*; give the texts prompt, gt"),
+    ],
+)
+def test_a_malformed_file_of_muse_is_named(content, message, tmp_path):
+    (tmp_path / "verbmem").mkdir()
+    (tmp_path / "verbmem" / "forget.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        rp.data.muse(tmp_path)
