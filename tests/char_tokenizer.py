@@ -17,6 +17,3 @@ class CharTokenizer:
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         ids = [3 + ord(character) % (VOCABULARY - 3) for character in text]
         return {"input_ids": (self.prefix if add_special_tokens else []) + ids}
-
-    def decode(self, ids: list[int]) -> str:
-        raise NotImplementedError

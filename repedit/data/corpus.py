@@ -164,7 +164,7 @@ class Corpus:
             step = length - len(prefix)
             chunks += [(document.id, prefix + ids[i : i + step]) for i in range(0, len(ids), step) if len(ids) - i > 1]
         chunks.sort(key=lambda chunk: -len(chunk[1]))
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        pad = getattr(tokenizer, "pad_token_id", None) or 0
         for i in range(0, len(chunks), batch_size):
             yield _padded(chunks[i : i + batch_size], pad)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from operator import methodcaller
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from repedit.data.grading import SPACELESS
@@ -24,10 +25,8 @@ _NO_SPACE = re.compile(f"[{SPACELESS}\u3000-\u303f\uff00-\uff65]$")
 class Tokenizer(Protocol):
     """What repedit needs of a tokenizer; those of transformers have it."""
 
-    pad_token_id: int | None
-
+    # Other members, such as decode and pad_token_id, may be proxied by __getattr__, which a runtime check cannot see.
     def __call__(self, text: str, /, *, add_special_tokens: bool = True) -> Any: ...
-    def decode(self, token_ids: list[int], /) -> Any: ...
 
 
 class Encoded(NamedTuple):
@@ -70,7 +69,7 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     start = prefix_ids(tokenizer)
     size = next((k for k in range(len(start), 0, -1) if ids[:k] == start[-k:]), 0)
     if size:
-        written = tokenizer.decode(start[-size:])
+        written = _decoded(tokenizer, start[-size:])
         # The rest is tokenized as the start of a text, which it is.
         return text_ids(tokenizer, text.removeprefix(written)) if text.startswith(written) else ids[size:]
     return _once(tokenizer, ids)
@@ -89,7 +88,7 @@ def check_not_ended(tokenizer: Tokenizer, ids: Sequence[int], where: str) -> Non
     """
     ends, starts = _named_ids(tokenizer, "eos", "sep"), _named_ids(tokenizer, "bos", "cls")
     if ids and ids[-1] in ends - starts and ids[-1] not in prefix_ids(tokenizer):
-        raise DataError(f"{where} ends in {tokenizer.decode([ids[-1]])!r}, which ends a text; remove it")
+        raise DataError(f"{where} ends in {_decoded(tokenizer, [ids[-1]])!r}, which ends a text; remove it")
 
 
 def chat_text(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
@@ -177,6 +176,10 @@ def entity_end(tokenizer: Tokenizer, prompt: str, entity: str) -> int | None:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return str(methodcaller("decode", ids)(tokenizer))
 
 
 def _bare(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -88,7 +88,7 @@ class Rows:
                 f"rows {self.name!r}: batch_size={batch_size}, tokenizer {type(tokenizer).__name__}; rows are text, so "
                 "the model needs a tokenizer, and a batch at least 1 row"
             )
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        pad = getattr(tokenizer, "pad_token_id", None) or 0
         for i in range(0, len(self.items), batch_size):
             part = self.items[i : i + batch_size]
             texts = [encoded(tokenizer, row.prompt, row.answer) for row in part]
