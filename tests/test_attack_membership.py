@@ -57,7 +57,7 @@ def test_holdout_is_whatever_holds_text(source):
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [
-    (lambda: membership(share=0.0), FractionError, "share=0.0; give a fraction above 0, at most 1"),
+    (lambda: membership(share=0.0), FractionError, "share=0.0; give a fraction above 0 and at most 1"),
     (lambda: texts_of("one"), DataError, "holdout: found str; give facts, rows, a corpus or a list of texts"),
     (lambda: texts_of([]), DataError, "holdout: found nothing"),
     (lambda: texts_of([1, "a"]), DataError, "holdout: found int, str"),

@@ -243,6 +243,9 @@ class _Starting:
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [1] * add_special_tokens + list(text.encode())}
 
+    def decode(self, token_ids):
+        return bytes(token_ids).decode()
+
 
 def hard(**changed):
     return gcg(**({"length": 2, "steps": 8, "candidates": 24, "measured": (4, 8)} | changed))
