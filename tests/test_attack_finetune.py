@@ -461,7 +461,7 @@ def test_a_lettered_question():
 def test_relearning_mixes_what_was_kept_or_puts_it_first(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        finetune, "tune", lambda s, d, given, **rest: drawn.append((d, given)) or tune(s, d, given, **rest)
+        tuning, "tune", lambda s, d, given, **rest: drawn.append((d, given)) or tune(s, d, given, **rest)
     )
     found = relearn(rates=(1e-2,), measured=(2, 10))(pupil(), splits(retain=facts(12, 16)))
     orders = [" order=mixed", " order=retain-first"]

@@ -117,7 +117,7 @@ def brief(edited, *, facts, **options):
 
 def test_a_self_test_of_some_controls_runs_them_and_is_not_recorded(monkeypatch):
     monkeypatch.setattr(testing, "world", world)
-    found = selftest(controls=("PC0", "PC1"), progress=False, auditing=brief)
+    found = selftest(controls=("PC0", "PC1"), progress=False, audit_function=brief)
     assert [c.control for c in found.checks] == ["PC0", "PC1"] and found.passed and selftest_failures() is None
     with pytest.raises(UnknownName, match="no control is called 'PC99'"):
         selftest(controls=("PC99",))
@@ -131,7 +131,7 @@ def test_a_self_test_catches_an_audit_that_strips_nothing(monkeypatch):
     stripping = replace(budgets.records()["strip"], build=lambda _: [replace(direct(), label="strip")])
     monkeypatch.setitem(_RECORDS, "strip", stripping)
     monkeypatch.setattr(testing, "world", world)
-    found = selftest(controls=("PC1",), progress=False, auditing=brief)
+    found = selftest(controls=("PC1",), progress=False, audit_function=brief)
     assert not found.passed and "PC1" in found.failures
 
 

@@ -194,8 +194,8 @@ def test_rounding_has_one_step_an_output_channel(scheme, steps):
 
 
 def test_rounding_with_one_step_for_all_channels_is_caught(monkeypatch):
-    plain = image_rounding.rounded
-    monkeypatch.setattr(image_rounding, "rounded", lambda rows, scheme, group: plain(rows.reshape(1, -1), scheme, rows.numel()).reshape(rows.shape))  # fmt: skip
+    plain = image_rounding.fake_quantize
+    monkeypatch.setattr(image_rounding, "fake_quantize", lambda rows, scheme, group: plain(rows.reshape(1, -1), scheme, rows.numel()).reshape(rows.shape))  # fmt: skip
     with pytest.raises(AssertionError):
         check_coarse(made().model, "int4", 7)
 
