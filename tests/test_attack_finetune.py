@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from repedit.auditing.attack import ask
-from repedit.auditing.attacks import finetune, tuning
+from repedit.auditing.attacks import tuning
 from repedit.auditing.attacks.finetune import benign, downstream, lettered, relearn, rtt, upstream
 from repedit.auditing.attacks.tuning import (
     Example,
