@@ -14,8 +14,7 @@ from repedit.auditing.attacks.weights import projections, round_matrices
 from repedit.data import Batches, Fact
 from repedit.fit.mrp_training import forget_loss, reference_log_probs, retain_losses
 from repedit.models.subject import Subject, subject_of
-from repedit.training.batching import label_mask
-from repedit.training.sampler import BatchSampler, training_rows
+from repedit.training.sampler import BatchSampler, label_mask, training_rows
 
 
 def gradient_difference(

@@ -27,8 +27,7 @@ from bench.record import record
 from repedit.activations.forward import inputs_of
 from repedit.data import Batch
 from repedit.models.subject import Subject
-from repedit.training.batching import label_mask
-from repedit.training.sampler import BatchSampler, training_rows
+from repedit.training.sampler import BatchSampler, label_mask, training_rows
 from repedit.unlearning.recipe import UnlearnRecipe
 from repedit.unlearning.schedule import Stop
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from repedit.auditing import selftest_record
-from repedit.auditing.selftest_record import PACKAGE, save_selftest, selftest_failures, sources
-from repedit.auditing.store import FindingStore, private_folder
+from repedit.auditing import store as selftest_record
+from repedit.auditing.store import PACKAGE, FindingStore, private_folder, save_selftest, selftest_failures, sources
 from repedit.errors import CheckpointError, NotFound
 from repedit.io import store as store_module
 from repedit.io.store import CacheWarning, cache_folder

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from repedit.auditing import selftest as testing
 from repedit.auditing.api import audit
+from repedit.auditing.budgets import estimate
 from repedit.auditing.controls import CONTROLS, edited
-from repedit.auditing.estimate import estimate
 from repedit.auditing.selftest import Checked, SelfTest, selftest
-from repedit.auditing.selftest_record import save_selftest, selftest_failures
+from repedit.auditing.store import save_selftest, selftest_failures
 from repedit.cli import app
 from repedit.errors import RepeditError, UnknownName
 from tests.taught_models import facts, original, reference, world

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 import repedit as rp
 from repedit.errors import CheckpointError, NotFound, UnknownArchitecture
 from repedit.io.checkpoint import open_shards
-from repedit.models.ragged import mlp_widths
+from repedit.models.loading import mlp_widths
 from repedit.rewrite.gguf import gguf_check
 from tests.edits import mask
 from tests.tiny import logits, tiny

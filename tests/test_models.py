@@ -208,7 +208,7 @@ DAMAGED = [
         "many",
         renamed_shard,
         CheckpointError,
-        r"names 'pytorch_model\.bin', which is no \.safetensors file; nothing was read",
+        r"names 'pytorch_model\.bin', which is not a \.safetensors file; nothing was read",
     ),
     (
         "many",
@@ -237,7 +237,7 @@ def test_a_damaged_directory_is_refused(broken, base, damage, error, message):
 def test_a_damaged_directory_is_not_exported(broken, tmp_path):
     for number, damage in enumerate((renamed_shard, in_two_shards, index(lambda c: c | {"metadata": [1]}))):
         folder = broken(damage, "many")
-        with pytest.raises(CheckpointError, match=r"no \.safetensors file|holds tensors twice|has no metadata"):
+        with pytest.raises(CheckpointError, match=r"not a \.safetensors file|holds tensors twice|has no metadata"):
             rp.export(mask(tiny("llama"), "1.mlp.neurons"), folder, tmp_path / f"out{number}")
         shutil.rmtree(folder)
     assert not list(tmp_path.glob("out*"))

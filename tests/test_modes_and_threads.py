@@ -17,7 +17,7 @@ import repedit as rp
 from repedit import hooks
 from repedit.activations.collection import peaks
 from repedit.auditing.attacks.probing import lens, states
-from repedit.auditing.retain_check import perplexity
+from repedit.auditing.floors import perplexity
 from repedit.data import Fact
 from repedit.errors import ModelBusy
 from repedit.fit.gates import gates

@@ -26,8 +26,7 @@ from repedit.fit.mrp import REFERENCE, HookOnlyWarning, RankWarning, mrp
 from repedit.fit.mrp_training import Bases, ForgetLoss, _first_difference, _projected_positions, forget_loss
 from repedit.hooks import installed
 from repedit.models.subject import subject_of
-from repedit.training.batching import collate, label_mask
-from repedit.training.sampler import BatchSampler, split_by_entity, training_rows
+from repedit.training.sampler import BatchSampler, collate, label_mask, split_by_entity, training_rows
 from tests.saved_models import byte_tokenizer
 from tests.tiny import tiny
 from tests.tolerances import within

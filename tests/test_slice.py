@@ -11,7 +11,7 @@ import repedit as rp
 from repedit.arch import families
 from repedit.errors import ArgumentError, NotSliceable, PlanMismatch, RankError
 from repedit.fit.stream import stream_sites
-from repedit.rewrite.resize import rebuilt
+from repedit.rewrite.apply import rebuilt
 from repedit.rewrite.slice import Constant, Observe, Scaled, Write, coordinates, slice_plan
 from tests import laws
 from tests.edits import mask, projection

@@ -10,7 +10,7 @@ import torch
 import repedit as rp
 from repedit.arch import families
 from repedit.errors import ArgumentError, NoBiasSlot, NotSlimmable, PlanMismatch
-from repedit.rewrite.resize import rebuilt
+from repedit.rewrite.apply import rebuilt
 from repedit.rewrite.slim import Cut, slim_plan
 from tests import laws
 from tests.edits import fill, mask, projection, pruned_groups, pruned_layers

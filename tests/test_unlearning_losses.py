@@ -10,7 +10,7 @@ import torch
 
 from repedit.data import Batch
 from repedit.errors import ArgumentError, UnknownName
-from repedit.training.batching import collate
+from repedit.training.sampler import collate
 from repedit.unlearning import losses
 from repedit.unlearning.losses import ControlVectors, ForwardPass, steering_layer, token_positions, unit_count
 from repedit.unlearning.recipe import Term, UnlearnRecipe

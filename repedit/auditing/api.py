@@ -16,9 +16,8 @@ from repedit.auditing.budgets import INVENTED_FACTS, RETAIN_FACTS, SEEDS, built,
 from repedit.auditing.conclusion import Case, report_of
 from repedit.auditing.data import AuditData, audit_data
 from repedit.auditing.diagnostics import with_examples_and_diagnostics
-from repedit.auditing.floors import choices_only_baseline, fresh_facts
+from repedit.auditing.floors import choices_only_baseline, fresh_facts, retain_check
 from repedit.auditing.report import Report
-from repedit.auditing.retain_check import retain_check
 from repedit.auditing.runner import Audited, Role, check_pair, run
 from repedit.auditing.statistics import check_draws
 from repedit.auditing.store import FindingStore

@@ -16,8 +16,8 @@ from repedit.auditing.data import AuditData
 from repedit.auditing.floors import CHOICES_ONLY, heuristic_values, spelling_values
 from repedit.auditing.report import RETAIN_CHECK, Recovery, Report, RetainCheck
 from repedit.auditing.runner import FRESH, MEMORY, Role
-from repedit.auditing.selftest_record import selftest_failures
 from repedit.auditing.statistics import Series, Values, cross_fitted, knowledge, recoveries
+from repedit.auditing.store import selftest_failures
 from repedit.auditing.verdict import verdict
 from repedit.data.fact_sets import entity_of
 from repedit.data.rows import row_hash

@@ -15,7 +15,7 @@ from repedit.auditing.api import audit
 from repedit.auditing.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.auditing.controls.taught import world
 from repedit.auditing.report import Report
-from repedit.auditing.selftest_record import save_selftest
+from repedit.auditing.store import save_selftest
 from repedit.errors import UnknownName, check_seed, nearest
 from repedit.outcomes import PASS
 

@@ -18,9 +18,19 @@ from repedit.fit.closed_form import (
     residual_pca,
     shrunk,
 )
-from repedit.fit.energy import Spectra, capped, distortion, norm_ratio, spectra
 from repedit.fit.gates import gates
-from repedit.fit.linalg import extend, orthonormal, principal_angles, top_eigenvectors, union
+from repedit.fit.linalg import (
+    Spectra,
+    capped,
+    distortion,
+    extend,
+    norm_ratio,
+    orthonormal,
+    principal_angles,
+    spectra,
+    top_eigenvectors,
+    union,
+)
 
 __all__ = [
     "FITS",

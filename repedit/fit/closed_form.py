@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repedit.errors import ArgumentError, FractionError, NoSignal, NotEnoughRows, NothingLeft, RankError, ShapeError
-from repedit.fit.energy import capped, cut
 from repedit.fit.linalg import (
     Space,
+    capped,
     check_finite_matrix,
     check_rows,
+    cut,
     orthonormal,
     prepared,
     projector,

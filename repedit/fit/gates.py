@@ -24,8 +24,8 @@ from repedit.linear_maps import Diagonal
 from repedit.models.subject import Subject
 from repedit.quantization import check_unquantized
 from repedit.sites import Site
-from repedit.training.batching import label_logits, label_mask
 from repedit.training.optimizers import PooledAdam, linear_decay, set_lr
+from repedit.training.sampler import label_logits, label_mask
 
 # Characters of an excerpt that give one chunk of 128 tokens of code or prose.
 _CHARACTERS_PER_TOKEN = 5.5

@@ -26,9 +26,8 @@ from repedit.linear_maps import LowRank
 from repedit.models.subject import Subject
 from repedit.sites import Site
 from repedit.training import resume
-from repedit.training.batching import answer_ids, label_logits, label_mask
 from repedit.training.optimizers import OPTIMIZERS, linear_decay, set_lr
-from repedit.training.sampler import BatchSampler
+from repedit.training.sampler import BatchSampler, answer_ids, label_logits, label_mask
 
 
 @dataclass(frozen=True)

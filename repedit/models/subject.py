@@ -40,12 +40,12 @@ from repedit.models.loading import (
     device_named,
     file_of,
     locate,
+    quiet_if_ragged,
     read_tokenizer,
     read_weights,
     snapshot,
     typed_errors,
 )
-from repedit.models.ragged import quiet_if_ragged
 from repedit.quantization import check_unquantized, quantizer_name
 from repedit.sites import Point, Site, select
 

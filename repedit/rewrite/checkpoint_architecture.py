@@ -19,14 +19,15 @@ from repedit.models.loading import (
     check_no_later_layers,
     empty_model,
     match_tensors,
+    mlp_tensors,
+    ragged_widths,
     read_config,
     typed_errors,
 )
-from repedit.models.ragged import mlp_tensors, ragged_widths
 from repedit.models.subject import Subject
 from repedit.plan import Plan
 from repedit.quantization import check_unquantized, quantizer_name
-from repedit.rewrite.resize import patched_config
+from repedit.rewrite.apply import patched_config
 
 
 def checkpoint_directory(source: str | Path) -> Path:

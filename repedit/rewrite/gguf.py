@@ -13,7 +13,7 @@ from repedit.arch import TensorSpec, match_layout
 from repedit.errors import NotFound, UnknownArchitecture
 from repedit.io.checkpoint import open_shards
 from repedit.io.files import is_folder, user_path
-from repedit.models.ragged import ragged_widths
+from repedit.models.loading import ragged_widths
 from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
 
 _UNQUANTIZED = ("F32", "F16", "BF16")

@@ -18,7 +18,7 @@ from repedit.io.checkpoint import Shards, open_shards
 from repedit.io.files import file_hash, read_bytes
 from repedit.io.targets import CARD, MANIFEST, folder_entries
 from repedit.io.text import parse_yaml
-from repedit.models.ragged import mlp_widths, ragged_widths
+from repedit.models.loading import mlp_widths, ragged_widths
 from repedit.models.subject import Origin
 from repedit.plan import Plan
 from repedit.rewrite.certificate import TensorCertificate, check_leaks, combined, sliced_certificate

@@ -23,8 +23,7 @@ from repedit.linear_maps import LowRank
 from repedit.lower import check_model, lower
 from repedit.models.subject import Subject
 from repedit.plan import LoweringOptions, Plan, Resize, TensorReader
-from repedit.rewrite.apply import check_editable
-from repedit.rewrite.resize import rebuilt
+from repedit.rewrite.apply import check_editable, rebuilt
 from repedit.sites import Point, Site
 
 

@@ -29,7 +29,7 @@ from repedit.errors import (
     is_whole,
     nearest,
 )
-from repedit.training.batching import label_logits, label_mask
+from repedit.training.sampler import label_logits, label_mask
 from repedit.unlearning.parameters import layer_at_depth
 from repedit.unlearning.reference import Reference, with_rest
 

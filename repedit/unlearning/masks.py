@@ -14,7 +14,7 @@ from repedit.data import Batch
 from repedit.errors import SelectionError
 from repedit.models.subject import Subject
 from repedit.sites import Site
-from repedit.training.batching import collate
+from repedit.training.sampler import collate
 from repedit.unlearning.losses import ForwardPass, Loss, nll, unit_count
 from repedit.unlearning.parameters import Mask, Parameters, TrainableCopy
 from repedit.unlearning.recipe import Saliency, Term, UnlearnRecipe

@@ -17,7 +17,7 @@ from repedit.errors import ShapeError
 from repedit.hooks import installed
 from repedit.models.subject import Subject
 from repedit.sites import Point, Site
-from repedit.training.batching import collate, label_logits, label_mask
+from repedit.training.sampler import collate, label_logits, label_mask
 
 _HALF = (torch.bfloat16, torch.float16)
 _BATCH_SIZE = 8

@@ -23,8 +23,8 @@ from repedit.data import Batch
 from repedit.distributed import ProcessGroup, full_tensor, sum_gradients
 from repedit.errors import ArgumentError, TrainingError
 from repedit.models.subject import Subject
-from repedit.training.batching import collate
 from repedit.training.optimizers import OPTIMIZERS, set_lr
+from repedit.training.sampler import collate
 from repedit.unlearning.combiners import Combination, StepContext, combine
 from repedit.unlearning.losses import ControlVectors, ForwardPass, Unit, steering_layer, unit_count
 from repedit.unlearning.parameters import TrainableCopy

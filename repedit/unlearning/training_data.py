@@ -9,8 +9,7 @@ from typing import TypeAlias
 from repedit.data import Batch, Batches, Fact, Row, Rows, TextSource
 from repedit.errors import DataError
 from repedit.models.subject import Subject
-from repedit.training.batching import label_mask
-from repedit.training.sampler import BatchSampler, check_disjoint, training_rows
+from repedit.training.sampler import BatchSampler, check_disjoint, label_mask, training_rows
 from repedit.unlearning.recipe import UnlearnRecipe
 
 Sources: TypeAlias = TextSource | Mapping[str, TextSource]

@@ -5,6 +5,7 @@ from repedit.vision.data import (
     Images,
     ImageSplits,
     Task,
+    buckets,
     cifar6k,
     class_splits,
     digits,
@@ -14,8 +15,6 @@ from repedit.vision.data import (
 )
 from repedit.vision.editing import apply, class_eraser, erase_class, fold, hooked, statistics, zero_units
 from repedit.vision.gan import Gan, GanConfig, Synthesize, multi_gan, train_gan, train_gans
-from repedit.vision.grouping import buckets
-from repedit.vision.networks import small_cnn, small_mlp
 from repedit.vision.recipes import DataPlan, Relabel, ascend, finetune, relabel, retrain, salun, scrub
 from repedit.vision.training import (
     PUBLISHED_SCHEDULES,
@@ -23,6 +22,8 @@ from repedit.vision.training import (
     Stage,
     alternating_schedule,
     offline_schedule,
+    small_cnn,
+    small_mlp,
     train,
     train_scheduled,
     trained_on,

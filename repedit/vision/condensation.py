@@ -19,8 +19,18 @@ from torch.nn import functional
 
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, UnknownName, nearest
-from repedit.vision.data import Images, ImageSplits, Task, frozen
-from repedit.vision.grouping import buckets, labels_of, match_features, medoids, renumbered, synthetic_index
+from repedit.vision.data import (
+    Images,
+    ImageSplits,
+    Task,
+    buckets,
+    frozen,
+    labels_of,
+    match_features,
+    medoids,
+    renumbered,
+    synthetic_index,
+)
 from repedit.vision.recipes import DataPlan, trained_delta, training_images
 from repedit.vision.training import (
     Schedule,

@@ -18,9 +18,8 @@ from torch.nn import functional
 
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, NotEnoughRows, TrainingError, UnknownName, nearest
-from repedit.vision.data import Images, ImageSplits, Task
+from repedit.vision.data import Images, ImageSplits, Task, synthetic_index
 from repedit.vision.editing import apply
-from repedit.vision.grouping import synthetic_index
 from repedit.vision.recipes import Relabel, relabel, trained_delta, training_images
 from repedit.vision.training import generator as random_generator
 from repedit.vision.training import train

@@ -1,8 +1,9 @@
-"""Training classifiers: one loop, and schedules that train one part of a model at a time."""
+"""Training classifiers: two small networks, one loop, and the schedule of which part learns when."""
 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +14,39 @@ from torch.nn import functional
 
 from repedit.errors import ArgumentError, DataError, TrainingError, UnknownName, nearest
 from repedit.vision.data import PARTS, Images, Task
+
+# --- Two small classifiers whose three parts a schedule can train in turn
+
+
+def small_cnn(images: Images, *, width: int = 16, hidden: int = 64, labels: int = 10, seed: int = 0) -> nn.Module:
+    """Two 3x3 convolutions, a pool and two linear layers, for images of this size; features have `hidden` entries.
+
+    beginning: conv(c, width); intermediate: conv(width, 2 width), pool by 2, linear to `hidden`; final: linear to `labels`.
+    Images above 16x16 are also pooled by 2 in the beginning.
+    """
+    channels, height, wide = images.x.shape[1:]
+    halvings = 2 if max(height, wide) > 16 else 1
+    flat = 2 * width * (height >> halvings) * (wide >> halvings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        begin: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        begin += [nn.MaxPool2d(2)] if halvings == 2 else []
+        middle = [nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+        middle += [nn.Linear(flat, hidden), nn.ReLU()]
+        return _three_parts(nn.Sequential(*begin), nn.Sequential(*middle), nn.Linear(hidden, labels))
+
+
+def small_mlp(images: Images, *, hidden: int = 256, labels: int = 10, seed: int = 0) -> nn.Module:
+    """Three linear layers with ReLU; it memorizes wrong labels, which the small CNN does not."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        begin = nn.Sequential(nn.Flatten(), nn.Linear(images.x[0].numel(), hidden), nn.ReLU())
+        return _three_parts(begin, nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU()), nn.Linear(hidden, labels))
+
+
+def _three_parts(begin: nn.Module, middle: nn.Module, final: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(beginning=begin, intermediate=middle, final=final))
+
 
 # --- The training loop: selected parts, one Adam over their parameters, shuffled batches
 
