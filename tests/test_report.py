@@ -603,3 +603,10 @@ def test_a_browser_lays_the_page_out(tmp_path, width, dark):
     assert found["pairs"] == [] and found["out"] == [] and found["scroll"] <= found["width"]
     assert found["size"] >= 10 and found["wide"] == ("none" if width < 700 else "block")
     assert found["paper"] == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
+
+
+def test_a_finding_whose_items_are_not_texts_is_refused():
+    content = json.loads(report().to_json())
+    content["findings"]["edited"][0]["items"][0] = None
+    with pytest.raises(CheckpointError, match="an item or a setting of a finding is not a text"):
+        Report.from_json(json.dumps(content))

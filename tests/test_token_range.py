@@ -72,8 +72,8 @@ def test_tokens_of_yours_are_checked(token):
 
 @pytest.mark.parametrize(("batch", "message"), [
     ({"input_ids": [[1.5, 2.0]]}, "batch 0: input_ids are torch.float32 of shape"), ({"input_ids": [1, 2]}, "of shape .2,.; give"),
-    ({"input_ids": [[1, 2], [3]]}, "batch 0: input_ids are no table of integers"),
-    ({"input_ids": [["a"]]}, "batch 0: input_ids are no table of integers"),
+    ({"input_ids": [[1, 2], [3]]}, "batch 0: input_ids are not a table of integers"),
+    ({"input_ids": [["a"]]}, "batch 0: input_ids are not a table of integers"),
     ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, r"batch 0: attention_mask has shape \(1, 1\), input_ids \(1, 2\)"),
     ({"input_ids": [[True]]}, "torch.bool"), ({"input_ids": [[]]}, "give at least one token"),
 ])  # fmt: skip

@@ -22,7 +22,6 @@ from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
 
-
 # --- How many facts a model gets right that never knew them: by cheap guesses, or shown by facts nobody can know
 
 

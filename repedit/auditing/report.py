@@ -213,7 +213,13 @@ def finding_json(finding: Finding) -> dict[str, Any]:
 
 
 def finding_of(value: Mapping[str, Any]) -> Finding:
-    """The finding of such values."""
+    """The finding of such values.
+
+    Raises:
+        TypeError: if an item or a setting is not a text.
+    """
+    if not all(isinstance(name, str) for name in (*value["items"], *value["settings"])):
+        raise TypeError("an item or a setting of a finding is not a text")
     shape = (len(value["settings"]), len(value["items"]))
     correct = np.array([[int(c) for c in row] for row in value["correct"]], dtype=np.int8).reshape(shape)
     graded = np.array([[_number(g) for g in row] for row in value["graded"]], dtype=np.float64).reshape(shape)
