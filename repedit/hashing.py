@@ -6,7 +6,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from repedit.arch.offload import offloaded_file, offloaded_tensor, parameters_with_values
 from repedit.io.safetensors import raw_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _VOLATILE = ("_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 _fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """sha256 over the name, dtype, shape and bytes of every parameter, and the config without volatile keys."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
     text = json.dumps(config, sort_keys=True, default=str)

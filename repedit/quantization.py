@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,7 +32,7 @@ LEVELS = {
 # --- The one check against quantised weights
 
 
-def quantizer_name(config: Any) -> str | None:
+def quantizer_name(config: object) -> str | None:
     """The quantiser that a `quantization_config` names, an object or a dictionary; None where there is none."""
     if not config:
         return None
@@ -150,7 +149,7 @@ def _largest(groups: Tensor) -> Float[Tensor, "*rows groups 1"]:
 Matrix = Float[Tensor, "o i"]
 
 
-def _torchao(weight: Matrix, config: Any) -> Matrix:
+def _torchao(weight: Matrix, config: object) -> Matrix:
     from torchao.quantization import quantize_
 
     module = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))

@@ -269,5 +269,5 @@ def test_verbs_write_other_shapes_and_say_who_reads_them(tmp_path: Path):
     wrong = (*sliced, "--structure", "slim", "--out", "e.safetensors")
     with pytest.raises(ArgumentError, match="--structure slim writes a checkpoint: give a directory"):
         CliRunner().invoke(app, [str(w) for w in wrong], catch_exceptions=False)
-    refused = CliRunner().invoke(app, [str(w) for w in (*sliced, "--structure", "thin")])
+    refused = CliRunner().invoke(app, [str(w) for w in (*sliced, "--structure", "thin")], env={"COLUMNS": "200"})
     assert refused.exit_code == 2 and "'thin' is not one of 'keep', 'slim', 'slice'" in refused.output

@@ -31,8 +31,11 @@ def violations(graph: dict[str, set[str]]) -> list[str]:
 
 
 def libraries(path: Path, *, top: bool) -> set[str]:
-    """First names of the imports of a file, at its top only or anywhere."""
+    """First names of the imports of a file, at its top only or anywhere but in imports for type checkers."""
     tree = ast.parse(path.read_text())
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    ]
     names: set[str] = set()
     for node in tree.body if top else ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -19,7 +19,7 @@ from repedit.auditing.attacks.weights import survival
 from repedit.auditing.report import Report
 from repedit.auditing.runner import Audited
 from repedit.data import Fact
-from repedit.data.encoding import encoded, entity_end
+from repedit.data.encoding import Tokenizer, encoded, entity_end
 from repedit.errors import NotFinite
 from repedit.hooks import evaluating, installed
 from repedit.metrics.facts import lengths
@@ -89,7 +89,7 @@ def uds(edited: Subject, original: Subject, reference: Subject, facts: Sequence[
     return {"score": score, "layers": layers, "facts": len(items)}
 
 
-def _item(tokenizer: Any, fact: Fact) -> _Item | None:
+def _item(tokenizer: Tokenizer, fact: Fact) -> _Item | None:
     ids, start = encoded(tokenizer, fact.prompt, fact.answer)
     entity = entity_end(tokenizer, fact.prompt, fact.entity)
     return None if entity is None or not 0 < start < len(ids) else _Item(ids, start, min(entity, start - 1), fact.id)

@@ -246,11 +246,11 @@ def _gap(value: Mapping[str, Any]) -> Gap:
     return Gap(**{**value, **numbers, **pairs})
 
 
-def _number(value: Any) -> float:
+def _number(value: float | str | None) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """JSON values: tuples as lists, numpy numbers as Python's, NaN as null, infinities as texts."""
     # Single values first: an audit holds a number a fact and setting, and looking for an abstract class is slow.
     if value is None or isinstance(value, str | int):

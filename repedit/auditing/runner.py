@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -24,6 +24,9 @@ from repedit.io.files import is_folder
 from repedit.io.text import read_json
 from repedit.models.subject import Subject, load
 from repedit.sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # --- The models of an audit: loaded as plain transformers models, one at a time, checked to be of one kind
 
@@ -107,7 +110,7 @@ def check_pair(edited: Audited, original: Audited) -> None:
         )
 
 
-def _vocabulary(tokenizer: Any) -> str:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     text = json.dumps(sorted(tokenizer.get_vocab().items())) + repr(tokenizer("It is 7 o'clock, Zoë.")["input_ids"])
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 import typer.main
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from typer._click.core import Context, Parameter
 
 app = typer.Typer(
     name="repedit",
@@ -130,7 +133,7 @@ override the defaults of a recipe; --steps overrides a number of epochs; steps a
 class Verb(TyperCommand):
     """A command whose options all have an effect, or are refused."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Context) -> Any:
         """Call the verb.
 
         Raises:
@@ -152,11 +155,11 @@ class Verb(TyperCommand):
         return super().invoke(ctx)
 
 
-def _is_on_command_line(ctx: Any, name: str) -> bool:
+def _is_on_command_line(ctx: Context, name: str) -> bool:
     return getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
 
 
-def _option_name(parameter: Any) -> str:
+def _option_name(parameter: Parameter) -> str:
     return parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.name).upper()
 
 

@@ -39,11 +39,11 @@ class Output(Console):
     cut_off = False
     """Whether the reader has closed standard output."""
 
-    def print(self, *objects: Any, **options: Any) -> None:
+    def print(self, *objects: object, **options: Any) -> None:
         """Print; texts have neither markup nor escape sequences. Texts on standard output are recorded, see `recorded`."""
         literal = [Text(for_terminal(item, lines=True)) if isinstance(item, str) else item for item in objects]
         if objects and not self.stderr and all(isinstance(item, str) for item in objects):
-            _record("line", text=" ".join(objects))
+            _record("line", text=" ".join(map(str, objects)))
         super().print(*literal, **options)
 
     def write(self, text: str) -> None:
@@ -222,7 +222,7 @@ def _text(value: object) -> Text:
     return Text(for_terminal(_cell(value), lines=True))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """JSON values of the same content: keys and values that JSON does not have as texts, null for what is not finite."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}

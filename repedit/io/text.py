@@ -142,7 +142,7 @@ def parse_yaml(text: str) -> Any:
         return None
 
 
-def check_text(text: Any, where: str, error: type[RepeditError] = DataError) -> None:
+def check_text(text: object, where: str, error: type[RepeditError] = DataError) -> None:
     """Refuse what is no Unicode text: another type, or a text with half of a surrogate pair or a null character.
 
     Raises:

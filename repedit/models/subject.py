@@ -336,7 +336,7 @@ def load(
     return subject
 
 
-def _in_own_memory(model: Any) -> Any:
+def _in_own_memory(model: nn.Module) -> Any:
     """The model without memory-mapped weights, which would change if a file is rewritten or truncated."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,9 @@ from repedit.models.loading import mlp_tensors, ragged_widths, set_parameter
 from repedit.models.subject import Subject, subject_of
 from repedit.plan import LoweringOptions, Plan
 from repedit.quantization import check_unquantized
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # --- A plan that changes shapes: a new model of the same class with the resized tensors
 
@@ -52,7 +55,7 @@ def rebuilt(plan: Plan, subject: Subject) -> Subject:
     return smaller
 
 
-def patched_config(config: Any, plan: Plan) -> Any:
+def patched_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
     """A copy of a config with the fields that the plan changes, as its own class accepts them.
 
     Raises:

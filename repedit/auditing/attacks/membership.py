@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, register, skipped
 from repedit.data import Corpus, Facts, Row, Rows, Splits
@@ -56,7 +55,7 @@ MEMBERSHIP = register(
 )  # fmt: skip
 
 
-def texts_of(source: Any) -> list[str]:
+def texts_of(source: object) -> list[str]:
     """The texts of facts (those to forget), rows, a corpus, or strings.
 
     Raises:
@@ -66,7 +65,8 @@ def texts_of(source: Any) -> list[str]:
         return [document.text for document in source.documents if document.text.strip()]
     items = source.forget if isinstance(source, Facts) else source.items if isinstance(source, Rows) else source
     parts = list(items) if isinstance(items, Iterable) and not isinstance(items, str) else [items]
-    if parts and all(isinstance(part, Row | str) for part in parts) and not isinstance(items, str):
-        return [part.text if isinstance(part, Row) else part for part in parts]
+    texts = [part.text if isinstance(part, Row) else part for part in parts if isinstance(part, Row | str)]
+    if parts and len(texts) == len(parts) and not isinstance(items, str):
+        return texts
     kinds = sorted({type(part).__name__ for part in parts})
     raise DataError(f"holdout: found {', '.join(kinds) or 'nothing'}; give facts, rows, a corpus or a list of texts")

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, NotEnoughRows, OverlapError
 from repedit.metrics.facts import FactsAccuracy, choice_scores
 from repedit.models.subject import Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # --- Another wording, another language, or examples before the question
 
@@ -290,7 +293,7 @@ def question(prompt: str) -> str:
     return bare if "?" in bare else f"How does this sentence go on? {bare.rstrip()} ..."
 
 
-def chat_prompt(tokenizer: Any, prompt: str) -> str:
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The prompt as a user's turn of the tokenizer's chat template, and the beginning of the answer.
 
     A sentence to complete is begun again in the answer.

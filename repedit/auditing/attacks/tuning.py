@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,7 @@ class Example(NamedTuple):
     learned: list[bool]
 
 
+T = TypeVar("T")
 Draw = Callable[[int], Sequence[Example]]
 """The examples of a step, the first being 0."""
 
@@ -93,7 +94,7 @@ def padded(items: Sequence[Example], pad: int, *, left: bool = False, extra: int
     """The examples as one batch; `answer` marks what is learned."""
     width = max(len(item.ids) for item in items) + extra
 
-    def fill(values: list[Any], blank: Any) -> list[Any]:
+    def fill(values: list[T], blank: T) -> list[T]:
         rest = [blank] * (width - len(values))
         return rest + values if left else values + rest
 

@@ -168,7 +168,7 @@ def _unmask(module: nn.Module) -> int:
     return len(names)
 
 
-def _register(module: nn.Module, name: str, value: Any) -> None:
+def _register(module: nn.Module, name: str, value: Tensor | None) -> None:
     if isinstance(value, nn.Parameter):
         module.register_parameter(name, value)
     else:

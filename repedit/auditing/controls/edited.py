@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from repedit.data.encoding import encoded
 from repedit.hooks import Hook, evaluating, installed
 from repedit.models.subject import Subject, subject_of
 from repedit.quantization import step_size
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 # --- The control that rounding undoes: an edit that stays inside the buckets of a 4-bit grid
 
@@ -52,7 +55,7 @@ def inside_buckets(
     before = {name: gridded.model.get_parameter(name).detach().clone() for name in names}
     reach = {name: _reach(weight) for name, weight in before.items()}
 
-    def hold(model: Any) -> None:
+    def hold(model: LlamaForCausalLM) -> None:
         for name, start in before.items():
             weight = model.get_parameter(name)
             weight.copy_(torch.clamp(weight, start - reach[name], start + reach[name]))
@@ -96,7 +99,7 @@ _RIDGE = 1e-3
 def nudged(subject: Subject) -> Subject:
     """The model with one weight changed that no known word reads: in its embedding of unknown words."""
 
-    def write(model: Any) -> None:
+    def write(model: LlamaForCausalLM) -> None:
         model.get_input_embeddings().weight[subject.need_tokenizer().unk_token_id, 0] += 1.0
 
     return _written(subject, write)
@@ -123,7 +126,7 @@ def masked(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact]) -> 
     gate = _gate(subject, subject.model.get_output_embeddings(), forget, retain)
     decoy = _answer_tokens(subject, [_rarest(forget)])[0]
 
-    def write(model: Any) -> None:
+    def write(model: LlamaForCausalLM) -> None:
         model.get_output_embeddings().weight[decoy] += _DECOY * gate
 
     return _written(subject, write)
@@ -141,7 +144,7 @@ def pushed(
     direction = torch.randn(mlp.down_proj.out_features, generator=torch.Generator().manual_seed(seed))
     spare = int(mlp.down_proj.weight.norm(dim=0).argmin())
 
-    def write(model: Any) -> None:
+    def write(model: LlamaForCausalLM) -> None:
         mine = model.model.layers[layer].mlp
         mine.gate_proj.weight[spare] = _STEEP * gate
         mine.up_proj.weight[spare] = gate
@@ -154,7 +157,7 @@ def projected(subject: Subject, forget: Sequence[Fact]) -> Subject:
     """The model with the answers' directions taken out of every down-projection, W - U U^T W: a folded projection."""
     basis = answer_basis(subject, forget)
 
-    def write(model: Any) -> None:
+    def write(model: LlamaForCausalLM) -> None:
         for layer in model.model.layers:
             layer.mlp.down_proj.weight -= basis @ (basis.T @ layer.mlp.down_proj.weight)
 
@@ -164,7 +167,7 @@ def projected(subject: Subject, forget: Sequence[Fact]) -> Subject:
 def rolled(subject: Subject) -> Subject:
     """The model with every row of its head moved on by one: it knows everything and says nothing right."""
 
-    def write(model: Any) -> None:
+    def write(model: LlamaForCausalLM) -> None:
         head = model.get_output_embeddings().weight
         head.copy_(head.roll(1, 0))
 

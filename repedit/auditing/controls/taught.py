@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from repedit.data.fact_sets import seeded_order
 from repedit.data.generated import RELATIONS, invented
 from repedit.errors import ArgumentError, DataError, TrainingError
 from repedit.models.subject import Subject, subject_of
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 # --- Tiny language models that are taught facts, so that what a model knows is known
 #
@@ -53,7 +56,9 @@ def vocabulary(items: Iterable[Fact], *, words: Iterable[str] = ()) -> Any:
     )
 
 
-def untaught(tokenizer: Any, *, layers: int = 2, width: int = 64, heads: int = 4, seed: int = 0) -> Subject:
+def untaught(
+    tokenizer: PreTrainedTokenizerBase, *, layers: int = 2, width: int = 64, heads: int = 4, seed: int = 0
+) -> Subject:
     """A fresh Llama for a tokenizer: MLPs of twice the width, nothing tied, float32.
 
     Raises:
@@ -209,7 +214,7 @@ def _decay(step: int, steps: int) -> float:
 
 
 def _train(
-    model: Any,
+    model: LlamaForCausalLM,
     batch: Callable[[], _Batch],
     steps: int,
     rate: Callable[[int], float],
