@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def run(*words: str, code: int = 0) -> str:
 
 def test_doctor_passes_every_tap(model):
     found = json.loads(run("doctor", model, "--json"))
+    assert found["versions"]["torch"] == version("torch") and found["versions"]["CPU kernels"]
     assert found["passed"] and len(found["proofs"]) == 11
 
 

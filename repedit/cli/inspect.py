@@ -26,7 +26,15 @@ def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: J
     widths = sorted({row["width"] for row in subject.sites()})
     kernels = {width: choose(subject.device, subject.model.dtype, (width, 16)) for width in widths}
     if json:
-        output.show_json({"model_type": report.model_type, "passed": report.passed, "proofs": rows, "kernels": kernels})
+        output.show_json(
+            {
+                "model_type": report.model_type,
+                "passed": report.passed,
+                "proofs": rows,
+                "kernels": kernels,
+                "versions": _versions(),
+            }
+        )
         return
     output.table(
         f"{report.model_type}: every tap edited by hook and in the weights (shares of the spread of what the layer adds)",
@@ -38,6 +46,24 @@ def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: J
     )
     for width, (name, reason) in kernels.items():
         output.out.print(f"projection of rank 16 at width {width}: {name} ({reason})")
+    output.out.print(", ".join(f"{name} {version}" for name, version in _versions().items()))
+
+
+def _versions() -> dict[str, str]:
+    """The versions that a bug report needs, and the vector instructions that torch uses on this CPU."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    packages = {name: version(name) for name in ("repedit", "torch", "transformers", "safetensors")}
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "CPU kernels": cpu,
+    }
 
 
 def inspect(
