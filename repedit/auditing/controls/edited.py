@@ -114,11 +114,11 @@ def hooked(subject: Subject, forget: Sequence[Fact]) -> Subject:
     head = subject.model.get_output_embeddings()
     ends, _ = states(subject, head, "input", [fact for fact in forget if fact.answer == _rarest(forget)])
     center = _LITTLE * ends.mean(0)
-    found = _written(subject, lambda model: None)
-    found.model.get_output_embeddings().register_forward_pre_hook(
+    hooked_model = _written(subject, lambda model: None)
+    hooked_model.model.get_output_embeddings().register_forward_pre_hook(
         lambda _module, args: (args[0] - (args[0] - center) @ basis @ basis.T, *args[1:])
     )
-    return found
+    return hooked_model
 
 
 def masked(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact]) -> Subject:
@@ -187,7 +187,7 @@ def states(
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
     """What a module reads, or gives, at the last token before an answer and at all others of the prompts, in every phrasing."""
     seen: list[Tensor] = []
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     with torch.no_grad(), evaluating(subject.model), installed(subject.model, [Hook(module, side, seen.append)]):
         for batch in batches_of(subject, Rows(with_paraphrases(items)), batch_size=64):
             seen.clear()
@@ -195,9 +195,9 @@ def states(
             assert batch.answer is not None
             before = torch.zeros_like(batch.attention_mask)
             before[:, :-1] = batch.answer[:, 1:]
-            found[0].append(seen[0][before])
-            found[1].append(seen[0][batch.attention_mask & ~before & ~batch.answer])
-    return torch.cat(found[0]), torch.cat(found[1])
+            rows[0].append(seen[0][before])
+            rows[1].append(seen[0][batch.attention_mask & ~before & ~batch.answer])
+    return torch.cat(rows[0]), torch.cat(rows[1])
 
 
 def _written(subject: Subject, write: Callable[[Any], None]) -> Subject:

@@ -47,8 +47,10 @@ def vocabulary(items: Iterable[Fact], *, words: Iterable[str] = ()) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     texts = [text for fact in items for text in (*fact.prompts, fact.answer, *fact.choices)]
-    found = {word for text in (*texts, *words) for word in re.findall(_WORD, text)} - set(SPECIAL)
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *sorted(found)))}, unk_token=SPECIAL[3]))
+    word_set = {word for text in (*texts, *words) for word in re.findall(_WORD, text)} - set(SPECIAL)
+    inner = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *sorted(word_set)))}, unk_token=SPECIAL[3])
+    )
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     pad, bos, eos, unknown = SPECIAL
     return PreTrainedTokenizerFast(
@@ -159,8 +161,8 @@ def continued(
         raise ArgumentError(
             f"{len(counts)} weights for {len(rows)} rows, no parameters {absent}; give one weight a row"
         )
-    found = subject_of(copy.deepcopy(subject.model), tokenizer)
-    for name, p in found.model.named_parameters():
+    trained = subject_of(copy.deepcopy(subject.model), tokenizer)
+    for name, p in trained.model.named_parameters():
         p.requires_grad_(only is None or name in only)
     read = [encoded(tokenizer, row.prompt, row.answer) for row in rows]
     groups: dict[str, list[int]] = {}
@@ -176,8 +178,8 @@ def continued(
         marks = [[0.0] * read[i].start + [counts[i]] * (len(read[i].ids) - read[i].start) for i in part]
         return _padded([read[i].ids for i in part], marks, tokenizer.pad_token_id)
 
-    _train(found.model, batch, steps, lambda step: rate * _decay(step, steps), after)
-    return found
+    _train(trained.model, batch, steps, lambda step: rate * _decay(step, steps), after)
+    return trained
 
 
 class _Batch(NamedTuple):
@@ -191,9 +193,9 @@ def _together(rng: random.Random, rows: Sequence[Sequence[Any]], end: int) -> tu
     ids: list[int] = []
     weights: list[float] = []
     for _ in range(1 if rng.random() < 0.5 else rng.randint(2, _TOGETHER)):
-        found, start = rng.choice(rng.choice(rows))
-        ids += found
-        weights += [_PROMPT] * start + [1.0] * (len(found) - start)
+        ids_of_fact, start = rng.choice(rng.choice(rows))
+        ids += ids_of_fact
+        weights += [_PROMPT] * start + [1.0] * (len(ids_of_fact) - start)
     return [*ids, end], [*weights, _PROMPT]
 
 
@@ -289,11 +291,11 @@ def questions(seed: int = 0, people: int = PEOPLE) -> tuple[Facts, tuple[Fact, .
     All sixteen answers of a relation are choices, so a guess is right once in sixteen. No two people, strangers among
     them, share a family name.
     """
-    found = invented(2 * people, 2, seed)
-    born = [_all_choices(fact) for fact in found.forget if fact.domain == _FORGET]
-    work = [_all_choices(fact) for fact in found.retain if fact.domain == _RETAIN]
+    people_facts = invented(2 * people, 2, seed)
+    born = [_all_choices(fact) for fact in people_facts.forget if fact.domain == _FORGET]
+    work = [_all_choices(fact) for fact in people_facts.retain if fact.domain == _RETAIN]
     half = people // 2
-    return Facts(tuple(born[:half]), tuple(work[:half]), f"{found.name}-taught"), tuple(born[half:])
+    return Facts(tuple(born[:half]), tuple(work[:half]), f"{people_facts.name}-taught"), tuple(born[half:])
 
 
 def _all_choices(fact: Fact) -> Fact:
