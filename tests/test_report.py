@@ -128,9 +128,14 @@ def torn(text: str) -> list[str]:
 # What a page holds.
 
 
+@cache
+def standard_page() -> str:
+    return page(report())
+
+
 def test_a_page_needs_no_network_and_no_script():
-    assert spoiled(page(report())) == []
-    assert "http" not in page(report()) and "<style>" in page(report())
+    assert spoiled(standard_page()) == []
+    assert "http" not in standard_page() and "<style>" in standard_page()
 
 
 def test_no_text_of_a_report_becomes_markup():
@@ -207,13 +212,13 @@ def test_intervals_are_drawn_where_they_are(width):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_page_shows_the_forest_plot_as_it_is(width):
-    assert rendering.svg(recovery_forest(report(), width=width)) in page(report())
+    assert rendering.svg(recovery_forest(report(), width=width)) in standard_page()
     both = {"a": report(), "b": clean()}
     assert rendering.svg(audits_forest(both, width=width)) in compare_reports(both).page()
 
 
 def test_the_figures_of_a_page_refer_to_their_own_parts():
-    text = page(report())
+    text = standard_page()
     drawings = re.findall("<svg.*?</svg>", text, re.S)
     assert len(drawings) == 2 + 1 + 4 and page(report()) == text
     for drawing in drawings:
@@ -224,7 +229,7 @@ def test_the_figures_of_a_page_refer_to_their_own_parts():
 
 
 def test_the_figures_of_a_page_have_its_colours():
-    text = page(report())
+    text = standard_page()
     defined = set(re.findall(r"(--[\w-]+):", text))
     assert {"--ink", "--paper", "--series-0"} <= set(re.findall(r"var\((--[\w-]+)\)", text)) <= defined
     for drawing in re.findall("<svg.*?</svg>", text, re.S):
@@ -382,7 +387,7 @@ def test_a_report_with_its_texts_is_not_overwritten_by_one_without(tmp_path, bla
 def test_everything_is_written(tmp_path):
     paths = write(report(), tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["audit.json", "audit.md", "audit.html", "recovery.png"]
-    assert paths[1].read_text() == markdown(report()) and paths[2].read_text() == page(report())
+    assert paths[1].read_text() == markdown(report()) and paths[2].read_text() == standard_page()
     assert paths[3].read_bytes().startswith(b"\x89PNG") and Report.load(paths[0]).to_json() == report().to_json()
 
 
@@ -599,7 +604,7 @@ def test_a_browser_lays_the_page_out(tmp_path, width, dark):
         if dark
         else ["--blink-settings=preferredColorScheme=1"]
     )
-    found = measured(page(report()), tmp_path, width, *flags)
+    found = measured(standard_page(), tmp_path, width, *flags)
     assert found["pairs"] == [] and found["out"] == [] and found["scroll"] <= found["width"]
     assert found["size"] >= 10 and found["wide"] == ("none" if width < 700 else "block")
     assert found["paper"] == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
