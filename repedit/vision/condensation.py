@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, UnknownName, nearest
+from repedit.errors import ArgumentError, DataError, ShapeError, UnknownName, nearest
 from repedit.vision.data import (
     Images,
     ImageSplits,
@@ -37,6 +37,7 @@ from repedit.vision.training import (
     alternating_schedule,
     generator,
     offline_schedule,
+    take_step,
     train,
     train_scheduled,
 )
@@ -270,13 +271,7 @@ def invert(
         for rows in torch.randperm(len(ids), generator=order).split(GENERATOR_BATCH):
             output = network(functional.one_hot(ids[rows], count).to(like))
             loss = functional.cross_entropy(classifier(output), y[rows]) + functional.mse_loss(output, x[rows])
-            if not bool(torch.isfinite(loss)):
-                raise TrainingError(
-                    f"epoch {epoch}, seed {seed}: the loss of inversion is {float(loss.detach())} at lr {lr:g}; lower lr"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            take_step(optimizer, loss, f"epoch {epoch}, seed {seed}: the loss of inversion")
     with torch.no_grad():
         pixels = network(torch.eye(count).to(like)).cpu().to(images.x.dtype)
     return Images(pixels, labels_of(images, ids.cpu()), synthetic_index(count))

@@ -37,6 +37,7 @@ from repedit.io.files import file_hash, user_path
 from repedit.io.tables import gzipped_numbers, npz_arrays
 from repedit.io.text import read_text
 
+log = logging.getLogger(__name__)
 BATCH = 512
 """Images in one forward pass."""
 PARTS = ("beginning", "intermediate", "final")
@@ -488,9 +489,6 @@ def _draw(data: Images, train: int, remember: int, seed: int) -> tuple[Images, I
 
 
 # --- Images grouped into buckets by class and feature, and one image chosen or synthesized for each bucket
-
-
-log = logging.getLogger(__name__)
 
 
 def buckets(model: nn.Module, task: Task, images: Images, k: int, *, seed: int = 0) -> Int[Tensor, " b"]:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, NotEnoughRows, TrainingError, UnknownName, nearest
+from repedit.errors import ArgumentError, NotEnoughRows, UnknownName, nearest
 from repedit.vision.data import Images, ImageSplits, Task, synthetic_index
 from repedit.vision.editing import apply
 from repedit.vision.recipes import Relabel, relabel, trained_delta, training_images
 from repedit.vision.training import generator as random_generator
-from repedit.vision.training import train
+from repedit.vision.training import take_step, train
 
 log = logging.getLogger(__name__)
 MIN_IMAGES = 16
@@ -53,8 +53,8 @@ class GanConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.latent, self.steps, self.batch_size) if value is not None]
-        if min(given) < 1 or not self.lr > 0:
+        counts = [value for value in (self.latent, self.steps, self.batch_size) if value is not None]
+        if min(counts) < 1 or not self.lr > 0:
             raise ArgumentError(
                 f"latent={self.latent}, steps={self.steps}, batch_size={self.batch_size}, lr={self.lr}: give numbers of at "
                 "least 1 and a positive lr"
@@ -111,8 +111,9 @@ def train_gan(
         z = torch.randn(len(rows), latent, generator=random).to(device)
         fake = generator(z)
         loss = _bce(discriminator(real[rows]), REAL) + _bce(discriminator(fake.detach().clone()), 0.0)
-        _step(update_discriminator, loss, step, seed, config.lr)
-        _step(update_generator, _bce(discriminator(fake), 1.0), step, seed, config.lr)
+        name = f"step {step}, seed {seed}: the loss of the GAN"
+        take_step(update_discriminator, loss, name)
+        take_step(update_generator, _bce(discriminator(fake), 1.0), name)
     log.info("GAN on %d images: discriminator loss %.3g", len(images), float(loss.detach()))
     return Gan(generator.eval().requires_grad_(False), latent)
 
@@ -125,16 +126,6 @@ def check_count(images: Images) -> None:
     """
     if len(images) < MIN_IMAGES:
         raise NotEnoughRows(f"a GAN was asked for on {len(images)} images; give at least {MIN_IMAGES}")
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, seed: int, lr: float) -> None:
-    if not bool(torch.isfinite(loss)):
-        raise TrainingError(
-            f"step {step}, seed {seed}: the loss of the GAN is {float(loss.detach())} at lr {lr:g}; lower lr"
-        )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
 
 
 def _bce(logits: Tensor, target: float) -> Tensor:

@@ -146,19 +146,32 @@ def descend(
     images = Images(images.x.to(like), images.y.to(like.device), images.index, images.bounded)
     for _ in range(epochs):
         for rows in torch.randperm(len(images), generator=order).split(batch_size or len(images)):
-            optimizer.zero_grad(set_to_none=True)
             value = (loss or cross_entropy)(model, images[rows])
-            if not bool(torch.isfinite(value)):
-                raise TrainingError(
-                    f"step {step}, seed {order.initial_seed()}: the loss is {float(value.detach())} at lr "
-                    f"{optimizer.param_groups[0]['lr']:g}; lower lr. The original model is unchanged"
-                )
-            value.backward()
-            if before_step is not None:
-                before_step()
-            optimizer.step()
+            place = f"step {step}, seed {order.initial_seed()}"
+            take_step(optimizer, value, f"{place}: the loss", "lower lr. The original model is unchanged", before_step)
             step += 1
     return step
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    name: str,
+    remedy: str = "lower lr",
+    before_step: Callable[[], None] | None = None,
+) -> None:
+    """One step of an optimizer along the gradient of a loss.
+
+    Raises:
+        TrainingError: if the loss is not finite; the parameters are unchanged.
+    """
+    if not bool(torch.isfinite(loss)):
+        raise TrainingError(f"{name} is {float(loss.detach())} at lr {optimizer.param_groups[0]['lr']:g}; {remedy}")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if before_step is not None:
+        before_step()
+    optimizer.step()
 
 
 @contextmanager
