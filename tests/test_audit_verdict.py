@@ -8,10 +8,10 @@ import pytest
 from repedit.auditing import budgets
 from repedit.auditing import verdict as module
 from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, AttackRecord, Setting, Setup, register
-from repedit.auditing.attacks import attack_names
 from repedit.auditing.attacks.tuning import UNTOUCHED
 from repedit.auditing.report import Recovery, RetainCheck
 from repedit.auditing.verdict import check_thresholds, cost, informative, items_needed, verdict
+from repedit.cli import completion
 from repedit.errors import ArgumentError, FractionError
 from repedit.outcomes import BELOW_THRESHOLD, CONSISTENT, OUTCOMES, OVER_FORGOTTEN
 from repedit.sites import Point, Site
@@ -204,7 +204,7 @@ def test_verdict_refusals(call, error, message):
 
 def test_every_attack_registers_one_record_and_its_name_is_read_without_importing_it():
     known = budgets.records()
-    assert tuple(known) == attack_names() and [r.cost for r in known.values()] == sorted(
+    assert tuple(known) == completion.names("attacks") and [r.cost for r in known.values()] == sorted(
         {r.cost for r in known.values()}
     )
     for name, record in known.items():

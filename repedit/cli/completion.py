@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from repedit.auditing.attacks import attack_names
-
 Completer = Callable[[str], list[str]]
 """Takes the incomplete word and returns the words that it may become."""
 BASH = "_REPEDIT_COMPLETE"
@@ -133,7 +131,7 @@ def names(table: str) -> tuple[str, ...]:
         LookupError: if the file has no such variable or decorator.
     """
     if table == "attacks":
-        return attack_names()
+        return _attack_names()
     file, source = REGISTRIES[table]
     body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
     if source.startswith("@"):
@@ -147,6 +145,21 @@ def names(table: str) -> tuple[str, ...]:
     if not entered:
         raise LookupError(f"{file} assigns no {source}")
     return tuple(entered)
+
+
+def _attack_names() -> tuple[str, ...]:
+    """The names of the attacks, the cheapest first: each is the first argument of a record that a file registers."""
+    costs: dict[str, float] = {}
+    for path in (ROOT / "auditing" / "attacks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Name("register"),
+                    args=[ast.Call(func=ast.Name("AttackRecord"), args=[ast.Constant(str(name))], keywords=keywords)],
+                ):
+                    cost = (ast.literal_eval(keyword.value) for keyword in keywords if keyword.arg == "cost")
+                    costs[name] = next(cost, 0)
+    return tuple(sorted(costs, key=lambda name: (costs[name], name)))
 
 
 def _targets(node: ast.Assign | ast.AnnAssign) -> list[str]:

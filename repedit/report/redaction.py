@@ -210,7 +210,7 @@ def digest(name: str) -> str:
 def own_words() -> frozenset[str]:
     """The names that are kept."""
     from repedit.auditing.attack import BUDGETS
-    from repedit.auditing.attacks import attack_names
+    from repedit.auditing.budgets import records
     from repedit.data import BUILTIN, DOMAINS
     from repedit.fit.closed_form import FITS
     from repedit.metrics.benchmarks import SUITES
@@ -218,7 +218,7 @@ def own_words() -> frozenset[str]:
     from repedit.quantization import SCHEMES
     from repedit.unlearning.recipes import RECIPES
 
-    tables = (BUDGETS, attack_names(), SCHEMES, BUILTIN, DOMAINS, FITS, RECIPES, COMBINATIONS, IMPORTANCES, SUITES)
+    tables = (BUDGETS, records(), SCHEMES, BUILTIN, DOMAINS, FITS, RECIPES, COMBINATIONS, IMPORTANCES, SUITES)
     return frozenset(
         {*FIELDS.split(), *PHRASES, *STATUSES, *OUTCOMES, "smollm2-135m", *(name for table in tables for name in table)}
     )
