@@ -214,9 +214,9 @@ def _step(
     verb = str(table["verb"])
     check_names(f"step {number}: a run", [verb], [name for name in commands if name not in NOT_STEPS], "verb")
     parameters = {name: str(p.name) for p in commands[verb].params for name in _names_in_file(p)}
-    given = (model if "model" in parameters else {}) | {key: table[key] for key in table if key != "verb"}
-    check_names(f"step {number}, {verb},", given, parameters)
-    options = {parameters[key]: value for key, value in given.items()}
+    values = (model if "model" in parameters else {}) | {key: table[key] for key in table if key != "verb"}
+    check_names(f"step {number}, {verb},", values, parameters)
+    options = {parameters[key]: value for key, value in values.items()}
     missing = [str(p.name) for p in commands[verb].params if p.required and p.name not in options]
     if missing:
         raise ArgumentError(f"step {number}, {verb}, needs {', '.join(missing)}")

@@ -334,13 +334,13 @@ def checked_names(kind: str, names: Sequence[str] | None, valid: Collection[str]
         UnknownName: if one is not valid.
         ArgumentError: if none is given.
     """
-    given = tuple(valid if names is None else names)
-    unknown = next((name for name in given if name not in valid), None)
+    selected = tuple(valid if names is None else names)
+    unknown = next((name for name in selected if name not in valid), None)
     if unknown is not None:
         raise UnknownName(f"{kind} {unknown!r}; {nearest(unknown, valid)}")
-    if not given:
+    if not selected:
         raise ArgumentError(f"no {kind} to ask in; give some of {list(valid)}")
-    return given
+    return selected
 
 
 # --- A copy of a model that an attack may change

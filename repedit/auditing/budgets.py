@@ -47,8 +47,8 @@ def _import_attacks() -> None:
 
 def record_of(attack: str) -> AttackRecord | None:
     """The record of an attack by the name of its findings, such as "probe-mlp" or "rtt, LoRA"; None of an unknown one."""
-    known = records()
-    return known.get(attack) or known.get(attack.partition("-")[0].partition(",")[0])
+    registered = records()
+    return registered.get(attack) or registered.get(attack.partition("-")[0].partition(",")[0])
 
 
 def planned(budget: str, names: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -59,22 +59,22 @@ def planned(budget: str, names: Sequence[str] | None = None) -> tuple[str, ...]:
     """
     if budget not in BUDGETS:
         raise UnknownName(f"budget={budget!r}; {nearest(budget, BUDGETS)}")
-    known = records()
+    registered = records()
     for name in names or ():
-        if name not in known:
-            raise UnknownName(f"no attack is called {name!r}; {nearest(name, known)}")
+        if name not in registered:
+            raise UnknownName(f"no attack is called {name!r}; {nearest(name, registered)}")
     included = BUDGETS[: BUDGETS.index(budget) + 1]
     return tuple(
         name
-        for name, record in known.items()
+        for name, record in registered.items()
         if name == "direct" or (record.budget in included if names is None else name in names)
     )
 
 
 def built(names: Sequence[str], setup: Setup) -> tuple[Attack, ...]:
     """The attacks of these names, built for a setup."""
-    known = records()
-    return tuple(attack for name in names for attack in known[name].build(setup))
+    registered = records()
+    return tuple(attack for name in names for attack in registered[name].build(setup))
 
 
 # --- What an audit will cost, before it is begun: questions and training steps, timed on a few of each

@@ -16,6 +16,7 @@ from repedit.activations.forward import at_least_float32, batches, inputs_of
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, ask, reworded
 from repedit.auditing.report import RETAIN_CHECK
 from repedit.data import Batches, Fact, Facts, Splits, by_domain
+from repedit.data.encoding import common_prefix
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, NotEnoughRows
 from repedit.hooks import evaluating
@@ -150,12 +151,7 @@ def _median(fact: Fact, train: Sequence[Fact]) -> list[float]:
 
 def _spelling(fact: Fact) -> list[float]:
     entity = normalized(fact.entity)
-    return [float(_alike(entity, normalized(choice))) for choice in fact.choices]
-
-
-def _alike(a: str, b: str) -> int:
-    """Length of the longest common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return [float(common_prefix(entity, normalized(choice))) for choice in fact.choices]
 
 
 _GUESSES: Mapping[str, Callable[[Fact, Sequence[Fact]], list[float]]] = {

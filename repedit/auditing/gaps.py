@@ -95,9 +95,9 @@ def _membership_gap(models: Sequence[Measured], draws: int, seed: int) -> Gap:
         "members": _images(counts[0], "forget"), "others": _images(counts[1], "holdout"),
     }  # fmt: skip
     if len(models) > 2:
-        kept = [models[0], *models[2:]]
+        compared = [models[0], *models[2:]]
         drawn = auc_draws(
-            np.stack([m.members for m in kept]), np.stack([m.others for m in kept]), draws=draws, seed=seed
+            np.stack([m.members for m in compared]), np.stack([m.others for m in compared]), draws=draws, seed=seed
         )
         more["interval"] = percentiles(drawn[0] - np.median(drawn[1:], 0))
     return _gap(AUC, values, **more)

@@ -141,16 +141,16 @@ class Verb(TyperCommand):
         """
         from repedit.errors import ArgumentError
 
-        given = {p.name: p for p in self.params if _is_on_command_line(ctx, p.name)}
-        for name, parameter in given.items():
+        passed = {p.name: p for p in self.params if _is_on_command_line(ctx, p.name)}
+        for name, parameter in passed.items():
             values = ctx.params[name] if isinstance(ctx.params[name], list | tuple) else [ctx.params[name]]
             if any(isinstance(value, str) and not value.strip() for value in values):
                 raise ArgumentError(f"{_option_name(parameter)} is empty; leave it out, or give it a value")
         for condition, applies, names in INEFFECTIVE.get(str(self.name), ()):
             for name in names:
-                if name in given and applies(ctx.params):
+                if name in passed and applies(ctx.params):
                     raise ArgumentError(
-                        f"{_option_name(given[name])} has no effect with {condition}; leave one of them out"
+                        f"{_option_name(passed[name])} has no effect with {condition}; leave one of them out"
                     )
         return super().invoke(ctx)
 

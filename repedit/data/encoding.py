@@ -173,7 +173,7 @@ def entity_end(tokenizer: Tokenizer, prompt: str, entity: str) -> int | None:
     return len(prefix_ids(tokenizer)) + min(same, len(head) - 1)
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     """Length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

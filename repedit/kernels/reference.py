@@ -132,8 +132,8 @@ def activity(
         rows = slice(start, start + PARTIAL)
         sums += _partial_sums(z[rows], mask[rows], None if grad is None else grad[rows], shift, len(names), work)
     if not bool(mask.all()) and not bool(torch.isfinite(sums).all()):
-        kept = None if grad is None else grad[mask]
-        return activity(z[mask], torch.ones_like(mask[mask]), kept, shift)
+        masked_grad = None if grad is None else grad[mask]
+        return activity(z[mask], torch.ones_like(mask[mask]), masked_grad, shift)
     return dict(zip(names, sums, strict=True))
 
 

@@ -65,16 +65,16 @@ def sums(
         total += z
         square += z * z
     out = out_ptr + group * COUNT * f + columns
-    kept = columns < f
-    tl.store(out, tl.sum(total, 0)[None, :], mask=kept)
-    tl.store(out + f, tl.sum(size, 0)[None, :], mask=kept)
-    tl.store(out + 2 * f, tl.sum(square, 0)[None, :], mask=kept)
-    tl.store(out + 3 * f, tl.sum(positive, 0)[None, :], mask=kept)
+    inside_columns = columns < f
+    tl.store(out, tl.sum(total, 0)[None, :], mask=inside_columns)
+    tl.store(out + f, tl.sum(size, 0)[None, :], mask=inside_columns)
+    tl.store(out + 2 * f, tl.sum(square, 0)[None, :], mask=inside_columns)
+    tl.store(out + 3 * f, tl.sum(positive, 0)[None, :], mask=inside_columns)
     if GRAD:
-        tl.store(out + 4 * f, tl.sum(product_size, 0)[None, :], mask=kept)
-        tl.store(out + 5 * f, tl.sum(product, 0)[None, :], mask=kept)
-        tl.store(out + 6 * f, tl.sum(product_square, 0)[None, :], mask=kept)
-        tl.store(out + 7 * f, tl.sum(slope, 0)[None, :], mask=kept)
+        tl.store(out + 4 * f, tl.sum(product_size, 0)[None, :], mask=inside_columns)
+        tl.store(out + 5 * f, tl.sum(product, 0)[None, :], mask=inside_columns)
+        tl.store(out + 6 * f, tl.sum(product_square, 0)[None, :], mask=inside_columns)
+        tl.store(out + 7 * f, tl.sum(slope, 0)[None, :], mask=inside_columns)
 
 
 def activity(z: Tensor, mask: Tensor, grad: Tensor | None = None, shift: Tensor | None = None) -> dict[str, Tensor]:

@@ -60,12 +60,12 @@ def resident(
     rows = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
     span, ranks = tl.arange(0, BD), tl.arange(0, R)
     t = tl.zeros((BM, R), dtype=tl.float32)
-    kept = ()
+    chunks = ()
     for i in tl.static_range(CHUNKS):
         columns = i * BD + span
         inside = (rows < n) & (columns[None, :] < d)
         x = tl.load(x_ptr + rows * sxn + columns[None, :] * sxd, mask=inside, other=0.0).to(dtype)
-        kept = kept + (x,)  # noqa: RUF005
+        chunks = chunks + (x,)  # noqa: RUF005
         v = _factor(v_ptr, columns[:, None], ranks[None, :], d, k, svd, svk, dtype)
         t = tl.dot(x, v, t, input_precision=PRECISION)
     if CENTER:
@@ -76,7 +76,7 @@ def resident(
     for i in tl.static_range(CHUNKS):
         columns = i * BD + span
         u = _factor(u_ptr, columns[None, :], ranks[:, None], d, k, sud, suk, dtype)
-        y = kept[i].to(tl.float32) - tl.dot(narrow, u, input_precision=PRECISION)
+        y = chunks[i].to(tl.float32) - tl.dot(narrow, u, input_precision=PRECISION)
         _write(y, residual_ptr, out_ptr, rows, columns[None, :], n, d, srn, srd, son, sod, RESIDUAL)
 
 

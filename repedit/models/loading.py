@@ -37,6 +37,8 @@ from repedit.models.default_model import DEFAULT, cached
 from repedit.quantization import check_unquantized
 from repedit.sites import Point
 
+log = logging.getLogger("repedit")
+
 # --- Layers whose MLPs have different widths
 #
 # `config.json` cannot express per-layer widths, so repedit.json records them, and `load` replaces the tensors that transformers
@@ -148,7 +150,6 @@ def _expert_names(name: str, architecture: Architecture, shards: Shards) -> Iter
 
 # --- Find a model and read its files
 
-log = logging.getLogger("repedit")
 # Small files that belong to a model on the hub, whether transformers reads them or not.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _MOST_LAYERS = 10_000

@@ -197,8 +197,8 @@ def _spread(sets: Sequence[Images], most: int) -> Images:
         rows = (whole.y == label).nonzero().flatten().numpy()
         turn[rows] = np.arange(len(rows))
     order = np.lexsort((whole.y.numpy(), turn))[:most]
-    kept = torch.as_tensor(order)
-    return whole[kept[whole.y[kept].argsort(stable=True)]]
+    chosen = torch.as_tensor(order)
+    return whole[chosen[whole.y[chosen].argsort(stable=True)]]
 
 
 def _picture(axes: Axes, image: torch.Tensor) -> None:

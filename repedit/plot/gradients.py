@@ -180,9 +180,9 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
         styles[name] = (SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)], 50.0)
     for name, points in results.items():
         color, marker, size = styles[name]
-        forgotten, kept = zip(*points, strict=True)
+        forgotten, retained = zip(*points, strict=True)
         axes.scatter(
-            forgotten, kept, color=color, marker=marker, s=size, label=label_text(name), zorder=3, alpha=0.85,
+            forgotten, retained, color=color, marker=marker, s=size, label=label_text(name), zorder=3, alpha=0.85,
             edgecolors="white", linewidths=0.6, clip_on=False,
         )  # fmt: skip
     _count_shared(axes, results)

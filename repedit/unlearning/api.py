@@ -137,8 +137,8 @@ def unlearn(
     check_positive(clip=clip)
     check_seed(seed=seed)
     data: _Data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
-    given = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
-    changes = cast(Changes, {name: value for name, value in given.items() if value is not None})
+    overrides = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
+    changes = cast(Changes, {name: value for name, value in overrides.items() if value is not None})
     options: _Options = {
         "reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "shard": shard, "dropout": dropout,
         "gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every, "progress": progress,

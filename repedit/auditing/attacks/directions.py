@@ -129,8 +129,10 @@ def _directions(
     for layer, h in forget_states.items():
         mean = mean_direction(h, other_states[layer])
         if float(mean.norm()) > 0:
-            kept = usual(h, mean)
-            differences = h[kept] - (other_states[layer].mean(0) if contrast is None else other_states[layer][kept])
+            usual_rows = usual(h, mean)
+            differences = h[usual_rows] - (
+                other_states[layer].mean(0) if contrast is None else other_states[layer][usual_rows]
+            )
         else:
             differences = h - (other_states[layer].mean(0) if contrast is None else other_states[layer])
         least = _LEAST * float(h.norm(dim=1).mean())

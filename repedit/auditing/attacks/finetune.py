@@ -105,9 +105,9 @@ def rtt(
             items = examples(subject, facts, loss=kind, max_tokens=tuning.max_tokens)
             extra = f" how={way}" * (len(hows) > 1) + f" loss={kind}" * (len(losses) > 1)
             extra += f" n={count or 'all'}" * (len(counts) > 1)
-            known = facts if count is None or count == widest else ()
+            taught = facts if count is None or count == widest else ()
             exact = replace(tuning, how=way, loss=kind)
-            yield trial(exact, shuffled(items, tuning.batch_size, seed), measured, extra, known=known)
+            yield trial(exact, shuffled(items, tuning.batch_size, seed), measured, extra, known=taught)
 
     options = {
         "rates": None if rates is None else list(rates), "steps": steps, "measured": list(measured),
@@ -206,8 +206,8 @@ def benign(
                   watched=_some(items, _WATCHED, seed))
             for (name, items), rate in product(sources.items(), scaled)
         ]  # fmt: skip
-        given = {"retain": bool(splits.retain), "unrelated": splits.unrelated is not None}
-        note = "; ".join(f"no {name} texts were given" for name, is_given in given.items() if not is_given)
+        has_texts = {"retain": bool(splits.retain), "unrelated": splits.unrelated is not None}
+        note = "; ".join(f"no {name} texts were given" for name, present in has_texts.items() if not present)
         return carried_out(trials, on_copy(subject, full=True), splits.test, seed, note)
 
     options = {

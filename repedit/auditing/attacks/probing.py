@@ -397,7 +397,7 @@ def _network(
     second = torch.randn(HIDDEN, y.shape[2], generator=generator) / HIDDEN**0.5
     many = (len(use), len(strengths), len(y))
     weights = [w.expand(*many, *w.shape).clone().requires_grad_() for w in (first, torch.zeros(1, HIDDEN), second)]
-    kept = 1 - RATE * torch.tensor(strengths)[:, None, None, None]
+    decay = 1 - RATE * torch.tensor(strengths)[:, None, None, None]
     with torch.enable_grad():
         optimiser = torch.optim.Adam(weights, lr=RATE)
         for _ in range(STEPS):
@@ -407,7 +407,7 @@ def _network(
             optimiser.step()
             with torch.no_grad():
                 for w in weights:
-                    w.mul_(kept)
+                    w.mul_(decay)
     with torch.no_grad():
         return _through(at, weights).double() * scale + mean
 

@@ -190,11 +190,11 @@ def _inverse(
     if bool((p.double().sum(-1) < top_p).any()):
         p, index = probabilities.sort(dim=-1, descending=True)
     mass = p.double().cumsum(-1)
-    kept = (mass - p < top_p).sum(-1).cpu().numpy()
+    nucleus_sizes = (mass - p < top_p).sum(-1).cpu().numpy()
     masses, token_ids = mass.cpu().numpy(), index.cpu().numpy()
     tokens = np.empty(len(rows), dtype=np.int64)
     for r in np.unique(rows):
-        selected, cumulative = rows == r, masses[r, : kept[r]]
+        selected, cumulative = rows == r, masses[r, : nucleus_sizes[r]]
         tokens[selected] = token_ids[
             r, np.searchsorted(cumulative[:-1], chances[selected] * cumulative[-1], side="right")
         ]

@@ -179,8 +179,8 @@ class Tuning:
     """The layers that get adapters; None for all."""
 
     def __post_init__(self) -> None:
-        known = (("loss", LOSSES), ("how", HOWS), ("optimizer", tuple(OPTIMIZERS)), ("schedule", SCHEDULES))
-        for name, valid in known:
+        choices_by_field = (("loss", LOSSES), ("how", HOWS), ("optimizer", tuple(OPTIMIZERS)), ("schedule", SCHEDULES))
+        for name, valid in choices_by_field:
             if getattr(self, name) not in valid:
                 raise UnknownName(f"{name}={getattr(self, name)!r}; {nearest(getattr(self, name), valid)}")
         for name, least in (("steps", 1), ("rank", 1), ("batch_size", 1), ("max_tokens", 2)):
