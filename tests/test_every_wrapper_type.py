@@ -52,5 +52,5 @@ def test_text_alone_gives_finite_logits(model_type):
 
 
 def test_an_unknown_type_says_what_to_add():
-    with pytest.raises(pytest.fail.Exception, match="'new_vl'.*NOT_A_DECODER"), named("new_vl"):
+    with pytest.raises(pytest.fail.Exception, match=r"'new_vl'.*NOT_A_DECODER"), named("new_vl"):
         small_config("new_vl")
