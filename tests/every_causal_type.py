@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,7 @@ NOT_A_DECODER: dict[str, str] = {
     "pegasus": _ENCODER_DECODER,
     "plbart": _ENCODER_DECODER,
     "prophetnet": _ENCODER_DECODER,
+    "trocr": _ENCODER_DECODER,
     "whisper": _ENCODER_DECODER,
     "dots3_note": _WRAPPER,
     "emu3": _WRAPPER,
@@ -71,7 +73,7 @@ _DECODERS = """
     modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt
     persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
     qwen3_next qwen4_exp_text recurrent_gemma reformer rembert roberta roberta-prelayernorm roc_bert roformer
-    rwkv seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma xglm xlm xlm-roberta xlm-roberta-xl
+    rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm xlm-roberta xlm-roberta-xl
     xlnet xlstm xmod youtu zamba zamba2 zaya
 """
 DECODERS: tuple[str, ...] = tuple(_DECODERS.split())
@@ -88,6 +90,7 @@ SMALL: dict[str, Any] = {
     "ffn_hidden_size": 40,
     "dense_intermediate_size": 40,
     "embedding_size": 20,
+    "query_pre_attn_scalar": 10,
     # Positions
     "max_position_embeddings": 64,
     "n_positions": 64,
@@ -162,6 +165,7 @@ SMALL: dict[str, Any] = {
 _ROTARY_PART = {"head_dim": 12}
 """Half a head, or a quarter of it, is rotated: the part must be even."""
 _ROTARY_PART_OF_HIDDEN = {"hidden_size": 32}
+_EXPERT_GROUPS = {"n_group": 2, "topk_group": 1}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 _BLT = {"vocab_size": VOCABULARY, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 40} | {
@@ -186,7 +190,10 @@ _SHARED_TRANSFORMER = {
 EXTRA: dict[str, dict[str, Any]] = {
     "afmoe": {"mup_enabled": True},
     "aria_text": {"moe_num_experts": 4},
+    "axk1": _EXPERT_GROUPS,
+    "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1, "head_dim": 6},
     "bamba": {"hidden_size": 32, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "beam": _EXPERT_GROUPS,
     "blt": {
         "encoder_hash_byte_group_size": [3, 4],
         "encoder_hash_byte_group_vocab": 31,
@@ -197,6 +204,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "local_attention_window_len": 5,
     },
     "codegen": {"rotary_dim": 4},
+    "cohere2_moe": {"num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"]},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": None},
@@ -208,6 +216,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 24, "ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_hidden_layers": 2, "num_experts_per_tok": 2},
+    "deepseek_v3": _EXPERT_GROUPS,
+    "deepseek_v32": _EXPERT_GROUPS,
     "deepseek_v4": {
         "num_key_value_heads": 1,
         "head_dim": 12,
@@ -272,8 +282,11 @@ EXTRA: dict[str, dict[str, Any]] = {
     "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 5},
     "longcat_flash": {"zero_expert_num": 2, "head_dim": 4},
     "mamba2": {"head_dim": 12},
+    "mellum": {"layer_types": ["sliding_attention", "full_attention"]},
     "mimo_v2_flash": _ROTARY_PART,
-    "minimax": {
+    "minicpm3": {"dim_model_base": 16},
+    "minimax": {"block_size": 4}
+    | {
         f"{branch}_{factor}_factor": value
         for branch in ("full_attn", "linear_attn", "mlp")
         for factor, value in (("alpha", 3.5), ("beta", 0.7))
@@ -281,6 +294,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": _ROTARY_PART
     | {"layer_types": ["full_attention", "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse"]}
     | {"rotary_dim": 6, "index_block_size": 2, "index_topk_blocks": 2},
+    "ministral": {"layer_types": ["full_attention", "sliding_attention"]},
+    "modernbert-decoder": {"local_attention": 10},
     "nemotron": _ROTARY_PART | {"num_key_value_heads": 2},
     "persimmon": _ROTARY_PART_OF_HIDDEN,
     "phi": _ROTARY_PART_OF_HIDDEN,
@@ -312,10 +327,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "roc_bert": {"pronunciation_embed_dim": 6, "pronunciation_vocab_size": 7}
     | {"shape_embed_dim": 8, "shape_vocab_size": 9},
     "stablelm": _ROTARY_PART_OF_HIDDEN,
-    "trocr": {"decoder_ffn_dim": 40},
     "xlm": {"causal": True},
     "xlnet": {"d_inner": 40},
-    "xmod": {"languages": ("en_XX", "de_DE"), "default_language": "en_XX"},
+    "xmod": {"default_language": "en_XX"},
     "zamba": _SHARED_TRANSFORMER,
     "zamba2": _SHARED_TRANSFORMER | {"n_mamba_heads": 4, "adapter_rank": 6},
     "zaya": _ROTARY_PART | {"num_experts_per_tok": 1, "router_hidden_size": 8},
@@ -323,7 +337,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 """What one model type needs beyond `SMALL`; published values where the default of a config is degenerate."""
 
 
-def small_config(model_type: str) -> PreTrainedConfig:
+def small_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """The default config of a model type with small sizes and one layer of each kind."""
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
@@ -340,28 +354,27 @@ def small_config(model_type: str) -> PreTrainedConfig:
         small["num_key_value_heads"] = small["num_attention_heads"]  # each head has keys and values of its own
     if "is_decoder" in fields:
         small["is_decoder"] = True
-    config = config_class(**(small | _layers(default, fields) | EXTRA.get(model_type, {})))
+    config = config_class(**(small | _layers(default, fields) | EXTRA.get(model_type, {}) | changes))
     config._attn_implementation = config._experts_implementation = "eager"  # grouped_mm knows no float64
     return config
 
 
-def tiny_causal(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A fresh tiny model of a model type in eval mode, the same one every time."""
-    model = copy.deepcopy(_model(model_type))
-    for parameter in model.parameters():
-        # Buffers keep their dtype, as they do when a checkpoint is loaded: rotary frequencies stay float32.
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model
+def tiny_causal(model_type: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A fresh tiny model of a model type in eval mode, the same one every time.
+
+    In another dtype it is what transformers loads from the float32 checkpoint: some types keep routers, attention
+    sinks or decay rates in float32.
+    """
+    return copy.deepcopy(_model(model_type, dtype, tuple(sorted(changes.items()))))
 
 
-_PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "no_rope_layers")
+PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "no_rope_layers")
 """Config fields that hold one entry a layer."""
 
 
 def _layers(default: PreTrainedConfig, fields: set[str]) -> dict[str, Any]:
     """The per-layer lists of a default config, cut to the first layer of each kind, in order; at least two layers."""
-    lists = {name: list(getattr(default, name)) for name in _PER_LAYER if name in fields and getattr(default, name)}
+    lists = {name: list(getattr(default, name)) for name in PER_LAYER if name in fields and getattr(default, name)}
     kinds = list(dict.fromkeys(zip(*lists.values(), strict=True)))
     if not kinds:
         return {}
@@ -371,8 +384,13 @@ def _layers(default: PreTrainedConfig, fields: set[str]) -> dict[str, Any]:
 
 
 @cache
-def _model(model_type: str) -> PreTrainedModel:
-    config = small_config(model_type)
+def _model(model_type: str, dtype: torch.dtype, changes: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+    if dtype != torch.float32:
+        with tempfile.TemporaryDirectory() as checkpoint:
+            tiny_causal(model_type, **dict(changes)).save_pretrained(checkpoint)
+            eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+            return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **eager)
+    config = small_config(model_type, **dict(changes))
     with torch.device("meta"):
         size = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
     if size > LARGEST:
@@ -381,25 +399,29 @@ def _model(model_type: str) -> PreTrainedModel:
         torch.manual_seed(sum(map(ord, model_type)))
         model = AutoModelForCausalLM.from_config(config).eval()
         for name, parameter in model.named_parameters():
-            drawn = _redrawn(name, parameter)
-            if drawn is not None:
-                parameter.copy_(drawn)
+            parameter.copy_(_redrawn(name, parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith(_LEARNED_BUFFERS):
+                buffer.copy_(_redrawn(name, buffer))
+            elif name.endswith("tid2eid"):  # the experts of each token, fixed in the checkpoint
+                buffer.copy_(torch.rand(len(buffer), config.n_routed_experts).argsort(-1)[:, : buffer.shape[1]])
     return model
 
 
-_KEPT = ("A_log",)
-"""Ends of names of matrices with a domain of their own; they keep the values of the type's initialisation."""
+_LEARNED_BUFFERS = ("e_score_correction_bias", "expert_bias", "balancing_biases", "layer_scalar")
+"""Ends of names of buffers whose values come from training."""
+_LOGARITHMS = ("A_log", "dt_proj_bias")
+"""Ends of names of matrices that hold logarithms of rates, as vectors do elsewhere."""
 
 
-def _redrawn(name: str, initial: torch.Tensor) -> torch.Tensor | None:
+def _redrawn(name: str, initial: torch.Tensor) -> torch.Tensor:
     """Random weights large enough that every branch matters; gains and biases away from their defaults.
 
-    A vector whose initial values are all equal (a gain of one, a gain stored as its distance from one, a bias) is
-    drawn around them. Other vectors, such as decay rates, have a domain of their own and keep their initial values.
+    Vectors move away from their initial values: a gain stays near one, a gain stored as its distance from one near
+    zero, and a decay rate in its domain. Matrices are drawn around zero, or around the value they all start at.
     """
-    if initial.numel() == 0 or name.endswith(_KEPT):
-        return None
-    if initial.ndim > 1:
-        return torch.randn_like(initial) * 0.3
+    noise = torch.randn_like(initial)
+    if initial.ndim < 2 or initial.numel() == max(initial.shape) or name.endswith(_LOGARITHMS):
+        return initial + 0.2 * noise
     first = initial.flatten()[0]
-    return first + torch.randn_like(initial) * 0.2 if bool((initial == first).all()) else None
+    return torch.where((initial == first).all(), first, 0.0) + 0.3 * noise
