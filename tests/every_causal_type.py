@@ -51,7 +51,6 @@ NOT_A_DECODER: dict[str, str] = {
     "got_ocr2": _WRAPPER,
     "llama4": _WRAPPER,
     "mllama": _WRAPPER,
-    "moss_transcribe_diarize": _WRAPPER,
     "qwen3_5": _WRAPPER,
     "qwen3_5_moe": _WRAPPER,
     "qwen4_exp": _WRAPPER,
@@ -60,21 +59,20 @@ NOT_A_DECODER: dict[str, str] = {
 }
 
 _DECODERS = """
-    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba beam bert bert-generation big_bird biogpt
-    bitnet bloom blt camembert codegen cohere cohere2 cohere2_moe cohere_compass_text cpmant ctrl cwm
-    data2vec-text dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 diffllama doge dots1 dots3_note_text
-    electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint gemma
-    gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text git glm glm4 glm4_moe glm4_moe_lite
-    glm_moe_dsa gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
-    granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe
-    hy_v3 hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear
-    kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text longcat_flash mamba mamba2 megatron-bert mellum
-    mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
-    modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt
-    persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
-    qwen3_next qwen4_exp_text recurrent_gemma reformer rembert roberta roberta-prelayernorm roc_bert roformer
-    rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm xlm-roberta xlm-roberta-xl
-    xlnet xlstm xmod youtu zamba zamba2 zaya
+afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba beam bert bert-generation big_bird biogpt bitnet bloom
+blt camembert codegen cohere cohere2 cohere2_moe cohere_compass_text cpmant ctrl cwm data2vec-text dbrx deepseek_v2
+deepseek_v3 deepseek_v32 deepseek_v4 diffllama doge dots1 dots3_note_text electra ernie ernie4_5 ernie4_5_moe exaone4
+exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text
+gemma4_unified_text git glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox
+gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium
+hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text inkling_text internlm3 iquestcoder
+jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text longcat_flash mamba mamba2
+megatron-bert mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
+modernbert-decoder moshi moss_transcribe_diarize mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe
+openai-gpt opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
+qwen3_next qwen4_exp_text recurrent_gemma reformer rembert roberta roberta-prelayernorm roc_bert roformer rwkv
+seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod youtu
+zamba zamba2 zaya
 """
 DECODERS: tuple[str, ...] = tuple(_DECODERS.split())
 """Types of which there is a tiny model, encoders with a causal head included."""
@@ -225,6 +223,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
         "o_groups": 2,
         "o_lora_rank": 6,
+        "index_topk": 2,
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note_text": {
@@ -296,6 +295,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     | {"rotary_dim": 6, "index_block_size": 2, "index_topk_blocks": 2},
     "ministral": {"layer_types": ["full_attention", "sliding_attention"]},
     "modernbert-decoder": {"local_attention": 10},
+    "moss_transcribe_diarize": {
+        "text_config": {"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 10}
+        | {"num_key_value_heads": 2, "hidden_size": 24, "intermediate_size": 40, "vocab_size": VOCABULARY}
+        | {"max_position_embeddings": 64},
+        "audio_config": _TOWER | {"num_hidden_layers": 1, "num_mel_bins": 8, "max_source_positions": 16},
+    },
     "nemotron": _ROTARY_PART | {"num_key_value_heads": 2},
     "persimmon": _ROTARY_PART_OF_HIDDEN,
     "phi": _ROTARY_PART_OF_HIDDEN,
