@@ -403,17 +403,30 @@ def _model(model_type: str, dtype: torch.dtype, changes: tuple[tuple[str, Any], 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(sum(map(ord, model_type)))
         model = AutoModelForCausalLM.from_config(config).eval()
-        for name, parameter in model.named_parameters():
-            parameter.copy_(_redrawn(name, parameter))
+        redraw(model)
         for name, buffer in model.named_buffers():
-            if name.endswith(_LEARNED_BUFFERS):
-                buffer.copy_(_redrawn(name, buffer))
-            elif name.endswith("tid2eid"):  # the experts of each token, fixed in the checkpoint
+            if name.endswith("tid2eid"):  # the experts of each token, fixed in the checkpoint
                 buffer.copy_(torch.rand(len(buffer), config.n_routed_experts).argsort(-1)[:, : buffer.shape[1]])
     return model
 
 
-_LEARNED_BUFFERS = ("e_score_correction_bias", "expert_bias", "balancing_biases", "layer_scalar")
+@torch.no_grad()
+def redraw(model: PreTrainedModel) -> None:
+    """Give every parameter, and every buffer that training changes, a random value that matters for the logits."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(_redrawn(name, parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith(_LEARNED_BUFFERS):
+            buffer.copy_(_redrawn(name, buffer))
+
+
+_LEARNED_BUFFERS = (
+    "e_score_correction_bias",
+    "expert_bias",
+    "balancing_biases",
+    "layer_scalar",
+    "rotary_emb.alpha",
+)
 """Ends of names of buffers whose values come from training."""
 _LOGARITHMS = ("A_log", "dt_proj_bias")
 """Ends of names of matrices that hold logarithms of rates, as vectors do elsewhere."""

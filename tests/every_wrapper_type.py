@@ -1,14 +1,15 @@
 """A tiny random model of every image-text-to-text type of the installed transformers.
 
-Each has the structure of the published models: every kind of layer, grouped heads, routed and shared experts, shared
-key-value layers, rotary sections. Special image, video and audio tokens lie above id 60, so that `tests.tiny.ids`
-never produces one.
+The text decoder is the tiny one of tests/every_causal_type.py: the structure of the type's default config with small
+sizes. Image, video and audio encoders have one layer. The special tokens of a wrapper lie above the ids that
+`tests.tiny.ids` produces.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+import tempfile
 from functools import cache
 from typing import Any
 
@@ -16,22 +17,23 @@ import torch
 import transformers
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nVisionConfig
 
-WORDS = 61
-"""Token ids below this are ordinary; the special tokens of a wrapper follow."""
-LARGEST = 400_000
-"""Parameters a tiny model may have. Default configurations have up to a thousand billion."""
+from tests import every_causal_type
+from tests.every_causal_type import VOCABULARY, redraw
 
-WRAPPER_TYPES: tuple[str, ...] = tuple(sorted(CLASSES))
+LARGEST = 400_000
+"""Parameters of the largest tiny model; a config of which one field stayed large is refused before it is built."""
+
+WRAPPER_TYPES: tuple[str, ...] = tuple(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
 
 _NEEDS_AN_IMAGE = "it does not run without an image"
 NOT_A_DECODER: dict[str, str] = {
     "blip": "it does not run without an image: each layer of its BERT decoder attends to it",
     "blip-2": _NEEDS_AN_IMAGE,
     "diffusion_gemma": "it denoises blocks of tokens by diffusion instead of predicting the next token",
-    "florence2": "its text model is an encoder-decoder (BART)",
+    "florence2": "it is an encoder-decoder (BART)",
     "idefics": _NEEDS_AN_IMAGE,
     "instructblip": _NEEDS_AN_IMAGE,
     "instructblipvideo": "it does not run without a video",
@@ -39,56 +41,94 @@ NOT_A_DECODER: dict[str, str] = {
     "pi0": "it predicts the actions of a robot by flow matching and has no logits over tokens",
     "pix2struct": "it is an encoder-decoder that reads image patches only",
     "pp_formulanet": "it is an encoder-decoder that reads images only (MBART decoder)",
+    "shieldgemma2": "it is a classifier of images: transformers cannot load it as the language model that it saves",
     "t5gemma2": "it is an encoder-decoder (T5Gemma 2)",
     "udop": "it is an encoder-decoder (T5 with page layout)",
     "vision-encoder-decoder": "it is an encoder-decoder of any image encoder and any decoder with cross-attention",
 }
 
-# Fields of text decoders. A value is used where the configuration of a type has the field.
-_TEXT: dict[str, Any] = {
-    "hidden_size": 24,
-    "embed_dim": 24,
-    "intermediate_size": 40,
-    "ffn_dim": 40,
-    "word_embed_proj_dim": 24,
-    "num_hidden_layers": 2,
-    "layers": 2,
-    "num_attention_heads": 4,
-    "attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 12,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 6,
-    "v_head_dim": 8,
-    "index_topk": 4,
-    "index_head_dim": 8,
-    "index_n_heads": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 6,
-    "initializer_range": 0.02,
+_WIDTH = every_causal_type.SMALL["hidden_size"]
+
+
+def _rope(**more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10_000.0} | more
+
+
+# Three sections of the rotary part of a head, for time, height and width: half of its 10 or 6 or 12 columns.
+_SECTIONS = {"rope_parameters": _rope(mrope_section=[2, 2, 1])}
+_INTERLEAVED = {"rope_parameters": _rope(mrope_section=[2, 2, 1], mrope_interleaved=True)}
+_SECTIONS_OF_6 = {"rope_parameters": _rope(mrope_section=[1, 1, 1])}
+_SECTIONS_OF_HALF = {
+    "head_dim": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_parameters": _rope(mrope_section=[1, 1, 1], partial_rotary_factor=0.5),
 }
-# Fields of image, video and audio encoders and of what connects them with the decoder.
-_SIDE: dict[str, Any] = {
+_LINEAR_AND_FULL = {
+    "head_dim": 12,
+    "rope_parameters": _rope(mrope_section=[1, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.5),
+}
+_WINDOWED = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+_DENSE_THEN_SPARSE = {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]}
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "head_dim": 10,
+        "rope_parameters": {"sliding_attention": _rope(mrope_section=[2, 2, 1]), "full_attention": None},
+    },
+    "cosmos3_edge_text": _SECTIONS,
+    "deepseek_ocr2_text": _DENSE_THEN_SPARSE | {"num_experts_per_tok": 2},
+    "ernie4_5_vl_moe_text": _SECTIONS_OF_6
+    | _DENSE_THEN_SPARSE
+    | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 12]},  # text and image experts
+    "gemma4_unified_text": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "glm4v_moe_text": _SECTIONS_OF_HALF,
+    "glm4v_text": _SECTIONS_OF_HALF,
+    "glm5_next_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "indexer_types": ["full", "full"],
+        "qk_rope_head_dim": 0,
+        "linear_num_heads": 3,
+        "index_kpool": 2,
+        "hc_mult": 2,
+    },
+    "glm_ocr_text": _SECTIONS_OF_6,
+    "hunyuan_vl_text": {"rope_parameters": _rope(mrope_section=[1, 2, 1, 1])},
+    "mistral_large4_text": {
+        "num_hidden_layers": 2,
+        "layer_types": ["indexed_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        "indexer_types": ["full", "full"],
+        "no_rope_layers": [1, 0],
+        "rope_parameters": _rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
+    },
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+    "molmo2_text": {"additional_vocab_size": 5},
+    "muse_spark_text": {"mlp_layer_types": ["dense", "sparse"], "moe_hidden_size": 16},
+    "paddleocr_vl_text": _SECTIONS,
+    "persimmon": {"hidden_size": _WIDTH, "num_attention_heads": 3},
+    "qwen2_5_omni_text": _SECTIONS_OF_6,
+    "qwen2_5_vl_text": _SECTIONS_OF_6,
+    "qwen2_vl_text": _SECTIONS_OF_6,
+    "qwen3_5_moe_text": _LINEAR_AND_FULL,
+    "qwen3_5_text": _LINEAR_AND_FULL,
+    "qwen3_omni_moe_text": _INTERLEAVED,
+    "qwen3_vl_moe_text": _INTERLEAVED,
+    "qwen3_vl_text": _INTERLEAVED,
+    "step3p5": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 5,
+        "num_sliding_attention_heads": 6,
+        "share_expert_dim": 20,
+    },
+    "unlimited_ocr_text": {"num_key_value_heads": 4},
+}
+"""What a text decoder needs beyond tests/every_causal_type.py: published values whose default is degenerate."""
+
+_ENCODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "d_model": 16,
     "embed_dim": 16,
@@ -107,261 +147,66 @@ _SIDE: dict[str, Any] = {
     "mlp_dim": 24,
     "image_size": 32,
     "patch_size": 16,
-    "out_hidden_size": 24,
-    "text_hidden_size": 24,
-    "output_dim": 24,
-    "projection_dim": 16,
-    "encoder_hidden_size": 16,
-    "vocab_size": WORDS,
-    "num_position_embeddings": 4,
     "max_position_embeddings": 64,
+    "num_position_embeddings": 4,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
     "deepstack_visual_indexes": [0],
     "fullatt_block_indexes": [0],
+    "encoder_hidden_size": 16,
+    "projection_dim": _WIDTH,
+    "output_dim": _WIDTH,
+    "out_hidden_size": _WIDTH,
+    "text_hidden_size": _WIDTH,
+    "adapter_out_dim": _WIDTH,
 }
+"""Small values of the config fields of image, video and audio encoders."""
 
+_CONNECTOR: dict[str, Any] = {
+    "hidden_size": _WIDTH,
+    "projection_dim": _WIDTH,
+    "out_hidden_size": 16,
+    "vision_hidden_size": 16,
+    "projection_hidden_size": 16,
+    "projector_hidden_size": 16,
+    "merged_hidden_size": 16,
+    "alignment_intermediate_size": 16,
+    "latent_query_num": 4,
+}
+"""Small values of the config fields of wrappers themselves."""
 
-def _rope(theta: float = 10_000.0, **more: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta} | more
-
-
-def _layers(*kinds: str, **more: Any) -> dict[str, Any]:
-    return {"layer_types": list(kinds), "num_hidden_layers": len(kinds)} | more
-
-
-_WINDOWED = _layers("sliding_attention", "full_attention", sliding_window=4)
-_GLOBAL_AND_LOCAL = {
-    "sliding_attention": _rope(),
-    "full_attention": _rope(1_000_000.0, rope_type="proportional", partial_rotary_factor=0.5),
-}
-_DENSE_THEN_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
-_RELATIVE = {
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 8,
-    "sliding_window_size": 4,
-    "d_rel": 4,
-    "rel_extent": 16,
-}
-_LATENT = {"num_key_value_heads": 4, "head_dim": 4}
-_HYBRID = _layers(
-    "linear_attention",
-    "full_attention",
-    head_dim=16,
-    rope_parameters=_rope(partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
-)
-_INTERLEAVED = {"rope_parameters": _rope(mrope_section=[2, 1, 1], mrope_interleaved=True)}
-_SECTIONS = {"rope_parameters": _rope(mrope_section=[1, 1, 1])}
-_HALF_ROTARY = {
-    "head_dim": 12,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rope_parameters": _rope(mrope_section=[1, 1, 1], partial_rotary_factor=0.5),
-}
-_MULTIPLIERS = {
-    "embedding_multiplier": 3.0,
-    "residual_multiplier": 0.4,
-    "attention_multiplier": 0.3,
-    "logits_scaling": 2.0,
-}
-# What differs by the type of a text decoder.
-_DECODERS: dict[str, dict[str, Any]] = {
-    "aria_text": {"intermediate_size": 16},
-    "cohere2": _WINDOWED,
-    "cohere_compass_text": _WINDOWED
-    | {"rope_parameters": {"sliding_attention": _rope(mrope_section=[2, 1, 1]), "full_attention": None}},
-    "cosmos3_edge_text": {"rope_parameters": _rope(mrope_section=[2, 1, 1])},
-    "deepseek_ocr2_text": _DENSE_THEN_SPARSE,
-    "deepseek_v3": _LATENT | {"n_group": 2, "topk_group": 1},
-    "dots3_note_text": _layers(
-        "indexed_attention",
-        "sliding_attention",
-        sliding_window=4,
-        num_key_value_heads=4,
-        head_dim=10,
-        swa_num_attention_heads=2,
-        swa_num_key_value_heads=2,
-        swa_q_lora_rank=14,
-        swa_kv_lora_rank=10,
-        swa_head_dim=10,
-        swa_qk_nope_head_dim=6,
-        swa_v_head_dim=8,
-        shared_experts_intermediate_size=16,
-        **_DENSE_THEN_SPARSE,
-    ),
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 12], "rope_parameters": _rope(mrope_section=[1, 1, 1])}
-    | _DENSE_THEN_SPARSE,
-    "exaone4": _WINDOWED,
-    "gemma3_text": _WINDOWED,
-    "gemma3n_text": _layers(
-        *("sliding_attention", "full_attention") * 2,
-        sliding_window=4,
-        intermediate_size=[40] * 4,
-        activation_sparsity_pattern=[0.5, 0.0, 0.5, 0.0],
-        hidden_size_per_layer_input=6,
-        num_kv_shared_layers=2,
-        altup_num_inputs=3,
-        laurel_rank=5,
-    ),
-    "gemma4_text": _layers(
-        *("sliding_attention", "full_attention") * 2,
-        sliding_window=4,
-        hidden_size_per_layer_input=6,
-        num_kv_shared_layers=2,
-        use_double_wide_mlp=True,
-        global_head_dim=12,
-        rope_parameters=_GLOBAL_AND_LOCAL,
-    ),
-    "gemma4_unified_text": _WINDOWED
-    | {
-        "attention_k_eq_v": True,
-        "num_global_key_value_heads": 1,
-        "global_head_dim": 12,
-        "rope_parameters": _GLOBAL_AND_LOCAL,
-    },
-    "glm4v_text": _HALF_ROTARY,
-    "glm4v_moe_text": _HALF_ROTARY,
-    "glm5_next_text": _layers(
-        "linear_attention",
-        "indexed_attention",
-        num_key_value_heads=4,
-        qk_rope_head_dim=0,
-        linear_head_dim=8,
-        linear_num_heads=3,
-        index_kpool=2,
-        hc_mult=2,
-        hc_sinkhorn_iters=4,
-        **_DENSE_THEN_SPARSE,
-    ),
-    "glm_ocr_text": {"rope_parameters": _rope(mrope_section=[1, 1, 1])},
-    "granite4_vision_text": _MULTIPLIERS,
-    "hunyuan_vl_text": {"rope_parameters": _rope(mrope_section=[1, 1, 1, 1])},
-    "hyperclovax": _MULTIPLIERS,
-    "inkling2_text": _layers("hybrid_sliding", "hybrid", **_RELATIVE, n_layers_per_attn_res_block=1),
-    "inkling_text": _layers("hybrid_sliding", "hybrid", **_RELATIVE, **_DENSE_THEN_SPARSE),
-    "lfm2": _layers("conv", "full_attention", block_multiple_of=8),
-    "lfm3": _layers(
-        "conv",
-        "sliding_attention",
-        "full_attention",
-        sliding_window=4,
-        conv_L_cache=3,
-        rope_parameters=_GLOBAL_AND_LOCAL,
-    ),
-    "llama4_text": _layers(
-        "chunked_attention",
-        "full_attention",
-        no_rope_layers=[1, 0],
-        moe_layers=[1],
-        intermediate_size=16,
-        intermediate_size_mlp=40,
-        attention_chunk_size=8,
-        floor_scale=4,
-    ),
-    "minimax_m3_vl_text": _layers(
-        "full_attention",
-        "minimax_m3_sparse",
-        intermediate_size=16,
-        dense_intermediate_size=40,
-        shared_intermediate_size=20,
-        rotary_dim=4,
-        index_block_size=4,
-        index_topk_blocks=2,
-        **_DENSE_THEN_SPARSE,
-    ),
-    "mistral_large4_text": _LATENT
-    | {
-        "no_rope_layers": [1, 0],
-        "rope_parameters": _rope(
-            rope_type="yarn",
-            factor=4.0,
-            original_max_position_embeddings=16,
-            beta_fast=32.0,
-            beta_slow=1.0,
-            attention_factor=1.0,
-        ),
-    },
-    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
-    "molmo2_text": {"additional_vocab_size": 5},
-    "muse_glimmer_text": _WINDOWED | {"layer_rope_theta": [10_000.0, 0]},
-    "muse_spark_text": _WINDOWED | {"layer_rope_theta": [10_000.0, 0], "moe_hidden_size": 16} | _DENSE_THEN_SPARSE,
-    "nemotron_h": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
-        "num_hidden_layers": 4,
-        "ssm_state_size": 6,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 12,
-        "n_groups": 2,
-        "chunk_size": 4,
-        "moe_shared_expert_intermediate_size": 20,
-    },
-    "paddleocr_vl_text": {"rope_parameters": _rope(mrope_section=[2, 1, 1])},
-    "persimmon": {"num_attention_heads": 3},
-    "qwen2_5_omni_text": _SECTIONS,
-    "qwen2_5_vl_text": _SECTIONS,
-    "qwen2_vl_text": _SECTIONS,
-    "qwen3_5_moe_text": _HYBRID,
-    "qwen3_5_text": _HYBRID,
-    "qwen3_omni_moe_text": _INTERLEAVED,
-    "qwen3_vl_moe_text": _INTERLEAVED,
-    "qwen3_vl_text": _INTERLEAVED,
-    "qwen4_exp_text": _HYBRID
-    | _layers(
-        "linear_attention",
-        "indexed_attention",
-        hc_count=2,
-        hc_lowrank=4,
-        ple_layer_ids=[1],
-        ple_embed_dim=8,
-        heads_per_ngram=2,
-        ngram_vocab_size_base=16,
-        make_ngram_vocab_size_divisible_by=1,
-        split_ngram_parts=1,
-        indexer_n_heads=2,
-        indexer_kv_heads=1,
-        indexer_head_dim=8,
-        indexer_budget=4,
-        indexer_compress_ratio=2,
-    ),
-    "step3p5": _layers(
-        "full_attention", "sliding_attention", sliding_window=4, num_sliding_attention_heads=6, share_expert_dim=20
-    )
-    | _DENSE_THEN_SPARSE,
-    "unlimited_ocr_text": _layers(*["reference_sliding_attention"] * 2, sliding_window=4, num_key_value_heads=4)
-    | _DENSE_THEN_SPARSE,
-}
-# What differs by the type of an encoder.
-_VQ = {
-    "base_channels": 32,
-    "channel_multiplier": [1, 1],
-    "num_res_blocks": 1,
-    "latent_channels": 8,
-    "num_embeddings": 8,
-}
+_VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 8}
 _SAM = {"output_channels": 16, "global_attn_indexes": [0], "window_size": 2, "downsample_channels": [16, 16]}
-_SIDES: dict[str, dict[str, Any]] = {
-    "chameleon_vqgan": _VQ | {"resolution": 32},
-    "dots3_note_audio_encoder": {"downsample_hidden_size": 8, "adapter_input_size": 16, "adapter_out_dim": 24},
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "blip_2_qformer": {"cross_attention_frequency": 1},
+    "chameleon_vqgan": _VQ | {"resolution": 32, "num_embeddings": 8},
+    "dots3_note_audio_encoder": {"downsample_hidden_size": 8, "adapter_input_size": 16},
     "dots3_note_vision_encoder": {
         "adapter_in_dim": 16,
-        "adapter_out_dim": 24,
         "mlp_layer_types": ["sparse"],
         "num_local_experts": 4,
         "moe_intermediate_size": 12,
         "per_layer_config": {},
     },
     "emu3_vqgan": _VQ | {"codebook_size": 8, "embed_dim": 4, "latent_channels": 4, "attn_resolutions": [1]},
-    "blip_2_qformer": {"cross_attention_frequency": 1},
-    "gemma3n_audio": {"vocab_offset": WORDS + 3, "vocab_size": 3, "conf_num_hidden_layers": 1},
-    "gemma3n_vision": {"vocab_offset": WORDS, "vocab_size": 3},
+    "gemma3n_audio": {"vocab_offset": VOCABULARY + 3, "vocab_size": 3, "conf_num_hidden_layers": 1},
+    "gemma3n_vision": {"vocab_offset": VOCABULARY, "vocab_size": 3},
+    "gemma4_audio": {"subsampling_conv_channels": [4, 4], "output_proj_dims": 16},
+    "gemma4_unified_audio": {"audio_embed_dim": 16},
+    "gemma4_unified_vision": {"mm_embed_dim": 16, "mm_posemb_size": 4, "output_proj_dims": 16},
+    "gemma4_vision": {"position_embedding_size": 4},
     "glm5_next_vision": {"projection_intermediate_size": 16},
     "got_ocr2_vision": _SAM,
-    "idefics2_perceiver": {"hidden_size": 24, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8},
-    "inkling_audio": {"n_mel_bins": 4, "mel_vocab_size": 8},
+    "hunyuan_vl_vision": {"max_vit_seq_len": 16, "img_max_token_num": 4, "max_image_size": 64, "min_image_size": 32},
+    "idefics2_perceiver": {"hidden_size": _WIDTH, "resampler_n_latents": 4, "resampler_depth": 1}
+    | {"resampler_n_heads": 2, "resampler_head_dim": 8},
     "inkling2_vision": {"projection_hidden_dim": 16, "posemb_grid_size": 4},
-    "janus_vqgan": _VQ | {"embed_dim": 8, "image_token_embed_dim": 24, "projection_dim": 24, "num_patches": 2},
-    "janus_vision_model": {"projection_dim": 24, "depth": 2},
+    "inkling_audio": {"n_mel_bins": 4, "mel_vocab_size": 8},
+    "janus_vision_model": {"depth": 2},
+    "janus_vqgan": _VQ | {"num_embeddings": 8, "embed_dim": 8, "image_token_embed_dim": _WIDTH, "num_patches": 2},
+    "kosmos_2_5_vision_model": {"max_num_patches": 16},
     "llama4_vision_model": {
-        "intermediate_size": 64,
+        "intermediate_size": 64,  # four patches become one
         "vision_output_dim": 16,
         "projector_input_dim": 16,
         "projector_output_dim": 16,
@@ -369,57 +214,42 @@ _SIDES: dict[str, dict[str, Any]] = {
     "mllama_vision_model": {"num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 32},
     "molmo2_adapter": {"vision_feature_layer": [-1, -1]},
     "molmo2_vision": {"image_size": [32, 32]},
-    "muse_glimmer_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
-    "muse_spark_audio": {
-        "patch_sizes": [4, 2],
-        "hidden_sizes": [8, 8],
-        "depths": [1, 1],
-        "num_hidden_layers": 2,
-        "out_hidden_size": 24,
-    },
-    "muse_spark_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
+    "muse_spark_audio": {"patch_sizes": [4, 2], "hidden_sizes": [8, 8], "depths": [1, 1], "num_hidden_layers": 2},
     "pp_chart2table_vision": _SAM,
     "qwen3_omni_moe_audio_encoder": {"downsample_hidden_size": 8},
-    "radio": {"video_temporal_patch_size": 2},
+    "radio": {"video_temporal_patch_size": 2, "max_img_size": 32},
     "sam_vision_model": _SAM,
 }
-# The published ones have an encoder of timm, which needs torchvision; the class accepts every type of encoder.
-_IMAGE_ENCODER = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "image_size": 32,
-    "patch_size": 16,
+"""What an encoder needs beyond `_ENCODER`."""
+
+_SIGLIP = {"model_type": "siglip_vision_model"} | {
+    name: _ENCODER[name]
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+    )
 }
-# What differs by the type of a wrapper.
 _WRAPPERS: dict[str, dict[str, Any]] = {
-    "chameleon": {"vocabulary_map": {"<image>": WORDS}},
-    "cosmos3_edge": {"projector_hidden_size": 16},
-    "cohere2_vision": {"alignment_intermediate_size": 32},
+    "chameleon": {"vocabulary_map": {"<image>": VOCABULARY}},
     "deepseek_ocr2": {"vision_config": {"sam_config": _SAM}},
-    "emu3": {"vocabulary_map": {"<image>": WORDS}},
+    "emu3": {"vocabulary_map": {"<image>": VOCABULARY}},
     "evolla": {"aligner_num_add_layers": 1, "resampler_depth": 1, "resampler_dim_head": 8, "resampler_heads": 2},
-    "fast_vlm": {"vision_config": _IMAGE_ENCODER},
+    # Published ones use encoders of timm, which needs torchvision; the wrapper accepts every type of encoder.
+    "fast_vlm": {"vision_config": _SIGLIP},
+    "perception_lm": {"vision_config": _SIGLIP | {"model_args": {"embed_dim": 16}}},
     "granite4_vision": {
         "deepstack_layer_map": [[-1, 0]],
         "spatial_target_layers": [1],
         "downsample_rate": "1/2",
         "vision_config": {"hidden_size": 64},  # one head of the Q-former for each 64 columns
     },
-    "kimi_k25": {"projection_hidden_size": 16},
-    "kosmos-2.5": {"latent_query_num": 4},
-    "lfm2_vl": {"projector_hidden_size": 24},
-    "lfm3_vl": {"projector_hidden_size": 24},
-    "minimax_m3_vl": {"projector_hidden_size": 24, "merged_hidden_size": 24},
-    "mistral4": {"num_key_value_heads": 4},
-    "muse_glimmer": {"out_hidden_size": 16, "projector_hidden_size": 16},
-    "muse_spark": {"out_hidden_size": 16, "projector_hidden_size": 16},
-    "perception_lm": {"vision_config": _IMAGE_ENCODER | {"model_args": {"embed_dim": 16}}},
-    "nemotron_h_omni": {"projector_hidden_size": 16, "vision_hidden_size": 16},
     "unlimited_ocr": {"vision_config": {"sam_config": _SAM}},
 }
+"""What a wrapper needs beyond `_CONNECTOR` and its parts."""
 
 
 class ImageEncoderWithoutTimm(PreTrainedModel):
@@ -437,93 +267,86 @@ AutoModel.register(Gemma3nVisionConfig, ImageEncoderWithoutTimm, exist_ok=True)
 
 
 def small_config(model_type: str) -> PreTrainedConfig:
-    """A configuration with a tiny decoder and tiny encoders, and the structure of the published models."""
+    """A config with the structure of the published models, a tiny text decoder and tiny encoders."""
     config_class = CONFIG_MAPPING[model_type]
-    changes = _WRAPPERS.get(model_type, {})
-    names = _special_tokens(config_class())
-    size = WORDS + len(names)
-    values = _fields(config_class, _TEXT | {"vocab_size": size, "vocab_size_per_layer_input": size})
-    for position, name in enumerate(names):
-        values[name] = WORDS + position
-    config = config_class(**_merged(values, changes))
-    for part in (config, *_parts(config)):
-        part._attn_implementation = part._experts_implementation = "eager"  # grouped_mm knows no float64
+    default = config_class()
+    tokens = _special_tokens(default)
+    values: dict[str, Any] = {name: VOCABULARY + position for position, name in enumerate(tokens)}
+    vocabulary = {"vocab_size": VOCABULARY + len(tokens)}
+    for name, part in _parts_of(default).items():
+        values[name] = _small_encoder(part)
+    if "text_config" not in config_class.sub_configs:  # the wrapper is the decoder
+        changes = _merged(values, vocabulary | _WRAPPERS.get(model_type, {}))
+        config = every_causal_type.small_config(model_type, **changes)
+    else:
+        text_type = default.text_config.model_type
+        text = vocabulary | DECODERS.get(text_type, {})
+        values["text_config"] = every_causal_type.small_config(text_type, **text)
+        connector = {name: value for name, value in _CONNECTOR.items() if hasattr(default, name)}
+        config = config_class(**_merged(connector | values, _WRAPPERS.get(model_type, {})))
+    config._attn_implementation = config._experts_implementation = "eager"  # grouped_mm knows no float64
     return config
 
 
 def tiny_wrapper(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A fresh tiny model of a type, the same one every time; it runs on token ids alone."""
-    model = copy.deepcopy(_model(model_type))
-    for parameter in model.parameters():
-        # Buffers keep their dtype, as they do when a checkpoint is loaded: rotary frequencies stay float32.
-        parameter.data = parameter.data.to(dtype)
-    for part in (model.config, *_parts(model.config)):
-        part.dtype = dtype
-    return model
+    """A fresh tiny model of a type in eval mode, the same one every time; it runs on token ids alone.
 
-
-def _fields(config_class: type[PreTrainedConfig], table: dict[str, Any]) -> dict[str, Any]:
-    default = config_class()
-    known = default.to_dict().keys() | vars(default).keys() | config_class.attribute_map.keys()
-    values = {name: value for name, value in table.items() if name in known}
-    for name in config_class.sub_configs:
-        part = getattr(default, name, None)
-        if not isinstance(part, PreTrainedConfig):
-            continue
-        text = table is not _SIDE and "text" in name
-        special = (_DECODERS if text else _SIDES).get(part.model_type, {})
-        values[name] = _merged(_fields(type(part), table if text else _SIDE), special) | {"model_type": part.model_type}
-    return values
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    result = dict(values)
-    for name, change in changes.items():
-        old = result.get(name)
-        nested = isinstance(change, dict) and isinstance(old, dict) and name.endswith("_config")
-        result[name] = _merged(old, change) if nested else change
-    return result
+    In another dtype it is what transformers loads from the float32 checkpoint.
+    """
+    return copy.deepcopy(_model(model_type, dtype))
 
 
 def _special_tokens(config: PreTrainedConfig) -> list[str]:
-    ordinary = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"}
+    """Fields that hold the id of one token of an image, a video or a sound."""
     values = config.to_dict()
-    return sorted(
-        name
-        for name in values
-        if re.search(r"_token_(id|index)$", name) and name not in ordinary and not isinstance(values[name], list)
-    )
+    ordinary = every_causal_type.SMALL.keys() | {"decoder_start_token_id"}
+    names = {name for name in values if re.search(r"_token_(id|index)$", name)} - ordinary
+    return sorted(name for name in names if not isinstance(values[name], list))
 
 
-def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    found = []
-    for name in type(config).sub_configs:
+def _parts_of(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """The configs of the encoders inside a config by field, those included that are optional."""
+    parts = {}
+    for name, part_class in type(config).sub_configs.items():
         part = getattr(config, name, None)
-        if isinstance(part, PreTrainedConfig):
-            found += [part, *_parts(part)]
-    return found
+        if part is None and issubclass(part_class, PreTrainedConfig):
+            part = part_class()
+        if isinstance(part, PreTrainedConfig) and name != "text_config":
+            parts[name] = part
+    return parts
+
+
+def _small_encoder(default: PreTrainedConfig) -> dict[str, Any]:
+    known = default.to_dict().keys() | type(default).attribute_map.keys()
+    values = {name: value for name, value in _ENCODER.items() if name in known}
+    values |= {name: _small_encoder(part) for name, part in _parts_of(default).items()}
+    return _merged(values, _ENCODERS.get(default.model_type, {})) | {"model_type": default.model_type}
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The values with the changes, where the configs of parts are changed field by field."""
+    nested = {
+        name: _merged(values[name], change)
+        for name, change in changes.items()
+        if name.endswith("_config") and isinstance(values.get(name), dict)
+    }
+    return values | changes | nested
 
 
 @cache
-def _model(model_type: str) -> PreTrainedModel:
-    model_class = getattr(transformers, CLASSES[model_type])
+def _model(model_type: str, dtype: torch.dtype) -> PreTrainedModel:
+    model_class = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
+    if dtype != torch.float32:
+        with tempfile.TemporaryDirectory() as checkpoint:
+            tiny_wrapper(model_type).save_pretrained(checkpoint)
+            eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+            return model_class.from_pretrained(checkpoint, dtype=dtype, **eager)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in model_class._from_config(small_config(model_type)).parameters())
+        size = model_class._from_config(small_config(model_type)).num_parameters()
     if size > LARGEST:
-        raise ValueError(f"{model_type} has {size} parameters, at most {LARGEST} are tiny: make more fields small")
+        raise ValueError(f"the tiny {model_type} has {size} parameters; make more of its fields small")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(map(ord, model_type)))
         model = model_class._from_config(small_config(model_type)).eval()
-        for name, parameter in model.named_parameters():
-            _redraw(name, parameter)
+        redraw(model)
     return model
-
-
-@torch.no_grad()
-def _redraw(name: str, parameter: torch.Tensor) -> None:
-    """Weights large enough that every branch matters; gains and biases away from their defaults."""
-    if name.endswith(("A_log", "dt_bias")):  # decay rates and time steps of state-space layers
-        return
-    # A gain that starts at 0 multiplies by 1 + gain, as those of Gemma do.
-    start = 1.0 if ("norm" in name or ".ln_" in name) and bool((parameter == 1).all()) else 0.0
-    parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.2) + start)
