@@ -66,7 +66,7 @@ COMMON = {
     "device": "--device cpu", "dtype": "--dtype float32", "seed": "--seed 7", "json": "--json", "batch_size": "--batch-size 3", "limit_tokens": "--limit-tokens 77", "max_new_tokens": "--max-new-tokens 77",
     "out": "--out other.safetensors", "overwrite": "--overwrite", "dry_run": "--dry-run", "sites": "--sites 1.mlp.neurons", "structure": "--structure slim --out o",
     "layout": "--structure slim --layout ragged --out o", "multiple": "--structure slim --multiple 4 --out o", "importance": "--importance rms",
-    "combine": "--combine ratio", "steps": "--steps 5", "forget": "--forget prose", "retain": "--retain code", "model": "other", "edited": "other",
+    "dequantize": "--dequantize", "combine": "--combine ratio", "steps": "--steps 5", "forget": "--forget prose", "retain": "--retain code", "model": "other", "edited": "other",
 }  # fmt: skip
 """Option -> the words that give it, where no verb says otherwise; arguments take the place of their verb's first words."""
 OWN: dict[str, dict[str, str]] = {

@@ -40,7 +40,6 @@ from repedit.hooks import Hook, evaluating, installed
 from repedit.io import archive
 from repedit.io.text import check_fields
 from repedit.models.subject import Subject
-from repedit.quantization import check_unquantized
 from repedit.sites import Point, Site, SiteKey, site_key
 from repedit.stats import Activity, CrossMoments, Moments
 
@@ -517,7 +516,7 @@ def _check_gradients(subject: Subject, sites: tuple[Site, ...], gradients: bool)
         raise NoGradient(
             "gradients were asked for under torch.inference_mode, where no tensor has one; leave that context"
         )
-    check_unquantized(subject.quantizer, subject.specs, "differentiated")
+    subject.check_unquantized("differentiated")
     routed = [site for site in sites if subject.layout.routed(site)]
     if routed:
         raise NoGradient(

@@ -1,4 +1,4 @@
-"""The verb that applies a saved edit or delta to the files of a model."""
+"""The verb that applies a saved edit or delta to the files of a model, or copies the model without one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from repedit.cli.options import DryRun, Json, Layout, Model, Multiple, Overwrite, load_model
+from repedit.cli.options import Dequantize, DryRun, Json, Layout, Model, Multiple, Overwrite, load_model
 from repedit.cli.saving import check_out, shape_options, show_plan
 from repedit.cli.saving import verify as verify_checkpoint
 from repedit.io.files import is_folder
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 def apply(
-    edit: Annotated[Path, typer.Argument(help="A saved edit or delta (.safetensors).")],
+    edit: Annotated[Path, typer.Argument(help="A saved edit or delta (.safetensors); 'none' copies the model.")],
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Directory of the edited checkpoint.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Convert every tensor, to bfloat16 say.")] = None,
+    dequantize: Dequantize = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     verify: Annotated[bool, typer.Option(help="Load the result in a process without repedit.")] = True,
@@ -36,7 +37,12 @@ def apply(
     multiple: Multiple = None,
     json: Json = False,
 ) -> None:
-    """Write the checkpoint of a saved edit or delta, streamed from the files of the model; or a LoRA adapter of it."""
+    """Write the checkpoint of a saved edit or delta, streamed from the files of the model; or a LoRA adapter of it.
+
+    A quantised checkpoint is edited as ordinary tensors with --dequantize. A plain copy of one, for any use:
+
+    repedit apply none MODEL --dequantize --out plain/
+    """
     from repedit.cli import output
     from repedit.delta import Delta
     from repedit.edit import Edit
@@ -47,13 +53,14 @@ def apply(
 
     if not dry_run:
         check_out(out, edit, model, overwrite=overwrite)
-    change = Delta.load(edit) if archive.kind_of(edit) == "delta" else Edit.load(edit)
+    copied = str(edit) == "none"
+    change = Edit({}) if copied else Delta.load(edit) if archive.kind_of(edit) == "delta" else Edit.load(edit)
     adapter = structure == "adapter"
     if adapter and (dtype, layout, multiple) != (None, "uniform", None):
         raise ArgumentError("--structure adapter takes no --dtype, --layout or --multiple: it is stored in float32")
     shape = shape_options(out, "keep" if adapter else structure, layout, multiple)
     local = is_folder(model) or model == DEFAULT
-    loaded = None if local and not adapter else load_model(model)
+    loaded = None if local and not adapter and not dequantize else load_model(model, dequantize=dequantize)
     source = model if loaded is None else loaded
     if dry_run:
         show_plan(export.dry_run(change, source, **shape), out, json)
@@ -63,7 +70,7 @@ def apply(
     if adapter and loaded is not None:
         _write_adapter(change, loaded, out, overwrite, json)
         return
-    manifest = export.export(change, source, out, dtype=dtype, overwrite=overwrite, **shape)
+    manifest = export.export(change, source, out, dtype=dtype, overwrite=overwrite, allow_identity=copied, **shape)
     if verify:
         verify_checkpoint(out, manifest)
     if json:

@@ -8,19 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repedit.cli.options import BatchSize, Device, Dtype, EditedModel, Json, LimitTokens, Model, load_model
+from repedit.cli.options import BatchSize, Dequantize, Device, Dtype, EditedModel, Json, LimitTokens, Model, load_model
 
 if TYPE_CHECKING:
     from repedit.models.subject import Subject
 
 
-def doctor(model: Model, device: Device = "auto", dtype: Dtype = "auto", json: Json = False) -> None:
+def doctor(
+    model: Model,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    dequantize: Dequantize = False,
+    json: Json = False,
+) -> None:
     """Prove on a real forward pass that repedit edits this model where it says it does."""
     from repedit.arch.check import check_architecture
     from repedit.cli import output
     from repedit.kernels.dispatch import choose
 
-    subject = load_model(model, device, dtype)
+    subject = load_model(model, device, dtype, dequantize)
     report = check_architecture(subject.model)
     rows = [[str(p.site), p.moved, p.error, p.note.strip("; ")] for p in report.proofs]
     widths = sorted({row["width"] for row in subject.sites()})

@@ -10,6 +10,7 @@ import typer
 from repedit.cli.options import (
     BatchSize,
     Combine,
+    Dequantize,
     Device,
     DryRun,
     Dtype,
@@ -50,6 +51,7 @@ def collect(
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    dequantize: Dequantize = False,
     json: Json = False,
 ) -> None:
     """Sum the statistics of a text at the sites, in one pass, for score and for your own analyses.
@@ -64,7 +66,7 @@ def collect(
 
     check_out(out, text, file=True)
     collection = collect_statistics(
-        load_model(model, local_device(device), dtype), data.read(text), sites, gradients=gradients,
+        load_model(model, local_device(device), dtype, dequantize), data.read(text), sites, gradients=gradients,
         statistic=Moments if statistic == "moments" else Activity, limit_tokens=limit_tokens, batch_size=batch_size,
     )  # fmt: skip
     if not leave_process_group():
@@ -90,13 +92,14 @@ def score(
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    dequantize: Dequantize = False,
     json: Json = False,
 ) -> None:
     """Score every neuron by how specific it is to the forget set."""
     from repedit.cli import output
 
     check_out(out, forget, retain, file=True)
-    subject = load_model(model, device, dtype)
+    subject = load_model(model, device, dtype, dequantize)
     scores = _scores(subject, forget, retain, sites, importance, combine, limit_tokens, batch_size)
     save(scores, out)
     counts = {role: row["tokens"] for role, row in scores.provenance["data"].items()}
@@ -169,6 +172,7 @@ def prune(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    dequantize: Dequantize = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     structure: Structure = "keep",
@@ -187,7 +191,7 @@ def prune(
     )  # fmt: skip
     if not dry_run:
         check_out(out, model, scores, forget, retain, overwrite=overwrite)
-    subject = load_model(model, device, dtype)
+    subject = load_model(model, device, dtype, dequantize)
     result = run_pruning(subject, forget, retain, options, scores=scores, on_stage=output.stage)
     plan = plan_summary(result.edit, subject, shape) if dry_run and not result.exceeded else ""
     _show(result, out, dry_run, plan, json)

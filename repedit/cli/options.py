@@ -20,6 +20,10 @@ Dtype = Annotated[
     Literal["auto", "float64", "float32", "bfloat16", "float16"],
     typer.Option(help="Of the weights; auto keeps that of the checkpoint."),
 ]
+Dequantize = Annotated[
+    bool,
+    typer.Option("--dequantize", help="Turn quantised weights (fp8, MXFP4, ...) into ordinary ones, to edit them."),
+]
 BatchSize = Annotated[int, typer.Option(help="Chunks of text in one forward pass.")]
 LimitTokens = Annotated[int, typer.Option(help="Counted tokens to collect, and to evaluate, on each set.")]
 Text = Annotated[str, typer.Option(help="'code', 'prose', or a .txt, .jsonl or .parquet file.")]
@@ -53,9 +57,9 @@ def hide_progress_bars() -> None:
     logging.disable_progress_bar()
 
 
-def load_model(model: str, device: str = "auto", dtype: str = "auto") -> Subject:
+def load_model(model: str, device: str = "auto", dtype: str = "auto", dequantize: bool = False) -> Subject:
     """The model of a verb."""
     from repedit.models.subject import load
 
     hide_progress_bars()
-    return load(model, device=device, dtype=dtype)
+    return load(model, device=device, dtype=dtype, dequantize=dequantize)

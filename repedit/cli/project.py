@@ -10,6 +10,7 @@ import typer
 
 from repedit.cli.options import (
     BatchSize,
+    Dequantize,
     Device,
     Dtype,
     EditOut,
@@ -50,6 +51,7 @@ def project(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    dequantize: Dequantize = False,
     dry_run: Annotated[
         bool, typer.Option(help="Show the plan of a random projection of this rank; train nothing.")
     ] = False,
@@ -66,7 +68,7 @@ def project(
     if not dry_run:
         check_out(out, model, forget, retain, previous, resume, overwrite=overwrite)
     facts = data.facts(forget) if retain is None else data.facts(forget, retain=data.facts(retain).forget)
-    subject = load_model(model, device, dtype)
+    subject = load_model(model, device, dtype, dequantize)
     edit = mrp(
         subject, forget=facts.forget, retain=facts.retain, sites=sites, rank=rank, method="random" if dry_run else method,
         config={"steps": steps, "batch_size": batch_size, "seed": seed}, resume=resume,

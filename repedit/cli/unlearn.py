@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
-from repedit.cli.options import JSON_HELP, Device, Dtype, Model, Overwrite, Seed, load_model
+from repedit.cli.options import JSON_HELP, Dequantize, Device, Dtype, Model, Overwrite, Seed, load_model
 from repedit.cli.saving import Saveable, check_out, rescued, write
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def unlearn(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    dequantize: Dequantize = False,
     overwrite: Overwrite = False,
     json: Annotated[bool, typer.Option("--json", help=JSON_HELP, is_eager=True, callback=_list_recipes)] = False,
     list_recipes: Annotated[
@@ -106,7 +107,7 @@ def unlearn(
     check_out(out, model, forget, retain, update, resume, log, overwrite=overwrite)
     chosen = _recipe(recipe, set_ or [], layers, modules, mask)
     sets = _sets(chosen, forget, retain, update)
-    subject = load_model(model, local_device(device), dtype)
+    subject = load_model(model, local_device(device), dtype, dequantize)
     with _training_errors(out):
         delta = train(
             subject, recipe=chosen, steps=steps, micro_batch=micro_batch, seed=seed, resume=resume, log=log, shard=shard,

@@ -22,7 +22,6 @@ from repedit.errors import ArgumentError, NotFinite, OverlapError, SelectionErro
 from repedit.hooks import evaluating, installed
 from repedit.linear_maps import Diagonal
 from repedit.models.subject import Subject
-from repedit.quantization import check_unquantized
 from repedit.sites import Site
 from repedit.training.optimizers import PooledAdam, linear_decay, set_lr
 from repedit.training.sampler import label_logits, label_mask
@@ -75,7 +74,7 @@ def gates(
             f"steps={steps}, batch_size={batch_size}, lr={lr}, retain_weight={retain_weight}: steps and batch_size must be "
             "whole numbers of at least 1, lr above 0, retain_weight at least 0"
         )
-    check_unquantized(subject.quantizer, subject.specs, "differentiated")
+    subject.check_unquantized("differentiated")
     chosen = subject.select(sites)
     search = _Search(subject, chosen)
     streams = [_batches(subject, c, steps, batch_size, length, seed) for c in (forget, retain)]

@@ -37,7 +37,6 @@ from repedit.fit.mrp_training import Bases, ForgetLoss, History, MRPConfig, Trai
 from repedit.fit.stream import stream_sites
 from repedit.linear_maps import LowRank
 from repedit.models.subject import Subject
-from repedit.quantization import check_unquantized
 from repedit.sites import Site
 from repedit.stats import CrossMoments, Moments, pooled
 from repedit.training import resume as resume_state
@@ -106,7 +105,7 @@ def mrp(
     """
     settings = _settings(config)
     check_method(method)
-    check_unquantized(subject.quantizer, subject.specs, "edited exactly")
+    subject.check_unquantized("edited exactly")
 
     def rows(source: TextSource, role: str) -> Batches:
         return training_rows(source, role, demonstrations=settings.shown, seed=settings.seed)

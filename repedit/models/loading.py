@@ -34,7 +34,8 @@ from repedit.io.files import open_regular, user_path
 from repedit.io.text import read_json
 from repedit.linear_maps import not_finite_at
 from repedit.models.default_model import DEFAULT, cached
-from repedit.quantization import check_unquantized
+from repedit.models.dequantization import check_stored, dequantizing, ordinary, partial_blocks, quantization_of
+from repedit.quantization import check_unquantized, quantizer_name
 from repedit.sites import Point
 
 log = logging.getLogger("repedit")
@@ -277,11 +278,14 @@ def read_config(place: Path | str, **options: object) -> Any:
         raise UnknownArchitecture(f"the config of {place} cannot be used: {reason_of(error)}") from error
 
 
-def check_config(place: Path | str, options: dict[str, Any]) -> None:
+def check_config(place: Path | str, options: dict[str, Any]) -> str | None:
     """Refuse a model without a row in the family table, or that its config cannot build, before its weights are read.
 
+    Returns:
+        What the weights are quantised with; None for plain ones.
     Raises:
         UnknownArchitecture: with the reason.
+        QuantizedModel, CheckpointError: if the files are not stored as the config says.
     """
     config = read_config(place, **options)
     if config.is_encoder_decoder:
@@ -294,8 +298,12 @@ def check_config(place: Path | str, options: dict[str, Any]) -> None:
             place, architecture, len(open_shards(place).entries) if isinstance(place, Path) else _MOST_LAYERS
         )
         empty_model(config, trust_remote_code=options.get("trust_remote_code", False))
-    if isinstance(place, Path) and getattr(config, "quantization_config", None) is None:
+    quantization = quantization_of(config)
+    if isinstance(place, Path) and quantization is None:
         check_unquantized(None, open_shards(place).specs, "read", where=str(place))
+    elif isinstance(place, Path):
+        check_stored(quantization, open_shards(place).specs, place)
+    return quantizer_name(quantization)
 
 
 def check_layer_count(place: Path | str, architecture: Architecture, most: int) -> None:
@@ -457,6 +465,20 @@ def read_weights(place: Path | str, **options: object) -> Any:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
     return model
+
+
+def read_quantized(place: Path | str, *, dequantize: bool, **options: Any) -> Any:
+    """The model of a quantised checkpoint; with `dequantize`, its weights are ordinary tensors and its config is plain.
+
+    Raises:
+        QuantizedModel: if transformers cannot dequantise the format. CheckpointError: as `read_weights`.
+    """
+    with partial_blocks():
+        if not dequantize:
+            return read_weights(place, **options)
+        hub = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
+        config = dequantizing(read_config(place, **hub), place)
+        return ordinary(read_weights(place, config=config, **options), place)
 
 
 def snapshot(hub_id: str, revision: str | None) -> Path | None:

@@ -9,7 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -26,6 +26,7 @@ from repedit.errors import (
     NotAModel,
     NotFinite,
     OffloadedTensors,
+    QuantizedModel,
     UnknownArchitecture,
 )
 from repedit.hashing import fingerprint, state, value_hash
@@ -34,6 +35,7 @@ from repedit.io.checkpoint import FileStates, check_unchanged, file_states
 from repedit.io.safetensors import floating_dtype
 from repedit.linear_maps import not_finite_at
 from repedit.models.default_model import DEFAULT
+from repedit.models.dequantization import quantization_of
 from repedit.models.loading import (
     check_config,
     check_finite_weights,
@@ -41,12 +43,13 @@ from repedit.models.loading import (
     file_of,
     locate,
     quiet_if_ragged,
+    read_quantized,
     read_tokenizer,
     read_weights,
     snapshot,
     typed_errors,
 )
-from repedit.quantization import check_unquantized, quantizer_name
+from repedit.quantization import check_unquantized, plain_copy, quantizer_name
 from repedit.sites import Point, Site, select
 
 log = logging.getLogger("repedit")
@@ -61,6 +64,15 @@ class Origin:
     path: Path
     """A directory (for a hub id, its snapshot in the cache), or a GGUF file."""
     hub_id: str | None = None
+    quantizer: str | None = None
+    """What the files are quantised with; None if they are plain."""
+    dequantized: bool = False
+    """Whether the quantised weights were made ordinary tensors, as `load(dequantize=True)` does."""
+
+    @property
+    def place(self) -> str:
+        """What `load` takes to load the model again: the hub id, or the path."""
+        return str(self.path) if self.hub_id is None else self.hub_id
 
     @property
     def name(self) -> str:
@@ -135,8 +147,21 @@ class Subject:
 
     @property
     def quantizer(self) -> str | None:
-        """Name of the quantiser of the weights; None for ordinary tensors."""
-        return quantizer_name(getattr(self.model.config, "quantization_config", None))
+        """Name of the quantiser of the weights; None for ordinary tensors, and for those that `dequantize=True` made ordinary."""
+        named = quantizer_name(quantization_of(self.model.config))
+        if named is not None or self.origin is None or self.origin.dequantized:
+            return named
+        return self.origin.quantizer  # transformers dequantises on its own where it has no kernel
+
+    def check_unquantized(self, operation: str) -> None:
+        """Refuse quantised weights.
+
+        Args:
+            operation: what is refused, such as "edited exactly".
+        Raises:
+            QuantizedModel: with how to make a plain copy, or that there is no way.
+        """
+        check_unquantized(self.quantizer, self.specs, operation, where="" if self.origin is None else self.origin.place)
 
     def select(self, selector: str | Site | list[str | Site]) -> tuple[Site, ...]:
         """The sites of this model that a selector names, such as "4-9.mlp.out" or "*.mlp.neurons"."""
@@ -184,7 +209,7 @@ class Subject:
             QuantizedModel, OffloadedTensors: if the weights are not ordinary tensors in memory.
             NotFinite: if the dtype cannot represent a weight; the model is unchanged then.
         """
-        check_unquantized(self.quantizer, self.specs, "moved or cast")
+        self.check_unquantized("moved or cast")
         check_in_memory(self.model, "load the model again with another device_map")
         new_device = None if device is None else device_named(str(device))
         new_dtype = None if dtype is None else floating_dtype(dtype)
@@ -294,6 +319,7 @@ def load(
     attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    dequantize: bool = False,
 ) -> Subject:
     """Load a causal language model from a directory, a GGUF file, the built-in name or a hub id.
 
@@ -302,7 +328,10 @@ def load(
         device: "auto" is cuda if there is one, else cpu.
         attention: attention implementation of transformers, such as "eager"; None keeps its default.
         trust_remote_code: run code from a hub repository.
+        dequantize: turn quantised weights into ordinary tensors of `dtype`, which can be edited; an export is then plain and
+            says so. A model that is not quantised is loaded as always.
     Raises:
+        QuantizedModel: if dequantize=True and transformers cannot dequantise the format.
         NotFound: if nothing of that name exists, or it has not been fetched yet.
         CheckpointError: if files are missing, corrupt, pickled or outside the directory, or lack a weight.
         UnknownArchitecture: if no row of the family table fits; no weight is read then.
@@ -312,13 +341,16 @@ def load(
     target, load_dtype = device_named(device), dtype if dtype == "auto" else floating_dtype(dtype)
     place, options = locate(name, trust_remote_code)
     options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
-    extra = {"device_map": device_map} if device_map is not None else {}
+    extra: dict[str, Any] = {"device_map": device_map} if device_map is not None else {}
     extra |= {"attn_implementation": attention} if attention else {}
     with typed_errors(file_of(place, options), options=bool(extra)), quiet_if_ragged(place):
-        if "gguf_file" not in options:
-            check_config(place, options)
+        quantizer = None if "gguf_file" in options else check_config(place, options)
         files = file_states(place) if isinstance(place, Path) and "gguf_file" not in options else None
-        model = read_weights(place, dtype=load_dtype, **options, **extra)
+        extra |= {"dtype": load_dtype, **options}
+        model = (
+            read_weights(place, **extra) if quantizer is None else read_quantized(place, dequantize=dequantize, **extra)
+        )
+    _log_quantization(name, quantizer, model, dequantize)
     if dtype == "auto" and target == "cpu" and model.dtype == torch.float16:
         log.info("float16 is slow and inexact on a CPU: loaded in float32; pass dtype='float16' to keep it")
         model = model.float()
@@ -336,9 +368,27 @@ def load(
     else:
         source = snapshot(place, getattr(model.config, "_commit_hash", None) or revision)
         origin = None if source is None else Origin(source, place)
+        if quantizer is not None and source is not None:
+            check_config(source, options)  # its files are here only now
+    if quantizer is not None and origin is not None:
+        origin = replace(origin, quantizer=quantizer, dequantized=dequantize)
+        source, files = (None, None) if dequantize else (source, files)
     subject = subject_of(model, tokenizer, source=source, files=files, origin=origin)
     check_finite_weights(model, dtype)
     return subject
+
+
+def _log_quantization(name: str | Path, quantizer: str | None, model: Any, dequantize: bool) -> None:
+    """Log what `dequantize` did where a user might expect something else."""
+    if dequantize and quantizer is None:
+        log.info(
+            "dequantize=True changes nothing: %s is not quantised, or a GGUF file, which is always dequantised", name
+        )
+    elif not dequantize and quantizer is not None and quantization_of(model.config) is None:
+        log.info(
+            "transformers dequantised the %s weights of %s, for which it has no kernel here; to edit them, pass dequantize=True",
+            quantizer, name,
+        )  # fmt: skip
 
 
 def _in_own_memory(model: nn.Module) -> Any:
@@ -366,6 +416,7 @@ def subject_of(
     Raises:
         NotAModel: if the object is not a transformers causal model, or an adapter or a parametrization hides its weights.
         UnknownArchitecture: if no row of the family table fits, or the weights contradict the row.
+        QuantizedModel: if the weights are quantised and have other names or shapes than ordinary ones.
     """
     from transformers import PreTrainedModel
 
@@ -395,7 +446,12 @@ def subject_of(
     subject = Subject(model, tokenizer, resolve(model.config), source, origin)
     try:
         check_modules(model, subject.layout)
-    except UnknownArchitecture:
+    except UnknownArchitecture as error:
+        if subject.quantizer is not None:
+            remedy = plain_copy(subject.quantizer, "" if origin is None else origin.place)
+            raise QuantizedModel(
+                f"{error}: the weights are quantised ({subject.quantizer}) in a format that repedit does not read; {remedy}"
+            ) from error
         check_plain_weights(model)
         raise
     if source is not None:

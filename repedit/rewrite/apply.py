@@ -19,7 +19,6 @@ from repedit.lower import Change, check_model, lower
 from repedit.models.loading import mlp_tensors, ragged_widths, set_parameter
 from repedit.models.subject import Subject, subject_of
 from repedit.plan import LoweringOptions, Plan
-from repedit.quantization import check_unquantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -171,7 +170,7 @@ def check_editable(subject: Subject) -> None:
     Raises:
         QuantizedModel, OffloadedTensors, NotAModel: with what to do instead.
     """
-    check_unquantized(subject.quantizer, subject.specs, "edited exactly")
+    subject.check_unquantized("edited exactly")
     check_plain_weights(subject.model)
     check_in_memory(subject.model, "use repedit.export(edit, source=directory, target=...), which streams the files")
 

@@ -54,6 +54,13 @@ class Base:
     """Files that are not part of the export, each with the reason."""
     in_memory: bool
     """Whether the weights are those of a model in memory rather than of its files."""
+    dequantized_from: str | None
+    """The format that the weights were dequantised from when they were loaded; None if they were plain."""
+
+    def plain(self) -> dict[str, Any]:
+        """What the manifest says of it beside its files."""
+        rows = {"name": self.name, "in_memory": self.in_memory}
+        return rows if self.dequantized_from is None else rows | {"dequantized_from": self.dequantized_from}
 
 
 def base_of(shards: Shards, origin: Origin | None, others: Companions, in_memory: bool) -> Base:
@@ -62,7 +69,9 @@ def base_of(shards: Shards, origin: Origin | None, others: Companions, in_memory
     own = [name for name in ("config.json", CARD, MANIFEST) if (folder / name).is_file()]
     own += [name for name in others.left_out if stat.S_ISREG(_mode(folder / name))]
     files = {name: folder / name for name in (*used_files(shards), *own)} | dict(others.files)
-    return Base(folder, "in-memory model" if origin is None else origin.name, files, others.left_out, in_memory)
+    name = "in-memory model" if origin is None else origin.name
+    dequantized_from = origin.quantizer if origin is not None and origin.dequantized else None
+    return Base(folder, name, files, others.left_out, in_memory, dequantized_from)
 
 
 def base_card(folder: Path) -> str:
@@ -141,7 +150,7 @@ def manifest(
     shared = {name: sha for name, sha in files.items() if name in base.files and _same(base.files[name], new / name)}
     sized = ragged or plan.structure == "slim"
     return Manifest(
-        base={"name": base.name, "files": _hashes(base.files, shared), "in_memory": base.in_memory},
+        base=base.plain() | {"files": _hashes(base.files, shared)},
         edit=dict(plan.provenance),
         sites={str(site): {"map": plan.maps.get(site, ""), "exactness": kind} for site, kind in plan.exactness.items()},
         plan={name: _entry(plan, name, change) for name, change in sorted(changes.items())},
@@ -185,7 +194,7 @@ def card(plan: Plan, record: Manifest, base: str) -> str:
             f"# {name}, edited",
             "",
             f"Weights {weights} {name}, edited with repedit {record.versions['repedit']}: {len(record.plan)} tensors changed, all "
-            f"others are byte-identical to {others}. {_loading(record)}",
+            f"others are byte-identical to {others}. {_dequantized(record)}{_loading(record)}",
             *_size_lines(record),
             "",
             "| site | edit | exactness |",
@@ -210,6 +219,14 @@ def _certificate(plan: Plan, changes: Mapping[str, TensorChange]) -> dict[str, A
         return None
     check_leaks(rows)
     return combined(plan, rows, "folded").plain()
+
+
+def _dequantized(record: Manifest) -> str:
+    """Where the weights came from, if the source is quantised."""
+    if "dequantized_from" not in record.base:
+        return ""
+    name, form = for_markdown(record.base["name"]), for_markdown(record.base["dequantized_from"])
+    return f"The weights were dequantised from {form} of {name} when they were loaded. "
 
 
 def _loading(record: Manifest) -> str:

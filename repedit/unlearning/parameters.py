@@ -24,7 +24,6 @@ from repedit.errors import (
     nearest,
 )
 from repedit.models.subject import Subject
-from repedit.quantization import check_unquantized
 from repedit.sites import Point
 
 # --- Which tensors are trained
@@ -330,7 +329,7 @@ def check_mask(parameters: Parameters, subject: Subject, names: tuple[str, ...])
 
 
 def _check_trainable(subject: Subject, parameters: Mapping[str, nn.Parameter]) -> None:
-    check_unquantized(subject.quantizer, subject.specs, "trained")
+    subject.check_unquantized("trained")
     devices = sorted({p.device.type if p.device.type == "meta" else str(p.device) for p in parameters.values()})
     if len(devices) > 1 or "meta" in devices:
         raise OffloadedTensors(

@@ -21,7 +21,6 @@ from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nea
 from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
-from repedit.quantization import check_unquantized
 from repedit.training import optimizers
 
 # --- Texts to learn, batches of them, and the masked loss
@@ -417,7 +416,7 @@ def on_copy(subject: Subject, *, full: bool) -> Start:
     Raises:
         QuantizedModel: if the weights are not plain tensors.
     """
-    check_unquantized(subject.quantizer, subject.specs, "trained")
+    subject.check_unquantized("trained")
     scratch = Scratch(subject)
     if full and any(p.dtype.itemsize < 4 for p in scratch.subject.model.parameters()):
         scratch.subject.model.float()

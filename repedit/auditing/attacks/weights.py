@@ -20,7 +20,6 @@ from repedit.quantization import (
     GROUP,
     SCHEMES,
     check_scheme,
-    check_unquantized,
     fake_quantize,
     installed_schemes,
     update_cosine,
@@ -90,7 +89,7 @@ def projections(subject: Subject) -> dict[str, bool]:
     """
     starts = tuple(f"{path}." for path in subject.layout.block_paths)
     named = {n: p for n, p in subject.model.named_parameters() if n.startswith(starts) and p.ndim > 1}
-    check_unquantized(subject.quantizer, subject.specs, "changed")
+    subject.check_unquantized("changed")
     return {name: subject.architecture.transposed and p.ndim == 2 for name, p in named.items()}
 
 
