@@ -1,4 +1,4 @@
-"""Quantised weights: the rounding of every storage format, and the one check that refuses weights stored in few bits.
+"""The rounding of every format that stores weights in few bits.
 
 Rounding is what PyTorch calls fake quantisation: the values that a weight has after it is stored in few bits and read
 again. Weights are (out, in) and groups lie along the inputs.
@@ -6,17 +6,14 @@ again. Weights are (out, in) and groups lie along the inputs.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from inspect import signature
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repedit.errors import ArgumentError, MissingDependency, QuantizedModel, UnknownName, nearest
-from repedit.io.safetensors import TensorSpec
+from repedit.errors import ArgumentError, MissingDependency, UnknownName, nearest
 
 GROUP = 64
 """Inputs that share a step, in the schemes of 4 bits and below."""
@@ -29,77 +26,6 @@ LEVELS = {
     "fp4": (*(-level for level in _FP4[:0:-1]), *_FP4),
 }  # fmt: skip
 """Schemes with a table of levels, as fractions of the largest magnitude of a group."""
-_PACKED_NAMES = (".weight", "_proj", "_blocks", "_scales", "_packed", ".qweight")
-"""How the names of integer tensors end that hold weights; other integers are masks and positions of old checkpoints."""
-
-
-# --- The one check against quantised weights
-
-
-def quantizer_name(config: object) -> str | None:
-    """The quantiser that a `quantization_config` names, an object or a dictionary; None where there is none."""
-    if not config:
-        return None
-    method = config.get("quant_method", "unknown") if isinstance(config, dict) else getattr(config, "quant_method", "")
-    return str(getattr(method, "value", method) or "unknown")
-
-
-def dequantized_when(quantizer: str) -> str | None:
-    """When transformers can turn the weights of a quantiser into ordinary tensors: on "loading", once "loaded", or None."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-    from transformers.quantizers.base import HfQuantizer
-
-    # bitsandbytes is one quantiser in a config, and two in transformers.
-    name = quantizer if quantizer in AUTO_QUANTIZER_MAPPING else f"{quantizer}_4bit"
-    if name not in AUTO_QUANTIZER_MAPPING:
-        return None
-    if "dequantize" in signature(AUTO_QUANTIZATION_CONFIG_MAPPING[name]).parameters:
-        return "loading"
-    return "loaded" if AUTO_QUANTIZER_MAPPING[name]._dequantize is not HfQuantizer._dequantize else None
-
-
-def check_unquantized(
-    quantizer: str | None, specs: Mapping[str, TensorSpec], operation: str, *, where: str = ""
-) -> None:
-    """Refuse weights that are stored in few bits: those of a quantiser, and integers or floats of 8 bits without one.
-
-    Args:
-        quantizer: what the config names, see `quantizer_name`.
-        specs: the tensors to look at; integers other than weights are masks and positions of old checkpoints, and pass.
-        operation: what is refused, such as "edited exactly".
-        where: the model or directory, for the message.
-    Raises:
-        QuantizedModel: naming the quantiser or the first tensor, and how to make a plain copy.
-    """
-    packed = next((name for name, spec in specs.items() if is_packed(name, spec)), None)
-    if quantizer is None and packed is None:
-        return
-    if quantizer is None:
-        reason = f"{packed} holds {specs[str(packed)].dtype}, and the config names no quantiser"
-        remedy = "use the unquantised base, or the config.json that belongs to these files"
-    else:
-        reason, remedy = quantizer, f"{plain_copy(quantizer, where)}. Measuring without gradients works"
-    raise QuantizedModel(
-        f"the weights{' of ' * bool(where)}{where} are quantised ({reason}) and cannot be {operation}; {remedy}"
-    )
-
-
-def is_packed(name: str, spec: TensorSpec) -> bool:
-    """Whether a tensor stores weights in few bits: a float of 8 bits, or integers under the name of a weight."""
-    if spec.dtype.is_floating_point:
-        return spec.dtype.itemsize == 1
-    return name.endswith(_PACKED_NAMES)
-
-
-def plain_copy(quantizer: str, where: str) -> str:
-    """How to get ordinary weights in place of quantised ones: a call and a command, or that there is no way but the base."""
-    if not dequantized_when(quantizer):
-        return f"use the unquantised base: transformers cannot dequantise {quantizer}"
-    place = where or "MODEL"
-    return (
-        f"make a plain copy and use that: rp.load({place!r}, dequantize=True).save('plain'), or on the command line: "
-        f"repedit apply none {shlex.quote(place)} --dequantize --out plain"
-    )
 
 
 # --- Rounding by formula

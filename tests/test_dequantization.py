@@ -20,8 +20,7 @@ import repedit as rp
 from repedit.cli import app
 from repedit.errors import CheckpointError, MissingDependency, QuantizedModel
 from repedit.models import loading
-from repedit.models.dequantization import check_stored, dequantizing, ordinary
-from repedit.quantization import check_unquantized, dequantized_when
+from repedit.models.dequantization import check_stored, check_unquantized, dequantized_when, dequantizing, ordinary
 from tests.edits import mask
 from tests.quantized_models import FILE, fp8, mxfp4, set_quantization
 from tests.saved_models import saved

@@ -34,8 +34,15 @@ from repedit.io.files import open_regular, user_path
 from repedit.io.text import read_json
 from repedit.linear_maps import not_finite_at
 from repedit.models.default_model import DEFAULT, cached
-from repedit.models.dequantization import check_stored, dequantizing, ordinary, partial_blocks, quantization_of
-from repedit.quantization import check_unquantized, quantizer_name
+from repedit.models.dequantization import (
+    check_stored,
+    check_unquantized,
+    dequantizing,
+    ordinary,
+    partial_blocks,
+    quantization_of,
+    quantizer_name,
+)
 from repedit.sites import Point
 
 log = logging.getLogger("repedit")

@@ -35,7 +35,7 @@ from repedit.io.checkpoint import FileStates, check_unchanged, file_states
 from repedit.io.safetensors import floating_dtype
 from repedit.linear_maps import not_finite_at
 from repedit.models.default_model import DEFAULT
-from repedit.models.dequantization import quantization_of
+from repedit.models.dequantization import check_unquantized, plain_copy, quantization_of, quantizer_name
 from repedit.models.loading import (
     check_config,
     check_finite_weights,
@@ -49,7 +49,6 @@ from repedit.models.loading import (
     snapshot,
     typed_errors,
 )
-from repedit.quantization import check_unquantized, plain_copy, quantizer_name
 from repedit.sites import Point, Site, select
 
 log = logging.getLogger("repedit")

@@ -13,6 +13,7 @@ from repedit.io.checkpoint import Shards
 from repedit.io.files import is_folder, user_path
 from repedit.io.text import read_json
 from repedit.models.default_model import DEFAULT, cached
+from repedit.models.dequantization import check_unquantized, quantization_of, quantizer_name
 from repedit.models.loading import (
     buildable,
     check_layer_count,
@@ -26,7 +27,6 @@ from repedit.models.loading import (
 )
 from repedit.models.subject import Subject
 from repedit.plan import Plan
-from repedit.quantization import check_unquantized, quantizer_name
 from repedit.rewrite.apply import patched_config
 
 
@@ -143,5 +143,6 @@ def _described(directory: Path) -> tuple[Any, Architecture]:
     check_unquantized(quantizer, {}, "edited exactly", where=str(directory))
     with typed_errors(directory):
         config = read_config(directory, trust_remote_code=False)
+    check_unquantized(quantizer_name(quantization_of(config)), {}, "edited exactly", where=str(directory))
     with buildable(directory):
         return config, resolve(config)
