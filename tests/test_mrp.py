@@ -417,7 +417,7 @@ def test_a_quantised_model_and_a_broken_one_are_refused(facts, monkeypatch):
     options = {"forget": facts.forget, "retain": facts.retain, "config": {**SHORT, "start": "random"}, "text": None}
     with monkeypatch.context() as patch:
         patch.setattr(type(lm), "quantizer", "bitsandbytes")
-        with pytest.raises(QuantizedModel, match="use the unquantised base"):
+        with pytest.raises(QuantizedModel, match="make a plain copy and use that"):
             mrp(lm, **options)
     with torch.no_grad():
         lm.model.lm_head.weight[0] = float("nan")

@@ -11,7 +11,6 @@ from repedit.arch import Architecture, Specs, TensorSpec, match_layout, resolve
 from repedit.errors import CheckpointError, NotFound, PlanMismatch
 from repedit.io.checkpoint import Shards
 from repedit.io.files import is_folder, user_path
-from repedit.io.text import read_json
 from repedit.models.default_model import DEFAULT, cached
 from repedit.models.dequantization import check_unquantized, quantization_of, quantizer_name
 from repedit.models.loading import (
@@ -139,8 +138,6 @@ def _described(directory: Path) -> tuple[Any, Architecture]:
     Raises:
         QuantizedModel, UnknownArchitecture: if it cannot be edited.
     """
-    quantizer = quantizer_name(read_json(directory / "config.json", finite=False).get("quantization_config"))
-    check_unquantized(quantizer, {}, "edited exactly", where=str(directory))
     with typed_errors(directory):
         config = read_config(directory, trust_remote_code=False)
     check_unquantized(quantizer_name(quantization_of(config)), {}, "edited exactly", where=str(directory))
