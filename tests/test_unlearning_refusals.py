@@ -107,7 +107,7 @@ def test_weights_that_cannot_be_trained():
     lm = subject(dtype=torch.float32)
     lm.model.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(
-        QuantizedModel, match=r"quantised .bitsandbytes. and cannot be trained; use the unquantised base"
+        QuantizedModel, match=r"quantised .bitsandbytes. and cannot be trained; make a plain copy and use that"
     ):
         run(rp.recipes.ga(), lm, forget=rows())
     lm = subject(dtype=torch.float32)
