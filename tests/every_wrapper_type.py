@@ -266,8 +266,14 @@ class ImageEncoderWithoutTimm(PreTrainedModel):
 AutoModel.register(Gemma3nVisionConfig, ImageEncoderWithoutTimm, exist_ok=True)
 
 
-def small_config(model_type: str) -> PreTrainedConfig:
-    """A config with the structure of the published models, a tiny text decoder and tiny encoders."""
+def small_config(model_type: str, text_type: str | None = None, **changes: Any) -> PreTrainedConfig:
+    """A config with the structure of the published models, a tiny text decoder and tiny encoders.
+
+    Args:
+        model_type: type of the wrapper.
+        text_type: type of its text decoder; that of the default config where it is None.
+        changes: fields of the wrapper's config.
+    """
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
     tokens = _special_tokens(default)
@@ -276,24 +282,26 @@ def small_config(model_type: str) -> PreTrainedConfig:
     for name, part in _parts_of(default).items():
         values[name] = _small_encoder(part)
     if "text_config" not in config_class.sub_configs:  # the wrapper is the decoder
-        changes = _merged(values, vocabulary | _WRAPPERS.get(model_type, {}))
-        config = every_causal_type.small_config(model_type, **changes)
+        own = _merged(values, vocabulary | _WRAPPERS.get(model_type, {}))
+        config = every_causal_type.small_config(model_type, **(own | changes))
     else:
-        text_type = default.text_config.model_type
+        text_type = text_type or default.text_config.model_type
         text = vocabulary | DECODERS.get(text_type, {})
         values["text_config"] = every_causal_type.small_config(text_type, **text)
         connector = {name: value for name, value in _CONNECTOR.items() if hasattr(default, name)}
-        config = config_class(**_merged(connector | values, _WRAPPERS.get(model_type, {})))
+        config = config_class(**(_merged(connector | values, _WRAPPERS.get(model_type, {})) | changes))
     config._attn_implementation = config._experts_implementation = "eager"  # grouped_mm knows no float64
     return config
 
 
-def tiny_wrapper(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A fresh tiny model of a type in eval mode, the same one every time; it runs on token ids alone.
+def tiny_wrapper(
+    model_type: str, dtype: torch.dtype = torch.float32, text_type: str | None = None, **changes: Any
+) -> PreTrainedModel:
+    """A fresh tiny model of `small_config` in eval mode, the same one every time; it runs on token ids alone.
 
     In another dtype it is what transformers loads from the float32 checkpoint.
     """
-    return copy.deepcopy(_model(model_type, dtype))
+    return copy.deepcopy(_model(model_type, dtype, text_type, tuple(sorted(changes.items()))))
 
 
 def _special_tokens(config: PreTrainedConfig) -> list[str]:
@@ -334,19 +342,22 @@ def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _model(model_type: str, dtype: torch.dtype) -> PreTrainedModel:
+def _model(
+    model_type: str, dtype: torch.dtype, text_type: str | None, changes: tuple[tuple[str, Any], ...]
+) -> PreTrainedModel:
     model_class = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
     if dtype != torch.float32:
         with tempfile.TemporaryDirectory() as checkpoint:
-            tiny_wrapper(model_type).save_pretrained(checkpoint)
+            tiny_wrapper(model_type, text_type=text_type, **dict(changes)).save_pretrained(checkpoint)
             eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
             return model_class.from_pretrained(checkpoint, dtype=dtype, **eager)
+    config = small_config(model_type, text_type, **dict(changes))
     with torch.device("meta"):
-        size = model_class._from_config(small_config(model_type)).num_parameters()
+        size = model_class._from_config(copy.deepcopy(config)).num_parameters()
     if size > LARGEST:
         raise ValueError(f"the tiny {model_type} has {size} parameters; make more of its fields small")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(map(ord, model_type)))
-        model = model_class._from_config(small_config(model_type)).eval()
+        model = model_class._from_config(config, dtype=torch.float32).eval()
         redraw(model)
     return model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tests import every_wrapper_type
 from tests.every_causal_type import PER_LAYER, VOCABULARY
 from tests.every_wrapper_type import LARGEST, NOT_A_DECODER, WRAPPER_TYPES, small_config, tiny_wrapper
 from tests.tiny import ids
@@ -59,6 +60,36 @@ def test_text_alone_gives_finite_logits(model_type: str):
     assert logits.shape[:2] == ids().shape
     assert logits.isfinite().all()
     assert logits.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text_type"),
+    [
+        ("internvl", "gpt_oss"),
+        ("internvl", "qwen3"),
+        ("llava_next", "granite"),
+        ("llava_next", "mistral"),
+        ("mistral3", "ministral3"),
+        ("paligemma", "gemma2"),
+    ],
+)
+def test_published_wrappers_have_other_text_decoders(model_type: str, text_type: str):
+    model = tiny_wrapper(model_type, text_type=text_type)
+    assert model.config.text_config.model_type == text_type
+    with torch.no_grad():
+        assert model(input_ids=ids(), use_cache=False).logits.isfinite().all()
+
+
+def test_the_wrapper_decides_whether_the_head_is_tied():
+    for tied in (False, True):
+        model = tiny_wrapper("qwen2_vl", tie_word_embeddings=tied)
+        assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
+
+
+def test_large_model_is_refused(monkeypatch):
+    monkeypatch.setattr(every_wrapper_type, "LARGEST", 10)
+    with pytest.raises(ValueError, match=r"the tiny llava has \d+ parameters; make more of its fields small"):
+        tiny_wrapper("llava", image_seq_length=4)
 
 
 def test_no_kind_of_layer_is_lost():
