@@ -19,13 +19,14 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 """The magnitudes of a float of 4 bits: 1 sign, 2 exponent, 1 mantissa."""
 
 
-def fp8(folder: Path, shift: int = 0) -> dict[str, Tensor]:
+def fp8(folder: Path, shift: int = 0, scales: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Store the projections of a plain checkpoint as fine-grained fp8; returns the values that are stored, in float32.
 
     The last blocks of a matrix need not be full: 24 rows are a block of 16 and one of 8, 40 columns are 5 blocks of 8.
 
     Args:
         shift: by how many blocks the scales are stored beside their place, for a broken twin.
+        scales: their dtype; all are powers of two.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -33,9 +34,9 @@ def fp8(folder: Path, shift: int = 0) -> dict[str, Tensor]:
         rows, columns = weight.shape
         grid = -(-rows // BLOCK[0]), -(-columns // BLOCK[1])
         codes = (50 * weight).to(torch.float8_e4m3fn)
-        scales = torch.exp2(torch.randint(-8, -2, grid, generator=generator).float())
-        spread = scales.repeat_interleave(BLOCK[0], 0)[:rows].repeat_interleave(BLOCK[1], 1)[:, :columns]
-        return {name: codes, f"{name}_scale_inv": scales.roll(shift, 1)}, codes.float() * spread
+        steps = torch.exp2(torch.randint(-8, -2, grid, generator=generator).float())
+        spread = steps.repeat_interleave(BLOCK[0], 0)[:rows].repeat_interleave(BLOCK[1], 1)[:, :columns]
+        return {name: codes, f"{name}_scale_inv": steps.roll(shift, 1).to(scales)}, codes.float() * spread
 
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
     return _store(folder, settings, lambda name: name.endswith("_proj.weight"), encoded)

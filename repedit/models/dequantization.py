@@ -200,8 +200,7 @@ def ordinary(model: Any, place: Path | str) -> Any:
     """
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize()
-    # save_pretrained reverses what was done on loading: it would write float8 and scales again, or bfloat16 named as blocks.
-    model.__dict__.pop("_weight_conversions", None)
+    forget_conversions(model)
     for config in (model.config, model.config.get_text_config(decoder=True)):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -212,6 +211,18 @@ def ordinary(model: Any, place: Path | str) -> Any:
                 f"transformers left {name} of {place} quantised ({type(parameter).__name__}, {spec.dtype}); load the unquantised base"
             )
     return model
+
+
+def forget_conversions(model: Any) -> None:
+    """Let `save_pretrained` write weights that transformers dequantised as they are.
+
+    It reverses what was done on loading: it would write float8 and scales again, or bfloat16 under the names of blocks.
+    """
+    operations = [
+        op for way in getattr(model, "_weight_conversions", None) or () for op in getattr(way, "operations", ())
+    ]
+    if any(hasattr(operation, "hf_quantizer") for operation in operations):
+        del model._weight_conversions
 
 
 @contextmanager

@@ -366,10 +366,10 @@ def load(
         origin = Origin(Path(file_of(place, options)))
     else:
         source = snapshot(place, getattr(model.config, "_commit_hash", None) or revision)
-        origin = None if source is None else Origin(source, place)
+        origin = Origin(Path(place) if source is None else source, place)
         if quantizer is not None and source is not None:
             check_config(source, options)  # its files are here only now
-    if quantizer is not None and origin is not None:
+    if quantizer is not None:
         origin = replace(origin, quantizer=quantizer, dequantized=dequantize)
         source, files = (None, None) if dequantize else (source, files)
     subject = subject_of(model, tokenizer, source=source, files=files, origin=origin)

@@ -33,6 +33,7 @@ from repedit.io.safetensors import floating_dtype
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, staging_folder, sync_files
 from repedit.io.text import read_json
 from repedit.lower import Change, EditOrDelta, check_model, lower, read_by_name
+from repedit.models.dequantization import forget_conversions
 from repedit.models.loading import check_finite_weights
 from repedit.models.subject import Origin, Subject
 from repedit.plan import LoweringOptions, Plan, check_finite_tensor
@@ -312,6 +313,7 @@ def _save_in_memory(subject: Subject | str | Path, place: Path, max_shard_size: 
     check_finite_weights(subject.model)
     folder = place / "unedited"
     check_space(place, sum(p.nbytes for p in subject.model.parameters()))
+    forget_conversions(subject.model)
     subject.model.save_pretrained(folder, max_shard_size=max_shard_size)
     if subject.tokenizer is not None:
         subject.tokenizer.save_pretrained(folder)
