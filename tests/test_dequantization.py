@@ -111,7 +111,9 @@ def test_a_dequantised_model_is_edited_and_exported_as_a_plain_one(plain, tmp_pa
     fp8(plain)
     lm = rp.load(plain, dequantize=True)
     edit = mask(lm, "1.mlp.neurons")
+    (plain / "hf_quant_config.json").write_text("{}")
     record = rp.export(edit, lm, tmp_path / "out")
+    assert record.left_out["hf_quant_config.json"] == "the config of a quantiser, and the exported weights are plain"
     assert record.base["dequantized_from"] == "fp8" and record.base["in_memory"]
     assert "The weights were dequantised from fp8 of stored" in (tmp_path / "out" / "README.md").read_text()
     again = rp.load(tmp_path / "out")

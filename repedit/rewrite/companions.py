@@ -29,6 +29,8 @@ _LEFT_OUT = {
     ),
     "a lock": (".lock",),
 }  # fmt: skip
+_QUANTIZER_CONFIGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files with which ModelOpt, GPTQ and AWQ describe quantised weights beside config.json; other programs read them."""
 _REPLACED = ("config.json", CARD, MANIFEST)
 _TRAINING = re.compile(r"checkpoint-\d+|__pycache__|runs|wandb")
 
@@ -118,6 +120,8 @@ def _reason(name: str, used: frozenset[str]) -> str | None:
         return "an index of weights that the export does not use"
     if path.name == "adapter_config.json":
         return "the config of an adapter"
+    if path.name in _QUANTIZER_CONFIGS:
+        return "the config of a quantiser, and the exported weights are plain"
     return next((reason for reason, suffixes in _LEFT_OUT.items() if path.suffix in suffixes), None)
 
 
