@@ -195,9 +195,10 @@ def exactness(site: Site, layout: ModelLayout) -> str:
     """How exactly weights can reproduce an edit at a site: "exact", "subspace-exact" or "hook-only"."""
     if site.point in (Point.RESID_MID, Point.RESID_POST) or (site.point is Point.RESID_PRE and site.layer > 0):
         return "hook-only"
-    if site.point in (Point.ATTN_OUT, Point.MLP_OUT) and layout.branch(site.layer, site.point).gain is not None:
-        return "subspace-exact"
-    return "exact"
+    if site.point is Point.RESID_PRE:
+        return "exact" if layout.architecture.embedding_exact else "hook-only"
+    branch = layout.branch(site.layer, site.point)
+    return "subspace-exact" if site.point is branch.outer and branch.gains else "exact"
 
 
 def check_finite_maps(maps: Mapping[Site, AffineMap]) -> None:
@@ -221,15 +222,17 @@ def check_widths(edit: Edit, layout: ModelLayout) -> None:
     """
     check_finite_maps(edit.maps)
     for site, map_ in edit.maps.items():
-        select(site, len(layout.layers), layout.architecture.points)
+        select(site, len(layout.layers), layout.points)
         width = layout.width_of(site.layer, site.point)
         if map_.width != width:
             raise ShapeError(
                 f"the map for {site} has width {map_.width}, the site has width {width}; was the edit fitted on another model?"
             )
-        if layout.routed(site) and not isinstance(map_, Diagonal):
+        branch = layout.find(site.layer, site.point)
+        if branch and site.point is branch.inner and len(branch.parts) > 1 and not isinstance(map_, Diagonal):
             raise NotFoldable(
-                f"{site} holds the neurons of several experts, which no single token passes together; only a Diagonal fits, or edit {site.layer}.mlp.out"
+                f"{site} holds the neurons of several projections or experts, which no single token passes together; only a Diagonal "
+                f"fits, or edit {site.layer}.{branch.outer}"
             )
 
 

@@ -145,7 +145,8 @@ class _PlanBuilder:
         if exactness(site, self.layout) == "hook-only":
             raise NotFoldable(
                 f"{site} is a residual stream: every later layer still receives what earlier layers wrote, so no weight equals an "
-                f"edit there. Edit the writers ({site.layer}.attn.out, {site.layer}.mlp.out), or use edit.hooked(subject)"
+                f"edit there. Edit the writers ({', '.join(f'{site.layer}.{b.outer}' for b in self.layout.layers[site.layer])}), or "
+                "use edit.hooked(subject)"
             )
         if site.point is Point.RESID_PRE:
             self._embeddings(map_)
@@ -171,7 +172,7 @@ class _PlanBuilder:
                 self.operations.setdefault(view.tensor, []).append(Operation("add", view, constant=part, start=start))
 
     def _add(self, operation: Operation) -> None:
-        reads = (operation.gain, operation.weight and operation.weight.tensor)
+        reads = (operation.gain, operation.inner_gain, operation.weight and operation.weight.tensor)
         changed = next((name for name in reads if name and self._changed_by_delta(name)), None)
         if changed:
             raise NotFoldable(
@@ -184,18 +185,17 @@ class _PlanBuilder:
         return any(operation.kind == "add" for operation in self.operations.get(name, ()))
 
     def _neurons(self, site: Site, branch: Branch, map_: AffineMap) -> None:
-        offset = map_.offset
         for part in branch.parts:
             part_map = map_
-            if branch.routed:
+            if len(branch.parts) > 1:
                 assert isinstance(map_, Diagonal)
                 part_map = Diagonal(map_.scale[part.start : part.stop])
             self._add(Operation("inputs", part.out, part_map))
             if isinstance(part_map, Diagonal) and part_map.is_mask and self.sides == "all":
                 self._zero_readers(branch, part.readers, part_map.kept)
-        if offset is not None:
+        if map_.offset is not None:
             bias = self._bias(site, branch, "a fill value other than zero (use fill='zero')")
-            self._add(Operation("carry", MatrixView(bias), constant=offset, weight=branch.parts[0].out))
+            self._add(Operation("carry", MatrixView(bias), constant=map_.offset, weight=branch.parts[0].out))
 
     def _zero_readers(self, branch: Branch, readers: tuple[MatrixView, ...], kept: Tensor) -> None:
         """Zero the rows that feed pruned neurons; a value row only when every query head that shares it is pruned."""
@@ -207,20 +207,21 @@ class _PlanBuilder:
             self._add(Operation("outputs", view, Diagonal.mask(kept)))
 
     def _output(self, site: Site, branch: Branch, map_: AffineMap) -> None:
-        offset = map_.offset
-        gain = {"gain": branch.gain, "unit_gain": self.layout.architecture.unit_gain}
-        if offset is not None and branch.gain is not None:
+        offset, unit = map_.offset, self.layout.architecture.unit_gain
+        if offset is not None and branch.gains:
             raise NotFoldable(
-                f"{site} follows the post-norm {branch.gain}, which has no bias to hold the map's offset; "
+                f"{site} follows the post-norm {branch.gains[0]}, which has no bias to hold the map's offset; "
                 "fit without a center (affine=False), or use the hook"
             )
+        added = self.added if branch.bias_name in self.added else ()
         for part in branch.parts:
-            self._add(Operation("outputs", part.out, map_, **gain))  # type: ignore[arg-type]
+            bias = MatrixView(str(branch.bias_name)) if added else part.bias
+            for view in (part.out, bias if offset is None else None):
+                if view is not None:
+                    self._add(Operation("outputs", view, map_, gain=branch.gain, inner_gain=part.gain, unit_gain=unit))
         if offset is not None:
-            bias = self._bias(site, branch, "the map's offset (fit without a center, affine=False)")
-            self._add(Operation("outputs", MatrixView(bias), map_, constant=offset))
-        elif branch.bias is not None or (branch.bias_name in self.added):
-            self._add(Operation("outputs", MatrixView(str(branch.bias_name)), map_, **gain))  # type: ignore[arg-type]
+            name = self._bias(site, branch, "the map's offset (fit without a center, affine=False)")
+            self._add(Operation("outputs", MatrixView(name), map_, constant=offset))
 
     def _bias(self, site: Site, branch: Branch, reason: str) -> str:
         """The bias of a writer; adds the family's biases, as zeros in every layer, if a config flag allows that."""
@@ -243,8 +244,7 @@ class _PlanBuilder:
         """0.resid.pre is the sum of the embeddings: each takes the linear part, and the token table takes the offset."""
         offset = map_.offset
         tokens, *others = self.layout.embeddings
-        scale = self.layout.width**0.5 if self.layout.architecture.embedding_scaled else 1.0
-        constant = None if offset is None else offset / scale
+        constant = None if offset is None else offset / self.layout.embedding_scale
         self._add(Operation("outputs", MatrixView(tokens, transposed=True), map_, constant=constant))
         for name in others:
             self._add(Operation("outputs", MatrixView(name, transposed=True), map_))
@@ -297,7 +297,8 @@ def _aliases(name: str, architecture: Architecture) -> Iterator[str]:
     for alias in (name, name.removeprefix(f"{architecture.base}.")):
         yield alias
         if experts is not None:
-            yield alias.replace(f".{experts.block}.", f".{experts.down.partition('.experts')[0]}.")
+            live, disk = (path.partition(".experts")[0] for path in (experts.module, experts.down))
+            yield alias.replace(f".{live}.", f".{disk}.")
 
 
 def _expert_parts(

@@ -56,6 +56,9 @@ class Operation:
     constant: Tensor | None = None
     weight: MatrixView | None = None
     gain: str | None = None
+    """Weight of the norm that follows."""
+    inner_gain: str | None = None
+    """Weight of a norm before that one, when outputs of several projections are normalised apart and then together."""
     unit_gain: bool = False
     start: str | None = None
     """Hash of the values that a difference was computed from; other values are refused."""
@@ -81,7 +84,7 @@ class Operation:
         if self.kind == "gain":
             return "gain: 1 where it was 0"
         what = f"{type(self.map).__name__} of rank {self.map.rank_removed}" if self.map else "constant"
-        return f"{self.kind}: {what}" + (f" within gain {self.gain}" if self.gain else "")
+        return f"{self.kind}: {what}" + (f" within gain {' and '.join(self.gains)}" if self.gains else "")
 
     def _add(self, tensor: Tensor) -> None:
         assert self.constant is not None
@@ -114,14 +117,21 @@ class Operation:
 
     def gain_of(self, read: TensorReader, like: Tensor) -> Tensor | None:
         """The gain of the post-norm as a column, with 1 in place of values too small to divide by; None without a norm."""
-        if self.gain is None:
+        if not self.gains:
             return None
         gain = self._stored_gain(read, like)
         return torch.where(_too_small(gain), 1.0, gain)
 
+    @property
+    def gains(self) -> tuple[str, ...]:
+        """The weights of the norms that follow."""
+        return tuple(name for name in (self.inner_gain, self.gain) if name)
+
     def _stored_gain(self, read: TensorReader, like: Tensor) -> Tensor:
-        assert self.gain is not None
-        return (read(self.gain).to(like) + (1.0 if self.unit_gain else 0.0))[:, None]
+        product = torch.ones_like(like[:, :1])
+        for name in self.gains:
+            product = product * (read(name).to(like) + (1.0 if self.unit_gain else 0.0))[:, None]
+        return product
 
 
 def _too_small(gain: Tensor) -> Tensor:
@@ -218,16 +228,16 @@ class Plan:
         gains: dict[str, Operation] = {}
         for name, operations in self.operations.items():
             folded = [
-                op for op in operations if op.gain and bool(_too_small(op._stored_gain(read, torch.ones(1))).any())
+                op
+                for op in operations
+                if op.gains and bool(_too_small(op._stored_gain(read, read(op.gains[0])[:, None])).any())
             ]
-            if len(folded) > 1 or any(op.gain in self.operations for op in folded):
+            if len(folded) > 1 or any(len(op.gains) > 1 or op.gains[0] in self.operations for op in folded):
                 raise NotFoldable(
-                    f"{name} passes the post-norm {folded[0].gain}, some of whose gains are 0, more than once in this plan; apply "
+                    f"{name} passes the post-norm {folded[0].gains[0]}, some of whose gains are 0, more than once in this plan; apply "
                     "the edits one after the other: apply(b, apply(a, subject))"
                 )
-            gains |= {
-                str(op.gain): Operation("gain", MatrixView(str(op.gain)), unit_gain=op.unit_gain) for op in folded
-            }
+            gains |= {op.gains[0]: Operation("gain", MatrixView(op.gains[0]), unit_gain=op.unit_gain) for op in folded}
         if not gains:
             return self
         return replace(self, operations={**self.operations, **{name: (op,) for name, op in gains.items()}})

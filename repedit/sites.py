@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -20,9 +20,13 @@ class Point(StrEnum):
     RESID_PRE = "resid.pre"
     ATTN_NEURONS = "attn.neurons"
     ATTN_OUT = "attn.out"
+    MIXER_NEURONS = "mixer.neurons"
+    MIXER_OUT = "mixer.out"
     RESID_MID = "resid.mid"
     MLP_NEURONS = "mlp.neurons"
     MLP_OUT = "mlp.out"
+    PLE_NEURONS = "ple.neurons"
+    PLE_OUT = "ple.out"
     RESID_POST = "resid.post"
 
     @property
@@ -35,9 +39,13 @@ HOOK_NAMES: Mapping[Point, str] = {
     Point.RESID_PRE: "hook_resid_pre",
     Point.ATTN_NEURONS: "attn.hook_z",
     Point.ATTN_OUT: "hook_attn_out",
+    Point.MIXER_NEURONS: "mixer.hook_z",
+    Point.MIXER_OUT: "hook_mixer_out",
     Point.RESID_MID: "hook_resid_mid",
     Point.MLP_NEURONS: "mlp.hook_post",
     Point.MLP_OUT: "hook_mlp_out",
+    Point.PLE_NEURONS: "ple.hook_post",
+    Point.PLE_OUT: "hook_ple_out",
     Point.RESID_POST: "hook_resid_post",
 }
 _LENS = re.compile(r"blocks\.(\*|\d+(?:-\d+)?)\.(.+)")
@@ -95,35 +103,42 @@ def site_key(text: str | Site) -> SiteKey:
 
 
 def select(
-    selector: str | Site | Iterable[str | Site], layers: int, points: Iterable[Point] | None = None
+    selector: str | Site | Iterable[str | Site], layers: int, points: Sequence[Sequence[Point]] | None = None
 ) -> tuple[Site, ...]:
     """The sites a selector names, in forward order, each once.
 
     A selector is "7.mlp.neurons", "4-9.mlp.out", "*.mlp.neurons", several of these joined by commas, a Site, or a
-    list of any of them.
+    list of any of them. "*" stands for every layer that has the point.
 
     Args:
         layers: number of blocks of the model.
-        points: the points of this model; None for all.
+        points: the points of each layer of this model; None for all.
     Raises:
         UnknownSite: if a layer or point does not exist in this model, or the selector is empty.
     """
-    valid = tuple(Point) if points is None else tuple(points)
+    valid = [tuple(Point)] * layers if points is None else points
     parts = [selector] if isinstance(selector, str | Site) else list(selector)
-    sites = {site for part in parts for text in str(part).split(",") for site in _expand(text.strip(), layers, valid)}
+    sites = {site for part in parts for text in str(part).split(",") for site in _expand(text.strip(), valid)}
     if not sites:
         raise UnknownSite(f"selector {selector!r} names no site; try '*.mlp.neurons'")
     return tuple(sorted(sites))
 
 
-def _expand(text: str, layers: int, points: tuple[Point, ...]) -> list[Site]:
+def _expand(text: str, points: Sequence[Sequence[Point]]) -> list[Site]:
     span, name = _split(text)
-    point = _point(name, text)
-    if point not in points:
-        raise UnknownSite(f"{text!r}: this family has no {point}; its points are {', '.join(points)}")
-    first, last = (0, layers - 1) if span == "*" else (int(span.split("-")[0]), int(span.split("-")[-1]))
+    point, layers = _point(name, text), len(points)
+    having = [layer for layer in range(layers) if point in points[layer]]
+    if not having:
+        there = ", ".join(p for p in Point if any(p in layer for layer in points))
+        raise UnknownSite(f"{text!r}: this family has no {point}; its points are {there}")
+    if span == "*":
+        return [Site(layer, point) for layer in having]
+    first, last = int(span.split("-")[0]), int(span.split("-")[-1])
     if last >= layers or first > last:
         raise UnknownSite(f"{text!r} asks for layers {first}..{last}; layers are 0..{layers - 1}")
+    absent = sorted(set(range(first, last + 1)) - set(having))
+    if absent:
+        raise UnknownSite(f"{text!r}: layers {absent} of this model have no {point}; layers {having} have one")
     return [Site(layer, point) for layer in range(first, last + 1)]
 
 

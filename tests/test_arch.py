@@ -7,7 +7,20 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.arch import Experts, Reader, TensorSpec, Writer, families, hooks_at, match_layout, register, resolve, spec
+from repedit.arch import (
+    BranchRow,
+    Experts,
+    Reader,
+    TensorSpec,
+    attention,
+    families,
+    hooks_at,
+    match_layout,
+    mlp,
+    register,
+    resolve,
+    spec,
+)
 from repedit.edit import Edit
 from repedit.errors import UnknownArchitecture, UnknownSite
 from repedit.hooks import installed
@@ -19,7 +32,7 @@ from tests.tiny import FAMILIES, ids, logits, tiny
 from tests.tolerances import close, within
 
 ROUTED = ("mixtral", "olmoe", "qwen3_moe")
-GATE, UP = Reader("mlp.gate_proj"), Reader("mlp.up_proj")
+GATE = Reader("mlp.gate_proj")
 
 
 @pytest.fixture
@@ -49,38 +62,78 @@ def test_half_types_are_proved_in_float32_and_left_as_they_were(family):
     assert all(torch.equal(p, before[name]) and p.dtype == torch.bfloat16 for name, p in model.named_parameters())
 
 
+def block(first=None, second=None):
+    """A block of an attention and an MLP."""
+    return {"block": ((first or attention(),), (second or mlp(),))}
+
+
+def routed(experts, output="mlp"):
+    """A block of an attention and experts."""
+    return block(second=BranchRow("mlp", (experts,), outputs=(output,)))
+
+
+LOCAL = "num_local_experts"
+POST_MLP = "post_feedforward_layernorm"
+GPT2_MLP = mlp("mlp.c_proj", "mlp.c_fc")
+
 WRONG = [
-    ("llama", {"attention": Writer("self_attn.q_proj")}, r"does not describe this model at 0\.attn\.neurons"),
-    ("llama", {"mlp": Writer("mlp.up_proj")}, "gate_proj has 40 rows, 1 x 24 neurons were expected"),
-    ("llama", {"values": Reader("self_attn.k_proj")}, r"does not describe this model at 0\.attn\.neurons"),
+    ("llama", block(attention("self_attn.q_proj")), r"does not describe this model at 0\.attn\.neurons"),
+    ("llama", block(second=mlp("mlp.up_proj")), "gate_proj has 40 rows, 1 x 24 neurons were expected"),
+    ("llama", block(attention(values="self_attn.k_proj")), r"does not describe this model at 0\.attn\.neurons"),
     ("llama", {"transposed": True}, "o_proj is a Linear; the llama row says transposed=True"),
-    ("llama", {"readers": (GATE,)}, "has 1 readers; the llama row with gated=True needs 2"),
-    ("llama", {"readers": (GATE, Reader("mlp.down_proj"))}, "down_proj has 24 rows, 1 x 40 neurons"),
+    ("llama", block(second=mlp("mlp.down_proj", GATE)), "has 1 readers; the llama row with gated=True needs 2"),
+    ("llama", block(second=mlp("mlp.down_proj", GATE, "mlp.down_proj")), "down_proj has 24 rows, 1 x 40 neurons"),
     ("llama", {"gated": False}, "has 2 readers; the llama row with gated=False needs 1"),
     ("llama", {"parallel": True}, r"0\.resid\.post .*parallel=True"),
     ("llama", {"embeddings": ("wte",)}, r"tensor 'model\.wte\.weight' of the llama row is missing"),
     ("llama", {"head": "output"}, "names the module 'output', which the model lacks"),
     ("llama", {"blocks": "h"}, r"the config has 2 layers, the weights hold layers \[\]"),
+    ("llama", {"block": ((replace(attention(), scale=0.5),), (mlp(),))}, r"0\.resid\.post .*sum of the outputs"),
+    ("llama", {"block": ((attention(),),)}, r"0\.resid\.post .*sum of the outputs against the stream"),
     ("gpt2", {"transposed": False}, "c_attn has 24 rows, which 4 heads of width 6 cannot share"),
-    ("gpt2", {"values": Reader("attn.c_attn")}, "c_attn has 72 rows, which 4 heads"),
+    ("gpt2", block(attention("attn.c_proj", "attn.c_attn"), GPT2_MLP), "c_attn has 72 rows, which 4 heads"),
     ("gpt2", {"embeddings": ("wte",)}, r"does not describe this model at 0\.resid\.pre"),
     ("gpt_neo", {"transposed": True}, "is a Linear; the gpt_neo row says transposed=True"),
-    ("gpt_neox", {"values": Reader("attention.query_key_value", 1, 3, "per_head")}, r"0\.attn\.neurons"),
+    (
+        "gpt_neox",
+        block(
+            attention("attention.dense", Reader("attention.query_key_value", 1, 3, "per_head")),
+            mlp("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),
+        ),
+        r"0\.attn\.neurons",
+    ),
     ("gpt_neox", {"parallel": False}, r"0\.resid\.post .*parallel=False"),
     ("gptj", {"parallel": False}, r"0\.resid\.post .*parallel=False"),
     ("phi", {"gated": True}, "has 1 readers; the phi row with gated=True needs 2"),
-    ("phi3", {"readers": (Reader("mlp.gate_up_proj", 0, 2),) * 2}, "has 1 readers; the phi3 row"),
-    ("phi3", {"values": Reader("self_attn.qkv_proj")}, "qkv_proj has 48 rows, which 4 heads"),
+    (
+        "phi3",
+        block(
+            attention(values=Reader("self_attn.qkv_proj", layout="tail")),
+            mlp("mlp.down_proj", *(Reader("mlp.gate_up_proj", 0, 2),) * 2),
+        ),
+        "has 1 readers; the phi3 row",
+    ),
+    ("phi3", block(attention(values="self_attn.qkv_proj")), "qkv_proj has 48 rows, which 4 heads"),
     ("gemma", {"embedding_scaled": False}, r"does not describe this model at 0\.resid\.pre"),
-    ("gemma2", {"mlp": Writer("mlp.down_proj")}, r"0\.resid\.post .*sum of the outputs against the stream"),
-    ("gemma2", {"attention": Writer("self_attn.o_proj")}, r"0\.resid\.post .*sum of the outputs"),
+    ("gemma", {"embedding_scaled": "head_dim"}, r"does not describe this model at 0\.resid\.pre"),
+    (
+        "gemma2",
+        block(attention(norm="post_attention_layernorm")),
+        r"0\.resid\.post .*sum of the outputs against the stream",
+    ),
+    ("gemma2", block(second=mlp(norm=POST_MLP)), r"0\.resid\.post .*sum of the outputs"),
     ("gemma2", {"unit_gain": False}, r"0\.attn\.out .*leak of the subspace"),
     ("olmo2", {"unit_gain": True}, r"0\.attn\.out .*leak of the subspace"),
-    ("olmo2", {"mlp": Writer("mlp.down_proj", norm="post_attention_layernorm")}, r"0\.mlp\.out .*leak|0\.resid\.post"),
-    ("mixtral", {"experts": Experts(count="num_local_experts", block="mlp.gate")}, "a tensor of another width"),
-    ("mixtral", {"experts": Experts(count="num_local_experts", block="moe")}, "module 'model.layers.0.moe'"),
-    ("mixtral", {"experts": Experts("mlp.router", count="num_local_experts")}, "must match one way, it matches 0"),
-    ("mixtral", {"experts": Experts(count="num_experts_per_tok")}, "the config has 2 experts, the weights hold 4"),
+    (
+        "olmo2",
+        block(attention(norm="post_attention_layernorm"), mlp(norm="post_attention_layernorm")),
+        r"0\.mlp\.out .*leak|0\.resid\.post",
+    ),
+    ("mixtral", routed(Experts(count=LOCAL), "mlp.gate"), "a tensor of another width"),
+    ("mixtral", routed(Experts(count=LOCAL), "moe"), "module 'model.layers.0.moe'"),
+    ("mixtral", routed(Experts("mlp.router", count=LOCAL)), "must match one way, it matches 0"),
+    ("mixtral", routed(Experts(count="num_experts_per_tok")), "the config has 2 experts, the weights hold 4"),
+    ("mixtral", routed(Experts(count=LOCAL, transposed=True)), "stores its experts with {'is_transposed': False}"),
 ]
 
 
@@ -92,7 +145,7 @@ def test_a_wrong_field_is_found_out(family, fields, message, table):
         rp.check_architecture(model)
 
 
-@pytest.mark.parametrize("fields", [{"transposed": True}, {"readers": (GATE,)}, {"head": "output"}])
+@pytest.mark.parametrize("fields", [{"transposed": True}, block(second=mlp("mlp.down_proj", GATE)), {"head": "output"}])
 def test_wrapping_finds_what_needs_no_forward_pass(fields, table):
     model = tiny("llama").model
     rp.register(replace(table["llama"], **fields), replace=True)
@@ -109,7 +162,16 @@ def test_experts_without_tokens_are_named():
     ("family", "old", "message"),
     [
         ("llama", "model.layers.1.self_attn.o_proj.weight", "o_proj.weight' of the llama row is missing; did you mean"),
-        ("llama", "model.layers.1.mlp.down_proj.weight", r"MLP of model\.layers\.1 must match one way, it matches 0"),
+        (
+            "llama",
+            "model.layers.1.mlp.down_proj.weight",
+            "mlp.down_proj.weight' of the llama row is missing; did you mean",
+        ),
+        (
+            "qwen3_moe",
+            "model.layers.0.mlp.down_proj.weight",
+            r"MLP of model\.layers\.0 must match one way, it matches 0",
+        ),
         ("llama", "model.layers.0.mlp.up_proj.weight", "up_proj.weight' of the llama row is missing"),
         ("llama", "model.layers.0.self_attn.v_proj.weight", "v_proj.weight' of the llama row is missing"),
         (
@@ -138,7 +200,7 @@ def test_a_missing_layer_raises():
 def test_a_layer_that_is_dense_and_routed_raises():
     subject = tiny("qwen3_moe")
     specs = {**subject.specs, "model.layers.1.mlp.down_proj.weight": TensorSpec((24, 40), torch.float32)}
-    with pytest.raises(UnknownArchitecture, match="must match one way, it matches 2: dense True, fused experts True"):
+    with pytest.raises(UnknownArchitecture, match="must match one way, it matches 2: dense, fused experts"):
         match_layout(subject.architecture, specs)
 
 
@@ -158,11 +220,9 @@ def test_the_post_norm_opt_is_refused():
 
 
 def test_an_unknown_model_type_names_the_fields_of_a_row():
-    fields = "base=.*blocks=.*attention=Writer.*values=Reader.*mlp=Writer.*readers=.*check_architecture"
+    fields = "base=.*blocks=.*block=.*attention.*mlp.*check_architecture"
     with pytest.raises(UnknownArchitecture, match=f"no row for model_type 'lama'; did you mean 'llama'.*{fields}"):
-        resolve(
-            SimpleNamespace(model_type="lama", num_hidden_layers=1, num_attention_heads=1, tie_word_embeddings=False)
-        )
+        resolve(SimpleNamespace(model_type="lama", tie_word_embeddings=False))
 
 
 def test_a_row_is_registered_once_unless_replaced(table):

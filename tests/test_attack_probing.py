@@ -107,7 +107,7 @@ def test_a_broken_lens_is_caught(name, monkeypatch):
 def test_streams_add_up(family):
     subject = small(family)
     names = [
-        p for p in ("resid.pre", "attn.out", "resid.mid", "mlp.out", "resid.post") if p in subject.architecture.points
+        p for p in ("resid.pre", "attn.out", "resid.mid", "mlp.out", "resid.post") if p in subject.layout.points_at(0)
     ]
     sites = subject.select([f"*.{p}" for p in names])
     seen = states(subject, [TOKENIZER(f.prompt)["input_ids"] for f in FACTS], sites)

@@ -22,7 +22,7 @@ from tests.tolerances import relative, within
 
 
 def _sites(subject):
-    points = subject.architecture.points
+    points = subject.layout.points_at(1)
     return [rp.Site(1, p) for p in points if not (p == "mlp.neurons" and subject.layout.branch(1, p).routed)]
 
 

@@ -366,7 +366,7 @@ def test_the_middle_of_a_block_needs_the_block_to_run():
         with pytest.raises(
             HookError, match=r"1.resid.mid: the attention ran outside its block.*gradient_checkpointing_disable"
         ):
-            lm.model.get_submodule(lm.layout.branch(1, rp.Point.ATTN_OUT).joined)(torch.zeros(1, 24))
+            lm.model.get_submodule(lm.layout.branch(1, rp.Point.ATTN_OUT).outputs[0])(torch.zeros(1, 24))
 
 
 # Precision.

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from repedit.arch.hooks import hooks_at
 from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, TensorSpec, match_layout
 from repedit.arch.offload import check_in_memory
-from repedit.arch.spec import resolve
+from repedit.arch.spec import Architecture, Experts, families, resolve
 from repedit.errors import NotAModel, ShapeError, UnknownArchitecture
 from repedit.hooks import Hook, evaluating, installed
 from repedit.linear_maps import LowRank
@@ -31,27 +31,46 @@ def check_modules(model: nn.Module, layout: ModelLayout) -> None:
     """
     row = layout.architecture
     _submodule(model, row.head, row.model_type)
-    for branch in (b for pair in layout.layers for b in pair):
-        module = _submodule(model, branch.writer, row.model_type)
-        _submodule(model, branch.joined, row.model_type)
-        kind = type(module).__name__
-        if branch.routed:
-            expected = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
-            wrong = {k: getattr(module, k, v) for k, v in expected.items() if getattr(module, k, v) != v}
-            if wrong:
+    for branch in (b for layer in layout.layers for b in layer):
+        for path in branch.outputs:
+            _submodule(model, path, row.model_type)
+        for path, parts in _by_writer(branch).items():
+            module = _submodule(model, path, row.model_type)
+            if parts[0].expert is not None:
+                _check_experts(module, path, next(e for e in row.expert_rows if path.endswith(f".{e.module}")))
+            else:
+                _check_dense(module, path, row)
+            readers = {
+                (v.tensor.rpartition(".")[0], v.part) for v in parts[0].readers if not v.tensor.endswith("_bias")
+            }
+            needed = 2 if row.gated and branch.kind == "mlp" else 1
+            if len(readers) not in (
+                (needed,) if branch.kind == "mlp" and row.model_type in families() else (0, needed)
+            ):
                 raise UnknownArchitecture(
-                    f"{branch.writer} stores its experts with {wrong}, the row expects {expected}"
+                    f"{path} has {len(readers)} readers; the {row.model_type} row with gated={row.gated} needs {needed} different ones"
                 )
-        elif (kind == "Conv1D") != row.transposed or not (row.transposed or isinstance(module, nn.Linear)):
-            raise UnknownArchitecture(
-                f"{branch.writer} is a {kind}; the {row.model_type} row says transposed={row.transposed}"
-            )
-        readers = {(v.tensor.rpartition(".")[0], v.part) for v in branch.parts[0].readers}
-        needed = 2 if row.gated and branch.inner is Point.MLP_NEURONS else 1
-        if len(readers) != needed:
-            raise UnknownArchitecture(
-                f"{branch.writer} has {len(readers)} readers; the {row.model_type} row with gated={row.gated} needs {needed} different ones"
-            )
+
+
+def _by_writer(branch: Branch) -> dict[str, list[Neurons]]:
+    """The parts of a branch by the module whose input they are."""
+    parts: dict[str, list[Neurons]] = {}
+    for part in branch.parts:
+        parts.setdefault(part.writer, []).append(part)
+    return parts
+
+
+def _check_experts(module: nn.Module, path: str, row: Experts) -> None:
+    stored = {"is_transposed": row.transposed, "is_concatenated": not row.interleaved, "has_gate": row.gated}
+    wrong = {k: getattr(module, k, v) for k, v in stored.items() if getattr(module, k, v) != v}
+    if wrong:
+        raise UnknownArchitecture(f"{path} stores its experts with {wrong}, the row expects {stored}")
+
+
+def _check_dense(module: nn.Module, path: str, row: Architecture) -> None:
+    kind = type(module).__name__
+    if (kind == "Conv1D") != row.transposed or not (row.transposed or isinstance(module, nn.Linear)):
+        raise UnknownArchitecture(f"{path} is a {kind}; the {row.model_type} row says transposed={row.transposed}")
 
 
 def check_plain_weights(model: nn.Module) -> None:
@@ -110,8 +129,6 @@ def _submodule(model: nn.Module, path: str, model_type: str) -> nn.Module:
 
 # Over all rows of the table in float32 the largest error seen is 4e-6 (tests/test_arch.py); a wrong row gives more than 1e-2.
 TOLERANCE = 1e-3
-OUTPUTS = (Point.ATTN_OUT, Point.MLP_OUT)
-STREAM = (Point.RESID_PRE, *OUTPUTS, Point.RESID_POST)
 
 
 @dataclass(frozen=True)
@@ -129,7 +146,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class ArchitectureReport:
-    """Four proofs a layer (neurons and output of both branches), one for its stream and one for the embeddings."""
+    """Two proofs for each branch of each layer (neurons and output), one for its stream and one for the embeddings."""
 
     model_type: str
     proofs: tuple[Proof, ...]
@@ -150,10 +167,21 @@ def check_architecture(model: nn.Module, *, tolerance: float = TOLERANCE) -> Arc
         UnknownArchitecture: if a site does not behave as the row says, naming the sites.
         OffloadedTensors: if weights are not in memory.
     """
+    return prove(model, resolve(model.config), tolerance=tolerance)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def prove(model: nn.Module, architecture: Architecture, *, tolerance: float = TOLERANCE) -> ArchitectureReport:
+    """Check a resolved row on a model, as `check_architecture` does with the row of the table.
+
+    Raises:
+        UnknownArchitecture, OffloadedTensors: as there.
+    """
     check_in_memory(model, "load the model without device_map to check it")
     specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}
-    layout = match_layout(resolve(model.config), specs)  # type: ignore[arg-type]
+    layout = match_layout(architecture, specs)
     check_modules(model, layout)
+    check_unshared(model, layout)
     try:
         with evaluating(model):
             proofs = _ForwardCheck(model, layout, tolerance).proofs()
@@ -166,6 +194,21 @@ def check_architecture(model: nn.Module, *, tolerance: float = TOLERANCE) -> Arc
         bad = [f"{p.site} (moved {p.moved:.1e}, error {p.error:.1e}{p.note})" for p in proofs if not p.passed]
         raise UnknownArchitecture(f"the {report.model_type} row does not describe this model at {'; '.join(bad[:4])}")
     return report
+
+
+def check_unshared(model: nn.Module, layout: ModelLayout) -> None:
+    """Refuse a model in which two layers write with one tensor: an edit of one of them would edit the other.
+
+    Raises:
+        UnknownArchitecture: naming both tensors.
+    """
+    owner: dict[int, str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    writers = {p.out.tensor for layer in layout.layers for branch in layer for p in branch.parts}
+    for name in sorted(writers):
+        other = owner.setdefault(id(parameters[name]), name)
+        if other != name:
+            raise UnknownArchitecture(f"{name} and {other} are one tensor, so that an edit of one layer edits another")
 
 
 class _ForwardCheck:
@@ -183,7 +226,7 @@ class _ForwardCheck:
         self.unedited = [self._outputs(layer) for layer in range(len(blocks))]
 
     def proofs(self) -> list[Proof]:
-        proofs = [self.embeddings()]
+        proofs = [self.embeddings()] if self.layout.architecture.embedding_exact else []
         for layer, branches in enumerate(self.layout.layers):
             for branch in branches:
                 proofs += [self.neurons(layer, branch), self.output(layer, branch)]
@@ -206,59 +249,71 @@ class _ForwardCheck:
         rows = self._masked(
             (view, self._reader_mask(branch, p, keep), False) for p in branch.parts for view in p.readers
         )
+        # Where a part has no reader, its columns alone are zeroed.
+        rows |= self._masked((p.out, keep[p.start : p.stop], True) for p in branch.parts if not p.readers)
         error = max(_distance(self._outputs(layer, changed), hooked) for changed in (columns, rows))
-        idle = [e for e, p in enumerate(branch.parts) if branch.routed and p.start not in used]
+        idle = [p.expert for p in branch.parts if p.expert is not None and p.start not in used]
         return self._proof(site, hooked, error, f"; experts {idle} received no token" if idle else "")
 
     def output(self, layer: int, branch: Branch) -> Proof:
         """Remove a random plane from what the branch adds to the stream, by a hook and in the weights."""
         site = Site(layer, branch.outer)
-        basis, gain = torch.randn(self.layout.width, 2, generator=self.generator), None
-        if branch.gain is not None:
-            gain = self.parameters[branch.gain].float() + (1.0 if self.layout.architecture.unit_gain else 0.0)
+        basis = torch.randn(self.layout.width, 2, generator=self.generator)
+        for name in branch.gains:
             # A channel that a norm multiplies by 0 never reaches the stream, so the plane lies within the other channels.
-            dead = _is_zero_gain(gain).cpu()
-            basis[dead] = 0
-            basis = basis[:, : int((~dead).sum())]
-            if not basis.shape[1]:
-                raise UnknownArchitecture(
-                    f"{branch.gain} multiplies every channel by zero, so {site} adds nothing to the stream and its row cannot be "
-                    "checked; was the model saved completely?"
-                )
+            basis[_is_zero_gain(self._gain(name)).cpu()] = 0
+        basis = basis[:, : int(basis.any(1).sum())]
+        if not basis.shape[1]:
+            raise UnknownArchitecture(
+                f"{branch.gains[0]} multiplies every channel by zero, so {site} adds nothing to the stream and its row cannot be "
+                "checked; was the model saved completely?"
+            )
         map_ = LowRank.projection(basis)
         hooks = hooks_at(self.model, self.layout, site, lambda x, at, _: map_(x), replaces=True)
         hooked = self._outputs(layer, hooks=hooks)
-        views = [p.out for p in branch.parts] + ([MatrixView(branch.bias)] if branch.bias else [])
         changed: dict[str, Tensor] = {}
-        for view in views:
-            stored = changed.get(view.tensor, self.parameters[view.tensor])
-            changed[view.tensor] = view.edit(stored, lambda w: _folded(map_, w, gain))
-        if gain is None:
+        for part in branch.parts:
+            names = [name for name in (part.gain, branch.gain) if name]
+            gain = torch.stack([self._gain(name) for name in names]).prod(0) if names else None
+            for view in (part.out, part.bias):
+                if view is not None:
+                    stored = changed.setdefault(view.tensor, self.parameters[view.tensor].clone())
+                    view.change(stored, partial(_folded, map_, gain))
+        if not branch.gains:
             return self._proof(site, hooked, _distance(self._outputs(layer, changed), hooked))
         x = self._tensors_at(layer, [branch.outer], changed)[0]
         leak = float((x @ map_.v.to(x.device)).norm() / x.norm())
         return self._proof(site, hooked, leak, "; leak of the subspace")
 
+    def _gain(self, name: str) -> Tensor:
+        return self.parameters[name].float() + (1.0 if self.layout.architecture.unit_gain else 0.0)
+
     def stream(self, layer: int) -> Proof:
-        """resid.post = resid.pre + attn.out + mlp.out reaches the next layer; mlp.out needs attn.out unless parallel."""
-        pre, attention, mlp, post = self._tensors_at(layer, STREAM)
+        """resid.post = resid.pre + what the branches add reaches the next layer; the MLP reads the attention unless parallel."""
+        branches, row = self.layout.layers[layer], self.layout.architecture
+        points = [branch.outer for branch in branches]
+        pre, post, *outputs = self._tensors_at(layer, [Point.RESID_PRE, Point.RESID_POST, *points])
         following = self._tensors_at(layer + 1, [Point.RESID_PRE])[0] if layer + 1 < len(self.unedited) else post
         # Some families flatten batch and tokens around the MLP.
-        error = _distance(pre + attention + mlp.reshape(post.shape), post) + _distance(following.to(post), post)
-        site = Site(layer, Point.ATTN_OUT)
-        turn = hooks_at(self.model, self.layout, site, lambda x, at, _: x.flip(-1), replaces=True)
-        moved = _distance(self._tensors_at(layer, [Point.MLP_OUT], hooks=turn)[0], mlp)
-        parallel = bool(self.layout.architecture.parallel)
-        note = f"; parallel={parallel}, sum of the outputs against the stream"
-        passed = error <= self.tolerance and (moved > 1e-6) != parallel
-        return Proof(Site(layer, Point.RESID_POST), moved, error, passed, note)
+        added = sum(b.scale * x.reshape(post.shape) for b, x in zip(branches, outputs, strict=True))
+        factor = (
+            self.model.get_buffer(f"{self.layout.block_paths[layer]}.{row.block_scale}") if row.block_scale else 1.0
+        )
+        error = _distance(factor * (pre + added), post) + _distance(following.to(post), post)
+        note = f"; parallel={bool(row.parallel)}, sum of the outputs against the stream"
+        site, moved, passed = Site(layer, Point.RESID_POST), 0.0, error <= self.tolerance
+        if Point.RESID_MID in self.layout.points_at(layer) or row.parallel:
+            turn = hooks_at(self.model, self.layout, Site(layer, points[0]), lambda x, at, _: x.flip(-1), replaces=True)
+            moved = _distance(self._tensors_at(layer, [points[1]], hooks=turn)[0], outputs[1])
+            passed = passed and (moved > 1e-6) != bool(row.parallel)
+        return Proof(site, moved, error, passed, note)
 
     def embeddings(self) -> Proof:
         """Mapping every embedding, and shifting the token table, does the same to the stream."""
         width, before = self.layout.width, self.embedded
         map_ = LowRank.projection(torch.randn(width, 2, generator=self.generator))
         shift = torch.randn(width, generator=self.generator).to(before.device)
-        scale = width**0.5 if self.layout.architecture.embedding_scaled else 1.0
+        scale = self.layout.embedding_scale
         changed = {}
         for name in self.layout.embeddings:
             constant = shift / scale if name == self.layout.embeddings[0] else torch.zeros_like(shift)
@@ -285,8 +340,9 @@ class _ForwardCheck:
         self.calls.append((args, kwargs))
 
     def _outputs(self, layer: int, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()) -> Tensor:
-        """attn.out and mlp.out of a layer, one row per token."""
-        return torch.cat([x.reshape(-1, self.layout.width) for x in self._tensors_at(layer, OUTPUTS, changed, hooks)])
+        """What the branches of a layer add to the stream, one row per token."""
+        points = [branch.outer for branch in self.layout.layers[layer]]
+        return torch.cat([x.reshape(-1, self.layout.width) for x in self._tensors_at(layer, points, changed, hooks)])
 
     def _tensors_at(
         self,
@@ -349,7 +405,7 @@ def _distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.std())
 
 
-def _folded(map_: LowRank, w: Tensor, gain: Tensor | None) -> Tensor:
+def _folded(map_: LowRank, gain: Tensor | None, w: Tensor) -> Tensor:
     """A weight with a map of its outputs, through the gain of the post-norm if there is one."""
     if gain is None:
         return map_.left(w.float()).to(w.dtype)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repedit.arch.layout import Branch, ModelLayout
+from repedit.arch.layout import Branch, ModelLayout, Neurons
 from repedit.arch.offload import values
+from repedit.arch.spec import Experts
 from repedit.errors import HookError, UnknownSite
 from repedit.hooks import Hook
 from repedit.kernels.dispatch import full_precision
@@ -26,18 +29,17 @@ _EDITED = "_repedit_edits"
 def hooks_at(model: nn.Module, layout: ModelLayout, site: Site, function: HookFn, *, replaces: bool) -> list[Hook]:
     """The hooks that call a function with the tensor at a site; with `replaces` its return value replaces the tensor.
 
-    The neurons of experts have no module: they are recomputed from the inputs of the fused experts, and replacing them
-    costs another pass over the experts.
+    A site that several projections share (experts and a shared expert) calls the function for each with its neurons. The
+    neurons of experts have no module: they are recomputed from the inputs of the fused experts, and replacing them costs
+    another pass over the experts.
 
     Raises:
         UnknownSite: if this model has no such site.
     """
     if not 0 <= site.layer < len(layout.layers):
         raise UnknownSite(f"{site}: layers are 0..{len(layout.layers) - 1}")
-    if site.point not in layout.architecture.points:
-        raise UnknownSite(
-            f"{site}: {layout.architecture.model_type} adds attention and MLP in parallel, so resid.mid does not exist"
-        )
+    if site.point is Point.RESID_MID and Point.RESID_MID not in layout.points_at(site.layer):
+        raise UnknownSite(_no_middle(layout, site))
 
     def whole(x: Tensor) -> Tensor | None:
         return function(x, slice(None), None)
@@ -46,65 +48,171 @@ def hooks_at(model: nn.Module, layout: ModelLayout, site: Site, function: HookFn
     if site.point in (Point.RESID_PRE, Point.RESID_POST):
         return [Hook(block, "input" if site.point is Point.RESID_PRE else "output", whole)]
     if site.point is Point.RESID_MID:
-        return _resid_mid_hooks(model, layout, site.layer, block, whole)
+        return _sum_hooks(model, layout.layers[site.layer][0], whole, site, block)
     branch = layout.branch(site.layer, site.point)
     if site.point is branch.outer:
-        return [Hook(model.get_submodule(branch.joined), "output", whole)]
-    writer = model.get_submodule(branch.writer)
-    if branch.routed:
-        return [Hook(writer, "call", _expert_hook(branch, function, replaces))]
-    return [Hook(writer, "input", whole)]
+        return _sum_hooks(model, branch, whole, site)
+    return _neuron_hooks(model, layout, branch, function, replaces)
 
 
-def _resid_mid_hooks(
-    model: nn.Module, layout: ModelLayout, layer: int, block: nn.Module, function: Callable[[Tensor], Tensor | None]
+def _no_middle(layout: ModelLayout, site: Site) -> str:
+    if layout.architecture.parallel:
+        reason = "adds attention and MLP in parallel"
+    else:
+        reason = f"has other branches ({', '.join(b.kind for b in layout.layers[site.layer])}) in this layer"
+    return f"{site}: {layout.architecture.model_type} {reason}, so resid.mid does not exist"
+
+
+def _sum_hooks(
+    model: nn.Module,
+    branch: Branch,
+    function: Callable[[Tensor], Tensor | None],
+    site: Site,
+    block: nn.Module | None = None,
 ) -> list[Hook]:
-    """resid.mid = resid.pre + attn.out has no module of its own: store the first, and act on the second."""
-    stored: list[Tensor] = []
+    """Hooks on a sum that has no module of its own: store the first terms, and act on the last.
 
-    def store(x: Tensor) -> None:
-        stored[:] = [x]
+    The terms are the outputs of a branch; with a block also its input, for resid.mid = resid.pre + scale * attn.out.
+    """
+    *first, last = [model.get_submodule(path) for path in branch.outputs]
+    if not first and block is None:
+        return [Hook(last, "output", function)]
+    stream: list[Tensor] = []
+    stored: list[Tensor] = []
+    scale = 1.0 if block is None else branch.scale
 
     def add(out: Tensor) -> Tensor | None:
-        if not stored:
+        if len(stored) != len(first) or len(stream) != (block is not None):
             raise HookError(
-                f"{layer}.resid.mid: the attention ran outside its block, whose input is half of the sum; does gradient "
+                f"{site}: a module ran outside its block, whose other tensors are part of the sum; does gradient "
                 "checkpointing recompute it? Switch that off: model.gradient_checkpointing_disable()"
             )
-        stream = stored.pop()
-        new = function(stream + out)
-        return None if new is None else new - stream
+        earlier = sum(x.reshape(out.shape) for x in stored) if stored else 0.0
+        before = stream[0].reshape(out.shape) if stream else 0.0
+        stored.clear()
+        stream.clear()
+        new = function(before + scale * (earlier + out))
+        return None if new is None else (new - before) / scale - earlier
 
-    attention = layout.branch(layer, Point.ATTN_OUT)
-    return [Hook(block, "input", store), Hook(model.get_submodule(attention.joined), "output", add)]
+    hooks = [] if block is None else [Hook(block, "input", lambda x: stream.__setitem__(slice(None), [x]))]
+    hooks += [Hook(module, "output", lambda x: stored.append(x.clone())) for module in first]
+    return [*hooks, Hook(last, "output", add)]
 
 
-def _expert_hook(branch: Branch, function: HookFn, replaces: bool) -> Callable[..., Tensor | None]:
+# --- The neurons of a branch: one hook for each module whose input holds some
+
+
+def _neuron_hooks(
+    model: nn.Module, layout: ModelLayout, branch: Branch, function: HookFn, replaces: bool
+) -> list[Hook]:
+    hooks = []
+    for path in dict.fromkeys(part.writer for part in branch.parts):
+        parts = [part for part in branch.parts if part.writer == path]
+        module = model.get_submodule(path)
+        if parts[0].expert is not None:
+            row = next(w for w in layout.architecture.expert_rows if path.endswith(f".{w.module}"))
+            hook = (
+                _sorted_hook(parts, row, function, replaces)
+                if row.sorted_tokens
+                else _expert_hook(parts, row, function, replaces)
+            )
+            hooks.append(Hook(module, "call", hook))
+        else:
+            whole = len(branch.parts) == 1
+            neurons = slice(None) if whole else slice(parts[0].start, parts[0].stop)
+            hooks.append(Hook(module, "input", partial(_call, function, neurons)))
+    return hooks
+
+
+def _call(function: HookFn, neurons: slice, x: Tensor) -> Tensor | None:
+    return function(x, neurons, None)
+
+
+class _Weights:
+    """The tensors of fused experts, brought to a device: after the module has run, Accelerate may have offloaded them."""
+
+    def __init__(self, module: nn.Module, row: Experts, device: torch.device) -> None:
+        self.module, self.row = module, row
+        names = ("gate_up_proj" if row.gated else "up_proj", "down_proj")
+        self.inputs, self.outputs = (
+            [values(module, n).to(device) for n in (name, f"{name}_bias") if n in module._parameters] for name in names
+        )
+
+    def neurons(self, e: int, hidden: Tensor) -> Tensor:
+        """The neurons (n, f) of an expert on the inputs (n, d) of some tokens."""
+        z = self._linear(hidden, self.inputs, e)
+        if self.row.gated and not self.row.sorted_tokens:
+            return self.module._apply_gate(z)  # type: ignore[operator]
+        if not self.row.gated:
+            return self.module.act_fn(z)  # type: ignore[operator]
+        gate, up = z.chunk(2, dim=-1)
+        return self.module.act_fn(gate) * up  # type: ignore[operator]
+
+    def output(self, e: int, z: Tensor) -> Tensor:
+        """What an expert computes from its neurons."""
+        out, inner = self._linear(z, self.outputs, e), f"{self.row.module}."
+        # A norm of the module itself comes before the routing weights, any other after the sum.
+        norm = self.row.norm.removeprefix(inner) if self.row.norm.startswith(inner) else None
+        return out if norm is None else self.module.get_submodule(norm)(out)
+
+    def _linear(self, x: Tensor, tensors: list[Tensor], e: int) -> Tensor:
+        weight, *bias = (tensor[e] for tensor in tensors)
+        return nn.functional.linear(x, weight.T if self.row.transposed else weight, *bias)
+
+
+def _expert_hook(
+    parts: Sequence[Neurons], row: Experts, function: HookFn, replaces: bool
+) -> Callable[..., Tensor | None]:
+    """Recompute the neurons of the tokens that each expert receives."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        hidden, index, weights = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+        hidden, index, routing = inspect.signature(module.forward).bind(*args, **kwargs).args[:3]
         # Every hook here starts from the inputs of the module, so it must repeat the edits of the hooks before it.
-        earlier: tuple[HookFn, ...] = getattr(output, _EDITED, ())
-        # After the module has run, Accelerate may have offloaded its weights again.
-        gate_up = values(module, "gate_up_proj").to(hidden.device)
-        down = values(module, "down_proj").to(hidden.device) if replaces else None
-        total = torch.zeros_like(output)
-        for e, part in enumerate(branch.parts):
+        functions = (*getattr(output, _EDITED, ()), function)
+        weights, total = _Weights(module, row, hidden.device), torch.zeros_like(output)
+        for e, part in enumerate(parts):
             tokens, slot = torch.where(index == e)
             if not len(tokens):
                 continue
-            gate, up = nn.functional.linear(hidden[tokens], gate_up[e]).chunk(2, dim=-1)
-            z = module.act_fn(gate) * up  # type: ignore[operator]
-            for edit in (*earlier, function):
-                with full_precision(z):
-                    new = edit(z, slice(part.start, part.stop), tokens)
-                z = z if new is None else new
-            if down is not None:
-                out = nn.functional.linear(z, down[e]) * weights[tokens, slot, None]
+            z = _edited(weights.neurons(e, hidden[tokens]), part, tokens, functions)
+            if replaces:
+                out = weights.output(e, z) * routing[tokens, slot, None]
                 total = total.index_add(0, tokens, out.to(total.dtype))
-        if down is None:
+        if not replaces:
             return None
-        setattr(total, _EDITED, (*earlier, function))
+        setattr(total, _EDITED, functions)
         return total
 
     return hook
+
+
+def _sorted_hook(
+    parts: Sequence[Neurons], row: Experts, function: HookFn, replaces: bool
+) -> Callable[..., Tensor | None]:
+    """The same for a module that receives a row for each expert and token; the rows of tokens not routed to it are zero."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        (hidden,) = (*args, *kwargs.values())
+        functions = (*getattr(output, _EDITED, ()), function)
+        weights, total = _Weights(module, row, hidden.device), torch.zeros_like(output)
+        for e, (part, x) in enumerate(zip(parts, hidden.unflatten(0, (len(parts), -1)), strict=True)):
+            tokens = x.any(-1).nonzero()[:, 0]
+            if not len(tokens):
+                continue
+            z = _edited(weights.neurons(e, x[tokens]), part, tokens, functions)
+            if replaces:
+                total[e * len(x) + tokens] = weights.output(e, z).to(total.dtype)
+        if not replaces:
+            return None
+        setattr(total, _EDITED, functions)
+        return total
+
+    return hook
+
+
+def _edited(z: Tensor, part: Neurons, tokens: Tensor, functions: Sequence[HookFn]) -> Tensor:
+    for edit in functions:
+        with full_precision(z):
+            new = edit(z, slice(part.start, part.stop), tokens)
+        z = z if new is None else new
+    return z

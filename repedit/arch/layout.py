@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
 
-from repedit.arch.spec import Architecture, Experts, Reader, Writer
-from repedit.errors import UnknownArchitecture, nearest
+from repedit.arch.spec import Architecture, BranchRow, Experts, Reader, Writer
+from repedit.errors import UnknownArchitecture, UnknownSite, nearest
 from repedit.io.safetensors import TensorSpec
 from repedit.sites import Point, Site
 
@@ -83,31 +84,76 @@ class Neurons:
     stop: int
     out: MatrixView
     readers: tuple[MatrixView, ...]
+    writer: str
+    """Module whose input holds the neurons; the fused experts module where `expert` is a number."""
+    bias: MatrixView | None = None
+    """Bias of the writer."""
+    expert: int | None = None
+    gain: str | None = None
+    """Weight of the norm between the writer and the sum of its branch."""
+
+
+POINTS: Mapping[str, tuple[Point, Point]] = {
+    "attn": (Point.ATTN_NEURONS, Point.ATTN_OUT),
+    "mixer": (Point.MIXER_NEURONS, Point.MIXER_OUT),
+    "mlp": (Point.MLP_NEURONS, Point.MLP_OUT),
+    "ple": (Point.PLE_NEURONS, Point.PLE_OUT),
+}
 
 
 @dataclass(frozen=True)
 class Branch:
-    """The attention or the MLP of one layer."""
+    """One branch of one layer: attention, a mixer of tokens, an MLP or per-layer embeddings."""
 
-    inner: Point
-    outer: Point
-    width: int
+    kind: str
     parts: tuple[Neurons, ...]
-    """One for a dense branch, otherwise one per expert; together they cover 0..width."""
-    writer: str
-    """Module whose input holds the neurons; the fused experts module where `routed`."""
-    joined: str
-    """Module whose output is added to the stream."""
-    bias: str | None
-    """Bias tensor of the writer."""
+    """One for each projection or expert; together they cover 0..width."""
+    outputs: tuple[str, ...]
+    """Modules whose outputs add up to what is added to the stream."""
     bias_name: str | None
-    """Name that a bias of the writer has or would have; None for experts, which have none."""
+    """Name that a bias of the writer has or would have; None if several projections share the branch."""
     gain: str | None
-    """Weight of the post-norm between the writer and the stream."""
-    routed: bool
+    """Weight of the post-norm between the sum and the stream."""
+    scale: float = 1.0
+    """What multiplies the output before it is added."""
     head_width: int = 0
     group: int = 1
     """Query heads that share one value head."""
+
+    @property
+    def inner(self) -> Point:
+        """The point of the neurons."""
+        return POINTS[self.kind][0]
+
+    @property
+    def outer(self) -> Point:
+        """The point of the output."""
+        return POINTS[self.kind][1]
+
+    @property
+    def width(self) -> int:
+        """The number of neurons."""
+        return self.parts[-1].stop
+
+    @property
+    def routed(self) -> bool:
+        """Whether a token passes some of the neurons only."""
+        return any(part.expert is not None for part in self.parts)
+
+    @property
+    def writer(self) -> str:
+        """The first module whose input holds neurons."""
+        return self.parts[0].writer
+
+    @property
+    def bias(self) -> str | None:
+        """Bias tensor of the writer; None if it has none, or if several projections share the branch."""
+        return self.parts[0].bias.tensor if len(self.parts) == 1 and self.parts[0].bias else None
+
+    @property
+    def gains(self) -> tuple[str, ...]:
+        """The weights of every norm between a writer and the stream."""
+        return tuple(dict.fromkeys(gain for gain in (*(part.gain for part in self.parts), self.gain) if gain))
 
 
 @dataclass(frozen=True)
@@ -117,15 +163,43 @@ class ModelLayout:
     architecture: Architecture
     store: Store
     width: int
-    layers: tuple[tuple[Branch, Branch], ...]
-    """(attention, mlp) of each layer."""
+    layers: tuple[tuple[Branch, ...], ...]
+    """The branches of each layer in order."""
     block_paths: tuple[str, ...]
     embeddings: tuple[str, ...]
     head: str
 
+    def find(self, layer: int, point: Point) -> Branch | None:
+        """The branch of a layer that holds a neurons or out point; None if the layer has none."""
+        return next((b for b in self.layers[layer] if point in (b.inner, b.outer)), None)
+
     def branch(self, layer: int, point: Point) -> Branch:
-        """The branch that holds a neurons or out point."""
-        return next(b for b in self.layers[layer] if point in (b.inner, b.outer))
+        """The branch of a layer that holds a neurons or out point.
+
+        Raises:
+            UnknownSite: if the layer has no such branch, with the layers that do.
+        """
+        branch = self.find(layer, point)
+        if branch is None:
+            having = [i for i in range(len(self.layers)) if self.find(i, point)]
+            raise UnknownSite(
+                f"{layer}.{point}: layer {layer} of this {self.architecture.model_type} has no {point}; its points are "
+                f"{', '.join(self.points_at(layer))}; layers with {point}: {having}"
+            )
+        return branch
+
+    def points_at(self, layer: int) -> tuple[Point, ...]:
+        """The points of one layer, in forward order."""
+        branches = self.layers[layer]
+        points = {Point.RESID_PRE, Point.RESID_POST, *(p for b in branches for p in (b.inner, b.outer))}
+        if [b.kind for b in branches[1:2]] == ["mlp"] and branches[0].kind != "mlp" and not self.architecture.parallel:
+            points.add(Point.RESID_MID)
+        return tuple(sorted(points, key=lambda point: point.order))
+
+    @cached_property
+    def points(self) -> tuple[tuple[Point, ...], ...]:
+        """The points of every layer."""
+        return tuple(self.points_at(layer) for layer in range(len(self.layers)))
 
     def routed(self, site: Site) -> bool:
         """Whether a site holds the neurons of several experts, of which each token passes some."""
@@ -135,6 +209,12 @@ class ModelLayout:
         """Size of the last axis at a point."""
         inner = {b.inner: b.width for b in self.layers[layer]}
         return inner.get(point, self.width)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What multiplies the token embedding in the forward pass."""
+        scaled = self.architecture.embedding_scaled
+        return self.width**0.5 if scaled is True else float(scaled or 1.0)
 
 
 def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
@@ -154,7 +234,7 @@ def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
         )
     matcher = _Matcher(architecture, specs)
     block_paths = tuple(f"{blocks}.{layer}" for layer in sorted(numbers))
-    layers = tuple((matcher.attention(f"{path}."), matcher.mlp(f"{path}.")) for path in block_paths)
+    layers = tuple(tuple(matcher.branch(f"{path}.", slot) for slot in architecture.block) for path in block_paths)
     embeddings = tuple(matcher.need(f"{base}{name}.weight") for name in architecture.embeddings)
     store: Store = "disk" if any(matcher.on_disk) or base != prefix else "live"
     head = architecture.disk_head if f"{architecture.disk_head}.weight" in specs else architecture.head
@@ -183,74 +263,91 @@ class _Matcher:
             )
         return name
 
-    def attention(self, block: str) -> Branch:
-        row = self.architecture
-        out = MatrixView(self.need(f"{block}{row.attention.module}.weight"), transposed=row.transposed)
-        width = self._columns(out)
-        if width % row.n_heads:
+    def branch(self, block: str, alternatives: tuple[BranchRow, ...]) -> Branch:
+        """The one alternative whose writers this block holds."""
+        matches = [row for row in alternatives if all(self._forms(block, writer) for writer in row.writers)]
+        # An alternative with fewer writers is part of a larger one: experts, and experts with a shared expert.
+        matches = [m for m in matches if not any(set(m.writers) < set(other.writers) for other in matches)]
+        forms = [form for row in matches for form in self._forms(block, row.writers[0])]
+        if len(forms) == 0 and len(alternatives) == 1 and isinstance(alternatives[0].writers[0], Writer):
+            self.need(f"{block}{alternatives[0].writers[0].module}.weight")
+        if len(forms) != 1:
+            kinds = "/".join(dict.fromkeys(row.kind for row in alternatives))
             raise UnknownArchitecture(
-                f"{out.tensor} has {width} inputs, not a multiple of the config's {row.n_heads} heads"
+                f"the {'MLP' if kinds == 'mlp' else kinds} of {block[:-1]} must match one way, it matches {len(forms)}"
+                + "".join(f": {', '.join(forms)}" for _ in forms[:1])
+                + f"; the row has {[[w.module for w in row.writers] for row in alternatives]}"
             )
-        head_width = width // row.n_heads
-        values, group = self._values(block, row.values, head_width)
-        parts = (Neurons(0, width, out, values),)
-        return self._branch(block, row.attention, parts, Point.ATTN_NEURONS, head_width, group)
+        return self._branch(block, matches[0])
 
-    def mlp(self, block: str) -> Branch:
-        row = self.architecture
-        dense = row.mlp is not None and f"{block}{row.mlp.module}.weight" in self.specs
-        live = row.experts is not None and f"{block}{row.experts.module}.down_proj" in self.specs
-        disk = row.experts is not None and f"{block}{row.experts.down.format(e=0)}" in self.specs
-        if dense + live + disk != 1:
-            raise UnknownArchitecture(
-                f"the MLP of {block[:-1]} must match one way, it matches {dense + live + disk}: dense {dense}, "
-                f"fused experts {live}, experts on disk {disk}"
-            )
-        if row.experts is not None and not dense:
-            self.on_disk.append(disk)
-            return self._routed(block, row.experts, disk)
-        assert row.mlp is not None
-        out = MatrixView(self.need(f"{block}{row.mlp.module}.weight"), transposed=row.transposed)
-        readers = tuple(view for reader in row.readers for view in self._rows(block, reader, self._columns(out)))
-        return self._branch(block, row.mlp, (Neurons(0, self._columns(out), out, readers),), Point.MLP_NEURONS)
+    def _forms(self, block: str, writer: Writer | Experts) -> list[str]:
+        """How this block holds a writer: in no, one or several ways."""
+        if isinstance(writer, Writer):
+            return ["dense"] if f"{block}{writer.module}.weight" in self.specs else []
+        names = {
+            "fused experts": f"{block}{writer.module}.down_proj",
+            "experts on disk": block + writer.down.format(e=0),
+        }
+        return [form for form, name in names.items() if name in self.specs]
 
-    def _branch(
-        self, block: str, writer: Writer, parts: tuple[Neurons, ...], inner: Point, head_width: int = 0, group: int = 1
-    ) -> Branch:
-        bias = f"{block}{writer.module}.bias"
+    def _branch(self, block: str, row: BranchRow) -> Branch:
+        parts: list[Neurons] = []
+        head_width, group = 0, 1
+        for writer in row.writers:
+            if isinstance(writer, Experts):
+                parts += self._experts(block, writer, parts[-1].stop if parts else 0)
+                continue
+            out = MatrixView(f"{block}{writer.module}.weight", transposed=self.architecture.transposed)
+            width = self._columns(out)
+            if row.kind == "attn":
+                head_width = self._head_width(out, width)
+                readers, group = self._values(block, writer.readers, head_width)
+            else:
+                readers = tuple(view for reader in writer.readers for view in self._rows(block, reader, width))
+            parts.append(self._part(block, writer, parts[-1].stop if parts else 0, width, out, readers))
+        only = row.writers[0].module if len(row.writers) == 1 and isinstance(row.writers[0], Writer) else None
+        outputs = (row.norm,) if row.norm else row.outputs or (only,)
         return Branch(
-            inner=inner,
-            outer=Point.ATTN_OUT if inner is Point.ATTN_NEURONS else Point.MLP_OUT,
-            width=parts[-1].stop,
-            parts=parts,
-            writer=f"{block}{writer.module}",
-            joined=f"{block}{writer.norm or writer.module}",
-            bias=bias if bias in self.specs else None,
-            bias_name=bias,
-            gain=None if writer.norm is None else self.need(f"{block}{writer.norm}.weight"),
-            routed=False,
+            kind=row.kind,
+            parts=tuple(parts),
+            outputs=tuple(f"{block}{module}" for module in outputs),
+            bias_name=f"{block}{only}.bias" if only else None,
+            gain=self.need(f"{block}{row.norm}.weight") if row.norm else None,
+            scale=float(row.scale),
             head_width=head_width,
             group=group,
         )
 
-    def _routed(self, block: str, experts: Experts, disk: bool) -> Branch:
+    def _part(
+        self, block: str, writer: Writer, start: int, width: int, out: MatrixView, readers: tuple[MatrixView, ...]
+    ) -> Neurons:
+        bias, module = f"{block}{writer.module}.bias", f"{block}{writer.module}"
+        gain = self.need(f"{block}{writer.norm}.weight") if writer.norm else None
+        return Neurons(
+            start, start + width, out, readers, module, MatrixView(bias) if bias in self.specs else None, None, gain
+        )
+
+    def _head_width(self, out: MatrixView, width: int) -> int:
+        if width % self.architecture.n_heads:
+            raise UnknownArchitecture(
+                f"{out.tensor} has {width} inputs, not a multiple of the config's {self.architecture.n_heads} heads"
+            )
+        return width // self.architecture.n_heads
+
+    def _experts(self, block: str, experts: Experts, start: int) -> list[Neurons]:
+        disk = f"{block}{experts.module}.down_proj" not in self.specs
+        self.on_disk.append(disk)
+        gain = self.need(f"{block}{experts.norm}.weight") if experts.norm else None
         parts: list[Neurons] = []
         for e in range(self._expert_count(block, experts, disk)):
-            out, readers = self._expert(block, experts, disk, e)
-            start = parts[-1].stop if parts else 0
-            parts.append(Neurons(start, start + self.specs[out.tensor].shape[-1], out, readers))
-        return Branch(
-            inner=Point.MLP_NEURONS,
-            outer=Point.MLP_OUT,
-            width=parts[-1].stop,
-            parts=tuple(parts),
-            writer=f"{block}{experts.module}",
-            joined=f"{block}{experts.block}",
-            bias=None,
-            bias_name=None,
-            gain=None,
-            routed=True,
-        )
+            out, readers, bias = self._expert(block, experts, disk, e)
+            begin = parts[-1].stop if parts else start
+            stop = begin + self._expert_width(out)
+            parts.append(Neurons(begin, stop, out, readers, f"{block}{experts.module}", bias, e, gain))
+        return parts
+
+    def _expert_width(self, out: MatrixView) -> int:
+        return self.specs[out.tensor].shape[-2 if out.transposed else -1]
 
     def _expert_count(self, block: str, experts: Experts, disk: bool) -> int:
         if disk:
@@ -265,29 +362,44 @@ class _Matcher:
             )
         return count
 
-    def _expert(self, block: str, experts: Experts, disk: bool, e: int) -> tuple[MatrixView, tuple[MatrixView, ...]]:
+    def _expert(
+        self, block: str, experts: Experts, disk: bool, e: int
+    ) -> tuple[MatrixView, tuple[MatrixView, ...], MatrixView | None]:
+        """Output, inputs (with their biases) and output bias of one expert."""
         if disk:
-            names = (experts.gate, experts.up, experts.down)
-            gate, up, down = (MatrixView(self.need(block + name.format(e=e))) for name in names)
-            return down, (gate, up)
-        fused = self.need(f"{block}{experts.module}.gate_up_proj")
-        gate, up = (MatrixView(fused, expert=e, parts=2, part=part) for part in (0, 1))
-        return MatrixView(f"{block}{experts.module}.down_proj", expert=e), (gate, up)
+            names = (experts.gate, experts.up, experts.down) if experts.gated else (experts.up, experts.down)
+            *inputs, down = (MatrixView(self.need(block + name.format(e=e))) for name in names)
+            return down, tuple(inputs), None
+        module, count = f"{block}{experts.module}", 2 if experts.gated else 1
+        name = self.need(f"{module}.{'gate_up_proj' if experts.gated else 'up_proj'}")
+        down = MatrixView(f"{module}.down_proj", expert=e, transposed=experts.transposed)
+        width = self._expert_width(down)
+        view = MatrixView(
+            name, e, groups=width if experts.interleaved else 1, parts=count, transposed=experts.transposed
+        )
+        stored = [n for n in (name, f"{name}_bias") if n in self.specs]
+        readers = tuple(replace(view, tensor=n, part=part) for part in range(count) for n in stored)
+        bias = f"{module}.down_proj_bias"
+        return down, readers, MatrixView(bias, expert=e) if bias in self.specs else None
 
-    def _values(self, block: str, reader: Reader, head_width: int) -> tuple[tuple[MatrixView, ...], int]:
+    def _values(self, block: str, readers: tuple[Reader, ...], head_width: int) -> tuple[tuple[MatrixView, ...], int]:
         """Views of the value rows (kv_heads * head_width of them) and the number of query heads that share each."""
-        heads = self.architecture.n_heads
+        if not readers:
+            return (), 1
+        (reader,), heads = readers, self.architecture.n_heads
         rows = self._outputs(self.need(f"{block}{reader.module}.weight"))
-        if reader.layout == "per_head":
-            views = self._views(block, reader, groups=heads, parts=reader.parts, part=reader.part)
-            return views, 1
-        kv_heads = rows // head_width if reader.layout == "stacked" else (rows // head_width - heads) // 2
-        if kv_heads < 1 or heads % kv_heads:
+        count = rows // head_width
+        kv_heads = {"stacked": count, "tail": (count - heads) // 2, "per_head": count // reader.parts}[reader.layout]
+        if kv_heads < 1 or heads % kv_heads or rows % head_width:
             raise UnknownArchitecture(
                 f"{block}{reader.module} has {rows} rows, which {heads} heads of width {head_width} cannot share"
             )
-        start = 0 if reader.layout == "stacked" else rows - kv_heads * head_width
-        return self._views(block, reader, start=start), heads // kv_heads
+        if reader.layout == "per_head":
+            views = self._views(block, reader, groups=kv_heads, parts=reader.parts, part=reader.part)
+        else:
+            start = 0 if reader.layout == "stacked" else rows - kv_heads * head_width
+            views = self._views(block, reader, start=start)
+        return views, heads // kv_heads
 
     def _rows(self, block: str, reader: Reader, width: int) -> tuple[MatrixView, ...]:
         rows = self._outputs(self.need(f"{block}{reader.module}.weight"))
@@ -295,7 +407,8 @@ class _Matcher:
             raise UnknownArchitecture(
                 f"{block}{reader.module} has {rows} rows, {reader.parts} x {width} neurons were expected"
             )
-        return self._views(block, reader, parts=reader.parts, part=reader.part)
+        groups = width if reader.layout == "interleaved" else 1
+        return self._views(block, reader, groups=groups, parts=reader.parts, part=reader.part)
 
     def _views(
         self, block: str, reader: Reader, *, start: int = 0, groups: int = 1, parts: int = 1, part: int = 0

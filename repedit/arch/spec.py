@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from repedit.errors import UnknownArchitecture, nearest
 from repedit.sites import Point
@@ -45,44 +45,86 @@ class Shrink:
 
 # --- The row of a family
 #
-# Paths are relative to a block unless stated otherwise. Widths are not in a row: they are read from the weights.
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A projection whose output is added to the residual stream, after the post-norm `norm` if there is one."""
-
-    module: str
-    norm: str | None = None
+# A block is a list of branches, and blocks of one model may differ. Paths are relative to a block unless stated otherwise.
+# Widths are not in a row: they are read from the weights.
 
 
 @dataclass(frozen=True)
 class Reader:
     """The rows of a projection that feed neurons.
 
-    layout "stacked": neuron j is row part * f + j of [part 0; part 1; ...]; "tail": the last rows (fused q, k, v);
-    "per_head": rows are (head, 3, e) and the part picks q, k or v of each head.
+    layout "stacked": neuron j is row part * f + j of [part 0; part 1; ...]; "interleaved": row parts * j + part; "tail":
+    the last rows (fused q, k, v); "per_head": rows are (value heads, parts, e) and the part is that of v in each group.
     """
 
     module: str
     part: int = 0
     parts: int = 1
-    layout: Literal["stacked", "tail", "per_head"] = "stacked"
+    layout: Literal["stacked", "interleaved", "tail", "per_head"] = "stacked"
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A projection that writes to the residual stream, and the projections that feed its inputs, the neurons."""
+
+    module: str
+    readers: tuple[Reader, ...] = ()
+    """Empty if no rows feed one neuron alone; only the columns of a pruned neuron are zeroed then."""
+    norm: str = ""
+    """A norm between this projection and the sum of its branch."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: fused tensors in memory, one tensor per expert on disk."""
+    """A mixture of experts: fused tensors in memory, in files fused too or one tensor per expert."""
 
     module: str = "mlp.experts"
-    """In memory: gate_up_proj (E, 2f, d) with rows [gate; up], and down_proj (E, d, f)."""
-    block: str = "mlp"
-    """The module whose output is the routed sum, added to the stream."""
+    """In memory: gate_up_proj (E, 2f, d) with rows [gate; up], or up_proj (E, f, d); and down_proj (E, d, f)."""
     gate: str = "mlp.experts.{e}.gate_proj.weight"
     up: str = "mlp.experts.{e}.up_proj.weight"
     down: str = "mlp.experts.{e}.down_proj.weight"
     count: str = "num_experts"
     """Name of the config field that holds E."""
+    gated: bool = True
+    transposed: bool = False
+    """Stored (E, in, out)."""
+    interleaved: bool = False
+    """The rows of gate and up alternate."""
+    sorted_tokens: bool = False
+    """The module receives one row per expert and token, (E * n, d), already scaled by the routing weights."""
+    norm: str = ""
+    """A norm between the experts and the sum of their branch."""
+
+
+BranchKind = Literal["attn", "mixer", "mlp", "ple"]
+
+
+@dataclass(frozen=True)
+class BranchRow:
+    """A part of a block that reads the stream and adds to it: attention, a mixer of tokens without attention, an MLP, or
+    per-layer embeddings."""
+
+    kind: BranchKind
+    writers: tuple[Writer | Experts, ...]
+    """Their neurons follow each other in this order; their outputs, each perhaps times a number per token, add up."""
+    outputs: tuple[str, ...] = ()
+    """Modules whose outputs add up to what the branch adds to the stream; empty for the norm, or the only writer."""
+    norm: str = ""
+    """A norm between the sum and the stream."""
+    scale: str | float = 1.0
+    """Number that multiplies the output before it is added, or the config field that holds it."""
+
+
+def attention(module: str = "self_attn.o_proj", values: Reader | str = "self_attn.v_proj", norm: str = "") -> BranchRow:
+    """The row of an attention, with the projection that feeds the values."""
+    reader = Reader(values) if isinstance(values, str) else values
+    return BranchRow("attn", (Writer(module, (reader,)),), norm=norm)
+
+
+def mlp(module: str = "mlp.down_proj", *readers: Reader | str, norm: str = "") -> BranchRow:
+    """The row of a dense MLP, with the projections that feed its neurons: gate and up if none is named."""
+    names = readers or ("mlp.gate_proj", "mlp.up_proj")
+    return BranchRow("mlp", (Writer(module, tuple(Reader(r) if isinstance(r, str) else r for r in names)),), norm=norm)
 
 
 @dataclass(frozen=True)
@@ -99,18 +141,17 @@ class Architecture:
 
     model_type: str
     base: str
-    """Name of the backbone inside the causal model; old checkpoints may leave this prefix out."""
+    """Path of the text backbone inside the model; old checkpoints may leave this prefix out."""
     blocks: str
     """Path of the list of blocks inside the backbone."""
-    attention: Writer
-    values: Reader
-    mlp: Writer | None
-    readers: tuple[Reader, ...]
-    experts: Experts | None = None
+    block: tuple[tuple[BranchRow, ...], ...]
+    """The branches of a block in order, each with its alternatives; every block has one of each."""
     embeddings: tuple[str, ...] = ("embed_tokens",)
     """Embeddings in the backbone that write the stream, the token embedding first."""
-    embedding_scaled: bool = False
-    """The token embedding is multiplied by sqrt(d) in the forward pass."""
+    embedding_scaled: bool | str | float = False
+    """The token embedding is multiplied in the forward pass: True by sqrt(d), a text by that config field."""
+    embedding_exact: bool = True
+    """False if a norm or another function of the embeddings follows, so that no weights equal an edit at 0.resid.pre."""
     head: str = "lm_head"
     disk_head: str = "lm_head"
     transposed: bool = False
@@ -123,6 +164,8 @@ class Architecture:
     """z = act(gate) * up, so the sign of z has no meaning."""
     parallel: bool | str = False
     """Whether attention and MLP read the same stream (no resid.mid), or the config flag that says so."""
+    block_scale: str = ""
+    """Tensor of a block that multiplies its whole output, the stream included."""
     bias_flags: Mapping[Point, BiasFlag] = field(default_factory=dict)
     requires: tuple[tuple[str, object, str], ...] = ()
     """(config field, required value, what another value means), to refuse variants that the row does not describe."""
@@ -140,9 +183,15 @@ class Architecture:
     """What the norms of the stream add to the mean square; 0 if the stream must keep its width."""
 
     @property
-    def points(self) -> tuple[Point, ...]:
-        """The points this family has, in forward order."""
-        return tuple(p for p in Point if not (p is Point.RESID_MID and self.parallel))
+    def expert_rows(self) -> tuple[Experts, ...]:
+        """Every mixture of experts of this family."""
+        writers = (writer for slot in self.block for branch in slot for writer in branch.writers)
+        return tuple(dict.fromkeys(writer for writer in writers if isinstance(writer, Experts)))
+
+    @property
+    def experts(self) -> Experts | None:
+        """The first mixture of experts of this family; None if it has none."""
+        return next(iter(self.expert_rows), None)
 
 
 _ROWS: dict[str, Architecture] = {}
@@ -166,12 +215,17 @@ def families() -> Mapping[str, Architecture]:
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """The fields that every config of transformers has and that `resolve` reads."""
+    """The fields that every config of transformers has and that `resolve` reads; those of the text model are in a config of
+    their own if the model has other parts."""
 
     model_type: str
-    num_hidden_layers: int
-    num_attention_heads: int
     tie_word_embeddings: bool
+
+
+def text_config(config: ModelConfig) -> Any:
+    """The config of the text decoder: the config itself, or a part of it."""
+    get = getattr(config, "get_text_config", None)
+    return config if get is None else get(decoder=True)
 
 
 def resolve(config: ModelConfig) -> Architecture:
@@ -184,19 +238,37 @@ def resolve(config: ModelConfig) -> Architecture:
     if row is None:
         raise UnknownArchitecture(
             f"no row for model_type {config.model_type!r}; {nearest(config.model_type, _ROWS)} "
-            "Supply one with repedit.arch.register(Architecture(model_type=..., base=..., blocks=..., attention=Writer(...), "
-            "values=Reader(...), mlp=Writer(...), readers=(Reader(...), ...))) and verify it with check_architecture(model)"
+            "Supply one with repedit.arch.register(Architecture(model_type=..., base=..., blocks=..., block=((attention(...),), "
+            "(mlp(...),)))) and verify it with check_architecture(model)"
         )
+    return resolved(row, config)
+
+
+def resolved(row: Architecture, config: ModelConfig) -> Architecture:
+    """A row with the fields that a config fills in.
+
+    Raises:
+        UnknownArchitecture: if the config is a variant the row does not describe.
+    """
+    text = text_config(config)
     for name, value, meaning in row.requires:
-        actual = getattr(config, name)
+        actual = getattr(text, name)
         if actual != value:
             raise UnknownArchitecture(f"{config.model_type} with {name}={actual!r} is not supported: {meaning}")
+
+    scaled = row.embedding_scaled
+
+    def resolved_branch(branch: BranchRow) -> BranchRow:
+        return replace(branch, scale=float(getattr(text, branch.scale))) if isinstance(branch.scale, str) else branch
+
     return replace(
         row,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_experts=getattr(config, row.experts.count) if row.experts else 0,
+        block=tuple(tuple(resolved_branch(branch) for branch in slot) for slot in row.block),
+        n_layers=text.num_hidden_layers,
+        n_heads=text.num_attention_heads,
+        n_experts=getattr(text, row.experts.count) if row.experts else 0,
         tied=bool(config.tie_word_embeddings),
-        epsilon=float(getattr(config, row.shrink.epsilon)) if row.shrink and not row.shrink.whole_stream else 0.0,
-        parallel=bool(getattr(config, row.parallel)) if isinstance(row.parallel, str) else row.parallel,
+        embedding_scaled=float(getattr(text, scaled)) if isinstance(scaled, str) else scaled,
+        epsilon=float(getattr(text, row.shrink.epsilon)) if row.shrink and not row.shrink.whole_stream else 0.0,
+        parallel=bool(getattr(text, row.parallel)) if isinstance(row.parallel, str) else row.parallel,
     )

@@ -9,59 +9,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from repedit.arch.spec import Architecture, BiasFlag, Experts, Reader, Shrink, Writer, register
+from repedit.arch.spec import Architecture, BiasFlag, BranchRow, Experts, Reader, Shrink, attention, mlp, register
 from repedit.sites import Point
 
 _QKVO = tuple(f"self_attn.{name}_proj" for name in "qkvo")
-_GATE_UP = (Reader("mlp.gate_proj"), Reader("mlp.up_proj"))
 _ATTENTION_BIAS = {Point.ATTN_OUT: BiasFlag("attention_bias", _QKVO)}
 _BOTH_BIASES = {
     **_ATTENTION_BIAS,
     Point.MLP_OUT: BiasFlag("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
 }
 
+
+def _experts(experts: Experts | None = None) -> BranchRow:
+    """The row of an MLP of experts."""
+    return BranchRow("mlp", (experts or Experts(),), outputs=("mlp",))
+
+
 _LLAMA = Architecture(
-    model_type="llama",
-    base="model",
-    blocks="layers",
-    attention=Writer("self_attn.o_proj"),
-    values=Reader("self_attn.v_proj"),
-    mlp=Writer("mlp.down_proj"),
-    readers=_GATE_UP,
-    bias_flags=_BOTH_BIASES,
+    model_type="llama", base="model", blocks="layers", block=((attention(),), (mlp(),)), bias_flags=_BOTH_BIASES
 )
 _GEMMA = replace(_LLAMA, model_type="gemma", embedding_scaled=True, unit_gain=True, bias_flags=_ATTENTION_BIAS)
 _SANDWICH = replace(
     _GEMMA,
-    attention=Writer("self_attn.o_proj", norm="post_attention_layernorm"),
-    mlp=Writer("mlp.down_proj", norm="post_feedforward_layernorm"),
+    block=((attention(norm="post_attention_layernorm"),), (mlp(norm="post_feedforward_layernorm"),)),
 )
 _GPT2 = Architecture(
     model_type="gpt2",
     base="transformer",
     blocks="h",
-    attention=Writer("attn.c_proj"),
-    values=Reader("attn.c_attn", layout="tail"),
-    mlp=Writer("mlp.c_proj"),
-    readers=(Reader("mlp.c_fc"),),
+    block=((attention("attn.c_proj", Reader("attn.c_attn", layout="tail")),), (mlp("mlp.c_proj", "mlp.c_fc"),)),
     embeddings=("wte", "wpe"),
     centered=True,
     transposed=True,
     gated=False,
 )
-_PHI = replace(
-    _LLAMA,
-    model_type="phi",
-    gguf="phi2",
-    attention=Writer("self_attn.dense"),
-    mlp=Writer("mlp.fc2"),
-    readers=(Reader("mlp.fc1"),),
-    centered=True,
-    gated=False,
-    parallel=True,
-    bias_flags={},
-)
-_EXPERTS = replace(_LLAMA, experts=Experts(), bias_flags=_ATTENTION_BIAS)
+_EXPERTS = replace(_LLAMA, block=((attention(),), (_experts(),)), bias_flags=_ATTENTION_BIAS)
 
 _TABLE = (
     _LLAMA,
@@ -77,17 +59,13 @@ _TABLE = (
     replace(
         _GPT2,
         model_type="gpt_neo",
-        attention=Writer("attn.attention.out_proj"),
-        values=Reader("attn.attention.v_proj"),
+        block=((attention("attn.attention.out_proj", "attn.attention.v_proj"),), (mlp("mlp.c_proj", "mlp.c_fc"),)),
         transposed=False,
     ),
     replace(
         _GPT2,
         model_type="gptj",
-        attention=Writer("attn.out_proj"),
-        values=Reader("attn.v_proj"),
-        mlp=Writer("mlp.fc_out"),
-        readers=(Reader("mlp.fc_in"),),
+        block=((attention("attn.out_proj", "attn.v_proj"),), (mlp("mlp.fc_out", "mlp.fc_in"),)),
         embeddings=("wte",),
         transposed=False,
         parallel=True,
@@ -97,10 +75,10 @@ _TABLE = (
         gguf="gptneox",
         base="gpt_neox",
         blocks="layers",
-        attention=Writer("attention.dense"),
-        values=Reader("attention.query_key_value", part=2, parts=3, layout="per_head"),
-        mlp=Writer("mlp.dense_4h_to_h"),
-        readers=(Reader("mlp.dense_h_to_4h"),),
+        block=(
+            (attention("attention.dense", Reader("attention.query_key_value", 2, 3, "per_head")),),
+            (mlp("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),),
+        ),
         embeddings=("embed_in",),
         disk_head="embed_out",
         centered=True,
@@ -111,29 +89,36 @@ _TABLE = (
         model_type="opt",
         base="model.decoder",
         blocks="layers",
-        attention=Writer("self_attn.out_proj"),
-        values=Reader("self_attn.v_proj"),
-        mlp=Writer("fc2"),
-        readers=(Reader("fc1"),),
+        block=((attention("self_attn.out_proj"),), (mlp("fc2", "fc1"),)),
         embeddings=("embed_tokens", "embed_positions"),
         centered=True,
         gated=False,
         requires=(("do_layer_norm_before", True, "this is the post-norm variant (OPT-350m)"),),
     ),
-    _PHI,
+    replace(
+        _LLAMA,
+        model_type="phi",
+        gguf="phi2",
+        block=((attention("self_attn.dense"),), (mlp("mlp.fc2", "mlp.fc1"),)),
+        centered=True,
+        gated=False,
+        parallel=True,
+        bias_flags={},
+    ),
     replace(
         _LLAMA,
         model_type="phi3",
-        values=Reader("self_attn.qkv_proj", layout="tail"),
-        readers=(Reader("mlp.gate_up_proj", part=0, parts=2), Reader("mlp.gate_up_proj", part=1, parts=2)),
+        block=(
+            (attention(values=Reader("self_attn.qkv_proj", layout="tail")),),
+            (mlp("mlp.down_proj", Reader("mlp.gate_up_proj", 0, 2), Reader("mlp.gate_up_proj", 1, 2)),),
+        ),
         bias_flags={},
     ),
     replace(_LLAMA, model_type="stablelm", centered=True, parallel="use_parallel_residual", bias_flags={}),
     replace(
         _LLAMA,
         model_type="starcoder2",
-        mlp=Writer("mlp.c_proj"),
-        readers=(Reader("mlp.c_fc"),),
+        block=((attention(),), (mlp("mlp.c_proj", "mlp.c_fc"),)),
         centered=True,
         gated=False,
         bias_flags={},
@@ -143,18 +128,23 @@ _TABLE = (
         _EXPERTS,
         model_type="mixtral",
         gguf="llama",
-        mlp=None,
-        readers=(),
         bias_flags={},
-        experts=Experts(
-            gate="block_sparse_moe.experts.{e}.w1.weight",
-            up="block_sparse_moe.experts.{e}.w3.weight",
-            down="block_sparse_moe.experts.{e}.w2.weight",
-            count="num_local_experts",
+        block=(
+            (attention(),),
+            (
+                _experts(
+                    Experts(
+                        gate="block_sparse_moe.experts.{e}.w1.weight",
+                        up="block_sparse_moe.experts.{e}.w3.weight",
+                        down="block_sparse_moe.experts.{e}.w2.weight",
+                        count="num_local_experts",
+                    )
+                ),
+            ),
         ),
     ),
-    replace(_EXPERTS, model_type="olmoe", mlp=None, readers=()),
-    replace(_EXPERTS, model_type="qwen3_moe", gguf="qwen3moe"),
+    replace(_EXPERTS, model_type="olmoe"),
+    replace(_EXPERTS, model_type="qwen3_moe", gguf="qwen3moe", block=((attention(),), (mlp(), _experts()))),
 )
 
 # --- What changes with the widths of a family

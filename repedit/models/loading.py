@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repedit.arch import Architecture, ModelConfig, Specs, TensorSpec, match_layout, resolve
+from repedit.arch import Architecture, Branch, ModelConfig, Specs, TensorSpec, match_layout, resolve
 from repedit.arch.layout import ModelLayout
 from repedit.arch.offload import parameters_with_values
 from repedit.errors import (
@@ -54,21 +54,26 @@ log = logging.getLogger("repedit")
 
 
 def mlp_widths(layout: ModelLayout) -> dict[int, int]:
-    """Neurons of the MLP of each layer; of one expert if it has experts."""
-    return {i: branch.parts[0].stop for i, (_, branch) in enumerate(layout.layers)}
+    """Neurons of the MLP of each layer that has one; of one expert if it has experts."""
+    return {i: branch.parts[0].stop for i, branch in _mlps(layout).items()}
+
+
+def _mlps(layout: ModelLayout) -> dict[int, Branch]:
+    """The MLP of each layer that has one."""
+    branches = {i: layout.find(i, Point.MLP_OUT) for i in range(len(layout.layers))}
+    return {i: branch for i, branch in branches.items() if branch is not None}
 
 
 def ragged_widths(layout: ModelLayout) -> dict[int, int]:
     """The same if layers of one kind (dense, experts) differ; otherwise empty."""
     widths = mlp_widths(layout)
-    kinds = {(branch.routed, widths[i]) for i, (_, branch) in enumerate(layout.layers)}
+    kinds = {(branch.routed, widths[i]) for i, branch in _mlps(layout).items()}
     return widths if len(kinds) > len({routed for routed, _ in kinds}) else {}
 
 
 def mlp_tensors(layout: ModelLayout) -> frozenset[str]:
     """Every tensor whose shape depends on the number of neurons of an MLP."""
-    branches = [layout.branch(i, Point.MLP_OUT) for i in range(len(layout.layers))]
-    views = [view for branch in branches for part in branch.parts for view in (part.out, *part.readers)]
+    views = [view for branch in _mlps(layout).values() for part in branch.parts for view in (part.out, *part.readers)]
     return frozenset(view.tensor for view in views)
 
 

@@ -164,11 +164,11 @@ class Subject:
 
     def select(self, selector: str | Site | list[str | Site]) -> tuple[Site, ...]:
         """The sites of this model that a selector names, such as "4-9.mlp.out" or "*.mlp.neurons"."""
-        return select(selector, len(self.layout.layers), self.architecture.points)
+        return select(selector, len(self.layout.layers), self.layout.points)
 
     def sites(self) -> list[dict[str, Any]]:
         """One row per site: names in repedit, TransformerLens and transformers, tensor, width and bias."""
-        return [self._row(Site(i, p)) for i in range(len(self.layout.layers)) for p in self.architecture.points]
+        return [self._row(Site(i, p)) for i in range(len(self.layout.layers)) for p in self.layout.points_at(i)]
 
     def fingerprint(self) -> str:
         """sha256 over the name, dtype, shape and bytes of every parameter, and the config without volatile keys."""
@@ -254,7 +254,7 @@ class Subject:
         if site.point is Point.RESID_PRE and site.layer == 0:
             return [self.layout.embeddings[0]]
         residual = site.point in (Point.RESID_PRE, Point.RESID_MID, Point.RESID_POST)
-        branch = self.layout.branch(site.layer, Point.MLP_OUT if residual else site.point)
+        branch = self.layout.layers[site.layer][-1] if residual else self.layout.branch(site.layer, site.point)
         return list(dict.fromkeys(part.out.tensor for part in branch.parts))
 
     @property
@@ -304,8 +304,8 @@ class Subject:
             "module": branch.writer if branch else layout.block_paths[site.layer],
             "width": layout.width_of(site.layer, point),
             "tensor": branch.parts[0].out.tensor if branch else "",
-            "bias": bool(branch and branch.bias),
-            "experts": len(branch.parts) if branch and branch.routed else 0,
+            "bias": bool(branch and any(part.bias for part in branch.parts)),
+            "experts": sum(part.expert is not None for part in branch.parts) if branch else 0,
         }
 
 

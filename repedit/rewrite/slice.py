@@ -294,8 +294,8 @@ class _SliceBuilder:
     def _router(self) -> str:
         experts = self.row.experts
         assert experts is not None
-        block = experts.block if self.layout.store == "live" else experts.down.partition(".experts")[0]
-        return f"{block}.gate"
+        path = experts.module if self.layout.store == "live" else experts.down
+        return f"{path.partition('.experts')[0]}.gate"
 
 
 def _is_projection(map_: LowRank) -> bool:

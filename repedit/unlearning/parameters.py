@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from repedit.arch import Experts
 from repedit.distributed import full_tensor, shard_like
 from repedit.errors import (
     ArgumentError,
@@ -346,8 +347,8 @@ def _module(name: str) -> str:
 
 def _writers(subject: Subject, point: str) -> set[str]:
     """The weights that write to the residual stream at a point."""
-    branches = [subject.layout.branch(layer, Point(point)) for layer in range(len(subject.layout.layers))]
-    return {part.out.tensor for branch in branches for part in branch.parts}
+    branches = [subject.layout.find(layer, Point(point)) for layer in range(len(subject.layout.layers))]
+    return {part.out.tensor for branch in branches if branch is not None for part in branch.parts}
 
 
 def _suffixes(module: str, subject: Subject) -> set[str]:
@@ -359,8 +360,7 @@ def _suffixes(module: str, subject: Subject) -> set[str]:
 
 
 def _is_router(name: str, subject: Subject) -> bool:
-    experts = subject.architecture.experts
-    if experts is None:
-        return False
+    rows = (row for slot in subject.architecture.block for row in slot)
+    blocks = [output for row in rows for output in row.outputs if any(isinstance(w, Experts) for w in row.writers)]
     inside = next((name.removeprefix(f"{p}.") for p in subject.layout.block_paths if name.startswith(f"{p}.")), "")
-    return bool(re.match(rf"{re.escape(experts.block)}\.(gate|router)(\.|$)", inside))
+    return any(re.match(rf"{re.escape(block)}\.(gate|router)(\.|$)", inside) for block in blocks)

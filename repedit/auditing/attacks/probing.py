@@ -147,13 +147,13 @@ def stream_sites(subject: Subject, streams: Sequence[str], layers: Sequence[int]
     odd = [layer for layer in layers or () if not 0 <= layer < count]
     if odd:
         raise UnknownSite(f"layers {odd} do not exist; layers are 0..{count - 1}")
-    points = [Point(s) for s in streams if Point(s) in subject.architecture.points]
-    return tuple(Site(layer, point) for point in points for layer in (range(count) if layers is None else layers))
+    points, chosen = subject.layout.points, range(count) if layers is None else layers
+    return tuple(Site(i, Point(stream)) for stream in streams for i in chosen if Point(stream) in points[i])
 
 
 def absent(subject: Subject, streams: Sequence[str]) -> list[str]:
     """The streams this family does not have."""
-    return [stream for stream in streams if Point(stream) not in subject.architecture.points]
+    return [stream for stream in streams if not any(Point(stream) in points for points in subject.layout.points)]
 
 
 def _keeper(
