@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 
 from repedit.arch.hooks import hooks_at
 from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, TensorSpec, match_layout
-from repedit.arch.offload import check_in_memory
-from repedit.arch.spec import Architecture, Experts, families, resolve
+from repedit.arch.offload import check_in_memory, execution_device
+from repedit.arch.spec import Architecture, Experts, families, resolve, text_config
 from repedit.errors import NotAModel, ShapeError, UnknownArchitecture
 from repedit.hooks import Hook, evaluating, installed
 from repedit.linear_maps import LowRank
@@ -211,19 +211,67 @@ def check_unshared(model: nn.Module, layout: ModelLayout) -> None:
             raise UnknownArchitecture(f"{name} and {other} are one tensor, so that an edit of one layer edits another")
 
 
-class _ForwardCheck:
-    """One forward pass of the model records the inputs of each block; each proof then runs its block alone."""
+class BlockRuns:
+    """One forward pass of the model records the inputs of each block; each block can then run alone on them, in float32."""
 
-    def __init__(self, model: nn.Module, layout: ModelLayout, tolerance: float) -> None:
-        self.model, self.layout, self.tolerance = model, layout, tolerance
+    def __init__(self, model: nn.Module, block_paths: Sequence[str]) -> None:
+        self.model, self.block_paths = model, block_paths
         # A rounding can send a token to another expert, so half types are checked in float32.
         self.wide = {n: p.float() for n, p in model.named_parameters() if p.dtype.itemsize < 4}
         self.parameters = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)} | self.wide
-        self.generator = torch.Generator().manual_seed(0)
         self.calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
-        blocks = [model.get_submodule(path) for path in layout.block_paths]
-        self.embedded = self._run_model([Hook(block, "call", self._record_call) for block in blocks])
-        self.unedited = [self._outputs(layer) for layer in range(len(blocks))]
+        self.ids = text_ids(model)
+        self.embedded = self.run_model([Hook(self.block(i), "call", self._record) for i in range(len(block_paths))])
+        if len(self.calls) != len(block_paths):
+            raise UnknownArchitecture(
+                f"{len(block_paths)} blocks ran {len(self.calls)} times in one forward pass; each must run once"
+            )
+
+    def block(self, layer: int) -> nn.Module:
+        """The block of a layer."""
+        return self.model.get_submodule(self.block_paths[layer])
+
+    def run_model(self, hooks: list[Hook], changed: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run the whole model; returns 0.resid.pre."""
+        inputs = {"input_ids": self.ids, "use_cache": False}
+        streams: list[Tensor] = []
+        first = Hook(self.block(0), "input", lambda x: streams.append(x.float()))
+        with installed(self.model, [*hooks, first]):
+            functional_call(self.model, self.wide | dict(changed or {}), (), inputs, tie_weights=True)
+        return streams[0]
+
+    def run_block(self, layer: int, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()) -> object:
+        """Run a block on the inputs it received in the whole model, with other tensors or hooks; returns its output."""
+        path, (args, kwargs) = self.block_paths[layer], self.calls[layer]
+        tensors = self.wide | dict(changed or {})
+        weights = {n.removeprefix(f"{path}."): t for n, t in tensors.items() if n.startswith(f"{path}.")}
+        with installed(self.block(layer), hooks):
+            return functional_call(self.block(layer), weights, args, kwargs)
+
+    def _record(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], _output: object) -> None:
+        self.calls.append((args, kwargs))
+
+
+def text_ids(model: nn.Module) -> Tensor:
+    """Two rows of 12 token ids, none of which the config names as special."""
+    config = text_config(model.config)  # type: ignore[arg-type]
+    fields = {**vars(model.config), **vars(config)}
+    special = {v for k, v in fields.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    table = model.get_input_embeddings().weight  # type: ignore[operator]
+    usable = torch.tensor([i for i in range(min(table.shape[0], 4096)) if i not in special])
+    chosen = torch.randint(len(usable), (2, 12), generator=torch.Generator().manual_seed(0))
+    return usable[chosen].to(execution_device(model.get_input_embeddings()))  # type: ignore[operator]
+
+
+class _ForwardCheck:
+    """The proofs of one model; each runs one block alone."""
+
+    def __init__(self, model: nn.Module, layout: ModelLayout, tolerance: float) -> None:
+        self.model, self.layout, self.tolerance = model, layout, tolerance
+        self.generator = torch.Generator().manual_seed(0)
+        self.runs = BlockRuns(model, layout.block_paths)
+        self.parameters, self.embedded = self.runs.parameters, self.runs.embedded
+        self.unedited = [self._outputs(layer) for layer in range(len(layout.layers))]
 
     def proofs(self) -> list[Proof]:
         proofs = [self.embeddings()] if self.layout.architecture.embedding_exact else []
@@ -319,25 +367,9 @@ class _ForwardCheck:
             constant = shift / scale if name == self.layout.embeddings[0] else torch.zeros_like(shift)
             table = self.parameters[name]
             changed[name] = (map_(table.float()) + constant.to(table.device)).to(table.dtype)
-        after = self._run_model([], changed)
+        after = self.runs.run_model([], changed)
         error = _distance(after, map_(before) + shift)
         return Proof(Site(0, Point.RESID_PRE), _distance(after, before), error, error <= self.tolerance)
-
-    def _run_model(self, hooks: list[Hook], changed: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Run the whole model; 0.resid.pre."""
-        embedding = self.parameters[self.layout.embeddings[0]]
-        ids = torch.randint(embedding.shape[0], (2, 12), generator=torch.Generator().manual_seed(0))
-        inputs = {"input_ids": ids.to(embedding.device), "use_cache": False}
-        block = self.model.get_submodule(self.layout.block_paths[0])
-        streams: list[Tensor] = []
-        with installed(self.model, [*hooks, Hook(block, "input", lambda x: streams.append(x.float()))]):
-            functional_call(self.model, self.wide | dict(changed or {}), (), inputs, tie_weights=True)
-        return streams[0]
-
-    def _record_call(
-        self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], _output: object
-    ) -> None:
-        self.calls.append((args, kwargs))
 
     def _outputs(self, layer: int, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()) -> Tensor:
         """What the branches of a layer add to the stream, one row per token."""
@@ -356,19 +388,11 @@ class _ForwardCheck:
 
         def observe(point: Point) -> list[Hook]:
             def store(x: Tensor, _neurons: slice, _tokens: Tensor | None) -> None:
-                tensors[point] = x.float()
+                tensors[point] = x.float().clone()  # Falcon adds to it in place
 
             return hooks_at(self.model, self.layout, Site(layer, point), store, replaces=False)
 
-        path, (args, kwargs) = self.layout.block_paths[layer], self.calls[layer]
-        weights = {
-            n.removeprefix(f"{path}."): t
-            for n, t in (self.wide | dict(changed or {})).items()
-            if n.startswith(f"{path}.")
-        }
-        block = self.model.get_submodule(path)
-        with installed(block, [*hooks, *(hook for point in points for hook in observe(point))]):
-            functional_call(block, weights, args, kwargs)
+        self.runs.run_block(layer, changed, [*hooks, *(hook for point in points for hook in observe(point))])
         return [tensors[point] for point in points]
 
     def _masked(self, masks: Iterable[tuple[MatrixView, Tensor, bool]]) -> dict[str, Tensor]:

@@ -223,7 +223,7 @@ def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
     Raises:
         UnknownArchitecture: if a tensor the row names is missing, a layer matches twice, or shapes contradict the config.
     """
-    prefix = f"{architecture.base}."  # old checkpoints leave it out
+    prefix = f"{architecture.base}." if architecture.base else ""  # old checkpoints leave it out
     base = prefix if any(name.startswith(f"{prefix}{architecture.blocks}.") for name in specs) else ""
     blocks = f"{base}{architecture.blocks}"
     numbers = {int(m[1]) for name in specs if (m := re.match(rf"{re.escape(blocks)}\.(\d+)\.", name))}
@@ -234,7 +234,7 @@ def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
         )
     matcher = _Matcher(architecture, specs)
     block_paths = tuple(f"{blocks}.{layer}" for layer in sorted(numbers))
-    layers = tuple(tuple(matcher.branch(f"{path}.", slot) for slot in architecture.block) for path in block_paths)
+    layers = tuple(matcher.block(f"{path}.") for path in block_paths)
     embeddings = tuple(matcher.need(f"{base}{name}.weight") for name in architecture.embeddings)
     store: Store = "disk" if any(matcher.on_disk) or base != prefix else "live"
     head = architecture.disk_head if f"{architecture.disk_head}.weight" in specs else architecture.head
@@ -247,6 +247,21 @@ def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
         embeddings=embeddings,
         head=f"{head}.weight",
     )
+
+
+def _described(rows: tuple[BranchRow, ...]) -> str:
+    return ", ".join(f"{row.kind} {'+'.join(w.module for w in row.writers)}" for row in rows)
+
+
+def _writers(rows: tuple[BranchRow, ...]) -> set[str]:
+    return {w.module for row in rows for w in row.writers}
+
+
+def _readers(rows: tuple[BranchRow, ...]) -> set[str]:
+    """The modules beside the writers that a list of branches names."""
+    dense = [w for row in rows for w in row.writers if isinstance(w, Writer)]
+    norms = {name for row in rows for name in (row.norm, *(w.norm for w in row.writers)) if name}
+    return norms | {reader.module for w in dense for reader in w.readers}
 
 
 class _Matcher:
@@ -263,22 +278,37 @@ class _Matcher:
             )
         return name
 
-    def branch(self, block: str, alternatives: tuple[BranchRow, ...]) -> Branch:
-        """The one alternative whose writers this block holds."""
-        matches = [row for row in alternatives if all(self._forms(block, writer) for writer in row.writers)]
-        # An alternative with fewer writers is part of a larger one: experts, and experts with a shared expert.
-        matches = [m for m in matches if not any(set(m.writers) < set(other.writers) for other in matches)]
-        forms = [form for row in matches for form in self._forms(block, row.writers[0])]
-        if len(forms) == 0 and len(alternatives) == 1 and isinstance(alternatives[0].writers[0], Writer):
-            self.need(f"{block}{alternatives[0].writers[0].module}.weight")
-        if len(forms) != 1:
-            kinds = "/".join(dict.fromkeys(row.kind for row in alternatives))
+    def block(self, block: str) -> tuple[Branch, ...]:
+        """The branches of a block: of the one list of the row whose writers this block holds."""
+        alternatives = self.architecture.block
+        if len(alternatives) == 1:
+            for writer in (w for row in alternatives[0] for w in row.writers if isinstance(w, Writer)):
+                self.need(f"{block}{writer.module}.weight")
+        matches = [rows for rows in alternatives if all(self._forms(block, w) for row in rows for w in row.writers)]
+        # Experts alone are a part of experts with a shared expert, and a block without some readers of one that has them.
+        matches = [m for m in matches if not any(_writers(m) < _writers(other) for other in matches)]
+        complete = [m for m in matches if all(f"{block}{name}.weight" in self.specs for name in _readers(m))]
+        complete = [m for m in complete if not any(_readers(m) < _readers(other) for other in complete)]
+        ways = [
+            way
+            for m in (complete if len({frozenset(_writers(x)) for x in matches}) == 1 else matches)
+            for way in self._ways(block, m)
+        ]
+        if len(ways) != 1:
             raise UnknownArchitecture(
-                f"the {'MLP' if kinds == 'mlp' else kinds} of {block[:-1]} must match one way, it matches {len(forms)}"
-                + "".join(f": {', '.join(forms)}" for _ in forms[:1])
-                + f"; the row has {[[w.module for w in row.writers] for row in alternatives]}"
+                f"{block[:-1]} must match one way, it matches {len(ways)}: {'; '.join(ways)}. The row of "
+                f"{self.architecture.model_type} has {'; '.join(_described(rows) for rows in alternatives)}"
             )
-        return self._branch(block, matches[0])
+        return tuple(self._branch(block, row) for row in (complete or matches)[0])
+
+    def _ways(self, block: str, rows: tuple[BranchRow, ...]) -> list[str]:
+        """In how many ways a block holds the branches: experts may be fused, or one by one."""
+        experts = [w for row in rows for w in row.writers if isinstance(w, Experts)]
+        return (
+            [f"{_described(rows)} ({form})" for form in self._forms(block, experts[0])]
+            if experts
+            else [_described(rows)]
+        )
 
     def _forms(self, block: str, writer: Writer | Experts) -> list[str]:
         """How this block holds a writer: in no, one or several ways."""

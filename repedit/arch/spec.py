@@ -145,7 +145,7 @@ class Architecture:
     blocks: str
     """Path of the list of blocks inside the backbone."""
     block: tuple[tuple[BranchRow, ...], ...]
-    """The branches of a block in order, each with its alternatives; every block has one of each."""
+    """The branches of a block in order; several lists of branches if blocks differ, each block being one of them."""
     embeddings: tuple[str, ...] = ("embed_tokens",)
     """Embeddings in the backbone that write the stream, the token embedding first."""
     embedding_scaled: bool | str | float = False
@@ -185,7 +185,7 @@ class Architecture:
     @property
     def expert_rows(self) -> tuple[Experts, ...]:
         """Every mixture of experts of this family."""
-        writers = (writer for slot in self.block for branch in slot for writer in branch.writers)
+        writers = (writer for branches in self.block for branch in branches for writer in branch.writers)
         return tuple(dict.fromkeys(writer for writer in writers if isinstance(writer, Experts)))
 
     @property
@@ -238,8 +238,8 @@ def resolve(config: ModelConfig) -> Architecture:
     if row is None:
         raise UnknownArchitecture(
             f"no row for model_type {config.model_type!r}; {nearest(config.model_type, _ROWS)} "
-            "Supply one with repedit.arch.register(Architecture(model_type=..., base=..., blocks=..., block=((attention(...),), "
-            "(mlp(...),)))) and verify it with check_architecture(model)"
+            "Supply one with repedit.arch.register(Architecture(model_type=..., base=..., blocks=..., block=((attention(...), "
+            "mlp(...)),))) and verify it with check_architecture(model)"
         )
     return resolved(row, config)
 
@@ -263,9 +263,9 @@ def resolved(row: Architecture, config: ModelConfig) -> Architecture:
 
     return replace(
         row,
-        block=tuple(tuple(resolved_branch(branch) for branch in slot) for slot in row.block),
+        block=tuple(tuple(resolved_branch(branch) for branch in branches) for branches in row.block),
         n_layers=text.num_hidden_layers,
-        n_heads=text.num_attention_heads,
+        n_heads=text.num_attention_heads if any(b.kind == "attn" for branches in row.block for b in branches) else 0,
         n_experts=getattr(text, row.experts.count) if row.experts else 0,
         tied=bool(config.tie_word_embeddings),
         embedding_scaled=float(getattr(text, scaled)) if isinstance(scaled, str) else scaled,

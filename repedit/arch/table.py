@@ -26,24 +26,30 @@ def _experts(experts: Experts | None = None) -> BranchRow:
 
 
 _LLAMA = Architecture(
-    model_type="llama", base="model", blocks="layers", block=((attention(),), (mlp(),)), bias_flags=_BOTH_BIASES
+    model_type="llama", base="model", blocks="layers", block=((attention(), mlp()),), bias_flags=_BOTH_BIASES
 )
 _GEMMA = replace(_LLAMA, model_type="gemma", embedding_scaled=True, unit_gain=True, bias_flags=_ATTENTION_BIAS)
 _SANDWICH = replace(
     _GEMMA,
-    block=((attention(norm="post_attention_layernorm"),), (mlp(norm="post_feedforward_layernorm"),)),
+    block=((attention(norm="post_attention_layernorm"), mlp(norm="post_feedforward_layernorm")),),
 )
 _GPT2 = Architecture(
     model_type="gpt2",
     base="transformer",
     blocks="h",
-    block=((attention("attn.c_proj", Reader("attn.c_attn", layout="tail")),), (mlp("mlp.c_proj", "mlp.c_fc"),)),
+    block=((attention("attn.c_proj", Reader("attn.c_attn", layout="tail")), mlp("mlp.c_proj", "mlp.c_fc")),),
     embeddings=("wte", "wpe"),
     centered=True,
     transposed=True,
     gated=False,
 )
-_EXPERTS = replace(_LLAMA, block=((attention(),), (_experts(),)), bias_flags=_ATTENTION_BIAS)
+_MIXTRAL = Experts(
+    gate="block_sparse_moe.experts.{e}.w1.weight",
+    up="block_sparse_moe.experts.{e}.w3.weight",
+    down="block_sparse_moe.experts.{e}.w2.weight",
+    count="num_local_experts",
+)
+_EXPERTS = replace(_LLAMA, block=((attention(), _experts()),), bias_flags=_ATTENTION_BIAS)
 
 _TABLE = (
     _LLAMA,
@@ -59,13 +65,13 @@ _TABLE = (
     replace(
         _GPT2,
         model_type="gpt_neo",
-        block=((attention("attn.attention.out_proj", "attn.attention.v_proj"),), (mlp("mlp.c_proj", "mlp.c_fc"),)),
+        block=((attention("attn.attention.out_proj", "attn.attention.v_proj"), mlp("mlp.c_proj", "mlp.c_fc")),),
         transposed=False,
     ),
     replace(
         _GPT2,
         model_type="gptj",
-        block=((attention("attn.out_proj", "attn.v_proj"),), (mlp("mlp.fc_out", "mlp.fc_in"),)),
+        block=((attention("attn.out_proj", "attn.v_proj"), mlp("mlp.fc_out", "mlp.fc_in")),),
         embeddings=("wte",),
         transposed=False,
         parallel=True,
@@ -76,8 +82,10 @@ _TABLE = (
         base="gpt_neox",
         blocks="layers",
         block=(
-            (attention("attention.dense", Reader("attention.query_key_value", 2, 3, "per_head")),),
-            (mlp("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),),
+            (
+                attention("attention.dense", Reader("attention.query_key_value", 2, 3, "per_head")),
+                mlp("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),
+            ),
         ),
         embeddings=("embed_in",),
         disk_head="embed_out",
@@ -89,7 +97,7 @@ _TABLE = (
         model_type="opt",
         base="model.decoder",
         blocks="layers",
-        block=((attention("self_attn.out_proj"),), (mlp("fc2", "fc1"),)),
+        block=((attention("self_attn.out_proj"), mlp("fc2", "fc1")),),
         embeddings=("embed_tokens", "embed_positions"),
         centered=True,
         gated=False,
@@ -99,7 +107,7 @@ _TABLE = (
         _LLAMA,
         model_type="phi",
         gguf="phi2",
-        block=((attention("self_attn.dense"),), (mlp("mlp.fc2", "mlp.fc1"),)),
+        block=((attention("self_attn.dense"), mlp("mlp.fc2", "mlp.fc1")),),
         centered=True,
         gated=False,
         parallel=True,
@@ -109,8 +117,10 @@ _TABLE = (
         _LLAMA,
         model_type="phi3",
         block=(
-            (attention(values=Reader("self_attn.qkv_proj", layout="tail")),),
-            (mlp("mlp.down_proj", Reader("mlp.gate_up_proj", 0, 2), Reader("mlp.gate_up_proj", 1, 2)),),
+            (
+                attention(values=Reader("self_attn.qkv_proj", layout="tail")),
+                mlp("mlp.down_proj", Reader("mlp.gate_up_proj", 0, 2), Reader("mlp.gate_up_proj", 1, 2)),
+            ),
         ),
         bias_flags={},
     ),
@@ -118,7 +128,7 @@ _TABLE = (
     replace(
         _LLAMA,
         model_type="starcoder2",
-        block=((attention(),), (mlp("mlp.c_proj", "mlp.c_fc"),)),
+        block=((attention(), mlp("mlp.c_proj", "mlp.c_fc")),),
         centered=True,
         gated=False,
         bias_flags={},
@@ -129,22 +139,10 @@ _TABLE = (
         model_type="mixtral",
         gguf="llama",
         bias_flags={},
-        block=(
-            (attention(),),
-            (
-                _experts(
-                    Experts(
-                        gate="block_sparse_moe.experts.{e}.w1.weight",
-                        up="block_sparse_moe.experts.{e}.w3.weight",
-                        down="block_sparse_moe.experts.{e}.w2.weight",
-                        count="num_local_experts",
-                    )
-                ),
-            ),
-        ),
+        block=((attention(), _experts(_MIXTRAL)),),
     ),
     replace(_EXPERTS, model_type="olmoe"),
-    replace(_EXPERTS, model_type="qwen3_moe", gguf="qwen3moe", block=((attention(),), (mlp(), _experts()))),
+    replace(_EXPERTS, model_type="qwen3_moe", gguf="qwen3moe", block=((attention(), mlp()), (attention(), _experts()))),
 )
 
 # --- What changes with the widths of a family

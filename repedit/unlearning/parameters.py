@@ -360,7 +360,7 @@ def _suffixes(module: str, subject: Subject) -> set[str]:
 
 
 def _is_router(name: str, subject: Subject) -> bool:
-    rows = (row for slot in subject.architecture.block for row in slot)
+    rows = (row for branches in subject.architecture.block for row in branches)
     blocks = [output for row in rows for output in row.outputs if any(isinstance(w, Experts) for w in row.writers)]
     inside = next((name.removeprefix(f"{p}.") for p in subject.layout.block_paths if name.startswith(f"{p}.")), "")
     return any(re.match(rf"{re.escape(block)}\.(gate|router)(\.|$)", inside) for block in blocks)

@@ -1,0 +1,620 @@
+"""A row of the family table, derived from a model: from its modules, the shapes of its weights and probing forward passes.
+
+Nothing is taken from names but the kind of a branch. The branches are the outputs of modules that add up to the change of the
+stream; a projection writes to it if a change of its weights along one direction moves the branch along that direction for
+every token; rows feed a neuron if zeroing them makes that neuron zero and leaves the others. The row is then proved by
+`repedit.arch.check.prove`, like any other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from repedit.arch.check import BlockRuns, prove
+from repedit.arch.offload import check_in_memory
+from repedit.arch.spec import Architecture, BranchKind, BranchRow, Experts, Reader, Writer, resolved, text_config
+from repedit.errors import HookError, UnknownArchitecture
+from repedit.hooks import Hook, claimed, evaluating, installed, primary
+
+TOLERANCE = 1e-4
+"""Relative error below which two tensors of a float32 forward pass count as equal."""
+
+_KINDS: Mapping[BranchKind, re.Pattern[str]] = {
+    "mlp": re.compile(r"mlp|moe|feed_?forward|ffn|expert", re.IGNORECASE),
+    "mixer": re.compile(r"mamba|linear_?att|delta|conv|ssm|recurrent|rwkv|lightning|lru", re.IGNORECASE),
+    "attn": re.compile(r"attn|attention", re.IGNORECASE),
+}
+"""What the class of a module, and then its path, must contain to be of a kind."""
+
+
+@torch.no_grad()
+def infer(model: Any) -> Architecture:
+    """A row that describes a model, proved on it; the model is not changed.
+
+    Args:
+        model: a causal model of transformers, or one with images or sound around a causal text decoder, in memory.
+    Raises:
+        UnknownArchitecture: if no row describes the model, with what was found and the proof that failed.
+        OffloadedTensors: if weights are not in memory.
+    """
+    check_in_memory(model, "load the model without device_map to infer its row")
+    with evaluating(model):
+        row = _row(model)
+    try:
+        prove(model, resolved(row, model.config))
+    except UnknownArchitecture as error:
+        raise UnknownArchitecture(
+            f"the row inferred for {model.config.model_type} was not proved: {error}. To correct it by hand, start from\n"
+            f"{row_code(row)}"
+        ) from error
+    return row
+
+
+def row_code(row: Architecture) -> str:
+    """A row as Python code, to paste into a call of `repedit.register`."""
+    defaults = {name: f.default for name, f in Architecture.__dataclass_fields__.items()}
+    fields = {name: value for name, value in vars(row).items() if value != defaults[name] and value != {}}
+    return "Architecture(\n" + "".join(f"    {name}={value!r},\n" for name, value in fields.items()) + ")"
+
+
+def _row(model: Any) -> Architecture:
+    """The row before it is proved."""
+    path = _block_list(model)
+    config = text_config(model.config)
+    count = len(model.get_submodule(path))
+    runs = BlockRuns(model, [f"{path}.{i}" for i in range(count)])
+    probes = {i: _BlockProbe(runs, i, config) for i in range(count)}
+    by_shape: dict[object, tuple[BranchRow, ...]] = {}
+    layers = []
+    for probe in probes.values():
+        key = probe.signature()
+        if key not in by_shape:
+            by_shape[key] = probe.branches()
+        layers.append(by_shape[key])
+    head = _path_of(model, model.get_output_embeddings())
+    first = next(iter(probes.values()))
+    table = _path_of(model, model.get_input_embeddings())
+    base = _common(path, table)
+    embeddings = _embeddings(model, runs, config, base)
+    readers = [len({(r.module, r.part) for r in w.readers}) for b in layers for x in b for w in x.writers
+               if x.kind == "mlp" and isinstance(w, Writer)]  # fmt: skip
+    experts = [w.gated for b in layers for x in b for w in x.writers if isinstance(w, Experts)]
+    return Architecture(
+        model_type=model.config.model_type,
+        base=base,
+        blocks=path.removeprefix(f"{base}.") if base else path,
+        block=tuple(dict.fromkeys(layers)),
+        head=head,
+        transposed=any(type(m).__name__ == "Conv1D" for m in runs.block(0).modules()),
+        unit_gain=any(probe.unit_gain(layer) for probe, layer in zip(probes.values(), layers, strict=True)),
+        centered=first.centered(),
+        gated=all(n != 1 for n in readers) and all(experts),
+        parallel=any(probe.parallel(layer) for probe, layer in zip(probes.values(), layers, strict=True)),
+        block_scale=first.block_scale,
+        **embeddings,
+    )
+
+
+# --- Where the blocks and the embeddings are
+
+
+def _block_list(model: nn.Module) -> str:
+    """Path of the list of blocks that carry the stream of the text decoder."""
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    calls: dict[str, list[tuple[int, Tensor, Tensor]]] = {path: [] for path in lists}
+    with ExitStack() as stack:
+        for path, modules in lists.items():
+            for i, module in enumerate(modules):
+                handle = module.register_forward_hook(_recorder(calls[path], i), with_kwargs=True)
+                stack.callback(handle.remove)
+        _forward(model)
+    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    chains = [path for path, seen in calls.items() if _is_chain(seen, len(lists[path]))]
+    if len(chains) != 1:
+        raise UnknownArchitecture(
+            f"{type(model).__name__} has {len(chains)} lists of blocks that pass one stream from block to block "
+            f"({chains or sorted(lists)[:6]}); a row needs exactly one: encoders with another order, several streams "
+            f"(hyper-connections) and two decoders in one model are not described by any row. Width of the embedding: {width}"
+        )
+    return chains[0]
+
+
+def _recorder(seen: list[tuple[int, Tensor, Tensor]], number: int) -> Any:
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
+        try:
+            y = primary(output)
+        except HookError:
+            return
+        if x is not None:
+            seen.append((number, x.clone(), y.clone()))
+
+    return record
+
+
+def _is_chain(seen: Sequence[tuple[int, Tensor, Tensor]], count: int) -> bool:
+    """Whether each block ran once, in order, on what the block before it returned."""
+    if [number for number, _, _ in seen] != list(range(count)) or seen[0][1].ndim != 3:
+        return False
+    same = all(x.shape == y.shape == seen[0][1].shape for _, x, y in seen)
+    return same and all(torch.equal(y, x) for (_, _, y), (_, x, _) in pairwise(seen))
+
+
+def _forward(model: nn.Module, hooks: Sequence[Hook] = ()) -> None:
+    from repedit.arch.check import text_ids
+
+    with claimed(model), installed(model, hooks):
+        model(input_ids=text_ids(model), use_cache=False)
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> str:
+    return next(path for path, m in model.named_modules() if m is module)
+
+
+def _common(first: str, second: str) -> str:
+    """The longest common path."""
+    pairs = zip(first.split("."), second.split("."), strict=False)
+    shared = []
+    for a, b in pairs:
+        if a != b:
+            break
+        shared.append(a)
+    return ".".join(shared)
+
+
+def _embeddings(model: nn.Module, runs: BlockRuns, config: Any, base: str) -> dict[str, Any]:
+    """The embeddings whose sum is the stream before the first block, and what multiplies the token embedding."""
+    tables: dict[str, Tensor] = {}
+    token = _path_of(model, model.get_input_embeddings())  # type: ignore[operator]
+    width, shape = runs.embedded.shape[-1], runs.embedded.shape
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and module.weight.shape[1] == width and path != token:
+                stack.callback(module.register_forward_hook(_storer(tables, path)).remove)
+        _forward(model)
+    rows = model.get_input_embeddings().weight.float()[runs.ids]  # type: ignore[operator]
+    if rows.shape[-1] != width:
+        return {"embeddings": (token.removeprefix(f"{base}."),), "embedding_exact": False}
+    terms = {token: rows} | {
+        p: x.expand(shape) for p, x in tables.items() if x.numel() in (shape.numel(), shape[1:].numel())
+    }
+    weights = _coefficients(runs.embedded, terms)
+    paths = tuple(path.removeprefix(f"{base}.") for path in weights or {token: 1.0})
+    others = [c for path, c in (weights or {}).items() if path != token]
+    if weights is None or token not in weights or any(abs(c - 1) > 1e-3 for c in others):
+        return {"embeddings": (token.removeprefix(f"{base}."),), "embedding_exact": False}
+    scale = weights[token]
+    if abs(scale - 1) < 1e-3:
+        return {"embeddings": paths}
+    root = abs(scale - width**0.5) < 1e-3 * width**0.5
+    return {"embeddings": paths, "embedding_scaled": root or _named_scale(scale, config)}
+
+
+def _storer(store: dict[str, Tensor], path: str) -> Any:
+    def hook(_module: nn.Module, _args: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            store[path] = output.float().clone()
+
+    return hook
+
+
+def _named_scale(value: float, config: Any) -> str | float:
+    """A number, or the field of a config that holds it."""
+    if abs(value - 1) < 1e-3:
+        return 1.0
+    fields = {k: v for k, v in vars(config).items() if isinstance(v, float) and abs(v - value) < 1e-4 * abs(value)}
+    named = sorted(fields, key=lambda name: ("multiplier" not in name and "scale" not in name, name))
+    return named[0] if named else value
+
+
+# --- Sums: which outputs add up to a tensor
+
+
+def _coefficients(target: Tensor, terms: Mapping[str, Tensor]) -> dict[str, float] | None:
+    """The numbers with which some of the terms add up to the target; None if they do not. Equal terms count once."""
+    distinct: dict[str, Tensor] = {}
+    for path, x in terms.items():
+        equal = next((p for p, other in distinct.items() if _close(x.reshape(target.shape), other)), None)
+        if equal is not None:
+            del distinct[equal]  # the later one is nearer to the stream
+        if float(x.abs().max()) > 0:
+            distinct[path] = x.reshape(target.shape)
+    if not distinct:
+        return None
+    matrix = torch.stack([x.flatten().double() for x in distinct.values()], 1)
+    sizes, y = matrix.norm(dim=0), target.flatten().double()
+    found = torch.linalg.lstsq(matrix / sizes, y[:, None], driver="gelsd").solution[:, 0] / sizes
+    large = (found.abs() * sizes) > 1e-3 * y.norm()
+    paths = [path for path, keep in zip(distinct, large.tolist(), strict=True) if keep]
+    if not paths:
+        return None
+    chosen = matrix[:, large]
+    found = torch.linalg.lstsq(chosen, y[:, None], driver="gelsd").solution[:, 0]
+    if float((chosen @ found - y).norm()) > TOLERANCE * float(y.norm()):
+        return None
+    return dict(zip(paths, found.tolist(), strict=True))
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    return float((x - y).norm()) <= 1e-5 * float(y.norm())
+
+
+# --- One block
+
+
+@dataclass
+class _Term:
+    """A module whose output is a part of a sum, and the number it is multiplied with."""
+
+    path: str
+    scale: float
+
+
+class _BlockProbe:
+    """Forward passes of one block with hooks and with changed weights."""
+
+    def __init__(self, runs: BlockRuns, layer: int, config: Any) -> None:
+        self.runs, self.layer, self.config = runs, layer, config
+        self.block, self.path = runs.block(layer), runs.block_paths[layer]
+        self.modules = {name: m for name, m in self.block.named_modules() if name}
+        self.generator = torch.Generator().manual_seed(layer)
+        self.inputs, self.outputs = self._tensors()
+        self.width = self.inputs[""].shape[-1]
+        self.block_scale = ""
+
+    def signature(self) -> object:
+        """What layers with equal branches share: the class of every module, and shapes."""
+        shapes = tuple((name, tuple(p.shape)) for name, p in self.block.named_parameters())
+        return shapes, tuple(type(m).__name__ for m in self.modules.values())
+
+    def branches(self) -> tuple[BranchRow, ...]:
+        """The branches of this block, in the order in which they ran."""
+        groups: list[list[_Term]] = []
+        for term in self._terms():
+            previous = groups[-1][-1] if groups else None
+            shared = previous is not None and self._kind(previous.path) == self._kind(term.path) == "mlp"
+            if previous and shared and _close(*self._inputs_of(previous.path, term.path)):
+                groups[-1].append(term)
+            else:
+                groups.append([term])
+        kinds = [self._kind(group[0].path) for group in groups]
+        rows = []
+        for number, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
+            later: BranchKind = "ple" if kind == "mlp" and "mlp" in kinds[:number] else kind
+            rows.append(self._branch(group, later))
+        if len({row.kind for row in rows}) < len(rows):
+            raise UnknownArchitecture(f"{self.path} has several branches of one kind: {kinds}; no row describes that")
+        return tuple(rows)
+
+    # What adds up to the stream
+
+    def _terms(self) -> list[_Term]:
+        """The modules whose outputs, with the input, add up to the output of the block."""
+        pre, post = self.inputs[""], self.outputs[""]
+        for depth in range(1, 5):
+            terms = {n: x for n, x in self._level(depth).items() if not _close(x.reshape(post.shape), post)}
+            weights = _coefficients(post, {"": pre, **terms})
+            if weights and abs(weights.get("", 0.0)) > 1e-3 and len(weights) > 1:
+                stream = weights.pop("")
+                self.block_scale = self._scalar(stream)
+                return [_Term(path, c / stream) for path, c in weights.items()]
+        raise UnknownArchitecture(
+            f"{self.path} ({type(self.block).__name__}): no modules were found whose outputs add up to what the block adds to the "
+            "stream; a norm may follow the sum (post-norm blocks), or the stream is multiplied or mixed on its way"
+        )
+
+    def _scalar(self, value: float) -> str:
+        """The name of the number that multiplies the whole block; empty for 1."""
+        if abs(value - 1) < 1e-3:
+            return ""
+        tensors = dict(self.block.named_buffers(recurse=False)) | dict(self.block.named_parameters(recurse=False))
+        names = [n for n, t in tensors.items() if t.numel() == 1 and abs(float(t) - value) < 1e-3 * abs(value)]
+        if not names:
+            raise UnknownArchitecture(
+                f"{self.path} multiplies the stream by {value:.6g}, and no tensor of it holds that"
+            )
+        return names[0]
+
+    def _level(self, depth: int) -> dict[str, Tensor]:
+        """Outputs of the width of the stream at one depth of the module tree; of leaves also above it."""
+        names = {n: n.count(".") + 1 for n in self.outputs if n}
+        leaves = {n for n in names if not any(True for _ in self.modules[n].children())}
+        chosen = [n for n, d in names.items() if d == depth or (d < depth and n in leaves)]
+        width = self.width
+        return {
+            n: self.outputs[n]
+            for n in chosen
+            if self.outputs[n].shape[-1] == width
+            and self.outputs[n].numel() == self.outputs[""].numel()
+            and any(True for _ in self.modules[n].parameters())
+        }
+
+    def _inputs_of(self, first: str, second: str) -> tuple[Tensor, Tensor]:
+        x, y = self.inputs.get(first), self.inputs.get(second)
+        if x is None or y is None or x.numel() != y.numel():
+            return torch.ones(1), torch.zeros(1)
+        return x.reshape(y.shape), y
+
+    def _kind(self, path: str) -> BranchKind:
+        """The kind of a branch, by the class and the path of its module, or of the module before its norm."""
+        if self._is_norm(path):
+            path = self._sources(path)[0].path
+        name, family = type(self.modules[path]).__name__, type(self.block).__name__
+        # AfmoeAttention in AfmoeDecoderLayer is an "Attention".
+        shared = next((i for i, (x, y) in enumerate(zip(name, family, strict=False)) if x != y), 0)
+        for text in (name[shared:], path):
+            for kind, pattern in _KINDS.items():
+                if pattern.search(text):
+                    return kind
+        return "mixer" if "mixer" in path else "mlp"
+
+    def _is_norm(self, path: str) -> bool:
+        """Whether a module is a norm with a gain: it scales its normalised input channel by channel."""
+        parameters = dict(self.modules[path].named_parameters())
+        return (
+            set(parameters) <= {"weight", "bias"} and all(p.ndim == 1 for p in parameters.values()) and bool(parameters)
+        )
+
+    def _sources(self, norm: str) -> list[_Term]:
+        """The modules whose outputs add up to the input of a norm."""
+        target, order = self.inputs[norm], list(self.outputs)
+        for depth in range(1, 5):
+            terms = {n: x for n, x in self._level(depth).items() if order.index(n) < order.index(norm) and n != norm}
+            weights = _coefficients(target, terms)
+            if weights:
+                return [_Term(path, c) for path, c in weights.items()]
+        raise UnknownArchitecture(
+            f"{self.path}.{norm}: no modules were found whose outputs add up to the input of this norm"
+        )
+
+    # The writers of a branch
+
+    def _branch(self, terms: Sequence[_Term], kind: BranchKind) -> BranchRow:
+        scales = {_named_scale(term.scale, self.config) for term in terms}
+        if len(scales) != 1:
+            raise UnknownArchitecture(f"{self.path}: parts of one branch are multiplied by different numbers {scales}")
+        norm = terms[0].path if len(terms) == 1 and self._is_norm(terms[0].path) else ""
+        inner = self._sources(norm) if norm else list(terms)
+        writers: list[Writer | Experts] = []
+        for term in inner:
+            own = term.path if self._is_norm(term.path) else ""
+            for source in self._sources(own) if own else [term]:
+                writers += [replace(writer, norm=own or writer.norm) for writer in self._writers(source.path, kind)]
+        dense = len(writers) == 1 and isinstance(writers[0], Writer)
+        outputs = () if norm or (dense and not writers[0].norm) else tuple(term.path for term in terms)
+        writers.sort(key=lambda writer: isinstance(writer, Writer))  # experts first, then shared ones
+        return BranchRow(kind, tuple(writers), outputs, norm, scales.pop())
+
+    def _writers(self, path: str, kind: BranchKind) -> list[Writer | Experts]:
+        """The projections within a module that write its output."""
+        writers: list[Writer | Experts] = []
+        for name in [path, *(n for n in self.modules if n.startswith(f"{path}."))]:
+            module = self.modules[name]
+            down = module._parameters.get("down_proj")
+            if down is not None and down.ndim == 3:
+                transposed = self._transposed(module, down)
+                if self._writes(path, f"{name}.down_proj", -1 if transposed else -2):
+                    writers.append(self._experts(name, module, transposed))
+            elif _is_projection(module):
+                conv = type(module).__name__ == "Conv1D"
+                if module.weight.shape[1 if conv else 0] == self.width and self._writes(
+                    path, f"{name}.weight", 1 if conv else 0
+                ):
+                    writers.append(Writer(name, self._readers(name, kind)))
+        if not writers:
+            raise UnknownArchitecture(
+                f"{self.path}.{path} ({type(self.modules[path]).__name__}): no projection was found that writes its output; a function "
+                "of the output may follow, or the weights are in a form that no row describes"
+            )
+        return writers
+
+    def _writes(self, path: str, tensor: str, axis: int) -> bool:
+        """Whether a change of a weight along one direction of its outputs moves the output of a module along it only."""
+        weight = self.runs.parameters[f"{self.path}.{tensor}"]
+        direction = torch.randn(self.width, generator=self.generator).to(weight)
+        direction /= direction.norm()
+        inputs = torch.randn(weight.shape[axis - 1] if axis in (-1, 1) else weight.shape[-1], generator=self.generator)
+        inputs = inputs.to(weight) * weight.float().std()
+        outer = inputs[:, None] * direction if axis in (-1, 1) else direction[:, None] * inputs
+        changed = self._tensors({tensor: weight + outer})[1].get(path)
+        if changed is None or changed.shape[-1] != self.width:
+            return False
+        difference = changed - self.outputs[path]
+        size = difference.norm()
+        rest = difference - (difference @ direction)[..., None] * direction
+        return bool(size > 1e-4 * self.outputs[path].norm() and rest.norm() < 1e-3 * size)
+
+    def _transposed(self, module: Any, down: Tensor) -> bool:
+        stored = getattr(module, "is_transposed", None)
+        return bool(stored) if stored is not None else down.shape[-1] == self.width
+
+    def _experts(self, name: str, module: Any, transposed: bool) -> Experts:
+        count = module._parameters["down_proj"].shape[0]
+        fields = [k for k, v in vars(self.config).items() if v == count and type(v) is int and "expert" in k]
+        fields += [
+            k for k in getattr(self.config, "attribute_map", {}) if getattr(self.config, k) == count and "expert" in k
+        ]
+        named = sorted(fields, key=lambda k: ("per_tok" in k or "shared" in k or "top" in k, k))
+        if not named:
+            raise UnknownArchitecture(f"{self.path}.{name} has {count} experts, and no field of the config says so")
+        norm = next((f"{name}.{n}" for n, m in module.named_children() if self._is_norm(f"{name}.{n}")), "")
+        return Experts(
+            name,
+            count=named[0],
+            gated="gate_up_proj" in module._parameters,
+            transposed=transposed,
+            interleaved=not getattr(module, "is_concatenated", True),
+            sorted_tokens=len(inspect.signature(module.forward).parameters) == 1,
+            norm=norm,
+        )
+
+    # The readers of neurons
+
+    def _readers(self, writer: str, kind: BranchKind) -> tuple[Reader, ...]:
+        """The projections whose rows feed one neuron each, in the order in which they ran."""
+        if kind in ("mixer", "ple") or writer not in self.inputs:
+            return ()
+        z = self.inputs[writer]
+        heads = self.config.num_attention_heads if kind == "attn" else 0
+        if kind == "attn" and (not isinstance(heads, int) or z.shape[-1] % heads):
+            return ()
+        parent = writer.rpartition(".")[0]
+        scope = f"{parent}." if parent else ""
+        candidates = [
+            n for n in self.outputs if n not in ("", writer) and n.startswith(scope) and _is_projection(self.modules[n])
+        ]
+        readers: list[Reader] = []
+        for name in candidates:
+            rows = self.outputs[name].shape[-1]
+            for reader, expected in _layouts(name, rows, z.shape[-1], heads):
+                if self._feeds(writer, name, expected):
+                    readers.append(reader)
+                    if kind == "attn":
+                        return tuple(readers)
+        unique = {(r.module, r.part): r for r in readers}
+        return tuple(unique.values())
+
+    def _feeds(self, writer: str, name: str, expected: Mapping[int, Sequence[int]]) -> bool:
+        """Whether zeroing a row makes exactly the expected neurons zero, and changes no other."""
+        weight = self.runs.parameters[f"{self.path}.{name}.weight"]
+        conv = type(self.modules[name]).__name__ == "Conv1D"
+        bias = self.runs.parameters.get(f"{self.path}.{name}.bias")
+        before = self.inputs[writer]
+        for row, neurons in expected.items():
+            changed = weight.clone()
+            (changed.T if conv else changed)[row] = 0
+            tensors = {f"{name}.weight": changed}
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias.clone().index_fill_(0, torch.tensor([row], device=bias.device), 0.0)
+            after = self._tensors(tensors)[0].get(writer)
+            if after is None or after.shape != before.shape:
+                return False
+            inside = torch.zeros(before.shape[-1], dtype=torch.bool)
+            inside[list(neurons)] = True
+            rest = (after - before)[..., ~inside]
+            if bool(after[..., inside].any()) or float(rest.norm()) > 1e-5 * float(before.norm()):
+                return False
+            if not bool(before[..., inside].any()):
+                return False
+        return True
+
+    # Facts of the whole row
+
+    def parallel(self, rows: Sequence[BranchRow]) -> bool:
+        """Whether the second branch ignores the output of the first."""
+        if len(rows) < 2 or [r.kind for r in rows[1:2]] != ["mlp"] or rows[0].kind == "mlp":
+            return False
+        paths = [(row.norm,) if row.norm else row.outputs or (row.writers[0].module,) for row in rows[:2]]
+        turn = [Hook(self.modules[paths[0][-1]], "output", lambda x: x.flip(-1))]
+        outputs = self._tensors({}, turn)[1]
+        return all(_close(outputs[p], self.outputs[p]) for p in paths[1])
+
+    def unit_gain(self, rows: Sequence[BranchRow]) -> bool:
+        """Whether the post-norms multiply by 1 + weight."""
+        norms = [n for row in rows for n in (row.norm, *(w.norm for w in row.writers)) if n]
+        return any(self._answers_to_zero(name) for name in norms)
+
+    def _answers_to_zero(self, name: str) -> bool:
+        module = self.modules[name]
+        zeros = {n: torch.zeros_like(p) for n, p in module.named_parameters()}
+        x = torch.randn(4, self.width, generator=self.generator)
+        device = next(iter(zeros.values())).device
+        return bool(primary(functional_call(module, zeros, (x.to(device),))).any())
+
+    def centered(self) -> bool:
+        """Whether the first norm of the block subtracts the mean."""
+        pre = self.inputs[""]
+        for name, x in self.inputs.items():
+            kind = type(self.modules[name]).__name__.lower() if name else ""
+            if "norm" in kind and x.shape == pre.shape and _close(x, pre):
+                module = self.modules[name]
+                shifted = primary(functional_call(module, self._float32(name), (pre + 3 * pre.std(),)))
+                return _close(shifted, primary(functional_call(module, self._float32(name), (pre,))))
+        return False
+
+    def _float32(self, name: str) -> dict[str, Tensor]:
+        own = dict(self.modules[name].named_parameters())
+        return {n: self.runs.parameters[f"{self.path}.{name}.{n}"] for n in own}
+
+    def _tensors(
+        self, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The inputs and outputs of every module of the block by path, in the order in which they finished; "" is the block."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        with _observed({"": self.block, **self.modules}, inputs, outputs):
+            named = {f"{self.path}.{n}": t for n, t in (changed or {}).items()}
+            self.runs.run_block(self.layer, named, hooks)
+        return inputs, outputs
+
+
+@contextmanager
+def _observed(
+    modules: Mapping[str, nn.Module], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
+) -> Iterator[None]:
+    """Store float32 copies of what modules receive and return, the first tensor of each."""
+
+    def on_input(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+            if tensors:
+                inputs[name] = tensors[0].float().clone()
+
+        return hook
+
+    def on_output(name: str) -> Any:
+        def hook(_module: nn.Module, _args: object, output: object) -> None:
+            try:
+                outputs[name] = primary(output).float().clone()
+            except HookError:
+                return
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(on_input(name), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(on_output(name)).remove)
+        yield
+
+
+def _is_projection(module: Any) -> bool:
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None and weight.ndim == 2 and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    )
+
+
+def _layouts(name: str, rows: int, width: int, heads: int) -> Iterator[tuple[Reader, dict[int, list[int]]]]:
+    """How rows may feed neurons: the reader, and for some rows the neurons that each feeds alone."""
+    if not heads:
+        for parts in (1, 2):
+            for layout in ("stacked", "interleaved")[:parts]:
+                for part in range(parts) if rows == parts * width else ():
+                    chosen = {0, width // 3, width - 1}
+                    row_of = (lambda j, p=part: p * width + j) if layout == "stacked" else (lambda j, p=part: j * 2 + p)
+                    yield Reader(name, part, parts, layout), {row_of(j): [j] for j in chosen}  # type: ignore[arg-type]
+        return
+    size = width // heads
+    for layout in ("stacked", "tail", "per_head"):
+        count = rows // size if rows % size == 0 else 0
+        groups = count if layout == "stacked" else (count - heads) // 2
+        if groups < 1 or heads % groups or (layout != "stacked" and count != heads + 2 * groups):
+            continue
+        share = heads // groups
+        parts = share + 2 if layout == "per_head" else 1
+        expected = {}
+        for k, j in {(0, 0), (groups - 1, size - 1), (groups // 2, size // 2)}:
+            start = {"stacked": k, "tail": heads + groups + k, "per_head": k * parts + parts - 1}[layout] * size
+            expected[start + j] = [h * size + j for h in range(k * share, (k + 1) * share)]
+        yield Reader(name, parts - 1 if layout == "per_head" else 0, parts, layout), expected  # type: ignore[arg-type]
