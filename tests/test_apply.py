@@ -106,7 +106,9 @@ def test_a_layer_that_does_not_exist_is_refused():
 
 def test_a_map_that_mixes_experts_is_refused():
     subject = tiny("mixtral")
-    with pytest.raises(NotFoldable, match=r"1\.mlp\.neurons holds the neurons of several experts.*or edit 1\.mlp\.out"):
+    with pytest.raises(
+        NotFoldable, match=r"1\.mlp\.neurons holds the neurons of several projections or experts.*or edit 1\.mlp\.out"
+    ):
         rp.apply(projection(subject, "1.mlp.neurons"), subject)
 
 

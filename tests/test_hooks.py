@@ -111,7 +111,7 @@ def test_hooks_already_installed_are_removed_when_a_later_one_fails():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("point", list(rp.Point))
+@pytest.mark.parametrize("point", [p for p in rp.Point if not p.startswith(("mixer", "ple"))])
 def test_observing_a_site_does_not_change_the_logits(family, point):
     subject = tiny(family)
     base = logits(subject)
@@ -364,7 +364,7 @@ def test_the_middle_of_a_block_needs_the_block_to_run():
         attention._forward_pre_hooks.clear()
         assert torch.equal(logits(lm), expected)  # nothing of the pass that failed is left
         with pytest.raises(
-            HookError, match=r"1.resid.mid: the attention ran outside its block.*gradient_checkpointing_disable"
+            HookError, match=r"1.resid.mid: the attn branch ran outside its block.*gradient_checkpointing_disable"
         ):
             lm.model.get_submodule(lm.layout.branch(1, rp.Point.ATTN_OUT).outputs[0])(torch.zeros(1, 24))
 

@@ -344,9 +344,11 @@ class _ForwardCheck:
         following = self._tensors_at(layer + 1, [Point.RESID_PRE])[0] if layer + 1 < len(self.unedited) else post
         # Some families flatten batch and tokens around the MLP.
         added = sum(b.scale * x.reshape(post.shape) for b, x in zip(branches, outputs, strict=True))
-        factor = (
-            self.model.get_buffer(f"{self.layout.block_paths[layer]}.{row.block_scale}") if row.block_scale else 1.0
-        )
+        factor: Tensor | float = 1.0
+        if isinstance(row.block_scale, str):
+            factor = dict(self.runs.block(layer).named_buffers())[row.block_scale]
+        else:
+            factor = row.block_scale
         error = _distance(factor * (pre + added), post) + _distance(following.to(post), post)
         note = f"; parallel={bool(row.parallel)}, sum of the outputs against the stream"
         site, moved, passed = Site(layer, Point.RESID_POST), 0.0, error <= self.tolerance

@@ -84,7 +84,7 @@ def _sum_hooks(
     def add(out: Tensor) -> Tensor | None:
         if len(stored) != len(first) or len(stream) != (block is not None):
             raise HookError(
-                f"{site}: a module ran outside its block, whose other tensors are part of the sum; does gradient "
+                f"{site}: the {branch.kind} branch ran outside its block, whose other tensors are part of the sum; does gradient "
                 "checkpointing recompute it? Switch that off: model.gradient_checkpointing_disable()"
             )
         earlier = sum(x.reshape(out.shape) for x in stored) if stored else 0.0

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from repedit.arch.check import BlockRuns, prove
+from repedit.arch.check import BlockRuns, prove, text_ids
 from repedit.arch.offload import check_in_memory
 from repedit.arch.spec import Architecture, BranchKind, BranchRow, Experts, Reader, Writer, resolved, text_config
-from repedit.errors import HookError, UnknownArchitecture
+from repedit.errors import HookError, RepeditError, UnknownArchitecture
 from repedit.hooks import Hook, claimed, evaluating, installed, primary
 
 TOLERANCE = 1e-4
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 
 _KINDS: Mapping[BranchKind, re.Pattern[str]] = {
     "mlp": re.compile(r"mlp|moe|feed_?forward|ffn|expert", re.IGNORECASE),
-    "mixer": re.compile(r"mamba|linear_?att|delta|conv|ssm|recurrent|rwkv|lightning|lru", re.IGNORECASE),
+    "mixer": re.compile(r"mamba|lstm|linear_?att|delta|conv|ssm|recurrent|rwkv|lightning|lru", re.IGNORECASE),
     "attn": re.compile(r"attn|attention", re.IGNORECASE),
 }
 """What the class of a module, and then its path, must contain to be of a kind."""
@@ -48,8 +48,15 @@ def infer(model: Any) -> Architecture:
         OffloadedTensors: if weights are not in memory.
     """
     check_in_memory(model, "load the model without device_map to infer its row")
-    with evaluating(model):
-        row = _row(model)
+    try:
+        with evaluating(model):
+            row = _row(model)
+    except RepeditError:
+        raise
+    except Exception as error:  # modules of a family may need other inputs, or shapes that no probe expects
+        raise UnknownArchitecture(
+            f"no row was inferred for {model.config.model_type}: a probing pass failed with {type(error).__name__}: {error}"
+        ) from error
     try:
         prove(model, resolved(row, model.config))
     except UnknownArchitecture as error:
@@ -70,6 +77,7 @@ def row_code(row: Architecture) -> str:
 def _row(model: Any) -> Architecture:
     """The row before it is proved."""
     path = _block_list(model)
+    _check_causal(model, path)
     config = text_config(model.config)
     count = len(model.get_submodule(path))
     runs = BlockRuns(model, [f"{path}.{i}" for i in range(count)])
@@ -129,6 +137,25 @@ def _block_list(model: nn.Module) -> str:
     return chains[0]
 
 
+def _check_causal(model: nn.Module, path: str) -> None:
+    """Refuse a model in which a token changes the stream at earlier tokens.
+
+    Raises:
+        UnknownArchitecture: naming the model.
+    """
+    last = model.get_submodule(path)[-1]  # type: ignore[index]
+    ids, streams = text_ids(model), []
+    other = ids.clone()
+    other[:, -1] = ids[:, 0]
+    with claimed(model), installed(model, [Hook(last, "output", lambda x: streams.append(x.float()))]):
+        for tokens in (ids, other):
+            model(input_ids=tokens, use_cache=False)
+    if not _close(streams[0][:, :-1], streams[1][:, :-1]):
+        raise UnknownArchitecture(
+            f"{type(model).__name__} is not a causal decoder: a token changes the stream at tokens before it; encoders are not edited"
+        )
+
+
 def _recorder(seen: list[tuple[int, Tensor, Tensor]], number: int) -> Any:
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
@@ -151,8 +178,6 @@ def _is_chain(seen: Sequence[tuple[int, Tensor, Tensor]], count: int) -> bool:
 
 
 def _forward(model: nn.Module, hooks: Sequence[Hook] = ()) -> None:
-    from repedit.arch.check import text_ids
-
     with claimed(model), installed(model, hooks):
         model(input_ids=text_ids(model), use_cache=False)
 
@@ -270,7 +295,7 @@ class _BlockProbe:
         self.generator = torch.Generator().manual_seed(layer)
         self.inputs, self.outputs = self._tensors()
         self.width = self.inputs[""].shape[-1]
-        self.block_scale = ""
+        self.block_scale: str | float = 1.0
 
     def signature(self) -> object:
         """What layers with equal branches share: the class of every module, and shapes."""
@@ -313,17 +338,13 @@ class _BlockProbe:
             "stream; a norm may follow the sum (post-norm blocks), or the stream is multiplied or mixed on its way"
         )
 
-    def _scalar(self, value: float) -> str:
-        """The name of the number that multiplies the whole block; empty for 1."""
+    def _scalar(self, value: float) -> str | float:
+        """The number that multiplies the whole block, or the name of the tensor of the block that holds it."""
         if abs(value - 1) < 1e-3:
-            return ""
-        tensors = dict(self.block.named_buffers(recurse=False)) | dict(self.block.named_parameters(recurse=False))
+            return 1.0
+        tensors = dict(self.block.named_buffers())
         names = [n for n, t in tensors.items() if t.numel() == 1 and abs(float(t) - value) < 1e-3 * abs(value)]
-        if not names:
-            raise UnknownArchitecture(
-                f"{self.path} multiplies the stream by {value:.6g}, and no tensor of it holds that"
-            )
-        return names[0]
+        return names[0] if names else value
 
     def _level(self, depth: int) -> dict[str, Tensor]:
         """Outputs of the width of the stream at one depth of the module tree; of leaves also above it."""
@@ -390,8 +411,11 @@ class _BlockProbe:
             own = term.path if self._is_norm(term.path) else ""
             for source in self._sources(own) if own else [term]:
                 writers += [replace(writer, norm=own or writer.norm) for writer in self._writers(source.path, kind)]
-        dense = len(writers) == 1 and isinstance(writers[0], Writer)
-        outputs = () if norm or (dense and not writers[0].norm) else tuple(term.path for term in terms)
+        plain = len(writers) == 1 and isinstance(writers[0], Writer) and not writers[0].norm
+        plain = plain and _close(
+            self.outputs[writers[0].module].reshape(self.outputs[terms[0].path].shape), self.outputs[terms[0].path]
+        )
+        outputs = () if norm or plain else tuple(term.path for term in terms)
         writers.sort(key=lambda writer: isinstance(writer, Writer))  # experts first, then shared ones
         return BranchRow(kind, tuple(writers), outputs, norm, scales.pop())
 
@@ -465,31 +489,35 @@ class _BlockProbe:
         if kind in ("mixer", "ple") or writer not in self.inputs:
             return ()
         z = self.inputs[writer]
-        heads = self.config.num_attention_heads if kind == "attn" else 0
-        if kind == "attn" and (not isinstance(heads, int) or z.shape[-1] % heads):
+        heads = self._heads() if kind == "attn" else 0
+        if kind == "attn" and z.shape[-1] % heads:
             return ()
         parent = writer.rpartition(".")[0]
         scope = f"{parent}." if parent else ""
         candidates = [
             n for n in self.outputs if n not in ("", writer) and n.startswith(scope) and _is_projection(self.modules[n])
         ]
-        readers: list[Reader] = []
+        readers: dict[Reader, bool] = {}
         for name in candidates:
-            rows = self.outputs[name].shape[-1]
-            for reader, expected in _layouts(name, rows, z.shape[-1], heads):
-                if self._feeds(writer, name, expected):
-                    readers.append(reader)
-                    if kind == "attn":
-                        return tuple(readers)
-        unique = {(r.module, r.part): r for r in readers}
-        return tuple(unique.values())
+            for reader, expected in _layouts(name, self.outputs[name].shape[-1], z.shape[-1], heads):
+                zeroes = self._feeds(writer, name, expected)
+                if zeroes and kind == "attn":
+                    return (reader,)
+                if zeroes is not None and not any((r.module, r.part) == (reader.module, reader.part) for r in readers):
+                    readers[reader] = zeroes
+        return tuple(readers) if any(readers.values()) else ()
 
-    def _feeds(self, writer: str, name: str, expected: Mapping[int, Sequence[int]]) -> bool:
-        """Whether zeroing a row makes exactly the expected neurons zero, and changes no other."""
+    def _heads(self) -> int:
+        differ = getattr(self.config, "is_heterogeneous", False)
+        heads: int = (self.config.per_layer_config[self.layer] if differ else self.config).num_attention_heads
+        return heads
+
+    def _feeds(self, writer: str, name: str, expected: Mapping[int, Sequence[int]]) -> bool | None:
+        """Whether zeroing a row makes the expected neurons zero; None if it changes others, or not these."""
         weight = self.runs.parameters[f"{self.path}.{name}.weight"]
         conv = type(self.modules[name]).__name__ == "Conv1D"
         bias = self.runs.parameters.get(f"{self.path}.{name}.bias")
-        before = self.inputs[writer]
+        before, zeroes = self.inputs[writer], True
         for row, neurons in expected.items():
             changed = weight.clone()
             (changed.T if conv else changed)[row] = 0
@@ -498,15 +526,16 @@ class _BlockProbe:
                 tensors[f"{name}.bias"] = bias.clone().index_fill_(0, torch.tensor([row], device=bias.device), 0.0)
             after = self._tensors(tensors)[0].get(writer)
             if after is None or after.shape != before.shape:
-                return False
+                return None
             inside = torch.zeros(before.shape[-1], dtype=torch.bool)
             inside[list(neurons)] = True
-            rest = (after - before)[..., ~inside]
-            if bool(after[..., inside].any()) or float(rest.norm()) > 1e-5 * float(before.norm()):
-                return False
-            if not bool(before[..., inside].any()):
-                return False
-        return True
+            difference = (after - before).abs()
+            if float(difference[..., ~inside].sum()) > 1e-5 * float(before.norm()) or not bool(
+                difference[..., inside].any()
+            ):
+                return None
+            zeroes = zeroes and not bool(after[..., inside].any())
+        return zeroes
 
     # Facts of the whole row
 

@@ -151,6 +151,11 @@ class Branch:
         return self.parts[0].bias.tensor if len(self.parts) == 1 and self.parts[0].bias else None
 
     @property
+    def plain(self) -> bool:
+        """Whether the only writer's output is what the branch adds: nothing weights, scales or normalises it on the way."""
+        return len(self.parts) == 1 and self.outputs == (self.writer,)
+
+    @property
     def gains(self) -> tuple[str, ...]:
         """The weights of every norm between a writer and the stream."""
         return tuple(dict.fromkeys(gain for gain in (*(part.gain for part in self.parts), self.gain) if gain))
@@ -234,7 +239,7 @@ def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
         )
     matcher = _Matcher(architecture, specs)
     block_paths = tuple(f"{blocks}.{layer}" for layer in sorted(numbers))
-    layers = tuple(matcher.block(f"{path}.") for path in block_paths)
+    layers = tuple(matcher.block(f"{path}.", layer) for layer, path in enumerate(block_paths))
     embeddings = tuple(matcher.need(f"{base}{name}.weight") for name in architecture.embeddings)
     store: Store = "disk" if any(matcher.on_disk) or base != prefix else "live"
     head = architecture.disk_head if f"{architecture.disk_head}.weight" in specs else architecture.head
@@ -270,6 +275,7 @@ class _Matcher:
     def __init__(self, architecture: Architecture, specs: Specs) -> None:
         self.architecture, self.specs = architecture, specs
         self.on_disk: list[bool] = []
+        self.heads = architecture.n_heads
 
     def need(self, name: str) -> str:
         if name not in self.specs:
@@ -278,16 +284,19 @@ class _Matcher:
             )
         return name
 
-    def block(self, block: str) -> tuple[Branch, ...]:
+    def block(self, block: str, layer: int) -> tuple[Branch, ...]:
         """The branches of a block: of the one list of the row whose writers this block holds."""
-        alternatives = self.architecture.block
+        alternatives, row = self.architecture.block, self.architecture
+        self.heads = row.layer_heads[layer] if row.layer_heads else row.n_heads
         if len(alternatives) == 1:
             for writer in (w for row in alternatives[0] for w in row.writers if isinstance(w, Writer)):
                 self.need(f"{block}{writer.module}.weight")
         matches = [rows for rows in alternatives if all(self._forms(block, w) for row in rows for w in row.writers)]
         # Experts alone are a part of experts with a shared expert, and a block without some readers of one that has them.
         matches = [m for m in matches if not any(_writers(m) < _writers(other) for other in matches)]
-        complete = [m for m in matches if all(f"{block}{name}.weight" in self.specs for name in _readers(m))]
+        complete = matches[: len(alternatives) == 1] or [
+            m for m in matches if all(f"{block}{name}.weight" in self.specs for name in _readers(m))
+        ]
         complete = [m for m in complete if not any(_readers(m) < _readers(other) for other in complete)]
         ways = [
             way
@@ -358,11 +367,11 @@ class _Matcher:
         )
 
     def _head_width(self, out: MatrixView, width: int) -> int:
-        if width % self.architecture.n_heads:
+        if width % self.heads:
             raise UnknownArchitecture(
-                f"{out.tensor} has {width} inputs, not a multiple of the config's {self.architecture.n_heads} heads"
+                f"{out.tensor} has {width} inputs, not a multiple of the config's {self.heads} heads"
             )
-        return width // self.architecture.n_heads
+        return width // self.heads
 
     def _experts(self, block: str, experts: Experts, start: int) -> list[Neurons]:
         disk = f"{block}{experts.module}.down_proj" not in self.specs
@@ -416,7 +425,7 @@ class _Matcher:
         """Views of the value rows (kv_heads * head_width of them) and the number of query heads that share each."""
         if not readers:
             return (), 1
-        (reader,), heads = readers, self.architecture.n_heads
+        (reader,), heads = readers, self.heads
         rows = self._outputs(self.need(f"{block}{reader.module}.weight"))
         count = rows // head_width
         kv_heads = {"stacked": count, "tail": (count - heads) // 2, "per_head": count // reader.parts}[reader.layout]

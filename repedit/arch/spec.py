@@ -101,8 +101,11 @@ BranchKind = Literal["attn", "mixer", "mlp", "ple"]
 
 @dataclass(frozen=True)
 class BranchRow:
-    """A part of a block that reads the stream and adds to it: attention, a mixer of tokens without attention, an MLP, or
-    per-layer embeddings."""
+    """A part of a block that reads the stream and adds to it.
+
+    Kinds: attention, a mixer of tokens without attention (state space, linear attention, convolution), an MLP, per-layer
+    embeddings.
+    """
 
     kind: BranchKind
     writers: tuple[Writer | Experts, ...]
@@ -164,8 +167,8 @@ class Architecture:
     """z = act(gate) * up, so the sign of z has no meaning."""
     parallel: bool | str = False
     """Whether attention and MLP read the same stream (no resid.mid), or the config flag that says so."""
-    block_scale: str = ""
-    """Tensor of a block that multiplies its whole output, the stream included."""
+    block_scale: str | float = 1.0
+    """Number that multiplies the whole output of a block, the stream included, or the tensor of a block that holds it."""
     bias_flags: Mapping[Point, BiasFlag] = field(default_factory=dict)
     requires: tuple[tuple[str, object, str], ...] = ()
     """(config field, required value, what another value means), to refuse variants that the row does not describe."""
@@ -177,6 +180,8 @@ class Architecture:
 
     n_layers: int = 0
     n_heads: int = 0
+    layer_heads: tuple[int, ...] = ()
+    """Heads of each layer, if layers differ."""
     n_experts: int = 0
     tied: bool = False
     epsilon: float = 0.0
@@ -213,10 +218,21 @@ def families() -> Mapping[str, Architecture]:
     return _ROWS
 
 
+def _heads(text: Any, row: Architecture) -> tuple[int, ...]:
+    """The attention heads of every layer; one number if the config has one, none if the family has no attention."""
+    if not any(branch.kind == "attn" for branches in row.block for branch in branches):
+        return ()
+    if getattr(text, "is_heterogeneous", False):
+        return tuple(layer.num_attention_heads for layer in text.per_layer_config)
+    return (text.num_attention_heads,)
+
+
 @runtime_checkable
 class ModelConfig(Protocol):
-    """The fields that every config of transformers has and that `resolve` reads; those of the text model are in a config of
-    their own if the model has other parts."""
+    """The fields that every config of transformers has and that `resolve` reads.
+
+    Those of the text model are in a config of their own if the model has other parts.
+    """
 
     model_type: str
     tie_word_embeddings: bool
@@ -256,7 +272,7 @@ def resolved(row: Architecture, config: ModelConfig) -> Architecture:
         if actual != value:
             raise UnknownArchitecture(f"{config.model_type} with {name}={actual!r} is not supported: {meaning}")
 
-    scaled = row.embedding_scaled
+    scaled, heads = row.embedding_scaled, _heads(text, row)
 
     def resolved_branch(branch: BranchRow) -> BranchRow:
         return replace(branch, scale=float(getattr(text, branch.scale))) if isinstance(branch.scale, str) else branch
@@ -265,7 +281,8 @@ def resolved(row: Architecture, config: ModelConfig) -> Architecture:
         row,
         block=tuple(tuple(resolved_branch(branch) for branch in branches) for branches in row.block),
         n_layers=text.num_hidden_layers,
-        n_heads=text.num_attention_heads if any(b.kind == "attn" for branches in row.block for b in branches) else 0,
+        n_heads=max(heads) if heads else 0,
+        layer_heads=heads if len(set(heads)) > 1 else (),
         n_experts=getattr(text, row.experts.count) if row.experts else 0,
         tied=bool(config.tie_word_embeddings),
         embedding_scaled=float(getattr(text, scaled)) if isinstance(scaled, str) else scaled,
