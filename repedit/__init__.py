@@ -48,7 +48,7 @@ _MODULES = (
     ("auditing.api", "audit"),
     ("auditing.classifier", "audit_classifier"),
     ("auditing.report", "Report"),
-    ("arch.check", "check_architecture"),
+    ("arch.infer", "check_architecture"),
     ("arch", "register resolve"),
 )
 _NAMES = {name: f"repedit.{module}" for module, names in _MODULES for name in names.split()}
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from repedit.activations.examples import max_activating
     from repedit.activations.prediction import predictions
     from repedit.arch import register, resolve
-    from repedit.arch.check import check_architecture
+    from repedit.arch.infer import check_architecture
     from repedit.auditing.api import audit
     from repedit.auditing.classifier import audit_classifier
     from repedit.auditing.report import Report

@@ -222,8 +222,8 @@ class _PlanBuilder:
         if offset is not None:
             if not branch.plain:
                 raise NoBiasSlot(
-                    f"{site}: outputs of {branch.writer} are weighted or scaled before they are added, so no bias holds the map's "
-                    "offset; fit without a center (affine=False), or use edit.hooked(subject)"
+                    f"{site}: outputs of {branch.writer} are weighted or scaled before they are added, so that no bias can hold "
+                    "the map's offset (fit without a center, affine=False); or use edit.hooked(subject)"
                 )
             name = self._bias(site, branch, "the map's offset (fit without a center, affine=False)")
             self._add(Operation("outputs", MatrixView(name), map_, constant=offset))

@@ -12,7 +12,7 @@ from torch import nn
 
 import repedit as rp
 from repedit.arch import offload
-from repedit.arch.check import check_architecture
+from repedit.arch.infer import check_architecture
 from repedit.arch.offload import execution_device
 from repedit.data.corpus import tokens
 from repedit.errors import NotFinite, OffloadedTensors

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.arch.check import check_architecture
+from repedit.arch.infer import check_architecture
 from repedit.errors import NotFoldable, UnknownArchitecture
 from repedit.lower import lower
 from repedit.plan import Plan

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from repedit.arch.hooks import hooks_at
 from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, TensorSpec, match_layout
 from repedit.arch.offload import check_in_memory, execution_device
-from repedit.arch.spec import Architecture, Experts, families, resolve, text_config
+from repedit.arch.spec import Architecture, Experts, families, text_config
 from repedit.errors import NotAModel, ShapeError, UnknownArchitecture
 from repedit.hooks import Hook, evaluating, installed
 from repedit.linear_maps import LowRank
@@ -158,24 +158,14 @@ class ArchitectureReport:
 
 
 @torch.no_grad()
-def check_architecture(model: nn.Module, *, tolerance: float = TOLERANCE) -> ArchitectureReport:
-    """Check a model's row of the family table on the model itself; the model is not changed.
+def prove(model: nn.Module, architecture: Architecture, *, tolerance: float = TOLERANCE) -> ArchitectureReport:
+    """Check a resolved row on a model; the model is not changed.
 
     A model in a half type is checked in float32, with a copy of its weights.
 
     Raises:
         UnknownArchitecture: if a site does not behave as the row says, naming the sites.
         OffloadedTensors: if weights are not in memory.
-    """
-    return prove(model, resolve(model.config), tolerance=tolerance)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def prove(model: nn.Module, architecture: Architecture, *, tolerance: float = TOLERANCE) -> ArchitectureReport:
-    """Check a resolved row on a model, as `check_architecture` does with the row of the table.
-
-    Raises:
-        UnknownArchitecture, OffloadedTensors: as there.
     """
     check_in_memory(model, "load the model without device_map to check it")
     specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}

@@ -9,6 +9,7 @@ every token; rows feed a neuron if zeroing them makes that neuron zero and leave
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,11 +21,25 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from repedit.arch.check import BlockRuns, prove, text_ids
+from repedit.arch.check import TOLERANCE as PROOF_TOLERANCE
+from repedit.arch.check import ArchitectureReport, BlockRuns, prove, text_ids
 from repedit.arch.offload import check_in_memory
-from repedit.arch.spec import Architecture, BranchKind, BranchRow, Experts, Reader, Writer, resolved, text_config
+from repedit.arch.spec import (
+    Architecture,
+    BranchKind,
+    BranchRow,
+    Experts,
+    Reader,
+    Writer,
+    families,
+    resolve,
+    resolved,
+    text_config,
+)
 from repedit.errors import HookError, RepeditError, UnknownArchitecture
 from repedit.hooks import Hook, claimed, evaluating, installed, primary
+
+log = logging.getLogger("repedit")
 
 TOLERANCE = 1e-4
 """Relative error below which two tensors of a float32 forward pass count as equal."""
@@ -65,6 +80,44 @@ def infer(model: Any) -> Architecture:
             f"{row_code(row)}"
         ) from error
     return row
+
+
+def check_architecture(model: Any, *, tolerance: float = PROOF_TOLERANCE) -> ArchitectureReport:
+    """Check a model's row of the family table, or the row inferred from it, on the model itself; the model is not changed.
+
+    A model in a half type is checked in float32, with a copy of its weights.
+
+    Raises:
+        UnknownArchitecture: if a site does not behave as the row says, naming the sites.
+        OffloadedTensors: if weights are not in memory.
+    """
+    check_in_memory(model, "load the model without device_map to check it")
+    return prove(model, row_of(model), tolerance=tolerance)
+
+
+_inferred: dict[object, Architecture] = {}
+
+
+def row_of(model: Any) -> Architecture:
+    """The resolved row of a model: of the family table, or inferred and proved when a model of its config is first used.
+
+    Raises:
+        UnknownArchitecture: if there is no row, and none was proved.
+        OffloadedTensors: if the type has no row and weights are not in memory.
+    """
+    config = model.config
+    if config.model_type in families():
+        return resolve(config)
+    key = (type(model), config.to_json_string(use_diff=False))
+    if key not in _inferred:
+        _inferred[key] = infer(model)
+        kinds = dict.fromkeys(", ".join(branch.kind for branch in branches) for branches in _inferred[key].block)
+        log.info(
+            "no row for %s in the family table: inferred from the model and proved on it (blocks of %s); `repedit doctor` prints it",
+            config.model_type, " or ".join(kinds),
+        )  # fmt: skip
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return replace(resolved(_inferred[key], config), tied=head.weight is table.weight)
 
 
 def row_code(row: Architecture) -> str:

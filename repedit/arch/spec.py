@@ -284,7 +284,7 @@ def resolved(row: Architecture, config: ModelConfig) -> Architecture:
         n_heads=max(heads) if heads else 0,
         layer_heads=heads if len(set(heads)) > 1 else (),
         n_experts=getattr(text, row.experts.count) if row.experts else 0,
-        tied=bool(config.tie_word_embeddings),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
         embedding_scaled=float(getattr(text, scaled)) if isinstance(scaled, str) else scaled,
         epsilon=float(getattr(text, row.shrink.epsilon)) if row.shrink and not row.shrink.whole_stream else 0.0,
         parallel=bool(getattr(text, row.parallel)) if isinstance(row.parallel, str) else row.parallel,

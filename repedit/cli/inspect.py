@@ -22,7 +22,7 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Prove on a real forward pass that repedit edits this model where it says it does."""
-    from repedit.arch.check import check_architecture
+    from repedit.arch.infer import check_architecture
     from repedit.cli import output
     from repedit.kernels.dispatch import choose
 

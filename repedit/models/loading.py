@@ -7,7 +7,7 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repedit.arch import Architecture, Branch, ModelConfig, Specs, TensorSpec, match_layout, resolve
+from repedit.arch import (
+    Architecture,
+    Branch,
+    ModelConfig,
+    Specs,
+    TensorSpec,
+    families,
+    match_layout,
+    resolve,
+    text_config,
+)
 from repedit.arch.layout import ModelLayout
 from repedit.arch.offload import parameters_with_values
 from repedit.errors import (
@@ -305,10 +315,7 @@ def check_config(place: Path | str, options: dict[str, Any]) -> str | None:
             f"{place} is an encoder-decoder ({config.model_type}); give a decoder-only causal language model"
         )
     with buildable(place):
-        architecture = resolve(config)
-        check_layer_count(
-            place, architecture, len(open_shards(place).entries) if isinstance(place, Path) else _MOST_LAYERS
-        )
+        check_layer_count(place, config, len(open_shards(place).entries) if isinstance(place, Path) else _MOST_LAYERS)
         empty_model(config, trust_remote_code=options.get("trust_remote_code", False))
     quantization = quantization_of(config)
     if isinstance(place, Path) and quantization is None:
@@ -318,15 +325,18 @@ def check_config(place: Path | str, options: dict[str, Any]) -> str | None:
     return quantizer_name(quantization)
 
 
-def check_layer_count(place: Path | str, architecture: Architecture, most: int) -> None:
+def check_layer_count(place: Path | str, config: ModelConfig, most: int) -> None:
     """Refuse more layers than the files have tensors, before a model with that many layers is built.
 
     Raises:
         CheckpointError: with both numbers.
     """
-    if not 0 < architecture.n_layers <= most:
+    if config.model_type in families():
+        resolve(config)  # refuses variants that the row does not describe
+    layers = text_config(config).num_hidden_layers
+    if not 0 < layers <= most:
         raise CheckpointError(
-            f"{place} does not hold the model its config describes: the config has {architecture.n_layers} layers, the files "
+            f"{place} does not hold the model its config describes: the config has {layers} layers, the files "
             f"hold {most} tensors at most; is it the right config.json?"
         )
 
@@ -358,13 +368,30 @@ def reason_of(error: BaseException) -> str:
 
 def empty_model(config: ModelConfig, *, trust_remote_code: bool = False) -> Any:
     """The model of a config without values, on the meta device."""
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(config)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", trust_remote_code=trust_remote_code
-        )
+        return auto_class(config).from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
+
+
+def auto_class(config: ModelConfig) -> Any:
+    """The class of transformers that loads a model: AutoModelForCausalLM, or AutoModelForImageTextToText for a wrapper.
+
+    A config that both can load belongs to the one whose class it names in `architectures`.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    causal, wrapper = (
+        mapping[type(config)].__name__ if type(config) in mapping else None
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    )
+    named = getattr(config, "architectures", None) or []
+    wrapped = wrapper is not None and (causal is None or (wrapper in named and causal not in named))
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -388,9 +415,7 @@ class TensorMatch:
 
 def match_tensors(config: ModelConfig, architecture: Architecture, specs: Specs) -> TensorMatch:
     """Match the names and shapes of checkpoint tensors with the model of a config; no weight is read."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    builder = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    builder = auto_class(config)._model_mapping[type(config)]
     tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
     with _silent(), torch.random.fork_rng(devices=[]):
         model, report = builder.from_pretrained(
@@ -451,21 +476,25 @@ def read_weights(place: Path | str, **options: object) -> Any:
     Raises:
         CheckpointError: naming what is missing, of another shape or of a later layer.
     """
-    from transformers import AutoModelForCausalLM
-
+    config: Any = options.get("config") or (
+        None if "gguf_file" in options else read_config(place, **_hub_options(options))
+    )
     # transformers fills absent weights with random numbers and only logs it.
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = auto_class(config).from_pretrained(
         str(place), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    architecture = resolve(model.config)
-    reshaped = set_recorded_widths(model, architecture, place, {item[0] for item in report["mismatched_keys"]})
+    architecture = resolve(model.config) if model.config.model_type in families() else None
+    reshaped = {item[0] for item in report["mismatched_keys"]}
+    if architecture is not None:
+        reshaped = set_recorded_widths(model, architecture, place, reshaped)
     if report["missing_keys"] or reshaped:
         raise CheckpointError(
             f"{place} does not hold the model its config describes: missing {sorted(report['missing_keys'])[:3]} "
             f"({len(report['missing_keys'])} in all), of another shape {sorted(reshaped)[:3]} ({len(reshaped)} in all); "
             "is a shard or the right config.json missing?"
         )
-    check_no_later_layers(place, later_layers(report["unexpected_keys"], architecture), architecture)
+    if architecture is not None:
+        check_no_later_layers(place, later_layers(report["unexpected_keys"], architecture), architecture)
     if report["unexpected_keys"]:
         names = sorted(report["unexpected_keys"])
         log.warning(
@@ -479,6 +508,11 @@ def read_weights(place: Path | str, **options: object) -> Any:
     return model
 
 
+def _hub_options(options: Mapping[str, object]) -> dict[str, Any]:
+    """The options of loading that say where a model is."""
+    return {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
+
+
 def read_quantized(place: Path | str, *, dequantize: bool, **options: Any) -> Any:
     """The model of a quantised checkpoint; with `dequantize`, its weights are ordinary tensors and its config is plain.
 
@@ -488,8 +522,7 @@ def read_quantized(place: Path | str, *, dequantize: bool, **options: Any) -> An
     with partial_blocks():
         if not dequantize:
             return read_weights(place, **options)
-        hub = {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
-        config = dequantizing(read_config(place, **hub), place)
+        config = dequantizing(read_config(place, **_hub_options(options)), place)
         return ordinary(read_weights(place, config=config, **options), place)
 
 

@@ -17,8 +17,9 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from repedit.arch import Architecture, ModelLayout, TensorSpec, match_layout, resolve
+from repedit.arch import Architecture, ModelLayout, TensorSpec, match_layout
 from repedit.arch.check import check_modules, check_no_adapter, check_plain_weights
+from repedit.arch.infer import row_of
 from repedit.arch.offload import check_in_memory, execution_device, values
 from repedit.errors import (
     ArgumentError,
@@ -442,7 +443,7 @@ def subject_of(
             "module.compile(), or wrap the model before compiling it"
         )
     origin = Origin(source) if origin is None and source is not None else origin
-    subject = Subject(model, tokenizer, resolve(model.config), source, origin)
+    subject = Subject(model, tokenizer, row_of(model), source, origin)
     try:
         check_modules(model, subject.layout)
     except UnknownArchitecture as error:

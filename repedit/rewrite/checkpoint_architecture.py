@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from repedit.arch import Architecture, Specs, TensorSpec, match_layout, resolve
+from repedit.arch import Architecture, Specs, TensorSpec, families, match_layout, resolve, resolved
 from repedit.errors import CheckpointError, NotFound, PlanMismatch
 from repedit.io.checkpoint import Shards
 from repedit.io.files import is_folder, user_path
@@ -24,7 +25,7 @@ from repedit.models.loading import (
     read_config,
     typed_errors,
 )
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, load
 from repedit.plan import Plan
 from repedit.rewrite.apply import patched_config
 
@@ -63,7 +64,7 @@ def used_specs(shards: Shards) -> Specs:
     """
     config, architecture = _described(shards.directory)
     with buildable(shards.directory):
-        check_layer_count(shards.directory, architecture, len(shards.entries))
+        check_layer_count(shards.directory, config, len(shards.entries))
         match = match_tensors(config, architecture, shards.specs)
     check_no_later_layers(shards.directory, match.later_layers, architecture)
     used = match.used(shards.specs)
@@ -93,10 +94,9 @@ def check_planned(plan: Plan, shards: Shards, used: Specs) -> None:
             "or save the model again without them: rp.load(...).model.save_pretrained(...)"
         )
     extra, reshaped = sorted(set(match.unused) - set(unused)), match.reshaped
-    if reshaped and ragged_widths(match_layout(resolve(config), planned)):
-        reshaped = tuple(
-            sorted(set(reshaped) - mlp_tensors(match_layout(resolve(config), _shapes(empty_model(config)))))
-        )
+    row = resolved(architecture, config)
+    if reshaped and ragged_widths(match_layout(row, planned)):
+        reshaped = tuple(sorted(set(reshaped) - mlp_tensors(match_layout(row, _shapes(empty_model(config))))))
     if extra or match.missing or reshaped:
         raise PlanMismatch(
             f"the planned config builds another model than the planned tensors: not described {extra[:3]}, absent "
@@ -142,4 +142,12 @@ def _described(directory: Path) -> tuple[Any, Architecture]:
         config = read_config(directory, trust_remote_code=False)
     check_unquantized(quantizer_name(quantization_of(config)), {}, "edited exactly", where=str(directory))
     with buildable(directory):
-        return config, resolve(config)
+        if config.model_type in families():
+            return config, resolve(config)
+    return config, _inferred(directory, config.to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=8)
+def _inferred(directory: Path, _config: str) -> Architecture:
+    """The row of a family that the table lacks: the model is read once, to infer the row and prove it."""
+    return load(directory).architecture
