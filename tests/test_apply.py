@@ -76,7 +76,7 @@ def test_a_fill_needs_a_bias(family, site):
 def test_a_center_needs_a_bias(family):
     subject = tiny(family)
     with pytest.raises(
-        NoBiasSlot, match=r"1\.mlp\.out: .* (has no bias at|outputs of) .*offset \(fit without a center, affine=False\)"
+        NoBiasSlot, match=r"1\.mlp\.out: .*(has no bias at|outputs of) .*offset \(fit without a center, affine=False\)"
     ):
         rp.apply(projection(subject, "1.mlp.out", center=True), subject)
 
