@@ -142,6 +142,11 @@ class _PlanBuilder:
 
     def add_map(self, site: Site, map_: AffineMap) -> None:
         """Add the map of one site."""
+        if site == Site(0, Point.RESID_PRE) and exactness(site, self.layout) == "hook-only":
+            raise NotFoldable(
+                f"{site}: a norm or another function of the embeddings of {self.layout.architecture.model_type} comes before the stream, "
+                "so no weight equals an edit there. Edit the branches alone, or use edit.hooked(subject)"
+            )
         if exactness(site, self.layout) == "hook-only":
             raise NotFoldable(
                 f"{site} is a residual stream: every later layer still receives what earlier layers wrote, so no weight equals an "

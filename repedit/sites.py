@@ -35,6 +35,11 @@ class Point(StrEnum):
         return list(Point).index(self)
 
 
+NEURONS = (Point.ATTN_NEURONS, Point.MIXER_NEURONS, Point.MLP_NEURONS, Point.PLE_NEURONS)
+"""The points that are made of neurons: the inputs of the projections that write to the stream."""
+OUTPUTS = (Point.ATTN_OUT, Point.MIXER_OUT, Point.MLP_OUT, Point.PLE_OUT)
+"""The points of what is added to the stream."""
+
 HOOK_NAMES: Mapping[Point, str] = {
     Point.RESID_PRE: "hook_resid_pre",
     Point.ATTN_NEURONS: "attn.hook_z",

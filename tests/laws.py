@@ -171,7 +171,7 @@ def stream_is_empty(
     points = subject.select(["*.resid.pre", "*.resid.post"])
     before, after = (read_by_norms(s, points) for s in (subject, edited))
     # transformers computes every norm in float32, so a stream that post-norms write to is no better than that.
-    normed = subject.layout.branch(0, rp.Point.MLP_OUT).gain is not None
+    normed = any(branch.gains for layer in subject.layout.layers for branch in layer)
     for site in points:
         assert leak(before[site], u) > 1e-2, "the subspace was not there to begin with"
         narrow = torch.float32 if normed and before[site].dtype == torch.float64 else before[site].dtype

@@ -139,7 +139,10 @@ def test_a_corpus_without_counted_tokens_is_refused(options, message):
     [
         ("5.mlp.neurons", r"asks for layers 5..5; layers are 0..1"),
         ("*.mlp.neuron", "did you mean 'mlp.neurons'"),
-        ("0.resid.pre", "0.resid.pre is not made of neurons: activity is collected at mlp.neurons and attn.neurons"),
+        (
+            "0.resid.pre",
+            "0.resid.pre is not made of neurons: activity is collected at attn.neurons, mixer.neurons, mlp.neurons",
+        ),
         ("*.mlp.out", "0.mlp.out is not made of neurons"),
     ],
 )

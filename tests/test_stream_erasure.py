@@ -9,8 +9,11 @@ import torch
 
 import repedit as rp
 from repedit.errors import ArgumentError, NoBiasSlot, NotFoldable, RankError, ShapeError
+from repedit.fit import stream
 from repedit.fit.stream import centred_basis, stream_sites
+from repedit.models.subject import subject_of
 from tests import laws
+from tests.every_causal_type import tiny_causal
 from tests.test_laws import PRE_NORM, every_dtype, every_family
 from tests.test_sabotage import caught
 from tests.tiny import tiny
@@ -25,6 +28,44 @@ def basis(width: int = 24, rank: int = 3) -> torch.Tensor:
 def test_the_stream_is_empty_after_erasure(family, dtype):
     subject = tiny(family, dtype)
     laws.stream_is_empty(subject, basis(subject.layout.width))
+
+
+INFERRED = (
+    "gemma4_text",
+    "llama4_text",
+    "jamba",
+    "nemotron_h",
+    "qwen3_next",
+    "falcon_h1",
+    "granitemoehybrid",
+    "zamba2",
+)
+
+
+@pytest.mark.parametrize("family", INFERRED)
+def test_every_branch_of_an_inferred_family_is_a_writer(family):
+    subject = subject_of(tiny_causal(family))
+    laws.stream_is_empty(subject, basis(subject.layout.width))
+
+
+@pytest.mark.parametrize("family", ["jamba", "gemma4_text"])
+def test_a_mixer_or_a_per_layer_embedding_that_is_left_out_is_seen(family, monkeypatch):
+    """The twin of the test before: a stream erasure of attention and MLPs alone."""
+    sites = [site for site in stream_sites(subject_of(tiny_causal(family))) if not str(site.point).startswith(LATER)]
+    monkeypatch.setattr(stream, "stream_sites", lambda subject: tuple(sites))
+    subject = subject_of(tiny_causal(family))
+    with pytest.raises(AssertionError):
+        laws.stream_is_empty(subject, basis(subject.layout.width))
+
+
+LATER = ("mixer", "ple")
+
+
+def test_embeddings_that_pass_a_norm_are_not_erased_in_weights():
+    subject = subject_of(tiny_causal("bloom"))
+    edit = rp.erase_stream(subject, basis(subject.layout.width))
+    with pytest.raises(NotFoldable, match=r"0\.resid\.pre: a norm or another function of the embeddings of bloom"):
+        rp.apply(edit, subject)
 
 
 @pytest.mark.parametrize("family", PRE_NORM)

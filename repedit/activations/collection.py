@@ -40,7 +40,7 @@ from repedit.hooks import Hook, evaluating, installed
 from repedit.io import archive
 from repedit.io.text import check_fields
 from repedit.models.subject import Subject
-from repedit.sites import Point, Site, SiteKey, site_key
+from repedit.sites import NEURONS, Point, Site, SiteKey, site_key
 from repedit.stats import Activity, CrossMoments, Moments
 
 Count = Callable[[Batch], Bool[Tensor, "b t"]]
@@ -497,10 +497,9 @@ def _check_statistic(statistic: type[Any], gradients: bool, labels: Labels | Non
 
 def _check_sites(subject: Subject, sites: tuple[Site, ...], statistic: type[Any]) -> None:
     for site in sites:
-        if statistic is Activity and site.point not in (Point.MLP_NEURONS, Point.ATTN_NEURONS):
+        if statistic is Activity and site.point not in NEURONS:
             raise UnknownSite(
-                f"{site} is not made of neurons: activity is collected at mlp.neurons and attn.neurons; "
-                "try '*.mlp.neurons'"
+                f"{site} is not made of neurons: activity is collected at {', '.join(NEURONS)}; try '*.mlp.neurons'"
             )
         if statistic is not Activity and subject.layout.routed(site):
             raise UnknownSite(

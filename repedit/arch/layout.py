@@ -93,14 +93,6 @@ class Neurons:
     """Weight of the norm between the writer and the sum of its branch."""
 
 
-POINTS: Mapping[str, tuple[Point, Point]] = {
-    "attn": (Point.ATTN_NEURONS, Point.ATTN_OUT),
-    "mixer": (Point.MIXER_NEURONS, Point.MIXER_OUT),
-    "mlp": (Point.MLP_NEURONS, Point.MLP_OUT),
-    "ple": (Point.PLE_NEURONS, Point.PLE_OUT),
-}
-
-
 @dataclass(frozen=True)
 class Branch:
     """One branch of one layer: attention, a mixer of tokens, an MLP or per-layer embeddings."""
@@ -123,12 +115,12 @@ class Branch:
     @property
     def inner(self) -> Point:
         """The point of the neurons."""
-        return POINTS[self.kind][0]
+        return Point(f"{self.kind}.neurons")
 
     @property
     def outer(self) -> Point:
         """The point of the output."""
-        return POINTS[self.kind][1]
+        return Point(f"{self.kind}.out")
 
     @property
     def width(self) -> int:

@@ -18,7 +18,7 @@ from repedit.stats import Moments
 def erase_stream(
     subject: Subject, basis: LowRank | Float[Tensor, "d k"], *, multiple: int = 1, retain: Moments | None = None
 ) -> Edit:
-    """The edit {0.resid.pre: P, *.attn.out: P, *.mlp.out: P}: the stream has no component along the basis at any point.
+    """The edit {0.resid.pre: P, *.attn.out: P, *.mlp.out: P, ...}: the stream has no component along the basis at any point.
 
     P = I - U U^T, or the oblique map given. If the norms of the family subtract the mean (LayerNorm), centring would
     re-create part of the direction in what readers see; U' = orth((I - 1 1^T / d) U) is used instead.
@@ -89,9 +89,9 @@ def _extended_to_multiple(
 
 
 def stream_sites(subject: Subject) -> tuple[Site, ...]:
-    """Every site that writes to the residual stream: the embedding sum and both branches of every block."""
-    writers = subject.select(["*.attn.out", "*.mlp.out"])
-    return (Site(0, Point.RESID_PRE), *writers)
+    """Every site that writes to the residual stream: the embedding sum and every branch of every block."""
+    writers = (Site(i, branch.outer) for i, layer in enumerate(subject.layout.layers) for branch in layer)
+    return (Site(0, Point.RESID_PRE), *sorted(writers))
 
 
 def centred_basis(basis: Float[Tensor, "d k"]) -> Float[Tensor, "d r"]:

@@ -86,8 +86,7 @@ def erasure(edit: Edit, layout: ModelLayout) -> LowRank:
     Raises:
         NotSliceable: naming the first site that differs.
     """
-    layers = range(len(layout.layers))
-    writers = [Site(0, Point.RESID_PRE), *(Site(i, p) for i in layers for p in (Point.ATTN_OUT, Point.MLP_OUT))]
+    writers = [Site(0, Point.RESID_PRE), *(Site(i, b.outer) for i, layer in enumerate(layout.layers) for b in layer)]
     hint = "build it with erase_stream"
     extra = sorted(set(edit.maps) - set(writers))
     if extra:

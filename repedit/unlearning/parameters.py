@@ -25,7 +25,7 @@ from repedit.errors import (
     nearest,
 )
 from repedit.models.subject import Subject
-from repedit.sites import Point
+from repedit.sites import OUTPUTS, Point
 
 # --- Which tensors are trained
 
@@ -74,7 +74,7 @@ class Parameters:
     """"20-29", "3", "0-2,5", "last 8", "3 ending at 0.22" (of the depth), or "all", which also takes embeddings, head and
     the last norm."""
     modules: tuple[str, ...] = ()
-    """Suffixes of module paths, such as "mlp.down_proj"; or "attn.out", "mlp.out" for what writes these in any family."""
+    """Suffixes of module paths, such as "mlp.down_proj"; or "attn.out", "mlp.out", ... for what writes these in any family."""
     pattern: str | None = None
     """A regular expression to search for in the tensor name."""
     mask: Mask | None = None
@@ -102,7 +102,7 @@ class Parameters:
         parameters = dict(subject.model.named_parameters())
         _check_trainable(subject, parameters)
         names = [name for name in parameters if self._is_in_layers(name, subject)]
-        points = {name: point for point in ("attn.out", "mlp.out") for name in _writers(subject, point)}
+        points = {name: point for point in OUTPUTS for name in _writers(subject, point)}
         for suffix in self.modules:
             if not any(_module(name).endswith(suffix) or points.get(name) == suffix for name in names):
                 suffixes = sorted({suffix for name in names for suffix in _suffixes(_module(name), subject)})
