@@ -16,9 +16,10 @@ from repedit.errors import (  # fmt: skip
     QuantizedModel,
     UnknownSite,
 )
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, subject_of
 from tests.char_tokenizer import CharTokenizer
 from tests.edits import mask
+from tests.every_causal_type import tiny_causal
 from tests.planted_neurons import NEURONS, planted, texts
 from tests.tiny import ids, tiny
 
@@ -52,6 +53,25 @@ def test_planted_neurons_fire_on_the_forget_set_only(family):
     subject = planted(family)
     forget, retain = (rp.collect(subject, texts(forget=side))[SITE].abs[list(NEURONS)] for side in (True, False))
     assert float(forget.min()) > 100 and float(retain.max()) < 1e-5 * float(forget.min())
+
+
+@pytest.mark.parametrize(
+    ("family", "chosen"), [("qwen2_moe", 2), ("llama4_text", 2), ("gpt_oss", 2), ("gemma4_text", 2)]
+)
+def test_experts_count_the_tokens_routed_to_them_and_shared_projections_all(family, chosen):
+    subject = subject_of(tiny_causal(family))
+    layer = next(i for i in range(9) if subject.layout.routed(rp.Site(i, rp.Point.MLP_NEURONS)))
+    collection = rp.collect(
+        subject, tokens([{"input_ids": ids()}]), f"{layer}.mlp.neurons", first_position=True, special_tokens=True
+    )
+    activity, parts = (
+        collection[rp.Site(layer, rp.Point.MLP_NEURONS)],
+        subject.layout.branch(layer, rp.Point.MLP_OUT).parts,
+    )
+    counts = [int(activity.count[part.start]) for part in parts]
+    assert all(bool((activity.count[p.start : p.stop] == n).all()) for p, n in zip(parts, counts, strict=True))
+    assert sum(n for n, part in zip(counts, parts, strict=True) if part.expert is not None) == chosen * ids().numel()
+    assert all(n == ids().numel() for n, part in zip(counts, parts, strict=True) if part.expert is None)
 
 
 def _calls(module: torch.nn.Module) -> list[int]:

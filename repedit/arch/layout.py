@@ -199,8 +199,9 @@ class ModelLayout:
         return tuple(self.points_at(layer) for layer in range(len(self.layers)))
 
     def routed(self, site: Site) -> bool:
-        """Whether a site holds the neurons of several experts, of which each token passes some."""
-        return site.point is Point.MLP_NEURONS and self.branch(site.layer, site.point).routed
+        """Whether a site holds the neurons of experts, of which each token passes some, or of several projections."""
+        branch = self.find(site.layer, site.point)
+        return branch is not None and site.point is branch.inner and (branch.routed or len(branch.parts) > 1)
 
     def width_of(self, layer: int, point: Point) -> int:
         """Size of the last axis at a point."""
