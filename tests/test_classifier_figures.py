@@ -24,8 +24,8 @@ from repedit.errors import ArgumentError, UnknownName
 from repedit.metrics.membership import auc
 from repedit.vision import Condense, Images, small_cnn
 from tests.classifiers import drawn
+from tests.figure_laws import check_legible, laid_out
 from tests.test_classifier_audit import made, report
-from tests.test_plot import laid_out, outside, overlapping
 from tests.test_public import loaded_by
 
 TINY = Setting(lambda images, seed: small_cnn(images, width=6, hidden=24, seed=seed), train=150, remember=20, epochs=3, lr=5e-3, tuned=1, k=2)  # fmt: skip
@@ -53,9 +53,8 @@ def figure(name: str) -> Figure:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_can_be_read(name):
-    assert not outside(figure(name)) and not overlapping(figure(name), slanted=False) and figure(name).get_suptitle()
-    if name != "condensed":
-        assert all(axes.get_xlabel() for axes in figure(name).axes)
+    check_legible(figure(name))
+    assert name == "condensed" or all(axes.get_xlabel() for axes in figure(name).axes)
 
 
 def points(axes) -> list[float]:

@@ -159,22 +159,42 @@ def test_every_guarantee_has_its_test():
     assert absent == []
 
 
-def modules_in_the_tree() -> set[str]:
-    """Paths of the files and packages that the tree of docs/design.md lists."""
+def paths_of_tree(lines: list[str]) -> set[str]:
+    """Paths of the files and packages that an indented tree lists."""
     parts: list[str] = []
     paths = set()
-    for line in block("tree"):
+    for line in lines:
         depth = (len(line) - len(line.lstrip())) // 2
         parts = [*parts[:depth], line.split()[0]]
         paths.add("".join(parts))
     return paths
 
 
-def test_the_tree_of_the_design_lists_every_module():
+def check_tree(lines: list[str]) -> None:
+    """A tree lists every module of the package and every folder that holds one, and nothing else."""
     files = {
         path.relative_to(PACKAGE.parent)
         for path in PACKAGE.rglob("*.py")
         if path.parent == PACKAGE or path.name != "__init__.py"
     }
-    folders = {f"{path.parent}/" for path in files}
-    assert modules_in_the_tree() == {str(path) for path in files} | folders
+    assert paths_of_tree(lines) == {str(path) for path in files} | {f"{path.parent}/" for path in files}
+
+
+def test_the_tree_of_the_design_lists_every_module():
+    check_tree(block("tree"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [line for line in lines if "scores.py" not in line],
+        lambda lines: [*lines, "  absent.py  a module that does not exist"],
+        lambda lines: [line.replace("    scores.py", "  scores.py") for line in lines],
+        lambda lines: [line.replace("neurons/ ", "neuron/ ") for line in lines],
+    ],
+    ids=["missing", "added", "in another folder", "folder with another name"],
+)
+def test_a_tree_that_differs_from_the_package_is_caught(change):
+    assert change(block("tree")) != block("tree")
+    with pytest.raises(AssertionError):
+        check_tree(change(block("tree")))

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 from numpy.testing import assert_allclose
 
 from repedit import plot
@@ -35,6 +33,7 @@ from repedit.neurons.trajectory import Step, Trajectory
 from repedit.plot.canvas import describe_sites, percent, text_color
 from repedit.sites import Point, Site
 from repedit.stats import Activity
+from tests.figure_laws import check_legible, laid_out, line, title
 from tests.tiny import ids, tiny
 
 LAYERS, WIDTH = 3, 40
@@ -89,15 +88,6 @@ def neuron_figure(**options: object) -> Figure:
     return plot.activations(tiny("llama"), "1.mlp.neurons", 7, corpus(1, "code"), corpus(2, "prose"), **options)  # type: ignore[arg-type]
 
 
-def title(figure: Figure) -> str:
-    return " ".join(figure.get_suptitle().split())
-
-
-def line(figure: Figure, label: str, axes: int = 0) -> np.ndarray:
-    found = next(item for item in figure.axes[axes].lines if str(item.get_label()).startswith(label))
-    return np.array(found.get_data(), dtype=float)
-
-
 FIGURES: dict[str, Callable[[], Figure]] = {
     "trajectory": lambda: plot.trajectory(steps(), steps(), control=[(1.0, 2.0), (5.0, 4.0)]),
     "specialization": lambda: plot.specialization(scores(protected=3)),
@@ -123,55 +113,9 @@ def drawn(name: str) -> Figure:
     return laid_out(FIGURES[name]())
 
 
-def laid_out(figure: Figure) -> Figure:
-    """The figure with its layout done."""
-    figure.draw_without_rendering()
-    return figure
-
-
-def outside(figure: Figure) -> list[Bbox]:
-    """Boxes of text that reach over the edge of the page."""
-    page = figure.bbox.padded(1)
-    every = [box for found in boxes(figure).values() for box in found]
-    return [box for box in every if not (page.contains(*box.min) and page.contains(*box.max))]
-
-
-def boxes(figure: Figure) -> dict[str, list[Bbox]]:
-    """Where the visible texts are: those of each axis, then all others."""
-    axes = [axis for a in figure.axes for axis in (a.xaxis, a.yaxis)]
-    ticks = {i: [*axis.get_major_ticks(), *axis.get_minor_ticks()] for i, axis in enumerate(axes)}
-    held = {id(text) for found in ticks.values() for tick in found for text in (tick.label1, tick.label2)}
-    found = {
-        f"axis {i}": [t.label1 for t in ticks[i] if min(v) <= t.get_loc() <= max(v) and t.label1.get_visible()]
-        for i, v in enumerate(axis.get_view_interval() for axis in axes)
-    }
-    found["others"] = [t for t in figure.findobj(Text) if t.get_visible() and id(t) not in held]
-    assert all(t.get_fontsize() >= 8 for texts in found.values() for t in texts)
-    return {key: [t.get_window_extent() for t in texts if t.get_text().strip()] for key, texts in found.items()}
-
-
-def overlapping(figure: Figure, *, slanted: bool) -> list[tuple[Bbox, Bbox]]:
-    """Pairs of texts whose boxes overlap; tick labels are left out where they are slanted."""
-    found = boxes(figure)
-    groups = [found["others"]] if slanted else found.values()
-    return [(a, b) for group in groups for i, a in enumerate(group) for b in group[i + 1 :] if a.overlaps(b)]
-
-
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_text_is_large_enough_and_not_cut_off(name):
-    assert not outside(drawn(name))
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_no_two_upright_texts_overlap(name):
-    # A slanted label's box is larger than its letters: only `transfer` has them.
-    assert not overlapping(drawn(name), slanted=name == "transfer")
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_axis_and_figure_says_what_it_shows(name):
-    assert drawn(name).get_suptitle()
-    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in drawn(name).axes)
+def test_every_figure_is_legible_and_says_what_it_shows(name):
+    check_legible(drawn(name), slanted=name == "transfer")
 
 
 def test_a_notebook_can_show_a_figure():

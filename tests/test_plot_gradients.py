@@ -22,7 +22,7 @@ from repedit.quantization import step_size, update_cosine
 from repedit.sites import Point, Site
 from repedit.unlearning import masks
 from repedit.unlearning.parameters import Mask
-from tests.test_plot import laid_out, line, outside, overlapping, title
+from tests.figure_laws import check_legible, laid_out, line, title
 from tests.unlearning_cases import rows, subject
 
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
@@ -93,20 +93,8 @@ def drawn(name: str) -> Figure:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_text_is_large_enough_and_not_cut_off(name):
-    assert not outside(drawn(name))
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_no_two_upright_texts_overlap(name):
-    # A slanted label's box is larger than its letters: the modules of `saliency` have them.
-    assert not overlapping(drawn(name), slanted=name.startswith("saliency"))
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_says_what_it_shows(name):
-    assert title(drawn(name))
-    assert any(axes.get_xlabel() or axes.get_ylabel() for axes in drawn(name).axes)
+def test_every_figure_is_legible_and_says_what_it_shows(name):
+    check_legible(drawn(name), slanted=name.startswith("saliency"), labelled=any)
 
 
 @pytest.mark.parametrize(

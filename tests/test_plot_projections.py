@@ -25,7 +25,7 @@ from repedit.plot.projections import MOST, spread
 from repedit.rewrite.certificate import Certificate, TensorCertificate
 from repedit.sites import Point, Site
 from repedit.stats import Moments
-from tests.test_plot import laid_out, line, outside, overlapping, title
+from tests.figure_laws import check_legible, laid_out, line, overlapping, title
 
 WIDTH, NAN = 24, float("nan")
 TASKS = ["capitals", "symbols", "opposites"]
@@ -102,13 +102,8 @@ def drawn(name: str) -> Figure:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_text_is_large_enough_and_not_cut_off(name):
-    assert not outside(drawn(name))
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_no_two_upright_texts_overlap(name):
-    assert not overlapping(drawn(name), slanted=name.startswith(("continual", "principal_angles")))
+def test_every_figure_is_legible_and_says_what_it_shows(name):
+    check_legible(drawn(name), slanted=name.startswith(("continual", "principal_angles")))
 
 
 def test_labels_that_are_not_spread_are_caught(monkeypatch):
@@ -116,12 +111,6 @@ def test_labels_that_are_not_spread_are_caught(monkeypatch):
     figure = FIGURES["rank_tradeoff of many"]()
     figure.draw_without_rendering()
     assert overlapping(figure, slanted=False)
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_says_what_it_shows(name):
-    assert drawn(name).get_suptitle()
-    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in drawn(name).axes)
 
 
 def test_tradeoff_lines_are_the_values_in_the_order_of_ranks():

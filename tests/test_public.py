@@ -1,7 +1,11 @@
 """The public names, and that importing them costs nothing."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import repedit as rp
 
@@ -25,6 +29,41 @@ def loaded_by(code: str) -> set[str]:
 
 def test_public_names_are_pinned():
     assert set(rp.__all__) == NAMES | ROOMS | {"__version__"}
+
+
+def names_for_type_checkers(source: str) -> dict[str, str]:
+    """Public name -> module that the imports under `if TYPE_CHECKING:` of a source take it from."""
+    blocks = [node.body for node in ast.parse(source).body if isinstance(node, ast.If)]
+    rows = [node for block in blocks for node in block if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in rows for alias in node.names}
+
+
+def check_names_for_type_checkers(source: str) -> None:
+    """What type checkers read equals what is imported on first use: the same names, from the same modules."""
+    namespaces = {name: module.rpartition(".")[0] for name, module in rp._NAMESPACES.items()}
+    assert names_for_type_checkers(source) == rp._NAMES | namespaces
+
+
+SOURCE = Path(rp.__file__).read_text()
+
+
+def test_type_checkers_read_the_names_that_are_imported_on_first_use():
+    check_names_for_type_checkers(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("    from repedit.plan import Plan\n", ""),
+        ("    from repedit.plan import Plan\n", "    from repedit.plan import Plan, Operation\n"),
+        ("    from repedit.plan import Plan\n", "    from repedit.edit import Plan\n"),
+    ],
+    ids=["missing", "added", "of another module"],
+)
+def test_a_name_that_only_one_of_both_knows_is_caught(old, new):
+    assert old in SOURCE
+    with pytest.raises(AssertionError):
+        check_names_for_type_checkers(SOURCE.replace(old, new))
 
 
 def test_every_public_name_is_there():

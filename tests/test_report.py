@@ -38,8 +38,8 @@ from repedit.plot.reports import (
 from repedit.report import compare_reports, markdown, page, redacted, rendering, schema, write
 from repedit.report.redaction import digest
 from repedit.report.tables import format_recovery
+from tests.figure_laws import laid_out, outside, overlapping
 from tests.handmade_reports import CITIES, ITEMS, LAYERS, STEPS, clean, finding, other_items, recovery, report
-from tests.test_plot import boxes, laid_out, outside
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> | `*_x_*` [a](http://b) &amp;\n# end"
 FIXED = {"edited", "original", "reference", "fresh facts", "floor"}
@@ -452,9 +452,7 @@ def drawn(name: str) -> Figure:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_text_of_a_figure_is_whole_and_alone(name):
-    assert not outside(drawn(name))
-    for found in boxes(drawn(name)).values():
-        assert not [(a, b) for i, a in enumerate(found) for b in found[i + 1 :] if a.overlaps(b)]
+    assert not outside(drawn(name)) and not overlapping(drawn(name), slanted=False)
 
 
 def test_a_figure_shows_the_recoveries_in_order():
