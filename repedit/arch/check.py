@@ -207,8 +207,12 @@ class BlockRuns:
     def __init__(self, model: nn.Module, block_paths: Sequence[str]) -> None:
         self.model, self.block_paths = model, block_paths
         # A rounding can send a token to another expert, so half types are checked in float32.
-        self.wide = {n: p.float() for n, p in model.named_parameters() if p.dtype.itemsize < 4}
-        self.parameters = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)} | self.wide
+        wide = {id(p): p.float() for p in model.parameters() if p.dtype.itemsize < 4}
+        named = list(model.named_parameters(remove_duplicate=False))
+        self.parameters = {n: wide.get(id(p), p.detach()) for n, p in named}
+        # Under every name: a block may hold a tensor that the model names after another block.
+        self.wide = {n: self.parameters[n] for n, p in named if id(p) in wide}
+        self.wide_once = {n: self.wide[n] for n, _ in model.named_parameters() if n in self.wide}
         self.calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
         self.ids = text_ids(model)
         self.embedded = self.run_model([Hook(self.block(i), "call", self._record) for i in range(len(block_paths))])
@@ -227,7 +231,7 @@ class BlockRuns:
         streams: list[Tensor] = []
         first = Hook(self.block(0), "input", lambda x: streams.append(x.float()))
         with installed(self.model, [*hooks, first]):
-            functional_call(self.model, self.wide | dict(changed or {}), (), inputs, tie_weights=True)
+            functional_call(self.model, self.wide_once | dict(changed or {}), (), inputs, tie_weights=True)
         return streams[0]
 
     def run_block(self, layer: int, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()) -> object:

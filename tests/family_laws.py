@@ -1,0 +1,146 @@
+"""The laws of edits for any model that `repedit.wrap` accepts, at every branch that is unlike those before it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import repedit as rp
+from repedit.arch import Branch, hooks_at
+from repedit.arch.spec import Experts
+from repedit.edit import Edit
+from repedit.hooks import installed
+from repedit.models.subject import Subject
+from repedit.sites import Point, Site
+from tests import laws
+from tests.edits import mask, projection
+from tests.every_causal_type import DECODERS, tiny_causal
+from tests.every_wrapper_type import tiny_wrapper
+from tests.tiny import ids, logits
+from tests.tolerances import short, within
+
+
+def tiny_of(model_type: str, dtype: torch.dtype = torch.float32) -> Subject:
+    """A fresh tiny model of a type, wrapped; "wrapper:qwen3_5" is the wrapper of a text decoder."""
+    wrapper, _, name = model_type.rpartition(":")
+    return rp.wrap((tiny_wrapper if wrapper else tiny_causal)(name, dtype))
+
+
+# --- The sites and edits of one model
+
+
+def distinct_branches(subject: Subject) -> dict[Site, Branch]:
+    """The branches of a model by the site of their output; of those with the same structure the last one."""
+    found: dict[object, tuple[Site, Branch]] = {}
+    for layer, branches in enumerate(subject.layout.layers):
+        module = type(subject.model.get_submodule(subject.layout.block_paths[layer]))
+        for branch in branches:
+            found[module, tuple(b.kind for b in branches), structure(branch)] = Site(layer, branch.outer), branch
+    return dict(sorted(found.values(), key=lambda item: item[0]))
+
+
+def structure(branch: Branch) -> object:
+    """What a hook or a plan depends on: widths, heads, experts, norms, biases and the scale, but no layer."""
+    parts = [
+        (p.stop - p.start, p.expert is not None, len(p.readers), p.bias is None, p.gain is None) for p in branch.parts
+    ]
+    own = (branch.kind, branch.scale, branch.head_width, branch.group, branch.gain is None, len(branch.outputs))
+    return own, tuple(parts)
+
+
+def edits_at(subject: Subject, site: Site, branch: Branch) -> Iterator[Edit]:
+    """The edits of a branch that are exact: of its neurons, and of its output if no norm follows."""
+    neurons = Site(site.layer, branch.inner)
+    yield mask(subject, str(neurons))
+    yield scale(subject, neurons)
+    if len(branch.parts) == 1:
+        yield projection(subject, str(neurons), rank=min(3, branch.width - 1))
+    if not branch.gains:
+        yield mask(subject, str(site))
+        yield projection(subject, str(site))
+
+
+def scale(subject: Subject, site: Site) -> Edit:
+    """Multiply every channel of a site by another number."""
+    width = subject.layout.width_of(site.layer, site.point)
+    factors = torch.rand(width, generator=torch.Generator().manual_seed(1)) + 0.5
+    return Edit({site: rp.Diagonal(factors)}, {"method": "test"})
+
+
+def everywhere(subject: Subject) -> Edit:
+    """A mask at the neurons and a projection at the output of every branch of every layer."""
+    maps: dict[Site, Any] = {}
+    for layer, branches in enumerate(subject.layout.layers):
+        for branch in branches:
+            maps |= mask(subject, f"{layer}.{branch.inner}", share=0.3, seed=layer).maps
+            maps |= projection(subject, f"{layer}.{branch.outer}", seed=layer).maps
+    return Edit(maps, {"method": "test"})
+
+
+# --- The laws
+
+
+def hooked_equals_applied(subject: Subject) -> None:
+    """In the whole model, every edit of every distinct branch gives the same logits as a hook and as weights, and moves them."""
+    for site, branch in distinct_branches(subject).items():
+        for edit in edits_at(subject, site, branch):
+            try:
+                laws.hooked_equals_rewritten(subject, edit)
+            except AssertionError as error:
+                raise AssertionError(f"{edit}: {error}") from error
+
+
+def branches_agree(subject: Subject) -> None:
+    """The same for what the branch alone adds on the inputs that its block receives, so that no later rounding matters.
+
+    A rounding in a later block may send a token to another expert; within the branch nothing depends on what it adds.
+    """
+    calls = block_calls(subject)
+    for site, branch in distinct_branches(subject).items():
+        base = added(subject, site, calls)
+        for edit in edits_at(subject, site, branch):
+            with edit.hooked(subject):
+                hooked = added(subject, site, calls)
+            assert not torch.equal(hooked, base), f"{edit} does not move {site}"
+            error = laws.apart(added(rp.apply(edit, subject), site, calls), hooked)
+            within(error, f"branch, {short(base.dtype)}")
+
+
+def subspaces_are_gone(subject: Subject) -> None:
+    """After a projection at the output of a branch that ends with a norm, it adds nothing in the subspace."""
+    for site, branch in distinct_branches(subject).items():
+        if branch.gains:
+            laws.subspace_is_gone(subject, projection(subject, str(site)))
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def block_calls(subject: Subject) -> dict[int, Call]:
+    """The arguments of every block in one forward pass."""
+    calls: dict[int, Call] = {}
+
+    def keep(layer: int) -> Any:
+        return lambda _module, args, kwargs: calls.__setitem__(layer, copy.deepcopy((args, kwargs)))
+
+    blocks = [subject.model.get_submodule(path) for path in subject.layout.block_paths]
+    handles = [b.register_forward_pre_hook(keep(i), with_kwargs=True) for i, b in enumerate(blocks)]
+    logits(subject)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@torch.no_grad()
+def added(subject: Subject, site: Site, calls: dict[int, Call]) -> Tensor:
+    """What a branch adds to the stream when its block runs on recorded arguments."""
+    seen: list[Tensor] = []
+    observe = hooks_at(subject.model, subject.layout, site, lambda x, *_: seen.append(x.clone()), replaces=False)
+    args, kwargs = copy.deepcopy(calls[site.layer])
+    with installed(subject.model, observe):
+        subject.model.get_submodule(subject.layout.block_paths[site.layer])(*args, **kwargs)
+    return seen[-1]
