@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,16 +12,15 @@ from torch import Tensor
 
 import repedit as rp
 from repedit.arch import Branch, hooks_at
-from repedit.arch.spec import Experts
 from repedit.edit import Edit
 from repedit.hooks import installed
 from repedit.models.subject import Subject
-from repedit.sites import Point, Site
+from repedit.sites import Site
 from tests import laws
 from tests.edits import mask, projection
-from tests.every_causal_type import DECODERS, tiny_causal
+from tests.every_causal_type import tiny_causal
 from tests.every_wrapper_type import tiny_wrapper
-from tests.tiny import ids, logits
+from tests.tiny import logits
 from tests.tolerances import short, within
 
 
@@ -84,17 +84,15 @@ def everywhere(subject: Subject) -> Edit:
 # --- The laws
 
 
-def hooked_equals_applied(subject: Subject) -> None:
+def hooked_equals_applied(subject: Subject, apply: Callable[..., Subject] = rp.apply) -> None:
     """In the whole model, every edit of every distinct branch gives the same logits as a hook and as weights, and moves them."""
     for site, branch in distinct_branches(subject).items():
         for edit in edits_at(subject, site, branch):
-            try:
-                laws.hooked_equals_rewritten(subject, edit)
-            except AssertionError as error:
-                raise AssertionError(f"{edit}: {error}") from error
+            with named(edit):
+                laws.hooked_equals_rewritten(subject, edit, apply)
 
 
-def branches_agree(subject: Subject) -> None:
+def branches_agree(subject: Subject, apply: Callable[..., Subject] = rp.apply) -> None:
     """The same for what the branch alone adds on the inputs that its block receives, so that no later rounding matters.
 
     A rounding in a later block may send a token to another expert; within the branch nothing depends on what it adds.
@@ -106,8 +104,9 @@ def branches_agree(subject: Subject) -> None:
             with edit.hooked(subject):
                 hooked = added(subject, site, calls)
             assert not torch.equal(hooked, base), f"{edit} does not move {site}"
-            error = laws.apart(added(rp.apply(edit, subject), site, calls), hooked)
-            within(error, f"branch, {short(base.dtype)}")
+            with named(edit):
+                error = laws.apart(added(apply(edit, subject), site, calls), hooked)
+                within(error, f"branch, {short(base.dtype)}")
 
 
 def subspaces_are_gone(subject: Subject) -> None:
@@ -115,6 +114,15 @@ def subspaces_are_gone(subject: Subject) -> None:
     for site, branch in distinct_branches(subject).items():
         if branch.gains:
             laws.subspace_is_gone(subject, projection(subject, str(site)))
+
+
+@contextmanager
+def named(edit: Edit) -> Iterator[None]:
+    """Name the edit that breaks a law."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{edit.describe()}: {error}") from error
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

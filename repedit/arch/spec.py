@@ -229,13 +229,12 @@ def _heads(text: Any, row: Architecture) -> tuple[int, ...]:
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """The fields that every config of transformers has and that `resolve` reads.
+    """The field that every config of transformers has.
 
     Those of the text model are in a config of their own if the model has other parts.
     """
 
     model_type: str
-    tie_word_embeddings: bool
 
 
 def text_config(config: ModelConfig) -> Any:
