@@ -144,8 +144,8 @@ class _PlanBuilder:
         """Add the map of one site."""
         if site == Site(0, Point.RESID_PRE) and exactness(site, self.layout) == "hook-only":
             raise NotFoldable(
-                f"{site}: a norm or another function of the embeddings of {self.layout.architecture.model_type} comes before the stream, "
-                "so no weight equals an edit there. Edit the branches alone, or use edit.hooked(subject)"
+                f"{site}: a norm or another function of the embeddings of {self.layout.architecture.model_type} comes before the stream, or "
+                "features of images enter it there, so no weight equals an edit there. Edit the branches alone, or use edit.hooked(subject)"
             )
         if exactness(site, self.layout) == "hook-only":
             raise NotFoldable(

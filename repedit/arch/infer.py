@@ -251,7 +251,10 @@ def _common(first: str, second: str) -> str:
 
 
 def _embeddings(model: nn.Module, runs: BlockRuns, config: Any, base: str) -> dict[str, Any]:
-    """The embeddings whose sum is the stream before the first block, and what multiplies the token embedding."""
+    """The embeddings whose sum is the stream before the first block, and what multiplies the token embedding.
+
+    Features of images and of sound enter the stream beside the embeddings, where no weight of an embedding reaches them.
+    """
     tables: dict[str, Tensor] = {}
     token = _path_of(model, model.get_input_embeddings())  # type: ignore[operator]
     width, shape = runs.embedded.shape[-1], runs.embedded.shape
@@ -260,8 +263,11 @@ def _embeddings(model: nn.Module, runs: BlockRuns, config: Any, base: str) -> di
             if isinstance(module, nn.Embedding) and module.weight.shape[1] == width and path != token:
                 stack.callback(module.register_forward_hook(_storer(tables, path)).remove)
         _forward(model)
+    others_enter = config is not model.config or any(
+        word in name for name in model.config.sub_configs for word in ("vision", "audio", "image")
+    )
     rows = model.get_input_embeddings().weight.float()[runs.ids]  # type: ignore[operator]
-    if rows.shape[-1] != width:
+    if rows.shape[-1] != width or others_enter:
         return {"embeddings": (token.removeprefix(f"{base}."),), "embedding_exact": False}
     terms = {token: rows} | {
         p: x.expand(shape) for p, x in tables.items() if x.numel() in (shape.numel(), shape[1:].numel())
@@ -357,6 +363,7 @@ class _BlockProbe:
 
     def branches(self) -> tuple[BranchRow, ...]:
         """The branches of this block, in the order in which they ran."""
+        self._check_all_ran()
         groups: list[list[_Term]] = []
         for term in self._terms():
             previous = groups[-1][-1] if groups else None
@@ -373,6 +380,17 @@ class _BlockProbe:
         if len({row.kind for row in rows}) < len(rows):
             raise UnknownArchitecture(f"{self.path} has several branches of one kind: {kinds}; no row describes that")
         return tuple(rows)
+
+    def _check_all_ran(self) -> None:
+        """Refuse a block with a projection that may write to the stream and did not run, because it waits for images or sound."""
+        for name, module in self.modules.items():
+            down = module._parameters.get("down_proj")
+            writes = _is_projection(module) and _outputs(module) == self.width
+            if name not in self.outputs and (writes or (down is not None and down.ndim == 3)):
+                raise UnknownArchitecture(
+                    f"{self.path}.{name} does not run on text, and may write to the stream for other inputs, where no probing pass "
+                    "can prove what an edit does"
+                )
 
     # What adds up to the stream
 
@@ -668,6 +686,11 @@ def _observed(
             stack.callback(module.register_forward_pre_hook(on_input(name), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(on_output(name)).remove)
         yield
+
+
+def _outputs(projection: Any) -> int:
+    outputs: int = projection.weight.shape[1 if type(projection).__name__ == "Conv1D" else 0]
+    return outputs
 
 
 def _is_projection(module: Any) -> bool:

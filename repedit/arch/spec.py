@@ -154,7 +154,8 @@ class Architecture:
     embedding_scaled: bool | str | float = False
     """The token embedding is multiplied in the forward pass: True by sqrt(d), a text by that config field."""
     embedding_exact: bool = True
-    """False if a norm or another function of the embeddings follows, so that no weights equal an edit at 0.resid.pre."""
+    """False if a norm or another function of the embeddings follows, or features of images or sound enter the stream beside
+    them, so that no weights equal an edit at 0.resid.pre."""
     head: str = "lm_head"
     disk_head: str = "lm_head"
     transposed: bool = False
