@@ -99,3 +99,12 @@ def test_edits_without_a_projection_or_without_weights_are_refused():
         rp.certificate(rp.apply(pruned, subject), pruned, subject)
     with pytest.raises(NotFoldable, match="residual stream"):
         rp.certificate(subject, projection(subject, "0.resid.post"), subject)
+
+
+def test_a_map_that_removes_nothing_has_no_certificate(tmp_path: Path):
+    subject = tiny("llama")
+    u, v = (0.1 * torch.randn(40, 2, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    edit = rp.Edit({rp.Site.parse("1.mlp.neurons"): rp.LowRank(u, v)})
+    with pytest.raises(ArgumentError, match="holds no projection"):
+        rp.certificate(rp.apply(edit, subject), edit, subject)
+    rp.export(edit, subject, tmp_path / "out")

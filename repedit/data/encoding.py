@@ -165,12 +165,22 @@ def question_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def entity_end(tokenizer: Tokenizer, prompt: str, entity: str) -> int | None:
     """Index of the token that holds the last letter of the entity's last mention in the prompt; None without one."""
+    span = entity_span(tokenizer, prompt, entity)
+    return None if span is None else span[1]
+
+
+def entity_span(tokenizer: Tokenizer, prompt: str, entity: str) -> tuple[int, int] | None:
+    """Indices of the tokens with the first and the last letter of the entity's last mention in the prompt; None without one.
+
+    The tokenizer's prefix counts, as in `prompt_ids`.
+    """
     mentions = list(re.finditer(rf"(?<!\w){re.escape(entity)}(?!\w)", prompt, re.IGNORECASE)) if entity else []
     if not mentions:
         return None
-    head = text_ids(tokenizer, prompt[: mentions[-1].end()])
-    same = common_prefix(head, text_ids(tokenizer, prompt))
-    return len(prefix_ids(tokenizer)) + min(same, len(head) - 1)
+    whole, offset = text_ids(tokenizer, prompt), len(prefix_ids(tokenizer))
+    before, head = (text_ids(tokenizer, prompt[:at]) for at in mentions[-1].span())
+    last = min(common_prefix(head, whole), len(head) - 1)
+    return offset + min(common_prefix(before, whole), last), offset + last
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:

@@ -1,4 +1,4 @@
-"""Subspaces to remove from hidden states, in closed form or by optimization; no fit changes a weight.
+"""Subspaces to remove from hidden states, in closed form or by optimization, and overwritten values; no fit changes a weight.
 
 Each closed form takes statistics from `rp.collect` and returns a `LowRank`; `FITS` holds all of them by name. What a
 projection does to rows is measured by `norm_ratio` (how much longer they become), `distortion` (how much it changes them)
@@ -31,9 +31,14 @@ from repedit.fit.linalg import (
     top_eigenvectors,
     union,
 )
+from repedit.fit.local_regression import Regression
+from repedit.fit.overwrite import LayerCertificate, OverwriteCertificate, overwrite
 
 __all__ = [
     "FITS",
+    "LayerCertificate",
+    "OverwriteCertificate",
+    "Regression",
     "Spectra",
     "capped",
     "cpca",
@@ -48,6 +53,7 @@ __all__ = [
     "norm_ratio",
     "oblique",
     "orthonormal",
+    "overwrite",
     "principal_angles",
     "random_basis",
     "residual_pca",

@@ -144,7 +144,16 @@ def certified(
 
 def _projections(plan: Plan, name: str) -> list[Operation]:
     """The operations on a tensor that remove directions."""
-    return [op for op in plan.operations.get(name, ()) if isinstance(op.map, LowRank) and op.map.u.shape[1]]
+    return [op for op in plan.operations.get(name, ()) if isinstance(op.map, LowRank) and _is_projection(op.map)]
+
+
+def _is_projection(map_: LowRank) -> bool:
+    """Whether M M = M, that is V^T U = I; other maps, such as overwritten values or steering, move directions and remove none."""
+    if not map_.u.shape[1]:
+        return False
+    inner = map_.v.double().T @ map_.u.double()
+    # 1e-3: an oblique projection in float32 whose V^T U had a condition number of 1e4.
+    return float((inner - torch.eye(len(inner), dtype=inner.dtype, device=inner.device)).abs().max()) < 1e-3
 
 
 def sliced_certificate(plan: Plan) -> Certificate:
