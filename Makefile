@@ -37,6 +37,10 @@ fuzz: .venv/.done
 docs: .venv/.done
 	$(BIN)/python -m docs.build
 
+# The tables of docs/families.md: a tiny model of every type of the installed transformers; two minutes.
+families: .venv/.done
+	$(BIN)/python -m docs.families
+
 # Ratios against others, ten to fifteen minutes; taker alone is not in the dev extra, and is skipped without this folder.
 bench: .venv/.done
 	$(BIN)/repedit fetch
@@ -49,4 +53,4 @@ notebooks: .venv/.done
 	$(BIN)/repedit fetch
 	$(BIN)/python notebooks/run.py
 
-.PHONY: bench demo docs fuzz lint notebooks test test-all test-cpus
+.PHONY: bench demo docs families fuzz lint notebooks test test-all test-cpus

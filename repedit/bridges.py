@@ -6,15 +6,17 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from repedit.edit import Edit
-from repedit.errors import ArgumentError, NotAModel, UnknownArchitecture, UnknownSite
+from repedit.errors import ArgumentError, MissingDependency, NotAModel, UnknownArchitecture, UnknownSite
 from repedit.hooks import evaluating
 from repedit.linear_maps import AffineMap
+from repedit.models.loading import reason_of
 from repedit.models.subject import Subject, subject_of
 from repedit.rewrite.apply import shared_clone, synchronize
 from repedit.sites import Point
@@ -59,27 +61,44 @@ def to_lens(subject: Subject) -> Any:
 
     Raises:
         ArgumentError: if transformer_lens is not installed.
-        UnknownArchitecture: if the bridge computes other logits than the model.
+        MissingDependency: for a model with other parts than text, if torchvision is not installed.
+        UnknownArchitecture: if TransformerLens has no bridge for the model, or the bridge computes other logits.
     """
     with _installed("transformer_lens"):
         from transformer_lens.model_bridge import TransformerBridge
+    name = subject.architecture.model_type
+    if subject.model.config.sub_configs and find_spec("torchvision") is None:
+        raise MissingDependency(
+            f"TransformerLens would run pip to install torchvision for the images of {name}; install it yourself first, in a version "
+            "that fits torch, or use edit.hooked(subject) or to_nnsight"
+        )
     model = copy.deepcopy(subject.model) if subject.architecture.n_experts else shared_clone(subject.model)
     if subject.architecture.n_experts:
         warnings.warn(
-            f"{subject.architecture.model_type} has experts: the bridge holds a copy of the weights, which does not follow later "
+            f"{name} has experts: the bridge holds a copy of the weights, which does not follow later "
             "edits of the model",
             stacklevel=2,
         )
     model.config = copy.deepcopy(subject.model.config)
     model.config.architectures = [type(model).__name__]
-    bridge = TransformerBridge.boot_transformers(
-        subject.architecture.model_type, hf_model=model, tokenizer=_placeholder_tokenizer(),
-        device=str(subject.device), dtype=subject.model.dtype,
-    )  # fmt: skip
-    bridge.tokenizer = copy.deepcopy(subject.tokenizer)
-    if not subject.architecture.n_experts:
-        synchronize(bridge.original_model, subject.model, _WRAPPER)
-    _check_same_logits(bridge, subject)
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            name,
+            hf_model=model,
+            tokenizer=_placeholder_tokenizer(),
+            device=str(subject.device),
+            dtype=subject.model.dtype,
+        )
+        bridge.tokenizer = copy.deepcopy(subject.tokenizer)
+        if not subject.architecture.n_experts:
+            synchronize(bridge.original_model, subject.model, _WRAPPER)
+        _check_same_logits(bridge, subject)
+    except UnknownArchitecture:
+        raise
+    except Exception as error:  # adapters raise errors of their own
+        raise UnknownArchitecture(
+            f"TransformerLens cannot bridge {name} ({reason_of(error)[:120]}); use edit.hooked(subject) or to_nnsight"
+        ) from error
     return bridge
 
 

@@ -11,9 +11,11 @@ import torch
 import repedit as rp
 from repedit import bridges
 from repedit.arch.hooks import hooks_at
-from repedit.errors import ArgumentError, NotAModel, UnknownArchitecture, UnknownSite
+from repedit.errors import ArgumentError, MissingDependency, NotAModel, UnknownArchitecture, UnknownSite
 from repedit.hooks import installed
 from tests.edits import fill, mask, projection
+from tests.every_causal_type import tiny_causal
+from tests.every_wrapper_type import tiny_wrapper
 from tests.tiny import ids, logits, tiny
 from tests.tolerances import close
 
@@ -211,6 +213,21 @@ def test_what_is_no_model_is_refused():
     del lens.original_model.lm_head
     with pytest.raises(NotAModel, match=r"the bridge holds no tensor for \['lm_head.*pass the transformers model"):
         rp.wrap(lens)
+
+
+def test_a_model_that_transformer_lens_does_not_know_is_refused():
+    with pytest.raises(UnknownArchitecture, match="TransformerLens cannot bridge biogpt"):
+        rp.to_lens(rp.wrap(tiny_causal("biogpt")))
+
+
+def test_nothing_is_installed_for_a_multimodal_model(monkeypatch):
+    """TransformerLens would run pip in the environment of the user."""
+    commands = []
+    monkeypatch.setattr("subprocess.check_call", lambda command: commands.append(command))
+    monkeypatch.setattr(bridges, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match="would run pip to install torchvision for the images of llava"):
+        rp.to_lens(rp.wrap(tiny_wrapper("llava")))
+    assert commands == []
 
 
 @pytest.mark.parametrize(("view", "package"), [(rp.to_lens, "transformer_lens"), (rp.to_nnsight, "nnsight")])
