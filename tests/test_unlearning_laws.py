@@ -14,6 +14,7 @@ from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, Training
 from repedit.io import archive
 from repedit.unlearning import losses, schedule, trainer
 from repedit.unlearning.combiners import weighted_sum
+from repedit.unlearning.forget_gradient import CommonPart, LeadingDirections
 from repedit.unlearning.masks import neuron_mask, saliency
 from repedit.unlearning.parameters import Lora, Mask, Parameters, TrainableCopy
 from repedit.unlearning.recipe import MergedRecipe, OptimizerConfig, Term, UnlearnRecipe
@@ -33,7 +34,11 @@ def flat(name):
     """A recipe by name with settings of a test; of a merged one its first part."""
     found = RECIPES[name]()
     found = found.parts[0] if isinstance(found, MergedRecipe) else found
-    return replace(found, parameters=ALL, batch_size=6, lr=1e-3, length=64, epochs=1.0)
+    settings = {"batch_size": 6, "lr": 1e-3, "length": 64, "epochs": 1.0}
+    if found.gradient_filter is None:
+        return replace(found, parameters=ALL, **settings)
+    small = CommonPart(2, 2) if isinstance(found.gradient_filter, CommonPart) else LeadingDirections(3)
+    return replace(found, gradient_filter=small, **settings)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -64,8 +64,8 @@ def model(incomplete: str) -> list[str]:
 
 
 def recipe(incomplete: str) -> list[str]:
-    """A recipe, or one applied to another: small:npo_klr, sure:npo_gdr."""
-    over = [f"{outer}:{name}" for outer in ("small", "sure") for name in names("recipes")]
+    """A recipe, or one applied to another: small:npo_klr, sure:npo_gdr, sam:npo_gdr."""
+    over = [f"{outer}:{name}" for outer in ("small", "sure", "sam") for name in names("recipes")]
     return _matching(incomplete, (*names("recipes"), *(over if incomplete else ())))
 
 

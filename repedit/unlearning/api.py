@@ -247,7 +247,8 @@ def _train(
     """Take the steps, save the state and the log as they go, and return the difference."""
     key = {name: record[name] for name in ("model", "options", "data", "seed")}
     if state is not None and state.exists():
-        header, _ = resume_state.restore(state, training.trainable.tensors, training.optimizer, key=key)
+        header, tensors = resume_state.restore(state, training.trainable.tensors, training.optimizer, key=key)
+        training.forget_gradient.restore(tensors)
         with archive.rebuilding(state, "training"):
             training.log.extend(dict(row) for row in header["log"])
             training.memory.update(header["memory"])
@@ -262,7 +263,8 @@ def _train(
             header = {"log": training.log, "memory": training.memory}
             is_first = training.group.is_first
             weights = training.trainable.tensors
-            resume_state.save(state, weights, training.optimizer, header, key=key, is_writer=is_first)
+            other = training.forget_gradient.saved()
+            resume_state.save(state, weights, training.optimizer, header, key=key, other=other, is_writer=is_first)
 
     def after_step() -> None:
         if log is not None:

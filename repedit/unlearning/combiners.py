@@ -145,6 +145,16 @@ def norm_diff() -> Combiner:
     return Combiner("norm_diff", weights)
 
 
+def unit_forget(gamma: float = 1.0, alpha: float = 1.0) -> Combiner:
+    """G = gamma g_f / |g_f| + alpha g_r: every step forgets by the same length; a g_f that is negligible is left out."""
+    check_positive(gamma=gamma, alpha=alpha)
+
+    def weights(products: InnerProducts, _context: StepContext) -> tuple[float, float]:
+        return gamma * _inverse_norm(products.forget), alpha
+
+    return Combiner("unit_forget", weights, {"gamma": gamma, "alpha": alpha})
+
+
 def primal_dual(epsilon: float, eta: float = 1.0, warmup_epochs: float = 5.0) -> Combiner:
     """G = g_f + lambda g_r with lambda <- max(0, lambda + eta (L_r - epsilon)), starting from lambda = 1.
 
@@ -165,7 +175,7 @@ def primal_dual(epsilon: float, eta: float = 1.0, warmup_epochs: float = 5.0) ->
     return Combiner("primal_dual", weights, {"epsilon": epsilon, "eta": eta, "warmup_epochs": warmup_epochs})
 
 
-COMBINERS = (weighted_sum, blur, conflict_only, norm_diff, primal_dual)
+COMBINERS = (weighted_sum, blur, conflict_only, norm_diff, unit_forget, primal_dual)
 """Every combiner; recipe files name them."""
 
 

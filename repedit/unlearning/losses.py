@@ -356,6 +356,17 @@ def signed_nll(factor: float) -> Loss:
 
 
 @register_loss
+def negative_entropy() -> Loss:
+    """Mean over label tokens of sum_v p log p, which is least where all tokens are equally likely."""
+
+    def total(forward: ForwardPass) -> Tensor:
+        log_probs = forward.label_logits.log_softmax(-1)
+        return (log_probs.exp() * log_probs).sum()
+
+    return Loss("negative_entropy", total, "tokens")
+
+
+@register_loss
 def logit_margin() -> Loss:
     """Mean over label tokens of (max_v z - mean_v z)^2, which flattens the predictions."""
 

@@ -74,7 +74,8 @@ class Parameters:
     """"20-29", "3", "0-2,5", "last 8", "3 ending at 0.22" (of the depth), or "all", which also takes embeddings, head and
     the last norm."""
     modules: tuple[str, ...] = ()
-    """Suffixes of module paths, such as "mlp.down_proj"; or "attn.out", "mlp.out", ... for what writes these in any family."""
+    """Suffixes of module paths, such as "mlp.down_proj"; or "attn.out", "mlp.out", ... for what writes these in any family,
+    and "mlp.in" for what feeds the neurons of an MLP (gate and up)."""
     pattern: str | None = None
     """A regular expression to search for in the tensor name."""
     mask: Mask | None = None
@@ -102,7 +103,8 @@ class Parameters:
         parameters = dict(subject.model.named_parameters())
         _check_trainable(subject, parameters)
         names = [name for name in parameters if self._is_in_layers(name, subject)]
-        points = {name: point for point in OUTPUTS for name in _writers(subject, point)}
+        points: dict[str, str] = {name: point for point in OUTPUTS for name in _writers(subject, point)}
+        points |= dict.fromkeys(_mlp_readers(subject), "mlp.in")
         for suffix in self.modules:
             if not any(_module(name).endswith(suffix) or points.get(name) == suffix for name in names):
                 suffixes = sorted({suffix for name in names for suffix in _suffixes(_module(name), subject)})
@@ -349,6 +351,13 @@ def _writers(subject: Subject, point: str) -> set[str]:
     """The weights that write to the residual stream at a point."""
     branches = [subject.layout.find(layer, Point(point)) for layer in range(len(subject.layout.layers))]
     return {part.out.tensor for branch in branches if branch is not None for part in branch.parts}
+
+
+def _mlp_readers(subject: Subject) -> set[str]:
+    """The weights, without biases, that feed the neurons of MLPs."""
+    branches = [subject.layout.find(layer, Point.MLP_OUT) for layer in range(len(subject.layout.layers))]
+    parts = [part for branch in branches if branch is not None for part in branch.parts]
+    return {view.tensor for part in parts for view in part.readers if not view.tensor.endswith("bias")}
 
 
 def _suffixes(module: str, subject: Subject) -> set[str]:

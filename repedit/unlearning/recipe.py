@@ -21,6 +21,14 @@ from repedit.errors import (
 from repedit.io.text import read_toml
 from repedit.unlearning import losses
 from repedit.unlearning.combiners import COMBINERS, Combiner, weighted_sum
+from repedit.unlearning.forget_gradient import (
+    ADVERSARIES,
+    FILTERS,
+    Adversary,
+    Agreement,
+    Fork,
+    GradientFilter,
+)
 from repedit.unlearning.losses import Loss, nll
 from repedit.unlearning.parameters import Lora, Parameters
 from repedit.unlearning.sampling import FORGET_SIDE, RETAIN_SIDE, SAMPLERS, Sampler, paired
@@ -125,6 +133,12 @@ class UnlearnRecipe:
     """Largest number of tokens of a row; corpora are cut to it."""
     stop: tuple[Stop, ...] = field(default_factory=lambda: (collapse(),))
     saliency: Saliency | None = None
+    adversary: Adversary | None = None
+    """The weights at which the forget gradient is taken; those of the model when None."""
+    gradient_filter: GradientFilter | None = None
+    """The directions that are removed from the forget gradient."""
+    agreement: Agreement | None = None
+    """Which entries of the forget gradient remain beside the retain gradient."""
     scale: float = 1.0
     """Factor of the differences at the end."""
     formula: str = ""
@@ -135,7 +149,7 @@ class UnlearnRecipe:
             value = getattr(self, name)
             if not all(isinstance(part, kind) for part in (value if name in ("terms", "stop") else (value,))):
                 raise ArgumentError(
-                    f"recipe {self.name!r}: {name}={value!r} is not made of {kind.__name__} values; write a recipe file, which "
+                    f"recipe {self.name!r}: {name}={value!r} is not made of {getattr(kind, '__name__', kind)} values; write a recipe file, which "
                     "has a table for it, or give the value in Python"
                 )
         wrong = [n for n in ("lr", "epochs") if not (is_finite(getattr(self, n)) and getattr(self, n) > 0)]
@@ -150,6 +164,24 @@ class UnlearnRecipe:
                 "must be finite and above 0, batch_size and steps whole numbers of at least 1, length one of at least 2, "
                 "scale must not be 0, and there must be at least one term"
             )
+        self._check_forget_gradient()
+
+    def _check_forget_gradient(self) -> None:
+        """Refuse a way to take the forget gradient that the other fields do not allow."""
+        chosen = [n for n in ("adversary", "gradient_filter", "agreement") if getattr(self, n) is not None]
+        if chosen and not self.combiner.separate:
+            raise ArgumentError(
+                f"recipe {self.name!r}: {chosen[0]} needs the forget gradient by itself, and the combiner {self.combiner} adds "
+                "the gradients up as they come; give one with separate=True"
+            )
+        other = [t.name for t in self.terms if t.role in FORGET_SIDE and t.role != "forget"]
+        if other and (isinstance(self.adversary, Fork) or self.gradient_filter is not None):
+            raise ArgumentError(
+                f"recipe {self.name!r}: a fork and a gradient filter work on the forget rows, and there is a term {other[0]!r}; "
+                "give terms with role forget"
+            )
+        if self.agreement is not None and not any(t.role in RETAIN_SIDE for t in self.terms):
+            raise ArgumentError(f"recipe {self.name!r}: agreement needs a retain gradient; add a term with role retain")
 
     def __repr__(self) -> str:
         return f"{self.name}: {self.formula} [{self.combiner}; lr {self.lr:g}]"
@@ -181,6 +213,8 @@ class UnlearnRecipe:
             "stop": [repr(rule) for rule in self.stop],
             "saliency": None if self.saliency is None else {k: str(v) for k, v in vars(self.saliency).items()},
             "scale": self.scale,
+            # Absent where they are not used, so that files of earlier versions are continued.
+            **{name: repr(v) for name in _FORGET_GRADIENT if (v := getattr(self, name)) is not None},
         }
 
 
@@ -199,6 +233,9 @@ class Changes(TypedDict, total=False):
     length: int
     stop: tuple[Stop, ...]
     saliency: Saliency | None
+    adversary: Adversary | None
+    gradient_filter: GradientFilter | None
+    agreement: Agreement | None
     scale: float
     formula: str
     source: str
@@ -207,9 +244,11 @@ class Changes(TypedDict, total=False):
 RECIPE_FIELDS = tuple(Changes.__annotations__)
 _COMPOSITE: Mapping[str, Any] = {
     "terms": Term, "combiner": Combiner, "sampler": Sampler, "parameters": Parameters, "optimizer": OptimizerConfig,
-    "schedule": Schedule, "stop": Stop, "saliency": Saliency | None,
+    "schedule": Schedule, "stop": Stop, "saliency": Saliency | None, "adversary": Adversary | None,
+    "gradient_filter": GradientFilter | None, "agreement": Agreement | None,
 }  # fmt: skip
 """The fields of a recipe that are not plain numbers, and their types."""
+_FORGET_GRADIENT = ("adversary", "gradient_filter", "agreement")
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,9 +360,11 @@ def _term(table: Table) -> Term:
     return Term(_checked(losses.by_name(loss), options, f"loss {loss!r}"), role, float(weight))
 
 
-def _one_of(what: str, makers: tuple[Callable[..., Any], ...]) -> Callable[[Table], Any]:
+def _one_of(
+    what: str, makers: tuple[Callable[..., Any], ...] | Mapping[str, Callable[..., Any]]
+) -> Callable[[Table], Any]:
     """What builds a value from the name of its maker and the maker's options."""
-    by_name = {make.__name__: make for make in makers}
+    by_name = makers if isinstance(makers, Mapping) else {make.__name__: make for make in makers}
 
     def build(table: Table) -> Any:
         options = dict(table)
@@ -374,6 +415,9 @@ _BUILDERS: Mapping[str, Callable[[Any], Any]] = {
     "stop": lambda tables: tuple(_one_of("stop", STOP_RULES)(table) for table in tables),
     "parameters": _parameters,
     "saliency": _saliency,
+    "adversary": _one_of("adversary", ADVERSARIES),
+    "gradient_filter": _one_of("gradient_filter", FILTERS),
+    "agreement": lambda table: _checked(Agreement, table, "[agreement]"),
     "optimizer": lambda table: _checked(OptimizerConfig, table, "[optimizer]"),
     "schedule": lambda table: _checked(Schedule, table, "[schedule]"),
 }

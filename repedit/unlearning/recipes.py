@@ -8,14 +8,15 @@ SemEval-2025 Task 4: lr 1e-5, 10 epochs, batch size 32.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, Unpack, cast, get_args, get_type_hints
+from typing import TypeVar, Unpack, cast, get_args, get_type_hints
 
 from repedit.errors import ArgumentError, UnknownName, check_finite_numbers, check_names, nearest
 from repedit.unlearning import combiners, losses
-from repedit.unlearning.combiners import Combiner, weighted_sum
+from repedit.unlearning.combiners import Combiner, unit_forget, weighted_sum
+from repedit.unlearning.forget_gradient import Agreement, CommonPart, Fork, LeadingDirections, SharpnessAware
 from repedit.unlearning.losses import Loss
 from repedit.unlearning.parameters import Lora, Parameters
 from repedit.unlearning.recipe import (
@@ -45,11 +46,12 @@ def register_recipe(recipe: _R) -> _R:
     return recipe
 
 
-_SURE_OPTIONS = ("percentile", "unit")
+_OUTER_OPTIONS: Mapping[str, tuple[str, ...]] = {"sure": ("percentile", "unit"), "sam": ("rho",), "small": ()}
+"""Recipes over another, and their own options."""
 
 
 def by_name(name: str, /, **options: object) -> AnyRecipe:
-    """A recipe by name: "blur_npo", "ails_ntua:agad" with a variant, "sure:npo_gdr" and "small:blur_npo" over another.
+    """A recipe by name: "blur_npo", "ails_ntua:agad" with a variant, "sure:npo_gdr" or "small:sam:npo_gdr" over others.
 
     Options win over the settings of `small`, and these over the defaults of the recipe.
 
@@ -60,13 +62,14 @@ def by_name(name: str, /, **options: object) -> AnyRecipe:
         ArgumentError: if an option is out of range.
     """
     head, _, rest = name.partition(":")
-    if head in ("sure", "small") and rest:
-        own = {key: value for key, value in options.items() if head == "sure" and key in _SURE_OPTIONS}
+    if head in _OUTER_OPTIONS and rest:
+        own = {key: value for key, value in options.items() if key in _OUTER_OPTIONS[head]}
         inner = by_name(rest, **{key: value for key, value in options.items() if key not in own})
         if not isinstance(inner, UnlearnRecipe):
             raise UnknownName(f"{head} modifies a single training, {rest!r} merges several; name another recipe")
-        if head == "sure":
-            return sure(inner, **cast("dict[str, Any]", own))
+        if head != "small":
+            outer: Callable[..., UnlearnRecipe] = sure if head == "sure" else sam
+            return outer(inner, **own)
         return small(inner, **cast(Changes, {key: v for key, v in options.items() if key in RECIPE_FIELDS}))
     if head not in RECIPES:
         raise UnknownName(f"no recipe is called {head!r}; {nearest(head, RECIPES)}")
@@ -458,16 +461,112 @@ def task_vector(**changes: Unpack[Changes]) -> UnlearnRecipe:
     )  # fmt: skip
 
 
+# --- Recipes against relearning: another forget gradient, for any losses
+#
+# Sources and defects of their published code that are not reproduced here (read at the commits named):
+# - CIR (filyp/unlearning c97ec223, 740ac29b) removes the mean and the principal components one after the other. The
+#   components are those of centred vectors and not orthogonal to the mean, which the later removals bring back.
+# - RepSelect (filyp/RepSelect 02927c88) takes one gradient at the start and repeats it, although the abstract says
+#   before each update; `svd_lowrank` draws from the global generator and iterates twice.
+# - MUDMAN (filyp/MUDMAN 5630e91d) moves the fork in place between the two backward passes of one graph, so the forget
+#   gradient mixes activations of the old weights with the new weights. Fork and unlearning see the same batch, and the
+#   gradient is normalised before it is masked, so the length of a step depends on the share of entries that remain. The
+#   script src/MUDMAN.py passes an argument that its function does not have.
+# - SAM (OPTML-Group/Unlearn-Smooth, MUSE/baselines, as copied in hustmx721/MUtyl c88b5f58) adds the perturbation and
+#   subtracts it again, which in finite precision does not restore the weights; the list of gradients skips parameters
+#   without one and is then paired with all parameters; the NPO loss is that of raw logits over all positions; a gradient of
+#   zero is divided by its norm; steps of gradient accumulation overwrite each other.
+
+
+def sam(inner: UnlearnRecipe, *, rho: float = 0.01) -> UnlearnRecipe:
+    """Any recipe with its forget gradient taken at theta + rho g / |g|, so that what it reaches is flat. Run `rp.audit`.
+
+    See `SharpnessAware`; a step needs one more forward and backward pass of the forget rows and one more copy of what is
+    trained. The losses in the log are those at theta.
+
+    Args:
+        rho: 0.01, as in the code of the source.
+    """
+    adversary = SharpnessAware(rho)
+    return replace(
+        inner, name=f"sam({inner.name})", adversary=adversary, source=f"arXiv:2502.05374 over {inner.source}"
+    )
+
+
+@register_recipe
+def cir(
+    *, activations: int = 23, gradients: int = 35, cap: float | None = None, gamma: float = 1.0, alpha: float = 0.01,
+    **changes: Unpack[Changes],
+) -> UnlearnRecipe:  # fmt: skip
+    """-NLL(forget) without what its tokens share, by steps of equal length, + KL(retain). Run `rp.audit`.
+
+    The mean and the principal components of inputs and output gradients of every matrix are removed (`CommonPart`). By SGD,
+    because Adam's preconditioning would bring removed directions back. Published for gate, up and down of layers 6 to 11 of
+    16, step length 0.2 and retain rate 3e-4 on another loss, which pushes MLP outputs away from their start; losses, step
+    length and depth here are ours.
+    """
+    return build_recipe(
+        "cir", (Term(losses.negative_nll(cap), "forget"), Term(losses.kl(), "retain")), changes,
+        combiner=unit_forget(gamma, alpha), gradient_filter=CommonPart(activations, gradients),
+        parameters=Parameters("6 ending at 0.7", ("mlp.in", "mlp.out")), optimizer=OptimizerConfig("sgd"), lr=0.2, epochs=5.0,
+        formula="P (-NLL(forget)) / |.| + alpha KL(retain)", source="Sondej and Yang 2025, arXiv:2509.11816",
+    )  # fmt: skip
+
+
+@register_recipe
+def rep_select(
+    *, components: int = 64, relearn_steps: int = 20, relearn_lr: float = 0.01, cap: float | None = None,
+    gamma: float = 1.0, alpha: float = 0.01, **changes: Unpack[Changes],
+) -> UnlearnRecipe:  # fmt: skip
+    """-NLL(forget) at relearned weights, leading directions of its gradient reduced, + KL(retain). Run `rp.audit`.
+
+    Every 20 steps a copy relearns the forget set; at the copy the gradient of the whole set is decomposed, and its leading
+    singular directions are divided by their singular values (`LeadingDirections`). The paper relearns with a LoRA adapter at
+    0.01 for one epoch, takes the gradient once and removes 512 directions of models of width 2,048 and more; the copy, its
+    repetition, the retain term, the unit length of steps and 64 directions are ours.
+    """
+    return build_recipe(
+        "rep_select", (Term(losses.negative_nll(cap), "forget"), Term(losses.kl(), "retain")), changes,
+        combiner=unit_forget(gamma, alpha), gradient_filter=LeadingDirections(components, every=20),
+        adversary=Fork(every=20, steps=relearn_steps, lr=relearn_lr, held_out=False),
+        parameters=Parameters(modules=("mlp.in", "mlp.out")), optimizer=OptimizerConfig("sgd"), lr=0.05, epochs=5.0,
+        formula="R (-NLL(forget) at a fork) / |.| + alpha KL(retain)", source="Sondej et al. 2026, arXiv:2606.17168",
+    )  # fmt: skip
+
+
+@register_recipe
+def mudman(
+    *, every: int = 10, relearn_steps: int = 5, relearn_lr: float = 1e-3, momentum: float = 0.9, gamma: float = 1.0,
+    alpha: float = 0.01, **changes: Unpack[Changes],
+) -> UnlearnRecipe:  # fmt: skip
+    """Forget gradient at a fork that relearned other facts, where its sign is that of the retain gradient. Run `rp.audit`.
+
+    -H(forget) at a `Fork`, masked by `Agreement` and then divided by its norm, + alpha NLL(retain); by SGD. As in the
+    published code: lr 0.1, retain rate 0.001, momentum 0.9, the fork's lr 0.001, entropy loss. There a fork lasts 32 steps and
+    relearns the rows that are then unlearned; a new one every 10 steps, and halves, are ours.
+    """
+    return build_recipe(
+        "mudman", (Term(losses.negative_entropy(), "forget"), Term(losses.nll(), "retain")), changes,
+        combiner=unit_forget(gamma, alpha), adversary=Fork(every, relearn_steps, relearn_lr), agreement=Agreement(momentum),
+        parameters=Parameters(modules=("mlp.in", "mlp.out")), optimizer=OptimizerConfig("sgd"), lr=0.1, steps=100,
+        batch_size=16, formula="mask(-H(forget) at a fork) / |.| + alpha NLL(retain)",
+        source="Sondej et al. 2025, arXiv:2506.12484",
+    )  # fmt: skip
+
+
 def small(recipe: UnlearnRecipe, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """The recipe with settings for SmolLM2-135M on a CPU: what writes mlp.out in layers 20-29, 60 steps of 8 rows at 5e-4.
 
     Learning rate and steps were chosen on the capitals with NPO, by what the training half of the other facts kept. A
-    recipe about the hidden states of a layer keeps its own parameters, as the last layers do not reach them. Every field of
-    a recipe can be given, and wins over these settings.
+    recipe about the hidden states of a layer keeps its own parameters, as the last layers do not reach them; one whose steps
+    have a length of their own (`unit_forget`) keeps its parameters and learning rate. Every field of a recipe can be given,
+    and wins over these settings.
     """
     check_names(f"small({recipe.name})", changes, RECIPE_FIELDS)
     settings: Changes = {"batch_size": 8, "length": 64, "lr": 5e-4, "steps": 60}
-    if not any("hidden" in term.loss.needs for term in recipe.terms):
+    if recipe.combiner.name == "unit_forget":
+        del settings["lr"]
+    elif not any("hidden" in term.loss.needs for term in recipe.terms):
         settings["parameters"] = Parameters("20-29", ("mlp.out",))
     return replace(recipe, **resolved_fields(settings, changes))
 

@@ -11,8 +11,12 @@ from typing import Any, NamedTuple
 
 from repedit.errors import ArgumentError, check_positive, check_whole, is_finite
 
-FORGET_SIDE, RETAIN_SIDE = ("forget", "outdated"), ("retain", "update")
-"""Roles by the gradient they belong to. `outdated` are the forget rows whose prompt is also in the update set."""
+FORGET_SIDE, RETAIN_SIDE = ("forget", "outdated", "exchanged"), ("retain", "update")
+"""Roles by the gradient they belong to.
+
+`outdated` are the forget rows whose prompt is also in the update set, `exchanged` the forget rows with the answers of other
+subjects.
+"""
 Topics = Mapping[str, Sequence[str]]
 """Role -> the topic of each of its rows."""
 
@@ -84,7 +88,7 @@ def paired(ratio: float = 1.0) -> Sampler:
 
     def order(topics: Topics, batch_size: int, seed: int) -> Order:
         def at(step: int) -> StepRows:
-            return StepRows({role: _cycled(role, len(rows), size(role), step, seed) for role, rows in topics.items()})
+            return StepRows({role: cycled(role, len(rows), size(role), step, seed) for role, rows in topics.items()})
 
         def size(role: str) -> int:
             return batch_size if role in FORGET_SIDE else max(1, round(ratio * batch_size))
@@ -105,7 +109,7 @@ def round_robin() -> Sampler:
             step_rows = {}
             for role, row_topics in topics.items():
                 rows = [i for i, t in enumerate(row_topics) if t == topic] or list(range(len(row_topics)))
-                places = _cycled(f"{role}:{topic}", len(rows), batch_size, turn, seed)
+                places = cycled(f"{role}:{topic}", len(rows), batch_size, turn, seed)
                 step_rows[role] = tuple(rows[i] for i in places)
             return StepRows(step_rows)
 
@@ -169,7 +173,7 @@ def alternate(*phases: Phase, chunk: int | None = None) -> Sampler:
             drawn = _shuffled(f"{seed}:share:{number}", len(rows))[: max(1, round(phase.share * len(rows)))]
             n = min(batch_size, len(drawn))
             for step in range(math.ceil(phase.epochs * len(drawn) / n)):
-                places = _cycled(f"{phase.role}:{number}", len(drawn), n, step, seed)
+                places = cycled(f"{phase.role}:{number}", len(drawn), n, step, seed)
                 steps.append(StepRows({phase.role: tuple(rows[drawn[i]] for i in places)}, phase.lr))
         return Order(lambda step: steps[step % len(steps)], len(steps))
 
@@ -183,7 +187,7 @@ def in_turn(*roles: str) -> Sampler:
     def order(topics: Topics, batch_size: int, seed: int) -> Order:
         def at(step: int) -> StepRows:
             role = roles[step % len(roles)]
-            return StepRows({role: _cycled(role, len(topics[role]), batch_size, step // len(roles), seed)})
+            return StepRows({role: cycled(role, len(topics[role]), batch_size, step // len(roles), seed)})
 
         return Order(at, len(roles) * _forget_batches(topics, batch_size))
 
@@ -200,7 +204,7 @@ def _forget_batches(topics: Topics, batch_size: int) -> int:
     return math.ceil(rows / min(batch_size, rows))
 
 
-def _cycled(role: str, count: int, size: int, step: int, seed: int) -> tuple[int, ...]:
+def cycled(role: str, count: int, size: int, step: int, seed: int) -> tuple[int, ...]:
     """The rows of a step, at most all of them; each epoch has its own order and epochs follow without a break."""
     size = min(size, count)
     places = range(step * size, (step + 1) * size)

@@ -26,7 +26,8 @@ from repedit.models.subject import Subject
 from repedit.training.optimizers import OPTIMIZERS, set_lr
 from repedit.training.sampler import collate
 from repedit.unlearning.combiners import Combination, StepContext, combine
-from repedit.unlearning.losses import ControlVectors, ForwardPass, Unit, steering_layer, unit_count
+from repedit.unlearning.forget_gradient import ForgetGradient
+from repedit.unlearning.losses import ControlVectors, ForwardPass, Unit, nll, steering_layer, unit_count
 from repedit.unlearning.parameters import TrainableCopy
 from repedit.unlearning.recipe import Term, UnlearnRecipe
 from repedit.unlearning.reference import Reference, autocast, recording_states
@@ -62,6 +63,19 @@ class Training:
         self.optimizer = _optimizer(self.parameters, self.recipe)
         self.watched = {role for rule in self.recipe.stop for role in rule.watches}
         self.control = ControlVectors(self.seed, self._control_lengths())
+        self.forget_gradient = ForgetGradient(
+            trainable=self.trainable,
+            adversary=self.recipe.adversary,
+            filter=self.recipe.gradient_filter,
+            agreement=self.recipe.agreement,
+            seed=self.seed,
+            # Wordings of a fact are named fact, fact#1, ...
+            facts=[row.document[0].partition("#")[0] for row in self.data.rows.get("forget", [])],
+            batch_size=self.recipe.batch_size,
+            steps_per_epoch=self.order.steps_per_epoch,
+            backward=self._backward_forget,
+            group=self.group,
+        )
 
     def run(self, *, after_step: Callable[[], None], progress: bool | None = None) -> tuple[str, str]:
         """Take the remaining steps; (name of the rule that stopped the training, reason).
@@ -106,20 +120,19 @@ class Training:
         begin, drawn = perf_counter(), self.order.at(step)
         lr = (drawn.lr or self.recipe.lr) * self.recipe.schedule.factor(step, self.total_steps)
         set_lr(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        self._backward_side(FORGET_SIDE, drawn.rows, step, sums)
+        self.forget_gradient.take(step, drawn.rows, sums)
         forget_gradients: list[Tensor | None] = []
         if self.recipe.combiner.separate:
-            self._reduce_gradients()
             forget_gradients = [p.grad for p in self.parameters]
             self.optimizer.zero_grad(set_to_none=True)
-        self._backward_side(RETAIN_SIDE, drawn.rows, step, sums)
+        self._backward_side(RETAIN_SIDE, drawn.rows, step, sums, self.recipe.terms)
         self._reduce_gradients()
         values: dict[str, float] = {}
         if sums:
             values = dict(zip(sums, self.group.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
         self._check_finite(values, step, lr, "loss")
+        self.forget_gradient.agree(forget_gradients)
         combination = self._combine(forget_gradients, values, step) if self.recipe.combiner.separate else None
         norm = self._clip()
         self._check_finite({"the combined gradient": norm}, step, lr, "norm")
@@ -130,15 +143,31 @@ class Training:
         rows = {role: len(indices) for role, indices in drawn.rows.items()}
         return record | {"rows": rows} | _measurements(values, combination) | {"seconds": round(seconds, 4)}
 
+    def _backward_forget(
+        self, rows: Mapping[str, Sequence[int]], step: int, sums: dict[str, Tensor], *, relearn: bool = False
+    ) -> None:
+        """Replace the gradients by those of the forget side; summed over the ranks where they are needed by themselves."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._backward_side(FORGET_SIDE, rows, step, sums, (Term(nll(), "forget"),) if relearn else self.recipe.terms)
+        if self.recipe.combiner.separate:
+            self._reduce_gradients()
+
     def _backward_side(
-        self, side: Sequence[str], rows: Mapping[str, Sequence[int]], step: int, sums: dict[str, Tensor]
+        self,
+        side: Sequence[str],
+        rows: Mapping[str, Sequence[int]],
+        step: int,
+        sums: dict[str, Tensor],
+        terms: Sequence[Term],
     ) -> None:
         for role in (role for role in side if role in rows):
-            self._backward_role(role, rows[role], step, sums)
+            self._backward_role(role, rows[role], step, sums, terms)
 
-    def _backward_role(self, role: str, rows: Sequence[int], step: int, sums: dict[str, Tensor]) -> None:
+    def _backward_role(
+        self, role: str, rows: Sequence[int], step: int, sums: dict[str, Tensor], terms: Sequence[Term]
+    ) -> None:
         """Forward and backward passes of every term of a role, one of each for a micro-batch."""
-        weights = {t: t.weight_at(step, self.log) for t in self.recipe.terms if t.role == role}
+        weights = {t: t.weight_at(step, self.log) for t in terms if t.role == role}
         active = {term: weight for term, weight in weights.items() if weight != 0}
         if not active and role not in self.watched:
             return
