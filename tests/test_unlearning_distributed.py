@@ -15,6 +15,7 @@ from repedit.data import Row
 from repedit.delta import Delta
 from repedit.distributed import ProcessGroup
 from repedit.unlearning import schedule, trainer
+from repedit.unlearning.forget_gradient import CommonPart, LeadingDirections, SharpnessAware
 from repedit.unlearning.parameters import Lora, Mask, Parameters
 from repedit.unlearning.recipe import OptimizerConfig
 from repedit.unlearning.recipes import RECIPES
@@ -34,7 +35,13 @@ UPDATE = tuple(Row(row.prompt, "figs", f"new {row.id}") for row in rows(0, 3))
 
 def learned(name: str, **options: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Three steps of a recipe on five rows a side, so that two ranks never have equally many."""
-    recipe = replace(RECIPES[name](), parameters=Parameters(), batch_size=5, lr=1e-3, length=64, steps=3, stop=())
+    recipe = replace(RECIPES[name](), batch_size=5, lr=1e-3, length=64, steps=3, stop=())
+    if name == "cir":
+        recipe = replace(recipe, gradient_filter=CommonPart(2, 3, every=2))
+    elif name == "rep_select":
+        recipe = replace(recipe, gradient_filter=LeadingDirections(3, every=2))
+    else:
+        recipe = replace(recipe, parameters=Parameters())
     sets = {"forget": rows(0, 5), "retain": rows(6, 11)} | ({"update": UPDATE} if name == "surgery" else {})
     delta = rp.unlearn(subject(), recipe=recipe, micro_batch=2, progress=False, **(sets | options))
     return dict(delta.tensors), [{k: v for k, v in record.items() if k != "seconds"} for record in delta.log]
@@ -77,6 +84,11 @@ def test_two_ranks_equal_one_with_a_mask():
     """20 steps' worth of weight decay would show on the entries that must stay."""
     mask = Mask({"model.layers.0.mlp.down_proj.weight": torch.arange(48)[:, None] % 3 == 0})
     ranks_equal_one((("grad_diff", False), ("grad_diff", True)), parameters=Parameters("0", mask=mask))
+
+
+@SLOW
+def test_two_ranks_equal_one_with_another_forget_gradient():
+    ranks_equal_one((("cir", False), ("rep_select", False), ("mudman", False)))
 
 
 def test_ranks_that_keep_their_own_gradients_are_caught():
@@ -146,6 +158,10 @@ def test_ranks_with_other_rows_are_refused():
         ({}, "shard=True and this is the only process; start several with torchrun"),
         ({"ranks": 2, "parameters": Parameters(lora=Lora(2))}, "shard=True and lora were both given"),
         ({"ranks": 2, "optimizer": OptimizerConfig("adafactor")}, "shard=True and optimizer adafactor were both given"),
+        (
+            {"ranks": 2, "adversary": SharpnessAware()},
+            "takes its forget gradient at other weights, filters or masks it",
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(options, message):

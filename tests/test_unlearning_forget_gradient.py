@@ -398,6 +398,12 @@ def test_sam_goes_over_any_recipe():
         rp.recipes.by_name("sam:zju_merge")
 
 
+def test_whole_numbers_may_come_as_floats():
+    assert rp.recipes.by_name("cir", activations=4.0).gradient_filter == CommonPart(4)
+    with pytest.raises(ArgumentError, match=r"activations=4\.5"):
+        rp.recipes.by_name("cir", activations=4.5)
+
+
 def test_small_keeps_the_length_of_steps():
     for name in ("cir", "rep_select", "mudman"):
         plain, small = rp.recipes.by_name(name), rp.recipes.by_name(f"small:{name}")

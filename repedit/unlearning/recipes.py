@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, Unpack, cast, get_args, get_type_hints
 
-from repedit.errors import ArgumentError, UnknownName, check_finite_numbers, check_names, nearest
+from repedit.errors import ArgumentError, UnknownName, check_finite_numbers, check_names, check_whole, nearest
 from repedit.unlearning import combiners, losses
 from repedit.unlearning.combiners import Combiner, unit_forget, weighted_sum
 from repedit.unlearning.forget_gradient import Agreement, CommonPart, Fork, LeadingDirections, SharpnessAware
@@ -78,8 +78,13 @@ def by_name(name: str, /, **options: object) -> AnyRecipe:
     check_names(f"recipe {name!r}", options, [*keywords, *RECIPE_FIELDS])
     hints = get_type_hints(RECIPES[head])
     for key in (key for key in keywords if key in options):
-        if {float, int} & {hints[key], *get_args(hints[key])}:
-            check_finite_numbers(**{key: options[key]})
+        kinds, value = {hints[key], *get_args(hints[key])}, options[key]
+        if {float, int} & kinds:
+            check_finite_numbers(**{key: value})
+        if int in kinds and float not in kinds:  # a command line does not know which numbers are whole
+            whole = int(value) if isinstance(value, float) and value.is_integer() else cast("int | None", value)
+            check_whole(0, **{key: whole})
+            options[key] = whole
         if options[key] is None and parameters[key].default is not None:
             raise ArgumentError(f"{key}=None; give a value, or omit it for {parameters[key].default!r}")
     if rest and "variant" not in parameters:

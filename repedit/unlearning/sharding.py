@@ -34,7 +34,7 @@ def check_shardable(recipe: UnlearnRecipe, processes: int) -> None:
     """Refuse a training that cannot be sharded.
 
     Raises:
-        ArgumentError: for a single process, adapters, or an optimizer that needs whole tensors.
+        ArgumentError: for a single process, adapters, or an optimizer or forget gradient that needs whole tensors.
     """
     if processes < 2:
         raise ArgumentError(
@@ -42,6 +42,11 @@ def check_shardable(recipe: UnlearnRecipe, processes: int) -> None:
         )
     if recipe.parameters.lora is not None:
         raise ArgumentError("shard=True and lora were both given; adapters are small, omit shard")
+    if recipe.adversary or recipe.gradient_filter or recipe.agreement:
+        raise ArgumentError(
+            f"shard=True and recipe {recipe.name!r} takes its forget gradient at other weights, filters or masks it, which needs "
+            "whole tensors; omit shard"
+        )
     if recipe.optimizer.name == "adafactor":
         raise ArgumentError(
             "shard=True and optimizer adafactor were both given, and its row and column means need whole tensors; use "
