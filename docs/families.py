@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -65,7 +66,7 @@ proved again when it is loaded, and `repedit doctor MODEL` shows the proof.
 - **neurons**: the branches in which pruning zeroes a neuron's column and the rows that feed it. *columns*: no row feeds one neuron
   alone, so that only its column is zeroed; the logits are the same.
 - **0.resid.pre**: *exact* if the embeddings alone make up the stream before the first block, so that weights can equal an edit there;
-  otherwise *hook-only*.
+  otherwise, as where a norm follows them or features of images join them, *hook-only*.
 - **stream erasure**: whether `rp.erase_stream` and `rp.apply` leave nothing of a plane in the stream after any block.
 - **slim**, **slice**: what `rp.slimmed` can cut out, and whether `rp.sliced` can narrow the stream. Both need a curated row that says
   how the config follows.
@@ -144,8 +145,9 @@ def _section(
 
 
 def reason(error: Exception) -> str:
-    """The first sentence of an error."""
-    return str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    """What an error of `rp.wrap` says before it names modules."""
+    text = re.sub(r"^no row describes [^:]+: ", "", str(error))
+    return text.partition("\n")[0].partition(": ")[0]
 
 
 def cells(subject: Subject) -> tuple[str, ...]:

@@ -66,18 +66,20 @@ def infer(model: Any) -> Architecture:
     try:
         with evaluating(model):
             row = _row(model)
+    except UnknownArchitecture as error:
+        raise UnknownArchitecture(f"no row describes {model.config.model_type}: {error}") from error
     except RepeditError:
         raise
     except Exception as error:  # modules of a family may need other inputs, or shapes that no probe expects
         raise UnknownArchitecture(
-            f"no row was inferred for {model.config.model_type}: a probing pass failed with {type(error).__name__}: {error}"
+            f"no row describes {model.config.model_type}: a pass over token ids alone fails: {type(error).__name__}: {error}"
         ) from error
     try:
         prove(model, resolved(row, model.config))
     except UnknownArchitecture as error:
         raise UnknownArchitecture(
-            f"the row inferred for {model.config.model_type} was not proved: {error}. To correct it by hand, start from\n"
-            f"{row_code(row)}"
+            f"no row describes {model.config.model_type}: the inferred row holds for some layers or sites and not for all: {error}. To "
+            f"correct it by hand, start from\n{row_code(row)}"
         ) from error
     return row
 
@@ -116,8 +118,15 @@ def row_of(model: Any) -> Architecture:
             "no row for %s in the family table: inferred from the model and proved on it (blocks of %s); `repedit doctor` prints it",
             config.model_type, " or ".join(kinds),
         )  # fmt: skip
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    head, table = output_embeddings(model), model.get_input_embeddings()
     return replace(resolved(_inferred[key], config), tied=head.weight is table.weight)
+
+
+def output_embeddings(model: Any) -> Any:
+    """The head that gives the logits, of the model or of the whole causal model within it; None if there is none."""
+    decoder: Any = getattr(model, "language_model", None)
+    head = model.get_output_embeddings()
+    return decoder.get_output_embeddings() if head is None and decoder is not None else head
 
 
 def row_code(row: Architecture) -> str:
@@ -142,7 +151,7 @@ def _row(model: Any) -> Architecture:
         if key not in by_shape:
             by_shape[key] = probe.branches()
         layers.append(by_shape[key])
-    head = _path_of(model, model.get_output_embeddings())
+    head = _path_of(model, output_embeddings(model))
     first = next(iter(probes.values()))
     table = _path_of(model, model.get_input_embeddings())
     base = _common(path, table)
@@ -179,15 +188,30 @@ def _block_list(model: nn.Module) -> str:
                 handle = module.register_forward_hook(_recorder(calls[path], i), with_kwargs=True)
                 stack.callback(handle.remove)
         _forward(model)
-    width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     chains = [path for path, seen in calls.items() if _is_chain(seen, len(lists[path]))]
-    if len(chains) != 1:
-        raise UnknownArchitecture(
-            f"{type(model).__name__} has {len(chains)} lists of blocks that pass one stream from block to block "
-            f"({chains or sorted(lists)[:6]}); a row needs exactly one: encoders with another order, several streams "
-            f"(hyper-connections) and two decoders in one model are not described by any row. Width of the embedding: {width}"
-        )
+    if len(chains) > 1:
+        raise UnknownArchitecture(f"a row describes one decoder and the model has several: {', '.join(chains)}")
+    if not chains:
+        raise UnknownArchitecture(_why_no_chain(type(model).__name__, lists, calls))
     return chains[0]
+
+
+def _why_no_chain(
+    name: str, lists: Mapping[str, nn.ModuleList], calls: Mapping[str, list[tuple[int, Tensor, Tensor]]]
+) -> str:
+    """What the largest list of modules that ran does instead of passing one stream from block to block."""
+    sizes = {path: sum(p.numel() for p in lists[path].parameters()) for path, seen in calls.items() if seen}
+    if not sizes:
+        return f"no list of blocks ran on token ids: {name}"
+    path = max(sizes, key=lambda path: sizes[path])
+    numbers, count = [number for number, _, _ in calls[path]], len(lists[path])
+    if numbers != list(range(count)):
+        if len(set(numbers)) < len(numbers):
+            return f"its blocks run several times in one pass, so that an edit of one changes the stream at several places: {path}"
+        return f"blocks do not run on text alone, so that nothing can be proved of them: {sorted(set(range(count)) - set(numbers))} of {path}"
+    if calls[path][0][1].ndim > 3:
+        return f"its blocks pass several streams at a time (hyper-connections or AltUp): {path}"
+    return f"its blocks do not pass one stream from block to block: {path}"
 
 
 def _check_causal(model: nn.Module, path: str) -> None:
@@ -205,7 +229,7 @@ def _check_causal(model: nn.Module, path: str) -> None:
             model(input_ids=tokens, use_cache=False)
     if not _close(streams[0][:, :-1], streams[1][:, :-1]):
         raise UnknownArchitecture(
-            f"{type(model).__name__} is not a causal decoder: a token changes the stream at tokens before it; encoders are not edited"
+            f"it is not a causal decoder, because a token changes the stream at tokens before it: {type(model).__name__}"
         )
 
 
@@ -378,7 +402,9 @@ class _BlockProbe:
             later: BranchKind = "ple" if kind == "mlp" and "mlp" in kinds[:number] else kind
             rows.append(self._branch(group, later))
         if len({row.kind for row in rows}) < len(rows):
-            raise UnknownArchitecture(f"{self.path} has several branches of one kind: {kinds}; no row describes that")
+            raise UnknownArchitecture(
+                f"a block has several branches of one kind, whose sites would share a name: {', '.join(kinds)} in {self.path}"
+            )
         return tuple(rows)
 
     def _check_all_ran(self) -> None:
@@ -388,8 +414,8 @@ class _BlockProbe:
             writes = _is_projection(module) and _outputs(module) == self.width
             if name not in self.outputs and (writes or (down is not None and down.ndim == 3)):
                 raise UnknownArchitecture(
-                    f"{self.path}.{name} does not run on text, and may write to the stream for other inputs, where no probing pass "
-                    "can prove what an edit does"
+                    "a projection that may write to the stream does not run on text, so that nothing can be proved of it: "
+                    f"{self.path}.{name}"
                 )
 
     # What adds up to the stream
@@ -403,11 +429,50 @@ class _BlockProbe:
             if weights and abs(weights.get("", 0.0)) > 1e-3 and len(weights) > 1:
                 stream = weights.pop("")
                 self.block_scale = self._scalar(stream)
-                return [_Term(path, c / stream) for path, c in weights.items()]
-        raise UnknownArchitecture(
-            f"{self.path} ({type(self.block).__name__}): no modules were found whose outputs add up to what the block adds to the "
-            "stream; a norm may follow the sum (post-norm blocks), or the stream is multiplied or mixed on its way"
+                return [_Term(self._last_norm(path), c / stream) for path, c in weights.items()]
+        raise UnknownArchitecture(f"{self._why_no_sum()}: {self.path} ({type(self.block).__name__})")
+
+    def _last_norm(self, path: str) -> str:
+        """The norm inside a module that makes its output; the module itself if there is none."""
+        x, inner = self.outputs[path], [n for n in self.outputs if n.startswith(f"{path}.")]
+        same = (
+            n for n in inner if self.outputs[n].shape == x.shape and _close(self.outputs[n], x) and self._is_norm(n)
         )
+        return next(same, path)
+
+    def _why_no_sum(self) -> str:
+        """What a block does instead of adding the outputs of modules to its input."""
+        post = self.outputs[""]
+        embedded = self.runs.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        if self.width > embedded and self.width % embedded == 0:
+            return "its blocks pass several streams at a time (hyper-connections)"
+        levels = [self._level(depth) for depth in range(1, 5)]
+        last = {n for level in levels for n, x in level.items() if _close(x.reshape(post.shape), post)}
+        if any(self._is_norm(n) for n in last):
+            return "a norm follows the sum of the stream and a branch (post-norm), so that no weights equal an edit of the branch"
+        levels = [{n: x for n, x in level.items() if n not in last} for level in levels]
+        if any(self._is_norm(n) for level in levels for n in _coefficients(post, level) or ()):
+            return "a block passes on a normalised stream instead of its input, so that no weights equal an edit of the stream"
+        if any(_coefficients(post, level) for level in levels):
+            return "a block does not pass its input on, but starts the stream anew"
+        stream = next((w for w in map(self._by_channel, levels) if w is not None), None)
+        if stream is None:
+            return (
+                "a block is not its input plus the outputs of modules, because the stream is gated or mixed on its way"
+            )
+        if _close(stream, torch.ones_like(stream)):
+            return "a block adds a bias outside of its projections to the stream"
+        return "a block multiplies the stream channel by channel"
+
+    def _by_channel(self, level: Mapping[str, Tensor]) -> Tensor | None:
+        """What multiplies each channel of the stream if a channel is a sum of those of its input, outputs and a constant."""
+        pre, post = (x.reshape(-1, self.width).double() for x in (self.inputs[""], self.outputs[""]))
+        terms = [x.reshape(post.shape).double() for n, x in level.items() if not self._is_norm(n) and bool(x.any())]
+        matrix = torch.stack([pre, *terms, torch.ones_like(pre)], -1).movedim(1, 0)
+        if matrix.shape[2] * 2 > matrix.shape[1]:
+            return None
+        found = torch.linalg.lstsq(matrix, post.T[..., None]).solution
+        return found[:, 0, 0] if _close((matrix @ found)[..., 0].T, post) else None
 
     def _scalar(self, value: float) -> str | float:
         """The number that multiplies the whole block, or the name of the tensor of the block that holds it."""
@@ -466,7 +531,7 @@ class _BlockProbe:
             if weights:
                 return [_Term(path, c) for path, c in weights.items()]
         raise UnknownArchitecture(
-            f"{self.path}.{norm}: no modules were found whose outputs add up to the input of this norm"
+            f"a norm within a branch reads something else than the sum of the outputs of modules: {self.path}.{norm}"
         )
 
     # The writers of a branch
@@ -474,7 +539,9 @@ class _BlockProbe:
     def _branch(self, terms: Sequence[_Term], kind: BranchKind) -> BranchRow:
         scales = {_named_scale(term.scale, self.config) for term in terms}
         if len(scales) != 1:
-            raise UnknownArchitecture(f"{self.path}: parts of one branch are multiplied by different numbers {scales}")
+            raise UnknownArchitecture(
+                f"parts of one branch are multiplied by different numbers: {scales} in {self.path}"
+            )
         norm = terms[0].path if len(terms) == 1 and self._is_norm(terms[0].path) else ""
         inner = self._sources(norm) if norm else list(terms)
         writers: list[Writer | Experts] = []
@@ -508,10 +575,22 @@ class _BlockProbe:
                     writers.append(Writer(name, self._readers(name, kind)))
         if not writers:
             raise UnknownArchitecture(
-                f"{self.path}.{path} ({type(self.modules[path]).__name__}): no projection was found that writes its output; a function "
-                "of the output may follow, or the weights are in a form that no row describes"
+                f"{self._why_no_writer(path)}: {self.path}.{path} ({type(self.modules[path]).__name__})"
             )
         return writers
+
+    def _why_no_writer(self, path: str) -> str:
+        inside = [m for n, m in self.modules.items() if n == path or n.startswith(f"{path}.")]
+        own = [
+            m
+            for m in inside
+            if not _is_projection(m) and any(p.ndim > 1 for p in m._parameters.values() if p is not None)
+        ]
+        if own and all(type(m).__name__.startswith("Conv") for m in own):
+            return "a convolution over tokens follows the projection of a branch, so that no weights equal an edit of the branch"
+        if own:
+            return "the weights that write a branch are in a form that no row describes"
+        return "a function of its output follows the projection of a branch, so that no weights equal an edit of the branch"
 
     def _writes(self, path: str, tensor: str, axis: int) -> bool:
         """Whether a change of a weight along one direction of its outputs moves the output of a module along it only."""
@@ -541,7 +620,9 @@ class _BlockProbe:
         ]
         named = sorted(fields, key=lambda k: ("per_tok" in k or "shared" in k or "top" in k, k))
         if not named:
-            raise UnknownArchitecture(f"{self.path}.{name} has {count} experts, and no field of the config says so")
+            raise UnknownArchitecture(
+                f"no field of the config holds the number of experts: {count} in {self.path}.{name}"
+            )
         norm = next((f"{name}.{n}" for n, m in module.named_children() if self._is_norm(f"{name}.{n}")), "")
         return Experts(
             name,

@@ -19,7 +19,7 @@ from torch import nn
 
 from repedit.arch import Architecture, ModelLayout, TensorSpec, match_layout
 from repedit.arch.check import check_modules, check_no_adapter, check_plain_weights
-from repedit.arch.infer import row_of
+from repedit.arch.infer import output_embeddings, row_of
 from repedit.arch.offload import check_in_memory, execution_device, values
 from repedit.errors import (
     ArgumentError,
@@ -425,7 +425,7 @@ def subject_of(
         raise NotAModel(
             f"{type(model).__name__} is not a transformers model; pass an AutoModelForCausalLM model or a path to repedit.load"
         )
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+    if model.config.is_encoder_decoder or output_embeddings(model) is None:
         raise UnknownArchitecture(
             f"{type(model).__name__} is not a decoder-only causal language model; load it with AutoModelForCausalLM"
         )

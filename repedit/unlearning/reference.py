@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from repedit.activations.forward import inputs_of
 from repedit.arch import HookFn, hooks_at
+from repedit.arch.infer import output_embeddings
 from repedit.data import Batch
 from repedit.errors import ShapeError
 from repedit.hooks import installed
@@ -95,7 +96,7 @@ def check_vocabulary(subject: Subject, reference: Subject) -> None:
     Raises:
         ShapeError: with both vocabulary sizes.
     """
-    sizes = [s.model.get_output_embeddings().weight.shape[0] for s in (subject, reference)]
+    sizes = [output_embeddings(s.model).weight.shape[0] for s in (subject, reference)]
     tokens = [None if s.tokenizer is None else s.tokenizer.get_vocab() for s in (subject, reference)]
     if sizes[0] != sizes[1] or (None not in tokens and tokens[0] != tokens[1]):
         raise ShapeError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, check_ids
 from repedit.arch import hooks_at
+from repedit.arch.infer import output_embeddings
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Setting, Work, register
 from repedit.data import Fact, Splits, by_domain
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownName, UnknownSite, nearest
@@ -312,7 +313,7 @@ def _one_hot(options: Sequence[Sequence[str]]) -> list[Tensor]:
 
 def _unembedded(subject: Subject, item: Question) -> Tensor:
     """The mean row of the head over the tokens of each choice."""
-    head = subject.model.get_output_embeddings().weight
+    head = output_embeddings(subject.model).weight
     return torch.stack([head[answer].detach().double().mean(0).cpu() for answer in item.answers])
 
 
