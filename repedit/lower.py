@@ -5,7 +5,7 @@ Only tensor names and shapes are needed, so the plan for a checkpoint of any siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from repedit.delta import Delta
 from repedit.edit import Edit, check_made_for, check_widths, describe_map, exactness
 from repedit.errors import ArgumentError, FingerprintError, NoBiasSlot, NotFoldable, nearest
 from repedit.linear_maps import AffineMap, Diagonal
-from repedit.plan import Operation, Plan
+from repedit.plan import Operation, Plan, plan_for_files
 from repedit.sites import Point, Site
 
 EditOrDelta = Edit | Delta
@@ -39,13 +39,14 @@ def lower(
     Args:
         change: an edit or a delta, or several of them, applied left to right.
         architecture: None for a model that is not a language model; only deltas can be lowered for it.
-        specs: shape and dtype by tensor name, of a model in memory or of checkpoint headers.
+        specs: shape and dtype by name in memory; the plan is one for files if they say where files hold the tensors
+            (`StoredSpecs`).
         tied: what happens to an output head that is tied to an edited embedding: "untie" keeps the head as it is, "both"
             edits it too (no hook equals that).
         sides: "all" also zeroes the rows that feed a pruned neuron, so that ordinary fine-tuning cannot revive it;
             "output" zeroes only the columns it writes with.
-        any_model: add a delta to weights other than those it was trained from. Fused experts that are stored one by one
-            on disk are compared by name and shape only.
+        any_model: add a delta to weights other than those it was trained from. Tensors that files hold in another form,
+            such as experts stored one by one, are compared by name and shape only.
     Raises:
         NotFoldable: if no weight equals the edit at a site; NoBiasSlot if only a bias is missing.
         ShapeError, UnknownSite: if the edit was made for another model. FingerprintError: if the delta was.
@@ -65,10 +66,10 @@ def lower(
             for site, map_ in stage.maps.items():
                 builder.add_map(site, map_)
     maps = [item for stage in changes if isinstance(stage, Edit) for item in stage.maps.items()]
-    return Plan(
+    plan = Plan(
         operations={name: tuple(operations) for name, operations in builder.operations.items()},
         exactness={site: exactness(site, layout) for site, _ in maps},
-        store=layout.store,
+        store="live",
         unties=builder.unties,
         added=builder.added,
         config=builder.config,
@@ -76,6 +77,7 @@ def lower(
         maps={site: describe_map(map_) for site, map_ in maps},
         ranks={site: map_.rank_removed for site, map_ in maps},
     )
+    return plan_for_files(plan, specs)
 
 
 def check_model(change: Change, read: Callable[[str], Tensor | None], *, any_model: bool = False) -> None:
@@ -95,18 +97,6 @@ def check_model(change: Change, read: Callable[[str], Tensor | None], *, any_mod
         if not stage.weights:  # it does not record what it changes, so a later edit may have been made after it
             return
         changed |= set(stage.weights)
-
-
-def read_by_name(
-    architecture: Architecture, specs: Specs, read: Callable[[str], Tensor]
-) -> Callable[[str], Tensor | None]:
-    """A reader of files by the names in memory; None for tensors that files store in another form, such as fused experts."""
-
-    def read_alias(name: str) -> Tensor | None:
-        stored = next((alias for alias in _aliases(name, architecture) if alias in specs), None)
-        return None if stored is None else read(stored)
-
-    return read_alias
 
 
 def _merged_edits(changes: Sequence[EditOrDelta]) -> list[EditOrDelta]:
@@ -166,15 +156,28 @@ class _PlanBuilder:
         """Add the differences of a delta."""
         start_hashes = {} if any_model else delta.provenance.get("start", {})
         for name, value in delta.tensors.items():
-            for view, part in _stored_parts(name, value, self.layout, self.specs):
-                if view.tensor in (*self.unties, *self.unties.values()):
+            spec, hint = self.specs.get(name), nearest(name, self.specs)
+            if spec is None:
+                raise FingerprintError(
+                    f"the delta was made for another model: no tensor is called {name!r} here; {hint}"
+                )
+            if tuple(value.shape) != tuple(spec.shape):
+                raise FingerprintError(
+                    f"the delta was made for another model: its {name} has shape {tuple(value.shape)}, here it has {tuple(spec.shape)}"
+                )
+            tied = (
+                name == self.layout.embeddings[0] and self.layout.architecture.tied and self.layout.head in self.specs
+            )
+            # Files may hold the head although it is tied, so both names are written.
+            for target in (name, self.layout.head) if tied else (name,):
+                if target in (*self.unties, *self.unties.values()):
                     raise NotFoldable(
-                        f"an edit before the delta unties {view.tensor}, which was one tensor when the delta was trained; apply "
+                        f"an edit before the delta unties {target}, which was one tensor when the delta was trained; apply "
                         "the delta first, or apply them one after the other"
                     )
-                untouched = part is value and not self.operations.get(view.tensor)
-                start = start_hashes.get(name) if untouched else None
-                self.operations.setdefault(view.tensor, []).append(Operation("add", view, constant=part, start=start))
+                start = None if self.operations.get(target) else start_hashes.get(name)
+                operation = Operation("add", MatrixView(target), constant=value, start=start)
+                self.operations.setdefault(target, []).append(operation)
 
     def _add(self, operation: Operation) -> None:
         reads = (operation.gain, operation.inner_gain, operation.weight and operation.weight.tensor)
@@ -274,59 +277,6 @@ class _PlanBuilder:
             self.operations[head] = [
                 replace(operation, view=replace(operation.view, tensor=head)) for operation in self.operations[tokens]
             ]
-
-
-def _stored_parts(name: str, value: Tensor, layout: ModelLayout, specs: Specs) -> Iterator[tuple[MatrixView, Tensor]]:
-    """Where a model or checkpoint stores a tensor that has a name in memory, and the part of the tensor that belongs there.
-
-    Raises:
-        FingerprintError: if there is no such tensor, or one of another shape.
-    """
-    architecture = layout.architecture
-    alias = next((alias for alias in _aliases(name, architecture) if alias in specs), None)
-    parts = [(MatrixView(alias), value)] if alias else list(_expert_parts(name, value, architecture, specs))
-    if alias == layout.embeddings[0] and architecture.tied and layout.head in specs:
-        # Files may hold the head although it is tied, so both names are written.
-        parts.append((MatrixView(layout.head), value))
-    if not parts:
-        raise FingerprintError(
-            f"the delta was made for another model: no tensor is called {name!r} here; {nearest(name, specs)}"
-        )
-    for view, part in parts:
-        shape = tuple(specs[view.tensor].shape)
-        if tuple(part.shape) != shape:
-            raise FingerprintError(
-                f"the delta was made for another model: its {name} has shape {tuple(part.shape)}, {view.tensor} here has {shape}"
-            )
-    yield from parts
-
-
-def _aliases(name: str, architecture: Architecture) -> Iterator[str]:
-    """Names that files may use for a tensor: without the backbone's prefix, and with the expert module's name on disk."""
-    experts = architecture.experts
-    for alias in (name, name.removeprefix(f"{architecture.base}.")):
-        yield alias
-        if experts is not None:
-            live, disk = (path.partition(".experts")[0] for path in (experts.module, experts.down))
-            yield alias.replace(f".{live}.", f".{disk}.")
-
-
-def _expert_parts(
-    name: str, value: Tensor, architecture: Architecture, specs: Specs
-) -> Iterator[tuple[MatrixView, Tensor]]:
-    """The parts of a tensor of fused experts, which files store as one tensor per expert."""
-    experts = architecture.experts
-    block, _, leaf = name.rpartition(f".{experts.module}.") if experts else ("", "", "")
-    if experts is None or leaf not in ("gate_up_proj", "down_proj"):
-        return
-    if f"{block}.{experts.down.format(e=0)}" not in specs:
-        block = block.removeprefix(f"{architecture.base}.")
-    paths = (experts.gate, experts.up) if leaf == "gate_up_proj" else (experts.down,)
-    for e, expert in enumerate(value):
-        for path, part in zip(paths, expert.chunk(len(paths)), strict=True):
-            stored = f"{block}.{path.format(e=e)}"
-            if stored in specs:
-                yield MatrixView(stored), part
 
 
 # --- The plan of deltas for a model without an architecture, by tensor name

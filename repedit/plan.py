@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from repedit.arch import MatrixView, Specs, TensorSpec
+from repedit.arch.storage import Piece, StoredIn, StoredSpecs
 from repedit.errors import DtypeError, FingerprintError, NotFinite, NotFoldable, PlanMismatch
 from repedit.hashing import value_hash
 from repedit.linear_maps import AffineMap, not_finite_at
@@ -96,7 +97,7 @@ class Operation:
         if self.view == MatrixView(self.view.tensor):
             tensor += self.constant.to(tensor)
         else:
-            self.view.change(tensor, lambda w: w + self.constant.to(w))  # type: ignore[union-attr]
+            self.view.change(tensor, lambda w: w + self.constant.to(w).reshape(w.shape))  # type: ignore[union-attr]
 
     def _edited(self, w: Tensor, read: TensorReader) -> Tensor:
         if self.kind == "carry":
@@ -149,6 +150,14 @@ class Resize(ABC):
     @abstractmethod
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
         """The new shape."""
+
+    def of_piece(self, piece: Piece, stored: TensorSpec, name: Callable[[str], str]) -> Resize:
+        """The same change of a tensor on disk, which holds a piece of the tensor in memory.
+
+        Args:
+            name: the name in memory of another tensor -> its name on disk.
+        """
+        return self
 
     @abstractmethod
     def describe(self) -> str:
@@ -294,6 +303,113 @@ class Plan:
         lines += [f"  {name}: added" for name in sorted(set(self.added) - set(self.rewritten))]
         lines += [f"config: {key} = {json.dumps(value)}" for key, value in self.config.items()]
         return "\n".join([*lines, f"{len(self.touched)} tensors touched, {total / 1e6:.1f} MB rewritten"])
+
+
+# --- The plan for the files of a checkpoint
+
+
+def plan_for_files(plan: Plan, specs: Specs) -> Plan:
+    """A plan that names tensors on disk, if the specs are those of files; otherwise the plan itself.
+
+    Raises:
+        NotFoldable: if files hold an edited tensor in a form in which it cannot be edited.
+    """
+    if not isinstance(specs, StoredSpecs):
+        return plan
+    files = _Files(plan, specs)
+    operations: dict[str, list[Operation]] = {}
+    for name in plan.operations:
+        for operation in files.operations(name):
+            operations.setdefault(operation.view.tensor, []).append(operation)
+    return replace(
+        plan,
+        operations={name: tuple(several) for name, several in operations.items()},
+        resized=dict(resize for name in plan.resized for resize in files.resized(name)),
+        unties={files.name(head): files.name(embedding) for head, embedding in plan.unties.items()},
+        added={files.name(name): spec for name, spec in plan.added.items()},
+        store="live" if all(files.same(name) for name in plan.rewritten) else "disk",
+    )
+
+
+class _Files:
+    """Where the files of a checkpoint hold what a plan names."""
+
+    def __init__(self, plan: Plan, specs: StoredSpecs) -> None:
+        self.plan, self.specs = plan, specs
+
+    def same(self, name: str) -> bool:
+        """Whether a tensor has the same name and form on disk."""
+        return self._new(name) == name or self._entry(name).pieces == (Piece(name),)
+
+    def name(self, name: str) -> str:
+        """The tensor on disk that is a whole tensor in memory."""
+        view = self.view(MatrixView(name))
+        if view != MatrixView(view.tensor):
+            raise self._unsupported(name)
+        return view.tensor
+
+    def view(self, view: MatrixView) -> MatrixView:
+        """The view of a tensor on disk that shows the same."""
+        new = self._new(view.tensor)
+        result = replace(view, tensor=new) if new is not None else self._entry(view.tensor).view(view)
+        if result is None:
+            raise self._unsupported(view.tensor)
+        return result
+
+    def operations(self, name: str) -> Iterator[Operation]:
+        """The operations on a tensor, on the tensors on disk that hold it."""
+        if self._new(name) is None and self._entry(name).tied in self.plan.operations:
+            return  # the tied tensor has the same operations, and the files hold one of the two
+        for op in self.plan.operations[name]:
+            if op.kind == "add" and op.view == MatrixView(name):
+                yield from self._additions(name, op)
+                continue
+            gain, inner = (None if n is None else self.name(n) for n in (op.gain, op.inner_gain))
+            weight = None if op.weight is None else self.view(op.weight)
+            yield replace(op, view=self.view(op.view), weight=weight, gain=gain, inner_gain=inner)
+
+    def _additions(self, name: str, op: Operation) -> Iterator[Operation]:
+        assert op.constant is not None
+        for piece in self._pieces(name):
+            view = MatrixView(piece.name, parts=piece.stored_parts, part=piece.stored_part)
+            if piece.stored_parts > 1 and (piece.axis or piece.transposed):
+                raise self._unsupported(name)
+            part = piece.in_memory(op.constant)
+            # Another form has another hash.
+            start = op.start if piece.whole else None
+            yield replace(op, view=view, constant=part.mT if piece.transposed else part, start=start)
+
+    def resized(self, name: str) -> Iterator[tuple[str, Resize]]:
+        """The change of shape of a tensor, for the tensors on disk that hold it."""
+        resize, new = self.plan.resized[name], self._new(name)
+        for piece in self._pieces(name) if new is None else [Piece(new)]:
+            if piece.transposed or piece.stored_parts > 1:
+                raise self._unsupported(name)
+            spec = self.specs.files.get(piece.name) or self.plan.added.get(name) or self.specs[name]
+            yield piece.name, resize.of_piece(piece, spec, self.name)
+
+    def _new(self, name: str) -> str | None:
+        """The name of a tensor that the plan adds to the files; None for another one."""
+        if name in self.plan.added:
+            weight = self.name(f"{name.removesuffix('.bias')}.weight")
+            return f"{weight.removesuffix('.weight')}.bias"
+        held = name not in self.plan.unties or (name in self.specs and not self._entry(name).tied)
+        return None if held else name
+
+    def _entry(self, name: str) -> StoredIn:
+        return self.specs.stored[name]
+
+    def _pieces(self, name: str) -> tuple[Piece, ...]:
+        if not self._entry(name).pieces:
+            raise self._unsupported(name)
+        return self._entry(name).pieces
+
+    def _unsupported(self, name: str) -> NotFoldable:
+        reason = self._entry(name).reason or "the files divide it in another way than the edit does"
+        return NotFoldable(
+            f"{name} cannot be edited in the files ({', '.join(self._entry(name).names[:2])}): {reason}; edit the model in memory and "
+            "save it: repedit.apply(edit, repedit.load(...)).model.save_pretrained(...)"
+        )
 
 
 def check_finite_tensor(name: str, tensor: Tensor) -> None:

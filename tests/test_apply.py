@@ -22,6 +22,7 @@ from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
 from repedit.models.subject import Subject
 from repedit.rewrite import apply
+from repedit.rewrite.checkpoint_architecture import used_specs
 from tests import laws
 from tests.edits import fill, mask, projection
 from tests.tiny import ids, logits, tiny
@@ -122,7 +123,7 @@ def test_an_unknown_option_is_refused(option):
 def test_a_plan_for_files_is_not_for_a_model(tmp_path):
     subject = tiny("mixtral")
     subject.model.save_pretrained(tmp_path)
-    plan = lower(mask(subject, "1.mlp.neurons"), subject.architecture, open_shards(tmp_path).specs)
+    plan = lower(mask(subject, "1.mlp.neurons"), subject.architecture, used_specs(open_shards(tmp_path)))
     with pytest.raises(PlanMismatch, match="names tensors this disk store does not hold"):
         rp.apply(plan, subject)
 

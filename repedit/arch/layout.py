@@ -1,4 +1,4 @@
-"""An architecture matched against the tensors of one model, in memory or on disk."""
+"""An architecture matched against the tensors of one model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 from torch import Tensor
 
@@ -68,12 +67,10 @@ class MatrixView:
         return block[self.start :].unflatten(0, (self.groups, self.parts, -1))[:, self.part]
 
 
-# --- An architecture matched against the tensors of one model, in memory or on disk
+# --- An architecture matched against the tensors of one model
 #
-# The same row serves a model in memory and a directory of headers: only names and shapes are read. Every expected tensor
-# must exist; a layer that matches in no way or in two ways is an error, never a choice.
-
-Store = Literal["live", "disk"]
+# Names are those in memory; only they and shapes are read. Every expected tensor must exist; a layer that matches in no way
+# or in two ways is an error, never a choice.
 
 
 @dataclass(frozen=True)
@@ -155,10 +152,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Every branch of every layer, with the tensor names in memory or on disk."""
+    """Every branch of every layer, with the names of tensors in memory."""
 
     architecture: Architecture
-    store: Store
     width: int
     layers: tuple[tuple[Branch, ...], ...]
     """The branches of each layer in order."""
@@ -221,8 +217,7 @@ def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
     Raises:
         UnknownArchitecture: if a tensor the row names is missing, a layer matches twice, or shapes contradict the config.
     """
-    prefix = f"{architecture.base}." if architecture.base else ""  # old checkpoints leave it out
-    base = prefix if any(name.startswith(f"{prefix}{architecture.blocks}.") for name in specs) else ""
+    base = f"{architecture.base}." if architecture.base else ""
     blocks = f"{base}{architecture.blocks}"
     numbers = {int(m[1]) for name in specs if (m := re.match(rf"{re.escape(blocks)}\.(\d+)\.", name))}
     if numbers != set(range(architecture.n_layers)):
@@ -234,16 +229,13 @@ def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
     block_paths = tuple(f"{blocks}.{layer}" for layer in sorted(numbers))
     layers = tuple(matcher.block(f"{path}.", layer) for layer, path in enumerate(block_paths))
     embeddings = tuple(matcher.need(f"{base}{name}.weight") for name in architecture.embeddings)
-    store: Store = "disk" if any(matcher.on_disk) or base != prefix else "live"
-    head = architecture.disk_head if f"{architecture.disk_head}.weight" in specs else architecture.head
     return ModelLayout(
         architecture=architecture,
-        store=store,
         width=specs[embeddings[0]].shape[1],
         layers=layers,
         block_paths=block_paths,
         embeddings=embeddings,
-        head=f"{head}.weight",
+        head=f"{architecture.head}.weight",
     )
 
 
@@ -267,7 +259,6 @@ class _Matcher:
 
     def __init__(self, architecture: Architecture, specs: Specs) -> None:
         self.architecture, self.specs = architecture, specs
-        self.on_disk: list[bool] = []
         self.heads = architecture.n_heads
 
     def need(self, name: str) -> str:
@@ -284,43 +275,24 @@ class _Matcher:
         if len(alternatives) == 1:
             for writer in (w for row in alternatives[0] for w in row.writers if isinstance(w, Writer)):
                 self.need(f"{block}{writer.module}.weight")
-        matches = [rows for rows in alternatives if all(self._forms(block, w) for row in rows for w in row.writers)]
+        matches = [rows for rows in alternatives if all(self._holds(block, w) for row in rows for w in row.writers)]
         # Experts alone are a part of experts with a shared expert, and a block without some readers of one that has them.
         matches = [m for m in matches if not any(_writers(m) < _writers(other) for other in matches)]
         complete = matches[: len(alternatives) == 1] or [
             m for m in matches if all(f"{block}{name}.weight" in self.specs for name in _readers(m))
         ]
         complete = [m for m in complete if not any(_readers(m) < _readers(other) for other in complete)]
-        ways = [
-            way
-            for m in (complete if len({frozenset(_writers(x)) for x in matches}) == 1 else matches)
-            for way in self._ways(block, m)
-        ]
+        ways = complete if len({frozenset(_writers(x)) for x in matches}) == 1 else matches
         if len(ways) != 1:
             raise UnknownArchitecture(
-                f"{block[:-1]} must match one way, it matches {len(ways)}: {'; '.join(ways)}. The row of "
-                f"{self.architecture.model_type} has {'; '.join(_described(rows) for rows in alternatives)}"
+                f"{block[:-1]} must match one way, it matches {len(ways)}: {'; '.join(map(_described, ways))}. The row of "
+                f"{self.architecture.model_type} has {'; '.join(map(_described, alternatives))}"
             )
         return tuple(self._branch(block, row) for row in (complete or matches)[0])
 
-    def _ways(self, block: str, rows: tuple[BranchRow, ...]) -> list[str]:
-        """In how many ways a block holds the branches: experts may be fused, or one by one."""
-        experts = [w for row in rows for w in row.writers if isinstance(w, Experts)]
-        return (
-            [f"{_described(rows)} ({form})" for form in self._forms(block, experts[0])]
-            if experts
-            else [_described(rows)]
-        )
-
-    def _forms(self, block: str, writer: Writer | Experts) -> list[str]:
-        """How this block holds a writer: in no, one or several ways."""
-        if isinstance(writer, Writer):
-            return ["dense"] if f"{block}{writer.module}.weight" in self.specs else []
-        names = {
-            "fused experts": f"{block}{writer.module}.down_proj",
-            "experts on disk": block + writer.down.format(e=0),
-        }
-        return [form for form, name in names.items() if name in self.specs]
+    def _holds(self, block: str, writer: Writer | Experts) -> bool:
+        leaf = "weight" if isinstance(writer, Writer) else "down_proj"
+        return f"{block}{writer.module}.{leaf}" in self.specs
 
     def _branch(self, block: str, row: BranchRow) -> Branch:
         parts: list[Neurons] = []
@@ -367,12 +339,15 @@ class _Matcher:
         return width // self.heads
 
     def _experts(self, block: str, experts: Experts, start: int) -> list[Neurons]:
-        disk = f"{block}{experts.module}.down_proj" not in self.specs
-        self.on_disk.append(disk)
         gain = self.need(f"{block}{experts.norm}.weight") if experts.norm else None
+        count = self.specs[f"{block}{experts.module}.down_proj"].shape[0]
         parts: list[Neurons] = []
-        for e in range(self._expert_count(block, experts, disk)):
-            out, readers, bias = self._expert(block, experts, disk, e)
+        if count != self.architecture.n_experts:
+            raise UnknownArchitecture(
+                f"{block[:-1]}: the config has {self.architecture.n_experts} experts, the weights hold {count}"
+            )
+        for e in range(count):
+            out, readers, bias = self._expert(block, experts, e)
             begin = parts[-1].stop if parts else start
             stop = begin + self._expert_width(out)
             parts.append(Neurons(begin, stop, out, readers, f"{block}{experts.module}", bias, e, gain))
@@ -381,27 +356,10 @@ class _Matcher:
     def _expert_width(self, out: MatrixView) -> int:
         return self.specs[out.tensor].shape[-2 if out.transposed else -1]
 
-    def _expert_count(self, block: str, experts: Experts, disk: bool) -> int:
-        if disk:
-            pattern = re.escape(block + experts.down).replace(r"\{e\}", r"(\d+)")
-            numbers = {int(m[1]) for name in self.specs if (m := re.fullmatch(pattern, name))}
-            count = len(numbers) if numbers == set(range(len(numbers))) else -1
-        else:
-            count = self.specs[f"{block}{experts.module}.down_proj"].shape[0]
-        if count != self.architecture.n_experts:
-            raise UnknownArchitecture(
-                f"{block[:-1]}: the config has {self.architecture.n_experts} experts, the weights hold {count if count >= 0 else sorted(numbers)}"
-            )
-        return count
-
     def _expert(
-        self, block: str, experts: Experts, disk: bool, e: int
+        self, block: str, experts: Experts, e: int
     ) -> tuple[MatrixView, tuple[MatrixView, ...], MatrixView | None]:
         """Output, inputs (with their biases) and output bias of one expert."""
-        if disk:
-            names = (experts.gate, experts.up, experts.down) if experts.gated else (experts.up, experts.down)
-            *inputs, down = (MatrixView(self.need(block + name.format(e=e))) for name in names)
-            return down, tuple(inputs), None
         module, count = f"{block}{experts.module}", 2 if experts.gated else 1
         name = self.need(f"{module}.{'gate_up_proj' if experts.gated else 'up_proj'}")
         down = MatrixView(f"{module}.down_proj", expert=e, transposed=experts.transposed)

@@ -76,13 +76,10 @@ class Writer:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: fused tensors in memory, in files fused too or one tensor per expert."""
+    """A mixture of experts, fused in memory whatever files hold."""
 
     module: str = "mlp.experts"
-    """In memory: gate_up_proj (E, 2f, d) with rows [gate; up], or up_proj (E, f, d); and down_proj (E, d, f)."""
-    gate: str = "mlp.experts.{e}.gate_proj.weight"
-    up: str = "mlp.experts.{e}.up_proj.weight"
-    down: str = "mlp.experts.{e}.down_proj.weight"
+    """It holds gate_up_proj (E, 2f, d) with rows [gate; up], or up_proj (E, f, d); and down_proj (E, d, f)."""
     count: str = "num_experts"
     """Name of the config field that holds E."""
     gated: bool = True
@@ -144,7 +141,7 @@ class Architecture:
 
     model_type: str
     base: str
-    """Path of the text backbone inside the model; old checkpoints may leave this prefix out."""
+    """Path of the text backbone inside the model."""
     blocks: str
     """Path of the list of blocks inside the backbone."""
     block: tuple[tuple[BranchRow, ...], ...]
@@ -157,7 +154,6 @@ class Architecture:
     """False if a norm or another function of the embeddings follows, or features of images or sound enter the stream beside
     them, so that no weights equal an edit at 0.resid.pre."""
     head: str = "lm_head"
-    disk_head: str = "lm_head"
     transposed: bool = False
     """Projections are Conv1D, stored (in, out)."""
     unit_gain: bool = False

@@ -7,12 +7,14 @@ that is converted in another way, or whose shapes do not fit, has no pieces and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
+from repedit.arch.layout import MatrixView
 from repedit.io.safetensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -47,14 +49,84 @@ class Piece:
         """The piece as a view of the tensor on disk, in the shape that it has in memory."""
         return _slice(stored.mT if self.transposed else stored, self.axis, self.stored_part, self.stored_parts)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the tensor on disk is the tensor in memory, but for its name."""
+        return self == Piece(self.name)
+
 
 @dataclass(frozen=True)
 class StoredIn:
     """Where files hold a tensor of a model: whole, or in pieces that cover it."""
 
     pieces: tuple[Piece, ...]
+    shape: tuple[int, ...]
+    """In memory: that of the pieces, which the config may contradict, or that of the model if there are none."""
+    names: tuple[str, ...]
+    """The tensors on disk that hold it."""
     reason: str = ""
     """Why there are no pieces: the operations of the conversion, or the shape that does not fit."""
+    tied: str = ""
+    """The tensor in memory that the files hold in its place."""
+
+    def read(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor in memory, made of its pieces; there must be some.
+
+        Args:
+            read: the name of a tensor on disk -> the tensor.
+        """
+        if len(self.pieces) == 1:
+            return self.pieces[0].on_disk(read(self.pieces[0].name))
+        result = torch.empty(self.shape, dtype=read(self.pieces[0].name).dtype)
+        for piece in self.pieces:
+            piece.in_memory(result).copy_(piece.on_disk(read(piece.name)))
+        return result
+
+    def view(self, view: MatrixView) -> MatrixView | None:
+        """The view of a tensor on disk that shows what a view of the tensor in memory shows; None if no view does."""
+        for piece in (
+            self.pieces if view.expert is None else [p for p in self.pieces if p.expert in (None, view.expert)]
+        ):
+            fused = view.expert is not None and piece.expert is None
+            shape = self.shape if piece.expert is None else self.shape[1:]
+            rows = fused + (view.transposed and len(shape) - fused == 2)
+            new = replace(
+                view,
+                tensor=piece.name,
+                expert=view.expert if fused else None,
+                transposed=view.transposed != piece.transposed,
+            )
+            if piece.parts * piece.stored_parts == 1:
+                return new
+            size, part = (shape[rows] - view.start) // view.parts, shape[rows] // piece.parts
+            same = (view.start + view.part * size, size) == (piece.part * part, part)
+            if same and view.groups == 1 and piece.axis == rows:
+                return replace(new, start=0, parts=piece.stored_parts, part=piece.stored_part)
+        return None
+
+
+class StoredSpecs(dict[str, TensorSpec]):
+    """Shape and dtype of the tensors of a model by their name in memory, and the files that hold them.
+
+    Shapes are those of the files, which need not be those of the config.
+    """
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> StoredSpecs:
+        """Of a model, which may be on the meta device, and the specs of every tensor on disk."""
+        return cls(storage(model, specs), specs)
+
+    def __init__(self, stored: Mapping[str, StoredIn], specs: Mapping[str, TensorSpec]) -> None:
+        super().__init__({name: TensorSpec(entry.shape, specs[entry.names[0]].dtype) for name, entry in stored.items()})
+        self.stored = stored
+        used = {name for entry in stored.values() for name in entry.names}
+        self.files = {name: spec for name, spec in specs.items() if name in used}
+        """Shape and dtype of the tensors on disk that the model reads."""
+
+    def read(self, name: str, read: Callable[[str], Tensor]) -> Tensor | None:
+        """A tensor by its name in memory; None if the files hold none, or no pieces of it."""
+        entry = self.stored.get(name)
+        return entry.read(read) if entry is not None and entry.pieces else None
 
 
 def storage(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> dict[str, StoredIn]:
@@ -113,27 +185,38 @@ def _sources(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[_So
 
 def _stored_in(sources: Sequence[_Source], shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> StoredIn:
     """The pieces if they have the shapes on disk that cover a tensor of this shape in memory."""
-    conversion = sources[0].conversion
+    names, conversion = tuple(source.name for source in sources), sources[0].conversion
+    without = StoredIn((), shape, names)
     if any(source.conversion is not conversion for source in sources) or (conversion is None and len(sources) > 1):
         # transformers reads one of them, and the values under the other name would stay in the files.
-        return StoredIn((), f"the files hold it under two names: {sources[0].name} and {sources[-1].name}")
-    pieces = [Piece(sources[0].name)] if conversion is None else _pieces(conversion, sources, shape, specs)
+        return replace(without, reason=f"the files hold it under two names: {names[0]} and {names[-1]}")
+    pieces = [Piece(names[0])] if conversion is None else _pieces(conversion, sources, shape, specs)
     if conversion is not None and not pieces:
-        return StoredIn((), f"transformers converts it by {', '.join(map(str, conversion.operations))}")
-    for piece in pieces:
-        needed, rest = list(shape if piece.expert is None else shape[1:]), 0
-        if piece.parts * piece.stored_parts > 1:
-            needed[piece.axis], rest = divmod(needed[piece.axis] * piece.stored_parts, piece.parts)
-        if piece.transposed:
-            needed[-2:] = needed[:-3:-1]
-        if rest or specs[piece.name].shape != tuple(needed):
-            stored = specs[piece.name].shape
-            return StoredIn((), f"{piece.name} of shape {stored} does not fit the tensor of shape {shape} in memory")
+        operations = ", ".join(map(str, conversion.operations))
+        return replace(without, reason=f"transformers converts it by {operations}")
+    shapes = [_shape_in_memory(piece, specs[piece.name].shape, shape[:1]) for piece in pieces]
+    for piece, whole in zip(pieces, shapes, strict=True):
+        if whole is None or whole != shapes[0] or len(whole) != len(shape):
+            stored, other = specs[piece.name].shape, shapes[0] or shape
+            other = other if len(other) == len(shape) else shape
+            return replace(
+                without, reason=f"{piece.name} of shape {stored} does not fit the tensor of shape {other} in memory"
+            )
     count = pieces[0].parts * (1 if pieces[0].expert is None else shape[0])
     if len(pieces) != count or any(piece.expert is not None and piece.expert >= shape[0] for piece in pieces):
         named = f"{len(pieces)} tensors from {pieces[0].name} to {pieces[-1].name}"
-        return StoredIn((), f"{named} do not make up the tensor of shape {shape} in memory")
-    return StoredIn(tuple(pieces))
+        return replace(without, reason=f"{named} do not make up the tensor of shape {shape} in memory")
+    return StoredIn(tuple(pieces), shapes[0] or shape, names)
+
+
+def _shape_in_memory(piece: Piece, stored: tuple[int, ...], experts: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of the tensor that pieces of this shape on disk make up; None if it cannot be divided so."""
+    shape, rest = list(stored), 0
+    if piece.transposed:
+        shape[-2:] = shape[:-3:-1]
+    if piece.parts * piece.stored_parts > 1:
+        shape[piece.axis], rest = divmod(shape[piece.axis] * piece.parts, piece.stored_parts)
+    return None if rest else (*(experts if piece.expert is not None else ()), *shape)
 
 
 def _pieces(
@@ -158,7 +241,7 @@ def _pieces(
         case []:
             return [piece for pieces in tensors for piece in pieces]
         case [Concatenate(dim=dim)] if dim >= stacked:
-            joined = {"parts": len(tensors), "axis": dim - stacked}
+            joined = {"parts": len(tensors) + sum(not names for names in grouped), "axis": dim - stacked}
             return [replace(piece, part=i, **joined) for i, pieces in enumerate(tensors) for piece in pieces]
         case [Transpose(dim0=a, dim1=b) as operation] if not stacked and {a, b} == {len(shape) - 2, len(shape) - 1}:
             keep = operation.check_dims and specs[sources[0].name].shape == shape
@@ -173,7 +256,7 @@ def _tied(model: PreTrainedModel, result: Mapping[str, StoredIn]) -> dict[str, S
         groups.setdefault(source, [source]).append(name)
     entries: dict[str, StoredIn] = {}
     for names in groups.values():
-        held = [result[name] for name in names if name in result]
+        held = [replace(result[name], tied=name) for name in names if name in result]
         entries |= {name: held[0] for name in names if held and name not in result}
     return entries
 

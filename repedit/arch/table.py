@@ -20,9 +20,9 @@ _BOTH_BIASES = {
 }
 
 
-def _experts(experts: Experts | None = None) -> BranchRow:
+def _experts(count: str = "num_experts") -> BranchRow:
     """The row of an MLP of experts."""
-    return BranchRow("mlp", (experts or Experts(),), outputs=("mlp",))
+    return BranchRow("mlp", (Experts(count=count),), outputs=("mlp",))
 
 
 _LLAMA = Architecture(
@@ -42,12 +42,6 @@ _GPT2 = Architecture(
     centered=True,
     transposed=True,
     gated=False,
-)
-_MIXTRAL = Experts(
-    gate="block_sparse_moe.experts.{e}.w1.weight",
-    up="block_sparse_moe.experts.{e}.w3.weight",
-    down="block_sparse_moe.experts.{e}.w2.weight",
-    count="num_local_experts",
 )
 _EXPERTS = replace(_LLAMA, block=((attention(), _experts()),), bias_flags=_ATTENTION_BIAS)
 
@@ -88,7 +82,6 @@ _TABLE = (
             ),
         ),
         embeddings=("embed_in",),
-        disk_head="embed_out",
         centered=True,
         gated=False,
         parallel="use_parallel_residual",
@@ -139,7 +132,7 @@ _TABLE = (
         model_type="mixtral",
         gguf="llama",
         bias_flags={},
-        block=((attention(), _experts(_MIXTRAL)),),
+        block=((attention(), _experts("num_local_experts")),),
     ),
     replace(_EXPERTS, model_type="olmoe"),
     replace(_EXPERTS, model_type="qwen3_moe", gguf="qwen3moe", block=((attention(), mlp()), (attention(), _experts()))),

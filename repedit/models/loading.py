@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from repedit.arch import (
     Architecture,
@@ -29,6 +29,7 @@ from repedit.arch import (
 )
 from repedit.arch.layout import ModelLayout
 from repedit.arch.offload import parameters_with_values
+from repedit.arch.storage import StoredSpecs
 from repedit.errors import (
     ArgumentError,
     CheckpointError,
@@ -39,7 +40,7 @@ from repedit.errors import (
     TooLarge,
     UnknownArchitecture,
 )
-from repedit.io.checkpoint import TOKENIZERS, Shards, open_shards
+from repedit.io.checkpoint import TOKENIZERS, open_shards
 from repedit.io.files import open_regular, user_path
 from repedit.io.text import read_json
 from repedit.linear_maps import not_finite_at
@@ -133,12 +134,12 @@ def set_recorded_widths(model: nn.Module, architecture: Architecture, place: Pat
     if not recorded:
         return names
     shards = open_shards(place)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters, files = dict(model.named_parameters(remove_duplicate=False)), StoredSpecs.of(model, shards.specs)
     for name in sorted(names):
-        old = parameters[name]
-        set_parameter(
-            model, name, nn.Parameter(_read_stored(name, architecture, shards).to(old), requires_grad=old.requires_grad)
-        )
+        old, value = parameters[name], files.read(name, shards.read)
+        if value is None:
+            raise CheckpointError(f"{shards.directory} holds no tensor {name!r}")
+        set_parameter(model, name, nn.Parameter(value.to(old), requires_grad=old.requires_grad))
     specs = {n: TensorSpec(tuple(p.shape), p.dtype) for n, p in model.named_parameters(remove_duplicate=False)}
     actual = mlp_widths(match_layout(architecture, specs))
     if actual != recorded:
@@ -147,28 +148,6 @@ def set_recorded_widths(model: nn.Module, architecture: Architecture, place: Pat
             "is it from another export?"
         )
     return set()
-
-
-def _read_stored(name: str, architecture: Architecture, shards: Shards) -> Tensor:
-    """A tensor by its name in memory; experts are stored one by one."""
-    for alias in (name, name.removeprefix(f"{architecture.base}.")):
-        if alias in shards.entries:
-            return shards.read(alias)
-        for parts in _expert_names(alias, architecture, shards):
-            return torch.stack([torch.cat([shards.read(n) for n in names]) for names in parts])
-    raise CheckpointError(f"{shards.directory} holds no tensor {name!r}")
-
-
-def _expert_names(name: str, architecture: Architecture, shards: Shards) -> Iterator[list[tuple[str, ...]]]:
-    """The names on disk, by expert, of the parts of a fused tensor."""
-    row = architecture.experts
-    if row is None:
-        return
-    for leaf, paths in (("gate_up_proj", (row.gate, row.up)), ("down_proj", (row.down,))):
-        block = name.removesuffix(f"{row.module}.{leaf}")
-        parts = [tuple(f"{block}{p.format(e=e)}" for p in paths) for e in range(architecture.n_experts)]
-        if block != name and all(n in shards.entries for names in parts for n in names):
-            yield parts
 
 
 # --- Find a model and read its files
@@ -373,7 +352,37 @@ def empty_model(config: ModelConfig, *, trust_remote_code: bool = False) -> Any:
         return auto_class(config).from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
 
 
-def auto_class(config: ModelConfig) -> Any:
+def set_fields(config: ModelConfig, fields: Mapping[str, Any]) -> None:
+    """Change fields of a config: those of the text decoder, and the tie of its head wherever it is stated."""
+    for key, value in fields.items():
+        for part in (text_config(config), *([config] if key == "tie_word_embeddings" else ())):
+            setattr(part, key, value)
+
+
+def changed_json(table: dict[str, Any], config: ModelConfig, fields: Mapping[str, Any], dtype: str | None) -> None:
+    """The same in the content of a config.json, and another dtype."""
+    parts, path = [table], _text_path(config)
+    for key in path:
+        parts.append(parts[-1].setdefault(key, {}))
+    parts[-1].update(fields)
+    table |= {key: value for key, value in fields.items() if key == "tie_word_embeddings"}
+    for part in parts if dtype else ():
+        if part is table or not {"dtype", "torch_dtype"}.isdisjoint(part):
+            part["dtype"] = dtype
+            part.pop("torch_dtype", None)
+
+
+def _text_path(config: Any) -> tuple[str, ...]:
+    """Where a config holds the config of its text decoder."""
+    text = text_config(config)
+    if text is config:
+        return ()
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    key = next(k for k, part in parts.items() if part is not None and text_config(part) is text)
+    return (key, *_text_path(parts[key]))
+
+
+def auto_class(config: ModelConfig | None) -> Any:
     """The class of transformers that loads a model: AutoModelForCausalLM, or AutoModelForImageTextToText for a wrapper.
 
     A config that both can load belongs to the one whose class it names in `architectures`.
@@ -402,15 +411,10 @@ class TensorMatch:
     """Parameters of the model that are not stored."""
     reshaped: tuple[str, ...]
     """Parameters that are stored in another shape."""
-    unused: tuple[str, ...]
-    """Stored tensors that the model does not read."""
     later_layers: tuple[str, ...]
-    """Those among them that belong to a layer after the last one of the config."""
-
-    def used(self, specs: Specs) -> Specs:
-        """The tensors that the model reads."""
-        unused = frozenset(self.unused)
-        return {name: spec for name, spec in specs.items() if name not in unused}
+    """Stored tensors of layers after the last one of the config."""
+    used: StoredSpecs
+    """The tensors of the model that are stored."""
 
 
 def match_tensors(config: ModelConfig, architecture: Architecture, specs: Specs) -> TensorMatch:
@@ -422,15 +426,11 @@ def match_tensors(config: ModelConfig, architecture: Architecture, specs: Specs)
             None, config=copy.deepcopy(config), state_dict=tensors, device_map="meta", output_loading_info=True,
             ignore_mismatched_sizes=True, attn_implementation="eager",
         )  # fmt: skip
-    # transformers leaves tensors that a class ignores out of its report, such as layers of a speculative decoder.
-    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    own = model.state_dict().keys()
-    ignored = {name for name in specs if name not in own and any(pattern.search(name) for pattern in patterns)}
     return TensorMatch(
         missing=tuple(sorted(report["missing_keys"])),
         reshaped=tuple(sorted(item[0] for item in report["mismatched_keys"])),
-        unused=tuple(sorted(report["unexpected_keys"] | ignored)),
         later_layers=later_layers(report["unexpected_keys"], architecture),
+        used=StoredSpecs.of(model, specs),
     )
 
 

@@ -180,11 +180,11 @@ def _family_and_size(out: str, folder: Path, hidden: bool) -> list[list[str]]:
         layout = match_layout(architecture, specs)
     except RepeditError as error:
         return [[out, "no whole model" if hidden else f"no whole model: {error}"]]
-    count = sum(prod(spec.shape) for spec in specs.values())
-    dtypes = dict.fromkeys(str(spec.dtype).removeprefix("torch.") for spec in specs.values())
+    count = sum(prod(spec.shape) for spec in specs.files.values())
+    dtypes = dict.fromkeys(str(spec.dtype).removeprefix("torch.") for spec in specs.files.values())
     size = (
         f"{len(layout.layers)} layers of width {layout.width}, {architecture.n_heads} heads, "
-        f"{count:,} numbers in {len(specs)} tensors ({', '.join(dtypes)})"
+        f"{count:,} numbers in {len(specs.files)} tensors ({', '.join(dtypes)})"
     )
     return [[f"{out}: family", architecture.model_type], [f"{out}: size", size]]
 

@@ -16,7 +16,7 @@ from repedit.arch.check import check_plain_weights
 from repedit.arch.offload import check_in_memory
 from repedit.errors import ArgumentError, NoOpEdit, NotSliceable, NotSlimmable, PlanMismatch
 from repedit.lower import Change, check_model, lower
-from repedit.models.loading import mlp_tensors, ragged_widths, set_parameter
+from repedit.models.loading import mlp_tensors, ragged_widths, set_fields, set_parameter
 from repedit.models.subject import Subject, subject_of
 from repedit.plan import LoweringOptions, Plan
 
@@ -64,8 +64,7 @@ def patched_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
 
     patched = copy.deepcopy(config)
     try:
-        for key, value in plan.config.items():
-            setattr(patched, key, value)
+        set_fields(patched, plan.config)
         type(config)(**patched.to_dict())
     except (ValueError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
@@ -140,8 +139,7 @@ def apply(
     if not changed and not allow_identity:
         raise NoOpEdit(no_op_message(list(plan.operations)))
     model = subject.model if inplace else shared_clone(subject.model)
-    for key, value in plan.config.items():
-        setattr(model.config, key, value)
+    set_fields(model.config, plan.config)
     for name, value in new.items():
         _set_parameter(model, name, value, before)
     for view, wrapper in _synchronized.get(model, {}).items() if inplace else ():

@@ -97,7 +97,7 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
             "edited is in memory and original a directory, or the reverse; load both, or give both directories"
         )
     architecture, specs, before = _weights(original)
-    edited_architecture, edited_specs, after = _weights(edited)
+    edited_architecture, edited_specs, after = _weights(edited, architecture)
     if match_layout(edited_architecture, edited_specs).width != match_layout(architecture, specs).width:
         plan = slice_plan(edit, architecture, specs)
         _check_sliced(plan, before, after)
@@ -105,7 +105,8 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
     plan = lower(edit, architecture, specs)
     rows = {}
     for name in (name for name in plan.operations if _projections(plan, name)):
-        old = before(name) if name in specs else torch.zeros(plan.added[name].shape, dtype=plan.added[name].dtype)
+        added = plan.added.get(name)
+        old = before(name) if added is None else torch.zeros(added.shape, dtype=added.dtype)
         row = certified(plan, name, old, after(name), plan.computed(name, old, before), before)
         if row is not None:
             rows[name] = row
@@ -238,9 +239,9 @@ def _products(w: Tensor, factor: Tensor, inputs: bool) -> Tensor:
     return total
 
 
-def _weights(source: Subject | str | Path) -> tuple[Architecture, Specs, TensorReader]:
+def _weights(source: Subject | str | Path, row: Architecture | None = None) -> tuple[Architecture, Specs, TensorReader]:
     if isinstance(source, Subject):
         return source.architecture, source.specs, source.value
     directory = user_path(source)
     shards = open_shards(directory)
-    return architecture_of(directory), used_specs(shards), shards.read
+    return architecture_of(directory, row), used_specs(shards, row), shards.read

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from repedit.arch import Architecture, Specs, TensorSpec, families, match_layout, resolve, resolved
+from repedit.arch import Architecture, TensorSpec, families, match_layout, resolve, resolved
+from repedit.arch.storage import StoredSpecs
 from repedit.errors import CheckpointError, NotFound, PlanMismatch
 from repedit.io.checkpoint import Shards
 from repedit.io.files import is_folder, user_path
@@ -46,56 +48,59 @@ def checkpoint_directory(source: str | Path) -> Path:
     )
 
 
-def architecture_of(directory: Path) -> Architecture:
+def architecture_of(directory: Path, row: Architecture | None = None) -> Architecture:
     """The family row of a checkpoint directory.
 
+    Args:
+        row: as in `used_specs`.
     Raises:
         QuantizedModel, UnknownArchitecture: if it cannot be edited.
     """
-    return _described(directory)[1]
+    return _described(directory, row)[1]
 
 
-def used_specs(shards: Shards) -> Specs:
-    """Shape and dtype of the tensors of a checkpoint that the model of its config reads; others are copied unchanged.
+def used_specs(shards: Shards, row: Architecture | None = None) -> StoredSpecs:
+    """The tensors that the model of a checkpoint's config reads, and where the files hold them.
 
+    Args:
+        row: of the model, if it is known; a family that the table lacks is inferred otherwise, which reads the weights.
     Raises:
         QuantizedModel, UnknownArchitecture: if it cannot be edited.
         CheckpointError: if the files hold layers that the config does not describe.
     """
-    config, architecture = _described(shards.directory)
+    config, architecture = _described(shards.directory, row)
     with buildable(shards.directory):
         check_layer_count(shards.directory, config, len(shards.entries))
         match = match_tensors(config, architecture, shards.specs)
     check_no_later_layers(shards.directory, match.later_layers, architecture)
-    used = match.used(shards.specs)
-    check_unquantized(None, used, "edited exactly", where=str(shards.directory))
-    return used
+    check_unquantized(None, match.used.files, "edited exactly", where=str(shards.directory))
+    return match.used
 
 
-def check_planned(plan: Plan, shards: Shards, used: Specs) -> None:
+def check_planned(plan: Plan, shards: Shards, used: StoredSpecs, row: Architecture) -> None:
     """Refuse a plan whose checkpoint transformers would read as another model.
 
     Raises:
         CheckpointError: naming tensors that the plan needs and the files hold, but the model of the config does not read.
         PlanMismatch: naming tensors that the planned config does not describe, or that would be missing or of another shape.
     """
-    config, architecture = _described(shards.directory)
-    planned = {name: plan.spec(name, spec) for name, spec in used.items()} | dict(plan.added)
+    config, architecture = _described(shards.directory, row)
+    planned = {name: plan.spec(name, spec) for name, spec in used.files.items()} | dict(plan.added)
     planned |= {head: planned[embedding] for head, embedding in plan.unties.items() if head not in planned}
-    unused = {name: spec for name, spec in shards.specs.items() if name not in used}
+    unused = {name: spec for name, spec in shards.specs.items() if name not in used.files}
     with buildable(shards.directory):
         config = patched_config(config, plan)
         match = match_tensors(config, architecture, unused | planned)
-    revived = sorted(set(unused) - set(match.unused))
+    revived = sorted(set(unused) & set(match.used.files))
     if revived:
         raise CheckpointError(
             f"the edit needs {revived[0]} ({len(revived)} tensors in all), which {shards.directory} holds although its config "
             "says that there is none: transformers ignores those values, and the edit would bring them back. Correct config.json, "
             "or save the model again without them: rp.load(...).model.save_pretrained(...)"
         )
-    extra, reshaped = sorted(set(match.unused) - set(unused)), match.reshaped
+    extra, reshaped = sorted(set(planned) - set(match.used.files)), match.reshaped
     row = resolved(architecture, config)
-    if reshaped and ragged_widths(match_layout(row, planned)):
+    if reshaped and ragged_widths(match_layout(row, match.used)):
         reshaped = tuple(sorted(set(reshaped) - mlp_tensors(match_layout(row, _shapes(empty_model(config))))))
     if extra or match.missing or reshaped:
         raise PlanMismatch(
@@ -132,7 +137,7 @@ def _shapes(model: nn.Module) -> dict[str, TensorSpec]:
     return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}
 
 
-def _described(directory: Path) -> tuple[Any, Architecture]:
+def _described(directory: Path, row: Architecture | None = None) -> tuple[Any, Architecture]:
     """The config and the family row of a directory.
 
     Raises:
@@ -144,6 +149,8 @@ def _described(directory: Path) -> tuple[Any, Architecture]:
     with buildable(directory):
         if config.model_type in families():
             return config, resolve(config)
+        if row is not None:
+            return config, replace(resolved(row, config), tied=row.tied)
     return config, _inferred(directory, config.to_json_string(use_diff=False))
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, Unpack
 import torch
 
 from repedit.arch import Architecture, Specs, match_layout
+from repedit.arch.storage import StoredSpecs
 from repedit.edit import Edit
 from repedit.errors import (
     ArgumentError,
@@ -32,9 +33,9 @@ from repedit.io.files import file_hash
 from repedit.io.safetensors import floating_dtype
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, staging_folder, sync_files
 from repedit.io.text import read_json
-from repedit.lower import Change, EditOrDelta, check_model, lower, read_by_name
+from repedit.lower import Change, EditOrDelta, check_model, lower
 from repedit.models.dequantization import forget_conversions
-from repedit.models.loading import check_finite_weights
+from repedit.models.loading import auto_class, changed_json, check_finite_weights, read_config
 from repedit.models.subject import Origin, Subject
 from repedit.plan import LoweringOptions, Plan, check_finite_tensor
 from repedit.rewrite.apply import check_editable, no_op_message
@@ -62,8 +63,9 @@ class _Checkpoint(NamedTuple):
 
     plan: Plan
     shards: Shards
-    used: Specs
+    used: StoredSpecs
     """The tensors that its model reads."""
+    row: Architecture
 
 
 def export(
@@ -81,7 +83,7 @@ def export(
     multiple: int | None = None,
     **options: Unpack[LoweringOptions],
 ) -> Manifest:
-    """Write the edited checkpoint to `target`, a directory that AutoModelForCausalLM loads without repedit.
+    """Write the edited checkpoint to `target`, a directory that transformers loads without repedit.
 
     The loaders that can read it are in the result and logged: layers of different widths (layout="ragged") need
     `repedit.load`. Untouched tensors are byte-identical; shards without a touched tensor are hard links where possible.
@@ -117,12 +119,13 @@ def export(
     files, states = _source_files(source, plan_for)
     out = check_target(target, overwrite=overwrite, source=files)
     origin = source.origin if isinstance(source, Subject) else None
-    stored = None if files is None else _plan_checkpoint(files, plan_for)
+    row = source.architecture if isinstance(source, Subject) else None
+    stored = None if files is None else _plan_checkpoint(files, plan_for, row)
     _check_source(change, source, stored, any_model=options.get("any_model", False))
     key = "" if stored is None else job(stored.plan, stored.shards, new_dtype, link)
     with staging_folder(out, key, overwrite=overwrite) as place:
-        checkpoint = stored or _plan_checkpoint(_save_in_memory(source, place, max_shard_size), plan_for)
-        plan, shards, used = checkpoint
+        checkpoint = stored or _plan_checkpoint(_save_in_memory(source, place, max_shard_size), plan_for, row)
+        plan, shards, used, row = checkpoint
         directory = shards.directory
         unchanged = partial(
             check_unchanged, directory, states or file_states(directory), "while it was exported", "export it again"
@@ -134,17 +137,18 @@ def export(
         written = sum(path.stat().st_size for path in new.iterdir())
         size = sum(path.stat().st_size for path in others.files.values())
         check_space(place, size + _bytes_to_write(plan, shards, place, new_dtype, link) - written)
-        changes = write_weights(plan, shards, used, new, journal, unchanged, dtype=new_dtype, link=link)
+        changes = write_weights(plan, shards, used.files, new, journal, unchanged, dtype=new_dtype, link=link)
         plan.check_touched(changes.keys())
         if not allow_identity and new_dtype is None and all(c.before == c.after for c in changes.values()):
             raise NoOpEdit(no_op_message(list(changes)))
         copy_companions(others, new)
         _write_config(directory, new, plan, dtype_name)
-        layout_written = match_layout(architecture_of(new), used_specs(open_shards(new)))
+        layout_written = match_layout(architecture_of(new, row), used_specs(open_shards(new), row))
         if origin is None and stored is not None:
             origin = Origin(directory)
         base = base_of(shards, origin, others, stored is None)
-        record = manifest(plan, changes, base, new, dtype_name, layout_written, journal.hashes)
+        loader = auto_class(read_config(new, trust_remote_code=False)).__name__
+        record = manifest(plan, changes, base, new, dtype_name, layout_written, journal.hashes, loader)
         unchanged()
         text = card(plan, record, base_card(directory if stored or not origin else origin.path))
         (new / CARD).write_text(text, encoding="utf-8")
@@ -175,7 +179,8 @@ def dry_run(
     if files is None:
         assert isinstance(source, Subject)
         return plan_for(source.architecture, source.specs).summary(source.specs)
-    plan, shards, _ = _plan_checkpoint(files, plan_for)
+    row = source.architecture if isinstance(source, Subject) else None
+    plan, shards, _, _ = _plan_checkpoint(files, plan_for, row)
     rewritten = rewritten_files(plan, shards)
     sizes = {file: (shards.directory / file).stat().st_size for file in shards.files}
     return (
@@ -281,14 +286,15 @@ def _rounded_at_loading(subject: Subject, files: Path) -> bool:
     return any(torch.promote_types(other, dtype) != dtype for other in stored)
 
 
-def _plan_checkpoint(directory: Path, plan_for: PlanFunction) -> _Checkpoint:
+def _plan_checkpoint(directory: Path, plan_for: PlanFunction, known: Architecture | None) -> _Checkpoint:
     """A checkpoint with its plan, made from its headers and checked against them."""
     shards = open_shards(directory)
-    used = used_specs(shards)
-    plan = plan_for(architecture_of(directory), used)
-    plan.check(used)
-    check_planned(plan, shards, used)
-    return _Checkpoint(plan.resolved(shards.read), shards, used)
+    row = architecture_of(directory, known)
+    used = used_specs(shards, row)
+    plan = plan_for(row, used)
+    plan.check(used.files)
+    check_planned(plan, shards, used, row)
+    return _Checkpoint(plan.resolved(shards.read), shards, used, row)
 
 
 def _check_source(change: Change, source: Subject | str | Path, stored: _Checkpoint | None, *, any_model: bool) -> None:
@@ -301,10 +307,9 @@ def _check_source(change: Change, source: Subject | str | Path, stored: _Checkpo
         check_model(change, source.value, any_model=any_model)
     elif stored is not None:
         shards = stored.shards
-        for name in stored.used:
+        for name in stored.used.files:
             check_finite_tensor(f"tensor {name!r} of {shards.directory}", shards.read(name))
-        read = read_by_name(architecture_of(shards.directory), shards.specs, shards.read)
-        check_model(change, read, any_model=any_model)
+        check_model(change, lambda name: stored.used.read(name, shards.read), any_model=any_model)
 
 
 def _save_in_memory(subject: Subject | str | Path, place: Path, max_shard_size: str) -> Path:
@@ -347,10 +352,8 @@ def _write_config(directory: Path, new: Path, plan: Plan, dtype: str | None) -> 
     if not plan.config and dtype is None:
         shutil.copyfile(directory / "config.json", new / "config.json")
         return
-    config = read_json(directory / "config.json", finite=False) | dict(plan.config)
-    if dtype is not None:
-        config["dtype"] = dtype
-        config.pop("torch_dtype", None)
+    config = read_json(directory / "config.json", finite=False)
+    changed_json(config, read_config(directory, trust_remote_code=False), plan.config, dtype)
     (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

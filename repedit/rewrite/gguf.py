@@ -77,13 +77,15 @@ def gguf_check(directory: str | Path) -> GgufCheck:
         )
     names = gguf.get_tensor_name_map(families[name], architecture.n_layers)
     unnamed = tuple(
-        n for n in specs if names.get_name(re.sub(r"\.experts\.\d+\.", ".experts.", n), (".weight", ".bias")) is None
+        n
+        for n in specs.files
+        if names.get_name(re.sub(r"\.experts\.\d+\.", ".experts.", n), (".weight", ".bias")) is None
     )
     return GgufCheck(
         architecture=name,
         unnamed=unnamed,
         widths=ragged_widths(match_layout(architecture, specs)),
-        unfit={kind: tuple(n for n, spec in specs.items() if _splits_block(spec, kind)) for kind in _BLOCKED},
+        unfit={kind: tuple(n for n, spec in specs.files.items() if _splits_block(spec, kind)) for kind in _BLOCKED},
     )
 
 

@@ -138,12 +138,14 @@ def manifest(
     dtype: str | None,
     layout: ModelLayout,
     hashes: Mapping[str, str],
+    loader: str,
 ) -> Manifest:
     """Hash every file of the new checkpoint and of its source, and record what was done.
 
     Args:
         layout: of the new checkpoint, from its own config and headers.
         hashes: known hashes of files of the new checkpoint; they also hold for files of the source that are hard links.
+        loader: the class of transformers that loads it.
     """
     ragged = bool(ragged_widths(layout))
     files = _hashes({name: new / name for name in folder_entries(new)}, hashes)
@@ -161,7 +163,7 @@ def manifest(
         dtype=dtype,
         versions={name: version(name) for name in PACKAGES},
         certificate=_certificate(plan, changes),
-        loaders=("repedit.load",) if ragged else ("transformers.AutoModelForCausalLM", "repedit.load"),
+        loaders=("repedit.load",) if ragged else (f"transformers.{loader}", "repedit.load"),
         structure=plan.structure,
         layout=("ragged" if ragged else "uniform") if sized else None,
         widths={str(layer): width for layer, width in mlp_widths(layout).items()} if sized else None,
@@ -232,7 +234,7 @@ def _dequantized(record: Manifest) -> str:
 def _loading(record: Manifest) -> str:
     if record.layout == "ragged":
         return "Its layers have MLPs of different widths, which `config.json` cannot say: only `repedit.load` reads this directory."
-    return "Plain `AutoModelForCausalLM.from_pretrained` loads this directory."
+    return f"Plain `{record.loaders[0].removeprefix('transformers.')}.from_pretrained` loads this directory."
 
 
 def _size_lines(record: Manifest) -> list[str]:

@@ -6,7 +6,7 @@ left. The remaining coordinates may still hold copies of the information, or lea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import lcm, sqrt
 from typing import Any, Unpack
@@ -15,14 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.arch import Architecture, ModelLayout, Specs, match_layout
+from repedit.arch import Architecture, ModelLayout, Specs, TensorSpec, match_layout
+from repedit.arch.storage import Piece
 from repedit.edit import Edit, check_widths
 from repedit.errors import ArgumentError, NotSliceable
 from repedit.fit.linalg import complement, orthonormal
 from repedit.linear_maps import LowRank
 from repedit.lower import check_model, lower
 from repedit.models.subject import Subject
-from repedit.plan import LoweringOptions, Plan, Resize, TensorReader
+from repedit.plan import LoweringOptions, Plan, Resize, TensorReader, plan_for_files
 from repedit.rewrite.apply import check_editable, rebuilt
 from repedit.sites import Point, Site
 
@@ -69,8 +70,8 @@ def slice_plan(
     builder = _SliceBuilder(layout, specs, map_, basis)
     resized = dict(builder.tensors())
     _check_complete(resized, builder, specs)
-    folded = lower(edit, architecture, specs, **options)
-    return replace(
+    folded = lower(edit, architecture, dict(specs), **options)
+    plan = replace(
         folded,
         operations={},
         resized=resized,
@@ -78,6 +79,7 @@ def slice_plan(
         structure="slice",
         stream=(basis.shape[0], basis.shape[1]),
     )
+    return plan_for_files(plan, specs)
 
 
 def erasure(edit: Edit, layout: ModelLayout) -> LowRank:
@@ -186,6 +188,9 @@ class Observe(Resize):
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
         return (*before[:-1], self.basis.shape[1])
 
+    def of_piece(self, piece: Piece, stored: TensorSpec, name: Callable[[str], str]) -> Resize:
+        return replace(self, gain=name(self.gain), bias=self.bias and name(self.bias))
+
     def describe(self) -> str:
         return (
             f"reads: {self.basis.shape[0]} coordinates of the stream become {self.basis.shape[1]}, {self.gain} absorbed"
@@ -244,6 +249,7 @@ class _SliceBuilder:
     def tensors(self) -> Iterator[tuple[str, Resize]]:
         tokens, *positions = self.layout.embeddings
         scale = sqrt(self.ratio) if self.row.embedding_scaled else 1.0
+        router = f"{self.row.experts.module.partition('.experts')[0]}.gate" if self.row.experts else ""
         yield tokens, Write(self.writer, True, scale)
         for name in positions:
             yield name, Write(self.writer, True)
@@ -261,7 +267,7 @@ class _SliceBuilder:
             yield from ((name, self._observe(second)) for name in sorted(readers))
             self.readers |= readers
             if mlp.routed:
-                yield from self._reader(f"{block}.{self._router()}", second)
+                yield from self._reader(f"{block}.{router}", second)
         base = tokens.removesuffix(f"{self.row.embeddings[0]}.weight")
         final = f"{base}{self.shrink.final_norm}"
         yield from self._norm(final)
@@ -289,12 +295,6 @@ class _SliceBuilder:
     def _observe(self, norm: str) -> Observe:
         bias = f"{norm}.bias" if f"{norm}.bias" in self.specs else None
         return Observe(self.basis, f"{norm}.weight", self.row.unit_gain, bias, sqrt(self.ratio))
-
-    def _router(self) -> str:
-        experts = self.row.experts
-        assert experts is not None
-        path = experts.module if self.layout.store == "live" else experts.down
-        return f"{path.partition('.experts')[0]}.gate"
 
 
 def _is_projection(map_: LowRank) -> bool:

@@ -5,7 +5,7 @@ An expert that loses every neuron is kept, as zeros: without it the router would
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
@@ -14,13 +14,14 @@ from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from repedit.arch import Architecture, Branch, ModelLayout, Shrink, Specs, match_layout
+from repedit.arch import Architecture, Branch, ModelLayout, Shrink, Specs, TensorSpec, match_layout
+from repedit.arch.storage import Piece
 from repedit.edit import Edit, check_widths
 from repedit.errors import ArgumentError, NotSlimmable
 from repedit.linear_maps import Diagonal
 from repedit.lower import check_model, lower
 from repedit.models.subject import Subject
-from repedit.plan import LoweringOptions, Plan, Resize, TensorReader
+from repedit.plan import LoweringOptions, Plan, Resize, TensorReader, plan_for_files
 from repedit.rewrite.apply import check_editable, rebuilt
 from repedit.sites import Point, Site
 
@@ -71,7 +72,7 @@ def slim_plan(
     model_layout = match_layout(architecture, specs)
     check_widths(edit, model_layout)
     remaining = survivors(edit, model_layout, layout, multiple)
-    zeroed = lower(edit, architecture, specs, **options)
+    zeroed = lower(edit, architecture, dict(specs), **options)
     resized = dict(_cuts(model_layout, remaining, specs, frozenset(zeroed.added)))
     if not resized:
         widths = [rows.shape[1] for rows in remaining.neurons]
@@ -80,7 +81,7 @@ def slim_plan(
             "prune every layer (scope='layer'), or use layout='ragged' or a smaller multiple"
         )
     config = {**zeroed.config, **_config(model_layout, remaining, architecture.shrink)}
-    return replace(zeroed, resized=resized, config=config, structure="slim")
+    return plan_for_files(replace(zeroed, resized=resized, config=config, structure="slim"), specs)
 
 
 # --- What remains of every branch: neurons of MLPs, and whole groups of heads that share a value head
@@ -211,6 +212,13 @@ class Cut(Resize):
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
         return (*before[: self.axis], self.keep.shape[-1], *before[self.axis + 1 :])
 
+    def of_piece(self, piece: Piece, stored: TensorSpec, name: Callable[[str], str]) -> Cut:
+        one = piece.expert is not None
+        axis, keep = self.axis - one, self.keep[piece.expert] if one and self.keep.ndim == 2 else self.keep
+        if piece.parts > 1 and piece.axis == axis:
+            keep = keep.chunk(piece.parts, -1)[piece.part] - piece.part * stored.shape[axis]
+        return Cut(axis, keep)
+
     def describe(self) -> str:
         return f"cut: {self.keep.shape[-1]} kept on axis {self.axis}"
 
@@ -241,12 +249,10 @@ def _dense(mlp: Branch, keep: Int[Tensor, " n"], added: frozenset[str]) -> Itera
 
 
 def _routed(mlp: Branch, keep: Int[Tensor, "e n"]) -> Iterator[tuple[str, Cut]]:
-    for part, keep_expert in zip(mlp.parts, keep, strict=True):
-        fused = part.out.expert is not None
-        yield part.out.tensor, Cut(2, keep) if fused else Cut(1, keep_expert)
-        for view in part.readers:
-            rows = keep if fused else keep_expert
-            yield view.tensor, Cut(int(fused), _stacked(rows, part.stop - part.start, view.parts))
+    part = mlp.parts[0]
+    yield part.out.tensor, Cut(2, keep)
+    for view in part.readers:
+        yield view.tensor, Cut(1, _stacked(keep, part.stop, view.parts))
 
 
 def _stacked(keep: Tensor, width: int, parts: int) -> Tensor:

@@ -15,6 +15,7 @@ from repedit.errors import CheckpointError
 from repedit.io.files import file_hash, user_path
 from repedit.io.targets import CARD, MANIFEST, folder_entries, read_manifest
 from repedit.io.text import parse_json
+from repedit.models.loading import auto_class, read_config, typed_errors
 
 # --- Whether a directory still holds what its manifest says was exported
 
@@ -79,11 +80,11 @@ def verification(directory: str | Path) -> Verification:
 _SCRIPT = """
 import sys, json
 sys.modules["repedit"] = None
-import hashlib, torch
-from transformers import AutoModelForCausalLM
+import hashlib, torch, transformers
 torch.set_num_threads(1)
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", output_loading_info=True)
-ids = torch.arange(3, 3 + 16).remainder(model.config.vocab_size)[None]
+loader = getattr(transformers, sys.argv[2])
+model, info = loader.from_pretrained(sys.argv[1], dtype="auto", output_loading_info=True)
+ids = torch.arange(3, 3 + 16).remainder(model.config.get_text_config(decoder=True).vocab_size)[None]
 with torch.no_grad():
     logits = model.eval()(input_ids=ids, use_cache=False).logits.float()
 print(json.dumps({
@@ -109,7 +110,9 @@ def reload_check(directory: str | Path) -> Reload:
     Raises:
         CheckpointError: if it does not load, keys are missing or unexpected, or the logits are not finite.
     """
-    command = [sys.executable, "-c", _SCRIPT, str(Path(directory).absolute())]
+    with typed_errors(Path(directory)):
+        loader = auto_class(read_config(directory, trust_remote_code=False)).__name__
+    command = [sys.executable, "-c", _SCRIPT, str(Path(directory).absolute()), loader]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if process.returncode:
         raise CheckpointError(
