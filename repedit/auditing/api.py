@@ -38,6 +38,7 @@ def audit(
     reference: Subject | str | Path | None = None,
     unrelated: Any = None,
     holdout: Any = None,
+    attributes: Any = None,
     attacks: Sequence[str] | None = None,
     budget: str = "fast",
     sites: str | Site | list[str | Site] | None = None,
@@ -70,6 +71,8 @@ def audit(
         retain: what should be kept: facts or text. None for the facts' own retain side and the built-in prose.
         unrelated: text that has to do with neither, for harmless fine-tuning; None for the built-in prose.
         holdout: text or facts that no model saw, for membership inference.
+        attributes: facts of other domains about the entities to forget, for relinking; None for those of the facts' own
+            retain side and of the built-in domains.
         attacks: names, in place of the budget's.
         sites: where the edit is; None for what the checkpoint's repedit.json says, else the middle of the model.
         folds: 2 tests every fact once; 1 trains on `train_fraction` of the entities and tests the others.
@@ -105,7 +108,7 @@ def audit(
         "unrelated": prose() if unrelated is None else unrelated, "holdout": holdout, "folds": folds,
         "train_fraction": train_fraction, "seed": chosen[0],
     }  # fmt: skip
-    data = audit_data(facts, retain, most=RETAIN_FACTS[budget], **options)
+    data = audit_data(facts, retain, most=RETAIN_FACTS[budget], attributes=attributes, **options)
     edited_layers = _edited_layers(models["edited"], sites)
     with _setup(budget, models, edited_layers, scale_lrs, steps, names) as setup:
         roles = _roles(models, data, built(names, setup), budget, options)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from repedit.auditing.attributes import attributes_of, given_attributes
 from repedit.data import Batches, Fact, Facts, Splits, as_batches, by_domain, prose, with_choices
 from repedit.data.fact_sets import entity_of
 from repedit.data.grading import normalized
@@ -51,17 +52,21 @@ class AuditData:
 
 
 def audit_data(
-    facts: Facts | Sequence[Fact], retain: Any, *, unrelated: Any, holdout: Any, folds: int, train_fraction: float, seed: int, most: int | None
+    facts: Facts | Sequence[Fact], retain: Any, *, unrelated: Any, holdout: Any, folds: int, train_fraction: float, seed: int, most: int | None,
+    attributes: Any = (),
 ) -> AuditData:  # fmt: skip
     """Facts with choices in folds by entity, and the retain side.
 
     Args:
         retain: Facts, facts or text; None for the facts' own retain side and the built-in prose.
         most: retain facts to ask at most, drawn evenly from the domains; None for all.
+        attributes: facts of other domains about the entities to forget; None for those of the facts' own retain side and of
+            the built-in domains.
     Raises:
-        DataError: if there are no facts.
+        DataError: if there are no facts, or an attribute is about another entity.
         NotEnoughRows: if a side has fewer than 8 entities.
-        OverlapError: if near-duplicates straddle T and V, or retain facts you gave share an entity with the forget side.
+        OverlapError: if near-duplicates straddle T and V, retain facts you gave share an entity with the forget side, or an
+            attribute you gave states a forgotten fact.
         ArgumentError: if folds is neither 1 nor 2.
     """
     if folds not in (1, 2):
@@ -72,8 +77,12 @@ def audit_data(
     retained, text, notes = _retained(forget, facts, retain)
     both = _with_choices((*forget, *retained), seed)
     forget, retained = both[: len(forget)], _sampled(both[len(forget) :], most, seed)
+    others = _attributes(forget, facts, attributes, seed, notes)
     parts = tuple(
-        replace(Splits.of(forget, fold=i, train_fraction=train_fraction, seed=seed), retain=retained, unrelated=unrelated, holdout=holdout)
+        replace(
+            Splits.of(forget, fold=i, train_fraction=train_fraction, seed=seed), retain=retained, unrelated=unrelated,
+            holdout=holdout, attributes=others,
+        )
         for i in range(folds)
     )  # fmt: skip
     for part in parts:
@@ -105,6 +114,14 @@ def _retained(forget: tuple[Fact, ...], facts: Any, retain: Any) -> tuple[tuple[
                 )
             return items, None, []
     return (), as_batches(items, name="retain"), []
+
+
+def _attributes(forget: tuple[Fact, ...], facts: Any, given: Any, seed: int, notes: list[str]) -> tuple[Fact, ...]:
+    own = facts.retain if isinstance(facts, Facts) else ()
+    others = attributes_of(forget, own) if given is None else given_attributes(forget, given)
+    if others.left_out:
+        notes.append(f"{others.left_out} other facts about forgotten entities state a forgotten fact and are left out")
+    return _with_choices(others.facts, seed) if others.facts else ()
 
 
 def _with_choices(facts: Sequence[Fact], seed: int) -> tuple[Fact, ...]:

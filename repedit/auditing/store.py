@@ -96,7 +96,7 @@ def key_of(attack: Attack, model: str, splits: Splits, extra: Mapping[str, Any] 
     text = [getattr(part, "hash", None) or repr(part) for part in (splits.unrelated, splits.holdout)]
     content = {
         "attack": attack.name, "options": dict(attack.options), "seed": attack.seed, "model": model,
-        "facts": [row_hash(part) for part in (splits.train, splits.test, splits.retain)], "text": text,
+        "facts": [row_hash(part) for part in (splits.train, splits.test, splits.retain, splits.attributes)], "text": text,
         "environment": environment(), **(extra or {}),
     }  # fmt: skip
     return content_hash(content)

@@ -394,6 +394,8 @@ class Splits:
     """Text that is unrelated to the facts."""
     holdout: TextSource | None = None
     """Text or facts that the model never saw."""
+    attributes: tuple[Fact, ...] = ()
+    """Other facts about the entities of T and V."""
 
     @classmethod
     def of(cls, facts: Facts | Sequence[Fact], *, fold: int = 0, train_fraction: float = 0.5, seed: int = 0) -> Splits:

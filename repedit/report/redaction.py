@@ -23,10 +23,10 @@ from repedit.runs import RunReport, StepReport
 
 REDACTED = "(withheld)"
 FIELDS = """
-    D1 D2 T V absent abs accuracy activity added agreement alpha answer attack attacks attn auc auto average axis batch batch_size
+    D1 D2 T V absent abs accuracy activity added agreement alpha answer attack attacks attn attributes auc auto average axis batch batch_size
     bfloat16 bits budget center chance choices clear combine command config confidence corpus cosine cost counted cpu cuda cut data
     default details device diagnostics direct directions distance diverged domains dot draws drop dropout dtype edit edited effects
-    embeddings entropy epoch epochs error eval exactness exact examples facts features files fingerprint float16 float32 float64 floor folds
+    embeddings entropy entities epoch epochs error eval everything exactness exact examples facts features files fingerprint float16 float32 float64 floor folds
     forget forget_token fraction full grad gradients hash hashes heads hidden history holdout how importance int3 int4 int8 interval
     items k keep kept kind kl known label layer layers layout leak length level limit line linear lira live log log_probability lora
     loss loss_lr losses low lr m_entropy machine map margins material max mean median members membership method metrics min min_k
@@ -94,6 +94,12 @@ SENTENCES = r"""
     needs retain facts, to leave alone what they use
     needs retain facts or unrelated text; neither was given
     needs the original to compare with, or retain facts
+    no other facts about the entities of V are known
+    other facts are known of N entities of V alone, N are needed
+    give attributes=(?:, facts of other domains about them)?
+    no prompt of T names its entity, so there is no reverse question
+    N of N facts of T have no reverse question
+    N other facts about forgotten entities state a forgotten fact and are left out
     the facts have no (?:paraphrases|translations)
     N of N facts have no paraphrases
     no null space: no write weight has singular values that are almost zero
