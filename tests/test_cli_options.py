@@ -22,13 +22,13 @@ KEPT.provenance = {"data": {"forget": {"tokens": 1}, "retain": {"tokens": 1}}, "
 KEPT.to_json.return_value = "{}"
 KEPT.verdict.exit_code = 0
 ANSWERS = {
-    "io.archive.kind_of": "edit", "runs.run": 0, "cli.neurons.plan_summary": "plan", "cli.project.plan_summary": "plan", "rewrite.export.dry_run": "plan", "report.write": [],
+    "io.archive.kind_of": "edit", "runs.run": 0, "cli.neurons.plan_summary": "plan", "cli.project.plan_summary": "plan", "rewrite.export.dry_run": "plan", "arch.infer.inferred_row": None, "report.write": [],
 }  # fmt: skip
 PATCHED: dict[str, tuple[str, ...]] = {
     "demo": ("demo.prune_code", "demo.forget_capitals", "cli.demo._show_pruning", "cli.demo._show_forgotten",
              "cli.output.comparison_json", "cli.demo.forgotten_json", "cli.output.show_json"),
     "fetch": ("models.default_model.fetch", "cli.output.show_json"),
-    "doctor": ("cli.inspect.load_model", "arch.check.check_architecture", "kernels.dispatch.choose", "cli.output.show_json", "cli.output.table"),
+    "doctor": ("cli.inspect.load_model", "arch.infer.check_architecture", "arch.infer.inferred_row", "kernels.dispatch.choose", "cli.output.show_json", "cli.output.table"),
     "inspect": ("cli.inspect.load_model", "cli.output.show_json", "cli.output.table"),
     "collect": ("cli.neurons.load_model", "data.read", "activations.collection.collect", "cli.neurons.save", "cli.output.show_json"),
     "score": ("cli.neurons.load_model", "cli.neurons._scores", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),

@@ -2,6 +2,7 @@
 
 from repedit.arch import table as _families  # fills the table
 from repedit.arch.hooks import HookFn, hooks_at
+from repedit.arch.infer import infer
 from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, Specs, TensorSpec, match_layout
 from repedit.arch.spec import (
     Architecture,
@@ -18,6 +19,7 @@ from repedit.arch.spec import (
     register,
     resolve,
     resolved,
+    row_code,
     text_config,
 )
 
@@ -40,11 +42,13 @@ __all__ = [
     "attention",
     "families",
     "hooks_at",
+    "infer",
     "match_layout",
     "mlp",
     "register",
     "resolve",
     "resolved",
+    "row_code",
     "text_config",
 ]
 del _families

@@ -34,6 +34,7 @@ from repedit.arch.spec import (
     families,
     resolve,
     resolved,
+    row_code,
     text_config,
 )
 from repedit.errors import HookError, RepeditError, UnknownArchitecture
@@ -107,9 +108,22 @@ def row_of(model: Any) -> Architecture:
         UnknownArchitecture: if there is no row, and none was proved.
         OffloadedTensors: if the type has no row and weights are not in memory.
     """
+    row = inferred_row(model)
+    if row is None:
+        return resolve(model.config)
+    head, table = output_embeddings(model), model.get_input_embeddings()
+    return replace(resolved(row, model.config), tied=head.weight is table.weight)
+
+
+def inferred_row(model: Any) -> Architecture | None:
+    """The row inferred for a model, as `infer` returns it; None if its type has a row in the family table.
+
+    Raises:
+        UnknownArchitecture, OffloadedTensors: as `infer`.
+    """
     config = model.config
     if config.model_type in families():
-        return resolve(config)
+        return None
     key = (type(model), config.to_json_string(use_diff=False))
     if key not in _inferred:
         _inferred[key] = infer(model)
@@ -118,8 +132,7 @@ def row_of(model: Any) -> Architecture:
             "no row for %s in the family table: inferred from the model and proved on it (blocks of %s); `repedit doctor` prints it",
             config.model_type, " or ".join(kinds),
         )  # fmt: skip
-    head, table = output_embeddings(model), model.get_input_embeddings()
-    return replace(resolved(_inferred[key], config), tied=head.weight is table.weight)
+    return _inferred[key]
 
 
 def output_embeddings(model: Any) -> Any:
@@ -127,13 +140,6 @@ def output_embeddings(model: Any) -> Any:
     decoder: Any = getattr(model, "language_model", None)
     head = model.get_output_embeddings()
     return decoder.get_output_embeddings() if head is None and decoder is not None else head
-
-
-def row_code(row: Architecture) -> str:
-    """A row as Python code, to paste into a call of `repedit.register`."""
-    defaults = {name: f.default for name, f in Architecture.__dataclass_fields__.items()}
-    fields = {name: value for name, value in vars(row).items() if value != defaults[name] and value != {}}
-    return "Architecture(\n" + "".join(f"    {name}={value!r},\n" for name, value in fields.items()) + ")"
 
 
 def _row(model: Any) -> Architecture:

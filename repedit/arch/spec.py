@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from textwrap import indent
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from repedit.errors import UnknownArchitecture, nearest
@@ -285,3 +287,68 @@ def resolved(row: Architecture, config: ModelConfig) -> Architecture:
         epsilon=float(getattr(text, row.shrink.epsilon)) if row.shrink and not row.shrink.whole_stream else 0.0,
         parallel=bool(getattr(text, row.parallel)) if isinstance(row.parallel, str) else row.parallel,
     )
+
+
+# --- A row as code
+
+
+def row_code(row: Architecture) -> str:
+    """A row as Python code to paste, defaults left out; `eval` of it with the names of `repedit.arch` gives an equal row.
+
+    Register it with `repedit.arch.register(...)`.
+    """
+    return _code(row, 100)
+
+
+def _code(value: object, room: int) -> str:
+    """Code of a value: on one line if that has at most `room` columns, otherwise one line for each part."""
+    if isinstance(value, Point):
+        return f"Point({str(value)!r})"
+    if isinstance(value, tuple):
+        opening, parts, closing = "(", [("", item) for item in value], ")"
+    elif isinstance(value, Mapping):
+        opening, parts, closing = "{", [(f"{_code(key, room)}: ", item) for key, item in value.items()], "}"
+    elif is_dataclass(value):
+        name, parts = _call(value)
+        opening, closing = f"{name}(", ")"
+    else:
+        return repr(value)
+    comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
+    line = opening + ", ".join(prefix + _code(item, sys.maxsize) for prefix, item in parts) + comma + closing
+    if len(line) <= room:
+        return line
+    lines = [prefix + _code(item, room - 4 - len(prefix)) for prefix, item in parts]
+    return "\n".join([opening, *(indent(f"{text},", "    ") for text in lines), closing])
+
+
+def _call(value: Any) -> tuple[str, list[tuple[str, object]]]:
+    """The function that makes a value of a row, and its arguments with the keyword before each."""
+    if isinstance(value, BranchRow):
+        short = _short_call(value)
+        if short is not None:
+            return short
+    made = [f for f in fields(value) if getattr(value, f.name) != _default(f)]
+    first = () if isinstance(value, Architecture | Shrink) else ("kind", "writers", "module", "flag", "modules")
+    return type(value).__name__, [
+        ("" if f.name in first and f in fields(value)[:2] else f"{f.name}=", getattr(value, f.name)) for f in made
+    ]
+
+
+def _default(of: Field[Any]) -> object:
+    return of.default_factory() if of.default_factory is not MISSING else of.default
+
+
+def _short_call(row: BranchRow) -> tuple[str, list[tuple[str, object]]] | None:
+    """A branch as `attention(...)` or `mlp(...)`; None if these do not make it."""
+    writer = row.writers[0]
+    if not isinstance(writer, Writer) or not writer.readers:
+        return None
+    readers = [r.module if r == Reader(r.module) else r for r in writer.readers]
+    norm: list[tuple[str, object]] = [("norm=", row.norm)] if row.norm else []
+    if row == attention(writer.module, readers[0], row.norm):
+        values: list[tuple[str, object]] = [] if readers == ["self_attn.v_proj"] else [("values=", readers[0])]
+        return "attention", [("", writer.module), *values, *norm]
+    if row == mlp(writer.module, *readers, norm=row.norm):
+        given = [] if row == mlp(writer.module, norm=row.norm) else readers
+        return "mlp", [("", writer.module), *(("", reader) for reader in given), *norm]
+    return None

@@ -21,13 +21,19 @@ def doctor(
     dequantize: Dequantize = False,
     json: Json = False,
 ) -> None:
-    """Prove on a real forward pass that repedit edits this model where it says it does."""
-    from repedit.arch.infer import check_architecture
+    """Prove on a real forward pass that repedit edits this model where it says it does.
+
+    For a model without a row in the family table, show the row that was inferred from it, as code.
+    """
+    from repedit.arch.infer import check_architecture, inferred_row
+    from repedit.arch.spec import row_code
     from repedit.cli import output
     from repedit.kernels.dispatch import choose
 
     subject = load_model(model, device, dtype, dequantize)
-    report = check_architecture(subject.model)
+    report, inferred = check_architecture(subject.model), inferred_row(subject.model)
+    code = None if inferred is None else row_code(inferred)
+    largest = max((proof.error for proof in report.proofs), default=0.0)
     rows = [[str(p.site), p.moved, p.error, p.note.strip("; ")] for p in report.proofs]
     widths = sorted({row["width"] for row in subject.sites()})
     kernels = {width: choose(subject.device, subject.model.dtype, (width, 16)) for width in widths}
@@ -37,6 +43,8 @@ def doctor(
                 "model_type": report.model_type,
                 "passed": report.passed,
                 "proofs": rows,
+                "largest_error": largest,
+                "inferred_row": code,
                 "kernels": kernels,
                 "versions": _versions(),
             }
@@ -48,8 +56,15 @@ def doctor(
         rows,
     )
     output.out.print(
-        f"{len(rows)} taps passed; dtype {subject.model.dtype}, device {subject.device}, quantiser {subject.quantizer}"
+        f"{len(rows)} taps passed, largest error {largest:.1e}; dtype {subject.model.dtype}, device {subject.device}, "
+        f"quantiser {subject.quantizer}"
     )
+    if code is not None:
+        output.out.print(
+            f"no row of the family table; inferred from the model and proved on it:\n{code}",
+            markup=False,
+            highlight=False,
+        )
     for width, (name, reason) in kernels.items():
         output.out.print(f"projection of rank 16 at width {width}: {name} ({reason})")
     output.out.print(", ".join(f"{name} {version}" for name, version in _versions().items()))
