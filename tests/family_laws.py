@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import repedit as rp
-from repedit.arch import Branch, hooks_at
+from repedit.arch import Branch, MatrixView, check, hooks_at
 from repedit.edit import Edit
-from repedit.hooks import installed
+from repedit.hooks import evaluating, installed
 from repedit.models.subject import Subject
 from repedit.sites import Site
 from tests import laws
@@ -123,6 +124,43 @@ def named(edit: Edit) -> Iterator[None]:
         yield
     except AssertionError as error:
         raise AssertionError(f"{edit.describe()}: {error}") from error
+
+
+@torch.no_grad()
+def every_writer_is_proved(subject: Subject) -> None:
+    """The proof of a branch fails if any one tensor that it writes with is not folded, each expert and each bias included."""
+    layout = subject.layout
+    with evaluating(subject.model):
+        forward = check._ForwardCheck(subject.model, layout, check.TOLERANCE)
+        for site, branch in distinct_branches(subject).items():
+            assert all(proof.passed for proof in forward.branch(site.layer, branch)), site
+            for view in writers(branch):
+                proofs = forward.branch(site.layer, without(branch, view))
+                assert not all(proof.passed for proof in proofs), f"{view} is not noticed"
+        for name in layout.embeddings if layout.architecture.embedding_exact else ():
+            forward.layout = replace(layout, embeddings=tuple(n for n in layout.embeddings if n != name))
+            assert not forward.embeddings().passed, f"{name} is not noticed"
+
+
+def writers(branch: Branch) -> list[MatrixView]:
+    """Every matrix and every bias that a branch writes with."""
+    return [view for part in branch.parts for view in (part.out, part.bias) if view is not None]
+
+
+class LeftOut(MatrixView):
+    """A matrix that no edit changes, as if a row did not name it."""
+
+    def change(self, stored: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        """Nothing."""
+
+
+def without(branch: Branch, view: MatrixView) -> Branch:
+    """A branch in which one matrix or bias is left out."""
+
+    def seen(own: MatrixView | None) -> Any:
+        return LeftOut(**vars(view)) if own == view else own
+
+    return replace(branch, parts=tuple(replace(p, out=seen(p.out), bias=seen(p.bias)) for p in branch.parts))
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

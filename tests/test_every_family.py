@@ -11,37 +11,37 @@ import pytest
 import torch
 
 import repedit as rp
+from repedit.arch import check
 from repedit.errors import UnknownArchitecture
-from tests.every_causal_type import DECODERS
-from tests.every_wrapper_type import NOT_A_DECODER, WRAPPER_TYPES
-from tests.family_laws import branches_agree, hooked_equals_applied, subspaces_are_gone, tiny_of
+from tests.every_causal_type import NOT_A_DECODER as NO_CAUSAL_MODEL
+from tests.every_wrapper_type import NOT_A_DECODER as NO_WRAPPER
+from tests.family_laws import branches_agree, every_writer_is_proved, hooked_equals_applied, subspaces_are_gone, tiny_of
+from tests.test_families import PAGE, sections, tables
 
-TYPES = (*DECODERS, *(f"wrapper:{name}" for name in WRAPPER_TYPES if name not in NOT_A_DECODER))
-_REFUSED = """
-beam bert bert-generation big_bird blt camembert cpmant data2vec-text dbrx deepseek_v4 doge electra ernie
-gemma3n_text git gpt_neox_japanese hrm_text hy_v4 inkling2_text inkling_text jetmoe longcat_flash minimax openai-gpt
-qwen4_exp_text reformer rembert roberta roc_bert roformer rwkv xlm xlm-roberta xlnet xmod zaya wrapper:gemma3n
-wrapper:git wrapper:glm5_next wrapper:inkling2 wrapper:inkling_mm_model wrapper:mllama wrapper:muse_spark
-wrapper:qwen4_exp
-"""
-REFUSED = tuple(_REFUSED.split())
-"""Types that no row describes."""
+
+def listed(number: int) -> tuple[str, ...]:
+    """The types that docs/families.md lists as proved (0) or refused (1)."""
+    causal, wrappers = (tables(section)[number] for section in sections(PAGE).values())
+    return (*causal, *(f"wrapper:{name}" for name in wrappers))
+
+
+ACCEPTED = listed(0)
+REFUSED = [name for name in listed(1) if name.removeprefix("wrapper:") not in {**NO_CAUSAL_MODEL, **NO_WRAPPER}]
 _FAST = """
 bloom cohere2_moe deepseek_v3 falcon falcon_h1 flex_olmo gemma4_text glm4 gpt2 gpt_oss granite granitemoehybrid jamba
-lfm2_moe llama4_text mamba2 mpt nemotron_h olmo3 qwen2_moe qwen3_next recurrent_gemma zamba2 wrapper:ernie4_5_vl_moe
-wrapper:gemma3 wrapper:qwen3_5_moe wrapper:step3p7
+lfm2_moe llama4_text mamba2 mpt nemotron_h olmo3 qwen2_moe qwen3_next recurrent_gemma zamba2 wrapper:gemma3
+wrapper:qwen3_5_moe wrapper:step3p7
 """
 FAST = tuple(_FAST.split())
 """Fused, transposed, interleaved and biased experts, shared ones, state spaces, convolutions and linear attention, latent
 attention, parallel branches, norms around and between branches, multipliers, per-layer embeddings, wrappers."""
-TYPES_THAT_PASS = [name for name in TYPES if name not in REFUSED]
 
 
 def types(without: dict[str, str] | None = None) -> list[Any]:
     """The types that pass, as parameters; those named in a table are expected to fail, with its reason."""
     return [
         pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST) + _expected(name, without or {}))
-        for name in TYPES_THAT_PASS
+        for name in ACCEPTED
     ]
 
 
@@ -66,6 +66,17 @@ def test_branches_agree_in_bfloat16(model_type: str):
     subject = tiny_of(model_type, torch.bfloat16)
     branches_agree(subject)
     subspaces_are_gone(subject)
+
+
+@pytest.mark.parametrize("model_type", types())
+def test_the_proof_notices_every_writer(model_type: str):
+    every_writer_is_proved(tiny_of(model_type))
+
+
+def test_experts_without_tokens_would_be_refused(monkeypatch):
+    monkeypatch.setattr(check, "_portions", lambda parts, size: [])
+    with pytest.raises(UnknownArchitecture, match=r"mlp\.experts: experts \[\d\] received no token, so that nothing"):
+        tiny_of("minimax_m2")
 
 
 @pytest.mark.slow

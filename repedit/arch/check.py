@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from repedit.arch.hooks import hooks_at
+from repedit.arch.hooks import hooks_at, routed_to
 from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, TensorSpec, match_layout
 from repedit.arch.offload import check_in_memory, execution_device
 from repedit.arch.spec import Architecture, Experts, families, text_config
@@ -187,18 +187,23 @@ def prove(model: nn.Module, architecture: Architecture, *, tolerance: float = TO
 
 
 def check_unshared(model: nn.Module, layout: ModelLayout) -> None:
-    """Refuse a model in which two layers write with one tensor: an edit of one of them would edit the other.
+    """Refuse a model in which a tensor that edits change is also used elsewhere, where the edit would act too.
+
+    Embeddings may be tied to the head, which lowering knows.
 
     Raises:
         UnknownArchitecture: naming both tensors.
     """
-    owner: dict[int, str] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    writers = {p.out.tensor for layer in layout.layers for branch in layer for p in branch.parts}
-    for name in sorted(writers):
-        other = owner.setdefault(id(parameters[name]), name)
-        if other != name:
-            raise UnknownArchitecture(f"{name} and {other} are one tensor, so that an edit of one layer edits another")
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    parts = [p for layer in layout.layers for branch in layer for p in branch.parts]
+    changed = {view.tensor for p in parts for view in (p.out, p.bias, *p.readers) if view is not None}
+    for name, *others in names.values():
+        if others and changed & {name, *others}:
+            raise UnknownArchitecture(
+                f"{name} and {others[0]} are one tensor, so that an edit of one layer edits another"
+            )
 
 
 class BlockRuns:
@@ -271,16 +276,33 @@ class _ForwardCheck:
         proofs = [self.embeddings()] if self.layout.architecture.embedding_exact else []
         for layer, branches in enumerate(self.layout.layers):
             for branch in branches:
-                proofs += [self.neurons(layer, branch), self.output(layer, branch)]
+                proofs += self.branch(layer, branch)
             proofs.append(self.stream(layer))
         return proofs
 
-    def neurons(self, layer: int, branch: Branch) -> Proof:
-        """Zero half of the neurons (whole shared heads) three ways."""
+    def branch(self, layer: int, branch: Branch) -> list[Proof]:
+        """Both proofs of a branch, as the model routes its tokens, and with tokens sent to each expert that then received none."""
+        used: set[int | None] = set()
+        proofs = [self.neurons(layer, branch, used), self.output(layer, branch)]
+        idle = [part for part in branch.parts if part.expert is not None and part.start not in used]
+        unedited = self.unedited[layer]
+        for parts in _portions(idle, self.runs.ids.numel()):
+            with routed_to(self.model, self.layout, parts):
+                self.unedited[layer] = self._outputs(layer)
+                proofs += [self.neurons(layer, branch, used), self.output(layer, branch)]
+        self.unedited[layer] = unedited
+        idle = [part for part in idle if part.start not in used]
+        if idle:
+            raise UnknownArchitecture(
+                f"{idle[0].writer}: experts {[part.expert for part in idle]} received no token, so that nothing can be proved of them"
+            )
+        return [_worst(proofs[::2]), _worst(proofs[1::2])]
+
+    def neurons(self, layer: int, branch: Branch, used: set[int | None]) -> Proof:
+        """Zero half of the neurons (whole shared heads) three ways; `used` gets the first neuron of each expert with a token."""
         site = Site(layer, branch.inner)
         size = branch.head_width if branch.inner is Point.ATTN_NEURONS else 1
         keep = self._half_mask(branch.width // (size * branch.group), size * branch.group)
-        used: set[int | None] = set()
 
         def zero(x: Tensor, neurons: slice, _tokens: Tensor | None) -> Tensor:
             used.add(neurons.start)
@@ -294,8 +316,10 @@ class _ForwardCheck:
         # Where a part has no reader, its columns alone are zeroed.
         rows |= self._masked((p.out, keep[p.start : p.stop], True) for p in branch.parts if not p.readers)
         error = max(_distance(self._outputs(layer, changed), hooked) for changed in (columns, rows))
-        idle = [p.expert for p in branch.parts if p.expert is not None and p.start not in used]
-        return self._proof(site, hooked, error, f"; experts {idle} received no token" if idle else "")
+        zero_already = not any(
+            p.out.read(self.parameters[p.out.tensor])[:, ~keep[p.start : p.stop]].any() for p in branch.parts
+        )
+        return self._proof(site, hooked, error, still=zero_already)
 
     def output(self, layer: int, branch: Branch) -> Proof:
         """Remove a random plane from what the branch adds to the stream, by a hook and in the weights."""
@@ -411,9 +435,24 @@ class _ForwardCheck:
         keep[torch.randperm(count, generator=self.generator)[: max(1, count // 2)]] = False
         return keep.repeat_interleave(size)
 
-    def _proof(self, site: Site, hooked: Tensor, error: float, note: str = "") -> Proof:
+    def _proof(self, site: Site, hooked: Tensor, error: float, note: str = "", *, still: bool = False) -> Proof:
+        """The proof of a site; an edit must move the output unless it is `still`, as one of pruned neurons is."""
         moved = _distance(hooked, self.unedited[site.layer])
-        return Proof(site, moved, error, moved > 1e-6 and error <= self.tolerance, note)
+        return Proof(site, moved, error, (moved > 1e-6 or still) and error <= self.tolerance, note)
+
+
+def _portions(parts: Sequence[Neurons], size: int) -> Iterator[Sequence[Neurons]]:
+    """Parts of one module, at most some at a time."""
+    for writer in dict.fromkeys(part.writer for part in parts):
+        own = [part for part in parts if part.writer == writer]
+        yield from (own[i : i + size] for i in range(0, len(own), size))
+
+
+def _worst(proofs: Sequence[Proof]) -> Proof:
+    """Several proofs of one site as one."""
+    worst = max(proofs, key=lambda proof: proof.error)
+    passed, moved = all(proof.passed for proof in proofs), min(proof.moved for proof in proofs)
+    return Proof(worst.site, moved, worst.error, passed, worst.note)
 
 
 def _times(factor: Tensor, w: Tensor) -> Tensor:

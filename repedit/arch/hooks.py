@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -208,6 +209,34 @@ def _sorted_hook(
         return total
 
     return hook
+
+
+@contextmanager
+def routed_to(model: nn.Module, layout: ModelLayout, parts: Sequence[Neurons]) -> Iterator[None]:
+    """Send one token to each of some experts of a module, in place of its first choice; at most as many as there are tokens."""
+    path = parts[0].writer
+    row = next(w for w in layout.architecture.expert_rows if path.endswith(f".{w.module}"))
+    experts = torch.tensor([part.expert for part in parts])
+    module = model.get_submodule(path)
+
+    def reroute(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        names = list(call.arguments)
+        if row.sorted_tokens:
+            rows = call.arguments[names[0]].unflatten(0, (layout.architecture.n_experts, -1)).clone()
+            rows[experts.to(rows.device)] = rows.sum(0)
+            call.arguments[names[0]] = rows.flatten(0, 1)
+        else:
+            index = call.arguments[names[1]].clone()
+            index[: len(experts), 0] = experts.to(index)
+            call.arguments[names[1]] = index
+        return call.args, call.kwargs
+
+    handle = module.register_forward_pre_hook(reroute, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _edited(z: Tensor, part: Neurons, tokens: Tensor, functions: Sequence[HookFn]) -> Tensor:

@@ -12,6 +12,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -650,6 +651,10 @@ class _BlockProbe:
         heads = self._heads() if kind == "attn" else 0
         if kind == "attn" and z.shape[-1] % heads:
             return ()
+        live = z.flatten(0, -2).any(0).nonzero()[:, 0].tolist()  # of a pruned neuron no row shows whom it feeds
+        if not live:
+            return ()
+        chosen = {live[i] for i in (0, len(live) // 2, -1)}
         parent = writer.rpartition(".")[0]
         scope = f"{parent}." if parent else ""
         candidates = [
@@ -657,7 +662,7 @@ class _BlockProbe:
         ]
         readers: dict[Reader, bool] = {}
         for name in candidates:
-            for reader, expected in _layouts(name, self.outputs[name].shape[-1], z.shape[-1], heads):
+            for reader, expected in _layouts(name, self.outputs[name].shape[-1], z.shape[-1], heads, chosen):
                 zeroes = self._feeds(writer, name, expected)
                 if zeroes and kind == "attn":
                     return (reader,)
@@ -787,13 +792,14 @@ def _is_projection(module: Any) -> bool:
     )
 
 
-def _layouts(name: str, rows: int, width: int, heads: int) -> Iterator[tuple[Reader, dict[int, list[int]]]]:
-    """How rows may feed neurons: the reader, and for some rows the neurons that each feeds alone."""
+def _layouts(
+    name: str, rows: int, width: int, heads: int, chosen: AbstractSet[int]
+) -> Iterator[tuple[Reader, dict[int, list[int]]]]:
+    """How rows may feed neurons: the reader, and for the rows of the chosen neurons those that each row feeds alone."""
     if not heads:
         for parts in (1, 2):
             for layout in ("stacked", "interleaved")[:parts]:
                 for part in range(parts) if rows == parts * width else ():
-                    chosen = {0, width // 3, width - 1}
                     row_of = (lambda j, p=part: p * width + j) if layout == "stacked" else (lambda j, p=part: j * 2 + p)
                     yield Reader(name, part, parts, layout), {row_of(j): [j] for j in chosen}  # type: ignore[arg-type]
         return
@@ -806,7 +812,7 @@ def _layouts(name: str, rows: int, width: int, heads: int) -> Iterator[tuple[Rea
         share = heads // groups
         parts = share + 2 if layout == "per_head" else 1
         expected = {}
-        for k, j in {(0, 0), (groups - 1, size - 1), (groups // 2, size // 2)}:
+        for k, j in {(neuron // size // share, neuron % size) for neuron in chosen}:
             start = {"stacked": k, "tail": heads + groups + k, "per_head": k * parts + parts - 1}[layout] * size
             expected[start + j] = [h * size + j for h in range(k * share, (k + 1) * share)]
         yield Reader(name, parts - 1 if layout == "per_head" else 0, parts, layout), expected  # type: ignore[arg-type]
