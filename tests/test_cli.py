@@ -194,15 +194,21 @@ def test_the_second_act_forgets_and_exports(model, tmp_path: Path, monkeypatch):
     assert refused.exit_code == 2 and "'third' is not one of" in refused.output
 
 
-@pytest.mark.usefixtures("reloaded_here")
-def test_project_writes_an_edit_and_goes_on_from_it(model, tmp_path: Path):
-    facts = tmp_path / "facts.jsonl"
+def colours(folder: Path) -> Path:
+    """A file of facts: four to forget and four to retain."""
+    facts = folder / "facts.jsonl"
     rows = [
         {"id": f"{role}/{i}", "entity": name, "prompt": f"{name} is", "answer": word, "choices": ["red", "green", "blue"], "domain": role, "role": role}
         for role, names in (("forget", "ABCD"), ("retain", "EFGH"))
         for i, (name, word) in enumerate(zip(names, ("red", "green", "blue", "red"), strict=True))
     ]  # fmt: skip
     facts.write_text("\n".join(json.dumps(row) for row in rows))
+    return facts
+
+
+@pytest.mark.usefixtures("reloaded_here")
+def test_project_writes_an_edit_and_goes_on_from_it(model, tmp_path: Path):
+    facts = colours(tmp_path)
     common = ("project", model, "--forget", facts, "--sites", "0.mlp.out", "--json")
     first = json.loads(run(*common, "--steps", "2", "--rank", "2", "--out", tmp_path / "one.safetensors"))
     assert first["rank"] == {"0.mlp.out": 2} and first["domains"]["forget"]["role"] == "forget"
@@ -212,6 +218,19 @@ def test_project_writes_an_edit_and_goes_on_from_it(model, tmp_path: Path):
     plan = run(*common[:-1], "--steps", "2", "--rank", "2", "--out", tmp_path / "none", "--dry-run")
     assert "model.layers.0.mlp.down_proj.weight" in plan and not (tmp_path / "none").exists()
     assert "Facts right" in run(*common[:-1], "--rank", "2", "--method", "random", "--out", tmp_path / "r.safetensors")
+
+
+@pytest.mark.usefixtures("reloaded_here")
+def test_project_overwrites_values(model, tmp_path: Path):
+    common = ("project", model, "--forget", colours(tmp_path), "--method", "overwrite")
+    words = ("--lam", "0.1", "--target", "exchange", "--layers", "1")
+    found = json.loads(run(*common, *words, "--out", tmp_path / "edited", "--json"))
+    assert [row["layer"] for row in found["layers"]] == [1] and found["domains"]["retain"]["role"] == "retain"
+    assert json.loads((tmp_path / "edited" / "repedit.json").read_text())["certificate"] is None
+    text = run(*common, "--regression", "--contexts", "templates,prose", "--out", tmp_path / "d.safetensors")
+    assert "layer 0: " in text and rp.Delta.load(tmp_path / "d.safetensors").provenance["target"] == "mean"
+    refused = CliRunner().invoke(app, [*map(str, common), "--retain-budget", "1e-12", "--out", str(tmp_path / "e")])
+    assert "cannot be met" in str(refused.exception)
 
 
 def test_demo_does_not_overwrite_what_is_not_its_own(model, tmp_path: Path):

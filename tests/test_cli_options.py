@@ -33,8 +33,8 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "collect": ("cli.neurons.load_model", "data.read", "activations.collection.collect", "cli.neurons.save", "cli.output.show_json"),
     "score": ("cli.neurons.load_model", "cli.neurons._scores", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
     "prune": ("cli.neurons.load_model", "neurons.pruning.run_pruning", "cli.neurons.write", "cli.neurons._show", "cli.neurons.plan_summary"),
-    "project": ("cli.project.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "metrics.facts.knowledge", "rewrite.apply.apply",
-                "cli.project._show", "cli.project.plan_summary", "cli.project.write"),
+    "project": ("cli.project.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "fit.overwrite.overwrite", "data.read", "metrics.facts.knowledge", "rewrite.apply.apply",
+                "cli.project._show", "cli.project._show_overwrite", "cli.project.plan_summary", "cli.project.write"),
     "unlearn": ("cli.unlearn.load_model", "data.facts", "data.read", "unlearning.api.unlearn", "cli.unlearn._write_and_show",
                 "cli.output.show_json", "cli.output.table"),
     "apply": ("cli.apply.load_model", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",
@@ -76,7 +76,9 @@ OWN: dict[str, dict[str, str]] = {
     "prune": {"fraction": "--fraction 0.2", "learned": "= m --learned --out e.safetensors", "scores": "--scores s.safetensors",
               "max_retain_drop": "--max-retain-drop 5", "cap_per_layer": "--cap-per-layer 0.3", "control": "--control 2"},
     "project": {"rank": "--rank 3", "method": "--method leace", "previous": "--previous p", "resume": "--resume r",
-                "forget": "--forget symbols", "retain": "--retain symbols"},
+                "forget": "--forget symbols", "retain": "--retain symbols", "layers": "--layers 1", "target": "--target exchange",
+                "regression": "--regression", "lam": "--lam 0.5", "retain_budget": "--retain-budget 0.1", "keep_rank": "--keep-rank 3",
+                "contexts": "--contexts prose", "text": "--text code"},
     "unlearn": {"recipe": "--recipe npo", "layers": "--layers 1", "modules": "--modules attn.out", "mask": "--mask sure:50", "set_": "--set lr=0.5",
                 "micro_batch": "--micro-batch 2", "shard": "--shard", "gradient_checkpointing": "--gradient-checkpointing", "resume": "--resume r",
                 "log": "--log l", "list_recipes": "--list-recipes", "update": "--update symbols", "forget": "--forget symbols"},
@@ -94,7 +96,15 @@ OWN: dict[str, dict[str, str]] = {
     "run": {"file": "other.toml"}, "reproduce": {"file": "other.toml"},
     "vision demo": {"data": "--data mnist5k", "forget": "--forget class:1", "recipe": "--recipe relabel", "references": "--references 5", "out": "--out there"},
 }  # fmt: skip
-BESIDE = {("audit", "seed"): ("--selftest",)}
+OVERWRITE = ("m", "--method", "overwrite", "--out", "e.safetensors")
+BESIDE = {
+    ("audit", "seed"): ("--selftest",),
+    **{
+        ("project", name): OVERWRITE
+        for name in ("layers", "target", "regression", "lam", "retain_budget", "contexts", "text")
+    },
+    ("project", "keep_rank"): (*OVERWRITE, "--target", "selective"),
+}
 """Where a verb must be asked with other words to be asked the same without the option."""
 PARAMETERS = [(verb, str(p.name)) for verb, command in cli.verbs().items() for p in command.params if p.name != "help"]
 
@@ -171,7 +181,8 @@ def test_every_option_changes_what_is_asked_for(verb, monkeypatch, tmp_path):
 def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
     ways = {
         "--statistic moments": "--statistic moments", "two saved collections": "--forget a.safetensors --retain b.safetensors", "--learned": "--learned",
-        "--scores": "--scores s.safetensors", "--structure keep": "", "a --method that fits at once": "--method leace", "--selftest": "--selftest",
+        "--scores": "--scores s.safetensors", "--structure keep": "", "a --method that fits at once": "--method leace", "--method overwrite": "--method overwrite", "a --method other than overwrite": "",
+        "a --target other than selective": "--method overwrite", "--selftest": "--selftest",
         "an audit without --selftest": "", "--dry-run": "--dry-run", "--metrics": "--metrics tofu --data d", "no --metrics": "", "--act code": "--act code",
         "--act capitals": "--act capitals",
     }  # fmt: skip

@@ -13,6 +13,7 @@ from repedit.auditing import budgets
 from repedit.cli import completion, options
 from repedit.errors import ArgumentError
 from repedit.fit.closed_form import FITS
+from repedit.fit.contexts import KINDS
 from repedit.io.safetensors import floating_dtype
 from repedit.metrics.benchmarks import SUITES
 from repedit.neurons.scores import COMBINATIONS, IMPORTANCES
@@ -22,7 +23,7 @@ from repedit.unlearning.recipes import RECIPES, by_name
 from tests.test_public import HEAVY
 
 REAL = {
-    "attacks": budgets.records(), "combinations": COMBINATIONS, "domains": data.DOMAINS, "fits": FITS,
+    "attacks": budgets.records(), "combinations": COMBINATIONS, "contexts": KINDS, "domains": data.DOMAINS, "fits": FITS,
     "importances": IMPORTANCES, "metrics": SUITES, "recipes": RECIPES, "texts": data.BUILTIN,
 }  # fmt: skip
 SCRIPT = f"""

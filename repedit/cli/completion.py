@@ -94,6 +94,8 @@ _COMPLETERS: dict[str, Completer] = {
 """By the name of a parameter, whatever the verb; parameters with a fixed set of choices are completed by typer."""
 _VERB_COMPLETERS: dict[tuple[str, str], Completer] = {
     **{(verb, side): _FACTS for verb in ("project", "unlearn") for side in ("forget", "retain")},
+    ("project", "method"): one_of("fits", "mrp", "overwrite"),
+    ("project", "contexts"): several("contexts", ","),
     ("audit", "retain"): _FACTS,
     ("tasks", "facts"): several("domains", ","),
 }
@@ -110,6 +112,7 @@ def _matching(incomplete: str, words: Iterable[str]) -> list[str]:
 ROOT = Path(__file__).parents[1]
 REGISTRIES = {
     "combinations": ("neurons/scores.py", "COMBINATIONS"),
+    "contexts": ("fit/contexts.py", "KINDS"),
     "domains": ("data/fact_sets.py", "DOMAINS"),
     "fits": ("fit/closed_form.py", "FITS"),
     "importances": ("neurons/scores.py", "IMPORTANCES"),

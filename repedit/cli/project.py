@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ from repedit.cli.options import (
 from repedit.cli.saving import check_out, plan_summary, show_plan, write
 
 if TYPE_CHECKING:
+    from repedit.delta import Delta
     from repedit.edit import Edit
     from repedit.metrics.facts import Knowledge
 
@@ -42,11 +43,42 @@ def project(
     ] = None,
     rank: Annotated[int, typer.Option(help="Directions removed at each site.")] = 8,
     method: Annotated[
-        str, typer.Option(help="mrp trains; cpca, residual_pca, leace, oblique, ... fit in closed form.")
+        str,
+        typer.Option(
+            help="mrp trains; cpca, residual_pca, leace, oblique, ... fit in closed form; overwrite replaces what early MLPs write at the names that facts are about."
+        ),
     ] = "mrp",
     steps: Annotated[int, typer.Option(help="Training steps of mrp.")] = 150,
     previous: Annotated[Path | None, typer.Option(help="The edit of earlier tasks, which stay removed.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to resume it from.")] = None,
+    layers: Annotated[str, typer.Option(help="Of overwrite: whose MLPs, such as '0-1' or '2-11'.")] = "0-1",
+    target: Annotated[
+        Literal["mean", "exchange", "selective"],
+        typer.Option(
+            help="Of overwrite: the mean value of all entities of a domain, the value of another one, or the mean but for what facts to keep about the same entities use."
+        ),
+    ] = "mean",
+    regression: Annotated[
+        bool,
+        typer.Option("--regression", help="Of overwrite: train the MLPs on their inputs, instead of a closed form."),
+    ] = False,
+    lam: Annotated[
+        float | None,
+        typer.Option(help="Of overwrite: weight of what is retained; by default 0.3, or what the budget asks for."),
+    ] = None,
+    retain_budget: Annotated[
+        float | None,
+        typer.Option(help="Of overwrite: largest relative change of the outputs of a layer on --text, such as 0.02."),
+    ] = None,
+    keep_rank: Annotated[
+        int, typer.Option(help="Of overwrite with --target selective: directions of the values that stay.")
+    ] = 32,
+    contexts: Annotated[
+        str, typer.Option(help="Of overwrite: texts that name the entities; of templates, wordings, prose, written.")
+    ] = "templates,wordings",
+    text: Annotated[
+        str, typer.Option(help="Of overwrite: running text to retain; 'prose', 'code' or a file.")
+    ] = "prose",
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",
@@ -62,6 +94,7 @@ def project(
     from repedit import data
     from repedit.edit import Edit
     from repedit.fit.mrp import mrp
+    from repedit.fit.overwrite import overwrite as overwrite_values
     from repedit.metrics.facts import knowledge
     from repedit.rewrite.apply import apply
 
@@ -69,6 +102,19 @@ def project(
         check_out(out, model, forget, retain, previous, resume, overwrite=overwrite)
     facts = data.facts(forget) if retain is None else data.facts(forget, retain=data.facts(retain).forget)
     subject = load_model(model, device, dtype, dequantize)
+    if method == "overwrite":
+        forgotten = {data.entity_of(fact) for fact in facts.forget}
+        near = [fact for fact in facts.retain if data.entity_of(fact) in forgotten]
+        change = overwrite_values(
+            subject, facts.forget, layers=layers, target=target, method="regression" if regression else "linear", lam=lam,
+            retain_budget=retain_budget, retain=data.read(text), keep=near if target == "selective" else (),
+            others=[fact for fact in facts.retain if fact.entity and data.entity_of(fact) not in forgotten],
+            keep_rank=keep_rank, contexts=contexts.split(","), seed=seed,
+        )  # fmt: skip
+        measured = knowledge(subject, apply(change, subject), (*facts.forget, *facts.retain))
+        _show_overwrite(measured, {fact.domain for fact in facts.forget}, change, json, out)
+        write(change, subject, out, overwrite)
+        return
     edit = mrp(
         subject, forget=facts.forget, retain=facts.retain, sites=sites, rank=rank, method="random" if dry_run else method,
         config={"steps": steps, "batch_size": batch_size, "seed": seed}, resume=resume,
@@ -82,18 +128,36 @@ def project(
     write(edit, subject, out, overwrite)
 
 
+def _show_overwrite(
+    measured: Mapping[str, Knowledge], forget: set[str], change: Edit | Delta, json: bool, out: Path
+) -> None:
+    """Show the accuracy on each domain before and after, and the certificate of each layer."""
+    from repedit.cli import output
+    from repedit.fit.overwrite import OverwriteCertificate
+
+    certificate = OverwriteCertificate.of(change)
+    if json:
+        output.show_json({"domains": _domains(measured, forget), **certificate.plain(), "out": str(out)})
+        return
+    output.table("Facts right, multiple choice", output.KNOWLEDGE_COLUMNS, output.knowledge_rows(measured, forget))
+    output.out.print(certificate.describe())
+
+
 def _show(measured: Mapping[str, Knowledge], forget: set[str], edit: Edit, json: bool, out: Path) -> None:
     """Show the accuracy on each domain before and after; `forget` names the domains to forget."""
     from repedit.cli import output
 
     ranks = {str(site): map_.rank_removed for site, map_ in edit.maps.items()}
     if json:
-        rows = {
-            name: {"before": k.before.accuracy, "after": k.after.accuracy, "interval": k.after.interval,
-                   "chance": k.chance, "role": "forget" if name in forget else "retain"}
-            for name, k in measured.items()
-        }  # fmt: skip
-        output.show_json({"domains": rows, "rank": ranks, "out": str(out)})
+        output.show_json({"domains": _domains(measured, forget), "rank": ranks, "out": str(out)})
         return
     output.table("Facts right, multiple choice", output.KNOWLEDGE_COLUMNS, output.knowledge_rows(measured, forget))
     output.out.print(f"{sum(ranks.values())} directions over {len(ranks)} sites")
+
+
+def _domains(measured: Mapping[str, Knowledge], forget: set[str]) -> dict[str, Any]:
+    return {
+        name: {"before": k.before.accuracy, "after": k.after.accuracy, "interval": k.after.interval,
+               "chance": k.chance, "role": "forget" if name in forget else "retain"}
+        for name, k in measured.items()
+    }  # fmt: skip

@@ -3,7 +3,17 @@
 from repedit.data.benchmarks import MuseData, TaskRow, Tasks, TofuRow, lume, mmlu, muse, semeval, tofu
 from repedit.data.corpus import BUILTIN, Batch, Batches, Corpus, Document, Tokens, builtin_corpus, code, prose, read
 from repedit.data.encoding import Tokenizer
-from repedit.data.fact_sets import DOMAINS, Fact, Facts, Splits, by_domain, facts, with_choices, with_paraphrases
+from repedit.data.fact_sets import (
+    DOMAINS,
+    Fact,
+    Facts,
+    Splits,
+    by_domain,
+    entity_of,
+    facts,
+    with_choices,
+    with_paraphrases,
+)
 from repedit.data.generated import cloze, invented
 from repedit.data.rows import Row, Rows, TextSource, as_batches
 
@@ -31,6 +41,7 @@ __all__ = [
     "by_domain",
     "cloze",
     "code",
+    "entity_of",
     "facts",
     "invented",
     "lume",
