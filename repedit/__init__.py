@@ -45,6 +45,7 @@ _MODULES = (
     ("rewrite.verification", "reload_check"),
     ("metrics.benchmarks", "compare"),
     ("metrics.facts", "facts_accuracy"),
+    ("metrics.location", "locate"),
     ("auditing.api", "audit"),
     ("auditing.classifier", "audit_classifier"),
     ("auditing.report", "Report"),
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from repedit.linear_maps import AffineMap, Chain, Diagonal, LowRank
     from repedit.metrics.benchmarks import compare
     from repedit.metrics.facts import facts_accuracy
+    from repedit.metrics.location import locate
     from repedit.models.default_model import fetch
     from repedit.models.subject import Subject, load
     from repedit.neurons.scores import CollinearWarning, Score, Scores, agreement, score

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from repedit import plot
 from repedit.auditing.report import Gap, Report
 from repedit.escaping import for_plotly
+from repedit.metrics.location import Ablation, Location
 from repedit.plot import TradeOff
 from repedit.plot.canvas import LONGEST
 from repedit.rewrite.certificate import Certificate, TensorCertificate
@@ -52,6 +53,7 @@ def scored(name: str):
 
 
 FIGURES: dict[str, Callable[[str], Figure]] = {
+    "ablations": lambda n: plot.ablations(Location((Ablation("0-1", "mlp.out", "last", {n: 0.5}, {n: 2}),), {n: 0.9}, {n: 2}, "mean", 0, ""), on=n, notes=(n,)),
     "activations": lambda n: plot.activations(neurons.tiny("llama"), "1.mlp.neurons", 7, neurons.corpus(1, n or "a"), neurons.corpus(2, "b")),
     "audits": lambda n: plot.audits({n: attacked(n), "b": clean()}),
     "continual": lambda n: plot.continual(projection.DONE, [n, "b", "c"], untouched=[f"{n} d"], rows=["original", n, "b", "c"]),

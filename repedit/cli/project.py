@@ -23,70 +23,82 @@ from repedit.cli.options import (
 from repedit.cli.saving import check_out, plan_summary, show_plan, write
 
 if TYPE_CHECKING:
+    from repedit.data import Fact, Facts
     from repedit.delta import Delta
     from repedit.edit import Edit
     from repedit.metrics.facts import Knowledge
+    from repedit.models.subject import Subject
+
+Forget = Annotated[
+    str, typer.Option(help="A built-in domain (capitals, symbols, ...; several with +), or a .jsonl of facts.")
+]
+Retain = Annotated[str | None, typer.Option(help="Facts to keep; by default those of the file, or the other domains.")]
+Where = Annotated[
+    str | None,
+    typer.Option(help="Where to project: '0-11.mlp.out', 'stream'; by default mlp.out of the early layers."),
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="mrp trains; cpca, residual_pca, leace, oblique, ... fit in closed form; overwrite replaces what early MLPs write at the names that facts are about."
+    ),
+]
+DryRun = Annotated[bool, typer.Option(help="Show the plan of a random projection of this rank; train nothing.")]
+
+# Of --method overwrite
+Layers = Annotated[str, typer.Option(help="Of overwrite: whose MLPs, such as '0-1' or '2-11'.")]
+Target = Annotated[
+    Literal["mean", "exchange", "selective"],
+    typer.Option(
+        help="Of overwrite: the mean value of all entities of a domain, the value of another one, or the mean but for what facts to keep about the same entities use."
+    ),
+]
+UseRegression = Annotated[
+    bool,
+    typer.Option("--regression", help="Of overwrite: train the MLPs on their inputs, instead of a closed form."),
+]
+Lam = Annotated[
+    float | None,
+    typer.Option(help="Of overwrite: weight of what is retained; by default 0.3, or what the budget asks for."),
+]
+RetainBudget = Annotated[
+    float | None,
+    typer.Option(help="Of overwrite: largest relative change of the outputs of a layer on --text, such as 0.02."),
+]
+KeepRank = Annotated[
+    int, typer.Option(help="Of overwrite with --target selective: directions of the values that stay.")
+]
+Contexts = Annotated[
+    str, typer.Option(help="Of overwrite: texts that name the entities; of templates, wordings, prose, written.")
+]
+RetainText = Annotated[str, typer.Option(help="Of overwrite: running text to retain; 'prose', 'code' or a file.")]
 
 
 def project(
     model: Model,
     out: EditOut,
-    forget: Annotated[
-        str, typer.Option(help="A built-in domain (capitals, symbols, ...; several with +), or a .jsonl of facts.")
-    ] = "capitals",
-    retain: Annotated[
-        str | None, typer.Option(help="Facts to keep; by default those of the file, or the other domains.")
-    ] = None,
-    sites: Annotated[
-        str | None,
-        typer.Option(help="Where to project: '0-11.mlp.out', 'stream'; by default mlp.out of the early layers."),
-    ] = None,
+    forget: Forget = "capitals",
+    retain: Retain = None,
+    sites: Where = None,
     rank: Annotated[int, typer.Option(help="Directions removed at each site.")] = 8,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="mrp trains; cpca, residual_pca, leace, oblique, ... fit in closed form; overwrite replaces what early MLPs write at the names that facts are about."
-        ),
-    ] = "mrp",
+    method: Method = "mrp",
     steps: Annotated[int, typer.Option(help="Training steps of mrp.")] = 150,
     previous: Annotated[Path | None, typer.Option(help="The edit of earlier tasks, which stay removed.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to resume it from.")] = None,
-    layers: Annotated[str, typer.Option(help="Of overwrite: whose MLPs, such as '0-1' or '2-11'.")] = "0-1",
-    target: Annotated[
-        Literal["mean", "exchange", "selective"],
-        typer.Option(
-            help="Of overwrite: the mean value of all entities of a domain, the value of another one, or the mean but for what facts to keep about the same entities use."
-        ),
-    ] = "mean",
-    regression: Annotated[
-        bool,
-        typer.Option("--regression", help="Of overwrite: train the MLPs on their inputs, instead of a closed form."),
-    ] = False,
-    lam: Annotated[
-        float | None,
-        typer.Option(help="Of overwrite: weight of what is retained; by default 0.3, or what the budget asks for."),
-    ] = None,
-    retain_budget: Annotated[
-        float | None,
-        typer.Option(help="Of overwrite: largest relative change of the outputs of a layer on --text, such as 0.02."),
-    ] = None,
-    keep_rank: Annotated[
-        int, typer.Option(help="Of overwrite with --target selective: directions of the values that stay.")
-    ] = 32,
-    contexts: Annotated[
-        str, typer.Option(help="Of overwrite: texts that name the entities; of templates, wordings, prose, written.")
-    ] = "templates,wordings",
-    text: Annotated[
-        str, typer.Option(help="Of overwrite: running text to retain; 'prose', 'code' or a file.")
-    ] = "prose",
+    layers: Layers = "0-1",
+    target: Target = "mean",
+    regression: UseRegression = False,
+    lam: Lam = None,
+    retain_budget: RetainBudget = None,
+    keep_rank: KeepRank = 32,
+    contexts: Contexts = "templates,wordings",
+    text: RetainText = "prose",
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     dequantize: Dequantize = False,
-    dry_run: Annotated[
-        bool, typer.Option(help="Show the plan of a random projection of this rank; train nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -103,16 +115,13 @@ def project(
     facts = data.facts(forget) if retain is None else data.facts(forget, retain=data.facts(retain).forget)
     subject = load_model(model, device, dtype, dequantize)
     if method == "overwrite":
-        forgotten = {data.entity_of(fact) for fact in facts.forget}
-        near = [fact for fact in facts.retain if data.entity_of(fact) in forgotten]
+        near, others = _about(facts)
         change = overwrite_values(
             subject, facts.forget, layers=layers, target=target, method="regression" if regression else "linear", lam=lam,
-            retain_budget=retain_budget, retain=data.read(text), keep=near if target == "selective" else (),
-            others=[fact for fact in facts.retain if fact.entity and data.entity_of(fact) not in forgotten],
+            retain_budget=retain_budget, retain=data.read(text), keep=near if target == "selective" else (), others=others,
             keep_rank=keep_rank, contexts=contexts.split(","), seed=seed,
         )  # fmt: skip
-        measured = knowledge(subject, apply(change, subject), (*facts.forget, *facts.retain))
-        _show_overwrite(measured, {fact.domain for fact in facts.forget}, change, json, out)
+        _show_overwrite(subject, facts, change, json, out)
         write(change, subject, out, overwrite)
         return
     edit = mrp(
@@ -128,14 +137,24 @@ def project(
     write(edit, subject, out, overwrite)
 
 
-def _show_overwrite(
-    measured: Mapping[str, Knowledge], forget: set[str], change: Edit | Delta, json: bool, out: Path
-) -> None:
+def _about(facts: Facts) -> tuple[list[Fact], list[Fact]]:
+    """The facts to retain about entities of facts to forget, and those about other entities."""
+    from repedit.data import entity_of
+
+    names = {entity_of(fact) for fact in facts.forget}
+    near = [fact for fact in facts.retain if entity_of(fact) in names]
+    return near, [fact for fact in facts.retain if fact.entity and entity_of(fact) not in names]
+
+
+def _show_overwrite(subject: Subject, facts: Facts, change: Edit | Delta, json: bool, out: Path) -> None:
     """Show the accuracy on each domain before and after, and the certificate of each layer."""
     from repedit.cli import output
     from repedit.fit.overwrite import OverwriteCertificate
+    from repedit.metrics.facts import knowledge
+    from repedit.rewrite.apply import apply
 
-    certificate = OverwriteCertificate.of(change)
+    measured = knowledge(subject, apply(change, subject), (*facts.forget, *facts.retain))
+    certificate, forget = OverwriteCertificate.of(change), {fact.domain for fact in facts.forget}
     if json:
         output.show_json({"domains": _domains(measured, forget), **certificate.plain(), "out": str(out)})
         return

@@ -174,13 +174,19 @@ def entity_span(tokenizer: Tokenizer, prompt: str, entity: str) -> tuple[int, in
 
     The tokenizer's prefix counts, as in `prompt_ids`.
     """
-    mentions = list(re.finditer(rf"(?<!\w){re.escape(entity)}(?!\w)", prompt, re.IGNORECASE)) if entity else []
-    if not mentions:
+    span = mention(prompt, entity)
+    if span is None:
         return None
     whole, offset = text_ids(tokenizer, prompt), len(prefix_ids(tokenizer))
-    before, head = (text_ids(tokenizer, prompt[:at]) for at in mentions[-1].span())
+    before, head = (text_ids(tokenizer, prompt[:at]) for at in span)
     last = min(common_prefix(head, whole), len(head) - 1)
     return offset + min(common_prefix(before, whole), last), offset + last
+
+
+def mention(prompt: str, entity: str) -> tuple[int, int] | None:
+    """Where the entity's last mention in the prompt begins and ends, in characters; None without one."""
+    found = list(re.finditer(rf"(?<!\w){re.escape(entity)}(?!\w)", prompt, re.IGNORECASE)) if entity else []
+    return found[-1].span() if found else None
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, batches, check_ids, inputs_of
 from repedit.data import Batch, Batches, Fact, Facts, Tokens, prose
-from repedit.data.encoding import Tokenizer, entity_span, prompt_ids
+from repedit.data.encoding import entity_span, mention, prompt_ids
 from repedit.data.grading import normalized
 from repedit.errors import DataError, NotEnoughRows, NotFinite, UnknownName, check_seed, nearest
 from repedit.hooks import Hook, evaluating, installed
@@ -97,7 +97,7 @@ def contexts_of(
     for entity, items in by_entity(facts).items():
         names = dict.fromkeys(fact.entity for fact in items)
         wordings = [Context(entity, fact.entity, text) for fact in items for text in fact.prompts]
-        named = [context for context in wordings if _mentions(subject.need_tokenizer(), context)]
+        named = [context for context in wordings if mention(context.text, context.name) is not None]
         if not named and {"wordings", "prose"} & set(kinds):
             raise DataError(
                 f"no wording of the facts about {items[0].entity!r} contains that name, such as {items[0].prompt!r}; correct the "
@@ -175,10 +175,6 @@ def name_ends(batch: Batch, names: Iterable[tuple[int, ...]]) -> Bool[Tensor, "b
         if size <= ids.shape[1]:
             ends[:, size - 1 :] |= (ids.unfold(1, size, 1) == torch.tensor(name, device=ids.device)).all(-1)
     return ends
-
-
-def _mentions(tokenizer: Tokenizer, context: Context) -> bool:
-    return entity_span(tokenizer, context.text, context.name) is not None
 
 
 def _after_prose(contexts: Sequence[Context], seed: int) -> list[Context]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,8 +102,16 @@ def facts_accuracy(
     right = [choices.index(fact.answer) for fact, choices in zip(items, options, strict=True)]
     graded = np.array([score[i] for score, i in zip(scores, right, strict=True)])
     if how == "choice":
-        correct = [bool((score >= score[i]).sum() == 1) for score, i in zip(scores, right, strict=True)]
+        correct = chosen(items, options, scores)
     return FactsAccuracy(np.array(correct), graded, tuple(fact.id for fact in items))
+
+
+def chosen(
+    items: Sequence[Fact], options: Sequence[Sequence[str]], scores: Sequence[NDArray[np.float64]]
+) -> list[bool]:
+    """Whether the right answer of each fact has the highest score of all choices; a tie is wrong."""
+    right = [choices.index(fact.answer) for fact, choices in zip(items, options, strict=True)]
+    return [bool((score >= score[i]).sum() == 1) for score, i in zip(scores, right, strict=True)]
 
 
 class _Question(NamedTuple):
@@ -113,9 +122,19 @@ class _Question(NamedTuple):
 
 
 def choice_scores(
-    subject: Subject, items: Sequence[Fact], options: Sequence[Sequence[str]], rows: int
+    subject: Subject,
+    items: Sequence[Fact],
+    options: Sequence[Sequence[str]],
+    rows: int,
+    *,
+    prompts: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None,
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """(summed log-probability, number of tokens) of the choices of every fact."""
+    """(summed log-probability, number of tokens) of the choices of every fact.
+
+    Args:
+        prompts: a context, such as one of hooks, for the pass over the whole prompts of the facts with these numbers;
+            choices are read outside it.
+    """
     tokenizer = subject.need_tokenizer()
     questions = [_question(tokenizer, fact, choices) for fact, choices in zip(items, options, strict=True)]
     for fact, question in zip(items, questions, strict=True):
@@ -123,7 +142,8 @@ def choice_scores(
             check_ids(subject, question.prompt + answer, f"fact {fact.id!r}")
     logs: dict[int, NDArray[np.float64]] = {}
     for part in lengths([question.prompt for question in questions], rows):
-        logs |= zip(part, _choice_logs(subject, [questions[i] for i in part]), strict=True)
+        context = None if prompts is None else prompts(part)
+        logs |= zip(part, _choice_logs(subject, [questions[i] for i in part], context), strict=True)
     for i, fact in enumerate(items):
         if not np.isfinite(logs[i]).all():
             raise NotFinite(
@@ -168,7 +188,9 @@ def lengths(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
         yield from (group[i : i + rows] for i in range(0, len(group), rows))
 
 
-def _choice_logs(subject: Subject, questions: Sequence[_Question]) -> list[NDArray[np.float64]]:
+def _choice_logs(
+    subject: Subject, questions: Sequence[_Question], prompts: AbstractContextManager[None] | None = None
+) -> list[NDArray[np.float64]]:
     """The summed log-probability of every choice of questions whose prompts have equal length.
 
     The common prefix of all prompts is read once, then the rest of each. Then the tree of choices is read level by level,
@@ -178,15 +200,16 @@ def _choice_logs(subject: Subject, questions: Sequence[_Question]) -> list[NDArr
     nodes: list[tuple[int, tuple[int, ...]]] = [(number, ()) for number in range(len(questions))]
     ids = torch.tensor([question.prompt for question in questions], device=subject.device)
     with torch.no_grad(), evaluating(subject.model):
-        length, cache = _shared_prefix(subject, ids)
+        length, cache = (0, None) if prompts is not None else _shared_prefix(subject, ids)
         ids = ids[:, length:]
         while nodes:
             length += ids.shape[1]
             mask = torch.ones(len(nodes), length, dtype=torch.long, device=subject.device)
-            out = subject.model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            cache = out.past_key_values
+            with prompts or nullcontext():
+                out = subject.model(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+            cache, prompts = out.past_key_values, None
             ends = [(row, *end) for row, node in enumerate(nodes) for end in _next_tokens(node, questions)]
             logs = _token_logs(out.logits[:, 0], [row for row, _, _ in ends], [token for _, _, token in ends])
             for (row, choice, _), value in zip(ends, logs, strict=True):

@@ -8,12 +8,22 @@ repeat the information, so that a grey print is readable.
 from repedit.plot.classifiers import condensed, gap, membership
 from repedit.plot.gradients import delta, saliency, semeval, tradeoff, training
 from repedit.plot.neurons import activations, importances, overlap, pruned_per_layer, specialization, transfer
-from repedit.plot.projections import TradeOff, continual, layer_rank, leakage, principal_angles, rank_tradeoff, spectra
+from repedit.plot.projections import (
+    TradeOff,
+    ablations,
+    continual,
+    layer_rank,
+    leakage,
+    principal_angles,
+    rank_tradeoff,
+    spectra,
+)
 from repedit.plot.prunings import selectivity_strip, trajectory
 from repedit.plot.reports import audits, lenses, recovery, relearning
 
 __all__ = [
     "TradeOff",
+    "ablations",
     "activations",
     "audits",
     "condensed",

@@ -20,6 +20,7 @@ from repedit.fit import Spectra
 from repedit.fit import principal_angles as cosines
 from repedit.kernels.dispatch import LEAK_LIMITS
 from repedit.linear_maps import LowRank
+from repedit.metrics.location import Location
 from repedit.plot.canvas import (
     CELL,
     FORGET,
@@ -149,6 +150,27 @@ def layer_rank(
     missing = int(np.isnan(grid).sum())
     facts = [needed, *([f"{count_text(missing, 'cell')} not measured"] if missing else []), *notes]
     return figure.finish(f"{label[:1].upper()}{label[1:]} by layer and rank", facts)
+
+
+def ablations(location: Location, *, on: str = "facts", notes: Sequence[str] = ()) -> Figure:
+    """A heat map of the accuracy that `repedit.locate` measured: a row per range of layers, a column per point and position.
+
+    Args:
+        on: the set of facts: "facts", "same subjects" or "other subjects".
+        notes: further facts for the title, such as the model.
+    Raises:
+        UnknownName: if the set was not measured. ArgumentError: if there is no row.
+    """
+    layers, columns, values = location.grid(on)
+    grid = checked_table("accuracies", values, (len(layers), len(columns)), f"{count_text(len(layers), 'range')}")
+    rows = [wrapped(name) for name in layers]
+    figure = table_figure(rows, len(columns), below=2.9)
+    axes = figure.subplots()
+    image = draw_table(axes, grid, rows, [column.replace("_", " ") for column in columns], ends=(0.0, 1.0))
+    axes.set(ylabel="layers")
+    figure.colorbar(image, ax=axes, label=f"accuracy on {label_text(on)}", pad=0.02)
+    facts = [f"{location.before[on]:.2f} without an ablation", count_text(location.counts[on], "fact"), location.how]
+    return figure.finish(f"Accuracy on {on} with an output ablated", [*facts, *notes])
 
 
 # --- Trade-off by rank: accuracy on both sets against the number of removed directions

@@ -1,0 +1,132 @@
+"""Ablations of outputs at names: they find where a planted fact enters, and leave what they do not touch as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+import repedit as rp
+from repedit.errors import ArgumentError, DataError, NotEnoughRows, UnknownName, UnknownSite
+from repedit.metrics.facts import choice_scores
+from repedit.metrics.location import POSITIONS, _kinds
+from repedit.models.subject import Subject
+from tests.teachable_models import blank, facts, taught
+from tests.test_overwrite import caught
+
+FACTS = facts(0, 16)
+
+
+@cache
+def pupil() -> Subject:
+    return taught()
+
+
+def located(subject: Subject | None = None, **options: Any) -> Any:
+    return rp.locate(pupil() if subject is None else subject, FACTS, **options)
+
+
+LETTERS = tuple(
+    replace(f, prompt=f"{f.entity} is\n", answer=f.answer[0], choices=tuple(choice[0] for choice in f.choices))
+    for f in FACTS
+)
+"""Facts whose answers are one token, predicted at the last position of the prompt: nothing later can read the name."""
+
+
+def attention_brings_the_name_to_the_end(found: Any) -> None:
+    """Without what attention adds at the last position, the answer is the same for every name; without the MLPs it is not."""
+    row = {(r.point, r.position): r.accuracy["facts"] for r in found.rows}
+    assert found.before["facts"] > 0.9
+    assert row["attn.out", "last"] <= 5 / 16
+    assert row["mlp.out", "last"] > 5 / 16 and row["attn.out", "elsewhere"] > 5 / 16
+
+
+def test_answers_go_with_what_attention_brings_to_the_last_position():
+    lm = taught(texts=tuple(fact.text for fact in LETTERS))
+    found = rp.locate(lm, LETTERS, layers="0-1", positions=("last", "elsewhere"))
+    attention_brings_the_name_to_the_end(found)
+    swapped = {"last": "elsewhere", "elsewhere": "last"}
+    rows = tuple(replace(row, position=swapped[row.position]) for row in found.rows)
+    caught(attention_brings_the_name_to_the_end, replace(found, rows=rows))
+
+
+def replacing_by_itself_changes_nothing(patch: Callable[[Any], None]) -> None:
+    """An ablation that puts back what is there gives the scores of the model as it is, to the last rounding."""
+    from repedit.metrics import location
+
+    found = location._Prompts(pupil(), FACTS, pupil().select("0-1.mlp.out"), "exchange", 0)
+    patch(found)
+    options = [fact.choices for fact in FACTS]
+    hooks = lambda part: location.installed(pupil().model, found._hooks(pupil().select("0-1.mlp.out"), 0, part))  # noqa: E731
+    same, plain = (choice_scores(pupil(), FACTS, options, 32, prompts=p) for p in (hooks, None))
+    assert all(abs(a - b).max() < 1e-4 for (a, _), (b, _) in zip(same, plain, strict=True))
+
+
+def test_an_exchange_with_oneself_changes_nothing():
+    replacing_by_itself_changes_nothing(lambda found: setattr(found, "donors", list(range(len(FACTS)))))
+    caught(replacing_by_itself_changes_nothing, lambda found: None)
+
+
+def test_positions_are_a_partition_without_the_first():
+    subject = blank()
+    ids, kinds = _kinds(subject, FACTS[0])
+    named = {
+        POSITIONS[k]: subject.tokenizer.decode([i for i, j in zip(ids, kinds, strict=True) if j == k]) for k in range(4)
+    }
+    assert int(kinds[0]) == -1 and not (kinds[1:] == -1).any()
+    assert named == {"subject_last": "o", "subject_earlier": "b", "last": "s", "elsewhere": " like"}
+
+
+def test_sets_are_told_apart_by_entity():
+    same = tuple(replace(f, id=f"s{f.id}", domain="same", prompt=f"{f.entity} wants") for f in FACTS[:4])
+    other = tuple(
+        replace(f, id=f"o{f.id}", domain="other", entity=f"{f.entity}x", prompt=f"{f.entity}x has") for f in FACTS[:3]
+    )
+    found = located(against=(*same, *other), layers="0", points=("mlp.out",), positions=("subject_last",))
+    assert dict(found.counts) == {"facts": 16, "same subjects": 4, "other subjects": 3}
+    assert set(found.rows[0].accuracy) == set(found.before) == set(found.counts)
+
+
+def test_layers_are_ablated_alone_or_together():
+    every = located(points=("mlp.out",), positions=("subject_last",))
+    assert [row.layers for row in every.rows] == ["0", "1"]
+    assert [row.layers for row in located(layers=("0-1", "1"), points=("mlp.out",), positions=("last",)).rows] == [
+        "0-1",
+        "1",
+    ]
+
+
+def test_a_seed_reproduces_and_the_value_is_shown():
+    options = {"layers": "0-1", "points": ("mlp.out",), "positions": ("subject_last", "last"), "how": "exchange"}
+    first, second = (located(**options) for _ in range(2))
+    assert first.to_json() == second.to_json() and json.loads(first.to_json())["how"] == "exchange"
+    header, before, *rows = first.table()
+    assert header[:3] == ("layers", "point", "position") and before[2] == "none" and len(rows) == 2
+    figure = rp.plot.ablations(first)
+    assert "Accuracy on facts" in figure.get_suptitle() and "exchange" in figure.get_suptitle()
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "position": (lambda: located(positions=("first",)), UnknownName, "positions='first' does not exist"),
+    "point": (lambda: located(points=("mlp.neurons",)), UnknownName, "points='mlp.neurons' does not exist"),
+    "way": (lambda: located(how="zero"), UnknownName, "how='zero' does not exist"),
+    "layers": (lambda: located(layers="0-9"), UnknownSite, r"asks for layers 0\.\.9; layers are 0\.\.1"),
+    "a site": (lambda: located(layers="0.mlp.out"), UnknownSite, "give layers alone"),
+    "no layer": (lambda: located(layers=()), ArgumentError, "layers names none"),
+    "two entities": (lambda: rp.locate(pupil(), FACTS[:2]), NotEnoughRows, "has 2 entities"),
+    "no entity": (lambda: rp.locate(pupil(), (replace(FACTS[0], entity=""),)), DataError, "names no entity"),
+    "not found": (lambda: rp.locate(pupil(), (replace(FACTS[0], entity="Zyx"),)), DataError, "the tokens of 'Zyx' are not in the prompt"),
+    "no choices": (lambda: rp.locate(pupil(), (replace(FACTS[0], choices=()),)), DataError, "has no choices"),
+    "set": (lambda: located(layers="0").grid("others"), UnknownName, "on='others' was not measured"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_located_is_refused(case):
+    call, error, words = REFUSED[case]
+    with pytest.raises(error, match=words):
+        call()
