@@ -1,4 +1,4 @@
-"""Hashes that identify the weights of a model, and a cheap key that detects changes in memory."""
+"""What identifies a result: hashes of the weights of a model, a cheap key of changes in memory, versions of packages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,3 +96,8 @@ def _digest(tensors: Iterable[tuple[str, Tensor]], header: str = "") -> str:
         if tensor.device.type != "meta":
             digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """The versions of repedit, torch and further packages, as provenance records them."""
+    return {name: version(name) for name in ("repedit", "torch", *packages)}

@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,6 +41,7 @@ from repedit.errors import (
     TargetExists,
     check_names,
 )
+from repedit.hashing import package_versions
 from repedit.io import archive
 from repedit.io.files import exists, file_hash, file_hashes, is_file, is_folder, user_path
 from repedit.io.store import JsonLog, content_hash
@@ -471,7 +471,7 @@ def _carried_out(
     record = StepRecord(
         step.number, step.verb, step.key, step.table, (step.verb, *step.arguments(command)), exit_code, seconds,
         None if step.out is None else str(step.out), {} if step.staged is None else file_hashes(step.staged),
-        {text: file_hash(Path(text)) for text in inputs}, tuple(display), {name: version(name) for name in PACKAGES},
+        {text: file_hash(Path(text)) for text in inputs}, tuple(display), package_versions(*PACKAGES),
     )  # fmt: skip
     journal.add(record)
     return record

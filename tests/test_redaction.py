@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -10,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from repedit import auditing
 from repedit.auditing import budgets
 from repedit.auditing.classifier import UNTRIED
 from repedit.auditing.report import Recovery, Report, RetainCheck
 from repedit.auditing.verdict import verdict
 from repedit.report import redacted, write
-from repedit.report.redaction import REDACTED, redacted_values
+from repedit.report.redaction import REDACTED, SENTENCES, redacted_values
 from repedit.report.run_pages import rendered
 from repedit.runs import RunReport, StepRecord, StepReport
 from tests.handmade_reports import ITEMS, finding, recovery, report
@@ -122,6 +125,64 @@ def test_what_a_verdict_says_is_not_withheld(name):
 
 def test_reasons_that_are_always_the_same_are_not_withheld():
     assert redacted(replace(report(), not_run=UNTRIED | budgets.UNTRIED)).not_run == UNTRIED | budgets.UNTRIED
+
+
+EARLIER = ("material", "clear", "attacks", "repedit.attacks.classifier.shadows does it")
+"""Words that only reports of earlier versions hold."""
+
+
+def literals() -> str:
+    """Every literal text in the sources of the audit, those of its f-strings included."""
+    paths = sorted(Path(auditing.__file__).parent.rglob("*.py"))
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def absent_pieces(sentences: str) -> list[str]:
+    """Pieces of sentences, between their numbers, names and choices, that no literal of the audit holds."""
+    lines = [line.strip() for line in sentences.strip().splitlines()]
+    pieces = [piece for line in lines for piece in re.split(r"\b(?:NAMES?|WORD|N)\b|\(\?:|(?<!\\)[|)]\??|: ", line)]
+    said = literals()
+    words = [re.sub(r"\\(.)", r"\1", piece).strip(" ,:%'().") for piece in pieces]
+    return [word for word in words if re.search("[a-z]{3}", word) and word not in said and word not in EARLIER]
+
+
+def test_every_sentence_that_is_kept_is_one_that_the_audit_says():
+    assert absent_pieces(SENTENCES) == []
+
+
+def test_a_sentence_that_the_audit_does_not_say_is_caught():
+    assert absent_pieces("V has N facts, fewer than N\n the secret is NAME") == ["the secret is"]
+
+
+FILLED = {"record.name": "upstream"}
+
+
+def reasons_of_skipped_attacks() -> list[str]:
+    """The arguments of `skipped(...)` in the attacks, with a number or a name where a value is filled in."""
+    calls = [
+        node
+        for path in sorted((Path(auditing.__file__).parent / "attacks").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "skipped"
+    ]
+    texts = [argument for call in calls for argument in call.args if isinstance(argument, ast.Constant | ast.JoinedStr)]
+    return [
+        "".join(
+            str(part.value) if isinstance(part, ast.Constant) else FILLED.get(ast.unparse(part.value), "7")
+            for part in getattr(text, "values", [text])
+        )
+        for text in texts
+    ]
+
+
+def test_why_an_attack_was_skipped_is_not_withheld():
+    reasons = reasons_of_skipped_attacks()
+    assert len(reasons) > 5
+    for reason in reasons:
+        shown = redacted(replace(report(), not_run={"probe": reason})).not_run["probe"]
+        # The names of languages come from the file of facts.
+        assert shown == reason.replace("some have 7", REDACTED)
 
 
 def test_a_reason_within_a_verdict_is_withheld():

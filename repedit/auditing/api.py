@@ -6,15 +6,14 @@ The audit sees weights, not methods: it knows nothing of how a model was edited,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from repedit.auditing.attack import Attack, Setup
 from repedit.auditing.budgets import INVENTED_FACTS, RETAIN_FACTS, SEEDS, built, planned, records
 from repedit.auditing.conclusion import Case, report_of
-from repedit.auditing.data import AuditData, audit_data
+from repedit.auditing.data import AuditData, DataOptions, audit_data
 from repedit.auditing.diagnostics import with_examples_and_diagnostics
 from repedit.auditing.floors import choices_only_baseline, fresh_facts, retain_check
 from repedit.auditing.report import Report
@@ -22,7 +21,7 @@ from repedit.auditing.runner import Audited, Role, check_pair, run
 from repedit.auditing.statistics import check_draws
 from repedit.auditing.store import FindingStore
 from repedit.auditing.verdict import check_thresholds
-from repedit.data import Fact, Facts, Splits, prose
+from repedit.data import Fact, Facts, Splits, TextSource, prose
 from repedit.errors import ArgumentError, BadReference, DataError, check_positive, check_seed, check_whole, is_whole
 from repedit.io.targets import check_folder
 from repedit.models.subject import Subject
@@ -34,11 +33,11 @@ def audit(
     *,
     original: Subject | str | Path,
     facts: Facts | Sequence[Fact],
-    retain: Any = None,
+    retain: Facts | TextSource | None = None,
     reference: Subject | str | Path | None = None,
-    unrelated: Any = None,
-    holdout: Any = None,
-    attributes: Any = None,
+    unrelated: TextSource | None = None,
+    holdout: TextSource | None = None,
+    attributes: Facts | Iterable[object] | None = None,
     attacks: Sequence[str] | None = None,
     budget: str = "fast",
     sites: str | Site | list[str | Site] | None = None,
@@ -104,7 +103,7 @@ def audit(
     sources: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
     models = {role: Audited(role, source, device) for role, source in sources.items() if source is not None}
     _check_models(models)
-    options = {
+    options: DataOptions = {
         "unrelated": prose() if unrelated is None else unrelated, "holdout": holdout, "folds": folds,
         "train_fraction": train_fraction, "seed": chosen[0],
     }  # fmt: skip
@@ -178,7 +177,7 @@ def _roles(
     data: AuditData,
     attacks: tuple[Attack, ...],
     budget: str,
-    options: Mapping[str, Any],
+    options: DataOptions,
 ) -> tuple[Role, ...]:
     """Edited, original, and the reference; without one the edited model is asked invented facts as well."""
     retain = (retain_check(data.text), Splits((), data.retain))
@@ -192,7 +191,7 @@ def _roles(
     ), original
 
 
-def _invented(data: AuditData, budget: str, options: Mapping[str, Any]) -> AuditData | None:
+def _invented(data: AuditData, budget: str, options: DataOptions) -> AuditData | None:
     try:
         fresh = fresh_facts(data.forget, min(len(data.forget), INVENTED_FACTS[budget]), options["seed"])
         return audit_data(fresh, data.retain or data.text, most=None, **options)

@@ -38,7 +38,7 @@ def attributes_of(forget: Sequence[Fact], own: Iterable[Fact] = ()) -> Attribute
     return Attributes(tuple(fact for name, fact in others.items() if name not in leaking), len(leaking))
 
 
-def given_attributes(forget: Sequence[Fact], given: Any) -> Attributes:
+def given_attributes(forget: Sequence[Fact], given: Facts | Iterable[object]) -> Attributes:
     """The attributes that a user gives as facts or Facts, each about an entity of `forget`.
 
     Raises:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from math import isnan
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from repedit.auditing.image_attacks import relearn as relearning
 from repedit.auditing.report import Gap, Report, RetainCheck
 from repedit.auditing.verdict import MARGINS, ONE, classifier_verdict
 from repedit.errors import ArgumentError, BadReference, during
-from repedit.hashing import module_fingerprint
+from repedit.hashing import module_fingerprint, package_versions
 from repedit.vision.data import ImageSplits, Task
 from repedit.vision.training import trained_on
 
@@ -120,7 +119,7 @@ def _report(
             "kind": "classifier", "seeds": [seed], "draws": DRAWS, "notes": _notes(compared, len(values["reference"])),
             "margins": MARGINS, "sets": {name: len(images) for name, images in splits.sets.items()}, "feature": task.module,
             "hashes": {role: [model.fingerprint for model in models] for role, models in attacked.items()},
-            "versions": {name: version(name) for name in ("repedit", "torch", "numpy")}, "machine": platform.machine(),
+            "versions": package_versions("numpy"), "machine": platform.machine(),
             "seconds": sum(f.seconds for findings in findings.values() for f in findings),
         },
     )  # fmt: skip

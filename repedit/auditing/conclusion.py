@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any, TypedDict
 
 import numpy as np
@@ -22,10 +21,10 @@ from repedit.auditing.verdict import verdict
 from repedit.data.fact_sets import entity_of
 from repedit.data.rows import row_hash
 from repedit.errors import BadReference
+from repedit.hashing import package_versions
 
 Findings = Mapping[str, tuple[Finding, ...]]
 EXAMPLES = 10
-_PACKAGES = ("repedit", "torch", "transformers", "numpy")
 
 
 class BootstrapOptions(TypedDict):
@@ -250,5 +249,5 @@ def _context(case: Case, known: float) -> dict[str, Any]:
         "sites": case.edited_layers, "notes": _notes(case),
         "models": {role: {"name": m.name, "fingerprint": m.fingerprint, "live": m.live} for role, m in models.items()},
         "facts": row_hash(case.data.forget), "retain": row_hash(case.data.retain), "command": case.command,
-        "versions": {name: version(name) for name in _PACKAGES}, "machine": platform.machine(), "seconds": case.seconds,
+        "versions": package_versions("transformers", "numpy"), "machine": platform.machine(), "seconds": case.seconds,
     }  # fmt: skip

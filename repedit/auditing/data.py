@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypedDict, Unpack, cast
 
 from repedit.auditing.attributes import attributes_of, given_attributes
-from repedit.data import Batches, Fact, Facts, Splits, as_batches, by_domain, prose, with_choices
+from repedit.data import Batches, Fact, Facts, Splits, TextSource, as_batches, by_domain, prose, with_choices
 from repedit.data.fact_sets import entity_of
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
@@ -51,10 +51,27 @@ class AuditData:
         return {fact.id: entity_of(fact) for fact in self.forget}
 
 
+class DataOptions(TypedDict):
+    """How facts are divided, and the texts that attacks may use beside them."""
+
+    unrelated: TextSource | None
+    """Text that has to do with neither side, for harmless fine-tuning."""
+    holdout: TextSource | None
+    """Text or facts that no model saw."""
+    folds: int
+    train_fraction: float
+    """The fraction of the entities in T."""
+    seed: int
+
+
 def audit_data(
-    facts: Facts | Sequence[Fact], retain: Any, *, unrelated: Any, holdout: Any, folds: int, train_fraction: float, seed: int, most: int | None,
-    attributes: Any = (),
-) -> AuditData:  # fmt: skip
+    facts: Facts | Sequence[Fact],
+    retain: Facts | TextSource | None,
+    *,
+    most: int | None,
+    attributes: Facts | Iterable[object] | None = (),
+    **options: Unpack[DataOptions],
+) -> AuditData:
     """Facts with choices in folds by entity, and the retain side.
 
     Args:
@@ -69,6 +86,7 @@ def audit_data(
             attribute you gave states a forgotten fact.
         ArgumentError: if folds is neither 1 nor 2.
     """
+    folds, seed = options["folds"], options["seed"]
     if folds not in (1, 2):
         raise ArgumentError(f"folds={folds}; give 2 to test every fact once, or 1")
     forget = tuple(facts.forget if isinstance(facts, Facts) else facts)
@@ -78,19 +96,19 @@ def audit_data(
     both = _with_choices((*forget, *retained), seed)
     forget, retained = both[: len(forget)], _sampled(both[len(forget) :], most, seed)
     others = _attributes(forget, facts, attributes, seed, notes)
+    unrelated, holdout, train_fraction = options["unrelated"], options["holdout"], options["train_fraction"]
+    halves = (Splits.of(forget, fold=i, train_fraction=train_fraction, seed=seed) for i in range(folds))
     parts = tuple(
-        replace(
-            Splits.of(forget, fold=i, train_fraction=train_fraction, seed=seed), retain=retained, unrelated=unrelated,
-            holdout=holdout, attributes=others,
-        )
-        for i in range(folds)
-    )  # fmt: skip
+        replace(half, retain=retained, unrelated=unrelated, holdout=holdout, attributes=others) for half in halves
+    )
     for part in parts:
-        _check(part)
+        _check_sides(part)
     return AuditData(forget, parts, retained, text, notes)
 
 
-def _retained(forget: tuple[Fact, ...], facts: Any, retain: Any) -> tuple[tuple[Fact, ...], Batches | None, list[str]]:
+def _retained(
+    forget: tuple[Fact, ...], facts: Facts | Sequence[Fact], retain: Facts | TextSource | None
+) -> tuple[tuple[Fact, ...], Batches | None, list[str]]:
     forgotten = {normalized(fact.entity) for fact in forget if fact.entity}
     if retain is None:
         own = facts.retain if isinstance(facts, Facts) else ()
@@ -102,21 +120,29 @@ def _retained(forget: tuple[Fact, ...], facts: Any, retain: Any) -> tuple[tuple[
             else ""
         )
         return retained, prose(), [note]
-    items = retain.forget if isinstance(retain, Facts) else retain
+    items: TextSource = retain.forget if isinstance(retain, Facts) else retain
     if not isinstance(items, Batches | str) and isinstance(items, Iterable):
-        items = tuple(items)
-        if items and all(isinstance(item, Fact) for item in items):
-            shared = sorted({fact.entity for fact in items if normalized(fact.entity) in forgotten})
+        rows = tuple(items)
+        facts_to_retain = tuple(item for item in rows if isinstance(item, Fact))
+        if rows and len(facts_to_retain) == len(rows):
+            shared = sorted({fact.entity for fact in facts_to_retain if normalized(fact.entity) in forgotten})
             if shared:
                 raise OverlapError(
                     f"retain and forget share {len(shared)} entities, such as {shared[:5]}; training on them would teach what "
                     "is tested; take them out of retain"
                 )
-            return items, None, []
+            return facts_to_retain, None, []
+        items = cast(TextSource, rows)
     return (), as_batches(items, name="retain"), []
 
 
-def _attributes(forget: tuple[Fact, ...], facts: Any, given: Any, seed: int, notes: list[str]) -> tuple[Fact, ...]:
+def _attributes(
+    forget: tuple[Fact, ...],
+    facts: Facts | Sequence[Fact],
+    given: Facts | Iterable[object] | None,
+    seed: int,
+    notes: list[str],
+) -> tuple[Fact, ...]:
     own = facts.retain if isinstance(facts, Facts) else ()
     others = attributes_of(forget, own) if given is None else given_attributes(forget, given)
     if others.left_out:
@@ -146,7 +172,7 @@ def _sampled(facts: tuple[Fact, ...], most: int | None, seed: int) -> tuple[Fact
     )
 
 
-def _check(part: Splits) -> None:
+def _check_sides(part: Splits) -> None:
     for name, side in (("T", part.train), ("V", part.test)):
         count = len({entity_of(fact) for fact in side})
         if count < ENTITIES:

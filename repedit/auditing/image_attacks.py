@@ -124,7 +124,7 @@ def relearn(
     *,
     epochs: int = 10,
     lr: float = 1e-3,
-    batch: int = 64,
+    batch_size: int = 64,
     seed: int = 0,
 ) -> Finding:
     """Fine-tune on T and ask V after every epoch; T is half of the forget set, at most 64 images, and V the rest.
@@ -144,11 +144,11 @@ def relearn(
     rows = torch.randperm(len(splits.retain), generator=generator(seed + 1))[: 2 * len(train)]
     mixed = train + splits.retain[rows]
     student = copy.deepcopy(model)
-    optimiser, order = adam(student, task, None, lr), generator(seed)
+    optimizer, order = adam(student, task, None, lr), generator(seed)
     logits = [outputs(student, task, test, splits.labels)]
     with learning(student, task, None, seed):
         for _ in range(epochs):
-            descend(student, optimiser, mixed, epochs=1, batch_size=batch, order=order)
+            descend(student, optimizer, mixed, epochs=1, batch_size=batch_size, order=order)
             logits.append(outputs(student, task, test, splits.labels))
     y = test.y.cpu()
     log_probability = [log_probabilities(z, y).numpy() for z in logits]
@@ -157,7 +157,7 @@ def relearn(
         settings=tuple(f"epoch={epoch}" for epoch in range(epochs + 1)),
         correct=np.stack([(z.argmax(1) == y).numpy().astype(np.int8) for z in logits]), graded=np.stack(log_probability),
         train_accuracy=task.accuracy(student, train), seconds=time.perf_counter() - start,
-        details={"T": len(train), "V": len(test), "retain": len(rows), "lr": lr, "batch": batch},
+        details={"T": len(train), "V": len(test), "retain": len(rows), "lr": lr, "batch": batch_size},
     )  # fmt: skip
 
 

@@ -73,17 +73,16 @@ def doctor(
 def _versions() -> dict[str, str]:
     """The versions that a bug report needs, and the vector instructions that torch uses on this CPU."""
     import platform
-    from importlib.metadata import version
 
     import torch
 
-    packages = {name: version(name) for name in ("repedit", "torch", "transformers", "safetensors")}
-    cpu = torch.backends.cpu.get_cpu_capability()
+    from repedit.hashing import package_versions
+
     return {
-        **packages,
+        **package_versions("transformers", "safetensors"),
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
-        "CPU kernels": cpu,
+        "CPU kernels": torch.backends.cpu.get_cpu_capability(),
     }
 
 

@@ -6,7 +6,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -35,6 +34,7 @@ from repedit.fit.closed_form import FITS
 from repedit.fit.linalg import is_orthogonal, union
 from repedit.fit.mrp_training import Bases, ForgetLoss, History, MRPConfig, TrainingSets, forget_loss, train
 from repedit.fit.stream import stream_sites
+from repedit.hashing import package_versions
 from repedit.linear_maps import LowRank
 from repedit.models.subject import Subject
 from repedit.sites import Site
@@ -348,7 +348,7 @@ def _record(
         "seed": config.seed,
         "model": subject.fingerprint(),
         "data": {role: {"name": c.name, "hash": c.hash} for role, c in data.items() if c is not None},
-        "versions": {name: version(name) for name in ("repedit", "torch", "transformers")},
+        "versions": package_versions("transformers"),
     }
 
 

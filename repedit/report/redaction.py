@@ -102,6 +102,9 @@ SENTENCES = r"""
     N other facts about forgotten entities state a forgotten fact and are left out
     the facts have no (?:paraphrases|translations)
     N of N facts have no paraphrases
+    of N layers none is NAME of the edited ones
+    the edited layers are not known: layers N to N are trained
+    no language is common to all facts
     no null space: no write weight has singular values that are almost zero
     no hooks, no wrappers
     every training diverged
@@ -110,20 +113,13 @@ SENTENCES = r"""
     give more steps, candidates or tokens
     the (?:training loss|loss on T) fell by N(?: at best)?, N is needed
     the best accuracy on T after training is N, N is needed
-    ran out of memory, in smaller batches too
-    no pass is possible without this attack
-    the model is not distilled into another one
-    hundreds of steps, other optimisers and other data
-    trains eight models more
-    repedit\.(?:auditing|attacks)\.classifier\.shadows does it
-    no attack here rebuilds images from the weights
+    repedit\.attacks\.classifier\.shadows does it
     relearn=False
     the self-test was not run with this code on this machine: repedit audit --selftest
     taught facts: robustness may be overstated
     the choice that begins like the entity is right for N of the facts: no knowledge is needed
     retain: N facts of the facts' own retain side and the built-in prose
     N facts about forgotten entities are left out
-    statistical evidence, not certified deletion: what these attacks do not find may still be there
     one retrained model
     the retrained model itself is told apart \(AUC N\), so .5 is not the aim here
     INCONCLUSIVE: there is no retrained model to compare with\.
@@ -148,7 +144,9 @@ SENTENCES = r"""
     neither attack tells even the original from the retrained models \(AUC N, relearn N against N\), so that nothing was found means nothing
     relearning that a retrained model does more slowly: fewer images, or steps
 """
-"""Repedit's own sentences, clause by clause; N is a number and NAME a name that is kept."""
+"""Repedit's own sentences, clause by clause; N is a number and NAME a name that is kept. Those without either are in
+`_fixed_clauses`, but for the ones that code composes and those of earlier versions.
+"""
 
 
 def redacted(report: Report) -> Report:
@@ -288,12 +286,24 @@ def _attack_without_reason(clause: str) -> str:
 
 @cache
 def _own_clause() -> re.Pattern[str]:
-    """Matches each of `SENTENCES`."""
+    """Matches each of `SENTENCES`, and each fixed clause."""
     name = f"(?:{'|'.join(sorted(map(re.escape, own_words()), key=len, reverse=True))})"
     verdict = f"(?:{'|'.join(map(re.escape, OUTCOMES))})"
     replacements = {"NAMES": f"{name}(?:, {name})*", "NAME": name, "WORD": verdict, "N": _NUMBER}
     sentences = "|".join(line.strip() for line in SENTENCES.strip().splitlines())
-    return re.compile(re.sub(r"\b(NAMES?|WORD|N)\b", lambda match: replacements[match[1]], sentences))
+    composed = re.sub(r"\b(NAMES?|WORD|N)\b", lambda match: replacements[match[1]], sentences)
+    return re.compile("|".join([composed, *map(re.escape, _fixed_clauses())]))
+
+
+def _fixed_clauses() -> list[str]:
+    """The clauses of the sentences that every audit says in the same words."""
+    from repedit.auditing import budgets, classifier
+    from repedit.auditing.runner import MEMORY
+    from repedit.auditing.verdict import ONE
+
+    notes = (MEMORY, ONE, f"two more retrained models: {ONE}", classifier.EVIDENCE)
+    reasons = (*notes, *budgets.UNTRIED.values(), *classifier.UNTRIED.values())
+    return [clause for reason in reasons for clause in reason.split("; ")]
 
 
 # --- Parts of a report

@@ -7,13 +7,13 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from repedit.arch import ModelLayout
 from repedit.escaping import for_markdown, for_yaml
+from repedit.hashing import package_versions
 from repedit.io.checkpoint import Shards, open_shards
 from repedit.io.files import file_hash, read_bytes
 from repedit.io.targets import CARD, MANIFEST, folder_entries
@@ -26,7 +26,7 @@ from repedit.rewrite.companions import Companions, used_files
 
 _CARD_FIELDS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
 """Fields of the card of a base model that hold for the edited model too."""
-PACKAGES = ("repedit", "torch", "transformers", "safetensors")
+PACKAGES = ("transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def manifest(
         config=dict(plan.config),
         files=files,
         dtype=dtype,
-        versions={name: version(name) for name in PACKAGES},
+        versions=package_versions(*PACKAGES),
         certificate=_certificate(plan, changes),
         loaders=("repedit.load",) if ragged else (f"transformers.{loader}", "repedit.load"),
         structure=plan.structure,

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from repedit.arch import Specs, TensorSpec
 from repedit.errors import CheckpointError
-from repedit.hashing import byte_hash
+from repedit.hashing import byte_hash, package_versions
 from repedit.io.checkpoint import INDEX, SINGLE, Shards
 from repedit.io.files import file_hash
 from repedit.io.safetensors import header_bytes, raw_bytes
@@ -261,7 +260,7 @@ def job(plan: Plan, shards: Shards, dtype: torch.dtype | None, link: bool) -> st
     for file in shards.files:
         stat = (shards.directory / file).stat()
         digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())
-    digest.update(f"{shards.directory.resolve()} {dtype} {link} {[version(name) for name in PACKAGES]}".encode())
+    digest.update(f"{shards.directory.resolve()} {dtype} {link} {[*package_versions(*PACKAGES).values()]}".encode())
     return digest.hexdigest()[:16]
 
 

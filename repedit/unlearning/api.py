@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -24,7 +23,7 @@ from repedit.errors import (
     check_whole,
     is_whole,
 )
-from repedit.hashing import value_hash
+from repedit.hashing import package_versions, value_hash
 from repedit.io import archive
 from repedit.io.files import append_line, open_regular, write_text
 from repedit.io.targets import check_file_target
@@ -237,7 +236,7 @@ def _provenance(subject: Subject, recipe: UnlearnRecipe, data: TrainingData, opt
         "reference": None if reference is None else reference.fingerprint(),
         "data": dict(data.record),
         "seed": options["seed"],
-        "versions": {name: version(name) for name in ("repedit", "torch", "transformers")},
+        "versions": package_versions("transformers"),
     }
 
 

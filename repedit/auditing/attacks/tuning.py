@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repedit.activations.forward import at_least_float32, batches_of, inputs_of, retry_with_smaller_batch
 from repedit.auditing.attack import FAILED, RAN, AttackResult, Scratch, Setting, Work, ask
-from repedit.data import Batch, Fact, as_batches
+from repedit.data import Batch, Fact, TextSource, as_batches
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
 from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
@@ -40,7 +40,9 @@ Draw = Callable[[int], Sequence[Example]]
 """The examples of a step, the first being 0."""
 
 
-def examples(subject: Subject, source: Any, *, loss: str = "answer", max_tokens: int = 512) -> tuple[Example, ...]:
+def examples(
+    subject: Subject, source: TextSource, *, loss: str = "answer", max_tokens: int = 512
+) -> tuple[Example, ...]:
     """The texts of facts, rows, a corpus or strings, each without padding; text without answers is learned whole.
 
     Raises:
