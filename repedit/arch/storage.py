@@ -106,7 +106,7 @@ class StoredIn:
 
 
 class StoredSpecs(dict[str, TensorSpec]):
-    """Shape and dtype of the tensors of a model by their name in memory, and the files that hold them.
+    """Shape and dtype of the parameters of a model by their name in memory, and the files that hold them.
 
     Shapes are those of the files, which need not be those of the config.
     """
@@ -114,7 +114,8 @@ class StoredSpecs(dict[str, TensorSpec]):
     @classmethod
     def of(cls, model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> StoredSpecs:
         """Of a model, which may be on the meta device, and the specs of every tensor on disk."""
-        return cls(storage(model, specs), specs)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return cls({name: entry for name, entry in storage(model, specs).items() if name in parameters}, specs)
 
     def __init__(self, stored: Mapping[str, StoredIn], specs: Mapping[str, TensorSpec]) -> None:
         super().__init__({name: TensorSpec(entry.shape, specs[entry.names[0]].dtype) for name, entry in stored.items()})
