@@ -157,7 +157,7 @@ def cells(subject: Subject) -> tuple[str, ...]:
     heads = bool(shrink and not shrink.whole_heads)
     return (
         "curated" if row.model_type in families() else "inferred",
-        _branches(subject),
+        branches(subject),
         _grouped(_by_kind(subject, lambda layer, b: exactness(Site(layer, b.outer), subject.layout))),
         _grouped(_by_kind(subject, lambda _, b: "" if all(p.readers for p in b.parts) else "columns")),
         exactness(Site(0, Point.RESID_PRE), subject.layout),
@@ -169,7 +169,7 @@ def cells(subject: Subject) -> tuple[str, ...]:
     )
 
 
-def _branches(subject: Subject) -> str:
+def branches(subject: Subject) -> str:
     """The branches of each kind of block, with what their experts are."""
     blocks = [", ".join(_branch(branch) for branch in branches) for branches in subject.layout.layers]
     return " or ".join(dict.fromkeys(blocks))

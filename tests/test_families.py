@@ -9,6 +9,7 @@ import pytest
 from docs import families
 from tests.every_causal_type import CAUSAL_TYPES
 from tests.every_wrapper_type import WRAPPER_TYPES
+from tests.family_laws import tiny_of
 
 PAGE = families.PAGE.read_text(encoding="utf-8")
 TYPES = {families.CAUSAL: CAUSAL_TYPES, families.WRAPPERS: WRAPPER_TYPES}
@@ -63,6 +64,48 @@ def test_every_row_has_a_cell_for_each_column():
     rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in PAGE.splitlines() if line.startswith("| ")]
     assert {len(cells) for cells in rows} == {len(families.COLUMNS), len(families.REFUSED_COLUMNS)}
     assert all(cell for cells in rows for cell in cells)
+
+
+DENSE, EXPERTS, SHARED = "attn, mlp", "attn, mlp (experts)", "attn, mlp (experts and shared)"
+NAMED = {
+    "llama4_text": f"{DENSE} or {SHARED}",
+    "qwen2_moe": SHARED,
+    "qwen3_5_text": "mixer, mlp or attn, mlp",
+    "qwen3_5_moe_text": f"mixer, mlp (experts and shared) or {SHARED}",
+    "qwen3_next": f"mixer, mlp (experts and shared) or {SHARED}",
+    "wrapper:gemma3": DENSE,
+    "gemma4_text": f"{SHARED}, ple",
+    "gpt_oss": EXPERTS,
+    "deepseek_v3": f"{DENSE} or {SHARED}",
+    "glm4": DENSE,
+    "glm4_moe": f"{DENSE} or {SHARED}",
+    "granite": DENSE,
+    "granitemoehybrid": f"mixer, mlp (experts and shared) or {SHARED}",
+    "olmo3": DENSE,
+    "ministral3": DENSE,
+    "phimoe": EXPERTS,
+    "lfm2": "mixer, mlp or attn, mlp",
+    "falcon": DENSE,
+    "bloom": DENSE,
+    "mpt": DENSE,
+    "nemotron": DENSE,
+    "ernie4_5_moe": f"{DENSE} or {SHARED}",
+    "hunyuan_v1_dense": DENSE,
+    "hunyuan_v1_moe": SHARED,
+    "mamba2": "mixer",
+}
+"""The branches of models that people use, written by hand."""
+
+
+@pytest.mark.parametrize("model_type", NAMED)
+def test_no_branch_of_a_model_in_use_is_lost(model_type):
+    subject = tiny_of(model_type)
+    assert families.branches(subject) == NAMED[model_type]
+    points = {point for layer in subject.layout.points for point in layer}
+    kinds = {kind for kind in ("attn", "mixer", "mlp", "ple") if kind in NAMED[model_type]}
+    assert {str(p) for p in points if not p.startswith("resid")} == {
+        f"{k}.{end}" for k in kinds for end in ("neurons", "out")
+    }
 
 
 @pytest.mark.slow

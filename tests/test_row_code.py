@@ -40,7 +40,7 @@ def test_the_code_of_an_inferred_row_is_that_row(model_type):
     [
         ("gpt_neox", "part=2", "part=1"),
         ("gemma2", ", norm='post_attention_layernorm'", ""),
-        ("mixtral", "w1", "w3"),
+        ("mixtral", "num_local_experts", "num_experts"),
         ("stablelm", "centered=True", "centered=False"),
         ("olmoe", "Experts()", "Experts(gated=False)"),
     ],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from repedit.cli.options import BatchSize, Dequantize, Device, Dtype, EditedModel, Json, LimitTokens, Model, load_model
+from repedit.sites import Point, Site
 
 if TYPE_CHECKING:
     from repedit.models.subject import Subject
@@ -89,8 +90,11 @@ def _versions() -> dict[str, str]:
 def inspect(
     model: Model,
     sites: Annotated[
-        str, typer.Option(help="Which sites to list.")
-    ] = "0.mlp.neurons,0.attn.neurons,0.mlp.out,0.attn.out,0.resid.pre",
+        str,
+        typer.Option(
+            help="Which sites to list; by default each point that weights can edit, in the first layer that has it."
+        ),
+    ] = "",
     json: Json = False,
 ) -> None:
     """Show where this model can be edited: sites, module paths, tensors, widths and exactness."""
@@ -98,7 +102,7 @@ def inspect(
     from repedit.edit import exactness
 
     subject = load_model(model)
-    selected = {str(site): site for site in subject.select(sites)}
+    selected = {str(site): site for site in (subject.select(sites) if sites else _first_sites(subject))}
     rows = [
         row | {"exactness": exactness(selected[row["site"]], subject.layout)}
         for row in subject.sites()
@@ -114,6 +118,15 @@ def inspect(
         f"{architecture.model_type}: {len(layout.layers)} layers of width {layout.width}, {architecture.n_heads} heads, "
         f"tied {architecture.tied}", columns, [[row[c] for c in columns] for row in rows],
     )  # fmt: skip
+
+
+def _first_sites(subject: Subject) -> list[Site]:
+    """The first site of each point that weights can edit: neurons and outputs of every kind of branch, and 0.resid.pre."""
+    first: dict[Point, Site] = {Point.RESID_PRE: Site(0, Point.RESID_PRE)}
+    for layer, branches in enumerate(subject.layout.layers):
+        for point in (p for branch in branches for p in (branch.inner, branch.outer)):
+            first.setdefault(point, Site(layer, point))
+    return list(first.values())
 
 
 def diff(base: Model, edited: EditedModel, json: Json = False) -> None:
