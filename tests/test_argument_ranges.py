@@ -10,6 +10,7 @@ import pytest
 import repedit as rp
 from repedit.auditing.api import audit
 from repedit.errors import ArgumentError, RankError, check_positive, check_seed, check_whole
+from repedit.fit import Regression
 from repedit.fit.mrp import mrp
 from repedit.metrics.generation import stream
 from repedit.neurons.pruning import PruningOptions
@@ -26,6 +27,7 @@ RATE: tuple[Any, ...] = (0.0, -1e-4, NAN, INF)
 prune = partial(PruningOptions, fraction=0.1)
 unlearn = lambda **more: rp.unlearn(subject(), recipe=by_name("ga"), **sides(), **more)  # noqa: E731
 train = lambda **more: mrp(tiny("llama"), forget=(), retain=(), config=more)  # noqa: E731
+values = lambda **more: rp.fit.overwrite(tiny("llama"), (), **more)  # noqa: E731
 attack = lambda **more: audit("nowhere", original="nowhere", facts=(), **more)  # noqa: E731
 DOORS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "recipe steps": (partial(by_name, "npo"), "steps", COUNT),
@@ -64,6 +66,16 @@ DOORS: dict[str, tuple[Any, str, tuple[Any, ...]]] = {
     "mrp rate": (train, "lr", RATE),
     "mrp batch": (train, "batch_size", COUNT),
     "mrp seed": (train, "seed", (-1,)),
+    "overwrite lam": (values, "lam", RATE),
+    "overwrite budget": (values, "retain_budget", RATE),
+    "overwrite others": (values, "others_weight", RATE),
+    "overwrite rank": (values, "keep_rank", COUNT),
+    "overwrite seed": (values, "seed", (-1,)),
+    "regression steps": (Regression, "steps", COUNT),
+    "regression rows": (Regression, "retain_rows", COUNT),
+    "regression rate": (Regression, "lr", RATE),
+    "regression beta": (Regression, "beta", RATE),
+    "regression vocabulary": (Regression, "vocabulary", (-1,)),
     "audit steps": (attack, "steps", (7, *COUNT)),
     "audit draws": (attack, "draws", COUNT),
     "audit rates": (attack, "scale_lrs", RATE),

@@ -13,14 +13,24 @@ from tokenizers import processors
 import repedit as rp
 from repedit.auditing.attacks.search import Prefixed
 from repedit.data import Corpus, Document, Fact, Row, Rows
-from repedit.data.encoding import chat_ids, encoded, prefix_ids, prompt_ids, prompt_with_answer, question_ids, text_ids
+from repedit.data.encoding import (
+    chat_ids,
+    encoded,
+    entity_end,
+    entity_span,
+    prefix_ids,
+    prompt_ids,
+    prompt_with_answer,
+    question_ids,
+    text_ids,
+)
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
 from repedit.metrics.facts import facts_accuracy
 from repedit.metrics.generation import generate, side_by_side
 from repedit.metrics.membership import scores
 from tests.char_tokenizer import CharTokenizer
-from tests.saved_models import byte_tokenizer
+from tests.saved_models import byte_tokenizer, merging_tokenizer
 from tests.test_attack_weights import small
 
 TEMPLATES = ("$A", "<s> $A", "<s> $A </s>", "$A </s>", "<s> <s> $A </s> </s>", "</s> $A", "<pad> <s> $A </s>")
@@ -229,3 +239,20 @@ def test_a_tokenizer_is_asked_in_one_place():
         )
     }
     assert asked == {"data/encoding.py", "auditing/runner.py", "models/loading.py"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "entity", "marked"),
+    [
+        ("The map of New York shows", "new york", " New York"), ("Paris, then Paris again", "Paris", " Paris"),
+        ("Paris is", "Paris", "Paris"), ("parisian air", "Paris", None), ("nothing", "", None),
+    ],
+)  # fmt: skip
+def test_the_tokens_of_the_last_mention_of_an_entity_are_found(prompt, entity, marked):
+    tokenizer = merging_tokenizer((" ", "N"), (" ", "P"))
+    span = entity_span(tokenizer, prompt, entity)
+    if marked is None:
+        assert span is None and entity_end(tokenizer, prompt, entity) is None
+        return
+    assert span is not None and span[1] == entity_end(tokenizer, prompt, entity)
+    assert tokenizer.decode(encoded(tokenizer, prompt, "x").ids[span[0] : span[1] + 1]) == marked

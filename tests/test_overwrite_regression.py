@@ -84,6 +84,16 @@ def test_exported_weights_are_the_trained_ones(tmp_path: Path):
     assert all(torch.equal(loaded.value(name), edited.value(name)) for name in delta.tensors)
 
 
+@pytest.mark.parametrize(
+    "options", [{"method": "linear"}, {"method": "regression", "config": QUICK}], ids=["linear", "regression"]
+)
+def test_a_model_in_bfloat16_is_overwritten_too(options):
+    subject = blank().to(dtype="bfloat16")
+    change = rp.fit.overwrite(subject, FACTS, retain=TEXT, progress=False, **options)
+    edited = rp.apply(change, subject)
+    assert edited.model.dtype == torch.bfloat16 and edited.fingerprint() != subject.fingerprint()
+
+
 def test_seeds_reproduce():
     first, second, other = (trained(blank(), {"steps": 5}, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)

@@ -165,16 +165,20 @@ def original(subject: Subject, layer: int) -> Callable[[Float[Tensor, "n d"]], F
 def _copy(subject: Subject, layer: int) -> nn.Module:
     module = copy.deepcopy(subject.model.get_submodule(module_path(subject, layer))).eval()
     dtype = torch.promote_types(next(module.parameters()).dtype, torch.float32)
-    return module.to(device="cpu", dtype=dtype)
+    return module.to(device=subject.device_at(layer), dtype=dtype)
 
 
 def _matrices(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if parameter.ndim == 2]
 
 
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
 def _in_parts(module: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.cat([module(part) for part in x.split(_ROWS)])
+        return torch.cat([module(part.to(_device(module))).cpu() for part in x.split(_ROWS)])
 
 
 # --- What keeps its outputs
@@ -279,7 +283,7 @@ def train(
         parameter.requires_grad_(name in names)
     optimizer = OPTIMIZERS["adamw"]([p for p in module.parameters() if p.requires_grad], lr=config.lr, weight_decay=0.0)
     spread = _spread(original(subject, layer)(fitted.x))
-    generator = torch.Generator().manual_seed(seed)
+    device, generator = _device(module), torch.Generator().manual_seed(seed)
     for step in tqdm(
         range(config.steps), desc=f"layer {layer}", disable=None if progress is None else not progress, leave=False
     ):
@@ -287,9 +291,12 @@ def train(
         few = torch.randperm(len(fitted.x), generator=generator)[: config.rows]
         many = torch.randperm(len(retained.x), generator=generator)[: config.retain_rows]
         with torch.enable_grad():
-            forget = (module(fitted.x[few]) - fitted.y[few]).square().sum(1).mean() / spread
-            moved = (module(retained.x[many]) - retained.y[many]).square().sum(1)
-            loss = forget + config.beta * (moved * retained.weight[many]).mean()
+            x, y, kept_x, kept_y, weight = (
+                rows.to(device)
+                for rows in (fitted.x[few], fitted.y[few], retained.x[many], retained.y[many], retained.weight[many])
+            )
+            moved = (module(kept_x) - kept_y).square().sum(1)
+            loss = (module(x) - y).square().sum(1).mean() / spread + config.beta * (moved * weight).mean()
             optimizer.zero_grad()
             loss.backward()
         if not bool(torch.isfinite(loss)):
