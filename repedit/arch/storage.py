@@ -196,18 +196,18 @@ def _stored_in(sources: Sequence[_Source], shape: tuple[int, ...], specs: Mappin
         operations = ", ".join(map(str, conversion.operations))
         return replace(without, reason=f"transformers converts it by {operations}")
     shapes = [_shape_in_memory(piece, specs[piece.name].shape, shape[:1]) for piece in pieces]
-    for piece, whole in zip(pieces, shapes, strict=True):
-        if whole is None or whole != shapes[0] or len(whole) != len(shape):
-            stored, other = specs[piece.name].shape, shapes[0] or shape
-            other = other if len(other) == len(shape) else shape
-            return replace(
-                without, reason=f"{piece.name} of shape {stored} does not fit the tensor of shape {other} in memory"
+    whole = shapes[0] if shapes[0] and len(shapes[0]) == len(shape) else shape
+    for piece, made in zip(pieces, shapes, strict=True):
+        if made != whole:
+            reason = (
+                f"{piece.name} of shape {specs[piece.name].shape} does not fit the tensor of shape {whole} in memory"
             )
+            return replace(without, reason=reason)
     count = pieces[0].parts * (1 if pieces[0].expert is None else shape[0])
     if len(pieces) != count or any(piece.expert is not None and piece.expert >= shape[0] for piece in pieces):
         named = f"{len(pieces)} tensors from {pieces[0].name} to {pieces[-1].name}"
         return replace(without, reason=f"{named} do not make up the tensor of shape {shape} in memory")
-    return StoredIn(tuple(pieces), shapes[0] or shape, names)
+    return StoredIn(tuple(pieces), whole, names)
 
 
 def _shape_in_memory(piece: Piece, stored: tuple[int, ...], experts: tuple[int, ...]) -> tuple[int, ...] | None:
