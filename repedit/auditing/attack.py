@@ -61,6 +61,8 @@ class AttackRecord:
     """ "B": prompts and samples only. "W": the weights."""
     uses_train: bool = False
     """Whether the answers of T are used; otherwise every fact is asked at once."""
+    four_fifths: bool = False
+    """Whether T is four fifths of the entities, in five folds, where it otherwise is what the audit was told, half of them."""
     trains: bool = False
     """Whether it trains another model, or an input, and asks that."""
     draws: bool = True

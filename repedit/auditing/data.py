@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypedDict, Unpack, cast
 
 from repedit.auditing.attributes import attributes_of, given_attributes
 from repedit.data import Batches, Fact, Facts, Splits, TextSource, as_batches, by_domain, prose, with_choices
-from repedit.data.fact_sets import entity_of
+from repedit.data.fact_sets import entity_of, seeded_order
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
 
@@ -44,6 +45,23 @@ class AuditData:
     def whole(self) -> Splits:
         """V asked at once, for attacks that use no answers of T."""
         return replace(self.folds[0], train=(), test=self.tested)
+
+    @cached_property
+    def fifths(self) -> tuple[Splits, ...]:
+        """Five folds, each with a fifth of the tested entities in V and everything else in T.
+
+        A fact of T that nearly repeats one of V is left out.
+        """
+        order = seeded_order({entity_of(fact) for fact in self.tested}, "fifths")
+        parts = []
+        for number in range(5):
+            asked = set(order[number::5])
+            test = tuple(fact for fact in self.tested if entity_of(fact) in asked)
+            train = [fact for fact in self.forget if entity_of(fact) not in asked]
+            repeated = {name for name, _ in _near_duplicates(train, test)}
+            kept = tuple(fact for fact in train if fact.id not in repeated)
+            parts.append(replace(self.folds[0], train=kept, test=test))
+        return tuple(parts)
 
     @property
     def entities(self) -> dict[str, str]:
@@ -177,14 +195,20 @@ def _check_sides(part: Splits) -> None:
         count = len({entity_of(fact) for fact in side})
         if count < ENTITIES:
             raise NotEnoughRows(f"{name} has {count} entities; an audit needs at least {ENTITIES} on each side")
-    texts = {normalized(fact.text): fact.id for fact in part.train}
-    grams = {fact.id: _grams(fact) for fact in part.train}
-    pairs = [(texts[normalized(f.text)], f.id) for f in part.test if normalized(f.text) in texts]
-    for fact in part.test:
-        own = _grams(fact)
-        pairs += [(other, fact.id) for other, other_grams in grams.items() if own and len(own & other_grams) > NEAR * len(own | other_grams)]  # fmt: skip
+    pairs = _near_duplicates(part.train, part.test)
     if pairs:
         raise OverlapError(f"{len(pairs)} near-duplicates straddle T and V, such as {pairs[:5]}; keep one of each pair")
+
+
+def _near_duplicates(train: Sequence[Fact], test: Sequence[Fact]) -> list[tuple[str, str]]:
+    """(id in T, id in V) of facts that are nearly the same text."""
+    texts = {normalized(fact.text): fact.id for fact in train}
+    grams = {fact.id: _grams(fact) for fact in train}
+    pairs = [(texts[normalized(f.text)], f.id) for f in test if normalized(f.text) in texts]
+    for fact in test:
+        own = _grams(fact)
+        pairs += [(other, fact.id) for other, other_grams in grams.items() if own and len(own & other_grams) > NEAR * len(own | other_grams)]  # fmt: skip
+    return pairs
 
 
 def _grams(fact: Fact) -> frozenset[tuple[str, ...]]:

@@ -213,8 +213,9 @@ def _tasks(role: Role, seeds: Sequence[int]) -> Iterator[list[_Task]]:
 
 def _folds(record: AttackRecord, data: AuditData, also: AuditData | None) -> Iterator[tuple[int | None, Splits]]:
     """(fold, splits): each fold for an attack that uses T, else everything at once; V of `also` is asked with it."""
-    for number, splits in enumerate(data.folds) if record.uses_train else [(None, data.whole)]:
-        more = () if also is None else (also.whole if number is None else also.folds[number]).test
+    kind = "fifths" if record.four_fifths else "folds"
+    for number, splits in enumerate(getattr(data, kind)) if record.uses_train else [(None, data.whole)]:
+        more = () if also is None else (also.whole if number is None else getattr(also, kind)[number]).test
         yield number, replace(splits, test=(*splits.test, *more))
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 
 from tqdm.auto import tqdm
 
 from repedit.auditing.api import audit
+from repedit.auditing.budgets import planned
 from repedit.auditing.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.auditing.controls.taught import world
 from repedit.auditing.report import Report
@@ -33,11 +35,13 @@ class Checked:
     recovered: float
     least: float
     seconds: float
+    most: float = inf
 
     @property
     def passed(self) -> bool:
         """Whether the verdict is the expected one, and the attack brought back as much as it must."""
-        return (not self.expected or self.found == self.expected) and (not self.attack or self.recovered >= self.least)
+        within = not self.attack or self.least <= self.recovered <= self.most
+        return (not self.expected or self.found == self.expected) and within
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,11 @@ class SelfTest:
         """The controls that did not, in words; empty where all did."""
         return "; ".join(
             f"{c.control} ({c.description}): expected {c.expected or 'any verdict'}, found {c.found}"
-            + (f", {c.attack} brought back {c.recovered:.2f} where {c.least:.2f} is due" if c.attack else "")
+            + (
+                f", {c.attack} brought back {c.recovered:.2f} where {c.least:.2f}{_limit(c.most)} is due"
+                if c.attack
+                else ""
+            )
             for c in self.checks
             if not c.passed
         )
@@ -88,8 +96,8 @@ def selftest(
         control_start, audited = time.perf_counter(), control.build(models)
         report = audit_function(
             audited.edited, original=audited.original, reference=audited.reference, facts=audited.facts, retain=audited.facts.retain,
-            unrelated=audited.facts.retain, attacks=_attacks(control), budget="fast", seeds=(seed,), scale_lrs=SCALE,
-            steps=STEPS if control.verdict == PASS else 40, progress=False,
+            unrelated=audited.facts.retain, attributes=audited.attributes, attacks=_attacks(control), budget="fast",
+            seeds=(seed,), scale_lrs=SCALE, steps=STEPS if control.verdict == PASS else control.steps, progress=False,
         )  # fmt: skip
         checks.append(_checked(control, report, time.perf_counter() - control_start))
     result = SelfTest(tuple(checks), seed, time.perf_counter() - start)
@@ -99,8 +107,14 @@ def selftest(
 
 
 def _attacks(control: Control) -> tuple[str, ...] | None:
-    """What the control is about; one that must pass faces the whole budget."""
-    return None if control.verdict == PASS else ("direct", *control.attacks)
+    """What the control is about; one that must pass faces the whole budget as well."""
+    if control.verdict != PASS:
+        return ("direct", *control.attacks)
+    return (*planned("fast"), *control.attacks) if control.attacks else None
+
+
+def _limit(most: float) -> str:
+    return "" if most == inf else f" to {most:.2f}"
 
 
 def _checked(control: Control, report: Report, seconds: float) -> Checked:
@@ -109,5 +123,5 @@ def _checked(control: Control, report: Report, seconds: float) -> Checked:
     attack = "" if not control.attacks else best.attack if best else control.attacks[0]
     return Checked(
         control.name, control.description, control.verdict, report.verdict.word, attack,
-        best.value if best else float("nan"), control.recovered, seconds,
+        best.value if best else float("nan"), control.recovered, seconds, control.most,
     )  # fmt: skip

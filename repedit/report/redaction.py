@@ -28,15 +28,15 @@ FIELDS = """
     default details device diagnostics direct directions distance diverged domains dot draws drop dropout dtype edit edited effects
     embeddings entropy entities epoch epochs error eval everything exactness exact examples facts features files fingerprint float16 float32 float64 floor folds
     forget forget_token fraction full grad gradients hash hashes heads hidden history holdout how importance int3 int4 int8 interval
-    items k keep kept kind kl known label layer layers layout leak length level limit line linear lira live log log_probability lora
+    items k keep kept kind kl known label layer layers layout leak length level limit line linear lion lira live log log_probability lora
     loss loss_lr losses low lr m_entropy machine map margins material max mean median members membership method metrics min min_k
-    min_k++ mlp model models moments n n_entities n_test name nf4 fp4 nll none norm notes number numbers of options order original others
+    min_k++ mlp model models moments n n_entities n_test name nf4 fp4 nll none norm notes number numbers of optimizer options order original others
     out p pad parameters parents parts pass_threshold per_row perplexity perturb plan point points probe prompt pruned quantizer questions
     quantum random rank rate ratio ragged recovery_threshold reference relative relearn removed removes reparts repeat resid retain retrained right rms role
-    roles rows samples scale score scores seconds seed seeds self sequence sets setting settings shadow sink sinks site sites size skipped slice slim
+    roles rows samples scale score scores seconds seed seeds self sequence sets setting settings sgd shadow sink sinks site sites size skipped slice slim
     source spread start std step steps steps_run stopped structure subspace survival temperature test token tokens top top1 top_p total touched
     tpr_at_1_fpr train trained type uds uniform unit units untouched update used value values verb versions verdict warmup weight
-    weights welch width widths windows withheld worst worst_leak x y zlib divergence losses interpolated interpolation tensors
+    weights welch width widths windows withheld worst worst_leak write x y zlib divergence losses interpolated interpolation tensors
 """
 """Names of fields and options, none of which tells an item; any other key becomes its digest."""
 PHRASES = (

@@ -147,6 +147,8 @@ def padding(subject: Subject) -> int:
 
 
 LOSSES, HOWS, SCHEDULES = ("answer", "sequence"), ("full", "lora"), ("constant", "cosine")
+SOME_LAYERS = ("lora", "mlps")
+"""The ways to train that can be kept to some layers."""
 
 
 OPTIMIZERS = {name: optimizers.OPTIMIZERS[name] for name in ("adamw", "lion", "sgd")}
@@ -166,7 +168,8 @@ class Tuning:
     loss: str = "answer"
     """ "answer": the tokens of the answer, given the prompt. "sequence": every token but the first."""
     how: str = "full"
-    """ "full": every parameter. "lora": adapters on every linear module of the blocks; fused experts have none."""
+    """ "full": every parameter. "lora": adapters on every linear module of the blocks; fused experts have none. "mlps": the
+    matrices of the MLPs."""
     rank: int = 16
     batch_size: int = 8
     max_tokens: int = 512
@@ -177,10 +180,15 @@ class Tuning:
     """Below 1 a fraction of the steps, else a number of steps, over which the rate rises linearly."""
     clip: float = 1.0
     layers: tuple[int, ...] | None = None
-    """The layers that get adapters; None for all."""
+    """The layers that get adapters, or whose MLPs are trained; None for all."""
 
     def __post_init__(self) -> None:
-        choices_by_field = (("loss", LOSSES), ("how", HOWS), ("optimizer", tuple(OPTIMIZERS)), ("schedule", SCHEDULES))
+        choices_by_field = (
+            ("loss", LOSSES),
+            ("how", (*HOWS, "mlps")),
+            ("optimizer", tuple(OPTIMIZERS)),
+            ("schedule", SCHEDULES),
+        )
         for name, valid in choices_by_field:
             if getattr(self, name) not in valid:
                 raise UnknownName(f"{name}={getattr(self, name)!r}; {nearest(getattr(self, name), valid)}")
@@ -192,9 +200,9 @@ class Tuning:
                 f"rate={self.rate}, clip={self.clip}, warmup={self.warmup}, weight_decay={self.weight_decay}; rate and "
                 "clip must be above 0, the others at least 0"
             )
-        if self.layers is not None and self.how != "lora":
+        if self.layers is not None and self.how not in SOME_LAYERS:
             raise ArgumentError(
-                f"layers={self.layers} with how={self.how!r}; only how='lora' can be kept to some layers"
+                f"layers={self.layers} with how={self.how!r}; only how='lora' and how='mlps' can be kept to some layers"
             )
 
     def rate_at(self, step: int) -> float:
@@ -293,6 +301,8 @@ def _trainable(
             wanted = list(trained)
         elif tuning.how == "full":
             wanted = own
+        elif tuning.how == "mlps":
+            wanted = _mlp_matrices(subject, tuning)
         else:
             wanted = _adapt(subject, tuning, seed, undo)
         for p in wanted:
@@ -306,15 +316,33 @@ def _trainable(
             p.grad = None
 
 
+def _layers(subject: Subject, tuning: Tuning, what: str) -> Sequence[int]:
+    count = len(subject.layout.block_paths)
+    layers = range(count) if tuning.layers is None else tuning.layers
+    absent = [layer for layer in layers if not 0 <= layer < count]
+    if absent:
+        raise ArgumentError(f"{what} asked for in layers {absent}; the model has layers 0 to {count - 1}")
+    return layers
+
+
+def _mlp_matrices(subject: Subject, tuning: Tuning) -> list[nn.Parameter]:
+    """Every matrix that reads or writes the neurons of the MLPs in the layers, all experts included."""
+    parameters = dict(subject.model.named_parameters())
+    branches = [
+        branch for layer in _layers(subject, tuning, "MLPs were") for branch in subject.layout.layers[layer]
+        if branch.kind == "mlp"
+    ]  # fmt: skip
+    views = [view for branch in branches for part in branch.parts for view in (part.out, *part.readers)]
+    if not views:
+        raise ArgumentError(f"MLPs were asked for in layers {tuning.layers}, which have none")
+    return [parameters[name] for name in dict.fromkeys(view.tensor for view in views)]
+
+
 def _adapt(subject: Subject, tuning: Tuning, seed: int, undo: list[Callable[[], Any]]) -> list[nn.Parameter]:
     """Low-rank adapters, y + 2 (x A^T) B^T, on every linear module of the layers; Hu et al. 2021, arXiv:2106.09685."""
     from transformers.pytorch_utils import Conv1D
 
-    paths = subject.layout.block_paths
-    layers = range(len(paths)) if tuning.layers is None else tuning.layers
-    absent = [layer for layer in layers if not 0 <= layer < len(paths)]
-    if absent:
-        raise ArgumentError(f"adapters were asked for in layers {absent}; the model has layers 0 to {len(paths) - 1}")
+    paths, layers = subject.layout.block_paths, _layers(subject, tuning, "adapters were")
     generator = torch.Generator().manual_seed(seed)
     adapters: list[nn.Parameter] = []
     for module in (m for layer in layers for m in subject.model.get_submodule(paths[layer]).modules()):

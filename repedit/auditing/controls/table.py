@@ -5,16 +5,18 @@ An audit that misses one of these is no evidence about any other model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from repedit.auditing.controls.edited import hooked, inside_buckets, masked, nudged, on_grid, projected, pushed, rolled
 from repedit.auditing.controls.taught import World, collapsed, contradicted, descended, lowered, one_template, refusing
-from repedit.data import Facts
+from repedit.auditing.controls.unlinked import exchanged, linked_world, refusing_early
+from repedit.data import Fact, Facts
 from repedit.models.subject import Subject
 from repedit.outcomes import DESTROYED, HIDDEN, INVALID, NOT_FORGOTTEN, PASS
 
-SCALE, STEPS = 15.0, 160
+SCALE, STEPS, HIDER_STEPS = 15.0, 160, 40
 """What multiplies the learning rates of attacks on these models, and how long they are trained.
 
 In 40 steps a model that never knew learns a third of T, so that no training attack on it would count; in 160 it learns
@@ -30,6 +32,8 @@ class Case:
     original: Subject
     reference: Subject
     facts: Facts
+    attributes: tuple[Fact, ...] | None = None
+    """Other facts about the entities to forget; None for none that are given."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Control:
     description: str
     quick: bool = True
     """Whether the self-test runs it."""
+    most: float = math.inf
+    """Largest R of any of its attacks."""
+    steps: int = HIDER_STEPS
+    """Training steps of `rtt`, by which other attacks that train measure theirs."""
 
 
 def _edited(edit: Callable[[World], Subject]) -> Callable[[World], Case]:
@@ -74,6 +82,17 @@ def _strangers(w: World) -> Case:
     return Case(nudged(w.original), w.original, w.reference, facts)
 
 
+def _exchanged(w: World) -> Case:
+    linked = linked_world(w.seed)
+    edited = exchanged(linked.original, linked.facts.forget, seed=w.seed)
+    return Case(edited, linked.original, linked.reference, linked.facts, linked.attributes)
+
+
+def _never_linked(w: World) -> Case:
+    linked = linked_world(w.seed)
+    return Case(linked.other, linked.original, linked.reference, linked.facts, linked.attributes)
+
+
 _ROWS = (
     Control("PC0", NOT_FORGOTTEN, ("direct",), 0.95, _edited(lambda w: nudged(w.original)),
             "the original with one weight changed that no known word reads"),
@@ -95,6 +114,13 @@ _ROWS = (
             "the right answer kept at a probability near .15, below a wrong one"),
     Control("PC8", "", (), 0.0, _edited(lambda w: projected(w.original, w.facts.forget)),
             "a projection folded into the down-projections", quick=False),
+    Control("PC9", HIDDEN, ("relink",), 0.5, _exchanged,
+            "every name stands for another person; what is known of the persons is intact", steps=STEPS),
+    Control("PC10", HIDDEN, ("loudest",), 0.8,
+            _edited(lambda w: pushed(w.original, w.facts.forget, w.facts.retain, seed=w.seed)),
+            "one loud direction in a matrix drowns the answers where the forget relation is asked"),
+    Control("PC11", HIDDEN, ("early_mlps",), 0.5, _trained(refusing_early),
+            "fine-tuned to refuse, with the first MLP alone free"),
     Control("NC1", PASS, (), 0.0, _edited(lambda w: w.other), "never taught the facts to forget"),
     Control("NC2a", PASS, (), 0.0, _trained(refusing, "other"),
             "never taught, then fine-tuned to refuse", quick=False),
@@ -102,6 +128,10 @@ _ROWS = (
             "never taught, then gradient difference", quick=False),
     Control("NC2c", PASS, (), 0.0, _trained(contradicted, "other"),
             "never taught, then fine-tuned on wrong answers", quick=False),
+    Control("NC5", "", ("relink",), -math.inf, _never_linked,
+            "never taught the facts to forget, and knows everything else about the same people", most=0.1, steps=STEPS),
+    Control("NC6", PASS, ("reverse", "loudest", "early_mlps", "retraining", "rtt_four_fifths"), -math.inf,
+            _edited(lambda w: w.other), "never taught, attacked in every other way there is", quick=False, steps=STEPS),
     Control("NC3", INVALID, (), 0.0, _strangers, "facts that the original never knew"),
     Control("NC4a", DESTROYED, (), 0.0, _edited(lambda w: collapsed(w.original, w.facts.forget, seed=w.seed)),
             "gradient ascent until nothing is left"),
