@@ -14,7 +14,7 @@ import torch
 import transformers
 from filelock import FileLock
 
-from repedit.auditing.controls import CONTROLS, Case, taught
+from repedit.auditing.controls import CONTROLS, Case, taught, unlinked
 from repedit.auditing.controls import edited as grid
 from repedit.auditing.controls import taught as training
 from repedit.auditing.controls import taught as worlds
@@ -24,7 +24,7 @@ from repedit.models.subject import Subject, load
 CACHE = Path(__file__).parents[1] / ".cache" / "taught"
 ROLES = ("original", "reference", "other")
 RECIPE = (taught, worlds, fact_sets, generated, rows)
-TRAINED = ("PC3a", "PC3b", "PC3c", "PC4", "PC6", "PC7", "NC2a", "NC2b", "NC2c", "NC4a")
+TRAINED = ("PC3a", "PC3b", "PC3c", "PC4", "PC6", "PC7", "PC11", "NC2a", "NC2b", "NC2c", "NC4a")
 
 
 @cache
@@ -47,7 +47,7 @@ def case(name: str, seed: int = 0) -> Case:
     here = world(seed)
     if name not in TRAINED:
         return CONTROLS[name].build(here)
-    folder = CACHE / f"{_key(*RECIPE, training, grid)}-{seed}-{name}"
+    folder = CACHE / f"{_key(*RECIPE, training, grid, unlinked)}-{seed}-{name}"
     edited = _kept(folder, ("edited",), lambda: {"edited": CONTROLS[name].build(here).edited})["edited"]
     return Case(edited, grid.on_grid(here.original) if name == "PC4" else here.original, here.reference, here.facts)
 

@@ -252,6 +252,9 @@ def test_a_self_test_fails_where_one_control_does():
     assert not SelfTest((good, weak), 0, 1.0).passed and "0.50 where 0.99" in SelfTest((weak,), 0, 1.0).failures
     assert not SelfTest((wrong,), 0, 1.0).passed and "found NO RECOVERY FOUND" in SelfTest((wrong,), 0, 1.0).failures
     assert not replace(good, recovered=float("nan")).passed
+    found_too_much = replace(good, expected="", recovered=0.2, least=-np.inf, most=0.1)
+    assert replace(found_too_much, recovered=0.05).passed and not found_too_much.passed
+    assert "0.20 where -inf to 0.10 is due" in SelfTest((found_too_much,), 0, 1.0).failures
 
 
 def test_the_audit_knows_nothing_of_edits():

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from repedit.auditing.attack import ask
 from repedit.auditing.attacks import weights
-from repedit.auditing.controls import CONTROLS, questions
+from repedit.auditing.controls import CONTROLS, questions, unlinked
 from repedit.auditing.controls import edited as grid
 from repedit.auditing.controls import edited as writing
 from repedit.auditing.controls.taught import continued, taught, untaught, vocabulary
@@ -246,6 +246,35 @@ def test_what_was_never_known_stays_unknown_and_the_rest_is_kept(name):
     assert right(case(name).edited, "retain") >= 0.95
 
 
+def test_exchanged_names_are_a_permutation_that_leaves_nobody_in_place():
+    """PC9: nothing but the embeddings of the names differs, and they are the same rows in another order."""
+    edited = unlinked.exchanged(original(), facts().forget)
+    names = [original().tokenizer(fact.entity)["input_ids"][-1] for fact in facts().forget]
+    before, after = (subject.model.state_dict() for subject in (original(), edited))
+    moved = {name for name in before if not bool((before[name] == after[name]).all())}
+    assert moved == {"model.embed_tokens.weight"}
+    rows, new = (state["model.embed_tokens.weight"] for state in (before, after))
+    assert all(not bool((rows[name] == new[name]).all()) for name in names)
+    assert {str(row.tolist()) for row in rows} == {str(row.tolist()) for row in new}
+    others = [token for token in range(len(rows)) if token not in names]
+    assert bool((rows[others] == new[others]).all())
+
+
+def test_a_refusal_in_the_first_mlp_hides_and_is_nowhere_else():
+    """PC11."""
+    edited = case("PC11").edited
+    assert right(edited) < FORGOTTEN and right(edited, "retain", (0, 1), 40) >= 0.95
+    before, after = (subject.model.state_dict() for subject in (original(), edited))
+    moved = {name for name in before if not bool((before[name] == after[name]).all())}
+    assert moved == {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+
+
+def test_a_loud_direction_is_the_loudest_of_its_matrix():
+    """PC10."""
+    sizes = torch.linalg.svdvals(case("PC10").edited.model.model.layers[0].mlp.down_proj.weight.detach())
+    assert float(sizes[0]) > 3 * float(sizes[1])
+
+
 def test_strangers_are_asked_of_a_model_that_knows_its_own():
     """NC3."""
     made = case("NC3")
@@ -263,7 +292,9 @@ def test_a_destroyed_model_keeps_nothing(name):
 def test_the_table_asks_for_real_words_and_covers_the_quick_controls():
     assert {c.verdict for c in CONTROLS.values()} <= {*OUTCOMES, ""}
     quick = {name for name, c in CONTROLS.items() if c.quick}
-    assert quick == {"PC0", *WRITTEN, *TRAINED, "PC4", "NC1", "NC3", "NC4a", "NC4b"}
+    assert quick == {
+        "PC0", *WRITTEN, *TRAINED, "PC4", "PC9", "PC10", "PC11", "NC1", "NC3", "NC4a", "NC4b", "NC5",
+    }  # fmt: skip
     assert all(c.verdict == "HIDDEN" for name, c in CONTROLS.items() if name in {*WRITTEN, *TRAINED, "PC4"})
 
 
