@@ -14,6 +14,7 @@ from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, Training
 from repedit.io import archive
 from repedit.unlearning import losses, schedule, trainer
 from repedit.unlearning.combiners import weighted_sum
+from repedit.unlearning.exchange import Exchange
 from repedit.unlearning.forget_gradient import CommonPart, LeadingDirections
 from repedit.unlearning.masks import neuron_mask, saliency
 from repedit.unlearning.parameters import Lora, Mask, Parameters, TrainableCopy
@@ -35,8 +36,8 @@ def flat(name):
     found = RECIPES[name]()
     found = found.parts[0] if isinstance(found, MergedRecipe) else found
     settings = {"batch_size": 6, "lr": 1e-3, "length": 64, "epochs": 1.0}
-    if found.gradient_filter is None:
-        return replace(found, parameters=ALL, **settings)
+    if found.gradient_filter is None:  # these rows name no entity
+        return replace(found, parameters=ALL, exchange=Exchange(reverse=False), **settings)
     small = CommonPart(2, 2) if isinstance(found.gradient_filter, CommonPart) else LeadingDirections(3)
     return replace(found, gradient_filter=small, **settings)
 

@@ -182,7 +182,7 @@ def _unlearn(
     reference = options["reference"]
     if reference is not None:
         check_vocabulary(subject, reference)
-    rows = prepare_data(subject, recipe, **data)
+    rows = prepare_data(subject, recipe, **data, seed=options["seed"])
     recipe = _with_saliency_mask(subject, recipe, rows)
     if options["dropout"]:
         check_dropout(subject)

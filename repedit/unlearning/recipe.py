@@ -21,6 +21,7 @@ from repedit.errors import (
 from repedit.io.text import read_toml
 from repedit.unlearning import losses
 from repedit.unlearning.combiners import COMBINERS, Combiner, weighted_sum
+from repedit.unlearning.exchange import Exchange
 from repedit.unlearning.forget_gradient import (
     ADVERSARIES,
     FILTERS,
@@ -139,6 +140,8 @@ class UnlearnRecipe:
     """The directions that are removed from the forget gradient."""
     agreement: Agreement | None = None
     """Which entries of the forget gradient remain beside the retain gradient."""
+    exchange: Exchange = field(default_factory=Exchange)
+    """How terms with role exchanged get the answers of other subjects."""
     scale: float = 1.0
     """Factor of the differences at the end."""
     formula: str = ""
@@ -215,6 +218,7 @@ class UnlearnRecipe:
             "scale": self.scale,
             # Absent where they are not used, so that files of earlier versions are continued.
             **{name: repr(v) for name in _FORGET_GRADIENT if (v := getattr(self, name)) is not None},
+            **({"exchange": vars(self.exchange)} if "exchanged" in self.roles else {}),
         }
 
 
@@ -236,6 +240,7 @@ class Changes(TypedDict, total=False):
     adversary: Adversary | None
     gradient_filter: GradientFilter | None
     agreement: Agreement | None
+    exchange: Exchange
     scale: float
     formula: str
     source: str
@@ -245,7 +250,7 @@ RECIPE_FIELDS = tuple(Changes.__annotations__)
 _COMPOSITE: Mapping[str, Any] = {
     "terms": Term, "combiner": Combiner, "sampler": Sampler, "parameters": Parameters, "optimizer": OptimizerConfig,
     "schedule": Schedule, "stop": Stop, "saliency": Saliency | None, "adversary": Adversary | None,
-    "gradient_filter": GradientFilter | None, "agreement": Agreement | None,
+    "gradient_filter": GradientFilter | None, "agreement": Agreement | None, "exchange": Exchange,
 }  # fmt: skip
 """The fields of a recipe that are not plain numbers, and their types."""
 _FORGET_GRADIENT = ("adversary", "gradient_filter", "agreement")
@@ -418,6 +423,7 @@ _BUILDERS: Mapping[str, Callable[[Any], Any]] = {
     "adversary": _one_of("adversary", ADVERSARIES),
     "gradient_filter": _one_of("gradient_filter", FILTERS),
     "agreement": lambda table: _checked(Agreement, table, "[agreement]"),
+    "exchange": lambda table: _checked(Exchange, table, "[exchange]"),
     "optimizer": lambda table: _checked(OptimizerConfig, table, "[optimizer]"),
     "schedule": lambda table: _checked(Schedule, table, "[schedule]"),
 }

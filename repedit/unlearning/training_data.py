@@ -10,6 +10,7 @@ from repedit.data import Batch, Batches, Fact, Row, Rows, TextSource
 from repedit.errors import DataError
 from repedit.models.subject import Subject
 from repedit.training.sampler import BatchSampler, check_disjoint, label_mask, training_rows
+from repedit.unlearning.exchange import exchanged_rows
 from repedit.unlearning.recipe import UnlearnRecipe
 
 Sources: TypeAlias = TextSource | Mapping[str, TextSource]
@@ -37,12 +38,15 @@ def prepare_data(
     retain: Sources | None = None,
     update: Sources | None = None,
     allow_overlap: bool = False,
+    seed: int = 0,
 ) -> TrainingData:
     """Tokenize what a recipe trains on.
 
     Sets are rows, facts (with every phrasing they carry), a corpus (whole text, in chunks), texts, or a mapping of topics
     to those.
 
+    Args:
+        seed: of the exchange of answers.
     Raises:
         DataError: if a set is missing, empty or not used, or a row cannot be used.
         OverlapError: if forget and retain share rows.
@@ -58,6 +62,12 @@ def prepare_data(
         role: {topic or "all": {"name": batches.name, "hash": batches.hash} for topic, batches in by_topic.items()}
         for role, by_topic in sets.items()
     }
+    if "exchanged" in recipe.roles:
+        parts = {topic: exchanged_rows(_items(b), recipe.exchange, seed) for topic, b in sets["forget"].items()}
+        sets["exchanged"] = {
+            topic: Rows(part, f"{sets['forget'][topic].name}, exchanged") for topic, part in parts.items()
+        }
+        record["exchanged"] = {topic or "all": {"hash": part.hash} for topic, part in sets["exchanged"].items()}
     if "outdated" in recipe.roles:
         sets |= _split_outdated(sets["forget"], sets["update"])
     rows = {
