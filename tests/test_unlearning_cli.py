@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_exits_with_4(model, rows, tmp_path, monkeypat
         (("--set", "lr"), "write name=value"),
         (("--set", "lrs=1"), "did you mean 'lr'"),
         (("--mask", "sure"), "write 'sure:90'"),
-        (("--recipe", "zju_merge", "--layers", "1"), "merges several trainings"),
+        (("--recipe", "zju_merge", "--layers", "1"), "consists of several trainings"),
     ],
 )
 def test_bad_input(model, rows, tmp_path, more, message):

@@ -18,7 +18,7 @@ from repedit.unlearning.exchange import Exchange
 from repedit.unlearning.forget_gradient import CommonPart, LeadingDirections
 from repedit.unlearning.masks import neuron_mask, saliency
 from repedit.unlearning.parameters import Lora, Mask, Parameters, TrainableCopy
-from repedit.unlearning.recipe import MergedRecipe, OptimizerConfig, Term, UnlearnRecipe
+from repedit.unlearning.recipe import OptimizerConfig, Term, UnlearnRecipe
 from repedit.unlearning.recipes import RECIPES, sure
 from tests.unlearning_cases import gradient, rows, sides, subject, training, values
 
@@ -34,7 +34,7 @@ def sets_of(recipe):
 def flat(name):
     """A recipe by name with settings of a test; of a merged one its first part."""
     found = RECIPES[name]()
-    found = found.parts[0] if isinstance(found, MergedRecipe) else found
+    found = found if isinstance(found, UnlearnRecipe) else found.parts[0]
     settings = {"batch_size": 6, "lr": 1e-3, "length": 64, "epochs": 1.0}
     if found.gradient_filter is None:  # these rows name no entity
         return replace(found, parameters=ALL, exchange=Exchange(reverse=False), **settings)

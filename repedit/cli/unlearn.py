@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from repedit.data import Corpus, Fact, Tokens
     from repedit.delta import Delta
     from repedit.models.subject import Subject
-    from repedit.unlearning.recipe import MergedRecipe, UnlearnRecipe
+    from repedit.unlearning.recipe import AnyRecipe
 
     _Rows = Corpus | Tokens | Sequence[Fact]
 
@@ -36,13 +36,13 @@ def _list_recipes(context: Any, option: Any, value: bool) -> bool:
     if len(values) < 2 or not values["list_recipes"]:
         return value
     from repedit.cli import output
-    from repedit.unlearning.recipe import MergedRecipe
+    from repedit.unlearning.recipe import UnlearnRecipe
     from repedit.unlearning.recipes import RECIPES
 
     rows = []
     for name, make in RECIPES.items():
         recipe = make()
-        first = recipe.parts[0] if isinstance(recipe, MergedRecipe) else recipe
+        first = recipe if isinstance(recipe, UnlearnRecipe) else recipe.parts[0]
         duration = f"{first.steps} steps" if first.steps else f"{first.epochs:g} epochs"
         rows.append([name, recipe.formula, f"lr {first.lr:g}, {duration}, batch {first.batch_size}", recipe.source])
     columns = ("name", "formula", "defaults", "source")
@@ -153,9 +153,7 @@ def _write_and_show(delta: Delta, subject: Subject, out: Path, overwrite: bool, 
         )
 
 
-def _recipe(
-    name: str, settings: Sequence[str], layers: str | None, modules: str | None, mask: str | None
-) -> UnlearnRecipe | MergedRecipe:
+def _recipe(name: str, settings: Sequence[str], layers: str | None, modules: str | None, mask: str | None) -> AnyRecipe:
     """The recipe of a name or file, with its settings and what it trains."""
     from dataclasses import replace
 
@@ -166,13 +164,14 @@ def _recipe(
     if name.endswith(".toml"):
         if settings:
             raise ArgumentError(f"--set {settings[0]!r} beside the file {name}; write it under [options] there")
-        recipe: UnlearnRecipe | MergedRecipe = read(name)
+        recipe: AnyRecipe = read(name)
     else:
         recipe = by_name(name, **_settings(settings))
     if not isinstance(recipe, UnlearnRecipe):
         if layers is not None or modules is not None or mask is not None:
             raise ArgumentError(
-                f"recipe {name!r} merges several trainings; --layers, --modules and --mask fit a single one"
+                f"recipe {name!r} consists of several trainings; --layers, --modules and --mask fit a single one, --set gives "
+                "its options"
             )
         return recipe
     parameters = recipe.parameters
@@ -218,10 +217,10 @@ def _setting(text: str) -> tuple[str, object]:
     return name, float(parsed) if isinstance(parsed, int) and not isinstance(parsed, bool) and not whole else parsed
 
 
-def _sets(recipe: UnlearnRecipe | MergedRecipe, forget: str, retain: str | None, update: str | None) -> _Sets:
+def _sets(recipe: AnyRecipe, forget: str, retain: str | None, update: str | None) -> _Sets:
     """The data by role; by default, a recipe that retains retains the facts that belong to those it forgets."""
     from repedit import data
-    from repedit.unlearning.recipe import MergedRecipe
+    from repedit.unlearning.recipe import UnlearnRecipe
 
     def is_text(name: str) -> bool:
         return name in data.BUILTIN or name.endswith((".txt", ".md", ".parquet"))
@@ -229,7 +228,7 @@ def _sets(recipe: UnlearnRecipe | MergedRecipe, forget: str, retain: str | None,
     def rows(name: str | None) -> _Rows | None:
         return None if name is None else data.read(name) if is_text(name) else data.facts(name).forget
 
-    parts = recipe.parts if isinstance(recipe, MergedRecipe) else (recipe,)
+    parts = (recipe,) if isinstance(recipe, UnlearnRecipe) else recipe.parts
     retains = any("retain" in part.roles for part in parts)
     facts_of_forget = retain is None and retains and not is_text(forget)
     return {

@@ -15,6 +15,7 @@ from repedit.distributed import ProcessGroup, process_group
 from repedit.errors import (
     ArgumentError,
     CheckpointError,
+    DataError,
     NoOpEdit,
     TargetExists,
     TrainingError,
@@ -32,10 +33,12 @@ from repedit.models.subject import Subject
 from repedit.training import resume as resume_state
 from repedit.unlearning import sharding
 from repedit.unlearning.masks import saliency_of_rows
+from repedit.unlearning.noise import add_noise
 from repedit.unlearning.parameters import Parameters, TrainableCopy
-from repedit.unlearning.recipe import Changes, MergedRecipe, UnlearnRecipe, resolved_fields
+from repedit.unlearning.recipe import AnyRecipe, Changes, StagedRecipe, UnlearnRecipe, resolved_fields
 from repedit.unlearning.reference import Reference, check_vocabulary
 from repedit.unlearning.schedule import Stop
+from repedit.unlearning.stages import run_stages
 from repedit.unlearning.trainer import Training, check_dropout, recompute_blocks
 from repedit.unlearning.training_data import Sources, TrainingData, prepare_data
 
@@ -68,7 +71,7 @@ class _Data(TypedDict):
 def unlearn(
     subject: Subject,
     *,
-    recipe: UnlearnRecipe | MergedRecipe,
+    recipe: AnyRecipe,
     forget: Sources | None,
     retain: Sources | None = None,
     update: Sources | None = None,
@@ -100,7 +103,8 @@ def unlearn(
     same Delta, which equals that of one process up to the order of sums; the first rank writes the files.
 
     Args:
-        recipe: from `rp.recipes`; lr, steps, epochs, batch_size, length and parameters override it, `stop` adds rules.
+        recipe: from `rp.recipes`; lr, steps, epochs, batch_size, length and parameters override it, `stop` adds rules. Of
+            a recipe with several trainings they override all.
         forget, retain, update: rows or facts (their answers count), a corpus or texts (all of it counts), or a mapping of
             topics to those.
         reference: a model that the losses compare with, in place of the start weights.
@@ -142,14 +146,21 @@ def unlearn(
         "reference": reference, "micro_batch": micro_batch, "clip": clip, "seed": seed, "shard": shard, "dropout": dropout,
         "gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every, "progress": progress,
     }  # fmt: skip
-    if not isinstance(recipe, MergedRecipe):
+    if isinstance(recipe, UnlearnRecipe):
         recipe = _changed(recipe, changes, stop)
         return _unlearn(subject, recipe, data, options, state, None if log is None else Path(log))
+    if isinstance(recipe, StagedRecipe):
+        if parameters is not None:
+            raise ArgumentError(
+                f"parameters was given and recipe {recipe.name!r} chooses them for each of its trainings; give its own options"
+            )
+        recipe = recipe.changed(lambda part: _changed(part, changes, stop))
+        return _unlearn_in_stages(subject, recipe, data, options, state, log)
     # Each part from the same start; states and logs of the parts are files of their own.
-    parts = []
-    for number, part in enumerate(recipe.parts):
-        files = [None if path is None else _numbered(Path(path), number) for path in (state, log)]
-        parts.append(_unlearn(subject, _changed(part, changes, stop), data, options, *files))
+    parts = [
+        _unlearn(subject, _changed(part, changes, stop), data, options, *_files(state, log, number))
+        for number, part in enumerate(recipe.parts)
+    ]
     merged = Delta.ties(parts, recipe.weights, recipe.density)
     return Delta(merged.tensors, {**merged.provenance, "method": recipe.name, "options": recipe.plain()}, parts[0].log)
 
@@ -171,6 +182,33 @@ def _changed(recipe: UnlearnRecipe, changes: Changes, stop: Sequence[Stop]) -> U
     return replace(recipe, **resolved_fields({}, {**changes, "stop": (*recipe.stop, *stop)}))
 
 
+def _unlearn_in_stages(
+    subject: Subject, recipe: StagedRecipe, data: _Data, options: _Options, state: Path | None, log: str | Path | None
+) -> Delta:
+    """The stages one after the other; their states and logs are files of their own."""
+    if data["forget"] is None:
+        raise DataError(f"recipe {recipe.name!r} needs a forget set and none was given; pass forget=...")
+
+    def train(
+        number: int,
+        start: Subject,
+        part: UnlearnRecipe,
+        reference: Subject | None,
+        forget: Sources,
+        retain: Sources | None,
+    ) -> Delta:
+        own: _Data = {**data, "forget": forget, "retain": retain}
+        settings: _Options = {**options, "reference": options["reference"] or reference}
+        return _unlearn(start, part, own, settings, *_files(state, log, number))
+
+    return run_stages(subject, recipe, data["forget"], data["retain"], options["seed"], train)
+
+
+def _files(state: Path | None, log: str | Path | None, number: int) -> list[Path | None]:
+    """The files of one of several trainings."""
+    return [None if path is None else _numbered(Path(path), number) for path in (state, log)]
+
+
 def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
@@ -189,8 +227,11 @@ def _unlearn(
     record = _provenance(subject, recipe, rows, options)
     group = process_group(subject.device)
     group.check_same(**record, micro_batch=options["micro_batch"], shard=options["shard"])
+    trainable = _trainable(subject, recipe, group, options)
+    if recipe.noise is not None:
+        add_noise(trainable, recipe.noise, rows.rows["forget"], rows.rows["retain"], options["seed"])
     training = Training(
-        trainable=_trainable(subject, recipe, group, options),
+        trainable=trainable,
         reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives}),
         data=rows,
         recipe=recipe,

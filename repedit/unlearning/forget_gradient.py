@@ -209,7 +209,7 @@ class ForgetGradient:
     """What later steps need of earlier ones: the fork, the directions that are removed, the mean retain gradient."""
 
     def __post_init__(self) -> None:
-        self.matrices = _matrices(self.trainable) if self.filter is not None else {}
+        self.matrices = linear_matrices(self.trainable, "a gradient filter works") if self.filter is not None else {}
         if self.filter is not None:
             _check_ranks(self.filter, self.trainable, self.matrices)
         if isinstance(self.adversary, Fork) and self.adversary.held_out and len(set(self.facts)) < 2:
@@ -386,9 +386,11 @@ class Matrix:
         return weight.mT if self.is_transposed else weight
 
 
-def _matrices(trainable: TrainableCopy) -> dict[str, Matrix]:
+def linear_matrices(trainable: TrainableCopy, what: str) -> dict[str, Matrix]:
     """The trained weights by name.
 
+    Args:
+        what: what needs them, for the message.
     Raises:
         SelectionError: if something is trained that is not the weight of a linear module.
     """
@@ -400,7 +402,7 @@ def _matrices(trainable: TrainableCopy) -> dict[str, Matrix]:
         module = trainable.subject.model.get_submodule(path)
         if trainable.adapters is not None or leaf != "weight" or not isinstance(module, nn.Linear | Conv1D):
             raise SelectionError(
-                f"a gradient filter works on the weights of linear modules, and {name!r} is trained too; select "
+                f"{what} on the weights of linear modules, and {name!r} is trained too; select "
                 "modules=('mlp.in', 'mlp.out'), without biases, embeddings, fused experts or adapters"
             )
         matrices[name] = Matrix(module, isinstance(module, Conv1D))

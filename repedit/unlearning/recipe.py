@@ -31,6 +31,7 @@ from repedit.unlearning.forget_gradient import (
     GradientFilter,
 )
 from repedit.unlearning.losses import Loss, nll
+from repedit.unlearning.noise import Noise
 from repedit.unlearning.parameters import Lora, Parameters
 from repedit.unlearning.sampling import FORGET_SIDE, RETAIN_SIDE, SAMPLERS, Sampler, paired
 from repedit.unlearning.schedule import STOP_RULES, Record, Schedule, Stop, collapse
@@ -142,6 +143,8 @@ class UnlearnRecipe:
     """Which entries of the forget gradient remain beside the retain gradient."""
     exchange: Exchange = field(default_factory=Exchange)
     """How terms with role exchanged get the answers of other subjects."""
+    noise: Noise | None = None
+    """What is added to the trained weights before the first step."""
     scale: float = 1.0
     """Factor of the differences at the end."""
     formula: str = ""
@@ -185,6 +188,8 @@ class UnlearnRecipe:
             )
         if self.agreement is not None and not any(t.role in RETAIN_SIDE for t in self.terms):
             raise ArgumentError(f"recipe {self.name!r}: agreement needs a retain gradient; add a term with role retain")
+        if self.noise is not None and not any(t.role == "retain" for t in self.terms):
+            raise ArgumentError(f"recipe {self.name!r}: noise spares what retain rows use; add a term with role retain")
 
     def __repr__(self) -> str:
         return f"{self.name}: {self.formula} [{self.combiner}; lr {self.lr:g}]"
@@ -217,7 +222,7 @@ class UnlearnRecipe:
             "saliency": None if self.saliency is None else {k: str(v) for k, v in vars(self.saliency).items()},
             "scale": self.scale,
             # Absent where they are not used, so that files of earlier versions are continued.
-            **{name: repr(v) for name in _FORGET_GRADIENT if (v := getattr(self, name)) is not None},
+            **{name: repr(v) for name in _OPTIONAL if (v := getattr(self, name)) is not None},
             **({"exchange": vars(self.exchange)} if "exchanged" in self.roles else {}),
         }
 
@@ -241,6 +246,7 @@ class Changes(TypedDict, total=False):
     gradient_filter: GradientFilter | None
     agreement: Agreement | None
     exchange: Exchange
+    noise: Noise | None
     scale: float
     formula: str
     source: str
@@ -251,9 +257,11 @@ _COMPOSITE: Mapping[str, Any] = {
     "terms": Term, "combiner": Combiner, "sampler": Sampler, "parameters": Parameters, "optimizer": OptimizerConfig,
     "schedule": Schedule, "stop": Stop, "saliency": Saliency | None, "adversary": Adversary | None,
     "gradient_filter": GradientFilter | None, "agreement": Agreement | None, "exchange": Exchange,
+    "noise": Noise | None,
 }  # fmt: skip
 """The fields of a recipe that are not plain numbers, and their types."""
-_FORGET_GRADIENT = ("adversary", "gradient_filter", "agreement")
+_OPTIONAL = ("adversary", "gradient_filter", "agreement", "noise")
+"""Fields that most recipes leave out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +279,56 @@ class MergedRecipe:
         """Everything that decides the result, as JSON values."""
         parts = [part.plain() for part in self.parts]
         return {"recipe": self.name, "parts": parts, "weights": list(self.weights), "density": self.density}
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One training."""
+
+    recipe: UnlearnRecipe
+    after: tuple[int, ...] = ()
+    """Numbers of the earlier stages whose changes the model has from which this one starts."""
+    compares_with_original: bool = False
+    """Whether losses compare with the model given, and not with the one from which this stage starts."""
+    folds: tuple[int, int] | None = None
+    """(i, k) forgets the first i of k folds of the forget set and retains the others."""
+
+
+@dataclass(frozen=True, eq=False)
+class StagedRecipe:
+    """Trainings one after the other; the stages may depend on the number of layers of the model."""
+
+    name: str
+    stages: Callable[[int], tuple[Stage, ...]]
+    """Number of layers -> the stages."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    formula: str = ""
+    source: str = ""
+
+    @property
+    def example(self) -> tuple[Stage, ...]:
+        """The stages for a model of 32 layers."""
+        return self.stages(32)
+
+    @property
+    def parts(self) -> tuple[UnlearnRecipe, ...]:
+        """The recipes of the stages for a model of 32 layers."""
+        return tuple(stage.recipe for stage in self.example)
+
+    def changed(self, change: Callable[[UnlearnRecipe], UnlearnRecipe]) -> StagedRecipe:
+        """The same with every recipe changed."""
+
+        def stages(depth: int) -> tuple[Stage, ...]:
+            return tuple(replace(stage, recipe=change(stage.recipe)) for stage in self.stages(depth))
+
+        return replace(self, stages=stages)
+
+    def plain(self) -> dict[str, Any]:
+        """Its name and options, as JSON values."""
+        return {"recipe": self.name, **self.options}
+
+
+AnyRecipe = UnlearnRecipe | MergedRecipe | StagedRecipe
 
 
 def build_recipe(name: str, terms: tuple[Term, ...], changes: Changes, **defaults: Unpack[Changes]) -> UnlearnRecipe:
@@ -313,12 +371,12 @@ def resolved_fields(defaults: Changes, changes: Changes) -> Changes:
 # layers = "20-29"
 # modules = ["mlp.out"]
 
-ByName = Callable[..., UnlearnRecipe | MergedRecipe]
+ByName = Callable[..., AnyRecipe]
 """(name, **options) -> the recipe of that name."""
 Table = Mapping[str, Any]
 
 
-def recipe_from_file(path: str | Path, by_name: ByName) -> UnlearnRecipe:
+def recipe_from_file(path: str | Path, by_name: ByName) -> UnlearnRecipe | StagedRecipe:
     """The recipe in a TOML file.
 
     Raises:
@@ -335,7 +393,7 @@ def recipe_from_file(path: str | Path, by_name: ByName) -> UnlearnRecipe:
         raise ArgumentError(f"{path}: the type of a value does not fit its key: {error}") from error
 
 
-def recipe_from_table(table: Table, by_name: ByName, *, name: str = "written") -> UnlearnRecipe:
+def recipe_from_table(table: Table, by_name: ByName, *, name: str = "written") -> UnlearnRecipe | StagedRecipe:
     """The recipe of a parsed TOML table; see `recipe_from_file`."""
     keys = dict(table)
     if "optimiser" in keys:  # the spelling of earlier versions
@@ -352,6 +410,12 @@ def recipe_from_table(table: Table, by_name: ByName, *, name: str = "written") -
             )
         return _checked(UnlearnRecipe, {"name": title, **values}, f"recipe {title!r}")
     start = by_name(base, **options)
+    if isinstance(start, StagedRecipe):  # its keys are those of its trainings
+        check_names(f"recipe {title!r}, which has several trainings,", values, RECIPE_FIELDS, "key")
+        floats = {key: float(v) for key, v in values.items() if key in ("lr", "epochs", "scale")}
+        changed = by_name(base, **options, **(values | floats))
+        assert isinstance(changed, StagedRecipe)
+        return replace(changed, name=title)
     if not isinstance(start, UnlearnRecipe):
         raise ArgumentError(f"recipe {title!r}: {base!r} merges several trainings; a file describes a single one")
     if "parameters" in keys:
@@ -424,6 +488,7 @@ _BUILDERS: Mapping[str, Callable[[Any], Any]] = {
     "gradient_filter": _one_of("gradient_filter", FILTERS),
     "agreement": lambda table: _checked(Agreement, table, "[agreement]"),
     "exchange": lambda table: _checked(Exchange, table, "[exchange]"),
+    "noise": lambda table: _checked(Noise, table, "[noise]"),
     "optimizer": lambda table: _checked(OptimizerConfig, table, "[optimizer]"),
     "schedule": lambda table: _checked(Schedule, table, "[schedule]"),
 }

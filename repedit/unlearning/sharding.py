@@ -42,10 +42,10 @@ def check_shardable(recipe: UnlearnRecipe, processes: int) -> None:
         )
     if recipe.parameters.lora is not None:
         raise ArgumentError("shard=True and lora were both given; adapters are small, omit shard")
-    if recipe.adversary or recipe.gradient_filter or recipe.agreement:
+    if recipe.adversary or recipe.gradient_filter or recipe.agreement or recipe.noise:
         raise ArgumentError(
-            f"shard=True and recipe {recipe.name!r} takes its forget gradient at other weights, filters or masks it, which needs "
-            "whole tensors; omit shard"
+            f"shard=True and recipe {recipe.name!r} takes its forget gradient at other weights, filters or masks it, or adds "
+            "noise, which needs whole tensors; omit shard"
         )
     if recipe.optimizer.name == "adafactor":
         raise ArgumentError(
