@@ -134,7 +134,7 @@ def test_every_recipe_that_is_offered_exists():
         try:
             by_name(name)
         except ArgumentError as error:
-            assert "merges several" in str(error)
+            assert "consists of several" in str(error)
     assert completion.site("") == [f"*.{point}" for point in Point]
 
 

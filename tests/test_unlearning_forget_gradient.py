@@ -394,7 +394,7 @@ def test_recipe_files_name_them(tmp_path):
 def test_sam_goes_over_any_recipe():
     found = rp.recipes.by_name("small:sam:npo_gdr", rho=0.2, beta=0.5)
     assert found.adversary == SharpnessAware(0.2) and found.steps == 60 and found.name == "sam(npo_gdr)"
-    with pytest.raises(UnknownName, match="merges several"):
+    with pytest.raises(UnknownName, match="consists of several"):
         rp.recipes.by_name("sam:zju_merge")
 
 

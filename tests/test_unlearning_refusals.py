@@ -166,7 +166,7 @@ def test_masks_and_adapters_exclude_each_other():
         (lambda: rp.recipes.blur_ga(gamma=0.0), ArgumentError, r"gamma=0\.0; give a number above 0"),
         (lambda: rp.recipes.sure(rp.recipes.ga(), percentile=101.0), ArgumentError, r"percentile=101\.0; give a number in \[0, 100\]"),
         (lambda: rp.recipes.sure(rp.recipes.ga(), unit="rows"), UnknownName, "unit='rows'; did you mean 'row'"),
-        (lambda: rp.recipes.by_name("sure:zju_merge"), UnknownName, "'zju_merge' merges several"),
+        (lambda: rp.recipes.by_name("sure:zju_merge"), UnknownName, "'zju_merge' consists of several"),
         (lambda: Term(nll(), "forgets"), UnknownName, "role='forgets'; did you mean 'forget'"),
         (lambda: OptimizerConfig("adam"), UnknownName, "optimizer='adam'; did you mean 'adamw'"),
         (lambda: schedule.Schedule("cosin"), UnknownName, "shape='cosin'; did you mean 'cosine'"),

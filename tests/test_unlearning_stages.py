@@ -114,7 +114,10 @@ def test_blocks_cover_the_layers():
 # --- Noise
 
 
-def noise_stays_in_its_span(chosen=Noise(0.5, 1.0)):
+LOUD = Noise(0.5, 1.0)
+
+
+def noise_stays_in_its_span(chosen=LOUD):
     """Inputs orthogonal to the span see the old weights; in the span they are shrunk and noised."""
     lm = subject()
     recipe = rp.recipes.grad_diff(parameters=Parameters("0-1", ("mlp.out",)))
@@ -137,14 +140,11 @@ def test_noise_stays_in_its_span():
 
 
 def test_noise_everywhere_is_caught(monkeypatch):
-    honest = torch.randn
+    def everywhere(weight, basis, chosen, generator):
+        return chosen.scale * weight.std() * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
 
-    def everywhere(*size, **options):
-        return honest(*size, **options)
-
-    monkeypatch.setattr(noise, "_span", lambda x: torch.linalg.qr(honest(len(x), 6, dtype=x.dtype))[0] + 0.1)
-    monkeypatch.setattr(torch, "randn", everywhere)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr(noise, "_damage", everywhere)
+    with pytest.raises(AssertionError, match="leaves its span"):
         noise_stays_in_its_span()
 
 
@@ -224,13 +224,12 @@ def test_the_delta_is_that_of_the_last_model(dtype, monkeypatch):
     """Rounding between the stages is not lost: the last weights come out, and they are rounded once."""
     lm = subject(dtype=dtype)
     whole, seen, _ = trainings(blocks(lr=1e-2), monkeypatch, model=lm)
-    (
-        start,
-        *_,
-    ) = seen[-1]
+    start = seen[-1][0]
     for name, change in seen[-1][3].tensors.items():
         last = (start.value(name).float() + change).to(dtype)
-        assert torch.equal(rp.apply(whole, lm).value(name), last)
+        # Sums of float32 differences may differ in the last digit; those of bfloat16 weights are exact.
+        within = 1e-7 if dtype == torch.float32 else 0
+        torch.testing.assert_close(rp.apply(whole, lm).value(name), last, rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -307,7 +306,11 @@ MATRICES = Parameters("0", ("mlp.out",))
         (lambda: rp.recipes.layered(inner="npo"), ArgumentError, "recipe 'npo' retains nothing"),
         (lambda: rp.recipes.layered(inner="zju_merge"), UnknownName, "'zju_merge' has several"),
         (lambda: rp.recipes.undo(inner="layered"), UnknownName, "'layered' has several"),
-        (lambda: rp.recipes.by_name("small:undo"), UnknownName, "modifies a single training, 'undo' has several"),
+        (
+            lambda: rp.recipes.by_name("small:undo"),
+            UnknownName,
+            "modifies a single training, 'undo' consists of several",
+        ),
         (lambda: Noise(shrink=0.0), ArgumentError, "shrink=0.0"),
         (lambda: rp.recipes.ga(noise=Noise()), ArgumentError, "noise spares what retain rows use"),
         (

@@ -220,7 +220,6 @@ def _setting(text: str) -> tuple[str, object]:
 def _sets(recipe: AnyRecipe, forget: str, retain: str | None, update: str | None) -> _Sets:
     """The data by role; by default, a recipe that retains retains the facts that belong to those it forgets."""
     from repedit import data
-    from repedit.unlearning.recipe import UnlearnRecipe
 
     def is_text(name: str) -> bool:
         return name in data.BUILTIN or name.endswith((".txt", ".md", ".parquet"))
@@ -228,7 +227,7 @@ def _sets(recipe: AnyRecipe, forget: str, retain: str | None, update: str | None
     def rows(name: str | None) -> _Rows | None:
         return None if name is None else data.read(name) if is_text(name) else data.facts(name).forget
 
-    parts = (recipe,) if isinstance(recipe, UnlearnRecipe) else recipe.parts
+    parts = getattr(recipe, "parts", (recipe,))  # of several trainings
     retains = any("retain" in part.roles for part in parts)
     facts_of_forget = retain is None and retains and not is_text(forget)
     return {

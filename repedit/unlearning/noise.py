@@ -80,12 +80,17 @@ def add_noise(
         bases[name] = basis
         with torch.no_grad():
             weight = matrix.oriented(p)
-            drawn = torch.randn(len(weight), basis.shape[1], generator=_generator(seed, name), dtype=torch.float64).to(
-                p
-            )
-            size = weight.double().square().mean().sqrt().to(p)
-            weight += (noise.shrink * noise.scale * size * drawn - noise.shrink * (weight @ basis)) @ basis.mT
+            weight += _damage(weight, basis, noise, _generator(seed, name))
     return bases
+
+
+def _damage(
+    weight: Float[Tensor, "n d"], basis: Float[Tensor, "d r"], noise: Noise, generator: torch.Generator
+) -> Float[Tensor, "n d"]:
+    """What is added to a weight."""
+    drawn = torch.randn(len(weight), basis.shape[1], generator=generator, dtype=torch.float64).to(weight)
+    size = weight.double().square().mean().sqrt().to(weight)
+    return (noise.shrink * noise.scale * size * drawn - noise.shrink * (weight @ basis)) @ basis.mT
 
 
 def _keys(

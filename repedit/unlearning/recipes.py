@@ -70,7 +70,7 @@ def by_name(name: str, /, **options: object) -> AnyRecipe:
         own = {key: value for key, value in options.items() if key in _OUTER_OPTIONS[head]}
         inner = by_name(rest, **{key: value for key, value in options.items() if key not in own})
         if not isinstance(inner, UnlearnRecipe):
-            raise UnknownName(f"{head} modifies a single training, {rest!r} has several; name another recipe")
+            raise UnknownName(f"{head} modifies a single training, {rest!r} consists of several; name another recipe")
         if head != "small":
             outer: Callable[..., UnlearnRecipe] = sure if head == "sure" else sam
             return outer(inner, **own)
