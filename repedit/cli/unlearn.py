@@ -227,7 +227,7 @@ def _sets(recipe: AnyRecipe, forget: str, retain: str | None, update: str | None
     def rows(name: str | None) -> _Rows | None:
         return None if name is None else data.read(name) if is_text(name) else data.facts(name).forget
 
-    parts = getattr(recipe, "parts", (recipe,))  # of several trainings
+    parts: tuple[UnlearnRecipe, ...] = getattr(recipe, "parts", (recipe,))  # of several trainings
     retains = any("retain" in part.roles for part in parts)
     facts_of_forget = retain is None and retains and not is_text(forget)
     return {
