@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from repedit.data import Corpus, Fact, Tokens
     from repedit.delta import Delta
     from repedit.models.subject import Subject
-    from repedit.unlearning.recipe import AnyRecipe
+    from repedit.unlearning.recipe import AnyRecipe, UnlearnRecipe
 
     _Rows = Corpus | Tokens | Sequence[Fact]
 
