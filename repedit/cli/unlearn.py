@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from repedit.data import Corpus, Fact, Tokens
     from repedit.delta import Delta
     from repedit.models.subject import Subject
-    from repedit.unlearning.recipe import AnyRecipe, UnlearnRecipe
+    from repedit.unlearning.recipe import AnyRecipe
 
     _Rows = Corpus | Tokens | Sequence[Fact]
 
@@ -227,7 +227,7 @@ def _sets(recipe: AnyRecipe, forget: str, retain: str | None, update: str | None
     def rows(name: str | None) -> _Rows | None:
         return None if name is None else data.read(name) if is_text(name) else data.facts(name).forget
 
-    parts: tuple[UnlearnRecipe, ...] = getattr(recipe, "parts", (recipe,))  # of several trainings
+    parts = recipe.parts if isinstance(recipe, MergedRecipe | StagedRecipe) else (recipe,)
     retains = any("retain" in part.roles for part in parts)
     facts_of_forget = retain is None and retains and not is_text(forget)
     return {
