@@ -220,6 +220,7 @@ def _setting(text: str) -> tuple[str, object]:
 def _sets(recipe: AnyRecipe, forget: str, retain: str | None, update: str | None) -> _Sets:
     """The data by role; by default, a recipe that retains retains the facts that belong to those it forgets."""
     from repedit import data
+    from repedit.unlearning.recipe import MergedRecipe, StagedRecipe
 
     def is_text(name: str) -> bool:
         return name in data.BUILTIN or name.endswith((".txt", ".md", ".parquet"))
