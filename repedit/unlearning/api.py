@@ -150,12 +150,8 @@ def unlearn(
         recipe = _changed(recipe, changes, stop)
         return _unlearn(subject, recipe, data, options, state, None if log is None else Path(log))
     if isinstance(recipe, StagedRecipe):
-        if parameters is not None:
-            raise ArgumentError(
-                f"parameters was given and recipe {recipe.name!r} chooses them for each of its trainings; give its own options"
-            )
-        recipe = recipe.changed(lambda part: _changed(part, changes, stop))
-        return _unlearn_in_stages(subject, recipe, data, options, state, log)
+        staged = _changed_stages(recipe, changes, stop)
+        return _unlearn_in_stages(subject, staged, data, options, state, log)
     # Each part from the same start; states and logs of the parts are files of their own.
     parts = [
         _unlearn(subject, _changed(part, changes, stop), data, options, *_files(state, log, number))
@@ -180,6 +176,14 @@ def _check_log(log: str | Path | None) -> None:
 
 def _changed(recipe: UnlearnRecipe, changes: Changes, stop: Sequence[Stop]) -> UnlearnRecipe:
     return replace(recipe, **resolved_fields({}, {**changes, "stop": (*recipe.stop, *stop)}))
+
+
+def _changed_stages(recipe: StagedRecipe, changes: Changes, stop: Sequence[Stop]) -> StagedRecipe:
+    if "parameters" in changes:
+        raise ArgumentError(
+            f"parameters was given and recipe {recipe.name!r} chooses them for each of its trainings; give its own options"
+        )
+    return recipe.changed(lambda part: _changed(part, changes, stop))
 
 
 def _unlearn_in_stages(
