@@ -14,7 +14,7 @@ import torch
 import transformers
 from filelock import FileLock
 
-from repedit.auditing.controls import CONTROLS, Case, taught, unlinked
+from repedit.auditing.controls import CONTROLS, AuditInputs, taught, unlinked
 from repedit.auditing.controls import edited as grid
 from repedit.auditing.controls import taught as training
 from repedit.auditing.controls import taught as worlds
@@ -42,14 +42,16 @@ def world(seed: int = 0) -> worlds.World:
 
 
 @cache
-def case(name: str, seed: int = 0) -> Case:
+def case(name: str, seed: int = 0) -> AuditInputs:
     """What a control gives an audit; do not change its models. Those that are trained are kept on disk."""
     here = world(seed)
     if name not in TRAINED:
         return CONTROLS[name].build(here)
     folder = CACHE / f"{_key(*RECIPE, training, grid, unlinked)}-{seed}-{name}"
     edited = _kept(folder, ("edited",), lambda: {"edited": CONTROLS[name].build(here).edited})["edited"]
-    return Case(edited, grid.on_grid(here.original) if name == "PC4" else here.original, here.reference, here.facts)
+    return AuditInputs(
+        edited, grid.on_grid(here.original) if name == "PC4" else here.original, here.reference, here.facts
+    )
 
 
 def original(seed: int = 0) -> Subject:

@@ -32,9 +32,9 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "inspect": ("cli.inspect.load_model", "cli.output.show_json", "cli.output.table"),
     "collect": ("cli.neurons.load_model", "data.read", "activations.collection.collect", "cli.neurons.save", "cli.output.show_json"),
     "score": ("cli.neurons.load_model", "cli.neurons._scores", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
-    "prune": ("cli.neurons.load_model", "neurons.pruning.run_pruning", "cli.neurons.write", "cli.neurons._show", "cli.neurons.plan_summary"),
+    "prune": ("cli.neurons.load_model", "neurons.pruning.run_pruning", "cli.neurons.write_edited", "cli.neurons._show", "cli.neurons.plan_summary"),
     "project": ("cli.project.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "fit.overwrite.overwrite", "data.read", "metrics.facts.knowledge", "rewrite.apply.apply",
-                "cli.project._show", "cli.project._show_overwrite", "cli.project.plan_summary", "cli.project.write"),
+                "cli.project._show", "cli.project._show_overwrite", "cli.project.plan_summary", "cli.project.write_edited"),
     "unlearn": ("cli.unlearn.load_model", "data.facts", "data.read", "unlearning.api.unlearn", "cli.unlearn._write_and_show",
                 "cli.output.show_json", "cli.output.table"),
     "apply": ("cli.apply.load_model", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",
@@ -46,12 +46,12 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "audit": ("data.facts", "data.builtin_corpus", "auditing.api.audit", "auditing.budgets.estimate", "auditing.selftest.selftest",
               "report.write", "report.redacted", "cli.audit.show", "cli.audit._estimate", "cli.audit._selftest"),
     "report": ("auditing.report.Report.load", "report.compare_reports", "report.redacted", "report.write", "cli.audit.show", "cli.output.show_json",
-               "cli.audit._plain"),
+               "cli.audit._audit_values"),
     "tasks": ("metrics.harness.write_tasks", "cli.output.show_json"),
     "push": ("rewrite.hub.push", "cli.output.show_json", "cli.output.table"),
     "run": ("cli.run.verbs", "cli.run._execute_with", "runs.run", "report.write_run"),
     "reproduce": ("cli.run.verbs", "cli.run._execute_with", "runs.reproduce"),
-    "vision demo": ("demo.forget_images", "cli.vision._written", "cli.vision._show", "cli.vision._plain", "cli.output.show_json"),
+    "vision demo": ("demo.forget_images", "cli.vision._written", "cli.vision._show", "cli.vision._demo_values", "cli.output.show_json"),
 }  # fmt: skip
 """Verb -> what its command line calls; each call is recorded and does nothing."""
 BASE: dict[str, tuple[str, ...]] = {

@@ -51,12 +51,12 @@ def unmasked(subject, tokens):
     return ids, torch.ones_like(mask)
 
 
-plain_padded = generation._padded
+plain_padded = generation._padded_left
 
 
 @pytest.mark.parametrize("broken", [on_the_right, unmasked])
 def test_padding_that_is_read_is_caught(broken, monkeypatch):
-    monkeypatch.setattr(generation, "_padded", broken)
+    monkeypatch.setattr(generation, "_padded_left", broken)
     with pytest.raises(AssertionError):
         check_alone("gpt2")
 

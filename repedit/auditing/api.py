@@ -12,7 +12,7 @@ from pathlib import Path
 
 from repedit.auditing.attack import Attack, Setup
 from repedit.auditing.budgets import INVENTED_FACTS, RETAIN_FACTS, SEEDS, built, planned, records
-from repedit.auditing.conclusion import Case, report_of
+from repedit.auditing.conclusion import CompletedAudit, report_of
 from repedit.auditing.data import AuditData, DataOptions, audit_data
 from repedit.auditing.diagnostics import with_examples_and_diagnostics
 from repedit.auditing.floors import choices_only_baseline, fresh_facts, retain_check
@@ -113,12 +113,12 @@ def audit(
         roles = _roles(models, data, built(names, setup), budget, options)
         store = FindingStore(Path(out) if out is not None else None)
         findings = run(roles, chosen, store, progress=progress)
-    case = Case(
+    completed = CompletedAudit(
         roles=roles, findings=findings, data=data, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
         recovery_threshold=recovery_threshold, pass_threshold=pass_threshold, allow_small=allow_small, edited_layers=edited_layers, planned=names, command=command,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
-    report = with_examples_and_diagnostics(report_of(case), models, () if budget == "fast" else data.tested)
+    report = with_examples_and_diagnostics(report_of(completed), models, () if budget == "fast" else data.tested)
     if out is not None and save:
         report.save(out)
     return report

@@ -83,7 +83,7 @@ def audit_classifiers(
     """
     retrained = [model for model in (reference, *references) if model is not None]
     for model in edited.values():
-        _check(model, original, task, splits, retrained)
+        _check_models(model, original, task, splits, retrained)
 
     def attacked(role: str, model: nn.Module) -> _Attacked:
         with during(f"the {role} model", f"in the audit of the {role} classifier, seed {seed}"):
@@ -125,7 +125,7 @@ def _report(
     )  # fmt: skip
 
 
-def _check(
+def _check_models(
     edited: nn.Module, original: nn.Module, task: Task, splits: ImageSplits, references: Sequence[nn.Module]
 ) -> None:
     if splits.plans:

@@ -36,7 +36,7 @@ class BootstrapOptions(TypedDict):
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class CompletedAudit:
     """Everything an audit did, before anything is concluded."""
 
     roles: Sequence[Role]
@@ -75,99 +75,99 @@ class Case:
         return [f for f in self.findings.get(role, ()) if f.attack == attack]
 
 
-def report_of(case: Case) -> Report:
-    """The report of a case.
+def report_of(audit: CompletedAudit) -> Report:
+    """The report of a audit.
 
     Raises:
         BadReference: if the reference knows the facts.
     """
-    guesses = _guesses(case)
-    series = [_series(case, attack, guesses) for attack in case.attacks if _asks_facts(case, attack)]
-    recovered = recoveries(series, case.entities, **case.bootstrap)
+    guesses = _guesses(audit)
+    series = [_series(audit, attack, guesses) for attack in audit.attacks if _asks_facts(audit, attack)]
+    recovered = recoveries(series, audit.entities, **audit.bootstrap)
     direct = next(row for row in series if row.attack == "direct")
-    _, known, _ = knowledge(direct, case.entities, **case.bootstrap)
-    _check_reference(case, direct)
-    retain = _retain(case)
+    _, known, _ = knowledge(direct, audit.entities, **audit.bootstrap)
+    _check_reference(audit, direct)
+    retain = _retain(audit)
     decision = verdict(
-        recovered, retain, known=known, n_test=len(case.data.tested), budget=case.budget, seeds=len(case.seeds),
-        recovery_threshold=case.recovery_threshold, pass_threshold=case.pass_threshold, alpha=case.alpha,
-        allow_small=case.allow_small, not_run=_left_out(case), unsound=selftest_failures() or "", excused=_excused(case),
+        recovered, retain, known=known, n_test=len(audit.data.tested), budget=audit.budget, seeds=len(audit.seeds),
+        recovery_threshold=audit.recovery_threshold, pass_threshold=audit.pass_threshold, alpha=audit.alpha,
+        allow_small=audit.allow_small, not_run=_left_out(audit), unsound=selftest_failures() or "", excused=_excused(audit),
     )  # fmt: skip
     not_counted = {r.attack: r.reason for r in recovered if r.status != RAN}
     return Report(
         verdict=decision, recoveries=tuple(sorted(recovered, key=lambda r: np.inf if np.isnan(r.value) else -r.value)),
-        retain=retain, findings=case.findings, not_run=not_counted | _left_out(case) | _untried(case),
+        retain=retain, findings=audit.findings, not_run=not_counted | _left_out(audit) | _untried(audit),
         heuristics={name: float(values.mean()) for name, values in guesses.items()},
-        examples=tuple(_examples(case, recovered)), diagnostics=_diagnostics(case), context=_context(case, known),
+        examples=tuple(_examples(audit, recovered)), diagnostics=_diagnostics(audit), context=_context(audit, known),
     )  # fmt: skip
 
 
-def _asks_facts(case: Case, attack: Attack) -> bool:
+def _asks_facts(audit: CompletedAudit, attack: Attack) -> bool:
     """Whether the attack says which facts are right: membership inference tells sets apart, not facts."""
-    return any(f.items or f.status == SKIPPED for f in case.findings_of("edited", attack.name))
+    return any(f.items or f.status == SKIPPED for f in audit.findings_of("edited", attack.name))
 
 
-def _excused(case: Case) -> frozenset[str]:
+def _excused(audit: CompletedAudit) -> frozenset[str]:
     """Attacks that had nothing to work on; one that lacked memory is never excused."""
-    starved = {f.attack for findings in case.findings.values() for f in findings if f.reason == MEMORY}
+    starved = {f.attack for findings in audit.findings.values() for f in findings if f.reason == MEMORY}
     return frozenset(record.name for record in records().values() if record.may_skip) - starved
 
 
-def _guesses(case: Case) -> dict[str, Values]:
+def _guesses(audit: CompletedAudit) -> dict[str, Values]:
     """What guesses get right, fact by fact, in the order of V; among them the original shown the choices alone."""
-    guesses = dict(heuristic_values(case.data.folds))
-    for finding in case.findings_of("original", CHOICES_ONLY.name):
+    guesses = dict(heuristic_values(audit.data.folds))
+    for finding in audit.findings_of("original", CHOICES_ONLY.name):
         right = {item: float(value) for item, value in zip(finding.items, finding.correct[0], strict=True)}
-        guesses[CHOICES_ONLY.name] = np.array([right[fact.id] for fact in case.data.tested])
+        guesses[CHOICES_ONLY.name] = np.array([right[fact.id] for fact in audit.data.tested])
     return guesses
 
 
-def _series(case: Case, attack: Attack, guesses: Mapping[str, Values]) -> Series:
-    edited = case.findings_of("edited", attack.name)
-    floor, name = _floor(case, edited, guesses)
-    original, record = tuple(_attacked_or_direct(case, "original", edited)), attack.record
-    return Series(tuple(edited), original, floor, name, record.level, record.decides, case.seeds[0])
+def _series(audit: CompletedAudit, attack: Attack, guesses: Mapping[str, Values]) -> Series:
+    edited = audit.findings_of("edited", attack.name)
+    floor, name = _floor(audit, edited, guesses)
+    original, record = tuple(_attacked_or_direct(audit, "original", edited)), attack.record
+    return Series(tuple(edited), original, floor, name, record.level, record.decides, audit.seeds[0])
 
 
-def _attacked_or_direct(case: Case, role: str, edited: Sequence[Finding]) -> list[Finding]:
+def _attacked_or_direct(audit: CompletedAudit, role: str, edited: Sequence[Finding]) -> list[Finding]:
     """The findings of an attack on a model; the direct ones where it has nothing to work on there, as a null space."""
-    findings = case.findings_of(role, edited[0].attack)
+    findings = audit.findings_of(role, edited[0].attack)
     if edited[0].status == SKIPPED or not findings or findings[0].status != SKIPPED:
         return findings
-    return [replace(f, attack=edited[0].attack, settings=("as it is",)) for f in case.findings_of(role, "direct")]
+    return [replace(f, attack=edited[0].attack, settings=("as it is",)) for f in audit.findings_of(role, "direct")]
 
 
 def _floor(
-    case: Case, edited: Sequence[Finding], guesses: Mapping[str, Values]
+    audit: CompletedAudit, edited: Sequence[Finding], guesses: Mapping[str, Values]
 ) -> tuple[tuple[Finding, ...] | Values, str]:
     """The reference after the attack; else the larger of the invented facts and the best guess."""
-    if case.findings_of("reference", "direct"):
-        return tuple(_attacked_or_direct(case, "reference", edited)), "reference"
+    if audit.findings_of("reference", "direct"):
+        return tuple(_attacked_or_direct(audit, "reference", edited)), "reference"
     name, best = max(guesses.items(), key=lambda item: float(item[1].mean()))
-    fresh = _attacked_or_direct(case, FRESH, edited)
+    fresh = _attacked_or_direct(audit, FRESH, edited)
     if fresh and fresh[0].status != SKIPPED and fresh[0].items:
-        rate = np.mean([cross_fitted(f, case.entities, case.seeds[0]).values.mean() for f in fresh])
+        rate = np.mean([cross_fitted(f, audit.entities, audit.seeds[0]).values.mean() for f in fresh])
         if rate >= best.mean():
             return tuple(fresh), FRESH
     # The guess holds for V in the order of the folds; an attack may have asked it in another.
-    column = {fact.id: i for i, fact in enumerate(case.data.tested)}
+    column = {fact.id: i for i, fact in enumerate(audit.data.tested)}
     return np.array([best[column[item]] for item in edited[0].items], dtype=np.float64), name
 
 
-def _check_reference(case: Case, direct: Series) -> None:
+def _check_reference(audit: CompletedAudit, direct: Series) -> None:
     if not isinstance(direct.floor, tuple) or direct.floor_name != "reference":
         return
-    guess = float(1 / np.mean([len(fact.choices) or np.inf for fact in case.data.tested]))
-    (reference,) = recoveries([replace(direct, edited=direct.floor, floor=guess)], case.entities, **case.bootstrap)
-    if reference.interval[0] > case.recovery_threshold:
+    guess = float(1 / np.mean([len(fact.choices) or np.inf for fact in audit.data.tested]))
+    (reference,) = recoveries([replace(direct, edited=direct.floor, floor=guess)], audit.entities, **audit.bootstrap)
+    if reference.interval[0] > audit.recovery_threshold:
         raise BadReference(
             f"the reference knows the facts: {reference.edited:.3f} of them are right when simply asked, where guessing gives "
             f"{guess:.3f}; give a model that was trained without them"
         )
 
 
-def _retain(case: Case) -> RetainCheck:
-    sides = [case.findings_of(role, RETAIN_CHECK)[0] for role in ("original", "edited")]
+def _retain(audit: CompletedAudit) -> RetainCheck:
+    sides = [audit.findings_of(role, RETAIN_CHECK)[0] for role in ("original", "edited")]
     accuracies = [float(f.correct.mean()) for f in sides if f.items]
     perplexities = [float(f.details["perplexity"]) for f in sides if "perplexity" in f.details]
     return RetainCheck(
@@ -176,27 +176,27 @@ def _retain(case: Case) -> RetainCheck:
     )  # fmt: skip
 
 
-def _left_out(case: Case) -> dict[str, str]:
+def _left_out(audit: CompletedAudit) -> dict[str, str]:
     """Deciding attacks of the budget that were not asked for."""
-    missing = [name for name in planned(case.budget) if name not in case.planned and records()[name].decides]
+    missing = [name for name in planned(audit.budget) if name not in audit.planned and records()[name].decides]
     return dict.fromkeys(missing, "not asked for")
 
 
-def _untried(case: Case) -> dict[str, str]:
-    larger = [name for name in records() if name not in planned(case.budget) and name not in case.planned]
-    return dict.fromkeys(larger, f"needs a larger budget than {case.budget!r}") | UNTRIED
+def _untried(audit: CompletedAudit) -> dict[str, str]:
+    larger = [name for name in records() if name not in planned(audit.budget) and name not in audit.planned]
+    return dict.fromkeys(larger, f"needs a larger budget than {audit.budget!r}") | UNTRIED
 
 
-def _examples(case: Case, recovered: Sequence[Recovery]) -> Iterator[Mapping[str, Any]]:
+def _examples(audit: CompletedAudit, recovered: Sequence[Recovery]) -> Iterator[Mapping[str, Any]]:
     """Facts that the original had right, the edited model had wrong and the strongest attacks bring back."""
     ranked = sorted(
         (r for r in recovered if r.decides and r.value > 0 and r.attack != "direct"), key=lambda r: -r.value
     )
-    original, edited = (_answers(case.findings_of(role, "direct")[0], 0) for role in ("original", "edited"))
-    facts = {fact.id: fact for fact in case.data.forget}
+    original, edited = (_answers(audit.findings_of(role, "direct")[0], 0) for role in ("original", "edited"))
+    facts = {fact.id: fact for fact in audit.data.forget}
     shown: set[str] = set()
     for recovery in ranked:
-        finding = case.findings_of("edited", recovery.attack)[0]
+        finding = audit.findings_of("edited", recovery.attack)[0]
         row = int(finding.correct.mean(1).argmax())
         for item, (right, grade) in _answers(finding, row).items():
             lost = original[item][0] and not edited[item][0]
@@ -216,38 +216,38 @@ def _answers(finding: Finding, row: int) -> dict[str, tuple[bool, float]]:
     return {item: (bool(right), float(grade)) for item, right, grade in columns}
 
 
-def _diagnostics(case: Case) -> dict[str, Any]:
+def _diagnostics(audit: CompletedAudit) -> dict[str, Any]:
     """The details of attacks that are shown beside the verdict and never decide."""
-    shown = [attack.name for attack in case.attacks if not attack.record.decides]
+    shown = [attack.name for attack in audit.attacks if not attack.record.decides]
     return {
-        name: dict(case.findings_of("edited", name)[0].details) for name in shown if case.findings_of("edited", name)
+        name: dict(audit.findings_of("edited", name)[0].details) for name in shown if audit.findings_of("edited", name)
     }
 
 
-def _notes(case: Case) -> list[str]:
-    notes = list(case.data.notes)
-    if len(case.seeds) == 1:
+def _notes(audit: CompletedAudit) -> list[str]:
+    notes = list(audit.data.notes)
+    if len(audit.seeds) == 1:
         notes.append("one seed: intervals exclude training noise")
-    spelt = float(spelling_values(case.data.tested).mean())
+    spelt = float(spelling_values(audit.data.tested).mean())
     if spelt > 0.3:
         notes.append(
             f"the choice that begins like the entity is right for {spelt:.2f} of the facts: no knowledge is needed"
         )
     if selftest_failures() is None:
         notes.append("the self-test was not run with this code on this machine: repedit audit --selftest")
-    if any(fact.id.startswith("invented") for fact in case.data.forget):
+    if any(fact.id.startswith("invented") for fact in audit.data.forget):
         notes.append("taught facts: robustness may be overstated")
     return notes
 
 
-def _context(case: Case, known: float) -> dict[str, Any]:
-    models = {role.name: role.model for role in case.roles}
+def _context(audit: CompletedAudit, known: float) -> dict[str, Any]:
+    models = {role.name: role.model for role in audit.roles}
     return {
-        "budget": case.budget, "attacks": list(case.planned), "seeds": list(case.seeds), "n_test": len(case.data.tested),
-        "n_entities": len({entity_of(f) for f in case.data.tested}), "known": known, "draws": case.draws,
-        "recovery_threshold": case.recovery_threshold, "pass_threshold": case.pass_threshold, "alpha": case.alpha,
-        "sites": case.edited_layers, "notes": _notes(case),
+        "budget": audit.budget, "attacks": list(audit.planned), "seeds": list(audit.seeds), "n_test": len(audit.data.tested),
+        "n_entities": len({entity_of(f) for f in audit.data.tested}), "known": known, "draws": audit.draws,
+        "recovery_threshold": audit.recovery_threshold, "pass_threshold": audit.pass_threshold, "alpha": audit.alpha,
+        "sites": audit.edited_layers, "notes": _notes(audit),
         "models": {role: {"name": m.name, "fingerprint": m.fingerprint, "live": m.live} for role, m in models.items()},
-        "facts": row_hash(case.data.forget), "retain": row_hash(case.data.retain), "command": case.command,
-        "versions": package_versions("transformers", "numpy"), "machine": platform.machine(), "seconds": case.seconds,
+        "facts": row_hash(audit.data.forget), "retain": row_hash(audit.data.retain), "command": audit.command,
+        "versions": package_versions("transformers", "numpy"), "machine": platform.machine(), "seconds": audit.seconds,
     }  # fmt: skip

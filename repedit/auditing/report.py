@@ -156,7 +156,7 @@ class Report:
             "not_run": self.not_run, "heuristics": self.heuristics, "examples": self.examples,
             "diagnostics": self.diagnostics, "context": self.context, "gaps": [asdict(gap) for gap in self.gaps],
         }  # fmt: skip
-        return json.dumps(_plain(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(_json_values(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -209,7 +209,7 @@ def finding_json(finding: Finding) -> dict[str, Any]:
     """A finding as plain JSON values; the rows of `correct` are texts of 0 and 1."""
     rows = ["".join(str(int(c)) for c in row) for row in finding.correct]
     grades = [[round(float(g), 5) for g in row] for row in finding.graded]
-    return _plain({**{k: getattr(finding, k) for k in _FIELDS}, "correct": rows, "graded": grades})
+    return _json_values({**{k: getattr(finding, k) for k in _FIELDS}, "correct": rows, "graded": grades})
 
 
 def finding_of(value: Mapping[str, Any]) -> Finding:
@@ -250,7 +250,7 @@ def _number(value: float | str | None) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _plain(value: object) -> Any:
+def _json_values(value: object) -> Any:
     """JSON values: tuples as lists, numpy numbers as Python's, NaN as null, infinities as texts."""
     # Single values first: an audit holds a number a fact and setting, and looking for an abstract class is slow.
     if value is None or isinstance(value, str | int):
@@ -258,7 +258,7 @@ def _plain(value: object) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None if math.isnan(value) else str(float(value))
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return _json_values(value.item())
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, Sequence) else value
+        return {str(k): _json_values(v) for k, v in value.items()}
+    return [_json_values(v) for v in value] if isinstance(value, Sequence) else value

@@ -196,7 +196,7 @@ def recoveries(
         DataError: if an item has no entity.
         NotEnoughRows: if settings are to be chosen and all facts have one entity.
     """
-    sampler = _Sampler([one for one in series if one.status != SKIPPED], entities, draws, alpha, seed)
+    sampler = _Bootstrap([one for one in series if one.status != SKIPPED], entities, draws, alpha, seed)
     fractions = [None if one.status == SKIPPED else _fraction(one, sampler) for one in series]
     direct = next((r for one, r in zip(series, fractions, strict=True) if r and one.attack == "direct"), None)
     rows = [_recovery(one, r, direct) for one, r in zip(series, fractions, strict=True)]
@@ -220,7 +220,7 @@ def knowledge(
     Raises:
         RepeditError: as `recoveries`.
     """
-    sampler = _Sampler([one], entities, draws, alpha, seed)
+    sampler = _Bootstrap([one], entities, draws, alpha, seed)
     _, original, floor = _accuracies(one, sampler)
     gaps = [c - b for c, b in product(original.ends(original.fixed), floor.ends(floor.fixed))]
     low, high = np.sort(np.min(gaps, 0)), np.sort(np.max(gaps, 0))
@@ -279,7 +279,7 @@ def _tail(draws: int, alpha: float) -> int:
     return int(alpha / 2 * (draws + 1)) - 1
 
 
-class _Sampler:
+class _Bootstrap:
     """The draws that all series share; facts that only a floor was measured on have draws of their own."""
 
     def __init__(
@@ -370,7 +370,7 @@ def _exact(values: NDArray[np.int8], entities: int, alpha: float) -> tuple[float
     return clopper_pearson(entities if values.all() else 0, entities, alpha)
 
 
-def _accuracies(one: Series, sampler: _Sampler) -> tuple[_Accuracy, _Accuracy, _Accuracy]:
+def _accuracies(one: Series, sampler: _Bootstrap) -> tuple[_Accuracy, _Accuracy, _Accuracy]:
     """Edited, original, floor."""
     if isinstance(one.floor, tuple):
         floor = sampler.measured(one.floor, one.seed)
@@ -379,7 +379,7 @@ def _accuracies(one: Series, sampler: _Sampler) -> tuple[_Accuracy, _Accuracy, _
     return sampler.measured(one.edited, one.seed), sampler.measured(one.original, one.seed), floor
 
 
-def _fraction(one: Series, sampler: _Sampler) -> _Fraction:
+def _fraction(one: Series, sampler: _Bootstrap) -> _Fraction:
     edited, original, floor = _accuracies(one, sampler)
     # R rises with A, but falls with B only while A < C; so every pair of ends is looked at.
     fixed = product(edited.ends(edited.fixed), floor.ends(floor.fixed))

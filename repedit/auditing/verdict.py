@@ -74,17 +74,17 @@ def verdict(
         )
     deciding = [r for r in recoveries if r.decides and r.status in (RAN, FAILED)]
     damage = retain_damage(retain)
-    case = _Case(direct, deciding, known, n_test, budget, seeds, recovery_threshold, pass_threshold, alpha)
+    evidence = _Evidence(direct, deciding, known, n_test, budget, seeds, recovery_threshold, pass_threshold, alpha)
     excused = [record.name for record in records().values() if record.may_skip] if excused is None else excused
     blocked = _blocked(recoveries, not_run or {}, excused)
     decided = (
-        (_word(UNSOUND, "a control failed here, so nothing can be concluded", unsound, case) if unsound else None)
-        or _invalid(case, leaks, allow_small)
-        or (_word(DESTROYED, "the model is damaged, not edited", damage, case) if damage else None)
-        or _recovered(case)
-        or _passed(case, blocked, [r.attack for r in recoveries if r.decides and r.status not in (RAN, FAILED)])
+        (_word(UNSOUND, "a control failed here, so nothing can be concluded", unsound, evidence) if unsound else None)
+        or _invalid(evidence, leaks, allow_small)
+        or (_word(DESTROYED, "the model is damaged, not edited", damage, evidence) if damage else None)
+        or _recovered(evidence)
+        or _passed(evidence, blocked, [r.attack for r in recoveries if r.decides and r.status not in (RAN, FAILED)])
     )
-    return decided or _inconclusive(case, blocked)
+    return decided or _inconclusive(evidence, blocked)
 
 
 def retain_damage(retain: RetainCheck) -> str:
@@ -155,7 +155,7 @@ def cost(attack: str) -> float:
     return inf if record is None else float(record.cost)
 
 
-class _Case(NamedTuple):
+class _Evidence(NamedTuple):
     direct: Recovery
     deciding: list[Recovery]
     known: float
@@ -197,9 +197,9 @@ class _Case(NamedTuple):
         return max(self.items(), self.n_test + 1, ceil(self.n_test * min(factors, default=1.0)))
 
 
-def _word(word: str, sentence: str, rule: str, case: _Case, settle: str = "") -> Verdict:
-    said = f"{word}: at this budget ({case.budget}), {sentence}."
-    training = "; one seed: intervals exclude training noise" if case.seeds == 1 else ""
+def _word(word: str, sentence: str, rule: str, evidence: _Evidence, settle: str = "") -> Verdict:
+    said = f"{word}: at this budget ({evidence.budget}), {sentence}."
+    training = "; one seed: intervals exclude training noise" if evidence.seeds == 1 else ""
     return Verdict(word, said, rule + training, settle)
 
 
@@ -212,31 +212,31 @@ def _blocked(recoveries: Sequence[Recovery], not_run: Mapping[str, str], excused
     return reasons
 
 
-def _invalid(case: _Case, leaks: Sequence[str], allow_small: bool) -> Verdict | None:
-    unknown, small = not case.known >= LEAST_KNOWN, case.n_test < LEAST_ITEMS and not allow_small
+def _invalid(evidence: _Evidence, leaks: Sequence[str], allow_small: bool) -> Verdict | None:
+    unknown, small = not evidence.known >= LEAST_KNOWN, evidence.n_test < LEAST_ITEMS and not allow_small
     reasons = [f"T gives V away: {leak}" for leak in leaks]
     if unknown:
         reasons.append(
-            f"the original may never have known it: lower {case.level} end of C - B {case.known:.3f} < {LEAST_KNOWN}"
+            f"the original may never have known it: lower {evidence.level} end of C - B {evidence.known:.3f} < {LEAST_KNOWN}"
         )
     if small:
-        reasons.append(f"V has {case.n_test} facts, fewer than {LEAST_ITEMS}")
+        reasons.append(f"V has {evidence.n_test} facts, fewer than {LEAST_ITEMS}")
     if not reasons:
         return None
-    settle = f"about {case.items()} facts in V" if small and not unknown else ""
-    return _word(INVALID, "nothing can be concluded from these facts", "; ".join(reasons), case, settle)
+    settle = f"about {evidence.items()} facts in V" if small and not unknown else ""
+    return _word(INVALID, "nothing can be concluded from these facts", "; ".join(reasons), evidence, settle)
 
 
-def _recovered(case: _Case) -> Verdict | None:
+def _recovered(evidence: _Evidence) -> Verdict | None:
     """What the model still answers, or answers again."""
-    direct, level, recovery_threshold = case.direct, case.level, case.recovery_threshold
+    direct, level, recovery_threshold = evidence.direct, evidence.level, evidence.recovery_threshold
     if direct.interval[0] > recovery_threshold:
         return _word(
             NOT_FORGOTTEN, f"the edited model still answers when simply asked (R {direct.value:.2f})",
-            f"lower {level} end of R of direct {direct.interval[0]:.3f} > recovery threshold {recovery_threshold}", case,
+            f"lower {level} end of R of direct {direct.interval[0]:.3f} > recovery threshold {recovery_threshold}", evidence,
         )  # fmt: skip
     back = sorted(
-        (r for r in case.deciding if r.bound[0] > recovery_threshold), key=lambda r: (cost(r.attack), -r.bound[0])
+        (r for r in evidence.deciding if r.bound[0] > recovery_threshold), key=lambda r: (cost(r.attack), -r.bound[0])
     )
     if not back:
         return None
@@ -244,37 +244,37 @@ def _recovered(case: _Case) -> Verdict | None:
     return _word(
         HIDDEN, f"the facts are hidden, not gone: {first.attack} brings them back (R {first.value:.2f})",
         f"simultaneous lower {level} bound of R of {first.attack} {first.bound[0]:.3f} > recovery threshold {recovery_threshold}"
-        + (f"; so do {others}" if others else ""), case,
+        + (f"; so do {others}" if others else ""), evidence,
     )  # fmt: skip
 
 
-def _passed(case: _Case, blocked: Sequence[str], uncounted: Sequence[str]) -> Verdict | None:
-    count = sum(r.attack != "direct" for r in case.deciding)
-    if blocked or not count or not all(r.bound[1] < case.pass_threshold for r in case.deciding):
+def _passed(evidence: _Evidence, blocked: Sequence[str], uncounted: Sequence[str]) -> Verdict | None:
+    count = sum(r.attack != "direct" for r in evidence.deciding)
+    if blocked or not count or not all(r.bound[1] < evidence.pass_threshold for r in evidence.deciding):
         return None
-    top = case.strongest
+    top = evidence.strongest
     rest = f"; not counted: {', '.join(uncounted)}" if uncounted else ""
     return _word(
         PASS, f"no recovery was found by direct questions and {count} other attacks",
-        f"largest simultaneous upper {case.level} bound of R, of {top.attack}, {top.bound[1]:.3f} < pass threshold {case.pass_threshold}"
-        + rest, case,
+        f"largest simultaneous upper {evidence.level} bound of R, of {top.attack}, {top.bound[1]:.3f} < pass threshold {evidence.pass_threshold}"
+        + rest, evidence,
     )  # fmt: skip
 
 
-def _inconclusive(case: _Case, blocked: Sequence[str]) -> Verdict:
-    wide = [r for r in case.deciding if not r.bound[1] < case.pass_threshold]
+def _inconclusive(evidence: _Evidence, blocked: Sequence[str]) -> Verdict:
+    wide = [r for r in evidence.deciding if not r.bound[1] < evidence.pass_threshold]
     reasons, settle = list(blocked), ["those attacks, run and trained"] if blocked else []
     if wide:
-        top = case.strongest
+        top = evidence.strongest
         reasons.append(
-            f"{top.attack} may bring back more: simultaneous {case.level} bounds of R {top.bound[0]:.3f} to "
-            f"{top.bound[1]:.3f}, neither above recovery threshold {case.recovery_threshold} nor below pass threshold {case.pass_threshold}"
+            f"{top.attack} may bring back more: simultaneous {evidence.level} bounds of R {top.bound[0]:.3f} to "
+            f"{top.bound[1]:.3f}, neither above recovery threshold {evidence.recovery_threshold} nor below pass threshold {evidence.pass_threshold}"
         )
-        settle.append(f"about {case.more_items()} facts in V, where there are {case.n_test}")
-    if not any(r.attack != "direct" for r in case.deciding):
+        settle.append(f"about {evidence.more_items()} facts in V, where there are {evidence.n_test}")
+    if not any(r.attack != "direct" for r in evidence.deciding):
         reasons.append("no attack beside direct counts")
         settle.append("attacks that leave the original its knowledge")
-    return _word(INCONCLUSIVE, "the question stays open", "; ".join(reasons), case, "; ".join(settle))
+    return _word(INCONCLUSIVE, "the question stays open", "; ".join(reasons), evidence, "; ".join(settle))
 
 
 def _variance(known: float, floor: float, measured: bool) -> float:

@@ -117,7 +117,7 @@ def report(
         folder = audits[0] if is_folder(audits[0]) else audits[0].parent
         files = _written(partial(write, first, folder if out is None else out, hide_items=hide_items))
     if json:
-        output.show_json(_plain(reports))
+        output.show_json(_audit_values(reports))
     elif len(reports) > 1:
         output.table("Verdicts", comparison.verdicts.columns, comparison.verdicts.rows)
         output.table("What each attack brings back", comparison.summary.columns, comparison.summary.rows)
@@ -228,7 +228,7 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
     return [f"{number}: {path}" for number, path in enumerate(folders, 1)]
 
 
-def _plain(reports: Mapping[str, Report]) -> object:
+def _audit_values(reports: Mapping[str, Report]) -> object:
     """One audit as its own JSON, several by name."""
     plain = {name: parse_json(report.to_json(), name) for name, report in reports.items()}
     return plain if len(plain) > 1 else next(iter(plain.values()))

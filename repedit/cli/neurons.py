@@ -29,7 +29,7 @@ from repedit.cli.options import (
     TextOrCollection,
     load_model,
 )
-from repedit.cli.saving import check_out, plan_summary, save, shape_options, write
+from repedit.cli.saving import check_out, plan_summary, save, shape_options, write_edited
 
 if TYPE_CHECKING:
     from repedit.models.subject import Subject
@@ -199,7 +199,7 @@ def prune(
         output.err.print(f"Nothing written: the retain drop exceeds {max_retain_drop} % at once; lower --fraction")
         raise typer.Exit(3)
     if not dry_run:
-        write(result.edit, subject, out, overwrite, shape)
+        write_edited(result.edit, subject, out, overwrite, shape)
 
 
 def _show(result: PruningResult, out: Path, dry_run: bool, plan: str, json: bool) -> None:

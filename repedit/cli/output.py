@@ -90,7 +90,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], kin
 
 def show_json(value: object, *, indent: int | None = 2) -> None:
     """Show one JSON document; numbers that are not finite are null. Without an indent it is one line."""
-    plain = _plain(value)
+    plain = _json_values(value)
     _record("json", value=plain)
     out.write(json.dumps(plain, indent=indent, sort_keys=indent is not None, allow_nan=False) + "\n")
 
@@ -222,16 +222,16 @@ def _text(value: object) -> Text:
     return Text(for_terminal(_cell(value), lines=True))
 
 
-def _plain(value: object) -> Any:
+def _json_values(value: object) -> Any:
     """JSON values of the same content: keys and values that JSON does not have as texts, null for what is not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _json_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_json_values(inner) for inner in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if hasattr(value, "item"):  # a number of numpy or torch
-        return _plain(value.item())
+        return _json_values(value.item())
     return value if value is None or isinstance(value, str | int) else str(value)
 
 

@@ -20,7 +20,7 @@ from repedit.cli.options import (
     Seed,
     load_model,
 )
-from repedit.cli.saving import check_out, plan_summary, show_plan, write
+from repedit.cli.saving import check_out, plan_summary, show_plan, write_edited
 
 if TYPE_CHECKING:
     from repedit.data import Fact, Facts
@@ -122,7 +122,7 @@ def project(
             keep_rank=keep_rank, contexts=contexts.split(","), seed=seed,
         )  # fmt: skip
         _show_overwrite(subject, facts, change, json, out)
-        write(change, subject, out, overwrite)
+        write_edited(change, subject, out, overwrite)
         return
     edit = mrp(
         subject, forget=facts.forget, retain=facts.retain, sites=sites, rank=rank, method="random" if dry_run else method,
@@ -134,7 +134,7 @@ def project(
         return
     measured = knowledge(subject, apply(edit, subject), (*facts.forget, *facts.retain))
     _show(measured, {fact.domain for fact in facts.forget}, edit, json, out)
-    write(edit, subject, out, overwrite)
+    write_edited(edit, subject, out, overwrite)
 
 
 def _about(facts: Facts) -> tuple[list[Fact], list[Fact]]:

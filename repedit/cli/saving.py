@@ -122,7 +122,7 @@ def _save_elsewhere(value: Saveable, out: Path) -> Path | None:
     return None
 
 
-def write(change: Edit | Delta, subject: Subject, out: Path, overwrite: bool, shape: Shape = UNCHANGED) -> None:
+def write_edited(change: Edit | Delta, subject: Subject, out: Path, overwrite: bool, shape: Shape = UNCHANGED) -> None:
     """Write the edit as a file (.safetensors), or the edited checkpoint as a directory, and verify that.
 
     If that fails, the edit, which may have taken long to compute, is saved elsewhere.

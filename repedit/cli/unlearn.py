@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 import typer
 
 from repedit.cli.options import JSON_HELP, Dequantize, Device, Dtype, Model, Overwrite, Seed, load_model
-from repedit.cli.saving import Saveable, check_out, rescued, write
+from repedit.cli.saving import Saveable, check_out, rescued, write_edited
 
 if TYPE_CHECKING:
     from repedit.data import Corpus, Fact, Tokens
@@ -139,7 +139,7 @@ def _write_and_show(delta: Delta, subject: Subject, out: Path, overwrite: bool, 
     """Write the difference of the weights and show how the training ended."""
     from repedit.cli import output
 
-    write(delta, subject, out, overwrite)
+    write_edited(delta, subject, out, overwrite)
     stopped = delta.provenance.get("stopped", {})
     if json:
         last = {key: delta.log[-1][key] for key in ("losses", "nll", "cosine")} if delta.log else {}

@@ -47,7 +47,7 @@ def demo(
     ]
     files = [path for result in results for path in ([] if out is None else _written(result, out))]
     if json:
-        output.show_json({result.request: _plain(result) for result in results})
+        output.show_json({result.request: _demo_values(result) for result in results})
         return
     for result in results:
         _show(result)
@@ -83,7 +83,7 @@ def _written(result: ImageDemo, out: Path) -> list[Path]:
     return [*paths, folder / "gap.png"]
 
 
-def _plain(result: ImageDemo) -> dict[str, Any]:
+def _demo_values(result: ImageDemo) -> dict[str, Any]:
     """The result as plain values."""
     from dataclasses import asdict
 

@@ -166,7 +166,7 @@ class Corpus:
         chunks.sort(key=lambda chunk: -len(chunk[1]))
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         for i in range(0, len(chunks), batch_size):
-            yield _padded(chunks[i : i + batch_size], pad)
+            yield _batch_of_chunks(chunks[i : i + batch_size], pad)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +223,7 @@ def tokens(batches: Iterable[Mapping[str, Any]], name: str = "tokens") -> Tokens
     return Tokens(tuple(items), name)
 
 
-def _padded(chunks: Sequence[tuple[str, list[int]]], pad: int) -> Batch:
+def _batch_of_chunks(chunks: Sequence[tuple[str, list[int]]], pad: int) -> Batch:
     width = max(len(ids) for _, ids in chunks)
     rows = [ids + [pad] * (width - len(ids)) for _, ids in chunks]
     mask = [[True] * len(ids) + [False] * (width - len(ids)) for _, ids in chunks]

@@ -98,7 +98,7 @@ class Rows:
                 if len(ids) == start:
                     raise DataError(f"row {row.id!r}: the answer {row.answer!r} has no token of its own; give another")
             ends = [entity_end(tokenizer, row.prompt, row.entity) for row in part]
-            yield _padded(part, texts, ends, pad)
+            yield _batch_of_rows(part, texts, ends, pad)
 
 
 TextSource = Batches | Iterable[str] | Iterable[Row] | Row
@@ -148,7 +148,7 @@ def row_hash(items: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def _padded(rows: Sequence[Row], texts: Sequence[Encoded], ends: Sequence[int | None], pad: int) -> Batch:
+def _batch_of_rows(rows: Sequence[Row], texts: Sequence[Encoded], ends: Sequence[int | None], pad: int) -> Batch:
     width = max(len(ids) for ids, _ in texts)
     position = torch.arange(width)
     size = torch.tensor([[len(ids)] for ids, _ in texts])

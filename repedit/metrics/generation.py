@@ -245,7 +245,7 @@ def greedy_continuations(
         NotFinite: if logits are not finite.
     """
     tokenizer, end_tokens = subject.need_tokenizer(), end_token_ids(subject)
-    new_ids, mask = _padded(subject, prompts)
+    new_ids, mask = _padded_left(subject, prompts)
     padded = not bool(mask.all()) and "position_ids" in inspect.signature(subject.model.forward).parameters
     texts: list[list[int]] = [[] for _ in prompts]
     live, cache = list(range(len(prompts))), None
@@ -348,7 +348,7 @@ def _prompt_name(prompt: object) -> str:
     return f"the prompt {str(prompt)[:40]!r}"
 
 
-def _padded(subject: Subject, tokens: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+def _padded_left(subject: Subject, tokens: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
     """(ids padded on the left, mask)."""
     width = max(map(len, tokens))
     ids = [[0] * (width - len(row)) + list(row) for row in tokens]

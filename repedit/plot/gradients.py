@@ -163,7 +163,7 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
         ArgumentError: if "original" is missing or the only name, or a name has no point.
         FractionError: if a value lies outside [0, 1].
     """
-    _check(results)
+    _check_results(results)
     figure = canvas(7.0, 6.4)
     axes = figure.subplots()
     start = _mean(results[ORIGINAL])
@@ -201,7 +201,7 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
     )
 
 
-def _check(results: Mapping[str, Points]) -> None:
+def _check_results(results: Mapping[str, Points]) -> None:
     if ORIGINAL not in results or len(results) < 2:
         raise ArgumentError(
             f"tradeoff() was given {sorted(results)}; give {ORIGINAL!r}, which defines the regions, and at least one other"

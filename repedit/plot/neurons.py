@@ -321,7 +321,7 @@ def activations(
         items = batches(subject, corpus, length, batch_size, progress, "activations")
         with edit.hooked(subject) if edit else nullcontext():
             sides.append(_values(subject, site, neuron, items, limit_tokens))
-        _check(sides[-1], corpus, site, neuron)
+        _check_values(sides[-1], corpus, site, neuron)
     edges = np.histogram_bin_edges(np.concatenate(sides), bins)
     figure = canvas(7.0, 4.8)
     axes = figure.subplots()
@@ -365,7 +365,7 @@ def _values(subject: Subject, site: Site, neuron: int, items: Iterable[Batch], l
     return torch.cat(parts).numpy() if parts else np.empty(0)
 
 
-def _check(values: Activations, corpus: Batches, site: Site, neuron: int) -> None:
+def _check_values(values: Activations, corpus: Batches, site: Site, neuron: int) -> None:
     if not len(values):
         raise NotEnoughRows(
             f"corpus {corpus.name!r}: no counted token reaches neuron {neuron} of {site} (padding and first positions do "

@@ -402,7 +402,7 @@ def recipe_from_table(table: Table, by_name: ByName, *, name: str = "written") -
         keys["optimizer"] = keys.pop("optimiser")
     base, options, title = keys.pop("base", None), keys.pop("options", {}), keys.pop("name", name)
     check_names(f"recipe {title!r}", keys, ["base", "options", *(f.name for f in fields(UnlearnRecipe))], "key")
-    values = {key: _BUILDERS.get(key, _plain)(value) for key, value in keys.items()}
+    values = {key: _BUILDERS.get(key, _frozen)(value) for key, value in keys.items()}
     if base is None:
         if options or "terms" not in values:
             raise ArgumentError(
@@ -469,11 +469,11 @@ def _checked(make: Callable[..., Any], table: Table, what: str, start: Any | Non
     if missing and start is None:
         raise ArgumentError(f"{what} needs {', '.join(missing)}; give {'them' if missing[1:] else 'it'}")
     floats = {n for n, hint in get_type_hints(make).items() if float in (hint, *get_args(hint))}
-    values = {key: float(v) if key in floats and isinstance(v, int) else _plain(v) for key, v in table.items()}
+    values = {key: float(v) if key in floats and isinstance(v, int) else _frozen(v) for key, v in table.items()}
     return make(**values) if start is None else replace(start, **values)
 
 
-def _plain(value: object) -> object:
+def _frozen(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 

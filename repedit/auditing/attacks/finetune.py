@@ -107,7 +107,7 @@ def rtt(
             extra += f" n={count or 'all'}" * (len(counts) > 1)
             taught = facts if count is None or count == widest else ()
             exact = replace(tuning, how=way, loss=kind)
-            yield trial(exact, shuffled(items, tuning.batch_size, seed), measured, extra, known=taught)
+            yield trial(exact, shuffled(items, tuning.batch_size, seed), measured, extra, taught=taught)
 
     options = {
         "rates": None if rates is None else list(rates), "steps": steps, "measured": list(measured),
@@ -155,7 +155,7 @@ def relearn(
             first = in_turn(shuffled(retain, size, seed), shuffled(facts, size, seed), round(_RETAIN_FIRST * steps))
             orders = {" order=mixed": shuffled(facts + retain, size, seed), " order=retain-first": first}
         for rate, (order, draw) in product(scaled, orders.items()):
-            yield trial(replace(base, rate=rate), draw, measured, order, known=splits.train)
+            yield trial(replace(base, rate=rate), draw, measured, order, taught=splits.train)
 
     options = {"rates": list(rates), "measured": list(measured), "rank": rank, "scale": scale}
     note = lambda splits: "" if splits.retain else "no retain facts: T alone"  # noqa: E731
@@ -301,7 +301,7 @@ def _some_layers(
         if not layers:
             return skipped(f"of {count} layers none is {record.name} of the edited ones")
         draw = shuffled(examples(subject, splits.train), base.batch_size, seed)
-        trials = [trial(replace(base, rate=r, layers=layers), draw, measured, known=splits.train) for r in scaled]
+        trials = [trial(replace(base, rate=r, layers=layers), draw, measured, taught=splits.train) for r in scaled]
         note = f"the edited layers are not known: layers {layers[0]} to {layers[-1]} are trained"
         note *= edited_layer is None
         return carried_out(trials, on_copy(subject, full=False), splits.test, seed, note)
@@ -376,7 +376,7 @@ def deeb_roger(scale: float = 1.0) -> Attack:
             tuning = Tuning(rate, steps=max(ends), batch_size=BATCH, optimizer="lion", warmup=WARMUP)
             settings = {step: Setting(f"lr={rate:g} epoch={epoch}", step=epoch) for step, epoch in ends.items()}
             settings[0] = UNTOUCHED
-            trials.append(Trial(f"lr={rate:g}", tuning, shuffled(items, BATCH, seed), settings, known=train))
+            trials.append(Trial(f"lr={rate:g}", tuning, shuffled(items, BATCH, seed), settings, taught=train))
         return carried_out(trials, on_copy(subject, full=True), test, seed)
 
     # The number of steps depends on T, and no budget includes the preset.

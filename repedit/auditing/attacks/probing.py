@@ -396,16 +396,16 @@ def _network(
     x, at, goal, share = x.float(), at.float(), ((y - mean) / scale).float(), share.float()
     first = torch.randn(x.shape[1], HIDDEN, generator=generator)
     second = torch.randn(HIDDEN, y.shape[2], generator=generator) / HIDDEN**0.5
-    many = (len(use), len(strengths), len(y))
-    weights = [w.expand(*many, *w.shape).clone().requires_grad_() for w in (first, torch.zeros(1, HIDDEN), second)]
+    shape = (len(use), len(strengths), len(y))
+    weights = [w.expand(*shape, *w.shape).clone().requires_grad_() for w in (first, torch.zeros(1, HIDDEN), second)]
     decay = 1 - RATE * torch.tensor(strengths)[:, None, None, None]
     with torch.enable_grad():
-        optimiser = torch.optim.Adam(weights, lr=RATE)
+        optimizer = torch.optim.Adam(weights, lr=RATE)
         for _ in range(STEPS):
             loss = ((_through(x, weights) - goal).square() * share).sum()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             with torch.no_grad():
                 for w in weights:
                     w.mul_(decay)

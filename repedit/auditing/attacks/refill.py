@@ -44,7 +44,7 @@ def refill(
         ArgumentError: if a rate, a number of steps or the ratio is out of range.
     """
     base, scaled = Tuning(1.0, steps=steps), scaled_rates(rates, scale)
-    _check(ratio)
+    _check_ratio(ratio)
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         scratch = Scratch(subject).subject
@@ -53,7 +53,7 @@ def refill(
             return skipped("no null space: no write weight has singular values that are almost zero")
         trained = _parametrized(scratch, spaces)
         draw = shuffled(examples(scratch, splits.train), base.batch_size, seed)
-        trials = [trial(replace(base, rate=rate), draw, measured, known=splits.train) for rate in scaled]
+        trials = [trial(replace(base, rate=rate), draw, measured, taught=splits.train) for rate in scaled]
 
         def start() -> tuple[Subject, list[nn.Parameter]]:
             with torch.no_grad():
@@ -95,7 +95,7 @@ def null_space(weight: Float[Tensor, "d i"], ratio: float | None = None) -> Floa
     Raises:
         FractionError: if the ratio is not strictly between 0 and 1.
     """
-    _check(ratio)
+    _check_ratio(ratio)
     ratio = (1e-3 if weight.dtype.itemsize > 2 else 5e-3) if ratio is None else ratio
     matrix = weight.detach().double()
     # Squares of singular values: float64 keeps ratios down to 1e-7, and d x d is the smaller matrix here.
@@ -166,6 +166,6 @@ def _expert(view: MatrixView) -> str:
     return "" if view.expert is None else f"[{view.expert}]"
 
 
-def _check(ratio: float | None) -> None:
+def _check_ratio(ratio: float | None) -> None:
     if ratio is not None and not 0 < ratio < 1:
         raise FractionError(f"ratio={ratio}; give a number strictly between 0 and 1")

@@ -142,7 +142,7 @@ def _trained(
     trials = [
         trial(
             replace(base, rate=rate), shuffled(examples(subject, facts), base.batch_size, seed), measured, f" on={name}",
-            known=tuple(facts),
+            taught=tuple(facts),
         )
         for (name, facts), rate in product(sources.items(), rates)
     ]  # fmt: skip

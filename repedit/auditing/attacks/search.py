@@ -82,7 +82,7 @@ def soft_prompt(
         at = sorted({step for step in measured if 0 < step <= steps} | {steps})
         trials = [
             Trial(f"lr={rate * scale:g}", replace(base, rate=rate * scale * unit), draw,
-                  {step: Setting(f"lr={rate * scale:g} step={step}", step=step) for step in at}, known=splits.train, watched=items)
+                  {step: Setting(f"lr={rate * scale:g} step={step}", step=step) for step in at}, taught=splits.train, watched=items)
             for rate in rates
         ]  # fmt: skip
 

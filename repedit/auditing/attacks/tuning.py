@@ -371,7 +371,7 @@ def _attach(module: nn.Module, down: Tensor, up: Tensor) -> Callable[[], Any]:
 # --- Trials of a training attack: each trains from the same weights, is asked at some steps, and must have learned
 
 
-KNOWN = 0.9
+LEARNED = 0.9
 """Accuracy on T that the best trial must reach; less is no evidence that anything was removed."""
 FALL = 0.1
 """Where no facts are taught: the share by which the loss on what is trained on must fall."""
@@ -390,16 +390,16 @@ class Trial(NamedTuple):
     draw: Draw
     settings: Mapping[int, Setting]
     """The name of each setting, by the step at which V is asked; step 0 is the same in all trials and asked once."""
-    known: tuple[Fact, ...] = ()
+    taught: tuple[Fact, ...] = ()
     """Facts it should know afterwards."""
     watched: tuple[Example, ...] = ()
-    """Texts whose loss should fall; with them, `known` is only asked and decides nothing."""
+    """Texts whose loss should fall; with them, `taught` is only asked and decides nothing."""
 
 
 class _TrialResult(NamedTuple):
     answers: Mapping[int, FactsAccuracy]
     log: TuningLog
-    known: float | None
+    accuracy: float | None
     fall: float | None
 
 
@@ -420,17 +420,17 @@ def trial(
     measured: Sequence[int],
     extra: str = "",
     *,
-    known: tuple[Fact, ...] = (),
+    taught: tuple[Fact, ...] = (),
     watched: tuple[Example, ...] = (),
 ) -> Trial:
     """A training whose settings are named "lr=5e-05 step=40" and `extra`, asked at the steps in reach and the last one.
 
     Args:
-        known, watched: see `Trial`.
+        taught, watched: see `Trial`.
     """
     at = sorted({step for step in measured if 0 <= step <= tuning.steps} | {tuning.steps})
     settings = {step: Setting(f"lr={tuning.rate:g} step={step}{extra}", step=step) for step in at}
-    return Trial(f"lr={tuning.rate:g}{extra}", tuning, draw, settings, known, watched)
+    return Trial(f"lr={tuning.rate:g}{extra}", tuning, draw, settings, taught, watched)
 
 
 def training_work(trials: int, steps: int, measured: Sequence[int], *, checks: int = 1) -> Work:
@@ -467,8 +467,8 @@ def carried_out(trials: Sequence[Trial], start: Start, test: Sequence[Fact], see
     if any(0 in trial.settings for trial in trials):
         answers[UNTOUCHED] = untouched()
     for trial in trials:
-        enough = any(t.known == 1.0 for t in results.values())
-        results[trial.name] = result = _one(trial, start, test, seed, ask_known=not enough)
+        enough = any(t.accuracy == 1.0 for t in results.values())
+        results[trial.name] = result = _one(trial, start, test, seed, ask_taught=not enough)
         for step, name in trial.settings.items():
             if step:
                 answers[name] = result.answers.get(step) or untouched()
@@ -485,36 +485,36 @@ def carried_out(trials: Sequence[Trial], start: Start, test: Sequence[Fact], see
     )  # fmt: skip
 
 
-def _one(trial: Trial, start: Start, test: Sequence[Fact], seed: int, *, ask_known: bool) -> _TrialResult:
+def _one(trial: Trial, start: Start, test: Sequence[Fact], seed: int, *, ask_taught: bool) -> _TrialResult:
     subject, trained = start()
     before = mean_loss(subject, trial.watched) if trial.watched else 0.0
     answers: dict[int, FactsAccuracy] = {}
-    known: list[float] = []
+    accuracies: list[float] = []
     falls: list[float] = []
 
     def measure(step: int) -> None:
         if step in trial.settings:
             answers[step] = ask(subject, test)
-        if step == trial.tuning.steps and trial.known and ask_known:
-            known.append(ask(subject, trial.known).accuracy)
+        if step == trial.tuning.steps and trial.taught and ask_taught:
+            accuracies.append(ask(subject, trial.taught).accuracy)
         if step == trial.tuning.steps and trial.watched:
             falls.append(1 - mean_loss(subject, trial.watched) / max(before, 1e-12))
 
     at = {step for step in (*trial.settings, trial.tuning.steps) if step}
     log = tune(subject, trial.draw, trial.tuning, at=at, measure=measure, seed=seed, trained=trained)
-    return _TrialResult(answers, log, *(next(iter(values), None) for values in (known, falls)))
+    return _TrialResult(answers, log, *(next(iter(values), None) for values in (accuracies, falls)))
 
 
 def _failure(results: Sequence[_TrialResult], by_loss: bool) -> tuple[str, float | None]:
     """(why nothing was learned, or nothing; best accuracy on T)."""
-    known = max((result.known for result in results if result.known is not None), default=None)
+    accuracy = max((result.accuracy for result in results if result.accuracy is not None), default=None)
     fall = max((result.fall for result in results if result.fall is not None), default=None)
     if all(result.log.diverged for result in results):
-        return "every training diverged; give lower rates", known
+        return "every training diverged; give lower rates", accuracy
     if by_loss and (fall is None or not fall >= FALL):
         shortfall = f"the training loss fell by {fall or 0:.1%} at best, {FALL:.0%} is needed"
-        return f"{shortfall}; give higher rates or more steps", known
-    if not by_loss and (known is None or not known >= KNOWN):
-        shortfall = f"the best accuracy on T after training is {known or 0:.3f}, {KNOWN} is needed"
-        return f"{shortfall}; give other rates or more steps", known
-    return "", known
+        return f"{shortfall}; give higher rates or more steps", accuracy
+    if not by_loss and (accuracy is None or not accuracy >= LEARNED):
+        shortfall = f"the best accuracy on T after training is {accuracy or 0:.3f}, {LEARNED} is needed"
+        return f"{shortfall}; give other rates or more steps", accuracy
+    return "", accuracy

@@ -183,7 +183,7 @@ def perturb(
     """
     if not (*noise, *prune, *shrink):
         raise ArgumentError("noise, prune and shrink are all empty; give at least one number")
-    _check(noise, (*prune, *shrink), xavier)
+    _check_amounts(noise, (*prune, *shrink), xavier)
     changes: dict[str, tuple[Change, bool]] = {f"noise={s:g}": (partial(noisy, size=s), False) for s in noise}
     changes |= {f"prune={p:g}": (partial(_pruned, fraction=p), False) for p in prune}
     changes |= {f"shrink={a:g}": (partial(shrunk, share=a, xavier=xavier), True) for a in shrink}
@@ -220,7 +220,7 @@ def set_difference(*, pairs: Sequence[tuple[float, float]] = PAIRS) -> Attack:
     """
     if not pairs:
         raise ArgumentError("pairs=(); give at least one (p, q)")
-    _check((), [share for pair in pairs for share in pair], 0.0)
+    _check_amounts((), [share for pair in pairs for share in pair], 0.0)
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         if not splits.retain:
@@ -322,7 +322,7 @@ def _normal(w: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
 
 
-def _check(noise: Sequence[float], shares: Sequence[float], xavier: float) -> None:
+def _check_amounts(noise: Sequence[float], shares: Sequence[float], xavier: float) -> None:
     if any(s <= 0 for s in noise) or xavier < 0:
         raise ArgumentError(f"noise={tuple(noise)}, xavier={xavier}; noise is above 0, xavier at least 0")
     outside = [share for share in shares if not 0 < share < 1]

@@ -25,7 +25,7 @@ In 40 steps a model that never knew learns a third of T, so that no training att
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class AuditInputs:
     """What an audit is given."""
 
     edited: Subject
@@ -47,7 +47,7 @@ class Control:
     """Attacks of which one must reach `recovered`; empty where the verdict says it all."""
     recovered: float
     """Least R of that attack."""
-    build: Callable[[World], Case]
+    build: Callable[[World], AuditInputs]
     description: str
     quick: bool = True
     """Whether the self-test runs it."""
@@ -57,29 +57,29 @@ class Control:
     """Training steps of `rtt`, by which other attacks that train measure theirs."""
 
 
-def _edited(edit: Callable[[World], Subject]) -> Callable[[World], Case]:
-    return lambda w: Case(edit(w), w.original, w.reference, w.facts)
+def _edited(edit: Callable[[World], Subject]) -> Callable[[World], AuditInputs]:
+    return lambda w: AuditInputs(edit(w), w.original, w.reference, w.facts)
 
 
-def _trained(train: Callable[..., Subject], base: str = "original") -> Callable[[World], Case]:
+def _trained(train: Callable[..., Subject], base: str = "original") -> Callable[[World], AuditInputs]:
     """The original, or the second reference, trained on the facts of both sides."""
 
-    def build(w: World) -> Case:
+    def build(w: World) -> AuditInputs:
         edited = train(getattr(w, base), w.facts.forget, w.facts.retain, seed=w.seed)
-        return Case(edited, w.original, w.reference, w.facts)
+        return AuditInputs(edited, w.original, w.reference, w.facts)
 
     return build
 
 
-def _gridded(w: World) -> Case:
+def _gridded(w: World) -> AuditInputs:
     original = on_grid(w.original)
     edited = inside_buckets(original, w.facts.forget, w.facts.retain, seed=w.seed)
-    return Case(edited, original, w.reference, w.facts)
+    return AuditInputs(edited, original, w.reference, w.facts)
 
 
-def _strangers(w: World) -> Case:
+def _strangers(w: World) -> AuditInputs:
     facts = replace(w.facts, forget=w.strangers, name=f"{w.facts.name}-strangers")
-    return Case(nudged(w.original), w.original, w.reference, facts)
+    return AuditInputs(nudged(w.original), w.original, w.reference, facts)
 
 
 def _exchanged(w: World) -> Case:

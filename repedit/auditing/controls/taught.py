@@ -115,7 +115,7 @@ def taught(
 
     def batch() -> _Batch:
         picked = [_together(rng, rows, tokenizer.eos_token_id) for _ in range(batch_size)]
-        return _padded([ids for ids, _ in picked], [weights for _, weights in picked], tokenizer.pad_token_id)
+        return _weighted_batch([ids for ids, _ in picked], [weights for _, weights in picked], tokenizer.pad_token_id)
 
     _train(subject.model, batch, steps, lambda step: rate * _schedule(step, steps))
     answers = ask(subject, with_paraphrases(items))
@@ -176,7 +176,7 @@ def continued(
             queue.extend([] if queue else rng.sample(list(groups.values()), len(groups)))
             part += queue.pop()
         marks = [[0.0] * read[i].start + [counts[i]] * (len(read[i].ids) - read[i].start) for i in part]
-        return _padded([read[i].ids for i in part], marks, tokenizer.pad_token_id)
+        return _weighted_batch([read[i].ids for i in part], marks, tokenizer.pad_token_id)
 
     _train(trained.model, batch, steps, lambda step: rate * _decay(step, steps), after)
     return trained
@@ -199,7 +199,7 @@ def _together(rng: random.Random, rows: Sequence[Sequence[Any]], end: int) -> tu
     return [*ids, end], [*weights, _PROMPT]
 
 
-def _padded(ids: Sequence[list[int]], weights: Sequence[list[float]], pad: int) -> _Batch:
+def _weighted_batch(ids: Sequence[list[int]], weights: Sequence[list[float]], pad: int) -> _Batch:
     width = max(map(len, ids))
     return _Batch(
         torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
