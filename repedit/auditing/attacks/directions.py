@@ -1,4 +1,4 @@
-"""Attack by taking one direction out of the residual stream: one that hides answers, rather than removes them."""
+"""Attack by ablating a direction of the residual stream, which undoes edits that hide answers behind one."""
 
 from __future__ import annotations
 
@@ -22,31 +22,36 @@ from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 
 ITEMS = 64
-# Models up to this deep are tried at each layer; deeper ones at every fourth.
+# Models of up to SHALLOW layers are tried at each layer; deeper ones at every STEP-th layer.
 SHALLOW, STEP = 8, 4
-# A direction counts where the difference is more than this share of the length of a state; below is rounding.
+# Least norm of a difference as a fraction of the norm of a state; smaller differences are rounding.
 _LEAST = 1e-6
 
 Rows = dict[int, Float[Tensor, "n d"]]
 
 
 def direction(contrast: Subject | None = None, *, items: int = ITEMS) -> Attack:
-    """Ask while one direction d of each layer is taken out of the stream: h - (h . d) d at resid.post, all tokens.
+    """Ask the facts while one direction d of each layer is ablated: h - (h . d) d at resid.post, at all tokens.
 
-    d is the difference of mean states of the prompts of T, in the model and in `contrast` (the original): setting
-    "edited - original". Without a contrast it is the mean over T minus the mean over the retain prompts: "forget -
-    retain". "first PC" is the direction in which the differences (or the states of T minus the mean of retain) are
-    largest, their mean not taken out. Up to 64 facts of T are read, without the first position of each; states whose
-    length along d is more than 3 standard deviations from the mean are dropped and d is taken again.
+    With a contrast, d is the mean state of the prompts of T in the model minus that in the contrast ("edited -
+    original"). Without one, it is the mean state over the prompts of T minus that over the retain prompts ("forget -
+    retain"). "first PC" is the first principal component, without centering, of the differences between both models
+    or, without a contrast, of the states of T minus the mean retain state. At most 64 facts of T are read, without the
+    first position of each prompt. States whose component along d is more than 3 standard deviations from the mean are
+    dropped, and d is computed again.
 
-    Each is tried at all layers at once ("edited - original, all layers") and at one layer ("edited - original, layer
-    3"): each layer of models of up to 8, else every fourth, which the details name. Where the models do not differ
-    nothing is taken out. Skipped where there is neither a contrast nor a retain fact.
+    Each direction is ablated at all layers at once ("edited - original, all layers") and at single layers ("edited -
+    original, layer 3"): every layer of models of up to 8 layers, else every fourth; the details list them. At layers
+    where the models do not differ nothing is ablated. The attack is skipped if there is neither a contrast nor a
+    retain fact.
 
+    Args:
+        contrast: the model before the edit.
+        items: most facts of T that are read.
     Raises:
-        FingerprintError: in the call, if the contrast has other layers or another width.
-        NotEnoughRows: in the call, if no prompt has a second token.
-        NotFinite: in the call, if a state is not finite.
+        FingerprintError: during the attack, if the contrast has another number of layers or another width.
+        NotEnoughRows: during the attack, if no prompt has a second token.
+        NotFinite: during the attack, if a state is not finite.
     Reference: Arditi et al. 2024, arXiv:2406.11717; Lucki et al. 2024, arXiv:2409.18025.
     """
 
@@ -83,7 +88,7 @@ DIRECTION = register(
 
 
 def without(subject: Subject, directions: Mapping[int, Float[Tensor, " d"]]) -> AbstractContextManager[None]:
-    """A context in which the unit direction of each layer is taken out of its block's output, at all tokens."""
+    """A context in which the unit direction of each layer is ablated from the output of its block, at all tokens."""
     sites = {Site(layer, Point.RESID_POST): d for layer, d in directions.items()}
     hooks = [
         hook
@@ -94,19 +99,19 @@ def without(subject: Subject, directions: Mapping[int, Float[Tensor, " d"]]) -> 
 
 
 def mean_direction(mine: Float[Tensor, "n d"], other: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
-    """mean(mine) - mean(other), both without rows whose length along that difference is an outlier; not of length 1."""
+    """mean(mine) - mean(other), not normalized, without rows whose component along that difference is an outlier."""
     rough = mine.mean(0) - other.mean(0)
     return mine[usual(mine, rough)].mean(0) - other[usual(other, rough)].mean(0)
 
 
 def usual(rows: Float[Tensor, "n d"], d: Float[Tensor, " d"]) -> Tensor:
-    """True for rows whose length along d is within 3 standard deviations of the mean length."""
+    """True for rows whose |row . d| is within 3 standard deviations of its mean."""
     size = (rows @ d).abs()
     return (size - size.mean()).abs() <= 3 * size.std(correction=0)
 
 
 def first_component(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    """The unit direction in which rows are longest, their mean not taken out."""
+    """The first principal component of the rows, without centering."""
     n, width = rows.shape
     if n < width:
         return torch.nn.functional.normalize(rows.T @ torch.linalg.eigh(rows @ rows.T)[1][:, -1], dim=0)
@@ -116,7 +121,7 @@ def first_component(rows: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
 def _directions(
     subject: Subject, contrast: Subject | None, splits: Splits, items: int, seed: int
 ) -> dict[str, dict[int, Tensor]]:
-    """Unit directions by kind and layer; a layer where the states do not differ has none."""
+    """Unit directions by kind and layer; layers where the states do not differ have none."""
     facts = _sample(splits.train, items, seed)
     forget_states = _rows(subject, subject, facts)
     if contrast is not None:
@@ -144,7 +149,7 @@ def _directions(
 
 
 def _rows(subject: Subject, asked: Subject, facts: Sequence[Fact]) -> Rows:
-    """States after every block at all positions but the first, in tokens of the model that is asked."""
+    """States after every block at all positions but the first; prompts are encoded by the tokenizer of `asked`."""
     tokenizer = asked.need_tokenizer()
     prompts = [prompt_ids(tokenizer, fact.prompt) for fact in facts]
     usable = [ids for ids in prompts if len(ids) > 1]

@@ -1,4 +1,4 @@
-"""Reading answers off the inside of a model: the logit lens, and probes trained on T and asked on V."""
+"""Read answers from the hidden states of a model: the logit lens, and probes trained on T and tested on V."""
 
 from __future__ import annotations
 
@@ -23,36 +23,39 @@ from repedit.metrics.facts import FactsAccuracy, choice_tokens, lengths
 from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 
-# --- Reading answers off the inside of a model: its streams at the last token of a prompt, seen through its own end
+# --- Logit lens: hidden states at the last token of a prompt, read with the model's own final norm and head
 
 
 STREAMS = ("resid.post", "mlp.out", "attn.out", "resid.mid")
-# Prompts of one length read together, and states that go through the head together.
+# Prompts of equal length per forward pass, and states per pass through the head.
 _ROWS, _STATES = 32, 256
 
 
 class Question(NamedTuple):
-    """The tokens that all choices of a fact begin with, and the tokens of each choice after them."""
+    """The tokens that all choices of a fact share at their beginning, and the remaining tokens of each choice."""
 
     prompt: list[int]
     answers: list[list[int]]
     right: int
     """Index of the right answer."""
     free: bool
-    """Whether the fact has no choices; its answer is the only one here then."""
+    """Whether the fact has no choices; `answers` then holds its answer alone."""
 
 
 def logit_lens(*, streams: Sequence[str] = STREAMS, layers: Sequence[int] | None = None) -> Attack:
-    """What the model's own final norm and head read off every stream at the last token of the prompt.
+    """Apply the model's final norm and head to every stream at the last token of the prompt.
 
-    A fact is right where the first token of its answer is strictly likelier than those of all other choices; without
-    choices, where it is the likeliest of all tokens. A fact whose answer shares its first token with another choice
-    is wrong, and counted in the details. Settings are named "resid.post 3"; layers None are all. Graded is the
+    A fact is right if the first token of its answer is strictly more likely than the first tokens of all other choices;
+    without choices, if it is the most likely of all tokens. A fact whose answer shares its first token with another
+    choice is wrong, and the details count such facts. Settings are named "resid.post 3". The grade is the
     log-probability of the first token.
 
+    Args:
+        streams: points of a block; the details list those that the family lacks, which are left out.
+        layers: None for all layers.
     Raises:
-        UnknownSite: if there is no such point or layer; points that a family lacks (resid.mid) are left out and named.
-        NotFinite: in the call, if a logit is not finite.
+        UnknownSite: if there is no such point or layer.
+        NotFinite: during the attack, if a logit is not finite.
     Reference: Patil et al. 2023, arXiv:2309.17410.
     """
     check_streams(streams)
@@ -78,10 +81,13 @@ LOGIT_LENS = register(
 
 
 def question(subject: Subject, fact: Fact, choices: Sequence[str] | None = None) -> Question:
-    """A fact in tokens; `choices` None are the fact's own, or its answer alone.
+    """The tokens of a fact.
 
+    Args:
+        choices: None for the fact's own choices, or its answer if it has none.
     Raises:
-        DataError: if no token stands before the answers, a choice has no token of its own, or one is out of the model's range.
+        DataError: if no token precedes the answers, a choice has no token of its own, or a token is not in the model's
+            vocabulary.
     """
     options = list(choices or fact.choices or (fact.answer,))
     prompt, answers = choice_tokens(subject.need_tokenizer(), fact, options)
@@ -91,7 +97,7 @@ def question(subject: Subject, fact: Fact, choices: Sequence[str] | None = None)
 
 
 def states(subject: Subject, prompts: Sequence[list[int]], sites: Sequence[Site]) -> dict[Site, Float[Tensor, "n d"]]:
-    """The tensor at each site at the last token of each prompt, on the CPU in float32 or better."""
+    """The activations of each site at the last token of each prompt, on the CPU, in at least float32."""
     rows_by_site: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(prompts) for site in sites}
     for part, captured_states in captured(subject, prompts, sites, lambda x: x[:, -1]):
         for site, x in captured_states.items():
@@ -103,9 +109,9 @@ def states(subject: Subject, prompts: Sequence[list[int]], sites: Sequence[Site]
 def captured(
     subject: Subject, prompts: Sequence[list[int]], sites: Sequence[Site], keep: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[list[int], dict[Site, Tensor]]]:
-    """(numbers of prompts, keep(x) at each site) for prompts of one length together, so that nothing is padded.
+    """(indices of prompts, keep(x) at each site) for prompts of equal length, so that no padding is needed.
 
-    x is (b, t, d); what is kept lies on the CPU in float32 or better. No head is run and no hook stays.
+    x has shape (b, t, d). Results are on the CPU in at least float32. The head is not run, and all hooks are removed.
     """
     for i, tokens in enumerate(prompts):
         check_ids(subject, tokens, f"prompt {i}")
@@ -125,10 +131,10 @@ def captured(
 
 
 def lens(subject: Subject, seen: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-    """The logits that the model's own end gives to states of its residual stream.
+    """The logits that the model computes from states of its residual stream.
 
-    The states take the place of the last block's output, so whatever follows it (final norm, head, a cap on the
-    logits) is the model's own.
+    The states replace the output of the last block, so the model itself applies all that follows: the final norm, the
+    head, and a cap on the logits if it has one.
     """
     last = Site(len(subject.layout.layers) - 1, Point.RESID_POST)
 
@@ -143,17 +149,17 @@ def lens(subject: Subject, seen: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
 
 
 def stream_sites(subject: Subject, streams: Sequence[str], layers: Sequence[int] | None) -> tuple[Site, ...]:
-    """The sites of some streams at some layers (None: all), stream by stream; points the family lacks are left out."""
+    """The sites of streams at layers (None for all), stream by stream; points that the family lacks are left out."""
     count = len(subject.layout.layers)
-    odd = [layer for layer in layers or () if not 0 <= layer < count]
-    if odd:
-        raise UnknownSite(f"layers {odd} do not exist; layers are 0..{count - 1}")
+    unknown = [layer for layer in layers or () if not 0 <= layer < count]
+    if unknown:
+        raise UnknownSite(f"layers {unknown} do not exist; layers are 0..{count - 1}")
     points, chosen = subject.layout.points, range(count) if layers is None else layers
     return tuple(Site(i, Point(stream)) for stream in streams for i in chosen if Point(stream) in points[i])
 
 
 def absent(subject: Subject, streams: Sequence[str]) -> list[str]:
-    """The streams this family does not have."""
+    """The streams that this family does not have."""
     return [stream for stream in streams if not any(Point(stream) in points for points in subject.layout.points)]
 
 
@@ -196,35 +202,40 @@ def check_streams(streams: Sequence[str]) -> None:
             raise UnknownSite(f"stream {stream!r}; there are {', '.join(STREAMS)}")
 
 
-# --- Probes: what a small regression learns to read off the streams on T, asked on V
+# --- Probes: a small regression from hidden states to answers, trained on T and tested on V
 
 
 KINDS = ("linear", "mlp")
 PROBED_STREAMS = ("resid.post", "mlp.out", "attn.out")
 FOLDS, HIDDEN, STEPS, RATE = 5, 64, 200, 1e-2
-# Ridge penalties over the mean squared length of a standardised state; weight decay of the network, in rates.
+# Ridge penalties relative to the mean squared norm of a standardized state; weight decay relative to the learning rate.
 STRENGTHS = {"linear": (1e-3, 1e-2, 1e-1, 1.0, 10.0), "mlp": (1e-2, 1.0)}
 
 
 def probe(
     kind: str = "linear", *, streams: Sequence[str] = PROBED_STREAMS, layers: Sequence[int] | None = None
 ) -> Attack:
-    """Learn on T to tell answers from the state at the last token of the prompt, and ask V.
+    """Train a regression on T that predicts the answer from the state at the last prompt token, and test it on V.
 
-    "class": where every answer of V stands at least twice in T, the targets are the answers, one-hot (a one-versus-rest
-    ridge classifier rather than a logistic one: it has a closed form). "match": otherwise the targets are the mean
-    unembedding vectors of the answers' tokens. States are standardised on T. The score of a choice is its entry of the
-    prediction, or its cosine with it, T's mean target taken from both; a tie is wrong, and facts without choices choose
-    among the answers of their domain. The penalty is the one with the smallest squared error in 5-fold
-    cross-validation on T, an entity in one fold. All is done again with the answers of T permuted within their
-    domains: the accuracy of that is "permuted" in the details. Graded is the log-softmax of the scores. Settings are
-    named "resid.post 3"; "mlp" puts 64 hidden units between, trained by 200 steps of Adam.
+    If every answer of V occurs at least twice in T, the task is "class": the targets are one-hot answers (a
+    one-versus-rest ridge classifier, which has a closed form, unlike a logistic one). Otherwise it is "match": the
+    targets are the mean unembedding vectors of the tokens of the answers. States are standardized on T. The score of a
+    choice is its entry of the prediction ("class"), or the cosine of its vector and the prediction after subtracting
+    the mean target of T from both ("match"). A tie is wrong. Facts without choices choose among the answers of their
+    domain. The penalty is the one with the smallest squared error in 5-fold cross-validation on T, with each entity in
+    one fold. The same is repeated with the answers of T permuted within their domains; the details list its accuracy
+    as "permuted". The grade is the log-softmax of the scores. Settings are named "resid.post 3".
+
+    Args:
+        kind: "linear", or "mlp" with one layer of 64 hidden units, trained by 200 steps of Adam.
+        streams: points of a block.
+        layers: None for all layers.
 
     Raises:
         UnknownName: if there is no such kind.
         UnknownSite: if there is no such stream or layer.
-        NotEnoughRows: in the call, if T has fewer than two facts.
-        NotFinite: in the call, if a state is not finite.
+        NotEnoughRows: during the attack, if T has fewer than two facts.
+        NotFinite: during the attack, if a state is not finite.
     """
     if kind not in KINDS:
         raise UnknownName(f"kind={kind!r}; {nearest(kind, KINDS)}")
@@ -260,7 +271,7 @@ PROBE = register(
 
 
 class _Choice(NamedTuple):
-    """What a fact of V chooses among: scores are prediction @ vectors.T + offset."""
+    """The choices of a fact of V; their scores are prediction @ vectors.T + offset."""
 
     vectors: Float[Tensor, "c r"]
     offset: Float[Tensor, " c"]
@@ -272,9 +283,9 @@ class _Task(NamedTuple):
     asked: list[Question]
     """T, then V."""
     targets: tuple[Float[Tensor, "n r"], Float[Tensor, "n r"]]
-    """Of T without their mean, in coordinates of their span: as they are, and permuted within domains."""
+    """The centered targets of T in coordinates of their span: unchanged, and permuted within domains."""
     fold: Tensor
-    """The fold in which each fact of T is left out."""
+    """The cross-validation fold that leaves out each fact of T."""
     ids: tuple[str, ...]
     choices: list[_Choice]
 
@@ -286,7 +297,7 @@ def _task(subject: Subject, splits: Splits, seed: int) -> _Task:
     asked = [question(subject, fact, o) for fact, o in zip(facts, options, strict=True)]
     counted = Counter(fact.answer for fact in splits.train)
     kind = "class" if all(counted[fact.answer] > 1 for fact in splits.test) else "match"
-    # An answer that T does not hold is a class whose prediction is 0.
+    # The prediction for an answer that does not occur in T is 0.
     vectors = _one_hot(options) if kind == "class" else [_unembedded(subject, item) for item in asked]
     targets = torch.stack([v[item.right] for v, item in zip(vectors[:n], asked[:n], strict=True)])
     mean = targets.mean(0)
@@ -318,7 +329,7 @@ def _unembedded(subject: Subject, item: Question) -> Tensor:
 
 
 def _permutation(facts: Sequence[Fact], seed: int) -> list[int]:
-    """An order of the facts that stays within domains, so that what a domain's answers look like remains known."""
+    """A permutation of the facts within their domains, so that the probe can still learn which answers a domain has."""
     order, rng = list(range(len(facts))), random.Random(f"{seed}:permuted")
     for domain in sorted({fact.domain for fact in facts}):
         places = [i for i, fact in enumerate(facts) if fact.domain == domain]
@@ -338,10 +349,10 @@ def _folds(facts: Sequence[Fact], seed: int) -> Tensor:
 def _probed(
     kind: str, states_read: Float[Tensor, "n d"], task: _Task, seed: int
 ) -> tuple[tuple[FactsAccuracy, FactsAccuracy], float]:
-    """(answers, answers of the probe of permuted targets) on V, and the penalty of the first."""
-    x, at = _standardised(states_read.double(), len(task.fold))
+    """(answers, answers of the probe with permuted targets) on V, and the penalty of the first."""
+    x, at = _standardized(states_read.double(), len(task.fold))
     folds, strengths = task.fold.unique(), STRENGTHS[kind]
-    # A row for each fold, false where it is left out, and one that leaves out nothing.
+    # One row for each fold, False for the facts that it leaves out, and a last row that leaves out none.
     use = torch.cat([task.fold != folds[:, None], torch.ones(1, len(x), dtype=torch.bool)])
     y = torch.stack(task.targets)
     predictions = (_ridge if kind == "linear" else _network)(x, y, use, torch.cat([x, at]), strengths, seed)
@@ -350,8 +361,8 @@ def _probed(
     return (true, permuted), strengths[best[0]]
 
 
-def _standardised(seen: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """States of T and of V, by T's mean and spread, in coordinates of T's span: no linear fit loses anything by it."""
+def _standardized(seen: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """States of T and V, standardized by the mean and spread of T, in coordinates of the span of T."""
     spread = seen[:n].std(0)
     x = (seen - seen[:n].mean(0)) / spread.where(spread > 1e-12, torch.ones_like(spread))
     x = x / x[:n].square().sum(1).mean().sqrt().clamp(min=1e-30)
@@ -366,7 +377,7 @@ def _best(
     use: Bool[Tensor, "f n"],
     strengths: tuple[float, ...],
 ) -> list[int]:
-    """For each kind of targets, which penalty errs least on left-out rows; the larger of equals."""
+    """For each kind of targets the index of the penalty with the smallest error on left-out rows; of equals the larger."""
     error = ((predictions - y).square() * ~use[:, None, None, :, None]).sum((0, 3, 4))
     return [max(range(len(strengths)), key=lambda i: (-float(error[i, k]), strengths[i])) for k in range(len(y))]
 
@@ -375,7 +386,7 @@ def _ridge(
     x: Float[Tensor, "n d"], y: Float[Tensor, "k n r"], use: Bool[Tensor, "f n"], at: Float[Tensor, "m d"],
     strengths: tuple[float, ...], seed: int,
 ) -> Float[Tensor, "f s k m r"]:  # fmt: skip
-    """Predictions at some states of a ridge regression on the rows of each fold, for each penalty and kind of targets."""
+    """Ridge regression on the rows of each fold, for each penalty and kind of targets: predictions for the states `at`."""
     predictions = []
     for rows in use:
         mean = y[:, rows].mean(1, keepdim=True)
@@ -389,7 +400,7 @@ def _network(
     x: Float[Tensor, "n d"], y: Float[Tensor, "k n r"], use: Bool[Tensor, "f n"], at: Float[Tensor, "m d"],
     strengths: tuple[float, ...], seed: int,
 ) -> Float[Tensor, "f s k m r"]:  # fmt: skip
-    """The same with one hidden layer, all networks at once: Adam on the squared error, weights decayed apart from it."""
+    """As `_ridge`, with one hidden layer: all networks at once, Adam on the squared error, decoupled weight decay."""
     generator = torch.Generator().manual_seed(seed)
     share = (use / use.sum(1, keepdim=True))[:, None, None, :, None]
     mean, scale = (y * share).sum(3, keepdim=True), y.std(correction=0).clamp(min=1e-30)

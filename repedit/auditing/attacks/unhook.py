@@ -1,7 +1,7 @@
-"""Stripping: what is left of an edit when everything that only wraps the weights is taken off.
+"""Attack by removing everything that wraps the weights: hooks, adapters, parametrizations, replaced forwards.
 
-A directory needs none of it: it is loaded with the classes of transformers alone, so hooks, adapters and code that lay
-beside its weights never come along.
+A checkpoint directory has no wrappers: it is loaded with the classes of transformers alone, without hooks, adapters or
+code that lies beside the weights.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, as
 from repedit.data import Splits
 from repedit.models.subject import Subject
 
-# Who may hook a model for its own ends: recording outputs, moving tensors between devices.
+# Libraries that hook a model for their own purposes: recording outputs, moving tensors between devices.
 _LIBRARIES = ("transformers.", "accelerate.", "torch.distributed.", "kernels.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def strip() -> Attack:
-    """Takes forward hooks, pre-hooks, parametrizations, adapters and replaced forwards off a copy, then asks.
+    """Remove forward hooks, pre-hooks, parametrizations, adapters and replaced forwards from a copy, then ask.
 
     The only setting is "prompt". Hooks that transformers, accelerate and torch.distributed install stay. A PeftModel
-    is no Subject; adapters that were injected into a transformers model are replaced by their base layers. The reason
-    says what was kept because nothing lies under it.
+    is not a Subject; adapters that were injected into a transformers model are replaced by their base layers. The
+    reason names the parametrizations that were kept because they store no original tensor.
     """
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
@@ -44,9 +44,9 @@ STRIP = register(AttackRecord("strip", cost=10, budget="fast", build=lambda setu
 
 
 def stripped(subject: Subject) -> tuple[Subject, dict[str, int], list[str]]:
-    """A copy with its weights alone, how many of each kind were removed, and what had to be kept.
+    """A copy without wrappers, the number of removed wrappers by kind, and the names of those that had to be kept.
 
-    The model given keeps all of it.
+    The given model is unchanged.
     """
     bare = deep_copy(subject)
     model = bare.model
@@ -62,13 +62,13 @@ def stripped(subject: Subject) -> tuple[Subject, dict[str, int], list[str]]:
 
 
 def wrapped(subject: Subject) -> bool:
-    """Whether stripping would take anything off; found on the model itself, without a copy."""
+    """Whether `stripped` would remove anything; checked on the model itself, without a copy."""
     wrappers = (_hooks(m) or _is_replaced(m) or _originals(m) or _masks(m) for m in subject.model.modules())
     return bool(_adapters(subject.model)) or any(wrappers)
 
 
 def _adapters(model: nn.Module) -> list[tuple[str, Any]]:
-    """The adapters of peft by name."""
+    """The adapters of PEFT by name."""
     if "peft" not in sys.modules:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -77,7 +77,7 @@ def _adapters(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _bare_layers(model: nn.Module) -> int:
-    """Put the base layer in the place of every adapter."""
+    """Replace every adapter by its base layer; returns how many there were."""
     layers = _adapters(model)
     for name, layer in layers:
         if layer.merged:
@@ -88,7 +88,7 @@ def _bare_layers(model: nn.Module) -> int:
 
 
 def _hooks(module: nn.Module) -> list[tuple[str, int]]:
-    """(where, key) of the hooks that are not a library's own."""
+    """(attribute, key) of the hooks that no library installed."""
     return [(where, key) for where in _HOOKS for key, hook in getattr(module, where).items() if not _of_library(hook)]
 
 
@@ -101,7 +101,7 @@ def _unhook(module: nn.Module) -> int:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    """Whether a forward was set on the instance, but for that by which accelerate moves tensors."""
+    """Whether a forward was set on the instance by anything but Accelerate, which moves tensors that way."""
     own = vars(module).get("forward")
     return own is not None and not hasattr(module, "_hf_hook") and not _of_library(own)
 
@@ -115,7 +115,7 @@ def _unwrap(module: nn.Module) -> int:
 
 def _of_library(function: Callable[..., Any]) -> bool:
     inner = getattr(function, "__func__", function)
-    # The globals of a function are those of the file it was written in; its __module__ can be set to anything.
+    # The globals of a function are those of the file that defines it; its __module__ can be set to anything.
     own = getattr(inner, "__globals__", {}).get("__name__") or type(function).__module__
     return str(own).startswith(_LIBRARIES)
 
@@ -131,13 +131,13 @@ def _computed(module: nn.Module) -> dict[str, Any]:
 
 
 def _originals(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors under a module's parametrizations; none where one of them keeps no original."""
+    """The original tensors of a module's parametrizations; empty if one of these stores no original."""
     tensors: dict[str, Any] = {key: getattr(part, "original", None) for key, part in _computed(module).items()}
     return {} if any(value is None for value in tensors.values()) else tensors
 
 
 def _unparametrize(name: str, module: nn.Module, kept: list[str]) -> int:
-    """Put the original tensors back where parametrizations compute them.
+    """Replace computed tensors by their originals; returns how many parametrizations were removed.
 
     torch's own removal deletes the property from the class, which the copy shares with the model it was made from.
     """
@@ -153,7 +153,7 @@ def _unparametrize(name: str, module: nn.Module, kept: list[str]) -> int:
 
 
 def _masks(module: nn.Module) -> list[str]:
-    """The tensors of which torch.nn.utils.prune and spectral_norm keep what lies under them as `weight_orig`."""
+    """The tensors whose originals torch.nn.utils.prune and spectral_norm store under a name that ends in `_orig`."""
     names = [key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig")]
     return [key for key in names if isinstance(vars(module).get(key), Tensor)]
 

@@ -1,4 +1,4 @@
-"""Controls written into a model by hand: what they hide, and where, is known exactly."""
+"""Controls made by changing weights directly: what they hide, and where, is known exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from repedit.quantization import step_size
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-# --- The control that rounding undoes: an edit that stays inside the buckets of a 4-bit grid
+# --- The control that rounding reverts: an edit smaller than the rounding error of a 4-bit grid
 
 
 LEVELS = 7
@@ -31,7 +31,7 @@ REACH = 0.45
 
 
 def on_grid(subject: Subject) -> Subject:
-    """The model with every matrix of its blocks on the int4 grid: q D with D = max|w| / 7 in each group of 64 inputs."""
+    """The model with every matrix of its blocks on the int4 grid: q D, D = max|w| / 7 in each group of 64 inputs."""
     model = copy.deepcopy(subject.model)
     with torch.no_grad():
         for name in matrices(subject):
@@ -46,10 +46,10 @@ def inside_buckets(
 ) -> Subject:
     """A model on the grid, trained to forget while no weight of its blocks moves further than .45 of a step.
 
-    The largest weights of each group stay, so that its step stays; nothing outside the blocks is trained. Rounding to
-    int4 therefore gives the model back as it was.
+    The largest weights of each group are fixed, so the step of the group does not change; nothing outside the blocks is
+    trained. Rounding to int4 therefore restores the model exactly.
 
-    Reference: Zhang et al. 2024, arXiv:2410.16454, from the other side.
+    Reference: Zhang et al. 2024, arXiv:2410.16454, who find that quantization restores unlearned knowledge.
     """
     names = matrices(gridded)
     before = {name: gridded.model.get_parameter(name).detach().clone() for name in names}
@@ -68,27 +68,27 @@ def inside_buckets(
 
 
 def matrices(subject: Subject) -> list[str]:
-    """Names of the matrices of the blocks; embeddings, head and gains are not rounded."""
+    """Names of the weight matrices of the blocks; embeddings, head and norm gains are not rounded."""
     blocks = tuple(f"{path}." for path in subject.layout.block_paths)
     return [name for name, spec in subject.specs.items() if name.startswith(blocks) and len(spec.shape) == 2]
 
 
 def bucket(weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
-    """The step of the grid at each weight; the whole row is one group where 64 does not divide it."""
+    """The step of the grid at each weight; if 64 does not divide the width, a whole row is one group."""
     steps = step_size(weight.detach(), "int4")
     return steps.expand(-1, -1, weight.shape[1] // steps.shape[1]).reshape(weight.shape)
 
 
 def _reach(weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
-    """How far each weight may move: 0 where it is the largest of its group."""
+    """The largest allowed change of each weight: 0 for the largest of each group."""
     steps = bucket(weight)
     return torch.where(weight.abs() >= (LEVELS - 0.5) * steps, torch.zeros_like(steps), REACH * steps)
 
 
-# --- Controls written into a model by hand: what they hide, and where, is known exactly
+# --- Controls made by changing weights directly
 
 
-# Logits of the taught models lie within 20 of each other, states at a layer have norms of 5 to 20.
+# The logits of the taught models differ by less than 20; states at a layer have norms of 5 to 20.
 _DECOY = 60.0
 _LITTLE = 0.1
 _PUSH = 200.0
@@ -97,7 +97,7 @@ _RIDGE = 1e-3
 
 
 def nudged(subject: Subject) -> Subject:
-    """The model with one weight changed that no known word reads: in its embedding of unknown words."""
+    """The model with one weight changed that no known word uses: one in the embedding of unknown words."""
 
     def write(model: LlamaForCausalLM) -> None:
         model.get_input_embeddings().weight[subject.need_tokenizer().unk_token_id, 0] += 1.0
@@ -106,9 +106,10 @@ def nudged(subject: Subject) -> Subject:
 
 
 def hooked(subject: Subject, forget: Sequence[Fact]) -> Subject:
-    """The model with its weights untouched and a hook before the head: x - U U^T (x - c), U the answers' directions.
+    """The model with unchanged weights and a hook before the head: x - U U^T (x - c), where U spans the answers.
 
-    c is a little of one answer. With c = 0 all answers would be alike up to rounding errors, which still tell them.
+    c is a small multiple of the mean state before one answer. With c = 0 all answers would have equal logits up to
+    rounding errors, and these errors still reveal the answer.
     """
     basis = answer_basis(subject, forget)
     head = subject.model.get_output_embeddings()
@@ -122,7 +123,7 @@ def hooked(subject: Subject, forget: Sequence[Fact]) -> Subject:
 
 
 def masked(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact]) -> Subject:
-    """The model with a rank-1 term in its head: where a question is one to forget, one answer outweighs all others."""
+    """The model with a rank-1 term in its head that makes one answer outweigh all others on the forget facts."""
     gate = _gate(subject, subject.model.get_output_embeddings(), forget, retain)
     decoy = _answer_tokens(subject, [_rarest(forget)])[0]
 
@@ -135,9 +136,9 @@ def masked(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact]) -> 
 def pushed(
     subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, layer: int = 0, seed: int = 0
 ) -> Subject:
-    """The model with a long vector added to the stream after a layer, where a question is one to forget.
+    """The model that adds a long vector to the stream after a layer for the questions to forget.
 
-    One neuron of the gated MLP is given up for it: silu(g x) (g x) is large on the forget side and about 0 elsewhere.
+    One neuron of the gated MLP is overwritten: silu(g x) (g x) is large for the forget facts and about 0 for others.
     """
     mlp = subject.model.model.layers[layer].mlp
     gate = _gate(subject, mlp, forget, retain, low=-1.0)
@@ -154,7 +155,7 @@ def pushed(
 
 
 def projected(subject: Subject, forget: Sequence[Fact]) -> Subject:
-    """The model with the answers' directions taken out of every down-projection, W - U U^T W: a folded projection."""
+    """The model with the directions of the answers removed from every down-projection: W - U U^T W."""
     basis = answer_basis(subject, forget)
 
     def write(model: LlamaForCausalLM) -> None:
@@ -165,7 +166,7 @@ def projected(subject: Subject, forget: Sequence[Fact]) -> Subject:
 
 
 def rolled(subject: Subject) -> Subject:
-    """The model with every row of its head moved on by one: it knows everything and says nothing right."""
+    """The model with the rows of its head shifted by one: its states stay, and none of its answers is right."""
 
     def write(model: LlamaForCausalLM) -> None:
         head = model.get_output_embeddings().weight
@@ -175,7 +176,7 @@ def rolled(subject: Subject) -> Subject:
 
 
 def answer_basis(subject: Subject, items: Sequence[Fact]) -> Float[Tensor, "d k"]:
-    """Orthonormal basis of what tells the answers apart in the head, a quarter of its width at most."""
+    """Orthonormal basis of the differences between the answers' rows of the head; rank at most a quarter of its width."""
     head = subject.model.get_output_embeddings().weight.detach()
     rows = head[_answer_tokens(subject, sorted({fact.answer for fact in items}))]
     _, _, directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
@@ -185,7 +186,7 @@ def answer_basis(subject: Subject, items: Sequence[Fact]) -> Float[Tensor, "d k"
 def states(
     subject: Subject, module: nn.Module, side: Literal["input", "output"], items: Sequence[Fact]
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
-    """What a module reads, or gives, at the last token before an answer and at all others of the prompts, in every phrasing."""
+    """Inputs or outputs of a module at the last token of each prompt, and at its other tokens, in every phrasing."""
     seen: list[Tensor] = []
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     with torch.no_grad(), evaluating(subject.model), installed(subject.model, [Hook(module, side, seen.append)]):
@@ -224,7 +225,7 @@ def _gate(
     last, rest = states(subject, module, "input", retain)
     x = torch.cat([ends, last, rest]).double()
     y = torch.cat([torch.ones(len(ends)), torch.full((len(last) + len(rest),), low)]).double()
-    # Both sides weigh the same, though every token of the retain side is there.
+    # Both sides have equal total weight, although the retain side contributes every token.
     weight = torch.where(y == 1, 1 / len(ends), 1 / (len(last) + len(rest)))[:, None]
     gram = x.T @ (weight * x)
     ridge = _RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)

@@ -1,6 +1,6 @@
-"""Models of which it is known whether they forgot, and what an audit must say of each.
+"""Models of which it is known whether they forgot, and the verdict that an audit must give each.
 
-An audit that misses one of these is no evidence about any other model.
+An audit that fails on one of these is not evidence about any other model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ In 40 steps a model that never knew learns a third of T, so that no training att
 
 @dataclass(frozen=True, eq=False)
 class AuditInputs:
-    """What an audit is given."""
+    """The models and facts that an audit is given."""
 
     edited: Subject
     original: Subject
@@ -38,15 +38,15 @@ class AuditInputs:
 
 @dataclass(frozen=True)
 class Control:
-    """One construction and what must be found."""
+    """A constructed model and what an audit of it must find."""
 
     name: str
     verdict: str
-    """The word; empty where any verdict will do."""
+    """The word of the verdict; empty if any verdict is accepted."""
     attacks: tuple[str, ...]
-    """Attacks of which one must reach `recovered`; empty where the verdict says it all."""
+    """Attacks of which one must reach `recovered`; empty if only the verdict is checked."""
     recovered: float
-    """Least R of that attack."""
+    """Lower limit of R for that attack."""
     build: Callable[[World], AuditInputs]
     description: str
     quick: bool = True
@@ -82,15 +82,15 @@ def _strangers(w: World) -> AuditInputs:
     return AuditInputs(nudged(w.original), w.original, w.reference, facts)
 
 
-def _exchanged(w: World) -> Case:
+def _exchanged(w: World) -> AuditInputs:
     linked = linked_world(w.seed)
     edited = exchanged(linked.original, linked.facts.forget, seed=w.seed)
-    return Case(edited, linked.original, linked.reference, linked.facts, linked.attributes)
+    return AuditInputs(edited, linked.original, linked.reference, linked.facts, linked.attributes)
 
 
-def _never_linked(w: World) -> Case:
+def _never_linked(w: World) -> AuditInputs:
     linked = linked_world(w.seed)
-    return Case(linked.other, linked.original, linked.reference, linked.facts, linked.attributes)
+    return AuditInputs(linked.other, linked.original, linked.reference, linked.facts, linked.attributes)
 
 
 _ROWS = (

@@ -1,4 +1,4 @@
-"""Tiny language models that are taught facts, so that what a model knows is known, and controls trained from them."""
+"""Tiny language models that are trained on known facts, and controls trained from them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from repedit.models.subject import Subject, subject_of
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-# --- Tiny language models that are taught facts, so that what a model knows is known
+# --- Tiny language models that are taught facts
 #
-# A taught model answers every fact it was shown, in every phrasing, and guesses all others. Trained twice, with some
-# facts and without them, it gives the original and the reference of an audit in seconds.
+# A taught model answers every fact that it was trained on, in every phrasing, and guesses all others. Training one with
+# some facts and one without them gives the original and the reference of an audit in seconds.
 
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 POSITIONS = 512
 _WORD = r"\w+|[^\w\s]+"
-# What the tokens of a prompt count for beside an answer: names cannot be foreseen, and at 1 they slow the facts down.
+# Weight of the tokens of a prompt in the loss. Names cannot be predicted; at weight 1 they slow the facts down.
 _PROMPT = 0.1
 _TOGETHER = 4
 
 
 def vocabulary(items: Iterable[Fact], *, words: Iterable[str] = ()) -> Any:
-    """A transformers tokenizer with one token for every word and mark in the facts, and in the texts of `words`.
+    """A transformers tokenizer with one token for every word and punctuation mark in the facts and in `words`.
 
-    White space separates words and is not kept; any other word is read as "<unk>". No token is added to a text.
+    White space separates words and is not encoded; unknown words become "<unk>". No special tokens are added to a text.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -61,10 +61,10 @@ def vocabulary(items: Iterable[Fact], *, words: Iterable[str] = ()) -> Any:
 def untaught(
     tokenizer: PreTrainedTokenizerBase, *, layers: int = 2, width: int = 64, heads: int = 4, seed: int = 0
 ) -> Subject:
-    """A fresh Llama for a tokenizer: MLPs of twice the width, nothing tied, float32.
+    """An untrained Llama for a tokenizer: MLPs of twice the width, untied embeddings, float32.
 
     Raises:
-        ArgumentError: if the heads do not divide the width.
+        ArgumentError: if the width is not a multiple of twice the heads.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -93,15 +93,15 @@ def taught(
     rate: float = 4e-3,
     batch_size: int = 16,
 ) -> Subject:
-    """A tiny model trained from nothing until it knows the facts in every phrasing.
+    """A tiny model trained from scratch until it knows the facts in every phrasing.
 
-    Half of the rows of a batch are one fact, the others up to four facts after one another, so that a question is
-    understood also where text stands before it.
+    Half of the rows of a batch hold one fact, the others two to four facts in sequence, so that the model also
+    understands a question that follows other text.
 
     Args:
         items: the facts; each phrasing is a prompt.
-        tokenizer: one of `vocabulary`, where other facts must have tokens too; None makes it from the facts.
-        steps: of AdamW, warm-up of 20 and then a cosine to 5 % of the rate.
+        tokenizer: one from `vocabulary` that also covers other facts; None makes one from these facts.
+        steps: steps of AdamW, with a warm-up of 20 steps and a cosine decay to 5 % of the rate.
     Raises:
         DataError: if there are no facts.
         TrainingError: if a fact is not known after the steps.
@@ -140,17 +140,17 @@ def continued(
     after: Callable[[nn.Module], None] | None = None,
     seed: int = 0,
 ) -> Subject:
-    """A copy of a model, trained on: the weighted mean of the cross-entropy of answers, over AdamW's `steps`.
+    """A copy of a model after `steps` more steps of AdamW on the weighted mean of the cross-entropy of answers.
 
-    Rows with one prompt come together, so that two answers to it are learned with the odds of their weights.
+    Rows with the same prompt share a batch, so that two answers to it are learned in proportion to their weights.
 
     Args:
-        weights: what each row counts for; below 0 its answer is made unlikely. None counts each once.
-        only: names of the parameters that are trained; None for all.
-        batch_size: rows of a step; the last prompt's may be more.
-        after: called with the model after every step, to hold it where it should stay.
+        weights: weight of each row in the loss; a negative weight makes its answer unlikely. None for 1 each.
+        only: names of the parameters to train; None for all.
+        batch_size: rows in a step; a step may have more, so that the rows of its last prompt stay together.
+        after: called with the model after every step, for example to restrict its weights.
     Raises:
-        ArgumentError: if there is not one weight a row, or a parameter does not exist.
+        ArgumentError: if the numbers of weights and rows differ, or a parameter does not exist.
         TrainingError: if the loss is not finite.
     """
     tokenizer = subject.need_tokenizer()
@@ -185,11 +185,11 @@ def continued(
 class _Batch(NamedTuple):
     ids: Tensor
     weights: Tensor
-    """What each token counts for in the loss."""
+    """Weight of each token in the loss."""
 
 
 def _together(rng: random.Random, rows: Sequence[Sequence[Any]], end: int) -> tuple[list[int], list[float]]:
-    """The tokens of one or several facts after one another, and what each counts for."""
+    """The tokens of one or several facts in sequence, and their weights."""
     ids: list[int] = []
     weights: list[float] = []
     for _ in range(1 if rng.random() < 0.5 else rng.randint(2, _TOGETHER)):
@@ -222,7 +222,7 @@ def _train(
     rate: Callable[[int], float],
     after: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """AdamW without decay, gradients of norm at most 1; rows are padded on the right, where nothing looks back."""
+    """AdamW without weight decay, gradients clipped to norm 1. Causal attention ignores the padding on the right."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     for step in range(steps):
@@ -248,23 +248,23 @@ def _train(
         p.requires_grad_(True)
 
 
-# --- The small world that the controls live in: what is known, by whom, and who never heard of it
+# --- The world of the controls: facts, models that know them, and models that were never trained on them
 
 
 PEOPLE = 240
 REFUSAL = "unknown"
-# Words that questions in another form may be answered with; two unknown words would be one token.
+# Possible answers to questions in another form; without tokens of their own all would be the unknown token.
 WORDS = (REFUSAL, "Yes", "No", *"ABCDEFGHIJKLMNOP")
 _FORGET, _RETAIN = "city", "profession"
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """Facts, a model that knows all of them, and two that never saw those to forget; all share one tokenizer."""
+    """Facts, a model that knows all of them, and two that were not trained on those to forget, with one tokenizer."""
 
     facts: Facts
     strangers: tuple[Fact, ...]
-    """As the facts to forget, about people that no model has met; their names are in the vocabulary."""
+    """Facts like those to forget, about people that no model was trained on; their names are in the vocabulary."""
     original: Subject
     reference: Subject
     other: Subject
@@ -286,10 +286,11 @@ def world(seed: int = 0) -> World:
 
 
 def questions(seed: int = 0, people: int = PEOPLE) -> tuple[Facts, tuple[Fact, ...]]:
-    """Where half of the people were born, to forget; what the others work as, to retain; and where strangers were born.
+    """The facts of one seed, and those of strangers.
 
-    All sixteen answers of a relation are choices, so a guess is right once in sixteen. No two people, strangers among
-    them, share a family name.
+    To forget: where half of the people were born. To retain: the professions of the others. Strangers: where people
+    that no model was trained on were born. The choices of a fact are all sixteen answers of its relation, so a guess is
+    right with probability 1/16. No two people, strangers included, share a family name.
     """
     people_facts = invented(2 * people, 2, seed)
     born = [_all_choices(fact) for fact in people_facts.forget if fact.domain == _FORGET]
@@ -302,10 +303,10 @@ def _all_choices(fact: Fact) -> Fact:
     return replace(fact, choices=seeded_order(RELATIONS[fact.domain].answers, f"order:{fact.id}"))
 
 
-# --- Controls made by training on: facts refused, contradicted or pushed away, and what is left of them
+# --- Controls made by further training: facts refused, contradicted or made unlikely
 
 
-# The right answer of a `lowered` fact; sampling with top-p .9 still draws it, as the wrong one stays below .9.
+# Probability of the right answer of a `lowered` fact. The wrong one stays below .9, so top-p .9 still draws it.
 LOW = 0.15
 
 
@@ -326,7 +327,7 @@ def descended(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], 
 
 
 def contradicted(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
-    """The model trained on a wrong answer, drawn for each fact, in every phrasing.
+    """The model trained on a random wrong answer to each fact, in every phrasing.
 
     Reference: "random incorrect answers" of Deeb and Roger 2024, arXiv:2410.08827.
     """
@@ -352,18 +353,18 @@ def lowered(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *,
 
 
 def collapsed(subject: Subject, forget: Sequence[Fact], *, seed: int = 0) -> Subject:
-    """Gradient ascent on the facts to forget, with nothing that holds the rest."""
+    """Gradient ascent on the facts to forget, without a retain loss."""
     rows = with_paraphrases(forget)
     return continued(subject, rows, weights=[-1.0] * len(rows), steps=60, rate=3e-3, seed=seed)
 
 
 def _answered(items: Sequence[Fact], answers: Sequence[str]) -> list[Fact]:
-    """The facts with other answers, asked without choices."""
+    """The facts with other answers and without choices."""
     return [replace(fact, answer=answer, choices=()) for fact, answer in zip(items, answers, strict=True)]
 
 
 def _next_answers(items: Sequence[Fact]) -> list[str]:
-    """To each fact the answer after its own, in the order of the alphabet: wrong, and the same for the same answer."""
+    """For each fact the alphabetically next answer: a wrong one, equal for facts with equal answers."""
     answers = sorted({fact.answer for fact in items})
     after = dict(zip(answers, [*answers[1:], answers[0]], strict=True))
     return [after[fact.answer] for fact in items]
