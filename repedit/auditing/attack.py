@@ -219,8 +219,8 @@ def merged_folds(parts: Sequence[Finding]) -> Finding:
 
 # --- An attack, ready to be carried out
 #
-# It asks a model the facts of V after doing something to it, in one or several settings. It works on a copy: the model it
-# is given is never changed.
+# It asks a model the facts of V after doing something to it, in one or several settings. It works on a copy: the model
+# it is given is never changed.
 
 
 class AttackResult(NamedTuple):

@@ -13,7 +13,8 @@ from repedit.data.fact_sets import builtin_domain, entity_of, seeded_order
 from repedit.data.grading import contains_answer, normalized
 from repedit.errors import DataError, OverlapError
 
-# --- Attributes: facts of other domains about the same entities, which an attacker may know without knowing any forgotten fact
+# --- Attributes: facts of other domains about the same entities, which an attacker may know without knowing any
+# forgotten fact
 
 
 class Attributes(NamedTuple):
@@ -96,8 +97,8 @@ def reversed_facts(items: Sequence[Fact], seed: int = 0) -> tuple[Fact, ...]:
     """The facts asked the other way round: "Paris is the capital of" -> "France".
 
     A built-in domain has its own wording. Any other fact becomes its own prompt with a blank in place of the entity:
-    "The river through ___ is the Seine. The blank stands for" -> "Paris"; a fact whose prompt does not name its entity has no
-    reverse question. The wrong choices are entities with other answers.
+    "The river through ___ is the Seine. The blank stands for" -> "Paris"; a fact whose prompt does not name its entity
+    has no reverse question. The wrong choices are entities with other answers.
     """
     asked = [(fact, pair) for fact in items if (pair := _reverse(fact)) is not None]
     reverse = []
@@ -141,8 +142,8 @@ def _reverse(fact: Fact) -> tuple[str, str] | None:
 def leaks(rows: Sequence[Fact], test: Sequence[Fact]) -> list[tuple[Fact, Fact]]:
     """(row, fact): rows that state a fact, in its own direction or in reverse.
 
-    A row states a fact that names the entity of the fact and its answer, in any order, or that holds one of its phrasings
-    with the answer.
+    A row states a fact that names the entity of the fact and its answer, in any order, or that holds one of its
+    phrasings with the answer.
     """
     words = [normalized(row.text) for row in rows]
     found = []

@@ -51,7 +51,8 @@ def audit_classifier(
     Args:
         splits: those of the request; forget images are the members, holdout images what they are told from.
         reference: trained on the retain images alone, as `rp.vision.retrain` does; without one nothing is concluded.
-        references: further retrained models, best two or more: the median counts, and what lies among them is no finding.
+        references: further retrained models, best two or more: the median counts, and what lies among them is no
+            finding.
         relearn: also fine-tune every model on half of the forget set; no pass is possible without.
     Raises:
         BadReference: if a reference saw forget images, or is the edited or original model itself.

@@ -95,13 +95,13 @@ def audit_data(
     Args:
         retain: Facts, facts or text; None for the facts' own retain side and the built-in prose.
         most: retain facts to ask at most, drawn evenly from the domains; None for all.
-        attributes: facts of other domains about the entities to forget; None for those of the facts' own retain side and of
-            the built-in domains.
+        attributes: facts of other domains about the entities to forget; None for those of the facts' own retain side
+            and of the built-in domains.
     Raises:
         DataError: if there are no facts, or an attribute is about another entity.
         NotEnoughRows: if a side has fewer than 8 entities.
-        OverlapError: if near-duplicates straddle T and V, retain facts you gave share an entity with the forget side, or an
-            attribute you gave states a forgotten fact.
+        OverlapError: if near-duplicates straddle T and V, retain facts you gave share an entity with the forget side,
+            or an attribute you gave states a forgotten fact.
         ArgumentError: if folds is neither 1 nor 2.
     """
     folds, seed = options["folds"], options["seed"]

@@ -149,8 +149,8 @@ SCHEMES = ("int8", "int4")
 def with_examples_and_diagnostics(report: Report, models: Mapping[str, Audited], facts: Sequence[Fact] = ()) -> Report:
     """The report with what each model writes after the examples' prompts, and what its edit is like.
 
-    diagnostics: "update": for every changed matrix of the blocks its size, and the cosine of the rounded update with the
-    true one by scheme; its mean as "survival". With facts to ask also "line", and with a reference "uds". An edit
+    diagnostics: "update": for every changed matrix of the blocks its size, and the cosine of the rounded update with
+    the true one by scheme; its mean as "survival". With facts to ask also "line", and with a reference "uds". An edit
     that lives in hooks or changed a shape has neither update nor line, one of another width no uds.
     """
     prompts = [example["prompt"] for example in report.examples]

@@ -219,7 +219,7 @@ def _words(items: Sequence[Fact]) -> set[str]:
     return {word for text in texts for word in normalized(text).split()}
 
 
-# --- The retain check: accuracy on the retain facts and perplexity of the retain text, which the edit should have preserved
+# --- The retain check: accuracy on the retain facts and perplexity of the retain text
 
 
 RETAIN = AttackRecord(RETAIN_CHECK, draws=False, decides=False)

@@ -118,8 +118,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 # --- Carrying attacks out: every attack on every model, seed and fold, kept on disk as it goes
 #
 # Where invented facts are the floor, the models that a training attack makes of the edited one are asked them as well:
-# the floor is then the accuracy of the very model that was attacked, on facts nobody can know. Every other attack is made
-# once more, with invented facts in the place of T and V.
+# the floor is then the accuracy of the very model that was attacked, on facts nobody can know. Every other attack is
+# made once more, with invented facts in the place of T and V.
 
 
 FRESH = "fresh facts"

@@ -20,8 +20,8 @@ from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRow
 
 # --- The best setting of an attack, chosen on one half of the facts and scored on the other
 #
-# An attacker has many settings and reports the best. The best of fifty useless ones looks useful on the facts that chose
-# it, so no fact is ever scored under a setting it helped to choose.
+# An attacker has many settings and reports the best. The best of fifty useless ones looks useful on the facts that
+# chose it, so no fact is ever scored under a setting it helped to choose.
 
 
 Values = NDArray[np.float64]
@@ -155,8 +155,8 @@ def _best(correct: NDArray[np.int8], choosing: NDArray[np.bool_]) -> int:
 # --- Intervals of the recovered fraction, for each attack and for the strongest of all
 #
 # R = (A - B) / (C - B), with A, C, B the accuracies of edited, original and floor after one attack. A draw takes seeds
-# and entities with replacement; all models and attacks see the same draw, so what they share cancels. A floor measured on
-# other facts is drawn by itself.
+# and entities with replacement; all models and attacks see the same draw, so what they share cancels. A floor measured
+# on other facts is drawn by itself.
 #
 # A lower end keeps the settings that cross-fitting chose: it says what they bring back at least, and so what the best
 # does. An upper end chooses anew in every draw: with the settings kept it would lie below what the best of twelve truly

@@ -51,9 +51,9 @@ def verdict(
 
     UNSOUND: a control failed. INVALID: the original never knew the facts (known < .15), V has fewer than 100 facts
     unless that is allowed, or T leaks into V. DESTROYED: what should have been kept is lost. NOT FORGOTTEN: the lower
-    end of R for `direct` > recovery_threshold. HIDDEN: the simultaneous lower bound of some attack > recovery_threshold.
-    NO RECOVERY FOUND: every simultaneous upper bound < pass_threshold, some attack beside `direct` counts, and every
-    deciding attack of the budget ran and could train. INCONCLUSIVE: anything else.
+    end of R for `direct` > recovery_threshold. HIDDEN: the simultaneous lower bound of some attack >
+    recovery_threshold. NO RECOVERY FOUND: every simultaneous upper bound < pass_threshold, some attack beside `direct`
+    counts, and every deciding attack of the budget ran and could train. INCONCLUSIVE: anything else.
 
     Args:
         known: lower end of the interval of C - B of `direct`, as `knowledge` gives it.
@@ -288,8 +288,8 @@ def _variance(known: float, floor: float, measured: bool) -> float:
 
 # --- Classifiers: rules over gaps to models retrained without the forget images
 #
-# Everything is relative to models retrained without the forget images. A membership attack that scores .5 is not the aim:
-# a retrained model may well be told apart, and a model below it has forgotten too much, which shows as much.
+# Everything is relative to models retrained without the forget images. A membership attack that scores .5 is not the
+# aim: a retrained model may well be told apart, and a model below it has forgotten too much, which shows as much.
 
 
 DAMAGE, KNOWN, TOLD, RELEARNED, CLOSE, ALIKE = 0.05, 0.10, 0.05, 0.20, 0.10, 0.05

@@ -39,8 +39,8 @@ def chat(
 ) -> None:
     """Ask the original and the edited model the same, and see both answers side by side as they are written.
 
-    Each model sees its own answers as the conversation goes on; /reset begins anew, /quit ends it, and Ctrl-C an answer.
-    Each prompt from an argument or a pipe begins a new conversation.
+    Each model sees its own answers as the conversation goes on; /reset begins anew, /quit ends it, and Ctrl-C an
+    answer. Each prompt from an argument or a pipe begins a new conversation.
     """
     from repedit.cli import output
 

@@ -1,7 +1,8 @@
 """What the command line shows: tables, texts and JSON on standard output, stages and errors on standard error.
 
-Texts are shown literally: nothing in a path, a name, an error or the output of a model is read as markup or obeyed by the
-terminal. If the reader of standard output closes it, as `head` does, further output is dropped and the work continues.
+Texts are shown literally: nothing in a path, a name, an error or the output of a model is read as markup or obeyed by
+the terminal. If the reader of standard output closes it, as `head` does, further output is dropped and the work
+continues.
 """
 
 from __future__ import annotations

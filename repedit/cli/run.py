@@ -22,9 +22,9 @@ def run(
 ) -> None:
     """Carry out the steps of a file in order; steps that are done, and whose output is unchanged, are not repeated.
 
-    Paths are relative to the file. If you change a step, its earlier output is replaced; any other file at that path stops
-    the run. The exit code is that of the last audit, or of the step that failed. NAME.report.html, written at the end, shows
-    the run as its journal beside the file records it.
+    Paths are relative to the file. If you change a step, its earlier output is replaced; any other file at that path
+    stops the run. The exit code is that of the last audit, or of the step that failed. NAME.report.html, written at the
+    end, shows the run as its journal beside the file records it.
     """
     from repedit import runs
     from repedit.cli import output

@@ -74,8 +74,8 @@ def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: b
     Args:
         directory: holds "forget10.jsonl", "forget10_perturbed.jsonl", "real_authors_perturbed.jsonl" and so on.
         split: name of a file without its ending.
-        template: makes a prompt from a question, such as "Question: {}\\nAnswer:". Losses depend on it: evaluate with the
-            template the model was trained with.
+        template: makes a prompt from a question, such as "Question: {}\\nAnswer:". Losses depend on it: evaluate with
+            the template the model was trained with.
         refusals: give each row a refusal from "idontknow.jsonl" as its `alternative`, selected by the row's id.
     Raises:
         NotFound: if there is no such directory, or it has no refusals.

@@ -102,8 +102,8 @@ class Corpus:
     def halves(self, seed: int = 0) -> tuple[Corpus, Corpus]:
         """Two corpora of about equal length that share no document: one to collect on, one to evaluate on.
 
-        Documents with the same text, and excerpts of one document, stay together; blank documents are left out. The half
-        of a document depends on the seed and its text (for an excerpt: its origin) alone.
+        Documents with the same text, and excerpts of one document, stay together; blank documents are left out. The
+        half of a document depends on the seed and its text (for an excerpt: its origin) alone.
 
         Raises:
             NotEnoughRows: if fewer than two documents differ.
@@ -193,8 +193,8 @@ def tokens(batches: Iterable[Mapping[str, Any]], name: str = "tokens") -> Tokens
     """Wrap an iterable of tokenized batches (`input_ids`, and `attention_mask` if rows are padded).
 
     Raises:
-        DataError: if it is empty, or a batch has no input_ids, or they are not a table of integers with a mask of the same
-            shape.
+        DataError: if it is empty, or a batch has no input_ids, or they are not a table of integers with a mask of the
+            same shape.
     """
     items = []
     for number, batch in enumerate(batches):

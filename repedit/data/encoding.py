@@ -1,7 +1,7 @@
 """From text to the token ids that a model reads; no other module calls a tokenizer to encode.
 
-The special tokens that a tokenizer adds before a text appear once, even if the text already contains them. The ones that it
-adds after a text are left out, because something follows: an answer, a continuation or the next chunk.
+The special tokens that a tokenizer adds before a text appear once, even if the text already contains them. The ones
+that it adds after a text are left out, because something follows: an answer, a continuation or the next chunk.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
 def prompt_with_answer(prompt: str, answer: str) -> str:
     """Prompt, one space and answer.
 
-    No space is added if the prompt is empty, or ends in white space or in a script without spaces, or if the answer begins
-    with a line break or tab; a space at the start of the answer is not doubled.
+    No space is added if the prompt is empty, or ends in white space or in a script without spaces, or if the answer
+    begins with a line break or tab; a space at the start of the answer is not doubled.
     """
     if not prompt or (prompt[-1].isspace() and prompt[-1] != " ") or answer[:1] in ("\n", "\t", "\r"):
         return prompt + answer

@@ -45,8 +45,8 @@ class Fact(Row):
     White space around the answer and the choices is removed; they follow the prompt after one space.
 
     Raises:
-        DataError: if prompt or answer is blank, the answer is not among the choices, there is only one choice, or a choice
-            is blank or appears twice.
+        DataError: if prompt or answer is blank, the answer is not among the choices, there is only one choice, or a
+            choice is blank or appears twice.
     """
 
     choices: tuple[str, ...] = ()
@@ -283,14 +283,15 @@ def _texts(fields: Mapping[str, object], field: str, name: str) -> tuple[str, ..
 
 # --- Facts by name: built-in domains, or a file
 #
-# A built-in domain is a TOML table: its phrasings, and groups of entities with their answers. Wrong choices come from the
-# same group first, so that they are answers of the same kind.
+# A built-in domain is a TOML table: its phrasings, and groups of entities with their answers. Wrong choices come from
+# the same group first, so that they are answers of the same kind.
 
 
 def facts(name: str | Path, *, retain: str | Path | Facts | Iterable[Fact] | None = None, seed: int = 0) -> Facts:
     """The facts of a built-in domain, of several domains such as "capitals+symbols", or of a .jsonl file.
 
-    For built-in names the facts of all other built-in domains are retained, for a file its rows with `"role": "retain"`.
+    For built-in names the facts of all other built-in domains are retained, for a file its rows with `"role":
+    "retain"`.
 
     Args:
         retain: other facts to retain: a name or file (its facts to forget), Facts (likewise), or facts.

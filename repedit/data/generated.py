@@ -36,8 +36,8 @@ def cloze(
 ) -> Facts:
     """Questions for the next word, at positions drawn from every document in turn; the entity of a fact is its document.
 
-    A prompt begins at the start of a line or sentence and ends before a word of at least four letters. The wrong choices
-    are answers in other documents. Halves of the facts share no document.
+    A prompt begins at the start of a line or sentence and ends before a word of at least four letters. The wrong
+    choices are answers in other documents. Halves of the facts share no document.
 
     Args:
         count: number of questions.

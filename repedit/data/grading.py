@@ -1,9 +1,9 @@
 """Grading: whether a text contains an answer, in any script, and the normalized form in which answers are compared.
 
-In scripts with spaces an answer must match whole words. Case, accents, full-width forms and punctuation are ignored, but not
-symbols that make another answer: "C" is not in "C++", and "5" is not in "-5", "5.5" or "50%". Korean particles and Arabic
-and Hebrew prefixes may be attached. In scripts without spaces an answer matches anywhere, unless a neighbouring character
-completes its first or last one; a word in katakana ends where katakana ends.
+In scripts with spaces an answer must match whole words. Case, accents, full-width forms and punctuation are ignored,
+but not symbols that make another answer: "C" is not in "C++", and "5" is not in "-5", "5.5" or "50%". Korean particles
+and Arabic and Hebrew prefixes may be attached. In scripts without spaces an answer matches anywhere, unless a
+neighbouring character completes its first or last one; a word in katakana ends where katakana ends.
 
 Without a dictionary some cases stay undecided: inflected forms do not match, and a longer name that contains the answer
 does ("Guinea" in "Guinea-Bissau"), unless that name is among the other choices.
@@ -67,8 +67,8 @@ def contains_answer(text: str, answer: str, others: Iterable[str] = ()) -> bool:
     """Whether a text contains an answer.
 
     Args:
-        others: the wrong choices; the answer does not count as part of one of them. If one of them differs from the answer
-            only in case and accents, these are compared; if only in punctuation, every character is compared.
+        others: the wrong choices; the answer does not count as part of one of them. If one of them differs from the
+            answer only in case and accents, these are compared; if only in punctuation, every character is compared.
     """
     others = [other for other in others if other != answer]
     exact = any(normalized(other) == normalized(answer) for other in others)

@@ -1,7 +1,7 @@
 """How a model predicts given texts token by token: log-probabilities of answers, memorization and extraction strength.
 
-All other modules read log-probabilities through `sequence_logits` and `reading`; only the choices of facts, which share a
-prompt, are read from a cache (`repedit.metrics.facts`).
+All other modules read log-probabilities through `sequence_logits` and `reading`; only the choices of facts, which share
+a prompt, are read from a cache (`repedit.metrics.facts`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Signs of a collapsed model, and the verdict that is reported with every aggregate.
 
-Aggregates reward collapse: a model that repeats one token has forgotten everything, leaks nothing and answers at chance. So
-a score is read together with signs of life, each compared with the same sign of the original model.
+Aggregates reward collapse: a model that repeats one token has forgotten everything, leaks nothing and answers at
+chance. So a score is read together with signs of life, each compared with the same sign of the original model.
 """
 
 from __future__ import annotations

@@ -67,8 +67,9 @@ def facts_accuracy(
 ) -> FactsAccuracy:
     """Which facts a model answers correctly.
 
-    "choice": after the prompt, the right answer has the highest log-probability of all choices; a tie is wrong. "greedy":
-    the normalized answer occurs in the greedy continuation of the prompt, which has 4 tokens more than the longest answer.
+    "choice": after the prompt, the right answer has the highest log-probability of all choices; a tie is wrong.
+    "greedy": the normalized answer occurs in the greedy continuation of the prompt, which has 4 tokens more than the
+    longest answer.
 
     Args:
         facts: Facts (those to forget), or facts.
@@ -193,8 +194,8 @@ def _choice_logs(
 ) -> list[NDArray[np.float64]]:
     """The summed log-probability of every choice of questions whose prompts have equal length.
 
-    The common prefix of all prompts is read once, then the rest of each. Then the tree of choices is read level by level,
-    each distinct prefix once, on top of the cache of its prompt; nothing is padded or read twice.
+    The common prefix of all prompts is read once, then the rest of each. Then the tree of choices is read level by
+    level, each distinct prefix once, on top of the cache of its prompt; nothing is padded or read twice.
     """
     sums = [np.zeros(len(question.answers)) for question in questions]
     nodes: list[tuple[int, tuple[int, ...]]] = [(number, ()) for number in range(len(questions))]

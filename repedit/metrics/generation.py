@@ -207,7 +207,8 @@ def generate(
     Prompts of similar length are read together, padded on the left; padding does not change the continuation.
 
     Args:
-        chat: put each prompt in the tokenizer's chat template as a user message. This changes scores: report it with them.
+        chat: put each prompt in the tokenizer's chat template as a user message. This changes scores: report it with
+            them.
     Raises:
         ArgumentError: without a tokenizer, for chat without a chat template, or for a number below 1.
         DataError: if a prompt is not a text, has no token, ends in an end token, or is too long.
@@ -236,8 +237,8 @@ def greedy_continuations(
 ) -> list[str]:
     """The greedy continuation of each prompt: the most likely token each time, up to an end token or `tokens` tokens.
 
-    Prompts of different lengths are padded on the left. `model.generate` is not used: it follows the generation settings
-    of the checkpoint, which can penalize, forbid or force tokens even if do_sample is False.
+    Prompts of different lengths are padded on the left. `model.generate` is not used: it follows the generation
+    settings of the checkpoint, which can penalize, forbid or force tokens even if do_sample is False.
 
     Args:
         names: names of the prompts in error messages.

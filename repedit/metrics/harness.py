@@ -116,13 +116,13 @@ def write_tasks(
 ) -> tuple[str, ...]:
     """Write facts as tasks of the harness, a YAML and a JSONL file each; returns the names of the tasks.
 
-    A task measures the same as `rp.facts_accuracy`: whether the choice with the highest summed log-probability after the
-    prompt is the right one. Accuracies are equal except for ties, which the harness gives to the first choice.
+    A task measures the same as `rp.facts_accuracy`: whether the choice with the highest summed log-probability after
+    the prompt is the right one. Accuracies are equal except for ties, which the harness gives to the first choice.
 
     Args:
         folder: created if missing; existing tasks with other content are not replaced.
-        names: built-in domains, or .jsonl files of facts (those to forget); the task of "capitals" is "repedit_capitals".
-            The tag `TAG` runs all of them.
+        names: built-in domains, or .jsonl files of facts (those to forget); the task of "capitals" is
+            "repedit_capitals". The tag `TAG` runs all of them.
         seed: of the order of the choices, as in `rp.data.facts`.
     Raises:
         UnknownName, NotFound, DataError: as `rp.data.facts` does; DataError also for a fact without choices.

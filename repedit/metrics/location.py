@@ -95,9 +95,9 @@ def locate(
 ) -> Location:
     """Accuracy on facts when what attention or MLPs add is ablated at some positions of the prompts, layers together.
 
-    "mean" replaces the output by its mean over the entities of a domain at that kind of position, in the unedited model;
-    "exchange" by that of another entity, counted from the end of the positions of that kind, which keeps its statistics.
-    Choices are then compared on top of the ablated prompt, as in `facts_accuracy`.
+    "mean" replaces the output by its mean over the entities of a domain at that kind of position, in the unedited
+    model; "exchange" by that of another entity, counted from the end of the positions of that kind, which keeps its
+    statistics. Choices are then compared on top of the ablated prompt, as in `facts_accuracy`.
 
     Args:
         facts: facts with choices whose prompts contain their entity.

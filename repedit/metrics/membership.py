@@ -1,7 +1,7 @@
 """Membership inference: scores of texts and of classifier outputs, LiRA with shadow models, AUC and TPR of a score.
 
-A higher score looks more like a member of the training set. An AUC of 1 separates all members from all others, .5 none; an
-AUC well below .5 separates them too: texts that were forgotten too much look less familiar than texts never seen.
+A higher score looks more like a member of the training set. An AUC of 1 separates all members from all others, .5 none;
+an AUC well below .5 separates them too: texts that were forgotten too much look less familiar than texts never seen.
 """
 
 from __future__ import annotations
@@ -311,7 +311,8 @@ def _check_labels(logits: Float[Tensor, "b C"], y: Int[Tensor, "*n"]) -> None:
 
 # --- LiRA: membership by the likelihood ratio over shadow models that were and were not trained on an example
 #
-# It needs models trained like the one under test, half of them on each text, so it suits models that are cheap to train.
+# It needs models trained like the one under test, half of them on each text, so it suits models that are cheap to
+# train.
 
 MIN_STD = 1e-6
 """Smallest standard deviation."""
@@ -329,7 +330,8 @@ def lira(
     Args:
         shadows: the scores on each shadow model.
         seen: whether each shadow model was trained on each text.
-        pooled: use one standard deviation for all texts; when None, only if a text has fewer than 16 shadow models on a side.
+        pooled: use one standard deviation for all texts; when None, only if a text has fewer than 16 shadow models on a
+            side.
     Raises:
         ShapeError: if the arrays do not match.
         NotFinite: if a score is not finite.

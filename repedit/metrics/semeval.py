@@ -1,7 +1,7 @@
 """SemEval-2025 Task 4: twelve parts, a membership test and MMLU, aggregated with a verdict.
 
-The published final score rewards collapse: a model that repeats one token scores (0 + 1 + .25) / 3 = .417, more than most
-systems that took part. So a score prints its parts and its verdict, and refuses to be a single number.
+The published final score rewards collapse: a model that repeats one token scores (0 + 1 + .25) / 3 = .417, more than
+most systems that took part. So a score prints its parts and its verdict, and refuses to be a single number.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Mmlu:
 def mmlu_accuracy(subject: Subject, facts: Sequence[Fact]) -> Mmlu:
     """Accuracy by subject: the letter with the highest log-probability after each prompt.
 
-    A tie gives the credit of guessing among the tied letters, so a model without a preference is at chance for any order
-    of the letters.
+    A tie gives the credit of guessing among the tied letters, so a model without a preference is at chance for any
+    order of the letters.
 
     Raises:
         DataError: if there are no questions.

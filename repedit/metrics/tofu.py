@@ -71,7 +71,8 @@ def truth_ratio(
     Args:
         paraphrased: losses (n,) of the paraphrased answer.
         perturbed: losses (n, k) of the k wrong answers.
-        aggregate: "closer_to_one", mean min(t, 1/t), for a forget set, or "true_better", mean max(0, 1 - t), for others.
+        aggregate: "closer_to_one", mean min(t, 1/t), for a forget set, or "true_better", mean max(0, 1 - t), for
+            others.
     Raises:
         UnknownName: if there is no such aggregate.
         MetricError: if the shapes disagree, or a loss is not finite.
@@ -106,8 +107,8 @@ class Distance(NamedTuple):
 def forget_quality(unlearned: TruthRatio | ArrayLike, reference: TruthRatio | ArrayLike) -> float:
     """p-value of the exact two-sample Kolmogorov-Smirnov test between the truth ratios t of two models.
 
-    1 is perfect; below .05 the unlearned model differs from one that never saw the forget set. A collapsed model can score
-    high: read the value together with the model utility and the verdict.
+    1 is perfect; below .05 the unlearned model differs from one that never saw the forget set. A collapsed model can
+    score high: read the value together with the model utility and the verdict.
 
     Args:
         unlearned: truth ratios (n,) on the forget set.

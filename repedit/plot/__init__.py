@@ -1,8 +1,8 @@
 """Figures: every function takes values and returns a matplotlib Figure without showing it.
 
-Save a figure with `figure.savefig("drops.png", dpi=200)`; a notebook shows it as the last value of a cell. Orange is forget
-and blue is retain. Colours come from the palette of Okabe and Ito, cividis and PuOr; markers, hatches or line styles
-repeat the information, so that a grey print is readable.
+Save a figure with `figure.savefig("drops.png", dpi=200)`; a notebook shows it as the last value of a cell. Orange is
+forget and blue is retain. Colours come from the palette of Okabe and Ito, cividis and PuOr; markers, hatches or line
+styles repeat the information, so that a grey print is readable.
 """
 
 from repedit.plot.classifiers import condensed, gap, membership

@@ -37,8 +37,8 @@ LEAST_LOSS = 1e-5
 def gap(reports: Mapping[str, Report]) -> Figure:
     """Gaps of recipes to the retrained model: one panel per measure, one row per recipe; gaps in the green band pass.
 
-    Bars are 95 % intervals of the gap in AUC, grey ticks are several retrained models. A measure that no report holds has
-    no panel.
+    Bars are 95 % intervals of the gap in AUC, grey ticks are several retrained models. A measure that no report holds
+    has no panel.
 
     Raises:
         ArgumentError: if there is no report, or one is not of a classifier with a retrained model.

@@ -151,9 +151,9 @@ MARGIN = 0.06
 def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Figure:
     """Forget against retain with one point per seed; the best position is near the retrained model, at the upper left.
 
-    The regions are those of the verdicts on metrics: "not forgotten" to the right of half of the original's forget value,
-    "retain lost" below a quarter of its retain value, which is one of the two signs that a collapse needs. A box marks
-    what is close to the retrained model.
+    The regions are those of the verdicts on metrics: "not forgotten" to the right of half of the original's forget
+    value, "retain lost" below a quarter of its retain value, which is one of the two signs that a collapse needs. A box
+    marks what is close to the retrained model.
 
     Args:
         results: name -> (forget, retain) of each seed, fractions in [0, 1]. "original" must be among the names;
@@ -265,8 +265,9 @@ def _regions(axes: Axes, start: tuple[float, float]) -> None:
 def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figure:
     """The change of each weight relative to its spread, |dw| / std(w), by layer and module.
 
-    |dw| is a root mean square. The dashed line is half a step of 4-bit rounding over std(w), the median over the changed
-    matrices of a layer. Changes far below the line mostly vanish in 4-bit rounding, which restores the original model.
+    |dw| is a root mean square. The dashed line is half a step of 4-bit rounding over std(w), the median over the
+    changed matrices of a layer. Changes far below the line mostly vanish in 4-bit rounding, which restores the original
+    model.
 
     Args:
         subject: the model from which the delta was trained.

@@ -73,9 +73,9 @@ CONTOURS = {0.01: "-", 0.05: "--"}
 def specialization(scores: Scores) -> Figure:
     """The score of every neuron: one column per layer, layer 0 at the left, the most forget-specific neuron on top.
 
-    Orange is forget-specific, purple retain-specific, white no preference. Lines bound the global top 1 % and 5 %, which
-    `prune` would select; the square-root axis gives them room. Protected neurons are hatched. Attention and MLP neurons
-    have separate panels.
+    Orange is forget-specific, purple retain-specific, white no preference. Lines bound the global top 1 % and 5 %,
+    which `prune` would select; the square-root axis gives them room. Protected neurons are hatched. Attention and MLP
+    neurons have separate panels.
 
     Raises:
         ArgumentError: if there is no score, or every neuron is protected.

@@ -211,8 +211,8 @@ def rank_tradeoff(
 ) -> Figure:
     """Forget accuracy above, retain accuracy below, against the removed rank; one line per method, labelled at its end.
 
-    The axis of ranks is logarithmic, with rank 0, the unedited model, one step left of rank 1. A method whose name begins
-    with "random" is the control, in grey. Bars are intervals.
+    The axis of ranks is logarithmic, with rank 0, the unedited model, one step left of rank 1. A method whose name
+    begins with "random" is the control, in grey. Bars are intervals.
 
     Args:
         results: method -> one value per rank, in any order.
@@ -369,8 +369,8 @@ def continual(
             None, the first tasks in their order.
         notes: further facts for the title.
     Raises:
-        ArgumentError: if there is no task, a name appears twice, or a row is not a task. ShapeError: if the matrix does not
-            fit. FractionError: if an accuracy or chance lies outside [0, 1].
+        ArgumentError: if there is no task, a name appears twice, or a row is not a task. ShapeError: if the matrix does
+            not fit. FractionError: if an accuracy or chance lies outside [0, 1].
     """
     columns = [*tasks, *untouched]
     if not tasks:
@@ -527,9 +527,9 @@ STYLES: tuple[dict[str, Any], ...] = ({"color": "white", "edgecolor": NEUTRAL, "
 def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
     """Bars of ||V^T W'|| / ||V^T W|| by tensor, before and after the cast to the stored dtype, on a logarithmic axis.
 
-    The line is what rounding alone can leave in a dtype. Of more than 32 tensors the worst of each layer is drawn, of more
-    than 32 layers the worst layers; the title has the number of tensors not shown. The worst has the largest ratio to its
-    limit.
+    The line is what rounding alone can leave in a dtype. Of more than 32 tensors the worst of each layer is drawn, of
+    more than 32 layers the worst layers; the title has the number of tensors not shown. The worst has the largest ratio
+    to its limit.
 
     Args:
         certificate: from `repedit.certificate`.

@@ -43,8 +43,8 @@ def trajectory(
 ) -> Figure:
     """Forget drop and selectivity against retain drop, with one marker per step and a ring at the best step in the limit.
 
-    The left panel shows the forget drop, the right panel selectivity = forget drop - retain drop; drops are in per cent of
-    the original top-1 accuracy. The dashed line is no selectivity.
+    The left panel shows the forget drop, the right panel selectivity = forget drop - retain drop; drops are in per cent
+    of the original top-1 accuracy. The dashed line is no selectivity.
 
     Args:
         labels: one name per trajectory; its importance and combination when None.

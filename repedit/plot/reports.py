@@ -261,8 +261,8 @@ NO_EVIDENCE: Mapping[str, Any] = {"facecolor": "white", "edgecolor": "#d0d0d0", 
 def recovery(report: Report) -> Figure:
     """Recovered fractions: one row per attack, the strongest first, beside the accuracies they are computed from.
 
-    Left, R = (edited - floor) / (original - floor) with its simultaneous interval over all attacks; right, the accuracies
-    of the edited model, the original and the floor after the attack. Hatched rows are not evidence.
+    Left, R = (edited - floor) / (original - floor) with its simultaneous interval over all attacks; right, the
+    accuracies of the edited model, the original and the floor after the attack. Hatched rows are not evidence.
 
     Raises:
         ArgumentError: if the report holds no attack.

@@ -2,8 +2,8 @@
 
 Texts are redacted unless a rule of this module keeps them. Kept are numbers, verdicts, hashes, the names of sites and
 tensors, the files that a run wrote, and repedit's own words: names of attacks and their settings, of roles, measures,
-statuses, budgets, recipes, methods and fields, and the sentences of `SENTENCES`. An id becomes a digest. Names of models,
-corpora and files of facts, notes, reasons in other words, commands, examples and generations are redacted.
+statuses, budgets, recipes, methods and fields, and the sentences of `SENTENCES`. An id becomes a digest. Names of
+models, corpora and files of facts, notes, reasons in other words, commands, examples and generations are redacted.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ SENTENCES = r"""
 def redacted(report: Report) -> Report:
     """The report without any text of an item: the docstring of the module says what is kept.
 
-    A digest is the first 16 digits of the sha256 of an id: redacted reports can still be recognised as being over the same
-    facts, and whoever knows the ids can find them again.
+    A digest is the first 16 digits of the sha256 of an id: redacted reports can still be recognised as being over the
+    same facts, and whoever knows the ids can find them again.
     """
     if "withheld" in report.context:
         return report

@@ -1,7 +1,7 @@
 """HTML pages from templates, with figures of matplotlib as inline SVG.
 
-A page is one file that needs no network and no script. The templates are in `templates/`; every value that they write is
-escaped once, by jinja2, and invisible characters are shown as in `repedit.escaping.for_terminal`.
+A page is one file that needs no network and no script. The templates are in `templates/`; every value that they write
+is escaped once, by jinja2, and invisible characters are shown as in `repedit.escaping.for_terminal`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def render(template: str, **values: object) -> str:
 def svg(figure: Figure) -> Markup:
     """The figure as an SVG element in the colours of the page; the label of the figure is its text for screen readers.
 
-    The output depends on the figure alone. Texts stay texts, in the font of the page. Identifiers are those that something
-    refers to; they differ between figures that differ.
+    The output depends on the figure alone. Texts stay texts, in the font of the page. Identifiers are those that
+    something refers to; they differ between figures that differ.
     """
     buffer, label = io.StringIO(), str(figure.get_label())
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{figure.get_figwidth()} {label}"}):

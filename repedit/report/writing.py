@@ -21,8 +21,8 @@ from repedit.report.redaction import redacted
 def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[Path]:
     """Write audit.json, audit.md, audit.html and recovery.png; the folder is made if it is absent.
 
-    For a classifier, gap.png and membership.png take the place of recovery.png. The data are written first, and each file
-    by one rename; a page or a figure that fails leaves the others.
+    For a classifier, gap.png and membership.png take the place of recovery.png. The data are written first, and each
+    file by one rename; a page or a figure that fails leaves the others.
 
     Args:
         hide_items: redact every text of an item in all of them, see `redacted`.

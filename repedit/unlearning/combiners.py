@@ -98,10 +98,10 @@ def blur(
     """Bi-level: G = gamma g_f + alpha (g_r - c g_f), c = <g_r, g_f> / |g_f|^2, so <G, g_f> = gamma |g_f|^2.
 
     The retain gradient is projected on the complement of the forget gradient whatever the sign of c. The published MUSE
-    and TOFU variants use gamma = alpha = 1, the WMDP variant alpha = 800. The identity holds for G and for a step of SGD;
-    Adam's preconditioning breaks it in the weights. Where g_f and g_r strongly oppose each other (RMU: cosine about -0.9)
-    the projection makes forgetting happen at the cost of retention: tune alpha again. Where they are nearly orthogonal
-    (NPO: about -0.1) it is close to the weighted sum.
+    and TOFU variants use gamma = alpha = 1, the WMDP variant alpha = 800. The identity holds for G and for a step of
+    SGD; Adam's preconditioning breaks it in the weights. Where g_f and g_r strongly oppose each other (RMU: cosine
+    about -0.9) the projection makes forgetting happen at the cost of retention: tune alpha again. Where they are nearly
+    orthogonal (NPO: about -0.1) it is close to the weighted sum.
 
     Args:
         when: "conflict" projects only where c < 0.

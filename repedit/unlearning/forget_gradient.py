@@ -4,7 +4,8 @@ Three independent choices that any loss can use:
 
 - An *adversary* chooses the weights at which the gradient is taken: those that a small step towards relearning gives
   (`SharpnessAware`), or a copy that was trained to relearn other forget rows (`Fork`).
-- A *filter* removes from the gradient of every matrix the directions that many tokens share (`CommonPart`), or reduces the
+- A *filter* removes from the gradient of every matrix the directions that many tokens share (`CommonPart`), or reduces
+the
   leading singular directions of the gradient over the forget set (`LeadingDirections`).
 - `Agreement` keeps the entries whose sign is that of the retain gradient.
 
@@ -46,13 +47,14 @@ from repedit.unlearning.sampling import cycled
 class SharpnessAware:
     """Take the forget gradient at theta + rho g / |g|, where g is the forget gradient at theta.
 
-    A forget loss falls while its rows are forgotten, so the perturbation is a step towards relearning them. |g| is the norm
-    over all trained tensors together. The weights are replaced for one pass and then put back, not added to and
+    A forget loss falls while its rows are forgotten, so the perturbation is a step towards relearning them. |g| is the
+    norm over all trained tensors together. The weights are replaced for one pass and then put back, not added to and
     subtracted from, so no rounding remains in them.
 
     Raises:
         ArgumentError: if rho is not above 0.
-    Reference: Fan et al. 2025, arXiv:2502.05374, section 4; rho 0.01 as in its code. Foret et al. 2021, arXiv:2010.01412,
+    Reference: Fan et al. 2025, arXiv:2502.05374, section 4; rho 0.01 as in its code. Foret et al. 2021,
+    arXiv:2010.01412,
         equation 2.
     """
 
@@ -66,15 +68,17 @@ class SharpnessAware:
 class Fork:
     """Take the forget gradient at a copy of the weights that has relearned other forget rows.
 
-    Every `every` steps a new copy takes `steps` steps of gradient descent on the NLL of a random half of the facts; until
-    the next one, forget gradients are those of the other half, at the copy. All wordings of a fact are in the same half.
+    Every `every` steps a new copy takes `steps` steps of gradient descent on the NLL of a random half of the facts;
+    until the next one, forget gradients are those of the other half, at the copy. All wordings of a fact are in the
+    same half.
 
     Args:
         lr: of plain gradient descent; 1e-3 as in the published code.
         held_out: False relearns and unlearns on all facts, as the published code does.
     Raises:
         ArgumentError: if a number is out of range.
-    Reference: Sondej et al. 2025, arXiv:2506.12484 (MUDMAN); the halves are from Tamirisa et al. 2024, arXiv:2408.00761.
+    Reference: Sondej et al. 2025, arXiv:2506.12484 (MUDMAN); the halves are from Tamirisa et al. 2024,
+    arXiv:2408.00761.
     """
 
     every: int = 10
@@ -92,9 +96,9 @@ class CommonPart:
     """Remove from the gradient G of each matrix what the tokens of the forget set have in common.
 
     G = sum over tokens of g a^T, with a the input and g the gradient at the output of the matrix. Replacing every a by
-    P_a a and every g by P_g g gives P_g G P_a, so it is enough to project G. P_a and P_g are the projections orthogonal to
-    the mean and the leading principal components of a and g over the tokens that the loss reaches, apart from the first of
-    each row. The components come from subspace iteration, which keeps `components` vectors and no covariance.
+    P_a a and every g by P_g g gives P_g G P_a, so it is enough to project G. P_a and P_g are the projections orthogonal
+    to the mean and the leading principal components of a and g over the tokens that the loss reaches, apart from the
+    first of each row. The components come from subspace iteration, which keeps `components` vectors and no covariance.
 
     Args:
         activations, gradients: numbers of principal components that are removed on each side, besides the mean.

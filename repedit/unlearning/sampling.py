@@ -14,8 +14,8 @@ from repedit.errors import ArgumentError, check_positive, check_whole, is_finite
 FORGET_SIDE, RETAIN_SIDE = ("forget", "outdated", "exchanged"), ("retain", "update")
 """Roles by the gradient they belong to.
 
-`outdated` are the forget rows whose prompt is also in the update set, `exchanged` the forget rows with the answers of other
-subjects.
+`outdated` are the forget rows whose prompt is also in the update set, `exchanged` the forget rows with the answers of
+other subjects.
 """
 Topics = Mapping[str, Sequence[str]]
 """Role -> the topic of each of its rows."""

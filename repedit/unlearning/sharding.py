@@ -68,7 +68,8 @@ def shard(trainable: TrainableCopy) -> None:
     frozen = {p for p in model.parameters() if not p.requires_grad}
     blocks = [model.get_submodule(path) for path in trainable.subject.layout.block_paths]
     for module in (*(b for b in blocks if any(p.requires_grad for p in b.parameters())), model):
-        # The root is resharded after its forward too: a pass without backward would leave it whole, and stale after the step.
+        # The root is resharded after its forward too: a pass without backward would leave it whole, and stale after the
+        # step.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
     for module in model.modules():
         if isinstance(module, FSDPModule):

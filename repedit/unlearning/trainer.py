@@ -1,6 +1,7 @@
 """The loop of gradient unlearning: forward and backward passes by role, one combined gradient, one step.
 
-The gradients of a role add up over micro-batches and ranks before they are combined; clipping applies to the combined one.
+The gradients of a role add up over micro-batches and ranks before they are combined; clipping applies to the combined
+one.
 """
 
 from __future__ import annotations
@@ -290,7 +291,8 @@ def _measurements(values: Mapping[str, float], combination: Combination | None) 
 def recompute_blocks(subject: Subject) -> None:
     """Keep only the input of each block and recompute the block in the backward pass: less memory, more time.
 
-    Gradient checkpointing of transformers needs train mode, in which dropout is active; this does not depend on the mode.
+    Gradient checkpointing of transformers needs train mode, in which dropout is active; this does not depend on the
+    mode.
     """
     from torch.utils.checkpoint import checkpoint
 

@@ -42,8 +42,8 @@ def prepare_data(
 ) -> TrainingData:
     """Tokenize what a recipe trains on.
 
-    Sets are rows, facts (with every phrasing they carry), a corpus (whole text, in chunks), texts, or a mapping of topics
-    to those.
+    Sets are rows, facts (with every phrasing they carry), a corpus (whole text, in chunks), texts, or a mapping of
+    topics to those.
 
     Args:
         seed: of the exchange of answers.

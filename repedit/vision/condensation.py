@@ -71,8 +71,9 @@ def condense(
     Args:
         plan: Condense() when None.
         schedule: alternating_schedule() when None.
-        offline: train the model on all images before the request is known, by offline_schedule() or by this schedule; the
-            seconds are listed separately. The remembered images then have all classes, as the request is not known yet.
+        offline: train the model on all images before the request is known, by offline_schedule() or by this schedule;
+            the seconds are listed separately. The remembered images then have all classes, as the request is not known
+            yet.
     Raises:
         DataError: if there is no remembrance set, or nothing of it remains.
         TrainingError: if a loss is not finite; no result is returned.
@@ -139,8 +140,8 @@ def condensed_model(
 ) -> nn.Module:
     """An unlearned model with a new intermediate part, which is trained on the reduced retain set alone.
 
-    The beginning and final part keep their values exactly, so this is not training from scratch. Pass an unlearned model,
-    such as `apply(condense(...), model)`: in an original model those parts still carry the forget images.
+    The beginning and final part keep their values exactly, so this is not training from scratch. Pass an unlearned
+    model, such as `apply(condense(...), model)`: in an original model those parts still carry the forget images.
 
     Args:
         intermediate: an untrained module that fits between the other two parts; it is copied.
@@ -254,8 +255,8 @@ def invert(
 ) -> Images:
     """One image per bucket from a network g that minimizes CE(f(g(e_b)), y) + MSE(g(e_b), x) over the images x of b.
 
-    f is the classifier, frozen and in eval mode; e_b is one-hot; g has layers 128-512-2048-4096-pixels with ReLU, and ends
-    in a sigmoid.
+    f is the classifier, frozen and in eval mode; e_b is one-hot; g has layers 128-512-2048-4096-pixels with ReLU, and
+    ends in a sigmoid.
 
     Raises:
         TrainingError: if the loss is not finite; no image is returned.

@@ -73,7 +73,8 @@ class Images:
     """Labelled images with their index in the data set they come from, which shows that two sets are disjoint.
 
     Raises:
-        ShapeError, DtypeError, DataError: for pixels or labels in another layout, dtype or range, with how to convert them.
+        ShapeError, DtypeError, DataError: for pixels or labels in another layout, dtype or range, with how to convert
+            them.
     """
 
     x: Tensor
@@ -139,8 +140,8 @@ class ImageSplits:
     """The sets of an unlearning request; no image is in two of them.
 
     Raises:
-        OverlapError: if two sets share images. DataError: if retain, forget or holdout is empty, a label is out of range,
-            or the labels of holdout do not match those of forget.
+        OverlapError: if two sets share images. DataError: if retain, forget or holdout is empty, a label is out of
+            range, or the labels of holdout do not match those of forget.
     """
 
     retain: Images
@@ -404,8 +405,8 @@ def _shaped(array: NDArray[Any], shape: tuple[int, ...], where: str) -> NDArray[
 def class_splits(data: Images, label: int, *, train: int = 1200, remember: int = 100, seed: int = 0) -> ImageSplits:
     """The request to forget one class.
 
-    Of the shuffled data, the first `train` images become retain and forget, the next `remember` images the remembrance set
-    (all classes). Of the rest, images of the class become the holdout and the others the test set.
+    Of the shuffled data, the first `train` images become retain and forget, the next `remember` images the remembrance
+    set (all classes). Of the rest, images of the class become the holdout and the others the test set.
 
     Raises:
         DataError: if the data has no such class, or too few images.
@@ -428,8 +429,9 @@ def mislabelled_splits(
 ) -> ImageSplits:
     """The request to forget images with wrong labels, where only memorization can explain a low loss.
 
-    A fraction of the training images gets labels drawn from the other classes and becomes the forget set. The holdout is
-    the same number of unseen images with wrong labels drawn in the same way; the test set is the rest, with true labels.
+    A fraction of the training images gets labels drawn from the other classes and becomes the forget set. The holdout
+    is the same number of unseen images with wrong labels drawn in the same way; the test set is the rest, with true
+    labels.
 
     Raises:
         FractionError: if the fraction is not in (0, 1). DataError: if there are too few images or classes.
@@ -557,9 +559,10 @@ def match_features(
 ) -> tuple[Images, Float[Tensor, " steps"]]:
     """For each bucket one weighted sum of its images whose feature matches the bucket's mean; and the loss of each step.
 
-    x~_b = sum_i w_i x_i over the images of b, starting at w = 1 / |b|; Adam minimizes sum_b |mean_i phi(x_i) - phi(x~_b)|^2
-    over w, where phi is the model's feature. All buckets are solved at once: the loss is a sum over buckets and Adam
-    treats every entry separately, so a loop over buckets gives the same result. A bucket of one image is that image.
+    x~_b = sum_i w_i x_i over the images of b, starting at w = 1 / |b|; Adam minimizes sum_b |mean_i phi(x_i) -
+    phi(x~_b)|^2 over w, where phi is the model's feature. All buckets are solved at once: the loss is a sum over
+    buckets and Adam treats every entry separately, so a loop over buckets gives the same result. A bucket of one image
+    is that image.
 
     Args:
         weights: "free", any real number, so pixels may leave [0, 1]; "simplex", the softmax of free numbers within a

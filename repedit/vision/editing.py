@@ -1,7 +1,7 @@
 """Editing a classifier without training: statistics and hooks at modules, maps folded into weights, and two recipes.
 
-The input of a module is edited; its units are channels or features. An input (b, c, H, W) is read as rows (b H W, c), an
-input (b, d) as it is, so the statistics and maps of language models apply.
+The input of a module is edited; its units are channels or features. An input (b, c, H, W) is read as rows (b H W, c),
+an input (b, d) as it is, so the statistics and maps of language models apply.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def fold(model: nn.Module, module: str, map: AffineMap) -> Delta:
     Raises:
         UnknownName: if there is no such module. ShapeError: if the map is not as wide as its input.
         NotFoldable: if the module is of another kind or shares its weight; if the map has an offset and the convolution
-            pads with zeros, to which the offset would not apply; or if the map mixes the groups of a grouped convolution.
+            pads with zeros, to which the offset would not apply; or if the map mixes the groups of a grouped
+            convolution.
     """
     layer, before = module_at(model, module), tensors_of(model)
     weight, bias = f"{module}.weight", f"{module}.bias"

@@ -237,9 +237,9 @@ def multi_gan(
     drawn. The model labels them; then every forget label is replaced as in `Relabel`.
 
     The provenance holds the accuracies of the result and, under "ablation", those of the same recipe without synthetic
-    images, which is `relabel`: only the difference is due to the GANs. Under "drawn" it counts the synthetic images by the
-    label that the model gave them. A poor generator draws images for retain that the model takes for a forgotten class,
-    and those images teach the class again; a warning reports this.
+    images, which is `relabel`: only the difference is due to the GANs. Under "drawn" it counts the synthetic images by
+    the label that the model gave them. A poor generator draws images for retain that the model takes for a forgotten
+    class, and those images teach the class again; a warning reports this.
 
     Args:
         synthetic: 0 draws nothing and gives exactly the result of `relabel`.

@@ -239,8 +239,8 @@ def salun(
 ) -> Delta:
     """Relabel the forget images and train only the weights on which the forget loss depends most.
 
-    A weight is trained if its |dL_f/dw| is above the percentile over all weights; the others keep their exact values. The
-    statistics of BatchNorm follow the data.
+    A weight is trained if its |dL_f/dw| is above the percentile over all weights; the others keep their exact values.
+    The statistics of BatchNorm follow the data.
 
     Raises:
         ArgumentError: if the percentile is not in [0, 100). TrainingError: if a loss is not finite.

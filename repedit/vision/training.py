@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.errors import ArgumentError, DataError, TrainingError, UnknownName, nearest
+from repedit.training.optimizers import set_lr
 from repedit.vision.data import PARTS, Images, Task
 
 # --- Two small classifiers whose three parts a schedule can train in turn
@@ -21,8 +22,8 @@ from repedit.vision.data import PARTS, Images, Task
 def small_cnn(images: Images, *, width: int = 16, hidden: int = 64, labels: int = 10, seed: int = 0) -> nn.Module:
     """Two 3x3 convolutions, a pool and two linear layers, for images of this size; features have `hidden` entries.
 
-    beginning: conv(c, width); intermediate: conv(width, 2 width), pool by 2, linear to `hidden`; final: linear to `labels`.
-    Images above 16x16 are also pooled by 2 in the beginning.
+    beginning: conv(c, width); intermediate: conv(width, 2 width), pool by 2, linear to `hidden`; final: linear to
+    `labels`. Images above 16x16 are also pooled by 2 in the beginning.
     """
     channels, height, wide = images.x.shape[1:]
     halvings = 2 if max(height, wide) > 16 else 1
@@ -281,8 +282,8 @@ def offline_schedule(
 ) -> Schedule:
     """The training that the paper does before any request: a reset final part, then the intermediate part, `rounds` times.
 
-    The final part is trained on the remembrance set, the intermediate part on all images. This takes more epochs than the
-    retraining it saves, so it pays off over many requests only.
+    The final part is trained on the remembrance set, the intermediate part on all images. This takes more epochs than
+    the retraining it saves, so it pays off over many requests only.
 
     Reference: Khan 2024, arXiv:2402.00195.
     """
@@ -331,8 +332,7 @@ def train_scheduled(
             for module, original in zip(task.modules(trained, stage.parts), first, strict=True):
                 module.load_state_dict(original.state_dict())
         optimizer = optimizers.get(stage.parts) or adam(trained, task, stage.parts, stage.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr
+        set_lr(optimizer, stage.lr)
         if not schedule.fresh:
             optimizers[stage.parts] = optimizer
         with learning(trained, task, stage.parts, seed * 1009 + number):

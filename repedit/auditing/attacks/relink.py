@@ -1,8 +1,8 @@
 """Relinking: retraining on other facts about the entities of V, and on reverse questions of T; no fact of V is ever trained on.
 
-An edit that only cuts the way from a name to what is known of it leaves that knowledge in the model. Other facts about the
-same entity lead to it again. Measured on SmolLM2-135M whose early MLPs exchanged countries: 60 steps on official languages
-brought the capitals from .19 back to .58, where retraining on half of the capitals left the others at .09.
+An edit that only cuts the way from a name to what is known of it leaves that knowledge in the model. Other facts about
+the same entity lead to it again. Measured on SmolLM2-135M whose early MLPs exchanged countries: 60 steps on official
+languages brought the capitals from .19 back to .58, where retraining on half of the capitals left the others at .09.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def relink(
 ) -> Attack:
     """Retraining on other attributes of the entities of V: their languages where their capitals are forgotten.
 
-    Settings are "lr=0.0001 step=60 on=attributes". Nothing of T is used, so all facts are asked after one training. It must
-    reach .9 on the attributes. Skipped where fewer than 8 entities have an attribute.
+    Settings are "lr=0.0001 step=60 on=attributes". Nothing of T is used, so all facts are asked after one training. It
+    must reach .9 on the attributes. Skipped where fewer than 8 entities have an attribute.
 
     An attribute may narrow the answer down (a language its country's capital): a model that never knew then guesses
     better, which a reference shows and invented facts do not.

@@ -173,9 +173,9 @@ def gcg(
 ) -> Attack:
     """Searches one prefix of tokens that makes the answers of T likely, and asks V behind it.
 
-    A step takes the gradient of the loss on a batch of T with respect to each place's one-hot vector, tries prefixes that
-    differ in one token drawn from the `top` steepest of a place drawn at random, and keeps the best, which may be the old
-    one. Settings are "step=100". The loss on T must fall by a tenth. The first prefix is drawn by the seed.
+    A step takes the gradient of the loss on a batch of T with respect to each place's one-hot vector, tries prefixes
+    that differ in one token drawn from the `top` steepest of a place drawn at random, and keeps the best, which may be
+    the old one. Settings are "step=100". The loss on T must fall by a tenth. The first prefix is drawn by the seed.
 
     Raises:
         ArgumentError: if a number is below 1.

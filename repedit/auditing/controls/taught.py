@@ -20,6 +20,7 @@ from repedit.data.fact_sets import seeded_order
 from repedit.data.generated import RELATIONS, invented
 from repedit.errors import ArgumentError, DataError, TrainingError
 from repedit.models.subject import Subject, subject_of
+from repedit.training.optimizers import set_lr
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -227,8 +228,7 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     for step in range(steps):
         ids, weights = (x.to(parameters[0].device) for x in batch())
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+        set_lr(optimizer, rate(step))
         use = weights[:, 1:] != 0
         counts = weights[:, 1:][use]
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][use]
