@@ -13,8 +13,7 @@ from repedit.data.fact_sets import builtin_domain, entity_of, seeded_order
 from repedit.data.grading import contains_answer, normalized
 from repedit.errors import DataError, OverlapError
 
-# --- Attributes: facts of other domains about the same entities, which an attacker may know without knowing any
-# forgotten fact
+# --- Attributes: facts of other domains about the same entities, which an attacker may know
 
 
 class Attributes(NamedTuple):
