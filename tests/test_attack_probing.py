@@ -246,7 +246,7 @@ def test_ridge_is_the_closed_form_and_losing_coordinates_costs_nothing(n, d):
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(n + 7, d, generator=generator).double() * 3 + 1
     y = torch.randn(n, 4, generator=generator).double()
-    x, at = probing._standardised(seen, n)
+    x, at = probing._standardized(seen, n)
     use = torch.ones(2, n, dtype=torch.bool)
     use[1, 15:] = False
     found = probing._ridge(x, torch.stack([y, -y]), use, at, (0.1, 2.0), 0)
