@@ -77,7 +77,7 @@ def retraining(*, variants: Sequence[str] = STANDARD, scale: float = 1.0, stretc
     def trials(subject: Subject, splits: Splits, seed: int) -> Iterator[Trial]:
         for name, tuning in tunings.items():
             draw = shuffled(examples(subject, splits.train, loss=tuning.loss), tuning.batch_size, seed)
-            yield trial(tuning, draw, (tuning.steps // 2, tuning.steps), f" {name}", known=splits.train)
+            yield trial(tuning, draw, (tuning.steps // 2, tuning.steps), f" {name}", taught=splits.train)
 
     work = Work(3 * len(tunings), sum(tuning.steps for tuning in tunings.values()))
     full = any(tuning.how == "full" for tuning in tunings.values())
@@ -124,7 +124,7 @@ def early_mlps(
         draw = shuffled(examples(subject, splits.train), base.batch_size, seed)
         for count, rate in product(dict.fromkeys(max(1, round(share * total)) for share in shares), scaled):
             tuning = replace(base, rate=rate, layers=tuple(range(count)))
-            yield trial(tuning, draw, (steps // 2, steps), f" layers={count}", known=splits.train)
+            yield trial(tuning, draw, (steps // 2, steps), f" layers={count}", taught=splits.train)
 
     options = {"rates": list(rates), "shares": list(shares), "steps": steps, "scale": scale}
     work = training_work(len(rates) * len(shares), steps, (steps // 2, steps))
@@ -155,7 +155,7 @@ def rtt_four_fifths(*, rates: Sequence[float] = (5e-5, 2e-4), steps: int = 40, s
     def trials(subject: Subject, splits: Splits, seed: int) -> Iterator[Trial]:
         draw = shuffled(examples(subject, splits.train), base.batch_size, seed)
         for rate in scaled:
-            yield trial(replace(base, rate=rate), draw, (steps // 2, steps), known=splits.train)
+            yield trial(replace(base, rate=rate), draw, (steps // 2, steps), taught=splits.train)
 
     options = {"rates": list(rates), "steps": steps, "scale": scale}
     return Attack(FOUR_FIFTHS, options, _run(trials, full=True), training_work(len(rates), steps, (steps // 2, steps)))
