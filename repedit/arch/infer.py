@@ -125,7 +125,7 @@ def inferred_row(model: Any) -> Architecture | None:
     config = model.config
     if config.model_type in families():
         return None
-    key = (type(model), config.to_json_string(use_diff=False))
+    key = _structure(model)
     if key not in _inferred:
         _inferred[key] = infer(model)
         kinds = dict.fromkeys(", ".join(branch.kind for branch in branches) for branches in _inferred[key].block)
@@ -134,6 +134,34 @@ def inferred_row(model: Any) -> Architecture | None:
             config.model_type, " or ".join(kinds),
         )  # fmt: skip
     return _inferred[key]
+
+
+def prove_own_modules(model: Any, row: Architecture) -> None:
+    """Prove the row of a model of which some modules are defined neither by torch nor by transformers, the first time.
+
+    The model type in a config says nothing about what such modules compute.
+
+    Raises:
+        UnknownArchitecture: if the row does not describe the model.
+        OffloadedTensors: if weights are not in memory.
+    """
+    own = {
+        type(m).__name__
+        for m in model.modules()
+        if type(m).__module__.partition(".")[0] not in ("torch", "transformers")
+    }
+    if own and (key := _structure(model)) not in _proved:
+        log.info("the model has modules of its own (%s): its row is proved on it", ", ".join(sorted(own)))
+        prove(model, row)
+        _proved.add(key)
+
+
+_proved: set[object] = set()
+
+
+def _structure(model: Any) -> object:
+    """What two models share that one row describes: the config, and the class of every module."""
+    return model.config.to_json_string(use_diff=False), tuple((name, type(m)) for name, m in model.named_modules())
 
 
 def output_embeddings(model: Any) -> Any:

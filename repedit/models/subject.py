@@ -17,9 +17,9 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from repedit.arch import Architecture, ModelLayout, TensorSpec, match_layout
+from repedit.arch import Architecture, ModelLayout, TensorSpec, families, match_layout
 from repedit.arch.check import check_modules, check_no_adapter, check_plain_weights
-from repedit.arch.infer import output_embeddings, row_of
+from repedit.arch.infer import output_embeddings, prove_own_modules, row_of
 from repedit.arch.offload import check_in_memory, execution_device, values
 from repedit.errors import (
     ArgumentError,
@@ -454,6 +454,8 @@ def subject_of(
             ) from error
         check_plain_weights(model)
         raise
+    if model.config.model_type in families() and subject.quantizer is None:
+        prove_own_modules(model, subject.architecture)
     if source is not None:
         _loaded_state[model] = (state(model), file_states(source) if files is None else files)
     return subject
