@@ -6,15 +6,18 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 import repedit as rp
 from repedit.arch import Branch, MatrixView, check, hooks_at
 from repedit.edit import Edit
 from repedit.hooks import evaluating, installed
+from repedit.models.loading import auto_class
 from repedit.models.subject import Subject
 from repedit.sites import Site
 from tests import laws
@@ -124,6 +127,23 @@ def named(edit: Edit) -> Iterator[None]:
         yield
     except AssertionError as error:
         raise AssertionError(f"{edit.describe()}: {error}") from error
+
+
+def exported_equals_applied(subject: Subject, folder: Path) -> None:
+    """Files of an edit of all branches, read by the class of transformers, hold every tensor of the edited model."""
+    edit = everywhere(subject)
+    rp.export(edit, subject, folder / "edited")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    loader = auto_class(AutoConfig.from_pretrained(folder / "edited"))
+    loaded = loader.from_pretrained(folder / "edited", dtype="auto", **eager)
+    found, expected = tensors(loaded), tensors(rp.apply(edit, subject).model)
+    assert type(loaded) is type(subject.model) and set(found) == set(expected)
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+
+
+def tensors(model: Any) -> dict[str, Tensor]:
+    """Every parameter under each of its names, and every buffer."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
 
 @torch.no_grad()

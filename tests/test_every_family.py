@@ -5,6 +5,7 @@ Types of another structure than those before them run always, the others under `
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from repedit.arch import check
 from repedit.errors import UnknownArchitecture
 from tests.every_causal_type import NOT_A_DECODER as NO_CAUSAL_MODEL
 from tests.every_wrapper_type import NOT_A_DECODER as NO_WRAPPER
-from tests.family_laws import branches_agree, every_writer_is_proved, hooked_equals_applied, subspaces_are_gone, tiny_of
+from tests.family_laws import (
+    branches_agree,
+    every_writer_is_proved,
+    exported_equals_applied,
+    hooked_equals_applied,
+    subspaces_are_gone,
+    tiny_of,
+)
 from tests.test_families import PAGE, sections, tables
 
 
@@ -66,6 +74,14 @@ def test_branches_agree_in_bfloat16(model_type: str):
     subject = tiny_of(model_type, torch.bfloat16)
     branches_agree(subject)
     subspaces_are_gone(subject)
+
+
+NO_FILES = {"wrapper:molmo2": "queries, keys and values are one tensor in its files, which no plan divides"}
+
+
+@pytest.mark.parametrize("model_type", types(NO_FILES))
+def test_exported_equals_applied(model_type: str, tmp_path: Path):
+    exported_equals_applied(tiny_of(model_type), tmp_path)
 
 
 @pytest.mark.parametrize("model_type", types())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -115,8 +116,10 @@ def check_described(subject: Subject) -> None:
     Raises:
         CheckpointError: naming the tensors that differ from what the config builds.
     """
+    config = copy.deepcopy(subject.model.config)
+    config.architectures = [type(subject.model).__name__]  # as its files will say
     with buildable("the model in memory"):
-        built = _shapes(empty_model(subject.model.config))
+        built = _shapes(empty_model(config))
     own, layout = _shapes(subject.model), subject.layout
     ragged = mlp_tensors(layout) if ragged_widths(layout) else frozenset()
     extra, absent = sorted(set(own) - set(built)), sorted(set(built) - set(own))
