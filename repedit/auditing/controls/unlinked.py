@@ -12,6 +12,7 @@ import torch
 
 from repedit.auditing.controls.taught import REFUSAL, WORDS, continued, taught, vocabulary
 from repedit.data import Fact, Facts, with_paraphrases
+from repedit.data.encoding import prompt_ids
 from repedit.data.fact_sets import seeded_order
 from repedit.data.generated import RELATIONS, invented
 from repedit.models.subject import Subject, subject_of
@@ -62,7 +63,7 @@ def linked_world(seed: int = 0) -> LinkedWorld:
 def exchanged(subject: Subject, forget: Sequence[Fact], *, seed: int = 0) -> Subject:
     """The model in which every name stands for another person: the embeddings of the names are permuted, none stays."""
     tokenizer = subject.need_tokenizer()
-    tokens = [tokenizer(fact.entity)["input_ids"][-1] for fact in forget]
+    tokens = [prompt_ids(tokenizer, fact.entity)[-1] for fact in forget]
     order = random.Random(seed).sample(range(len(tokens)), len(tokens))
     source = {tokens[a]: tokens[b] for a, b in zip(order, (*order[1:], order[0]), strict=True)}
     model = copy.deepcopy(subject.model)
