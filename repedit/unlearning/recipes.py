@@ -89,6 +89,8 @@ def by_name(name: str, /, **options: object) -> AnyRecipe:
             whole = int(value) if isinstance(value, float) and value.is_integer() else cast("int | None", value)
             check_whole(0, **{key: whole})
             options[key] = whole
+        elif str in kinds and isinstance(value, float):  # nor which are texts, such as layer 1
+            options[key] = f"{value:g}"
         if options[key] is None and parameters[key].default is not None:
             raise ArgumentError(f"{key}=None; give a value, or omit it for {parameters[key].default!r}")
     if rest and "variant" not in parameters:
