@@ -34,10 +34,10 @@ def check_modules(model: nn.Module, layout: ModelLayout) -> None:
     for branch in (b for layer in layout.layers for b in layer):
         for path in branch.outputs:
             _submodule(model, path, row.model_type)
-        for path, parts in _by_writer(branch).items():
+        for path, parts in branch.by_writer.items():
             module = _submodule(model, path, row.model_type)
             if parts[0].expert is not None:
-                _check_experts(module, path, next(e for e in row.expert_rows if path.endswith(f".{e.module}")))
+                _check_experts(module, path, row.experts_at(path))
             else:
                 _check_dense(module, path, row)
             readers = {
@@ -50,14 +50,6 @@ def check_modules(model: nn.Module, layout: ModelLayout) -> None:
                 raise UnknownArchitecture(
                     f"{path} has {len(readers)} readers; the {row.model_type} row with gated={row.gated} needs {needed} different ones"
                 )
-
-
-def _by_writer(branch: Branch) -> dict[str, list[Neurons]]:
-    """The parts of a branch by the module whose input they are."""
-    parts: dict[str, list[Neurons]] = {}
-    for part in branch.parts:
-        parts.setdefault(part.writer, []).append(part)
-    return parts
 
 
 def _check_experts(module: nn.Module, path: str, row: Experts) -> None:
@@ -197,8 +189,7 @@ def check_unshared(model: nn.Module, layout: ModelLayout) -> None:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    parts = [p for layer in layout.layers for branch in layer for p in branch.parts]
-    changed = {view.tensor for p in parts for view in (p.out, p.bias, *p.readers) if view is not None}
+    changed = {view.tensor for p in layout.parts for view in (p.out, p.bias, *p.readers) if view is not None}
     for name, *others in names.values():
         if others and changed & {name, *others}:
             raise UnknownArchitecture(

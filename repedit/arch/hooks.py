@@ -107,17 +107,11 @@ def _neuron_hooks(
     model: nn.Module, layout: ModelLayout, branch: Branch, function: HookFn, replaces: bool
 ) -> list[Hook]:
     hooks = []
-    for path in dict.fromkeys(part.writer for part in branch.parts):
-        parts = [part for part in branch.parts if part.writer == path]
+    for path, parts in branch.by_writer.items():
         module = model.get_submodule(path)
         if parts[0].expert is not None:
-            row = next(w for w in layout.architecture.expert_rows if path.endswith(f".{w.module}"))
-            hook = (
-                _sorted_hook(parts, row, function, replaces)
-                if row.sorted_tokens
-                else _expert_hook(parts, row, function, replaces)
-            )
-            hooks.append(Hook(module, "call", hook))
+            row = layout.architecture.experts_at(path)
+            hooks.append(Hook(module, "call", _expert_hook(parts, row, function, replaces)))
         else:
             whole = len(branch.parts) == 1
             neurons = slice(None) if whole else slice(parts[0].start, parts[0].stop)
@@ -167,18 +161,18 @@ def _expert_hook(
     """Recompute the neurons of the tokens that each expert receives."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        hidden, index, routing = inspect.signature(module.forward).bind(*args, **kwargs).args[:3]
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).args
         # Every hook here starts from the inputs of the module, so it must repeat the edits of the hooks before it.
         functions = (*getattr(output, _EDITED, ()), function)
-        weights, total = _Weights(module, row, hidden.device), torch.zeros_like(output)
+        weights, total = _Weights(module, row, arguments[0].device), torch.zeros_like(output)
         for e, part in enumerate(parts):
-            tokens, slot = torch.where(index == e)
+            tokens, x, places, routing = _received(e, len(parts), row, arguments)
             if not len(tokens):
                 continue
-            z = _edited(weights.neurons(e, hidden[tokens]), part, tokens, functions)
+            z = _edited(weights.neurons(e, x), part, tokens, functions)
             if replaces:
-                out = weights.output(e, z) * routing[tokens, slot, None]
-                total = total.index_add(0, tokens, out.to(total.dtype))
+                out = weights.output(e, z) * routing
+                total = total.index_add(0, places, out.to(total.dtype))
         if not replaces:
             return None
         setattr(total, _EDITED, functions)
@@ -187,35 +181,27 @@ def _expert_hook(
     return hook
 
 
-def _sorted_hook(
-    parts: Sequence[Neurons], row: Experts, function: HookFn, replaces: bool
-) -> Callable[..., Tensor | None]:
-    """The same for a module that receives a row for each expert and token; the rows of tokens not routed to it are zero."""
+def _received(
+    e: int, count: int, row: Experts, arguments: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+    """What an expert receives: the tokens, their inputs, where its outputs go, and what multiplies them.
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        (hidden,) = (*args, *kwargs.values())
-        functions = (*getattr(output, _EDITED, ()), function)
-        weights, total = _Weights(module, row, hidden.device), torch.zeros_like(output)
-        for e, (part, x) in enumerate(zip(parts, hidden.unflatten(0, (len(parts), -1)), strict=True)):
-            tokens = x.any(-1).nonzero()[:, 0]
-            if not len(tokens):
-                continue
-            z = _edited(weights.neurons(e, x[tokens]), part, tokens, functions)
-            if replaces:
-                total[e * len(x) + tokens] = weights.output(e, z).to(total.dtype)
-        if not replaces:
-            return None
-        setattr(total, _EDITED, functions)
-        return total
-
-    return hook
+    A module of sorted tokens has a row for each expert and token, already multiplied; those of tokens not routed are zero.
+    """
+    if row.sorted_tokens:
+        x = arguments[0].unflatten(0, (count, -1))[e]
+        tokens = x.any(-1).nonzero()[:, 0]
+        return tokens, x[tokens], e * len(x) + tokens, 1.0
+    hidden, index, weights = arguments[:3]
+    tokens, slot = torch.where(index == e)
+    return tokens, hidden[tokens], tokens, weights[tokens, slot, None]
 
 
 @contextmanager
 def routed_to(model: nn.Module, layout: ModelLayout, parts: Sequence[Neurons]) -> Iterator[None]:
     """Send one token to each of some experts of a module, in place of its first choice; at most as many as there are tokens."""
     path = parts[0].writer
-    row = next(w for w in layout.architecture.expert_rows if path.endswith(f".{w.module}"))
+    row = layout.architecture.experts_at(path)
     experts = torch.tensor([part.expert for part in parts])
     module = model.get_submodule(path)
 

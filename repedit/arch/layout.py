@@ -135,6 +135,14 @@ class Branch:
         return self.parts[0].writer
 
     @property
+    def by_writer(self) -> dict[str, list[Neurons]]:
+        """The parts by the module whose input they are."""
+        parts: dict[str, list[Neurons]] = {}
+        for part in self.parts:
+            parts.setdefault(part.writer, []).append(part)
+        return parts
+
+    @property
     def bias(self) -> str | None:
         """Bias tensor of the writer; None if it has none, or if several projections share the branch."""
         return self.parts[0].bias.tensor if len(self.parts) == 1 and self.parts[0].bias else None
@@ -161,6 +169,11 @@ class ModelLayout:
     block_paths: tuple[str, ...]
     embeddings: tuple[str, ...]
     head: str
+
+    @property
+    def parts(self) -> tuple[Neurons, ...]:
+        """The neurons of every branch of every layer, in order."""
+        return tuple(part for layer in self.layers for branch in layer for part in branch.parts)
 
     def find(self, layer: int, point: Point) -> Branch | None:
         """The branch of a layer that holds a neurons or out point; None if the layer has none."""

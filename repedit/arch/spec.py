@@ -192,6 +192,10 @@ class Architecture:
         writers = (writer for branches in self.block for branch in branches for writer in branch.writers)
         return tuple(dict.fromkeys(writer for writer in writers if isinstance(writer, Experts)))
 
+    def experts_at(self, path: str) -> Experts:
+        """The mixture of experts that a module of a model is, by its path."""
+        return max((e for e in self.expert_rows if f".{path}".endswith(f".{e.module}")), key=lambda e: len(e.module))
+
     @property
     def experts(self) -> Experts | None:
         """The first mixture of experts of this family; None if it has none."""

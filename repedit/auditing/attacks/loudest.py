@@ -42,7 +42,7 @@ def loudest(*, tops: Sequence[int] = (1, 2, 4), ways: Sequence[str] = WAYS, wher
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         every = projections(subject)
-        writing = {part.out.tensor for pair in subject.layout.layers for branch in pair for part in branch.parts}
+        writing = {part.out.tensor for part in subject.layout.parts}
         places = {"write": {n: t for n, t in every.items() if n in writing}, "all": every}
         scratch, answers = Scratch(subject), {}
         for place, way, top in product(chosen[1], chosen[0], tops):

@@ -115,7 +115,7 @@ def null_spaces(subject: Subject, ratio: float | None = None) -> list[tuple[Matr
     """Every attention or MLP output weight that has a null space, an expert at a time, with its basis."""
     parameters = dict(subject.model.named_parameters())
     spaces = []
-    for part in (part for pair in subject.layout.layers for branch in pair for part in branch.parts):
+    for part in subject.layout.parts:
         basis = null_space(part.out.read(parameters[part.out.tensor]), ratio)
         spaces += [(part.out, basis)] if basis.shape[1] else []
     return spaces
