@@ -178,16 +178,15 @@ def _row(model: Any) -> Architecture:
     config = text_config(model.config)
     count = len(model.get_submodule(path))
     runs = BlockRuns(model, [f"{path}.{i}" for i in range(count)])
-    probes = {i: _BlockProbe(runs, i, config) for i in range(count)}
+    probes = [_BlockProbe(runs, i, config) for i in range(count)]
     by_shape: dict[object, tuple[BranchRow, ...]] = {}
     layers = []
-    for probe in probes.values():
+    for probe in probes:
         key = probe.signature()
         if key not in by_shape:
             by_shape[key] = probe.branches()
         layers.append(by_shape[key])
     head = _path_of(model, output_embeddings(model))
-    first = next(iter(probes.values()))
     table = _path_of(model, model.get_input_embeddings())
     base = _common(path, table)
     embeddings = _embeddings(model, runs, config, base)
@@ -200,12 +199,12 @@ def _row(model: Any) -> Architecture:
         blocks=path.removeprefix(f"{base}.") if base else path,
         block=tuple(dict.fromkeys(layers)),
         head=head,
-        transposed=any(type(m).__name__ == "Conv1D" for m in runs.block(0).modules()),
-        unit_gain=any(probe.unit_gain(layer) for probe, layer in zip(probes.values(), layers, strict=True)),
-        centered=first.centered(),
+        transposed=any(_is_conv(module) for module in runs.block(0).modules()),
+        unit_gain=any(probe.unit_gain(layer) for probe, layer in zip(probes, layers, strict=True)),
+        centered=probes[0].centered(),
         gated=all(n != 1 for n in readers) and all(experts),
-        parallel=any(probe.parallel(layer) for probe, layer in zip(probes.values(), layers, strict=True)),
-        block_scale=first.block_scale,
+        parallel=any(probe.parallel(layer) for probe, layer in zip(probes, layers, strict=True)),
+        block_scale=probes[0].block_scale,
         **embeddings,
     )
 
@@ -317,38 +316,32 @@ def _embeddings(model: nn.Module, runs: BlockRuns, config: Any, base: str) -> di
     tables: dict[str, Tensor] = {}
     token = _path_of(model, model.get_input_embeddings())  # type: ignore[operator]
     width, shape = runs.embedded.shape[-1], runs.embedded.shape
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            if isinstance(module, nn.Embedding) and module.weight.shape[1] == width and path != token:
-                stack.callback(module.register_forward_hook(_storer(tables, path)).remove)
-        _forward(model)
+    hook_only = {"embeddings": (token.removeprefix(f"{base}."),), "embedding_exact": False}
     others_enter = config is not model.config or any(
         word in name for name in model.config.sub_configs for word in ("vision", "audio", "image")
     )
     rows = model.get_input_embeddings().weight.float()[runs.ids]  # type: ignore[operator]
     if rows.shape[-1] != width or others_enter:
-        return {"embeddings": (token.removeprefix(f"{base}."),), "embedding_exact": False}
+        return hook_only
+    embeddings = {p: m for p, m in model.named_modules() if isinstance(m, nn.Embedding) and p != token}
+    with _observed({p: m for p, m in embeddings.items() if m.weight.shape[1] == width}, {}, tables):
+        _forward(model)
     terms = {token: rows} | {
         p: x.expand(shape) for p, x in tables.items() if x.numel() in (shape.numel(), shape[1:].numel())
     }
     weights = _coefficients(runs.embedded, terms)
-    paths = tuple(path.removeprefix(f"{base}.") for path in weights or {token: 1.0})
-    others = [c for path, c in (weights or {}).items() if path != token]
-    if weights is None or token not in weights or any(abs(c - 1) > 1e-3 for c in others):
-        return {"embeddings": (token.removeprefix(f"{base}."),), "embedding_exact": False}
+    if (
+        weights is None
+        or any(abs(c - 1) > 1e-3 for path, c in weights.items() if path != token)
+        or token not in weights
+    ):
+        return hook_only
+    paths = tuple(path.removeprefix(f"{base}.") for path in weights)
     scale = weights[token]
     if abs(scale - 1) < 1e-3:
         return {"embeddings": paths}
     root = abs(scale - width**0.5) < 1e-3 * width**0.5
     return {"embeddings": paths, "embedding_scaled": root or _named_scale(scale, config)}
-
-
-def _storer(store: dict[str, Tensor], path: str) -> Any:
-    def hook(_module: nn.Module, _args: object, output: object) -> None:
-        if isinstance(output, Tensor):
-            store[path] = output.float().clone()
-
-    return hook
 
 
 def _named_scale(value: float, config: Any) -> str | float:
@@ -376,16 +369,16 @@ def _coefficients(target: Tensor, terms: Mapping[str, Tensor]) -> dict[str, floa
         return None
     matrix = torch.stack([x.flatten().double() for x in distinct.values()], 1)
     sizes, y = matrix.norm(dim=0), target.flatten().double()
-    found = torch.linalg.lstsq(matrix / sizes, y[:, None], driver="gelsd").solution[:, 0] / sizes
-    large = (found.abs() * sizes) > 1e-3 * y.norm()
+    weights = torch.linalg.lstsq(matrix / sizes, y[:, None], driver="gelsd").solution[:, 0] / sizes
+    large = (weights.abs() * sizes) > 1e-3 * y.norm()
     paths = [path for path, keep in zip(distinct, large.tolist(), strict=True) if keep]
     if not paths:
         return None
     chosen = matrix[:, large]
-    found = torch.linalg.lstsq(chosen, y[:, None], driver="gelsd").solution[:, 0]
-    if float((chosen @ found - y).norm()) > TOLERANCE * float(y.norm()):
+    weights = torch.linalg.lstsq(chosen, y[:, None], driver="gelsd").solution[:, 0]
+    if float((chosen @ weights - y).norm()) > TOLERANCE * float(y.norm()):
         return None
-    return dict(zip(paths, found.tolist(), strict=True))
+    return dict(zip(paths, weights.tolist(), strict=True))
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
@@ -506,8 +499,8 @@ class _BlockProbe:
         matrix = torch.stack([pre, *terms, torch.ones_like(pre)], -1).movedim(1, 0)
         if matrix.shape[2] * 2 > matrix.shape[1]:
             return None
-        found = torch.linalg.lstsq(matrix, post.T[..., None]).solution
-        return found[:, 0, 0] if _close((matrix @ found)[..., 0].T, post) else None
+        weights = torch.linalg.lstsq(matrix, post.T[..., None]).solution
+        return weights[:, 0, 0] if _close((matrix @ weights)[..., 0].T, post) else None
 
     def _scalar(self, value: float) -> str | float:
         """The number that multiplies the whole block, or the name of the tensor of the block that holds it."""
@@ -600,14 +593,14 @@ class _BlockProbe:
             down = module._parameters.get("down_proj")
             if down is not None and down.ndim == 3:
                 transposed = self._transposed(module, down)
-                if self._writes(path, f"{name}.down_proj", -1 if transposed else -2):
+                if self._writes(path, f"{name}.down_proj", outputs_last=transposed):
                     writers.append(self._experts(name, module, transposed))
-            elif _is_projection(module):
-                conv = type(module).__name__ == "Conv1D"
-                if module.weight.shape[1 if conv else 0] == self.width and self._writes(
-                    path, f"{name}.weight", 1 if conv else 0
-                ):
-                    writers.append(Writer(name, self._readers(name, kind)))
+            elif (
+                _is_projection(module)
+                and _outputs(module) == self.width
+                and self._writes(path, f"{name}.weight", outputs_last=_is_conv(module))
+            ):
+                writers.append(Writer(name, self._readers(name, kind)))
         if not writers:
             raise UnknownArchitecture(
                 f"{self._why_no_writer(path)}: {self.path}.{path} ({type(self.modules[path]).__name__})"
@@ -627,14 +620,14 @@ class _BlockProbe:
             return "the weights that write a branch are in a form that no row describes"
         return "a function of its output follows the projection of a branch, so that no weights equal an edit of the branch"
 
-    def _writes(self, path: str, tensor: str, axis: int) -> bool:
+    def _writes(self, path: str, tensor: str, *, outputs_last: bool) -> bool:
         """Whether a change of a weight along one direction of its outputs moves the output of a module along it only."""
         weight = self.runs.parameters[f"{self.path}.{tensor}"]
         direction = torch.randn(self.width, generator=self.generator).to(weight)
         direction /= direction.norm()
-        inputs = torch.randn(weight.shape[axis - 1] if axis in (-1, 1) else weight.shape[-1], generator=self.generator)
+        inputs = torch.randn(weight.shape[-2 if outputs_last else -1], generator=self.generator)
         inputs = inputs.to(weight) * weight.float().std()
-        outer = inputs[:, None] * direction if axis in (-1, 1) else direction[:, None] * inputs
+        outer = inputs[:, None] * direction if outputs_last else direction[:, None] * inputs
         changed = self._tensors({tensor: weight + outer})[1].get(path)
         if changed is None or changed.shape[-1] != self.width:
             return False
@@ -706,7 +699,7 @@ class _BlockProbe:
     def _feeds(self, writer: str, name: str, expected: Mapping[int, Sequence[int]]) -> bool | None:
         """Whether zeroing a row makes the expected neurons zero; None if it changes others, or not these."""
         weight = self.runs.parameters[f"{self.path}.{name}.weight"]
-        conv = type(self.modules[name]).__name__ == "Conv1D"
+        conv = _is_conv(self.modules[name])
         bias = self.runs.parameters.get(f"{self.path}.{name}.bias")
         before, zeroes = self.inputs[writer], True
         for row, neurons in expected.items():
@@ -809,15 +802,17 @@ def _observed(
 
 
 def _outputs(projection: Any) -> int:
-    outputs: int = projection.weight.shape[1 if type(projection).__name__ == "Conv1D" else 0]
+    outputs: int = projection.weight.shape[1 if _is_conv(projection) else 0]
     return outputs
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # as in GPT-2: a linear map, stored (in, out)
 
 
 def _is_projection(module: Any) -> bool:
     weight = module._parameters.get("weight")
-    return (
-        weight is not None and weight.ndim == 2 and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    )
+    return weight is not None and weight.ndim == 2 and (isinstance(module, nn.Linear) or _is_conv(module))
 
 
 def _layouts(
