@@ -7,15 +7,18 @@ import torch
 from safetensors.torch import load_file
 
 import repedit as rp
-from bench import cpu, peers
+from bench import cpu, peers, removal, removal_table
 from bench.__main__ import table
 from bench.by_hand import load_edit_save
 from bench.peers import taken
 from bench.peers_figure import draw
 from bench.record import record
+from bench.relearning import answer_loss
 from bench.timing import Ratio, alternated, ratio
+from repedit.data import Batch
 from repedit.sites import Point
 from tests.saved_models import saved
+from tests.teachable_models import blank
 
 
 def _edit(kind, width, d):
@@ -97,3 +100,45 @@ def test_the_table_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.record.RESULTS", tmp_path)
     path = record("peers", [*found, skipped], module="", seed=0)
     assert draw(path, tmp_path / "drawn.png").stat().st_size > 5000
+
+
+def _gradient(subject, loss):
+    subject.model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten().clone() for p in subject.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+def test_a_shared_beginning_that_is_read_once_gives_the_same_gradients(shared):
+    subject, g = blank(), torch.Generator().manual_seed(0)
+    subject.model.requires_grad_(True)
+    ids = torch.randint(3, 250, (4, 9), generator=g)
+    ids[:, :shared] = ids[:1, :shared]
+    mask = torch.arange(9) < torch.tensor([[9], [8], [9], [7]])
+    answer = mask & (torch.arange(9) >= 6)
+    batch = Batch(ids, mask, tuple("abcd"), answer=answer)
+    logits = subject.model(ids, attention_mask=mask.long()).logits[:, :-1][answer[:, 1:]]
+    wanted = _gradient(subject, torch.nn.functional.cross_entropy(logits, ids[answer]))
+    found = _gradient(subject, answer_loss(subject, batch))
+    assert float((found - wanted).norm()) < 1e-3 * float(wanted.norm())
+    missed = _gradient(
+        subject, answer_loss(subject, Batch(ids, mask, tuple("abcd"), answer=answer & (ids != ids[0, 6])))
+    )
+    assert float((missed - wanted).norm()) > 1e-2 * float(wanted.norm())
+
+
+def test_invented_names_take_the_place_of_every_mention():
+    facts = rp.data.facts("capitals").forget
+    new = {removal.entity_of(fact): f"Zork{number}" for number, fact in enumerate(facts)}
+    renamed = removal.named_anew(facts, new)
+    assert all(fact.entity in text for fact in renamed for text in fact.prompts)
+    assert not any(
+        removal.mentioned(old.entity, text) for old, fact in zip(facts, renamed, strict=True) for text in fact.prompts
+    )
+    assert [fact.choices for fact in renamed] == [fact.choices for fact in facts]
+
+
+def test_recovery_is_zero_at_the_floor_and_one_at_the_original():
+    assert removal_table.recovery(0.2, 0.8, 0.2, 75)[0] == 0 and removal_table.recovery(0.8, 0.8, 0.2, 75)[0] == 1
+    r, bound = removal_table.recovery(0.5, 0.8, 0.2, 75)
+    assert r == pytest.approx(0.5) and r < bound < removal_table.recovery(0.5, 0.8, 0.2, 20)[1]

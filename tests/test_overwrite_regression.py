@@ -94,6 +94,37 @@ def test_a_model_in_bfloat16_is_overwritten_too(options):
     assert edited.model.dtype == torch.bfloat16 and edited.fingerprint() != subject.fingerprint()
 
 
+def a_solved_matrix_keeps_nothing_of_the_old_one(config: dict[str, Any], family: str = "llama") -> None:
+    """Two MLPs that differ in their output matrix alone give the same outputs after it was solved on the same rows."""
+    rows = torch.randn(2, 400, blank(family).layout.width, generator=torch.Generator().manual_seed(0))
+    fitted = local_regression.Inputs(rows[0, :150], rows[1, :150])
+    retained = local_regression.Retained(rows[0, 150:], rows[1, 150:], torch.ones(250), rows[0, 150:])
+    found = []
+    for scale in (1.0, -3.0):
+        subject = blank(family)
+        view = subject.layout.branch(0, rp.Point.MLP_OUT).parts[0].out
+        with torch.no_grad():
+            dict(subject.model.named_parameters())[view.tensor].mul_(scale)
+        # The step before the solution is too small to move the other matrices.
+        # Names count by 1 / spread of the old outputs, so beta keeps their weight against the retained rows the same.
+        settings = local_regression.Regression.of({"steps": 1, "lr": 1e-12, "beta": 6 / scale**2} | config)
+        found.append(local_regression.train(subject, 0, fitted, retained, settings, progress=False))
+    with torch.no_grad():
+        first, second = (trained_.new(rows[0]) for trained_ in found)
+    assert float((first - second).norm()) < 0.01 * float(first.norm())
+    assert found[0].left_over(fitted) < found[0].left_over(local_regression.Inputs(fitted.x, -fitted.y))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_solved_output_matrix_starts_from_zero(family):
+    a_solved_matrix_keeps_nothing_of_the_old_one({"solved": 1}, family)
+    caught(a_solved_matrix_keeps_nothing_of_the_old_one, {"solved": 0}, family)
+
+
+def test_a_solution_brings_values_nearer():
+    values_come_nearer(lambda s: trained(s, {"solved": 2, "steps": 120}))
+
+
 def test_seeds_reproduce():
     first, second, other = (trained(blank(), {"steps": 5}, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)

@@ -23,6 +23,8 @@ from repedit.sites import Point
 from repedit.training.optimizers import OPTIMIZERS, linear_decay, set_lr
 
 _DECAY = 0.3
+# Relative to the mean of the diagonal: at names of SmolLM2 the keys span far fewer directions than there are neurons.
+_RIDGE = 1e-6
 _PREFIXES = 2
 _ROWS = 4096
 
@@ -42,10 +44,12 @@ class Regression:
     """Weight of what is retained."""
     vocabulary: int = 4096
     """Tokens of the vocabulary, after neutral words, whose outputs are retained; 0 for none."""
+    solved: int = 0
+    """How many times, evenly over the steps and at the end, the output matrix is replaced by the least-squares solution."""
 
     def __post_init__(self) -> None:
         check_whole(steps=self.steps, rows=self.rows, retain_rows=self.retain_rows)
-        check_whole(0, vocabulary=self.vocabulary)
+        check_whole(0, vocabulary=self.vocabulary, solved=self.solved)
         check_positive(lr=self.lr, beta=self.beta)
 
     @staticmethod
@@ -274,6 +278,10 @@ def train(
 ) -> Trained:
     """Minimise E ||mlp(x) - y||^2 / spread at names + beta E ||mlp(x) - mlp_0(x)||^2 / spread on what is retained.
 
+    With `config.solved` the output matrix W is set `solved` times to the minimum of the same sum over all inputs, W = B A^-1
+    with A = E[w k k^T] + eps I and B = E[w y k^T]. It does not start from the old matrix: values that neither a target
+    nor a retained input needs are not kept in it.
+
     Raises:
         TrainingError: if the loss is not finite.
     """
@@ -302,4 +310,44 @@ def train(
         if not bool(torch.isfinite(loss)):
             raise TrainingError(f"layer {layer}: the loss is {loss.item()} at step {step}; lower lr of the config")
         optimizer.step()
+        if config.solved and (step + 1) * config.solved // config.steps > step * config.solved // config.steps:
+            _solve_output(
+                subject,
+                layer,
+                module,
+                [(fitted.x, fitted.y, 1 / spread), (retained.x, retained.y, config.beta * retained.weight)],
+            )
     return Trained(subject, layer, module.requires_grad_(False))
+
+
+def _solve_output(
+    subject: Subject, layer: int, module: nn.Module, kinds: Sequence[tuple[Tensor, Tensor, float | Tensor]]
+) -> None:
+    """Replace the output matrix by the least-squares solution W = B A^-1 over kinds of (inputs, outputs, weights).
+
+    The mean of each kind counts.
+    """
+    view = subject.layout.branch(layer, Point.MLP_OUT).parts[0].out
+    name = view.tensor.removeprefix(f"{module_path(subject, layer)}.")
+    owner, parameters = module.get_submodule(name.rpartition(".")[0]), dict(module.named_parameters())
+    bias = parameters.get(f"{name.rpartition('.')[0]}.bias")
+    keys: list[Tensor] = []
+    handle = owner.register_forward_pre_hook(lambda _, args: keys.append(args[0].detach()))
+    a, b = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    try:
+        for x, y, weight in kinds:
+            scale = (weight if isinstance(weight, Tensor) else torch.full((len(x),), weight)).double() / len(x)
+            for part, goal, w in zip(x.split(_ROWS), y.split(_ROWS), scale.split(_ROWS), strict=True):
+                with torch.no_grad():
+                    module(part.to(_device(module)))
+                k, rest = (
+                    keys.pop().double().cpu(),
+                    goal.double() - (0 if bias is None else bias.detach().double().cpu()),
+                )
+                a, b = a + (k * w[:, None]).T @ k, b + (rest * w[:, None]).T @ k
+    finally:
+        handle.remove()
+    ridge = _RIDGE * float(a.diagonal().mean()) * torch.eye(len(a), dtype=a.dtype)
+    solution = torch.linalg.solve(a + ridge, b.T).T
+    with torch.no_grad():
+        view.change(parameters[name], lambda old: solution.to(old))

@@ -53,7 +53,7 @@ class SharpnessAware:
 
     Raises:
         ArgumentError: if rho is not above 0.
-    Reference: Fan et al. 2025, arXiv:2502.05374, section 4; rho 0.01 as in its code. Foret et al. 2021,
+    Reference: Fan et al. 2025, arXiv:2502.05374 (SAM over an unlearning loss); rho 0.01 as in its code. Foret et al. 2021,
     arXiv:2010.01412,
         equation 2.
     """

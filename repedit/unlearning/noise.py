@@ -39,7 +39,7 @@ class Noise:
         ridge: what is added to the diagonal of C, as a share of its mean.
     Raises:
         ArgumentError: if a number is out of range.
-    Reference: Lee et al. 2025, arXiv:2506.06278 (UNDO), section 4, whose noise is of all weights; scale 0.1 as in its code.
+    Reference: Lee et al. 2025, arXiv:2506.06278 (the noise step of UNDO), whose noise is of all weights; scale 0.1 as in its code.
     """
 
     shrink: float = 0.5

@@ -592,7 +592,7 @@ def localized(
 
     Args:
         reverse, template: see `Exchange`.
-    Reference: Guo et al. 2024, arXiv:2410.12949, section 3.
+    Reference: Guo et al. 2024, arXiv:2410.12949 (localisation of fact lookup).
     """
     return build_recipe(
         "localized", (Term(losses.nll(), "exchanged"), Term(losses.kl(), "retain")), changes,
@@ -689,7 +689,7 @@ def layered(*, inner: str = "npo_gdr", folds: int = 3, **changes: Unpack[Changes
 
     Args:
         inner: the name of the recipe, such as "small:npo_gdr".
-    Reference: Qian et al. 2025, arXiv:2505.09500, algorithm 1.
+    Reference: Qian et al. 2025, arXiv:2505.09500 (stage i of k unlearns the first i folds and retains the others).
     """
     check_whole(2, folds=folds)
     recipe = by_name(inner, **changes)

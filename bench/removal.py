@@ -1,0 +1,278 @@
+"""Edits against attacks that train: do the other capitals come back when half of them, or their languages, are taught again?
+
+Every edit makes SmolLM2-135M forget 151 capitals. `python -m bench.removal --edit NAME --seed S --parts direct,relearn` makes
+an edit (kept in `--folder`) and measures parts of its row; each part that is measured is added to
+bench/results/removal-NAME-S.json, so that a row can be completed later. `--list` names edits and parts. Prompts are the facts'
+own wordings; training sees the first three of five, "unseen" is the fourth. Accuracy is 8-way multiple choice.
+
+R of an attack is (edited - floor) / (original - floor), all after the attack. The floor of retraining is what the choices
+alone give away. The floor of relinking is measured: the same training, on a model that cannot know the capitals, because
+every country has an invented name; what it then gets right follows from the languages (`--edit original --parts choices,invented`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import repedit as rp
+from bench.mrp import Bench, seen
+from bench.record import RESULTS, record
+from bench.relearning import relearn
+from bench.removal_edits import EDITS
+from repedit.auditing.attributes import check_no_leak, leaks, reversed_facts
+from repedit.auditing.floors import choices_only, fresh_facts
+from repedit.data import Fact, Splits, entity_of, with_paraphrases
+from repedit.models.subject import Subject
+
+FORGET, ATTRIBUTES = "capitals", "languages"
+UNSEEN = 3
+"""The number of the wording that no training sees."""
+RATES, STEPS = (2e-5, 1e-4), 40
+RELINK_RATE, RELINK_STEPS = 1e-4, 60
+LEARNING_STEPS = (10, 20, 40)
+Row = dict[str, Any]
+
+
+class Rows(Bench):
+    """The model, its facts and halves, and what is measured of an edited model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.capitals, self.languages = self.facts[FORGET], self.facts[ATTRIBUTES]
+        check_no_leak(self.languages, self.capitals)
+
+    def asked(self, lm: Subject, items: Sequence[Fact], wording: int = 0) -> dict[str, bool]:
+        """Entity -> whether its fact is right in one wording."""
+        scored = rp.facts_accuracy(lm, with_paraphrases(items, only=[wording]))
+        return {entity_of(fact): bool(right) for fact, right in zip(items, scored.correct, strict=True)}
+
+
+def share(right: Mapping[str, bool], entities: Sequence[str] | None = None) -> float:
+    """Share of right answers, over some entities."""
+    found = list(right.values()) if entities is None else [right[name] for name in entities]
+    return sum(found) / len(found)
+
+
+# --- The parts of a row
+
+
+def direct(rows: Rows, lm: Subject, seed: int) -> Row:
+    """Capitals in the trained and in the unseen wording, without an attack."""
+    return {"trained": share(rows.asked(lm, rows.capitals)), "unseen": share(rows.asked(lm, rows.capitals, UNSEEN))}
+
+
+def domains(rows: Rows, lm: Subject, seed: int) -> Row:
+    """The test half of every other domain, and perplexity on WikiText-2."""
+    return rows.keeping(lm, [FORGET])
+
+
+def relearning(rate: float, fold: int = 0) -> Callable[[Rows, Subject, int], Row]:
+    """Retraining on T, 40 steps, all weights; fold 1 exchanges T and V."""
+
+    def part(rows: Rows, lm: Subject, seed: int) -> Row:
+        halves = Splits.of(rows.capitals, seed=0, fold=fold)
+        student = relearn(lm, seen(halves.train), rate=rate, steps=STEPS, seed=seed)
+        right = rows.asked(student, rows.capitals)
+        return {
+            "T": share(right, [entity_of(f) for f in halves.train]), "V": share(right, [entity_of(f) for f in halves.test]),
+            "V unseen": share(rows.asked(student, halves.test, UNSEEN)), "right": names(right),
+        }  # fmt: skip
+
+    return part
+
+
+def relinking(rows: Rows, lm: Subject, seed: int) -> Row:
+    """Retraining on the official languages; no capital is trained on."""
+    student = relearn(lm, seen(rows.languages), rate=RELINK_RATE, steps=RELINK_STEPS, seed=seed)
+    return after_languages(rows, student, rows.capitals, rows.languages)
+
+
+def after_languages(rows: Rows, student: Subject, capitals: Sequence[Fact], languages: Sequence[Fact]) -> Row:
+    """What is right after languages were taught: of all capitals, and of countries with and without a taught language."""
+    right = rows.asked(student, capitals)
+    taught = {entity_of(fact) for fact in languages}
+    with_, without = [name for name in right if name in taught], [name for name in right if name not in taught]
+    return {
+        "all": share(right), "taught": share(right, with_), "others": share(right, without),
+        "languages": share(rows.asked(student, languages)), "countries": [len(with_), len(without)], "right": names(right),
+    }  # fmt: skip
+
+
+def everything(rows: Rows, lm: Subject, seed: int) -> Row:
+    """Retraining on T, its reverse questions and all languages at once, 120 steps; V is asked."""
+    halves = Splits.of(rows.capitals, seed=0)
+    taught = (*seen(halves.train), *reversed_facts(halves.train, seed), *seen(rows.languages))
+    check_no_leak(taught, halves.test)
+    student = relearn(lm, taught, rate=RELINK_RATE, steps=2 * RELINK_STEPS, seed=seed)
+    right = rows.asked(student, halves.test)
+    return {"V": share(right), "V unseen": share(rows.asked(student, halves.test, UNSEEN)), "right": names(right)}
+
+
+def learning(rows: Rows, lm: Subject, seed: int) -> Row:
+    """How fast facts about invented countries are learnt: accuracy on them by step, and on others like them at the end."""
+    fresh = fresh_facts(rows.capitals, 150, seed)
+    taught, found = seen(fresh[:75]), {}
+
+    def watch(step: int, student: Subject) -> None:
+        if step in LEARNING_STEPS:
+            found[str(step)] = share(rows.asked(student, fresh[:75]))
+
+    student = relearn(lm, taught, rate=RATES[-1], steps=STEPS, seed=seed, watch=watch)
+    return found | {"never taught": share(rows.asked(student, fresh[75:]))}
+
+
+def names(right: Mapping[str, bool]) -> list[str]:
+    """The entities that are right."""
+    return sorted(name for name, value in right.items() if value)
+
+
+PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
+    "direct": direct,
+    "domains": domains,
+    "relearn": relearning(RATES[1]),
+    "relink": relinking,
+    "relearn-slow": relearning(RATES[0]),
+    "everything": everything,
+    "relearn-swapped": relearning(RATES[1], fold=1),
+    "relearn-slow-swapped": relearning(RATES[0], fold=1),
+    "learning": learning,
+}
+
+
+# --- Floors: what a model gets right that cannot know
+
+
+def mentioned(name: str, text: str) -> re.Match[str] | None:
+    """Where a text names an entity, with its article."""
+    return re.search(rf"(?<!\w)(the )?{re.escape(name)}(?!\w)", text)
+
+
+def named_anew(facts: Sequence[Fact], names_: Mapping[str, str]) -> tuple[Fact, ...]:
+    """The facts with an invented name in place of each entity."""
+
+    def renamed(fact: Fact) -> Fact:
+        new = names_[entity_of(fact)]
+        texts = [re.sub(rf"(?<!\w)(the )?{re.escape(fact.entity)}(?!\w)", new, text) for text in fact.prompts]
+        return replace(fact, entity=new, prompt=texts[0], paraphrases=tuple(texts[1:]), translations={})
+
+    return tuple(map(renamed, facts))
+
+
+def choices_alone(rows: Rows, lm: Subject, seed: int) -> Row:
+    """What the choices give away without a question, and how many sentences of the prose that edits retain state a capital."""
+    texts = [Fact(str(number), "", text, "x") for number, text in enumerate(sentences())]
+    return {"V": choices_only(lm, rows.capitals).accuracy, "prose states": len(leaks(texts, rows.capitals))}
+
+
+def invented_names(steps: int) -> Callable[[Rows, Subject, int], Row]:
+    """Relinking of countries with invented names: what the languages and the choices give away."""
+
+    def part(rows: Rows, lm: Subject, seed: int) -> Row:
+        fresh = fresh_facts(rows.capitals, len(rows.capitals), seed)
+        names_ = {entity_of(fact): new.entity for fact, new in zip(rows.capitals, fresh, strict=True)}
+        capitals, languages = named_anew(rows.capitals, names_), named_anew(rows.languages, names_)
+        before = share(rows.asked(lm, capitals))
+        student = relearn(lm, seen(languages), rate=RELINK_RATE, steps=steps, seed=seed)
+        return after_languages(rows, student, capitals, languages) | {"before": before}
+
+    return part
+
+
+FLOORS = {
+    "choices": choices_alone,
+    "invented": invented_names(RELINK_STEPS),
+    "invented-long": invented_names(2 * RELINK_STEPS),
+}
+
+
+def sentences() -> list[str]:
+    """The sentences of the built-in prose."""
+    return [part for document in rp.data.prose().documents for part in re.split(r"(?<=[.!?])\s", document.text)]
+
+
+# --- Running
+
+
+def main() -> None:
+    """Make an edit, measure parts of its row, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--edit", default="original", help="See --list.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", default="direct,domains,relearn,relink", help="Comma-separated, see --list.")
+    parser.add_argument("--folder", type=Path, default=Path(".cache/bench-removal"), help="Where edits are kept.")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true", help="Print the table of everything measured.")
+    parser.add_argument("--figure", action="store_true", help="Draw figures/removal.png.")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.list:
+        print("edits:", *EDITS, "\nparts:", *PARTS, "\nof the original alone:", *FLOORS)
+    elif options.table or options.figure:
+        from bench import removal_table
+
+        print(removal_table.table()) if options.table else removal_table.figure()
+    else:
+        measure(options.edit, options.seed, options.parts.split(","), options.folder)
+
+
+def measure(edit: str, seed: int, parts: Sequence[str], folder: Path) -> None:
+    """Measure the parts of a row that are not in its file."""
+    rows = Rows()
+    row = earlier(edit, seed)
+    lm = edited(rows, edit, seed, folder, row)
+    for name in parts:
+        if name not in row:
+            start, busy = time.time(), time.process_time()
+            row[name] = (PARTS | FLOORS)[name](rows, lm, seed) | {"core seconds": round(time.process_time() - busy)}
+            brief = {key: round(v, 3) if isinstance(v, float) else v for key, v in row[name].items() if key != "right"}
+            print(edit, seed, name, brief, f"{time.time() - start:.0f} s", flush=True)
+            keep(row, edit, seed)
+
+
+def edited(rows: Rows, edit: str, seed: int, folder: Path, row: Row) -> Subject:
+    """The edited model: made, or what an earlier run kept."""
+    if edit == "original":
+        return rows.lm
+    saved = folder / f"{edit}-{seed}.pt"
+    if saved.exists() and "made" in row:
+        lm = rp.load("smollm2-135m")
+        lm.model.load_state_dict(torch.load(saved), strict=False)
+        return lm
+    start, busy = time.time(), time.process_time()
+    lm, notes = EDITS[edit](rows, seed)
+    row["made"] = {"minutes": (time.time() - start) / 60, "core minutes": (time.process_time() - busy) / 60, **notes}
+    old = rows.lm.model.state_dict()
+    changed = {name: value for name, value in lm.model.state_dict().items() if not torch.equal(value, old[name])}
+    row["made"] |= {
+        "tensors": len(changed),
+        "change": float(torch.cat([(v - old[n]).flatten() for n, v in changed.items()]).norm()),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(changed, saved)
+    print(edit, seed, "made", row["made"], flush=True)
+    keep(row, edit, seed)
+    return lm
+
+
+def earlier(edit: str, seed: int) -> Row:
+    """What is measured already."""
+    path = RESULTS / f"removal-{edit}-{seed}.json"
+    return dict(json.loads(path.read_text())["rows"][0]) if path.exists() else {"edit": edit, "seed": seed}
+
+
+def keep(row: Row, edit: str, seed: int) -> None:
+    """Write the row."""
+    record(f"removal-{edit}-{seed}", [row], module="removal")
+
+
+if __name__ == "__main__":
+    main()

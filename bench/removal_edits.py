@@ -1,0 +1,91 @@
+"""The edits that `bench.removal` compares: each makes SmolLM2-135M forget the capitals, and says what its certificate says.
+
+Training halves of the other domains may be seen, their test halves never; languages, which are about the same countries, are
+seen by gradient methods and not by overwrites. No setting was chosen by an attack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import repedit as rp
+from bench.mrp import seen
+from bench.relearning import gradient_difference
+from repedit.data import Fact
+from repedit.fit.overwrite import OverwriteCertificate
+from repedit.models.subject import Subject
+
+if TYPE_CHECKING:
+    from bench.removal import Rows
+
+FORGET = "capitals"
+REGRESSION: Mapping[str, Any] = {"steps": 550, "lr": 1e-3, "beta": 3.0, "vocabulary": 8192}
+SOLVED: Mapping[str, Any] = REGRESSION | {"steps": 200, "rows": 384, "retain_rows": 1152, "solved": 2}
+Made = tuple[Subject, dict[str, Any]]
+
+
+def others(rows: Rows) -> tuple[Fact, ...]:
+    """The training half of the domains about other subjects."""
+    return seen([fact for name, items in rows.train.items() if name not in (FORGET, "languages") for fact in items])
+
+
+def places(rows: Rows) -> tuple[Fact, ...]:
+    """Those about places."""
+    return seen([fact for name in ("cities", "us_cities") for fact in rows.train[name]])
+
+
+def overwritten(about: Callable[[Rows], tuple[Fact, ...]] = others, **options: Any) -> Callable[[Rows, int], Made]:
+    """A value overwrite; only the wordings that training may see are among its contexts."""
+
+    def make(rows: Rows, seed: int) -> Made:
+        change = rp.fit.overwrite(
+            rows.lm,
+            seen(rows.capitals),
+            **({"layers": "0-1", "others": about(rows), "seed": seed, "progress": False} | options),
+        )
+        settings = {key: change.provenance.get(key) for key in ("target", "options", "config", "layers_selected")}
+        return rp.apply(change, rows.lm), {"certificate": OverwriteCertificate.of(change).plain()["layers"], **settings}
+
+    return make
+
+
+def difference(rows: Rows, seed: int) -> Made:
+    """Gradient difference until the direct accuracy is at most .15."""
+    student, steps = gradient_difference(
+        rows.lm, seen(rows.capitals), rows.retain_of([FORGET]), rp.data.prose(), seed=seed,
+        until=lambda lm: rows.accuracy(lm, rows.capitals, 0) <= 0.15,
+    )  # fmt: skip
+    return student, {"steps": steps}
+
+
+def recipe(name: str, **options: Any) -> Callable[[Rows, int], Made]:
+    """A recipe of gradient unlearning; half of the retained facts, and prose, are retained."""
+
+    def make(rows: Rows, seed: int) -> Made:
+        kept: dict[str, Any] = {domain: seen(rows.train[domain]) for domain in rows.train if domain != FORGET}
+        delta = rp.unlearn(
+            rows.lm, recipe=rp.recipes.by_name(name), forget=seen(rows.capitals), retain=kept | {"prose": rp.data.prose()},
+            seed=seed, progress=False, **options,
+        )  # fmt: skip
+        return rp.apply(delta, rows.lm), {"steps": len(delta.log), "stopped": delta.provenance["stopped"]["reason"]}
+
+    return make
+
+
+EDITS: dict[str, Callable[[Rows, int], Made]] = {
+    "difference": difference,
+    "linear-mean": overwritten(places, target="mean", lam=0.3),
+    "exchange": overwritten(target="exchange", method="regression", config=REGRESSION),
+    "solved-exchange": overwritten(target="exchange", method="regression", config=SOLVED),
+    "solved-mean": overwritten(target="mean", method="regression", config=SOLVED),
+    "localized": recipe("localized", layers="0-11"),
+    "cir": recipe("small:cir"),
+    "rep_select": recipe("small:rep_select"),
+    "mudman": recipe("small:mudman"),
+    "sam": recipe("small:sam:npo_gdr"),
+    "undo": recipe("undo"),
+    "layered": recipe("layered"),
+    "block_by_block": recipe("block_by_block"),
+}
+EDITS["original"] = lambda rows, seed: (rows.lm, {})

@@ -1,0 +1,199 @@
+"""The rows of `bench.removal` in one table and one figure: what comes back, against what else is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.mrp_report import shown
+from bench.record import RESULTS
+
+FIGURE = Path(__file__).parents[1] / "figures" / "removal.png"
+OTHERS = ("symbols", "opposites", "past_tenses", "cities", "us_cities", "nouns")
+"""Domains about other subjects; languages are about the same countries."""
+TOLD = {
+    "original": "original", "MRP": "trained projection (`rp.mrp`)", "gradient difference": "gradient difference",
+    "exchange": "exchange, regression", "linear-mean": "mean, closed form", "solved-exchange": "exchange, solved from zero",
+    "solved-mean": "mean, solved from zero",
+}  # fmt: skip
+"""What rows are called in the table."""
+RETRAINED = {"relearn-slow": "2e-5", "relearn": "1e-4", "relearn-slow-swapped": "2e-5", "relearn-swapped": "1e-4"}
+ATTACKS = (*RETRAINED, "relink", "everything")
+DRAWS = 4000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One edit with one seed: accuracy by attack, and on other domains."""
+
+    edit: str
+    seed: int
+    parts: Mapping[str, Mapping[str, Any]]
+    source: str
+    """The module that measured it."""
+    recovery: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Attack -> (R, its upper 97.5 % bound)."""
+
+    def after(self, attack: str) -> float | None:
+        """Accuracy on what the attack did not train on."""
+        part = self.parts.get(attack)
+        return None if part is None else part["all" if attack == "relink" else "V"]
+
+    @property
+    def worst(self) -> tuple[str, float, float] | None:
+        """(attack, R, bound) of the attack that recovers most."""
+        found = [(name, *value) for name, value in self.recovery.items()]
+        return max(found, key=lambda row: row[1]) if found else None
+
+
+def settings() -> list[Setting]:
+    """Every row measured, those of bench.mrp first, each with its R."""
+    found = [*_of_mrp(), *_of_removal()]
+    originals = {}
+    for setting in found:
+        if setting.edit == "original":
+            originals |= dict(setting.parts)
+    return [Setting(s.edit, s.seed, s.parts, s.source, _recoveries(s, originals)) for s in found]
+
+
+def _of_removal() -> Iterator[Setting]:
+    for path in sorted(RESULTS.glob("removal-*.json")):
+        row = json.loads(path.read_text())["rows"][0]
+        yield Setting(row["edit"], row["seed"], {k: v for k, v in row.items() if isinstance(v, dict)}, "bench.removal")
+
+
+def _of_mrp() -> Iterator[Setting]:
+    """The original, the trained projection and gradient difference, which bench.mrp attacked in the same way."""
+    made = {row["name"]: row for row in json.loads((RESULTS / "mrp-one-0.json").read_text())["rows"]}
+    attacked = json.loads((RESULTS / "mrp-attack-0.json").read_text())["rows"]
+    for name, under in (
+        ("original", "original"),
+        ("MRP", "MRP, folded"),
+        ("gradient difference", "gradient difference"),
+    ):
+        forget = made[name]["forget"]
+        parts: dict[str, Any] = {
+            "direct": {"trained": forget["phrasing 0"], "unseen": forget["phrasing 3"]},
+            "domains": made[name]["retain"],
+        }
+        for row in attacked:
+            if row["name"] == under:
+                parts["relearn" if row["rate"] == 1e-4 else "relearn-slow"] = {
+                    "T": row["T"],
+                    "V": row["V"],
+                    "V unseen": row["V unseen"],
+                }
+        if "core_minutes" in made[name]:
+            parts["made"] = {"core minutes": made[name]["core_minutes"]}
+        yield Setting(name, 0, parts, "bench.mrp")
+
+
+# --- R
+
+
+def _recoveries(setting: Setting, original: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """R of every attack for which edited model, original and floor are measured."""
+    if setting.edit == "original":
+        return {}
+    found = {}
+    floors = {"relink": original.get("invented", {}).get("all")}
+    plain = original.get("choices", {}).get("V")
+    counts = {"relink": 151, "everything": 75}
+    for attack in ATTACKS:
+        edited, floor = setting.after(attack), floors.get(attack, plain)
+        reference = Setting("original", 0, original, "").after(attack.removesuffix("-swapped"))
+        if edited is not None and floor is not None and reference is not None:
+            found[attack] = recovery(edited, reference, floor, counts.get(attack, 75))
+    return found
+
+
+def recovery(edited: float, original: float, floor: float, count: int) -> tuple[float, float]:
+    """(R, upper 97.5 % bound), R = (edited - floor) / (original - floor).
+
+    The bound is that of resampled answers of all three models, each on `count` facts, as if they were independent.
+    """
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.binomial(count, p, DRAWS) / count for p in (edited, original, floor))
+    drawn = (a - c) / np.maximum(b - c, 1 / count)
+    return (edited - floor) / (original - floor), float(np.quantile(drawn, 0.975))
+
+
+# --- The table
+
+
+def table() -> str:
+    """A Markdown table, a line for each setting."""
+    head = (
+        "edit", "seed", "direct", "unseen wording", "V after retraining on T (2e-5, 1e-4)", "T", "relinking: all (taught, others)",
+        "R, worst attack (bound)", "other subjects, worst kept", "languages kept", "perplexity", "core minutes",
+    )  # fmt: skip
+    found = settings()
+    before = next(s for s in found if s.edit == "original" and "domains" in s.parts).parts["domains"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    merged: dict[tuple[str, int], Setting] = {}
+    for s in found:
+        known = merged.get((s.edit, s.seed))
+        parts = {**(known.parts if known else {}), **s.parts}
+        merged[s.edit, s.seed] = Setting(s.edit, s.seed, parts, s.source, s.recovery)
+    return "\n".join(lines + [f"| {' | '.join(_cells(s, before))} |" for s in merged.values()])
+
+
+def _cells(s: Setting, before: Mapping[str, float]) -> list[str]:
+    def value(part: str, key: str) -> str:
+        return shown([s.parts[part][key]]) if part in s.parts and key in s.parts[part] else "-"
+
+    relink = s.parts.get("relink")
+    kept = worst_kept(s, before)
+    worst = s.worst
+    return [
+        TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"),
+        f"{value('relearn-slow', 'V')}, {value('relearn', 'V')}", f"{value('relearn-slow', 'T')}, {value('relearn', 'T')}",
+        "-" if relink is None else f"{shown([relink['all']])} ({shown([relink['taught']])}, {shown([relink['others']])})",
+        "-" if worst is None else f"{shown([worst[1]])} ({shown([worst[2]])}), {worst[0]}",
+        "-" if kept is None else f"{shown([kept[1]])} ({kept[0]})",
+        "-" if kept is None else shown([s.parts["domains"]["languages"] / before["languages"]]),
+        "-" if kept is None else f"x{shown([s.parts['domains']['perplexity'] / before['perplexity']])}",
+        value("made", "core minutes"),
+    ]  # fmt: skip
+
+
+def worst_kept(s: Setting, before: Mapping[str, float]) -> tuple[str, float] | None:
+    """(domain, share of its accuracy) of the domain about other subjects that lost most."""
+    if "domains" not in s.parts:
+        return None
+    shares = {name: s.parts["domains"][name] / before[name] for name in OTHERS}
+    name = min(shares, key=lambda n: shares[n])
+    return name, shares[name]
+
+
+# --- The figure
+
+
+def figure() -> None:
+    """R of the worst attack against the worst kept domain, one point a setting."""
+    from repedit.plot.canvas import MARKERS, NEUTRAL, SERIES, canvas
+
+    found = settings()
+    before = next(s for s in found if s.edit == "original" and "domains" in s.parts).parts["domains"]
+    sheet = canvas(7.0, 4.2)
+    axes = sheet.subplots()
+    for number, s in enumerate([s for s in found if s.worst is not None and worst_kept(s, before) is not None]):
+        (attack, r, bound), (_, kept) = s.worst, worst_kept(s, before)  # type: ignore[misc]
+        label = f"{TOLD.get(s.edit, s.edit)} (worst: {attack})"
+        colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+        axes.errorbar(kept, r, yerr=[[0], [max(bound - r, 0)]], fmt=marker, color=colour, label=label, capsize=3)
+    axes.axhline(1, color=NEUTRAL, lw=0.8, ls=":")
+    axes.axhline(0, color=NEUTRAL, lw=0.8, ls=":")
+    axes.axvline(0.9, color=NEUTRAL, lw=0.8, ls="--")
+    axes.set_xlabel("accuracy kept on the worst domain about other subjects")
+    axes.set_ylabel("R of the worst attack run")
+    facts = ["SmolLM2-135M, 151 capitals, one seed; bars end at the 97.5 % bound; 0 is the floor, 1 the original"]
+    sheet.finish("What training brings back, and what else is lost", facts, legend=axes)
+    FIGURE.parent.mkdir(exist_ok=True)
+    sheet.savefig(FIGURE, dpi=110, metadata={"Description": "python -m bench.removal --figure"})
+    print(FIGURE)
