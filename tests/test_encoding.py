@@ -14,8 +14,10 @@ import repedit as rp
 from repedit.auditing.attacks.search import Prefixed
 from repedit.data import Corpus, Document, Fact, Row, Rows
 from repedit.data.encoding import (
+    Encoded,
     chat_ids,
     encoded,
+    encoded_choices,
     entity_end,
     entity_span,
     prefix_ids,
@@ -167,6 +169,27 @@ def test_an_answer_with_a_space_among_choices_without():
 ])  # fmt: skip
 def test_prompt_and_answer_are_joined_as_the_script_writes(prompt, answer, text):
     assert prompt_with_answer(prompt, answer) == text
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_many_choices_are_encoded_as_each_is_alone(template):
+    tokenizer = adding(template)
+    questions = [("hello", ("you", "", " two")), ("", ("a", "b")), ("<s>hi", ("you", "<s>")), ("hello", ("you",))]
+    alone = [tuple(one_choice(tokenizer, prompt, answer) for answer in answers) for prompt, answers in questions]
+    assert encoded_choices(tokenizer, questions) == alone
+    # A wrapper that takes one text at a time is called so, whatever it says of the tokenizer inside.
+    behind = Prefixed(tokenizer, [9])
+    assert encoded_choices(behind, questions) == [
+        tuple(one_choice(behind, prompt, answer) for answer in answers) for prompt, answers in questions
+    ]
+
+
+def one_choice(tokenizer, prompt: str, answer: str) -> Encoded:
+    """Prompt and answer encoded with one call for each text."""
+    start, alone = prefix_ids(tokenizer), text_ids(tokenizer, prompt)
+    ids = text_ids(tokenizer, prompt_with_answer(prompt, answer))
+    same = next((i for i, (a, b) in enumerate(zip(ids, alone, strict=False)) if a != b), min(len(ids), len(alone)))
+    return Encoded(start + ids, len(start) + same)
 
 
 def test_an_end_token_that_an_answer_brings_counts_once():

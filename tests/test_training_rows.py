@@ -41,8 +41,12 @@ def test_masks_cover_the_answer_and_nothing_else(tokenizer, texts, batch_size):
 
 
 def test_masks_that_forget_the_start_token_are_caught(monkeypatch):
-    plain = rows_module.encoded
-    monkeypatch.setattr(rows_module, "encoded", lambda *a: plain(*a)._replace(start=plain(*a).start - 1))
+    plain = rows_module.encoded_choices
+
+    def shifted(*given):
+        return [(text._replace(start=text.start - 1),) for (text,) in plain(*given)]
+
+    monkeypatch.setattr(rows_module, "encoded_choices", shifted)
     with pytest.raises(AssertionError):
         check_masks((Row("ab", "c", "0"),), CharTokenizer(), 1)
 

@@ -7,7 +7,8 @@ that it adds after a text are left out, because something follows: an answer, a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from operator import methodcaller
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -146,10 +147,27 @@ def encoded(tokenizer: Tokenizer, prompt: str, answer: str) -> Encoded:
     Raises:
         DataError: if the prompt ends in an end token.
     """
-    prefix, alone = prefix_ids(tokenizer), text_ids(tokenizer, prompt)
-    check_not_ended(tokenizer, alone, f"the prompt {prompt[-40:]!r}")
-    ids = text_ids(tokenizer, prompt_with_answer(prompt, answer))
-    return Encoded(prefix + ids, len(prefix) + common_prefix(ids, alone))
+    return encoded_choices(tokenizer, [(prompt, (answer,))])[0][0]
+
+
+def encoded_choices(tokenizer: Tokenizer, questions: Sequence[tuple[str, Sequence[str]]]) -> list[tuple[Encoded, ...]]:
+    """`encoded` for every prompt with each of its answers; a fast tokenizer is called once for all texts.
+
+    Raises:
+        DataError: if a prompt ends in an end token.
+    """
+    prefix = prefix_ids(tokenizer)
+    joined = [[prompt_with_answer(prompt, answer) for answer in answers] for prompt, answers in questions]
+    prompts = [prompt for prompt, _ in questions]
+    ids_of = _ids_by_text(tokenizer, chain(prompts, *joined))
+    found = []
+    for prompt, texts in zip(prompts, joined, strict=True):
+        alone = ids_of[prompt]
+        check_not_ended(tokenizer, alone, f"the prompt {prompt[-40:]!r}")
+        found.append(
+            tuple(Encoded(prefix + ids_of[text], len(prefix) + common_prefix(ids_of[text], alone)) for text in texts)
+        )
+    return found
 
 
 def question_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -201,6 +219,23 @@ def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
 def _bare(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text without added special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _ids_by_text(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, list[int]]:
+    """`text_ids` of every text, each tokenized once."""
+    distinct = [text for text in dict.fromkeys(texts) if text]
+    special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+    # A wrapper that passes attributes on may take one text only, so its class is asked.
+    if distinct and hasattr(type(tokenizer), "is_fast") and getattr(tokenizer, "is_fast", False):
+        # One call for 2,000 texts takes a tenth of the time of 2,000 calls.
+        call: Any = tokenizer
+        ids = call(distinct, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    else:
+        ids = [_bare(tokenizer, text) for text in distinct]
+    found = {
+        text: text_ids(tokenizer, text) if i and i[0] in special else i for text, i in zip(distinct, ids, strict=True)
+    }
+    return {"": [], **found}
 
 
 def _named_ids(tokenizer: Tokenizer, *names: str) -> set[int]:

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from repedit.data.corpus import Batch, Batches, Corpus, Document
-from repedit.data.encoding import Encoded, Tokenizer, encoded, entity_end, prompt_with_answer
+from repedit.data.encoding import Encoded, Tokenizer, encoded_choices, entity_end, prompt_with_answer
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
 
@@ -91,7 +91,7 @@ class Rows:
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         for i in range(0, len(self.items), batch_size):
             part = self.items[i : i + batch_size]
-            texts = [encoded(tokenizer, row.prompt, row.answer) for row in part]
+            texts = [text for (text,) in encoded_choices(tokenizer, [(row.prompt, (row.answer,)) for row in part])]
             for row, (ids, start) in zip(part, texts, strict=True):
                 if len(ids) > length:
                     raise DataError(f"row {row.id!r} has {len(ids)} tokens, length={length}; raise length")

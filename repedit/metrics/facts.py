@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, check_ids, retry_with_smaller_batch
 from repedit.data import Fact, Facts, by_domain
-from repedit.data.encoding import Tokenizer, encoded, question_ids
+from repedit.data.encoding import Encoded, Tokenizer, encoded_choices, question_ids
 from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
 from repedit.hooks import evaluating
@@ -137,10 +137,8 @@ def choice_scores(
             choices are read outside it.
     """
     tokenizer = subject.need_tokenizer()
-    questions = [_question(tokenizer, fact, choices) for fact, choices in zip(items, options, strict=True)]
-    for fact, question in zip(items, questions, strict=True):
-        for answer in question.answers:
-            check_ids(subject, question.prompt + answer, f"fact {fact.id!r}")
+    questions = _questions(tokenizer, items, options)
+    _check_questions(subject, items, questions)
     logs: dict[int, NDArray[np.float64]] = {}
     for part in lengths([question.prompt for question in questions], rows):
         context = None if prompts is None else prompts(part)
@@ -160,7 +158,10 @@ def choice_tokens(tokenizer: Tokenizer, fact: Fact, choices: Sequence[str]) -> t
     Raises:
         DataError: if the prompt has no token, or a choice has no token of its own.
     """
-    texts = [encoded(tokenizer, fact.prompt, choice) for choice in choices]
+    return _tokens(fact, choices, encoded_choices(tokenizer, [(fact.prompt, choices)])[0])
+
+
+def _tokens(fact: Fact, choices: Sequence[str], texts: Sequence[Encoded]) -> tuple[list[int], list[list[int]]]:
     # One start for all choices: a token merged across the boundary counts as part of each choice.
     start = min(text.start for text in texts)
     if not start:
@@ -171,8 +172,25 @@ def choice_tokens(tokenizer: Tokenizer, fact: Fact, choices: Sequence[str]) -> t
     return texts[0].ids[:start], [text.ids[start:] for text in texts]
 
 
-def _question(tokenizer: Tokenizer, fact: Fact, choices: Sequence[str]) -> _Question:
-    question = _Question(*choice_tokens(tokenizer, fact, choices))
+def _questions(tokenizer: Tokenizer, items: Sequence[Fact], options: Sequence[Sequence[str]]) -> list[_Question]:
+    texts = encoded_choices(tokenizer, [(fact.prompt, choices) for fact, choices in zip(items, options, strict=True)])
+    return [_question(*row) for row in zip(items, options, texts, strict=True)]
+
+
+def _check_questions(subject: Subject, items: Sequence[Fact], questions: Sequence[_Question]) -> None:
+    """Refuse ids that the model has no embedding for, and texts with more tokens than it has positions."""
+    texts = [(fact, q.prompt + answer) for fact, q in zip(items, questions, strict=True) for answer in q.answers]
+    try:
+        # Looking up the limits of a model takes longer than comparing ids with them, so all texts are checked at once.
+        check_ids(subject, [i for _, ids in texts for i in ids], "facts", size=max(len(ids) for _, ids in texts))
+    except DataError:
+        for fact, ids in texts:
+            check_ids(subject, ids, f"fact {fact.id!r}")
+        raise
+
+
+def _question(fact: Fact, choices: Sequence[str], texts: Sequence[Encoded]) -> _Question:
+    question = _Question(*_tokens(fact, choices, texts))
     for i, ids in enumerate(question.answers):
         if ids in question.answers[:i]:
             same = choices[question.answers.index(ids)]
@@ -263,7 +281,7 @@ def _token_logs(logits: Float[Tensor, "r v"], rows: list[int], tokens: list[int]
 def _greedy_correct(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
     """Whether each answer occurs in the greedy continuation of its prompt."""
     tokenizer = subject.need_tokenizer()
-    texts = [encoded(tokenizer, fact.prompt, fact.answer) for fact in items]
+    texts = [text for (text,) in encoded_choices(tokenizer, [(fact.prompt, (fact.answer,)) for fact in items])]
     prompts = [question_ids(tokenizer, fact.prompt) for fact in items]
     empty = next((fact.id for fact, ids in zip(items, prompts, strict=True) if not ids), None)
     if empty is not None:
