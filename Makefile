@@ -9,7 +9,7 @@ BIN := .venv/bin
 
 demo: .venv/.done
 	$(BIN)/repedit fetch
-	$(BIN)/repedit demo
+	$(BIN)/repedit demo --act both
 
 lint: .venv/.done
 	$(BIN)/ruff check .

@@ -43,6 +43,45 @@ def test_doctor_passes_every_tap(model):
     assert found["passed"] and len(found["proofs"]) == 11
 
 
+def test_doctor_without_a_model_checks_the_installation(monkeypatch):
+    checked = json.loads(run("doctor", "--json"))
+    assert checked["passed"] and set(checked["checks"]) == {
+        "packages", "cache folder", "default model", "device", "kernels", "edit of a tiny model",
+    }  # fmt: skip
+    text = run("doctor")
+    assert checked["versions"]["torch"] in text and "Paste all of this" in text and "FAILED" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "check"),
+    [
+        ("requires", lambda name: ["torch>=99", "no-such-package>=1", "pdoc>=1; extra == 'dev'"], "packages"),
+        ("cache_folder", lambda: Path(__file__) / "cache", "cache folder"),
+        ("project", lambda x, u, v: x, "kernels"),
+        ("check_architecture", lambda model: (_ for _ in ()).throw(FingerprintError("no proof")), "edit of a tiny model"),
+    ],
+)  # fmt: skip
+def test_doctor_says_what_is_wrong_with_an_installation(name, broken, check, monkeypatch):
+    monkeypatch.setattr(f"repedit.installation.{name}", broken)
+    checks = json.loads(run("doctor", "--json", code=3))["checks"]
+    assert [n for n, found in checks.items() if not found["passed"]] == [check]
+    words = {"packages": "torch 2.* is installed, >=99 is needed; no-such-package>=1 is not installed",
+             "cache folder": "set REPEDIT_CACHE", "kernels": "error", "edit of a tiny model": "FingerprintError: no proof"}  # fmt: skip
+    assert re.search(words[check].replace("2.*", r"2\S*"), checks[check]["detail"])
+
+
+def test_scores_become_an_interactive_page(model, tmp_path: Path):
+    scores, page = tmp_path / "s.safetensors", tmp_path / "map.html"
+    run("score", model, "--out", scores, *LIMITED)
+    explored = json.loads(run("explore", scores, "--model", model, "--text", "code", "--out", page, *LIMITED, "--json"))
+    assert explored["neurons"] == 256 and len(explored["texts"]) == 1 and "plotly" in page.read_text()
+    for words, match in (((), "exists"), (("--overwrite", "--at-most", "1"), "at least 2")):
+        refused = CliRunner().invoke(app, ["explore", str(scores), "--out", str(page), *words])
+        assert re.search(match, str(refused.exception))
+    refused = CliRunner().invoke(app, ["explore", str(scores), "--out", str(tmp_path / "map.png")])
+    assert "ends in .html" in str(refused.exception)
+
+
 def test_inspect_lists_the_sites(model):
     row = json.loads(run("inspect", model, "--sites", "1.mlp.neurons", "--json"))["sites"][0]
     assert (row["hook"], row["width"], row["exactness"]) == ("blocks.1.mlp.hook_post", 128, "exact")
@@ -176,6 +215,8 @@ def test_demo_runs_from_end_to_end(model, tmp_path: Path):
     text = run("demo", "--model", model, "--out", tmp_path / "edited", "--limit-tokens", "400", "--act", "code")
     assert "2 of 256 MLP neurons pruned" in text and "What each model writes" in text
     assert len(list((tmp_path / "edited" / "figures").glob("*.png"))) == 3
+    _, *commands = text[text.index("Next:") :].splitlines()
+    assert [line.split()[:2] for line in commands] == [["repedit", verb] for verb in ("chat", "demo", "audit")]
 
 
 @pytest.mark.usefixtures("reloaded_here")

@@ -46,7 +46,7 @@ def test_an_example_parses_and_its_names_exist(verb):
 
 
 @pytest.mark.parametrize(
-    "broken", ["repedit fetch --nothing", "repedit fetch a b", "repedit doctor", "repedit prune m"]
+    "broken", ["repedit fetch --nothing", "repedit fetch a b", "repedit inspect", "repedit prune m"]
 )
 def test_an_example_that_does_not_parse_is_caught(broken, monkeypatch):
     verb = broken.split()[1]

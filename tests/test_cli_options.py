@@ -28,10 +28,11 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "demo": ("demo.prune_code", "demo.forget_capitals", "cli.demo._show_pruning", "cli.demo._show_forgotten",
              "cli.output.comparison_json", "cli.demo.forgotten_json", "cli.output.show_json"),
     "fetch": ("models.default_model.fetch", "cli.output.show_json"),
-    "doctor": ("cli.inspect.load_model", "arch.infer.check_architecture", "arch.infer.inferred_row", "kernels.dispatch.choose", "cli.output.show_json", "cli.output.table"),
+    "doctor": ("cli.inspect.load_model", "arch.infer.check_architecture", "arch.infer.inferred_row", "kernels.dispatch.choose", "installation.check_installation", "cli.output.show_json", "cli.output.table"),
     "inspect": ("cli.inspect.load_model", "cli.output.show_json", "cli.output.table"),
     "collect": ("cli.neurons.load_model", "data.read", "activations.collection.collect", "cli.neurons.save", "cli.output.show_json"),
     "score": ("cli.neurons.load_model", "cli.neurons._scores", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
+    "explore": ("cli.neurons.load_model", "neurons.scores.Scores.load", "data.read", "activations.examples.max_activating", "explore.neurons", "cli.output.show_json"),
     "prune": ("cli.neurons.load_model", "neurons.pruning.run_pruning", "cli.neurons.write_edited", "cli.neurons._show", "cli.neurons.plan_summary"),
     "project": ("cli.project.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "fit.overwrite.overwrite", "data.read", "metrics.facts.knowledge", "rewrite.apply.apply",
                 "cli.project._show", "cli.project._show_overwrite", "cli.project.plan_summary", "cli.project.write_edited"),
@@ -39,9 +40,9 @@ PATCHED: dict[str, tuple[str, ...]] = {
                 "cli.output.show_json", "cli.output.table"),
     "apply": ("cli.apply.load_model", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",
               "cli.apply.verify_checkpoint", "cli.output.show_json"),
-    "diff": ("rewrite.diff.diff", "cli.output.show_json", "cli.output.table"),
+    "diff": ("rewrite.diff.diff", "report.difference_page", "io.files.write_text", "cli.output.show_json", "cli.output.table"),
     "compare": ("cli.inspect.load_model", "data.read", "metrics.benchmarks.compare", "metrics.benchmarks.compare_benchmarks", "cli.output.comparison_json",
-                "cli.output.comparison_rows", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
+                "report.comparison_page", "io.files.write_text", "cli.output.show_comparison", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
     "chat": ("cli.chat.load_model", "metrics.generation.side_by_side", "cli.chat._show", "cli.chat._last", "cli.chat._show_json_line"),
     "audit": ("data.facts", "data.builtin_corpus", "auditing.api.audit", "auditing.budgets.estimate", "auditing.selftest.selftest",
               "report.write", "report.redacted", "cli.audit.show", "cli.audit._estimate", "cli.audit._selftest"),
@@ -56,7 +57,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
 """Verb -> what its command line calls; each call is recorded and does nothing."""
 BASE: dict[str, tuple[str, ...]] = {
     "demo": (), "fetch": (), "doctor": ("m",), "inspect": ("m",), "collect": ("m", "--out", "c.safetensors"),
-    "score": ("m", "--out", "s.safetensors"), "prune": ("m", "--fraction", "0.1", "--out", "e.safetensors"),
+    "score": ("m", "--out", "s.safetensors"), "explore": ("s.safetensors", "--out", "m.html"), "prune": ("m", "--fraction", "0.1", "--out", "e.safetensors"),
     "project": ("m", "--out", "e.safetensors"), "unlearn": ("m", "--out", "d.safetensors"), "apply": ("e", "m", "--out", "new"),
     "diff": ("m", "n"), "compare": ("m", "n"), "chat": ("m", "hello", "--original", "n"),
     "audit": ("m", "--original", "n", "--facts", "capitals"), "report": ("a",), "tasks": ("t",), "push": ("d", "o/n"), "run": ("r.toml",),
@@ -70,9 +71,10 @@ COMMON = {
 }  # fmt: skip
 """Option -> the words that give it, where no verb says otherwise; arguments take the place of their verb's first words."""
 OWN: dict[str, dict[str, str]] = {
-    "demo": {"model": "--model other", "act": "--act code", "out": "--out there"},
+    "demo": {"model": "--model other", "act": "--act both", "out": "--out there"},
     "fetch": {"name": "smollm2-135m-other", "force": "--force"},
     "collect": {"text": "--text prose", "statistic": "--statistic moments", "gradients": "--gradients"},
+    "explore": {"scores": "other", "out": "--out o.html", "model": "--model m", "text": "--text code", "at_most": "--at-most 9"},
     "prune": {"fraction": "--fraction 0.2", "learned": "= m --learned --out e.safetensors", "scores": "--scores s.safetensors",
               "max_retain_drop": "--max-retain-drop 5", "cap_per_layer": "--cap-per-layer 0.3", "control": "--control 2"},
     "project": {"rank": "--rank 3", "method": "--method leace", "previous": "--previous p", "resume": "--resume r",
@@ -83,8 +85,8 @@ OWN: dict[str, dict[str, str]] = {
                 "micro_batch": "--micro-batch 2", "shard": "--shard", "gradient_checkpointing": "--gradient-checkpointing", "resume": "--resume r",
                 "log": "--log l", "list_recipes": "--list-recipes", "update": "--update symbols", "forget": "--forget symbols"},
     "apply": {"edit": "other", "dtype": "--dtype bfloat16", "verify": "--no-verify", "out": "--out other"},
-    "diff": {"base": "other"},
-    "compare": {"base": "other", "text": "--text prose", "prompt": "--prompt hi", "metrics": "--metrics tofu --data there",
+    "diff": {"base": "other", "out": "--out d.html"},
+    "compare": {"out": "--out c.html", "base": "other", "text": "--text prose", "prompt": "--prompt hi", "metrics": "--metrics tofu --data there",
                 "folder": "--metrics tofu --data elsewhere", "limit": "--metrics tofu --data there --limit 3"},
     "chat": {"original": "--original other", "prompt": "other", "plain": "--plain", "temperature": "--temperature 0.5"},
     "audit": {"original": "--original other", "facts": "--facts symbols", "retain": "--retain symbols", "reference": "--reference r", "unrelated": "--unrelated code",
@@ -99,6 +101,9 @@ OWN: dict[str, dict[str, str]] = {
 OVERWRITE = ("m", "--method", "overwrite", "--out", "e.safetensors")
 BESIDE = {
     ("audit", "seed"): ("--selftest",),
+    ("demo", "steps"): ("--act", "capitals"),
+    ("explore", "text"): ("s.safetensors", "--model", "m", "--out", "m.html"),
+    ("explore", "limit_tokens"): ("s.safetensors", "--model", "m", "--out", "m.html"),
     **{
         ("project", name): OVERWRITE
         for name in ("layers", "target", "regression", "lam", "retain_budget", "contexts", "text")
@@ -142,7 +147,7 @@ def asked(verb: str, words: tuple[str, ...], monkeypatch: Any, folder: Path) -> 
     assert error is None or (isinstance(error, SystemExit) and error.code != 2), (
         f"{verb} {words}: {error!r} {result.output}"
     )
-    calls += [call for call in KEPT.mock_calls if call[0] in ("select", "sites", "write")]
+    calls += [call for call in KEPT.mock_calls if call[0] in ("select", "sites", "write", "write_html")]
     shown = "\n".join(line for line in result.output.splitlines() if "wrote" not in line)
     return f"{calls}\n{shown}"
 
@@ -184,7 +189,7 @@ def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
         "--scores": "--scores s.safetensors", "--structure keep": "", "a --method that fits at once": "--method leace", "--method overwrite": "--method overwrite", "a --method other than overwrite": "",
         "a --target other than selective": "--method overwrite", "--selftest": "--selftest",
         "an audit without --selftest": "", "--dry-run": "--dry-run", "--metrics": "--metrics tofu --data d", "no --metrics": "", "--act code": "--act code",
-        "--act capitals": "--act capitals",
+        "--act capitals": "--act capitals", "no --model": "", "no MODEL": "",
     }  # fmt: skip
     own = {
         "layout": "--layout ragged",
@@ -194,7 +199,7 @@ def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
         "seed": "--seed 3",
         "edited": "m",
     }
-    base = {"prune": "m --out o", "audit": "", "apply": "e m --out o"}.get(verb, " ".join(BASE[verb]))
+    base = {"prune": "m --out o", "audit": "", "doctor": "", "apply": "e m --out o"}.get(verb, " ".join(BASE[verb]))
     if "without" in beside or beside == "--dry-run":
         base = "m --original n --facts capitals"
     for name in names:

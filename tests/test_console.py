@@ -175,6 +175,7 @@ def files(model, tmp_path_factory):
     )
     verb("prune", model, "--fraction", "0.1", "--limit-tokens", "300", "--out", place / "edit.safetensors")
     verb("apply", place / "edit.safetensors", model, "--no-verify", "--out", place / "edited")
+    verb("score", model, "--limit-tokens", "300", "--out", place / "scores.safetensors")
     return place
 
 
@@ -187,7 +188,7 @@ def verb(*words):
 AUDITED = "F/edited --original M --facts F/facts.jsonl --attacks direct --allow-small"
 JSON_OF = {
     "inspect": ["M"], "doctor": ["M"], "diff": ["M F/edited"], "compare": ["M F/edited --text prose --prompt A --limit-tokens 200"],
-    "collect": ["M --limit-tokens 300 --out T/c.safetensors"], "score": ["M --limit-tokens 300 --out T/s.safetensors"],
+    "collect": ["M --limit-tokens 300 --out T/c.safetensors"], "score": ["M --limit-tokens 300 --out T/s.safetensors"], "explore": ["F/scores.safetensors --out T/map.html"],
     "prune": ["M --fraction 0.1 --limit-tokens 300 --out T/e.safetensors", "M --fraction 0.1 --limit-tokens 300 --out T/e.safetensors --dry-run"],
     "project": ["M --forget F/facts.jsonl --retain F/kept.jsonl --rank 1 --steps 1 --sites 0.mlp.out --out T/e.safetensors",
                 "M --forget F/facts.jsonl --retain F/kept.jsonl --rank 1 --sites 0.mlp.out --out T/e.safetensors --dry-run"],

@@ -106,11 +106,12 @@ def hostile(found: Report) -> Report:
 def spoiled(text: str) -> list[str]:
     """Elements and attributes that no page has, and addresses it would fetch."""
     page = Elements(text)
-    tags = {tag for tag, _ in page.tags} & {"script", "img", "a", "link", "iframe", "object", "b", "image"}
+    tags = {tag for tag, _ in page.tags} & {"script", "img", "a", "link", "iframe", "object", "b"}
     attributes = {pair for _, held in page.tags for pair in held.items()}
     names = {name for name, _ in attributes if name.startswith("on") or name == "src"}
-    # A mark of a figure is defined once and used where it stands.
-    names |= {name for name, value in attributes if name.endswith("href") and not str(value).startswith("#")}
+    # A mark of a figure is defined once and used where it stands; a heat map is a picture inside its figure.
+    inside = ("#", "data:image/png;base64,")
+    names |= {name for name, value in attributes if name.endswith("href") and not str(value).startswith(inside)}
     fetched = re.findall(r"@import|url\((?!#)", text)
     return [*tags, *names, *fetched]
 

@@ -22,7 +22,7 @@ from repedit import runs
 from repedit.cli import app, output
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound
 from repedit.io.files import file_hash, file_hashes
-from repedit.plot.reports import bars, course, ranges
+from repedit.plot.reports import bars, course, drops, ranges
 from repedit.report import rendering
 from repedit.report.run_pages import rendered
 from repedit.rewrite.verification import Verification
@@ -427,6 +427,22 @@ def test_ranges_stand_where_their_numbers_do():
     assert [segment.tolist() for segment in lines.get_segments()] == [[[0, -1], [0, 1]], [[2, -1.5], [2, 1]]]
     assert [segment[0, 1] for segment in strokes.get_segments()] == [0.0, 0.5]
     assert axes.lines[0].get_xydata().tolist() == [[0, 3], [2, 1]]
+
+
+def test_drops_stand_where_their_numbers_do():
+    figure = drops([("pruned", "forget", 40.0, 35.0, 45.0), ("pruned", "retain", 2.0, float("nan"), float("nan"))])
+    interval, dot, missing, other = figure.axes[0].lines[:4]
+    assert (list(interval.get_xdata()), list(dot.get_xdata()), list(other.get_xdata())) == ([35, 45], [40], [2])
+    assert np.isnan(missing.get_xdata()).all()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["pruned: forget", "pruned: retain"]
+
+
+def test_a_pruning_has_its_map_and_its_drops(made):
+    page = rp.report.run_page(made)
+    assert "the score of every neuron, one column per layer" in page and "<image" in page
+    assert "Step 2, prune: drop, with 95 % intervals" in page and "Step 3, compare: drop" in page
+    hidden = rp.report.run_page(made, hide_items=True)
+    assert "one column per layer" not in hidden and "drop, with" not in hidden
 
 
 def test_a_training_is_drawn_from_what_was_kept(tmp_path):

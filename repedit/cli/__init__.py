@@ -27,6 +27,7 @@ for verb in (
     inspect.inspect,
     neurons.collect,
     neurons.score,
+    neurons.explore,
     neurons.prune,
     project.project,
     unlearn.unlearn,

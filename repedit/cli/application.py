@@ -39,6 +39,7 @@ EXAMPLES: Mapping[str, str] = {
     "inspect": "repedit inspect smollm2-135m --sites '0-3.mlp.neurons'",
     "collect": "repedit collect smollm2-135m --text code --limit-tokens 8000 --out code.safetensors",
     "score": "repedit score smollm2-135m --forget code --retain prose --out scores.safetensors",
+    "explore": "repedit explore scores.safetensors --out map.html",
     "prune": "repedit prune smollm2-135m --fraction 0.01 --forget code --retain prose --out edited/",
     "project": "repedit project smollm2-135m --forget capitals --rank 8 --out edited/",
     "unlearn": "repedit unlearn smollm2-135m --recipe small:npo_klr --forget capitals --out delta.safetensors",
@@ -67,6 +68,7 @@ COMMON_EXIT_CODES: Mapping[int, str] = {
 }
 """Exit codes of every verb."""
 VERB_EXIT_CODES: Mapping[str, Mapping[int, str]] = {
+    "doctor": {3: "a check of the installation failed"},
     "prune": {3: "the limit on what is retained was exceeded at once; nothing is written"},
     "unlearn": {3: "the model collapsed", 4: "a loss was not finite"},
     "audit": {
@@ -102,6 +104,7 @@ INEFFECTIVE: Mapping[str, tuple[tuple[str, Callable[[Values], bool], tuple[str, 
     "score": (
         ("two saved collections", lambda o: _saved(o["forget"], o["retain"]), ("sites", "limit_tokens", "batch_size")),
     ),
+    "explore": (("no --model", lambda o: o["model"] is None, ("text", "limit_tokens")),),
     "prune": (
         ("--learned", lambda o: o["learned"], ("fraction", "scores", "importance", "combine", "steps", "cap_per_layer")),
         ("--scores", lambda o: o["scores"] is not None, ("sites", "importance", "combine", "steps")),
@@ -121,9 +124,10 @@ INEFFECTIVE: Mapping[str, tuple[tuple[str, Callable[[Values], bool], tuple[str, 
         ("--dry-run", lambda o: o["dry_run"], ("hide_items",)),
     ),
     "compare": (
-        ("--metrics", lambda o: bool(o["metrics"]), ("text", "prompt", "limit_tokens", "batch_size")),
+        ("--metrics", lambda o: bool(o["metrics"]), ("text", "prompt", "limit_tokens", "batch_size", "out")),
         ("no --metrics", lambda o: not o["metrics"], ("limit",)),
     ),
+    "doctor": (("no MODEL", lambda o: o["model"] is None, ("device", "dtype", "dequantize")),),
     "demo": (
         ("--act code", lambda o: o["act"] == "code", ("steps",)),
         ("--act capitals", lambda o: o["act"] == "capitals", ("limit_tokens",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,12 +22,12 @@ def demo(
     limit_tokens: LimitTokens = 3000,
     act: Annotated[
         Literal["both", "code", "capitals"], typer.Option(help="code prunes neurons, capitals projects hidden states.")
-    ] = "both",
+    ] = "code",
     steps: Annotated[int, typer.Option(help="Training steps of the second act.")] = 30,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Prune the code neurons of the default model; make it forget the capitals; export both and compare."""
+    """Prune the code neurons of the default model, or make it forget the capitals; export the result and compare."""
     from repedit.cli import output
     from repedit.demo import forget_capitals, prune_code
     from repedit.errors import ArgumentError
@@ -53,6 +54,24 @@ def demo(
             _show_forgotten(second)
     if json:
         output.show_json(results)
+        return
+    output.out.print("Next:")
+    for command, purpose in _next_commands(act, model, out, second_out):
+        output.out.print(f"  {command:<66} {purpose}", soft_wrap=True)
+
+
+def _next_commands(act: str, model: str, out: Path, second_out: Path) -> list[tuple[str, str]]:
+    """Three commands to continue with after an act, and what each does."""
+    edited = second_out if act == "capitals" else out
+    chat = f"repedit chat {shlex.quote(str(edited))} --original {shlex.quote(model)}"
+    more = {
+        "code": ("repedit demo --act capitals", "make it forget facts by a projection (three minutes)"),
+        "capitals": ("repedit demo --act code", "prune the neurons of code (one minute)"),
+        "both": ("repedit score --help", "score the neurons of your own texts"),
+    }
+    audited = f"repedit audit {shlex.quote(str(second_out))} --original {shlex.quote(model)} --facts capitals"
+    attack = ("repedit audit --help", "attack an edited checkpoint and say what has been shown")
+    return [(chat, "ask both models the same"), more[act], attack if act == "code" else (audited, attack[1])]
 
 
 def forgotten_json(result: CapitalsDemo) -> dict[str, Any]:
@@ -76,11 +95,7 @@ def _show_pruning(result: PruningDemo) -> None:
 
     comparison = result.comparison
     pruned = sum(map_.rank_removed for map_ in result.edit.maps.values())
-    output.table(
-        f"{pruned} of {result.total} MLP neurons pruned (the 1 % most specific to code)",
-        output.COMPARISON_COLUMNS,
-        output.comparison_rows(comparison),
-    )
+    output.show_comparison(f"{pruned} of {result.total} MLP neurons pruned (the 1 % most specific to code)", comparison)
     drops = {
         "neurons specific to code": {name: comparison.effect(name).drop for name in result.control},
         "as many random neurons in each layer": {name: effect.drop for name, effect in result.control.items()},

@@ -8,30 +8,78 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repedit.cli.options import BatchSize, Dequantize, Device, Dtype, EditedModel, Json, LimitTokens, Model, load_model
+from repedit.cli.options import (
+    BatchSize,
+    Dequantize,
+    Device,
+    Dtype,
+    EditedModel,
+    Json,
+    LimitTokens,
+    Model,
+    PageOut,
+    load_model,
+)
 from repedit.sites import Point, Site
+
+CHECK_FAILED = 3
+"""The exit code of `repedit doctor` if a check of the installation fails."""
 
 if TYPE_CHECKING:
     from repedit.models.subject import Subject
 
 
 def doctor(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Directory, GGUF file, 'smollm2-135m' or hub id; without one, the installation is checked."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     dequantize: Dequantize = False,
     json: Json = False,
 ) -> None:
-    """Prove on a real forward pass that repedit edits this model where it says it does.
+    """Prove on a real forward pass that repedit edits this model where it says it does; or check the installation.
 
-    For a model without a row in the family table, show the row that was inferred from it, as code.
+    For a model without a row in the family table, show the row that was inferred from it, as code. Without a model, show
+    versions, cache, device and kernels, which a report of a fault should contain.
     """
+    if model is None:
+        _check_installation(json)
+    else:
+        _check_model(load_model(model, device, dtype, dequantize), json)
+
+
+def _check_installation(json: bool) -> None:
+    """Show what was tried, and what to paste into an issue; exit code 3 if a check failed."""
+    from repedit.cli import output
+    from repedit.installation import check_installation
+
+    installation = check_installation()
+    if json:
+        checks = {c.name: {"passed": c.passed, "detail": c.detail} for c in installation.checks}
+        output.show_json({"passed": installation.passed, "checks": checks, "versions": installation.versions})
+    else:
+        rows = [[check.name, "ok" if check.passed else "FAILED", check.detail] for check in installation.checks]
+        output.table("The installation", ("check", "", "what was found"), rows)
+        output.out.print(", ".join(f"{name} {version}" for name, version in installation.versions.items()))
+        output.out.print(
+            "Paste all of this into a report of a fault; repedit doctor MODEL proves the edits of a model in the same way."
+        )
+    if not installation.passed:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _check_model(subject: Subject, json: bool) -> None:
+    """Show the proof of every tap of a model."""
     from repedit.arch.infer import check_architecture, inferred_row
     from repedit.arch.spec import row_code
     from repedit.cli import output
+    from repedit.installation import system_versions
     from repedit.kernels.dispatch import choose
 
-    subject = load_model(model, device, dtype, dequantize)
     report, inferred = check_architecture(subject.model), inferred_row(subject.model)
     code = None if inferred is None else row_code(inferred)
     largest = max((proof.error for proof in report.proofs), default=0.0)
@@ -39,17 +87,10 @@ def doctor(
     widths = sorted({row["width"] for row in subject.sites()})
     kernels = {width: choose(subject.device, subject.model.dtype, (width, 16)) for width in widths}
     if json:
-        output.show_json(
-            {
-                "model_type": report.model_type,
-                "passed": report.passed,
-                "proofs": rows,
-                "largest_error": largest,
-                "inferred_row": code,
-                "kernels": kernels,
-                "versions": _versions(),
-            }
-        )
+        output.show_json({
+            "model_type": report.model_type, "passed": report.passed, "proofs": rows, "largest_error": largest,
+            "inferred_row": code, "kernels": kernels, "versions": system_versions(),
+        })  # fmt: skip
         return
     output.table(
         f"{report.model_type}: every tap edited by hook and in the weights (shares of the spread of what the layer adds)",
@@ -68,23 +109,7 @@ def doctor(
         )
     for width, (name, reason) in kernels.items():
         output.out.print(f"projection of rank 16 at width {width}: {name} ({reason})")
-    output.out.print(", ".join(f"{name} {version}" for name, version in _versions().items()))
-
-
-def _versions() -> dict[str, str]:
-    """The versions that a bug report needs, and the vector instructions that torch uses on this CPU."""
-    import platform
-
-    import torch
-
-    from repedit.hashing import package_versions
-
-    return {
-        **package_versions("transformers", "safetensors"),
-        "python": platform.python_version(),
-        "system": platform.platform(terse=True),
-        "CPU kernels": torch.backends.cpu.get_cpu_capability(),
-    }
+    output.out.print(", ".join(f"{name} {version}" for name, version in system_versions().items()))
 
 
 def inspect(
@@ -129,20 +154,38 @@ def _first_sites(subject: Subject) -> list[Site]:
     return list(first.values())
 
 
-def diff(base: Model, edited: EditedModel, json: Json = False) -> None:
+def diff(base: Model, edited: EditedModel, out: PageOut = None, json: Json = False) -> None:
     """List every tensor that differs between two checkpoints."""
     from dataclasses import asdict
 
     from repedit.cli import output
     from repedit.rewrite.diff import diff as tensor_differences
 
-    differences = [asdict(difference) for difference in tensor_differences(base, edited)]
+    _check_page(out)
+    differing = tensor_differences(base, edited)
+    if out is not None:
+        from repedit.io.files import write_text
+        from repedit.report import difference_page
+
+        write_text(out, difference_page(differing, (base, edited)))
+    differences = [asdict(difference) for difference in differing]
     if json:
         output.show_json(differences)
         return
     columns = ("tensor", "norm", "relative", "rank", "rows", "columns")
     rows = [["" if row[column] is None else row[column] for column in columns] for row in differences]
     output.table(f"{len(differences)} tensors differ", columns, rows)
+    output.show_files([out] if out is not None else [])
+
+
+def _check_page(out: Path | None) -> None:
+    """Refuse, before any work, a page that has another ending or would replace a file."""
+    from repedit.errors import ArgumentError, TargetExists
+
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise ArgumentError(f"--out {out} is a page: give it a name that ends in .html")
+    if out is not None and out.exists():
+        raise TargetExists(f"{out.absolute()} exists; give another --out")
 
 
 def compare(
@@ -163,6 +206,7 @@ def compare(
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    out: PageOut = None,
     json: Json = False,
 ) -> None:
     """Perplexity, top-1 accuracy and generations of two checkpoints, side by side; or published benchmarks."""
@@ -174,24 +218,31 @@ def compare(
 
     if bool(metrics) != (folder is not None):
         raise ArgumentError(f"--metrics {metrics!r} with --data {folder}; give both, or neither")
+    _check_page(out)
     subjects = [load_model(name, device, dtype) for name in (base, edited)]
     if folder is not None:
         _show_benchmarks(subjects, metrics.split(","), folder, limit, json)
         return
     corpora = [data.read(name) for name in text or ["code", "prose"]]
     prompts = tuple(prompt or PRUNING_PROMPTS)
-    streamed = output.out.is_terminal and not json  # the same texts, shown as they are written
+    streamed = output.out.is_terminal and not json and out is None  # the same texts, shown as they are written
     comparison = compare_models(
         subjects[0], subjects[1], corpora, prompts=() if streamed else prompts, limit_tokens=limit_tokens, batch_size=batch_size
     )  # fmt: skip
+    if out is not None:
+        from repedit.io.files import write_text
+        from repedit.report import comparison_page
+
+        write_text(out, comparison_page(comparison, (base, edited)))
     if json:
         output.show_json(output.comparison_json(comparison))
         return
-    output.table(f"{base} against {edited}", output.COMPARISON_COLUMNS, output.comparison_rows(comparison))
+    output.show_comparison(f"{base} against {edited}", comparison)
     if streamed:
         _stream(subjects, (base, edited), prompts)
     else:
         output.show_generations(comparison.prompts, comparison.base_text, comparison.edited_text)
+    output.show_files([out] if out is not None else [])
 
 
 def _stream(subjects: Sequence[Subject], names: Sequence[str], prompts: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Verbs that find and remove neurons: collect, score, prune."""
+"""Verbs that find, show and remove neurons: collect, score, explore, prune."""
 
 from __future__ import annotations
 
@@ -117,6 +117,53 @@ def score(
     )
 
 
+def explore(
+    scores: Annotated[Path, typer.Argument(help="A file of `repedit score`.")],
+    out: Annotated[Path, typer.Option(help="The page to write (.html).")],
+    model: Annotated[
+        str | None, typer.Option(help="The scored model; adds the texts that activate each neuron most.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text to search for them; repeat for several. [default: code and prose]")
+    ] = None,
+    at_most: Annotated[
+        int | None, typer.Option(help="Show only this many neurons, with the most extreme scores.")
+    ] = None,
+    limit_tokens: LimitTokens = 8000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing page.")] = False,
+    json: Json = False,
+) -> None:
+    """Write an interactive page of all neurons: scores, ranks, activating texts, and what each fraction would prune."""
+    from repedit.cli import output
+    from repedit.data import read
+    from repedit.errors import ArgumentError, TargetExists
+    from repedit.explore import neurons
+    from repedit.neurons.scores import Scores
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ArgumentError(f"--out {out} is a page: give it a name that ends in .html")
+    if out.exists() and not overwrite:  # before the texts are searched, which takes a minute
+        raise TargetExists(f"{out.absolute()} exists; give another --out, or --overwrite")
+    saved, examples = Scores.load(scores), []
+    if model is not None:
+        from repedit.activations.examples import max_activating
+
+        subject = load_model(model)
+        for name in text or ["code", "prose"]:
+            examples.append(max_activating(subject, read(name), list(saved), limit_tokens=limit_tokens))
+    page = neurons(saved, examples, at_most=at_most).write_html(out, overwrite=overwrite)
+    if json:
+        output.show_json(
+            {
+                "out": str(page),
+                "neurons": sum(len(s.values) for s in saved.values()),
+                "texts": [e.corpus for e in examples],
+            }
+        )
+    else:
+        output.show_files([page])
+
+
 def _scores(
     subject: Subject,
     forget: str,
@@ -215,5 +262,6 @@ def _show(result: PruningResult, out: Path, dry_run: bool, plan: str, json: bool
     else:
         title = f"{result.count} neurons pruned; drops in per cent of the original top-1 accuracy (95 % interval)"
         output.table(title, ("", "forget", "retain", "selectivity"), output.effect_rows(result.effects))
+        output.record_effects({label: {"forget": f, "retain": r} for label, (f, r) in result.effects.items()})
         if plan:
             output.out.print(plan)

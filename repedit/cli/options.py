@@ -46,6 +46,7 @@ EditOut = Annotated[Path, typer.Option(help="x.safetensors writes the edit, a di
 Budget = Annotated[
     Literal["fast", "standard", "full"], typer.Option(help="How many attacks, settings and seeds are tried.")
 ]
+PageOut = Annotated[Path | None, typer.Option(help="Also write a page without network requests (.html).")]
 DryRun = Annotated[bool, typer.Option(help="Show the plan and write nothing.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing directory.")]
 

@@ -110,22 +110,16 @@ def stage(text: str) -> None:
 # --- Two models on the same texts, facts and prompts
 
 
-COMPARISON_COLUMNS = (
-    "text", "next token right, before", "after", "relative drop (95 % interval)", "perplexity, before", "after", "tokens",
-)  # fmt: skip
 KNOWLEDGE_COLUMNS = ("domain", "", "right, before", "after (95 % interval)", "chance", "facts")
 
 
-def comparison_rows(comparison: Comparison) -> list[list[Any]]:
-    """One row for each corpus, see `COMPARISON_COLUMNS`."""
-    rows: list[list[Any]] = []
-    for name, before in comparison.base.items():
-        after = comparison.edited[name]
-        rows.append([
-            name, f"{before.top1:.1%}", f"{after.top1:.1%}", comparison.effect(name).percentage,
-            f"{before.perplexity:.1f}", f"{after.perplexity:.1f}", int(before.count.sum()),
-        ])  # fmt: skip
-    return rows
+def show_comparison(title: str, comparison: Comparison) -> None:
+    """One row for each text, as on a page; the drops are recorded as numbers too."""
+    from repedit.report.tables import comparison_table
+
+    rows = comparison_table(comparison)
+    table(title, rows.columns, rows.rows)
+    record_effects({"edited": {name: comparison.effect(name) for name in comparison.base}})
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
@@ -160,6 +154,16 @@ def knowledge_rows(knowledge: Mapping[str, Knowledge], forget: Iterable[str]) ->
 def effect_rows(effects: Mapping[str, tuple[Effect, Effect]]) -> list[list[str]]:
     """One row for each edit: the drops on forget and retain with their intervals, and their difference."""
     return [[label, f.percentage, r.percentage, percent(f.drop - r.drop)] for label, (f, r) in effects.items()]
+
+
+def record_effects(effects: Mapping[str, Mapping[str, Effect]]) -> None:
+    """Add effects, by what was done and by set, to a recording as numbers, for the figures of a page; nothing is shown."""
+    rows = [
+        [name, of, *(None if math.isnan(v) else v for v in (effect.drop, effect.low, effect.high))]
+        for name, by_set in effects.items()
+        for of, effect in by_set.items()
+    ]
+    _record("effects", title="", columns=["edit", "set", "drop", "low", "high"], rows=rows)
 
 
 def percent(value: float) -> str:

@@ -562,6 +562,25 @@ def ranges(values: Mapping[int, tuple[float, float, float, float]], x: str, y: s
     return figure
 
 
+def drops(rows: Sequence[tuple[str, str, float, float, float]]) -> Figure:
+    """(edit, set, drop, low, high) as a dot with its interval on one line each, per cent; NaN bounds draw no interval."""
+    figure = canvas(CHART_SIZE[0], 1.1 + 0.32 * len(rows))
+    axes = figure.subplots()
+    colours = dict(zip(dict.fromkeys(row[1] for row in rows), (FORGET, RETAIN, *SERIES[2:]), strict=False))
+    for y, (_, of, drop, low, high) in enumerate(rows):
+        colour = colours.get(of, NEUTRAL)
+        axes.plot([low, high], [y, y], color=colour, linewidth=1.6)
+        axes.plot([drop], [y], "o", color=colour, markersize=5)
+    axes.axvline(0, color=NEUTRAL, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [label_text(f"{edit}: {of}", 34) for edit, of, *_ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("relative drop of top-1 accuracy, %")
+    axes.grid(axis="x", alpha=0.25)
+    values = ", ".join(f"{edit} on {of} {drop:.1f} ({low:.1f} to {high:.1f})" for edit, of, drop, low, high in rows)
+    figure.set_label(f"relative drop of top-1 accuracy, per cent: {values}")
+    return figure
+
+
 def course(name: str, values: Sequence[float]) -> Figure:
     """Values over training steps, from step 1; the line has a gap where a value is not finite."""
     figure, axes = _small_chart("training step", "")

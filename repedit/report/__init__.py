@@ -4,6 +4,7 @@ Nothing here measures: audit.json holds all results, so pages can be made again 
 """
 
 from repedit.report.audit_pages import markdown, page
+from repedit.report.checkpoint_pages import comparison_page, difference_page
 from repedit.report.comparison import ReportComparison, compare_reports
 from repedit.report.redaction import redacted
 from repedit.report.run_pages import run_page, write_run
@@ -14,6 +15,8 @@ __all__ = [
     "ReportComparison",
     "RunReport",
     "compare_reports",
+    "comparison_page",
+    "difference_page",
     "markdown",
     "page",
     "redacted",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from repedit.io.checkpoint import open_shards
 from repedit.io.files import make_folder, user_path, write_text
 from repedit.io.text import JsonLines
 from repedit.neurons.scores import Scores
-from repedit.plot.reports import bars, course, ranges
+from repedit.plot import specialization
+from repedit.plot.reports import bars, course, drops, ranges
 from repedit.report.audit_pages import AuditFigures
 from repedit.report.redaction import redacted_run, redacted_values
 from repedit.report.rendering import render, svg, tone
@@ -73,7 +75,7 @@ def rendered(run: RunReport, *, hide_items: bool = False) -> str:
         "run", title=f"{run.file.stem}: {word}", style=style, sentence=sentence, run=run, maps=maps,
         removed=[(out, _total(counts)) for out, counts in removed.items()], first_tables=partial(_first_tables, run),
         commands=_commands(run), data=_data(run), versions=_seeds_and_versions(run), models=_models(run), bases=_bases(run),
-        methods=_methods(run), scores=_scores(run), selections=_selections(removed), trainings=_trainings(run),
+        methods=_methods(run), specialization=_specialization(run), scores=_scores(run), effects=_effects(run), selections=_selections(removed), trainings=_trainings(run),
         changed=_changed(run), deltas=_deltas(run), exactness=_exactness(run), leaks=_leaks, unattacked=_unattacked(run),
         audits=[(out, AuditFigures.of(report)) for out, report in run.audits.items()],
     )  # fmt: skip
@@ -224,6 +226,36 @@ def _methods(run: RunReport) -> list[tuple[str, Table, Table]]:
         if values or options:
             methods.append((out, Table(("what", "value"), values), Table(("option", "value"), options)))
     return methods
+
+
+def _specialization(run: RunReport) -> list[tuple[str, Markup]]:
+    """The score of every neuron, for each file of scores; not in a redacted page, since it names the data."""
+    figures = []
+    for out, path in () if run.redacted else run.of_kind("scores"):
+        figure = specialization(Scores.load(path))
+        figure.set_label(
+            f"{out}: the score of every neuron, one column per layer; orange is specific to the forget set"
+        )
+        figures.append((out, svg(figure)))
+    return figures
+
+
+def _effects(run: RunReport) -> list[tuple[str, Markup]]:
+    """The drops that prune and compare measured, with their intervals."""
+    charts = []
+    for step, item in run.display("prune", "compare"):
+        rows = (
+            [row for row in item.get("rows", ()) if isinstance(row[2], int | float)]
+            if item["kind"] == "effects"
+            else []
+        )
+        if rows:
+            values = [
+                (e, of, float(drop), *(math.nan if v is None else float(v) for v in bounds))
+                for e, of, drop, *bounds in rows
+            ]
+            charts.append((f"Step {step.number}, {step.verb}: drop, with 95 % intervals", svg(drops(values))))
+    return charts
 
 
 def _scores(run: RunReport) -> list[tuple[Charts, str]]:

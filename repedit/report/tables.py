@@ -10,6 +10,7 @@ from typing import NamedTuple
 from repedit.auditing.attack import RAN, Finding
 from repedit.auditing.report import RETAIN_CHECK, Recovery, Report
 from repedit.auditing.verdict import retain_damage
+from repedit.metrics.benchmarks import Comparison
 from repedit.plot.reports import (
     ROLES,
     interval_text,
@@ -110,6 +111,24 @@ def _is_single(value: object) -> bool:
         return False
     inner = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
     return len(inner) <= 12 and not any(isinstance(v, Mapping | list | tuple) for v in inner)
+
+
+# --- Two models on the same texts
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One row per text: top-1 accuracy and perplexity of both models, and the drop with its interval."""
+    columns = (
+        "text", "next token right, before", "after", "relative drop (95 % interval)", "perplexity, before", "after", "tokens",
+    )  # fmt: skip
+    rows = []
+    for name, before in comparison.base.items():
+        after = comparison.edited[name]
+        rows.append([
+            name, f"{before.top1:.1%}", f"{after.top1:.1%}", comparison.effect(name).percentage, f"{before.perplexity:.1f}",
+            f"{after.perplexity:.1f}", str(int(before.count.sum())),
+        ])  # fmt: skip
+    return Table(columns, rows)
 
 
 # --- What attacks bring back
