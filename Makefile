@@ -34,6 +34,7 @@ test-all: lint
 fuzz: .venv/.done
 	REPEDIT_FUZZ_EXAMPLES=2000 $(BIN)/pytest -n 2 tests/test_fuzz.py
 
+# The documentation site in build/site; a broken link, an orphan page or an unknown name is an error.
 docs: .venv/.done
 	$(BIN)/python -m docs.build
 

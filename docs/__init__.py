@@ -1,1 +1,1 @@
-"""The reference, made from the docstrings and from the command line itself: `make docs` writes build/docs/."""
+"""The documentation: pages in Markdown, and what `make docs` adds to them: the reference and the command line."""
