@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parametrize
 
 from repedit.arch.hooks import hooks_at, routed_to
 from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, TensorSpec, match_layout
-from repedit.arch.offload import check_in_memory, execution_device
+from repedit.arch.offload import check_in_memory, execution_device, offloaded_tensor
 from repedit.arch.spec import Architecture, Experts, families, text_config
-from repedit.errors import NotAModel, ShapeError, UnknownArchitecture
+from repedit.distributed import local_tensor
+from repedit.errors import ShapeError, UnknownArchitecture
 from repedit.hooks import Hook, evaluating, installed
 from repedit.linear_maps import LowRank
 from repedit.sites import Point, Site
@@ -63,45 +67,6 @@ def _check_dense(module: nn.Module, path: str, row: Architecture) -> None:
     kind = type(module).__name__
     if (kind == "Conv1D") != row.transposed or not (row.transposed or isinstance(module, nn.Linear)):
         raise UnknownArchitecture(f"{path} is a {kind}; the {row.model_type} row says transposed={row.transposed}")
-
-
-def check_plain_weights(model: nn.Module) -> None:
-    """Refuse a model whose weights are computed from other tensors, by an adapter, a parametrization or a pruning mask.
-
-    Raises:
-        NotAModel: naming the first module, with the call that makes its weight an ordinary parameter.
-    """
-    for name, module in model.named_modules():
-        hooks = (type(hook).__module__ for hook in module._forward_pre_hooks.values())
-        check_no_adapter(module, name)
-        if parametrize.is_parametrized(module):
-            raise NotAModel(
-                f"{name} is parametrized: its weight is computed from other tensors. Remove the parametrization first: "
-                "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
-            )
-        if any(where.startswith("torch.nn.utils.") for where in hooks):
-            raise NotAModel(
-                f"the weight of {name} is computed by torch.nn.utils from other tensors. Make it permanent first: prune.remove, "
-                "remove_weight_norm or remove_spectral_norm"
-            )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise NotAModel(f"{type(model).__name__} {_ADAPTER}")
-
-
-def check_no_adapter(module: object, name: str = "") -> None:
-    """Refuse a model or module of PEFT.
-
-    Raises:
-        NotAModel: with what to do.
-    """
-    if type(module).__module__.startswith("peft."):
-        raise NotAModel(f"{name or type(module).__name__} {_ADAPTER}")
-
-
-_ADAPTER = (
-    "holds an adapter of peft, which is not part of the weights. Merge it first: PeftModel.from_pretrained(model, "
-    "adapter).merge_and_unload(), or use the model without it; learned prompts and prefixes cannot be merged"
-)
 
 
 def _submodule(model: nn.Module, path: str, model_type: str) -> nn.Module:
@@ -179,22 +144,45 @@ def prove(model: nn.Module, architecture: Architecture, *, tolerance: float = TO
 
 
 def check_unshared(model: nn.Module, layout: ModelLayout) -> None:
-    """Refuse a model in which a tensor that edits change is also used elsewhere, where the edit would act too.
+    """Refuse a model in which a tensor that edits change shares memory with another, where the edit would act too.
 
     Embeddings may be tied to the head, which lowering knows.
 
     Raises:
         UnknownArchitecture: naming both tensors.
     """
-    names: dict[int, list[str]] = {}
+    stored: dict[object, list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        path, _, leaf = name.rpartition(".")
+        held = offloaded_tensor(model.get_submodule(path), leaf) if parameter.device.type == "meta" else None
+        tensor = local_tensor(parameter if held is None else held)
+        key = id(tensor) if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
+        stored.setdefault((tensor.device, key), []).append((name, tensor))
     changed = {view.tensor for p in layout.parts for view in (p.out, p.bias, *p.readers) if view is not None}
-    for name, *others in names.values():
-        if others and changed & {name, *others}:
+    for first, second in (pair for group in stored.values() for pair in combinations(group, 2)):
+        if changed & {first[0], second[0]} and _share_memory(first[1], second[1]):
             raise UnknownArchitecture(
-                f"{name} and {others[0]} are one tensor, so that an edit of one layer edits another"
+                f"{second[0]} and {first[0]} are one tensor, so that an edit of one layer edits another"
             )
+
+
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether tensors of one storage have a number in common; parts of one tensor, such as its halves, have none."""
+    return first is second or bool(np.shares_memory(_addresses(first), _addresses(second)))
+
+
+def _addresses(x: Tensor) -> Any:
+    """An array of the same places in memory; nothing is read, so that they may lie on another device."""
+    size = x.element_size()
+    strides = tuple(stride * size for stride in x.stride())
+    data = {
+        "data": (x.data_ptr(), True),
+        "shape": tuple(x.shape),
+        "strides": strides,
+        "typestr": f"|V{size}",
+        "version": 3,
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=data))
 
 
 class BlockRuns:

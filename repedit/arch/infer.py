@@ -136,32 +136,10 @@ def inferred_row(model: Any) -> Architecture | None:
     return _inferred[key]
 
 
-def prove_own_modules(model: Any, row: Architecture) -> None:
-    """Prove the row of a model of which some modules are defined neither by torch nor by transformers, the first time.
-
-    The model type in a config says nothing about what such modules compute.
-
-    Raises:
-        UnknownArchitecture: if the row does not describe the model.
-        OffloadedTensors: if weights are not in memory.
-    """
-    own = {
-        type(m).__name__
-        for m in model.modules()
-        if type(m).__module__.partition(".")[0] not in ("torch", "transformers")
-    }
-    if own and (key := _structure(model)) not in _proved:
-        log.info("the model has modules of its own (%s): its row is proved on it", ", ".join(sorted(own)))
-        prove(model, row)
-        _proved.add(key)
-
-
-_proved: set[object] = set()
-
-
 def _structure(model: Any) -> object:
-    """What two models share that one row describes: the config, and the class of every module."""
-    return model.config.to_json_string(use_diff=False), tuple((name, type(m)) for name, m in model.named_modules())
+    """What two models share that one row describes: the config, and the class of every module with its `forward`."""
+    classes = tuple((name, type(m), type(m).forward) for name, m in model.named_modules())
+    return model.config.to_json_string(use_diff=False), classes
 
 
 def output_embeddings(model: Any) -> Any:

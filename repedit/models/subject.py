@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from repedit.arch import Architecture, ModelLayout, TensorSpec, families, match_layout
-from repedit.arch.check import check_modules, check_no_adapter, check_plain_weights
-from repedit.arch.infer import output_embeddings, prove_own_modules, row_of
+from repedit.arch.check import check_modules, check_unshared, prove
+from repedit.arch.infer import output_embeddings, row_of
 from repedit.arch.offload import check_in_memory, execution_device, values
 from repedit.errors import (
     ArgumentError,
@@ -50,6 +50,7 @@ from repedit.models.loading import (
     snapshot,
     typed_errors,
 )
+from repedit.models.modifications import check_no_adapter, check_plain_weights, check_unmodified, other_modules
 from repedit.sites import Point, Site, select
 
 log = logging.getLogger("repedit")
@@ -429,6 +430,11 @@ def subject_of(
         raise UnknownArchitecture(
             f"{type(model).__name__} is not a decoder-only causal language model; load it with AutoModelForCausalLM"
         )
+    if not issubclass(type(model.config), type(model).config_class or object):
+        raise UnknownArchitecture(
+            f"{type(model).__name__} is written for a {type(model).config_class.__name__} and has a {type(model.config).__name__}, "
+            "so that transformers cannot load what it saves; load it with the class of its own config"
+        )
     for name in ("return_dict", "output_hidden_states", "output_attentions"):
         value = getattr(model.config, name)
         if type(value) is not bool or (name == "return_dict" and not value):
@@ -454,8 +460,29 @@ def subject_of(
             ) from error
         check_plain_weights(model)
         raise
+    check_unshared(model, subject.layout)
+    check_unmodified(model, subject.layout)
     if model.config.model_type in families() and subject.quantizer is None:
-        prove_own_modules(model, subject.architecture)
+        _prove_other_modules(subject)
     if source is not None:
         _loaded_state[model] = (state(model), file_states(source) if files is None else files)
     return subject
+
+
+_proved: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models whose modules are not all those of their config, and whose row was proved on them."""
+
+
+def _prove_other_modules(subject: Subject) -> None:
+    """Prove the row of a model of which some modules are not those that transformers builds for its config.
+
+    The model type in a config says nothing about what such modules compute.
+    """
+    others = other_modules(subject.model)
+    if others and subject.model not in _proved:
+        log.info(
+            "%d modules are not those that transformers builds for the config, such as %s: the row is proved on the model",
+            len(others), others[-1] or type(subject.model).__name__,
+        )  # fmt: skip
+        prove(subject.model, subject.architecture)
+        _proved.add(subject.model)

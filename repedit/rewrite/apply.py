@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from repedit.arch import match_layout
-from repedit.arch.check import check_plain_weights
 from repedit.arch.offload import check_in_memory
 from repedit.errors import ArgumentError, NoOpEdit, NotSliceable, NotSlimmable, PlanMismatch
 from repedit.lower import Change, check_model, lower
 from repedit.models.loading import mlp_tensors, ragged_widths, set_fields, set_parameter
+from repedit.models.modifications import check_plain_weights
 from repedit.models.subject import Subject, subject_of
 from repedit.plan import LoweringOptions, Plan
 

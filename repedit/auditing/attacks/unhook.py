@@ -7,7 +7,6 @@ code that lies beside the weights.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, ask, deep_copy, register
 from repedit.data import Splits
+from repedit.models.modifications import of_library as _of_library
 from repedit.models.subject import Subject
 
-# Libraries that hook a model for their own purposes: recording outputs, moving tensors between devices.
-_LIBRARIES = ("transformers.", "accelerate.", "torch.distributed.", "kernels.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -111,13 +109,6 @@ def _unwrap(module: nn.Module) -> int:
         return 0
     del module.forward
     return 1
-
-
-def _of_library(function: Callable[..., Any]) -> bool:
-    inner = getattr(function, "__func__", function)
-    # The globals of a function are those of the file that defines it; its __module__ can be set to anything.
-    own = getattr(inner, "__globals__", {}).get("__name__") or type(function).__module__
-    return str(own).startswith(_LIBRARIES)
 
 
 def _computed(module: nn.Module) -> dict[str, Any]:
