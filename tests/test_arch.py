@@ -13,6 +13,7 @@ from repedit.arch import (
     Reader,
     TensorSpec,
     attention,
+    check,
     families,
     hooks_at,
     match_layout,
@@ -60,6 +61,42 @@ def test_half_types_are_proved_in_float32_and_left_as_they_were(family):
     before = {name: p.clone() for name, p in model.named_parameters()}
     within(max(p.error for p in rp.check_architecture(model).proofs), "model, float32")
     assert all(torch.equal(p, before[name]) and p.dtype == torch.bfloat16 for name, p in model.named_parameters())
+
+
+def pruned(family, share):
+    """A tiny model of which a share of the neurons of every MLP and of the heads of every attention are zero."""
+    subject = tiny(family)
+    for layer in range(2):
+        for point in ("attn", "mlp"):
+            width = subject.layout.width_of(layer, rp.Point(f"{point}.neurons"))
+            keep = torch.arange(width) >= share * width
+            subject = rp.apply(Edit({rp.Site.parse(f"{layer}.{point}.neurons"): rp.Diagonal.mask(keep)}), subject)
+    return subject.model
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
+def test_pruned_neurons_are_proved(family, share):
+    model = pruned(family, share)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    proofs = [p for p in rp.check_architecture(model).proofs if p.site.point.endswith("neurons")]
+    within(max(p.error for p in proofs), "model, float32")
+    assert len(proofs) == 4 and min(p.moved for p in proofs) > 1e-3
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_wrong_reader_of_pruned_neurons_is_found_out(share, table):
+    model = pruned("llama", share)
+    rp.register(replace(table["llama"], **block(attention(values="self_attn.k_proj"))), replace=True)
+    with pytest.raises(UnknownArchitecture, match=r"does not describe this model at 0\.attn\.neurons"):
+        rp.check_architecture(model)
+
+
+def test_pruned_neurons_without_numbers_would_prove_nothing(monkeypatch):
+    monkeypatch.setattr(check, "_without_pruned", lambda *_: {})
+    with pytest.raises(UnknownArchitecture, match=r"0\.attn\.neurons \(moved nan"):
+        rp.check_architecture(pruned("llama", 1.0))
 
 
 def block(first=None, second=None):

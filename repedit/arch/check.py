@@ -186,16 +186,21 @@ def _addresses(x: Tensor) -> Any:
 
 
 class BlockRuns:
-    """One forward pass of the model records the inputs of each block; each block can then run alone on them, in float32."""
+    """One forward pass of the model records the inputs of each block; each block can then run alone on them, in float32.
 
-    def __init__(self, model: nn.Module, block_paths: Sequence[str]) -> None:
+    Tensors named in `changed` take the place of the model's in every pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, block_paths: Sequence[str], changed: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.model, self.block_paths = model, block_paths
         # A rounding can send a token to another expert, so half types are checked in float32.
         wide = {id(p): p.float() for p in model.parameters() if p.dtype.itemsize < 4}
         named = list(model.named_parameters(remove_duplicate=False))
-        self.parameters = {n: wide.get(id(p), p.detach()) for n, p in named}
+        self.parameters = {n: wide.get(id(p), p.detach()) for n, p in named} | dict(changed or {})
         # Under every name: a block may hold a tensor that the model names after another block.
-        self.wide = {n: self.parameters[n] for n, p in named if id(p) in wide}
+        self.wide = {n: self.parameters[n] for n, p in named if id(p) in wide or n in (changed or {})}
         self.wide_once = {n: self.wide[n] for n, _ in model.named_parameters() if n in self.wide}
         self.calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
         self.ids = text_ids(model)
@@ -247,7 +252,7 @@ class _ForwardCheck:
     def __init__(self, model: nn.Module, layout: ModelLayout, tolerance: float) -> None:
         self.model, self.layout, self.tolerance = model, layout, tolerance
         self.generator = torch.Generator().manual_seed(0)
-        self.runs = BlockRuns(model, layout.block_paths)
+        self.runs = BlockRuns(model, layout.block_paths, _without_pruned(model, layout, self.generator))
         self.parameters, self.embedded = self.runs.parameters, self.runs.embedded
         self.unedited = [self._outputs(layer) for layer in range(len(layout.layers))]
 
@@ -295,10 +300,7 @@ class _ForwardCheck:
         # Where a part has no reader, its columns alone are zeroed.
         rows |= self._masked((p.out, keep[p.start : p.stop], True) for p in branch.parts if not p.readers)
         error = max(_distance(self._outputs(layer, changed), hooked) for changed in (columns, rows))
-        zero_already = not any(
-            p.out.read(self.parameters[p.out.tensor])[:, ~keep[p.start : p.stop]].any() for p in branch.parts
-        )
-        return self._proof(site, hooked, error, still=zero_already)
+        return self._proof(site, hooked, error)
 
     def output(self, layer: int, branch: Branch) -> Proof:
         """Remove a random plane from what the branch adds to the stream, by a hook and in the weights."""
@@ -414,10 +416,26 @@ class _ForwardCheck:
         keep[torch.randperm(count, generator=self.generator)[: max(1, count // 2)]] = False
         return keep.repeat_interleave(size)
 
-    def _proof(self, site: Site, hooked: Tensor, error: float, note: str = "", *, still: bool = False) -> Proof:
-        """The proof of a site; an edit must move the output unless it is `still`, as one of pruned neurons is."""
+    def _proof(self, site: Site, hooked: Tensor, error: float, note: str = "") -> Proof:
+        """The proof of a site; an edit must move the output."""
         moved = _distance(hooked, self.unedited[site.layer])
-        return Proof(site, moved, error, (moved > 1e-6 or still) and error <= self.tolerance, note)
+        return Proof(site, moved, error, moved > 1e-6 and error <= self.tolerance, note)
+
+
+def _without_pruned(model: nn.Module, layout: ModelLayout, generator: torch.Generator) -> dict[str, Tensor]:
+    """Tensors, in float32, with random numbers where pruned neurons have zeros, of which an edit would show nothing."""
+    parameters, filled = dict(model.named_parameters(remove_duplicate=False)), dict[str, Tensor]()
+    views = [(view, axis) for p in layout.parts for view, axis in ((p.out, 0), *((reader, 1) for reader in p.readers))]
+    for view, axis in views:
+        matrix = view.read(filled.get(view.tensor, parameters[view.tensor]))
+        if matrix.ndim == 1 or bool((kept := matrix.any(axis, keepdim=True)).all()):
+            continue  # a bias of zeros is one that was never trained
+        if view.tensor not in filled:
+            filled[view.tensor] = parameters[view.tensor].detach().float().clone()
+        noise = torch.randn(matrix.shape, generator=generator).to(filled[view.tensor])
+        noise *= float(matrix.float().std()) or matrix.shape[1] ** -0.5
+        view.change(filled[view.tensor], lambda w, kept=kept, noise=noise: w.where(kept, noise))  # type: ignore[misc]
+    return filled
 
 
 def _portions(parts: Sequence[Neurons], size: int) -> Iterator[Sequence[Neurons]]:
