@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,8 @@ from tests import laws
 from tests.edits import mask, projection
 from tests.every_causal_type import tiny_causal
 from tests.every_wrapper_type import tiny_wrapper
-from tests.tiny import logits
+from tests.plain_reload import reloaded_logits
+from tests.tiny import ids, logits
 from tests.tolerances import short, within
 
 
@@ -113,11 +114,11 @@ def branches_agree(subject: Subject, apply: Callable[..., Subject] = rp.apply) -
                 within(error, f"branch, {short(base.dtype)}")
 
 
-def subspaces_are_gone(subject: Subject) -> None:
+def subspaces_are_gone(subject: Subject, apply: Callable[..., Subject] = rp.apply) -> None:
     """After a projection at the output of a branch that ends with a norm, it adds nothing in the subspace."""
     for site, branch in distinct_branches(subject).items():
         if branch.gains:
-            laws.subspace_is_gone(subject, projection(subject, str(site)))
+            laws.subspace_is_gone(subject, projection(subject, str(site)), apply)
 
 
 @contextmanager
@@ -129,16 +130,43 @@ def named(edit: Edit) -> Iterator[None]:
         raise AssertionError(f"{edit.describe()}: {error}") from error
 
 
-def exported_equals_applied(subject: Subject, folder: Path) -> None:
+def exported_equals_applied(subject: Subject, folder: Path, export: Callable[..., object] = rp.export) -> None:
     """Files of an edit of all branches, read by the class of transformers, hold every tensor of the edited model."""
     edit = everywhere(subject)
-    rp.export(edit, subject, folder / "edited")
+    export(edit, subject, folder / "edited")
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    loader = auto_class(AutoConfig.from_pretrained(folder / "edited"))
-    loaded = loader.from_pretrained(folder / "edited", dtype="auto", **eager)
+    loaded = loader(folder / "edited").from_pretrained(folder / "edited", dtype="auto", **eager)
     found, expected = tensors(loaded), tensors(rp.apply(edit, subject).model)
     assert type(loaded) is type(subject.model) and set(found) == set(expected)
     assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+
+
+def loader(directory: Path) -> Any:
+    """The class of transformers that loads a checkpoint."""
+    return auto_class(AutoConfig.from_pretrained(directory))
+
+
+def reload_without_repedit(
+    model_types: Iterable[str], dtype: torch.dtype, folder: Path, export: Callable[..., object] = rp.export
+) -> None:
+    """In a process where importing repedit fails, the files of an edit of all branches give the logits of the edited model."""
+    checkpoints, expected = {}, {}
+    for number, model_type in enumerate(model_types):
+        subject, target = tiny_of(model_type, dtype), folder / str(number)
+        edit = everywhere(subject)
+        export(edit, subject, target)
+        checkpoints[model_type] = (target, loader(target).__name__)
+        expected[model_type] = logits(rp.apply(edit, subject))
+    found = reloaded_logits(checkpoints, ids(), folder)
+    different = {}
+    for model_type, edited in expected.items():
+        own = found[model_type]
+        try:
+            assert isinstance(own, Tensor), own
+            laws.assert_close(own.to(edited.dtype), edited, dtype)
+        except AssertionError as error:
+            different[model_type] = str(error)
+    assert different == {}
 
 
 def tensors(model: Any) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 import repedit as rp
 from repedit.errors import ArgumentError, NotFoldable, PlanMismatch
 from repedit.kernels.dispatch import LEAK_LIMITS
+from repedit.rewrite import certificate as certificate_module
 from tests.edits import mask, projection
 from tests.test_laws import every_dtype, every_family
 from tests.tiny import tiny
@@ -101,10 +102,71 @@ def test_edits_without_a_projection_or_without_weights_are_refused():
         rp.certificate(subject, projection(subject, "0.resid.post"), subject)
 
 
-def test_a_map_that_removes_nothing_has_no_certificate(tmp_path: Path):
+def low_rank(inner, d, seed=0):
+    """A map x - U V^T x with V orthonormal and V^T U as given."""
+    v = torch.linalg.qr(
+        torch.randn(d, len(inner), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ).Q
+    return rp.LowRank(v @ torch.tensor(inner, dtype=torch.float64), v)
+
+
+SCALED, TURNED, HALF = [[0.5, 0.0], [0.0, 0.9]], [[0.0, 1.0], [-1.0, 0.0]], [[1.0, 0.7], [0.0, 0.5]]
+
+
+@pytest.mark.parametrize("site", ["1.mlp.out", "1.mlp.neurons", "0.attn.out"])
+@pytest.mark.parametrize("inner", [SCALED, TURNED])
+def test_a_map_that_removes_nothing_is_certified_to_keep_everything(inner, site, tmp_path: Path):
     subject = tiny("llama")
-    u, v = (0.1 * torch.randn(40, 2, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    edit = rp.Edit({rp.Site.parse("1.mlp.neurons"): rp.LowRank(u, v)})
-    with pytest.raises(ArgumentError, match="holds no projection"):
-        rp.certificate(rp.apply(edit, subject), edit, subject)
+    edit = rp.Edit({rp.Site.parse(site): low_rank(inner, subject.layout.width_of(1, rp.Site.parse(site).point))})
+    edited = rp.apply(edit, subject)
+    found = rp.certificate(edited, edit, subject)
+    assert (found.form, found.rank, found.worst_leak, dict(found.tensors)) == ("folded", 0, 1.0, {})
+    ((name, reason),) = found.uncertified.items()
+    assert reason.startswith("a map x - U V^T x with V^T U != I keeps 2 of its 2 directions")
+    assert f"{name}: {reason}" in found.describe() and "the weights hold the map" in found.describe()
     rp.export(edit, subject, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "repedit.json").read_text())["certificate"] == json.loads(
+        json.dumps(found.plain())
+    )
+    # The map has an inverse, so that the original comes back from the edited weights.
+    map_ = next(iter(edit.maps.values()))
+    inverse = torch.linalg.inv(map_.as_matrix())
+    new, old = (s.value(name).double() for s in (edited, subject))
+    back = new @ inverse if site.endswith("neurons") else inverse @ new
+    within(float((back - old).norm() / old.norm()), "logits, float32")
+
+
+@pytest.mark.parametrize("site", ["1.mlp.out", "1.mlp.neurons"])
+@pytest.mark.parametrize("center", [False, True])
+def test_of_a_map_that_removes_some_directions_those_are_certified(site, center):
+    subject = tiny("gpt2")
+    where = rp.Site.parse(site)
+    map_ = low_rank(HALF, subject.layout.width_of(1, where.point))
+    if center:
+        map_ = rp.LowRank(map_.u, map_.v, torch.randn(map_.width, dtype=torch.float64))
+    edit = rp.Edit({where: map_})
+    found = rp.certificate(rp.apply(edit, subject), edit, subject)
+    assert (found.form, found.rank) == ("folded", 1) and found.worst_leak < LEAK_LIMITS[torch.float32]
+    assert all("keeps 1 of its 2 directions" in reason for reason in found.uncertified.values())
+    assert set(found.uncertified) == set(found.tensors)
+    with pytest.raises(PlanMismatch, match="still hold removed directions"):
+        other = rp.apply(rp.Edit({where: low_rank(HALF, map_.width, seed=1)}), subject)
+        rp.certificate(other, edit, subject)
+
+
+def test_a_projection_beside_another_map_says_which_tensor_is_not_certified():
+    subject = tiny("llama")
+    edit = projection(subject, "0.mlp.out") | rp.Edit({rp.Site.parse("1.mlp.out"): low_rank(SCALED, 24)})
+    found = rp.certificate(rp.apply(edit, subject), edit, subject)
+    assert list(found.tensors) == ["model.layers.0.mlp.down_proj.weight"] and found.worst_leak < 1e-5
+    assert list(found.uncertified) == ["model.layers.1.mlp.down_proj.weight"]
+    assert "uncertified" not in rp.certificate(rp.apply(projection(subject, "0.mlp.out"), subject),
+                                               projection(subject, "0.mlp.out"), subject).plain()  # fmt: skip
+
+
+def test_all_directions_of_a_map_taken_for_removed_would_leak(monkeypatch):
+    monkeypatch.setattr(certificate_module, "_removed", lambda op: torch.eye(op.map.u.shape[1], dtype=torch.float64))
+    subject = tiny("llama")
+    edit = rp.Edit({rp.Site.parse("1.mlp.out"): low_rank(HALF, 24)})
+    with pytest.raises(PlanMismatch, match="still hold removed directions"):
+        rp.certificate(rp.apply(edit, subject), edit, subject)

@@ -5,6 +5,8 @@ Types of another structure than those before them run always, the others under `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import repedit as rp
 from repedit.arch import check
 from repedit.errors import UnknownArchitecture
+from repedit.lower import lower
 from tests.every_causal_type import NOT_A_DECODER as NO_CAUSAL_MODEL
 from tests.every_wrapper_type import NOT_A_DECODER as NO_WRAPPER
 from tests.family_laws import (
@@ -21,10 +24,12 @@ from tests.family_laws import (
     every_writer_is_proved,
     exported_equals_applied,
     hooked_equals_applied,
+    reload_without_repedit,
     subspaces_are_gone,
     tiny_of,
 )
 from tests.test_families import PAGE, sections, tables
+from tests.tolerances import short
 
 
 def listed(number: int) -> tuple[str, ...]:
@@ -76,12 +81,31 @@ def test_branches_agree_in_bfloat16(model_type: str):
     subspaces_are_gone(subject)
 
 
+DTYPES = (torch.float32, torch.bfloat16)
 NO_FILES = {"wrapper:molmo2": "queries, keys and values are one tensor in its files, which no plan divides"}
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("model_type", types(NO_FILES))
-def test_exported_equals_applied(model_type: str, tmp_path: Path):
-    exported_equals_applied(tiny_of(model_type), tmp_path)
+def test_exported_equals_applied(model_type: str, dtype: torch.dtype, tmp_path: Path):
+    exported_equals_applied(tiny_of(model_type, dtype), tmp_path)
+
+
+def exported(dtype: torch.dtype, names: Iterable[str] = ACCEPTED) -> list[str]:
+    """The types whose exports can be run."""
+    without = {**NO_FILES, **(NO_BFLOAT16 if dtype == torch.bfloat16 else {})}
+    return [name for name in names if name not in without]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_some_types_reload_without_repedit(dtype: torch.dtype, tmp_path: Path):
+    reload_without_repedit(exported(dtype, FAST), dtype, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_every_type_reloads_without_repedit(dtype: torch.dtype, tmp_path: Path):
+    reload_without_repedit(exported(dtype), dtype, tmp_path)
 
 
 @pytest.mark.parametrize("model_type", types())
@@ -112,3 +136,38 @@ def test_an_expert_that_is_not_edited_breaks_the_laws(law: Any):
 
     with pytest.raises(AssertionError, match=r"1\.mlp"):
         law(tiny_of("qwen2_moe"), all_but_the_last_expert)
+
+
+def but_one(edit: rp.Edit, subject: Any, target: Path) -> None:
+    """Export an edit without its last map."""
+    *kept, _ = edit.maps
+    rp.export(rp.Edit({site: edit.maps[site] for site in kept}), subject, target)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "wrapper:gemma3"])
+def test_an_export_that_leaves_out_a_site_breaks_the_laws(model_type: str, tmp_path: Path):
+    with pytest.raises(AssertionError, match=r"down_proj"):
+        exported_equals_applied(tiny_of(model_type), tmp_path, but_one)
+    with pytest.raises(AssertionError, match=model_type):
+        reload_without_repedit([model_type], torch.float32, tmp_path, but_one)
+
+
+def test_files_that_do_not_load_break_the_law(tmp_path: Path):
+    def truncated(edit: rp.Edit, subject: Any, target: Path) -> None:
+        rp.export(edit, subject, target)
+        path = next(target.glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-8])
+
+    with pytest.raises(AssertionError, match=r"llama.*Error"):
+        reload_without_repedit(["llama", "gpt2"], torch.float32, tmp_path, truncated)
+
+
+@pytest.mark.parametrize("model_type", ["glm4", "olmo3"])
+def test_a_projection_that_forgets_the_norm_breaks_the_law(model_type: str):
+    def without_gain(edit: rp.Edit, subject: Any) -> Any:
+        plan = lower(edit, subject.architecture, subject.specs)
+        bare = {name: tuple(replace(op, gain=None) for op in ops) for name, ops in plan.operations.items()}
+        return rp.apply(replace(plan, operations=bare), subject)
+
+    with pytest.raises(AssertionError):
+        subspaces_are_gone(tiny_of(model_type), without_gain)

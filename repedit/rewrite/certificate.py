@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,9 +57,12 @@ class Certificate:
     rank: int
     """Directions removed, over all sites."""
     worst_leak: float
+    """1 if no direction was removed."""
     tensors: Mapping[str, TensorCertificate]
     widths: tuple[int, int] | None = None
     """Width of the stream before and after slicing, where the leak is 0 by shape."""
+    uncertified: Mapping[str, str] = field(default_factory=dict)
+    """Tensors with a low-rank map that does not remove all of its directions, and how many it removes."""
 
     def describe(self) -> str:
         """A few lines: what the certificate shows, and what it does not."""
@@ -69,14 +72,17 @@ class Certificate:
                 f"{self.exactness}.\nThis says nothing of copies of the knowledge in those that stay: attack it."
             )
         worst = max(self.tensors, key=lambda name: self.tensors[name].leak, default="none")
+        form = _MEANINGS[self.form] if self.tensors or self.form == "hook" else "the weights hold the map"
         return (
-            f"{self.form}: {_MEANINGS[self.form]}.\n{self.rank} directions over {len(self.tensors)} tensors, {self.exactness}; "
-            f"largest leak {self.worst_leak:.1e} ({worst}).\nThis says nothing of copies of the knowledge elsewhere: attack it."
+            f"{self.form}: {form}.\n{self.rank} directions over {len(self.tensors)} tensors, {self.exactness}; "
+            f"largest leak {self.worst_leak:.1e} ({worst}).\n"
+            + "".join(f"{name}: {reason}.\n" for name, reason in self.uncertified.items())
+            + "This says nothing of copies of the knowledge elsewhere: attack it."
         )
 
     def plain(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+        """Plain JSON values; without `uncertified` where every map is a projection."""
+        return {key: value for key, value in asdict(self).items() if value or key != "uncertified"}
 
 
 def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | str | Path) -> Certificate:
@@ -85,10 +91,13 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
     leak = ||V^T W'||_F / ||V^T W||_F for each writer W (out, in), ||W' U||_F / ||W U||_F for each reader; D W in place of
     W where a post-norm with gain D follows. A narrower model is compared with what slicing makes of the original.
 
+    Of a map x - U V^T x with V^T U != I, the coordinates (I - V^T U) V^T x stay. Only the directions V c with
+    c^T V^T U = c^T are removed, and only they are measured; `uncertified` says how many are not.
+
     Args:
         edited, original: models in memory, or checkpoint directories; both of one kind.
     Raises:
-        ArgumentError: if the edit holds no projection, or one is in memory and the other a directory.
+        ArgumentError: if the edit holds no low-rank map, or one is in memory and the other a directory.
         NotFoldable: if a site of the edit has no weight.
         PlanMismatch: if some tensors were edited and others still hold the directions.
     """
@@ -103,18 +112,18 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
         _check_sliced(plan, before, after)
         return sliced_certificate(plan)
     plan = lower(edit, architecture, specs)
-    rows = {}
+    rows, kept = {}, uncertified(plan)
     for name in (name for name in plan.operations if _projections(plan, name)):
         added = plan.added.get(name)
         old = before(name) if added is None else torch.zeros(added.shape, dtype=added.dtype)
         row = certified(plan, name, old, after(name), plan.computed(name, old, before), before)
         if row is not None:
             rows[name] = row
-    if not rows:
+    if not rows and not kept:
         raise ArgumentError(
             "the edit holds no projection (LowRank); a certificate is about directions that were removed"
         )
-    untouched = all(torch.equal(before(name), after(name)) for name in rows)
+    untouched = all(torch.equal(before(name), after(name)) for name in {**rows, **kept})
     if not untouched:
         check_leaks(rows)
     return combined(plan, rows, "hook" if untouched else "folded")
@@ -145,16 +154,39 @@ def certified(
 
 def _projections(plan: Plan, name: str) -> list[Operation]:
     """The operations on a tensor that remove directions."""
-    return [op for op in plan.operations.get(name, ()) if isinstance(op.map, LowRank) and _is_projection(op.map)]
+    return [op for op in plan.operations.get(name, ()) if isinstance(op.map, LowRank) and _removed(op).shape[1]]
 
 
-def _is_projection(map_: LowRank) -> bool:
-    """Whether M M = M, that is V^T U = I; other maps, such as overwritten values or steering, move directions and remove none."""
-    if not map_.u.shape[1]:
-        return False
-    inner = map_.v.double().T @ map_.u.double()
+def _removed(operation: Operation) -> Tensor:
+    """The combinations (k, r) of the k directions of a map that nothing of the tensor has any more, orthonormal.
+
+    c^T V^T (x - U V^T x) = c^T (I - V^T U) V^T x is zero for outputs, and (I - U V^T) U c = U (I - V^T U) c for inputs.
+    """
+    map_ = operation.map
+    assert isinstance(map_, LowRank)
+    identity = torch.eye(map_.u.shape[1], dtype=torch.float64)
+    rest = identity - map_.v.double().T.cpu() @ map_.u.double().cpu()
     # 1e-3: an oblique projection in float32 whose V^T U had a condition number of 1e4.
-    return float((inner - torch.eye(len(inner), dtype=inner.dtype, device=inner.device)).abs().max()) < 1e-3
+    if not rest.numel() or float(rest.abs().max()) < 1e-3:
+        return identity
+    left, sizes, right = torch.linalg.svd(rest)
+    return (right.T if operation.kind == "inputs" else left)[:, sizes < 1e-4]  # as `LowRank.rank_removed`
+
+
+def uncertified(plan: Plan) -> dict[str, str]:
+    """How many of its directions a low-rank map of a tensor keeps, for each tensor where one keeps some."""
+    reasons = {}
+    for name, operations in plan.operations.items():
+        for operation in (op for op in operations if isinstance(op.map, LowRank)):
+            (directions, removed), map_ = _removed(operation).shape, operation.map
+            if removed < directions and isinstance(map_, LowRank):
+                inner = map_.v.double().T.cpu() @ map_.u.double().cpu()
+                most = float(torch.linalg.matrix_norm(torch.eye(directions, dtype=torch.float64) - inner, 2))
+                reasons[name] = (
+                    f"a map x - U V^T x with V^T U != I keeps {directions - removed} of its {directions} directions, because "
+                    f"(I - V^T U) V^T x stays (largest singular value of I - V^T U: {most:.2g})"
+                )
+    return dict(sorted(reasons.items()))
 
 
 def sliced_certificate(plan: Plan) -> Certificate:
@@ -185,8 +217,9 @@ def combined(plan: Plan, tensors: Mapping[str, TensorCertificate], form: Literal
         form=form,
         exactness=max(plan.exactness.values(), key=order.index),
         rank=sum(plan.ranks.values()),
-        worst_leak=max(row.leak for row in tensors.values()),
+        worst_leak=max((row.leak for row in tensors.values()), default=1.0),
         tensors=dict(tensors),
+        uncertified=uncertified(plan),
     )
 
 
@@ -211,7 +244,8 @@ def _coordinates(
     map_, view, offset = operation.map, operation.view, operation.constant
     assert isinstance(map_, LowRank)
     inputs = operation.kind == "inputs"
-    factor = (map_.u if inputs else map_.v).double()
+    combinations = _removed(operation).to(map_.u.device)
+    factor = (map_.u if inputs else map_.v).double() @ combinations
     if not inputs:
         gain = operation.gain_of(read, factor)
         factor = factor if gain is None else gain * factor
@@ -221,7 +255,7 @@ def _coordinates(
     if offset is None:
         return old, new, exact
     # An affine map sets the coordinates to those of its center, which serve as the measure for a bias that was zero.
-    center = map_.v.double().cpu().T @ offset.double().cpu()[:, None]
+    center = combinations.cpu().T @ map_.v.double().cpu().T @ offset.double().cpu()[:, None]
     zeros = torch.zeros_like(center)
     old, new, exact = old.cpu(), new.cpu(), exact.cpu()
     return torch.cat([old, center], 1), torch.cat([new - center, zeros], 1), torch.cat([exact - center, zeros], 1)

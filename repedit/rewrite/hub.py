@@ -56,7 +56,9 @@ class Push:
         edit = self.manifest.get("edit", {})
         certificate = self.manifest.get("certificate")
         leak = "no certificate: nothing was projected"
-        if certificate:
+        if certificate and not certificate["rank"]:
+            leak = "no direction was removed"
+        elif certificate:
             leak = f"largest leak {certificate['worst_leak']:.1e}, {certificate['exactness']}"
         return "\n".join([
             f"{self.repository} ({'private' if self.private else 'public'}): {len(self.files)} files, {self.size / 1e6:.1f} MB",

@@ -21,7 +21,7 @@ from repedit.io.text import parse_yaml
 from repedit.models.loading import mlp_widths, ragged_widths
 from repedit.models.subject import Origin
 from repedit.plan import Plan
-from repedit.rewrite.certificate import TensorCertificate, check_leaks, combined, sliced_certificate
+from repedit.rewrite.certificate import TensorCertificate, check_leaks, combined, sliced_certificate, uncertified
 from repedit.rewrite.companions import Companions, used_files
 
 _CARD_FIELDS = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag")
@@ -217,7 +217,7 @@ def _certificate(plan: Plan, changes: Mapping[str, TensorChange]) -> dict[str, A
     if plan.structure == "slice":
         return sliced_certificate(plan).plain()
     rows = {name: change.certificate for name, change in sorted(changes.items()) if change.certificate is not None}
-    if not rows:
+    if not rows and not uncertified(plan):
         return None
     check_leaks(rows)
     return combined(plan, rows, "folded").plain()
