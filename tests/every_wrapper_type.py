@@ -41,7 +41,6 @@ NOT_A_DECODER: dict[str, str] = {
     "pi0": "it predicts the actions of a robot by flow matching and has no logits over tokens",
     "pix2struct": "it is an encoder-decoder that reads image patches only",
     "pp_formulanet": "it is an encoder-decoder that reads images only (MBART decoder)",
-    "shieldgemma2": "it is a classifier of images: transformers cannot load it as the language model that it saves",
     "t5gemma2": "it is an encoder-decoder (T5Gemma 2)",
     "udop": "it is an encoder-decoder (T5 with page layout)",
     "vision-encoder-decoder": "it is an encoder-decoder of any image encoder and any decoder with cross-attention",

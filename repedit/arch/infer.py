@@ -11,12 +11,13 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -193,14 +194,15 @@ def _row(model: Any) -> Architecture:
 def _block_list(model: nn.Module) -> str:
     """Path of the list of blocks that carry the stream of the text decoder."""
     lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    calls: dict[str, list[tuple[int, Tensor, Tensor]]] = {path: [] for path in lists}
-    with ExitStack() as stack:
-        for path, modules in lists.items():
-            for i, module in enumerate(modules):
-                handle = module.register_forward_hook(_recorder(calls[path], i), with_kwargs=True)
-                stack.callback(handle.remove)
+    calls: dict[str, list[_Call]] = {path: [] for path in lists}
+    with _recorded(
+        {f"{path}.{i}": module for path, modules in lists.items() for i, module in enumerate(modules)}
+    ) as seen:
         _forward(model)
-    chains = [path for path, seen in calls.items() if _is_chain(seen, len(lists[path]))]
+    for call in seen:
+        if call.received is not None and call.returned is not None:
+            calls[call.path.rpartition(".")[0]].append(call)
+    chains = [path for path, own in calls.items() if _is_chain(own, len(lists[path]))]
     if len(chains) > 1:
         raise UnknownArchitecture(f"a row describes one decoder and the model has several: {', '.join(chains)}")
     if not chains:
@@ -208,20 +210,18 @@ def _block_list(model: nn.Module) -> str:
     return chains[0]
 
 
-def _why_no_chain(
-    name: str, lists: Mapping[str, nn.ModuleList], calls: Mapping[str, list[tuple[int, Tensor, Tensor]]]
-) -> str:
+def _why_no_chain(name: str, lists: Mapping[str, nn.ModuleList], calls: Mapping[str, list[_Call]]) -> str:
     """What the largest list of modules that ran does instead of passing one stream from block to block."""
     sizes = {path: sum(p.numel() for p in lists[path].parameters()) for path, seen in calls.items() if seen}
     if not sizes:
         return f"no list of blocks ran on token ids: {name}"
     path = max(sizes, key=lambda path: sizes[path])
-    numbers, count = [number for number, _, _ in calls[path]], len(lists[path])
+    numbers, count = [call.number for call in calls[path]], len(lists[path])
     if numbers != list(range(count)):
         if len(set(numbers)) < len(numbers):
             return f"its blocks run several times in one pass, so that an edit of one changes the stream at several places: {path}"
         return f"blocks do not run on text alone, so that nothing can be proved of them: {sorted(set(range(count)) - set(numbers))} of {path}"
-    if calls[path][0][1].ndim > 3:
+    if calls[path][0].received.ndim > 3:
         return f"its blocks pass several streams at a time (hyper-connections or AltUp): {path}"
     return f"its blocks do not pass one stream from block to block: {path}"
 
@@ -245,25 +245,12 @@ def _check_causal(model: nn.Module, path: str) -> None:
         )
 
 
-def _recorder(seen: list[tuple[int, Tensor, Tensor]], number: int) -> Any:
-    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()), None)
-        try:
-            y = primary(output)
-        except HookError:
-            return
-        if x is not None:
-            seen.append((number, x.clone(), y.clone()))
-
-    return record
-
-
-def _is_chain(seen: Sequence[tuple[int, Tensor, Tensor]], count: int) -> bool:
+def _is_chain(seen: Sequence[_Call], count: int) -> bool:
     """Whether each block ran once, in order, on what the block before it returned."""
-    if [number for number, _, _ in seen] != list(range(count)) or seen[0][1].ndim != 3:
+    if [call.number for call in seen] != list(range(count)) or seen[0].received.ndim != 3:
         return False
-    same = all(x.shape == y.shape == seen[0][1].shape for _, x, y in seen)
-    return same and all(torch.equal(y, x) for (_, _, y), (_, x, _) in pairwise(seen))
+    same = all(call.received.shape == call.returned.shape == seen[0].received.shape for call in seen)
+    return same and all(torch.equal(one.returned, other.received) for one, other in pairwise(seen))
 
 
 def _forward(model: nn.Module, hooks: Sequence[Hook] = ()) -> None:
@@ -291,7 +278,6 @@ def _embeddings(model: nn.Module, runs: BlockRuns, config: Any, base: str) -> di
 
     Features of images and of sound enter the stream beside the embeddings, where no weight of an embedding reaches them.
     """
-    tables: dict[str, Tensor] = {}
     token = _path_of(model, model.get_input_embeddings())  # type: ignore[operator]
     width, shape = runs.embedded.shape[-1], runs.embedded.shape
     hook_only = {"embeddings": (token.removeprefix(f"{base}."),), "embedding_exact": False}
@@ -302,11 +288,10 @@ def _embeddings(model: nn.Module, runs: BlockRuns, config: Any, base: str) -> di
     if rows.shape[-1] != width or others_enter:
         return hook_only
     embeddings = {p: m for p, m in model.named_modules() if isinstance(m, nn.Embedding) and p != token}
-    with _observed({p: m for p, m in embeddings.items() if m.weight.shape[1] == width}, {}, tables):
+    with _recorded({p: m for p, m in embeddings.items() if m.weight.shape[1] == width}) as seen:
         _forward(model)
-    terms = {token: rows} | {
-        p: x.expand(shape) for p, x in tables.items() if x.numel() in (shape.numel(), shape[1:].numel())
-    }
+    sizes = (shape.numel(), shape[1:].numel())
+    terms = {token: rows} | {call.path: call.returned.expand(shape) for call in seen if call.returned.numel() in sizes}
     weights = _coefficients(runs.embedded, terms)
     if (
         weights is None
@@ -428,15 +413,27 @@ class _BlockProbe:
 
     def _terms(self) -> list[_Term]:
         """The modules whose outputs, with the input, add up to the output of the block."""
-        pre, post = self.inputs[""], self.outputs[""]
-        for depth in range(1, 5):
-            terms = {n: x for n, x in self._level(depth).items() if not _close(x.reshape(post.shape), post)}
-            weights = _coefficients(post, {"": pre, **terms})
-            if weights and abs(weights.get("", 0.0)) > 1e-3 and len(weights) > 1:
+        for weights in self._sums(self.outputs[""], self._differs, {"": self.inputs[""]}):
+            if abs(weights.get("", 0.0)) > 1e-3 and len(weights) > 1:
                 stream = weights.pop("")
                 self.block_scale = self._scalar(stream)
                 return [_Term(self._last_norm(path), c / stream) for path, c in weights.items()]
         raise UnknownArchitecture(f"{self._why_no_sum()}: {self.path} ({type(self.block).__name__})")
+
+    def _sums(
+        self, target: Tensor, among: Callable[[str], bool], stream: Mapping[str, Tensor] | None = None
+    ) -> Iterator[dict[str, float]]:
+        """The outputs that add up to a tensor, with their numbers, at each depth of the module tree; the outermost first."""
+        for depth in range(1, 5):
+            terms = {n: x for n, x in self._level(depth).items() if among(n)}
+            weights = _coefficients(target, {**(stream or {}), **terms})
+            if weights:
+                yield weights
+
+    def _differs(self, path: str) -> bool:
+        """Whether a module returns something else than the block."""
+        post = self.outputs[""]
+        return not _close(self.outputs[path].reshape(post.shape), post)
 
     def _last_norm(self, path: str) -> str:
         """The norm inside a module that makes its output; the module itself if there is none."""
@@ -452,14 +449,13 @@ class _BlockProbe:
         embedded = self.runs.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
         if self.width > embedded and self.width % embedded == 0:
             return "its blocks pass several streams at a time (hyper-connections)"
-        levels = [self._level(depth) for depth in range(1, 5)]
-        last = {n for level in levels for n, x in level.items() if _close(x.reshape(post.shape), post)}
-        if any(self._is_norm(n) for n in last):
+        levels = [{n: x for n, x in self._level(depth).items() if self._differs(n)} for depth in range(1, 5)]
+        if any(self._is_norm(n) for depth in range(1, 5) for n in self._level(depth) if not self._differs(n)):
             return "a norm follows the sum of the stream and a branch (post-norm), so that no weights equal an edit of the branch"
-        levels = [{n: x for n, x in level.items() if n not in last} for level in levels]
-        if any(self._is_norm(n) for level in levels for n in _coefficients(post, level) or ()):
+        sums = list(self._sums(post, self._differs))
+        if any(self._is_norm(n) for weights in sums for n in weights):
             return "a block passes on a normalised stream instead of its input, so that no weights equal an edit of the stream"
-        if any(_coefficients(post, level) for level in levels):
+        if sums:
             return "a block does not pass its input on, but starts the stream anew"
         stream = next((w for w in map(self._by_channel, levels) if w is not None), None)
         if stream is None:
@@ -531,11 +527,8 @@ class _BlockProbe:
     def _sources(self, norm: str) -> list[_Term]:
         """The modules whose outputs add up to the input of a norm."""
         target, order = self.inputs[norm], list(self.outputs)
-        for depth in range(1, 5):
-            terms = {n: x for n, x in self._level(depth).items() if order.index(n) < order.index(norm) and n != norm}
-            weights = _coefficients(target, terms)
-            if weights:
-                return [_Term(path, c) for path, c in weights.items()]
+        for weights in self._sums(target, lambda n: order.index(n) < order.index(norm)):
+            return [_Term(path, c) for path, c in weights.items()]
         raise UnknownArchitecture(
             f"a norm within a branch reads something else than the sum of the outputs of modules: {self.path}.{norm}"
         )
@@ -741,42 +734,49 @@ class _BlockProbe:
         self, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The inputs and outputs of every module of the block by path, in the order in which they finished; "" is the block."""
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-        with _observed({"": self.block, **self.modules}, inputs, outputs):
+        with _recorded({"": self.block, **self.modules}) as seen:
             named = {f"{self.path}.{n}": t for n, t in (changed or {}).items()}
             self.runs.run_block(self.layer, named, hooks)
-        return inputs, outputs
+        inputs = {call.path: call.received for call in seen if call.received is not None}
+        return inputs, {call.path: call.returned for call in seen if call.returned is not None}
+
+
+class _Call(NamedTuple):
+    """The first tensor that a module received and returned in one call, in float32; None where there is none."""
+
+    path: str
+    received: Any
+    returned: Any
+
+    @property
+    def number(self) -> int:
+        """The place of the module in its list."""
+        return int(self.path.rpartition(".")[2])
 
 
 @contextmanager
-def _observed(
-    modules: Mapping[str, nn.Module], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
-) -> Iterator[None]:
-    """Store float32 copies of what modules receive and return, the first tensor of each."""
+def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[list[_Call]]:
+    """The calls of modules by their paths, in the order in which they finish."""
+    calls: list[_Call] = []
+    begun: dict[str, Tensor] = {}
 
-    def on_input(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-            if tensors:
-                inputs[name] = tensors[0].float().clone()
+    def begin(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        if tensors:
+            begun[path] = tensors[0].float().clone()
 
-        return hook
-
-    def on_output(name: str) -> Any:
-        def hook(_module: nn.Module, _args: object, output: object) -> None:
-            try:
-                outputs[name] = primary(output).float().clone()
-            except HookError:
-                return
-
-        return hook
+    def end(path: str, _module: nn.Module, _args: object, output: object) -> None:
+        try:
+            returned = primary(output).float().clone()
+        except HookError:
+            returned = None
+        calls.append(_Call(path, begun.pop(path, None), returned))
 
     with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(on_input(name), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(on_output(name)).remove)
-        yield
+        for path, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(partial(begin, path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(partial(end, path)).remove)
+        yield calls
 
 
 def _outputs(projection: Any) -> int:

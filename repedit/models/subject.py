@@ -430,11 +430,6 @@ def subject_of(
         raise UnknownArchitecture(
             f"{type(model).__name__} is not a decoder-only causal language model; load it with AutoModelForCausalLM"
         )
-    if not issubclass(type(model.config), type(model).config_class or object):
-        raise UnknownArchitecture(
-            f"{type(model).__name__} is written for a {type(model).config_class.__name__} and has a {type(model.config).__name__}, "
-            "so that transformers cannot load what it saves; load it with the class of its own config"
-        )
     for name in ("return_dict", "output_hidden_states", "output_attentions"):
         value = getattr(model.config, name)
         if type(value) is not bool or (name == "return_dict" and not value):
