@@ -138,7 +138,8 @@ def exported_equals_applied(subject: Subject, folder: Path, export: Callable[...
     loaded = loader(folder / "edited").from_pretrained(folder / "edited", dtype="auto", **eager)
     found, expected = tensors(loaded), tensors(rp.apply(edit, subject).model)
     assert type(loaded) is type(subject.model) and set(found) == set(expected)
-    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+    assert not different, f"exported tensors differ from those of the edited model: {different}"
 
 
 def loader(directory: Path) -> Any:
@@ -166,7 +167,7 @@ def reload_without_repedit(
             laws.assert_close(own.to(edited.dtype), edited, dtype)
         except AssertionError as error:
             different[model_type] = str(error)
-    assert different == {}
+    assert not different, f"reloaded logits differ from those of the edited model: {different}"
 
 
 def tensors(model: Any) -> dict[str, Tensor]:
