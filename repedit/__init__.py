@@ -39,13 +39,14 @@ _MODULES = (
     ("rewrite.slice", "sliced"),
     ("rewrite.diff", "diff"),
     ("rewrite.export", "export"),
-    ("rewrite.adapter", "export_adapter"),
+    ("rewrite.adapter", "export_adapter import_adapter"),
     ("rewrite.gguf", "gguf_check"),
     ("rewrite.hub", "push"),
     ("rewrite.verification", "reload_check"),
     ("metrics.benchmarks", "compare"),
     ("metrics.facts", "facts_accuracy"),
     ("metrics.location", "locate"),
+    ("metrics.trainer_callback", "trainer_callback"),
     ("auditing.api", "audit"),
     ("auditing.classifier", "audit_classifier"),
     ("auditing.report", "Report"),
@@ -95,13 +96,14 @@ if TYPE_CHECKING:
     from repedit.metrics.benchmarks import compare
     from repedit.metrics.facts import facts_accuracy
     from repedit.metrics.location import locate
+    from repedit.metrics.trainer_callback import trainer_callback
     from repedit.models.default_model import fetch
     from repedit.models.subject import Subject, load
     from repedit.neurons.scores import CollinearWarning, Score, Scores, agreement, score
     from repedit.neurons.selection import prune, random_like, top
     from repedit.neurons.trajectory import Step, Trajectory, trajectory
     from repedit.plan import Plan
-    from repedit.rewrite.adapter import export_adapter
+    from repedit.rewrite.adapter import export_adapter, import_adapter
     from repedit.rewrite.apply import apply
     from repedit.rewrite.certificate import Certificate, certificate
     from repedit.rewrite.diff import diff

@@ -152,10 +152,10 @@ class Delta:
 
     @staticmethod
     def load(path: str | Path) -> Delta:
-        """Read what `save` wrote.
+        """Read what `save` wrote, from a file or from the hub: "hf://owner/name/delta.safetensors".
 
         Raises:
-            CheckpointError: if the file is not a saved delta.
+            CheckpointError: if the file is not a saved delta. HubError: if it cannot be downloaded.
         """
         tensors, header = archive.read(path, "delta")
         with archive.rebuilding(path, "delta"):

@@ -171,10 +171,10 @@ class Edit:
 
     @staticmethod
     def load(path: str | Path) -> Edit:
-        """Read what `save` wrote.
+        """Read what `save` wrote, from a file or from the hub: "hf://owner/name/edit.safetensors".
 
         Raises:
-            CheckpointError: if the file is not a saved edit.
+            CheckpointError: if the file is not a saved edit. HubError: if it cannot be downloaded.
         """
         tensors, header = archive.read(path, "edit")
         with archive.rebuilding(path, "edit"):

@@ -9,7 +9,7 @@ import torch
 import repedit as rp
 from repedit.delta import Delta
 from repedit.edit import Edit
-from repedit.errors import NoOpEdit, NotFoldable, TargetExists
+from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, NotFoldable, TargetExists
 from repedit.rewrite import adapter
 from repedit.rewrite.adapter import export_adapter, factors
 from repedit.sites import Site
@@ -149,3 +149,82 @@ def test_what_is_no_adapter_is_refused(case, tmp_path):
     with pytest.raises(error, match=match):
         export_adapter(edit, lm, tmp_path / "adapter", **options)
     assert not (tmp_path / "adapter").exists()
+
+
+# Back from an adapter to a delta.
+
+
+def check_round_trip(lm, edit, folder):
+    """The weights with the delta of an adapter are those of the edit that the adapter was made from."""
+    export_adapter(edit, lm, folder)
+    delta = rp.import_adapter(folder, lm)
+    imported = dict(rp.apply(delta, lm).model.named_parameters())
+    for name, value in rp.apply(edit, lm).model.named_parameters():
+        assert (imported[name] - value).abs().max() < 1e-6, name
+    assert delta.provenance["model"] == lm.fingerprint()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_adapter_comes_back_as_a_delta(family, edit, tmp_path):
+    lm = tiny(family)
+    check_round_trip(lm, EDITS[edit](lm), tmp_path / "adapter")
+
+
+def test_a_wrong_scale_is_caught(tmp_path, monkeypatch):
+    lm = tiny("llama")
+    monkeypatch.setattr(adapter, "_scale", lambda config, module, rank: 0.5)
+    with pytest.raises(AssertionError):
+        check_round_trip(lm, EDITS["mask"](lm), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_trained_comes_back_as_peft_merges_it(rslora, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    lm = tiny("llama")
+    config = LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], alpha_pattern={"down_proj": 7}, use_rslora=rslora, init_lora_weights=False
+    )  # fmt: skip
+    trained = get_peft_model(tiny_again(lm), config)
+    trained.save_pretrained(tmp_path / "trained")
+    imported = dict(rp.apply(rp.import_adapter(tmp_path / "trained", lm), lm).model.named_parameters())
+    for name, value in trained.merge_and_unload().named_parameters():
+        assert (imported[name] - value).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"peft_type": "IA3"}, NotFoldable, "peft_type='IA3', which is no plain LoRA"),
+        ({"use_dora": True}, NotFoldable, "use_dora=True, which is no plain LoRA; merge it with PEFT"),
+        ({"modules_to_save": ["lm_head"]}, NotFoldable, "modules_to_save="),
+        ({"lora_alpha": "much", "alpha_pattern": {}}, CheckpointError, "gives no number as lora_alpha: 'much'"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused(change, error, match, tmp_path):
+    lm = tiny("llama")
+    export_adapter(EDITS["mask"](lm), lm, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(error, match=match):
+        rp.import_adapter(tmp_path / "a", lm)
+
+
+def test_an_adapter_of_another_model_or_a_torn_one_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    export_adapter(EDITS["mask"](tiny("gpt2")), tiny("gpt2"), tmp_path / "a")
+    with pytest.raises(
+        FingerprintError, match=r"the model has no such tensor; was the adapter trained on another model"
+    ):
+        rp.import_adapter(tmp_path / "a", tiny("llama"))
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    whole = load_file(path)
+    first = next(name for name in whole if name.endswith("lora_A.weight"))
+    save_file({name: value for name, value in whole.items() if name != first}, path)
+    with pytest.raises(CheckpointError, match=r"has no lora_A.weight beside it; the file is not whole"):
+        rp.import_adapter(tmp_path / "a", tiny("gpt2"))
+    save_file(whole | {"base_model.model.wte.lora_embedding_A": whole[first].clone()}, path)
+    with pytest.raises(NotFoldable, match=r"lora_embedding_A is no matrix of a LoRA"):
+        rp.import_adapter(tmp_path / "a", tiny("gpt2"))

@@ -94,7 +94,7 @@ OWN: dict[str, dict[str, str]] = {
               "allow_small": "--allow-small", "out": "--out there", "hide_items": "--out there --hide-items", "selftest": "= --selftest", "seed": "--selftest --seed 7"},
     "report": {"audits": "b", "out": "--out there", "hide_items": "--hide-items"},
     "tasks": {"out": "other", "facts": "--facts capitals"},
-    "push": {"directory": "other", "repository": "other/n", "yes": "--yes", "public": "--public", "message": "--message why"},
+    "push": {"source": "other", "repository": "other/n", "yes": "--yes", "public": "--public", "message": "--message why"},
     "run": {"file": "other.toml"}, "reproduce": {"file": "other.toml"},
     "vision demo": {"data": "--data mnist5k", "forget": "--forget class:1", "recipe": "--recipe relabel", "references": "--references 5", "out": "--out there"},
 }  # fmt: skip

@@ -13,8 +13,8 @@ NAMES = {
     "Activity", "AffineMap", "Certificate", "Chain", "CollinearWarning", "ContinualMRP", "CrossMoments", "Diagonal",
     "Delta", "Edit", "LowRank", "MRPConfig", "Moments", "Plan", "Point", "Report", "Score", "Scores", "Site", "Step", "Subject",
     "Trajectory", "agreement", "apply", "audit", "audit_classifier", "certificate", "check_architecture", "collect", "compare", "diff",
-    "erase_stream", "export", "export_adapter", "facts_accuracy", "fetch", "gguf_check", "lens_hooks", "load", "locate", "max_activating", "mrp", "peaks", "predictions", "prune", "push",
-    "random_like", "register", "reload_check", "resolve", "score", "sliced", "slimmed", "to_lens", "to_nnsight", "top", "trajectory", "unlearn", "wrap",
+    "erase_stream", "export", "export_adapter", "facts_accuracy", "fetch", "gguf_check", "import_adapter", "lens_hooks", "load", "locate", "max_activating", "mrp", "peaks", "predictions", "prune", "push",
+    "random_like", "register", "reload_check", "resolve", "score", "sliced", "slimmed", "to_lens", "to_nnsight", "top", "trainer_callback", "trajectory", "unlearn", "wrap",
 }  # fmt: skip
 ROOMS = {"arch", "data", "errors", "explore", "fit", "metrics", "plot", "recipes", "report", "vision"}
 HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "plotly", "scipy")

@@ -28,7 +28,7 @@ class Hub:
 
     held: dict[str, tuple[bool, set[str]]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
-    uploaded: dict[str, Path] = field(default_factory=dict)
+    uploaded: dict[str, Path | bytes] = field(default_factory=dict)
 
     def repo_exists(self, name: str, *, repo_type: str) -> bool:
         self.calls.append("exists")
@@ -49,7 +49,8 @@ class Hub:
         for operation in operations:
             if hasattr(operation, "upload_info"):
                 files.add(operation.path_in_repo)
-                self.uploaded[operation.path_in_repo] = Path(operation.path_or_fileobj)
+                content = operation.path_or_fileobj
+                self.uploaded[operation.path_in_repo] = content if isinstance(content, bytes) else Path(content)
             else:
                 files.remove(operation.path_in_repo)
         return SimpleNamespace(commit_url=f"hub/{name}/commit/1")
@@ -205,3 +206,88 @@ def test_the_command_line_refuses_with_an_error_of_repedit(exported):
     (exported / "repedit.json").unlink()
     result = CliRunner().invoke(app, ["push", str(exported), NAME])
     assert isinstance(result.exception, RepeditError)
+
+
+# An edit or a delta as a file of its own.
+
+
+def an_edit() -> rp.Edit:
+    keep = torch.ones(8, dtype=torch.bool)
+    keep[2] = False
+    return rp.Edit({rp.Site.parse("0.mlp.neurons"): rp.Diagonal.mask(keep)}, {"method": "by hand"})
+
+
+def check_round_trip(value: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read from the hub is what was uploaded; what the repository held before stays."""
+    hub = Hub({NAME: (True, {"model.safetensors"})})
+    name = f"{type(value).__name__.lower()}.safetensors"
+    assert pushed(value, hub, yes=False).url is None and hub.calls == []
+    assert set(pushed(value, hub).files) == {name} and hub.held[NAME][1] == {"model.safetensors", name}
+
+    def download(repository: str, file: str, revision: str | None = None) -> str:
+        assert (repository, revision) == (NAME, None)
+        (folder / file).write_bytes(hub.uploaded[file])
+        return str(folder / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    loaded = type(value).load(f"hf://{NAME}/{name}")
+    value.save(folder / "again.safetensors")
+    assert (folder / name).read_bytes() == (folder / "again.safetensors").read_bytes()
+    assert loaded.provenance == value.provenance
+    with pytest.raises(TargetExists, match=rf"holds {name} already; pass overwrite=True"):
+        pushed(value, hub)
+    pushed(value, hub, overwrite=True)
+    assert "model.safetensors" in hub.held[NAME][1]
+
+
+@pytest.mark.parametrize(
+    "value", [an_edit(), rp.Delta({"w": torch.ones(2, 2)}, {"method": "npo"})], ids=["edit", "delta"]
+)
+def test_a_value_comes_back_from_the_hub(value, tmp_path, monkeypatch):
+    check_round_trip(value, tmp_path, monkeypatch)
+
+
+def test_an_upload_that_deletes_what_it_does_not_hold_would_be_caught(tmp_path, monkeypatch):
+    from huggingface_hub import CommitOperationDelete
+
+    honest = publishing._commit
+    monkeypatch.setattr(
+        publishing, "_commit",
+        lambda api, planned, operations, *rest: honest(
+            api, planned, [*operations, CommitOperationDelete(path_in_repo="model.safetensors")], *rest
+        ),
+    )  # fmt: skip
+    with pytest.raises(AssertionError):
+        check_round_trip(an_edit(), tmp_path, monkeypatch)
+
+
+def test_a_file_of_an_edit_is_uploaded_under_its_name(tmp_path):
+    an_edit().save(tmp_path / "no-code.safetensors")
+    hub = Hub()
+    found = pushed(tmp_path / "no-code.safetensors", hub)
+    assert set(hub.uploaded) == {"no-code.safetensors"} and hub.held[NAME][0]
+    assert "1 file, " in found.describe() and "an edit in a file of its own: by hand" in found.describe()
+
+
+def test_a_file_that_holds_no_edit_is_refused(exported):
+    hub = Hub()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors holds no edit and no delta; give a file"):
+        pushed(exported / "model.safetensors", hub)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("address", ["hf://owner", "hf://owner/name", "hf:/owner/name@main"])
+def test_an_address_without_a_file_is_refused(address):
+    with pytest.raises(ArgumentError, match=r"is no file of the hub; write hf://owner/name/file"):
+        rp.Edit.load(address)
+
+
+def test_a_download_that_fails_is_named(monkeypatch):
+    def refused(*words: str, revision: str | None) -> str:
+        raise OSError(f"no {words} at {revision}")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
+    with pytest.raises(
+        HubError, match=r"could not be downloaded: OSError: no \('o/n', 'e\.safetensors'\) at v2; check"
+    ):
+        rp.Edit.load("hf://o/n@v2/e.safetensors")

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def apply(
-    edit: Annotated[Path, typer.Argument(help="A saved edit or delta (.safetensors); 'none' copies the model.")],
+    edit: Annotated[
+        Path, typer.Argument(help="A saved edit or delta: a file or hf://owner/name/file; 'none' copies the model.")
+    ],
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Directory of the edited checkpoint.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Convert every tensor, to bfloat16 say.")] = None,

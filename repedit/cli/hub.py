@@ -14,7 +14,7 @@ NOT_UPLOADED = 3
 
 
 def push(
-    directory: Annotated[Path, typer.Argument(help="A directory that repedit exported, with its repedit.json.")],
+    source: Annotated[Path, typer.Argument(help="A directory that repedit exported, or a saved edit or delta.")],
     repository: Annotated[str, typer.Argument(help="Where to: owner/name on the Hugging Face hub.")],
     yes: Annotated[bool, typer.Option("--yes", help="Upload; without it nothing leaves this machine.")] = False,
     public: Annotated[
@@ -23,14 +23,14 @@ def push(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the files of a repository that exists; its history keeps them.")
     ] = False,
-    message: Annotated[str, typer.Option(help="Message of the commit.")] = "Upload an edited checkpoint",
+    message: Annotated[str, typer.Option(help="Message of the commit.")] = "",
     json: Json = False,
 ) -> None:
-    """Check an exported checkpoint against its manifest and upload exactly the files that it lists to the hub."""
+    """Check an exported checkpoint against its manifest and upload exactly its files to the hub; or upload an edit or a delta."""
     from repedit.cli import output
     from repedit.rewrite.hub import push as push_checkpoint
 
-    upload = push_checkpoint(directory, repository, yes=yes, private=not public, overwrite=overwrite, message=message)
+    upload = push_checkpoint(source, repository, yes=yes, private=not public, overwrite=overwrite, message=message)
     if json:
         output.show_json({
             "repository": repository, "private": upload.private, "files": dict(upload.files), "left": list(upload.unlisted), "url": upload.url,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repedit.errors import CheckpointError, RepeditError, TargetExists
 from repedit.io.files import is_file, open_regular
+from repedit.io.hub_files import local_file
 from repedit.io.safetensors import read_header, read_open_header, read_tensor, write_file
 from repedit.io.text import parse_json
 
@@ -49,7 +50,7 @@ def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Ma
 
 
 def kind_of(path: str | Path) -> str | None:
-    """The kind of value in a file; None if the file does not name one or cannot be read."""
+    """The kind of value in a file or at an address of the hub; None if it does not name one or cannot be read."""
     try:
         kind = header_of(path).get("kind")
     except CheckpointError:
@@ -63,21 +64,22 @@ def header_of(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file cannot be read.
     """
-    return _parsed(path, read_header(Path(path))[1])
+    return _parsed(path, read_header(local_file(path))[1])
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, header) of a file that `write` made; the tensors are copies in memory.
+    """(tensors, header) of a file that `write` made, on disk or at an address of the hub; the tensors are copies in memory.
 
     Raises:
-        CheckpointError: if the file cannot be read, or holds something else.
+        CheckpointError: if the file cannot be read, or holds something else. HubError: if it cannot be downloaded.
     """
     name, other, remedy = _KINDS[kind]
+    place = local_file(path)
     try:
-        with open_regular(path) as file:
-            entries, metadata = read_open_header(file, Path(path))
+        with open_regular(place) as file:
+            entries, metadata = read_open_header(file, place)
             header = _parsed(path, metadata)
-            tensors = {key: read_tensor(file, Path(path), key, entry) for key, entry in sorted(entries.items())}
+            tensors = {key: read_tensor(file, place, key, entry) for key, entry in sorted(entries.items())}
     except (OSError, RepeditError) as error:
         raise CheckpointError(f"{path} cannot be read as {name}: {error}") from error
     if header.get("kind") != kind or header.get("format") != FORMAT:

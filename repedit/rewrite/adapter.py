@@ -1,8 +1,10 @@
-"""An edit as a LoRA adapter for PEFT, so that the base and the edited model can be served side by side."""
+"""An edit as a LoRA adapter for PEFT, so that the base and the edited model can be served side by side; and back."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -13,10 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repedit.errors import NoOpEdit, NotFoldable
-from repedit.io.files import file_hash
-from repedit.io.safetensors import write_file
+from repedit.delta import Delta
+from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, NotFoldable
+from repedit.io.files import file_hash, open_regular, user_path
+from repedit.io.safetensors import read_open_header, read_tensor, write_file
 from repedit.io.targets import check_target, install, staging_folder, sync_files
+from repedit.io.text import read_json
 from repedit.lower import Change
 from repedit.models.subject import Subject
 from repedit.plan import LoweringOptions, Plan
@@ -92,6 +96,88 @@ def export_adapter(
         sync_files(new)
         install(new, out, overwrite=overwrite)
     return record
+
+
+def import_adapter(folder: str | Path, subject: Subject) -> Delta:
+    """The difference that a LoRA adapter of PEFT makes to a model, alpha / r B A (alpha / sqrt(r) B A for rsLoRA), as a delta.
+
+    `import_adapter(target, subject)` of what `export_adapter(edit, subject, target)` wrote changes the weights as the edit
+    does, up to float32 rounding.
+
+    Args:
+        folder: directory with adapter_config.json and adapter_model.safetensors. A pickled adapter_model.bin is not read.
+    Raises:
+        NotFoldable: if the adapter is not a plain LoRA of linear modules: DoRA, trained biases, modules saved whole.
+        FingerprintError: if it changes a tensor that the model does not have, or one of another shape.
+        CheckpointError: if the files cannot be read.
+    Source: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+    """
+    root = user_path(folder)
+    config = read_json(root / "adapter_config.json", CheckpointError)
+    _check_plain_lora(config, root)
+    path = root / "adapter_model.safetensors"
+    with open_regular(path) as file:
+        entries, _ = read_open_header(file, path)
+        tensors = {name: read_tensor(file, path, name, entry).double() for name, entry in entries.items()}
+    parameters = named_parameters(subject.model)
+    differences: dict[str, Tensor] = {}
+    for name in sorted(tensors):
+        match = _LORA_NAME.fullmatch(name)
+        if match is None:
+            raise NotFoldable(
+                f"{path}: {name} is no matrix of a LoRA; merge the adapter with PEFT and use repedit.diff"
+            )
+        module, side = match["module"], match["side"]
+        if side == "A.weight":
+            continue
+        a = tensors.get(name.replace("lora_B.bias", "lora_A.weight").replace("lora_B.weight", "lora_A.weight"))
+        if a is None:
+            raise CheckpointError(f"{path}: {name} has no lora_A.weight beside it; the file is not whole")
+        scale = _scale(config, module, a.shape[0])
+        if side == "B.bias":
+            differences[f"{module}.bias"] = scale * tensors[name]
+        else:
+            value = scale * tensors[name] @ a
+            differences[f"{module}.weight"] = value.T if config.get("fan_in_fan_out") else value
+    for name, value in differences.items():
+        shape = tuple(parameters[name].shape) if name in parameters else None
+        if shape != tuple(value.shape) and not (shape is None and name.endswith(".bias") and not bool(value.any())):
+            held = "no such tensor" if shape is None else f"one of shape {shape}"
+            raise FingerprintError(
+                f"{path} changes {name} by a difference of shape {tuple(value.shape)}, the model has {held}; was the adapter "
+                "trained on another model?"
+            )
+    kept = {name: value.float().contiguous() for name, value in differences.items() if name in parameters}
+    return Delta(kept, {"method": "adapter", "source": str(root), "model": subject.fingerprint()})
+
+
+_LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A\.weight|B\.weight|B\.bias)")
+_NOT_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "use_dora": (None, False), "bias": (None, "none"), "modules_to_save": (None, []), "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}), "target_parameters": (None, []), "exclude_modules": (None, [], ""),
+}  # fmt: skip
+"""Options of PEFT that change what an adapter computes or what its files hold, with the values that a plain LoRA has."""
+
+
+def _check_plain_lora(config: Mapping[str, Any], root: Path) -> None:
+    kind = config.get("peft_type")
+    other = next((f"{key}={config[key]!r}" for key, plain in _NOT_PLAIN.items() if config.get(key) not in plain), None)
+    if kind != "LORA" or other:
+        raise NotFoldable(
+            f"{root} holds an adapter with {other or f'peft_type={kind!r}'}, which is no plain LoRA; merge it with PEFT and use "
+            "repedit.diff"
+        )
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r of a module, whose alpha may be that of a pattern; r is the rank that its matrices have."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next(
+        (v for key, v in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), config.get("lora_alpha")
+    )
+    if not isinstance(alpha, int | float):
+        raise CheckpointError(f"adapter_config.json gives no number as lora_alpha: {alpha!r}")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def factors(difference: Float[Tensor, "o i"], name: str, max_rank: int | None = None) -> Factors:

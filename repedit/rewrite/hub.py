@@ -1,15 +1,19 @@
-"""Upload an exported checkpoint to the Hugging Face hub: exactly the files that its manifest lists."""
+"""Upload to the Hugging Face hub: exactly the files of an exported checkpoint, or an edit or a delta as a file of its own."""
 
 from __future__ import annotations
 
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from repedit.delta import Delta
+from repedit.edit import Edit
 from repedit.errors import ArgumentError, CheckpointError, HubError, RepeditError, TargetExists
+from repedit.io import archive
 from repedit.io.files import user_path
 from repedit.io.targets import CARD, MANIFEST, folder_entries
 from repedit.rewrite.verification import Verification, verification
@@ -53,49 +57,64 @@ class Push:
 
     def describe(self) -> str:
         """A few lines: the repository, the files, and a summary of the manifest."""
-        edit = self.manifest.get("edit", {})
+        method = self.manifest.get("edit", {}).get("method", "an edit")
         certificate = self.manifest.get("certificate")
         leak = "no certificate: nothing was projected"
         if certificate and not certificate["rank"]:
             leak = "no direction was removed"
         elif certificate:
             leak = f"largest leak {certificate['worst_leak']:.1e}, {certificate['exactness']}"
+        exported = f"manifest: {method}; every file has the hash it was exported with; {leak}"
+        count = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
         return "\n".join([
-            f"{self.repository} ({'private' if self.private else 'public'}): {len(self.files)} files, {self.size / 1e6:.1f} MB",
-            f"manifest: {edit.get('method', 'an edit')}; every file has the hash it was exported with; {leak}",
+            f"{self.repository} ({'private' if self.private else 'public'}): {count}, {self.size / 1e6:.1f} MB",
+            exported if "files" in self.manifest else f"an edit in a file of its own: {method}",
             *([f"not uploaded, not in the manifest: {', '.join(self.unlisted)}"] if self.unlisted else []),
             f"uploaded: {self.url}" if self.url else "nothing was uploaded",
         ])  # fmt: skip
 
 
 def push(
-    directory: str | Path,
+    source: str | Path | Edit | Delta,
     repository: str,
     *,
     yes: bool = False,
     private: bool = True,
     overwrite: bool = False,
-    message: str = "Upload an edited checkpoint",
+    message: str = "",
     api: HubApi | None = None,
 ) -> Push:
-    """Upload an exported checkpoint as one commit: the files of its manifest, the manifest and the card.
+    """Upload an exported checkpoint, an edit or a delta as one commit.
 
-    Without `yes` only the directory is checked, and the network is not used. huggingface_hub finds the token.
+    Of a checkpoint: the files of its manifest, the manifest and the card. Of an edit or a delta, or a file that holds one:
+    edit.safetensors, delta.safetensors or the file, beside what the repository holds; `rp.Edit.load` and `rp.Delta.load`
+    read "hf://owner/name/edit.safetensors". Without `yes` only the source is checked, and the network is not used.
+    huggingface_hub finds the token.
 
     Args:
+        source: directory of an export, a saved edit or delta, or the value itself.
         repository: "owner/name".
         private: visibility of a new repository; an existing one must have this visibility already.
-        overwrite: replace the files of an existing repository; its history keeps the old ones.
+        overwrite: replace what an existing repository holds: all its files by a checkpoint, one file by an edit. The
+            history of the repository keeps the old ones.
+        message: of the commit.
         api: used in place of `huggingface_hub.HfApi()`.
     Raises:
         NotFound: if the directory holds no manifest.
-        CheckpointError: if a file is not as it was exported, is missing, or changes while it is read.
+        CheckpointError: if a file is not as it was exported, is missing, or changes while it is read; if it holds no edit.
         ArgumentError: if the repository name is not valid, or the repository has another visibility.
-        TargetExists: if the repository holds files and overwrite is False.
+        TargetExists: if the repository holds the files and overwrite is False.
         HubError: if the hub refuses or cannot be reached.
     """
     _check_name(repository)
-    root = user_path(directory)
+    if isinstance(source, Edit | Delta):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{type(source).__name__.lower()}.safetensors"
+            source.save(path)
+            return _push_file(path, repository, yes, private, overwrite, message, api)
+    root = user_path(source)
+    if root.is_file():
+        return _push_file(root, repository, yes, private, overwrite, message, api)
     verified = verification(root)
     if not verified.whole:
         raise CheckpointError(
@@ -105,17 +124,59 @@ def push(
     planned = Push(repository, private, dict(verified.files), verified.unlisted, verified.manifest)
     if not yes:
         return planned
-    if api is None:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
+    client = _client(api)
     with _hub(repository):
-        stale = _stale_files(api, planned, overwrite)
+        held = _held_files(client, planned)
+    if held and not overwrite:
+        raise TargetExists(
+            f"{repository} holds {len(held)} files, such as {held[0]}; pass overwrite=True to replace them, or give another name"
+        )
+    stale = [file for file in held or () if file not in planned.files]
     operations = _operations(root, verified, stale)
+    return _commit(client, planned, operations, held is None, message or "Upload an edited checkpoint")
+
+
+def _push_file(
+    path: Path, repository: str, yes: bool, private: bool, overwrite: bool, message: str, api: HubApi | None
+) -> Push:
+    """Upload one file that holds an edit or a delta; nothing else in the repository changes."""
+    kind = archive.kind_of(path)
+    if kind not in ("edit", "delta"):
+        raise CheckpointError(
+            f"{path} holds no edit and no delta; give a file of edit.save(path), or the directory of an export"
+        )
+    origin = archive.header_of(path).get("provenance") or {}
+    planned = Push(repository, private, {path.name: path.stat().st_size}, (), {"edit": origin})
+    if not yes:
+        return planned
+    client = _client(api)
     with _hub(repository):
-        if stale is None:
-            api.create_repo(repository, private=private, repo_type="model", exist_ok=False)
-        commit = api.create_commit(repository, operations, commit_message=message, repo_type="model")
+        held = _held_files(client, planned)
+    if path.name in (held or ()) and not overwrite:
+        raise TargetExists(
+            f"{repository} holds {path.name} already; pass overwrite=True to replace it, or save the value under another name"
+        )
+    from huggingface_hub import CommitOperationAdd
+
+    addition = CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path.read_bytes())
+    return _commit(client, planned, [addition], held is None, message or f"Upload {path.name}")
+
+
+def _client(api: HubApi | None) -> HubApi:
+    if api is not None:
+        return api
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+def _commit(api: HubApi, planned: Push, operations: list[Any], create: bool, message: str) -> Push:
+    """Carry out the operations as one commit, in a new repository if there is none."""
+    name = planned.repository
+    with _hub(name):
+        if create:
+            api.create_repo(name, private=planned.private, repo_type="model", exist_ok=False)
+        commit = api.create_commit(name, operations, commit_message=message, repo_type="model")
     return replace(planned, url=str(commit.commit_url))
 
 
@@ -130,8 +191,12 @@ def _check_name(repository: str) -> None:
         raise ArgumentError(f"{repository!r} names no repository; write owner/name")
 
 
-def _stale_files(api: HubApi, planned: Push, overwrite: bool) -> list[str] | None:
-    """Files of a repository that the push does not contain; None if there is no repository yet."""
+def _held_files(api: HubApi, planned: Push) -> list[str] | None:
+    """Files of the repository that the hub did not add itself; None if there is no repository yet.
+
+    Raises:
+        ArgumentError: if the repository has another visibility than planned.
+    """
     name = planned.repository
     if not api.repo_exists(name, repo_type="model"):
         return None
@@ -141,15 +206,10 @@ def _stale_files(api: HubApi, planned: Push, overwrite: bool) -> list[str] | Non
         raise ArgumentError(
             f"{name} exists and is {actual}, {asked} was asked for; change it on the hub, or ask for {actual}"
         )
-    files = [sibling.rfilename for sibling in info.siblings or () if sibling.rfilename not in HUB_FILES]
-    if files and not overwrite:
-        raise TargetExists(
-            f"{name} holds {len(files)} files, such as {files[0]}; pass overwrite=True to replace them, or give another name"
-        )
-    return [file for file in files if file not in planned.files]
+    return [sibling.rfilename for sibling in info.siblings or () if sibling.rfilename not in HUB_FILES]
 
 
-def _operations(root: Path, verified: Verification, stale: list[str] | None) -> list[Any]:
+def _operations(root: Path, verified: Verification, stale: list[str]) -> list[Any]:
     """Additions of exactly the bytes that were verified, and deletions of stale files."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -161,7 +221,7 @@ def _operations(root: Path, verified: Verification, stale: list[str] | None) -> 
         hashed = name not in (MANIFEST, CARD)
         if not regular or (hashed and addition.upload_info.sha256.hex() != verified.manifest["files"][name]):
             raise CheckpointError(f"{root / name} changed while it was read; nothing was uploaded")
-    return [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale or ())]
+    return [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
 
 
 @contextmanager
