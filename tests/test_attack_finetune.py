@@ -19,6 +19,7 @@ from repedit.auditing.attacks.tuning import (
     Tuning,
     examples,
     in_turn,
+    items_loss,
     masked_loss,
     mean_loss,
     padded,
@@ -81,6 +82,49 @@ def test_positions_that_count_padding_are_caught(monkeypatch):
     monkeypatch.setattr(subject.model, "forward", lambda position_ids=None, **rest: inner(**rest))
     with pytest.raises(AssertionError):
         check_padding_weighs_nothing(subject, batch)
+
+
+ALIKE = [
+    Example([5, 9, 33, 7, 12], [False, False, False, True, True]),
+    Example([5, 9, 33, 8], [False, False, False, True]),
+    Example([5, 9, 40, 7, 12, 3], [False, False, False, False, True, True]),
+]
+
+
+def check_loss_of_items(subject, items):
+    """The law: loss and gradient are those of the items fed alone."""
+    found, expected = items_loss(subject, items), by_hand(subject, items)
+    close(found, expected, "gradient, float32")
+    pair = [
+        nn.utils.parameters_to_vector(torch.autograd.grad(x, list(subject.model.parameters())))
+        for x in (found, expected)
+    ]
+    within(float((pair[0] - pair[1]).norm() / pair[1].norm()), "gradient, float32")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("tree", [True, False], ids=["tree", "rows"])
+def test_texts_that_begin_alike_are_learned_as_alone(family, tree, monkeypatch):
+    asked = []
+    plain = tuning.tree_log_probs
+    monkeypatch.setattr(tuning, "tree_log_probs", lambda *a: asked.append(a) or plain(*a))
+    if not tree:
+        monkeypatch.setattr(tuning, "tree_capacity", lambda subject: 0)
+    check_loss_of_items(blank(family), ALIKE)
+    assert bool(asked) == tree
+
+
+def test_a_shifted_mask_is_caught(monkeypatch):
+    plain = tuning.tree_log_probs
+    shifted = lambda s, texts, scored: plain(s, texts, [[False, *marks[2:], marks[1]] for marks in scored])  # noqa: E731
+    monkeypatch.setattr(tuning, "tree_log_probs", shifted)
+    with pytest.raises(AssertionError):
+        check_loss_of_items(blank(), ALIKE)
+
+
+def test_texts_that_begin_unlike_are_read_as_rows(monkeypatch):
+    monkeypatch.setattr(tuning, "tree_log_probs", None)
+    items_loss(blank(), [Example([i, *range(50, 58)], [False, *[True] * 8]) for i in range(4)])
 
 
 def test_the_mean_over_batches_is_that_over_items():

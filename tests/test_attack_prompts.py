@@ -122,7 +122,7 @@ def test_an_attack_that_fails_leaves_the_model_alone(name, monkeypatch):
         next(calls)
         raise DataError("no")
 
-    for where, what in ((probability, "_choice_logs"), (samples, "_inverse")):
+    for where, what in ((probability, "tree_log_probs"), (samples, "_inverse")):
         monkeypatch.setattr(where, what, fails)
     with pytest.raises(DataError, match=f"attack '{name}': no"):
         ATTACKS[name]()(model, splits())

@@ -92,8 +92,15 @@ ITEMS = (
 )
 
 
+def read_row_by_row(monkeypatch):
+    monkeypatch.setattr(facts, "tree_capacity", lambda subject: 0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_are_those_of_reading_each_text_alone(family):
+@pytest.mark.parametrize("tree", [True, False], ids=["tree", "rows"])
+def test_scores_are_those_of_reading_each_text_alone(family, tree, monkeypatch):
+    if not tree:
+        read_row_by_row(monkeypatch)
     check_scores(replace(tiny(family), tokenizer=CharTokenizer(bos=family != "gpt2")), ITEMS)
 
 
@@ -121,6 +128,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_scoring_is_caught(name, monkeypatch):
     part, broken = BROKEN[name]
+    read_row_by_row(monkeypatch)
     monkeypatch.setattr(facts, part, broken(getattr(facts, part)))
     with pytest.raises(AssertionError):
         check_scores(replace(tiny("llama"), tokenizer=CharTokenizer()), ITEMS)

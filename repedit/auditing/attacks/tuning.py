@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repedit.activations.forward import at_least_float32, batches_of, inputs_of, retry_with_smaller_batch
+from repedit.activations.prefix_tree import prefix_tree, tree_capacity, tree_log_probs
 from repedit.auditing.attack import FAILED, RAN, AttackResult, Scratch, Setting, Work, ask
 from repedit.data import Batch, Fact, TextSource, as_batches
 from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
@@ -22,6 +23,7 @@ from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
 from repedit.training import optimizers
+from repedit.training.vocabulary_gradients import added_in_place, zero_gradients
 
 # --- Texts to learn, batches of them, and the masked loss
 #
@@ -35,6 +37,8 @@ class Example(NamedTuple):
     learned: list[bool]
 
 
+_SHORTER = 0.9
+"""A tree of more than this share of the rows' tokens is not worth its attention, which is between all its nodes."""
 T = TypeVar("T")
 Draw = Callable[[int], Sequence[Example]]
 """The examples of a step, the first being 0."""
@@ -116,22 +120,36 @@ def masked_loss(subject: Subject, batch: Batch) -> Float[Tensor, ""]:
     """Cross-entropy of the learned tokens in nats: mean over the tokens of an item, then over the items."""
     assert batch.answer is not None
     ids, mask, answer = (x.to(subject.device) for x in (batch.input_ids, batch.attention_mask, batch.answer))
-    # Logits are made from the position before the first learned token on: of answers, few positions of many.
-    first = max(1, int(answer.any(0).to(torch.uint8).argmax()))
-    read = inputs_of(replace(batch, input_ids=ids, attention_mask=mask))
-    logits = subject.model(**read, logits_to_keep=ids.shape[1] - first + 1).logits
-    learned = answer[:, first:]
-    picked = at_least_float32(logits[:, :-1][learned])
-    each = nn.functional.cross_entropy(picked, ids[:, first:][learned], reduction="none")
+    # Logits are made from the position before the first learned token on: of answers, few positions of many. What stands
+    # at the last learned token or behind predicts nothing and is not read.
+    columns = answer.any(0).nonzero()
+    first, last = max(1, int(columns[0])), int(columns[-1])
+    read = inputs_of(Batch(ids[:, :last], mask[:, :last], batch.document))
+    logits = subject.model(**read, logits_to_keep=last - first + 1).logits
+    learned = answer[:, first : last + 1]
+    picked = at_least_float32(logits[learned])
+    each = nn.functional.cross_entropy(picked, ids[:, first : last + 1][learned], reduction="none")
     share = (learned / learned.sum(1, keepdim=True))[learned]
     return (each * share.to(each)).sum() / len(ids)
+
+
+def items_loss(subject: Subject, items: Sequence[Example]) -> Float[Tensor, ""]:
+    """The masked loss of examples: read as one tree where that saves a tenth of the tokens or more, else as rows."""
+    read = [item.ids[:-1] for item in items]
+    nodes = len(prefix_tree(read).tokens)
+    worth = nodes <= _SHORTER * len(items) * max(map(len, read))
+    if not (worth and nodes <= tree_capacity(subject)):
+        return masked_loss(subject, stacked(subject, items))
+    logs = tree_log_probs(subject, [item.ids for item in items], [item.learned for item in items])
+    shares = [1 / sum(item.learned) for item in items for on in item.learned if on]
+    return -(logs * torch.tensor(shares, device=logs.device)).sum() / len(items)
 
 
 def mean_loss(subject: Subject, items: Sequence[Example], batch_size: int = 8) -> float:
     """The loss over all the items, without training."""
     parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     with torch.no_grad(), evaluating(subject.model):
-        sums = [float(masked_loss(subject, stacked(subject, part))) * len(part) for part in parts]
+        sums = [float(items_loss(subject, part)) * len(part) for part in parts]
     return sum(sums) / len(items)
 
 
@@ -248,18 +266,22 @@ def tune(
         NotFinite: if `measure(0)` finds the model broken before the training; later it ends the training.
     """
     steps, losses, tokens, size = set(at), [], 0, tuning.batch_size
-    with torch.enable_grad(), _trainable(subject, tuning, seed, trained) as parameters:
+    with (
+        torch.enable_grad(),
+        _trainable(subject, tuning, seed, trained) as parameters,
+        added_in_place(subject.model) as kept,
+    ):
         optimizer = OPTIMIZERS[tuning.optimizer](parameters, lr=tuning.rate, weight_decay=tuning.weight_decay)
         if 0 in steps:
             measure(0)
         for step in range(1, tuning.steps + 1):
-            run = partial(_gradients, subject, draw(step - 1), parameters)
+            run = partial(_gradients, subject, draw(step - 1), parameters, kept)
             (loss, read), size = retry_with_smaller_batch(run, size)
             losses.append(loss)
             tokens += read
             if not math.isfinite(loss):
                 return TuningLog(tuple(losses), tokens, step)
-            if not bool(torch.isfinite(nn.utils.clip_grad_norm_(parameters, tuning.clip))):
+            if not _clipped(parameters, tuning.clip):
                 return TuningLog(tuple(losses), tokens, step)
             optimizers.set_lr(optimizer, tuning.rate_at(step))
             optimizer.step()
@@ -271,19 +293,29 @@ def tune(
     return TuningLog(tuple(losses), tokens)
 
 
+def _clipped(parameters: Sequence[nn.Parameter], limit: float) -> bool:
+    """Scale the gradients down where their norm is above the limit; whether they are finite."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return bool(torch.isfinite(norm))
+
+
 def _gradients(
-    subject: Subject, items: Sequence[Example], parameters: Sequence[nn.Parameter], size: int
+    subject: Subject,
+    items: Sequence[Example],
+    parameters: Sequence[nn.Parameter],
+    kept: Sequence[nn.Parameter],
+    size: int,
 ) -> tuple[float, int]:
     """(loss, tokens) of a step, read `size` items at a time; the gradients are those of all of them together."""
-    for p in parameters:
-        p.grad = None
+    zero_gradients(parameters, kept)
     total, tokens = 0.0, 0
     for part in (items[i : i + size] for i in range(0, len(items), size)):
-        batch = stacked(subject, part)
-        loss = masked_loss(subject, batch) * (len(part) / len(items))
+        loss = items_loss(subject, part) * (len(part) / len(items))
         loss.backward()
         total += float(loss.detach())
-        tokens += int(batch.attention_mask.sum())
+        tokens += sum(len(item.ids) for item in part)
     return total, tokens
 
 
