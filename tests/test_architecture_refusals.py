@@ -15,7 +15,7 @@ from transformers.models.cohere.modeling_cohere import CohereDecoderLayer
 
 import repedit as rp
 from repedit.arch.infer import infer
-from repedit.errors import OffloadedTensors, UnknownArchitecture, UnknownSite
+from repedit.errors import CheckpointError, OffloadedTensors, UnknownArchitecture, UnknownSite
 from repedit.hooks import primary, with_primary
 from repedit.models import modifications
 from repedit.models import subject as subject_module
@@ -297,6 +297,32 @@ def test_a_method_of_a_class_that_is_replaced_is_inferred_again(monkeypatch):
         1.0,
         pytest.approx(2.0),
     )
+
+
+class Doubling(nn.Linear):
+    """A projection that returns twice what its weight says: its row holds, and files of its weight are another model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Same(nn.Linear):
+    """A projection of another class that computes the same."""
+
+
+@pytest.mark.parametrize("model_type", KNOWN_AND_INFERRED)
+def test_modules_that_files_do_not_hold_are_not_exported(model_type: str, tmp_path: Path):
+    for kind in (Doubling, Same):
+        model = tiny_causal(model_type)
+        model.model.layers[1].mlp.down_proj.__class__ = kind
+        subject = rp.wrap(model)
+        edit = mask(subject, "1.mlp.neurons")
+        laws.hooked_equals_rewritten(subject, edit)
+        if kind is Same:
+            rp.export(edit, subject, tmp_path / "same")
+            continue
+        with pytest.raises(CheckpointError, match=r"computes something else .*1\.mlp\.down_proj \(Doubling, 1 modules"):
+            rp.export(edit, subject, tmp_path / "doubled")
 
 
 def test_an_accepted_module_of_ones_own_is_proved_once_for_each_model(monkeypatch):

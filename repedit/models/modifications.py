@@ -6,6 +6,7 @@ transformers builds for its config is not refused here: its row is proved on it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from repedit.arch import ModelLayout
@@ -183,7 +185,7 @@ def other_modules(model: Any) -> list[str]:
 
     All of them if transformers builds no model for the config.
     """
-    built = _built_classes(model.config)
+    built = _built_classes(model)
     return [
         name
         for name, module in model.named_modules()
@@ -199,8 +201,10 @@ def _of_torch_or_transformers(kind: Any) -> bool:
 _built: dict[str, dict[str, type[nn.Module]]] = {}
 
 
-def _built_classes(config: Any) -> dict[str, type[nn.Module]]:
+def _built_classes(model: Any) -> dict[str, type[nn.Module]]:
     """The class of each module of the model that transformers builds for a config; empty if it builds none."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]  # a config that several classes can load belongs to the one it names
     key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key not in _built:
         try:
@@ -209,3 +213,16 @@ def _built_classes(config: Any) -> dict[str, type[nn.Module]]:
         except RepeditError:
             _built[key] = {}
     return _built[key]
+
+
+@torch.no_grad()
+def computes_as(model: Any, built: nn.Module) -> bool:
+    """Whether a model gives the logits on a few tokens that another, built without values, gives with the model's tensors."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    inputs = {"input_ids": text_ids(model), "use_cache": False}
+    with evaluating(model):
+        own = model(**inputs).logits
+    with evaluating(built):
+        theirs = functional_call(built, tensors, (), inputs, tie_weights=False).logits
+    # A fused kernel rounds otherwise; a half type keeps 8 bits.
+    return float((own - theirs).float().norm() / own.float().norm()) < (1e-2 if own.dtype.itemsize < 4 else 1e-4)

@@ -28,6 +28,7 @@ from repedit.models.loading import (
     read_config,
     typed_errors,
 )
+from repedit.models.modifications import computes_as, other_modules
 from repedit.models.subject import Subject, load
 from repedit.plan import Plan
 from repedit.rewrite.apply import patched_config
@@ -114,12 +115,14 @@ def check_described(subject: Subject) -> None:
     """Refuse a model in memory that its own config does not describe: transformers would read its files as another model.
 
     Raises:
-        CheckpointError: naming the tensors that differ from what the config builds.
+        CheckpointError: naming the tensors that differ from what the config builds, or modules of other classes that compute
+            something else.
     """
     config = copy.deepcopy(subject.model.config)
     config.architectures = [type(subject.model).__name__]  # as its files will say
     with buildable("the model in memory"):
-        built = _shapes(empty_model(config))
+        empty = empty_model(config)
+    built = _shapes(empty)
     own, layout = _shapes(subject.model), subject.layout
     ragged = mlp_tensors(layout) if ragged_widths(layout) else frozenset()
     extra, absent = sorted(set(own) - set(built)), sorted(set(built) - set(own))
@@ -131,6 +134,13 @@ def check_described(subject: Subject) -> None:
             f"{extra[:3]} ({len(extra)} in all), the model lacks {absent[:3]} ({len(absent)} in all), of another shape are "
             f"{reshaped[:3]} ({len(reshaped)} in all). Fold or remove them, or set the config"
             + (f" ({', '.join(flags)} add biases to every layer)" if flags else "")
+        )
+    others = other_modules(subject.model)
+    if others and not computes_as(subject.model, empty):
+        raise CheckpointError(
+            f"the model in memory computes something else than its files would: {others[-1] or 'the model'} "
+            f"({type(subject.model.get_submodule(others[-1])).__name__}, {len(others)} modules in all) is not what transformers builds "
+            "for the config. Put the modules of transformers back"
         )
 
 
