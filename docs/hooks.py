@@ -16,12 +16,14 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from docs import reference  # noqa: E402
+from docs import notebooks, reference  # noqa: E402
 
 COPIES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 """Pages of the site -> files of the repository that they show."""
 TITLES = {"README.md": "index.md"}
 """Files of the repository that the site has another page for."""
+GENERATED = ("reference/", "notebooks/")
+"""Folders of pages whose links are those of the site already."""
 OPTIONAL = ("removal.md", "papers.md")
 """Pages of the navigation that may be absent."""
 SHOWN_AS_TEXT = (".py", ".toml", "")
@@ -39,8 +41,9 @@ def _existing(nav: Any, docs: Path) -> Any:
     if isinstance(nav, list):
         return [entry for entry in (_existing(entry, docs) for entry in nav) if entry is not None]
     if isinstance(nav, dict):
-        if "Reference" in nav:
-            return {"Reference": reference.navigation()}
+        for title, module in (("Reference", reference), ("Notebooks", notebooks)):
+            if title in nav:
+                return {title: module.navigation()}
         found = {title: _existing(entry, docs) for title, entry in nav.items()}
         return None if None in found.values() else found
     return None if nav in OPTIONAL and not (docs / nav).exists() else nav
@@ -48,11 +51,11 @@ def _existing(nav: Any, docs: Path) -> Any:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Generated pages, copies of files outside docs/, and every file outside docs/ that a page links to."""
-    for name, text in reference.pages().items():
-        files.append(File.generated(config, name, content=text))
+    for name, content in {**reference.pages(), **notebooks.files()}.items():
+        files.append(File.generated(config, name, content=content))
     for name, source in COPIES.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text()))
-    for file in files.documentation_pages():
+    for file in [file for file in files.documentation_pages() if not file.src_uri.startswith(GENERATED)]:
         for path in _outside(file.src_uri, file.content_string):
             goal = ROOT / path
             if not goal.exists():
@@ -64,11 +67,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def _origin(name: str) -> str:
     """The path of a page in the repository."""
+    if name.startswith("notebooks/"):
+        return str(Path(name).with_suffix(".ipynb"))
     return COPIES.get(name, f"docs/{name}")
 
 
 def _in_site(path: str) -> str | None:
     """The page of the site for a file of the repository, if it has one."""
+    if path.endswith(".ipynb"):
+        return str(Path(path).with_suffix(".md"))
     pages = {source: name for name, source in COPIES.items()} | TITLES
     return pages.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
 
@@ -88,7 +95,7 @@ def _outside(name: str, text: str) -> list[str]:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links to files of the repository become links to their place in the site; a folder is only named."""
     name = page.file.src_uri
-    if name.startswith("reference/"):
+    if name.startswith(GENERATED):
         return markdown
     folder = posixpath.dirname(_origin(name))
 
@@ -115,6 +122,6 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             posixpath.join(posixpath.dirname(page.file.src_uri), attributes["src"])
         )
         svg = re.sub(r"<style>.*?</style>", "", path.read_text(), flags=re.S)
-        return svg.replace('role="img"', f'role="img" aria-label="{attributes["alt"]}"', 1)
+        return svg.replace('role="img"', f'role="img" aria-label="{attributes["alt"]}" data-search-exclude', 1)
 
     return re.sub(r"<img [^>]*drawings/[^>]*\.svg[^>]*>", drawn, html)

@@ -112,9 +112,9 @@ def small_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return rp.data.Facts(*cut, found.name)
 
     def audited(edited: Any, *, original: Any, **options: Any) -> Any:
-        return audit(
-            edited, original=named(original), **{**options, "attacks": ["direct"], "allow_small": True, "steps": 8}
-        )
+        few_attacks = (options.get("attacks") or ["direct"])[:1]
+        small = {**options, "attacks": few_attacks, "allow_small": True, "steps": 8}
+        return audit(edited, original=named(original), **small)
 
     def trained(*args: Any, **options: Any) -> Any:
         return mrp(*args, **{**options, "rank": 2, "config": {"steps": 1}, "text": None})

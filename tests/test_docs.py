@@ -10,7 +10,7 @@ import pytest
 from mkdocs.exceptions import MkDocsException
 
 import repedit as rp
-from docs import build, reference
+from docs import build, notebooks, reference
 from repedit import cli
 from repedit.cli.application import EXAMPLES, exit_codes
 from tests.layers import PACKAGE, block
@@ -92,6 +92,28 @@ def test_code_spans_become_links_outside_of_blocks_and_links():
     )
 
 
+def test_notebooks_are_pages_with_their_outputs_and_every_picture_is_described():
+    pages = {name: text for name, text in notebooks.files().items() if isinstance(text, str)}
+    assert len(pages) == len(list(notebooks.FOLDER.glob("*.ipynb"))) == len(notebooks.navigation())
+    shown = [match for text in pages.values() for match in re.findall(r"!\[(.*?)\]\((.+?)\)", text)]
+    assert {f"notebooks/{name}" for _, name in shown} == set(notebooks.files()) - set(pages)
+    assert all(len(described) > 20 for described, _ in shown)
+    assert "HIDDEN: at this budget" in pages["notebooks/3_is_it_really_gone.md"]
+
+
+def test_an_output_with_a_fence_or_without_text_after_it_is_shown():
+    picture = {"output_type": "display_data", "data": {"image/png": "AAAA"}}
+    text = {"output_type": "stream", "name": "stdout", "text": ["```\n", "inside"]}
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title"]},
+        {"cell_type": "code", "source": ["x"], "outputs": [picture, text]},
+    ]
+    page = notebooks.page("1_a", {"cells": cells})
+    assert page["notebooks/1_a-1.png"] == b"\0\0\0"
+    assert "![Output of the cell above](1_a-1.png)" in page["notebooks/1_a.md"]
+    assert "````text\n```\ninside\n````" in page["notebooks/1_a.md"]
+
+
 # --- The site
 
 
@@ -162,6 +184,7 @@ def test_every_page_is_sound(site):
         ('href="assets/', 'href="https://example.org/', "loads https"),
         ('<h2 id="install">', '<h4 id="install">', "headings|index.html"),
         (' alt="Accuracy', ' title="Accuracy', "overview.png"),
+        ('"javascripts/iframe-worker.js"', '"https://unpkg.com/iframe-worker/shim"', "loads https://unpkg"),
     ],
 )
 def test_a_page_that_is_not_sound_is_caught(site, tmp_path, old, new, said):

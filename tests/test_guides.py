@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from repedit.auditing.attack import _RECORDS
 from tests.guides import DOCS, PAGES, parse_command, run_page, saved_edit, small_settings
 
 SLOW = ("classifiers",)
 """Guides that train a classifier as it stands there."""
 MADE_EARLIER = {"audit": "edited"}
 """Checkpoints that a guide takes from an earlier one."""
+
+
+@pytest.fixture(autouse=True)
+def only_attacks_of_the_package():
+    """What a guide registers is gone after it."""
+    before = dict(_RECORDS)
+    yield
+    _RECORDS.clear()
+    _RECORDS.update(before)
 
 
 @pytest.mark.filterwarnings("ignore")
