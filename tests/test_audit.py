@@ -233,7 +233,7 @@ def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
     record = budgets.records()["strip"]
     (attack,) = record.build(Setup())
     monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [replace(attack, run=failing)]))
-    with pytest.raises(DataError, match=r"attacking the edited model: attack 'strip': nonsense"):
+    with pytest.raises(DataError, match=r"attacking the \w+ model: attack 'strip': nonsense"):
         audited(world().other, **of_few())
 
 
@@ -303,7 +303,8 @@ def test_a_reference_that_knows_is_refused():
     ("options", "error", "message"),
     [
         ({"attacks": ("rtx",)}, UnknownName, "no attack is called 'rtx'; did you mean 'rtt'"),
-        ({"budget": "quick"}, UnknownName, "budget='quick'"),
+        ({"budget": "quickest"}, UnknownName, "budget='quickest'; did you mean 'quick'"),
+        ({"until": "verdicts"}, UnknownName, "until='verdicts'; did you mean 'verdict'"),
         ({"recovery_threshold": 0.2}, ArgumentError, "give recovery_threshold < pass_threshold"),
         ({"alpha": 0.0}, FractionError, "alpha=0.0"),
         ({"draws": 10}, ArgumentError, "draws=10"),

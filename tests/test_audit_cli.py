@@ -82,6 +82,53 @@ def test_a_report_names_the_command_that_repeats_it(files, tmp_path, monkeypatch
         assert shlex.split(found["context"]["command"]) == command
 
 
+def test_an_interrupted_audit_shows_what_is_known_and_the_command_that_goes_on(files, tmp_path, monkeypatch, capsys):
+    from repedit.auditing import runner
+    from repedit.cli import main
+
+    whole = runner._attacked
+
+    def breaking(attack, subject, splits):
+        if attack.name == "strip":
+            raise KeyboardInterrupt
+        return whole(attack, subject, splits)
+
+    monkeypatch.setattr(runner, "_attacked", breaking)
+    words = [str(w) for w in (*asked(files), "--until", "all", "--out", tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["repedit", *words])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    shown = capsys.readouterr()
+    assert raised.value.code == 130 and "PARTIAL AUDIT, interrupted: NOT FORGOTTEN so far" in shown.out
+    assert f"interrupted after direct; {shlex.join(['repedit', *words])} goes on from there" in shown.err
+    assert json.loads((tmp_path / "out/audit.json").read_text())["state"] == "interrupted"
+    assert (tmp_path / "out/audit.html").exists()
+    monkeypatch.setattr(runner, "_attacked", whole)
+    run(*words, code=3)
+    assert json.loads((tmp_path / "out/audit.json").read_text())["state"] == "complete"
+
+
+def test_the_small_budgets_end_when_the_verdict_is_certain(files, monkeypatch):
+    from repedit.auditing import api
+
+    given = []
+
+    def recording(*_, **options):
+        given.append((options["budget"], options["until"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "audit", recording)
+    for options in (("quick",), ("fast",), ("standard",), ("fast", "--until", "all"), ("full", "--until", "verdict")):
+        CliRunner().invoke(app, [str(w) for w in (*asked(files), "--budget", *options)])
+    assert given == [
+        ("quick", "verdict"),
+        ("fast", "verdict"),
+        ("standard", "all"),
+        ("fast", "all"),
+        ("full", "verdict"),
+    ]
+
+
 def test_a_dry_run_attacks_nothing_and_says_what_it_would_cost(files):
     text = " ".join(run(*asked(files), "--dry-run", code=0).split())  # a title is wrapped at the width of its table
     assert "nothing was attacked" in text and "strip" in text

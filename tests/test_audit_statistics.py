@@ -9,7 +9,9 @@ from scipy.stats import binomtest
 
 from repedit.auditing import statistics
 from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
+from repedit.auditing.report import Recovery, RetainCheck
 from repedit.auditing.statistics import Series, cross_fitted, in_first_half, knowledge, recoveries
+from repedit.auditing.verdict import certain, verdict
 from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRows, ShapeError
 from repedit.plot.reports import interval_text
 from repedit.report.tables import format_recovery
@@ -312,8 +314,101 @@ def test_twelve_null_attacks_raise_few_alarms():
 
 
 def test_bounds_of_one_attack_at_a_time_are_caught(monkeypatch):
-    monkeypatch.setattr(statistics, "_simultaneous", lambda family, tail: [r.interval for r in family])
+    monkeypatch.setattr(statistics, "_simultaneous", lambda family, tail, pending: [r.interval for r in family])
     assert false_alarms(40) > 0.07
+
+
+# Looking after every attack
+
+
+def attacks_in_turn(rng, truth, *, alike=0.0) -> list[Series]:
+    """Attacks that bring back these fractions; a share of their answers, and of the originals', is the same in all."""
+    shared = rng.random((3, N))
+
+    def answers(role, chance):
+        mine = np.where(rng.random(N) < alike, shared[role], rng.random(N))
+        return mine[None] < chance
+
+    names = ("direct", *"abcdefghijklmnop")
+    return [
+        series(answers(0, 0.2 + 0.75 * r), answers(1, 0.95), answers(2, 0.2), name)
+        for name, r in zip(names, truth, strict=False)
+    ]
+
+
+def looks(attacks, draws=200) -> list[list[Recovery]]:
+    """What is known after each attack, the others pending."""
+    return [recoveries(attacks[:n], OWN, draws=draws, pending=len(attacks) - n) for n in range(1, len(attacks) + 1)]
+
+
+def coverage_of_looks(runs: int, alike: float) -> float:
+    """How often the bounds of all attacks hold the truth at every look."""
+    rng, truth = np.random.default_rng(20), 0.1
+    held = 0
+    for _ in range(runs):
+        known = looks(attacks_in_turn(rng, [truth] * 5, alike=alike), draws=400)
+        held += all(row.bound[0] <= truth <= row.bound[1] for rows in known for row in rows)
+    return held / runs
+
+
+@pytest.mark.parametrize(("alike", "runs"), [(0.0, 250), pytest.param(0.8, 400, marks=pytest.mark.slow)])
+def test_bounds_hold_at_every_look_as_often_as_they_say(alike, runs):
+    assert 0.92 <= coverage_of_looks(runs, alike) <= 0.98
+
+
+def without_pending(moved, tail, pending):
+    """The broken twin: the factor over the attacks that ran, as if no other were planned."""
+    return float(np.sort(moved.max(0))[-1 - tail])
+
+
+def test_bounds_over_the_attacks_that_ran_alone_are_caught(monkeypatch):
+    monkeypatch.setattr(statistics, "_factor", without_pending)
+    assert coverage_of_looks(120, 0.0) < 0.92
+
+
+def check_an_early_verdict_is_the_final_one():
+    """On 20 seeds, of attacks that bring back nothing, a little, or near to the threshold."""
+    kept, early = RetainCheck(accuracy=(0.9, 0.9)), 0
+    for seed in range(20):
+        rng = np.random.default_rng([21, seed])
+        known = looks(attacks_in_turn(rng, [0.0, *rng.choice([0.0, 0.22, 0.27, 0.5], 8, p=[0.76, 0.08, 0.08, 0.08])]))
+        words = []
+        for number, rows in enumerate(known, 1):
+            pending = tuple(f"attack {n}" for n in range(number, len(known)))
+            words.append(verdict(rows, kept, known=0.7, n_test=N, budget="fast", pending=pending).word)
+            if certain(words[-1], pending):
+                break
+        early += len(words) < len(known)
+        rows = known[-1]
+        assert words[-1] == verdict(rows, kept, known=0.7, n_test=N, budget="fast").word, (seed, words)
+    assert early >= 5
+
+
+def test_an_early_verdict_is_the_final_one():
+    check_an_early_verdict_is_the_final_one()
+
+
+def test_stopping_by_an_uncorrected_bound_is_caught(monkeypatch):
+    monkeypatch.setattr(statistics, "_factor", without_pending)
+    with pytest.raises(AssertionError):
+        check_an_early_verdict_is_the_final_one()
+
+
+def test_pending_attacks_widen_the_bound_by_less_than_bonferroni_would():
+    rng = np.random.default_rng(22)
+    rows = attacks_in_turn(rng, [0.1] * 3)
+    widths = [recoveries(rows, OWN, pending=n)[0].bound for n in (0, 1, 9)]
+    assert widths[0][0] > widths[1][0] > widths[2][0] and widths[0][1] < widths[1][1] < widths[2][1]
+    alone = recoveries(rows[:1], OWN, pending=11)[0]
+    factor = (alone.bound[1] - alone.value) / (alone.interval[1] - alone.value)
+    assert 1.2 < factor < 1.6  # twelve normal deviations by the union bound: 1.46
+
+
+def test_a_bound_that_no_factor_gives_is_infinite():
+    """Draws in which the original knows nothing are fewer than the tail for one attack, but not for ten."""
+    deviations = np.concatenate([np.full(3, np.inf), np.linspace(-3, 1.2, 397)])[None]
+    assert statistics._factor(deviations, 9, 0) < 1.3 and statistics._factor(deviations, 9, 1) < 3
+    assert statistics._factor(deviations, 9, 5) == np.inf
 
 
 def test_an_original_at_the_floor_leaves_nothing_to_recover():

@@ -10,10 +10,10 @@ from repedit.auditing import verdict as module
 from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, AttackRecord, Setting, Setup, register
 from repedit.auditing.attacks.tuning import UNTOUCHED
 from repedit.auditing.report import Recovery, RetainCheck
-from repedit.auditing.verdict import check_thresholds, cost, informative, items_needed, verdict
+from repedit.auditing.verdict import certain, check_thresholds, cost, informative, items_needed, verdict
 from repedit.cli import completion
 from repedit.errors import ArgumentError, FractionError
-from repedit.outcomes import BELOW_THRESHOLD, CONSISTENT, OUTCOMES, OVER_FORGOTTEN
+from repedit.outcomes import BELOW_THRESHOLD, CONSISTENT, EXIT_CODES, NOT_YET, OUTCOMES, OVER_FORGOTTEN, PASS
 from repedit.sites import Point, Site
 
 NAN = float("nan")
@@ -40,6 +40,7 @@ CASES = {
     "NOT FORGOTTEN": ((row(low=0.5, high=0.7), row("rtt", 0.5, 0.7)), {}),
     "HIDDEN": ((row(), row("probe", 0.11, 0.3), row("rtt", 0.5, 0.7), row("benign", status=FAILED)), {}),
     "NO RECOVERY FOUND": ((row(), row("rtt", -0.05, 0.19)), {}),
+    "NOTHING FOUND YET": ((row(), row("rtt", -0.05, 0.19)), {"pending": ("probe",)}),
     "INCONCLUSIVE": ((row(), row("rtt", 0.05, 0.25)), {}),
 }  # fmt: skip
 OTHERS = (OVER_FORGOTTEN, BELOW_THRESHOLD, CONSISTENT)
@@ -59,6 +60,53 @@ def test_a_pass_by_another_order_is_caught(monkeypatch):
     monkeypatch.setattr(module, "_invalid", lambda *_: None)
     rows, options = CASES["INVALID"]
     assert said(*rows, **options).word == "DESTROYED"
+
+
+def test_the_quick_budget_never_passes():
+    rows, options = CASES[PASS]
+    quick = said(*rows, **options, budget="quick")
+    assert quick.word == NOT_YET and quick.exit_code == 4 == EXIT_CODES[NOT_YET]
+    assert "too few for a pass" in quick.sentence and quick.settle == "an audit with a larger budget"
+    for word in CASES:
+        rows, options = CASES[word]
+        assert said(*rows, **options | {"budget": "quick"}).word == (NOT_YET if word == PASS else word)
+
+
+def test_no_pass_while_attacks_are_pending():
+    found = said(row(), row("rtt"), pending=("probe", "benign"))
+    assert found.word == NOT_YET and found.settle == "the attacks not run yet: probe, benign"
+    wide = said(row(), row("rtt", 0.05, 0.25), pending=("probe",))
+    assert wide.word == "INCONCLUSIVE" and "probe was not run yet" in wide.rule
+    assert said(row(), row("rtt", status=FAILED), pending=("probe",)).word == "INCONCLUSIVE"
+    assert said(row(), row("rtt"), pending=("probe",), not_run={"refill": "not asked for"}).word == "INCONCLUSIVE"
+
+
+def check_no_later_attack_changes_what_is_certain():
+    """Whatever another attack finds, a verdict that was called certain stays; every other one can become HIDDEN."""
+    others = (
+        row("probe"),
+        row("probe", 0.05, 0.25),
+        row("probe", 0.5, 0.9),
+        row("probe", status=FAILED),
+        row("probe", status=SKIPPED),
+    )
+    for rows, options in CASES.values():
+        early = said(*rows, **options | {"pending": ("probe",)})
+        rest = [row for row in rows if row.attack != "probe"]
+        late = {said(*rest, other, **options | {"pending": ()}).word for other in others}
+        if "probe" not in {row.attack for row in rows}:
+            assert certain(early.word, ("probe",)) == (late == {early.word}), early.word
+
+
+def test_no_later_attack_changes_what_is_certain():
+    check_no_later_attack_changes_what_is_certain()
+    assert all(certain(word, ()) for word in OUTCOMES)
+
+
+def test_calling_an_open_question_certain_is_caught(monkeypatch):
+    monkeypatch.setitem(globals(), "certain", lambda word, pending: word != "INCONCLUSIVE")
+    with pytest.raises(AssertionError):
+        check_no_later_attack_changes_what_is_certain()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +259,7 @@ def test_every_attack_registers_one_record_and_its_name_is_read_without_importin
         assert [attack.record for attack in record.build(Setup("full", layers=2))] == [record] * (1 + (name == "probe"))
     with pytest.raises(ArgumentError, match="attack 'rtt' is registered already"):
         register(AttackRecord("rtt"))
-    with pytest.raises(ArgumentError, match="attack 'new': budget 'slow'; valid names: fast, standard, full"):
+    with pytest.raises(ArgumentError, match="attack 'new': budget 'slow'; valid names: quick, fast, standard, full"):
         register(AttackRecord("new", budget="slow"))
 
 

@@ -5,27 +5,42 @@ The audit sees weights, not methods: it knows nothing of how a model was edited,
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from repedit.auditing.attack import Attack, Setup
+from repedit.auditing.attack import QUICK, Attack, Setup
 from repedit.auditing.budgets import INVENTED_FACTS, RETAIN_FACTS, SEEDS, built, planned, records
-from repedit.auditing.conclusion import CompletedAudit, report_of
+from repedit.auditing.conclusion import CompletedAudit, judged, report_of
 from repedit.auditing.data import AuditData, DataOptions, audit_data
 from repedit.auditing.diagnostics import with_examples_and_diagnostics
 from repedit.auditing.floors import choices_only_baseline, fresh_facts, retain_check
-from repedit.auditing.report import Report
-from repedit.auditing.runner import Audited, Role, check_pair, run
+from repedit.auditing.report import ENDED_EARLY, INTERRUPTED, AuditInterrupted, Report
+from repedit.auditing.runner import Audited, Findings, Role, check_pair, run
 from repedit.auditing.statistics import check_draws
 from repedit.auditing.store import FindingStore
-from repedit.auditing.verdict import check_thresholds
+from repedit.auditing.verdict import certain, check_thresholds
 from repedit.data import Fact, Facts, Splits, TextSource, prose
-from repedit.errors import ArgumentError, BadReference, DataError, check_positive, check_seed, check_whole, is_whole
+from repedit.errors import (
+    ArgumentError,
+    BadReference,
+    DataError,
+    UnknownName,
+    check_positive,
+    check_seed,
+    check_whole,
+    is_whole,
+    nearest,
+)
 from repedit.io.targets import check_folder
 from repedit.models.subject import Subject
 from repedit.sites import Site
+
+UNTIL = ("verdict", "all")
+"""What an audit goes on to: until no further attack can change the verdict, or until all attacks are made."""
 
 
 def audit(
@@ -40,6 +55,7 @@ def audit(
     attributes: Facts | Iterable[object] | None = None,
     attacks: Sequence[str] | None = None,
     budget: str = "fast",
+    until: str = "all",
     sites: str | Site | list[str | Site] | None = None,
     folds: int = 2,
     train_fraction: float = 0.5,
@@ -73,6 +89,8 @@ def audit(
         attributes: facts of other domains about the entities to forget, for relinking; None for those of the facts' own
             retain side and of the built-in domains.
         attacks: names, in place of the budget's.
+        budget: "quick" (five attacks, no pass), "fast", "standard" or "full".
+        until: "verdict" ends the audit when no further attack can change the verdict; "all" makes every attack.
         sites: where the edit is; None for what the checkpoint's repedit.json says, else the middle of the model.
         folds: 2 tests every fact once; 1 trains on `train_fraction` of the entities and tests the others.
         seeds: of the attacks that draw; None for one at "fast" and three above.
@@ -89,6 +107,7 @@ def audit(
         BadReference: if the reference is the original, or knows the facts.
         DataError, OverlapError, NotEnoughRows: if the facts cannot be asked or halved.
         UnknownName, ArgumentError, FractionError: if an argument is out of range.
+        AuditInterrupted: on Ctrl-C, with the report of the attacks made so far, which is in `out` as well.
         TargetExists, CheckpointError: if `out` holds something else, or cannot be written.
     """
     start = time.perf_counter()
@@ -100,6 +119,8 @@ def audit(
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
     _check_numbers(steps, draws, scale_lrs, chosen)
     check_draws(draws, alpha)
+    if until not in UNTIL:
+        raise UnknownName(f"until={until!r}; {nearest(until, UNTIL)}")
     sources: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
     models = {role: Audited(role, source, device) for role, source in sources.items() if source is not None}
     _check_models(models)
@@ -111,17 +132,52 @@ def audit(
     edited_layers = _edited_layers(models["edited"], sites)
     with _setup(budget, models, edited_layers, scale_lrs, steps, names) as setup:
         roles = _roles(models, data, built(names, setup), budget, options)
-        store = FindingStore(Path(out) if out is not None else None)
-        findings = run(roles, chosen, store, progress=progress)
-    completed = CompletedAudit(
-        roles=roles, findings=findings, data=data, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
-        recovery_threshold=recovery_threshold, pass_threshold=pass_threshold, allow_small=allow_small, edited_layers=edited_layers, planned=names, command=command,
-        seconds=time.perf_counter() - start,
-    )  # fmt: skip
-    report = with_examples_and_diagnostics(report_of(completed), models, () if budget == "fast" else data.tested)
+        begun = CompletedAudit(
+            roles=roles, findings={}, data=data, budget=budget, seeds=chosen, draws=draws, alpha=alpha,
+            recovery_threshold=recovery_threshold, pass_threshold=pass_threshold, allow_small=allow_small,
+            edited_layers=edited_layers, planned=names, command=command, until=until,
+        )  # fmt: skip
+        folder = Path(out) if out is not None else None
+        completed = _carried_out(begun, FindingStore(folder), progress, start, folder if save else None)
+    small = budget in (QUICK, "fast")
+    report = with_examples_and_diagnostics(report_of(completed), models, () if small else data.tested)
     if out is not None and save:
         report.save(out)
     return report
+
+
+def _carried_out(
+    begun: CompletedAudit, store: FindingStore, progress: bool | None, start: float, folder: Path | None
+) -> CompletedAudit:
+    """The audit with its findings.
+
+    Raises:
+        AuditInterrupted: on Ctrl-C; the report of the attacks made so far is written into the folder, if there is one.
+    """
+    shown = sys.stderr.isatty() if progress is None else progress
+    so_far = begun
+
+    def judge(findings: Findings, pending: tuple[str, ...]) -> tuple[str, bool]:
+        nonlocal so_far
+        so_far = replace(begun, findings=findings, pending=pending, seconds=time.perf_counter() - start)
+        if begun.until == "all" and not shown:
+            return "", False
+        word = judged(so_far).verdict.word
+        if begun.until == "all" or not certain(word, so_far.undecided):
+            return word, False
+        so_far = replace(so_far, state=ENDED_EARLY)
+        return word, True
+
+    try:
+        findings = run(begun.roles, begun.seeds, store, progress=shown, judge=judge)
+    except KeyboardInterrupt as error:
+        report = report_of(replace(so_far, state=INTERRUPTED)) if so_far.findings else None
+        if report is not None and folder is not None:
+            report.save(folder)
+        raise AuditInterrupted(report) from error
+    if so_far.state == ENDED_EARLY:
+        return so_far
+    return replace(begun, findings=findings, seconds=time.perf_counter() - start)
 
 
 def _check_numbers(steps: int, draws: int, scale_lrs: float, chosen: Sequence[int]) -> None:

@@ -23,7 +23,9 @@ from repedit.sites import Point, Site
 # --- The record of an attack: what is known before it is built
 
 
-BUDGETS = ("fast", "standard", "full")
+QUICK = "quick"
+BUDGETS = (QUICK, "fast", "standard", "full")
+"""Each includes the attacks of those before it; "quick" is too small for a pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,11 @@ class Setup:
     """Training steps of `rtt`."""
     original: Subject | None = None
     """The original model, for attacks that compare with it."""
+
+    @property
+    def small(self) -> bool:
+        """Whether attacks try few settings."""
+        return self.budget in (QUICK, "fast")
 
 
 @dataclass(frozen=True)
@@ -259,6 +266,8 @@ class Attack:
     """Its name where that is not the record's: it tells two of a kind apart in one audit."""
     applies: Callable[[Subject], bool] | None = None
     """Whether a model gives the attack anything to work on; None where every model does."""
+    folds: int | None = None
+    """How many of the folds it is made on: with 1, V is one half of the facts; None for all."""
 
     def __call__(self, subject: Subject, splits: Splits) -> Finding:
         """Attack the model with T and ask it V.

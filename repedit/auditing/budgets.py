@@ -11,7 +11,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from repedit.auditing import attacks
-from repedit.auditing.attack import _RECORDS, BUDGETS, Attack, AttackRecord, Setup, ask
+from repedit.auditing.attack import _RECORDS, BUDGETS, QUICK, Attack, AttackRecord, Setup, ask
 from repedit.auditing.attacks.finetune import rtt
 from repedit.auditing.runner import Audited
 from repedit.data import Fact, Facts, Splits
@@ -21,10 +21,10 @@ from repedit.models.subject import Subject
 # --- Which attacks a budget includes: the registered records in order of cost, and how many seeds and facts they get
 
 
-SEEDS = {"fast": (0,), "standard": (0, 1, 2), "full": (0, 1, 2)}
-INVENTED_FACTS = {"fast": 96, "standard": 256, "full": 256}
+SEEDS = {QUICK: (0,), "fast": (0,), "standard": (0, 1, 2), "full": (0, 1, 2)}
+INVENTED_FACTS = {QUICK: 64, "fast": 96, "standard": 256, "full": 256}
 """Invented facts asked at most."""
-RETAIN_FACTS = {"fast": 160, "standard": None, "full": None}
+RETAIN_FACTS = {QUICK: 96, "fast": 160, "standard": None, "full": None}
 """Retain facts asked at most."""
 UNTRIED = {
     "distillation": "the model is not distilled into another one",
@@ -105,8 +105,9 @@ def estimate(
     with model.opened() as subject:
         question, step = _calibrated(subject, items[:SAMPLE])
         for attack in attacks_built:
-            folds, runs = _folds(attack.record), len(SEEDS[budget]) if attack.record.draws else 1
-            questions, steps = attack.work.questions * len(items), folds * attack.work.steps
+            folds, runs = _folds(attack), len(SEEDS[budget]) if attack.record.draws else 1
+            questions = attack.work.questions * len(items) * (0.5 if attack.folds == 1 else 1.0)
+            steps = folds * attack.work.steps
             asked, trained = 2 + invented, 2.0
             if attack.applies is not None:
                 # The original is taken to give it nothing to work on.
@@ -119,9 +120,9 @@ def estimate(
     }  # fmt: skip
 
 
-def _folds(record: AttackRecord) -> int:
-    """Trainings in which every fact is tested once."""
-    return 1 if not record.uses_train else 5 if record.four_fifths else 2
+def _folds(attack: Attack) -> int:
+    """Trainings in which every fact is tested once, or fewer where the attack is made on some folds."""
+    return 1 if not attack.record.uses_train else attack.folds or (5 if attack.record.four_fifths else 2)
 
 
 def _calibrated(subject: Subject, items: tuple[Fact, ...]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from repedit.auditing.attack import RAN, SKIPPED, Attack, Finding
 from repedit.auditing.budgets import UNTRIED, planned, records
 from repedit.auditing.data import AuditData
 from repedit.auditing.floors import CHOICES_ONLY, heuristic_values, spelling_values
-from repedit.auditing.report import RETAIN_CHECK, Recovery, Report, RetainCheck
+from repedit.auditing.report import COMPLETE, INTERRUPTED, RETAIN_CHECK, Recovery, Report, RetainCheck, Verdict
 from repedit.auditing.runner import FRESH, MEMORY, Role
 from repedit.auditing.statistics import Series, Values, cross_fitted, knowledge, recoveries
 from repedit.auditing.store import selftest_failures
@@ -37,7 +37,7 @@ class BootstrapOptions(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class CompletedAudit:
-    """Everything an audit did, before anything is concluded."""
+    """What an audit did so far, before anything is concluded."""
 
     roles: Sequence[Role]
     findings: Findings
@@ -52,7 +52,11 @@ class CompletedAudit:
     edited_layers: tuple[int, ...] | None
     planned: tuple[str, ...]
     command: str
-    seconds: float
+    seconds: float = 0.0
+    until: str = "all"
+    pending: tuple[str, ...] = ()
+    """Attacks that are planned and were not made."""
+    state: str = COMPLETE
 
     @property
     def entities(self) -> dict[str, str]:
@@ -62,8 +66,13 @@ class CompletedAudit:
 
     @property
     def attacks(self) -> tuple[Attack, ...]:
-        """Those made on the edited model."""
-        return self.roles[0].attacks
+        """Those made."""
+        return tuple(attack for attack in self.roles[0].attacks if attack.name not in self.pending)
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """The pending attacks that decide."""
+        return tuple(a.name for a in self.roles[0].attacks if a.name in self.pending and a.record.decides)
 
     @property
     def bootstrap(self) -> BootstrapOptions:
@@ -75,15 +84,25 @@ class CompletedAudit:
         return [f for f in self.findings.get(role, ()) if f.attack == attack]
 
 
-def report_of(audit: CompletedAudit) -> Report:
-    """The report of a audit.
+class Judged(NamedTuple):
+    """The verdict of an audit so far, and what it rests on."""
+
+    verdict: Verdict
+    recoveries: Sequence[Recovery]
+    retain: RetainCheck
+    guesses: Mapping[str, Values]
+    known: float
+
+
+def judged(audit: CompletedAudit) -> Judged:
+    """The verdict by the attacks made so far.
 
     Raises:
         BadReference: if the reference knows the facts.
     """
     guesses = _guesses(audit)
     series = [_series(audit, attack, guesses) for attack in audit.attacks if _asks_facts(audit, attack)]
-    recovered = recoveries(series, audit.entities, **audit.bootstrap)
+    recovered = recoveries(series, audit.entities, pending=len(audit.undecided), **audit.bootstrap)
     direct = next(row for row in series if row.attack == "direct")
     _, known, _ = knowledge(direct, audit.entities, **audit.bootstrap)
     _check_reference(audit, direct)
@@ -91,15 +110,34 @@ def report_of(audit: CompletedAudit) -> Report:
     decision = verdict(
         recovered, retain, known=known, n_test=len(audit.data.tested), budget=audit.budget, seeds=len(audit.seeds),
         recovery_threshold=audit.recovery_threshold, pass_threshold=audit.pass_threshold, alpha=audit.alpha,
-        allow_small=audit.allow_small, not_run=_left_out(audit), unsound=selftest_failures() or "", excused=_excused(audit),
+        allow_small=audit.allow_small, not_run=_left_out(audit), pending=audit.undecided,
+        unsound=selftest_failures() or "", excused=_excused(audit),
     )  # fmt: skip
+    return Judged(decision, recovered, retain, guesses, known)
+
+
+def report_of(audit: CompletedAudit) -> Report:
+    """The report of an audit.
+
+    Raises:
+        BadReference: if the reference knows the facts.
+    """
+    decision, recovered, retain, guesses, known = judged(audit)
     not_counted = {r.attack: r.reason for r in recovered if r.status != RAN}
     return Report(
         verdict=decision, recoveries=tuple(sorted(recovered, key=lambda r: np.inf if np.isnan(r.value) else -r.value)),
-        retain=retain, findings=audit.findings, not_run=not_counted | _left_out(audit) | _untried(audit),
+        retain=retain, findings=audit.findings,
+        not_run=not_counted | _not_made(audit, decision.word) | _left_out(audit) | _untried(audit),
         heuristics={name: float(values.mean()) for name, values in guesses.items()},
         examples=tuple(_examples(audit, recovered)), diagnostics=_diagnostics(audit), context=_context(audit, known),
+        state=audit.state,
     )  # fmt: skip
+
+
+def _not_made(audit: CompletedAudit, word: str) -> dict[str, str]:
+    """The pending attacks, and why they were not made."""
+    reason = f"not needed, since no further attack changes the verdict {word}"
+    return dict.fromkeys(audit.pending, "the audit was interrupted" if audit.state == INTERRUPTED else reason)
 
 
 def _asks_facts(audit: CompletedAudit, attack: Attack) -> bool:
@@ -243,7 +281,7 @@ def _notes(audit: CompletedAudit) -> list[str]:
 def _context(audit: CompletedAudit, known: float) -> dict[str, Any]:
     models = {role.name: role.model for role in audit.roles}
     return {
-        "budget": audit.budget, "attacks": list(audit.planned), "seeds": list(audit.seeds), "n_test": len(audit.data.tested),
+        "budget": audit.budget, "until": audit.until, "attacks": list(audit.planned), "seeds": list(audit.seeds), "n_test": len(audit.data.tested),
         "n_entities": len({entity_of(f) for f in audit.data.tested}), "known": known, "draws": audit.draws,
         "recovery_threshold": audit.recovery_threshold, "pass_threshold": audit.pass_threshold, "alpha": audit.alpha,
         "sites": audit.edited_layers, "notes": _notes(audit),

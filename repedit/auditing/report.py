@@ -17,7 +17,10 @@ from repedit.io.files import is_folder, make_folder, write_text
 from repedit.io.text import parse_json, read_text
 from repedit.outcomes import EXIT_CODES
 
-SCHEMA = 1
+SCHEMA, READABLE = 2, (1, 2)
+"""The version that is written, and those that are read; version 1 knew complete audits only."""
+COMPLETE, ENDED_EARLY, INTERRUPTED = "complete", "ended early", "interrupted"
+STATES = (COMPLETE, ENDED_EARLY, INTERRUPTED)
 RETAIN_CHECK = "retain"
 """The name under which the findings of the retain check are stored."""
 
@@ -134,9 +137,20 @@ class Report:
     """budget, seeds, n_test, recovery_threshold, pass_threshold, alpha, notes, versions, hashes, seconds, ..."""
     gaps: tuple[Gap, ...] = ()
     """Of a classifier: what decides there, in place of recoveries."""
+    state: str = COMPLETE
+    """"complete", "ended early" (no attack left out could change the verdict) or "interrupted" (the verdict is that of the
+    attacks made); only a complete audit says how much all attacks bring back."""
 
     def __repr__(self) -> str:
-        return f"Report({self.verdict.word}: {self.verdict.sentence})"
+        return f"Report({self.title}: {self.verdict.sentence})"
+
+    @property
+    def title(self) -> str:
+        """The word of the verdict; an audit that is not complete says so."""
+        return {
+            ENDED_EARLY: f"{self.verdict.word} (ended early, the verdict being certain)",
+            INTERRUPTED: f"PARTIAL AUDIT, interrupted: {self.verdict.word} so far",
+        }.get(self.state, self.verdict.word)
 
     @property
     def direct(self) -> Recovery:
@@ -150,7 +164,7 @@ class Report:
     def to_json(self) -> str:
         """The text of audit.json: sorted keys, NaN as null."""
         content = {
-            "schema": SCHEMA, "verdict": {**asdict(self.verdict), "exit_code": self.verdict.exit_code},
+            "schema": SCHEMA, "state": self.state, "verdict": {**asdict(self.verdict), "exit_code": self.verdict.exit_code},
             "recoveries": [{**asdict(r), "ratio": r.ratio} for r in self.recoveries], "retain": asdict(self.retain),
             "findings": {role: [finding_json(f) for f in findings] for role, findings in self.findings.items()},
             "not_run": self.not_run, "heuristics": self.heuristics, "examples": self.examples,
@@ -167,15 +181,18 @@ class Report:
         """
         try:
             content = parse_json(text, "the audit", CheckpointError)
-            if content["schema"] != SCHEMA:
-                raise CheckpointError(f"the audit has schema {content['schema']}, this version reads {SCHEMA}")
+            if content["schema"] not in READABLE:
+                raise CheckpointError(f"the audit has schema {content['schema']}, this version reads {READABLE}")
+            state = COMPLETE if content["schema"] == 1 else content["state"]
+            if state not in STATES:
+                raise ValueError(f"state {state!r}")
             verdict = {k: v for k, v in content["verdict"].items() if k != "exit_code"}
             retain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["retain"].items()}
             return cls(
                 Verdict(**verdict), tuple(_recovery(r) for r in content["recoveries"]), RetainCheck(**retain),
                 {role: tuple(finding_of(f) for f in items) for role, items in content["findings"].items()},
                 content["not_run"], content["heuristics"], tuple(content["examples"]), content["diagnostics"], content["context"],
-                tuple(_gap(g) for g in content.get("gaps", ())),
+                tuple(_gap(g) for g in content.get("gaps", ())), state,
             )  # fmt: skip
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"this is not the JSON of an audit: {type(error).__name__} {error}") from error
@@ -203,6 +220,14 @@ class Report:
         except CheckpointError as error:
             reason = str(error).removeprefix(f"{file} ")
             raise CheckpointError(f"{file.absolute()} cannot be read: {reason}; give the --out of an audit") from error
+
+
+class AuditInterrupted(KeyboardInterrupt):
+    """Ctrl-C during an audit. `report` is that of the attacks made so far; None before the facts were simply asked."""
+
+    def __init__(self, report: Report | None) -> None:
+        super().__init__("the audit was interrupted")
+        self.report = report
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:

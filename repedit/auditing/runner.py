@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from tqdm.auto import tqdm
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from repedit.activations.forward import is_out_of_memory
-from repedit.auditing.attack import SKIPPED, Attack, AttackRecord, AttackResult, Finding, merged_folds
+from repedit.auditing.attack import SKIPPED, Attack, AttackResult, Finding, merged_folds
 from repedit.auditing.attacks.unhook import wrapped
 from repedit.auditing.data import AuditData
+from repedit.auditing.progress import Bar, Part
 from repedit.auditing.store import FindingStore, key_of
 from repedit.data import Splits
 from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, during
@@ -143,51 +143,163 @@ class Role:
     """Facts nobody can know, asked of whatever the attacks make of the model."""
 
 
+Findings = dict[str, tuple[Finding, ...]]
+Judge = Callable[[Findings, tuple[str, ...]], tuple[str, bool]]
+"""(findings so far, attacks not made yet) -> (the verdict so far, whether that is enough)."""
+
+
 def run(
-    roles: Sequence[Role], seeds: Sequence[int], store: FindingStore, *, progress: bool | None
-) -> dict[str, tuple[Finding, ...]]:
+    roles: Sequence[Role],
+    seeds: Sequence[int],
+    store: FindingStore,
+    *,
+    progress: bool | None,
+    judge: Judge | None = None,
+) -> Findings:
     """The findings of every role; one an attack and seed, its folds joined.
 
+    The facts simply asked and the checks come first, then each attack in turn on every model. One model is open at a
+    time, and only if something of it is not stored; every second stage takes the models in reverse, so that the last
+    one of a stage stays open.
+
+    Args:
+        judge: called before every stage but the first; the attacks end when it says that this is enough.
     Raises:
         RepeditError: what an attack raised, with model and attack named; nothing failed becomes "no recovery".
     """
-    total = sum(len(tasks) for role in roles for tasks in _tasks(role, seeds))
-    names = [role.name for role in roles] + [FRESH for role in roles if role.invented is not None]
-    findings_by_role: dict[str, list[Finding]] = {name: [] for name in names}
-    with tqdm(total=total, desc="audit", leave=False, disable=None if progress is None else not progress) as bar:
-        for role in roles:
-            with role.model.opened() as subject:
-                for name, finding in _findings(role, subject, seeds, store, bar):
-                    findings_by_role[name].append(finding)
-    return {name: tuple(findings) for name, findings in findings_by_role.items()}
+    stages = _stages(roles, seeds, store)
+    tasks = [task for stage in stages for task in stage.tasks]
+    stored = [(task.part, task.stored.seconds) for task in tasks if task.stored is not None]
+    collected: dict[tuple[str, str], list[Finding]] = {}
+    with _OneModel() as model, Bar([task.part for task in tasks], stored, progress) as bar:
+        for number, stage in enumerate(stages):
+            if judge is not None and number:
+                left = tuple(attack for later in stages[number:] for attack in later.attacks)
+                bar.verdict, enough = judge(_in_order(roles, collected), left)
+                if enough:
+                    break
+            for key, finding in _findings(stage, model, store, bar):
+                collected.setdefault(key, []).append(finding)
+    return _in_order(roles, collected)
 
 
-class _Task(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Task:
     """One attack with one seed on one fold."""
 
+    made_on: Role
     role: str
     """The role whose findings it gives."""
     attack: Attack
     splits: Splits
     fold: int | None
     """None where everything is asked at once."""
+    stored: Finding | None = None
+    """What was found at another time."""
+
+    @cached_property
+    def part(self) -> Part:
+        """The task as the progress bar sees it."""
+        return Part(self.role, self.attack, len(self.splits.test))
+
+    @cached_property
+    def key(self) -> str:
+        """What the finding is stored by."""
+        return key_of(self.attack, self.made_on.model.fingerprint, self.splits)
+
+    @property
+    def name(self) -> str:
+        """The name of the stored finding."""
+        options = hashlib.sha256(repr(sorted(self.attack.options.items(), key=str)).encode()).hexdigest()[:6]
+        fold = "all" if self.fold is None else self.fold
+        return f"{self.attack.name}-{self.role.replace(' ', '-')}-{self.attack.seed}-{fold}-{options}"
+
+
+class _Stage(NamedTuple):
+    """What is made before the next look: one attack on every model, or the facts simply asked and the checks."""
+
+    attacks: tuple[str, ...]
+    tasks: tuple[_Task, ...]
+
+
+class _OneModel:
+    """The model that is attacked; another one is opened only after it is closed, and found unchanged."""
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+        self._role: Role | None = None
+        self._subject: Subject | None = None
+
+    def __enter__(self) -> _OneModel:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def of(self, role: Role) -> Subject:
+        """The model of a role."""
+        if self._subject is None or role is not self._role:
+            self._opened.close()
+            self._role, self._subject = role, self._opened.enter_context(role.model.opened())
+        return self._subject
+
+
+def _stages(roles: Sequence[Role], seeds: Sequence[int], store: FindingStore) -> list[_Stage]:
+    attacks = roles[0].attacks
+    asked = tuple(attack for attack in attacks if attack.name == "direct")
+    stages = []
+    for number, group in enumerate([asked, *((attack,) for attack in attacks if attack not in asked)]):
+        tasks = []
+        for role in roles if number % 2 == 0 else roles[::-1]:
+            tasks += [task for attack in group for task in _tasks(role, attack, seeds)]
+            if number == 0:
+                tasks += [_Task(role, role.name, check.at(seeds[0]), splits, None) for check, splits in role.checks]
+        stages.append(_Stage(tuple(a.name for a in group), tuple(_looked_up(task, store) for task in tasks)))
+    return stages
+
+
+def _tasks(role: Role, attack: Attack, seeds: Sequence[int]) -> Iterator[_Task]:
+    """Of an attack on a model: one a seed and fold; what draws nothing runs with one seed."""
+    record = attack.record
+    for seed in seeds if record.draws else seeds[:1]:
+        seeded = attack.at(seed)
+        for fold, splits in _folds(seeded, role.data, role.invented if record.trains else None):
+            yield _Task(role, role.name, seeded, splits, fold)
+        if role.invented is not None and not record.trains:
+            for fold, splits in _folds(seeded, role.invented, None):
+                yield _Task(role, FRESH, seeded, splits, fold)
+
+
+def _folds(attack: Attack, data: AuditData, also: AuditData | None) -> Iterator[tuple[int | None, Splits]]:
+    """(fold, splits): each fold for an attack that uses T, else everything at once; V of `also` is asked with it."""
+    kind = "fifths" if attack.record.four_fifths else "folds"
+    parts = enumerate(getattr(data, kind)[: attack.folds]) if attack.record.uses_train else [(None, data.whole)]
+    for number, splits in parts:
+        more = () if also is None else (also.whole if number is None else getattr(also, kind)[number]).test
+        yield number, replace(splits, test=(*splits.test, *more))
+
+
+def _looked_up(task: _Task, store: FindingStore) -> _Task:
+    """The task with what is stored of it; a hook has no name, so that nothing is stored of a model with hooks."""
+    if task.made_on.model.hooked:
+        return task
+    return replace(task, stored=store.get(task.name, task.key, sharing=task.made_on.shared))
 
 
 def _findings(
-    role: Role, subject: Subject, seeds: Sequence[int], store: FindingStore, bar: tqdm
-) -> Iterator[tuple[str, Finding]]:
-    """(role, finding): an attack and seed, its folds merged; invented facts are a role of their own."""
-    for tasks in _tasks(role, seeds):
-        folds: dict[tuple[str, int], list[Finding]] = {}
-        for task in tasks:
-            bar.set_postfix_str(f"{task.role}: {task.attack.name}")
-            finding = _stored_or_attacked(role, task, subject, store)
-            for name, items in _items_by_role(task, role.invented):
-                # One training made both; its cost is counted once.
-                part = finding if name == task.role else replace(finding, seconds=0.0, tokens=0)
-                folds.setdefault((name, task.attack.seed), []).append(part.restricted(items))
-            bar.update()
-        yield from ((name, merged_folds(parts)) for (name, _), parts in folds.items())
+    stage: _Stage, model: _OneModel, store: FindingStore, bar: Bar
+) -> Iterator[tuple[tuple[str, str], Finding]]:
+    """((role, attack), finding), folds merged; invented facts are a role of their own."""
+    folds: dict[tuple[str, str, int], list[Finding]] = {}
+    for task in stage.tasks:
+        bar.begin(task.part)
+        finding = task.stored or _attacked_and_stored(task, model.of(task.made_on), store)
+        bar.end(task.part, finding.seconds)
+        for name, items in _items_by_role(task, task.made_on.invented):
+            # One training made both; its cost is counted once.
+            part = finding if name == task.role else replace(finding, seconds=0.0, tokens=0)
+            folds.setdefault((name, task.attack.name, task.attack.seed), []).append(part.restricted(items))
+    yield from (((name, attack), merged_folds(parts)) for (name, attack, _), parts in folds.items())
 
 
 def _items_by_role(task: _Task, invented: AuditData | None) -> list[tuple[str, frozenset[str]]]:
@@ -197,41 +309,21 @@ def _items_by_role(task: _Task, invented: AuditData | None) -> list[tuple[str, f
     return [(task.role, frozenset(asked - fresh)), *([(FRESH, frozenset(fresh))] if fresh else [])]
 
 
-def _tasks(role: Role, seeds: Sequence[int]) -> Iterator[list[_Task]]:
-    """For every attack its tasks, one a seed and fold, then those of the checks; what draws nothing runs with one seed."""
-    for attack in role.attacks:
-        record, tasks = attack.record, []
-        for seed in seeds if record.draws else seeds[:1]:
-            for fold, splits in _folds(record, role.data, role.invented if record.trains else None):
-                tasks.append(_Task(role.name, attack.at(seed), splits, fold))
-            if role.invented is not None and not record.trains:
-                tasks += [_Task(FRESH, attack.at(seed), s, fold) for fold, s in _folds(record, role.invented, None)]
-        yield tasks
-    for check, splits in role.checks:
-        yield [_Task(role.name, check.at(seeds[0]), splits, None)]
+def _in_order(roles: Sequence[Role], collected: Mapping[tuple[str, str], Sequence[Finding]]) -> Findings:
+    """The findings by role, in the order of attacks and checks."""
+    names = [(role, role.name) for role in roles] + [(role, FRESH) for role in roles if role.invented is not None]
+    return {
+        name: tuple(f for a in (*role.attacks, *(c for c, _ in role.checks)) for f in collected.get((name, a.name), ()))
+        for role, name in names
+    }
 
 
-def _folds(record: AttackRecord, data: AuditData, also: AuditData | None) -> Iterator[tuple[int | None, Splits]]:
-    """(fold, splits): each fold for an attack that uses T, else everything at once; V of `also` is asked with it."""
-    kind = "fifths" if record.four_fifths else "folds"
-    for number, splits in enumerate(getattr(data, kind)) if record.uses_train else [(None, data.whole)]:
-        more = () if also is None else (also.whole if number is None else getattr(also, kind)[number]).test
-        yield number, replace(splits, test=(*splits.test, *more))
-
-
-def _stored_or_attacked(role: Role, task: _Task, subject: Subject, store: FindingStore) -> Finding:
-    attack, fold = task.attack, "all" if task.fold is None else task.fold
-    key = key_of(attack, role.model.fingerprint, task.splits)
-    options = hashlib.sha256(repr(sorted(attack.options.items(), key=str)).encode()).hexdigest()[:6]
-    name = f"{attack.name}-{task.role.replace(' ', '-')}-{attack.seed}-{fold}-{options}"
-    stored = None if role.model.hooked else store.get(name, key, sharing=role.shared)
-    if stored is not None:
-        return stored
-    place = f"attacking the {role.name} model"
+def _attacked_and_stored(task: _Task, subject: Subject, store: FindingStore) -> Finding:
+    place = f"attacking the {task.made_on.name} model"
     with during(place, f"while {place}"):
-        finding = _attacked(attack, subject, task.splits)
-    if not role.model.hooked and finding.reason != MEMORY:
-        store.put(name, key, finding, sharing=role.shared)
+        finding = _attacked(task.attack, subject, task.splits)
+    if not task.made_on.model.hooked and finding.reason != MEMORY:
+        store.put(task.name, task.key, finding, sharing=task.made_on.shared)
     return finding
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from math import ceil, log, sqrt
+from math import ceil, inf, log, sqrt
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -173,6 +174,7 @@ def recoveries(
     draws: int = 2000,
     alpha: float = 0.05,
     seed: int = 0,
+    pending: int = 0,
 ) -> list[Recovery]:
     """The recovered fraction of every attack, with its own interval and a bound that holds for all at once.
 
@@ -188,8 +190,19 @@ def recoveries(
     An attack that breaks the original is marked uninformative. It stays outside the bound, as does one that does not
     decide; one that failed to train stays inside, since what it brings back it has shown.
 
+    With `pending` attacks still to come, the bound is one over all planned attacks. Each attack that has not run is
+    counted by the union bound: for k attacks that ran, the factor q is the smallest with
+
+        P(largest deviation of the k > q) + pending * P(deviation of one attack > q) <= alpha / 2,
+
+    where the second probability is the largest of those of the k attacks and that of a normal deviation in the same
+    units. If no pending attack has a heavier tail than that, q is at least the factor after all attacks. The bounds at
+    every stage are then at least as wide as those at the end, so an attack that is above a threshold at any stage is
+    above it at the end, and looking after every attack raises no more false alarms than looking once.
+
     Args:
         entities: item id to entity, fresh facts included.
+        pending: deciding attacks that are planned and have not run; 0 gives the bound over the attacks given.
     Raises:
         ArgumentError: if there are fewer than 200 draws, or too few for alpha.
         FractionError: unless alpha is strictly between 0 and 1.
@@ -201,7 +214,7 @@ def recoveries(
     direct = next((r for one, r in zip(series, fractions, strict=True) if r and one.attack == "direct"), None)
     rows = [_recovery(one, r, direct) for one, r in zip(series, fractions, strict=True)]
     family = [i for i, row in enumerate(rows) if row.decides and row.status in (RAN, FAILED)]
-    bounds = _simultaneous([r for i in family if (r := fractions[i])], sampler.tail)
+    bounds = _simultaneous([r for i in family if (r := fractions[i])], sampler.tail, pending)
     for i, bound in zip(family, bounds, strict=True):
         rows[i] = replace(rows[i], bound=bound)
     return rows
@@ -396,21 +409,52 @@ def _ratio(a: Values, c: Values, b: Values, unknown: float) -> Values:
     return np.divide(a - b, c - b, out=np.full_like(a, unknown), where=c - b > 0)
 
 
-def _simultaneous(family: Sequence[_Fraction], tail: int) -> list[tuple[float, float]]:
-    """The bounds of all attacks at once, in their order."""
-    lower = _widened([r.value for r in family], [r.interval[0] for r in family], [r.low for r in family], tail)
-    upper = _widened([r.value for r in family], [r.interval[1] for r in family], [r.high for r in family], tail)
+def _simultaneous(family: Sequence[_Fraction], tail: int, pending: int) -> list[tuple[float, float]]:
+    """The bounds of all attacks at once, in their order, with as many more to come as are pending."""
+    values = [r.value for r in family]
+    lower = _widened(values, [r.interval[0] for r in family], [r.low for r in family], tail, pending)
+    upper = _widened(values, [r.interval[1] for r in family], [r.high for r in family], tail, pending)
     return list(zip(lower, upper, strict=True))
 
 
-def _widened(values: Sequence[float], ends: Sequence[float], draws: Sequence[Values], tail: int) -> list[float]:
+def _widened(
+    values: Sequence[float], ends: Sequence[float], draws: Sequence[Values], tail: int, pending: int
+) -> list[float]:
     """One side's ends, moved away from their values by the factor that covers the largest deviation."""
     widths = [end - value for value, end in zip(values, ends, strict=True)]
     # An end that lies on its value, or at infinity, gives no unit to measure by; it stays where it is.
     usable = [bool(np.isfinite(width) and width) for width in widths]
     moved = [(d - v) / w for v, d, w, ok in zip(values, draws, widths, usable, strict=True) if ok]
-    factor = float(np.sort(np.max(moved, 0))[-1 - tail]) if moved else 1.0
+    factor = _factor(np.array(moved), tail, pending) if moved else 1.0
     return [v + factor * w if ok else end for v, w, end, ok in zip(values, widths, ends, usable, strict=True)]
+
+
+def _factor(moved: Values, tail: int, pending: int) -> float:
+    """The factor that at most `tail` draws exceed: in the attacks given (attacks x draws), or in one of those pending."""
+    largest, each = np.sort(moved.max(0)), np.sort(moved, 1)
+    count = len(largest)
+    low = float(largest[-1 - tail])
+    if not pending or not np.isfinite(low):
+        return low
+    normal = NormalDist()
+    # In units of its own interval, a normal deviation exceeds 1 in `tail` draws too.
+    unit = normal.inv_cdf(1 - max(tail, 0.5) / count)
+
+    def exceeding(factor: float) -> float:
+        alone = max(count - int(np.searchsorted(row, factor, side="right")) for row in each)
+        beyond = count * (1 - normal.cdf(factor * unit))
+        return float(count - int(np.searchsorted(largest, factor, side="right")) + pending * max(alone, beyond))
+
+    # No finite factor is enough where an attack has draws that give no ratio.
+    high = 2 * max(low, 1.0)
+    while exceeding(high) > tail:
+        if exceeding(float(np.finfo(np.float64).max)) > tail:
+            return inf
+        high *= 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if exceeding(middle) > tail else (low, middle)
+    return high
 
 
 def _recovery(one: Series, fraction: _Fraction | None, direct: _Fraction | None) -> Recovery:

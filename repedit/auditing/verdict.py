@@ -7,7 +7,7 @@ from math import ceil, inf, isfinite, isnan
 from statistics import NormalDist
 from typing import NamedTuple
 
-from repedit.auditing.attack import FAILED, RAN, SKIPPED
+from repedit.auditing.attack import FAILED, QUICK, RAN, SKIPPED
 from repedit.auditing.budgets import record_of, records
 from repedit.auditing.gaps import AUC, FORGET, RELEARNING, RETAIN, ROUNDED, TEST
 from repedit.auditing.report import Gap, Recovery, RetainCheck, Verdict
@@ -18,6 +18,7 @@ from repedit.outcomes import (
     INCONCLUSIVE,
     INVALID,
     NOT_FORGOTTEN,
+    NOT_YET,
     OVER_FORGOTTEN,
     PASS,
     UNSOUND,
@@ -40,6 +41,7 @@ def verdict(
     seeds: int = 1,
     leaks: Sequence[str] = (),
     not_run: Mapping[str, str] | None = None,
+    pending: Sequence[str] = (),
     excused: Collection[str] | None = None,
     unsound: str = "",
     recovery_threshold: float = 0.10,
@@ -53,13 +55,17 @@ def verdict(
     unless that is allowed, or T leaks into V. DESTROYED: what should have been kept is lost. NOT FORGOTTEN: the lower
     end of R for `direct` > recovery_threshold. HIDDEN: the simultaneous lower bound of some attack >
     recovery_threshold. NO RECOVERY FOUND: every simultaneous upper bound < pass_threshold, some attack beside `direct`
-    counts, and every deciding attack of the budget ran and could train. INCONCLUSIVE: anything else.
+    counts, and every deciding attack of the budget ran and could train. NOTHING FOUND YET: the same with the budget
+    "quick", or while attacks are pending. INCONCLUSIVE: anything else.
+
+    With attacks pending, the bounds are those over all planned attacks; see `certain` for what cannot change any more.
 
     Args:
         known: lower end of the interval of C - B of `direct`, as `knowledge` gives it.
         n_test: facts in V.
         leaks: how T gives V away, if it does.
         not_run: deciding attacks of the budget that are not among the recoveries, with the reason.
+        pending: planned attacks that decide and have not run yet.
         excused: attacks that may be skipped, having nothing to work on; None for those whose record says so.
         unsound: the control that failed, empty if none did.
     Raises:
@@ -82,9 +88,26 @@ def verdict(
         or _invalid(evidence, leaks, allow_small)
         or (_word(DESTROYED, "the model is damaged, not edited", damage, evidence) if damage else None)
         or _recovered(evidence)
-        or _passed(evidence, blocked, [r.attack for r in recoveries if r.decides and r.status not in (RAN, FAILED)])
+        or _passed(
+            evidence, blocked, pending, [r.attack for r in recoveries if r.decides and r.status not in (RAN, FAILED)]
+        )
     )
-    return decided or _inconclusive(evidence, blocked)
+    return decided or _inconclusive(evidence, [*blocked, *(f"{name} was not run yet" for name in pending)])
+
+
+def certain(word: str, pending: Sequence[str]) -> bool:
+    """Whether no pending attack can change the verdict.
+
+    The facts simply asked, the retain check and the self-test's record, which are there before any other attack, settle
+    the first four rules: whether the verdict is UNSOUND, INVALID, DESTROYED or NOT FORGOTTEN does not depend on any
+    other attack. HIDDEN is the next rule, so no attack can put another verdict before it; and since the bound
+    over all planned attacks is used at every stage, see `repedit.auditing.statistics.recoveries`, an attack above the
+    threshold stays above it. Any other verdict may become HIDDEN while an attack that decides is pending.
+
+    Args:
+        pending: attacks that decide and have not run.
+    """
+    return not pending or word in (UNSOUND, INVALID, DESTROYED, NOT_FORGOTTEN, HIDDEN)
 
 
 def retain_damage(retain: RetainCheck) -> str:
@@ -248,17 +271,30 @@ def _recovered(evidence: _Evidence) -> Verdict | None:
     )  # fmt: skip
 
 
-def _passed(evidence: _Evidence, blocked: Sequence[str], uncounted: Sequence[str]) -> Verdict | None:
+def _passed(
+    evidence: _Evidence, blocked: Sequence[str], pending: Sequence[str], uncounted: Sequence[str]
+) -> Verdict | None:
+    """No recovery found; or nothing found yet, where a larger budget or the pending attacks may find it."""
     count = sum(r.attack != "direct" for r in evidence.deciding)
     if blocked or not count or not all(r.bound[1] < evidence.pass_threshold for r in evidence.deciding):
         return None
     top = evidence.strongest
     rest = f"; not counted: {', '.join(uncounted)}" if uncounted else ""
-    return _word(
-        PASS, f"no recovery was found by direct questions and {count} other attacks",
-        f"largest simultaneous upper {evidence.level} bound of R, of {top.attack}, {top.bound[1]:.3f} < pass threshold {evidence.pass_threshold}"
-        + rest, evidence,
-    )  # fmt: skip
+    rule = (
+        f"largest simultaneous upper {evidence.level} bound of R, of {top.attack}, {top.bound[1]:.3f} < pass threshold "
+        f"{evidence.pass_threshold}{rest}"
+    )
+    if pending:
+        return _word(
+            NOT_YET, f"nothing was found by direct questions and {count} other attacks, and {len(pending)} are not run yet",
+            rule, evidence, f"the attacks not run yet: {', '.join(pending)}",
+        )  # fmt: skip
+    if evidence.budget == QUICK:
+        return _word(
+            NOT_YET, f"nothing was found by direct questions and {count} other attacks, which are too few for a pass",
+            rule, evidence, "an audit with a larger budget",
+        )  # fmt: skip
+    return _word(PASS, f"no recovery was found by direct questions and {count} other attacks", rule, evidence)
 
 
 def _inconclusive(evidence: _Evidence, blocked: Sequence[str]) -> Verdict:

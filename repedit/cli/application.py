@@ -72,8 +72,9 @@ VERB_EXIT_CODES: Mapping[str, Mapping[int, str]] = {
     "prune": {3: "the limit on what is retained was exceeded at once; nothing is written"},
     "unlearn": {3: "the model collapsed", 4: "a loss was not finite"},
     "audit": {
-        0: "no recovery found", 3: "hidden, or not forgotten", 4: "inconclusive", 5: "invalid, or destroyed",
+        0: "no recovery found", 3: "hidden, or not forgotten", 4: "inconclusive, or nothing found yet", 5: "invalid, or destroyed",
         6: "unsound: a control fails on this machine",
+        INTERRUPTED: "interrupted by Ctrl-C; a report of the attacks made so far is written",
     },
     "run": {3: "or another: the code of the step that failed, or else of the last audit"},
     "reproduce": {1: "an output differs"},
@@ -119,9 +120,9 @@ INEFFECTIVE: Mapping[str, tuple[tuple[str, Callable[[Values], bool], tuple[str, 
     ),
     "apply": (("--structure keep", lambda o: o["structure"] == "keep", ("layout", "multiple")),),
     "audit": (
-        ("--selftest", lambda o: o["selftest"], ("edited", "original", "facts", "retain", "reference", "attacks", "out", "hide_items")),
+        ("--selftest", lambda o: o["selftest"], ("edited", "original", "facts", "retain", "reference", "attacks", "out", "hide_items", "until")),
         ("an audit without --selftest", lambda o: not o["selftest"], ("seed",)),
-        ("--dry-run", lambda o: o["dry_run"], ("hide_items",)),
+        ("--dry-run", lambda o: o["dry_run"], ("hide_items", "until")),
     ),
     "compare": (
         ("--metrics", lambda o: bool(o["metrics"]), ("text", "prompt", "limit_tokens", "batch_size", "out")),

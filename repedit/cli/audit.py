@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,6 +29,12 @@ def audit(
     unrelated: Annotated[str | None, typer.Option(help="Text for harmless fine-tuning; the built-in prose.")] = None,
     holdout: Annotated[str | None, typer.Option(help="Text that no model saw, for membership inference.")] = None,
     budget: Budget = "fast",
+    until: Annotated[
+        Literal["verdict", "all"] | None,
+        typer.Option(
+            help="verdict ends when no further attack can change the verdict; the default with quick and fast, else all."
+        ),
+    ] = None,
     attacks: Annotated[str | None, typer.Option(help="Names of attacks, joined by commas.")] = None,
     sites: Annotated[str | None, typer.Option(help="Where the edit is, if there is no repedit.json.")] = None,
     folds: Annotated[int, typer.Option(help="2 tests every fact once; 1 only those of V.")] = 2,
@@ -58,26 +64,54 @@ def audit(
         return
     from repedit import data
     from repedit.auditing.api import audit as run_audit
+    from repedit.auditing.report import AuditInterrupted
     from repedit.auditing.store import private_folder
-    from repedit.cli import output
     from repedit.io.targets import check_folder
-    from repedit.report import redacted, write
 
     check_folder(out, "findings", "audit.json", read=(str(edited), str(original)))
-    result = run_audit(
+    carried_out = partial(
+        run_audit,
         str(edited), original=str(original), facts=fact_sets, reference=reference, budget=budget, attacks=names,
+        until=until or ("verdict" if budget in ("quick", "fast") else "all"),
         unrelated=None if unrelated is None else data.builtin_corpus(unrelated),
         holdout=None if holdout is None else data.builtin_corpus(holdout), sites=sites, folds=folds,
         seeds=_whole_numbers(seeds), allow_small=allow_small, device=device,
         out=private_folder(out) if hide_items and out is not None else out, save=False, command=_command_line(),
     )  # fmt: skip
+    try:
+        result = carried_out()
+    except AuditInterrupted as error:
+        if error.report is not None:
+            _finish(error.report, out, hide_items, json)
+        _say_how_to_go_on(error.report, out)
+        raise
+    _finish(result, out, hide_items, json)
+    raise typer.Exit(result.verdict.exit_code)
+
+
+def _finish(result: Report, out: Path | None, hide_items: bool, json: bool) -> None:
+    """Write the pages of a report and show it."""
+    from repedit.cli import output
+    from repedit.report import redacted, write
+
     files = [] if out is None else _written(partial(write, result, out, hide_items=hide_items))
     shown = redacted(result) if hide_items else result
     if json:
         output.out.write(shown.to_json())
     else:
         show(shown, files)
-    raise typer.Exit(result.verdict.exit_code)
+
+
+def _say_how_to_go_on(report: Report | None, out: Path | None) -> None:
+    """After Ctrl-C: what was made, and the command that goes on."""
+    from repedit.cli import output
+
+    made = (
+        "before the facts were asked" if report is None else f"after {', '.join(r.attack for r in report.recoveries)}"
+    )
+    command = _command_line() or "the same command"
+    stored = f"; {command} goes on from there" if out is not None else "; with --out it could go on from there"
+    output.err.print(f"The audit was interrupted {made}{stored}.", soft_wrap=True)
 
 
 def report(
@@ -132,7 +166,7 @@ def show(report: Report, files: Sequence[Path]) -> None:
     from repedit.report import tables
 
     verdict = report.verdict
-    for line in (f"{verdict.word}: {verdict.sentence}", f"Rule: {verdict.rule}", verdict.settle):
+    for line in (f"{report.title}: {verdict.sentence}", f"Rule: {verdict.rule}", verdict.settle):
         if line:
             output.out.print(line)
     output.out.print("; ".join(tables.headline(report)))

@@ -44,7 +44,8 @@ Layout = Annotated[
 Multiple = Annotated[int | None, typer.Option(help="New widths are multiples of this; 8 for slim, 1 for slice.")]
 EditOut = Annotated[Path, typer.Option(help="x.safetensors writes the edit, a directory the edited checkpoint.")]
 Budget = Annotated[
-    Literal["fast", "standard", "full"], typer.Option(help="How many attacks, settings and seeds are tried.")
+    Literal["quick", "fast", "standard", "full"],
+    typer.Option(help="How many attacks, settings and seeds are tried; quick never passes."),
 ]
 PageOut = Annotated[Path | None, typer.Option(help="Also write a page without network requests (.html).")]
 DryRun = Annotated[bool, typer.Option(help="Show the plan and write nothing.")]

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from repedit.auditing.attack import RAN, SKIPPED, Finding, Setting
-from repedit.auditing.report import RETAIN_CHECK, Recovery, Report
+from repedit.auditing.report import COMPLETE, RETAIN_CHECK, Recovery, Report
 from repedit.errors import ArgumentError, UnknownSite
 from repedit.plot.canvas import (
     FORGET,
@@ -336,7 +336,7 @@ def recovery_forest(report: Report, *, width: float = 10.0) -> Figure:
 
 def audits_forest(reports: Mapping[str, Report], *, width: float = 10.0) -> Figure:
     """The forest plot of `audits` without its title, as pages show it; see `_forest` for the width."""
-    legend = {series: f"{name}: {report.verdict.word}" for series, (name, report) in enumerate(reports.items())}
+    legend = {series: f"{name}: {report.title}" for series, (name, report) in enumerate(reports.items())}
     return _forest(grouped_forest_rows(reports), legend, thresholds(next(iter(reports.values()))), width)
 
 
@@ -356,7 +356,8 @@ def curves(chart: Curves, x: str) -> Figure:
 def _facts(report: Report) -> list[str]:
     """What a title says of an audit: its budget, the number of facts, and the floor."""
     context = report.context
-    facts = [f"budget {context['budget']}"] if "budget" in context else []
+    facts = [] if report.state == COMPLETE else [f"{report.state}, {len(report.recoveries)} attacks made"]
+    facts += [f"budget {context['budget']}"] if "budget" in context else []
     facts += [f"{context['n_test']:,} facts tested"] if "n_test" in context else []
     floors = sorted({r.floor_name for r in report.recoveries if r.floor_name})
     return facts + ([f"floor: {', '.join(floors)}"] if floors else [])

@@ -50,7 +50,7 @@ def page(report: Report, *, hide_items: bool = False) -> str:
     report = redacted(report) if hide_items else report
     elsewhere = ("notes", "command", "withheld")
     origin = {key: value for key, value in report.context.items() if key not in elsewhere}
-    return render("audit", title=f"{report.verdict.word}: audit", audit=AuditFigures.of(report), origin=origin)
+    return render("audit", title=f"{report.title}: audit", audit=AuditFigures.of(report), origin=origin)
 
 
 def markdown(report: Report, *, hide_items: bool = False) -> str:
@@ -61,7 +61,7 @@ def markdown(report: Report, *, hide_items: bool = False) -> str:
     """
     report = redacted(report) if hide_items else report
     verdict = report.verdict
-    parts = [f"# {for_markdown(verdict.word)}", for_markdown(verdict.sentence), f"Rule: {for_markdown(verdict.rule)}"]
+    parts = [f"# {for_markdown(report.title)}", for_markdown(verdict.sentence), f"Rule: {for_markdown(verdict.rule)}"]
     parts += [f"What would settle it: {for_markdown(verdict.settle)}"] if verdict.settle else []
     parts.append("\n".join(f"- {for_markdown(fact)}" for fact in tables.headline(report)))
     for title, texts in (_gap_sections(report) if report.gaps else _recovery_sections(report)).items():

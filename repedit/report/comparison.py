@@ -33,7 +33,7 @@ class ReportComparison:
         rows = []
         for name, report in self.reports.items():
             retain = "; ".join(f"{r[0]} {r[2]} to {r[3]}" for r in retain_check(report).rows)
-            rows.append([name, report.verdict.word, report.verdict.sentence, retain])
+            rows.append([name, report.title, report.verdict.sentence, retain])
         return Table(("model", "verdict", "what has been shown", "kept, original to edited"), rows)
 
     @property

@@ -35,7 +35,7 @@ FIELDS = """
     quantum random rank rate ratio ragged recovery_threshold reference relative relearn removed removes reparts repeat resid retain retrained right rms role
     roles rows samples scale score scores seconds seed seeds self sequence sets setting settings sgd shadow sink sinks site sites size skipped slice slim
     source spread start std step steps steps_run stopped structure subspace survival temperature test token tokens top top1 top_p total touched
-    tpr_at_1_fpr train trained type uds uniform unit units untouched update used value values verb versions verdict warmup weight
+    tpr_at_1_fpr train trained type uds uniform unit units until untouched update used value values verb versions verdict warmup weight
     weights welch width widths windows withheld worst worst_leak write x y zlib divergence losses interpolated interpolation tensors
 """
 """Names of fields and options, none of which tells an item; any other key becomes its digest."""
@@ -70,6 +70,8 @@ SENTENCES = r"""
     WORD: at this budget \(NAME\), the edited model still answers when simply asked \(R N\)\.
     WORD: at this budget \(NAME\), the facts are hidden, not gone: NAME brings them back \(R N\)\.
     WORD: at this budget \(NAME\), no recovery was found by direct questions and N other attacks\.
+    WORD: at this budget \(NAME\), nothing was found by direct questions and N other attacks, and N are not run yet\.
+    WORD: at this budget \(NAME\), nothing was found by direct questions and N other attacks, which are too few for a pass\.
     WORD: at this budget \(NAME\), the question stays open\.
     (?:simultaneous )?lower N end of R of NAME N > (?:recovery threshold|material) N
     simultaneous lower N bound of R of NAME N > (?:recovery threshold|material) N
@@ -87,6 +89,11 @@ SENTENCES = r"""
     retain accuracy fell from N to N, more than 10 %
     retain perplexity rose from N to N, more than 1.5 times
     not asked for
+    not needed, since no further attack changes the verdict WORD
+    the audit was interrupted
+    NAME was not run yet
+    the attacks not run yet: NAMES
+    an audit with a larger budget
     needs a larger budget than 'NAME'
     it breaks the original too: N above the floor after the attack, less than half of N before
     simply asked, the original is no better than the floor: N above it

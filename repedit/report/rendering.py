@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from repedit.auditing.report import Report
 from repedit.escaping import for_terminal
-from repedit.outcomes import INCONCLUSIVE, PASS
+from repedit.outcomes import INCONCLUSIVE, NOT_YET, PASS
 from repedit.plot.canvas import NEUTRAL, SERIES
 from repedit.report import tables
 
@@ -36,7 +36,7 @@ def _visible(value: object) -> object:
 
 def tone(report: Report) -> str:
     """The style of a verdict: "good", "open" or "bad"."""
-    return {PASS: "good", INCONCLUSIVE: "open"}.get(report.verdict.word, "bad")
+    return {PASS: "good", NOT_YET: "open", INCONCLUSIVE: "open"}.get(report.verdict.word, "bad")
 
 
 ENVIRONMENT = Environment(

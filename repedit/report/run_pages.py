@@ -93,7 +93,7 @@ def _outcome(run: RunReport) -> tuple[str, str, str]:
             "NOT AUDITED", "open",
             "The edit was made and measured as described below; it was not attacked, so nothing shows that anything is gone.",
         )  # fmt: skip
-    words = dict.fromkeys(report.verdict.word for report in run.audits.values())
+    words = dict.fromkeys(report.title for report in run.audits.values())
     worst = max(run.audits.values(), key=lambda report: report.verdict.exit_code)
     return " / ".join(words), tone(worst), worst.verdict.sentence
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 from repedit.auditing.attack import RAN, Finding
-from repedit.auditing.report import RETAIN_CHECK, Recovery, Report
+from repedit.auditing.report import COMPLETE, ENDED_EARLY, INTERRUPTED, RETAIN_CHECK, Recovery, Report
 from repedit.auditing.verdict import retain_damage
 from repedit.metrics.benchmarks import Comparison
 from repedit.plot.reports import (
@@ -32,6 +32,11 @@ MAX_EXAMPLES = 10
 """Examples that are shown."""
 MAX_ROWS = 400
 """Rows of a diagnostic that are shown; audit.json has the rest."""
+INCOMPLETE = {
+    ENDED_EARLY: "ended early: no attack left out could change the verdict; how much all attacks bring back was not measured",
+    INTERRUPTED: "interrupted: the verdict is that of the attacks made so far; how much all attacks bring back was not measured",
+}
+"""What a reader of an audit that is not complete must know, by its state."""
 WITHHELD = "the texts of the facts are withheld"
 _NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[+-]?\d+)?%?|n/a|\[.*\]\*?|")
 
@@ -227,7 +232,8 @@ def memberships(report: Report) -> Table:
 def headline(report: Report) -> list[str]:
     """What a reader must know beside the verdict: budget, facts, seeds, floor, and the notes."""
     context = report.context
-    facts = [f"budget {context['budget']}"] if "budget" in context else []
+    facts = [] if report.state == COMPLETE else [INCOMPLETE[report.state]]
+    facts += [f"budget {context['budget']}"] if "budget" in context else []
     facts += [f"{context['n_test']:,} facts tested"] if "n_test" in context else []
     facts += [f"seeds {', '.join(map(str, context['seeds']))}"] if context.get("seeds") else []
     floors = sorted({r.floor_name for r in report.recoveries if r.floor_name})

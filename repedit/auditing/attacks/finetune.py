@@ -14,7 +14,7 @@ from math import ceil
 from string import ascii_uppercase
 from typing import Any, TypedDict, TypeVar, Unpack
 
-from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Setting, Setup, Work, register, skipped
+from repedit.auditing.attack import QUICK, Attack, AttackRecord, AttackResult, Setting, Setup, Work, register, skipped
 from repedit.auditing.attacks.tuning import (
     HOWS,
     LOSSES,
@@ -38,6 +38,8 @@ from repedit.models.subject import Subject
 
 Item = TypeVar("Item")
 FULL_RATES, LORA_RATES = (1e-5, 5e-5, 2e-4), (1e-4, 5e-4)
+QUICK_RATES = FULL_RATES[1:2]
+"""The only rate of the quick budget: the middle one."""
 _WATCHED = 32
 _RETAIN_FIRST = 0.4
 FACT_TOKENS = 16
@@ -120,7 +122,10 @@ def rtt(
 
 def _rtt(setup: Setup) -> list[Attack]:
     n = setup.steps
-    if setup.budget == "fast":
+    if setup.budget == QUICK:
+        one = rtt(rates=QUICK_RATES, steps=n, measured=(0, n // 2, n), scale=setup.scale)
+        return [replace(one, folds=1)]
+    if setup.small:
         return [rtt(steps=n, measured=(0, n // 2, n), scale=setup.scale)]
     return [
         rtt(
@@ -130,7 +135,7 @@ def _rtt(setup: Setup) -> list[Attack]:
     ]  # fmt: skip
 
 
-RTT = register(AttackRecord("rtt", cost=180, budget="fast", build=_rtt, level="W", uses_train=True, trains=True))
+RTT = register(AttackRecord("rtt", cost=180, budget=QUICK, build=_rtt, level="W", uses_train=True, trains=True))
 
 
 def relearn(
@@ -224,7 +229,7 @@ BENIGN = register(
     AttackRecord(
         "benign", cost=130, budget="fast", level="W", trains=True,
         build=lambda setup: [
-            benign(scale=setup.scale, length=24, measured=(40,)) if setup.budget == "fast" else benign(scale=setup.scale)
+            benign(scale=setup.scale, length=24, measured=(40,)) if setup.small else benign(scale=setup.scale)
         ],
     )
 )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from repedit.auditing.attack import (
+    QUICK,
     Attack,
     AttackRecord,
     AttackResult,
@@ -50,7 +51,7 @@ def direct() -> Attack:
     return Attack(DIRECT, {}, run, Work(1.0))
 
 
-DIRECT = register(AttackRecord("direct", cost=0, budget="fast", build=lambda setup: [direct()], draws=False))
+DIRECT = register(AttackRecord("direct", cost=0, budget=QUICK, build=lambda setup: [direct()], draws=False))
 
 
 def paraphrase() -> Attack:
@@ -75,7 +76,7 @@ def paraphrase() -> Attack:
 
 
 PARAPHRASE = register(
-    AttackRecord("paraphrase", cost=20, budget="fast", build=lambda setup: [paraphrase()], draws=False)
+    AttackRecord("paraphrase", cost=20, budget=QUICK, build=lambda setup: [paraphrase()], draws=False)
 )
 
 
@@ -161,7 +162,7 @@ def in_context(*, counts: Sequence[int] = (4, 8), seed: int = 0) -> Attack:
 
 
 IN_CONTEXT = register(
-    AttackRecord("in_context", cost=60, budget="fast", build=lambda setup: [in_context()], uses_train=True)
+    AttackRecord("in_context", cost=60, budget=QUICK, build=lambda setup: [in_context()], uses_train=True)
 )
 
 
@@ -282,7 +283,7 @@ def reformat(*, templates: Sequence[str] | None = None, seed: int = 0) -> Attack
 FORMAT = register(
     AttackRecord(
         "format", cost=30, budget="fast",
-        build=lambda setup: [reformat(templates=_SHORT_FORMS if setup.budget == "fast" else None)],
+        build=lambda setup: [reformat(templates=_SHORT_FORMS if setup.small else None)],
     )
 )  # fmt: skip
 

@@ -78,7 +78,7 @@ REFILL = register(
     AttackRecord(
         "refill", cost=140, budget="fast", level="W", uses_train=True, trains=True, may_skip=True,
         build=lambda setup: [
-            refill(scale=setup.scale, measured=(0, 20, 40) if setup.budget == "fast" else (0, 5, 10, 20, 40))
+            refill(scale=setup.scale, measured=(0, 20, 40) if setup.small else (0, 5, 10, 20, 40))
         ],
     )
 )  # fmt: skip

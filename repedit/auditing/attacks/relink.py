@@ -75,7 +75,7 @@ def relink(
 
 def _relink(setup: Setup) -> list[Attack]:
     steps = setup.steps * 3 // 2
-    if setup.budget == "fast":
+    if setup.small:
         return [relink(rates=RATES[-1:], steps=steps, measured=(steps,), scale=setup.scale)]
     return [relink(steps=steps, measured=(steps // 4, steps // 2, steps), scale=setup.scale)]
 

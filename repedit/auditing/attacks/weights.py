@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from repedit.activations.forward import batches, inputs_of, loss_of
-from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Scratch, Setup, Work, ask, register, skipped
+from repedit.auditing.attack import (
+    QUICK,
+    Attack,
+    AttackRecord,
+    AttackResult,
+    Scratch,
+    Setup,
+    Work,
+    ask,
+    register,
+    skipped,
+)
 from repedit.data import Fact, Rows, Splits
 from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite
 from repedit.hooks import evaluating
@@ -68,12 +79,12 @@ def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Atta
 
 
 def _schemes(setup: Setup) -> tuple[str, ...]:
-    return ("int8", "int4", "nf4", "fp4", *(() if setup.budget == "fast" else ("int3", *installed_schemes())))
+    return ("int8", "int4", "nf4", "fp4", *(() if setup.small else ("int3", *installed_schemes())))
 
 
 QUANTIZE = register(
     AttackRecord(
-        "quantize", cost=80, budget="fast", build=lambda setup: [quantize(schemes=_schemes(setup))], level="W",
+        "quantize", cost=80, budget=QUICK, build=lambda setup: [quantize(schemes=_schemes(setup))], level="W",
         draws=False,
     )
 )  # fmt: skip
