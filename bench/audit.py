@@ -2,14 +2,17 @@
 
 `python -m bench.audit --part controls --seeds 0,1,2` runs every control of the self-test at each seed;
 `--part never --seeds 0,...,9` runs the one that was never taught the facts. `--part projected` exports an edit that
-`bench.mrp` saved, `--part pruned` makes and exports one; the checkpoint is audited with the fast budget. Each writes
-bench/results/audit-PART.json.
+`bench.mrp` saved, `--part pruned` makes and exports one; the checkpoint is audited with the fast budget. `--part times
+--edit CHECKPOINT` takes the minutes to a verdict on the capitals: the first time, with the findings of the original
+stored, and with the quick budget. Each writes bench/results/audit-PART.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,6 +25,7 @@ import repedit as rp
 from bench.record import record
 from repedit.auditing.selftest import selftest
 from repedit.data.generated import PYTHON, cloze
+from repedit.models.default_model import fetch
 
 CONTROLS = {"controls": None, "never": ("NC1",), "also": ("NC2a", "NC2b", "NC2c", "PC8")}
 
@@ -61,6 +65,23 @@ def pruned(folder: Path, attacks: Sequence[str] | None) -> list[dict[str, Any]]:
     return [_audited("pruned", target, facts, folder, retain=cloze(prose, 96, characters=48), attacks=attacks)]
 
 
+def times(target: Path, folder: Path) -> list[dict[str, Any]]:
+    """Minutes to a verdict on a checkpoint: nothing stored, then the findings of the original stored, then the quick budget
+    with nothing stored and with the original's.
+    """
+    original, facts = fetch("smollm2-135m"), rp.data.facts("capitals")
+    rows = []
+    for budget in ("fast", "quick"):
+        with tempfile.TemporaryDirectory(dir=folder) as cache:
+            os.environ["REPEDIT_CACHE"] = cache
+            for name in ("first", "original stored"):
+                row = _audited(
+                    f"{budget}, {name}", target, facts, Path(cache), original=original, budget=budget, until="verdict"
+                )
+                rows.append({key: value for key, value in row.items() if key != "retain"})
+    return rows
+
+
 def _exported(edit: rp.Edit, target: Path) -> Path:
     if not target.exists():
         rp.export(edit, source=rp.load("smollm2-135m"), target=target)
@@ -69,11 +90,11 @@ def _exported(edit: rp.Edit, target: Path) -> Path:
 
 def _audited(name: str, target: Path, facts: Any, folder: Path, **options: Any) -> dict[str, Any]:
     out, start, busy = folder / f"{target.name}-{name}", time.time(), time.process_time()
-    report = rp.audit(target, original="smollm2-135m", facts=facts, out=out, progress=False, **options)
+    report = rp.audit(target, **{"original": "smollm2-135m", "facts": facts, "out": out, "progress": False} | options)
     row = {
         "name": name, "minutes": (time.time() - start) / 60, "core_minutes": (time.process_time() - busy) / 60,
         "minutes_of_attacks": _attacking(report), "threads": torch.get_num_threads(), "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "verdict": report.verdict.word, "sentence": report.verdict.sentence,
+        "state": report.state, "verdict": report.verdict.word, "sentence": report.verdict.sentence,
     }  # fmt: skip
     rp.report.write(report, out)
     print(row, flush=True)
@@ -88,7 +109,7 @@ def _attacking(report: rp.Report) -> dict[str, float]:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=[*CONTROLS, "projected", "pruned"], required=True)
+    parser.add_argument("--part", choices=[*CONTROLS, "projected", "pruned", "times"], required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--edit", type=Path, default=Path(".cache/bench-mrp/capitals-0.safetensors"))
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench-audit"))
@@ -98,6 +119,9 @@ def main() -> None:
     chosen = None if options.attacks is None else options.attacks.split(",")
     if options.part == "projected":
         rows = projected(options.edit, options.folder, options.times, chosen)
+    elif options.part == "times":
+        options.folder.mkdir(parents=True, exist_ok=True)
+        rows = times(options.edit, options.folder)
     elif options.part == "pruned":
         rows = pruned(options.folder, chosen)
     else:
