@@ -67,7 +67,8 @@ def everywhere() -> list[tuple[str, Report]]:
             for role in held
         }
         word = replace(one.verdict, word=whole.verdict.word)
-        found.append((f"keys {keys}", replace(one, findings=named, recoveries=recoveries, verdict=word)))
+        same = {"verdict": word, "state": whole.state}
+        found.append((f"keys {keys}", replace(one, findings=named, recoveries=recoveries, **same)))
     return found
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from repedit.auditing.attack import QUICK, Attack, Setup
+from repedit.auditing.attack import Attack, Setup
 from repedit.auditing.budgets import INVENTED_FACTS, RETAIN_FACTS, SEEDS, built, planned, records
 from repedit.auditing.conclusion import CompletedAudit, judged, report_of
 from repedit.auditing.data import AuditData, DataOptions, audit_data
@@ -111,16 +111,13 @@ def audit(
         TargetExists, CheckpointError: if `out` holds something else, or cannot be written.
     """
     start = time.perf_counter()
-    check_folder(
-        out, "findings", "audit.json", read=tuple(s for s in (edited, original, reference) if isinstance(s, str | Path))
-    )
+    read = tuple(source for source in (edited, original, reference) if isinstance(source, str | Path))
+    check_folder(out, "findings", "audit.json", read=read)
     check_thresholds(recovery_threshold, pass_threshold, alpha)
     names = planned(budget, attacks)
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
-    _check_numbers(steps, draws, scale_lrs, chosen)
     check_draws(draws, alpha)
-    if until not in UNTIL:
-        raise UnknownName(f"until={until!r}; {nearest(until, UNTIL)}")
+    _check_options(steps, draws, scale_lrs, chosen, until)
     sources: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
     models = {role: Audited(role, source, device) for role, source in sources.items() if source is not None}
     _check_models(models)
@@ -137,22 +134,21 @@ def audit(
             recovery_threshold=recovery_threshold, pass_threshold=pass_threshold, allow_small=allow_small,
             edited_layers=edited_layers, planned=names, command=command, until=until,
         )  # fmt: skip
-        folder = Path(out) if out is not None else None
-        completed = _carried_out(begun, FindingStore(folder), progress, start, folder if save else None)
-    small = budget in (QUICK, "fast")
-    report = with_examples_and_diagnostics(report_of(completed), models, () if small else data.tested)
+        completed = _carried_out(begun, None if out is None else Path(out), save, progress, start)
+    diagnosed = () if setup.small else data.tested
+    report = with_examples_and_diagnostics(report_of(completed), models, diagnosed)
     if out is not None and save:
         report.save(out)
     return report
 
 
 def _carried_out(
-    begun: CompletedAudit, store: FindingStore, progress: bool | None, start: float, folder: Path | None
+    begun: CompletedAudit, out: Path | None, save: bool, progress: bool | None, start: float
 ) -> CompletedAudit:
-    """The audit with its findings.
+    """The audit with its findings, which are stored in `out`.
 
     Raises:
-        AuditInterrupted: on Ctrl-C; the report of the attacks made so far is written into the folder, if there is one.
+        AuditInterrupted: on Ctrl-C; the report of the attacks made so far is written as well if it is to be saved.
     """
     shown = sys.stderr.isatty() if progress is None else progress
     so_far = begun
@@ -169,18 +165,20 @@ def _carried_out(
         return word, True
 
     try:
-        findings = run(begun.roles, begun.seeds, store, progress=shown, judge=judge)
+        findings = run(begun.roles, begun.seeds, FindingStore(out), progress=shown, judge=judge)
     except KeyboardInterrupt as error:
         report = report_of(replace(so_far, state=INTERRUPTED)) if so_far.findings else None
-        if report is not None and folder is not None:
-            report.save(folder)
+        if report is not None and out is not None and save:
+            report.save(out)
         raise AuditInterrupted(report) from error
     if so_far.state == ENDED_EARLY:
         return so_far
     return replace(begun, findings=findings, seconds=time.perf_counter() - start)
 
 
-def _check_numbers(steps: int, draws: int, scale_lrs: float, chosen: Sequence[int]) -> None:
+def _check_options(steps: int, draws: int, scale_lrs: float, chosen: Sequence[int], until: str) -> None:
+    if until not in UNTIL:
+        raise UnknownName(f"until={until!r}; {nearest(until, UNTIL)}")
     check_whole(draws=draws)
     check_positive(scale_lrs=scale_lrs)
     if not is_whole(steps, 8):

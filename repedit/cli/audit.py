@@ -64,7 +64,6 @@ def audit(
         return
     from repedit import data
     from repedit.auditing.api import audit as run_audit
-    from repedit.auditing.report import AuditInterrupted
     from repedit.auditing.store import private_folder
     from repedit.io.targets import check_folder
 
@@ -78,8 +77,15 @@ def audit(
         seeds=_whole_numbers(seeds), allow_small=allow_small, device=device,
         out=private_folder(out) if hide_items and out is not None else out, save=False, command=_command_line(),
     )  # fmt: skip
+    _carry_out(carried_out, out, hide_items, json)
+
+
+def _carry_out(audited: Callable[[], Report], out: Path | None, hide_items: bool, json: bool) -> None:
+    """Audit, write and show the report, and exit with its code; after Ctrl-C with what is known and how to go on."""
+    from repedit.auditing.report import AuditInterrupted
+
     try:
-        result = carried_out()
+        result = audited()
     except AuditInterrupted as error:
         if error.report is not None:
             _finish(error.report, out, hide_items, json)
