@@ -148,7 +148,7 @@ PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
 }
 
 
-# --- Floors: what a model gets right that cannot know
+# --- The original alone: what a model gets right that cannot know, and where capitals enter
 
 
 def mentioned(name: str, text: str) -> re.Match[str] | None:
@@ -169,7 +169,7 @@ def named_anew(facts: Sequence[Fact], names_: Mapping[str, str]) -> tuple[Fact, 
 
 def choices_alone(rows: Rows, lm: Subject, seed: int) -> Row:
     """What the choices give away without a question, and how many sentences of the prose that edits retain state a capital."""
-    texts = [Fact(str(number), "", text, "x") for number, text in enumerate(sentences())]
+    texts = [Fact(prompt=text, answer="x", id=str(number)) for number, text in enumerate(sentences())]
     return {"V": choices_only(lm, rows.capitals).accuracy, "prose states": len(leaks(texts, rows.capitals))}
 
 
@@ -177,8 +177,9 @@ def invented_names(steps: int) -> Callable[[Rows, Subject, int], Row]:
     """Relinking of countries with invented names: what the languages and the choices give away."""
 
     def part(rows: Rows, lm: Subject, seed: int) -> Row:
-        fresh = fresh_facts(rows.capitals, len(rows.capitals), seed)
-        names_ = {entity_of(fact): new.entity for fact, new in zip(rows.capitals, fresh, strict=True)}
+        known = list(dict.fromkeys(entity_of(fact) for fact in (*rows.capitals, *rows.languages)))
+        fresh = fresh_facts(rows.capitals, len(known), seed)
+        names_ = {entity: new.entity for entity, new in zip(known, fresh, strict=True)}
         capitals, languages = named_anew(rows.capitals, names_), named_anew(rows.languages, names_)
         before = share(rows.asked(lm, capitals))
         student = relearn(lm, seen(languages), rate=RELINK_RATE, steps=steps, seed=seed)
@@ -187,7 +188,14 @@ def invented_names(steps: int) -> Callable[[Rows, Subject, int], Row]:
     return part
 
 
-FLOORS = {
+def located(rows: Rows, lm: Subject, seed: int) -> Row:
+    """Capitals with the MLP outputs of some layers at the last token of the country replaced by their mean."""
+    found = rp.locate(lm, rows.capitals, layers="0-11,2-11,0-1", positions=("subject_last",), points=("mlp.out",))
+    return {row.layers: row.accuracy["facts"] for row in found.rows}
+
+
+ORIGINAL = {
+    "locate": located,
     "choices": choices_alone,
     "invented": invented_names(RELINK_STEPS),
     "invented-long": invented_names(2 * RELINK_STEPS),
@@ -210,16 +218,22 @@ def main() -> None:
     parser.add_argument("--parts", default="direct,domains,relearn,relink", help="Comma-separated, see --list.")
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench-removal"), help="Where edits are kept.")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--table", action="store_true", help="Print the table of everything measured.")
+    parser.add_argument(
+        "--table", action="store_true", help="Print the table of everything measured, and write it to docs/removal.md."
+    )
     parser.add_argument("--figure", action="store_true", help="Draw figures/removal.png.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.list:
-        print("edits:", *EDITS, "\nparts:", *PARTS, "\nof the original alone:", *FLOORS)
+        print("edits:", *EDITS, "\nparts:", *PARTS, "\nof the original alone:", *ORIGINAL)
     elif options.table or options.figure:
         from bench import removal_table
 
-        print(removal_table.table()) if options.table else removal_table.figure()
+        if options.figure:
+            removal_table.figure()
+        if options.table:
+            removal_table.PAGE.write_text(removal_table.page(removal_table.PAGE.read_text()))
+            print(removal_table.table())
     else:
         measure(options.edit, options.seed, options.parts.split(","), options.folder)
 
@@ -232,7 +246,7 @@ def measure(edit: str, seed: int, parts: Sequence[str], folder: Path) -> None:
     for name in parts:
         if name not in row:
             start, busy = time.time(), time.process_time()
-            row[name] = (PARTS | FLOORS)[name](rows, lm, seed) | {"core seconds": round(time.process_time() - busy)}
+            row[name] = (PARTS | ORIGINAL)[name](rows, lm, seed) | {"core seconds": round(time.process_time() - busy)}
             brief = {key: round(v, 3) if isinstance(v, float) else v for key, v in row[name].items() if key != "right"}
             print(edit, seed, name, brief, f"{time.time() - start:.0f} s", flush=True)
             keep(row, edit, seed)

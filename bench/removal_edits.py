@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FORGET = "capitals"
 REGRESSION: Mapping[str, Any] = {"steps": 550, "lr": 1e-3, "beta": 3.0, "vocabulary": 8192}
-SOLVED: Mapping[str, Any] = REGRESSION | {"steps": 200, "rows": 384, "retain_rows": 1152, "solved": 2}
+SOLVED: Mapping[str, Any] = REGRESSION | {"steps": 150, "rows": 384, "retain_rows": 1152, "solved": 2, "lr": 2e-3}
 Made = tuple[Subject, dict[str, Any]]
 
 

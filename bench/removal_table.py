@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from bench.mrp_report import shown
 from bench.record import RESULTS
 
 FIGURE = Path(__file__).parents[1] / "figures" / "removal.png"
+PAGE = Path(__file__).parents[1] / "docs" / "removal.md"
+START, END = "<!-- table: python -m bench.removal --table -->", "<!-- end of table -->"
 OTHERS = ("symbols", "opposites", "past_tenses", "cities", "us_cities", "nouns")
 """Domains about other subjects; languages are about the same countries."""
 TOLD = {
     "original": "original", "MRP": "trained projection (`rp.mrp`)", "gradient difference": "gradient difference",
     "exchange": "exchange, regression", "linear-mean": "mean, closed form", "solved-exchange": "exchange, solved from zero",
-    "solved-mean": "mean, solved from zero",
+    "solved-mean": "mean, solved from zero", "blur_npo": "BLUR-NPO", "npo_gdr": "NPO + GD", "npo_klr": "NPO + KL",
 }  # fmt: skip
 """What rows are called in the table."""
 RETRAINED = {"relearn-slow": "2e-5", "relearn": "1e-4", "relearn-slow-swapped": "2e-5", "relearn-swapped": "1e-4"}
@@ -53,16 +55,17 @@ class Setting:
 
 def settings() -> list[Setting]:
     """Every row measured, those of bench.mrp first, each with its R."""
-    found = [*_of_mrp(), *_of_removal()]
+    found = [*_of_mrp(), *_of_removal(), *_of_unlearn()]
     originals = {}
     for setting in found:
         if setting.edit == "original":
             originals |= dict(setting.parts)
-    return [Setting(s.edit, s.seed, s.parts, s.source, _recoveries(s, originals)) for s in found]
+    return [replace(s, recovery=s.recovery or _recoveries(s, originals)) for s in found]
 
 
 def _of_removal() -> Iterator[Setting]:
-    for path in sorted(RESULTS.glob("removal-*.json")):
+    paths = sorted(RESULTS.glob("removal-*.json"))
+    for path in sorted(paths, key=lambda path: not path.name.startswith("removal-original-")):
         row = json.loads(path.read_text())["rows"][0]
         yield Setting(row["edit"], row["seed"], {k: v for k, v in row.items() if isinstance(v, dict)}, "bench.removal")
 
@@ -91,6 +94,21 @@ def _of_mrp() -> Iterator[Setting]:
         if "core_minutes" in made[name]:
             parts["made"] = {"core minutes": made[name]["core_minutes"]}
         yield Setting(name, 0, parts, "bench.mrp")
+
+
+def _of_unlearn() -> Iterator[Setting]:
+    """The recipes of bench.unlearn, whose R is that of the audit's retraining: T taught at three rates, both folds."""
+    for path in sorted(RESULTS.glob("unlearn-smollm2-*.json")):
+        row = json.loads(path.read_text())["rows"][0]
+        after = row["after"]
+        parts = {
+            "direct": {"trained": after["forget"]["phrasing 0"], "unseen": after["forget"]["phrasing 3"]},
+            "domains": after["retain"], "made": {"core minutes": row["core_minutes"]},
+        }  # fmt: skip
+        back = {r["attack"]: (r["value"], r["bound"][1]) for r in row.get("audit", {}).get("recoveries", ())}
+        yield Setting(
+            row["name"], row["seed"], parts, "bench.unlearn", {"audit rtt": back["rtt"]} if "rtt" in back else {}
+        )
 
 
 # --- R
@@ -129,7 +147,7 @@ def recovery(edited: float, original: float, floor: float, count: int) -> tuple[
 def table() -> str:
     """A Markdown table, a line for each setting."""
     head = (
-        "edit", "seed", "direct", "unseen wording", "V after retraining on T (2e-5, 1e-4)", "T", "relinking: all (taught, others)",
+        "edit", "seed", "direct", "unseen wording", "V after retraining on T (2e-5, 1e-4)", "T", "relinking: all (taught, others)", "R of relinking: all (taught, others)",
         "R, worst attack (bound)", "other subjects, worst kept", "languages kept", "perplexity", "core minutes",
     )  # fmt: skip
     found = settings()
@@ -138,22 +156,47 @@ def table() -> str:
     merged: dict[tuple[str, int], Setting] = {}
     for s in found:
         known = merged.get((s.edit, s.seed))
-        parts = {**(known.parts if known else {}), **s.parts}
-        merged[s.edit, s.seed] = Setting(s.edit, s.seed, parts, s.source, s.recovery)
-    return "\n".join(lines + [f"| {' | '.join(_cells(s, before))} |" for s in merged.values()])
+        merged[s.edit, s.seed] = replace(s, parts={**(known.parts if known else {}), **s.parts})
+    reference = merged["original", 0].parts
+    return "\n".join(
+        [*lines, f"| {' | '.join(_floor(reference, len(head)))} |"]
+        + [f"| {' | '.join(_cells(s, before, reference))} |" for s in merged.values()]
+    )
 
 
-def _cells(s: Setting, before: Mapping[str, float]) -> list[str]:
+def _floor(original: Mapping[str, Mapping[str, Any]], columns: int) -> list[str]:
+    """What a model gets right that knows no capital."""
+    alone, invented = original.get("choices"), original.get("invented")
+    plain = "-" if alone is None else shown([alone["V"]])
+    cells = ["floor", "0", plain, plain, f"{plain}, {plain}", "-", _relinked(invented), "0"]
+    return cells + ["-"] * (columns - len(cells))
+
+
+def _relinked(part: Mapping[str, Any] | None) -> str:
+    return "-" if part is None else f"{shown([part['all']])} ({shown([part['taught']])}, {shown([part['others']])})"
+
+
+def page(text: str) -> str:
+    """The page with the table in its place."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+def _cells(s: Setting, before: Mapping[str, float], original: Mapping[str, Mapping[str, Any]]) -> list[str]:
     def value(part: str, key: str) -> str:
         return shown([s.parts[part][key]]) if part in s.parts and key in s.parts[part] else "-"
 
-    relink = s.parts.get("relink")
+    relink, ends = s.parts.get("relink"), [original.get(name) for name in ("relink", "invented")]
+    back = None
+    if relink is not None and ends[0] is not None and ends[1] is not None:
+        high, low = ends
+        back = {key: (relink[key] - low[key]) / (high[key] - low[key]) for key in ("all", "taught", "others")}
     kept = worst_kept(s, before)
     worst = s.worst
     return [
         TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"),
         f"{value('relearn-slow', 'V')}, {value('relearn', 'V')}", f"{value('relearn-slow', 'T')}, {value('relearn', 'T')}",
-        "-" if relink is None else f"{shown([relink['all']])} ({shown([relink['taught']])}, {shown([relink['others']])})",
+        _relinked(relink), _relinked(back),
         "-" if worst is None else f"{shown([worst[1]])} ({shown([worst[2]])}), {worst[0]}",
         "-" if kept is None else f"{shown([kept[1]])} ({kept[0]})",
         "-" if kept is None else shown([s.parts["domains"]["languages"] / before["languages"]]),
@@ -184,7 +227,7 @@ def figure() -> None:
     axes = sheet.subplots()
     for number, s in enumerate([s for s in found if s.worst is not None and worst_kept(s, before) is not None]):
         (attack, r, bound), (_, kept) = s.worst, worst_kept(s, before)  # type: ignore[misc]
-        label = f"{TOLD.get(s.edit, s.edit)} (worst: {attack})"
+        label = f"{TOLD.get(s.edit, s.edit).replace(chr(96), str())} (worst: {attack})"
         colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
         axes.errorbar(kept, r, yerr=[[0], [max(bound - r, 0)]], fmt=marker, color=colour, label=label, capsize=3)
     axes.axhline(1, color=NEUTRAL, lw=0.8, ls=":")
@@ -192,7 +235,7 @@ def figure() -> None:
     axes.axvline(0.9, color=NEUTRAL, lw=0.8, ls="--")
     axes.set_xlabel("accuracy kept on the worst domain about other subjects")
     axes.set_ylabel("R of the worst attack run")
-    facts = ["SmolLM2-135M, 151 capitals, one seed; bars end at the 97.5 % bound; 0 is the floor, 1 the original"]
+    facts = ["SmolLM2-135M, 151 capitals, one seed", "0: floor, 1: original", "bars: up to the 97.5 % bound"]
     sheet.finish("What training brings back, and what else is lost", facts, legend=axes)
     FIGURE.parent.mkdir(exist_ok=True)
     sheet.savefig(FIGURE, dpi=110, metadata={"Description": "python -m bench.removal --figure"})

@@ -138,6 +138,12 @@ def test_invented_names_take_the_place_of_every_mention():
     assert [fact.choices for fact in renamed] == [fact.choices for fact in facts]
 
 
+def test_the_page_on_removal_shows_what_the_result_files_say():
+    text = removal_table.PAGE.read_text(encoding="utf-8")
+    assert removal_table.page(text) == text, "run python -m bench.removal --table"
+    assert removal_table.page(text.replace("| 0.", "| 0.9", 1)) == text
+
+
 def test_recovery_is_zero_at_the_floor_and_one_at_the_original():
     assert removal_table.recovery(0.2, 0.8, 0.2, 75)[0] == 0 and removal_table.recovery(0.8, 0.8, 0.2, 75)[0] == 1
     r, bound = removal_table.recovery(0.5, 0.8, 0.2, 75)
