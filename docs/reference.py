@@ -71,6 +71,8 @@ def links() -> dict[str, str]:
     """What docstrings and pages call a thing -> its anchor; names of the first page and errors go without `rp.` too."""
     found = {}
     for module in namespaces():
+        if module is not rp:
+            found[shown(module)] = shown(module).replace(".", "")  # the anchor of the heading of its page
         for name in public(module):
             found[f"{shown(module)}.{name}"] = entry(module, name).path
             if module.__name__ in ("repedit", "repedit.errors") and not name[0].islower():

@@ -74,6 +74,7 @@ def test_a_public_name_or_verb_without_an_entry_is_caught(line):
         ("a list [x][y] with x < y", r"a list \[x\]\[y\] with x &lt; y"),
         ("cov(x, z) of `z*g*h` and z_j", "cov(x, z) of `z*g*h` and z_j"),
         ("as rp.prune does", "as [`rp.prune`][repedit.neurons.selection.prune] does"),
+        ("see rp.metrics.tofu", "see [`rp.metrics.tofu`][rpmetricstofu]"),
         ("`NotFoldable`, or `nothing`", "[`NotFoldable`][repedit.errors.NotFoldable], or `nothing`"),
     ],
 )
