@@ -65,13 +65,11 @@ def pruned(folder: Path, attacks: Sequence[str] | None) -> list[dict[str, Any]]:
     return [_audited("pruned", target, facts, folder, retain=cloze(prose, 96, characters=48), attacks=attacks)]
 
 
-def times(target: Path, folder: Path) -> list[dict[str, Any]]:
-    """Minutes to a verdict on a checkpoint: nothing stored, then the findings of the original stored, then the quick budget
-    with nothing stored and with the original's.
-    """
+def times(target: Path, folder: Path, budgets: Sequence[str]) -> list[dict[str, Any]]:
+    """Minutes to a verdict on a checkpoint, for each budget with nothing stored and with the original's findings stored."""
     original, facts = fetch("smollm2-135m"), rp.data.facts("capitals")
     rows = []
-    for budget in ("fast", "quick"):
+    for budget in budgets:
         with tempfile.TemporaryDirectory(dir=folder) as cache:
             os.environ["REPEDIT_CACHE"] = cache
             for name in ("first", "original stored"):
@@ -114,6 +112,7 @@ def main() -> None:
     parser.add_argument("--edit", type=Path, default=Path(".cache/bench-mrp/capitals-0.safetensors"))
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench-audit"))
     parser.add_argument("--times", type=int, default=2, help="Part projected: 1 leaves out the audit with a cache.")
+    parser.add_argument("--budgets", default="fast,quick", help="Part times: these budgets, joined by commas.")
     parser.add_argument("--attacks", help="These, joined by commas, in place of the fast budget's.")
     options = parser.parse_args()
     chosen = None if options.attacks is None else options.attacks.split(",")
@@ -121,7 +120,7 @@ def main() -> None:
         rows = projected(options.edit, options.folder, options.times, chosen)
     elif options.part == "times":
         options.folder.mkdir(parents=True, exist_ok=True)
-        rows = times(options.edit, options.folder)
+        rows = times(options.edit, options.folder, options.budgets.split(","))
     elif options.part == "pruned":
         rows = pruned(options.folder, chosen)
     else:

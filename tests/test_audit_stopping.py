@@ -189,6 +189,8 @@ def test_the_quick_budget_asks_and_retrains_once():
     (quick,), (fast,) = (built(["rtt"], Setup(budget)) for budget in ("quick", "fast"))
     assert (len(quick.options["rates"]), quick.folds) == (1, 1) and quick.options["steps"] == fast.options["steps"]
     assert fast.folds is None
+    rounded = [built(["quantize"], Setup(budget))[0].options["schemes"] for budget in ("quick", "fast")]
+    assert set(rounded[0]) < set(rounded[1])
 
 
 def test_a_quick_audit_retrains_on_one_half_and_never_passes():

@@ -22,7 +22,7 @@ from repedit.models.subject import Subject
 
 
 SEEDS = {QUICK: (0,), "fast": (0,), "standard": (0, 1, 2), "full": (0, 1, 2)}
-INVENTED_FACTS = {QUICK: 64, "fast": 96, "standard": 256, "full": 256}
+INVENTED_FACTS = {QUICK: 48, "fast": 96, "standard": 256, "full": 256}
 """Invented facts asked at most."""
 RETAIN_FACTS = {QUICK: 96, "fast": 160, "standard": None, "full": None}
 """Retain facts asked at most."""

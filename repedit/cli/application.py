@@ -74,7 +74,6 @@ VERB_EXIT_CODES: Mapping[str, Mapping[int, str]] = {
     "audit": {
         0: "no recovery found", 3: "hidden, or not forgotten", 4: "inconclusive, or nothing found yet", 5: "invalid, or destroyed",
         6: "unsound: a control fails on this machine",
-        INTERRUPTED: "interrupted by Ctrl-C; a report of the attacks made so far is written",
     },
     "run": {3: "or another: the code of the step that failed, or else of the last audit"},
     "reproduce": {1: "an output differs"},

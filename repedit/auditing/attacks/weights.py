@@ -79,6 +79,8 @@ def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Atta
 
 
 def _schemes(setup: Setup) -> tuple[str, ...]:
+    if setup.budget == QUICK:
+        return "int4", "nf4"  # 8 bits change little
     return ("int8", "int4", "nf4", "fp4", *(() if setup.small else ("int3", *installed_schemes())))
 
 
