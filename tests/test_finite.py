@@ -12,6 +12,7 @@ from repedit.delta import Delta
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, DeviceError, DtypeError, NotFinite, QuantizedModel, RankError, ShapeError
 from repedit.io.checkpoint import SINGLE
+from repedit.linear_maps import not_finite_at
 from tests.damaged_checkpoints import UP, not_a_number
 from tests.edits import fill, mask, projection
 from tests.tiny import tiny
@@ -24,6 +25,25 @@ def spoiled(*shape, value):
     tensor = torch.ones(shape)
     tensor[(-1,) * len(shape)] = value
     return tensor
+
+
+def first_bad(tensor):
+    """The first index at which a mask of finite values is False."""
+    bad = (~torch.isfinite(tensor)).nonzero()
+    return None if not len(bad) else str(tuple(bad[0].tolist()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64])
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for size in (0, 1, 2, 15, 16, 17, 31, 64, 1000, 4099):
+        for place in {0, size // 3, size // 2, size - 1} if size else ():
+            for value in BAD:
+                x = torch.randn(size, generator=generator).to(dtype)
+                x[place] = value
+                for view in (x, x.expand(3, size).contiguous().T, torch.stack([torch.zeros_like(x), x], 1)[:, 1]):
+                    assert not_finite_at(view).startswith(f"{first_bad(view)} (")
+        assert not_finite_at(torch.randn(size, generator=generator).to(dtype)) is None
 
 
 @pytest.mark.parametrize("value", BAD)

@@ -124,17 +124,31 @@ def read_tensor(file: BufferedReader, path: Path, name: str, entry: Entry) -> Te
     Raises:
         CheckpointError: if the file has become shorter.
     """
-    data = bytearray(entry.stop - entry.start)
+    data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
     file.seek(entry.start)
+    read_fully(file, memoryview(data.numpy()), path, name, entry.start)
+    return stored_tensor(data, entry.spec)
+
+
+def read_fully(file: BufferedReader, data: memoryview, path: Path, name: str, start: int) -> None:
+    """Fill a buffer with the next bytes of a file, which are those of a tensor from byte `start` of the file on.
+
+    Raises:
+        CheckpointError: if the file has become shorter.
+    """
     done = 0
     while done < len(data):
-        count = file.readinto(memoryview(data)[done:])
+        count = file.readinto(data[done:])
         if not count:
-            raise CheckpointError(f"{path} ended at byte {entry.start + done}, within {name!r}")
+            raise CheckpointError(f"{path} ended at byte {start + done}, within {name!r}")
         done += count
-    if not data:
-        return torch.empty(entry.spec.shape, dtype=entry.spec.dtype)
-    return torch.frombuffer(data, dtype=entry.spec.dtype).reshape(entry.spec.shape)
+
+
+def stored_tensor(data: Tensor, spec: TensorSpec) -> Tensor:
+    """The tensor whose bytes are in a buffer of uint8, which it shares."""
+    if not len(data):
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    return data.view(spec.dtype).reshape(spec.shape)
 
 
 def header_bytes(
