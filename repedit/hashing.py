@@ -6,6 +6,7 @@ import hashlib
 import json
 import weakref
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -100,4 +101,9 @@ def _digest(tensors: Iterable[tuple[str, Tensor]], header: str = "") -> str:
 
 def package_versions(*packages: str) -> dict[str, str]:
     """The versions of repedit, torch and further packages, as provenance records them."""
-    return {name: version(name) for name in ("repedit", "torch", *packages)}
+    return {name: _version(name) for name in ("repedit", "torch", *packages)}
+
+
+@cache
+def _version(package: str) -> str:
+    return version(package)  # which reads the metadata of the package

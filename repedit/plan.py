@@ -261,9 +261,11 @@ class Plan:
         """
         return cast_tensor(name, self.computed(name, tensor, read), tensor.dtype)
 
-    def computed(self, name: str, tensor: Tensor, read: TensorReader) -> Tensor:
+    def computed(self, name: str, tensor: Tensor, read: TensorReader, out: Tensor | None = None) -> Tensor:
         """The tensor after the plan before it is rounded: float32, or float64 for float64 and for counts.
 
+        Args:
+            out: memory to compute in, at least as many float32 numbers; new memory costs more than the arithmetic.
         Raises:
             NotFinite: if the tensor is not finite. DtypeError: if it holds integers, to which no map applies.
         """
@@ -273,7 +275,10 @@ class Plan:
                 f"{name} holds {tensor.dtype}, and an edit changes floating-point weights only; is it quantised?"
             )
         wide = torch.float32 if tensor.is_floating_point() and tensor.dtype != torch.float64 else torch.float64
-        work = tensor.detach().to(wide, copy=True)
+        if out is None or out.dtype != wide:
+            work = tensor.detach().to(wide, copy=True)
+        else:
+            work = out[: tensor.numel()].view(tensor.shape).copy_(tensor.detach())
         for operation in self.operations.get(name, ()):
             operation(work, read)
         return self.resized[name](work, read) if name in self.resized else work
@@ -423,13 +428,13 @@ def check_finite_tensor(name: str, tensor: Tensor) -> None:
         raise NotFinite(f"{name} is not finite at {place}; the checkpoint is damaged, download it again")
 
 
-def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another dtype.
+def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """A tensor in another dtype; `out` is memory for it, if there is some.
 
     Raises:
         NotFinite: naming a value that the dtype cannot represent.
     """
-    result = tensor.to(dtype)
+    result = tensor.to(dtype) if out is None else out.copy_(tensor)
     if not_finite_at(result) is not None:
         place = tuple((~torch.isfinite(result)).nonzero()[0].tolist())
         raise NotFinite(

@@ -45,13 +45,34 @@ def test_only_planned_tensors_change_a_byte(source, edit, tmp_path):
     assert {name for name in before if before[name] != after[name]} == set(record.plan)
 
 
-def test_untouched_shards_are_hard_links_and_copies_on_request(source, edit, tmp_path):
-    for link in (True, False):
-        record = rp.export(edit, source, tmp_path / str(link), link=link)
-        touched = {open_shards(source).entries[name].file for name in record.plan}
-        for file in set(open_shards(source).files) - touched:
-            here, there = source / file, tmp_path / str(link) / file
-            assert here.samefile(there) is link and sha(here) == sha(there)
+@pytest.mark.parametrize(("link", "mode"), [(True, 0o444), (True, 0o644), (False, 0o444)])
+def test_untouched_shards_that_nobody_may_write_are_hard_links_and_copies_on_request(
+    link, mode, source, edit, tmp_path
+):
+    folder = shutil.copytree(source, tmp_path / "in")
+    for path in folder.glob("model*"):
+        path.chmod(mode)
+    record = rp.export(edit, folder, tmp_path / "out", link=link)
+    untouched = set(open_shards(folder).files) - {open_shards(folder).entries[name].file for name in record.plan}
+    assert untouched and all(sha(folder / file) == sha(tmp_path / "out" / file) for file in untouched)
+    linked = {file for file in untouched if (folder / file).samefile(tmp_path / "out" / file)}
+    assert linked == set(record.hard_links) == (untouched if link and mode == 0o444 else set())
+
+
+def test_a_source_that_is_written_in_place_leaves_the_export_as_it_is(source, edit, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "in")
+    rp.export(edit, folder, tmp_path / "out")
+    before = {path.name: sha(path) for path in (tmp_path / "out").iterdir()}
+    for path in folder.glob("model*.safetensors"):
+        with open(path, "r+b") as file:
+            file.seek(-4, 2), file.write(bytes(4))
+    assert {path.name: sha(path) for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_hard_links_to_files_that_may_be_written_would_be_caught(source, edit, tmp_path, monkeypatch):
+    monkeypatch.setattr("repedit.io.copies.can_hard_link", lambda path: True)
+    with pytest.raises(AssertionError):
+        test_a_source_that_is_written_in_place_leaves_the_export_as_it_is(source, edit, tmp_path)
 
 
 def test_the_source_is_never_written(source, edit, tmp_path):

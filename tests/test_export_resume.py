@@ -1,6 +1,7 @@
 """An export that was killed goes on where it was, believes no shard it cannot verify, and loses nothing that was there."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def killed(source, edit, target, after, **options):
         def add(journal, path, changes):
             original(journal, path, changes)
             if next(calls) == after - 1:
-                resuming.os._exit(9)
+                os._exit(9)
 
         resuming.ShardJournal.add = add
         rp.export(edit, source, target, link=False, **options)
@@ -58,7 +59,7 @@ def killed(source, edit, target, after, **options):
 def written(monkeypatch):
     """Names of the shards written from here on."""
     found, original = [], writing._shard
-    monkeypatch.setattr(writing, "_shard", lambda *a: (found.append(a[3].name), original(*a))[1])
+    monkeypatch.setattr(writing, "_shard", lambda *a: (found.append(a[2].name), original(*a))[1])
     return found
 
 
@@ -142,7 +143,7 @@ def test_an_old_target_comes_back_after_a_kill_between_the_renames(source, edit,
     before = content(out)
 
     def cut_off():
-        Path.rename = lambda self, target: resuming.os._exit(9) if self.name == "checkpoint" else rename(self, target)
+        Path.rename = lambda self, target: os._exit(9) if self.name == "checkpoint" else rename(self, target)
         rp.export(mask(tiny("llama"), "1.mlp.neurons"), source, out, overwrite=True)
 
     rename = Path.rename

@@ -14,13 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
 import repedit as rp
 from repedit.errors import ArgumentError, CheckpointError, NotFound, PlanMismatch
 from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
+from repedit.models.subject import subject_of
 from repedit.rewrite import export
-from repedit.rewrite import shards as writing
+from repedit.rewrite import streaming as writing
+from repedit.rewrite.manifest import Weights
 from tests.damaged_checkpoints import sha
 from tests.edits import fill, mask, projection
 from tests.tiny import ids, logits, tiny
@@ -45,8 +48,8 @@ def test_the_manifest_tells_the_truth(source, edit, tmp_path):
     assert dict(record.base["files"]) == {k: v for k, v in content(source).items() if k != ".git"}
     for name, entry in record.plan.items():
         before, after = open_shards(source).read(name), open_shards(tmp_path / "out").read(name)
-        assert entry["sha256_before"] == writing._tensor_change(None, before).after
-        assert entry["sha256_after"] == writing._tensor_change(None, after).after
+        assert entry["sha256_before"] == writing.tensor_change(None, before).after
+        assert entry["sha256_after"] == writing.tensor_change(None, after).after
 
 
 def test_the_manifest_holds_no_path_and_no_time(source, edit, tmp_path):
@@ -82,6 +85,9 @@ def test_a_full_disk_is_noticed_first(source, edit, tmp_path, monkeypatch):
 
 
 def test_linked_shards_need_no_space(source, edit, tmp_path, monkeypatch):
+    source = shutil.copytree(source, tmp_path / "in")
+    for path in source.glob("model*"):
+        path.chmod(0o444)
     entries = open_shards(source).entries
     touched = {
         entries[name].file for name in lower(edit, tiny("llama").architecture, open_shards(source).specs).operations
@@ -92,6 +98,10 @@ def test_linked_shards_need_no_space(source, edit, tmp_path, monkeypatch):
     rp.export(edit, source, tmp_path / "linked")
     with pytest.raises(CheckpointError, match="the checkpoint needs"):
         rp.export(edit, source, tmp_path / "copied", link=False)
+    for path in source.glob("model*"):
+        path.chmod(0o644)
+    with pytest.raises(CheckpointError, match="the checkpoint needs"):
+        rp.export(edit, source, tmp_path / "copied")
 
 
 def failing(error, at):
@@ -111,7 +121,9 @@ def failing(error, at):
 def test_an_error_in_the_middle_leaves_nothing(at, source, edit, tmp_path, monkeypatch):
     monkeypatch.setattr("repedit.rewrite.export.job", lambda *_: "job")  # whose hash reads the bytes of the plan
     monkeypatch.setattr(writing, "raw_bytes", failing(OSError(errno.ENOSPC, "No space left on device"), at))
-    with pytest.raises(CheckpointError, match=r"writing .*out failed: .*No space left on device; nothing was written"):
+    with pytest.raises(
+        CheckpointError, match=r"writing .*out failed: .*No space left on device .tensor 'model.*; nothing was written"
+    ):
         rp.export(edit, source, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -244,7 +256,7 @@ def test_a_plan_for_another_store_is_refused(source, edit, tmp_path):
 
 
 def test_a_writer_that_skips_a_tensor_is_found_out(source, edit, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "write_weights", lambda *args, **options: {})
+    monkeypatch.setattr(export, "write_weights", lambda *args, **options: Weights({}, {}, {}))
     with pytest.raises(
         PlanMismatch, match=r"planned but untouched: \['model\.layers\.1.*; touched but not planned: \[\]"
     ):
@@ -305,23 +317,38 @@ def answering(result):
     return function
 
 
+def copied(edit, source, target):
+    """An export whose hash of every file of the source is known, so that those without a touched tensor need not be read."""
+    subject = subject_of(AutoModelForCausalLM.from_pretrained(source), source=source)
+    rp.export(edit, subject, target, link=False)
+    return {name: value for name, value in content(target).items() if name.startswith("model")}
+
+
+@pytest.fixture
+def exported(source, edit, tmp_path):
+    """An export, which has a manifest with the hashes of its files."""
+    plain = shutil.copytree(source, tmp_path / "plain", ignore=shutil.ignore_patterns("adapter_config.json"))
+    rp.export(mask(tiny("llama"), "0.mlp.neurons"), plain, tmp_path / "in")
+    return tmp_path / "in"
+
+
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EOPNOTSUPP, None])
-def test_a_system_that_cannot_copy_between_files_makes_the_same_files(number, source, edit, tmp_path, monkeypatch):
-    rp.export(edit, source, tmp_path / "one", link=False)
+def test_a_system_that_cannot_copy_between_files_makes_the_same_files(number, exported, edit, tmp_path, monkeypatch):
+    expected = copied(edit, exported, tmp_path / "one")
     if number is None:
         monkeypatch.delattr(os, "copy_file_range")
     else:
         monkeypatch.setattr(os, "copy_file_range", answering(number))
-    rp.export(edit, source, tmp_path / "two", link=False)
-    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert copied(edit, exported, tmp_path / "two") == expected
 
 
 @pytest.mark.parametrize(("number", "words"), [(errno.EIO, "Input/output error"), (0, "safetensors ended early")])
-def test_a_copy_that_fails_or_ends_early_is_an_error(number, words, source, edit, tmp_path, monkeypatch):
+def test_a_copy_that_fails_or_ends_early_is_an_error(number, words, exported, edit, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", answering(number))
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=f"{words}.*nothing was written"):
-        rp.export(edit, source, tmp_path / "out", link=False)
-    assert not list(tmp_path.iterdir())
+        copied(edit, exported, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_an_error(source, edit, tmp_path):

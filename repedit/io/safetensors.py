@@ -126,7 +126,7 @@ def read_tensor(file: BufferedReader, path: Path, name: str, entry: Entry) -> Te
     """
     data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
     file.seek(entry.start)
-    read_fully(file, memoryview(data.numpy()), path, name, entry.start)
+    read_fully(file, data.numpy().data, path, name, entry.start)
     return stored_tensor(data, entry.spec)
 
 

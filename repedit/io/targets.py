@@ -25,6 +25,8 @@ from repedit.io.text import read_json
 
 MANIFEST, CARD = "repedit.json", "README.md"
 """The record of an export, which lists its files with their hashes; and the model card, which people may edit."""
+HASH = "sha256"
+"""The algorithm of the hashes in a manifest; the hub names its files by the same hashes."""
 _REPLACED, _DISCARDED, _LOCK, _MARK = "replaced", "discarded", "repedit.lock", "unfinished-export.json"
 _STAGED = ("checkpoint", "adapter", "unedited", "finished.jsonl", _DISCARDED, _MARK)
 """What repedit writes in a staging folder; anything else in it belongs to somebody else and stays."""
@@ -142,6 +144,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if _kind_of(path) != "a file":
         raise NotFound(f"{folder.absolute()} holds no {MANIFEST}; give a directory that repedit exported")
     record = read_json(path, finite=False, remedy="export again")
+    if record.get("hash", HASH) != HASH:
+        raise CheckpointError(
+            f"{path.absolute()} holds hashes of the algorithm {record['hash']!r}, this version of repedit computes {HASH}; install a newer "
+            "version, or export again"
+        )
     files = record.get("files")
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise CheckpointError(f"{path.absolute()} is not a manifest with hashes of files; export again")
@@ -157,6 +164,10 @@ def add_to_manifest(folder: Path, names: Iterable[str]) -> None:
     record["files"] = files | {name: file_hash(folder / name) for name in names}
     draft = folder / f"{MANIFEST}.draft"
     draft.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    times = (folder / MANIFEST).stat()
+    os.utime(
+        draft, ns=(times.st_atime_ns, times.st_mtime_ns)
+    )  # files that changed since it was written stay newer than it
     draft.replace(folder / MANIFEST)
 
 

@@ -1,6 +1,6 @@
 """Write an edited checkpoint that standard transformers can load.
 
-At most a few tensors are in memory. The target appears complete, by one rename: a crash leaves it absent, and the same
+Every worker has at most a few tensors in memory. The target appears complete, by one rename: a crash leaves it absent, and the same
 export then continues where it stopped.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from repedit.errors import (
 )
 from repedit.escaping import for_terminal
 from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
+from repedit.io.copies import Sharing, can_hard_link, sharing_between
 from repedit.io.files import file_hash
 from repedit.io.safetensors import floating_dtype
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, staging_folder, sync_files
@@ -37,7 +39,7 @@ from repedit.lower import Change, EditOrDelta, check_model, lower
 from repedit.models.dequantization import forget_conversions
 from repedit.models.loading import auto_class, changed_json, check_finite_weights, read_config
 from repedit.models.subject import Origin, Subject
-from repedit.plan import LoweringOptions, Plan, check_finite_tensor
+from repedit.plan import LoweringOptions, Plan
 from repedit.rewrite.apply import check_editable, no_op_message
 from repedit.rewrite.checkpoint_architecture import (
     architecture_of,
@@ -51,6 +53,7 @@ from repedit.rewrite.manifest import Manifest, base_card, base_of, card, manifes
 from repedit.rewrite.shards import ShardJournal, job, rewritten_files, write_weights
 from repedit.rewrite.slice import slice_plan
 from repedit.rewrite.slim import slim_plan
+from repedit.rewrite.streaming import ShardWriter
 
 log = logging.getLogger("repedit")
 STRUCTURES = ("keep", "slim", "slice")
@@ -81,13 +84,15 @@ def export(
     structure: str = "keep",
     layout: str = "uniform",
     multiple: int | None = None,
+    workers: int | None = None,
     **options: Unpack[LoweringOptions],
 ) -> Manifest:
     """Write the edited checkpoint to `target`, a directory that transformers loads without repedit.
 
     The loaders that can read it are in the result and logged: layers of different widths (layout="ragged") need
-    `repedit.load`. Untouched tensors are byte-identical; shards without a touched tensor are hard links where possible.
-    Tokenizer, licence, templates and the other files of the source are copied; what is left out (pickles, code) is in the
+    `repedit.load`. Untouched tensors are byte-identical. Files without a touched tensor share their blocks with the source
+    on a file system with reflinks, and are hard links where nobody may write the file (`chmod a-w`); otherwise they are
+    copied, so that no later write to the source changes the export, or the reverse. The manifest lists hard links. Tokenizer, licence, templates and the other files of the source are copied; what is left out (pickles, code) is in the
     result and logged.
 
     A model whose weights are unchanged since they were loaded is streamed from its files, in their dtype, even if
@@ -97,14 +102,17 @@ def export(
     Args:
         source: a Subject, or a checkpoint directory, which is then streamed tensor by tensor.
         dtype: convert every tensor ("bfloat16", say); None keeps each as it is in the files.
-        link: hard-link untouched files on the same file system; False always copies.
+        link: share untouched files with the source where that is safe; False always copies.
         overwrite: replace an earlier export, which is kept until the new one is complete; nothing else is ever replaced.
         max_shard_size: size of the shards of a model that has no files yet.
         structure: "keep" every shape; "slim" cuts pruned neurons and heads out (`slimmed`); "slice" narrows an erased
             stream (`sliced`).
         layout, multiple: of the widths, see `slimmed` and `sliced`.
+        workers: shards that are written at a time, by default one for each core; memory is bounded by four times the largest
+            tensor for each of them. The files do not depend on it.
         options: passed to lowering: tied="untie" | "both", sides="all" | "output", any_model=False | True.
     Raises:
+        ArgumentError: if an option is out of range, or does not fit the others.
         TargetExists: if the target exists, is being written, or lies inside or equals the source.
         NoOpEdit: if the edit changes no byte, unless `allow_identity=True`.
         NotFoldable, NotSlimmable, NotSliceable, QuantizedModel: if no weight can equal the edit.
@@ -113,6 +121,7 @@ def export(
             the model of its config, or if the disk is full; nothing is left behind.
         NotFinite: if a weight is not finite, or would not be in its dtype.
     """
+    workers = _workers(workers)
     plan_for = partial(structured_plan, change, structure=structure, layout=layout, multiple=multiple, options=options)
     new_dtype = None if dtype is None else floating_dtype(dtype)
     dtype_name = None if new_dtype is None else str(new_dtype).removeprefix("torch.")
@@ -121,7 +130,7 @@ def export(
     origin = source.origin if isinstance(source, Subject) else None
     row = source.architecture if isinstance(source, Subject) else None
     stored = None if files is None else _plan_checkpoint(files, plan_for, row)
-    _check_source(change, source, stored, any_model=options.get("any_model", False))
+    _check_model(change, source, stored, any_model=options.get("any_model", False))
     key = "" if stored is None else job(stored.plan, stored.shards, new_dtype, link)
     with staging_folder(out, key, overwrite=overwrite) as place:
         checkpoint = stored or _plan_checkpoint(_save_in_memory(source, place, max_shard_size), plan_for, row)
@@ -136,8 +145,13 @@ def export(
         journal = ShardJournal(new)
         written = sum(path.stat().st_size for path in new.iterdir())
         size = sum(path.stat().st_size for path in others.files.values())
-        check_space(place, size + _bytes_to_write(plan, shards, place, new_dtype, link) - written)
-        changes = write_weights(plan, shards, used.files, new, journal, unchanged, dtype=new_dtype, link=link)
+        sharing = sharing_between(directory / "config.json", place) if link else None
+        check_space(place, size + _bytes_to_write(plan, shards, new_dtype, sharing) - written)
+        # The values of a model in memory were checked when it was loaded or saved.
+        unchecked = frozenset() if isinstance(source, Subject) else frozenset(used.files)
+        writer = ShardWriter(plan, shards, used.files, new_dtype, sharing, unchecked)
+        weights = write_weights(writer, new, journal, unchanged, workers=workers)
+        changes = weights.changes
         plan.check_touched(changes.keys())
         if not allow_identity and new_dtype is None and all(c.before == c.after for c in changes.values()):
             raise NoOpEdit(no_op_message(list(changes)))
@@ -148,7 +162,7 @@ def export(
             origin = Origin(directory)
         base = base_of(shards, origin, others, stored is None)
         loader = auto_class(read_config(new, trust_remote_code=False)).__name__
-        record = manifest(plan, changes, base, new, dtype_name, layout_written, journal.hashes, loader)
+        record = manifest(plan, weights, base, new, dtype_name, layout_written, loader)
         unchanged()
         text = card(plan, record, base_card(directory if stored or not origin else origin.path))
         (new / CARD).write_text(text, encoding="utf-8")
@@ -185,7 +199,7 @@ def dry_run(
     sizes = {file: (shards.directory / file).stat().st_size for file in shards.files}
     return (
         f"{plan.summary(shards.specs)}\n{len(rewritten)} of {len(sizes)} files rewritten, "
-        f"{sum(sizes[file] for file in rewritten) / 1e9:.2f} of {sum(sizes.values()) / 1e9:.2f} GB; the others are linked"
+        f"{sum(sizes[file] for file in rewritten) / 1e9:.2f} of {sum(sizes.values()) / 1e9:.2f} GB; the others are shared or copied"
     )
 
 
@@ -249,6 +263,15 @@ def _composed_edit(change: EditOrDelta | Sequence[EditOrDelta], structure: str) 
     return reduce(or_, edits)
 
 
+def _workers(workers: int | None) -> int:
+    """The number of workers that was asked for, or that of the cores this process may use."""
+    if workers is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ArgumentError(f"workers={workers!r}; give a number of at least 1, or None for one worker for each core")
+    return workers
+
+
 # --- Where the unedited weights are, and whether they can be edited
 
 
@@ -297,19 +320,16 @@ def _plan_checkpoint(directory: Path, plan_for: PlanFunction, known: Architectur
     return _Checkpoint(plan.resolved(shards.read), shards, used, row)
 
 
-def _check_source(change: Change, source: Subject | str | Path, stored: _Checkpoint | None, *, any_model: bool) -> None:
-    """Refuse files that are not finite, as `load` does, and a change that was made for another model.
+def _check_model(change: Change, source: Subject | str | Path, stored: _Checkpoint | None, *, any_model: bool) -> None:
+    """Refuse a change that was made for another model.
 
     Raises:
-        NotFinite, FingerprintError: naming the tensor.
+        FingerprintError: naming the tensor.
     """
-    if isinstance(source, Subject):  # its values were checked when it was loaded
+    if isinstance(source, Subject):
         check_model(change, source.value, any_model=any_model)
     elif stored is not None:
-        shards = stored.shards
-        for name in stored.used.files:
-            check_finite_tensor(f"tensor {name!r} of {shards.directory}", shards.read(name))
-        check_model(change, lambda name: stored.used.read(name, shards.read), any_model=any_model)
+        check_model(change, lambda name: stored.used.read(name, stored.shards.read), any_model=any_model)
 
 
 def _save_in_memory(subject: Subject | str | Path, place: Path, max_shard_size: str) -> Path:
@@ -339,13 +359,15 @@ def _companions(shards: Shards, origin: Origin | None, *, streamed: bool) -> Com
     return Companions({**others.files, **own}, others.left_out)
 
 
-def _bytes_to_write(plan: Plan, shards: Shards, place: Path, dtype: torch.dtype | None, link: bool) -> int:
-    """The size of the new shards; hard links take no space."""
-    linked = link and dtype is None and shards.directory.stat().st_dev == place.stat().st_dev
+def _bytes_to_write(plan: Plan, shards: Shards, dtype: torch.dtype | None, sharing: Sharing | None) -> int:
+    """The size of the new shards; those that share all their bytes with the source take no space."""
     added = sum(spec.nbytes for spec in plan.added.values())
     added += sum(shards.specs[name].nbytes for name in plan.unties.values())
-    files = rewritten_files(plan, shards) if linked else shards.files
-    return added + sum((shards.directory / file).stat().st_size for file in files)
+    files = {file: shards.directory / file for file in shards.files}
+    touched = rewritten_files(plan, shards)
+    shared = set() if dtype is not None or sharing is None else files.keys() - touched
+    shared = {file for file in shared if sharing == "reflink" or can_hard_link(files[file])}
+    return added + sum(path.stat().st_size for file, path in files.items() if file not in shared)
 
 
 def _write_config(directory: Path, new: Path, plan: Plan, dtype: str | None) -> None:

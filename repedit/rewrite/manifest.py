@@ -16,7 +16,8 @@ from repedit.escaping import for_markdown, for_yaml
 from repedit.hashing import package_versions
 from repedit.io.checkpoint import Shards, open_shards
 from repedit.io.files import file_hash, read_bytes
-from repedit.io.targets import CARD, MANIFEST, folder_entries
+from repedit.io.known_hashes import known_hash
+from repedit.io.targets import CARD, HASH, MANIFEST, folder_entries
 from repedit.io.text import parse_yaml
 from repedit.models.loading import mlp_widths, ragged_widths
 from repedit.models.subject import Origin
@@ -40,6 +41,20 @@ class TensorChange:
     after: str
     certificate: TensorCertificate | None = None
     """What remains of the directions that a projection removed."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What was written of the weights of a new checkpoint."""
+
+    changes: Mapping[str, TensorChange]
+    """By tensor."""
+    files: Mapping[str, str]
+    """sha256 by file."""
+    sources: Mapping[str, str]
+    """sha256 of the files of the source."""
+    hard_links: tuple[str, ...] = ()
+    """Files that are files of the source under another name."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,10 @@ class Manifest:
     """Numbers in the files before and after, if shapes changed."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Files of the source that are not part of the export, each with the reason."""
+    hard_links: tuple[str, ...] = ()
+    """Files that are files of the source under another name, because nobody may write them."""
+    hash: str = HASH
+    """The algorithm of every hash here; manifests of earlier versions, which do not name it, have sha256."""
     card: str | None = None
     """sha256 of the card as written; `files` does not list it, because people may edit it."""
     format: int = 1
@@ -132,27 +151,29 @@ class Manifest:
 
 def manifest(
     plan: Plan,
-    changes: Mapping[str, TensorChange],
+    weights: Weights,
     base: Base,
     new: Path,
     dtype: str | None,
     layout: ModelLayout,
-    hashes: Mapping[str, str],
     loader: str,
 ) -> Manifest:
-    """Hash every file of the new checkpoint and of its source, and record what was done.
+    """Hash every other file of the new checkpoint and of its source, and record what was done.
 
     Args:
+        weights: of the new checkpoint, which were hashed when they were written.
         layout: of the new checkpoint, from its own config and headers.
-        hashes: known hashes of files of the new checkpoint; they also hold for files of the source that are hard links.
         loader: the class of transformers that loads it.
     """
-    ragged = bool(ragged_widths(layout))
-    files = _hashes({name: new / name for name in folder_entries(new)}, hashes)
-    shared = {name: sha for name, sha in files.items() if name in base.files and _same(base.files[name], new / name)}
+    ragged, changes = bool(ragged_widths(layout)), weights.changes
+    files = {name: weights.files.get(name) or file_hash(new / name) for name in folder_entries(new)}
+    sources = {
+        name: weights.sources.get(name) or known_hash(path) or file_hash(path)
+        for name, path in sorted(base.files.items())
+    }
     sized = ragged or plan.structure == "slim"
     return Manifest(
-        base=base.plain() | {"files": _hashes(base.files, shared)},
+        base=base.plain() | {"files": sources},
         edit=dict(plan.provenance),
         sites={str(site): {"map": plan.maps.get(site, ""), "exactness": kind} for site, kind in plan.exactness.items()},
         plan={name: _entry(plan, name, change) for name, change in sorted(changes.items())},
@@ -169,6 +190,7 @@ def manifest(
         widths={str(layer): width for layer, width in mlp_widths(layout).items()} if sized else None,
         parameters={"before": _numbers(base.directory), "after": _numbers(new)} if plan.structure != "keep" else None,
         left_out=dict(base.left_out),
+        hard_links=weights.hard_links,
     )
 
 
@@ -284,11 +306,3 @@ def _entry(plan: Plan, name: str, change: TensorChange) -> dict[str, Any]:
         "sha256_before": change.before,
         "sha256_after": change.after,
     }
-
-
-def _hashes(files: Mapping[str, Path], known: Mapping[str, str]) -> dict[str, str]:
-    return {name: known.get(name) or file_hash(path) for name, path in sorted(files.items())}
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and one.samefile(other)

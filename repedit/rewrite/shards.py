@@ -1,13 +1,12 @@
-"""Write the shards of an edited checkpoint, one tensor in memory at a time, with a journal of those that are finished."""
+"""Write the shards of an edited checkpoint, several at a time, with a journal of those that are finished."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, fields, is_dataclass
 from math import prod
 from pathlib import Path
@@ -16,72 +15,94 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repedit.arch import Specs, TensorSpec
+from repedit.arch import TensorSpec
 from repedit.errors import CheckpointError
 from repedit.hashing import byte_hash, package_versions
 from repedit.io.checkpoint import INDEX, SINGLE, Shards
 from repedit.io.files import file_hash
-from repedit.io.safetensors import header_bytes, raw_bytes
 from repedit.io.store import JsonLog
 from repedit.plan import Plan, cast_tensor
-from repedit.rewrite.certificate import TensorCertificate, certified
-from repedit.rewrite.manifest import PACKAGES, TensorChange
-
-_METADATA = {"format": "pt"}
-_CHUNK = 1 << 20
-"""Numbers compared at a time."""
+from repedit.rewrite.certificate import TensorCertificate
+from repedit.rewrite.manifest import PACKAGES, TensorChange, Weights
+from repedit.rewrite.streaming import ShardWriter, Written, cast_spec, tensor_change, write_tensors
 
 
 def write_weights(
-    plan: Plan,
-    shards: Shards,
-    used: Specs,
-    target: Path,
-    journal: ShardJournal,
-    unchanged: Callable[[], None],
-    *,
-    dtype: torch.dtype | None = None,
-    link: bool = True,
-) -> dict[str, TensorChange]:
-    """Write every shard to `target` with the plan applied; returns the change of each touched tensor.
+    writer: ShardWriter, target: Path, journal: ShardJournal, unchanged: Callable[[], None], *, workers: int = 1
+) -> Weights:
+    """Write every shard to `target` with the plan applied.
 
-    A shard in the journal is kept. A shard without touched tensors is linked or copied; a shard with touched tensors is
-    copied and their bytes are replaced, while header and offsets stay the same unless a shape or the dtype changes. New
-    tensors go to a shard of their own.
+    A shard in the journal is kept. A shard without touched tensors shares its bytes with the source or is copied. New tensors
+    go to a shard of their own.
 
     Args:
         unchanged: raises if the source was changed; called before a shard is entered as finished, and at the end.
-        used: the tensors that the model reads; the others keep their bytes, whatever the dtype.
+        workers: shards that are written at a time; the files do not depend on it.
     """
-    changes: dict[str, TensorChange] = {}
+    plan, shards, dtype = writer.plan, writer.shards, writer.dtype
     extra = _extra_tensors(plan, shards)
     files = {file: _shard_name(file, shards, bool(extra)) for file in shards.files}
-    for file, name in files.items():
-        written = journal.changes(target / name)
-        if written is None:
-            written = _shard(plan, shards, file, target / name, dtype, link, used)
-            unchanged()
-            journal.add(target / name, written)
-        changes |= written
+    written = _write_shards(writer, {file: target / name for file, name in files.items()}, journal, unchanged, workers)
+    changes = {tensor: change for file in files for tensor, change in written[file].changes.items()}
+    hashes = {name: written[file].sha256 for file, name in files.items()}
     names = {tensor: files[entry.file] for tensor, entry in shards.entries.items()}
     specs = {
-        tensor: _cast(plan.spec(tensor, spec), dtype if tensor in used else None)
+        tensor: cast_spec(plan.spec(tensor, spec), dtype if tensor in writer.used else None)
         for tensor, spec in shards.specs.items()
     }
     if extra:
         name = _added_name(set(files.values()), shards.indexed)
         tensors = {key: value if dtype is None else cast_tensor(key, value, dtype) for key, value in extra.items()}
-        changes |= {key: _tensor_change(None, value) for key, value in tensors.items()}
-        _write_shard(tensors, target / name)
+        changes |= {key: tensor_change(None, value) for key, value in tensors.items()}
+        hashes[name] = write_tensors(tensors, target / name)
         names |= dict.fromkeys(tensors, name)
         specs |= {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in tensors.items()}
     for head in (
         set(plan.unties) - set(extra) - set(plan.resized)
     ):  # the files already hold the head, which stays as it is
         value = shards.read(head)
-        changes[head] = _tensor_change(value, value)
+        changes[head] = tensor_change(value, value)
     _write_index(shards, names, specs, target, changed=bool(extra or plan.resized) or dtype is not None)
-    return changes
+    sources = {file: written[file].source for file in files}
+    return Weights(changes, hashes, sources, tuple(sorted(files[file] for file in files if written[file].hard_link)))
+
+
+def _write_shards(
+    writer: ShardWriter,
+    targets: Mapping[str, Path],
+    journal: ShardJournal,
+    unchanged: Callable[[], None],
+    workers: int,
+) -> dict[str, Written]:
+    """Write the shards that the journal does not have, in several threads; after an error all of them end.
+
+    Threads are enough: hashes, files and torch release the lock of the interpreter.
+    """
+    written = {file: found for file, path in targets.items() if (found := journal.written(path)) is not None}
+    missing = [file for file in targets if file not in written]
+    grad = torch.is_grad_enabled()
+
+    def write(file: str) -> Written:
+        with torch.set_grad_enabled(grad):  # a thread begins with the default
+            return _shard(writer, file, targets[file])
+
+    with ThreadPoolExecutor(max(1, min(workers, len(missing))), thread_name_prefix="export") as pool:
+        futures = {pool.submit(write, file): file for file in missing}
+        try:
+            for future in as_completed(futures):
+                file, result = futures[future], future.result()
+                unchanged()
+                journal.add(targets[file], result)
+                written[file] = result
+        except BaseException:  # an interrupt too, which only the main thread gets
+            writer.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return written
+
+
+def _shard(writer: ShardWriter, file: str, target: Path) -> Written:
+    return writer.write(file, target)
 
 
 def rewritten_files(plan: Plan, shards: Shards) -> set[str]:
@@ -111,70 +132,6 @@ def _added_name(taken: set[str], indexed: bool) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _shard(
-    plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype | None, link: bool, used: Specs
-) -> dict[str, TensorChange]:
-    if dtype is not None or any(shards.entries[n].file == file for n in plan.resized if n in shards.entries):
-        return _converted(plan, shards, file, target, dtype, used)
-    return _patched(plan, shards, file, target, link)
-
-
-def _patched(plan: Plan, shards: Shards, file: str, target: Path, link: bool) -> dict[str, TensorChange]:
-    source = (shards.directory / file).resolve()
-    touched = [name for name in plan.rewritten if name in shards.entries and shards.entries[name].file == file]
-    if not touched:
-        _link_or_copy(source, target, link)
-        return {}
-    _copy(source, target)
-    changes = {}
-    with open(target, "r+b") as out:
-        for name in touched:
-            before = shards.read(name)
-            computed = plan.computed(name, before, shards.read)
-            after = cast_tensor(name, computed, before.dtype)
-            out.seek(shards.entries[name].start)
-            out.write(raw_bytes(after))
-            changes[name] = _tensor_change(before, after, certified(plan, name, before, after, computed, shards.read))
-    return changes
-
-
-def _converted(
-    plan: Plan, shards: Shards, file: str, target: Path, dtype: torch.dtype | None, used: Specs
-) -> dict[str, TensorChange]:
-    """A shard with a new header, because dtypes or shapes change."""
-    names = [name for name, entry in shards.entries.items() if entry.file == file]
-    specs = {name: _cast(plan.spec(name, shards.entries[name].spec), dtype if name in used else None) for name in names}
-    head, ranges = header_bytes(specs, _METADATA)
-    changes = {}
-    with open(target, "xb") as out:
-        out.write(head)
-        for name in sorted(names, key=lambda n: ranges[n][0]):
-            before = shards.read(name)
-            if name not in plan.rewritten:
-                same = specs[name].dtype == before.dtype
-                out.write(raw_bytes(before if same else cast_tensor(name, before, specs[name].dtype)))
-                continue
-            computed = plan.computed(name, before, shards.read)
-            after = cast_tensor(name, cast_tensor(name, computed, before.dtype), specs[name].dtype)
-            out.write(raw_bytes(after))
-            changes[name] = _tensor_change(before, after, certified(plan, name, before, after, computed, shards.read))
-    return changes
-
-
-def _cast(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
-    return spec if dtype is None or not spec.dtype.is_floating_point else TensorSpec(spec.shape, dtype)
-
-
-def _write_shard(tensors: Mapping[str, Tensor], target: Path) -> None:
-    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    head, _ = header_bytes(specs, _METADATA)
-    # "x": the name may be a hard link to a file of the source, which must never be opened for writing.
-    with open(target, "xb") as out:
-        out.write(head)
-        for tensor in tensors.values():
-            out.write(raw_bytes(tensor))
-
-
 def _write_index(
     shards: Shards, names: Mapping[str, str], specs: Mapping[str, TensorSpec], target: Path, *, changed: bool
 ) -> None:
@@ -191,71 +148,19 @@ def _write_index(
     (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _link_or_copy(source: Path, target: Path, link: bool) -> None:
-    if link:
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass  # another file system, or one without hard links: a copy has the same bytes
-    _copy(source, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file inside the kernel, which shares the blocks on file systems that can."""
-    if not hasattr(os, "copy_file_range"):
-        shutil.copyfile(source, target)
-        return
-    with open(source, "rb") as old, open(target, "xb") as new:
-        left = os.fstat(old.fileno()).st_size
-        try:
-            while left:
-                done = os.copy_file_range(old.fileno(), new.fileno(), left)
-                if not done:
-                    raise OSError(errno.EIO, f"{source} ended early")
-                left -= done
-            return
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-    target.unlink()
-    shutil.copyfile(source, target)
-
-
-def _tensor_change(before: Tensor | None, after: Tensor, certificate: TensorCertificate | None = None) -> TensorChange:
-    relative = float("inf")
-    if before is not None and before.shape == after.shape:
-        relative = _relative(before.reshape(-1), after.reshape(-1))
-    return TensorChange(
-        relative=relative,
-        before=None if before is None else hashlib.sha256(raw_bytes(before)).hexdigest(),
-        after=hashlib.sha256(raw_bytes(after)).hexdigest(),
-        certificate=certificate,
-    )
-
-
-def _relative(before: Tensor, after: Tensor) -> float:
-    """||after - before|| / ||before|| in chunks: differences of half types in float32, sums in float64."""
-    work, sums = torch.promote_types(before.dtype, torch.float32), torch.zeros(2, dtype=torch.float64)
-    for old, new in zip(before.split(_CHUNK), after.split(_CHUNK), strict=True):
-        wide = old.to(work)
-        sums += torch.stack([torch.linalg.vector_norm(x) for x in (new.to(work) - wide, wide)]).double().square()
-    return float((sums[0] / sums[1].clamp(min=1e-300)).sqrt())
-
-
 # --- The journal of an export: the finished shards, so that an export that was killed is resumed
 #
 # A shard is entered once it is on the disk, with its hash and the changes to its tensors. It counts as finished only if the
 # file still has that hash and the directory belongs to the same job: the same plan, source files and options.
 
 
-_TYPES = {"file": str, "sha256": str, "changes": dict}
+_TYPES = {"file": str, "sha256": str, "source": str, "hard_link": bool, "changes": dict}
 _REMEDY = "remove it, and export again"
 
 
 def job(plan: Plan, shards: Shards, dtype: torch.dtype | None, link: bool) -> str:
     """Key of an export: hash of the plan with its values, the state of every source file, the options and the versions."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(sorted(_TYPES)).encode())  # of another version, whose journal has other fields
     _feed(digest.update, plan, {})
     for file in shards.files:
         stat = (shards.directory / file).stat()
@@ -270,34 +175,30 @@ class ShardJournal:
     def __init__(self, shards: Path) -> None:
         self._path = shards.parent / "finished.jsonl"
         self._log = JsonLog(self._path, _TYPES, "the journal of an export", _REMEDY)
-        self.hashes: dict[str, str] = {}
-        """sha256 of every finished file."""
         self._rows = {row["file"]: row for row in self._log.rows}
         for path in shards.iterdir():
             if path.name not in self._rows:
                 path.unlink()
 
-    def changes(self, path: Path) -> dict[str, TensorChange] | None:
-        """The changes to the tensors of a shard that is finished and complete; otherwise None, and the file is removed."""
+    def written(self, path: Path) -> Written | None:
+        """A shard that is finished and complete; otherwise None, and the file is removed."""
         row = self._rows.get(path.name)
         if row is None:
             return None
         if not path.exists() or file_hash(path) != row["sha256"]:
             path.unlink(missing_ok=True)
             return None
-        self.hashes[path.name] = row["sha256"]
         try:
-            return {name: _change(plain) for name, plain in row["changes"].items()}
+            changes = {name: _change(plain) for name, plain in row["changes"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self._path} is damaged: {error!r}; {_REMEDY}") from error
+        return Written(changes, row["sha256"], row["source"], row["hard_link"])
 
-    def add(self, path: Path, changes: Mapping[str, TensorChange]) -> None:
-        """Enter a finished shard, once its bytes are on the disk."""
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        self.hashes[path.name] = file_hash(path)
-        rows = {name: asdict(change) for name, change in changes.items()}
-        self._log.add({"file": path.name, "sha256": self.hashes[path.name], "changes": rows})
+    def add(self, path: Path, written: Written) -> None:
+        """Enter a finished shard, whose bytes are on the disk."""
+        changes = {name: asdict(change) for name, change in written.changes.items()}
+        row = {"file": path.name, "sha256": written.sha256, "source": written.source, "hard_link": written.hard_link}
+        self._log.add({**row, "changes": changes})
 
 
 def _change(plain: Mapping[str, Any]) -> TensorChange:
