@@ -6,11 +6,11 @@ import copy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from repedit.arch import Architecture, TensorSpec, families, match_layout, resolve, resolved
+from repedit.arch import Architecture, Specs, TensorSpec, families, match_layout, resolve, resolved
 from repedit.arch.storage import StoredSpecs
 from repedit.errors import CheckpointError, NotFound, PlanMismatch
 from repedit.io.checkpoint import Shards
@@ -18,6 +18,7 @@ from repedit.io.files import is_folder, user_path
 from repedit.models.default_model import DEFAULT, cached
 from repedit.models.dequantization import check_unquantized, quantization_of, quantizer_name
 from repedit.models.loading import (
+    TensorMatch,
     buildable,
     check_layer_count,
     check_no_later_layers,
@@ -32,6 +33,11 @@ from repedit.models.modifications import computes_as, other_modules
 from repedit.models.subject import Subject, load
 from repedit.plan import Plan
 from repedit.rewrite.apply import patched_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_PLACES = ("_name_or_path", "name_or_path")
 
 
 def checkpoint_directory(source: str | Path) -> Path:
@@ -61,11 +67,30 @@ def architecture_of(directory: Path, row: Architecture | None = None) -> Archite
     return _described(directory, row)[1]
 
 
-def used_specs(shards: Shards, row: Architecture | None = None) -> StoredSpecs:
+class Matches:
+    """`match_tensors` whose results are kept: an export asks the same of its source, of its plan and of what it wrote."""
+
+    def __init__(self) -> None:
+        self._results: list[tuple[object, TensorMatch]] = []
+
+    def __call__(self, config: PretrainedConfig, architecture: Architecture, specs: Specs) -> TensorMatch:
+        """The result for equal arguments, or a new one; the names of places in the config do not count."""
+        fields = {key: value for key, value in config.to_dict().items() if key not in _PLACES}
+        asked = (type(config), fields, architecture, list(specs.items()))
+        for earlier, result in self._results:
+            if earlier == asked:
+                return result
+        result = match_tensors(config, architecture, specs)
+        self._results.append((asked, result))
+        return result
+
+
+def used_specs(shards: Shards, row: Architecture | None = None, matches: Matches | None = None) -> StoredSpecs:
     """The tensors that the model of a checkpoint's config reads, and where the files hold them.
 
     Args:
         row: of the model, if it is known; a family that the table lacks is inferred otherwise, which reads the weights.
+        matches: what was found before.
     Raises:
         QuantizedModel, UnknownArchitecture: if it cannot be edited.
         CheckpointError: if the files hold layers that the config does not describe.
@@ -73,13 +98,15 @@ def used_specs(shards: Shards, row: Architecture | None = None) -> StoredSpecs:
     config, architecture = _described(shards.directory, row)
     with buildable(shards.directory):
         check_layer_count(shards.directory, config, len(shards.entries))
-        match = match_tensors(config, architecture, shards.specs)
+        match = (matches or Matches())(config, architecture, shards.specs)
     check_no_later_layers(shards.directory, match.later_layers, architecture)
     check_unquantized(None, match.used.files, "edited exactly", where=str(shards.directory))
     return match.used
 
 
-def check_planned(plan: Plan, shards: Shards, used: StoredSpecs, row: Architecture) -> None:
+def check_planned(
+    plan: Plan, shards: Shards, used: StoredSpecs, row: Architecture, matches: Matches | None = None
+) -> None:
     """Refuse a plan whose checkpoint transformers would read as another model.
 
     Raises:
@@ -90,9 +117,11 @@ def check_planned(plan: Plan, shards: Shards, used: StoredSpecs, row: Architectu
     planned = {name: plan.spec(name, spec) for name, spec in used.files.items()} | dict(plan.added)
     planned |= {head: planned[embedding] for head, embedding in plan.unties.items() if head not in planned}
     unused = {name: spec for name, spec in shards.specs.items() if name not in used.files}
+    # In the order of the files, which numbers the experts.
+    specs = {name: planned.get(name, spec) for name, spec in shards.specs.items()} | planned
     with buildable(shards.directory):
         config = patched_config(config, plan)
-        match = match_tensors(config, architecture, unused | planned)
+        match = (matches or Matches())(config, architecture, specs)
     revived = sorted(set(unused) & set(match.used.files))
     if revived:
         raise CheckpointError(

@@ -42,6 +42,7 @@ from repedit.models.subject import Origin, Subject
 from repedit.plan import LoweringOptions, Plan
 from repedit.rewrite.apply import check_editable, no_op_message
 from repedit.rewrite.checkpoint_architecture import (
+    Matches,
     architecture_of,
     check_described,
     check_planned,
@@ -69,6 +70,8 @@ class _Checkpoint(NamedTuple):
     used: StoredSpecs
     """The tensors that its model reads."""
     row: Architecture
+    matches: Matches
+    """How the tensors match models that were built so far."""
 
 
 def export(
@@ -134,7 +137,7 @@ def export(
     key = "" if stored is None else job(stored.plan, stored.shards, new_dtype, link)
     with staging_folder(out, key, overwrite=overwrite) as place:
         checkpoint = stored or _plan_checkpoint(_save_in_memory(source, place, max_shard_size), plan_for, row)
-        plan, shards, used, row = checkpoint
+        plan, shards, used, row, matches = checkpoint
         directory = shards.directory
         unchanged = partial(
             check_unchanged, directory, states or file_states(directory), "while it was exported", "export it again"
@@ -157,7 +160,7 @@ def export(
             raise NoOpEdit(no_op_message(list(changes)))
         copy_companions(others, new)
         _write_config(directory, new, plan, dtype_name)
-        layout_written = match_layout(architecture_of(new, row), used_specs(open_shards(new), row))
+        layout_written = match_layout(architecture_of(new, row), used_specs(open_shards(new), row, matches))
         if origin is None and stored is not None:
             origin = Origin(directory)
         base = base_of(shards, origin, others, stored is None)
@@ -194,7 +197,7 @@ def dry_run(
         assert isinstance(source, Subject)
         return plan_for(source.architecture, source.specs).summary(source.specs)
     row = source.architecture if isinstance(source, Subject) else None
-    plan, shards, _, _ = _plan_checkpoint(files, plan_for, row)
+    plan, shards, *_ = _plan_checkpoint(files, plan_for, row)
     rewritten = rewritten_files(plan, shards)
     sizes = {file: (shards.directory / file).stat().st_size for file in shards.files}
     return (
@@ -311,13 +314,13 @@ def _rounded_at_loading(subject: Subject, files: Path) -> bool:
 
 def _plan_checkpoint(directory: Path, plan_for: PlanFunction, known: Architecture | None) -> _Checkpoint:
     """A checkpoint with its plan, made from its headers and checked against them."""
-    shards = open_shards(directory)
+    shards, matches = open_shards(directory), Matches()
     row = architecture_of(directory, known)
-    used = used_specs(shards, row)
+    used = used_specs(shards, row, matches)
     plan = plan_for(row, used)
     plan.check(used.files)
-    check_planned(plan, shards, used, row)
-    return _Checkpoint(plan.resolved(shards.read), shards, used, row)
+    check_planned(plan, shards, used, row, matches)
+    return _Checkpoint(plan.resolved(shards.read), shards, used, row, matches)
 
 
 def _check_model(change: Change, source: Subject | str | Path, stored: _Checkpoint | None, *, any_model: bool) -> None:
