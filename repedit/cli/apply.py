@@ -37,6 +37,9 @@ def apply(
     ] = "keep",
     layout: Layout = "uniform",
     multiple: Multiple = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Shards written at a time; by default one for each core.", show_default=False)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write the checkpoint of a saved edit or delta, streamed from the files of the model; or a LoRA adapter of it.
@@ -58,8 +61,10 @@ def apply(
     copied = str(edit) == "none"
     change = Edit({}) if copied else Delta.load(edit) if archive.kind_of(edit) == "delta" else Edit.load(edit)
     adapter = structure == "adapter"
-    if adapter and (dtype, layout, multiple) != (None, "uniform", None):
-        raise ArgumentError("--structure adapter takes no --dtype, --layout or --multiple: it is stored in float32")
+    if adapter and (dtype, layout, multiple, workers) != (None, "uniform", None, None):
+        raise ArgumentError(
+            "--structure adapter takes no --dtype, --layout, --multiple or --workers: it is one file in float32"
+        )
     shape = shape_options(out, "keep" if adapter else structure, layout, multiple)
     local = is_folder(model) or model == DEFAULT
     loaded = None if local and not adapter and not dequantize else load_model(model, dequantize=dequantize)
@@ -72,7 +77,9 @@ def apply(
     if adapter and loaded is not None:
         _write_adapter(change, loaded, out, overwrite, json)
         return
-    manifest = export.export(change, source, out, dtype=dtype, overwrite=overwrite, allow_identity=copied, **shape)
+    manifest = export.export(
+        change, source, out, dtype=dtype, overwrite=overwrite, allow_identity=copied, workers=workers, **shape
+    )
     if verify:
         verify_checkpoint(out, manifest)
     if json:

@@ -87,8 +87,8 @@ def _write_shards(
             return _shard(writer, file, targets[file])
 
     with ThreadPoolExecutor(max(1, min(workers, len(missing))), thread_name_prefix="export") as pool:
-        futures = {pool.submit(write, file): file for file in missing}
         try:
+            futures = {pool.submit(write, file): file for file in missing}
             for future in as_completed(futures):
                 file, result = futures[future], future.result()
                 unchanged()

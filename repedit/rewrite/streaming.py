@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from io import BufferedReader
 from math import prod
 from pathlib import Path
-from threading import Event
+from threading import Event, local
 from typing import IO
 
 import torch
@@ -31,6 +31,8 @@ from repedit.rewrite.manifest import TensorChange
 _METADATA = {"format": "pt"}
 _BYTES = 1 << 20
 """Bytes read, hashed and written at a time where a tensor is not changed; they stay in the cache of the processor."""
+_WRITE = 1 << 18
+"""Bytes given to the system at a time: Linux looks for large free pages for longer writes, which can cost six times as much."""
 _CHUNK = 1 << 20
 """Numbers compared at a time."""
 
@@ -64,6 +66,8 @@ class ShardWriter:
     """How files that are not touched share their bytes with the source; None copies them."""
     unchecked: frozenset[str] = frozenset()
     """Tensors that nobody has yet found to be finite."""
+    memory: local = field(default_factory=local)
+    """Of each thread."""
     stop: Event = field(default_factory=Event)
     """Once it is set, every shard that is being written ends with `Stopped`."""
 
@@ -96,14 +100,14 @@ class ShardWriter:
                 return Written({}, known, known, linked)
             copy = _Copy(old, new, shared, known, bool(touched))
             changes = self._streamed(path, entries, frozenset(touched), copy)
-        return Written({name: changes[name] for name in touched}, *copy.hashes, hard_link=linked)
+        return Written({name: changes[name] for name in touched if name in changes}, *copy.hashes, hard_link=linked)
 
     def _streamed(
         self, path: Path, entries: Mapping[str, Entry], touched: frozenset[str], copy: _Copy
     ) -> dict[str, TensorChange]:
         """Pass every byte of a shard through a copy; the changes to the tensors that are touched."""
         changes, part = {}, torch.empty(_BYTES, dtype=torch.uint8)
-        memory = _Memory([entries[name].spec for name in touched])
+        memory = self._memory() if touched else None
         self._pass(path, "the header", None, 0, min(entry.start for entry in entries.values()), part, copy)
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             with _named(name, path):
@@ -112,6 +116,7 @@ class ShardWriter:
                     dtype = entry.spec.dtype if name in self.unchecked else None
                     self._pass(path, name, dtype, entry.start, entry.stop, part, copy)
                     continue
+                assert memory is not None
                 data = memory.before[: entry.stop - entry.start]
                 read_fully(copy.old, data.numpy().data, path, name, entry.start)
                 before = stored_tensor(data, entry.spec)
@@ -160,7 +165,7 @@ class ShardWriter:
                         read.update(raw_bytes(before))
                     data = raw_bytes(after)
                     written.update(data)
-                    new.write(data)
+                    _write(new, data)
         return Written(changes, written.hexdigest(), known or read.hexdigest())
 
     def _changed(
@@ -173,6 +178,14 @@ class ShardWriter:
         after = after if dtype == before.dtype else cast_tensor(name, after, dtype)
         certificate = certified(self.plan, name, before, after, computed, self.shards.read)
         return after, tensor_change(before, after, certificate)
+
+    def _memory(self) -> _Memory:
+        """Room for the largest tensor that is touched, the same for all shards that a thread writes."""
+        if not hasattr(self.memory, "room"):
+            entries = self.shards.entries
+            self.memory.room = _Memory([entries[name].spec for name in self.plan.rewritten if name in entries])
+        room: _Memory = self.memory.room
+        return room
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if name in self.unchecked:
@@ -194,7 +207,7 @@ def write_tensors(tensors: Mapping[str, Tensor], target: Path) -> str:
         for tensor in tensors.values():
             data = raw_bytes(tensor)
             digest.update(data)
-            out.write(data)
+            _write(out, data)
     return digest.hexdigest()
 
 
@@ -267,7 +280,7 @@ class _Copy:
         if self._written is not None:
             self._written.update(data)
         if not self._shared and self._new is not None:
-            self._new.write(data)
+            _write(self._new, data)
         self._at += len(data)
 
     def differ(self, old: memoryview, new: memoryview) -> None:
@@ -280,7 +293,7 @@ class _Copy:
         self._written.update(new)
         if self._shared:
             self._new.seek(self._at)
-        self._new.write(new)
+        _write(self._new, new)
         self._at += len(new)
 
     @property
@@ -288,6 +301,11 @@ class _Copy:
         """sha256 of the file that was written, and of the one that was read."""
         source = self._known or self._read.hexdigest()
         return source if self._written is None else self._written.hexdigest(), source
+
+
+def _write(file: IO[bytes], data: memoryview) -> None:
+    for start in range(0, len(data), _WRITE):
+        file.write(data[start : start + _WRITE])
 
 
 @contextmanager

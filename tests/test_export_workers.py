@@ -1,0 +1,313 @@
+"""Several workers write the files that one writes; a failure of one ends all of them, and nothing is left behind."""
+
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+import repedit as rp
+from repedit.errors import ArgumentError, CheckpointError, NotFinite, PlanMismatch
+from repedit.io.checkpoint import open_shards
+from repedit.io.targets import add_to_manifest, read_manifest
+from repedit.plan import Plan
+from repedit.rewrite import shards as pool
+from repedit.rewrite import streaming
+from repedit.rewrite.verification import verification
+from tests.damaged_checkpoints import sha
+from tests.edits import fill, mask, projection
+from tests.test_export_resume import killed
+from tests.test_export_safety import content
+from tests.tiny import tiny
+
+
+@pytest.fixture
+def edit():
+    return projection(tiny("llama"), "0.mlp.out") | mask(tiny("llama"), "1.mlp.neurons")
+
+
+EDITS = {
+    "a projection and a mask": (lambda s: projection(s, "0.mlp.out") | mask(s, "1.mlp.neurons"), {}),
+    "an added bias and another dtype": (lambda s: fill(s, "1.mlp.neurons"), {"dtype": "bfloat16"}),
+    "an untied head": (lambda s: projection(s, "0.resid.pre"), {}),
+    "neurons cut out": (lambda s: mask(s, "1.mlp.neurons"), {"structure": "slim", "layout": "ragged"}),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_files_do_not_depend_on_the_number_of_workers(name, source, tmp_path):
+    make, options = EDITS[name]
+    for workers in (1, 2, 4, None):
+        rp.export(make(tiny("llama")), source, tmp_path / str(workers), workers=workers, **options)
+    assert all(content(tmp_path / str(workers)) == content(tmp_path / "1") for workers in (2, 4, None))
+
+
+def the_hashes_are_those_of_the_files(source, edit, out, **options):
+    record = rp.export(edit, source, out, **options)
+    written = {name: value for name, value in content(out).items() if name not in ("repedit.json", "README.md")}
+    assert dict(record.files) == written and record.hash == "sha256"
+    assert dict(record.base["files"]) == {name: sha(source / name) for name in record.base["files"]}
+    assert set(open_shards(source).files) <= record.base["files"].keys()
+
+
+@pytest.mark.parametrize("link", [True, False])
+@pytest.mark.parametrize("name", EDITS)
+def test_the_hashes_of_the_manifest_are_those_of_the_files(name, link, source, tmp_path):
+    make, options = EDITS[name]
+    the_hashes_are_those_of_the_files(source, make(tiny("llama")), tmp_path / "out", workers=4, link=link, **options)
+
+
+def test_a_hash_of_the_wrong_file_is_caught(source, edit, tmp_path, monkeypatch):
+    right = streaming._Copy.hashes.fget
+    monkeypatch.setattr(streaming._Copy, "hashes", property(lambda copy: right(copy)[::-1]))
+    with pytest.raises(AssertionError):
+        the_hashes_are_those_of_the_files(source, edit, tmp_path / "out")
+
+
+def test_a_hash_that_leaves_out_what_changed_is_caught(source, edit, tmp_path, monkeypatch):
+    differ = streaming._Copy.differ
+    monkeypatch.setattr(streaming._Copy, "differ", lambda copy, old, new: differ(copy, new, new))
+    with pytest.raises(AssertionError):
+        the_hashes_are_those_of_the_files(source, edit, tmp_path / "out")
+
+
+def test_every_byte_of_the_source_is_read_once(source, edit, tmp_path, monkeypatch):
+    counts, read = [], streaming.read_fully
+    monkeypatch.setattr(streaming, "read_fully", lambda *a: (counts.append(len(a[1])), read(*a))[1])
+    monkeypatch.setattr(streaming, "file_hash", lambda path: pytest.fail("read for its hash alone"))
+    rp.export(edit, source, tmp_path / "out", workers=4)
+    assert sum(counts) == sum((source / file).stat().st_size for file in open_shards(source).files)
+
+
+def test_a_worker_that_skips_a_tensor_is_caught(source, edit, tmp_path, monkeypatch):
+    streamed = streaming.ShardWriter._streamed
+
+    def skipping(writer, path, entries, touched, copy):
+        return streamed(writer, path, entries, touched - {"model.layers.1.mlp.up_proj.weight"}, copy)
+
+    monkeypatch.setattr(streaming.ShardWriter, "_streamed", skipping)
+    with pytest.raises(PlanMismatch, match=r"planned but untouched: \['model\.layers\.1\.mlp\.up_proj\.weight'\]"):
+        rp.export(edit, source, tmp_path / "out", workers=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, "2", True])
+def test_a_number_of_workers_that_is_none_is_refused(workers, source, edit, tmp_path, unchecked):
+    with pytest.raises(ArgumentError, match=f"workers={workers!r}; give a number of at least 1"):
+        rp.export(edit, source, tmp_path / "out", workers=workers)
+    assert not list(tmp_path.iterdir())
+
+
+# --- Failures
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (RuntimeError("out of memory"), CheckpointError, r"could not be exported: RuntimeError: out of memory"),
+        (NotFinite("a value"), NotFinite, r"a value \(tensor 'model\.layers\.0\.mlp\.down_proj\.weight' of model-0"),
+        (OSError(5, "bad block"), CheckpointError, r"bad block \(tensor 'model\.layers\.0\.mlp\.down_proj\.weight' of"),
+    ],
+)
+def test_the_error_of_a_worker_names_its_tensor(error, kind, words, source, edit, tmp_path, monkeypatch):
+    computed = Plan.computed
+
+    def failing(plan, name, *rest):
+        if name == "model.layers.0.mlp.down_proj.weight":
+            raise error
+        return computed(plan, name, *rest)
+
+    monkeypatch.setattr(Plan, "computed", failing)
+    with pytest.raises(kind, match=words) as caught:
+        rp.export(edit, source, tmp_path / "out", workers=2)
+    assert "model.layers.0.mlp.down_proj.weight" in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def at_work():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("export")]
+
+
+def test_after_an_error_the_other_workers_end(source, edit, tmp_path, monkeypatch):
+    ends = []
+
+    def shard(writer, file, target):
+        if file.startswith("model-00001"):
+            raise CheckpointError("of the first shard")
+        assert writer.stop.wait(60)
+        try:
+            return writer.write(file, target)
+        except streaming.Stopped as end:
+            ends.append(end)
+            raise
+
+    monkeypatch.setattr(pool, "_shard", shard)
+    with pytest.raises(CheckpointError, match="of the first shard"):
+        rp.export(edit, source, tmp_path / "out", workers=3)
+    assert len(ends) == 2 and not at_work() and not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_ends_all_workers_and_keeps_the_old_target(source, edit, tmp_path, monkeypatch):
+    rp.export(edit, source, tmp_path / "out")
+    before = content(tmp_path / "out")
+
+    def shard(writer, file, target):
+        if file.startswith("model-00001"):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert writer.stop.wait(60)
+        return writer.write(file, target)
+
+    monkeypatch.setattr(pool, "_shard", shard)
+    with pytest.raises(KeyboardInterrupt):
+        rp.export(edit, source, tmp_path / "out", overwrite=True, workers=3)
+    assert (
+        not at_work() and content(tmp_path / "out") == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+    )
+
+
+def test_a_disk_that_fills_up_under_several_workers_leaves_nothing(source, edit, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))  # the system itself refuses the bytes after these
+    try:
+        with pytest.raises(CheckpointError, match=r"writing .*out failed: .*File too large.*; nothing was written"):
+            rp.export(edit, source, tmp_path / "out", workers=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    rp.export(edit, source, tmp_path / "out", workers=3)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_what_several_workers_had_finished_is_kept_after_a_kill(after, source, edit, tmp_path, monkeypatch):
+    rp.export(edit, source, tmp_path / "whole", link=False, workers=1)
+    killed(source, edit, tmp_path / "out", after, workers=4)
+    written, shard = [], pool._shard
+    monkeypatch.setattr(pool, "_shard", lambda *a: (written.append(a), shard(*a))[1])
+    rp.export(edit, source, tmp_path / "out", link=False, workers=2)
+    assert len(written) == 3 - after and content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+# --- Hashes that are known
+
+
+@pytest.fixture
+def exported(source, edit, tmp_path):
+    """An export, whose manifest is a little younger than its files."""
+    rp.export(mask(tiny("llama"), "0.mlp.neurons"), source, tmp_path / "in", link=False)
+    return tmp_path / "in"
+
+
+def read_in_full(monkeypatch):
+    """The files whose hash is computed from here on."""
+    names, right = [], streaming._Copy.__init__
+
+    def init(copy, old, new, shared, known, changes):
+        names.extend([] if known else [old])
+        right(copy, old, new, shared, known, changes)
+
+    monkeypatch.setattr(streaming._Copy, "__init__", init)
+    return names
+
+
+def in_place(path):
+    """One byte turned, a moment later."""
+    time.sleep(0.02)  # the clock of a file system ticks every few milliseconds
+    with open(path, "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2), file.write(bytes([last[0] ^ 1]))
+
+
+def test_the_manifest_of_a_source_gives_its_hashes(exported, edit, tmp_path, monkeypatch):
+    names = read_in_full(monkeypatch)
+    the_hashes_are_those_of_the_files(exported, edit, tmp_path / "out")
+    assert not names
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_file_that_is_younger_than_the_manifest_is_hashed(hidden, exported, edit, tmp_path, monkeypatch):
+    path = exported / open_shards(exported).files[0]
+    before = path.stat()
+    in_place(path)
+    if hidden:  # the time of modification can be set back, the time of change cannot
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    names = read_in_full(monkeypatch)
+    the_hashes_are_those_of_the_files(exported, edit, tmp_path / "out")
+    assert len(names) == 1
+
+
+def test_believing_the_manifest_of_a_file_that_changed_is_caught(exported, edit, tmp_path, monkeypatch):
+    in_place(exported / open_shards(exported).files[0])
+    monkeypatch.setattr("repedit.io.known_hashes._changed", lambda path: 0)
+    with pytest.raises(AssertionError):
+        the_hashes_are_those_of_the_files(exported, edit, tmp_path / "out")
+
+
+def test_a_file_added_to_the_manifest_makes_no_other_file_older(exported, edit, tmp_path):
+    in_place(exported / open_shards(exported).files[0])
+    time.sleep(0.02)
+    (exported / "notes.txt").write_text("new")
+    add_to_manifest(exported, ["notes.txt"])
+    the_hashes_are_those_of_the_files(exported, edit, tmp_path / "out")
+
+
+def in_cache(source, cache):
+    """A snapshot of a model as the hub's client keeps it: blobs that are named by their hash, and then links to them."""
+    repository = cache / "models--someone--tiny"
+    snapshot = repository / "snapshots" / "0123456789"
+    (repository / "blobs").mkdir(parents=True), snapshot.mkdir(parents=True)
+    for path in source.iterdir():
+        shutil.copyfile(path, repository / "blobs" / sha(path))
+        (snapshot / path.name).symlink_to(f"../../blobs/{sha(path)}")
+    return snapshot
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_blob_of_the_hub_is_hashed_if_it_was_written_after_it_was_linked(
+    changed, source, edit, tmp_path, monkeypatch
+):
+    snapshot = in_cache(source, tmp_path)
+    if changed:
+        in_place((snapshot / open_shards(snapshot).files[0]).resolve())
+    names = read_in_full(monkeypatch)
+    the_hashes_are_those_of_the_files(snapshot, edit, tmp_path / "out")
+    assert len(names) == changed
+
+
+def test_a_blob_that_is_named_by_something_else_is_hashed(source, edit, tmp_path):
+    snapshot = in_cache(source, tmp_path)
+    path = snapshot / open_shards(snapshot).files[0]
+    blob = path.resolve().rename(path.resolve().with_name("0" * 40))
+    path.unlink()
+    path.symlink_to(f"../../blobs/{blob.name}")
+    the_hashes_are_those_of_the_files(snapshot, edit, tmp_path / "out")
+
+
+# --- Manifests of other versions
+
+
+def test_a_manifest_that_names_no_algorithm_has_sha256(exported):
+    path = exported / "repedit.json"
+    path.write_text(path.read_text().replace('"hash": "sha256",', ""))
+    assert "hash" not in read_manifest(exported)[0]
+    assert verification(exported).whole
+
+
+def test_a_manifest_with_another_algorithm_is_refused(exported):
+    path = exported / "repedit.json"
+    path.write_text(path.read_text().replace('"hash": "sha256"', '"hash": "sha999"'))
+    with pytest.raises(
+        CheckpointError, match=r"hashes of the algorithm 'sha999', this version of repedit computes sha256"
+    ):
+        verification(exported)
+
+
+def test_threads_follow_the_grad_mode_of_the_caller(source, edit, tmp_path, monkeypatch):
+    modes, shard = [], pool._shard
+    monkeypatch.setattr(pool, "_shard", lambda *a: (modes.append(torch.is_grad_enabled()), shard(*a))[1])
+    with torch.no_grad():
+        rp.export(edit, source, tmp_path / "out", workers=2)
+    assert modes == [False] * 3
