@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, fields, is_dataclass
 from math import prod
 from pathlib import Path
+from threading import Thread, current_thread
 from typing import Any
 
 import torch
@@ -80,9 +81,10 @@ def _write_shards(
     """
     written = {file: found for file, path in targets.items() if (found := journal.written(path)) is not None}
     missing = [file for file in targets if file not in written]
-    grad = torch.is_grad_enabled()
+    grad, threads = torch.is_grad_enabled(), set[Thread]()
 
     def write(file: str) -> Written:
+        threads.add(current_thread())
         with torch.set_grad_enabled(grad):  # a thread begins with the default
             return _shard(writer, file, targets[file])
 
@@ -97,6 +99,8 @@ def _write_shards(
         except BaseException:  # an interrupt too, which only the main thread gets
             writer.stop.set()
             pool.shutdown(cancel_futures=True)
+            for thread in threads:  # an interrupt while a thread is started keeps it from the pool
+                thread.join()
             raise
     return written
 
