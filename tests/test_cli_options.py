@@ -84,7 +84,7 @@ OWN: dict[str, dict[str, str]] = {
     "unlearn": {"recipe": "--recipe npo", "layers": "--layers 1", "modules": "--modules attn.out", "mask": "--mask sure:50", "set_": "--set lr=0.5",
                 "micro_batch": "--micro-batch 2", "shard": "--shard", "gradient_checkpointing": "--gradient-checkpointing", "resume": "--resume r",
                 "log": "--log l", "list_recipes": "--list-recipes", "update": "--update symbols", "forget": "--forget symbols"},
-    "apply": {"edit": "other", "dtype": "--dtype bfloat16", "verify": "--no-verify", "out": "--out other"},
+    "apply": {"edit": "other", "dtype": "--dtype bfloat16", "workers": "--workers 3", "verify": "--no-verify", "out": "--out other"},
     "diff": {"base": "other", "out": "--out d.html"},
     "compare": {"out": "--out c.html", "base": "other", "text": "--text prose", "prompt": "--prompt hi", "metrics": "--metrics tofu --data there",
                 "folder": "--metrics tofu --data elsewhere", "limit": "--metrics tofu --data there --limit 3"},

@@ -43,7 +43,7 @@ def test_seventy_billion_parameters_are_planned_from_headers(giant, unread):
     files = {shards.entries[name].file for name in touched}
     gigabytes = sum((giant / file).stat().st_size for file in files) / 1e9
     assert (
-        f"{len(files)} of {len(shards.files)} files rewritten, {gigabytes:.2f} of 141.11 GB; the others are linked"
+        f"{len(files)} of {len(shards.files)} files rewritten, {gigabytes:.2f} of 141.11 GB; the others are shared or copied"
         in text
     )
 

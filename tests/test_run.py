@@ -196,6 +196,17 @@ def test_a_run_is_reproduced_to_the_byte(done):
     assert result.stdout.count("is the same") == 2 and "3, diff: not compared" in result.stdout
 
 
+@pytest.mark.parametrize(("changes", "same"), [({"hard_links": []}, True), ({"dtype": "float16"}, False)])
+def test_an_export_whose_shards_could_not_be_linked_again_is_the_same(changes, same, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    for folder, other in ((first, {}), (again, changes)):
+        folder.mkdir()
+        (folder / "repedit.json").write_text(json.dumps({"hard_links": ["model.safetensors"], "dtype": None} | other))
+    assert runs._equal_files(again, first, file_hashes(first)) is same
+    (again / "more").write_text("of another file")
+    assert not runs._equal_files(again, first, file_hashes(first))
+
+
 def test_what_comes_out_otherwise_is_said_to_differ(done):
     log = done.with_suffix(".journal.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]

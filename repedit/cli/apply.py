@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from repedit.delta import Delta
     from repedit.edit import Edit
     from repedit.models.subject import Subject
+    from repedit.rewrite.manifest import Manifest
 
 
 def apply(
@@ -48,7 +49,6 @@ def apply(
 
     repedit apply none MODEL --dequantize --out plain/
     """
-    from repedit.cli import output
     from repedit.delta import Delta
     from repedit.edit import Edit
     from repedit.errors import ArgumentError
@@ -82,6 +82,12 @@ def apply(
     )
     if verify:
         verify_checkpoint(out, manifest)
+    _show(manifest, out, json)
+
+
+def _show(manifest: Manifest, out: Path, json: bool) -> None:
+    from repedit.cli import output
+
     if json:
         output.show_json({
             "out": str(out), "tensors": len(manifest.plan), "largest_relative_change": manifest.relative_change,

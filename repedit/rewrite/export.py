@@ -30,7 +30,7 @@ from repedit.errors import (
 )
 from repedit.escaping import for_terminal
 from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
-from repedit.io.copies import Sharing, can_hard_link, sharing_between
+from repedit.io.copies import can_hard_link, sharing_between
 from repedit.io.files import file_hash
 from repedit.io.safetensors import floating_dtype
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, staging_folder, sync_files
@@ -50,7 +50,7 @@ from repedit.rewrite.checkpoint_architecture import (
     used_specs,
 )
 from repedit.rewrite.companions import Companions, companions, copy_companions, used_files
-from repedit.rewrite.manifest import Manifest, base_card, base_of, card, manifest
+from repedit.rewrite.manifest import Manifest, Weights, base_card, base_of, card, manifest
 from repedit.rewrite.shards import ShardJournal, job, rewritten_files, write_weights
 from repedit.rewrite.slice import slice_plan
 from repedit.rewrite.slim import slim_plan
@@ -137,23 +137,18 @@ def export(
     key = "" if stored is None else job(stored.plan, stored.shards, new_dtype, link)
     with staging_folder(out, key, overwrite=overwrite) as place:
         checkpoint = stored or _plan_checkpoint(_save_in_memory(source, place, max_shard_size), plan_for, row)
-        plan, shards, used, row, matches = checkpoint
-        directory = shards.directory
+        plan, shards, _, row, matches = checkpoint
+        directory, new = shards.directory, place / "checkpoint"
         unchanged = partial(
             check_unchanged, directory, states or file_states(directory), "while it was exported", "export it again"
         )
         others = _companions(shards, origin, streamed=stored is not None)
-        new = place / "checkpoint"
         new.mkdir(exist_ok=True)
-        journal = ShardJournal(new)
-        written = sum(path.stat().st_size for path in new.iterdir())
-        size = sum(path.stat().st_size for path in others.files.values())
-        sharing = sharing_between(directory / "config.json", place) if link else None
-        check_space(place, size + _bytes_to_write(plan, shards, new_dtype, sharing) - written)
+        sharing = sharing_between(directory / "config.json", new) if link else None
         # The values of a model in memory were checked when it was loaded or saved.
-        unchecked = frozenset() if isinstance(source, Subject) else frozenset(used.files)
-        writer = ShardWriter(plan, shards, used.files, new_dtype, sharing, unchecked)
-        weights = write_weights(writer, new, journal, unchanged, workers=workers)
+        unchecked = frozenset() if isinstance(source, Subject) else frozenset(checkpoint.used.files)
+        writer = ShardWriter(plan, shards, checkpoint.used.files, new_dtype, sharing, unchecked)
+        weights = _written_weights(writer, others, new, unchanged, workers)
         changes = weights.changes
         plan.check_touched(changes.keys())
         if not allow_identity and new_dtype is None and all(c.before == c.after for c in changes.values()):
@@ -348,6 +343,17 @@ def _save_in_memory(subject: Subject | str | Path, place: Path, max_shard_size: 
     return folder
 
 
+def _written_weights(
+    writer: ShardWriter, others: Companions, new: Path, unchanged: Callable[[], None], workers: int
+) -> Weights:
+    """The weights, written to a new directory if the disk has space for all files, or continued there."""
+    journal = ShardJournal(new)
+    written = sum(path.stat().st_size for path in new.iterdir())
+    size = sum(path.stat().st_size for path in others.files.values())
+    check_space(new.parent, size + _bytes_to_write(writer) - written)
+    return write_weights(writer, new, journal, unchanged, workers=workers)
+
+
 # --- What is written beside the weights
 
 
@@ -362,13 +368,13 @@ def _companions(shards: Shards, origin: Origin | None, *, streamed: bool) -> Com
     return Companions({**others.files, **own}, others.left_out)
 
 
-def _bytes_to_write(plan: Plan, shards: Shards, dtype: torch.dtype | None, sharing: Sharing | None) -> int:
+def _bytes_to_write(writer: ShardWriter) -> int:
     """The size of the new shards; those that share all their bytes with the source take no space."""
+    plan, shards, sharing = writer.plan, writer.shards, writer.sharing
     added = sum(spec.nbytes for spec in plan.added.values())
     added += sum(shards.specs[name].nbytes for name in plan.unties.values())
     files = {file: shards.directory / file for file in shards.files}
-    touched = rewritten_files(plan, shards)
-    shared = set() if dtype is not None or sharing is None else files.keys() - touched
+    shared = set() if writer.dtype is not None or sharing is None else files.keys() - rewritten_files(plan, shards)
     shared = {file for file in shared if sharing == "reflink" or can_hard_link(files[file])}
     return added + sum(path.stat().st_size for file, path in files.items() if file not in shared)
 
