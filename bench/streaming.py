@@ -104,27 +104,27 @@ def run(mode: str, source: Path, edit: Path, *, cold: bool = False) -> dict[str,
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def smollm2(folder: Path, cold: bool) -> list[dict[str, Any]]:
+def smollm2(folder: Path, cold: bool, rounds: int) -> list[dict[str, Any]]:
     """The real model, with pruned neurons in every third layer."""
     source, edit = smollm2_edit(folder)
-    return _compared(source, edit, ("cp", "stream", "save_pretrained"), rounds=7, cold=cold)
+    return _compared(source, edit, ("cp", "stream", "save_pretrained"), rounds=rounds, cold=cold)
 
 
-def large(folder: Path, cold: bool) -> list[dict[str, Any]]:
+def large(folder: Path, cold: bool, rounds: int) -> list[dict[str, Any]]:
     """16 directions removed from everything that writes the stream: a third of all bytes, in every shard."""
     source = llama(folder / "source", **LLAMA_3B, shard_bytes=500_000_000)
     parts = ("stream with one worker", "stream without hashes", "stream without certificates")
     modes = ("cp", "cp with hashes", "stream", *(() if cold else parts))
-    return _compared(source, projection_edit(folder, LLAMA_3B), modes, rounds=ROUNDS, cold=cold)
+    return _compared(source, projection_edit(folder, LLAMA_3B), modes, rounds=rounds, cold=cold)
 
 
-def hashes(folder: Path, cold: bool) -> list[dict[str, Any]]:
+def hashes(folder: Path, cold: bool, rounds: int) -> list[dict[str, Any]]:
     """CPU of a hash of 64 MB in memory, in turn."""
     data = random.Random(0).randbytes(1 << 26)
     algorithms: dict[str, Callable[[bytes], Any]] = {"sha256": hashlib.sha256, "blake2b": hashlib.blake2b}
     with suppress(ImportError):
         algorithms["blake3"] = importlib.import_module("blake3").blake3
-    seconds = [{name: cpu(lambda: hash_of(data)) for name, hash_of in algorithms.items()} for _ in range(7)]  # noqa: B023
+    seconds = [{name: cpu(lambda: hash_of(data)) for name, hash_of in algorithms.items()} for _ in range(rounds)]  # noqa: B023
     return [
         {
             "name": name,
@@ -135,7 +135,7 @@ def hashes(folder: Path, cold: bool) -> list[dict[str, Any]]:
     ]
 
 
-def plan(folder: Path, cold: bool) -> list[dict[str, Any]]:
+def plan(folder: Path, cold: bool, rounds: int) -> list[dict[str, Any]]:
     """Only headers are there to be read."""
     source = llama(folder / "source", **LLAMA_70B, shard_bytes=5_000_000_000, sparse=True)
     found = run("plan", source, projection_edit(folder, LLAMA_70B))
@@ -144,7 +144,7 @@ def plan(folder: Path, cold: bool) -> list[dict[str, Any]]:
     return [{"name": "plan of 70B", "gb": sum(s.nbytes for s in shards.specs.values()) / 1e9, **sizes, **found}]
 
 
-def kill(folder: Path, cold: bool) -> list[dict[str, Any]]:
+def kill(folder: Path, cold: bool, rounds: int) -> list[dict[str, Any]]:
     """SIGKILL at random points of an export; the same export is tried again, over what the kill left, until it ends."""
     source, path = smollm2_edit(folder)
     edit, rng = rp.Edit.load(path), random.Random(0)
@@ -266,7 +266,7 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-PARTS: dict[str, Callable[[Path, bool], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[Path, bool, int], list[dict[str, Any]]]] = {
     "smollm2": smollm2,
     "large": large,
     "hashes": hashes,
@@ -280,10 +280,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.streaming", description=__doc__)
     parser.add_argument("--part", choices=PARTS, default="smollm2")
     parser.add_argument("--cold", action="store_true", help="The source is not in the page cache.")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = PARTS[given.part](Path(folder), given.cold)
+        rows = PARTS[given.part](Path(folder), given.cold, given.rounds)
     print(json.dumps(rows, indent=1))
     print(record(f"streaming-{given.part}{'-cold' if given.cold else ''}", rows, module="streaming", seed=0, note=NOTE))
 

@@ -149,10 +149,7 @@ def export(
         unchecked = frozenset() if isinstance(source, Subject) else frozenset(checkpoint.used.files)
         writer = ShardWriter(plan, shards, checkpoint.used.files, new_dtype, sharing, unchecked)
         weights = _written_weights(writer, others, new, unchanged, workers)
-        changes = weights.changes
-        plan.check_touched(changes.keys())
-        if not allow_identity and new_dtype is None and all(c.before == c.after for c in changes.values()):
-            raise NoOpEdit(no_op_message(list(changes)))
+        _check_changes(plan, weights, identity=allow_identity or new_dtype is not None)
         copy_companions(others, new)
         _write_config(directory, new, plan, dtype_name)
         layout_written = match_layout(architecture_of(new, row), used_specs(open_shards(new), row, matches))
@@ -341,6 +338,17 @@ def _save_in_memory(subject: Subject | str | Path, place: Path, max_shard_size: 
     if subject.tokenizer is not None:
         subject.tokenizer.save_pretrained(folder)
     return folder
+
+
+def _check_changes(plan: Plan, weights: Weights, *, identity: bool) -> None:
+    """Refuse other changes than those planned and, unless `identity`, none at all.
+
+    Raises:
+        PlanMismatch, NoOpEdit: naming the tensors.
+    """
+    plan.check_touched(weights.changes.keys())
+    if not identity and all(change.before == change.after for change in weights.changes.values()):
+        raise NoOpEdit(no_op_message(list(weights.changes)))
 
 
 def _written_weights(
