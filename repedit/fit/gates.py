@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from repedit.activations.forward import batches_of, inputs_of
+from repedit.activations.forward import batches_of
 from repedit.arch import HookFn, hooks_at
 from repedit.data import Batch, Batches, Corpus
 from repedit.edit import Edit
@@ -24,7 +24,7 @@ from repedit.linear_maps import Diagonal
 from repedit.models.subject import Subject
 from repedit.sites import Site
 from repedit.training.optimizers import PooledAdam, linear_decay, set_lr
-from repedit.training.sampler import label_logits, label_mask
+from repedit.training.sampler import label_logits, label_mask, logits_for
 
 # Characters of an excerpt that give one chunk of 128 tokens of code or prose.
 _CHARACTERS_PER_TOKEN = 5.5
@@ -154,7 +154,8 @@ class _Search:
         return lambda x, channels, _tokens: x * self.open[site][channels].to(x.dtype)
 
     def _logits(self, batch: Batch) -> Float[Tensor, "n v"]:
-        return label_logits(self.subject.model(**inputs_of(batch)).logits, label_mask(batch))
+        labels = label_mask(batch)
+        return label_logits(logits_for(self.subject, batch, labels, whole=True), labels)
 
 
 def margin(logits: Float[Tensor, "n v"], targets: Tensor) -> Float[Tensor, ""]:

@@ -27,7 +27,7 @@ from repedit.models.subject import Subject
 from repedit.sites import Site
 from repedit.training import resume
 from repedit.training.optimizers import OPTIMIZERS, linear_decay, set_lr
-from repedit.training.sampler import BatchSampler, answer_ids, label_logits, label_mask
+from repedit.training.sampler import BatchSampler, answer_ids, label_logits, label_mask, logits_for
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _step(
     bases.refresh()
     with installed(subject.model, bases.hooks()), torch.enable_grad():
         bases.projected = _projected_positions(batch, config.forget_at, step)
-        forget, right = sets.forget_loss(subject.model(**inputs_of(batch)).logits, batch)
+        forget, right = sets.forget_loss(_forget_logits(subject, batch, sets.forget_loss), batch)
         bases.projected = None
         loss, divergence = forget + _rehearsal_loss(subject, sets, step), 0.0
         for rows, reference in zip(retain, references, strict=True):
@@ -249,7 +249,12 @@ def _rehearsal_loss(subject: Subject, sets: TrainingSets, step: int) -> Tensor |
         return 0.0
     sampler, forget_loss = sets.rehearsed[step % len(sets.rehearsed)]
     batch = sampler.at(step // len(sets.rehearsed))
-    return forget_loss(subject.model(**inputs_of(batch)).logits, batch)[0]
+    return forget_loss(_forget_logits(subject, batch, forget_loss), batch)[0]
+
+
+def _forget_logits(subject: Subject, batch: Batch, loss: ForgetLoss) -> Float[Tensor, "b s v"]:
+    # Whole rows: projected positions are those of the whole batch.
+    return logits_for(subject, batch, label_mask(batch, loss.place), whole=True)
 
 
 def _projected_positions(batch: Batch, where: str, step: int) -> Bool[Tensor, "b t"] | None:
@@ -296,7 +301,7 @@ class ForgetLoss:
     place: int | None = None
     """Index, within the answer, of the token that counts; None for all of them."""
 
-    def __call__(self, logits: Float[Tensor, "b t v"], batch: Batch) -> tuple[Float[Tensor, ""], float]:
+    def __call__(self, logits: Float[Tensor, "b s v"], batch: Batch) -> tuple[Float[Tensor, ""], float]:
         """(loss, share of the tokens that are still the most likely candidate)."""
         labels = label_mask(batch, self.place)
         scores, targets = label_logits(logits, labels), batch.input_ids[labels]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from repedit.activations.forward import at_least_float32, batches_of
+from repedit.activations.forward import at_least_float32, batches_of, inputs_of
 from repedit.data import (
     Batch,
     Batches,
@@ -74,9 +74,33 @@ def label_mask(batch: Batch, place: int | None = None) -> Bool[Tensor, "b t"]:
     return torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:] & batch.attention_mask[:, :-1]], 1)
 
 
-def label_logits(logits: Float[Tensor, "b t v"], labels: Bool[Tensor, "b t"]) -> Float[Tensor, "n v"]:
-    """The logits that predict the labels, in at least float32."""
-    return at_least_float32(logits[:, :-1][labels[:, 1:]])
+def label_logits(logits: Float[Tensor, "b s v"], labels: Bool[Tensor, "b t"]) -> Float[Tensor, "n v"]:
+    """The logits that predict the labels, in at least float32; the logits of all positions, or those of `logits_for`."""
+    columns = slice(1, None) if logits.shape[1] == labels.shape[1] else _label_columns(labels)
+    return at_least_float32(logits[:, : labels[:, columns].shape[1]][labels[:, columns]])
+
+
+def logits_for(
+    subject: Subject, batch: Batch, labels: Bool[Tensor, "b t"], *, whole: bool = False
+) -> Float[Tensor, "b s v"]:
+    """The logits of the positions before the first label to before the last one, which `label_logits` takes.
+
+    The output matrix costs a fifth of a small model's pass; answers are few positions of many.
+
+    Args:
+        whole: also read what stands at the last label and behind it, which predicts none: hooks may look at it.
+    """
+    columns = _label_columns(labels)
+    last = labels.shape[1] if whole else columns.stop - 1
+    read = Batch(batch.input_ids[:, :last], batch.attention_mask[:, :last], batch.document)
+    logits = subject.model(**inputs_of(read), logits_to_keep=last - columns.start + 1).logits
+    return logits[:, : columns.stop - columns.start]
+
+
+def _label_columns(labels: Bool[Tensor, "b t"]) -> slice:
+    """From the first column with a label to the last one; the second column where there is none."""
+    columns = labels.any(0).nonzero()[:, 0].tolist() or [1]
+    return slice(columns[0], columns[-1] + 1)
 
 
 def answer_ids(batch: Batch) -> list[tuple[int, ...]]:

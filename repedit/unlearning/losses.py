@@ -57,7 +57,8 @@ class ForwardPass:
     """The forward pass of the trained model on one micro-batch."""
 
     batch: Batch
-    logits: Float[Tensor, "b t v"]
+    logits: Float[Tensor, "b s v"]
+    """Those of all positions, or those that `logits_for` gives."""
     reference: Reference
     indices: Sequence[int] = ()
     """Numbers of the rows within their role."""
@@ -111,7 +112,7 @@ class ForwardPass:
     @cached_property
     def reference_logits(self) -> Float[Tensor, "n v"]:
         """The logits of the reference that predict the label tokens."""
-        return label_logits(self.reference.logits(self.batch), self.labels)
+        return self.reference.label_logits(self.batch)
 
     @property
     def alternative(self) -> ForwardPass:

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repedit.activations.forward import inputs_of
 from repedit.arch import MatrixView
 from repedit.data import Batch
 from repedit.errors import SelectionError
 from repedit.models.subject import Subject
 from repedit.sites import Site
-from repedit.training.sampler import collate
+from repedit.training.sampler import collate, label_mask, logits_for
 from repedit.unlearning.losses import ForwardPass, Loss, nll, unit_count
 from repedit.unlearning.parameters import Mask, Parameters, TrainableCopy
 from repedit.unlearning.recipe import Saliency, Term, UnlearnRecipe
@@ -62,7 +61,7 @@ def saliency_of_rows(
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size])
         with torch.enable_grad(), autocast(trainable.dtype, subject.device):
-            logits = trainable.subject.model(**inputs_of(batch)).logits
+            logits = logits_for(trainable.subject, batch, label_mask(batch))
         (options.loss.sum(ForwardPass(batch, logits, reference)) / units).backward()
     gradients = {name: p.grad for name, p in trainable.tensors.items() if p.grad is not None}
     norms = {name: _row_norms(grad, name, options.unit, subject) for name, grad in gradients.items()}

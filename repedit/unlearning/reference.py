@@ -18,7 +18,7 @@ from repedit.errors import ShapeError
 from repedit.hooks import installed
 from repedit.models.subject import Subject
 from repedit.sites import Point, Site
-from repedit.training.sampler import collate, label_logits, label_mask
+from repedit.training.sampler import collate, label_logits, label_mask, logits_for
 
 _HALF = (torch.bfloat16, torch.float16)
 _BATCH_SIZE = 8
@@ -44,6 +44,13 @@ class Reference:
         self.passes += 1
         with torch.no_grad(), autocast(self.subject.model.dtype, self.subject.device):
             return self.subject.model(**inputs_of(batch)).logits
+
+    def label_logits(self, batch: Batch) -> Float[Tensor, "n v"]:
+        """The logits that predict the labels of a batch."""
+        self.passes += 1
+        labels = label_mask(batch)
+        with torch.no_grad(), autocast(self.subject.model.dtype, self.subject.device):
+            return label_logits(logits_for(self.subject, batch, labels), labels)
 
     def states(self, batch: Batch, layers: Sequence[int]) -> dict[int, Float[Tensor, "b t d"]]:
         """The residual stream after each of some layers."""
@@ -77,14 +84,15 @@ class Reference:
     def _batch_nll(self, rows: Sequence[Batch]) -> Float[Tensor, " b"]:
         batch = collate(rows)
         labels = label_mask(batch)
-        logits = label_logits(self.logits(batch), labels)
-        token_nll = nn.functional.cross_entropy(logits, batch.input_ids[labels], reduction="none").double()
+        token_nll = nn.functional.cross_entropy(
+            self.label_logits(batch), batch.input_ids[labels], reduction="none"
+        ).double()
         return token_nll.new_zeros(len(rows)).index_add(0, labels.nonzero()[:, 0], token_nll)
 
     def _batch_top(self, rows: Sequence[Batch], k: int) -> list[tuple[Tensor, Tensor]]:
         batch = collate(rows)
         labels = label_mask(batch)
-        log_probs = label_logits(self.logits(batch), labels).log_softmax(-1)
+        log_probs = self.label_logits(batch).log_softmax(-1)
         tokens = log_probs.topk(k, dim=-1).indices
         sizes = labels.sum(1).tolist()
         return list(zip(tokens.split(sizes), with_rest(log_probs, tokens).split(sizes), strict=True))

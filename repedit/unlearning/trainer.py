@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from repedit.activations.forward import inputs_of
 from repedit.data import Batch
 from repedit.distributed import ProcessGroup, full_tensor, sum_gradients
 from repedit.errors import ArgumentError, TrainingError
 from repedit.models.subject import Subject
 from repedit.training.optimizers import OPTIMIZERS, set_lr
-from repedit.training.sampler import collate
+from repedit.training.sampler import collate, label_mask, logits_for
 from repedit.unlearning.combiners import Combination, StepContext, combine
 from repedit.unlearning.forget_gradient import ForgetGradient
 from repedit.unlearning.losses import ControlVectors, ForwardPass, Unit, nll, steering_layer, unit_count
@@ -201,7 +200,7 @@ class Training:
         batch, states, subject = collate([batches[i] for i in rows]), dict[int, Tensor](), self.trainable.subject
         self.forwards += 1
         with autocast(self.trainable.dtype, subject.device), recording_states(subject, layers, states):
-            logits = subject.model(**inputs_of(batch)).logits
+            logits = logits_for(subject, batch, label_mask(batch), whole=bool(layers))
         topics = [self.data.topics[role][i] for i in rows] if role in self.data.topics else []
         return ForwardPass(batch, logits, self.reference, rows, role, states, self.depth, None, self.control, topics)
 
