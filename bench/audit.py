@@ -4,7 +4,8 @@
 `--part never --seeds 0,...,9` runs the one that was never taught the facts. `--part projected` exports an edit that
 `bench.mrp` saved, `--part pruned` makes and exports one; the checkpoint is audited with the fast budget. `--part times
 --edit CHECKPOINT` takes the minutes to a verdict on the capitals: the first time, with the findings of the original
-stored, and with the quick budget. Each writes bench/results/audit-PART.json.
+stored, and with the quick budget. `--part training` measures what a training step and a question cost. Each writes
+bench/results/audit-PART.json.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 import repedit as rp
+from bench.audit_training import training
 from bench.record import record
 from repedit.auditing.selftest import selftest
 from repedit.data.generated import PYTHON, cloze
@@ -107,7 +109,7 @@ def _attacking(report: rp.Report) -> dict[str, float]:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=[*CONTROLS, "projected", "pruned", "times"], required=True)
+    parser.add_argument("--part", choices=[*CONTROLS, "projected", "pruned", "times", "training"], required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--edit", type=Path, default=Path(".cache/bench-mrp/capitals-0.safetensors"))
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench-audit"))
@@ -123,6 +125,8 @@ def main() -> None:
         rows = times(options.edit, options.folder, options.budgets.split(","))
     elif options.part == "pruned":
         rows = pruned(options.folder, chosen)
+    elif options.part == "training":
+        rows = training()
     else:
         torch.set_num_threads(1)
         rows = controls([int(seed) for seed in options.seeds.split(",")], CONTROLS[options.part])
