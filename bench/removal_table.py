@@ -227,7 +227,7 @@ def figure() -> None:
     axes = sheet.subplots()
     for number, s in enumerate([s for s in found if s.worst is not None and worst_kept(s, before) is not None]):
         (attack, r, bound), (_, kept) = s.worst, worst_kept(s, before)  # type: ignore[misc]
-        label = f"{TOLD.get(s.edit, s.edit).replace(chr(96), str())} (worst: {attack})"
+        label = f"{TOLD.get(s.edit, s.edit).replace(chr(96), '')} (worst: {attack})"
         colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
         axes.errorbar(kept, r, yerr=[[0], [max(bound - r, 0)]], fmt=marker, color=colour, label=label, capsize=3)
     axes.axhline(1, color=NEUTRAL, lw=0.8, ls=":")
