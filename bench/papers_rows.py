@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.mrp import TASKS
 from bench.papers import Claim, Results, Row, spread, summary
+from bench.sure import retained
 
 CHANCE = 0.125
 """Of eight choices."""
@@ -171,6 +172,210 @@ def worst_kept(row: Values) -> float:
     return float(min(after[d] / before[d] for d in before if d not in ("perplexity", "symbols", "languages")))
 
 
+# --- LLM Surgery and SURE, on taught models and, where it was run, on SmolLM2
+
+Found = Mapping[str, Sequence[Values]]
+"""The rows of every seed, by name."""
+PARTS = {"tiny": "tiny models", "smollm2": "SmolLM2"}
+
+
+def seeds(results: Results, prefix: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every seed of a benchmark, by name."""
+    paths = sorted(results.folder.glob(f"{prefix}-[0-9]*.json"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in results.rows(*(path.stem for path in paths)):
+        found.setdefault(row["name"], []).append(row)
+    return found
+
+
+def by_part(results: Results, prefix: str) -> dict[str, Found]:
+    """The same for each kind of model on which it was run."""
+    found = {where: seeds(results, f"{prefix}-{part}") for part, where in PARTS.items()}
+    return {where: rows for where, rows in found.items() if rows}
+
+
+def mean_of(rows: Found, name: str, key: str) -> float:
+    """Mean of a measure over seeds."""
+    return mean(row[key] for row in rows[name])
+
+
+def surgery(results: Results) -> Row:
+    """Forget, replace and keep at once, beside fine-tuning on the replacements alone."""
+    both = by_part(results, "surgery")
+    chance = {"SmolLM2": CHANCE, "tiny models": 1 / 16}
+
+    def shown(key: str) -> str:
+        names = ("original", "surgery", "update alone")
+        return "; ".join(
+            f"{where}: " + ", ".join(f"{name} {spread(r[key] for r in rows[name])}" for name in names)
+            for where, rows in both.items()
+        )
+
+    def change(key: str, how: Callable[[float, float, float], float]) -> list[float]:
+        return [how(mean_of(f, "surgery", key), mean_of(f, "original", key), chance[w]) for w, f in both.items()]
+
+    left = change("forget", lambda now, before, guess: (now - guess) / (before - guess))
+    gain = change("update", lambda now, before, _: now - before)
+    kept = change("retain", lambda now, before, _: now / before)
+    tiny = both["tiny models"]["surgery"]
+    domains = {d: spread(row["retain by domain"][d] for row in tiny) for d in ("city", "profession")}
+    seen = [row["retain, trained on"] for row in tiny if "retain, trained on" in row]
+    brought = [next(r["value"] for r in row["audit"]["recoveries"] if r["attack"] == "rtt") for row in tiny]
+    return Row(
+        "LLM Surgery", "2409.13054",
+        (
+            Claim("significant forgetting on the unlearn set",
+                  f"accuracy, {shown('forget')}; met if less than half of what is above chance is left", max(left) < 0.5),
+            Claim("the accuracy on the update set rises by 20 %",
+                  f"accuracy, {shown('update')}; in words that training does not use, {shown('update, new words')}; met if it rises by "
+                  "0.20", min(gain) >= 0.2),
+            Claim("the accuracy on the retain set is maintained, on facts that training sees",
+                  f"after surgery, tiny models: {spread(seen)}; met if at least 0.95", mean(seen) >= 0.95),
+            Claim("and on retained facts that it does not see",
+                  f"mean of domains, {shown('retain')}; after surgery, tiny models: other places of birth {domains['city']}, professions "
+                  f"{domains['profession']}; met if at least 0.95 of the original's", min(kept) >= 0.95),
+        ),
+        "Tiny models that were taught 240 facts: 40 places of birth to forget, 40 to replace by another, the other places and the "
+        "professions retained (half trained on, half scored); all weights at 1e-3, 16 rows of each role in a step."
+        + (" SmolLM2-135M-Instruct: 40 capitals to forget, 40 countries with an invented capital, down-projections of layers 20 to 29 at "
+           "5e-4, four rows of each role (the paper: all weights at 2e-4)." if "SmolLM2" in both else "")
+        + " The weights of the terms, the optimizer and the 120 steps are the published ones.",
+        "tiny models: " + ", ".join(f"{k} {spread(r[k] for r in tiny)}" for k in ("update", "forget", "retain")) + " after surgery",
+        f"{verdicts(row['audit']['verdict'] for row in tiny)} (tiny models): R {spread(brought)} by retraining"
+        + "".join(f"; SmolLM2 {attacked(row['audit'], 'rtt')}" for row in both.get("SmolLM2", {}).get("surgery", ()) if "audit" in row),
+        (
+            "What is called KL is the cross-entropy to the reference, which has the same gradient; it is named so here.",
+            "Positions of padding are counted in the loss on the retain set; they are masked here.",
+        ),
+    )  # fmt: skip
+
+
+def quantization(results: Results) -> Row:
+    """What rounding brings back of facts that were unlearned at a small rate, and whether SURE prevents it."""
+    both = by_part(results, "sure")
+    shares = {where: _retained(rows) for where, rows in both.items()}
+    plain = {where: [name for name in PLAIN if name in rows] for where, rows in both.items()}
+    masks = {where: [n for n in ("SURE mask", "random mask") if n in rows] for where, rows in both.items()}
+
+    def shown(names: Mapping[str, Sequence[str]]) -> str:
+        return "; ".join(
+            f"{where}, {name}: " + ", ".join(f"{s} {spread(v[1] for v in shares[where][name][s])}" for s in SCHEMES)
+            for where in both for name in names[where]
+        )  # fmt: skip
+
+    def average(where: str, names: Sequence[str], scheme: str) -> float:
+        return mean(value[1] for name in names for value in shares[where][name][scheme])
+
+    rise = {w: average(w, plain[w], "int4") - average(w, plain[w], "full") for w in both}
+    eight = {w: average(w, plain[w], "int8") - average(w, plain[w], "full") for w in both}
+    others = [
+        average(w, [name], "int4") - average(w, ["SURE mask"], "int4")
+        for w in both if len(masks[w]) == 2 for name in ("npo_gdr", "random mask")
+    ]  # fmt: skip
+    return Row(
+        "Quantisation attack and SURE", "2410.16454",
+        (
+            Claim("rounding to 4 bits brings back what was unlearned: 21 % is retained in full precision, 83 % after it",
+                  f"share retained above chance: {shown(plain)}; met if the mean over recipes rises by 0.30 ("
+                  + ", ".join(f"{w} {value:+.2f}" for w, value in rise.items()) + ")", min(rise.values()) >= 0.3),
+            Claim("rounding to 8 bits changes little",
+                  "change of the mean over recipes: " + ", ".join(f"{w} {v:+.2f}" for w, v in eight.items()) + "; met if within 0.10",
+                  max(map(abs, eight.values())) <= 0.1),
+            Claim("SURE prevents the recovery, by training the most salient units only",
+                  f"share retained above chance: {shown(masks)}"
+                  + ("" if min(rise.values()) >= 0.3 else " (rounding brought nothing back without it either, so there was nothing to prevent)")
+                  + "; met if int4 retains more than 0.05 less than without a mask and than with "
+                  "a random one", min(others) > 0.05),
+        ),
+        "GA and NPO, each with GDR or KLR, all weights by AdamW until the facts are forgotten: tiny taught models at 1e-4, a tenth of the "
+        "rate of the other measurements" + ("; SmolLM2-135M-Instruct at 1e-5 on 100 capitals" if "SmolLM2" in both else "")
+        + ". int8 and int4 by rounding to nearest, as the audit rounds. SURE over NPO with GDR at ten times the rate: rows in the upper tenth "
+        "of the forget gradient, or as many random rows. The audit's column is of SmolLM2 at the usual rate.",
+        "retained above chance, full precision and int4: "
+        + "; ".join(f"{w} {average(w, plain[w], 'full'):.2f} and {average(w, plain[w], 'int4'):.2f}" for w in both),
+        _rounding_in_audits(results),
+        (
+            "The mask of SURE is applied in a method that the trainer never calls, so the published SURE trains without it.",
+            "The threshold of the mask is computed again for every batch, and the forget gradient is counted twice.",
+            "NPO is computed from raw logits, and KL is given raw logits.",
+            "What is called 4 bits is FP4, the default of its library; GPTQ and AWQ have no code. Schemes are named here.",
+            "The memorization score samples at a temperature of 0.9 without a seed.",
+        ),
+    )  # fmt: skip
+
+
+PLAIN, SCHEMES = ("grad_diff", "ga_kl", "npo_gdr", "npo_klr"), ("full", "int8", "int4")
+
+
+def _retained(found: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By model and scheme, seed by seed: (as published; above chance after the same rounding)."""
+    originals = {row["seed"]: row for row in found["original"]}
+    return {
+        name: {s: [retained(row, originals[row["seed"]], s) for row in rows] for s in SCHEMES}
+        for name, rows in found.items()
+    }
+
+
+def _rounding_in_audits(results: Results) -> str:
+    """What the audit's rounding attack brought back of the recipes at their usual rate."""
+    found = {name: smollm2(results, name)[0]["audit"] for name in ("npo_gdr", "npo_klr")}
+    return "; ".join(f"{name} at 5e-4 {attacked(audit, 'quantize')}" for name, audit in found.items())
+
+
+# --- SemEval-2025 Task 4
+
+
+def semeval(results: Results) -> Row:
+    """The presets on taught LUME rows, with the official aggregate and its verdict."""
+    found = seeds(results, "lume")
+    finals = {name: mean(r["final"] for r in rows) for name, rows in found.items()}
+    ours = [name for name in found if name.startswith("cyber_for_ai")]
+    before = mean(row["retain"] for row in found["taught"])
+    kept = {name: mean(row["retain"] for row in found[name]) / before for name in ours}
+    good = [n for n in ours if kept[n] >= 0.9 and all(r["verdict"] == "CONSISTENT WITH FORGETTING" for r in found[n])]
+    broken = {
+        n: finals[n] for n, rows in found.items() if any(r["verdict"] in ("DESTROYED", "OVER-FORGOTTEN") for r in rows)
+    }
+    worst = max(broken, key=lambda name: broken[name]) if broken else ""
+
+    def line(name: str) -> str:
+        rows = found[name]
+        parts = ", ".join(f"{key} {spread(r[key] for r in rows)}" for key in ("task aggregate", "membership", "mmlu"))
+        return f"{name}: {spread(r['final'] for r in rows)} ({parts}; retains {spread(r['retain'] for r in rows)}; {verdicts(r['verdict'] for r in rows)})"
+
+    return Row(
+        "SemEval-2025 Task 4, Cyber for AI", "2503.04795",
+        (
+            Claim("changing all weights balances unlearning, retention and utility",
+                  "; ".join(line(name) for name in ours) + f" (before {before:.2f}); met if a variant is CONSISTENT WITH FORGETTING and retains 0.90 of the recall before", bool(good)),
+            Claim("an aggregate of 0.409 (7B) and 0.389 (1B) shows promising unlearning",
+                  "the published parts are 0, 0.999 and 0.229; a model that repeats one token gets 0, 1 and 0.25. Here "
+                  + (f"{worst}, {verdicts(r['verdict'] for r in found[worst])}, gets {finals[worst]:.3f}" if worst else "no model is destroyed")
+                  + f", before unlearning {finals['taught']:.3f}, never taught {finals['never taught']:.3f}; met if no destroyed or "
+                  "over-forgotten model gets 0.389", not broken or broken[worst] < 0.389),
+        ),
+        _lume_setting(results),
+        "; ".join(f"{name} {value:.3f}" for name, value in finals.items()),
+        "; ".join(f"{name}: {verdicts(r['verdict'] for r in rows)}" for name, rows in found.items() if name != "taught")
+        + " (the verdict on the metrics; no attack)",
+        ("The list of the paper's variants is not public; the five here are reconstructions, and labelled so.",
+         "The aggregate rewards collapse, so it is never printed without its parts and a verdict."),
+        "![The three parts of the aggregate, published and measured](../figures/lume.png)",
+    )  # fmt: skip
+
+
+def _lume_setting(results: Results) -> str:
+    path = sorted(results.folder.glob("lume-*.json"))[0]
+    counts, shape = (results.file(path.stem)["settings"][key] for key in ("rows", "shape"))
+    return (
+        f"A Llama of {shape['num_hidden_layers']} layers and width {shape['hidden_size']}, trained from scratch on {counts['forget']} rows to "
+        f"forget, {counts['retain']} to retain and {counts['members']} member texts of the validation split of LUME; a second one that never "
+        f"saw the first and the last gives the AUC of reference. Published recipes at 30 times their rates, five epochs; {counts['mmlu']} "
+        "questions of MMLU, which so small a model answers at chance before and after. The vocabulary is made from the taught texts, which "
+        "makes members easy to tell apart even for the second model."
+    )
+
+
 # --- Do unlearning methods remove information from weights? (RTT)
 
 
@@ -306,5 +511,7 @@ def verdicts(words: Iterable[str]) -> str:
     return ", ".join(f"{word} {count}" for word, count in Counter(words).most_common())
 
 
-SYSTEMS: tuple[Callable[[Results], Row], ...] = (pruning, mrp, blur, rtt, multi_gan, condensation)
+SYSTEMS: tuple[Callable[[Results], Row], ...] = (
+    pruning, mrp, blur, surgery, quantization, semeval, rtt, multi_gan, condensation
+)  # fmt: skip
 """In the order of the page."""
