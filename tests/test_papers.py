@@ -33,7 +33,6 @@ def test_the_page_is_what_the_result_files_say():
 def test_a_number_changed_in_a_result_file_is_noticed(name, tmp_path):
     for path in RESULTS.glob("*.json"):
         shutil.copy(path, tmp_path)
-    check_page(PAGE.read_text(), tmp_path)
     path = tmp_path / f"{name}.json"
     path.write_text(json.dumps(_changed(json.loads(path.read_text()))))
     with pytest.raises(AssertionError, match=r"run python -m bench\.papers"):
