@@ -236,7 +236,8 @@ def surgery(results: Results) -> Row:
                   f"{domains['profession']}; met if at least 0.95 of the original's", min(kept) >= 0.95),
         ),
         "Tiny models that were taught 240 facts: 40 places of birth to forget, 40 to replace by another, the other places and the "
-        "professions retained (half trained on, half scored); all weights at 1e-3, 16 rows of each role in a step."
+        "professions retained (half trained on, half scored); all weights at 1e-3, 16 rows of each role in a step; "
+        f"{len(tiny)} seeds."
         + (" SmolLM2-135M-Instruct: 40 capitals to forget, 40 countries with an invented capital, down-projections of layers 20 to 29 at "
            "5e-4, four rows of each role (the paper: all weights at 2e-4)." if "SmolLM2" in both else "")
         + " The weights of the terms, the optimizer and the 120 steps are the published ones.",
@@ -288,7 +289,7 @@ def quantization(results: Results) -> Row:
                   "a random one", min(others) > 0.05),
         ),
         "GA and NPO, each with GDR or KLR, all weights by AdamW until the facts are forgotten: tiny taught models at 1e-4, a tenth of the "
-        "rate of the other measurements" + ("; SmolLM2-135M-Instruct at 1e-5 on 100 capitals" if "SmolLM2" in both else "")
+        f"rate of the other measurements, {len(both['tiny models']['original'])} seeds" + ("; SmolLM2-135M-Instruct at 1e-5 on 100 capitals" if "SmolLM2" in both else "")
         + ". int8 and int4 by rounding to nearest, as the audit rounds. SURE over NPO with GDR at ten times the rate: rows in the upper tenth "
         "of the forget gradient, or as many random rows. The audit's column is of SmolLM2 at the usual rate.",
         "retained above chance, full precision and int4: "
@@ -307,7 +308,9 @@ def quantization(results: Results) -> Row:
 PLAIN, SCHEMES = ("grad_diff", "ga_kl", "npo_gdr", "npo_klr"), ("full", "int8", "int4")
 
 
-def _retained(found: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def _retained(
+    found: Mapping[str, list[dict[str, Any]]],
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """By model and scheme, seed by seed: (as published; above chance after the same rounding)."""
     originals = {row["seed"]: row for row in found["original"]}
     return {
