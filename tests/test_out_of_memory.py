@@ -11,6 +11,7 @@ from repedit.activations.forward import is_out_of_memory, retry_with_smaller_bat
 from repedit.auditing.attacks import tuning
 from repedit.auditing.attacks.tuning import Example, Tuning, tune
 from repedit.errors import TooLarge
+from repedit.metrics import facts as metrics
 from repedit.metrics.facts import facts_accuracy
 from tests.teachable_models import blank, facts, pupil
 
@@ -20,14 +21,21 @@ pytestmark = pytest.mark.numeric
 ITEMS = [Example([3, 9, 4, 7, 5][: 3 + i % 3], [False] * (2 + i % 3) + [True]) for i in range(8)]
 
 
-def starving(subject, rows: int, monkeypatch) -> list[int]:
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Texts are read as rows, not as trees."""
+    for module in (tuning, metrics):
+        monkeypatch.setattr(module, "tree_capacity", lambda subject: 0)
+
+
+def starving(subject, rows: int, monkeypatch, size=len) -> list[int]:
     """Let a forward pass of more than so many rows fail as a CPU does; the rows of those that did not."""
     inner, read = subject.model.forward, []
 
     def forward(*args, **options):
-        if len(options["input_ids"]) > rows:
+        if size(options["input_ids"]) > rows:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-        read.append(len(options["input_ids"]))
+        read.append(size(options["input_ids"]))
         return inner(*args, **options)
 
     monkeypatch.setattr(subject.model, "forward", forward)
@@ -50,11 +58,11 @@ def check_training_is_the_same(monkeypatch) -> None:
     assert less == pytest.approx(losses, rel=1e-5)
 
 
-def test_training_in_parts_is_the_same_training(monkeypatch):
+def test_training_in_parts_is_the_same_training(by_rows, monkeypatch):
     check_training_is_the_same(monkeypatch)
 
 
-def test_gradients_of_the_last_part_alone_are_caught(monkeypatch):
+def test_gradients_of_the_last_part_alone_are_caught(by_rows, monkeypatch):
     whole = tuning.masked_loss
 
     def forgetful(subject, batch):
@@ -67,7 +75,16 @@ def test_gradients_of_the_last_part_alone_are_caught(monkeypatch):
         check_training_is_the_same(monkeypatch)
 
 
-def test_questions_are_asked_in_smaller_batches(monkeypatch):
+def test_questions_are_asked_in_smaller_trees(monkeypatch):
+    subject = pupil()
+    whole = facts_accuracy(subject, facts(0, 12))
+    read = starving(subject, 45, monkeypatch, size=torch.numel)
+    less = facts_accuracy(subject, facts(0, 12))
+    assert (less.correct == whole.correct).all() and less.graded == pytest.approx(whole.graded, rel=1e-5)
+    assert len(read) > 1 and max(read) <= 45
+
+
+def test_questions_are_asked_in_smaller_batches(by_rows, monkeypatch):
     subject = pupil()
     whole = facts_accuracy(subject, facts(0, 12))
     read = starving(subject, 40, monkeypatch)
