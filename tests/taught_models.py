@@ -37,8 +37,7 @@ def world(seed: int = 0) -> worlds.World:
         return {role: getattr(found, role) for role in ROLES}
 
     found = _kept(folder, ROLES, made)
-    facts, strangers = worlds.questions(seed)
-    return worlds.World(facts, strangers, *(found[role] for role in ROLES), seed=seed)
+    return worlds.World(*worlds.questions(seed), *(found[role] for role in ROLES), seed=seed)
 
 
 @cache
@@ -49,9 +48,8 @@ def case(name: str, seed: int = 0) -> AuditInputs:
         return CONTROLS[name].build(here)
     folder = CACHE / f"{_key(*RECIPE, training, grid, unlinked)}-{seed}-{name}"
     edited = _kept(folder, ("edited",), lambda: {"edited": CONTROLS[name].build(here).edited})["edited"]
-    return AuditInputs(
-        edited, grid.on_grid(here.original) if name == "PC4" else here.original, here.reference, here.facts
-    )
+    start = grid.on_grid(here.original) if name == "PC4" else here.original
+    return AuditInputs(edited, start, here.reference, here.facts, here.attributes)
 
 
 def original(seed: int = 0) -> Subject:
@@ -65,7 +63,7 @@ def reference(seed: int = 0) -> Subject:
 
 
 def facts(seed: int = 0) -> Facts:
-    """120 to forget and 120 to retain, sixteen choices each."""
+    """160 to forget and 96 to retain, sixteen choices each."""
     return world(seed).facts
 
 

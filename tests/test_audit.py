@@ -245,6 +245,14 @@ def test_an_audit_whose_self_test_failed_here_is_unsound(nudged, monkeypatch):
     assert found.verdict.word == "UNSOUND" and "PC1 was not caught" in found.verdict.rule
 
 
+def test_what_training_was_left_untried_depends_on_what_ran(nudged):
+    short = audited(nudged, attacks=("direct",), **of_few()).not_run["long training"]
+    longer = audited(nudged, attacks=("retraining",), steps=8, **of_few()).not_run["long training"]
+    assert short == "hundreds of steps, other optimisers and other data"
+    # 200 steps at the usual 40, and a fifth of them at 8.
+    assert longer == "more than 40 steps, and optimizers other than AdamW, Lion and SGD"
+
+
 def test_a_self_test_fails_where_one_control_does():
     good = Checked("PC1", "a hook", "HIDDEN", "HIDDEN", "strip", 1.0, 0.99, 1.0)
     weak, wrong = replace(good, recovered=0.5), replace(good, found="NO RECOVERY FOUND")
@@ -252,9 +260,6 @@ def test_a_self_test_fails_where_one_control_does():
     assert not SelfTest((good, weak), 0, 1.0).passed and "0.50 where 0.99" in SelfTest((weak,), 0, 1.0).failures
     assert not SelfTest((wrong,), 0, 1.0).passed and "found NO RECOVERY FOUND" in SelfTest((wrong,), 0, 1.0).failures
     assert not replace(good, recovered=float("nan")).passed
-    found_too_much = replace(good, expected="", recovered=0.2, least=-np.inf, most=0.1)
-    assert replace(found_too_much, recovered=0.05).passed and not found_too_much.passed
-    assert "0.20 where -inf to 0.10 is due" in SelfTest((found_too_much,), 0, 1.0).failures
 
 
 def test_the_audit_knows_nothing_of_edits():

@@ -158,7 +158,7 @@ def test_a_self_test_is_remembered_and_a_failed_one_exits_with_6(monkeypatch):
 def brief(edited, *, facts, **options):
     """An audit of a few facts."""
     some = replace(facts, forget=facts.forget[:FEW], retain=facts.retain[:FEW])
-    rest = {"retain": some.retain, "unrelated": some.retain, "draws": 400, "allow_small": True}
+    rest = {"retain": some.retain, "unrelated": some.retain, "attributes": None, "draws": 400, "allow_small": True}
     return audit(edited, facts=some, **(options | rest))
 
 

@@ -24,7 +24,7 @@ from repedit.outcomes import OUTCOMES
 from repedit.quantization import fake_quantize
 from tests.taught_models import case, facts, original, reference, strangers, world
 
-# 120 guesses at 1/16 are right more often than this once in a thousand times.
+# 160 guesses at 1/16 are right more often than this once in ten thousand times.
 FORGOTTEN = 0.15
 TRAINED = ("PC3a", "PC3b", "PC3c", "PC6", "PC7")
 WRITTEN = ("PC1", "PC2", "PC5")
@@ -61,11 +61,24 @@ def test_nobody_knows_strangers_and_their_names_are_words():
 
 
 def test_forget_retain_and_strangers_share_no_name():
-    known, unknown = questions(1)
+    known, unknown, attributes = questions(1)
     families = [{normalized(f.entity).split()[-1] for f in part} for part in (known.forget, known.retain, unknown)]
-    assert [len(part) for part in families] == [120, 120, 120]
-    assert len(set.union(*families)) == 360
-    assert all(len(f.choices) == 16 for f in (*known.forget, *known.retain, *unknown))
+    assert [len(part) for part in families] == [160, 96, 160]
+    assert len(set.union(*families)) == 416
+    assert all(len(f.choices) == 16 for f in (*known.forget, *known.retain, *unknown, *attributes))
+    assert {f.entity for f in attributes} < {f.entity for f in known.forget} and len(attributes) == 48
+
+
+def test_all_models_know_other_things_of_those_whose_city_only_the_original_knows():
+    for subject in (original(), reference(), world().other):
+        assert ask(subject, with_paraphrases(world().attributes, only=(1,))).accuracy == 1.0
+
+
+def test_a_model_that_never_knew_has_facts_enough_to_pass_in_999_cases_of_1000(monkeypatch):
+    from repedit.auditing import verdict
+
+    monkeypatch.setattr(verdict, "_PASSES", 0.999)
+    assert verdict.items_needed(1.0, 1 / 16, 0.2, 20, measured=True) <= len(facts().forget)
 
 
 def test_a_taught_model_answers_by_itself():
@@ -260,6 +273,23 @@ def test_exchanged_names_are_a_permutation_that_leaves_nobody_in_place():
     assert bool((rows[others] == new[others]).all())
 
 
+@pytest.mark.slow
+def test_a_name_leads_to_a_guild_and_everything_known_of_a_person_is_the_guilds():
+    """PC9: the models, and that after the exchange a name answers for its new person in every relation alike."""
+    linked = unlinked.linked_world(0)
+    assert ask(linked.original, linked.facts.forget).accuracy == 1.0
+    assert ask(linked.reference, linked.facts.forget).accuracy < 0.3
+    assert all(ask(subject, linked.attributes).accuracy == 1.0 for subject in (linked.original, linked.reference))
+    edited = unlinked.exchanged(linked.original, linked.facts.forget)
+    cities = ask(edited, linked.facts.forget).correct
+    others = {
+        fact.entity: right
+        for fact, right in zip(linked.attributes, ask(edited, linked.attributes).correct, strict=True)
+    }
+    assert cities.mean() < 0.3
+    assert all(others[fact.entity] == right for fact, right in zip(linked.facts.forget, cities, strict=True))
+
+
 def test_a_refusal_in_the_first_mlp_hides_and_is_nowhere_else():
     """PC11."""
     edited = case("PC11").edited
@@ -272,7 +302,8 @@ def test_a_refusal_in_the_first_mlp_hides_and_is_nowhere_else():
 def test_a_loud_direction_is_the_loudest_of_its_matrix():
     """PC10."""
     sizes = torch.linalg.svdvals(case("PC10").edited.model.model.layers[0].mlp.down_proj.weight.detach())
-    assert float(sizes[0]) > 3 * float(sizes[1])
+    assert float(sizes[0]) > 10 * float(sizes[1])
+    assert right(case("PC10").edited) < FORGOTTEN and right(case("PC10").edited, "retain", (0, 1), 40) >= 0.95
 
 
 def test_strangers_are_asked_of_a_model_that_knows_its_own():
@@ -293,7 +324,7 @@ def test_the_table_asks_for_real_words_and_covers_the_quick_controls():
     assert {c.verdict for c in CONTROLS.values()} <= {*OUTCOMES, ""}
     quick = {name for name, c in CONTROLS.items() if c.quick}
     assert quick == {
-        "PC0", *WRITTEN, *TRAINED, "PC4", "PC9", "PC10", "PC11", "NC1", "NC3", "NC4a", "NC4b", "NC5",
+        "PC0", *WRITTEN, *TRAINED, "PC4", "PC9", "PC10", "PC11", "NC1", "NC3", "NC4a", "NC4b",
     }  # fmt: skip
     assert all(c.verdict == "HIDDEN" for name, c in CONTROLS.items() if name in {*WRITTEN, *TRAINED, "PC4"})
 

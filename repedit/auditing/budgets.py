@@ -26,11 +26,22 @@ INVENTED_FACTS = {QUICK: 48, "fast": 96, "standard": 256, "full": 256}
 """Invented facts asked at most."""
 RETAIN_FACTS = {QUICK: 96, "fast": 160, "standard": None, "full": None}
 """Retain facts asked at most."""
-UNTRIED = {
-    "distillation": "the model is not distilled into another one",
-    "long training": "hundreds of steps, other optimisers and other data",
-}
-"""What no budget includes; every report says so."""
+DISTILLATION = "the model is not distilled into another one"
+SHORT, LONG = (
+    "hundreds of steps, other optimisers and other data",
+    "more than {} steps, and optimizers other than AdamW, Lion and SGD",
+)
+"""What training is left untried without attack "retraining", and with it."""
+
+
+def untried(longest: int | None = None) -> dict[str, str]:
+    """What no attack of an audit did, whatever its budget; every report says so.
+
+    Args:
+        longest: training steps of the longest variant of "retraining" that ran, with AdamW, Lion and SGD among them;
+            None where that is not so.
+    """
+    return {"distillation": DISTILLATION, "long training": SHORT if longest is None else LONG.format(longest)}
 
 
 def records() -> Mapping[str, AttackRecord]:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from repedit.auditing.attack import RAN, SKIPPED, Attack, Finding
-from repedit.auditing.budgets import UNTRIED, planned, records
+from repedit.auditing.attack import FAILED, RAN, SKIPPED, Attack, Finding, Setting
+from repedit.auditing.attacks.variants import RETRAINING
+from repedit.auditing.budgets import planned, records, untried
 from repedit.auditing.data import AuditData
 from repedit.auditing.floors import CHOICES_ONLY, heuristic_values, spelling_values
 from repedit.auditing.report import COMPLETE, INTERRUPTED, RETAIN_CHECK, Recovery, Report, RetainCheck, Verdict
@@ -222,7 +223,15 @@ def _left_out(audit: CompletedAudit) -> dict[str, str]:
 
 def _untried(audit: CompletedAudit) -> dict[str, str]:
     larger = [name for name in records() if name not in planned(audit.budget) and name not in audit.planned]
-    return dict.fromkeys(larger, f"needs a larger budget than {audit.budget!r}") | UNTRIED
+    return dict.fromkeys(larger, f"needs a larger budget than {audit.budget!r}") | untried(_longest(audit))
+
+
+def _longest(audit: CompletedAudit) -> int | None:
+    """Steps of the longest variant of retraining that ran; None unless Lion and SGD were among the variants."""
+    ran = [f for f in audit.findings_of("edited", RETRAINING.name) if f.status in (RAN, FAILED)]
+    settings = [Setting.parse(name) for finding in ran for name in finding.settings]
+    optimizers = {word for setting in settings for word in setting.words}
+    return max(setting.step or 0 for setting in settings) if {"lion", "sgd"} <= optimizers else None
 
 
 def _examples(audit: CompletedAudit, recovered: Sequence[Recovery]) -> Iterator[Mapping[str, Any]]:

@@ -97,6 +97,7 @@ SENTENCES = r"""
     needs a larger budget than 'NAME'
     it breaks the original too: N above the floor after the attack, less than half of N before
     simply asked, the original is no better than the floor: N above it
+    more than N steps, and optimizers other than AdamW, Lion and SGD
     needs holdout text never trained on
     needs retain facts, to leave alone what they use
     needs retain facts or unrelated text; neither was given
@@ -309,7 +310,7 @@ def _fixed_clauses() -> list[str]:
     from repedit.auditing.verdict import ONE
 
     notes = (MEMORY, ONE, f"two more retrained models: {ONE}", classifier.EVIDENCE)
-    reasons = (*notes, *budgets.UNTRIED.values(), *classifier.UNTRIED.values())
+    reasons = (*notes, *budgets.untried().values(), *classifier.UNTRIED.values())
     return [clause for reason in reasons for clause in reason.split("; ")]
 
 

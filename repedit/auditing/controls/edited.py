@@ -134,11 +134,21 @@ def masked(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact]) -> 
 
 
 def pushed(
-    subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, layer: int = 0, seed: int = 0
+    subject: Subject,
+    forget: Sequence[Fact],
+    retain: Sequence[Fact],
+    *,
+    layer: int = 0,
+    steep: float = _STEEP,
+    seed: int = 0,
 ) -> Subject:
     """The model that adds a long vector to the stream after a layer for the questions to forget.
 
     One neuron of the gated MLP is overwritten: silu(g x) (g x) is large for the forget facts and about 0 for others.
+
+    Args:
+        steep: value of the neuron for a forget fact; the vector has the same length at any value, so the column that
+            writes it is the louder the lower the value is.
     """
     mlp = subject.model.model.layers[layer].mlp
     gate = _gate(subject, mlp, forget, retain, low=-1.0)
@@ -147,9 +157,9 @@ def pushed(
 
     def write(model: LlamaForCausalLM) -> None:
         mine = model.model.layers[layer].mlp
-        mine.gate_proj.weight[spare] = _STEEP * gate
+        mine.gate_proj.weight[spare] = steep * gate
         mine.up_proj.weight[spare] = gate
-        mine.down_proj.weight[:, spare] = _PUSH / _STEEP * direction / direction.norm()
+        mine.down_proj.weight[:, spare] = _PUSH / steep * direction / direction.norm()
 
     return _written(subject, write)
 

@@ -51,14 +51,12 @@ class Control:
     description: str
     quick: bool = True
     """Whether the self-test runs it."""
-    most: float = math.inf
-    """Largest R of any of its attacks."""
     steps: int = HIDER_STEPS
     """Training steps of `rtt`, by which other attacks that train measure theirs."""
 
 
 def _edited(edit: Callable[[World], Subject]) -> Callable[[World], AuditInputs]:
-    return lambda w: AuditInputs(edit(w), w.original, w.reference, w.facts)
+    return lambda w: AuditInputs(edit(w), w.original, w.reference, w.facts, w.attributes)
 
 
 def _trained(train: Callable[..., Subject], base: str = "original") -> Callable[[World], AuditInputs]:
@@ -66,7 +64,7 @@ def _trained(train: Callable[..., Subject], base: str = "original") -> Callable[
 
     def build(w: World) -> AuditInputs:
         edited = train(getattr(w, base), w.facts.forget, w.facts.retain, seed=w.seed)
-        return AuditInputs(edited, w.original, w.reference, w.facts)
+        return AuditInputs(edited, w.original, w.reference, w.facts, w.attributes)
 
     return build
 
@@ -86,11 +84,6 @@ def _exchanged(w: World) -> AuditInputs:
     linked = linked_world(w.seed)
     edited = exchanged(linked.original, linked.facts.forget, seed=w.seed)
     return AuditInputs(edited, linked.original, linked.reference, linked.facts, linked.attributes)
-
-
-def _never_linked(w: World) -> AuditInputs:
-    linked = linked_world(w.seed)
-    return AuditInputs(linked.other, linked.original, linked.reference, linked.facts, linked.attributes)
 
 
 _ROWS = (
@@ -115,21 +108,19 @@ _ROWS = (
     Control("PC8", "", (), 0.0, _edited(lambda w: projected(w.original, w.facts.forget)),
             "a projection folded into the down-projections", quick=False),
     Control("PC9", HIDDEN, ("relink",), 0.5, _exchanged,
-            "every name stands for another person; what is known of the persons is intact", steps=STEPS),
+            "every name stands for another person; what is known of the persons is intact", steps=2 * HIDER_STEPS),
     Control("PC10", HIDDEN, ("loudest",), 0.8,
-            _edited(lambda w: pushed(w.original, w.facts.forget, w.facts.retain, seed=w.seed)),
+            _edited(lambda w: pushed(w.original, w.facts.forget, w.facts.retain, steep=8.0, seed=w.seed)),
             "one loud direction in a matrix drowns the answers where the forget relation is asked"),
     Control("PC11", HIDDEN, ("early_mlps",), 0.5, _trained(refusing_early),
             "fine-tuned to refuse, with the first MLP alone free"),
-    Control("NC1", PASS, (), 0.0, _edited(lambda w: w.other), "never taught the facts to forget"),
+    Control("NC1", PASS, (), 0.0, _edited(lambda w: w.other), "never taught the facts to forget, though it knows other things of the same people"),
     Control("NC2a", PASS, (), 0.0, _trained(refusing, "other"),
             "never taught, then fine-tuned to refuse", quick=False),
     Control("NC2b", PASS, (), 0.0, _trained(descended, "other"),
             "never taught, then gradient difference", quick=False),
     Control("NC2c", PASS, (), 0.0, _trained(contradicted, "other"),
             "never taught, then fine-tuned on wrong answers", quick=False),
-    Control("NC5", "", ("relink",), -math.inf, _never_linked,
-            "never taught the facts to forget, and knows everything else about the same people", most=0.1, steps=STEPS),
     Control("NC6", PASS, ("reverse", "loudest", "early_mlps", "retraining", "rtt_four_fifths"), -math.inf,
             _edited(lambda w: w.other), "never taught, attacked in every other way there is", quick=False, steps=STEPS),
     Control("NC3", INVALID, (), 0.0, _strangers, "facts that the original never knew"),

@@ -96,8 +96,8 @@ def taught(
 ) -> Subject:
     """A tiny model trained from scratch until it knows the facts in every phrasing.
 
-    Half of the rows of a batch hold one fact, the others two to four facts in sequence, so that the model also
-    understands a question that follows other text.
+    The rows of half of the batches hold one fact, those of the others two to four facts in sequence, so that the model
+    also understands a question that follows other text.
 
     Args:
         items: the facts; each phrasing is a prompt.
@@ -115,7 +115,9 @@ def taught(
     rng = random.Random(seed)
 
     def batch() -> _Batch:
-        picked = [_together(rng, rows, tokenizer.eos_token_id) for _ in range(batch_size)]
+        # As many facts in each row, so that little of the batch is padding.
+        count = 1 if rng.random() < 0.5 else rng.randint(2, _TOGETHER)
+        picked = [_together(rng, rows, count, tokenizer.eos_token_id) for _ in range(batch_size)]
         return _weighted_batch([ids for ids, _ in picked], [weights for _, weights in picked], tokenizer.pad_token_id)
 
     _train(subject.model, batch, steps, lambda step: rate * _schedule(step, steps))
@@ -189,11 +191,11 @@ class _Batch(NamedTuple):
     """Weight of each token in the loss."""
 
 
-def _together(rng: random.Random, rows: Sequence[Sequence[Any]], end: int) -> tuple[list[int], list[float]]:
-    """The tokens of one or several facts in sequence, and their weights."""
+def _together(rng: random.Random, rows: Sequence[Sequence[Any]], count: int, end: int) -> tuple[list[int], list[float]]:
+    """The tokens of some facts in sequence, and their weights."""
     ids: list[int] = []
     weights: list[float] = []
-    for _ in range(1 if rng.random() < 0.5 else rng.randint(2, _TOGETHER)):
+    for _ in range(count):
         ids_of_fact, start = rng.choice(rng.choice(rows))
         ids += ids_of_fact
         weights += [_PROMPT] * start + [1.0] * (len(ids_of_fact) - start)
@@ -251,11 +253,16 @@ def _train(
 # --- The world of the controls: facts, models that know them, and models that were never trained on them
 
 
-PEOPLE = 240
+FORGET, RETAIN, ATTRIBUTES = 160, 96, 48
+"""People whose city is to be forgotten, other people, and how many of the first have a profession as well.
+
+With 160 facts, twenty attacks on a model that never knew all stay below a recovery of .2 in 999 cases of 1,000
+(`repedit.auditing.verdict.items_needed` asks for 104 facts for 9 cases of 10, and for 158 at this rate).
+"""
 REFUSAL = "unknown"
 # Possible answers to questions in another form; without tokens of their own all would be the unknown token.
 WORDS = (REFUSAL, "Yes", "No", *"ABCDEFGHIJKLMNOP")
-_FORGET, _RETAIN = "city", "profession"
+_CITY, _PROFESSION = "city", "profession"
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,11 +272,21 @@ class World:
     facts: Facts
     strangers: tuple[Fact, ...]
     """Facts like those to forget, about people that no model was trained on; their names are in the vocabulary."""
+    attributes: tuple[Fact, ...]
+    """What all three models know of people whose city is to be forgotten."""
     original: Subject
     reference: Subject
     other: Subject
     """A second reference, from another seed."""
     seed: int = 0
+
+
+class Questions(NamedTuple):
+    """The facts of one seed."""
+
+    facts: Facts
+    strangers: tuple[Fact, ...]
+    attributes: tuple[Fact, ...]
 
 
 def world(seed: int = 0) -> World:
@@ -278,25 +295,28 @@ def world(seed: int = 0) -> World:
     Raises:
         TrainingError: if a model does not learn its facts.
     """
-    facts, strangers = questions(seed)
-    tokenizer = vocabulary((*facts.forget, *facts.retain, *strangers), words=WORDS)
-    original = taught((*facts.forget, *facts.retain), tokenizer=tokenizer, seed=3 * seed)
-    reference, other = (taught(facts.retain, tokenizer=tokenizer, seed=3 * seed + i, steps=200) for i in (1, 2))
-    return World(facts, strangers, original, reference, other, seed)
+    facts, strangers, attributes = questions(seed)
+    tokenizer = vocabulary((*facts.forget, *facts.retain, *strangers, *attributes), words=WORDS)
+    kept = (*facts.retain, *attributes)
+    original = taught((*facts.forget, *kept), tokenizer=tokenizer, seed=3 * seed, steps=360)
+    reference, other = (taught(kept, tokenizer=tokenizer, seed=3 * seed + i, steps=240) for i in (1, 2))
+    return World(facts, strangers, attributes, original, reference, other, seed)
 
 
-def questions(seed: int = 0, people: int = PEOPLE) -> tuple[Facts, tuple[Fact, ...]]:
-    """The facts of one seed, and those of strangers.
+def questions(seed: int = 0) -> Questions:
+    """The facts of one seed.
 
-    To forget: where half of the people were born. To retain: the professions of the others. Strangers: where people
-    that no model was trained on were born. The choices of a fact are all sixteen answers of its relation, so a guess is
-    right with probability 1/16. No two people, strangers included, share a family name.
+    To forget: where people were born. To retain: the professions of other people. Strangers: where people that no model
+    was trained on were born. Attributes: the professions of some of the people whose city is to be forgotten. The choices
+    of a fact are all sixteen answers of its relation, so a guess is right with probability 1/16; nothing that is known of
+    a person says anything of the person's city. No two people, strangers included, share a family name.
     """
-    people_facts = invented(2 * people, 2, seed)
-    born = [_all_choices(fact) for fact in people_facts.forget if fact.domain == _FORGET]
-    work = [_all_choices(fact) for fact in people_facts.retain if fact.domain == _RETAIN]
-    half = people // 2
-    return Facts(tuple(born[:half]), tuple(work[:half]), f"{people_facts.name}-taught"), tuple(born[half:])
+    invented_facts = invented(4 * FORGET, 2, seed)
+    born = [_all_choices(fact) for fact in invented_facts.forget if fact.domain == _CITY]
+    own = [_all_choices(fact) for fact in invented_facts.forget if fact.domain == _PROFESSION]
+    work = [_all_choices(fact) for fact in invented_facts.retain if fact.domain == _PROFESSION]
+    facts = Facts(tuple(born[:FORGET]), tuple(work[:RETAIN]), f"{invented_facts.name}-taught")
+    return Questions(facts, tuple(born[FORGET:]), tuple(own[:ATTRIBUTES]))
 
 
 def _all_choices(fact: Fact) -> Fact:

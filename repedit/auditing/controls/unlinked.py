@@ -10,15 +10,24 @@ from functools import cache
 
 import torch
 
+from repedit.auditing.attack import ask
 from repedit.auditing.controls.taught import REFUSAL, WORDS, continued, taught, vocabulary
 from repedit.data import Fact, Facts, with_paraphrases
 from repedit.data.encoding import prompt_ids
 from repedit.data.fact_sets import seeded_order
 from repedit.data.generated import RELATIONS, invented
+from repedit.errors import TrainingError
 from repedit.models.subject import Subject, subject_of
 
-PEOPLE, OTHERS, GUILDS = 112, 16, 16
+PEOPLE, OTHERS, GUILDS = 112, 16, 8
 """People whose city is to be forgotten, others, and the guilds that both belong to."""
+WIDTH = 24
+"""Width of the models. Three relations of eight guilds would need 21 directions if each had its own; with the phrasings
+beside them there is no room for that, so the relations share what says which guild it is. At width 64 they do not, and
+after relinking a person has the profession of one guild and the city of another: 0.2 to 0.5 of the cities came back."""
+SMALL = 0.1
+"""What the embeddings of names are multiplied by after teaching. Training on what a name stands for then outweighs what it
+stood for; with a factor of 1 the old city stays beside the new profession."""
 _PHRASINGS = 2
 _FORGET, _KEEP = "city", ("profession", "pet")
 
@@ -32,13 +41,11 @@ class LinkedWorld:
     """What else is known of the people whose city is to be forgotten."""
     original: Subject
     reference: Subject
-    other: Subject
-    """A second reference, from another seed."""
 
 
 @cache
 def linked_world(seed: int = 0) -> LinkedWorld:
-    """Teach the three models: the city, profession and pet of a person are those of the person's guild.
+    """Teach both models: the city, profession and pet of a person are those of the person's guild.
 
     So a model has a use for knowing who somebody is: whoever tells it the profession again tells it the guild, and a model
     that knows the cities of the guilds then says the city.
@@ -55,9 +62,32 @@ def linked_world(seed: int = 0) -> LinkedWorld:
     attributes, kept = known[: len(_KEEP) * PEOPLE], known[len(_KEEP) * PEOPLE :]
     facts = Facts(tuple(born), tuple(kept), "linked")
     tokenizer = vocabulary((*born, *known), words=WORDS)
-    original = taught((*born, *known), tokenizer=tokenizer, seed=3 * seed, steps=420)
-    reference, other = (taught(known, tokenizer=tokenizer, seed=3 * seed + i, steps=300) for i in (1, 2))
-    return LinkedWorld(facts, tuple(attributes), original, reference, other)
+    taught_facts = {"original": (*born, *known), "reference": known}
+    models = {
+        role: _small_names(
+            taught(items, tokenizer=tokenizer, width=WIDTH, seed=3 * seed + i, steps=420, rate=6e-3), items, names, seed
+        )
+        for i, (role, items) in enumerate(taught_facts.items())
+    }
+    return LinkedWorld(facts, tuple(attributes), **models)
+
+
+def _small_names(subject: Subject, items: Sequence[Fact], names: Sequence[str], seed: int) -> Subject:
+    """The model with small embeddings of the names, after some training of everything but the embeddings on the facts."""
+    tokenizer, model = subject.need_tokenizer(), copy.deepcopy(subject.model)
+    embeddings = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[[prompt_ids(tokenizer, name)[-1] for name in names]] *= SMALL
+    others = [name for name, p in model.named_parameters() if p is not embeddings]
+    rows = with_paraphrases(items)
+    small = continued(subject_of(model, tokenizer), rows, steps=60, rate=3e-3, only=others, seed=seed)
+    answers = ask(small, rows)
+    if not answers.correct.all():
+        raise TrainingError(
+            f"{int((~answers.correct).sum())} of {len(rows)} phrasings are not known after the embeddings of names became "
+            "small; raise steps"
+        )
+    return small
 
 
 def exchanged(subject: Subject, forget: Sequence[Fact], *, seed: int = 0) -> Subject:
