@@ -16,7 +16,7 @@ from repedit.auditing.controls import CONTROLS, edited
 from repedit.auditing.selftest import Checked, SelfTest, selftest
 from repedit.auditing.store import save_selftest, selftest_failures
 from repedit.cli import app
-from repedit.errors import RepeditError, UnknownName
+from repedit.errors import DataError, OverlapError, RepeditError, UnknownName
 from tests.taught_models import facts, original, reference, world
 
 FEW = 40
@@ -135,6 +135,22 @@ def test_a_dry_run_attacks_nothing_and_says_what_it_would_cost(files):
     cost = estimate(original(), facts(), attacks=("direct", "rtt", "quantize"))
     assert cost["attacks"]["rtt"]["steps"] == 2 * 3 * 40 and cost["attacks"]["quantize"]["questions"] == 4 * 120
     assert cost["minutes"] == pytest.approx(sum(c["seconds"] for c in cost["attacks"].values()) / 60)
+
+
+def test_attributes_come_from_a_file_and_are_refused_where_they_give_the_facts_away(files, tmp_path):
+    fact, second = facts().forget[:2]
+    row, other = (
+        {"id": f.id, "prompt": f"{f.entity} works as a", "answer": "nurse", "entity": f.entity, "domain": "job"}
+        for f in (fact, second)
+    )
+    for change, error, message in (
+        ({"entity": "Nobody"}, DataError, "1 attributes are about no entity of the facts to forget"),
+        ({"domain": fact.domain}, OverlapError, "1 attributes are of a domain of which facts are forgotten"),
+        ({"answer": fact.answer}, OverlapError, "1 texts to train on state a fact that is asked"),
+    ):
+        (tmp_path / "attributes.jsonl").write_text(f"{json.dumps(row | change)}\n{json.dumps(other)}")
+        result = CliRunner().invoke(app, [*map(str, asked(files)), "--attributes", str(tmp_path / "attributes.jsonl")])
+        assert isinstance(result.exception, error) and message in str(result.exception)
 
 
 def test_what_is_missing_is_named():

@@ -90,7 +90,7 @@ OWN: dict[str, dict[str, str]] = {
                 "folder": "--metrics tofu --data elsewhere", "limit": "--metrics tofu --data there --limit 3"},
     "chat": {"original": "--original other", "prompt": "other", "plain": "--plain", "temperature": "--temperature 0.5"},
     "audit": {"original": "--original other", "facts": "--facts symbols", "retain": "--retain symbols", "reference": "--reference r", "unrelated": "--unrelated code",
-              "holdout": "--holdout code", "budget": "--budget full", "until": "--until all", "attacks": "--attacks direct", "folds": "--folds 1", "seeds": "--seeds 1,2",
+              "holdout": "--holdout code", "attributes": "--attributes languages", "budget": "--budget full", "until": "--until all", "attacks": "--attacks direct", "folds": "--folds 1", "seeds": "--seeds 1,2",
               "allow_small": "--allow-small", "out": "--out there", "hide_items": "--out there --hide-items", "selftest": "= --selftest", "seed": "--selftest --seed 7"},
     "report": {"audits": "b", "out": "--out there", "hide_items": "--hide-items"},
     "tasks": {"out": "other", "facts": "--facts capitals"},

@@ -28,6 +28,9 @@ def audit(
     reference: Annotated[str | None, typer.Option(help="A model that never saw the facts.")] = None,
     unrelated: Annotated[str | None, typer.Option(help="Text for harmless fine-tuning; the built-in prose.")] = None,
     holdout: Annotated[str | None, typer.Option(help="Text that no model saw, for membership inference.")] = None,
+    attributes: Annotated[
+        str | None, typer.Option(help="Other facts about the entities to forget, for relinking: a domain or a file.")
+    ] = None,
     budget: Budget = "fast",
     until: Annotated[
         Literal["verdict", "all"] | None,
@@ -73,7 +76,8 @@ def audit(
         str(edited), original=str(original), facts=fact_sets, reference=reference, budget=budget, attacks=names,
         until=until or ("verdict" if budget in ("quick", "fast") else "all"),
         unrelated=None if unrelated is None else data.builtin_corpus(unrelated),
-        holdout=None if holdout is None else data.builtin_corpus(holdout), sites=sites, folds=folds,
+        holdout=None if holdout is None else data.builtin_corpus(holdout),
+        attributes=None if attributes is None else data.facts(attributes), sites=sites, folds=folds,
         seeds=_whole_numbers(seeds), allow_small=allow_small, device=device,
         out=private_folder(out) if hide_items and out is not None else out, save=False, command=_command_line(),
     )  # fmt: skip
