@@ -133,7 +133,7 @@ def test_a_dry_run_attacks_nothing_and_says_what_it_would_cost(files):
     text = " ".join(run(*asked(files), "--dry-run", code=0).split())  # a title is wrapped at the width of its table
     assert "nothing was attacked" in text and "strip" in text
     cost = estimate(original(), facts(), attacks=("direct", "rtt", "quantize"))
-    assert cost["attacks"]["rtt"]["steps"] == 2 * 3 * 40 and cost["attacks"]["quantize"]["questions"] == 4 * 120
+    assert cost["attacks"]["rtt"]["steps"] == 2 * 3 * 40 and cost["attacks"]["quantize"]["questions"] == 4 * 160
     assert cost["minutes"] == pytest.approx(sum(c["seconds"] for c in cost["attacks"].values()) / 60)
 
 
