@@ -29,7 +29,7 @@ def audit(
     unrelated: Annotated[str | None, typer.Option(help="Text for harmless fine-tuning; the built-in prose.")] = None,
     holdout: Annotated[str | None, typer.Option(help="Text that no model saw, for membership inference.")] = None,
     attributes: Annotated[
-        str | None, typer.Option(help="Other facts about the entities to forget, for relinking: a domain or a file.")
+        str | None, typer.Option(help="Other facts about the entities to forget: a domain or file.")
     ] = None,
     budget: Budget = "fast",
     until: Annotated[
