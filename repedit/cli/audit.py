@@ -28,9 +28,7 @@ def audit(
     reference: Annotated[str | None, typer.Option(help="A model that never saw the facts.")] = None,
     unrelated: Annotated[str | None, typer.Option(help="Text for harmless fine-tuning; the built-in prose.")] = None,
     holdout: Annotated[str | None, typer.Option(help="Text that no model saw, for membership inference.")] = None,
-    attributes: Annotated[
-        str | None, typer.Option(help="Other facts about the entities to forget: a domain or file.")
-    ] = None,
+    attributes: Annotated[str | None, typer.Option(help="More facts about the entities to forget, to relink.")] = None,
     budget: Budget = "fast",
     until: Annotated[
         Literal["verdict", "all"] | None,
