@@ -126,12 +126,12 @@ def reversed_facts(items: Sequence[Fact], seed: int = 0) -> tuple[Fact, ...]:
 def _reverse(fact: Fact) -> tuple[str, str] | None:
     """(prompt, entity as the prompt names it) of the reverse question."""
     entity = fact.entity.strip()
-    found = re.search(rf"(?<!\w)(the )?{re.escape(entity)}(?!\w)", fact.prompt, re.IGNORECASE) if entity else None
-    if found is None:
+    mention = re.search(rf"(?<!\w)(the )?{re.escape(entity)}(?!\w)", fact.prompt, re.IGNORECASE) if entity else None
+    if mention is None:
         return None
     if fact.domain in REVERSED and fact.id.startswith(f"{fact.domain}/"):
-        return REVERSED[fact.domain].format(fact.answer), f"the {entity}" if found[1] else entity
-    blank = f"{fact.prompt[: found.start(0) + len(found[1] or '')]}___{fact.prompt[found.end() :]}"
+        return REVERSED[fact.domain].format(fact.answer), f"the {entity}" if mention[1] else entity
+    blank = f"{fact.prompt[: mention.start(0) + len(mention[1] or '')]}___{fact.prompt[mention.end() :]}"
     return _BLANK.format(blank, fact.answer), entity
 
 
@@ -145,15 +145,15 @@ def leaks(rows: Sequence[Fact], test: Sequence[Fact]) -> list[tuple[Fact, Fact]]
     phrasings with the answer.
     """
     words = [normalized(row.text) for row in rows]
-    found = []
+    stated = []
     for fact in test:
         entity, phrasings = normalized(fact.entity), [normalized(f"{prompt} {fact.answer}") for prompt in fact.prompts]
-        found += [
+        stated += [
             (row, fact)
             for row, text in zip(rows, words, strict=True)
             if (entity and entity in text and _answered(text, entity, fact.answer)) or any(p in text for p in phrasings)
         ]
-    return found
+    return stated
 
 
 def _answered(text: str, entity: str, answer: str) -> bool:

@@ -160,14 +160,14 @@ def encoded_choices(tokenizer: Tokenizer, questions: Sequence[tuple[str, Sequenc
     joined = [[prompt_with_answer(prompt, answer) for answer in answers] for prompt, answers in questions]
     prompts = [prompt for prompt, _ in questions]
     ids_of = _ids_by_text(tokenizer, chain(prompts, *joined))
-    found = []
+    encoded = []
     for prompt, texts in zip(prompts, joined, strict=True):
         alone = ids_of[prompt]
         check_not_ended(tokenizer, alone, f"the prompt {prompt[-40:]!r}")
-        found.append(
+        encoded.append(
             tuple(Encoded(prefix + ids_of[text], len(prefix) + common_prefix(ids_of[text], alone)) for text in texts)
         )
-    return found
+    return encoded
 
 
 def question_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -203,8 +203,8 @@ def entity_span(tokenizer: Tokenizer, prompt: str, entity: str) -> tuple[int, in
 
 def mention(prompt: str, entity: str) -> tuple[int, int] | None:
     """Where the entity's last mention in the prompt begins and ends, in characters; None without one."""
-    found = list(re.finditer(rf"(?<!\w){re.escape(entity)}(?!\w)", prompt, re.IGNORECASE)) if entity else []
-    return found[-1].span() if found else None
+    mentions = list(re.finditer(rf"(?<!\w){re.escape(entity)}(?!\w)", prompt, re.IGNORECASE)) if entity else []
+    return mentions[-1].span() if mentions else None
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
@@ -232,10 +232,10 @@ def _ids_by_text(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, list[i
         ids = call(distinct, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     else:
         ids = [_bare(tokenizer, text) for text in distinct]
-    found = {
+    ids_of = {
         text: text_ids(tokenizer, text) if i and i[0] in special else i for text, i in zip(distinct, ids, strict=True)
     }
-    return {"": [], **found}
+    return {"": [], **ids_of}
 
 
 def _named_ids(tokenizer: Tokenizer, *names: str) -> set[int]:

@@ -71,13 +71,13 @@ def by_entity(facts: Facts | Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
     items = facts.forget if isinstance(facts, Facts) else tuple(facts)
     if not items:
         raise DataError("there are no facts; give at least one")
-    found: dict[str, list[Fact]] = {}
+    facts_of: dict[str, list[Fact]] = {}
     for fact in items:
         name = normalized(fact.entity)
         if not name:
             raise DataError(f"fact {fact.id!r} names no entity, so there is no token to edit; give the field entity")
-        found.setdefault(name, []).append(fact)
-    return {name: tuple(part) for name, part in found.items()}
+        facts_of.setdefault(name, []).append(fact)
+    return {name: tuple(part) for name, part in facts_of.items()}
 
 
 def contexts_of(
@@ -93,7 +93,7 @@ def contexts_of(
     for kind in kinds or ("",):
         if kind not in KINDS:
             raise UnknownName(f"contexts={kind!r} do not exist; {nearest(kind, KINDS)}")
-    found: dict[Context, None] = {}
+    contexts: dict[Context, None] = {}
     for entity, items in by_entity(facts).items():
         names = dict.fromkeys(fact.entity for fact in items)
         wordings = [Context(entity, fact.entity, text) for fact in items for text in fact.prompts]
@@ -110,8 +110,8 @@ def contexts_of(
             "prose": lambda named=named: _after_prose(named, seed),
             "written": lambda filled=filled: _written(subject, filled),
         }
-        found |= dict.fromkeys(context for kind in kinds for context in parts[kind]())
-    return tuple(found)
+        contexts |= dict.fromkeys(context for kind in kinds for context in parts[kind]())
+    return tuple(contexts)
 
 
 def held_out(

@@ -149,12 +149,12 @@ def _spans(subject: Subject, layers: str | Sequence[str], points: Sequence[str])
         raise ArgumentError("layers names none; give '*' or ranges such as '0-11'")
     if any("." in name for name in names):
         raise UnknownSite(f"layers={layers!r}; give layers alone, such as '0-11', and points apart")
-    found: dict[str, tuple[int, ...]] = {}
+    layers_of: dict[str, tuple[int, ...]] = {}
     for name in names:
         sites = subject.select([f"{name}.{point}" for point in points])
         numbers = tuple(dict.fromkeys(site.layer for site in sites))
-        found |= {str(number): (number,) for number in numbers} if name == "*" else {name: numbers}
-    return found
+        layers_of |= {str(number): (number,) for number in numbers} if name == "*" else {name: numbers}
+    return layers_of
 
 
 class _Prompts:

@@ -253,8 +253,8 @@ class ForgetGradient:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the state from the tensors of a saved training."""
         device = self.trainable.subject.device
-        found = {name: value for name, value in tensors.items() if name.startswith("forget/")}
-        self.state = {name.removeprefix("forget/"): value.to(device) for name, value in found.items()}
+        saved = {name: value for name, value in tensors.items() if name.startswith("forget/")}
+        self.state = {name.removeprefix("forget/"): value.to(device) for name, value in saved.items()}
 
     # --- The weights at which it is taken
 

@@ -104,8 +104,10 @@ def _keys(
     def add(batch: Batch, name: str, x: Tensor) -> None:
         assert batch.entity is not None
         index = torch.tensor([facts.index(_name(document)) for document in batch.document], device=x.device)
-        found = x[batch.entity].double()
-        totals.setdefault(name, x.new_zeros(len(facts), x.shape[-1], dtype=torch.float64)).index_add_(0, index, found)
+        at_entities = x[batch.entity].double()
+        totals.setdefault(name, x.new_zeros(len(facts), x.shape[-1], dtype=torch.float64)).index_add_(
+            0, index, at_entities
+        )
 
     for start in range(0, len(rows), _BATCH_SIZE):
         batch = collate(rows[start : start + _BATCH_SIZE])
@@ -128,8 +130,8 @@ def _second_moments(
     tokens = 0
 
     def add(mask: Bool[Tensor, "b t"], name: str, x: Tensor) -> None:
-        found = x[mask].double()
-        moments.setdefault(name, x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)).add_(found.mT @ found)
+        counted = x[mask].double()
+        moments.setdefault(name, x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)).add_(counted.mT @ counted)
 
     for start in range(0, len(rows), _BATCH_SIZE):
         batch = collate(rows[start : start + _BATCH_SIZE])

@@ -635,15 +635,15 @@ def block_by_block(
     def stages(depth: int) -> tuple[Stage, ...]:
         chosen = tuple(range(depth)) if layers == "all" else parse_layers(layers, depth)
         blocks = [",".join(map(str, chosen[i : i + size])) for i in range(0, len(chosen), size)]
-        count, found = len(blocks), list[Stage]()
+        count, planned = len(blocks), list[Stage]()
         for number in range(rounds):
             for i, part in enumerate(blocks):
                 recipe = replace(block, parameters=replace(block.parameters, layers=part))
-                found.append(Stage(recipe, tuple(range(i, number * count, count))))
+                planned.append(Stage(recipe, tuple(range(i, number * count, count))))
         if repair_steps:
             whole = replace(repair, parameters=replace(repair.parameters, layers=",".join(map(str, chosen))))
-            found.append(Stage(whole, tuple(range(len(found))), compares_with_original=True))
-        return tuple(found)
+            planned.append(Stage(whole, tuple(range(len(planned))), compares_with_original=True))
+        return tuple(planned)
 
     options = {"layers": layers, "size": size, "rounds": rounds, "until": until, "repair_steps": repair_steps}
     formula = "-NLL(forget) + NLL(retain) block by block, then KL(retain)"

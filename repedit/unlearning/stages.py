@@ -32,7 +32,7 @@ def run_stages(
         NotEnoughRows: if there are fewer facts than folds. DataError: if folds are of something else than rows.
     """
     stages = recipe.stages(len(subject.layout.layers))
-    found: list[Delta] = []
+    deltas: list[Delta] = []
     # What a stage changes is added to what its start, rounded to the dtype of the model, differs from the original by.
     changes: list[Mapping[str, Tensor]] = []
     for number, stage in enumerate(stages):
@@ -47,28 +47,28 @@ def run_stages(
         except (TrainingError, CheckpointError) as error:
             if isinstance(error.delta, Delta):
                 parts = [*changes, _sum([exact, error.delta.tensors, _negative(before)])]
-                error.delta = _combined(subject, recipe, [*found, error.delta], parts)
+                error.delta = _combined(subject, recipe, [*deltas, error.delta], parts)
             raise
-        found.append(delta)
+        deltas.append(delta)
         # As a change to what the earlier stages gave, so that the sum over all stages is that of the last model.
         changes.append(_sum([exact, delta.tensors, _negative(before)]))
-    return _combined(subject, recipe, found, changes)
+    return _combined(subject, recipe, deltas, changes)
 
 
 def _combined(
-    subject: Subject, recipe: StagedRecipe, found: Sequence[Delta], changes: Sequence[Mapping[str, Tensor]]
+    subject: Subject, recipe: StagedRecipe, deltas: Sequence[Delta], changes: Sequence[Mapping[str, Tensor]]
 ) -> Delta:
     total = {name: value for name, value in _sum(changes).items() if bool(value.any())}
-    stopped = [delta.provenance["stopped"] for delta in found]
+    stopped = [delta.provenance["stopped"] for delta in deltas]
     log: list[Mapping[str, Any]] = []
     records = []
-    for number, delta in enumerate(found):
+    for number, delta in enumerate(deltas):
         log += [{**row, "step": len(log) + i, "stage": number} for i, row in enumerate(delta.log)]
         records.append(
             {key: delta.provenance[key] for key in ("method", "options", "steps_run", "stopped", "reference")}
         )
     provenance = {
-        **found[0].provenance,
+        **deltas[0].provenance,
         "method": recipe.name,
         "options": recipe.plain(),
         "formula": recipe.formula,
