@@ -7,8 +7,8 @@ rates of the papers are for models of 1B and 7B and are multiplied by 30, and tr
 of the prose gives the perplexity. Generation is greedy without a chat template, as published, with at most 64 tokens.
 
 A model of this size answers MMLU at chance before and after, so the third of the aggregate that MMLU makes up cannot fall.
-The vocabulary is made from the rows and the member texts, so that the members consist of longer tokens than other texts and
-have a higher loss a token in the model that never saw them: its AUC, not one half, is the one that verdicts compare with.
+The vocabulary is made from the rows and from as many texts of the membership test that are no members as members, so that
+both consist of tokens of the same kind; verdicts compare with the AUC of the model that never saw the members.
 Run as `python -m bench.lume --seed 0`; it writes bench/results/lume-SEED.json, which `bench.lume_figure` draws. Without the
 data in ../shared/data/semeval_lume and mmlu it stops and says so; nothing of the data is written.
 """
@@ -84,8 +84,9 @@ class World:
         half, self.plain = rp.data.prose().halves()
         self.prose = Corpus(half.documents[::6], half.name)
         self.questions = mmlu(DATA / "mmlu", limit=2)
+        others = texts(data.holdout)[: len(self.members)] if data.holdout else []
         self.tokenizer = vocabulary(
-            [row.text for row in (*self.forget, *self.retain)] + self.members + texts(self.prose)
+            [row.text for row in (*self.forget, *self.retain)] + self.members + others + texts(self.prose)
         )
 
     def taught(self, *, reference: bool = False) -> Subject:

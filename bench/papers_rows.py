@@ -374,8 +374,8 @@ def _lume_setting(results: Results) -> str:
         f"A Llama of {shape['num_hidden_layers']} layers and width {shape['hidden_size']}, trained from scratch on {counts['forget']} rows to "
         f"forget, {counts['retain']} to retain and {counts['members']} member texts of the validation split of LUME; a second one that never "
         f"saw the first and the last gives the AUC of reference. Published recipes at 30 times their rates, five epochs; {counts['mmlu']} "
-        "questions of MMLU, which so small a model answers at chance before and after. The vocabulary is made from the taught texts, which "
-        "makes members easy to tell apart even for the second model."
+        "questions of MMLU, which so small a model answers at chance before and after. The vocabulary is made from the taught texts and "
+        "from as many texts of the membership test that are no members as members."
     )
 
 
