@@ -60,7 +60,7 @@ def draw(results: Path = RESULTS, target: Path = FIGURES / "lume.png") -> Path:
     axes.set(xlim=(0, 1.05), ylim=(-0.6, len(shown) + 0.3))
     axes.set_xlabel("final score: a third of each part", fontsize=8.5)
     handles = [axes.barh(0, 0, color=color, label=name) for name, color in PARTS.items()]
-    axes.legend(handles=handles, fontsize=8, loc="lower right", ncols=3)
+    axes.legend(handles=handles, fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.87), ncols=3)
     axes.set_title(
         "The aggregate rewards a collapsed model: it answers nothing, so it leaks nothing and tells no member apart",
         fontsize=10,
