@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from repedit.auditing.attack import AttackRecord, AttackResult, Scratch
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Scratch, Work
 from repedit.auditing.attacks import loudest as quietening
 from repedit.auditing.attacks import tuning
 from repedit.auditing.attacks.loudest import loudest, quiet, quieten
@@ -106,12 +106,17 @@ def check_fifths(fifths: tuple[Splits, ...], data: AuditData) -> None:
         assert len(part.train) >= 0.8 * len(data.forget)
 
 
+def attack_of(record: AttackRecord) -> Attack:
+    """An attack of a record that does nothing."""
+    return Attack(record, {}, lambda subject, splits, seed: None, Work(1))
+
+
 @pytest.mark.parametrize("folds", [1, 2])
 def test_four_fifths_are_trained_on_and_every_fact_is_asked_once(folds):
     data = audited(folds=folds)
     check_fifths(data.fifths, data)
-    assert [number for number, _ in _folds(FOUR_FIFTHS, data, None)] == [0, 1, 2, 3, 4]
-    assert len(list(_folds(AttackRecord("other", uses_train=True), data, None))) == folds
+    assert [number for number, _ in _folds(attack_of(FOUR_FIFTHS), data, None)] == [0, 1, 2, 3, 4]
+    assert len(list(_folds(attack_of(AttackRecord("other", uses_train=True)), data, None))) == folds
 
 
 def test_halves_in_the_place_of_fifths_are_caught():
@@ -122,7 +127,7 @@ def test_halves_in_the_place_of_fifths_are_caught():
 
 def test_invented_facts_are_asked_in_every_fifth():
     also = audited(16)
-    parts = [part for _, part in _folds(FOUR_FIFTHS, audited(), also)]
+    parts = [part for _, part in _folds(attack_of(FOUR_FIFTHS), audited(), also)]
     assert all(
         len(part.test) == len(own.test) + len(new.test)
         for part, own, new in zip(parts, audited().fifths, also.fifths, strict=True)

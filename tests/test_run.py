@@ -440,9 +440,9 @@ def test_names_are_those_of_the_command_line(tmp_path):
     assert words == ["a", "b", "--data", "folder", "--batch-size", "2"]
 
 
-def test_the_run_in_the_readme_can_be_read(tmp_path):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = re.findall(r"```toml\n(.*?)```", readme, flags=re.S)
+def test_the_run_in_the_guide_can_be_read(tmp_path):
+    guide = (Path(__file__).parents[1] / "docs" / "guides" / "resume.md").read_text()
+    (block,) = re.findall(r"```toml[^\n]*\n(.*?)```", guide, flags=re.S)
     (tmp_path / "run.toml").write_text(block)
     steps = runs.read_steps(tmp_path / "run.toml", cli.verbs())
     assert [step.verb for step in steps] == ["prune", "compare"] and steps[0].options["model"] == "smollm2-135m"

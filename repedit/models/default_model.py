@@ -15,8 +15,6 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from repedit.errors import CheckpointError, NotFound, RepeditError, UnknownName
 from repedit.io.files import file_hash, make_folder
 from repedit.io.store import cache_folder
@@ -54,6 +52,7 @@ def cached(name: str = DEFAULT) -> Path:
 
 def tiny_model() -> PreTrainedModel:
     """A random Llama of two layers and width 32, which needs no download; the state of torch's generator is kept."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -73,9 +73,14 @@ class Certificate:
             )
         worst = max(self.tensors, key=lambda name: self.tensors[name].leak, default="none")
         form = _MEANINGS[self.form] if self.tensors or self.form == "hook" else "the weights hold the map"
+        measured = (
+            f"{self.rank} directions over {len(self.tensors)} tensors, {self.exactness}; largest leak {self.worst_leak:.1e} "
+            f"({worst})"
+        )
+        if self.uncertified and not self.tensors:
+            measured = "No direction is removed whole, so none is certified"
         return (
-            f"{self.form}: {form}.\n{self.rank} directions over {len(self.tensors)} tensors, {self.exactness}; "
-            f"largest leak {self.worst_leak:.1e} ({worst}).\n"
+            f"{self.form}: {form}.\n{measured}.\n"
             + "".join(f"{name}: {reason}.\n" for name, reason in self.uncertified.items())
             + "This says nothing of copies of the knowledge elsewhere: attack it."
         )

@@ -14,7 +14,7 @@ from repedit.delta import Delta
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, CheckpointError, HubError, RepeditError, TargetExists
 from repedit.io import archive
-from repedit.io.files import user_path
+from repedit.io.files import is_file, user_path
 from repedit.io.targets import CARD, MANIFEST, folder_entries
 from repedit.rewrite.verification import Verification, verification
 
@@ -113,7 +113,7 @@ def push(
             source.save(path)
             return _push_file(path, repository, yes, private, overwrite, message, api)
     root = user_path(source)
-    if root.is_file():
+    if is_file(root):
         return _push_file(root, repository, yes, private, overwrite, message, api)
     verified = verification(root)
     if not verified.whole:
