@@ -90,7 +90,9 @@ NO_FILES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("model_type", types(NO_FILES))
-def test_exported_equals_applied(model_type: str, dtype: torch.dtype, tmp_path: Path):
+def test_exported_equals_applied(model_type: str, dtype: torch.dtype, tmp_path: Path, request: pytest.FixtureRequest):
+    if dtype == torch.bfloat16 and model_type in NO_BFLOAT16:
+        request.applymarker(pytest.mark.xfail(reason=NO_BFLOAT16[model_type]))
     exported_equals_applied(tiny_of(model_type, dtype), tmp_path)
 
 
