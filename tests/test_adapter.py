@@ -228,3 +228,25 @@ def test_an_adapter_of_another_model_or_a_torn_one_is_refused(tmp_path):
     save_file(whole | {"base_model.model.wte.lora_embedding_A": whole[first].clone()}, path)
     with pytest.raises(NotFoldable, match=r"lora_embedding_A is no matrix of a LoRA"):
         rp.import_adapter(tmp_path / "a", tiny("gpt2"))
+
+
+def imported_head(folder):
+    """(the model that PEFT gives, that of the imported delta) for an adapter of a head that is tied to the embeddings."""
+    from peft import LoraConfig, get_peft_model
+
+    lm = tiny("llama", tie_word_embeddings=True)
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    trained = get_peft_model(tiny_again(lm), config)
+    trained.save_pretrained(folder, save_embedding_layers=False)
+    return trained, rp.apply(rp.import_adapter(folder, lm), lm).model
+
+
+def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
+    with pytest.raises(NotFoldable, match=r"changes lm_head\.weight, which the model ties to another tensor"):
+        imported_head(tmp_path / "a")
+
+
+def test_an_adapter_of_a_tied_head_would_change_the_embeddings_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter, "_check_untied", lambda *given: None)
+    trained, imported = imported_head(tmp_path / "a")
+    assert (logits(trained) - logits(imported)).abs().max() > 0.1 * logits(trained).abs().max()

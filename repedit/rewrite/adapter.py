@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -107,7 +108,8 @@ def import_adapter(folder: str | Path, subject: Subject) -> Delta:
     Args:
         folder: directory with adapter_config.json and adapter_model.safetensors. A pickled adapter_model.bin is not read.
     Raises:
-        NotFoldable: if the adapter is not a plain LoRA of linear modules: DoRA, trained biases, modules saved whole.
+        NotFoldable: if the adapter is not a plain LoRA of linear modules: DoRA, trained biases, modules saved whole; if it
+            changes a module whose weight is tied to another, where PEFT changes one of both.
         FingerprintError: if it changes a tensor that the model does not have, or one of another shape.
         CheckpointError: if the files cannot be read.
     Source: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
@@ -130,7 +132,7 @@ def import_adapter(folder: str | Path, subject: Subject) -> Delta:
         module, side = match["module"], match["side"]
         if side == "A.weight":
             continue
-        a = tensors.get(name.replace("lora_B.bias", "lora_A.weight").replace("lora_B.weight", "lora_A.weight"))
+        a = tensors.get(f"base_model.model.{module}.lora_A.weight")
         if a is None:
             raise CheckpointError(f"{path}: {name} has no lora_A.weight beside it; the file is not whole")
         scale = _scale(config, module, a.shape[0])
@@ -139,6 +141,7 @@ def import_adapter(folder: str | Path, subject: Subject) -> Delta:
         else:
             value = scale * tensors[name] @ a
             differences[f"{module}.weight"] = value.T if config.get("fan_in_fan_out") else value
+    _check_untied(differences, parameters, path)
     for name, value in differences.items():
         shape = tuple(parameters[name].shape) if name in parameters else None
         if shape != tuple(value.shape) and not (shape is None and name.endswith(".bias") and not bool(value.any())):
@@ -166,6 +169,16 @@ def _check_plain_lora(config: Mapping[str, Any], root: Path) -> None:
         raise NotFoldable(
             f"{root} holds an adapter with {other or f'peft_type={kind!r}'}, which is no plain LoRA; merge it with PEFT and use "
             "repedit.diff"
+        )
+
+
+def _check_untied(changed: Mapping[str, Tensor], parameters: Mapping[str, Tensor], path: Path) -> None:
+    uses = Counter(id(p) for p in parameters.values())
+    tied = next((name for name in changed if name in parameters and uses[id(parameters[name])] > 1), None)
+    if tied is not None:
+        raise NotFoldable(
+            f"{path} changes {tied}, which the model ties to another tensor: a delta changes both, PEFT only one of them; "
+            "merge the adapter with PEFT and use repedit.diff"
         )
 
 
