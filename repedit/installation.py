@@ -7,7 +7,6 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 
 import torch
 
@@ -98,7 +97,7 @@ def _cache() -> Check:
 def _default_model() -> Check:
     """Whether the default model is cached; it passes without, since no function but `repedit demo` needs the model."""
     try:
-        return Check("default model", True, str(Path(cached(DEFAULT))))
+        return Check("default model", True, str(cached(DEFAULT)))
     except NotFound:
         return Check("default model", True, f"{DEFAULT} is not fetched yet; get it once with: repedit fetch")
 

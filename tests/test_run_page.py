@@ -445,6 +445,16 @@ def test_a_pruning_has_its_map_and_its_drops(made):
     assert "one column per layer" not in hidden and "drop, with" not in hidden
 
 
+def test_scores_of_which_every_neuron_is_protected_have_no_map(folder):
+    scores = rp.Scores.load(folder / "scores.safetensors")
+    protected = {
+        site: replace(score, values=torch.full_like(score.values, -torch.inf)) for site, score in scores.items()
+    }
+    (folder / "scores.safetensors").unlink()
+    replace(scores, by_site=protected).save(folder / "scores.safetensors")
+    assert "one column per layer" not in rp.report.run_page(folder)
+
+
 def test_a_training_is_drawn_from_what_was_kept(tmp_path):
     edit = rp.Edit({rp.Site.parse("1.mlp.out"): rp.LowRank.projection(torch.eye(8)[:, :2])},
                    {"method": "mrp", "history": {"forget": [3.0, 2.0], "divergence": [0.1, 0.2]}, "stopped": "all steps"})  # fmt: skip

@@ -20,6 +20,7 @@ from repedit.cli.options import (
     PageOut,
     load_model,
 )
+from repedit.cli.saving import check_page
 from repedit.sites import Point, Site
 
 CHECK_FAILED = 3
@@ -161,7 +162,7 @@ def diff(base: Model, edited: EditedModel, out: PageOut = None, json: Json = Fal
     from repedit.cli import output
     from repedit.rewrite.diff import diff as tensor_differences
 
-    _check_page(out)
+    check_page(out)
     differing = tensor_differences(base, edited)
     if out is not None:
         from repedit.io.files import write_text
@@ -176,16 +177,6 @@ def diff(base: Model, edited: EditedModel, out: PageOut = None, json: Json = Fal
     rows = [["" if row[column] is None else row[column] for column in columns] for row in differences]
     output.table(f"{len(differences)} tensors differ", columns, rows)
     output.show_files([out] if out is not None else [])
-
-
-def _check_page(out: Path | None) -> None:
-    """Refuse, before any work, a page that has another ending or would replace a file."""
-    from repedit.errors import ArgumentError, TargetExists
-
-    if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise ArgumentError(f"--out {out} is a page: give it a name that ends in .html")
-    if out is not None and out.exists():
-        raise TargetExists(f"{out.absolute()} exists; give another --out")
 
 
 def compare(
@@ -218,7 +209,7 @@ def compare(
 
     if bool(metrics) != (folder is not None):
         raise ArgumentError(f"--metrics {metrics!r} with --data {folder}; give both, or neither")
-    _check_page(out)
+    check_page(out)
     subjects = [load_model(name, device, dtype) for name in (base, edited)]
     if folder is not None:
         _show_benchmarks(subjects, metrics.split(","), folder, limit, json)

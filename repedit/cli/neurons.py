@@ -29,7 +29,7 @@ from repedit.cli.options import (
     TextOrCollection,
     load_model,
 )
-from repedit.cli.saving import check_out, plan_summary, save, shape_options, write_edited
+from repedit.cli.saving import check_out, check_page, plan_summary, save, shape_options, write_edited
 
 if TYPE_CHECKING:
     from repedit.models.subject import Subject
@@ -136,14 +136,10 @@ def explore(
     """Write an interactive page of all neurons: scores, ranks, activating texts, and what each fraction would prune."""
     from repedit.cli import output
     from repedit.data import read
-    from repedit.errors import ArgumentError, TargetExists
     from repedit.explore import neurons
     from repedit.neurons.scores import Scores
 
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise ArgumentError(f"--out {out} is a page: give it a name that ends in .html")
-    if out.exists() and not overwrite:  # before the texts are searched, which takes a minute
-        raise TargetExists(f"{out.absolute()} exists; give another --out, or --overwrite")
+    check_page(out, overwrite=overwrite)
     saved, examples = Scores.load(scores), []
     if model is not None:
         from repedit.activations.examples import max_activating

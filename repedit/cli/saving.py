@@ -73,6 +73,25 @@ def check_out(out: Path | None, *inputs: str | Path | None, overwrite: bool = Fa
         check_target(out, overwrite=overwrite, source=folder)
 
 
+def check_page(out: Path | None, *, overwrite: bool | None = None) -> None:
+    """Refuse, before any work, a page that has another ending or would replace a file.
+
+    Args:
+        overwrite: whether a file may be replaced; None for verbs that have no such option.
+    Raises:
+        ArgumentError: if the name does not end in .html. TargetExists: if there is such a file.
+    """
+    from repedit.errors import ArgumentError, TargetExists
+
+    if out is None:
+        return
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ArgumentError(f"--out {out} is a page: give it a name that ends in .html")
+    if out.exists() and not overwrite:
+        remedy = "give another --out" if overwrite is None else "give another --out, or --overwrite"
+        raise TargetExists(f"{out.absolute()} exists; {remedy}")
+
+
 def save(value: Saveable, out: Path) -> None:
     """Save a result to a file; if that fails, save it elsewhere, see `rescued`.
 

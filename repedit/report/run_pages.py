@@ -232,7 +232,10 @@ def _specialization(run: RunReport) -> list[tuple[str, Markup]]:
     """The score of every neuron, for each file of scores; not in a redacted page, since it names the data."""
     figures = []
     for out, path in () if run.redacted else run.of_kind("scores"):
-        figure = specialization(Scores.load(path))
+        scores = Scores.load(path)
+        if not any(bool(torch.isfinite(score.values).any()) for score in scores.values()):
+            continue  # every neuron is protected, so there is no score to draw
+        figure = specialization(scores)
         figure.set_label(
             f"{out}: the score of every neuron, one column per layer; orange is specific to the forget set"
         )
