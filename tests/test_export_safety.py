@@ -360,3 +360,13 @@ def test_a_shard_that_shrinks_while_it_is_read_is_an_error(source, edit, tmp_pat
         file.truncate(shards.entries[name].stop - 4)
     with pytest.raises(CheckpointError, match=rf"{path.name} ended at byte \d+, within '{name}'"):
         shards.read(name)
+
+
+def test_an_export_in_a_forked_process_ends(source, edit, tmp_path):
+    """Several threads at once make the first call of torch in the child; one fork in five failed when they raced."""
+    rp.export(edit, source, tmp_path / "out", workers=3)
+    for _ in range(4):
+        assert not in_child(
+            lambda calls: lambda function: function,
+            lambda: rp.export(edit, source, tmp_path / "out", workers=3, overwrite=True),
+        )

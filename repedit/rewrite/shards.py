@@ -88,6 +88,8 @@ def _write_shards(
         with torch.set_grad_enabled(grad):  # a thread begins with the default
             return _shard(writer, file, targets[file])
 
+    # In a forked process, torch replaces its own pool at the first call; threads that race to do it fail with "Invalid thread pool".
+    torch.set_num_threads(torch.get_num_threads())
     with ThreadPoolExecutor(max(1, min(workers, len(missing))), thread_name_prefix="export") as pool:
         try:
             futures = {pool.submit(write, file): file for file in missing}
