@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +10,16 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 import repedit as rp
-from repedit.errors import ArgumentError, DataError, NotEnoughRows, UnknownName, UnknownSite
+from repedit.errors import ArgumentError, DataError, NotEnoughRows, NotFinite, UnknownName, UnknownSite
+from repedit.metrics import location
 from repedit.metrics.facts import choice_scores
 from repedit.metrics.location import POSITIONS, _kinds
-from repedit.models.subject import Subject
+from repedit.metrics.relearning import Relearning, relearned
+from repedit.models.subject import Subject, subject_of
+from repedit.unlearning.sampling import cycled
 from tests.teachable_models import blank, facts, taught
 from tests.test_overwrite import caught
 
@@ -110,6 +115,87 @@ def test_a_seed_reproduces_and_the_value_is_shown():
     assert "Accuracy on facts" in figure.get_suptitle() and "exchange" in figure.get_suptitle()
 
 
+# --- Relearning with an ablation held
+
+
+def nothing_is_learned_past_the_ablation(found: Any) -> None:
+    """Where no prompt can tell names apart, not even the taught half gets more than its most frequent answer."""
+    rows = {(r.point, r.position): r.accuracy for r in found.rows}
+    assert found.before["T after relearning"] > 0.9 and rows["attn.out", "elsewhere"]["T after relearning"] > 0.9
+    assert rows["attn.out", "last"]["T after relearning"] <= 3 / 8
+    assert rows["attn.out", "last"]["V after relearning"] <= 3 / 8
+
+
+def test_what_relearning_brings_back_is_asked_and_learned_with_the_ablation(monkeypatch):
+    lm = taught(texts=tuple(fact.text for fact in LETTERS))
+    options: dict[str, Any] = {
+        "layers": "0-1", "points": ("attn.out",), "positions": ("last", "elsewhere"),
+        "relearning": Relearning(lr=3e-3, steps=20),
+    }  # fmt: skip
+    found = rp.locate(lm, LETTERS, **options)
+    assert found.before["facts"] > 0.9 and found.counts["T after relearning"] == found.counts["V after relearning"] == 8
+    nothing_is_learned_past_the_ablation(found)
+    hooks = location._Prompts._hooks
+    monkeypatch.setattr(  # the copy is neither trained nor asked with the ablation
+        location._Prompts, "_hooks",
+        lambda self, sites, kind, part, student=None, width=None: hooks(self, () if student else sites, kind, part, student, width),
+    )  # fmt: skip
+    caught(nothing_is_learned_past_the_ablation, rp.locate(lm, LETTERS, **options))
+
+
+def held_values_are_those_of_the_first_wordings(values: Callable[[Any], Any]) -> None:
+    """In rows of several lengths the hooks of training write the mean over all facts at one kind of position, only there."""
+    worded = tuple(replace(f, paraphrases=(f"Now {f.entity} really likes",)) for f in FACTS)
+    site = pupil().select("1.mlp.out")[0]
+    asked = location._Prompts(pupil(), worded, [site], "mean", 0)
+    held = location._Held(pupil(), worded, asked, Relearning())
+    part, kind = (0, 1), POSITIONS.index("subject_last")
+    held.taught.means = values(held)
+    (hook,) = held.taught._hooks([site], kind, part, blank(), 40)
+    states = torch.randn(2, 40, 48)
+    written = hook.function(states)
+    for row, number in enumerate(part):
+        place = held.taught.kinds[number].tolist().index(kind)
+        assert torch.allclose(written[row, place], asked.means[site, "likes", kind].float())
+        written[row, place] = states[row, place]
+    assert torch.equal(written, states)
+
+
+def test_what_is_held_in_training_is_what_replaces_outputs_when_asked():
+    held_values_are_those_of_the_first_wordings(lambda held: held.taught.means)
+    caught(held_values_are_those_of_the_first_wordings, lambda held: {k: 2 * v for k, v in held.taught.means.items()})
+
+
+def training_is_the_plain_loop(settings: Relearning) -> None:
+    """Without hooks, the copy is what a plain loop over the same rows gives, and the model itself stays as it was."""
+    lm, plain = pupil(), copy.deepcopy(pupil().model)
+    student = relearned(lm, FACTS[:6], lambda *_: (), settings)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    for step in range(5):
+        loss = torch.zeros(())
+        texts = [(f.prompt, f" {f.answer}") for i in cycled("relearning", 6, 3, step, 0) for f in [FACTS[i]]]
+        tokens = [[lm.tokenizer.encode(t, add_special_tokens=not k) for k, t in enumerate(pair)] for pair in texts]
+        for prompt, answer in tokens:
+            logits = plain(torch.tensor([prompt + answer])).logits[0]
+            picked = logits[len(prompt) - 1 : -1]
+            loss = loss + torch.nn.functional.cross_entropy(picked, torch.tensor(answer), reduction="sum")
+        optimizer.zero_grad()
+        (loss / sum(len(answer) for _, answer in tokens)).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+    pairs = zip(student.model.parameters(), plain.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in pairs)
+    assert lm.fingerprint() == subject_of(pupil().model, lm.tokenizer).fingerprint()
+
+
+def test_relearning_is_the_plain_loop():
+    training_is_the_plain_loop(Relearning(lr=1e-3, steps=5, batch_size=3))
+    caught(training_is_the_plain_loop, Relearning(lr=1e-3, steps=5, batch_size=3, seed=1))
+
+
+WORDED = tuple(replace(f, prompt=f"so {f.entity}", paraphrases=(f"{f.entity} likes",)) for f in FACTS)
+"""The first wording ends with the name, so it has no last position of its own; the other one has."""
+
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "position": (lambda: located(positions=("first",)), UnknownName, "positions='first' does not exist"),
     "point": (lambda: located(points=("mlp.neurons",)), UnknownName, "points='mlp.neurons' does not exist"),
@@ -121,6 +207,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no entity": (lambda: rp.locate(pupil(), (replace(FACTS[0], entity=""),)), DataError, "names no entity"),
     "not found": (lambda: rp.locate(pupil(), (replace(FACTS[0], entity="Zyx"),)), DataError, "the tokens of 'Zyx' are not in the prompt"),
     "no choices": (lambda: rp.locate(pupil(), (replace(FACTS[0], choices=()),)), DataError, "has no choices"),
+    "exchange held": (lambda: located(how="exchange", relearning=Relearning()), ArgumentError, "how='exchange' with relearning"),
+    "no step": (lambda: Relearning(steps=0), ArgumentError, "steps"),
+    "no rate": (lambda: Relearning(lr=0.0), ArgumentError, "lr"),
+    "a wording without the name": (
+        lambda: rp.locate(
+            pupil(), [replace(f, paraphrases=("Who likes",)) for f in FACTS], layers="0", relearning=Relearning(steps=1)
+        ),
+        DataError, "not in the prompt|not in its wording",
+    ),
+    "no value to hold": (
+        lambda: rp.locate(pupil(), WORDED, layers="0", positions=("last",), relearning=Relearning(steps=1)),
+        DataError, "no first wording of domain 'likes' has one",
+    ),
+    "not finite": (lambda: relearned(pupil(), FACTS, lambda *_: (), Relearning(lr=1e30, steps=3)), NotFinite, "step [23] of relearning"),
     "set": (lambda: located(layers="0").grid("others"), UnknownName, "on='others' was not measured"),
 }  # fmt: skip
 

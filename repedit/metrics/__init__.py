@@ -14,6 +14,7 @@ _MODULES = (
     "location",
     "membership",
     "muse",
+    "relearning",
     "semeval",
     "tofu",
 )
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         location,
         membership,
         muse,
+        relearning,
         semeval,
         tofu,
     )

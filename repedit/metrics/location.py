@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from repedit.activations.forward import at_least_float32
 from repedit.arch import hooks_at
-from repedit.data import Fact, Facts, entity_of
+from repedit.data import Fact, Facts, Splits, entity_of, with_paraphrases
 from repedit.data.encoding import entity_span
 from repedit.errors import ArgumentError, DataError, UnknownName, UnknownSite, check_seed, nearest
 from repedit.fit.contexts import by_entity
 from repedit.fit.overwrite import goals_of
 from repedit.hooks import Hook, evaluating, installed
 from repedit.metrics.facts import choice_scores, choice_tokens, chosen, lengths
+from repedit.metrics.relearning import Relearning, relearned
 from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 
@@ -39,7 +41,7 @@ class Ablation:
     point: str
     position: str
     accuracy: Mapping[str, float]
-    """By set: "facts", "same subjects", "other subjects"."""
+    """By set: "facts", "same subjects", "other subjects"; after relearning: "T after relearning", "V after relearning"."""
     touched: Mapping[str, int]
     """Facts of each set whose prompt has such a position."""
 
@@ -92,12 +94,17 @@ def locate(
     points: Sequence[str] = POINTS,
     how: str = "mean",
     seed: int = 0,
+    relearning: Relearning | None = None,
 ) -> Location:
     """Accuracy on facts when what attention or MLPs add is ablated at some positions of the prompts, layers together.
 
     "mean" replaces the output by its mean over the entities of a domain at that kind of position, in the unedited
     model; "exchange" by that of another entity, counted from the end of the positions of that kind, which keeps its
     statistics. Choices are then compared on top of the ablated prompt, as in `facts_accuracy`.
+
+    With `relearning`, a copy of the model is trained on half of the facts (T) for every ablation, and once without any,
+    with the ablation held at the same values in every prompt it reads; the other half (V) is then asked, ablated as well.
+    What V gains is knowledge that reaches the answers past the ablated outputs.
 
     Args:
         facts: facts with choices whose prompts contain their entity.
@@ -107,8 +114,10 @@ def locate(
         points: "attn.out", "mlp.out".
         how: "mean" or "exchange".
         seed: of the exchange.
+        relearning: how each copy is trained; None for no training. It needs how="mean", and takes minutes for each ablation.
     Raises:
-        DataError: if a fact names no entity or has no choices, or a prompt does not contain its entity.
+        ArgumentError: if there is `relearning` and `how` is not "mean".
+        DataError: if a fact names no entity or has no choices, or a prompt or trained wording does not contain its entity.
         NotEnoughRows: if a domain has fewer than 3 entities.
         UnknownName, UnknownSite: if a position, point, way or layer does not exist.
         NotFinite: if a log-probability is not finite.
@@ -118,6 +127,8 @@ def locate(
         for value in values or ("",):
             if value not in valid:
                 raise UnknownName(f"{name}={value!r} does not exist; {nearest(value, valid)}")
+    if relearning is not None and how != "mean":
+        raise ArgumentError(f'how={how!r} with relearning; only values of "mean" can be held in every wording')
     spans = _spans(subject, layers, points)
     items = facts.forget if isinstance(facts, Facts) else tuple(facts)
     own, rest = set(by_entity(items)), tuple(against)
@@ -128,18 +139,25 @@ def locate(
     }
     sites = sorted({Site(layer, Point(point)) for part in spans.values() for layer in part for point in points})
     measured = {name: _Prompts(subject, part, sites, how, seed) for name, part in sets.items() if part}
+    counts = {name: len(prompts.items) for name, prompts in measured.items()}
+    held = None if relearning is None else _Held(subject, items, measured["facts"], relearning)
+
+    def accuracies(ablated: Sequence[Site], position: str) -> dict[str, float]:
+        plain = {name: prompts.accuracy(ablated, position) for name, prompts in measured.items()}
+        return plain if held is None else plain | held.accuracies(ablated, position)
+
+    def touched(position: str) -> dict[str, int]:
+        found = {name: prompts.touched(position) for name, prompts in measured.items()}
+        return found if held is None else found | {name: part.touched(position) for name, part in held.halves.items()}
+
     rows = tuple(
         Ablation(
-            name, point, position,
-            {key: prompts.accuracy([Site(layer, Point(point)) for layer in span], position) for key, prompts in measured.items()},
-            {key: prompts.touched(position) for key, prompts in measured.items()},
+            name, point, position, accuracies([Site(layer, Point(point)) for layer in span], position), touched(position)
         )
         for name, span in spans.items() for point in points for position in positions
     )  # fmt: skip
-    return Location(
-        rows, {key: prompts.accuracy((), POSITIONS[0]) for key, prompts in measured.items()},
-        {key: len(prompts.items) for key, prompts in measured.items()}, how, seed, subject.fingerprint(),
-    )  # fmt: skip
+    counts |= {} if held is None else {name: len(part.items) for name, part in held.halves.items()}
+    return Location(rows, accuracies((), POSITIONS[0]), counts, how, seed, subject.fingerprint())
 
 
 def _spans(subject: Subject, layers: str | Sequence[str], points: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -175,23 +193,33 @@ class _Prompts:
         """By site, fact and kind; for an exchange alone."""
         self._collect(sites)
 
+    def part(self, entities: frozenset[str]) -> _Prompts:
+        """The prompts about some entities, with the values of all."""
+        found = copy.copy(self)
+        numbers = [i for i, fact in enumerate(self.items) if entity_of(fact) in entities]
+        found.items = [self.items[i] for i in numbers]
+        found.ids, found.kinds = [self.ids[i] for i in numbers], [self.kinds[i] for i in numbers]
+        return found
+
     def touched(self, position: str) -> int:
         """The number of facts that have such a position."""
         return sum(bool((kinds == POSITIONS.index(position)).any()) for kinds in self.kinds)
 
-    def accuracy(self, sites: Sequence[Site], position: str) -> float:
-        """Share of right answers with the outputs at some sites replaced."""
-        kind = POSITIONS.index(position)
+    def accuracy(self, sites: Sequence[Site], position: str, student: Subject | None = None) -> float:
+        """Share of right answers with the outputs at some sites replaced, in the model or a trained copy of it."""
+        kind, asked = POSITIONS.index(position), student or self.subject
 
         def ablated(part: Sequence[int]) -> AbstractContextManager[None]:
-            return installed(self.subject.model, self._hooks(sites, kind, part))
+            return installed(asked.model, self._hooks(sites, kind, part, student))
 
         options = [fact.choices for fact in self.items]
-        scores = choice_scores(self.subject, self.items, options, _ROWS, prompts=ablated)
+        scores = choice_scores(asked, self.items, options, _ROWS, prompts=ablated)
         right = chosen(self.items, options, [summed for summed, _ in scores])
         return sum(right) / len(right)
 
     def _collect(self, sites: Sequence[Site]) -> None:
+        if not sites:
+            return
         totals: dict[tuple[Site, str, int], list[Tensor]] = {}
         seen: dict[Site, Tensor] = {}
 
@@ -215,9 +243,21 @@ class _Prompts:
                                     self.states[site, i, kind] = states
         self.means = {key: torch.cat(parts).double().mean(0) for key, parts in totals.items()}
 
-    def _hooks(self, sites: Sequence[Site], kind: int, part: Sequence[int]) -> list[Hook]:
-        """Hooks that replace the outputs at one kind of position of these prompts."""
-        mask = torch.stack([self.kinds[i] == kind for i in part])
+    def _hooks(
+        self,
+        sites: Sequence[Site],
+        kind: int,
+        part: Sequence[int],
+        student: Subject | None = None,
+        width: int | None = None,
+    ) -> list[Hook]:
+        """Hooks that replace the outputs at one kind of position of these prompts.
+
+        Args:
+            width: of a batch in which more tokens follow the prompts; None if all prompts have one length and nothing follows.
+        """
+        width = len(self.ids[part[0]]) if width is None else width
+        mask = torch.stack([_filled(self.kinds[i], width) == kind for i in part])
         if not bool(mask.any()):
             return []
 
@@ -231,18 +271,54 @@ class _Prompts:
 
             return visit
 
-        model, layout = self.subject.model, self.subject.layout
+        model, layout = (student or self.subject).model, self.subject.layout
         return [hook for s in sites for hook in hooks_at(model, layout, s, replaced(s), replaces=True)]
 
     def _replacement(self, site: Site, number: int, kind: int) -> Float[Tensor, "n d"]:
         """What replaces the outputs at one kind of position of a prompt."""
         count = int((self.kinds[number] == kind).sum())
-        mean = self.means[site, self.items[number].domain, kind]
+        fact = self.items[number]
+        mean = self.means.get((site, fact.domain, kind))
+        if mean is None:  # of a wording that is trained on
+            raise DataError(
+                f"fact {fact.id!r}: {fact.prompt!r} has a token {POSITIONS[kind]!r}, and no first wording of domain "
+                f"{fact.domain!r} has one whose mean could be held; leave out this position or this wording"
+            )
         donor = self.states.get((site, self.donors[number], kind)) if self.how == "exchange" else None
         if donor is None:  # for an exchange: the other prompt has no such position
             return mean.expand(count, -1)
         order = [max(len(donor) - 1 - back, 0) for back in range(count)][::-1]
         return donor[order].double()
+
+
+class _Held:
+    """The halves of the facts, and copies of the model that learn one of them with an ablation held."""
+
+    def __init__(self, subject: Subject, items: Sequence[Fact], asked: _Prompts, relearning: Relearning) -> None:
+        self.subject, self.relearning = subject, relearning
+        split = Splits.of(items, seed=relearning.split)
+        by_entity(with_paraphrases(split.train))
+        self.halves = {
+            f"{side} after relearning": asked.part(frozenset(entity_of(fact) for fact in part))
+            for side, part in (("T", split.train), ("V", split.test))
+        }
+        self.taught = _Prompts(subject, with_paraphrases(split.train), (), asked.how, 0)
+        self.taught.means = asked.means  # the values that are held are those that replace the outputs of asked prompts
+
+    def accuracies(self, sites: Sequence[Site], position: str) -> dict[str, float]:
+        """Share of right answers in both halves, after training and with the outputs at some sites still replaced."""
+        kind = POSITIONS.index(position)
+
+        def ablated(student: Subject, part: Sequence[int], width: int) -> list[Hook]:
+            return self.taught._hooks(sites, kind, part, student, width)
+
+        student = relearned(self.subject, self.taught.items, ablated, self.relearning)
+        return {name: prompts.accuracy(sites, position, student) for name, prompts in self.halves.items()}
+
+
+def _filled(kinds: Int[Tensor, " t"], width: int) -> Int[Tensor, " w"]:
+    """Kinds of the tokens of a row: none behind the prompt."""
+    return torch.cat([kinds, kinds.new_full((width - len(kinds),), -1)])
 
 
 def _kinds(subject: Subject, fact: Fact) -> tuple[list[int], Int[Tensor, " t"]]:
