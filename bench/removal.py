@@ -24,42 +24,20 @@ from typing import Any
 import torch
 
 import repedit as rp
-from bench.mrp import Bench, seen
+from bench.mrp import seen
 from bench.record import RESULTS, record
 from bench.relearning import relearn
 from bench.removal_edits import EDITS
+from bench.removal_rows import FORGET, UNSEEN, Rows, names, share
 from repedit.auditing.attributes import check_no_leak, leaks, reversed_facts
 from repedit.auditing.floors import choices_only, fresh_facts
-from repedit.data import Fact, Splits, entity_of, with_paraphrases
+from repedit.data import Fact, Splits, entity_of
 from repedit.models.subject import Subject
 
-FORGET, ATTRIBUTES = "capitals", "languages"
-UNSEEN = 3
-"""The number of the wording that no training sees."""
 RATES, STEPS = (2e-5, 1e-4), 40
 RELINK_RATE, RELINK_STEPS = 1e-4, 60
 LEARNING_STEPS = (10, 20, 40)
 Row = dict[str, Any]
-
-
-class Rows(Bench):
-    """The model, its facts and halves, and what is measured of an edited model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.capitals, self.languages = self.facts[FORGET], self.facts[ATTRIBUTES]
-        check_no_leak(self.languages, self.capitals)
-
-    def asked(self, lm: Subject, items: Sequence[Fact], wording: int = 0) -> dict[str, bool]:
-        """Entity -> whether its fact is right in one wording."""
-        scored = rp.facts_accuracy(lm, with_paraphrases(items, only=[wording]))
-        return {entity_of(fact): bool(right) for fact, right in zip(items, scored.correct, strict=True)}
-
-
-def share(right: Mapping[str, bool], entities: Sequence[str] | None = None) -> float:
-    """Share of right answers, over some entities."""
-    found = list(right.values()) if entities is None else [right[name] for name in entities]
-    return sum(found) / len(found)
 
 
 # --- The parts of a row
@@ -130,11 +108,6 @@ def learning(rows: Rows, lm: Subject, seed: int) -> Row:
     return found | {"never taught": share(rows.asked(student, fresh[75:]))}
 
 
-def names(right: Mapping[str, bool]) -> list[str]:
-    """The entities that are right."""
-    return sorted(name for name, value in right.items() if value)
-
-
 PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
     "direct": direct,
     "domains": domains,
@@ -148,7 +121,7 @@ PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
 }
 
 
-# --- The original alone: what a model gets right that cannot know, and where capitals enter
+# --- The original alone: what a model gets right that cannot know
 
 
 def mentioned(name: str, text: str) -> re.Match[str] | None:
@@ -188,14 +161,7 @@ def invented_names(steps: int) -> Callable[[Rows, Subject, int], Row]:
     return part
 
 
-def located(rows: Rows, lm: Subject, seed: int) -> Row:
-    """Capitals with the MLP outputs of some layers at the last token of the country replaced by their mean."""
-    found = rp.locate(lm, rows.capitals, layers="0-11,2-11,0-1", positions=("subject_last",), points=("mlp.out",))
-    return {row.layers: row.accuracy["facts"] for row in found.rows}
-
-
 ORIGINAL = {
-    "locate": located,
     "choices": choices_alone,
     "invented": invented_names(RELINK_STEPS),
     "invented-long": invented_names(2 * RELINK_STEPS),
