@@ -9,7 +9,7 @@ import torch
 import repedit as rp
 from repedit.delta import Delta
 from repedit.edit import Edit
-from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, NotFoldable, TargetExists
+from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, NotFinite, NotFoldable, TargetExists
 from repedit.rewrite import adapter
 from repedit.rewrite.adapter import export_adapter, factors
 from repedit.sites import Site
@@ -211,23 +211,124 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(change, error, match, tmp_p
         rp.import_adapter(tmp_path / "a", lm)
 
 
-def test_an_adapter_of_another_model_or_a_torn_one_is_refused(tmp_path):
+def check_served_or_refused(lm, folder, options):
+    """An adapter that PEFT made with some options is imported as the difference that PEFT serves, or refused."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    trained = get_peft_model(tiny_again(lm), LoraConfig(**({"r": 2, "lora_alpha": 3, "target_modules": ["o_proj", "down_proj"]} | options)))  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for value in trained.parameters():
+        if value.requires_grad:
+            value.data += 0.1 * torch.randn(value.shape, generator=generator).to(value)
+    trained.save_pretrained(folder)
+    served = logits(PeftModel.from_pretrained(tiny_again(lm), folder))
+    try:
+        delta = rp.import_adapter(folder, lm)
+    except NotFoldable as error:
+        return str(error)
+    assert (logits(rp.apply(delta, lm).model) - served).abs().max() < 1e-4 * served.abs().max()
+    return ""
+
+
+TRAINED = {
+    "plain": ({}, ""), "gaussian": ({"init_lora_weights": "gaussian"}, ""), "orthogonal": ({"init_lora_weights": "orthogonal"}, ""),
+    "patterns": ({"rank_pattern": {"layers.1.mlp.down_proj": 4}, "alpha_pattern": {"^model.layers.0.mlp.down_proj": 9}}, ""),
+    "layers": ({"layers_to_transform": [1], "exclude_modules": ["o_proj"]}, ""),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+    "alora": ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=[5, 6]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_adapter_is_imported_as_peft_serves_it_or_refused(name, tmp_path):
+    options, refused = TRAINED[name]
+    reason = check_served_or_refused(tiny("llama"), tmp_path / "a", options)
+    assert refused in reason and bool(refused) == bool(reason)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "alora"])
+def test_what_is_refused_would_be_another_model(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter, "_check_plain_lora", lambda *given: None)
+    with pytest.raises(AssertionError):
+        check_served_or_refused(tiny("llama"), tmp_path / "a", TRAINED[name][0])
+
+
+def damaged(lm, folder, change=lambda tensors: None, **config):
+    """An exported adapter with other tensors, or another config."""
     from safetensors.torch import load_file, save_file
 
+    export_adapter(EDITS["projection"](lm), lm, folder)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    settings = folder / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
+    return folder
+
+
+def test_the_class_of_a_module_says_how_its_weight_is_stored(tmp_path):
+    """As in PEFT: the projections of gpt2's attention are square, so that a shape would not tell."""
+    lm = tiny("gpt2")
+    right, lie = (damaged(lm, tmp_path / str(is_in), fan_in_fan_out=is_in) for is_in in (True, False))
+    deltas = [rp.import_adapter(folder, lm).tensors for folder in (right, lie)]
+    assert all(torch.equal(value, deltas[1][name]) for name, value in deltas[0].items())
+
+
+B = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
+TORN = {
+    "no A": (lambda t: t.pop(B.replace("_B.", "_A.")), CheckpointError, r"has lora_B.weight and no lora_A.weight beside it; the file is not whole"),
+    "no B": (lambda t: t.pop(B), CheckpointError, r"has lora_A.weight and no lora_B.weight beside it; the file is not whole"),
+    "nothing": (lambda t: t.clear(), CheckpointError, "holds no matrix of a LoRA"),
+    "ranks": (lambda t: t.update({B: t[B][:, :2]}), CheckpointError, "do not fit together"),
+    "a row": (lambda t: t.update({B: t[B][:, 0]}), CheckpointError, "do not fit together"),
+    "rank 0": (lambda t: t.update({B: t[B][:, :0], B.replace("_B.", "_A."): torch.zeros(0, 3)}), CheckpointError, "do not fit together"),
+    "embeddings": (lambda t: t.update({"base_model.model.wte.lora_embedding_A": t[B].clone()}), NotFoldable, "lora_embedding_A is no matrix of a LoRA"),
+    "whole numbers": (lambda t: t.update({B: t[B].int()}), NotFoldable, "is no matrix of a LoRA"),
+    "not finite": (lambda t: t[B].mul_(float("nan")), NotFinite, "is not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORN)
+def test_the_file_of_an_adapter_that_is_not_whole_is_refused(name, tmp_path):
+    change, error, match = TORN[name]
+    with pytest.raises(error, match=match):
+        rp.import_adapter(damaged(tiny("llama"), tmp_path / "a", change), tiny("llama"))
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"rank_pattern": {}, "r": 7}, "gives model.layers.0.mlp.down_proj the rank 7, its matrices have rank 3"),
+        ({"lora_alpha": True, "alpha_pattern": {}}, "gives no number as lora_alpha: True"),
+        ({"alpha_pattern": [1]}, "two objects and two truth values were expected"),
+        ({"use_rslora": "no"}, "two objects and two truth values were expected"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern of adapter_config.json holds no pattern"),
+    ],
+)
+def test_the_config_of_an_adapter_that_contradicts_its_file_is_refused(config, match, tmp_path):
+    with pytest.raises(CheckpointError, match=match):
+        rp.import_adapter(damaged(tiny("llama"), tmp_path / "a", **config), tiny("llama"))
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
     export_adapter(EDITS["mask"](tiny("gpt2")), tiny("gpt2"), tmp_path / "a")
     with pytest.raises(
         FingerprintError, match=r"the model has no such tensor; was the adapter trained on another model"
     ):
         rp.import_adapter(tmp_path / "a", tiny("llama"))
-    path = tmp_path / "a" / "adapter_model.safetensors"
-    whole = load_file(path)
-    first = next(name for name in whole if name.endswith("lora_A.weight"))
-    save_file({name: value for name, value in whole.items() if name != first}, path)
-    with pytest.raises(CheckpointError, match=r"has no lora_A.weight beside it; the file is not whole"):
-        rp.import_adapter(tmp_path / "a", tiny("gpt2"))
-    save_file(whole | {"base_model.model.wte.lora_embedding_A": whole[first].clone()}, path)
-    with pytest.raises(NotFoldable, match=r"lora_embedding_A is no matrix of a LoRA"):
-        rp.import_adapter(tmp_path / "a", tiny("gpt2"))
+
+
+def test_an_imported_delta_belongs_to_the_weights_it_was_imported_for(tmp_path):
+    lm, other = tiny("llama"), tiny("llama")
+    with torch.no_grad():
+        other.model.model.layers[0].mlp.down_proj.weight.add_(1)
+    delta = rp.import_adapter(damaged(lm, tmp_path / "a"), lm)
+    with pytest.raises(FingerprintError, match="any_model=True"):
+        rp.apply(delta, other)
+    rp.apply(delta, other, any_model=True)
+    assert str(tmp_path) not in json.dumps(dict(delta.provenance))  # deltas are published
 
 
 def imported_head(folder):

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repedit.delta import Delta
-from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, NotFoldable
+from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, NotFoldable, is_finite
+from repedit.hashing import value_hash
 from repedit.io.files import file_hash, open_regular, user_path
 from repedit.io.safetensors import read_open_header, read_tensor, write_file
 from repedit.io.targets import check_target, install, staging_folder, sync_files
@@ -25,7 +26,7 @@ from repedit.io.text import read_json
 from repedit.lower import Change
 from repedit.models.subject import Subject
 from repedit.plan import LoweringOptions, Plan
-from repedit.rewrite.apply import named_parameters, no_op_message, plan_in_memory
+from repedit.rewrite.apply import check_editable, named_parameters, no_op_message, plan_in_memory
 
 CLOSE = 1e-9
 """Largest norm of what the factors leave of a difference, as a share of the difference."""
@@ -103,15 +104,17 @@ def import_adapter(folder: str | Path, subject: Subject) -> Delta:
     """The difference that a LoRA adapter of PEFT makes to a model, alpha / r B A (alpha / sqrt(r) B A for rsLoRA), as a delta.
 
     `import_adapter(target, subject)` of what `export_adapter(edit, subject, target)` wrote changes the weights as the edit
-    does, up to float32 rounding.
+    does, up to float32 rounding. Like a trained delta, it belongs to the weights of this subject.
 
     Args:
         folder: directory with adapter_config.json and adapter_model.safetensors. A pickled adapter_model.bin is not read.
     Raises:
-        NotFoldable: if the adapter is not a plain LoRA of linear modules: DoRA, trained biases, modules saved whole; if it
-            changes a module whose weight is tied to another, where PEFT changes one of both.
+        NotFoldable: if the adapter is not a plain LoRA of linear modules: DoRA, trained biases, modules saved whole, an
+            initialization that changes the base (PiSSA, OLoRA), any option that is not known here; if it changes a module
+            whose weight is tied to another, where PEFT changes one of both.
         FingerprintError: if it changes a tensor that the model does not have, or one of another shape.
-        CheckpointError: if the files cannot be read.
+        QuantizedModel, OffloadedTensors: if the weights are not ordinary tensors in memory.
+        CheckpointError: if the files cannot be read, lack a matrix, or contradict the config.
     Source: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
     root = user_path(folder)
@@ -120,27 +123,17 @@ def import_adapter(folder: str | Path, subject: Subject) -> Delta:
     path = root / "adapter_model.safetensors"
     with open_regular(path) as file:
         entries, _ = read_open_header(file, path)
-        tensors = {name: read_tensor(file, path, name, entry).double() for name, entry in entries.items()}
+        tensors = {name: read_tensor(file, path, name, entry) for name, entry in entries.items()}
+    check_editable(subject)
     parameters = named_parameters(subject.model)
     differences: dict[str, Tensor] = {}
-    for name in sorted(tensors):
-        match = _LORA_NAME.fullmatch(name)
-        if match is None:
-            raise NotFoldable(
-                f"{path}: {name} is no matrix of a LoRA; merge the adapter with PEFT and use repedit.diff"
-            )
-        module, side = match["module"], match["side"]
-        if side == "A.weight":
-            continue
-        a = tensors.get(f"base_model.model.{module}.lora_A.weight")
-        if a is None:
-            raise CheckpointError(f"{path}: {name} has no lora_A.weight beside it; the file is not whole")
-        scale = _scale(config, module, a.shape[0])
-        if side == "B.bias":
-            differences[f"{module}.bias"] = scale * tensors[name]
-        else:
-            value = scale * tensors[name] @ a
-            differences[f"{module}.weight"] = value.T if config.get("fan_in_fan_out") else value
+    for module, sides in _by_module(tensors, path).items():
+        scale = _scale(config, module, len(sides["A.weight"]))
+        value = scale * sides["B.weight"] @ sides["A.weight"]
+        # PEFT too goes by the class of the module, whatever the config says of fan_in_fan_out.
+        differences[f"{module}.weight"] = value.T if _is_conv1d(subject.model, module) else value
+        if "B.bias" in sides:
+            differences[f"{module}.bias"] = scale * sides["B.bias"]
     _check_untied(differences, parameters, path)
     for name, value in differences.items():
         shape = tuple(parameters[name].shape) if name in parameters else None
@@ -151,25 +144,89 @@ def import_adapter(folder: str | Path, subject: Subject) -> Delta:
                 "trained on another model?"
             )
     kept = {name: value.float().contiguous() for name, value in differences.items() if name in parameters}
-    return Delta(kept, {"method": "adapter", "source": str(root), "model": subject.fingerprint()})
+    start = {name: value_hash(parameters[name]) for name in kept}
+    provenance = {"method": "adapter", "adapter": file_hash(path), "model": subject.fingerprint(), "start": start}
+    return Delta(kept, provenance)
 
 
 _LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A\.weight|B\.weight|B\.bias)")
-_NOT_PLAIN: Mapping[str, tuple[object, ...]] = {
-    "use_dora": (None, False), "bias": (None, "none"), "modules_to_save": (None, []), "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}), "target_parameters": (None, []), "exclude_modules": (None, [], ""),
+_HARMLESS = frozenset((
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_alpha",
+    "lora_dropout", "lora_bias", "use_rslora", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "lora_ga_config",
+    "corda_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+))  # fmt: skip
+"""Options of PEFT that this reads, or that say how an adapter was trained and change nothing of what its files compute."""
+_PLAIN: Mapping[str, tuple[object, ...]] = {
+    "bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica", "lora_ga"),
 }  # fmt: skip
-"""Options of PEFT that change what an adapter computes or what its files hold, with the values that a plain LoRA has."""
+"""What else than nothing the other options may have been set to; every other initialization changes the base on loading."""
+_NOTHING: tuple[object, ...] = (None, False, [], {}, "")
 
 
 def _check_plain_lora(config: Mapping[str, Any], root: Path) -> None:
+    """Refuse whatever is not known to leave alpha / r B A as the difference; an option of a later PEFT among it."""
     kind = config.get("peft_type")
-    other = next((f"{key}={config[key]!r}" for key, plain in _NOT_PLAIN.items() if config.get(key) not in plain), None)
+    other = next(
+        (
+            f"{key}={value!r}"
+            for key, value in config.items()
+            if key not in _HARMLESS and value not in _NOTHING and value not in _PLAIN.get(key, ())
+        ),
+        None,
+    )
     if kind != "LORA" or other:
         raise NotFoldable(
             f"{root} holds an adapter with {other or f'peft_type={kind!r}'}, which is no plain LoRA; merge it with PEFT and use "
             "repedit.diff"
         )
+    patterns = [config.get(key) for key in ("rank_pattern", "alpha_pattern")]
+    switches = [config.get(key) for key in ("use_rslora", "lora_bias")]
+    if not all(p is None or isinstance(p, dict) for p in patterns) or not all(
+        s in (None, False, True) for s in switches
+    ):
+        raise CheckpointError(
+            f"{root / 'adapter_config.json'} has rank_pattern, alpha_pattern {patterns!r:.100} and use_rslora, lora_bias "
+            f"{switches!r:.100}; two objects and two truth values were expected; download it again"
+        )
+
+
+def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """The matrices of each module in float64, by side: A (r, in), B (out, r) and perhaps a bias (out,).
+
+    Raises:
+        NotFoldable: if a tensor is no part of a LoRA. CheckpointError: if a matrix is missing, or two do not fit.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(tensors):
+        match = _LORA_NAME.fullmatch(name)
+        if match is None or not tensors[name].is_floating_point():
+            raise NotFoldable(
+                f"{path}: {name} is no matrix of a LoRA; merge the adapter with PEFT and use repedit.diff"
+            )
+        modules.setdefault(match["module"], {})[match["side"]] = tensors[name].double()
+    if not modules:
+        raise CheckpointError(f"{path} holds no matrix of a LoRA; the file is not whole")
+    for module, sides in modules.items():
+        absent = next((side for side in ("A.weight", "B.weight") if side not in sides), None)
+        if absent:
+            raise CheckpointError(
+                f"{path}: {module} has {', '.join(f'lora_{side}' for side in sides)} and no lora_{absent} beside it; the file is "
+                "not whole"
+            )
+        a, b, bias = sides["A.weight"], sides["B.weight"], sides.get("B.bias")
+        fits = a.ndim == b.ndim == 2 and 0 < len(a) == b.shape[1] and (bias is None or bias.shape == b.shape[:1])
+        if not fits:
+            shapes = {f"lora_{side}": list(value.shape) for side, value in sides.items()}
+            raise CheckpointError(f"{path}: the matrices of {module} do not fit together: {shapes}; download it again")
+    return modules
+
+
+def _is_conv1d(model: nn.Module, module: str) -> bool:
+    """Whether a module stores its weight as (in, out); False for one that does not exist, which is refused by its name."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(dict(model.named_modules()).get(module), Conv1D)
 
 
 def _check_untied(changed: Mapping[str, Tensor], parameters: Mapping[str, Tensor], path: Path) -> None:
@@ -183,14 +240,28 @@ def _check_untied(changed: Mapping[str, Tensor], parameters: Mapping[str, Tensor
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r of a module, whose alpha may be that of a pattern; r is the rank that its matrices have."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next(
-        (v for key, v in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), config.get("lora_alpha")
-    )
-    if not isinstance(alpha, int | float):
+    """alpha / r of a module, either of which may be that of a pattern; r is the rank that its matrices have."""
+    said = _of_module(config, module, "rank_pattern", "r")
+    if said is not None and said != rank:
+        raise CheckpointError(
+            f"adapter_config.json gives {module} the rank {said!r}, its matrices have rank {rank}; are the two files of one "
+            "adapter?"
+        )
+    alpha = _of_module(config, module, "alpha_pattern", "lora_alpha")
+    if not is_finite(alpha):
         raise CheckpointError(f"adapter_config.json gives no number as lora_alpha: {alpha!r}")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_module(config: Mapping[str, Any], module: str, patterns: str, default: str) -> Any:
+    """The value that the first pattern which fits a module gives, otherwise that of all modules."""
+    try:
+        given = (config.get(patterns) or {}).items()
+        return next((v for key, v in given if re.fullmatch(rf"(.*\.)?({key})", module)), config.get(default))
+    except re.error as error:
+        raise CheckpointError(
+            f"{patterns} of adapter_config.json holds no pattern: {error}; download it again"
+        ) from error
 
 
 def factors(difference: Float[Tensor, "o i"], name: str, max_rank: int | None = None) -> Factors:
