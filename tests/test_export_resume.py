@@ -12,6 +12,7 @@ import repedit as rp
 from repedit.errors import TargetExists
 from repedit.io import targets
 from repedit.io.checkpoint import open_shards
+from repedit.io.files import file_hashes
 from repedit.io.text import JsonLines
 from repedit.lower import lower
 from repedit.rewrite import shards as resuming
@@ -69,6 +70,27 @@ def test_finished_shards_are_not_written_again(after, source, edit, whole, tmp_p
     rp.export(edit, source, tmp_path / "out", link=False)
     assert len(written) == 3 - after and content(tmp_path / "out") == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("step", ["_write_config", "card", "sync_files", "install"])
+def test_an_export_that_died_after_its_shards_goes_on(step, source, edit, tmp_path, written):
+    """With companions in a folder of their own, as chat templates are, which are copied before the steps that die."""
+    from repedit.rewrite import export
+
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source/additional_chat_templates").mkdir()
+    (tmp_path / "source/additional_chat_templates/tool.jinja").write_text("{{ messages }}")
+    rp.export(edit, tmp_path / "source", tmp_path / "whole", link=False)
+    written.clear()
+
+    def dying():
+        setattr(export, step, lambda *given, **options: os._exit(9))
+        rp.export(edit, tmp_path / "source", tmp_path / "out", link=False)
+
+    assert not dies_at(10_000, dying) and not (tmp_path / "out").exists()
+    rp.export(edit, tmp_path / "source", tmp_path / "out", link=False)
+    made, expected = (file_hashes(tmp_path / name) for name in ("out", "whole"))
+    assert not written and made == expected and "additional_chat_templates/tool.jinja" in made
 
 
 def damage(place):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import huggingface_hub.constants as hub
 import pytest
@@ -376,3 +377,17 @@ def test_the_card_of_the_base_is_read_with_care(kind, tmp_path):
     front = yaml.safe_load(text.split("\n---\n")[0])
     ours = {"base_model": "in", "base_model_relation": "finetune", "tags": ["repedit", "model-editing"]}
     assert front == fields | ours and words in text
+
+
+def test_a_directory_whose_name_is_not_utf8_is_streamed_and_not_loaded(tmp_path):
+    """safetensors opens no such path; a link with a plain name leads to it."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe source"))
+    written(tmp_path / "written")
+    (tmp_path / "written").rename(odd)
+    edit = projection(tiny("llama"), "0.mlp.out")
+    (tmp_path / "plain").symlink_to(odd)
+    hashes = [rp.export(edit, source, tmp_path / str(number), any_model=True).files for number, source in enumerate((odd, tmp_path / "plain"))]  # fmt: skip
+    assert hashes[0]["model.safetensors"] == hashes[1]["model.safetensors"]
+    with pytest.raises(CheckpointError, match="a path that is not UTF-8, which safetensors does not open"):
+        rp.load(odd)
+    assert rp.load(tmp_path / "plain").source is not None

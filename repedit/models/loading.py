@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -192,6 +193,7 @@ def locate(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict[
         open_regular(path).close()
         return path.parent, {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
     if path.is_dir():
+        _check_utf8(path)
         if not (path / "config.json").exists():
             raise CheckpointError(f"{path.resolve()} holds no config.json; is it a model directory?")
         if (path / "adapter_config.json").exists():
@@ -212,6 +214,16 @@ def locate(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict[
             f"'owner/name'{_similar(path)}"
         )
     return str(name), {"trust_remote_code": trust_remote_code}
+
+
+def _check_utf8(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{os.fsencode(path).decode(errors='replace')} has a path that is not UTF-8, which safetensors does not open; rename "
+            "it, or give the path of a link to it"
+        ) from error
 
 
 def _similar(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -170,20 +171,23 @@ def job(plan: Plan, shards: Shards, dtype: torch.dtype | None, link: bool) -> st
     _feed(digest.update, plan, {})
     for file in shards.files:
         stat = (shards.directory / file).stat()
-        digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())
-    digest.update(f"{shards.directory.resolve()} {dtype} {link} {[*package_versions(*PACKAGES).values()]}".encode())
+        digest.update(os.fsencode(file) + f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())
+    digest.update(os.fsencode(shards.directory.resolve()))
+    digest.update(f"{dtype} {link} {[*package_versions(*PACKAGES).values()]}".encode())
     return digest.hexdigest()[:16]
 
 
 class ShardJournal:
-    """The finished shards of one export, in a file beside their folder; every other file in the folder is removed."""
+    """The finished shards of one export, in a file beside their folder; everything else in the folder is removed."""
 
     def __init__(self, shards: Path) -> None:
         self._path = shards.parent / "finished.jsonl"
         self._log = JsonLog(self._path, _TYPES, "the journal of an export", _REMEDY)
         self._rows = {row["file"]: row for row in self._log.rows}
         for path in shards.iterdir():
-            if path.name not in self._rows:
+            if path.is_dir():  # of companions, which are copied once the shards are finished
+                shutil.rmtree(path)
+            elif path.name not in self._rows:
                 path.unlink()
 
     def written(self, path: Path) -> Written | None:
