@@ -27,7 +27,7 @@ import repedit as rp
 from bench.mrp import seen
 from bench.record import RESULTS, record
 from bench.relearning import relearn
-from bench.removal_edits import EDITS
+from bench.removal_edits import EDITS, untied
 from bench.removal_rows import FORGET, UNSEEN, Rows, names, share
 from repedit.auditing.attributes import check_no_leak, leaks, reversed_facts
 from repedit.auditing.floors import choices_only, fresh_facts
@@ -224,7 +224,7 @@ def edited(rows: Rows, edit: str, seed: int, folder: Path, row: Row) -> Subject:
         return rows.lm
     saved = folder / f"{edit}-{seed}.pt"
     if saved.exists() and "made" in row:
-        lm = rp.load("smollm2-135m")
+        lm = untied(rows.lm) if row["made"].get("untied") else rp.load("smollm2-135m")
         lm.model.load_state_dict(torch.load(saved), strict=False)
         return lm
     start, busy = time.time(), time.process_time()

@@ -6,8 +6,12 @@ seen by gradient methods and not by overwrites. No setting was chosen by an atta
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 import repedit as rp
 from bench.mrp import seen
@@ -15,7 +19,7 @@ from bench.relearning import gradient_difference
 from bench.removal_rows import FORGET, Rows, share
 from repedit.data import Fact
 from repedit.fit.overwrite import OverwriteCertificate
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, subject_of
 from repedit.unlearning.recipe import UnlearnRecipe
 from repedit.unlearning.schedule import metric
 
@@ -23,6 +27,8 @@ REGRESSION: Mapping[str, Any] = {"steps": 550, "lr": 1e-3, "beta": 3.0, "vocabul
 SOLVED: Mapping[str, Any] = REGRESSION | {"steps": 150, "rows": 384, "retain_rows": 1152, "solved": 2, "lr": 2e-3}
 HIDDEN = 0.15
 """Single trainings end below this direct accuracy, about that of a model that sees the choices alone."""
+RARE = 8000
+"""Tokens of byte-pair encoding are numbered in the order of merges; names share earlier ones with common words."""
 Made = tuple[Subject, dict[str, Any]]
 
 
@@ -83,6 +89,37 @@ def recipe(name: str, **options: Any) -> Callable[[Rows, int], Made]:
     return make
 
 
+def names_replaced(target: str) -> Callable[[Rows, int], Made]:
+    """The embeddings of names of one token, and of the rarer tokens of other names: their mean for each, or one seeded cycle.
+
+    No training. Input and output embeddings become two matrices, and the output keeps its own: names can still be answers.
+    """
+
+    def make(rows: Rows, seed: int) -> Made:
+        tokenizer = rows.lm.need_tokenizer()
+        names = [tokenizer.encode(f" {fact.entity}", add_special_tokens=False) for fact in rows.capitals]
+        tokens = sorted({token for name in names for token in name if len(name) == 1 or token >= RARE})
+        lm = untied(rows.lm)
+        weight = lm.model.get_input_embeddings().weight.data
+        order = random.Random(f"{seed}:names").sample(tokens, len(tokens))
+        if target == "mean":
+            weight[tokens] = weight[tokens].mean(0)
+        else:
+            weight[order] = weight[[*order[1:], order[0]]]
+        without = sum(not set(name) & set(tokens) for name in names)
+        return lm, {"target": target, "tokens": len(tokens), "names without one": without, "untied": True}
+
+    return make
+
+
+def untied(lm: Subject) -> Subject:
+    """A copy whose input and output embeddings are two matrices."""
+    model = copy.deepcopy(lm.model)
+    model.config.tie_word_embeddings = False
+    model.get_output_embeddings().weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    return subject_of(model, lm.tokenizer)
+
+
 EDITS: dict[str, Callable[[Rows, int], Made]] = {
     "difference": difference,
     "linear-mean": overwritten(places, target="mean", lam=0.3),
@@ -97,5 +134,7 @@ EDITS: dict[str, Callable[[Rows, int], Made]] = {
     "undo": recipe("undo"),
     "layered": recipe("layered"),
     "block_by_block": recipe("block_by_block"),
+    "names-mean": names_replaced("mean"),
+    "names-exchange": names_replaced("exchange"),
 }
 EDITS["original"] = lambda rows, seed: (rows.lm, {})
