@@ -21,6 +21,7 @@ from repedit.data import Fact
 from repedit.fit.overwrite import OverwriteCertificate
 from repedit.models.subject import Subject, subject_of
 from repedit.unlearning.recipe import UnlearnRecipe
+from repedit.unlearning.sampling import paired
 from repedit.unlearning.schedule import metric
 
 REGRESSION: Mapping[str, Any] = {"steps": 550, "lr": 1e-3, "beta": 3.0, "vocabulary": 8192}
@@ -29,6 +30,8 @@ HIDDEN = 0.15
 """Single trainings end below this direct accuracy, about that of a model that sees the choices alone."""
 RARE = 8000
 """Tokens of byte-pair encoding are numbered in the order of merges; names share earlier ones with common words."""
+SMALL: Mapping[str, Any] = {"batch_size": 8, "length": 32, "sampler": paired(0.5)}
+"""Of recipes of gradient unlearning: 8 rows to forget and 4 to retain a step, so that an edit takes minutes on one core."""
 Made = tuple[Subject, dict[str, Any]]
 
 
@@ -83,7 +86,11 @@ def recipe(name: str, **options: Any) -> Callable[[Rows, int], Made]:
             rows.lm, recipe=chosen, forget=seen(rows.capitals), retain=kept | {"prose": rp.data.prose()}, seed=seed,
             stop=[metric(direct, below=HIDDEN, every=20)] if isinstance(chosen, UnlearnRecipe) else (), progress=False,
         )  # fmt: skip
-        notes = {"recipe": name, "options": options, "steps": len(delta.log)}
+        notes = {
+            "recipe": name,
+            "options": {key: str(value) for key, value in options.items()},
+            "steps": len(delta.log),
+        }
         return rp.apply(delta, rows.lm), notes | {"stopped": delta.provenance["stopped"]["reason"]}
 
     return make
@@ -126,14 +133,14 @@ EDITS: dict[str, Callable[[Rows, int], Made]] = {
     "exchange": overwritten(target="exchange", method="regression", config=REGRESSION),
     "solved-exchange": overwritten(target="exchange", method="regression", config=SOLVED),
     "solved-mean": overwritten(target="mean", method="regression", config=SOLVED),
-    "localized": recipe("localized", layers="0-11"),
-    "cir": recipe("small:cir"),
-    "rep_select": recipe("small:rep_select"),
-    "mudman": recipe("small:mudman"),
-    "sam": recipe("small:sam:npo_gdr"),
-    "undo": recipe("undo"),
-    "layered": recipe("layered"),
-    "block_by_block": recipe("block_by_block"),
+    "localized": recipe("localized", **SMALL, layers="0-11", lr=5e-4, steps=80),
+    "cir": recipe("cir", **SMALL, steps=80),
+    "rep_select": recipe("rep_select", **SMALL, steps=80),
+    "mudman": recipe("mudman", **SMALL, steps=80),
+    "sam": recipe("small:sam:npo_gdr", **SMALL),
+    "undo": recipe("undo", **SMALL, inner="small:npo_gdr", steps=60),
+    "layered": recipe("layered", **SMALL, inner="small:npo_gdr", steps=30),
+    "block_by_block": recipe("block_by_block", **SMALL, layers="0-11", rounds=2, steps=12, lr=3e-4, repair_steps=20),
     "names-mean": names_replaced("mean"),
     "names-exchange": names_replaced("exchange"),
 }
