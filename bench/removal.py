@@ -48,6 +48,14 @@ def direct(rows: Rows, lm: Subject, seed: int) -> Row:
     return {"trained": share(rows.asked(lm, rows.capitals)), "unseen": share(rows.asked(lm, rows.capitals, UNSEEN))}
 
 
+def first(rows: Rows, lm: Subject, seed: int) -> Row:
+    """Capitals asked with the name of the country as the first word of the text, which is often another token."""
+    items = [
+        replace(f, prompt=f"{f.entity} has a capital, which is the city of", paraphrases=()) for f in rows.capitals
+    ]
+    return {"all": share(rows.asked(lm, items))}
+
+
 def domains(rows: Rows, lm: Subject, seed: int) -> Row:
     """The test half of every other domain, and perplexity on WikiText-2."""
     return rows.keeping(lm, [FORGET])
@@ -110,6 +118,7 @@ def learning(rows: Rows, lm: Subject, seed: int) -> Row:
 
 PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
     "direct": direct,
+    "first": first,
     "domains": domains,
     "relearn": relearning(RATES[1]),
     "relink": relinking,

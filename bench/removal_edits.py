@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -97,15 +97,13 @@ def recipe(name: str, **options: Any) -> Callable[[Rows, int], Made]:
 
 
 def names_replaced(target: str) -> Callable[[Rows, int], Made]:
-    """The embeddings of names of one token, and of the rarer tokens of other names: their mean for each, or one seeded cycle.
+    """The embeddings of the tokens of the names: their mean for each, or exchanged in one seeded cycle. No training.
 
-    No training. Input and output embeddings become two matrices, and the output keeps its own: names can still be answers.
+    Input and output embeddings become two matrices, and the output keeps its own: names can still be answers.
     """
 
     def make(rows: Rows, seed: int) -> Made:
-        tokenizer = rows.lm.need_tokenizer()
-        names = [tokenizer.encode(f" {fact.entity}", add_special_tokens=False) for fact in rows.capitals]
-        tokens = sorted({token for name in names for token in name if len(name) == 1 or token >= RARE})
+        tokens = name_tokens(rows.lm, [fact.entity for fact in rows.capitals])
         lm = untied(rows.lm)
         weight = lm.model.get_input_embeddings().weight.data
         order = random.Random(f"{seed}:names").sample(tokens, len(tokens))
@@ -113,10 +111,20 @@ def names_replaced(target: str) -> Callable[[Rows, int], Made]:
             weight[tokens] = weight[tokens].mean(0)
         else:
             weight[order] = weight[[*order[1:], order[0]]]
-        without = sum(not set(name) & set(tokens) for name in names)
-        return lm, {"target": target, "tokens": len(tokens), "names without one": without, "untied": True}
+        return lm, {"target": target, "tokens": len(tokens), "untied": True}
 
     return make
+
+
+def name_tokens(lm: Subject, names: Iterable[str]) -> list[int]:
+    """The tokens that are a whole name, as written within and at the start of a text; rare pieces of the other names."""
+    tokenizer, found = lm.need_tokenizer(), set[int]()
+    for name in names:
+        for text in (f" {name}", name, f" {name.upper()}", name.upper()):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) == 1 or text == f" {name}":
+                found |= {token for token in ids if len(ids) == 1 or token >= RARE}
+    return sorted(found)
 
 
 def untied(lm: Subject) -> Subject:
