@@ -1,13 +1,14 @@
 """What the benchmarks compare is the same work, and what they say about noise is what the protocol asks."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import repedit as rp
-from bench import cpu, peers, removal, removal_table
+from bench import cpu, peers, removal, removal_edits, removal_table
 from bench.__main__ import table
 from bench.by_hand import load_edit_save
 from bench.peers import taken
@@ -148,3 +149,24 @@ def test_recovery_is_zero_at_the_floor_and_one_at_the_original():
     assert removal_table.recovery(0.2, 0.8, 0.2, 75)[0] == 0 and removal_table.recovery(0.8, 0.8, 0.2, 75)[0] == 1
     r, bound = removal_table.recovery(0.5, 0.8, 0.2, 75)
     assert r == pytest.approx(0.5) and r < bound < removal_table.recovery(0.5, 0.8, 0.2, 20)[1]
+
+
+def _names_are_one(target, tokens):
+    """Texts that differ in tokens of names get the same logits, and the model itself and the output matrix stay as they were."""
+    lm = blank(tie_word_embeddings=True)
+    before = lm.model.get_input_embeddings().weight.detach().clone()
+    rows = SimpleNamespace(lm=lm, capitals=())
+    edited, notes = removal_edits.names_replaced(target)(rows, 0)
+    texts = [torch.tensor([[1, 40, token, 50]]) for token in tokens]
+    first, second = (edited.model(ids).logits for ids in texts)
+    assert torch.equal(first, second) and notes["untied"]
+    assert torch.equal(edited.model.get_output_embeddings().weight, before)
+    assert torch.equal(lm.model.get_input_embeddings().weight, before)
+
+
+def test_averaged_names_cannot_be_told_apart(monkeypatch):
+    monkeypatch.setattr(removal_edits, "name_tokens", lambda lm, names: [60, 61, 62])
+    _names_are_one("mean", (60, 62))
+    for target, tokens in (("exchange", (60, 62)), ("mean", (60, 63))):
+        with pytest.raises(AssertionError):
+            _names_are_one(target, tokens)
