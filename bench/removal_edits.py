@@ -117,12 +117,12 @@ def names_replaced(target: str) -> Callable[[Rows, int], Made]:
 
 
 def name_tokens(lm: Subject, names: Iterable[str]) -> list[int]:
-    """The tokens that are a whole name, as written within and at the start of a text; rare pieces of the other names."""
+    """The tokens that are a whole name, as written within and at the start of a text; rare pieces of the other spellings."""
     tokenizer, found = lm.need_tokenizer(), set[int]()
     for name in names:
         for text in (f" {name}", name, f" {name.upper()}", name.upper()):
             ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(ids) == 1 or text == f" {name}":
+            if len(ids) == 1 or text in (f" {name}", name):
                 found |= {token for token in ids if len(ids) == 1 or token >= RARE}
     return sorted(found)
 
