@@ -21,11 +21,12 @@ OTHERS = ("symbols", "opposites", "past_tenses", "cities", "us_cities", "nouns")
 TOLD = {
     "original": "original", "MRP": "trained projection (`rp.mrp`)", "gradient difference": "gradient difference",
     "exchange": "exchange, regression", "linear-mean": "mean, closed form", "solved-exchange": "exchange, solved from zero",
-    "solved-mean": "mean, solved from zero", "blur_npo": "BLUR-NPO", "npo_gdr": "NPO + GD", "npo_klr": "NPO + KL",
+    "solved-mean": "mean, solved from zero", "names-mean": "embeddings of the names averaged", "localized": "localised wrong answers",
+    "block_by_block": "block by block (KUnBR)", "cir": "common part removed (CIR)", "blur_npo": "BLUR-NPO", "npo_gdr": "NPO + GD", "npo_klr": "NPO + KL",
 }  # fmt: skip
 """What rows are called in the table."""
 RETRAINED = {"relearn-slow": "2e-5", "relearn": "1e-4", "relearn-slow-swapped": "2e-5", "relearn-swapped": "1e-4"}
-ATTACKS = (*RETRAINED, "relink", "everything")
+ATTACKS = (*RETRAINED, "relink", "everything", "first")
 DRAWS = 4000
 
 
@@ -44,7 +45,7 @@ class Setting:
     def after(self, attack: str) -> float | None:
         """Accuracy on what the attack did not train on."""
         part = self.parts.get(attack)
-        return None if part is None else part["all" if attack == "relink" else "V"]
+        return None if part is None else part["V" if "V" in part else "all"]
 
     @property
     def worst(self) -> tuple[str, float, float] | None:
@@ -121,7 +122,7 @@ def _recoveries(setting: Setting, original: Mapping[str, Mapping[str, Any]]) -> 
     found = {}
     floors = {"relink": original.get("invented", {}).get("all")}
     plain = original.get("choices", {}).get("V")
-    counts = {"relink": 151, "everything": 75}
+    counts = {"relink": 151, "first": 151, "everything": 75}
     for attack in ATTACKS:
         edited, floor = setting.after(attack), floors.get(attack, plain)
         reference = Setting("original", 0, original, "").after(attack.removesuffix("-swapped"))
@@ -147,7 +148,7 @@ def recovery(edited: float, original: float, floor: float, count: int) -> tuple[
 def table() -> str:
     """A Markdown table, a line for each setting."""
     head = (
-        "edit", "seed", "direct", "unseen wording", "V after retraining on T (2e-5, 1e-4)", "T", "relinking: all (taught, others)", "R of relinking: all (taught, others)",
+        "edit", "seed", "direct", "unseen wording", "name as first word", "V after retraining on T (2e-5, 1e-4)", "T", "relinking: all (taught, others)", "R of relinking: all (taught, others)",
         "R, worst attack (bound)", "other subjects, worst kept", "languages kept", "perplexity", "core minutes",
     )  # fmt: skip
     found = settings()
@@ -168,7 +169,7 @@ def _floor(original: Mapping[str, Mapping[str, Any]], columns: int) -> list[str]
     """What a model gets right that knows no capital."""
     alone, invented = original.get("choices"), original.get("invented")
     plain = "-" if alone is None else shown([alone["V"]])
-    cells = ["floor", "0", plain, plain, f"{plain}, {plain}", "-", _relinked(invented), "0"]
+    cells = ["floor", "0", plain, plain, plain, f"{plain}, {plain}", "-", _relinked(invented), "0"]
     return cells + ["-"] * (columns - len(cells))
 
 
@@ -194,7 +195,7 @@ def _cells(s: Setting, before: Mapping[str, float], original: Mapping[str, Mappi
     kept = worst_kept(s, before)
     worst = s.worst
     return [
-        TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"),
+        TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"), value("first", "all"),
         f"{value('relearn-slow', 'V')}, {value('relearn', 'V')}", f"{value('relearn-slow', 'T')}, {value('relearn', 'T')}",
         _relinked(relink), _relinked(back),
         "-" if worst is None else f"{shown([worst[1]])} ({shown([worst[2]])}), {worst[0]}",
