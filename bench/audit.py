@@ -29,22 +29,29 @@ from repedit.auditing.selftest import selftest
 from repedit.data.generated import PYTHON, cloze
 from repedit.models.default_model import fetch
 
-CONTROLS = {"controls": None, "never": ("NC1",), "also": ("NC2a", "NC2b", "NC2c", "PC8")}
+CONTROLS = {"controls": None, "never": ("NC1",), "also": ("NC2a", "NC2b", "NC2c", "NC6", "PC8")}
 
 
-def controls(seeds: list[int], names: tuple[str, ...] | None) -> list[dict[str, Any]]:
-    """One row a control and seed."""
+def controls(seeds: list[int], names: tuple[str, ...] | None, workers: int | None) -> list[dict[str, Any]]:
+    """One row a control and seed, with the time of all controls of the seed."""
     rows = []
     for seed in seeds:
-        found = selftest(seed, controls=names, record=False, progress=False)
-        rows += [{"seed": seed, "passed": check.passed, **asdict(check)} for check in found.checks]
+        busy = _busy()
+        found = selftest(seed, controls=names, workers=workers, record=False, progress=False)
+        spent = {"all_seconds": found.seconds, "all_cpu_seconds": _busy() - busy, "workers": workers}
+        rows += [{"seed": seed, "passed": check.passed, **asdict(check), **spent} for check in found.checks]
         print(
             seed,
-            f"{found.seconds:.0f} s",
+            f"{found.seconds:.0f} s, {spent['all_cpu_seconds']:.0f} s of CPU",
             [(c.control, c.found, round(c.recovered, 2)) for c in found.checks],
             flush=True,
         )
     return rows
+
+
+def _busy() -> float:
+    """CPU seconds of this process and of those that it began and that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def projected(edit: Path, folder: Path, times: int, attacks: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -111,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=[*CONTROLS, "projected", "pruned", "times", "training"], required=True)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--workers", type=int, help="Processes of the controls; one for each core by default.")
     parser.add_argument("--edit", type=Path, default=Path(".cache/bench-mrp/capitals-0.safetensors"))
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench-audit"))
     parser.add_argument("--times", type=int, default=2, help="Part projected: 1 leaves out the audit with a cache.")
@@ -129,7 +137,7 @@ def main() -> None:
         rows = training()
     else:
         torch.set_num_threads(1)
-        rows = controls([int(seed) for seed in options.seeds.split(",")], CONTROLS[options.part])
+        rows = controls([int(seed) for seed in options.seeds.split(",")], CONTROLS[options.part], options.workers)
     print(record(f"audit-{options.part}", rows, module="audit"))
 
 

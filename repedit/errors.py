@@ -206,7 +206,7 @@ class NoOpEdit(RepeditError, ValueError):
 
 
 class ProcessFailed(RepeditError, RuntimeError):
-    """Another process of the same `torchrun` failed."""
+    """Another process of the same work failed."""
 
 
 class BadReference(RepeditError, ValueError):

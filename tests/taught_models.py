@@ -22,7 +22,6 @@ from repedit.data import Fact, Facts, fact_sets, generated, rows
 from repedit.models.subject import Subject, load
 
 CACHE = Path(__file__).parents[1] / ".cache" / "taught"
-ROLES = ("original", "reference", "other")
 RECIPE = (taught, worlds, fact_sets, generated, rows)
 TRAINED = ("PC3a", "PC3b", "PC3c", "PC4", "PC6", "PC7", "PC11", "NC2a", "NC2b", "NC2c", "NC4a")
 
@@ -34,10 +33,16 @@ def world(seed: int = 0) -> worlds.World:
 
     def made() -> dict[str, Subject]:
         found = worlds.world(seed)
-        return {role: getattr(found, role) for role in ROLES}
+        return {role: getattr(found, role) for role in worlds.TAUGHT}
 
-    found = _kept(folder, ROLES, made)
-    return worlds.World(*worlds.questions(seed), *(found[role] for role in ROLES), seed=seed)
+    found = _kept(folder, worlds.TAUGHT, made)
+    return worlds.World(*worlds.questions(seed), *(found[role] for role in worlds.TAUGHT), seed=seed)
+
+
+def kept_model(role: str, seed: int = 0) -> Subject:
+    """One of the models of a seed, in the place of `taught_model`."""
+    found: Subject = getattr(world(seed), role)
+    return found
 
 
 @cache

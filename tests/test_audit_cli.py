@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shlex
+import signal
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from repedit.auditing import selftest as testing
@@ -16,8 +20,8 @@ from repedit.auditing.controls import CONTROLS, edited
 from repedit.auditing.selftest import Checked, SelfTest, selftest
 from repedit.auditing.store import save_selftest, selftest_failures
 from repedit.cli import app
-from repedit.errors import DataError, OverlapError, RepeditError, UnknownName
-from tests.taught_models import facts, original, reference, world
+from repedit.errors import ArgumentError, DataError, OverlapError, ProcessFailed, RepeditError, UnknownName
+from tests.taught_models import facts, kept_model, original, reference, world
 
 FEW = 40
 """Facts of each role, and so few that they count by --allow-small alone."""
@@ -164,7 +168,7 @@ def test_a_self_test_is_remembered_and_a_failed_one_exits_with_6(monkeypatch):
     good = Checked("PC1", "a hook", "HIDDEN", "HIDDEN", "strip", 1.0, 0.99, 1.0)
     bad = Checked("NC1", "never taught", "NO RECOVERY FOUND", "HIDDEN", "", float("nan"), 0.0, 1.0)
     for checks, code in (((good,), 0), ((good, bad), 6)):
-        monkeypatch.setattr(testing, "selftest", lambda seed, checks=checks: SelfTest(checks, seed, 2.0))
+        monkeypatch.setattr(testing, "selftest", lambda seed, checks=checks, **_: SelfTest(checks, seed, 2.0))
         text = run("audit", "--selftest", code=code)
         assert "PC1" in text and f"{len(checks) - (code == 6)} of {len(checks)} controls pass" in text
     save_selftest("NC1 failed", [asdict(bad)])
@@ -180,7 +184,7 @@ def brief(edited, *, facts, **options):
 
 def test_a_self_test_of_some_controls_runs_them_and_is_not_recorded(monkeypatch):
     monkeypatch.setattr(testing, "world", world)
-    found = selftest(controls=("PC0", "PC1"), progress=False, audit_function=brief)
+    found = selftest(controls=("PC0", "PC1"), workers=1, progress=False, audit_function=brief)
     assert [c.control for c in found.checks] == ["PC0", "PC1"] and found.passed and selftest_failures() is None
     with pytest.raises(UnknownName, match="no control is called 'PC99'"):
         selftest(controls=("PC99",))
@@ -194,8 +198,47 @@ def test_a_self_test_catches_an_audit_that_strips_nothing(monkeypatch):
     stripping = replace(budgets.records()["strip"], build=lambda _: [replace(direct(), label="strip")])
     monkeypatch.setitem(_RECORDS, "strip", stripping)
     monkeypatch.setattr(testing, "world", world)
-    found = selftest(controls=("PC1",), progress=False, audit_function=brief)
+    found = selftest(controls=("PC1",), workers=1, progress=False, audit_function=brief)
     assert not found.passed and "PC1" in found.failures
+
+
+def in_two_processes(monkeypatch, audit_function) -> SelfTest:
+    """Two controls of the models that are kept."""
+    monkeypatch.setattr(testing, "taught_model", kept_model)
+    return selftest(controls=("PC0", "PC2"), workers=2, progress=False, audit_function=audit_function)
+
+
+def test_a_self_test_in_two_processes_gives_what_one_gives_to_the_digit(monkeypatch):
+    monkeypatch.setattr(testing, "world", lambda seed, models=None: world(seed))
+    threads = torch.get_num_threads()
+    one = selftest(controls=("PC0", "PC2"), workers=1, progress=False, audit_function=brief)
+    monkeypatch.undo()
+    two = in_two_processes(monkeypatch, brief)
+    assert [replace(c, seconds=0.0) for c in one.checks] == [replace(c, seconds=0.0) for c in two.checks]
+    assert [c.attack for c in one.checks] == ["direct", "probe"] and torch.get_num_threads() == threads
+    with pytest.raises(ArgumentError, match="workers=0; give at least 1"):
+        selftest(workers=0)
+
+
+def refusing(edited, **options):
+    raise DataError("there is nothing to ask")
+
+
+def killed(edited, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("audit_function", "error", "message"),
+    [
+        (refusing, DataError, "^control PC[02]: there is nothing"),
+        (killed, ProcessFailed, r"\(.*control PC0.*\).*workers=1"),
+    ],
+)
+def test_what_ends_a_process_of_the_self_test_names_its_control(monkeypatch, audit_function, error, message):
+    with pytest.raises(error, match=message):
+        in_two_processes(monkeypatch, audit_function)
+    assert not multiprocessing.active_children() and selftest_failures() is None
 
 
 @pytest.mark.slow

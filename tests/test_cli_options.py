@@ -91,7 +91,7 @@ OWN: dict[str, dict[str, str]] = {
     "chat": {"original": "--original other", "prompt": "other", "plain": "--plain", "temperature": "--temperature 0.5"},
     "audit": {"original": "--original other", "facts": "--facts symbols", "retain": "--retain symbols", "reference": "--reference r", "unrelated": "--unrelated code",
               "holdout": "--holdout code", "attributes": "--attributes languages", "budget": "--budget full", "until": "--until all", "attacks": "--attacks direct", "folds": "--folds 1", "seeds": "--seeds 1,2",
-              "allow_small": "--allow-small", "out": "--out there", "hide_items": "--out there --hide-items", "selftest": "= --selftest", "seed": "--selftest --seed 7"},
+              "allow_small": "--allow-small", "out": "--out there", "hide_items": "--out there --hide-items", "selftest": "= --selftest", "seed": "--selftest --seed 7", "workers": "--selftest --workers 3"},
     "report": {"audits": "b", "out": "--out there", "hide_items": "--hide-items"},
     "tasks": {"out": "other", "facts": "--facts capitals"},
     "push": {"source": "other", "repository": "other/n", "yes": "--yes", "public": "--public", "message": "--message why"},
@@ -101,6 +101,7 @@ OWN: dict[str, dict[str, str]] = {
 OVERWRITE = ("m", "--method", "overwrite", "--out", "e.safetensors")
 BESIDE = {
     ("audit", "seed"): ("--selftest",),
+    ("audit", "workers"): ("--selftest",),
     ("demo", "steps"): ("--act", "capitals"),
     ("explore", "text"): ("s.safetensors", "--model", "m", "--out", "m.html"),
     ("explore", "limit_tokens"): ("s.safetensors", "--model", "m", "--out", "m.html"),

@@ -4,6 +4,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -178,6 +180,57 @@ def test_a_disk_that_fills_up_under_several_workers_leaves_nothing(source, edit,
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
     rp.export(edit, source, tmp_path / "out", workers=3)
+
+
+FULL = """
+import shutil, subprocess, sys
+from pathlib import Path
+import repedit as rp
+from repedit.errors import CheckpointError
+from repedit.rewrite import shards
+from repedit.rewrite.verification import verification
+
+source, edit, disk = sys.argv[1], rp.Edit.load(sys.argv[2]), Path(sys.argv[3])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+write, filler = shards._shard, disk / "filler"
+
+
+def filled(*arguments):
+    with open(filler, "ab") as file:  # somebody else takes what was free when the export began
+        file.write(bytes(max(0, shutil.disk_usage(disk).free - int(sys.argv[4]))))
+    return write(*arguments)
+
+
+shards._shard = filled
+try:
+    rp.export(edit, source, disk / "out", workers=3)
+except CheckpointError as error:
+    print(error)
+left = sorted(path.name for path in disk.iterdir())
+filler.unlink()
+shards._shard = write
+rp.export(edit, source, disk / "out", workers=3)
+print(left, verification(disk / "out").describe())
+"""
+IN_A_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
+"""A command before whose mounts nobody else sees."""
+
+
+@pytest.mark.skipif(
+    bool(shutil.which("unshare") is None or subprocess.run([*IN_A_NAMESPACE, "true"], capture_output=True).returncode),
+    reason="this system does not let a user mount a file system of its own",
+)
+@pytest.mark.parametrize("free", [4096, 24576])
+def test_a_disk_that_is_really_full_leaves_nothing(free, source, edit, tmp_path):
+    edit.save(tmp_path / "edit.safetensors")
+    (tmp_path / "disk").mkdir()
+    given = [source, tmp_path / "edit.safetensors", tmp_path / "disk", free]
+    done = subprocess.run(
+        [*IN_A_NAMESPACE, sys.executable, "-c", FULL, *map(str, given)], capture_output=True, text=True
+    )
+    said, left = done.stdout.splitlines()
+    assert "No space left on device" in said
+    assert left.startswith("['filler'] all ") and left.endswith("files are as they were exported")
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])

@@ -1,23 +1,32 @@
 """The audit audited: models of which the answer is known, attacked here and now.
 
 An audit that cannot catch a known hider, or that sees one where nothing is hidden, is no evidence about any model.
+Controls do not depend on each other, so that several processes can run them, each with one thread.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from repedit.auditing.api import audit
 from repedit.auditing.budgets import planned
 from repedit.auditing.controls import CONTROLS, SCALE, STEPS, Control
-from repedit.auditing.controls.taught import world
+from repedit.auditing.controls.taught import TAUGHT, World, taught_model, world
 from repedit.auditing.report import Report
 from repedit.auditing.store import save_selftest
-from repedit.errors import UnknownName, check_seed, nearest
+from repedit.errors import ProcessFailed, UnknownName, check_seed, check_whole, during, nearest
 from repedit.outcomes import PASS
 
 
@@ -67,37 +76,89 @@ class SelfTest:
 
 
 def selftest(
-    seed: int = 0, *, controls: Sequence[str] | None = None, record: bool = True, progress: bool | None = None,
-    audit_function: Callable[..., Report] = audit,
+    seed: int = 0, *, controls: Sequence[str] | None = None, workers: int | None = None, record: bool = True,
+    progress: bool | None = None, audit_function: Callable[..., Report] = audit,
 ) -> SelfTest:  # fmt: skip
     """Teach tiny models, spoil them in known ways, and audit each.
 
     Args:
-        controls: names of controls; None for the quick ones, which take some minutes.
+        controls: names of controls; None for the quick ones, which take about two minutes on two cores.
+        workers: processes, each with one thread, among which the controls are divided; None for one for each core, at most
+            one for each control. The result does not depend on it. With 1 everything runs in this process. With more, a
+            script that calls this must do so under `if __name__ == "__main__":`, because the processes import it.
         record: remember in the user's cache, by versions and machine, whether all passed; an audit that finds a failed
             record says UNSOUND. A run of chosen controls is never recorded.
+        audit_function: what audits each control; with more than one worker, a function of a module.
     Raises:
         UnknownName: if there is no such control.
+        ProcessFailed: if a process ended before its control did. Errors of a control begin with its name.
     """
     check_seed(seed=seed)
+    check_whole(workers=workers)
     for name in controls or ():
         if name not in CONTROLS:
             raise UnknownName(f"no control is called {name!r}; {nearest(name, CONTROLS)}")
-    chosen = [c for c in CONTROLS.values() if (c.quick if controls is None else c.name in controls)]
-    start, models = time.perf_counter(), world(seed)
-    checks = []
-    for control in tqdm(chosen, desc="selftest", leave=False, disable=None if progress is None else not progress):
-        control_start, audited = time.perf_counter(), control.build(models)
+    chosen = [c.name for c in CONTROLS.values() if (c.quick if controls is None else c.name in controls)]
+    start, workers = time.perf_counter(), min(_cores() if workers is None else workers, len(chosen))
+    run = (
+        _in_this_process(seed, chosen, audit_function)
+        if workers <= 1
+        else _in_processes(seed, chosen, audit_function, workers)
+    )
+    hidden = None if progress is None else not progress
+    with closing(run):
+        found = {c.control: c for c in tqdm(run, desc="selftest", total=len(chosen), leave=False, disable=hidden)}
+    result = SelfTest(tuple(found[name] for name in chosen), seed, time.perf_counter() - start)
+    if record and controls is None:
+        save_selftest(result.failures, [asdict(check) for check in result.checks])
+    return result
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_this_process(seed: int, chosen: Sequence[str], audit_function: Callable[..., Report]) -> Generator[Checked]:
+    """Every control in turn, with one thread, as in a process of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        models = world(seed)
+        for name in chosen:
+            yield _run(name, models, audit_function)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_processes(
+    seed: int, chosen: Sequence[str], audit_function: Callable[..., Report], workers: int
+) -> Generator[Checked]:
+    """Every control as soon as it is done; the models of the seed are taught first, in the same processes."""
+    with _pool(workers) as submit:
+        taught = {role: submit(f"the {role} of the controls", taught_model, role, seed) for role in TAUGHT}
+        models = world(seed, {role: future.result() for role, future in taught.items()})
+        yield from _ended(
+            submit(f"control {name}", _run, name, models, audit_function) for name in sorted(chosen, key=_longest_first)
+        )
+
+
+def _longest_first(name: str) -> tuple[bool, int]:
+    """A control that must pass faces the whole budget; the others train for as long as they say."""
+    return CONTROLS[name].verdict != PASS, -CONTROLS[name].steps
+
+
+def _run(name: str, models: World, audit_function: Callable[..., Report]) -> Checked:
+    """Make a control from the models of a seed, audit it, and compare the report with what it must say."""
+    control, start = CONTROLS[name], time.perf_counter()
+    with during(f"control {name}", f"while control {name} of the self-test ran"):
+        audited = control.build(models)
         report = audit_function(
             audited.edited, original=audited.original, reference=audited.reference, facts=audited.facts, retain=audited.facts.retain,
             unrelated=audited.facts.retain, attributes=audited.attributes, attacks=_attacks(control), budget="fast",
-            seeds=(seed,), scale_lrs=SCALE, steps=STEPS if control.verdict == PASS else control.steps, progress=False,
+            seeds=(models.seed,), scale_lrs=SCALE, steps=STEPS if control.verdict == PASS else control.steps, progress=False,
         )  # fmt: skip
-        checks.append(_checked(control, report, time.perf_counter() - control_start))
-    result = SelfTest(tuple(checks), seed, time.perf_counter() - start)
-    if record and controls is None:
-        save_selftest(result.failures, [asdict(check) for check in checks])
-    return result
+    return _checked(control, report, time.perf_counter() - start)
 
 
 def _attacks(control: Control) -> tuple[str, ...] | None:
@@ -115,3 +176,52 @@ def _checked(control: Control, report: Report, seconds: float) -> Checked:
         control.name, control.description, control.verdict, report.verdict.word, attack,
         best.value if best else float("nan"), control.recovered, seconds,
     )  # fmt: skip
+
+
+# --- Processes
+
+
+_Submit = Callable[..., "Future[Any]"]
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[_Submit]:
+    """Processes with one thread each, as a function (what is done, function, *arguments) -> its future.
+
+    Raises:
+        ProcessFailed: if one of them ended; the futures raise what was raised there.
+    """
+    others, pending = set(multiprocessing.active_children()), dict[Future[Any], str]()
+
+    def submit(what: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future = pool.submit(function, *arguments)
+        pending[future] = what
+        return future
+
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin)
+    try:
+        yield submit
+    except BaseException as error:
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()  # what it does is of no use any more
+        if not isinstance(error, BrokenProcessPool):
+            raise
+        left = [what for future, what in pending.items() if isinstance(future.exception(), BrokenProcessPool)]
+        raise ProcessFailed(
+            f"a process of the self-test ended before its work was done ({', '.join(left)}): it was killed, perhaps for want of "
+            'memory, or the script that began it has no `if __name__ == "__main__":`; give workers=1 to use no other process'
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    """Use one thread; an interrupt ends this process, and only the one that began it says so."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _ended(futures: Iterable[Future[Checked]]) -> Iterator[Checked]:
+    """The results of calls, in the order in which they end."""
+    for future in as_completed(list(futures)):
+        yield future.result()

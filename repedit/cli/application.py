@@ -120,7 +120,7 @@ INEFFECTIVE: Mapping[str, tuple[tuple[str, Callable[[Values], bool], tuple[str, 
     "apply": (("--structure keep", lambda o: o["structure"] == "keep", ("layout", "multiple")),),
     "audit": (
         ("--selftest", lambda o: o["selftest"], ("edited", "original", "facts", "retain", "reference", "attributes", "attacks", "out", "hide_items", "until")),
-        ("an audit without --selftest", lambda o: not o["selftest"], ("seed",)),
+        ("an audit without --selftest", lambda o: not o["selftest"], ("seed", "workers")),
         ("--dry-run", lambda o: o["dry_run"], ("hide_items", "until")),
     ),
     "compare": (

@@ -50,13 +50,16 @@ def audit(
     ] = False,
     selftest: Annotated[bool, typer.Option(help="Audit models whose verdict is known, nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the self-test.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes of the self-test; by default one for each core.", show_default=False)
+    ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Attack an edited checkpoint and say what has been shown."""
     hide_progress_bars()
     if selftest:
-        _selftest(seed, json)
+        _selftest(seed, workers, json)
         return
     fact_sets = _facts(edited, original, facts, retain)
     names = None if attacks is None else attacks.split(",")
@@ -228,13 +231,13 @@ def _estimate(edited: str, facts: Facts, budget: str, attacks: Sequence[str] | N
     )  # fmt: skip
 
 
-def _selftest(seed: int, json: bool) -> None:
+def _selftest(seed: int, workers: int | None, json: bool) -> None:
     from dataclasses import asdict
 
     from repedit.auditing.selftest import selftest
     from repedit.cli import output
 
-    result = selftest(seed)
+    result = selftest(seed, workers=workers)
     if json:
         output.show_json({**asdict(result), "passed": result.passed})
     else:

@@ -6,7 +6,7 @@ import copy
 import math
 import random
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -289,18 +289,36 @@ class Questions(NamedTuple):
     attributes: tuple[Fact, ...]
 
 
-def world(seed: int = 0) -> World:
-    """Teach the three models of one seed.
+TAUGHT = ("original", "reference", "other")
+"""The models of a world."""
 
+
+def world(seed: int = 0, models: Mapping[str, Subject] | None = None) -> World:
+    """The facts and the three models of one seed.
+
+    Args:
+        models: each of `TAUGHT`, if they were taught before; None teaches them.
     Raises:
         TrainingError: if a model does not learn its facts.
     """
+    models = {role: taught_model(role, seed) for role in TAUGHT} if models is None else models
+    facts, strangers, attributes = questions(seed)
+    original, reference, other = (models[role] for role in TAUGHT)
+    return World(facts, strangers, attributes, original, reference, other, seed)
+
+
+def taught_model(role: str, seed: int = 0) -> Subject:
+    """Teach one of the three models of a seed; only the original is taught the facts to forget.
+
+    Raises:
+        TrainingError: if it does not learn its facts.
+    """
     facts, strangers, attributes = questions(seed)
     tokenizer = vocabulary((*facts.forget, *facts.retain, *strangers, *attributes), words=WORDS)
-    kept = (*facts.retain, *attributes)
-    original = taught((*facts.forget, *kept), tokenizer=tokenizer, seed=3 * seed, steps=360)
-    reference, other = (taught(kept, tokenizer=tokenizer, seed=3 * seed + i, steps=240) for i in (1, 2))
-    return World(facts, strangers, attributes, original, reference, other, seed)
+    kept, number = (*facts.retain, *attributes), TAUGHT.index(role)
+    if role == "original":
+        return taught((*facts.forget, *kept), tokenizer=tokenizer, seed=3 * seed, steps=360)
+    return taught(kept, tokenizer=tokenizer, seed=3 * seed + number, steps=240)
 
 
 def questions(seed: int = 0) -> Questions:
