@@ -1,9 +1,9 @@
 """The audit on models of which the answer is known, over seeds; and on SmolLM2-135M with edits of our own.
 
-`python -m bench.audit --part controls --seeds 0,1,2` runs every control of the self-test at each seed;
-`--part never --seeds 0,...,9` runs the one that was never taught the facts. `--part projected` exports an edit that
-`bench.mrp` saved, `--part pruned` makes and exports one; the checkpoint is audited with the fast budget. `--part times
---edit CHECKPOINT` takes the minutes to a verdict on the capitals: the first time, with the findings of the original
+`python -m bench.audit --part controls --seeds 0,1,2` runs every control of the self-test at each seed; `--part selftest`
+takes its time with and without stored findings; `--part never --seeds 0,...,9` runs the one that was never taught the facts.
+`--part projected` exports an edit that `bench.mrp` saved, `--part pruned` makes and exports one; the checkpoint is audited
+with the fast budget. `--part times --edit CHECKPOINT` takes the minutes to a verdict on the capitals: the first time, with the findings of the original
 stored, and with the quick budget. `--part training` measures what a training step and a question cost. Each writes
 bench/results/audit-PART.json.
 """
@@ -46,6 +46,27 @@ def controls(seeds: list[int], names: tuple[str, ...] | None, workers: int | Non
             [(c.control, c.found, round(c.recovered, 2)) for c in found.checks],
             flush=True,
         )
+    return rows
+
+
+def minutes_of_selftest(seed: int, workers: int | None) -> list[dict[str, Any]]:
+    """The whole self-test with nothing stored, and with the findings of the original and the reference stored."""
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["REPEDIT_CACHE"] = cache
+        for name in ("nothing stored", "findings stored"):
+            found = controls([seed], None, workers)
+            spent = {key: found[0][key] for key in ("all_seconds", "all_cpu_seconds", "workers")}
+            slowest = {row["control"]: row["seconds"] for row in sorted(found, key=lambda row: -row["seconds"])[:4]}
+            rows.append(
+                {
+                    "name": name,
+                    "passed": sum(row["passed"] for row in found),
+                    "of": len(found),
+                    **spent,
+                    "slowest": slowest,
+                }
+            )
     return rows
 
 
@@ -116,7 +137,9 @@ def _attacking(report: rp.Report) -> dict[str, float]:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=[*CONTROLS, "projected", "pruned", "times", "training"], required=True)
+    parser.add_argument(
+        "--part", choices=[*CONTROLS, "selftest", "projected", "pruned", "times", "training"], required=True
+    )
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--workers", type=int, help="Processes of the controls; one for each core by default.")
     parser.add_argument("--edit", type=Path, default=Path(".cache/bench-mrp/capitals-0.safetensors"))
@@ -133,6 +156,8 @@ def main() -> None:
         rows = times(options.edit, options.folder, options.budgets.split(","))
     elif options.part == "pruned":
         rows = pruned(options.folder, chosen)
+    elif options.part == "selftest":
+        rows = minutes_of_selftest(int(options.seeds), options.workers)
     elif options.part == "training":
         rows = training()
     else:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from repedit.data import Facts
 
 
+Workers = Annotated[
+    int | None, typer.Option(help="Processes of the self-test; by default one for each core.", show_default=False)
+]
+
+
 def audit(
     edited: Annotated[str | None, typer.Argument(help="The edited checkpoint: directory or hub id.")] = None,
     original: Annotated[str | None, typer.Option(help="The model that was edited.")] = None,
@@ -50,9 +55,7 @@ def audit(
     ] = False,
     selftest: Annotated[bool, typer.Option(help="Audit models whose verdict is known, nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the self-test.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes of the self-test; by default one for each core.", show_default=False)
-    ] = None,
+    workers: Workers = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
