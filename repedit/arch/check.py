@@ -343,11 +343,8 @@ class _ForwardCheck:
         following = self._tensors_at(layer + 1, [Point.RESID_PRE])[0] if layer + 1 < len(self.unedited) else post
         # Some families flatten batch and tokens around the MLP.
         added = sum(b.scale * x.reshape(post.shape) for b, x in zip(branches, outputs, strict=True))
-        factor: Tensor | float = 1.0
-        if isinstance(row.block_scale, str):
-            factor = dict(self.runs.block(layer).named_buffers())[row.block_scale]
-        else:
-            factor = row.block_scale
+        scale = row.block_scale
+        factor = dict(self.runs.block(layer).named_buffers())[scale] if isinstance(scale, str) else scale
         error = _distance(factor * (pre + added), post) + _distance(following.to(post), post)
         note = f"; parallel={bool(row.parallel)}, sum of the outputs against the stream"
         site, moved, passed = Site(layer, Point.RESID_POST), 0.0, error <= self.tolerance
@@ -403,7 +400,7 @@ class _ForwardCheck:
             if view.tensor not in changed:
                 changed[view.tensor] = self.parameters[view.tensor].clone()
             factor = keep[None, :] if columns else keep[:, None]
-            view.change(changed[view.tensor], partial(_times, factor))
+            view.change(changed[view.tensor], partial(torch.mul, factor.to(changed[view.tensor])))
         return changed
 
     def _reader_mask(self, branch: Branch, part: Neurons, keep: Tensor) -> Tensor:
@@ -450,10 +447,6 @@ def _worst(proofs: Sequence[Proof]) -> Proof:
     worst = max(proofs, key=lambda proof: proof.error)
     passed, moved = all(proof.passed for proof in proofs), min(proof.moved for proof in proofs)
     return Proof(worst.site, moved, worst.error, passed, worst.note)
-
-
-def _times(factor: Tensor, w: Tensor) -> Tensor:
-    return w * factor.to(w)
 
 
 def _distance(actual: Tensor, expected: Tensor) -> float:

@@ -198,7 +198,7 @@ def _block_list(model: nn.Module) -> str:
     with _recorded(
         {f"{path}.{i}": module for path, modules in lists.items() for i, module in enumerate(modules)}
     ) as seen:
-        _forward(model)
+        _run_on_text(model)
     for call in seen:
         if call.received is not None and call.returned is not None:
             calls[call.path.rpartition(".")[0]].append(call)
@@ -253,8 +253,8 @@ def _is_chain(seen: Sequence[_Call], count: int) -> bool:
     return same and all(torch.equal(one.returned, other.received) for one, other in pairwise(seen))
 
 
-def _forward(model: nn.Module, hooks: Sequence[Hook] = ()) -> None:
-    with claimed(model), installed(model, hooks):
+def _run_on_text(model: nn.Module) -> None:
+    with claimed(model):
         model(input_ids=text_ids(model), use_cache=False)
 
 
@@ -289,7 +289,7 @@ def _embeddings(model: nn.Module, runs: BlockRuns, config: Any, base: str) -> di
         return hook_only
     embeddings = {p: m for p, m in model.named_modules() if isinstance(m, nn.Embedding) and p != token}
     with _recorded({p: m for p, m in embeddings.items() if m.weight.shape[1] == width}) as seen:
-        _forward(model)
+        _run_on_text(model)
     sizes = (shape.numel(), shape[1:].numel())
     terms = {token: rows} | {call.path: call.returned.expand(shape) for call in seen if call.returned.numel() in sizes}
     weights = _coefficients(runs.embedded, terms)

@@ -6,9 +6,8 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from typing import Any, ParamSpec, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,7 +34,6 @@ LONGEST = 60
 """Maximum letters of a name; a longer name is shortened in the middle."""
 FORMULA = r"$\mathdefault{"
 """Start of the labels that matplotlib writes on a logarithmic axis."""
-P = ParamSpec("P")
 POINT_NAMES = {
     Point.MLP_NEURONS: "MLP neurons",
     Point.ATTN_NEURONS: "attention neurons",
@@ -83,18 +81,6 @@ def canvas(width: float, height: float) -> Canvas:
 def label_text(text: object, most: int = LONGEST) -> str:
     """A given name as a label: one line, shortened, without anything that matplotlib reads as TeX."""
     return for_mathtext(shortened(for_terminal(text), most))
-
-
-def escape_texts(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A decorator for functions that return a figure; see `escape_figure`."""
-
-    @wraps(draw)
-    def drawn(*args: P.args, **options: P.kwargs) -> Figure:
-        figure = draw(*args, **options)
-        escape_figure(figure)
-        return figure
-
-    return drawn
 
 
 def escape_figure(figure: Figure) -> None:

@@ -481,9 +481,13 @@ def _bars(axes: Axes, side: str, scores: Mapping[str, SemEvalScore]) -> None:
     for number, (name, score) in enumerate(scores.items()):
         shift = (number - (len(scores) - 1) / 2) * width
         values = [score.parts[f"{side}/{task}/{measure}"] for task, measure in groups]
+        label = (
+            f"{name}: task aggregate {score.task_aggregate:.3f}, membership {score.membership:.3f}, MMLU {score.mmlu:.3f}, "
+            f"final {score.final:.3f}; {score.verdict}"
+        )
         bars = axes.bar(
             [i + shift for i in range(len(groups))], values, 0.92 * width, color=SERIES[number], hatch=HATCHES[number],
-            edgecolor="white", label=label_text(_label(name, score), 90),
+            edgecolor="white", label=label_text(label, 90),
         )  # fmt: skip
         # Room for two digits above a bar of .8 / 3 of a group; with more models they would touch.
         if len(scores) <= 3:
@@ -493,10 +497,3 @@ def _bars(axes: Axes, side: str, scores: Mapping[str, SemEvalScore]) -> None:
     axes.set(ylim=(0, 1.12), yticks=(0, 0.25, 0.5, 0.75, 1), ylabel=f"{side}: {better} is better")
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
-
-
-def _label(name: str, score: SemEvalScore) -> str:
-    return (
-        f"{name}: task aggregate {score.task_aggregate:.3f}, membership {score.membership:.3f}, MMLU {score.mmlu:.3f}, "
-        f"final {score.final:.3f}; {score.verdict}"
-    )

@@ -50,6 +50,7 @@ from repedit.plot.canvas import (
     by_point,
     canvas,
     describe_sites,
+    draw_table,
     label_layers,
     label_text,
     legend_below,
@@ -57,7 +58,6 @@ from repedit.plot.canvas import (
     point_title,
     provenance_facts,
     pruned_masks,
-    text_color,
 )
 from repedit.sites import Point, Site
 
@@ -88,9 +88,12 @@ def specialization(scores: Scores) -> Figure:
     if not allowed:
         raise ArgumentError(f"all {total} neurons of {len(scores)} sites are protected, so there is no score to draw")
     scale = SCALES[next(iter(scores.values())).combine]
-    shown = dict(zip(columns, _split(scale.shown(np.concatenate(list(columns.values()))), columns), strict=True))
+    values = scale.shown(np.concatenate(list(columns.values())))
+    ends = np.cumsum([len(column) for column in columns.values()])[:-1]
+    shown = dict(zip(columns, np.split(values, ends), strict=True))
+    middle, far = scale.neutral(values), reach(scale, values)
+    norm, panels = Normalize(middle - far, middle + far), by_point(scores)
     boundaries = {share: top(scores, fraction=share) for share in CONTOURS if 1 <= math.floor(share * total) <= allowed}
-    norm, panels = _norm(scale, np.concatenate(list(shown.values()))), by_point(scores)
     figure = canvas(min(12.0, max(6.5, 2 + 0.17 * len(scores))), 5.8)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (point, sites) in zip(row, panels.items(), strict=True):
@@ -141,15 +144,6 @@ def reach(scale: Scale, shown: Rows) -> float:
     """The distance of the ends of the colour scale from no preference."""
     distance = np.abs(shown - scale.neutral(shown))
     return float(np.nanquantile(distance, QUANTILE)) or float(np.nanmax(distance)) or 1.0
-
-
-def _split(values: Rows, like: Mapping[Site, Rows]) -> list[Rows]:
-    return np.split(values, np.cumsum([len(column) for column in like.values()])[:-1])
-
-
-def _norm(scale: Scale, shown: Rows) -> Normalize:
-    middle, far = scale.neutral(shown), reach(scale, shown)
-    return Normalize(middle - far, middle + far)
 
 
 def _heat(axes: Axes, columns: Sequence[Rows], norm: Normalize) -> QuadMesh:
@@ -530,13 +524,6 @@ def _bars(
 def _table(
     figure: Figure, axes: Axes, values: Table, names: Sequence[str], ends: tuple[float, float], form: str, unit: str
 ) -> None:
-    image = axes.imshow(values, cmap=SEQUENTIAL, vmin=ends[0], vmax=ends[1])
-    shades = image.to_rgba(values)
-    for (row, column), value in np.ndenumerate(values):
-        axes.text(
-            column, row, form.format(value), ha="center", va="center", color=text_color(shades[row, column]), fontsize=9
-        )
     names = [label_text(name, 30) for name in names]
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
+    image = draw_table(axes, values, names, names, ends=ends, form=form)
     figure.colorbar(image, ax=axes, label=unit, fraction=0.05, pad=0.03)

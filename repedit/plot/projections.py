@@ -375,7 +375,9 @@ def continual(
     columns = [*tasks, *untouched]
     if not tasks:
         raise ArgumentError("continual() was given no task to draw; pass the tasks in the order they were unlearnt")
-    _check_distinct("tasks and untouched", columns)
+    repeated = next((name for name in columns if columns.count(name) > 1), None)
+    if repeated is not None:
+        raise ArgumentError(f"tasks and untouched hold {repeated!r} more than once; give each column its own name")
     check_chance(chance)
     row_names = _row_names(len(matrix), tasks, rows)
     needed = f"{count_text(len(row_names), 'row')}, {count_text(len(tasks), 'task')} and {count_text(len(untouched), 'untouched domain')}"
@@ -438,12 +440,6 @@ def principal_angles(edits: Mapping[str, Edit], *, notes: Sequence[str] = ()) ->
     inside = int((grid[np.tril_indices(len(names), -1)] > 1 - 1e-6).sum())
     facts += [f"{count_text(inside, 'pair')} where one span holds the other"] if inside else []
     return figure.finish("How much the removed subspaces of two tasks have in common", [*facts, *notes])
-
-
-def _check_distinct(what: str, names: Sequence[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ArgumentError(f"{what} hold {name!r} more than once; give each column its own name")
 
 
 def _row_names(count: int, tasks: Sequence[str], rows: Sequence[str] | None) -> list[str]:

@@ -26,11 +26,11 @@ from repedit.plot.canvas import (
     RETAIN,
     SERIES,
     SMALL,
+    Canvas,
     canvas,
-    escape_texts,
+    escape_figure,
     label_text,
     legend_below,
-    set_title,
 )
 from repedit.sites import Site
 
@@ -257,7 +257,6 @@ NO_EVIDENCE: Mapping[str, Any] = {"facecolor": "white", "edgecolor": "#d0d0d0", 
 """Fill of a row that is not evidence."""
 
 
-@escape_texts
 def recovery(report: Report) -> Figure:
     """Recovered fractions: one row per attack, the strongest first, beside the accuracies they are computed from.
 
@@ -267,12 +266,9 @@ def recovery(report: Report) -> Figure:
     Raises:
         ArgumentError: if the report holds no attack.
     """
-    figure = recovery_forest(report)
-    set_title(figure, f"{report.verdict.word}: what each attack brings back", _facts(report))
-    return figure
+    return recovery_forest(report).finish(f"{report.verdict.word}: what each attack brings back", _facts(report))
 
 
-@escape_texts
 def audits(reports: Mapping[str, Report]) -> Figure:
     """The recovered fractions of several reports in one figure, attack by attack; the colour is the report.
 
@@ -281,12 +277,10 @@ def audits(reports: Mapping[str, Report]) -> Figure:
     """
     if not reports:
         raise ArgumentError("audits() was given no report to draw; pass {name: report}")
-    figure = audits_forest(reports)
-    set_title(figure, f"What each attack brings back from {len(reports)} models", _facts(next(iter(reports.values()))))
-    return figure
+    title = f"What each attack brings back from {len(reports)} models"
+    return audits_forest(reports).finish(title, _facts(next(iter(reports.values()))))
 
 
-@escape_texts
 def relearning(report: Report) -> Figure:
     """Accuracy on held-out facts or images against training steps or epochs, for attacks that fine-tune.
 
@@ -309,7 +303,6 @@ def relearning(report: Report) -> Figure:
     return _panels(charts, 3, "epoch" if report.gaps else "training step", title, _facts(report))
 
 
-@escape_texts
 def lenses(report: Report) -> Figure:
     """Accuracy of what is read from each layer, one panel per attack and stream; grey bands are the edited layers.
 
@@ -326,7 +319,7 @@ def lenses(report: Report) -> Figure:
     return _panels(charts, min(max(streams.values()), 4), "layer", "What can be read from each layer", facts)
 
 
-def recovery_forest(report: Report, *, width: float = 10.0) -> Figure:
+def recovery_forest(report: Report, *, width: float = 10.0) -> Canvas:
     """The forest plot of `recovery` without its title, as pages show it; see `_forest` for the width."""
     rows = forest_rows(report)
     levels = {row.recovery.level for row in rows}
@@ -334,13 +327,12 @@ def recovery_forest(report: Report, *, width: float = 10.0) -> Figure:
     return _forest(rows, legend, thresholds(report), width)
 
 
-def audits_forest(reports: Mapping[str, Report], *, width: float = 10.0) -> Figure:
+def audits_forest(reports: Mapping[str, Report], *, width: float = 10.0) -> Canvas:
     """The forest plot of `audits` without its title, as pages show it; see `_forest` for the width."""
     legend = {series: f"{name}: {report.title}" for series, (name, report) in enumerate(reports.items())}
     return _forest(grouped_forest_rows(reports), legend, thresholds(next(iter(reports.values()))), width)
 
 
-@escape_texts
 def curves(chart: Curves, x: str) -> Figure:
     """One panel of `relearning` or `lenses` without its title, as pages show it."""
     figure = canvas(*CHART_SIZE)
@@ -350,6 +342,7 @@ def curves(chart: Curves, x: str) -> Figure:
     _add_role_legend(figure, axes, [chart], columns=3)
     ends = "; ".join(f"{role} {points[0][1]:.2f} to {points[-1][1]:.2f}" for role, points in chart.series.items())
     figure.set_label(f"{chart.name}, accuracy by {x}: {ends}")
+    escape_figure(figure)
     return figure
 
 
@@ -363,8 +356,7 @@ def _facts(report: Report) -> list[str]:
     return facts + ([f"floor: {', '.join(floors)}"] if floors else [])
 
 
-@escape_texts
-def _forest(rows: Sequence[ForestRow], legend: Mapping[int, str], bands: tuple[float, float], width: float) -> Figure:
+def _forest(rows: Sequence[ForestRow], legend: Mapping[int, str], bands: tuple[float, float], width: float) -> Canvas:
     """The rows with a legend below, `width` inches wide.
 
     Below `NARROW` inches there is no panel of accuracies, and the names stand above the rows. The label of the figure
@@ -397,6 +389,7 @@ def _forest(rows: Sequence[ForestRow], legend: Mapping[int, str], bands: tuple[f
     legend_below(figure, left, columns=3 if width >= NARROW else 1)
     values = (f"{row.group} {row.name} {_number(row.recovery.value)}".strip() for row in rows)
     figure.set_label(f"Recovered fraction by attack: {'; '.join(values)}")
+    escape_figure(figure)
     return figure
 
 
@@ -517,8 +510,7 @@ def _panels(charts: Sequence[Curves], columns: int, x: str, title: str, facts: S
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy on V")
     _add_role_legend(figure, grid[0, 0], charts, columns=5)
-    set_title(figure, title, facts)
-    return figure
+    return figure.finish(title, facts)
 
 
 def _draw_curves(axes: Axes, chart: Curves, x: str) -> None:
