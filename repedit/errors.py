@@ -253,6 +253,18 @@ def check_names(what: str, given: Iterable[str], valid: Iterable[str], kind: str
             raise UnknownName(f"{what} has no {kind} {name!r}; {nearest(name, names)}")
 
 
+def check_choice(valid: Iterable[object], /, **values: str) -> None:
+    """Refuse values that are not among the valid ones.
+
+    Raises:
+        UnknownName: with the name of the argument, the value and the nearest valid ones.
+    """
+    options = list(valid)
+    for name, value in values.items():
+        if value not in options:
+            raise UnknownName(f"{name}={value!r}; {nearest(value, options)}")
+
+
 def is_whole(value: object, least: int = 1) -> bool:
     """Whether a value is a whole number of at least `least` and below 2^63; True and False are not numbers."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < 2**63

@@ -99,6 +99,11 @@ def _digest(tensors: Iterable[tuple[str, Tensor]], header: str = "") -> str:
     return digest.hexdigest()
 
 
+def seed_of(key: str) -> int:
+    """A seed for a random generator that depends on a text alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+
+
 def package_versions(*packages: str) -> dict[str, str]:
     """The versions of repedit, torch and further packages, as provenance records them."""
     return {name: _version(name) for name in ("repedit", "torch", *packages)}

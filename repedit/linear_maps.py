@@ -256,12 +256,12 @@ class LowRank(AffineMap):
         copies = _COPIES.setdefault(self, {})
         # The version of a tensor counts its changes in place, so a stale copy is not used.
         key = (x.device, dtype, *(t._version for t in present))
-        found = copies.get(key)  # another thread may remove it meanwhile
-        if found is None:
-            found = _moved(factors, x.device, dtype)
+        copy = copies.get(key)  # another thread may remove it meanwhile
+        if copy is None:
+            copy = _moved(factors, x.device, dtype)
             copies.clear()
-            copies[key] = found
-        return found
+            copies[key] = copy
+        return copy
 
 
 Factors = tuple[Tensor, Tensor, Tensor | None]

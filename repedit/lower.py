@@ -205,14 +205,14 @@ class _PlanBuilder:
             bias = self._bias(site, branch, "a fill value other than zero (use fill='zero')")
             self._add(Operation("carry", MatrixView(bias), constant=map_.offset, weight=branch.parts[0].out))
 
-    def _zero_readers(self, branch: Branch, readers: tuple[MatrixView, ...], kept: Tensor) -> None:
+    def _zero_readers(self, branch: Branch, readers: tuple[MatrixView, ...], keep: Tensor) -> None:
         """Zero the rows that feed pruned neurons; a value row only when every query head that shares it is pruned."""
         if branch.group > 1:
-            kept = rearrange(kept, "(kv g e) -> kv g e", g=branch.group, e=branch.head_width).any(1).reshape(-1)
-        if bool(kept.all()):
+            keep = rearrange(keep, "(kv g e) -> kv g e", g=branch.group, e=branch.head_width).any(1).reshape(-1)
+        if bool(keep.all()):
             return
         for view in readers:
-            self._add(Operation("outputs", view, Diagonal.mask(kept)))
+            self._add(Operation("outputs", view, Diagonal.mask(keep)))
 
     def _output(self, site: Site, branch: Branch, map_: AffineMap) -> None:
         offset, unit = map_.offset, self.layout.architecture.unit_gain

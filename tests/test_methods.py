@@ -77,8 +77,3 @@ def test_what_cannot_be_moved_is_refused(loaded):
     away = rp.wrap(tiny("llama").model.to("meta"))
     with pytest.raises(OffloadedTensors, match="load the model again with another device_map"):
         away.to("cpu")
-
-
-def test_the_earlier_name_of_the_layout_still_works():
-    lm = tiny("llama")
-    assert lm.anatomy is lm.layout

@@ -169,7 +169,7 @@ def _is_proved(subject: Subject, tolerance: float) -> bool:
         alone = (torch.tensor([text], device=subject.device) for text in texts)
         expected = torch.cat([subject.model(input_ids=ids, use_cache=False).logits[:, -1] for ids in alone])
         try:
-            found = tree_logits(subject, tree, [path[-1] for path in tree.paths])
+            logits = tree_logits(subject, tree, [path[-1] for path in tree.paths])
         except (
             ArithmeticError,
             AssertionError,
@@ -183,4 +183,4 @@ def _is_proved(subject: Subject, tolerance: float) -> bool:
             if is_out_of_memory(error):
                 raise
             return False
-    return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())
+    return logits.shape == expected.shape and bool((logits - expected).norm() <= tolerance * expected.norm())

@@ -425,13 +425,13 @@ def _without_pruned(model: nn.Module, layout: ModelLayout, generator: torch.Gene
     views = [(view, axis) for p in layout.parts for view, axis in ((p.out, 0), *((reader, 1) for reader in p.readers))]
     for view, axis in views:
         matrix = view.read(filled.get(view.tensor, parameters[view.tensor]))
-        if matrix.ndim == 1 or bool((kept := matrix.any(axis, keepdim=True)).all()):
+        if matrix.ndim == 1 or bool((nonzero := matrix.any(axis, keepdim=True)).all()):
             continue  # a bias of zeros is one that was never trained
         if view.tensor not in filled:
             filled[view.tensor] = parameters[view.tensor].detach().float().clone()
         noise = torch.randn(matrix.shape, generator=generator).to(filled[view.tensor])
         noise *= float(matrix.float().std()) or matrix.shape[1] ** -0.5
-        view.change(filled[view.tensor], lambda w, kept=kept, noise=noise: w.where(kept, noise))  # type: ignore[misc]
+        view.change(filled[view.tensor], lambda w, nonzero=nonzero, noise=noise: w.where(nonzero, noise))  # type: ignore[misc]
     return filled
 
 

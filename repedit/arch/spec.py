@@ -331,10 +331,10 @@ def _call(value: Any) -> tuple[str, list[tuple[str, object]]]:
         short = _short_call(value)
         if short is not None:
             return short
-    made = [f for f in fields(value) if getattr(value, f.name) != _default(f)]
+    changed = [f for f in fields(value) if getattr(value, f.name) != _default(f)]
     first = () if isinstance(value, Architecture | Shrink) else ("kind", "writers", "module", "flag", "modules")
     return type(value).__name__, [
-        ("" if f.name in first and f in fields(value)[:2] else f"{f.name}=", getattr(value, f.name)) for f in made
+        ("" if f.name in first and f in fields(value)[:2] else f"{f.name}=", getattr(value, f.name)) for f in changed
     ]
 
 
@@ -353,6 +353,6 @@ def _short_call(row: BranchRow) -> tuple[str, list[tuple[str, object]]] | None:
         values: list[tuple[str, object]] = [] if readers == ["self_attn.v_proj"] else [("values=", readers[0])]
         return "attention", [("", writer.module), *values, *norm]
     if row == mlp(writer.module, *readers, norm=row.norm):
-        given = [] if row == mlp(writer.module, norm=row.norm) else readers
-        return "mlp", [("", writer.module), *(("", reader) for reader in given), *norm]
+        arguments = [] if row == mlp(writer.module, norm=row.norm) else readers
+        return "mlp", [("", writer.module), *(("", reader) for reader in arguments), *norm]
     return None

@@ -197,8 +197,8 @@ def _stored_in(sources: Sequence[_Source], shape: tuple[int, ...], specs: Mappin
         return replace(without, reason=f"transformers converts it by {operations}")
     shapes = [_shape_in_memory(piece, specs[piece.name].shape, shape[:1]) for piece in pieces]
     whole = shapes[0] if shapes[0] and len(shapes[0]) == len(shape) else shape
-    for piece, made in zip(pieces, shapes, strict=True):
-        if made != whole:
+    for piece, in_memory in zip(pieces, shapes, strict=True):
+        if in_memory != whole:
             reason = (
                 f"{piece.name} of shape {specs[piece.name].shape} does not fit the tensor of shape {whole} in memory"
             )

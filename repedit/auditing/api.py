@@ -28,12 +28,11 @@ from repedit.errors import (
     ArgumentError,
     BadReference,
     DataError,
-    UnknownName,
+    check_choice,
     check_positive,
     check_seed,
     check_whole,
     is_whole,
-    nearest,
 )
 from repedit.io.targets import check_folder
 from repedit.models.subject import Subject
@@ -177,8 +176,7 @@ def _carried_out(
 
 
 def _check_options(steps: int, draws: int, scale_lrs: float, chosen: Sequence[int], until: str) -> None:
-    if until not in UNTIL:
-        raise UnknownName(f"until={until!r}; {nearest(until, UNTIL)}")
+    check_choice(UNTIL, until=until)
     check_whole(draws=draws)
     check_positive(scale_lrs=scale_lrs)
     if not is_whole(steps, 8):

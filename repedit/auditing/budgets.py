@@ -15,7 +15,7 @@ from repedit.auditing.attack import _RECORDS, BUDGETS, QUICK, Attack, AttackReco
 from repedit.auditing.attacks.finetune import rtt
 from repedit.auditing.runner import Audited
 from repedit.data import Fact, Facts, Splits
-from repedit.errors import UnknownName, nearest
+from repedit.errors import UnknownName, check_choice, nearest
 from repedit.models.subject import Subject
 
 # --- Which attacks a budget includes: the registered records in order of cost, and how many seeds and facts they get
@@ -68,8 +68,7 @@ def planned(budget: str, names: Sequence[str] | None = None) -> tuple[str, ...]:
     Raises:
         UnknownName: if there is no such budget or attack.
     """
-    if budget not in BUDGETS:
-        raise UnknownName(f"budget={budget!r}; {nearest(budget, BUDGETS)}")
+    check_choice(BUDGETS, budget=budget)
     registered = records()
     for name in names or ():
         if name not in registered:

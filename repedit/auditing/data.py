@@ -59,8 +59,8 @@ class AuditData:
             test = tuple(fact for fact in self.tested if entity_of(fact) in asked)
             train = [fact for fact in self.forget if entity_of(fact) not in asked]
             repeated = {name for name, _ in _near_duplicates(train, test)}
-            kept = tuple(fact for fact in train if fact.id not in repeated)
-            parts.append(replace(self.folds[0], train=kept, test=test))
+            unrepeated = tuple(fact for fact in train if fact.id not in repeated)
+            parts.append(replace(self.folds[0], train=unrepeated, test=test))
         return tuple(parts)
 
     @property

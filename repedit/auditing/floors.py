@@ -223,9 +223,11 @@ def _words(items: Sequence[Fact]) -> set[str]:
 
 
 RETAIN = AttackRecord(RETAIN_CHECK, draws=False, decides=False)
+LENGTH = 128
+"""Tokens of a row of the text."""
 
 
-def retain_check(text: Batches | None, *, tokens: int = 4000, length: int = 128, batch_size: int = 8) -> Attack:
+def retain_check(text: Batches | None, *, tokens: int = 4000) -> Attack:
     """Ask the facts of V, which are those to retain here, and read a text; not an attack; its result is stored as a finding.
 
     details: "perplexity" and "tokens" of the text, where there is one.
@@ -235,17 +237,15 @@ def retain_check(text: Batches | None, *, tokens: int = 4000, length: int = 128,
         answers = {"prompt": ask(subject, splits.test)} if splits.test else {}
         details = {}
         if text is not None:
-            value, count = perplexity(subject, text, tokens=tokens, length=length, batch_size=batch_size)
+            value, count = perplexity(subject, text, tokens=tokens)
             details = {"perplexity": value, "tokens": count}
         return AttackResult(answers, details=details)
 
-    options = {"text": text.hash if text is not None else None, "tokens": tokens, "length": length}
+    options = {"text": text.hash if text is not None else None, "tokens": tokens, "length": LENGTH}
     return Attack(RETAIN, options, run, Work(1.0))
 
 
-def perplexity(
-    subject: Subject, text: Batches, *, tokens: int, length: int = 128, batch_size: int = 8
-) -> tuple[float, int]:
+def perplexity(subject: Subject, text: Batches, *, tokens: int) -> tuple[float, int]:
     """(exp of the mean negative log-likelihood, tokens it is the mean of) on the first rows of a text.
 
     Infinite where the model is so broken that its loss is not finite.
@@ -254,7 +254,7 @@ def perplexity(
         NotEnoughRows: if the text has no token to predict.
     """
     total, count = 0.0, 0
-    for batch in batches(subject, text, length, batch_size, False, "perplexity"):
+    for batch in batches(subject, text, LENGTH, 8, False, "perplexity"):
         if count >= tokens:
             break
         use = batch.attention_mask[:, 1:] & batch.attention_mask[:, :-1]

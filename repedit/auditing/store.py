@@ -91,13 +91,13 @@ def _files(name: str) -> list[Path]:
 # --- Findings: an interrupted audit resumes where it stopped, and an original model is attacked once for many audits
 
 
-def key_of(attack: Attack, model: str, splits: Splits, extra: Mapping[str, Any] | None = None) -> str:
+def key_of(attack: Attack, model: str, splits: Splits) -> str:
     """sha256 over everything that decides a finding: attack, settings, seed, weights, data, code and versions."""
     text = [getattr(part, "hash", None) or repr(part) for part in (splits.unrelated, splits.holdout)]
     content = {
         "attack": attack.name, "options": dict(attack.options), "seed": attack.seed, "model": model,
         "facts": [row_hash(part) for part in (splits.train, splits.test, splits.retain, splits.attributes)], "text": text,
-        "environment": environment(), **(extra or {}),
+        "environment": environment(),
     }  # fmt: skip
     return content_hash(content)
 
@@ -108,9 +108,9 @@ class FindingStore:
     A damaged entry counts as absent. Without a cache an audit continues, and a warning says so once.
     """
 
-    def __init__(self, folder: Path | None, shared: bool = True) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._own = JsonStore(None if folder is None else folder / "findings")
-        self._shared = cache_store("findings") if shared else JsonStore(None)
+        self._shared = cache_store("findings")
 
     def get(self, name: str, key: str, *, sharing: bool) -> Finding | None:
         """The finding stored under a name, or in the shared cache, if its key is this one."""

@@ -11,7 +11,7 @@ from typing import Any
 from repedit.data.corpus import Corpus, Document
 from repedit.data.fact_sets import Fact, seeded_order
 from repedit.data.rows import Row, Rows
-from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, nearest
+from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, check_choice, nearest
 from repedit.io.files import is_file, is_folder, user_path
 from repedit.io.tables import csv_rows, parquet_rows
 from repedit.io.text import json_rows, parse_json, read_text
@@ -262,8 +262,7 @@ def semeval(directory: str | Path, split: str = "validation") -> Tasks:
         MissingDependency: without pyarrow.
     Reference: Ramakrishna et al. 2025, arXiv:2502.15097.
     """
-    if split not in PARTS:
-        raise UnknownName(f"split={split!r}; {nearest(split, PARTS)}")
+    check_choice(PARTS, split=split)
     root = folder(directory, "SemEval-2025 Task 4, its parquet files and mia_data")
     forget, retain = (
         _rows(_first_match(root, f"*{side}_{split}*.parquet"), f"{side}/{split}") for side in ("forget", "retain")

@@ -144,7 +144,7 @@ def entity_tokens(subject: Subject, contexts: Sequence[Context], *, rows: int = 
         DataError: if a text does not contain its name, or every context of an entity ends at the first position.
     """
     tokenizer = subject.need_tokenizer()
-    kept: list[tuple[Context, list[int], int]] = []
+    tokenized: list[tuple[Context, list[int], int]] = []
     names: set[tuple[int, ...]] = set()
     for context in contexts:
         span = entity_span(tokenizer, context.text, context.name)
@@ -156,15 +156,15 @@ def entity_tokens(subject: Subject, contexts: Sequence[Context], *, rows: int = 
         check_ids(subject, ids, f"the context {context.text[:60]!r}")
         names.add(tuple(ids[span[0] : span[1] + 1]))
         if span[1] > 0:
-            kept.append((context, ids, span[1]))
-    missing = {c.entity for c in contexts} - {c.entity for c, _, _ in kept}
+            tokenized.append((context, ids, span[1]))
+    missing = {c.entity for c in contexts} - {c.entity for c, _, _ in tokenized}
     if missing:
         raise DataError(
             f"every context of {min(missing)!r} ends at the first position of its text, where states are attention sinks; add "
             "contexts, such as 'templates'"
         )
-    batches_ = [_batch(kept[i : i + rows], i) for i in range(0, len(kept), rows)]
-    return EntityTokens(tuple(c for c, _, _ in kept), Tokens(tuple(batches_), "contexts"), frozenset(names))
+    batches_ = [_batch(tokenized[i : i + rows], i) for i in range(0, len(tokenized), rows)]
+    return EntityTokens(tuple(c for c, _, _ in tokenized), Tokens(tuple(batches_), "contexts"), frozenset(names))
 
 
 def name_ends(batch: Batch, names: Iterable[tuple[int, ...]]) -> Bool[Tensor, "b t"]:

@@ -210,8 +210,8 @@ def retained_inputs(
     def named(batch: Batch) -> Tensor:
         return batch.attention_mask & ~name_ends(batch, names)
 
-    for found, mask, batch in recorded(subject, text, named, point, active=active, progress=progress):
-        rows.append(found[layer])
+    for states, mask, batch in recorded(subject, text, named, point, active=active, progress=progress):
+        rows.append(states[layer])
         plain.append(rule(batch)[0][mask].cpu())
     x, ordinary = torch.cat(rows), torch.cat(plain)
     now = original(subject, layer)
@@ -253,8 +253,8 @@ def _vocabulary_rows(
         )
 
     point = {layer: inputs_of_mlp(subject, layer)}
-    found = recorded(subject, Tokens(tuple(batches), "vocabulary"), last, point, active=active, progress=False)
-    return torch.cat([rows[layer] for rows, _, _ in found])
+    states = recorded(subject, Tokens(tuple(batches), "vocabulary"), last, point, active=active, progress=False)
+    return torch.cat([rows[layer] for rows, _, _ in states])
 
 
 def _spread(y: Float[Tensor, "n d"]) -> float:

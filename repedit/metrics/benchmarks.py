@@ -11,7 +11,7 @@ from repedit.activations.prediction import Effect, Predictions, effect, predicti
 from repedit.data import Batches, mmlu
 from repedit.data import muse as muse_data
 from repedit.data import semeval as semeval_data
-from repedit.errors import NotFound, UnknownName, check_whole, nearest
+from repedit.errors import NotFound, check_choice, check_whole
 from repedit.io.files import is_folder
 from repedit.metrics import muse, semeval, tofu
 from repedit.metrics.generation import continuations
@@ -104,8 +104,7 @@ def compare_benchmarks(
     """
     check_whole(limit=limit)
     for name in names:
-        if name not in SUITES:
-            raise UnknownName(f"metrics={name!r}; {nearest(name, SUITES)}")
+        check_choice(SUITES, metrics=name)
     if not is_folder(directory):
         raise NotFound(f"{directory} is not a directory; give the one that holds the data of {', '.join(names)}")
     return {name: SUITES[name](base, edited, Path(directory), limit) for name in names}

@@ -18,7 +18,7 @@ from repedit.activations.prefix_tree import prefix_tree, tree_capacity, tree_gro
 from repedit.data import Fact, Facts, by_domain
 from repedit.data.encoding import Encoded, Tokenizer, encoded_choices, question_ids
 from repedit.data.grading import contains_answer
-from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
+from repedit.errors import ArgumentError, DataError, NotFinite, check_choice
 from repedit.hooks import evaluating
 from repedit.metrics.generation import greedy_continuations
 from repedit.models.subject import Subject
@@ -84,9 +84,8 @@ def facts_accuracy(
         DataError: if there are no facts, a fact has no choices, or two choices are the same tokens.
         NotFinite: if a log-probability is not finite.
     """
-    for what, value, valid in (("how", how, HOWS), ("rule", rule, RULES)):
-        if value not in valid:
-            raise UnknownName(f"{what}={value!r}; {nearest(value, valid)}")
+    check_choice(HOWS, how=how)
+    check_choice(RULES, rule=rule)
     if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
         raise ArgumentError(f"batch_size={batch_size!r}; give 'auto' or a number of rows, at least 1")
     items = facts.forget if isinstance(facts, Facts) else tuple(facts)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repedit.data import Batches, Row, TofuRow, tofu
-from repedit.errors import ArgumentError, DataError, MetricError, NotFound, UnknownName, nearest
+from repedit.errors import ArgumentError, DataError, MetricError, NotFound, check_choice
 from repedit.io.files import user_path, write_text
 from repedit.io.text import read_json
 from repedit.metrics.answers import answer_nll
@@ -78,8 +78,7 @@ def truth_ratio(
         MetricError: if the shapes disagree, or a loss is not finite.
     Reference: Maini et al. 2024, arXiv:2401.06121, section 2.2.
     """
-    if aggregate not in AGGREGATES:
-        raise UnknownName(f"aggregate={aggregate!r}; {nearest(aggregate, AGGREGATES)}")
+    check_choice(AGGREGATES, aggregate=aggregate)
     right, wrong = np.asarray(paraphrased, dtype=np.float64), np.asarray(perturbed, dtype=np.float64)
     if right.ndim != 1 or wrong.ndim != 2 or len(right) != len(wrong) or not wrong.size:
         raise MetricError(f"losses of shapes {right.shape} and {wrong.shape}; give (n,) and (n, k) for n questions")

@@ -110,11 +110,6 @@ class Subject:
         return match_layout(self.architecture, self.specs)
 
     @property
-    def anatomy(self) -> ModelLayout:
-        """The layout, under the name that it had before 0.1.0."""
-        return self.layout
-
-    @property
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every parameter, tied ones under each of their names."""
         return {

@@ -26,6 +26,7 @@ from repedit.errors import (
     ShapeError,
     UnknownName,
     UnsuitableImportance,
+    check_choice,
     nearest,
 )
 from repedit.io import archive
@@ -327,8 +328,7 @@ def _difference(forget: SiteValues, retain: SiteValues, _second: SiteValues, opt
     lam = 1.0 if options.lam is None else options.lam
     if options.signed:
         return {site: forget[site] - lam * retain[site] for site in forget}
-    if options.norm not in ("layer", "all"):
-        raise UnknownName(f"norm={options.norm!r}; {nearest(options.norm, ('layer', 'all'))}")
+    check_choice(("layer", "all"), norm=options.norm)
     totals = [torch.stack([v.sum() for v in side.values()]).sum() for side in (forget, retain)]
 
     def share(value: Tensor, total: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from repedit.errors import (
     MissingStatistic,
     SelectionError,
     ShapeError,
-    UnknownName,
-    nearest,
+    check_choice,
 )
 from repedit.linear_maps import Diagonal
 from repedit.neurons.scores import Score, Scores
@@ -52,8 +51,7 @@ def top(
         SelectionError: if nothing is selected, or the constraints cannot be met together.
     """
     check_fraction("fraction", fraction)
-    if scope not in ("global", "layer"):
-        raise UnknownName(f"scope={scope!r}; {nearest(scope, ('global', 'layer'))}")
+    check_choice(("global", "layer"), scope=scope)
     values = {site: _unit_scores(score, unit, (protect or {}).get(site)) for site, score in scores.items()}
     if cap_per_layer is not None:
         check_fraction("cap_per_layer", cap_per_layer)
@@ -109,8 +107,7 @@ def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[
     Raises:
         ArgumentError: if the edit is not made of masks.
     """
-    if match not in ("layer", "uniform"):
-        raise UnknownName(f"match={match!r}; {nearest(match, ('layer', 'uniform'))}")
+    check_choice(("layer", "uniform"), match=match)
     masks = {site: map_ for site, map_ in edit.maps.items() if isinstance(map_, Diagonal) and map_.is_mask}
     if len(masks) != len(edit.maps):
         raise ArgumentError(
@@ -150,8 +147,7 @@ def check_fraction(name: str, value: float) -> None:
 def _unit_size(score: Score, unit: str) -> int:
     if unit == "neuron":
         return 1
-    if unit not in ("head", "kv_group"):
-        raise UnknownName(f"unit={unit!r}; {nearest(unit, ('neuron', 'head', 'kv_group'))}")
+    check_choice(("neuron", "head", "kv_group"), unit=unit)
     size = dict(score.group_sizes).get(unit)
     if size is None:
         raise ArgumentError(f"unit={unit!r} is for attn.neurons; {score.site} has no heads")
@@ -199,8 +195,7 @@ def _without_highest(values: Mapping[SiteKey, Tensor], fraction: float, unit: st
 
 
 def _fill_values(masks: Keep, fill: str, values: Collection | Mapping[SiteKey, Tensor] | None) -> dict[SiteKey, Tensor]:
-    if fill not in ("zero", "mean", "peak"):
-        raise UnknownName(f"fill={fill!r}; {nearest(fill, ('zero', 'mean', 'peak'))}")
+    check_choice(("zero", "mean", "peak"), fill=fill)
     if fill == "zero":
         return {}
     if values is None:

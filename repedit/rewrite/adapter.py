@@ -143,10 +143,10 @@ def import_adapter(folder: str | Path, subject: Subject) -> Delta:
                 f"{path} changes {name} by a difference of shape {tuple(value.shape)}, the model has {held}; was the adapter "
                 "trained on another model?"
             )
-    kept = {name: value.float().contiguous() for name, value in differences.items() if name in parameters}
-    start = {name: value_hash(parameters[name]) for name in kept}
+    tensors = {name: value.float().contiguous() for name, value in differences.items() if name in parameters}
+    start = {name: value_hash(parameters[name]) for name in tensors}
     provenance = {"method": "adapter", "adapter": file_hash(path), "model": subject.fingerprint(), "start": start}
-    return Delta(kept, provenance)
+    return Delta(tensors, provenance)
 
 
 _LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>A\.weight|B\.weight|B\.bias)")

@@ -117,18 +117,18 @@ def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | st
         _check_sliced(plan, before, after)
         return sliced_certificate(plan)
     plan = lower(edit, architecture, specs)
-    rows, kept = {}, uncertified(plan)
+    rows, without_projection = {}, uncertified(plan)
     for name in (name for name in plan.operations if _projections(plan, name)):
         added = plan.added.get(name)
         old = before(name) if added is None else torch.zeros(added.shape, dtype=added.dtype)
         row = certified(plan, name, old, after(name), plan.computed(name, old, before), before)
         if row is not None:
             rows[name] = row
-    if not rows and not kept:
+    if not rows and not without_projection:
         raise ArgumentError(
             "the edit holds no projection (LowRank); a certificate is about directions that were removed"
         )
-    untouched = all(torch.equal(before(name), after(name)) for name in {**rows, **kept})
+    untouched = all(torch.equal(before(name), after(name)) for name in {**rows, **without_projection})
     if not untouched:
         check_leaks(rows)
     return combined(plan, rows, "hook" if untouched else "folded")

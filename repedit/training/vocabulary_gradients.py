@@ -63,23 +63,23 @@ def added_in_place(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     Only ordinary float32 modules on a CPU are changed, and only those that are trained; of any other, autograd makes the
     gradient as always. `zero_gradients` keeps the memory from step to step.
     """
-    undo, kept = list[Callable[[], Any]](), dict[int, nn.Parameter]()
+    undo, in_place = list[Callable[[], Any]](), dict[int, nn.Parameter]()
     try:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
             forward = _forward_of(module)
             if forward is not None:
                 module.forward = forward
                 undo.append(partial(vars(module).pop, "forward"))
-                kept[id(module.weight)] = module.weight
-        yield list(kept.values())
+                in_place[id(module.weight)] = module.weight
+        yield list(in_place.values())
     finally:
         for step in undo:
             step()
 
 
-def zero_gradients(parameters: Sequence[nn.Parameter], kept: Sequence[nn.Parameter] = ()) -> None:
-    """Forget all gradients; those of the parameters that are kept become zeros where they are."""
-    own = {id(p) for p in kept}
+def zero_gradients(parameters: Sequence[nn.Parameter], in_place: Sequence[nn.Parameter] = ()) -> None:
+    """Forget all gradients; those of parameters that are added to in place become zeros."""
+    own = {id(p) for p in in_place}
     for p in parameters:
         if id(p) not in own:
             p.grad = None

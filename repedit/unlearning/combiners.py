@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from repedit.distributed import is_sharded, local_tensor
-from repedit.errors import TrainingError, UnknownName, check_finite_numbers, check_positive, nearest
+from repedit.errors import TrainingError, check_choice, check_finite_numbers, check_positive
 
 Gradients = Sequence[Tensor | None]
 """One for each parameter; None where a parameter has no part in a loss."""
@@ -112,13 +112,9 @@ def blur(
     Reference: arXiv:2506.08164.
     """
     check_positive(gamma=gamma, alpha=alpha)
-    for what, value, valid in (
-        ("when", when, ("always", "conflict")),
-        ("scope", scope, ("global", "tensor")),
-        ("role_first", role_first, ("forget", "retain")),
-    ):
-        if value not in valid:
-            raise UnknownName(f"{what}={value!r}; {nearest(value, valid)}")
+    check_choice(("always", "conflict"), when=when)
+    check_choice(("global", "tensor"), scope=scope)
+    check_choice(("forget", "retain"), role_first=role_first)
 
     def weights(products: InnerProducts, _context: StepContext) -> tuple[float, float]:
         if when == "conflict" and products.both >= 0:

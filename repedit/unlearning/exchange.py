@@ -47,11 +47,11 @@ def exchanged_rows(rows: Sequence[Row], exchange: Exchange, seed: int) -> tuple[
     domains: dict[str, dict[str, None]] = {}
     for row in rows:
         domains.setdefault(row.domain if isinstance(row, Fact) else "", {})[_fact(row)] = None
-    given: dict[str, str] = {}
+    exchanged_answers: dict[str, str] = {}
     for domain, facts in domains.items():
-        given |= _exchange({fact: answers[fact] for fact in facts}, domain, seed)
-    exchanged = [_with_answer(row, given[_fact(row)], f"{row.id} exchanged") for row in rows]
-    return (*exchanged, *(_reversed(rows, given, exchange.template) if exchange.reverse else ()))
+        exchanged_answers |= _exchange({fact: answers[fact] for fact in facts}, domain, seed)
+    exchanged = [_with_answer(row, exchanged_answers[_fact(row)], f"{row.id} exchanged") for row in rows]
+    return (*exchanged, *(_reversed(rows, exchanged_answers, exchange.template) if exchange.reverse else ()))
 
 
 def _exchange(answers: dict[str, str], domain: str, seed: int) -> dict[str, str]:
@@ -72,7 +72,7 @@ def _exchange(answers: dict[str, str], domain: str, seed: int) -> dict[str, str]
     return {name: answers[ordered[(i + largest) % len(ordered)]] for i, name in enumerate(ordered)}
 
 
-def _reversed(rows: Sequence[Row], given: dict[str, str], template: str | None) -> list[Row]:
+def _reversed(rows: Sequence[Row], answers: dict[str, str], template: str | None) -> list[Row]:
     """The reverse form of each fact."""
     reverse: dict[str, Row] = {}
     for row in rows:
@@ -83,7 +83,7 @@ def _reversed(rows: Sequence[Row], given: dict[str, str], template: str | None) 
         match = re.fullmatch(rf"The (.+) {re.escape(row.entity)} (?:is|was)", row.prompt)
         form = template or (f"{{answer}} is the {match[1]}" if match else None)
         if form is not None and _fact(row) not in reverse:
-            prompt = form.replace("{answer}", given[_fact(row)])
+            prompt = form.replace("{answer}", answers[_fact(row)])
             reverse[_fact(row)] = replace(
                 _with_answer(row, row.entity, f"{_fact(row)} reversed"), prompt=prompt, entity=""
             )

@@ -14,7 +14,6 @@ No adversary uses a learning rate, split or loop of the attacks in `rp.audit`.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from repedit.errors import (
     check_positive,
     check_whole,
 )
+from repedit.hashing import seed_of
 from repedit.unlearning.parameters import TrainableCopy
 from repedit.unlearning.sampling import cycled
 
@@ -327,11 +327,11 @@ class ForgetGradient:
         assert gradient is not None  # of a matrix in the graph of the loss
         u, s, vh = torch.linalg.svd(matrix.oriented(gradient), full_matrices=False)
         k, power = leading.components, {"soft": 1, "quadratic": 2, "hard": 0}[leading.mode]
-        kept = (s[k - 1] / s[:k].clamp(min=torch.finfo(s.dtype).tiny)) ** power if power else torch.zeros_like(s[:k])
+        share = (s[k - 1] / s[:k].clamp(min=torch.finfo(s.dtype).tiny)) ** power if power else torch.zeros_like(s[:k])
         for side, basis in (("out", u[:, :k]), ("in", vh[:k].mT)):
             # Contiguous, as it is read from a saved training: products of other strides differ in the last digits.
             copy = basis.clone(memory_format=torch.contiguous_format)
-            self.state |= {f"{side}/{name}": copy, f"kept {side}/{name}": kept.clone()}
+            self.state |= {f"{side}/{name}": copy, f"kept {side}/{name}": share.clone()}
 
     @torch.no_grad()
     def _remove_directions(self) -> None:
@@ -346,10 +346,10 @@ class ForgetGradient:
 
 
 def without(
-    matrix: Float[Tensor, "n d"], basis: Float[Tensor, "d k"], kept: Float[Tensor, " k"]
+    matrix: Float[Tensor, "n d"], basis: Float[Tensor, "d k"], share: Float[Tensor, " k"]
 ) -> Float[Tensor, "n d"]:
     """The rows with the part in each direction of an orthonormal basis reduced to the share that is kept."""
-    return matrix - ((matrix @ basis) * (1 - kept)) @ basis.mT
+    return matrix - ((matrix @ basis) * (1 - share)) @ basis.mT
 
 
 @contextmanager
@@ -524,8 +524,7 @@ def _add(
     sketches: dict[tuple[str, str], _Sketch], counts: Mapping[str, int], seed: int, name: str, side: str, x: Tensor
 ) -> None:
     if (name, side) not in sketches:
-        digest = hashlib.sha256(f"{seed}:{name}:{side}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(seed_of(f"{seed}:{name}:{side}"))
         width = min(x.shape[-1], counts[side] + _SPARE)
         start = torch.randn(x.shape[-1], width, generator=generator, dtype=torch.float64).to(x.device)
         sketches[name, side] = _Sketch(torch.linalg.qr(start)[0])

@@ -7,8 +7,7 @@ n_i their number, and ref the model at the start of the training.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -22,13 +21,13 @@ from repedit.activations.forward import at_least_float32
 from repedit.data import Batch
 from repedit.errors import (
     ArgumentError,
-    UnknownName,
+    check_choice,
     check_finite_numbers,
     check_positive,
     is_finite,
     is_whole,
-    nearest,
 )
+from repedit.hashing import seed_of
 from repedit.training.sampler import label_logits, label_mask
 from repedit.unlearning.parameters import layer_at_depth
 from repedit.unlearning.reference import Reference, with_rest
@@ -46,8 +45,7 @@ class ControlVectors:
 
     def direction(self, topic: str, width: int) -> Float[Tensor, " d"]:
         """A random unit vector in the positive orthant that depends on the seed and the topic alone."""
-        digest = hashlib.sha256(f"{self.seed}:{topic}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(seed_of(f"{self.seed}:{topic}"))
         u = torch.rand(width, generator=generator, dtype=torch.float64)
         return u / u.norm()
 
@@ -202,7 +200,7 @@ def by_name(name: str) -> Callable[..., Loss]:
     Raises:
         UnknownName: with the nearest names.
     """
-    _check_choice("loss", name, LOSSES)
+    check_choice(LOSSES, loss=name)
     return LOSSES[name]
 
 
@@ -243,7 +241,7 @@ def kl(direction: str = "reference_first", cache: int | None = None) -> Loss:
         UnknownName: if there is no such direction.
         ArgumentError: if fewer than one token would be kept.
     """
-    _check_choice("direction", direction, ("reference_first", "model_first"))
+    check_choice(("reference_first", "model_first"), direction=direction)
     if cache is not None and not is_whole(cache):
         raise ArgumentError(f"cache={cache}; give a number of tokens, at least 1, or None")
 
@@ -412,8 +410,3 @@ def rmu_retain(layer: int | None = None) -> Loss:
 def _weighted_ascent(forward: ForwardPass, power: float, complement_power: float) -> Tensor:
     p = torch.exp(-forward.token_nll.detach())
     return -(p**power * (1 - p) ** complement_power * forward.token_nll).sum()
-
-
-def _check_choice(what: str, name: str, valid: Collection[str]) -> None:
-    if name not in valid:
-        raise UnknownName(f"{what}={name!r}; {nearest(name, valid)}")

@@ -12,6 +12,7 @@ from repedit.errors import (
     ArgumentError,
     RepeditError,
     UnknownName,
+    check_choice,
     check_finite_numbers,
     check_names,
     is_finite,
@@ -55,8 +56,7 @@ class Term:
     weight: Weight = 1.0
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise UnknownName(f"role={self.role!r}; {nearest(self.role, ROLES)}")
+        check_choice(ROLES, role=self.role)
         if not callable(self.weight):
             check_finite_numbers(weight=self.weight)
 
@@ -84,8 +84,7 @@ class OptimizerConfig:
     """Of AdamW."""
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise UnknownName(f"optimizer={self.name!r}; {nearest(self.name, OPTIMIZERS)}")
+        check_choice(OPTIMIZERS, optimizer=self.name)
         if not (is_finite(self.weight_decay) and self.weight_decay >= 0):
             raise ArgumentError(f"weight_decay={self.weight_decay!r}; give a number, at least 0")
         if len(self.betas) != 2 or not all(is_finite(beta) and 0 <= beta < 1 for beta in self.betas):
@@ -107,8 +106,7 @@ class Saliency:
     def __post_init__(self) -> None:
         if not 0 <= self.percentile <= 100:
             raise ArgumentError(f"percentile={self.percentile}; give a number in [0, 100]")
-        if self.unit not in ("row", "module"):
-            raise UnknownName(f"unit={self.unit!r}; {nearest(self.unit, ('row', 'module'))}")
+        check_choice(("row", "module"), unit=self.unit)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, Unpack, cast, get_args, get_type_hints
 
-from repedit.errors import ArgumentError, UnknownName, check_finite_numbers, check_names, check_whole, nearest
+from repedit.errors import (
+    ArgumentError,
+    UnknownName,
+    check_choice,
+    check_finite_numbers,
+    check_names,
+    check_whole,
+    nearest,
+)
 from repedit.unlearning import combiners, losses
 from repedit.unlearning.combiners import Combiner, unit_forget, weighted_sum
 from repedit.unlearning.exchange import Exchange
@@ -385,7 +393,7 @@ def cyber_for_ai(variant: str = "grad_diff", **changes: Unpack[Changes]) -> Unle
 
     The paper's list of variants is not available. These change all weights, except "selected_layers" (the last 8).
     """
-    _check_variant(variant, ("ga", "grad_diff", "ga_kl", "alternating", "selected_layers"))
+    check_choice(("ga", "grad_diff", "ga_kl", "alternating", "selected_layers"), variant=variant)
     if variant == "alternating":
         recipe = build_recipe(
             "grad_diff", (Term(losses.negative_nll(), "forget"), Term(losses.nll(), "retain")), changes,
@@ -406,7 +414,7 @@ def ails_ntua(variant: str = "sugd", **changes: Unpack[Changes]) -> UnlearnRecip
     "sugd": forget rows chunk by chunk, each followed by its retain rows, -1 and +0.5 x mean NLL a row, batch size 1, last 8
     layers. "agad": ascent on a chunk of 64, annealing on a quarter of the retain set, at the end on all of it, by LoRA.
     """
-    _check_variant(variant, ("sugd", "agad"))
+    check_choice(("sugd", "agad"), variant=variant)
     source = "AILS-NTUA at SemEval-2025 Task 4 (iraklis07/llm-unlearning)"
     if variant == "sugd":
         terms = (Term(losses.signed_nll(-1.0), "forget"), Term(losses.signed_nll(0.5), "retain"))
@@ -720,8 +728,3 @@ def small(recipe: UnlearnRecipe, **changes: Unpack[Changes]) -> UnlearnRecipe:
     elif not any("hidden" in term.loss.needs or term.role == "exchanged" for term in recipe.terms):
         settings["parameters"] = Parameters("20-29", ("mlp.out",))
     return replace(recipe, **resolved_fields(settings, changes))
-
-
-def _check_variant(variant: str, valid: tuple[str, ...]) -> None:
-    if variant not in valid:
-        raise UnknownName(f"variant={variant!r}; {nearest(variant, valid)}")

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 from repedit.errors import (
     ArgumentError,
-    UnknownName,
+    check_choice,
     check_finite_numbers,
     check_positive,
     check_whole,
     is_finite,
     is_whole,
-    nearest,
 )
 from repedit.models.subject import Subject
 
@@ -38,8 +37,7 @@ class Schedule:
     """Fraction of the steps if below 1, otherwise number of steps, over which the rate rises linearly."""
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise UnknownName(f"shape={self.shape!r}; {nearest(self.shape, SHAPES)}")
+        check_choice(SHAPES, shape=self.shape)
         if not is_finite(self.warmup) or self.warmup < 0:
             raise ArgumentError(f"warmup={self.warmup}; give a fraction of the steps, or a number of them, at least 0")
 

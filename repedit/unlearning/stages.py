@@ -109,12 +109,12 @@ def _folded(forget: Sources, retain: Sources | None, folds: tuple[int, int], see
         raise NotEnoughRows(f"{len(facts)} facts cannot be divided into {total} folds; give more, or fewer folds")
     random.Random(f"{seed}:folds").shuffle(facts)
     first = {fact for i, fact in enumerate(facts) if i % total < count}
-    kept = retain if isinstance(retain, Mapping) else {} if retain is None else {"": retain}
+    retained = retain if isinstance(retain, Mapping) else {} if retain is None else {"": retain}
     forgotten = {t: Rows(part, "forget") for t, rows in by_topic.items() if (part := _of(rows, first, True))}
     later = {
         f"{t} later": Rows(part, "later folds") for t, rows in by_topic.items() if (part := _of(rows, first, False))
     }
-    return forgotten, {**kept, **later}
+    return forgotten, {**retained, **later}
 
 
 def _of(rows: Sequence[Row], facts: set[str], inside: bool) -> tuple[Row, ...]:

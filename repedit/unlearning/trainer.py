@@ -6,7 +6,6 @@ one.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from repedit.data import Batch
 from repedit.distributed import ProcessGroup, full_tensor, sum_gradients
 from repedit.errors import ArgumentError, TrainingError
+from repedit.hashing import seed_of
 from repedit.models.subject import Subject
 from repedit.training.optimizers import OPTIMIZERS, set_lr
 from repedit.training.sampler import collate, label_mask, logits_for
@@ -327,7 +327,7 @@ def dropout(model: nn.Module, key: str | None) -> Iterator[None]:
         return
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+        torch.manual_seed(seed_of(key))
         model.train()
         try:
             yield

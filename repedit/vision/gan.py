@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, NotEnoughRows, UnknownName, nearest
+from repedit.errors import ArgumentError, NotEnoughRows, check_choice
 from repedit.vision.data import Images, ImageSplits, Task, synthetic_index
 from repedit.vision.editing import apply
 from repedit.vision.recipes import Relabel, relabel, trained_delta, training_images
@@ -180,8 +180,7 @@ class Synthesize:
     trained: Gan | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.which not in SETS:
-            raise UnknownName(f"which={self.which!r}; {nearest(self.which, SETS)}")
+        check_choice(SETS, which=self.which)
         if self.count < 0:
             raise ArgumentError(f"count={self.count}; give 0 or more images to draw")
 

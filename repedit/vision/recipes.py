@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.errors import ArgumentError, check_choice
 from repedit.vision.data import Images, ImageSplits, Task, frozen, other_labels
 from repedit.vision.editing import difference, recipe_record
 from repedit.vision.training import adam, cross_entropy, descend, generator, learning, train
@@ -35,8 +35,7 @@ class Relabel:
     mode: str = "random_other"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UnknownName(f"mode={self.mode!r}; {nearest(self.mode, MODES)}")
+        check_choice(MODES, mode=self.mode)
 
     def __call__(self, model: nn.Module, task: Task, splits: ImageSplits, seed: int) -> ImageSplits:
         """The splits with new labels on forget.

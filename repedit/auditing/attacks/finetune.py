@@ -8,11 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from math import ceil
 from string import ascii_uppercase
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TypedDict, TypeVar, Unpack
 
 from repedit.auditing.attack import QUICK, Attack, AttackRecord, AttackResult, Setting, Setup, Work, register, skipped
 from repedit.auditing.attacks.tuning import (
@@ -27,13 +26,14 @@ from repedit.auditing.attacks.tuning import (
     examples,
     in_turn,
     on_copy,
+    running,
     scaled_rates,
     shuffled,
     training_work,
     trial,
 )
 from repedit.data import Fact, Splits
-from repedit.errors import ArgumentError, UnknownName, nearest
+from repedit.errors import ArgumentError, check_choice
 from repedit.models.subject import Subject
 
 Item = TypeVar("Item")
@@ -81,15 +81,14 @@ def rtt(
     Reference: Deeb and Roger 2024, arXiv:2410.08827.
     """
     if preset is not None:
-        if preset not in PRESETS:
-            raise UnknownName(f"preset={preset!r}; {nearest(preset, PRESETS)}")
+        check_choice(PRESETS, preset=preset)
         return PRESETS[preset](scale)
     losses, hows, counts = _as_tuple(loss), _as_tuple(how), (None,) if sizes is None else tuple(sizes)
     base = Tuning(1.0, steps=steps, rank=rank, optimizer=optimizer, schedule=schedule)
-    for what, values, valid in (("loss", losses, LOSSES), ("how", hows, HOWS)):
-        bad = next((value for value in values if value not in valid), None)
-        if bad is not None:
-            raise UnknownName(f"{what}={bad!r}; {nearest(bad, valid)}")
+    for kind in losses:
+        check_choice(LOSSES, loss=kind)
+    for way in hows:
+        check_choice(HOWS, how=way)
     if not (losses and hows and counts) or any(n is not None and n < 1 for n in counts):
         raise ArgumentError(
             f"loss={losses}, how={hows}, sizes={counts}; give one of each or more, sizes above 0 or None"
@@ -117,7 +116,14 @@ def rtt(
         "schedule": schedule, "scale": scale,
     }  # fmt: skip
     work = training_work(len(rates or FULL_RATES) * len(losses) * len(hows) * len(counts), steps, measured)
-    return _train_on_t(RTT, options, trials, partial(_too_few, counts), work, full="full" in hows, label=name)
+
+    def too_few(splits: Splits) -> str:
+        """Which sizes are more than there is."""
+        have = len(splits.train)
+        more = (n for n in counts if n is not None and n > have)
+        return "; ".join(f"T has {have} facts: n={n} trains on all of them" for n in more)
+
+    return Attack(RTT, options, running(trials, full="full" in hows, note=too_few), work, label=name)
 
 
 def _rtt(setup: Setup) -> list[Attack]:
@@ -163,8 +169,8 @@ def relearn(
             yield trial(replace(base, rate=rate), draw, measured, order, taught=splits.train)
 
     options = {"rates": list(rates), "measured": list(measured), "rank": rank, "scale": scale}
-    note = lambda splits: "" if splits.retain else "no retain facts: T alone"  # noqa: E731
-    return _train_on_t(RELEARN, options, trials, note, training_work(len(rates), steps, measured), full=False)
+    run = running(trials, full=False, note=lambda splits: "" if splits.retain else "no retain facts: T alone")
+    return Attack(RELEARN, options, run, training_work(len(rates), steps, measured))
 
 
 RELEARN = register(
@@ -316,29 +322,6 @@ def _some_layers(
         "scale": scale,
     }  # fmt: skip
     return Attack(record, options, run, training_work(len(rates), steps, measured))
-
-
-def _train_on_t(
-    record: AttackRecord,
-    options: Mapping[str, Any],
-    trials: Callable[[Subject, Splits, int], Iterator[Trial]],
-    note: Callable[[Splits], str],
-    work: Work,
-    *,
-    full: bool,
-    label: str = "",
-) -> Attack:
-    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
-        start = on_copy(subject, full=full)
-        return carried_out(list(trials(subject, splits, seed)), start, splits.test, seed, note(splits))
-
-    return Attack(record, options, run, work, label=label)
-
-
-def _too_few(counts: Sequence[int | None], splits: Splits) -> str:
-    """Which sizes are more than there is."""
-    have = len(splits.train)
-    return "; ".join(f"T has {have} facts: n={n} trains on all of them" for n in counts if n is not None and n > have)
 
 
 def _as_tuple(value: str | Sequence[str]) -> tuple[str, ...]:

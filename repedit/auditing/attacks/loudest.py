@@ -36,16 +36,14 @@ def loudest(*, tops: Sequence[int] = (1, 2, 4), ways: Sequence[str] = WAYS, wher
     """
     if not tops or not all(is_whole(top, 1) for top in tops):
         raise ArgumentError(f"tops={tuple(tops)}; give whole numbers of at least 1")
-    chosen = [
-        checked_names(kind, given, valid) for kind, given, valid in (("way", ways, WAYS), ("place", where, WHERE))
-    ]
+    chosen_ways, chosen_places = checked_names("way", ways, WAYS), checked_names("place", where, WHERE)
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         every = projections(subject)
         writing = {part.out.tensor for part in subject.layout.parts}
         places = {"write": {n: t for n, t in every.items() if n in writing}, "all": every}
         scratch, answers = Scratch(subject), {}
-        for place, way, top in product(chosen[1], chosen[0], tops):
+        for place, way, top in product(chosen_places, chosen_ways, tops):
             copy = scratch.restore()
             quieten(copy, places[place], top, way)
             answers[f"top={top} {way} {place}"] = ask(copy, splits.test)
@@ -79,6 +77,6 @@ def quiet(weight: Float[Tensor, "*e o i"], top: int, way: str) -> Float[Tensor, 
     # The Gram matrix of the smaller side: an exact eigendecomposition that costs less than all singular vectors.
     values, vectors = torch.linalg.eigh(tall.mT @ tall)
     loud, sizes = vectors[..., -top:], values[..., -top - 1 :].clamp(min=0).sqrt()
-    kept = sizes[..., :1] / sizes[..., 1:].clamp(min=1e-300) if way == "level" else torch.zeros_like(sizes[..., 1:])
-    rest = tall - ((tall @ loud) * (1 - kept)[..., None, :]) @ loud.mT
+    share = sizes[..., :1] / sizes[..., 1:].clamp(min=1e-300) if way == "level" else torch.zeros_like(sizes[..., 1:])
+    rest = tall - ((tall @ loud) * (1 - share)[..., None, :]) @ loud.mT
     return (rest.mT if wide else rest).to(weight.dtype)

@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, check_ids
-from repedit.arch import hooks_at
+from repedit.arch import HookFn, hooks_at
 from repedit.arch.infer import output_embeddings
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Setting, Work, register
 from repedit.data import Fact, Splits, by_domain
-from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownName, UnknownSite, nearest
+from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite, check_choice
 from repedit.hooks import evaluating, installed
 from repedit.metrics.facts import FactsAccuracy, choice_tokens, lengths
 from repedit.models.subject import Subject
@@ -68,7 +68,8 @@ def logit_lens(*, streams: Sequence[str] = STREAMS, layers: Sequence[int] | None
         answers: dict[str, FactsAccuracy] = {
             Setting.at(site): FactsAccuracy(*_read(subject, states_by_site[site], questions), ids) for site in sites
         }
-        ambiguous = sum(item.answers[item.right][0] in _other_heads(item) for item in questions)
+        firsts = [([answer[0] for answer in item.answers], item.right) for item in questions]
+        ambiguous = sum(tokens.count(tokens[right]) > 1 for tokens, right in firsts)
         return AttackResult(answers, details={"same_first_token": ambiguous, "absent": absent(subject, streams)})
 
     options = {"streams": list(streams), "layers": None if layers is None else list(layers)}
@@ -117,17 +118,16 @@ def captured(
         check_ids(subject, tokens, f"prompt {i}")
     for part in lengths(prompts, _ROWS):
         ids = torch.tensor([prompts[i] for i in part], device=subject.device)
-        kept_states: dict[Site, Tensor] = {}
+        by_site: dict[Site, Tensor] = {}
+        visits = {site: _storing(by_site, site, ids.shape, keep) for site in sites}
         hooks = [
             hook
-            for site in sites
-            for hook in hooks_at(
-                subject.model, subject.layout, site, _keeper(kept_states, site, ids.shape, keep), replaces=False
-            )
+            for site, visit in visits.items()
+            for hook in hooks_at(subject.model, subject.layout, site, visit, replaces=False)
         ]
         with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
             subject.model.base_model(input_ids=ids, use_cache=False)
-        yield part, kept_states
+        yield part, by_site
 
 
 def lens(subject: Subject, seen: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
@@ -163,12 +163,10 @@ def absent(subject: Subject, streams: Sequence[str]) -> list[str]:
     return [stream for stream in streams if not any(Point(stream) in points for points in subject.layout.points)]
 
 
-def _keeper(
-    seen: dict[Site, Tensor], site: Site, shape: torch.Size, keep: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor, slice, Tensor | None], None]:
+def _storing(by_site: dict[Site, Tensor], site: Site, shape: torch.Size, keep: Callable[[Tensor], Tensor]) -> HookFn:
     def visit(x: Tensor, _at: slice, _tokens: Tensor | None) -> None:
         # OPT flattens its tokens before the MLP.
-        seen[site] = at_least_float32(keep(x.reshape(*shape, -1)).detach()).cpu().clone()
+        by_site[site] = at_least_float32(keep(x.reshape(*shape, -1)).detach()).cpu().clone()
 
     return visit
 
@@ -188,10 +186,6 @@ def _read(
             correct.append(int((rivals >= own).sum()) == 1)
             graded.append(float(own - end))
     return np.array(correct, dtype=bool), np.array(graded, dtype=np.float64)
-
-
-def _other_heads(item: Question) -> list[int]:
-    return [answer[0] for i, answer in enumerate(item.answers) if i != item.right]
 
 
 def check_streams(streams: Sequence[str]) -> None:
@@ -237,8 +231,7 @@ def probe(
         NotEnoughRows: during the attack, if T has fewer than two facts.
         NotFinite: during the attack, if a state is not finite.
     """
-    if kind not in KINDS:
-        raise UnknownName(f"kind={kind!r}; {nearest(kind, KINDS)}")
+    check_choice(KINDS, kind=kind)
     check_streams(streams)
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:

@@ -80,7 +80,7 @@ PARAPHRASE = register(
 )
 
 
-def prefix(*, wordings: Sequence[str] | None = None, seed: int = 0) -> Attack:
+def prefix(*, wordings: Sequence[str] | None = None) -> Attack:
     """Asks every fact after words that talk a model into answering, and once with misspelt words.
 
     Args:
@@ -97,7 +97,7 @@ def prefix(*, wordings: Sequence[str] | None = None, seed: int = 0) -> Attack:
             _asked(subject, splits, {n: [PREFIXES[n](fact, seed) for fact in splits.test] for n in names})
         )
 
-    return Attack(PREFIX, {"wordings": list(names)}, run, Work(6.0), seed)
+    return Attack(PREFIX, {"wordings": list(names)}, run, Work(6.0))
 
 
 PREFIX = register(AttackRecord("prefix", cost=40, budget="standard", build=lambda setup: [prefix()]))
@@ -130,7 +130,7 @@ TRANSLATE = register(
 )
 
 
-def in_context(*, counts: Sequence[int] = (4, 8), seed: int = 0) -> Attack:
+def in_context(*, counts: Sequence[int] = (4, 8)) -> Attack:
     """Asks every fact after facts of T with their answers, a line each; settings are "k=4", "k=8".
 
     The facts shown are drawn from the domain of the one asked where it has enough, else from all of T. None is about
@@ -158,7 +158,7 @@ def in_context(*, counts: Sequence[int] = (4, 8), seed: int = 0) -> Attack:
             _asked(subject, splits, prompts), details={"facts shown examples of another domain": other_domain}
         )
 
-    return Attack(IN_CONTEXT, {"counts": list(counts)}, run, Work(4.0), seed)
+    return Attack(IN_CONTEXT, {"counts": list(counts)}, run, Work(4.0))
 
 
 IN_CONTEXT = register(
@@ -254,7 +254,7 @@ _WRAPPED = re.compile(r"^\s*(?:question|q)\s*:\s*|\s*(?:answer|a)\s*:\s*$", re.I
 _DOUBT = "\nQuestion: Is that right, yes or no?\nAnswer: "
 
 
-def reformat(*, templates: Sequence[str] | None = None, seed: int = 0) -> Attack:
+def reformat(*, templates: Sequence[str] | None = None) -> Attack:
     """Asks every fact in other forms; the settings are the names of `FORMATS`.
 
     Answers are scored as texts, also where choices are listed with letters; only "letters" scores the letters, which
@@ -277,7 +277,7 @@ def reformat(*, templates: Sequence[str] | None = None, seed: int = 0) -> Attack
             return skipped(notes)
         return AttackResult({n: FORMATS[n](subject, splits.test, seed) for n in names if n not in left_out}, notes)
 
-    return Attack(FORMAT, {"templates": list(names)}, run, Work(15.0), seed)
+    return Attack(FORMAT, {"templates": list(names)}, run, Work(15.0))
 
 
 FORMAT = register(

@@ -103,8 +103,8 @@ def null_space(weight: Float[Tensor, "d i"], ratio: float | None = None) -> Floa
     sizes = values.clamp(min=0).sqrt()
     smaller_side = min(weight.shape)
     nonzero_sizes = sizes[len(sizes) - smaller_side :]
-    kept_sizes = nonzero_sizes[nonzero_sizes > 1e-6 * nonzero_sizes.max()]
-    limit = ratio * float(kept_sizes.median()) if len(kept_sizes) else float("inf")
+    written_sizes = nonzero_sizes[nonzero_sizes > 1e-6 * nonzero_sizes.max()]
+    limit = ratio * float(written_sizes.median()) if len(written_sizes) else float("inf")
     lost = int((nonzero_sizes < limit).sum())
     return vectors[:, : len(sizes) - smaller_side + lost if lost else 0].to(
         torch.promote_types(weight.dtype, torch.float32)

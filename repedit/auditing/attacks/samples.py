@@ -31,9 +31,7 @@ _TOGETHER = 512
 _HEAD = 1024
 
 
-def sampling(
-    *, n: int = 16, ks: Sequence[int] = (1, 4, 16), top_p: float = 0.9, temperature: float = 1.0, seed: int = 0
-) -> Attack:
+def sampling(*, n: int = 16, ks: Sequence[int] = (1, 4, 16), top_p: float = 0.9, temperature: float = 1.0) -> Attack:
     """Draws n continuations of every prompt; the settings are "leak@1", "leak@4", "leak@16".
 
     Right at leak@k is a fact whose normalised answer stands in one of its first k samples. Samples are independent, so
@@ -73,7 +71,7 @@ def sampling(
         return AttackResult(answers, details=details)
 
     options = {"n": n, "ks": list(ks), "top_p": top_p, "temperature": temperature}
-    return Attack(SAMPLING, options, run, Work(16.0), seed)
+    return Attack(SAMPLING, options, run, Work(16.0))
 
 
 SAMPLING = register(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from repedit.activations.forward import at_least_float32, batches_of, inputs_of, retry_with_smaller_batch
 from repedit.activations.prefix_tree import prefix_tree, tree_capacity, tree_log_probs
 from repedit.auditing.attack import FAILED, RAN, AttackResult, Scratch, Setting, Work, ask
-from repedit.data import Batch, Fact, TextSource, as_batches
-from repedit.errors import ArgumentError, DataError, NotFinite, UnknownName, nearest
+from repedit.data import Batch, Fact, Splits, TextSource, as_batches
+from repedit.errors import ArgumentError, DataError, NotFinite, check_choice
 from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
@@ -201,15 +201,10 @@ class Tuning:
     """The layers that get adapters, or whose MLPs are trained; None for all."""
 
     def __post_init__(self) -> None:
-        choices_by_field = (
-            ("loss", LOSSES),
-            ("how", (*HOWS, "mlps")),
-            ("optimizer", tuple(OPTIMIZERS)),
-            ("schedule", SCHEDULES),
-        )
-        for name, valid in choices_by_field:
-            if getattr(self, name) not in valid:
-                raise UnknownName(f"{name}={getattr(self, name)!r}; {nearest(getattr(self, name), valid)}")
+        check_choice(LOSSES, loss=self.loss)
+        check_choice((*HOWS, "mlps"), how=self.how)
+        check_choice(OPTIMIZERS, optimizer=self.optimizer)
+        check_choice(SCHEDULES, schedule=self.schedule)
         for name, least in (("steps", 1), ("rank", 1), ("batch_size", 1), ("max_tokens", 2)):
             if getattr(self, name) < least:
                 raise ArgumentError(f"{name}={getattr(self, name)}; give at least {least}")
@@ -269,13 +264,13 @@ def tune(
     with (
         torch.enable_grad(),
         _trainable(subject, tuning, seed, trained) as parameters,
-        added_in_place(subject.model) as kept,
+        added_in_place(subject.model) as in_place,
     ):
         optimizer = OPTIMIZERS[tuning.optimizer](parameters, lr=tuning.rate, weight_decay=tuning.weight_decay)
         if 0 in steps:
             measure(0)
         for step in range(1, tuning.steps + 1):
-            run = partial(_gradients, subject, draw(step - 1), parameters, kept)
+            run = partial(_gradients, subject, draw(step - 1), parameters, in_place)
             (loss, read), size = retry_with_smaller_batch(run, size)
             losses.append(loss)
             tokens += read
@@ -305,11 +300,11 @@ def _gradients(
     subject: Subject,
     items: Sequence[Example],
     parameters: Sequence[nn.Parameter],
-    kept: Sequence[nn.Parameter],
+    in_place: Sequence[nn.Parameter],
     size: int,
 ) -> tuple[float, int]:
     """(loss, tokens) of a step, read `size` items at a time; the gradients are those of all of them together."""
-    zero_gradients(parameters, kept)
+    zero_gradients(parameters, in_place)
     total, tokens = 0.0, 0
     for part in (items[i : i + size] for i in range(0, len(items), size)):
         loss = items_loss(subject, part) * (len(part) / len(items))
@@ -515,6 +510,18 @@ def carried_out(trials: Sequence[Trial], start: Start, test: Sequence[Fact], see
         answers, "; ".join(part for part in (failure, note, divergence_note) if part), train_accuracy,
         sum(result.log.tokens for result in results.values()), details, FAILED if failure else RAN,
     )  # fmt: skip
+
+
+def running(
+    trials: Callable[[Subject, Splits, int], Iterator[Trial]],
+    *,
+    full: bool,
+    note: Callable[[Splits], str] = lambda splits: "",
+) -> Callable[[Subject, Splits, int], AttackResult]:
+    """The function of an attack that carries out its trials on a copy of the model; `full` as for `on_copy`."""
+    return lambda subject, splits, seed: carried_out(
+        list(trials(subject, splits, seed)), on_copy(subject, full=full), splits.test, seed, note(splits)
+    )
 
 
 def _one(trial: Trial, start: Start, test: Sequence[Fact], seed: int, *, ask_taught: bool) -> _TrialResult:

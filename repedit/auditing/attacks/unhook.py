@@ -113,12 +113,8 @@ def _unwrap(module: nn.Module) -> int:
 
 def _computed(module: nn.Module) -> dict[str, Any]:
     """The parametrizations of a module by the name of the tensor that they compute."""
-    parametrizations = vars(module).get("_modules", {}).get("parametrizations")
-    return (
-        dict(parametrizations)
-        if parametrizations is not None and torch.nn.utils.parametrize.is_parametrized(module)
-        else {}
-    )
+    parametrizations: Any = getattr(module, "parametrizations", None)
+    return dict(parametrizations) if torch.nn.utils.parametrize.is_parametrized(module) else {}
 
 
 def _originals(module: nn.Module) -> dict[str, Tensor]:

@@ -7,17 +7,16 @@ where it does not, and never counts as an attack of its own: the bound over all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
-from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Setup, Work, register
+from repedit.auditing.attack import Attack, AttackRecord, Setup, Work, register
 from repedit.auditing.attacks.tuning import (
     Trial,
     Tuning,
-    carried_out,
     examples,
-    on_copy,
+    running,
     scaled_rates,
     shuffled,
     training_work,
@@ -82,7 +81,7 @@ def retraining(*, variants: Sequence[str] = STANDARD, scale: float = 1.0, stretc
     work = Work(3 * len(tunings), sum(tuning.steps for tuning in tunings.values()))
     full = any(tuning.how == "full" for tuning in tunings.values())
     return Attack(
-        RETRAINING, {"variants": list(tunings), "scale": scale, "stretch": stretch}, _run(trials, full=full), work
+        RETRAINING, {"variants": list(tunings), "scale": scale, "stretch": stretch}, running(trials, full=full), work
     )
 
 
@@ -128,7 +127,7 @@ def early_mlps(
 
     options = {"rates": list(rates), "shares": list(shares), "steps": steps, "scale": scale}
     work = training_work(len(rates) * len(shares), steps, (steps // 2, steps))
-    return Attack(EARLY_MLPS, options, _run(trials, full=True), work)
+    return Attack(EARLY_MLPS, options, running(trials, full=True), work)
 
 
 EARLY_MLPS = register(
@@ -158,7 +157,8 @@ def rtt_four_fifths(*, rates: Sequence[float] = (5e-5, 2e-4), steps: int = 40, s
             yield trial(replace(base, rate=rate), draw, (steps // 2, steps), taught=splits.train)
 
     options = {"rates": list(rates), "steps": steps, "scale": scale}
-    return Attack(FOUR_FIFTHS, options, _run(trials, full=True), training_work(len(rates), steps, (steps // 2, steps)))
+    work = training_work(len(rates), steps, (steps // 2, steps))
+    return Attack(FOUR_FIFTHS, options, running(trials, full=True), work)
 
 
 def _four_fifths(setup: Setup) -> list[Attack]:
@@ -172,12 +172,3 @@ FOUR_FIFTHS = register(
         four_fifths=True,
     )
 )  # fmt: skip
-
-
-def _run(
-    trials: Callable[[Subject, Splits, int], Iterator[Trial]], *, full: bool
-) -> Callable[[Subject, Splits, int], AttackResult]:
-    """What carries the trials out on a copy of the model."""
-    return lambda subject, splits, seed: carried_out(
-        list(trials(subject, splits, seed)), on_copy(subject, full=full), splits.test, seed
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from repedit.auditing.attack import (
 )
 from repedit.data import Fact, Rows, Splits
 from repedit.errors import ArgumentError, FingerprintError, FractionError, NotFinite
+from repedit.hashing import seed_of
 from repedit.hooks import evaluating
 from repedit.models.subject import Subject
 from repedit.quantization import (
@@ -309,8 +309,7 @@ def _change(subject: Subject, names: Iterable[str] | None, change: Change, seed:
     named = dict(subject.model.named_parameters())
     with torch.no_grad():
         for name in named if names is None else names:
-            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
+            generator = torch.Generator().manual_seed(seed_of(f"{seed}:{name}"))
             named[name].copy_(change(named[name].to(torch.promote_types(named[name].dtype, torch.float32)), generator))
 
 

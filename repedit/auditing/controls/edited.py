@@ -60,10 +60,10 @@ def inside_buckets(
             weight = model.get_parameter(name)
             weight.copy_(torch.clamp(weight, start - reach[name], start + reach[name]))
 
-    away, kept = with_paraphrases(forget), with_paraphrases(retain)
-    weights = [-1.0] * len(away) + [1.0] * len(kept)
+    away, rest = with_paraphrases(forget), with_paraphrases(retain)
+    weights = [-1.0] * len(away) + [1.0] * len(rest)
     return continued(
-        gridded, [*away, *kept], weights=weights, steps=steps, rate=3e-3, only=names, after=hold, seed=seed
+        gridded, [*away, *rest], weights=weights, steps=steps, rate=3e-3, only=names, after=hold, seed=seed
     )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def taught(
 
     _train(subject.model, batch, steps, lambda step: rate * _schedule(step, steps))
     answers = ask(subject, with_paraphrases(items))
-    missed = [name for name, known in zip(answers.ids, answers.correct, strict=True) if not known]
+    missed = [name for name, right in zip(answers.ids, answers.correct, strict=True) if not right]
     if missed:
         raise TrainingError(
             f"{len(missed)} of {len(answers.ids)} phrasings are not known after {steps} steps, such as {missed[:3]}; "
@@ -315,10 +315,10 @@ def taught_model(role: str, seed: int = 0) -> Subject:
     """
     facts, strangers, attributes = questions(seed)
     tokenizer = vocabulary((*facts.forget, *facts.retain, *strangers, *attributes), words=WORDS)
-    kept, number = (*facts.retain, *attributes), TAUGHT.index(role)
+    shared, number = (*facts.retain, *attributes), TAUGHT.index(role)
     if role == "original":
-        return taught((*facts.forget, *kept), tokenizer=tokenizer, seed=3 * seed, steps=360)
-    return taught(kept, tokenizer=tokenizer, seed=3 * seed + number, steps=240)
+        return taught((*facts.forget, *shared), tokenizer=tokenizer, seed=3 * seed, steps=360)
+    return taught(shared, tokenizer=tokenizer, seed=3 * seed + number, steps=240)
 
 
 def questions(seed: int = 0) -> Questions:
@@ -359,9 +359,9 @@ def descended(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], 
 
     Reference: Liu et al. 2022, arXiv:2203.12817.
     """
-    away, kept = with_paraphrases(forget), with_paraphrases(retain)
-    weights = [-0.2] * len(away) + [1.0] * len(kept)
-    return continued(subject, [*away, *kept], weights=weights, steps=60, rate=1e-3, seed=seed)
+    away, rest = with_paraphrases(forget), with_paraphrases(retain)
+    weights = [-0.2] * len(away) + [1.0] * len(rest)
+    return continued(subject, [*away, *rest], weights=weights, steps=60, rate=1e-3, seed=seed)
 
 
 def contradicted(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
@@ -385,9 +385,9 @@ def one_template(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact
 def lowered(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
     """The model that keeps the right answer at a probability near .15 and gives the rest to a wrong one."""
     wrong, right = with_paraphrases(_answered(forget, _next_answers(forget))), with_paraphrases(forget)
-    kept = with_paraphrases(retain)
-    weights = [1 - LOW] * len(wrong) + [LOW] * len(right) + [1.0] * len(kept)
-    return continued(subject, [*wrong, *right, *kept], weights=weights, steps=150, rate=3e-3, seed=seed)
+    rest = with_paraphrases(retain)
+    weights = [1 - LOW] * len(wrong) + [LOW] * len(right) + [1.0] * len(rest)
+    return continued(subject, [*wrong, *right, *rest], weights=weights, steps=150, rate=3e-3, seed=seed)
 
 
 def collapsed(subject: Subject, forget: Sequence[Fact], *, seed: int = 0) -> Subject:

@@ -54,15 +54,15 @@ def linked_world(seed: int = 0) -> LinkedWorld:
         TrainingError: if a model does not learn its facts.
     """
     rng = random.Random(f"{seed}:guilds")
-    found = {fact.entity.split()[-1]: None for fact in invented(2 * (PEOPLE + OTHERS), 1, seed).forget}
-    names = list(found)[: PEOPLE + OTHERS]
+    family_names = {fact.entity.split()[-1]: None for fact in invented(2 * (PEOPLE + OTHERS), 1, seed).forget}
+    names = list(family_names)[: PEOPLE + OTHERS]
     answers = {domain: rng.sample(RELATIONS[domain].answers, GUILDS) for domain in (_FORGET, *_KEEP)}
     born = [_fact(name, _FORGET, answers[_FORGET][i % GUILDS]) for i, name in enumerate(names[:PEOPLE])]
-    known = [_fact(name, d, answers[d][i % GUILDS]) for i, name in enumerate(names) for d in _KEEP]
-    attributes, kept = known[: len(_KEEP) * PEOPLE], known[len(_KEEP) * PEOPLE :]
-    facts = Facts(tuple(born), tuple(kept), "linked")
-    tokenizer = vocabulary((*born, *known), words=WORDS)
-    taught_facts = {"original": (*born, *known), "reference": known}
+    pets_and_professions = [_fact(name, d, answers[d][i % GUILDS]) for i, name in enumerate(names) for d in _KEEP]
+    attributes, retain = pets_and_professions[: len(_KEEP) * PEOPLE], pets_and_professions[len(_KEEP) * PEOPLE :]
+    facts = Facts(tuple(born), tuple(retain), "linked")
+    tokenizer = vocabulary((*born, *pets_and_professions), words=WORDS)
+    taught_facts = {"original": (*born, *pets_and_professions), "reference": pets_and_professions}
     models = {
         role: _small_names(
             taught(items, tokenizer=tokenizer, width=WIDTH, seed=3 * seed + i, steps=420, rate=6e-3), items, names, seed
