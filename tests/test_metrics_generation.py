@@ -8,6 +8,7 @@ import torch
 
 from repedit.auditing.attacks.samples import samples
 from repedit.data import Fact
+from repedit.data.corpus import padded
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFinite
 from repedit.metrics import generation
 from repedit.metrics.benchmarks import compare
@@ -40,23 +41,18 @@ def test_a_prompt_is_continued_as_it_is_alone(family):
     check_alone(family)
 
 
-def on_the_right(subject, tokens):
-    width = max(map(len, tokens))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens])
-    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in tokens])
+def on_the_right(tokens, *, left):
+    return padded(tokens)
 
 
-def unmasked(subject, tokens):
-    ids, mask = plain_padded(subject, tokens)
+def unmasked(tokens, *, left):
+    ids, mask = padded(tokens, left=left)
     return ids, torch.ones_like(mask)
-
-
-plain_padded = generation._padded_left
 
 
 @pytest.mark.parametrize("broken", [on_the_right, unmasked])
 def test_padding_that_is_read_is_caught(broken, monkeypatch):
-    monkeypatch.setattr(generation, "_padded_left", broken)
+    monkeypatch.setattr(generation, "padded", broken)
     with pytest.raises(AssertionError):
         check_alone("gpt2")
 
@@ -107,7 +103,7 @@ def test_a_penalty_that_is_followed_is_caught(monkeypatch):
     subject.model.generation_config.repetition_penalty = 1.7
 
     def follows(subject, prompts, tokens, names):
-        ids, mask = plain_padded(subject, prompts)
+        ids, mask = padded(prompts, left=True)
         out = subject.model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
         return subject.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
 

@@ -25,9 +25,8 @@ from repedit.vision import (
     training,
 )
 from repedit.vision import condensation as condensing
-from repedit.vision.condensation import reduced
-from repedit.vision.data import bucket_sums as weighted_sum
-from repedit.vision.data import match_features
+from repedit.vision.condensation import bucket_sums as weighted_sum
+from repedit.vision.condensation import match_features, reduced
 from repedit.vision.editing import tensors_of
 from repedit.vision.recipes import training_images
 from tests.classifiers import drawn, normed, original, request
@@ -88,7 +87,7 @@ def test_a_softmax_over_all_buckets_is_caught(setting, monkeypatch):
     def over_all(x, own, free, weights):
         return weighted_sum(x, own, free.softmax(0) * own.bincount()[own], "free")
 
-    monkeypatch.setattr("repedit.vision.data.bucket_sums", over_all)
+    monkeypatch.setattr("repedit.vision.condensation.bucket_sums", over_all)
     with pytest.raises(AssertionError):
         joint_equals_a_loop(model, task, splits.retain, ids, "simplex")
 
@@ -97,7 +96,7 @@ def test_many_buckets_are_solved_in_parts(setting, monkeypatch):
     model, task, splits = setting
     ids = buckets(model, task, splits.retain, 4)
     whole, loss = match_features(model, task, splits.retain, ids, steps=5)
-    monkeypatch.setattr("repedit.vision.data.BATCH", 3)
+    monkeypatch.setattr("repedit.vision.condensation.BATCH", 3)
     parts, again = match_features(model, task, splits.retain, ids, steps=5)
     torch.testing.assert_close(parts.x, whole.x, rtol=0, atol=1e-5)
     torch.testing.assert_close(again, loss, rtol=1e-4, atol=0)

@@ -126,7 +126,9 @@ def inferred_row(model: Any) -> Architecture | None:
     config = model.config
     if config.model_type in families():
         return None
-    key = _structure(model)
+    # Two models share a row if the config, and the class of every module with its `forward`, are the same.
+    classes = tuple((name, type(m), type(m).forward) for name, m in model.named_modules())
+    key = config.to_json_string(use_diff=False), classes
     if key not in _inferred:
         _inferred[key] = infer(model)
         kinds = dict.fromkeys(", ".join(branch.kind for branch in branches) for branches in _inferred[key].block)
@@ -135,12 +137,6 @@ def inferred_row(model: Any) -> Architecture | None:
             config.model_type, " or ".join(kinds),
         )  # fmt: skip
     return _inferred[key]
-
-
-def _structure(model: Any) -> object:
-    """What two models share that one row describes: the config, and the class of every module with its `forward`."""
-    classes = tuple((name, type(m), type(m).forward) for name, m in model.named_modules())
-    return model.config.to_json_string(use_diff=False), classes
 
 
 def output_embeddings(model: Any) -> Any:

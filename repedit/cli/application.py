@@ -151,7 +151,8 @@ class Verb(TyperCommand):
         """
         from repedit.errors import ArgumentError
 
-        passed = {p.name: p for p in self.params if _is_on_command_line(ctx, p.name)}
+        origins = {p.name: getattr(ctx.get_parameter_source(p.name), "name", "") for p in self.params}
+        passed = {p.name: p for p in self.params if origins[p.name] == "COMMANDLINE"}
         for name, parameter in passed.items():
             values = ctx.params[name] if isinstance(ctx.params[name], list | tuple) else [ctx.params[name]]
             if any(isinstance(value, str) and not value.strip() for value in values):
@@ -163,10 +164,6 @@ class Verb(TyperCommand):
                         f"{_option_name(passed[name])} has no effect with {condition}; leave one of them out"
                     )
         return super().invoke(ctx)
-
-
-def _is_on_command_line(ctx: Context, name: str) -> bool:
-    return getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
 
 
 def _option_name(parameter: Parameter) -> str:

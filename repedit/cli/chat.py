@@ -52,7 +52,8 @@ def chat(
     if prompt is None and sys.stdin.isatty() and not json:
         _converse(conversation)
         return
-    for number, line in enumerate([prompt] if prompt is not None else _input_lines()):
+    lines = [prompt] if prompt is not None else [line.strip() for line in sys.stdin if line.strip()]
+    for number, line in enumerate(lines):
         conversation.reset()
         if json:
             _show_json_line(line, conversation.ask(line, _last))
@@ -124,11 +125,6 @@ def _converse(conversation: Conversation) -> None:
                 output.out.print("nothing was written yet; the prompt is forgotten", style="dim")
             except RepeditError as error:
                 output.err.print(f"{type(error).__name__}: {error}")
-
-
-def _input_lines() -> list[str]:
-    """The prompts of standard input."""
-    return [line.strip() for line in sys.stdin if line.strip()]
 
 
 def _show(writings: Writings) -> Sequence[Writing]:

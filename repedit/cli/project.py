@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from repedit.data import Fact, Facts
     from repedit.delta import Delta
     from repedit.edit import Edit
-    from repedit.metrics.facts import Knowledge
     from repedit.models.subject import Subject
 
 Forget = Annotated[
@@ -106,9 +105,8 @@ def project(
     from repedit import data
     from repedit.edit import Edit
     from repedit.fit.mrp import mrp
+    from repedit.fit.overwrite import OverwriteCertificate
     from repedit.fit.overwrite import overwrite as overwrite_values
-    from repedit.metrics.facts import knowledge
-    from repedit.rewrite.apply import apply
 
     if not dry_run:
         check_out(out, model, forget, retain, previous, resume, overwrite=overwrite)
@@ -121,7 +119,8 @@ def project(
             retain_budget=retain_budget, retain=data.read(text), keep=near if target == "selective" else (), others=others,
             keep_rank=keep_rank, contexts=contexts.split(","), seed=seed,
         )  # fmt: skip
-        _show_overwrite(subject, facts, change, json, out)
+        certificate = OverwriteCertificate.of(change)
+        _show(subject, facts, change, certificate.plain(), certificate.describe(), json, out)
         write_edited(change, subject, out, overwrite)
         return
     edit = mrp(
@@ -132,8 +131,9 @@ def project(
     if dry_run:
         show_plan(plan_summary(edit, subject), out, json)
         return
-    measured = knowledge(subject, apply(edit, subject), (*facts.forget, *facts.retain))
-    _show(measured, {fact.domain for fact in facts.forget}, edit, json, out)
+    ranks = {str(site): map_.rank_removed for site, map_ in edit.maps.items()}
+    note = f"{sum(ranks.values())} directions over {len(ranks)} sites"
+    _show(subject, facts, edit, {"rank": ranks}, note, json, out)
     write_edited(edit, subject, out, overwrite)
 
 
@@ -146,37 +146,23 @@ def _about(facts: Facts) -> tuple[list[Fact], list[Fact]]:
     return near, [fact for fact in facts.retain if fact.entity and entity_of(fact) not in names]
 
 
-def _show_overwrite(subject: Subject, facts: Facts, change: Edit | Delta, json: bool, out: Path) -> None:
-    """Show the accuracy on each domain before and after, and the certificate of each layer."""
+def _show(
+    subject: Subject, facts: Facts, change: Edit | Delta, values: Mapping[str, Any], note: str, json: bool, out: Path
+) -> None:
+    """Show the accuracy on each domain before and after, and what was done: as values in JSON, else as a note."""
     from repedit.cli import output
-    from repedit.fit.overwrite import OverwriteCertificate
     from repedit.metrics.facts import knowledge
     from repedit.rewrite.apply import apply
 
     measured = knowledge(subject, apply(change, subject), (*facts.forget, *facts.retain))
-    certificate, forget = OverwriteCertificate.of(change), {fact.domain for fact in facts.forget}
-    if json:
-        output.show_json({"domains": _domains(measured, forget), **certificate.plain(), "out": str(out)})
+    forget = {fact.domain for fact in facts.forget}
+    if not json:
+        output.table("Facts right, multiple choice", output.KNOWLEDGE_COLUMNS, output.knowledge_rows(measured, forget))
+        output.out.print(note)
         return
-    output.table("Facts right, multiple choice", output.KNOWLEDGE_COLUMNS, output.knowledge_rows(measured, forget))
-    output.out.print(certificate.describe())
-
-
-def _show(measured: Mapping[str, Knowledge], forget: set[str], edit: Edit, json: bool, out: Path) -> None:
-    """Show the accuracy on each domain before and after; `forget` names the domains to forget."""
-    from repedit.cli import output
-
-    ranks = {str(site): map_.rank_removed for site, map_ in edit.maps.items()}
-    if json:
-        output.show_json({"domains": _domains(measured, forget), "rank": ranks, "out": str(out)})
-        return
-    output.table("Facts right, multiple choice", output.KNOWLEDGE_COLUMNS, output.knowledge_rows(measured, forget))
-    output.out.print(f"{sum(ranks.values())} directions over {len(ranks)} sites")
-
-
-def _domains(measured: Mapping[str, Knowledge], forget: set[str]) -> dict[str, Any]:
-    return {
+    domains = {
         name: {"before": k.before.accuracy, "after": k.after.accuracy, "interval": k.after.interval,
                "chance": k.chance, "role": "forget" if name in forget else "retain"}
         for name, k in measured.items()
     }  # fmt: skip
+    output.show_json({"domains": domains, **values, "out": str(out)})

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from repedit.data.encoding import Tokenizer, prefix_ids, text_ids
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, NotFound, UnknownName, nearest
@@ -166,7 +167,8 @@ class Corpus:
         chunks.sort(key=lambda chunk: -len(chunk[1]))
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         for i in range(0, len(chunks), batch_size):
-            yield _batch_of_chunks(chunks[i : i + batch_size], pad)
+            part = chunks[i : i + batch_size]
+            yield Batch(*padded((ids for _, ids in part), pad), tuple(name for name, _ in part))
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,11 +225,13 @@ def tokens(batches: Iterable[Mapping[str, Any]], name: str = "tokens") -> Tokens
     return Tokens(tuple(items), name)
 
 
-def _batch_of_chunks(chunks: Sequence[tuple[str, list[int]]], pad: int) -> Batch:
-    width = max(len(ids) for _, ids in chunks)
-    rows = [ids + [pad] * (width - len(ids)) for _, ids in chunks]
-    mask = [[True] * len(ids) + [False] * (width - len(ids)) for _, ids in chunks]
-    return Batch(torch.tensor(rows), torch.tensor(mask), tuple(name for name, _ in chunks))
+def padded(rows: Iterable[Sequence[int]], pad: int = 0, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """(token ids, mask) of rows of tokens, filled up with `pad` on the right or on the left."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    side = "left" if left else "right"
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)
+    ones = [torch.ones_like(row, dtype=torch.bool) for row in tensors]
+    return ids, pad_sequence(ones, batch_first=True, padding_side=side)
 
 
 # --- Built-in corpora

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from repedit.data.corpus import Batch, Batches, Corpus, Document
+from repedit.data.corpus import Batch, Batches, Corpus, Document, padded
 from repedit.data.encoding import Encoded, Tokenizer, encoded_choices, entity_end, prompt_with_answer
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
@@ -149,15 +149,14 @@ def row_hash(items: Sequence[Row]) -> str:
 
 
 def _batch_of_rows(rows: Sequence[Row], texts: Sequence[Encoded], ends: Sequence[int | None], pad: int) -> Batch:
-    width = max(len(ids) for ids, _ in texts)
-    position = torch.arange(width)
-    size = torch.tensor([[len(ids)] for ids, _ in texts])
+    input_ids, mask = padded((ids for ids, _ in texts), pad)
+    position = torch.arange(mask.shape[1])
     start = torch.tensor([[start] for _, start in texts])
     end = torch.tensor([[-1 if end is None else end] for end in ends])
     return Batch(
-        input_ids=torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in texts]),
-        attention_mask=position < size,
+        input_ids=input_ids,
+        attention_mask=mask,
         document=tuple(row.id for row in rows),
-        answer=(position >= start) & (position < size),
+        answer=(position >= start) & mask,
         entity=position == end,
     )

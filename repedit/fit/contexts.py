@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, batches, check_ids, inputs_of
 from repedit.data import Batch, Batches, Fact, Facts, Tokens, prose
+from repedit.data.corpus import padded
 from repedit.data.encoding import entity_span, mention, prompt_ids
 from repedit.data.grading import normalized
 from repedit.errors import DataError, NotEnoughRows, NotFinite, UnknownName, check_seed, nearest
@@ -197,14 +198,9 @@ def _written(subject: Subject, contexts: Sequence[Context]) -> list[Context]:
 
 
 def _batch(rows: Sequence[tuple[Context, list[int], int]], first: int) -> Batch:
-    width = max(len(ids) for _, ids, _ in rows)
-    position = torch.arange(width)
-    return Batch(
-        input_ids=torch.tensor([ids + [0] * (width - len(ids)) for _, ids, _ in rows]),
-        attention_mask=position < torch.tensor([[len(ids)] for _, ids, _ in rows]),
-        document=tuple(str(first + i) for i in range(len(rows))),
-        entity=position == torch.tensor([[end] for _, _, end in rows]),
-    )
+    ids, mask = padded(ids for _, ids, _ in rows)
+    entity = torch.arange(mask.shape[1]) == torch.tensor([[end] for _, _, end in rows])
+    return Batch(ids, mask, tuple(str(first + i) for i in range(len(rows))), entity=entity)
 
 
 # --- Hidden states at marked positions

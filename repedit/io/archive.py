@@ -1,8 +1,12 @@
-"""Files of edits, deltas, collections and the like: safetensors with a JSON header that names the kind of value."""
+"""Files of edits, deltas, collections and the like: safetensors with a JSON header that names the kind of value.
+
+They are read from a path, or from the hub: hf://owner/name/path, or hf://owner/name@revision/path.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from repedit.errors import CheckpointError, RepeditError, TargetExists
+from repedit.errors import ArgumentError, CheckpointError, HubError, RepeditError, TargetExists
 from repedit.io.files import is_file, open_regular
-from repedit.io.hub_files import local_file
 from repedit.io.safetensors import read_header, read_open_header, read_tensor, write_file
 from repedit.io.text import parse_json
 
@@ -24,6 +27,8 @@ _KINDS = {
     "collection": ("a saved collection", "does not hold a collection", "write one with collection.save(path)"),
     "scores": ("saved scores", "does not hold scores", "write them with scores.save(path)"),
 }
+# A Path has one slash where the address has two.
+_ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 
 
 def check_replaceable(path: str | Path) -> None:
@@ -116,3 +121,26 @@ def _parsed(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise CheckpointError(f"the header of {path} is a {type(header).__name__}, an object was expected")
     return header
+
+
+def local_file(path: str | Path) -> Path:
+    """The path itself; for an address of the hub, the file in the cache of huggingface_hub, downloaded if it is not there.
+
+    Raises:
+        ArgumentError: if the address is not complete. HubError: if the file is not there, or the hub cannot be reached.
+    """
+    text = str(path)
+    if not text.startswith("hf:/"):
+        return Path(path)
+    address = _ADDRESS.fullmatch(text)
+    if address is None:
+        raise ArgumentError(f"{text!r} is no file of the hub; write hf://owner/name/file.safetensors")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(address["repository"], address["file"], revision=address["revision"]))
+    except Exception as error:
+        raise HubError(
+            f"{text} could not be downloaded: {type(error).__name__}: {str(error).strip() or 'no reason given'}; check the "
+            "address, and log in with `hf auth login` if the repository is private"
+        ) from error

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, check_ids, inputs_of
 from repedit.data import Batch, Facts, Row, Rows
+from repedit.data.corpus import padded
 from repedit.data.encoding import encoded
 from repedit.errors import ArgumentError, DataError, NotFinite
 from repedit.hooks import evaluating
@@ -200,10 +201,8 @@ def _tokens(subject: Subject, rows: Sequence[Row], count_end: bool) -> list[tupl
 
 def sequence_logits(subject: Subject, sequences: Sequence[Sequence[int]]) -> list[Float[Tensor, "t v"]]:
     """The logits at every position of some token sequences, from one forward pass with padding on the right."""
-    width = max(map(len, sequences))
-    ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences], device=subject.device)
-    sizes = torch.tensor([[len(ids)] for ids in sequences], device=subject.device)
-    batch = Batch(ids, torch.arange(width, device=subject.device) < sizes, ("",) * len(sequences))
+    ids, mask = (x.to(subject.device) for x in padded(sequences))
+    batch = Batch(ids, mask, ("",) * len(sequences))
     with torch.no_grad(), evaluating(subject.model):
         logits = subject.model(**inputs_of(batch)).logits
     return [rows[: len(ids)] for rows, ids in zip(logits, sequences, strict=True)]

@@ -311,6 +311,21 @@ def _token_logs(logits: Float[Tensor, "r v"], rows: list[int], tokens: list[int]
 
 def _greedy_correct(subject: Subject, items: Sequence[Fact], rows: int) -> list[bool]:
     """Whether each answer occurs in the greedy continuation of its prompt."""
+    prompts, tokens = open_prompts(subject, items)
+    correct = [False] * len(items)
+    for part in lengths(prompts, rows):
+        names = [f"the prompt of fact {items[i].id!r}" for i in part]
+        for i, text in zip(part, greedy_continuations(subject, [prompts[i] for i in part], tokens, names), strict=True):
+            correct[i] = contains_answer(text, items[i].answer, items[i].choices)
+    return correct
+
+
+def open_prompts(subject: Subject, items: Sequence[Fact]) -> tuple[list[list[int]], int]:
+    """(the token ids of each prompt, the tokens of a continuation): as many as the longest answer has, and 4.
+
+    Raises:
+        DataError: if a prompt has no tokens, or leaves no room for the continuation.
+    """
     tokenizer = subject.need_tokenizer()
     texts = [text for (text,) in encoded_choices(tokenizer, [(fact.prompt, (fact.answer,)) for fact in items])]
     prompts = [question_ids(tokenizer, fact.prompt) for fact in items]
@@ -320,12 +335,7 @@ def _greedy_correct(subject: Subject, items: Sequence[Fact], rows: int) -> list[
     tokens = max(len(ids) - start for ids, start in texts) + 4
     for fact, ids in zip(items, prompts, strict=True):
         check_ids(subject, ids, f"the prompt of fact {fact.id!r}", size=len(ids) + tokens - 1)
-    correct = [False] * len(items)
-    for part in lengths(prompts, rows):
-        names = [f"the prompt of fact {items[i].id!r}" for i in part]
-        for i, text in zip(part, greedy_continuations(subject, [prompts[i] for i in part], tokens, names), strict=True):
-            correct[i] = contains_answer(text, items[i].answer, items[i].choices)
-    return correct
+    return prompts, tokens
 
 
 # --- Comparison of two models by domain

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from repedit.activations.forward import check_ids
+from repedit.data.corpus import padded
 from repedit.data.encoding import chat_ids, check_not_ended, prompt_ids
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFinite, check_seed, is_finite, is_whole
 from repedit.hooks import evaluating
@@ -246,13 +247,13 @@ def greedy_continuations(
         NotFinite: if logits are not finite.
     """
     tokenizer, end_tokens = subject.need_tokenizer(), end_token_ids(subject)
-    new_ids, mask = _padded_left(subject, prompts)
-    padded = not bool(mask.all()) and "position_ids" in inspect.signature(subject.model.forward).parameters
+    new_ids, mask = (x.long().to(subject.device) for x in padded(prompts, left=True))
+    shifted = not bool(mask.all()) and "position_ids" in inspect.signature(subject.model.forward).parameters
     texts: list[list[int]] = [[] for _ in prompts]
     live, cache = list(range(len(prompts))), None
     with torch.no_grad(), evaluating(subject.model):
         while live and len(texts[live[0]]) < tokens:
-            positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -new_ids.shape[1] :]} if padded else {}
+            positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -new_ids.shape[1] :]} if shifted else {}
             out = subject.model(
                 input_ids=new_ids,
                 attention_mask=mask,
@@ -347,11 +348,3 @@ def _tokens(subject: Subject, prompt: str, room: int, chat: bool) -> list[int]:
 
 def _prompt_name(prompt: object) -> str:
     return f"the prompt {str(prompt)[:40]!r}"
-
-
-def _padded_left(subject: Subject, tokens: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
-    """(ids padded on the left, mask)."""
-    width = max(map(len, tokens))
-    ids = [[0] * (width - len(row)) + list(row) for row in tokens]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in tokens]
-    return torch.tensor(ids, device=subject.device), torch.tensor(mask, device=subject.device)

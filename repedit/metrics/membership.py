@@ -54,7 +54,9 @@ def auc(member: Values, nonmember: Values) -> float:
         MetricError: if a side is empty, or a score is not finite; with the rows.
     """
     _check_sides(member, nonmember)
-    return _auc(member, nonmember)
+    order = np.sort(nonmember)
+    below, upto = (np.searchsorted(order, member, side=side).sum() for side in ("left", "right"))
+    return float((below + upto) / (2 * len(member) * len(nonmember)))
 
 
 def tpr(member: Values, nonmember: Values, fpr: float = 0.01) -> float:
@@ -162,12 +164,6 @@ def percentiles(drawn: Values, alpha: float = 0.05) -> tuple[float, float]:
         raise MetricError("there are no draws to take quantiles of; give at least one")
     low, high = np.quantile(drawn, [alpha / 2, 1 - alpha / 2])
     return float(low), float(high)
-
-
-def _auc(member: Values, nonmember: Values) -> float:
-    order = np.sort(nonmember)
-    below, upto = (np.searchsorted(order, member, side=side).sum() for side in ("left", "right"))
-    return float((below + upto) / (2 * len(member) * len(nonmember)))
 
 
 def _bootstrap_auc(
@@ -510,8 +506,7 @@ def _standardized(logits: Float[Tensor, "n v"], tokens: Int[Tensor, " n"]) -> tu
 def _score(kind: str, logs: Values, standard: Values, text: str, share: float) -> float:
     if kind == "zlib":
         return float(logs.sum() / len(zlib.compress(text.encode())))
-    return float(logs.mean()) if kind == "loss" else _lowest(logs if kind == "min_k" else standard, share)
-
-
-def _lowest(values: Values, share: float) -> float:
-    return float(np.sort(values)[: max(1, int(share * len(values)))].mean())
+    if kind == "loss":
+        return float(logs.mean())
+    lowest = np.sort(logs if kind == "min_k" else standard)[: max(1, int(share * len(logs)))]
+    return float(lowest.mean())

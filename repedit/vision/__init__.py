@@ -1,11 +1,10 @@
 """Unlearning in image classifiers, where a reference that never saw the forget images can always be trained for comparison."""
 
-from repedit.vision.condensation import Condense, condense, condensed_model
+from repedit.vision.condensation import Condense, buckets, condense, condensed_model
 from repedit.vision.data import (
     Images,
     ImageSplits,
     Task,
-    buckets,
     cifar6k,
     class_splits,
     digits,

@@ -13,15 +13,14 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.forward import at_least_float32, check_ids
+from repedit.activations.forward import at_least_float32
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, register
 from repedit.auditing.statistics import clopper_pearson, dkw_band
 from repedit.data import Fact, Splits
-from repedit.data.encoding import encoded, question_ids
 from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, DataError, FractionError, NotFinite
 from repedit.hooks import evaluating
-from repedit.metrics.facts import FactsAccuracy
+from repedit.metrics.facts import FactsAccuracy, open_prompts
 from repedit.metrics.generation import end_token_ids
 from repedit.models.subject import Subject
 
@@ -108,14 +107,7 @@ def samples(
     tokenizer = subject.need_tokenizer()
     if not facts:
         raise DataError("there are no facts to sample; give at least one")
-    prompts = [question_ids(tokenizer, fact.prompt) for fact in facts]
-    empty = next((fact.id for fact, ids in zip(facts, prompts, strict=True) if not ids), None)
-    if empty is not None:
-        raise DataError(f"fact {empty!r}: the prompt has no tokens; give a longer one")
-    spans = [encoded(tokenizer, fact.prompt, fact.answer) for fact in facts]
-    tokens = max(len(ids) - start for ids, start in spans) + 4
-    for fact, ids in zip(facts, prompts, strict=True):
-        check_ids(subject, ids, f"the prompt of fact {fact.id!r}", size=len(ids) + tokens - 1)
+    prompts, tokens = open_prompts(subject, facts)
     end_tokens = end_token_ids(subject)
     by_fact: dict[int, list[list[int]]] = {}
     # Prompts of one length go together, so that none is padded.

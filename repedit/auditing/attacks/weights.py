@@ -62,7 +62,9 @@ def quantize(*, schemes: Sequence[str] = ("int8", "int4", "nf4", "fp4")) -> Atta
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         names = projections(subject)
         scratch = Scratch(subject)
-        per_row = [name for name, size in _widths(subject, names).items() if size % GROUP]
+        per_row = [
+            name for name, transposed in names.items() if subject.specs[name].shape[-2 if transposed else -1] % GROUP
+        ]
         if per_row and set(schemes) - {"int8"}:
             log.info(
                 "quantize: %d does not divide the width of %d matrices, their rows are the groups: %s",
@@ -159,10 +161,6 @@ def paired(edited: Subject, original: Subject) -> Iterator[tuple[str, Tensor, Te
         )
     for name, p in parameters.items():
         yield name, p.detach(), originals[name].detach().to(p.device)
-
-
-def _widths(subject: Subject, names: dict[str, bool]) -> dict[str, int]:
-    return {name: subject.specs[name].shape[-2 if transposed else -1] for name, transposed in names.items()}
 
 
 # --- Noise, pruning, shrinking towards fresh weights, and pruning what only T needs
