@@ -183,6 +183,11 @@ def with_paraphrases(items: Iterable[Fact], *, only: Sequence[int] | None = None
     return tuple(phrased)
 
 
+def fact_of(name: str) -> str:
+    """The id of the fact that a phrasing belongs to: "capitals/france" for "capitals/france#1"."""
+    return name.partition("#")[0]
+
+
 def with_choices(items: Sequence[Fact], *, seed: int = 0, count: int = 8) -> tuple[Fact, ...]:
     """The facts with their choices in an order that depends on the seed.
 

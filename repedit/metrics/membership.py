@@ -506,7 +506,8 @@ def _standardized(logits: Float[Tensor, "n v"], tokens: Int[Tensor, " n"]) -> tu
 def _score(kind: str, logs: Values, standard: Values, text: str, share: float) -> float:
     if kind == "zlib":
         return float(logs.sum() / len(zlib.compress(text.encode())))
-    if kind == "loss":
-        return float(logs.mean())
-    lowest = np.sort(logs if kind == "min_k" else standard)[: max(1, int(share * len(logs)))]
-    return float(lowest.mean())
+    return float(logs.mean()) if kind == "loss" else _lowest(logs if kind == "min_k" else standard, share)
+
+
+def _lowest(values: Values, share: float) -> float:
+    return float(np.sort(values)[: max(1, int(share * len(values)))].mean())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from repedit.data import Fact, Row
+from repedit.data.fact_sets import fact_of
 from repedit.errors import ArgumentError, DataError
 
 
@@ -43,14 +44,14 @@ def exchanged_rows(rows: Sequence[Row], exchange: Exchange, seed: int) -> tuple[
     Raises:
         DataError: if a domain has too few different answers, or a fact cannot be reversed.
     """
-    answers = {_fact(row): row.answer for row in rows}
+    answers = {fact_of(row.id): row.answer for row in rows}
     domains: dict[str, dict[str, None]] = {}
     for row in rows:
-        domains.setdefault(row.domain if isinstance(row, Fact) else "", {})[_fact(row)] = None
+        domains.setdefault(row.domain if isinstance(row, Fact) else "", {})[fact_of(row.id)] = None
     exchanged_answers: dict[str, str] = {}
     for domain, facts in domains.items():
         exchanged_answers |= _exchange({fact: answers[fact] for fact in facts}, domain, seed)
-    exchanged = [_with_answer(row, exchanged_answers[_fact(row)], f"{row.id} exchanged") for row in rows]
+    exchanged = [_with_answer(row, exchanged_answers[fact_of(row.id)], f"{row.id} exchanged") for row in rows]
     return (*exchanged, *(_reversed(rows, exchanged_answers, exchange.template) if exchange.reverse else ()))
 
 
@@ -82,22 +83,18 @@ def _reversed(rows: Sequence[Row], answers: dict[str, str], template: str | None
             )
         match = re.fullmatch(rf"The (.+) {re.escape(row.entity)} (?:is|was)", row.prompt)
         form = template or (f"{{answer}} is the {match[1]}" if match else None)
-        if form is not None and _fact(row) not in reverse:
-            prompt = form.replace("{answer}", answers[_fact(row)])
-            reverse[_fact(row)] = replace(
-                _with_answer(row, row.entity, f"{_fact(row)} reversed"), prompt=prompt, entity=""
+        if form is not None and fact_of(row.id) not in reverse:
+            prompt = form.replace("{answer}", answers[fact_of(row.id)])
+            reverse[fact_of(row.id)] = replace(
+                _with_answer(row, row.entity, f"{fact_of(row.id)} reversed"), prompt=prompt, entity=""
             )
-    missing = next((_fact(row) for row in rows if _fact(row) not in reverse), None)
+    missing = next((fact_of(row.id) for row in rows if fact_of(row.id) not in reverse), None)
     if missing is not None:
         raise DataError(
             f"fact {missing!r} has no wording of the form 'The capital of France is', from which the reverse form follows; give "
             "a template, such as '{answer} is the capital of', or reverse=False"
         )
     return list(reverse.values())
-
-
-def _fact(row: Row) -> str:
-    return row.id.partition("#")[0]
 
 
 def _with_answer(row: Row, answer: str, name: str) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from repedit.activations.forward import inputs_of
 from repedit.data import Batch
+from repedit.data.fact_sets import fact_of
 from repedit.errors import DataError, NotEnoughRows, SelectionError, check_finite_numbers, check_positive
+from repedit.hashing import seed_of
 from repedit.training.sampler import collate
 from repedit.unlearning.forget_gradient import Matrix, linear_matrices
 from repedit.unlearning.losses import token_positions
@@ -79,8 +80,9 @@ def add_noise(
         basis = _span(torch.linalg.solve(moment + ridge, key.mT)).to(p)
         bases[name] = basis
         with torch.no_grad():
+            generator = torch.Generator().manual_seed(seed_of(f"{seed}:noise:{name}"))
             weight = matrix.oriented(p)
-            weight += _damage(weight, basis, noise, _generator(seed, name))
+            weight += _damage(weight, basis, noise, generator)
     return bases
 
 
@@ -97,13 +99,13 @@ def _keys(
     trainable: TrainableCopy, matrices: Mapping[str, Matrix], rows: Sequence[Batch]
 ) -> dict[str, Float[Tensor, "n d"]]:
     """The input of each matrix at the last token of the subject, averaged over the wordings of a fact."""
-    facts = list(dict.fromkeys(_fact(row) for row in rows))
+    facts = list(dict.fromkeys(fact_of(row.document[0]) for row in rows))
     counts = torch.zeros(len(facts), 1, dtype=torch.float64, device=trainable.subject.device)
     totals: dict[str, Tensor] = {}
 
     def add(batch: Batch, name: str, x: Tensor) -> None:
         assert batch.entity is not None
-        index = torch.tensor([facts.index(_name(document)) for document in batch.document], device=x.device)
+        index = torch.tensor([facts.index(fact_of(document)) for document in batch.document], device=x.device)
         at_entities = x[batch.entity].double()
         totals.setdefault(name, x.new_zeros(len(facts), x.shape[-1], dtype=torch.float64)).index_add_(
             0, index, at_entities
@@ -117,7 +119,7 @@ def _keys(
                 "first token of the row; give rows with entities, in prompts that do not begin with them"
             )
         _run(trainable, matrices, batch, partial(add, batch))
-        index = torch.tensor([facts.index(_name(document)) for document in batch.document], device=counts.device)
+        index = torch.tensor([facts.index(fact_of(document)) for document in batch.document], device=counts.device)
         counts.index_add_(0, index, torch.ones_like(index, dtype=torch.float64)[:, None])
     return {name: total / counts for name, total in totals.items()}
 
@@ -169,16 +171,3 @@ def _span(directions: Float[Tensor, "d n"]) -> Float[Tensor, "d r"]:
     """An orthonormal basis."""
     u, s, _ = torch.linalg.svd(directions, full_matrices=False)
     return u[:, s > _NEGLIGIBLE * s[0]]
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:noise:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _fact(row: Batch) -> str:
-    return _name(row.document[0])
-
-
-def _name(document: str) -> str:
-    return document.partition("#")[0]

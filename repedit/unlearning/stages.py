@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from repedit.data import Batches, Row, Rows, TextSource
+from repedit.data.fact_sets import fact_of
 from repedit.delta import Delta
 from repedit.errors import CheckpointError, DataError, NotEnoughRows, TrainingError
 from repedit.hashing import value_hash
@@ -104,7 +105,7 @@ def _folded(forget: Sources, retain: Sources | None, folds: tuple[int, int], see
     count, total = folds
     sources: Mapping[str, TextSource] = forget if isinstance(forget, Mapping) else {"": forget}
     by_topic = {topic: _rows(training_rows(source, "forget")) for topic, source in sources.items()}
-    facts = sorted({_fact(row) for rows in by_topic.values() for row in rows})
+    facts = sorted({fact_of(row.id) for rows in by_topic.values() for row in rows})
     if len(facts) < total:
         raise NotEnoughRows(f"{len(facts)} facts cannot be divided into {total} folds; give more, or fewer folds")
     random.Random(f"{seed}:folds").shuffle(facts)
@@ -118,7 +119,7 @@ def _folded(forget: Sources, retain: Sources | None, folds: tuple[int, int], see
 
 
 def _of(rows: Sequence[Row], facts: set[str], inside: bool) -> tuple[Row, ...]:
-    return tuple(row for row in rows if (_fact(row) in facts) == inside)
+    return tuple(row for row in rows if (fact_of(row.id) in facts) == inside)
 
 
 def _rows(batches: Batches) -> tuple[Row, ...]:
@@ -126,7 +127,3 @@ def _rows(batches: Batches) -> tuple[Row, ...]:
     if not isinstance(items, tuple):
         raise DataError(f"{batches.name!r} is running text; folds need rows with a prompt and an answer")
     return items
-
-
-def _fact(row: Row) -> str:
-    return row.id.partition("#")[0]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from repedit.data import Batch
+from repedit.data.fact_sets import fact_of
 from repedit.distributed import ProcessGroup, full_tensor, sum_gradients
 from repedit.errors import ArgumentError, TrainingError
 from repedit.hashing import seed_of
@@ -70,7 +71,7 @@ class Training:
             agreement=self.recipe.agreement,
             seed=self.seed,
             # Wordings of a fact are named fact, fact#1, ...
-            facts=[row.document[0].partition("#")[0] for row in self.data.rows.get("forget", [])],
+            facts=[fact_of(row.document[0]) for row in self.data.rows.get("forget", [])],
             batch_size=self.recipe.batch_size,
             steps_per_epoch=self.order.steps_per_epoch,
             backward=self._backward_forget,
