@@ -204,7 +204,7 @@ def test_folds_grow(monkeypatch):
 
 
 def test_folds_of_wordings_are_caught(monkeypatch):
-    monkeypatch.setattr(stages, "_fact", lambda row: row.id)
+    monkeypatch.setattr(stages, "fact_of", lambda name: name)
     with pytest.raises(AssertionError, match="a fact is divided"):
         folds_grow(monkeypatch)
 

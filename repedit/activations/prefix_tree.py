@@ -74,15 +74,15 @@ def tree_log_probs(
     ends = [max((i for i, on in enumerate(marks) if on), default=0) for marks in scored]
     # Nothing is read after the last token that predicts a scored one.
     tree = prefix_tree([text[:end] for text, end in zip(texts, ends, strict=True)])
-    wanted = [
+    predictions = [
         (path[i - 1], text[i])
         for text, marks, path in zip(texts, scored, tree.paths, strict=True) for i, on in enumerate(marks) if on
     ]  # fmt: skip
-    rows = {node: row for row, node in enumerate(dict.fromkeys(node for node, _ in wanted))}
+    rows = {node: row for row, node in enumerate(dict.fromkeys(node for node, _ in predictions))}
     logits = at_least_float32(tree_logits(subject, tree, list(rows)))
-    picked = torch.tensor([rows[node] for node, _ in wanted], device=logits.device)
+    picked = torch.tensor([rows[node] for node, _ in predictions], device=logits.device)
     return (
-        logits[picked, torch.tensor([token for _, token in wanted], device=logits.device)]
+        logits[picked, torch.tensor([token for _, token in predictions], device=logits.device)]
         - logits.logsumexp(-1)[picked]
     )
 

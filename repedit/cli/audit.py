@@ -117,15 +117,15 @@ def _finish(result: Report, out: Path | None, hide_items: bool, json: bool) -> N
 
 
 def _say_how_to_go_on(report: Report | None, out: Path | None) -> None:
-    """After Ctrl-C: what was made, and the command that goes on."""
+    """After Ctrl-C: how far the audit came, and the command that continues it."""
     from repedit.cli import output
 
-    made = (
+    progress = (
         "before the facts were asked" if report is None else f"after {', '.join(r.attack for r in report.recoveries)}"
     )
     command = _command_line() or "the same command"
     stored = f"; {command} goes on from there" if out is not None else "; with --out it could go on from there"
-    output.err.print(f"The audit was interrupted {made}{stored}.", soft_wrap=True)
+    output.err.print(f"The audit was interrupted {progress}{stored}.", soft_wrap=True)
 
 
 def report(

@@ -157,11 +157,11 @@ def encoded_choices(tokenizer: Tokenizer, questions: Sequence[tuple[str, Sequenc
         DataError: if a prompt ends in an end token.
     """
     prefix = prefix_ids(tokenizer)
-    joined = [[prompt_with_answer(prompt, answer) for answer in answers] for prompt, answers in questions]
+    whole_texts = [[prompt_with_answer(prompt, answer) for answer in answers] for prompt, answers in questions]
     prompts = [prompt for prompt, _ in questions]
-    ids_of = _ids_by_text(tokenizer, chain(prompts, *joined))
+    ids_of = _ids_by_text(tokenizer, chain(prompts, *whole_texts))
     encoded = []
-    for prompt, texts in zip(prompts, joined, strict=True):
+    for prompt, texts in zip(prompts, whole_texts, strict=True):
         alone = ids_of[prompt]
         check_not_ended(tokenizer, alone, f"the prompt {prompt[-40:]!r}")
         encoded.append(

@@ -147,8 +147,8 @@ def locate(
         return plain if held is None else plain | held.accuracies(ablated, position)
 
     def touched(position: str) -> dict[str, int]:
-        found = {name: prompts.touched(position) for name, prompts in measured.items()}
-        return found if held is None else found | {name: part.touched(position) for name, part in held.halves.items()}
+        counts = {name: prompts.touched(position) for name, prompts in measured.items()}
+        return counts if held is None else counts | {name: part.touched(position) for name, part in held.halves.items()}
 
     rows = tuple(
         Ablation(
@@ -195,11 +195,11 @@ class _Prompts:
 
     def part(self, entities: frozenset[str]) -> _Prompts:
         """The prompts about some entities, with the values of all."""
-        found = copy.copy(self)
+        chosen = copy.copy(self)
         numbers = [i for i, fact in enumerate(self.items) if entity_of(fact) in entities]
-        found.items = [self.items[i] for i in numbers]
-        found.ids, found.kinds = [self.ids[i] for i in numbers], [self.kinds[i] for i in numbers]
-        return found
+        chosen.items = [self.items[i] for i in numbers]
+        chosen.ids, chosen.kinds = [self.ids[i] for i in numbers], [self.kinds[i] for i in numbers]
+        return chosen
 
     def touched(self, position: str) -> int:
         """The number of facts that have such a position."""

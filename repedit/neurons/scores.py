@@ -388,8 +388,8 @@ def _eps(eps: str | float, forget: Tensor, retain: Tensor) -> Tensor:
 
 def _ranks(values: SiteValues) -> SiteValues:
     """Average ranks over all sites together, in (0, 1]."""
-    joined = torch.cat(list(values.values()))
-    ranks = torch.from_numpy(scipy_stats.rankdata(joined.numpy())) / len(joined)
+    all_values = torch.cat(list(values.values()))
+    ranks = torch.from_numpy(scipy_stats.rankdata(all_values.numpy())) / len(all_values)
     return dict(zip(values, ranks.split([len(v) for v in values.values()]), strict=True))
 
 

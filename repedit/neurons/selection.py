@@ -176,21 +176,21 @@ def _capped(values: Tensor, cap: float) -> Tensor:
 
 
 def _without_highest(values: Mapping[SiteKey, Tensor], fraction: float, unit: str) -> Keep:
-    joined = torch.cat(list(values.values()))
+    all_values = torch.cat(list(values.values()))
     # 1e-9: floor(0.29 * 100) must be 29.
-    k = math.floor(fraction * len(joined) + 1e-9)
+    k = math.floor(fraction * len(all_values) + 1e-9)
     if k == 0:
         raise SelectionError(
-            f"fraction={fraction} of {len(joined)} {unit}s selects none; the smallest fraction that selects one is {1 / len(joined):.3g}"
+            f"fraction={fraction} of {len(all_values)} {unit}s selects none; the smallest fraction that selects one is {1 / len(all_values):.3g}"
         )
-    available = int((joined > -torch.inf).sum())
+    available = int((all_values > -torch.inf).sum())
     if k > available:
         raise SelectionError(
-            f"fraction={fraction} asks for {k} of {len(joined)} {unit}s, {available} may be selected; lower the fraction, "
+            f"fraction={fraction} asks for {k} of {len(all_values)} {unit}s, {available} may be selected; lower the fraction, "
             "raise cap_per_layer or protect fewer"
         )
-    keep = torch.ones(len(joined), dtype=torch.bool)
-    keep[joined.sort(descending=True, stable=True).indices[:k]] = False
+    keep = torch.ones(len(all_values), dtype=torch.bool)
+    keep[all_values.sort(descending=True, stable=True).indices[:k]] = False
     return dict(zip(values, keep.split([len(v) for v in values.values()]), strict=True))
 
 

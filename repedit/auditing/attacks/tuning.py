@@ -325,16 +325,16 @@ def _trainable(
         p.requires_grad_(False)
     try:
         if trained is not None:
-            wanted = list(trained)
+            parameters = list(trained)
         elif tuning.how == "full":
-            wanted = own
+            parameters = own
         elif tuning.how == "mlps":
-            wanted = _mlp_matrices(subject, tuning)
+            parameters = _mlp_matrices(subject, tuning)
         else:
-            wanted = _adapt(subject, tuning, seed, undo)
-        for p in wanted:
+            parameters = _adapt(subject, tuning, seed, undo)
+        for p in parameters:
             p.requires_grad_(True)
-        yield wanted
+        yield parameters
     finally:
         for step in reversed(undo):
             step()

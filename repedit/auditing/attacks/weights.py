@@ -238,11 +238,13 @@ def set_difference(*, pairs: Sequence[tuple[float, float]] = PAIRS) -> Attack:
             return skipped("needs retain facts, to leave alone what they use")
         matrices = projections(subject)
         scratch = Scratch(subject)
-        wanted, needed = (saliency(scratch.restore(), facts, matrices) for facts in (splits.train, splits.retain))
+        forget_saliency, retain_saliency = (
+            saliency(scratch.restore(), facts, matrices) for facts in (splits.train, splits.retain)
+        )
         answers, pruned_counts = {}, {}
         for p, q in pairs:
             copy, setting = scratch.restore(), f"p={p:g} q={q:g}"
-            pruned_counts[setting] = _cut(copy, wanted, needed, p, q)
+            pruned_counts[setting] = _cut(copy, forget_saliency, retain_saliency, p, q)
             answers[setting] = ask(copy, splits.test)
         return AttackResult(answers, details={"pruned": pruned_counts})
 
