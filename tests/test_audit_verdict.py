@@ -236,7 +236,7 @@ def test_an_attack_that_takes_more_than_half_is_uninformative():
         (lambda: said(alpha=0.0), FractionError, r"alpha=0.0; give a fraction strictly between 0 and 1"),
         (lambda: check_thresholds(0.1, 1.2, 0.05), FractionError, r"pass_threshold=1.2; give fractions from 0 to 1"),
         (lambda: said(row("rtt")), ArgumentError, r"recoveries of \['rtt'\]; a verdict needs 'direct'"),
-        (lambda: items_needed(0.1, 0.2, 0.2, 3), ArgumentError, r"known=0.1, floor=0.2; the original must be right"),
+        (lambda: items_needed(0.1, 0.2, 0.2, 3), ArgumentError, r"original=0.1, floor=0.2; the original must be right"),
         (
             lambda: items_needed(0.9, 0.2, 0.0, 3),
             FractionError,

@@ -148,7 +148,7 @@ def informative(gap: float, direct_gap: float) -> bool:
 
 
 def items_needed(
-    known: float, floor: float, pass_threshold: float, attacks: int, *, measured: bool = False, alpha: float = 0.05
+    original: float, floor: float, pass_threshold: float, attacks: int, *, measured: bool = False, alpha: float = 0.05
 ) -> int:
     """Facts V needs so that 9 of 10 audits of a model that has truly forgotten stay below `pass_threshold`.
 
@@ -156,11 +156,11 @@ def items_needed(
     z(1 - alpha / 2m) above that; so n is the first for which standard error x (their sum) < pass_threshold.
 
     Args:
-        known: accuracy of the original, C.
+        original: accuracy of the original, C.
         floor: accuracy of a model that never knew, B.
         measured: whether the floor is measured on as many facts, rather than known.
     Raises:
-        ArgumentError: if known <= floor, or there is no attack.
+        ArgumentError: if original <= floor, or there is no attack.
         FractionError: unless alpha and pass_threshold are strictly between 0 and 1.
     """
     if not (0 < pass_threshold < 1 and 0 < alpha < 1):
@@ -169,7 +169,7 @@ def items_needed(
         raise ArgumentError(f"attacks={attacks}; give at least 1")
     normal = NormalDist()
     errors = normal.inv_cdf(_PASSES ** (1 / attacks)) + normal.inv_cdf(1 - alpha / (2 * attacks))
-    return ceil(_variance(known, floor, measured) * (errors / pass_threshold) ** 2)
+    return ceil(_variance(original, floor, measured) * (errors / pass_threshold) ** 2)
 
 
 def cost(attack: str) -> float:
@@ -313,13 +313,13 @@ def _inconclusive(evidence: _Evidence, blocked: Sequence[str]) -> Verdict:
     return _word(INCONCLUSIVE, "the question stays open", "; ".join(reasons), evidence, "; ".join(settle))
 
 
-def _variance(known: float, floor: float, measured: bool) -> float:
+def _variance(original: float, floor: float, measured: bool) -> float:
     """Variance of R times the number of facts, for a model that has forgotten."""
-    if not known > floor:
-        raise ArgumentError(f"known={known}, floor={floor}; the original must be right more often than the floor")
+    if not original > floor:
+        raise ArgumentError(f"original={original}, floor={floor}; the original must be right more often than the floor")
     # An accuracy of 0 or 1 has no variance in this approximation, but is never known that well.
     accuracy = min(max(floor, 0.02), 0.98)
-    return (1 + measured) * accuracy * (1 - accuracy) / (known - floor) ** 2
+    return (1 + measured) * accuracy * (1 - accuracy) / (original - floor) ** 2
 
 
 # --- Classifiers: rules over gaps to models retrained without the forget images
