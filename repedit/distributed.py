@@ -1,4 +1,4 @@
-"""Several processes started by `torchrun`: which of them this is, collective operations, and sharded tensors."""
+"""Several processes started by `torchrun`: the rank of this one, collective operations, and sharded tensors."""
 
 from __future__ import annotations
 

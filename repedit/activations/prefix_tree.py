@@ -1,4 +1,4 @@
-"""Texts that begin alike, read in one forward pass as a prefix tree: nothing is padded and no beginning is read twice.
+"""One forward pass over texts with common beginnings, as a prefix tree: nothing is padded and no beginning is read twice.
 
 The nodes of the tree are tokens. A token attends to itself and to those before it in its text (tree attention) and has
 the position that it has there, so every hidden state, log-probability and gradient is that of the texts read one by one,

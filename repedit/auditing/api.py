@@ -1,4 +1,4 @@
-"""rp.audit: attack an edited model with everything a budget buys, and say what has been shown.
+"""rp.audit: run every attack of a budget on an edited model, and report what was shown.
 
 The audit sees weights, not methods: it knows nothing of how a model was edited, and it changes no model.
 """

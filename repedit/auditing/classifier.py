@@ -1,4 +1,4 @@
-"""rp.audit_classifier: attack an unlearned image classifier, and compare all of it with models that never saw the forget images.
+"""rp.audit_classifier: attack an unlearned image classifier, and compare it with models that never saw the forget images.
 
 A classifier is cheap to train, so there is what a language model rarely has: a reference that was retrained without the
 forget images. Everything is judged by the gap to it, in both directions.

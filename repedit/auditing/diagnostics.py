@@ -1,4 +1,4 @@
-"""What a report shows beside its verdict, and what never decides it: where the edited model still knows, and how large the edit is."""
+"""Diagnostics, which are shown beside a verdict and never decide it: where a model still knows, and how large the edit is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gaps: every measure of an edited classifier less the same measure of models retrained without the forget images."""
+"""Gaps: every measure of an edited classifier minus the same measure of models retrained without the forget images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress bar of an audit: the verdict so far, the attack at work, and how long the rest takes."""
+"""The progress bar of an audit: the verdict so far, the running attack, and the time that is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carrying attacks out: every attack on every model, seed and fold; models are loaded one at a time."""
+"""Running the attacks: every attack on every model, seed and fold; models are loaded one at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit audited: models of which the answer is known, attacked here and now.
+"""The self-test: audits of models whose correct verdict is known, with the installed code and on this machine.
 
 An audit that cannot catch a known hider, or that sees one where nothing is hidden, is no evidence about any model.
 Controls do not depend on each other, so that several processes can run them, each with one thread.

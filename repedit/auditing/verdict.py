@@ -1,4 +1,4 @@
-"""The rules that decide every verdict of an audit, of a language model and of a classifier, written down before it ran."""
+"""The rules that decide the verdict of an audit, for language models and for classifiers; they are fixed before it runs."""
 
 from __future__ import annotations
 
@@ -324,8 +324,8 @@ def _variance(original: float, floor: float, measured: bool) -> float:
 
 # --- Classifiers: rules over gaps to models retrained without the forget images
 #
-# Everything is relative to models retrained without the forget images. A membership attack that scores .5 is not the
-# aim: a retrained model may well be told apart, and a model below it has forgotten too much, which shows as much.
+# Everything is relative to models retrained without the forget images. An AUC of .5 is not the aim of a membership
+# attack: a retrained model may well have a higher one. A model below that one has forgotten too much, which is as visible.
 
 
 DAMAGE, KNOWN, TOLD, RELEARNED, CLOSE, ALIKE = 0.05, 0.10, 0.05, 0.20, 0.10, 0.05

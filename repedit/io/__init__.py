@@ -1,1 +1,1 @@
-"""The doors through which files come in and go out: each one reads or writes one kind of file, and refuses what is damaged with a typed error."""
+"""Reading and writing files: each module handles one kind of file, and refuses a damaged one with a typed error."""

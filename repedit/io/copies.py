@@ -1,4 +1,4 @@
-"""Files with the bytes of other files, which share them on the disk where no later write to one can change the other."""
+"""Copies of files that share their bytes on the disk, where no later write to one can change the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hashes of files that somebody computed before: the hub names the blobs of its cache by them, and a manifest lists them."""
+"""Hashes of files that are already on record: the hub names the blobs of its cache by them, and a manifest lists them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repedit.io.targets import MANIFEST, read_manifest
 
 
 def known_hash(path: Path) -> str | None:
-    """sha256 of a file of a checkpoint, without reading it; None if nobody has said it, or the file may be newer than that.
+    """sha256 of a file of a checkpoint, without reading it; None if it is not on record, or the file may have changed since.
 
     The client of the hub names a blob by its hash and then links it from a snapshot; an export writes its manifest after
     the files that it lists. A file that was written, replaced or linked after that has a younger time of change, which

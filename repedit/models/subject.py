@@ -351,7 +351,7 @@ def load(
         log.info("float16 is slow and inexact on a CPU: loaded in float32; pass dtype='float16' to keep it")
         model = model.float()
     if device_map is None:
-        model = _in_own_memory(model.to(target))
+        model = model.to(target)
     model = model.eval()
     options.pop("quantization_config", None)
     tokenizer = read_tokenizer(place, options)
@@ -385,14 +385,6 @@ def _log_quantization(name: str | Path, quantizer: str | None, model: Any, dequa
             "transformers dequantised the %s weights of %s, for which it has no kernel here; to edit them, pass dequantize=True",
             quantizer, name,
         )  # fmt: skip
-
-
-def _in_own_memory(model: nn.Module) -> Any:
-    """The model without memory-mapped weights, which would change if a file is rewritten or truncated."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
-    return model
 
 
 def subject_of(

@@ -1,4 +1,4 @@
-"""The state of a training in a folder: what a later call needs to go on as if it had not been interrupted."""
+"""The state of a training in a folder: what a later call needs to continue as if the training had not been interrupted."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Gradients of the matrices over the vocabulary, added where they are kept and never made a second time.
+"""Gradients of the embedding and the head, added to `weight.grad` directly instead of through temporary copies.
 
-Autograd makes the gradient of tied embeddings twice, once for the inputs and once for the outputs, each in fresh memory
-and as large as the matrix, whatever few tokens were read.
+Autograd computes the gradient of tied embeddings twice, once for the inputs and once for the outputs. Each time it
+allocates a tensor as large as the matrix, however few tokens were read.
 """
 
 from __future__ import annotations

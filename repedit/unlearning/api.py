@@ -210,11 +210,8 @@ def _unlearn_in_stages(
 
 def _files(state: Path | None, log: str | Path | None, number: int) -> list[Path | None]:
     """The files of one of several trainings."""
-    return [None if path is None else _numbered(Path(path), number) for path in (state, log)]
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+    paths = [None if path is None else Path(path) for path in (state, log)]
+    return [None if path is None else path.with_name(f"{path.stem}-{number}{path.suffix}") for path in paths]
 
 
 def _unlearn(

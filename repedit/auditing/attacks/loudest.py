@@ -1,4 +1,4 @@
-"""Dropping the loudest singular directions of every matrix: an edit that writes with one strong direction is undone by it."""
+"""Attack by dropping the largest singular directions of every matrix, which undoes edits that write with one strong direction."""
 
 from __future__ import annotations
 

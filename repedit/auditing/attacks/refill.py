@@ -1,4 +1,4 @@
-"""The attack on projections: directions that a weight can no longer write are given back, and nothing else is trained.
+"""Attack on projections: only the directions that a weight can no longer write are trained.
 
 A projection that was folded into a weight leaves a mark: singular values that are zero. Whoever sees the weights knows
 the removed directions from them.

@@ -1,4 +1,4 @@
-"""Sampling: what a model lets slip when it is asked many times, and one greedy answer hides."""
+"""Attack by sampling: many random answers may show what one greedy answer hides."""
 
 from __future__ import annotations
 

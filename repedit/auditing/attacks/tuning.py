@@ -1,4 +1,4 @@
-"""The training that attacks do: examples, the masked loss, the loop, and trials that ask V in between."""
+"""Training as part of an attack: examples, the masked loss, the loop, and trials that measure accuracy on V between steps."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def _gradients(
 def _trainable(
     subject: Subject, tuning: Tuning, seed: int, trained: Sequence[nn.Parameter] | None
 ) -> Iterator[list[nn.Parameter]]:
-    """The parameters to train, wanting gradients; nothing else of the model does, and afterwards nothing at all."""
+    """The parameters to train; they alone require gradients inside the context, and no parameter does afterwards."""
     own = list(subject.model.parameters())
     undo: list[Callable[[], Any]] = []
     for p in own:

@@ -1,4 +1,4 @@
-"""Positive and negative controls: edited models of which it is known what they have forgotten."""
+"""Positive and negative controls: edited models whose correct verdict is known."""
 
 from repedit.auditing.controls.table import CONTROLS, SCALE, STEPS, AuditInputs, Control
 from repedit.auditing.controls.taught import World, questions, world

@@ -1,4 +1,4 @@
-"""Models of which it is known whether they forgot, and the verdict that an audit must give each.
+"""The table of controls: models whose correct verdict is known, and how each is made.
 
 An audit that fails on one of these is not evidence about any other model.
 """
