@@ -36,7 +36,8 @@ def test_the_facts_are_forgotten_and_the_others_kept(name):
     """The original knows both sides; measured at seed 0: forget .02 to .20, retain 1.00."""
     lm, facts = taught_models.original(), taught_models.facts()
     recipe = MADE[name]()
-    delta = rp.unlearn(lm, recipe=recipe, forget=facts.forget, retain=facts.retain, progress=False)
+    forgotten = facts.forget[:100] if name == "undo" else facts.forget  # noise needs fewer facts than the 128 inputs
+    delta = rp.unlearn(lm, recipe=recipe, forget=forgotten, retain=facts.retain, progress=False)
     edited = rp.apply(delta, lm)
     forget, retain = (rp.facts_accuracy(edited, part[:40]).accuracy for part in (facts.forget, facts.retain))
     assert retain - forget > 0.4 and retain > 0.8

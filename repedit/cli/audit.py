@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -165,8 +165,7 @@ def report(
         folder = audits[0] if is_folder(audits[0]) else audits[0].parent
         files = _written(partial(write, first, folder if out is None else out, hide_items=hide_items))
     if json:
-        values = {name: parse_json(one.to_json(), name) for name, one in reports.items()}
-        output.show_json(values if len(values) > 1 else next(iter(values.values())))
+        output.show_json(_audit_values(reports))
     elif len(reports) > 1:
         output.table("Verdicts", comparison.verdicts.columns, comparison.verdicts.rows)
         output.table("What each attack brings back", comparison.summary.columns, comparison.summary.rows)
@@ -275,3 +274,9 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{number}: {path}" for number, path in enumerate(folders, 1)]
+
+
+def _audit_values(reports: Mapping[str, Report]) -> object:
+    """One audit as its own JSON, several by name."""
+    plain = {name: parse_json(report.to_json(), name) for name, report in reports.items()}
+    return plain if len(plain) > 1 else next(iter(plain.values()))

@@ -205,11 +205,15 @@ def with_choices(items: Sequence[Fact], *, seed: int = 0, count: int = 8) -> tup
             others = random.Random(f"{seed}:{fact.id}").sample(pool, min(len(pool), count))
             wrong = [answer for key, answer in others if key != normalized(fact.answer)][: count - 1]
             choices = (fact.answer, *wrong) if wrong else ()
-        shuffled.append(replace(fact, choices=seeded_order(choices, f"{seed}:order:{fact.id}")))
+        shuffled.append(_with_order(fact, choices, seed))
     return tuple(shuffled)
 
 
 @lru_cache(maxsize=4096)  # most commands read all 1,159 built-in facts
+def _with_order(fact: Fact, choices: tuple[str, ...], seed: int) -> Fact:
+    return replace(fact, choices=seeded_order(choices, f"{seed}:order:{fact.id}"))
+
+
 def seeded_order(items: Iterable[str], key: str) -> tuple[str, ...]:
     """The items in a pseudo-random order that depends on the key and the items, not on their given order."""
     return tuple(sorted(items, key=lambda item: hashlib.sha256(f"{key}\0{item}".encode()).digest()))
