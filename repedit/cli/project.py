@@ -132,8 +132,7 @@ def project(
         show_plan(plan_summary(edit, subject), out, json)
         return
     ranks = {str(site): map_.rank_removed for site, map_ in edit.maps.items()}
-    note = f"{sum(ranks.values())} directions over {len(ranks)} sites"
-    _show(subject, facts, edit, {"rank": ranks}, note, json, out)
+    _show(subject, facts, edit, {"rank": ranks}, f"{sum(ranks.values())} directions over {len(ranks)} sites", json, out)
     write_edited(edit, subject, out, overwrite)
 
 
