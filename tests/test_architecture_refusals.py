@@ -19,6 +19,7 @@ from repedit.errors import CheckpointError, OffloadedTensors, UnknownArchitectur
 from repedit.hooks import primary, with_primary
 from repedit.models import modifications
 from repedit.models import subject as subject_module
+from repedit.rewrite import export
 from tests import laws
 from tests.edits import mask
 from tests.every_causal_type import tiny_causal
@@ -112,7 +113,14 @@ def test_shared_writers_would_be_edited_together(monkeypatch):
 
 # --- Methods and hooks of single objects
 
-PLACES = ("layers.1", "layers.1.self_attn", "layers.0.mlp.down_proj", "layers.1.self_attn.v_proj", "embed_tokens")
+PLACES = (
+    "layers.1",
+    "layers.1.self_attn",
+    "layers.0.mlp.down_proj",
+    "layers.1.self_attn.v_proj",
+    "embed_tokens",
+    "norm",
+)
 
 
 def doubled(module: nn.Module) -> None:
@@ -136,7 +144,12 @@ def test_a_method_of_one_object_is_refused(model_type: str, place: str):
 
 
 def test_a_replaced_method_would_be_lost_in_files(monkeypatch, tmp_path):
-    monkeypatch.setattr(subject_module, "check_unmodified", lambda *_: None)
+    for module, check in (
+        (subject_module, "check_unmodified"),
+        (export, "check_unmodified"),
+        (export, "check_computed"),
+    ):
+        monkeypatch.setattr(module, check, lambda *_: None)
     model = tiny("llama").model
     doubled(model.model.layers[0].mlp.down_proj)
     subject = rp.wrap(model)

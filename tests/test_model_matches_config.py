@@ -1,5 +1,7 @@
 """What is loaded and what is written is the model that the config describes."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,9 +10,11 @@ from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 import repedit as rp
-from repedit.errors import CheckpointError, NotAModel, PlanMismatch
+from repedit.edit import Edit
+from repedit.errors import CheckpointError, NotAModel, PlanMismatch, UnknownArchitecture
 from repedit.io.checkpoint import SINGLE, open_shards
 from repedit.lower import lower
+from repedit.rewrite import export
 from repedit.rewrite.checkpoint_architecture import used_specs
 from tests.damaged_checkpoints import config
 from tests.edits import mask, projection, pruned_layers
@@ -83,6 +87,85 @@ def test_a_model_that_its_config_does_not_describe_is_not_exported(change, messa
     with pytest.raises(CheckpointError, match=f"is not the one that its config describes.*{message}"):
         rp.export(mask(subject, "1.mlp.neurons"), subject, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def louder(module, _inputs, output):
+    return output * 2
+
+
+def slower_rotation(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def other_norm(model):
+    model.model.norm.variance_epsilon = 0.5
+
+
+def other_config(model):
+    model.config.rms_norm_eps = 0.5
+
+
+def rope_config(model):
+    model.config.rope_parameters["rope_theta"] = 5.0
+
+
+UNWRITTEN = {
+    "rotation": slower_rotation, "norm": other_norm, "config": other_config, "rope": rope_config,
+    "head hook": lambda m: m.lm_head.register_forward_hook(louder),
+    "norm hook": lambda m: m.model.norm.register_forward_hook(louder),
+    "rope hook": lambda m: m.model.rotary_emb.register_forward_hook(lambda _m, _i, o: (0.5 * o[0], o[1])),
+    "head method": lambda m: setattr(m.lm_head, "forward", lambda x: 2 * nn.Linear.forward(m.lm_head, x)),
+    "root method": lambda m: setattr(m, "forward", partial(scaled, m)),
+}  # fmt: skip
+
+
+def scaled(model, **inputs):
+    output = type(model).forward(model, **inputs)
+    output.logits *= 2
+    return output
+
+
+@pytest.mark.parametrize("change", UNWRITTEN)
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_a_model_that_computes_what_no_file_holds_is_not_exported(change, wrapped_first, tmp_path):
+    subject = tiny("llama")
+    UNWRITTEN[change](subject.model)
+    with pytest.raises((CheckpointError, UnknownArchitecture), match=r"computes|is not the method of its class"):
+        subject = subject if wrapped_first else rp.wrap(subject.model)
+        rp.export(mask(subject, "1.mlp.neurons"), subject, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["rotation", "norm", "config", "rope"])
+def test_its_files_would_be_another_model(change, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "check_computed", lambda subject: None)
+    subject = tiny("llama")
+    UNWRITTEN[change](subject.model)
+    rp.export(Edit({}), subject, tmp_path / "out", allow_identity=True)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (logits(rp.wrap(written)) - logits(subject)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("change", ["head hook", "root method"])
+def test_a_hook_that_came_after_loading_is_not_lost_in_files(change, tmp_path):
+    subject = rp.load(directory(tmp_path / "in"))
+    UNWRITTEN[change](subject.model)
+    with pytest.raises(UnknownArchitecture, match=r"hooks change what the model computes|is not the method"):
+        rp.export(mask(subject, "1.mlp.neurons"), subject, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_that_was_cast_whole_is_exported(dtype, tmp_path):
+    """Its rotary frequencies are rounded as well, which they are not when its files are loaded."""
+    subject = rp.wrap(tiny("llama").model.to(dtype))
+    rp.export(mask(subject, "1.mlp.neurons"), subject, tmp_path / "out")
+
+
+def test_a_head_that_is_tied_against_the_config_is_not_exported(tmp_path):
+    subject = tiny("llama", tie_word_embeddings=False)
+    subject.model.lm_head.weight = subject.model.model.embed_tokens.weight
+    with pytest.raises(CheckpointError, match=r"Set model\.config\.tie_word_embeddings = True"):
+        rp.export(mask(subject, "1.mlp.neurons"), rp.wrap(subject.model), tmp_path / "out")
 
 
 def test_a_model_with_another_layer_is_refused_when_wrapped():

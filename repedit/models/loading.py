@@ -357,11 +357,22 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def empty_model(config: ModelConfig, *, trust_remote_code: bool = False) -> Any:
-    """The model of a config without values, on the meta device."""
+def empty_model(
+    config: ModelConfig, *, trust_remote_code: bool = False, buffers: bool = False, attention: str = "eager"
+) -> Any:
+    """The model of a config without values, on the meta device.
+
+    Args:
+        buffers: give the buffers their values, which are computed from the config.
+        attention: attention implementation.
+    """
+    from accelerate import init_empty_weights
+
     config = copy.deepcopy(config)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return auto_class(config).from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
+    on_meta = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+    options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    with torch.random.fork_rng(devices=[]), on_meta:
+        return auto_class(config).from_config(config, **options)
 
 
 def set_fields(config: ModelConfig, fields: Mapping[str, Any]) -> None:

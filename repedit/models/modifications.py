@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from repedit.arch import ModelLayout
 from repedit.arch.check import text_ids
 from repedit.arch.offload import check_in_memory
 from repedit.errors import NotAModel, RepeditError, UnknownArchitecture
 from repedit.hooks import evaluating
 from repedit.models.loading import buildable, empty_model
+
+log = logging.getLogger("repedit")
 
 # --- Weights that are computed from other tensors
 
@@ -83,8 +85,8 @@ def defined_in(function: Callable[..., Any]) -> str:
     return str(getattr(inner, "__globals__", {}).get("__name__") or type(function).__module__)
 
 
-def check_unmodified(model: nn.Module, layout: ModelLayout) -> None:
-    """Refuse blocks and embeddings with a method `forward` or hooks of their own that change what the model computes.
+def check_unmodified(model: nn.Module) -> None:
+    """Refuse modules with a method `forward` or hooks of their own that change what the model computes.
 
     Where hooks of the user exist, the model runs on a few tokens with them and without them: those that only observe are
     accepted, and observe these two passes.
@@ -93,29 +95,23 @@ def check_unmodified(model: nn.Module, layout: ModelLayout) -> None:
         UnknownArchitecture: naming the modules, and how to restore or remove what was found.
         OffloadedTensors: if there are hooks and the weights are nowhere, so that the model cannot run.
     """
-    modules = dict(_text_modules(model, layout))
+    modules = dict(model.named_modules())
     replaced = [path for path, module in modules.items() if _is_replaced(module)]
     if replaced:
         raise UnknownArchitecture(
-            f"{replaced[0]}.forward is not the method of its class ({len(replaced)} modules in all), so that files do not hold "
+            f"{replaced[0] or 'model'}.forward is not the method of its class ({len(replaced)} modules in all), so that files do not hold "
             f"what it computes. Restore it first: del model.get_submodule({replaced[0]!r}).forward. {_WRAP_FIRST}"
         )
     hooked = {path: module for path, module in modules.items() if _hooks_of_user(module)}
     if hooked and _hooks_act(model, list(hooked.values())):
         raise UnknownArchitecture(
-            f"forward hooks change what the model computes, which no weights show, at {', '.join(list(hooked)[:3])} "
+            f"forward hooks change what the model computes, which no weights show, at {', '.join(path or 'the model' for path in list(hooked)[:3])} "
             f"({len(hooked)} modules in all). Remove them first: handle.remove(). {_WRAP_FIRST}"
         )
 
 
 _WRAP_FIRST = "To measure or audit the model with it, wrap the model first and change it then"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def _text_modules(model: nn.Module, layout: ModelLayout) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of every block, and the embeddings."""
-    for path in (*layout.block_paths, *(name.rpartition(".")[0] for name in layout.embeddings)):
-        yield from model.get_submodule(path).named_modules(prefix=path)
 
 
 def _is_replaced(module: Any) -> bool:
@@ -216,13 +212,42 @@ def _built_classes(model: Any) -> dict[str, type[nn.Module]]:
 
 
 @torch.no_grad()
-def computes_as(model: Any, built: nn.Module) -> bool:
-    """Whether a model gives the logits on a few tokens that another, built without values, gives with the model's tensors."""
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+def computes_as(model: Any, built: Any) -> bool:
+    """Whether a model gives the logits on a few tokens that another gives with the tensors that files of the model hold.
+
+    True for a model that cannot run: it gives no logits that could differ.
+
+    Args:
+        built: without weights; with its own values of the buffers that files do not hold, such as rotary frequencies.
+    """
     inputs = {"input_ids": text_ids(model), "use_cache": False}
     with evaluating(model):
-        own = model(**inputs).logits
+        try:
+            own = model(**inputs).logits
+        except RuntimeError as error:
+            log.info("the model in memory cannot run here, so it is not compared with its files: %s", error)
+            return True
+    buffers, stored = dict(model.named_buffers(remove_duplicate=False)), model.state_dict().keys()
+    tensors = {n: t for n, t in buffers.items() if n in stored} | dict(model.named_parameters(remove_duplicate=False))
+    # A buffer that was cast with the model is rounded as there.
+    unstored = ((n, b) for n, b in built.named_buffers(remove_duplicate=False) if n in buffers and n not in stored)
+    tensors |= {n: b.to(buffers[n]) if b.device.type != "meta" else buffers[n] for n, b in unstored}
     with evaluating(built):
         theirs = functional_call(built, tensors, (), inputs, tie_weights=False).logits
-    # A fused kernel rounds otherwise; a half type keeps 8 bits.
-    return float((own - theirs).float().norm() / own.float().norm()) < (1e-2 if own.dtype.itemsize < 4 else 1e-4)
+    if not torch.equal(own.isfinite(), theirs.isfinite()):
+        return False
+    own, theirs = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, theirs))
+    # Another attention kernel rounds otherwise: by 0.013 in bfloat16 on the tiny Llama of the tests.
+    limit = (
+        1e-4
+        if next(model.parameters()).dtype.itemsize >= 4
+        else 1e-2
+        if attention_of(model) == attention_of(built)
+        else 5e-2
+    )
+    return float((own - theirs).norm()) <= limit * float(own.norm())
+
+
+def attention_of(model: Any) -> str | None:
+    """The name of the attention implementation of a model's text decoder."""
+    return getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)

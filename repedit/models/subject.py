@@ -443,7 +443,7 @@ def subject_of(
         check_plain_weights(model)
         raise
     check_unshared(model, subject.layout)
-    check_unmodified(model, subject.layout)
+    check_unmodified(model)
     if model.config.model_type in families() and subject.quantizer is None:
         _prove_other_modules(subject)
     if source is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from repedit.arch import Architecture, Specs, TensorSpec, families, match_layout, resolve, resolved
+from repedit.arch.infer import output_embeddings
 from repedit.arch.storage import StoredSpecs
 from repedit.errors import CheckpointError, NotFound, PlanMismatch
 from repedit.io.checkpoint import Shards
@@ -29,7 +31,7 @@ from repedit.models.loading import (
     read_config,
     typed_errors,
 )
-from repedit.models.modifications import computes_as, other_modules
+from repedit.models.modifications import attention_of, computes_as, other_modules
 from repedit.models.subject import Subject, load
 from repedit.plan import Plan
 from repedit.rewrite.apply import patched_config
@@ -147,11 +149,7 @@ def check_described(subject: Subject) -> None:
         CheckpointError: naming the tensors that differ from what the config builds, or modules of other classes that compute
             something else.
     """
-    config = copy.deepcopy(subject.model.config)
-    config.architectures = [type(subject.model).__name__]  # as its files will say
-    with buildable("the model in memory"):
-        empty = empty_model(config)
-    built = _shapes(empty)
+    built = _shapes(_built(subject.model))
     own, layout = _shapes(subject.model), subject.layout
     ragged = mlp_tensors(layout) if ragged_widths(layout) else frozenset()
     extra, absent = sorted(set(own) - set(built)), sorted(set(built) - set(own))
@@ -164,13 +162,54 @@ def check_described(subject: Subject) -> None:
             f"{reshaped[:3]} ({len(reshaped)} in all). Fold or remove them, or set the config"
             + (f" ({', '.join(flags)} add biases to every layer)" if flags else "")
         )
+    _check_tie(subject.model)
     others = other_modules(subject.model)
-    if others and not computes_as(subject.model, empty):
+    if others and not computes_as(subject.model, _built(subject.model)):
         raise CheckpointError(
             f"the model in memory computes something else than its files would: {others[-1] or 'the model'} "
             f"({type(subject.model.get_submodule(others[-1])).__name__}, {len(others)} modules in all) is not what transformers builds "
             "for the config. Put the modules of transformers back"
         )
+
+
+def check_computed(subject: Subject) -> None:
+    """Refuse a model in memory whose files would compute something else than it does, on a few tokens.
+
+    Hooks, replaced methods, buffers that files do not hold, and settings that were changed in a module or in the config
+    after the model was built are neither weights nor modules.
+
+    Raises:
+        CheckpointError: with what may be the reason.
+    """
+    devices = {parameter.device for parameter in subject.model.parameters()}
+    if len(devices) == 1 and not computes_as(subject.model, _built(subject.model)):
+        raise CheckpointError(
+            "the model in memory computes something else than its files would: with its tensors, the model that transformers builds "
+            "for its config gives other logits. Was a hook added, a method replaced, or a buffer, a setting of a module or the "
+            "config changed after the model was built? Undo that, or load the model again"
+        )
+
+
+def _check_tie(model: Any) -> None:
+    """Refuse an output head that shares its tensor with the embeddings although the config says that it has one of its own."""
+    head, embeddings = output_embeddings(model), model.get_input_embeddings()
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    if head.weight is embeddings.weight and not any(config.tie_word_embeddings for config in configs):
+        raise CheckpointError(
+            "the output head and the embeddings are one tensor, which files hold once, and the config says that they are two: "
+            "transformers would load a head of random numbers. Set model.config.tie_word_embeddings = True, or give the head a "
+            "tensor of its own"
+        )
+
+
+def _built(model: Any) -> Any:
+    """The model that transformers builds for a config, without weights, with the attention of the model if it can be had."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]  # as its files will say
+    with suppress(ValueError, ImportError):  # of a part that has this attention in a model that has not
+        return empty_model(config, buffers=True, attention=attention_of(model) or "eager")
+    with buildable("the model in memory"):
+        return empty_model(config, buffers=True)
 
 
 def _shapes(model: nn.Module) -> dict[str, TensorSpec]:

@@ -38,12 +38,14 @@ from repedit.io.text import read_json
 from repedit.lower import Change, EditOrDelta, check_model, lower
 from repedit.models.dequantization import forget_conversions
 from repedit.models.loading import auto_class, changed_json, check_finite_weights, read_config
+from repedit.models.modifications import check_unmodified
 from repedit.models.subject import Origin, Subject
 from repedit.plan import LoweringOptions, Plan
 from repedit.rewrite.apply import check_editable, no_op_message
 from repedit.rewrite.checkpoint_architecture import (
     Matches,
     architecture_of,
+    check_computed,
     check_described,
     check_planned,
     checkpoint_directory,
@@ -121,7 +123,9 @@ def export(
         NotFoldable, NotSlimmable, NotSliceable, QuantizedModel: if no weight can equal the edit.
         FingerprintError: if the change was made for other weights, unless `any_model=True`.
         CheckpointError: if the source is damaged, has changed since it was loaded, holds links to files outside it, or is not
-            the model of its config, or if the disk is full; nothing is left behind.
+            the model of its config, if a model in memory computes something else than its files would, or if the disk is full;
+            nothing is left behind.
+        UnknownArchitecture: if hooks or replaced methods change what the model computes.
         NotFinite: if a weight is not finite, or would not be in its dtype.
     """
     workers = _workers(workers)
@@ -279,6 +283,7 @@ def _source_files(source: Subject | str | Path, plan_for: PlanFunction) -> tuple
     files = source.unchanged_files()
     if files is None or source.quantizer:  # offloaded weights need not be in memory if they are in the files
         check_editable(source)
+    check_unmodified(source.model)
     check_described(source)
     plan = plan_for(source.architecture, source.specs)
     plan.check(source.specs)
@@ -289,6 +294,8 @@ def _source_files(source: Subject | str | Path, plan_for: PlanFunction) -> tuple
     if files is not None and _has_trained_delta(plan) and _rounded_at_loading(source, files):
         log.info("the change was trained on weights rounded to %s: exporting those in memory", source.model.dtype)
         files = None
+    if files is None:
+        check_computed(source)
     return files, None if files is None else states
 
 
