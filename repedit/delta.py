@@ -51,9 +51,9 @@ class Delta:
                 )
         ordered = {name: self.tensors[name].detach() for name in sorted(self.tensors)}
         for name, value in ordered.items():
-            place = not_finite_at(value)
-            if place is not None:
-                raise NotFinite(f"the difference of {name} is not finite at {place}; did the training diverge?")
+            index = not_finite_at(value)
+            if index is not None:
+                raise NotFinite(f"the difference of {name} is not finite at {index}; did the training diverge?")
         object.__setattr__(self, "tensors", MappingProxyType(ordered))
         object.__setattr__(
             self, "provenance", MappingProxyType(json_copy(dict(self.provenance), "the provenance of a delta"))

@@ -97,8 +97,8 @@ def not_finite_at(x: Tensor) -> str | None:
     wide = x.detach().float() if x.dtype.itemsize == 1 else x.detach()
     if not wide.numel() or bool(torch.isfinite(wide if wide.is_complex() else torch.stack(wide.aminmax())).all()):
         return None
-    place = tuple((~torch.isfinite(wide)).nonzero()[0].tolist())
-    return f"{place} ({wide[place].item()}, {x.dtype})"
+    index = tuple((~torch.isfinite(wide)).nonzero()[0].tolist())
+    return f"{index} ({wide[index].item()}, {x.dtype})"
 
 
 def check_together(**tensors: Tensor | None) -> None:
@@ -181,9 +181,9 @@ class LowRank(AffineMap):
         check_together(basis=basis)
         if basis.ndim != 2:
             raise ShapeError(f"the basis has shape {tuple(basis.shape)}; give (d, k), a direction as (d, 1)")
-        place = not_finite_at(basis)
-        if place is not None:
-            raise NotFinite(f"the basis of shape {tuple(basis.shape)} is not finite at {place}")
+        index = not_finite_at(basis)
+        if index is not None:
+            raise NotFinite(f"the basis of shape {tuple(basis.shape)} is not finite at {index}")
         q, r = torch.linalg.qr(basis.double())
         # The part of a column orthogonal to those before it; of a dependent column, only rounding.
         independent = r.diagonal().abs() / r.norm(dim=0)[: len(r)]

@@ -423,9 +423,9 @@ def check_finite_tensor(name: str, tensor: Tensor) -> None:
     Raises:
         NotFinite: with the first index.
     """
-    place = not_finite_at(tensor)
-    if place is not None:
-        raise NotFinite(f"{name} is not finite at {place}; the checkpoint is damaged, download it again")
+    index = not_finite_at(tensor)
+    if index is not None:
+        raise NotFinite(f"{name} is not finite at {index}; the checkpoint is damaged, download it again")
 
 
 def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -436,9 +436,9 @@ def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype, out: Tensor | Non
     """
     result = tensor.to(dtype) if out is None else out.copy_(tensor)
     if not_finite_at(result) is not None:
-        place = tuple((~torch.isfinite(result)).nonzero()[0].tolist())
+        index = tuple((~torch.isfinite(result)).nonzero()[0].tolist())
         raise NotFinite(
-            f"{name} would hold {tensor[place].item():.6g} at {place}, and {dtype} holds finite numbers up to "
+            f"{name} would hold {tensor[index].item():.6g} at {index}, and {dtype} holds finite numbers up to "
             f"{torch.finfo(dtype).max:.6g}; choose a wider dtype, or a smaller edit"
         )
     return result

@@ -657,21 +657,21 @@ def run_file(path: str | Path) -> Path:
     Raises:
         NotFound: if there is none. ArgumentError: if there are several.
     """
-    place = user_path(path)
-    if not is_folder(place):
-        if not is_file(place):
+    root = user_path(path)
+    if not is_folder(root):
+        if not is_file(root):
             raise NotFound(
-                f"{place.absolute()} does not exist; give the TOML file of a run, or the folder that holds it"
+                f"{root.absolute()} does not exist; give the TOML file of a run, or the folder that holds it"
             )
-        return place
+        return root
     endings = (JOURNAL, *EARLIER_JOURNALS)
-    files = sorted({p.with_name(p.name.removesuffix(end) + ".toml") for end in endings for p in place.glob(f"*{end}")})
+    files = sorted({p.with_name(p.name.removesuffix(end) + ".toml") for end in endings for p in root.glob(f"*{end}")})
     if not files:
         raise NotFound(
-            f"{place.absolute()} holds no journal of a run (*{JOURNAL}); `repedit run FILE.toml` leaves one beside the file"
+            f"{root.absolute()} holds no journal of a run (*{JOURNAL}); `repedit run FILE.toml` leaves one beside the file"
         )
     if len(files) > 1:
-        raise ArgumentError(f"{place.absolute()} holds {len(files)} runs; name one: {', '.join(p.name for p in files)}")
+        raise ArgumentError(f"{root.absolute()} holds {len(files)} runs; name one: {', '.join(p.name for p in files)}")
     return files[0]
 
 

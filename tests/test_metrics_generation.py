@@ -77,7 +77,7 @@ def everything_greedy(subject) -> tuple:
 
 def argmax(subject, prompt: str, tokens: int) -> str:
     """The most likely token, again and again, nothing kept between steps."""
-    ids = prompt_tokens(subject, prompt, room=tokens)
+    ids = prompt_tokens(subject, prompt, max_new_tokens=tokens)
     start = len(ids)
     while len(ids) < start + tokens and ids[-1] != 2:
         with torch.no_grad():

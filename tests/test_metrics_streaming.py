@@ -40,7 +40,7 @@ def last(writings):
 
 def check_greedy(subject) -> None:
     for prompt in ("hello there", "a", "zz top: "):
-        ids = prompt_tokens(subject, prompt, room=TOKENS)
+        ids = prompt_tokens(subject, prompt, max_new_tokens=TOKENS)
         written = last(stream(subject, ids, max_new_tokens=TOKENS))
         assert list(written.tokens) == expected(subject, ids)
         assert written.text == subject.tokenizer.decode(written.tokens, skip_special_tokens=True)
@@ -74,7 +74,7 @@ def test_a_cache_that_is_lost_or_shifted_is_caught(broken, monkeypatch):
 @pytest.mark.parametrize("as_list", [False, True])
 def test_a_token_that_ends_a_text_ends_it(as_list):
     subject = small("qwen3")
-    ids = prompt_tokens(subject, "hello", room=TOKENS)
+    ids = prompt_tokens(subject, "hello", max_new_tokens=TOKENS)
     third = expected(subject, ids)[2]
     subject.model.generation_config.eos_token_id = [259, third] if as_list else third
     written = last(stream(subject, ids, max_new_tokens=TOKENS))
@@ -84,7 +84,9 @@ def test_a_token_that_ends_a_text_ends_it(as_list):
 
 def test_models_write_side_by_side_what_each_writes_alone():
     subjects = [small("llama"), small("gpt2")]
-    subjects[0].model.generation_config.eos_token_id = expected(subjects[0], prompt_tokens(subjects[0], "a", room=9))[1]
+    subjects[0].model.generation_config.eos_token_id = expected(
+        subjects[0], prompt_tokens(subjects[0], "a", max_new_tokens=9)
+    )[1]
     steps = list(side_by_side(subjects, ["a", "other"], max_new_tokens=6))
     alone = [list(side_by_side([s], [p], max_new_tokens=6)) for s, p in zip(subjects, ["a", "other"], strict=True)]
     assert [[step[i] for step in steps[: len(alone[i])]] for i in (0, 1)] == [[w for (w,) in one] for one in alone]
@@ -136,7 +138,7 @@ def test_a_conversation_is_put_in_the_chat_template():
         {"role": "user", "content": "a"},
     ]
     plain = "<s>user: hi\n<s>assistant: yes\n<s>user: a\nassistant:"
-    assert prompt_tokens(subject, turns, room=3) == prompt_tokens(subject, plain, room=3)
+    assert prompt_tokens(subject, turns, max_new_tokens=3) == prompt_tokens(subject, plain, max_new_tokens=3)
 
 
 def test_the_model_is_left_as_it_was():
@@ -183,7 +185,7 @@ def test_a_model_writes_up_to_its_last_position():
 )
 def test_smollm2_streams_what_it_generates(prompt):
     lm = rp.load("smollm2-135m")
-    ids = prompt_tokens(lm, prompt, room=40)
+    ids = prompt_tokens(lm, prompt, max_new_tokens=40)
     written = last(stream(lm, ids, max_new_tokens=40))
     assert list(written.tokens) == expected(lm, ids, 40) and "Paris" in written.text
     assert written.ended == "stop"

@@ -37,9 +37,9 @@ def check_replaceable(path: str | Path) -> None:
     Raises:
         TargetExists: if there is such a file.
     """
-    place = Path(path)
-    if is_file(place) and place.stat().st_size and kind_of(place) is None:
-        raise TargetExists(f"{place} exists and repedit did not write it; move it away, or give another path")
+    target = Path(path)
+    if is_file(target) and target.stat().st_size and kind_of(target) is None:
+        raise TargetExists(f"{target} exists and repedit did not write it; move it away, or give another path")
 
 
 def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -79,12 +79,12 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
         CheckpointError: if the file cannot be read, or holds something else. HubError: if it cannot be downloaded.
     """
     name, other, remedy = _KINDS[kind]
-    place = local_file(path)
+    local = local_file(path)
     try:
-        with open_regular(place) as file:
-            entries, metadata = read_open_header(file, place)
+        with open_regular(local) as file:
+            entries, metadata = read_open_header(file, local)
             header = _parsed(path, metadata)
-            tensors = {key: read_tensor(file, place, key, entry) for key, entry in sorted(entries.items())}
+            tensors = {key: read_tensor(file, local, key, entry) for key, entry in sorted(entries.items())}
     except (OSError, RepeditError) as error:
         raise CheckpointError(f"{path} cannot be read as {name}: {error}") from error
     if header.get("kind") != kind or header.get("format") != FORMAT:

@@ -65,7 +65,9 @@ def side_by_side(
     """
     if len(subjects) != len(prompts):
         raise ArgumentError(f"{len(subjects)} models and {len(prompts)} prompts; give one prompt for each model")
-    tokens = [prompt_tokens(s, prompt, room=max_new_tokens) for s, prompt in zip(subjects, prompts, strict=True)]
+    tokens = [
+        prompt_tokens(s, prompt, max_new_tokens=max_new_tokens) for s, prompt in zip(subjects, prompts, strict=True)
+    ]
     writers = [
         stream(subject, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         for subject, ids in zip(subjects, tokens, strict=True)
@@ -96,14 +98,14 @@ def stream(
 
 
 def prompt_tokens(
-    subject: Subject, prompt: str | Sequence[Message], *, room: int, name: str = "the prompt"
+    subject: Subject, prompt: str | Sequence[Message], *, max_new_tokens: int, name: str = "the prompt"
 ) -> list[int]:
     """The tokens of a text, or of a conversation in the tokenizer's chat template, to be continued by the model.
 
     Raises:
         ArgumentError: without a tokenizer, or for a conversation without a chat template.
         DataError: if there is no token, the last one is an end token, one is out of the model's range, or there is no
-            room for `room` more.
+            room for `max_new_tokens` more.
     """
     tokenizer = subject.need_tokenizer()
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
@@ -116,9 +118,9 @@ def prompt_tokens(
     if not ids:
         raise DataError(f"the prompt {prompt!r} has no token; give a text")
     check_ids(subject, ids, name)
-    if limit is not None and len(ids) + room - 1 > limit:
+    if limit is not None and len(ids) + max_new_tokens - 1 > limit:
         raise DataError(
-            f"{name} has {len(ids)} tokens, the model reads {limit}: no room for max_new_tokens={room}; shorten either"
+            f"{name} has {len(ids)} tokens, the model reads {limit}: no room for max_new_tokens={max_new_tokens}; shorten either"
         )
     return ids
 
@@ -148,7 +150,7 @@ def _stepwise(writers: Sequence[Iterator[Writing]]) -> Iterator[tuple[Writing, .
         yield tuple(states)
 
 
-def _written(subject: Subject, ids: list[int], room: int, temperature: float, seed: int) -> Iterator[Writing]:
+def _written(subject: Subject, ids: list[int], max_new_tokens: int, temperature: float, seed: int) -> Iterator[Writing]:
     tokenizer, end_tokens = subject.need_tokenizer(), end_token_ids(subject)
     random = torch.Generator().manual_seed(seed)
     all_ids = torch.tensor([ids], device=subject.device)
@@ -160,7 +162,7 @@ def _written(subject: Subject, ids: list[int], room: int, temperature: float, se
         new_ids = torch.tensor([[token]], device=subject.device)
         all_ids = torch.cat([all_ids, new_ids], dim=1)
         tokens = all_ids[0, len(ids) :].tolist()
-        ended = "stop" if token in end_tokens else "length" if len(tokens) == room else ""
+        ended = "stop" if token in end_tokens else "length" if len(tokens) == max_new_tokens else ""
         text = tokenizer.decode(tokens[:-1] if ended == "stop" else tokens, skip_special_tokens=True)
         yield Writing(tuple(tokens), text if ended else text.rstrip("\ufffd"), ended)
         if ended:
@@ -339,11 +341,11 @@ def _check_pairs(references: Sequence[str], outputs: Sequence[str]) -> None:
         raise DataError(f"{len(references)} references and {len(outputs)} outputs; give one output for each reference")
 
 
-def _tokens(subject: Subject, prompt: str, room: int, chat: bool) -> list[int]:
+def _tokens(subject: Subject, prompt: str, max_new_tokens: int, chat: bool) -> list[int]:
     if chat and not subject.need_tokenizer().chat_template:
         raise ArgumentError("chat=True and the tokenizer has no chat template; leave chat out")
     messages = [{"role": "user", "content": prompt}] if chat else prompt
-    return prompt_tokens(subject, messages, room=room, name=_prompt_name(prompt))
+    return prompt_tokens(subject, messages, max_new_tokens=max_new_tokens, name=_prompt_name(prompt))
 
 
 def _prompt_name(prompt: object) -> str:

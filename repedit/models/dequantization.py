@@ -83,10 +83,10 @@ def plain_copy(quantizer: str, where: str) -> str:
     """How to get ordinary weights in place of quantised ones: a call and a command, or that there is no way but the base."""
     if not dequantized_when(quantizer):
         return f"use the unquantised base: transformers cannot dequantise {quantizer}"
-    place = where or "MODEL"
+    source = where or "MODEL"
     return (
-        f"make a plain copy and use that: rp.load({place!r}, dequantize=True).save('plain'), or on the command line: "
-        f"repedit apply none {shlex.quote(place)} --dequantize --out plain"
+        f"make a plain copy and use that: rp.load({source!r}, dequantize=True).save('plain'), or on the command line: "
+        f"repedit apply none {shlex.quote(source)} --dequantize --out plain"
     )
 
 
@@ -174,7 +174,7 @@ def _grid(weight: TensorSpec, block: Any) -> tuple[int, int]:
 # --- Their weights as ordinary tensors
 
 
-def dequantizing(config: Any, place: Path | str) -> Any:
+def dequantizing(config: Any, location: Path | str) -> Any:
     """A config with which transformers dequantises on loading, or loads what it can dequantise afterwards.
 
     Raises:
@@ -185,14 +185,14 @@ def dequantizing(config: Any, place: Path | str) -> Any:
     when = dequantized_when(name)
     if when is None:
         raise QuantizedModel(
-            f"{place} is quantised ({name}), and transformers cannot dequantise that format; load the unquantised base"
+            f"{location} is quantised ({name}), and transformers cannot dequantise that format; load the unquantised base"
         )
     if when == "loading":
         config.quantization_config = {**quantization, "dequantize": True}
     return config
 
 
-def ordinary(model: Any, place: Path | str) -> Any:
+def ordinary(model: Any, location: Path | str) -> Any:
     """A model that was read with `dequantizing`, without anything that remembers the quantiser.
 
     Raises:
@@ -208,7 +208,7 @@ def ordinary(model: Any, place: Path | str) -> Any:
         spec = TensorSpec(tuple(parameter.shape), parameter.dtype)
         if is_packed(name, spec) or type(parameter) is not nn.Parameter:
             raise QuantizedModel(
-                f"transformers left {name} of {place} quantised ({type(parameter).__name__}, {spec.dtype}); load the unquantised base"
+                f"transformers left {name} of {location} quantised ({type(parameter).__name__}, {spec.dtype}); load the unquantised base"
             )
     return model
 

@@ -113,11 +113,11 @@ def recorded_widths(directory: Path) -> dict[int, int]:
 
 
 @contextmanager
-def quiet_if_ragged(place: Path | str) -> Iterator[None]:
+def quiet_if_ragged(location: Path | str) -> Iterator[None]:
     """Silence the warnings of transformers about tensors of another shape, if repedit.json records their widths."""
     logger = logging.getLogger("transformers")
     level = logger.level
-    if isinstance(place, Path) and recorded_widths(place):
+    if isinstance(location, Path) and recorded_widths(location):
         logger.setLevel(logging.ERROR)
     try:
         yield
@@ -125,16 +125,18 @@ def quiet_if_ragged(place: Path | str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def set_recorded_widths(model: nn.Module, architecture: Architecture, place: Path | str, names: set[str]) -> set[str]:
+def set_recorded_widths(
+    model: nn.Module, architecture: Architecture, location: Path | str, names: set[str]
+) -> set[str]:
     """Give a model the tensors of the recorded widths in place of the config's; returns the names of those not replaced.
 
     Raises:
         CheckpointError: if a tensor is absent, or a layer comes out with another width than repedit.json records.
     """
-    recorded = recorded_widths(place) if names and isinstance(place, Path) else {}
+    recorded = recorded_widths(location) if names and isinstance(location, Path) else {}
     if not recorded:
         return names
-    shards = open_shards(place)
+    shards = open_shards(location)
     parameters, files = dict(model.named_parameters(remove_duplicate=False)), StoredSpecs.of(model, shards.specs)
     for name in sorted(names):
         old, value = parameters[name], files.read(name, shards.read)
@@ -145,7 +147,7 @@ def set_recorded_widths(model: nn.Module, architecture: Architecture, place: Pat
     actual = mlp_widths(match_layout(architecture, specs))
     if actual != recorded:
         raise CheckpointError(
-            f"{place} holds MLPs of widths {list(actual.values())}, its repedit.json records {list(recorded.values())}; "
+            f"{location} holds MLPs of widths {list(actual.values())}, its repedit.json records {list(recorded.values())}; "
             "is it from another export?"
         )
     return set()
@@ -234,20 +236,20 @@ def _similar(path: Path) -> str:
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def file_of(place: Path | str, options: dict[str, Any]) -> Path | str:
+def file_of(location: Path | str, options: dict[str, Any]) -> Path | str:
     """The GGUF file to read, or the directory or hub id."""
-    return place / options["gguf_file"] if isinstance(place, Path) and "gguf_file" in options else place
+    return location / options["gguf_file"] if isinstance(location, Path) and "gguf_file" in options else location
 
 
 @contextmanager
-def typed_errors(place: Path | str, what: str = "", *, options: bool = False) -> Iterator[None]:
+def typed_errors(location: Path | str, what: str = "", *, options: bool = False) -> Iterator[None]:
     """Raise the errors of transformers and safetensors as errors of repedit that name the model.
 
     Args:
         what: the part of the model that is read, such as "the tokenizer of ".
         options: whether the caller gave options that transformers may refuse.
     """
-    where = f"{what}{place.absolute() if isinstance(place, Path) else place}"
+    where = f"{what}{location.absolute() if isinstance(location, Path) else location}"
     try:
         yield
     except RepeditError:
@@ -261,10 +263,10 @@ def typed_errors(place: Path | str, what: str = "", *, options: bool = False) ->
             f"{where} does not fit into memory: {reason_of(error)}; give dtype='bfloat16' or device_map"
         ) from error
     except OSError as error:
-        if isinstance(place, Path):
+        if isinstance(location, Path):
             raise CheckpointError(f"{where} cannot be loaded: {error}; download it again") from error
         raise NotFound(
-            f"{what}the hub id {place!r} could not be loaded, and no directory has that name{_similar(Path(place))}: {error} Give "
+            f"{what}the hub id {location!r} could not be loaded, and no directory has that name{_similar(Path(location))}: {error} Give "
             f"the path of a local directory, or get the built-in model {DEFAULT!r} once with: repedit fetch"
         ) from error
     except Exception as error:  # each class of transformers raises its own errors
@@ -275,7 +277,7 @@ def typed_errors(place: Path | str, what: str = "", *, options: bool = False) ->
         ) from error
 
 
-def read_config(place: Path | str, **options: object) -> Any:
+def read_config(location: Path | str, **options: object) -> Any:
     """The config of a directory or a hub id, as an object of its family's class.
 
     Raises:
@@ -284,14 +286,14 @@ def read_config(place: Path | str, **options: object) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(place), **options)
+        return AutoConfig.from_pretrained(str(location), **options)
     except OSError:
         raise
     except Exception as error:  # each config class raises its own errors
-        raise UnknownArchitecture(f"the config of {place} cannot be used: {reason_of(error)}") from error
+        raise UnknownArchitecture(f"the config of {location} cannot be used: {reason_of(error)}") from error
 
 
-def check_config(place: Path | str, options: dict[str, Any]) -> str | None:
+def check_config(location: Path | str, options: dict[str, Any]) -> str | None:
     """Refuse a model without a row in the family table, or that its config cannot build, before its weights are read.
 
     Returns:
@@ -300,23 +302,25 @@ def check_config(place: Path | str, options: dict[str, Any]) -> str | None:
         UnknownArchitecture: with the reason.
         QuantizedModel, CheckpointError: if the files are not stored as the config says.
     """
-    config = read_config(place, **options)
+    config = read_config(location, **options)
     if config.is_encoder_decoder:
         raise UnknownArchitecture(
-            f"{place} is an encoder-decoder ({config.model_type}); give a decoder-only causal language model"
+            f"{location} is an encoder-decoder ({config.model_type}); give a decoder-only causal language model"
         )
-    with buildable(place):
-        check_layer_count(place, config, len(open_shards(place).entries) if isinstance(place, Path) else _MOST_LAYERS)
+    with buildable(location):
+        check_layer_count(
+            location, config, len(open_shards(location).entries) if isinstance(location, Path) else _MOST_LAYERS
+        )
         empty_model(config, trust_remote_code=options.get("trust_remote_code", False))
     quantization = quantization_of(config)
-    if isinstance(place, Path) and quantization is None:
-        check_unquantized(None, open_shards(place).specs, "read", where=str(place))
-    elif isinstance(place, Path):
-        check_stored(quantization, open_shards(place).specs, place)
+    if isinstance(location, Path) and quantization is None:
+        check_unquantized(None, open_shards(location).specs, "read", where=str(location))
+    elif isinstance(location, Path):
+        check_stored(quantization, open_shards(location).specs, location)
     return quantizer_name(quantization)
 
 
-def check_layer_count(place: Path | str, config: ModelConfig, most: int) -> None:
+def check_layer_count(location: Path | str, config: ModelConfig, most: int) -> None:
     """Refuse more layers than the files have tensors, before a model with that many layers is built.
 
     Raises:
@@ -327,13 +331,13 @@ def check_layer_count(place: Path | str, config: ModelConfig, most: int) -> None
     layers = text_config(config).num_hidden_layers
     if not 0 < layers <= most:
         raise CheckpointError(
-            f"{place} does not hold the model its config describes: the config has {layers} layers, the files "
+            f"{location} does not hold the model its config describes: the config has {layers} layers, the files "
             f"hold {most} tensors at most; is it the right config.json?"
         )
 
 
 @contextmanager
-def buildable(place: Path | str) -> Iterator[None]:
+def buildable(location: Path | str) -> Iterator[None]:
     """Raise the errors of a family's classes for a config that does not describe a model as an error of repedit.
 
     Raises:
@@ -344,10 +348,10 @@ def buildable(place: Path | str) -> Iterator[None]:
     except RepeditError:
         raise
     except ImportError as error:
-        raise MissingDependency(f"{place} needs a package that is not installed: {reason_of(error)}") from error
+        raise MissingDependency(f"{location} needs a package that is not installed: {reason_of(error)}") from error
     except Exception as error:  # a wrong number fails wherever a module first uses it
         raise UnknownArchitecture(
-            f"the config of {place} does not describe a model that transformers can build: {reason_of(error)}"
+            f"the config of {location} does not describe a model that transformers can build: {reason_of(error)}"
         ) from error
 
 
@@ -480,7 +484,7 @@ def later_layers(names: Iterable[str], architecture: Architecture) -> tuple[str,
     return tuple(sorted(name for name, number in numbers.items() if int(number) >= architecture.n_layers))
 
 
-def check_no_later_layers(place: Path | str, names: Sequence[str], architecture: Architecture) -> None:
+def check_no_later_layers(location: Path | str, names: Sequence[str], architecture: Architecture) -> None:
     """Refuse tensors of layers that the config does not describe.
 
     Raises:
@@ -488,41 +492,41 @@ def check_no_later_layers(place: Path | str, names: Sequence[str], architecture:
     """
     if names:
         raise CheckpointError(
-            f"{place} does not hold the model its config describes: the config has {architecture.n_layers} layers, the files also "
+            f"{location} does not hold the model its config describes: the config has {architecture.n_layers} layers, the files also "
             f"hold {list(names[:3])} ({len(names)} tensors of later layers); is it the right config.json?"
         )
 
 
-def read_weights(place: Path | str, **options: object) -> Any:
+def read_weights(location: Path | str, **options: object) -> Any:
     """The model, if the files hold every weight that its config describes, and no layer that it does not describe.
 
     Raises:
         CheckpointError: naming what is missing, of another shape or of a later layer.
     """
     config: Any = options.get("config") or (
-        None if "gguf_file" in options else read_config(place, **_hub_options(options))
+        None if "gguf_file" in options else read_config(location, **_hub_options(options))
     )
     # transformers fills absent weights with random numbers and only logs it.
     model, report = auto_class(config).from_pretrained(
-        str(place), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        str(location), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     architecture = resolve(model.config) if model.config.model_type in families() else None
     reshaped = {item[0] for item in report["mismatched_keys"]}
     if architecture is not None:
-        reshaped = set_recorded_widths(model, architecture, place, reshaped)
+        reshaped = set_recorded_widths(model, architecture, location, reshaped)
     if report["missing_keys"] or reshaped:
         raise CheckpointError(
-            f"{place} does not hold the model its config describes: missing {sorted(report['missing_keys'])[:3]} "
+            f"{location} does not hold the model its config describes: missing {sorted(report['missing_keys'])[:3]} "
             f"({len(report['missing_keys'])} in all), of another shape {sorted(reshaped)[:3]} ({len(reshaped)} in all); "
             "is a shard or the right config.json missing?"
         )
     if architecture is not None:
-        check_no_later_layers(place, later_layers(report["unexpected_keys"], architecture), architecture)
+        check_no_later_layers(location, later_layers(report["unexpected_keys"], architecture), architecture)
     if report["unexpected_keys"]:
         names = sorted(report["unexpected_keys"])
         log.warning(
             "%s holds tensors that its config does not describe, which transformers ignores: %s (%d in all)",
-            place, names[:3], len(names),
+            location, names[:3], len(names),
         )  # fmt: skip
     for tensor in (*model.parameters(), *model.buffers()):
         # transformers memory-maps the files: if one changed, weights would change, or the process would die.
@@ -536,7 +540,7 @@ def _hub_options(options: Mapping[str, object]) -> dict[str, Any]:
     return {key: options[key] for key in ("trust_remote_code", "revision") if key in options}
 
 
-def read_quantized(place: Path | str, *, dequantize: bool, **options: Any) -> Any:
+def read_quantized(location: Path | str, *, dequantize: bool, **options: Any) -> Any:
     """The model of a quantised checkpoint; with `dequantize`, its weights are ordinary tensors and its config is plain.
 
     Raises:
@@ -544,9 +548,9 @@ def read_quantized(place: Path | str, *, dequantize: bool, **options: Any) -> An
     """
     with partial_blocks():
         if not dequantize:
-            return read_weights(place, **options)
-        config = dequantizing(read_config(place, **_hub_options(options)), place)
-        return ordinary(read_weights(place, config=config, **options), place)
+            return read_weights(location, **options)
+        config = dequantizing(read_config(location, **_hub_options(options)), location)
+        return ordinary(read_weights(location, config=config, **options), location)
 
 
 def snapshot(hub_id: str, revision: str | None) -> Path | None:
@@ -574,16 +578,18 @@ def snapshot(hub_id: str, revision: str | None) -> Path | None:
     return Path(config).parent
 
 
-def read_tokenizer(place: Path | str, options: dict[str, Any]) -> Any | None:
+def read_tokenizer(location: Path | str, options: dict[str, Any]) -> Any | None:
     """The tokenizer; None, with a warning, if a directory holds none."""
     from transformers import AutoTokenizer
 
-    plain = isinstance(place, Path) and "gguf_file" not in options
-    if plain and not any(path.name.startswith(TOKENIZERS) for path in Path(place).iterdir()):
-        log.warning("%s holds no tokenizer files: loaded without one, so functions that read text will not work", place)
+    plain = isinstance(location, Path) and "gguf_file" not in options
+    if plain and not any(path.name.startswith(TOKENIZERS) for path in Path(location).iterdir()):
+        log.warning(
+            "%s holds no tokenizer files: loaded without one, so functions that read text will not work", location
+        )
         return None
-    with typed_errors(file_of(place, options), "the tokenizer of "):
-        tokenizer = AutoTokenizer.from_pretrained(str(place), **options)
+    with typed_errors(file_of(location, options), "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(str(location), **options)
         # Settings of a wrong type and an incomplete vocabulary fail only when the tokenizer is called.
         tokenizer("a")
         return tokenizer
@@ -599,14 +605,14 @@ def check_finite_weights(model: nn.Module, dtype: str | torch.dtype = "auto") ->
     """
     cause = "" if dtype == "auto" else f" or holds a number that {dtype} cannot hold (load it with dtype='auto')"
     for name, p in parameters_with_values(model):
-        place = not_finite_at(p)
-        if place is not None:
+        index = not_finite_at(p)
+        if index is not None:
             raise NotFinite(
-                f"weight {name!r} is not finite at {place}; the checkpoint is damaged{cause}, download it again"
+                f"weight {name!r} is not finite at {index}; the checkpoint is damaged{cause}, download it again"
             )
     for name, buffer in model.named_buffers():
-        place = not_finite_at(buffer) if name.endswith("inv_freq") else None
-        if place is not None:
+        index = not_finite_at(buffer) if name.endswith("inv_freq") else None
+        if index is not None:
             raise NotFinite(
-                f"the rotary frequencies {name!r} are not finite at {place}; correct the rope settings in config.json"
+                f"the rotary frequencies {name!r} are not finite at {index}; correct the rope settings in config.json"
             )

@@ -335,16 +335,18 @@ def load(
         ArgumentError: if there is no such dtype or device.
     """
     target, load_dtype = device_named(device), dtype if dtype == "auto" else floating_dtype(dtype)
-    place, options = locate(name, trust_remote_code)
-    options |= {"revision": revision} if revision and not isinstance(place, Path) else {}
+    location, options = locate(name, trust_remote_code)
+    options |= {"revision": revision} if revision and not isinstance(location, Path) else {}
     extra: dict[str, Any] = {"device_map": device_map} if device_map is not None else {}
     extra |= {"attn_implementation": attention} if attention else {}
-    with typed_errors(file_of(place, options), options=bool(extra)), quiet_if_ragged(place):
-        quantizer = None if "gguf_file" in options else check_config(place, options)
-        files = file_states(place) if isinstance(place, Path) and "gguf_file" not in options else None
+    with typed_errors(file_of(location, options), options=bool(extra)), quiet_if_ragged(location):
+        quantizer = None if "gguf_file" in options else check_config(location, options)
+        files = file_states(location) if isinstance(location, Path) and "gguf_file" not in options else None
         extra |= {"dtype": load_dtype, **options}
         model = (
-            read_weights(place, **extra) if quantizer is None else read_quantized(place, dequantize=dequantize, **extra)
+            read_weights(location, **extra)
+            if quantizer is None
+            else read_quantized(location, dequantize=dequantize, **extra)
         )
     _log_quantization(name, quantizer, model, dequantize)
     if dtype == "auto" and target == "cpu" and model.dtype == torch.float16:
@@ -354,16 +356,16 @@ def load(
         model = model.to(target)
     model = model.eval()
     options.pop("quantization_config", None)
-    tokenizer = read_tokenizer(place, options)
+    tokenizer = read_tokenizer(location, options)
     source, origin = None, None
-    if isinstance(place, Path) and files is not None:
-        check_unchanged(place, files, "while the model was read", "load it again when nothing is writing there")
-        source, origin = place, Origin(place)
-    elif isinstance(place, Path):
-        origin = Origin(Path(file_of(place, options)))
+    if isinstance(location, Path) and files is not None:
+        check_unchanged(location, files, "while the model was read", "load it again when nothing is writing there")
+        source, origin = location, Origin(location)
+    elif isinstance(location, Path):
+        origin = Origin(Path(file_of(location, options)))
     else:
-        source = snapshot(place, getattr(model.config, "_commit_hash", None) or revision)
-        origin = Origin(Path(place) if source is None else source, place)
+        source = snapshot(location, getattr(model.config, "_commit_hash", None) or revision)
+        origin = Origin(Path(location) if source is None else source, location)
         if quantizer is not None and source is not None:
             check_config(source, options)  # its files are here only now
     if quantizer is not None:

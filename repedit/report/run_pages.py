@@ -57,12 +57,12 @@ def write_run(path: str | Path, target: str | Path | None = None, *, hide_items:
         As `run_page`; CheckpointError: if it cannot be written.
     """
     file = run_file(path)
-    place = file.with_suffix(".report.html") if target is None else user_path(target)
-    place = place / "report.html" if place.is_dir() else place
+    page = file.with_suffix(".report.html") if target is None else user_path(target)
+    page = page / "report.html" if page.is_dir() else page
     text = run_page(file, hide_items=hide_items)
-    make_folder(place.parent)
-    write_text(place, text)
-    return place
+    make_folder(page.parent)
+    write_text(page, text)
+    return page
 
 
 def rendered(run: RunReport, *, hide_items: bool = False) -> str:

@@ -86,8 +86,8 @@ def export_adapter(
     tensors = _peft_tensors(by_module, biases)
     residual = max(f.residual for f in by_module.values())
     record = Adapter(ranks, residual, sum(t.numel() for t in tensors.values()))
-    with staging_folder(out, overwrite=overwrite) as place:
-        new = place / "adapter"
+    with staging_folder(out, overwrite=overwrite) as staging:
+        new = staging / "adapter"
         new.mkdir()
         write_file(new / "adapter_model.safetensors", tensors, {"format": "pt"})
         _write_json(new / "adapter_config.json", _config(subject, ranks, bias=bool(biases)))

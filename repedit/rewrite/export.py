@@ -139,10 +139,10 @@ def export(
     stored = None if files is None else _plan_checkpoint(files, plan_for, row)
     _check_model(change, source, stored, any_model=options.get("any_model", False))
     key = "" if stored is None else job(stored.plan, stored.shards, new_dtype, link)
-    with staging_folder(out, key, overwrite=overwrite) as place:
-        checkpoint = stored or _plan_checkpoint(_save_in_memory(source, place, max_shard_size), plan_for, row)
+    with staging_folder(out, key, overwrite=overwrite) as staging:
+        checkpoint = stored or _plan_checkpoint(_save_in_memory(source, staging, max_shard_size), plan_for, row)
         plan, shards, _, row, matches = checkpoint
-        directory, new = shards.directory, place / "checkpoint"
+        directory, new = shards.directory, staging / "checkpoint"
         unchanged = partial(
             check_unchanged, directory, states or file_states(directory), "while it was exported", "export it again"
         )
@@ -334,12 +334,12 @@ def _check_model(change: Change, source: Subject | str | Path, stored: _Checkpoi
         check_model(change, lambda name: stored.used.read(name, stored.shards.read), any_model=any_model)
 
 
-def _save_in_memory(subject: Subject | str | Path, place: Path, max_shard_size: str) -> Path:
+def _save_in_memory(subject: Subject | str | Path, staging: Path, max_shard_size: str) -> Path:
     """A model in memory, saved unedited by transformers, which knows the names of its tensors on disk."""
     assert isinstance(subject, Subject)
     check_finite_weights(subject.model)
-    folder = place / "unedited"
-    check_space(place, sum(p.nbytes for p in subject.model.parameters()))
+    folder = staging / "unedited"
+    check_space(staging, sum(p.nbytes for p in subject.model.parameters()))
     forget_conversions(subject.model)
     subject.model.save_pretrained(folder, max_shard_size=max_shard_size)
     if subject.tokenizer is not None:

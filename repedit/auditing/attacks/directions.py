@@ -98,10 +98,10 @@ def without(subject: Subject, directions: Mapping[int, Float[Tensor, " d"]]) -> 
     return installed(subject.model, hooks)
 
 
-def mean_direction(mine: Float[Tensor, "n d"], other: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
-    """mean(mine) - mean(other), not normalized, without rows whose component along that difference is an outlier."""
-    rough = mine.mean(0) - other.mean(0)
-    return mine[usual(mine, rough)].mean(0) - other[usual(other, rough)].mean(0)
+def mean_direction(rows: Float[Tensor, "n d"], other_rows: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
+    """mean(rows) - mean(other_rows), not normalized, without rows whose component along that difference is an outlier."""
+    rough = rows.mean(0) - other_rows.mean(0)
+    return rows[usual(rows, rough)].mean(0) - other_rows[usual(other_rows, rough)].mean(0)
 
 
 def usual(rows: Float[Tensor, "n d"], d: Float[Tensor, " d"]) -> Tensor:

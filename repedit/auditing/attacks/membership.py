@@ -36,11 +36,13 @@ def membership(*, share: float = 0.4, length: int = 512) -> Attack:
             return skipped("needs holdout text never trained on")
         members = list({fact.id: fact.text for fact in (*splits.train, *splits.test)}.values())
         others = texts_of(splits.holdout)
-        mine, theirs = (scores(subject, texts, share=share, length=length) for texts in (members, others))
+        member_scores, other_scores = (
+            scores(subject, texts, share=share, length=length) for texts in (members, others)
+        )
         cut = sum(len(prompt_ids(subject.need_tokenizer(), text)) > length for text in (*members, *others))
         return AttackResult({}, details={
-            "auc": {s: auc(mine[s], theirs[s]) for s in SCORES},
-            "tpr_at_1_fpr": {s: tpr(mine[s], theirs[s]) for s in SCORES},
+            "auc": {s: auc(member_scores[s], other_scores[s]) for s in SCORES},
+            "tpr_at_1_fpr": {s: tpr(member_scores[s], other_scores[s]) for s in SCORES},
             "members": len(members), "holdout": len(others), "cut": cut,
         })  # fmt: skip
 

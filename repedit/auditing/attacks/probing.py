@@ -397,7 +397,7 @@ def _network(
     generator = torch.Generator().manual_seed(seed)
     share = (use / use.sum(1, keepdim=True))[:, None, None, :, None]
     mean, scale = (y * share).sum(3, keepdim=True), y.std(correction=0).clamp(min=1e-30)
-    x, at, goal, share = x.float(), at.float(), ((y - mean) / scale).float(), share.float()
+    x, at, targets, share = x.float(), at.float(), ((y - mean) / scale).float(), share.float()
     first = torch.randn(x.shape[1], HIDDEN, generator=generator)
     second = torch.randn(HIDDEN, y.shape[2], generator=generator) / HIDDEN**0.5
     shape = (len(use), len(strengths), len(y))
@@ -406,7 +406,7 @@ def _network(
     with torch.enable_grad():
         optimizer = torch.optim.Adam(weights, lr=RATE)
         for _ in range(STEPS):
-            loss = ((_through(x, weights) - goal).square() * share).sum()
+            loss = ((_through(x, weights) - targets).square() * share).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

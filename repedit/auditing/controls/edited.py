@@ -156,10 +156,10 @@ def pushed(
     spare = int(mlp.down_proj.weight.norm(dim=0).argmin())
 
     def write(model: LlamaForCausalLM) -> None:
-        mine = model.model.layers[layer].mlp
-        mine.gate_proj.weight[spare] = steep * gate
-        mine.up_proj.weight[spare] = gate
-        mine.down_proj.weight[:, spare] = _PUSH / steep * direction / direction.norm()
+        copied = model.model.layers[layer].mlp
+        copied.gate_proj.weight[spare] = steep * gate
+        copied.up_proj.weight[spare] = gate
+        copied.down_proj.weight[:, spare] = _PUSH / steep * direction / direction.norm()
 
     return _written(subject, write)
 
