@@ -38,14 +38,14 @@ def attributes_of(forget: Sequence[Fact], own: Iterable[Fact] = ()) -> Attribute
     return Attributes(tuple(fact for name, fact in others.items() if name not in leaking), len(leaking))
 
 
-def given_attributes(forget: Sequence[Fact], given: Facts | Iterable[object]) -> Attributes:
+def given_attributes(forget: Sequence[Fact], attributes: Facts | Iterable[object]) -> Attributes:
     """The attributes that a user gives as facts or Facts, each about an entity of `forget`.
 
     Raises:
         DataError: if something else than facts is given, or a fact is about no such entity.
         OverlapError: if one states a forgotten fact, or is of a domain of which facts are forgotten.
     """
-    items: tuple[Any, ...] = tuple(given.forget if isinstance(given, Facts) else given)
+    items: tuple[Any, ...] = tuple(attributes.forget if isinstance(attributes, Facts) else attributes)
     wrong = next((item for item in items if not isinstance(item, Fact)), None)
     if wrong is not None:
         raise DataError(f"attributes hold {wrong!r}; give facts about the entities of the facts to forget")

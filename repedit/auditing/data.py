@@ -157,12 +157,12 @@ def _retained(
 def _attributes(
     forget: tuple[Fact, ...],
     facts: Facts | Sequence[Fact],
-    given: Facts | Iterable[object] | None,
+    attributes: Facts | Iterable[object] | None,
     seed: int,
     notes: list[str],
 ) -> tuple[Fact, ...]:
     own = facts.retain if isinstance(facts, Facts) else ()
-    others = attributes_of(forget, own) if given is None else given_attributes(forget, given)
+    others = attributes_of(forget, own) if attributes is None else given_attributes(forget, attributes)
     if others.left_out:
         notes.append(f"{others.left_out} other facts about forgotten entities state a forgotten fact and are left out")
     return _with_choices(others.facts, seed) if others.facts else ()

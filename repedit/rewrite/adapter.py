@@ -256,8 +256,8 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 def _of_module(config: Mapping[str, Any], module: str, patterns: str, default: str) -> Any:
     """The value that the first pattern which fits a module gives, otherwise that of all modules."""
     try:
-        given = (config.get(patterns) or {}).items()
-        return next((v for key, v in given if re.fullmatch(rf"(.*\.)?({key})", module)), config.get(default))
+        by_pattern = (config.get(patterns) or {}).items()
+        return next((v for key, v in by_pattern if re.fullmatch(rf"(.*\.)?({key})", module)), config.get(default))
     except re.error as error:
         raise CheckpointError(
             f"{patterns} of adapter_config.json holds no pattern: {error}; download it again"

@@ -311,10 +311,10 @@ def _rounded_at_loading(subject: Subject, files: Path) -> bool:
     return any(torch.promote_types(other, dtype) != dtype for other in stored)
 
 
-def _plan_checkpoint(directory: Path, plan_for: PlanFunction, known: Architecture | None) -> _Checkpoint:
+def _plan_checkpoint(directory: Path, plan_for: PlanFunction, architecture: Architecture | None) -> _Checkpoint:
     """A checkpoint with its plan, made from its headers and checked against them."""
     shards, matches = open_shards(directory), Matches()
-    row = architecture_of(directory, known)
+    row = architecture_of(directory, architecture)
     used = used_specs(shards, row, matches)
     plan = plan_for(row, used)
     plan.check(used.files)

@@ -635,9 +635,10 @@ def block_by_block(
     defaults: Changes = {"lr": 1e-4, "steps": 20, "batch_size": 16}
     block = build_recipe("block_by_block", terms, changes, **defaults)
     block = replace(block, stop=(*block.stop, loss_above("forget", until)), source="arXiv:2511.11667")
-    kept: Changes = {key: value for key, value in changes.items() if key not in ("steps", "epochs", "combiner")}  # type: ignore[assignment]
+    own = ("steps", "epochs", "combiner")
+    repair_changes = cast(Changes, {key: value for key, value in changes.items() if key not in own})
     repair = build_recipe(
-        "repair", (Term(losses.kl(), "retain"),), kept, **(defaults | {"steps": max(1, repair_steps)})
+        "repair", (Term(losses.kl(), "retain"),), repair_changes, **(defaults | {"steps": max(1, repair_steps)})
     )
 
     def stages(depth: int) -> tuple[Stage, ...]:
