@@ -26,6 +26,8 @@ SMALL: dict[str, Any] = {
     "TASKS": ["capitals", "symbols"],
     "LAYER": 1,
     "EPOCHS": 3,
+    "GROUPS": "0,0-1",
+    "FIT": {"steps": 2, "rows": 32, "retain_rows": 32, "vocabulary": 64},
 }
 """What the cells of parameters say for a tiny model."""
 
@@ -106,6 +108,6 @@ def test_what_is_committed_is_one_whole_run(path):
 
 
 def test_there_is_a_notebook_for_every_question():
-    assert [path.name[:2] for path in FILES] == ["1_", "2_", "3_", "4_", "5_", "6_"]
+    assert [path.name[:2] for path in FILES] == ["1_", "2_", "3_", "4_", "5_", "6_", "7_"]
     titles = [read(path).cells[0].source.splitlines()[0] for path in FILES]
     assert all(title.startswith("# ") for title in titles) and len(set(titles)) == len(titles)
