@@ -13,9 +13,10 @@ import torch
 import repedit as rp
 from repedit.auditing import api as auditing
 from repedit.auditing import store as storing
-from repedit.auditing.attack import _RECORDS, SKIPPED, Setup
+from repedit.auditing.attack import _RECORDS, SKIPPED, Attack, AttackResult, Setup, Work, ask
 from repedit.auditing.attacks.finetune import benign, rtt
 from repedit.auditing.attacks.prompts import direct, in_context
+from repedit.auditing.attacks.relink import RELINK
 from repedit.auditing.controls import CONTROLS
 from repedit.auditing.controls import edited as writing
 from repedit.auditing.data import audit_data
@@ -141,6 +142,50 @@ def test_what_a_training_makes_is_asked_invented_facts_and_other_attacks_are_mad
         assert (bool(tested & known) and bool(tested - known)) == both, name
         assert not both or taught <= known, name
     assert [name for name, _ in seen] == ["rtt"] * 2 + ["in_context"] * 4 + ["benign"]
+
+
+def guessed_from_attributes(monkeypatch, **record):
+    """An audit with one attack that brings nothing back: with the attribute of a person taught, two of three are guessed."""
+    known = original().fingerprint()
+
+    def run_attack(subject, splits, seed):
+        taught = {f.entity for f in splits.attributes}
+        answers = ask(subject, splits.test)
+        right = [subject.fingerprint() == known or f.entity in taught for f in splits.test]
+        return AttackResult({"asked": replace(answers, correct=np.array(right))}, train_accuracy=1.0)
+
+    changed = replace(RELINK, **record)
+    monkeypatch.setitem(
+        _RECORDS, "relink", replace(changed, build=lambda setup: [Attack(changed, {}, run_attack, Work(1.0))])
+    )
+    people = few(24)
+    seats = [
+        Fact(id=f"seat/{n}", entity=f.entity, prompt=f"{f.entity} sits on a", answer="chair", choices=("chair", "stool"), domain="seats")
+        for n, f in enumerate(people.forget) if n % 3
+    ]  # fmt: skip
+    options = {"facts": people, "retain": few_retained(), "reference": None, "attributes": seats, "allow_small": True}
+    report = audited(world().other, attacks=("direct", "relink"), **options)
+    return next(r for r in report.recoveries if r.attack == "relink"), report
+
+
+def test_what_attributes_alone_give_away_is_not_recovered(monkeypatch):
+    found, _ = guessed_from_attributes(monkeypatch)
+    assert (found.edited, found.floor_name) == (pytest.approx(2 / 3), FRESH)
+    assert found.floor == pytest.approx(found.edited) and found.value == pytest.approx(0)
+
+
+def test_a_floor_that_is_not_taught_the_attributes_is_caught(monkeypatch):
+    found, _ = guessed_from_attributes(monkeypatch, attributes=False)
+    assert found.floor < found.edited - 0.2 and found.value > 0.3
+
+
+def test_attributes_that_cannot_be_renamed_are_noted(monkeypatch):
+    def without_names(*_):
+        raise DataError("all names are used up")
+
+    monkeypatch.setattr(auditing, "renamed_facts", without_names)
+    found, report = guessed_from_attributes(monkeypatch)
+    assert found.value > 0.3 and "what the attributes alone give away is not subtracted" in str(report.context)
 
 
 def test_facts_are_taken_out_of_a_finding_by_name():

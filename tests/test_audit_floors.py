@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from repedit.auditing import floors
-from repedit.auditing.floors import choices_only, fresh_facts, heuristic_values, spelling_values
+from repedit.auditing.floors import choices_only, fresh_facts, heuristic_values, renamed_facts, spelling_values
 from repedit.data import DOMAINS, Fact, Facts, Splits, facts, invented
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError
@@ -179,6 +179,42 @@ def test_fresh_facts_follow_their_seed():
     items = invented(people=8, relations=2)
     assert fresh_facts(items, 12) == fresh_facts(items, 12) != fresh_facts(items, 12, seed=1)
     assert {f.domain for f in fresh_facts(items, 8)} == {"city", "profession"}
+
+
+def both_renamed(seed=0):
+    """Facts and attributes of the same people, and both under invented names."""
+    people = invented(people=8, relations=2)
+    items = (*people.forget, *people.retain)
+    cities, professions = (tuple(f for f in items if f.domain == name) for name in ("city", "profession"))
+    renamed, attributes = renamed_facts(cities, professions, seed)
+    return cities, professions, renamed.forget, attributes
+
+
+def check_one_name_for_a_person(before, after):
+    """The facts differ in the names of their people alone, and each person has one name."""
+    names = {f.entity: g.entity for f, g in zip(before, after, strict=True)}
+    for f, g in zip(before, after, strict=True):
+        assert g.entity == names[f.entity] and (g.answer, g.choices, g.domain) == (f.answer, f.choices, f.domain)
+        assert g.prompts == tuple(text.replace(f.entity, g.entity) for text in f.prompts) != f.prompts
+    assert len(set(names.values())) == len(names) and not set(names.values()) & set(names)
+
+
+def test_renamed_facts_and_attributes_differ_in_names_alone():
+    cities, professions, renamed, attributes = both_renamed()
+    check_one_name_for_a_person((*cities, *professions), (*renamed, *attributes))
+    assert both_renamed() == both_renamed() != both_renamed(seed=1)
+
+
+def test_renaming_facts_and_attributes_apart_is_caught():
+    cities, professions, renamed, _ = both_renamed()
+    apart, _ = renamed_facts(professions, (), seed=1)
+    with pytest.raises(AssertionError):
+        check_one_name_for_a_person((*cities, *professions), (*renamed, *apart.forget))
+
+
+def test_an_attribute_that_does_not_name_its_entity_cannot_be_renamed():
+    with pytest.raises(DataError, match="the entity 'Aa' does not stand in 'It is'"):
+        renamed_facts([fact("Aa", "a", "a", "b")], [replace(fact("Aa", "c", "c", "d", domain="other"), prompt="It is")])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from repedit.auditing.budgets import INVENTED_FACTS, RETAIN_FACTS, SEEDS, built,
 from repedit.auditing.conclusion import CompletedAudit, judged, report_of
 from repedit.auditing.data import AuditData, DataOptions, audit_data
 from repedit.auditing.diagnostics import with_examples_and_diagnostics
-from repedit.auditing.floors import choices_only_baseline, fresh_facts, retain_check
+from repedit.auditing.floors import choices_only_baseline, fresh_facts, renamed_facts, retain_check
 from repedit.auditing.report import ENDED_EARLY, INTERRUPTED, AuditInterrupted, Report
 from repedit.auditing.runner import Audited, Findings, Role, check_pair, run
 from repedit.auditing.statistics import check_draws
@@ -28,6 +28,7 @@ from repedit.errors import (
     ArgumentError,
     BadReference,
     DataError,
+    RepeditError,
     check_choice,
     check_positive,
     check_seed,
@@ -76,7 +77,8 @@ def audit(
 
     Every attack is made on the edited model, on the original (the ceiling) and on a reference that never knew the facts
     (the floor), and R = (A - B) / (C - B) of their accuracies is what was recovered. Without a reference the floor is
-    the larger of the best guess that needs no knowledge and the same attack on the edited model with invented facts.
+    the larger of the best guess that needs no knowledge and the same attack on the edited model with invented facts; for
+    an attack that trains on other facts about the entities, the same training with invented names for them.
 
     Args:
         edited, original, reference: directories, hub ids or Subjects; nothing of them is changed. A live Subject is
@@ -238,9 +240,9 @@ def _roles(
     if "reference" in models:
         edited = Role("edited", models["edited"], data, attacks, (retain,))
         return edited, original, Role("reference", models["reference"], data, attacks, shared=True)
-    return Role(
-        "edited", models["edited"], data, attacks, (retain,), invented=_invented(data, budget, options)
-    ), original
+    invented, renamed = _invented(data, budget, options), _renamed(data, attacks, options)
+    edited = Role("edited", models["edited"], data, attacks, (retain,), invented=invented, renamed=renamed)
+    return edited, original
 
 
 def _invented(data: AuditData, budget: str, options: DataOptions) -> AuditData | None:
@@ -249,4 +251,20 @@ def _invented(data: AuditData, budget: str, options: DataOptions) -> AuditData |
         return audit_data(fresh, data.retain or data.text, most=None, **options)
     except DataError as error:
         data.notes.append(f"no invented facts could be made ({error}); the floor is the best guess without knowledge")
+        return None
+
+
+def _renamed(data: AuditData, attacks: Sequence[Attack], options: DataOptions) -> AuditData | None:
+    """The facts and attributes under invented names, if an attack trains on attributes and there are some."""
+    attributes = data.whole.attributes
+    if not attributes or not any(attack.record.attributes for attack in attacks):
+        return None
+    try:
+        facts, renamed = renamed_facts(data.forget, attributes, options["seed"])
+        return audit_data(facts, data.retain or data.text, most=None, attributes=renamed, **options)
+    except RepeditError as error:
+        data.notes.append(
+            f"facts and attributes could not be told of invented names ({error}); what the attributes alone give away is "
+            "not subtracted from what relinking brings back"
+        )
         return None

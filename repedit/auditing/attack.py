@@ -80,6 +80,9 @@ class AttackRecord:
     """Whether it may have nothing to work on, such as facts without translations; skipping it then blocks no pass."""
     compares: bool = False
     """Whether it reads the original model beside the one attacked."""
+    attributes: bool = False
+    """Whether it trains on other facts about the entities of V, which narrow the answers down even for a model that never
+    knew them: its floor is the same training with an invented name in the place of each entity."""
 
 
 _RECORDS: dict[str, AttackRecord] = {}

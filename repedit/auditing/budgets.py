@@ -109,7 +109,7 @@ def estimate(
     items = tuple(facts.forget if isinstance(facts, Facts) else facts)
     model = Audited("edited", edited, device)
     attacks_built = built(planned(budget, attacks), Setup(budget, model.layers))
-    # Edited and original are asked, and the edited model again with invented facts.
+    # Edited and original are asked, and the edited model again with invented facts; training on attributes is repeated.
     invented = min(1.0, INVENTED_FACTS[budget] / len(items))
     costs = {}
     with model.opened() as subject:
@@ -118,7 +118,7 @@ def estimate(
             folds, runs = _folds(attack), len(SEEDS[budget]) if attack.record.draws else 1
             questions = attack.work.questions * len(items) * (0.5 if attack.folds == 1 else 1.0)
             steps = folds * attack.work.steps
-            asked, trained = 2 + invented, 2.0
+            asked, trained = (3.0, 3.0) if attack.record.attributes else (2 + invented, 2.0)
             if attack.applies is not None:
                 # The original is taken to give it nothing to work on.
                 asked, trained = (1 + invented, 1.0) if attack.applies(subject) else (0.0, 0.0)

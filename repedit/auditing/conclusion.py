@@ -62,7 +62,7 @@ class CompletedAudit:
     @property
     def entities(self) -> dict[str, str]:
         """Item id to entity, over every role."""
-        parts = [part for role in self.roles for part in (role.data, role.invented) if part is not None]
+        parts = [part for role in self.roles for part in (role.data, role.invented, role.renamed) if part is not None]
         return {item: entity for part in parts for item, entity in part.entities.items()}
 
     @property

@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from repedit.activations.forward import at_least_float32, batches, inputs_of
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, ask, reworded
 from repedit.auditing.report import RETAIN_CHECK
-from repedit.data import Batches, Fact, Facts, Splits, by_domain
+from repedit.data import Batches, Fact, Facts, Splits, by_domain, entity_of
 from repedit.data.encoding import common_prefix
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, NotEnoughRows
@@ -123,6 +124,36 @@ def fresh_facts(like: Facts | Sequence[Fact], n: int, seed: int = 0) -> tuple[Fa
             others = [other for other in pools[fact.domain] if other.entity != fact.entity] or [fact]
             fresh.append(_fresh(fact, rng.choice(others), _like(fact.entity, words), rng))
     return tuple(fresh)
+
+
+def renamed_facts(items: Sequence[Fact], attributes: Sequence[Fact], seed: int = 0) -> tuple[Facts, tuple[Fact, ...]]:
+    """The facts and their attributes with an invented name for each entity, in every phrasing; answers and choices stay.
+
+    No model can know such a fact, but one that is taught the attributes may guess it: the language of a country narrows
+    its capital down. What it then gets right was not recovered, so it is the floor of an attack that teaches attributes.
+
+    Args:
+        attributes: other facts about the same entities, told apart by name.
+    Returns:
+        (the facts, the attributes), in order.
+    Raises:
+        DataError: if an entity does not stand in each of its phrasings, or names run out.
+    """
+    rng = random.Random(f"{seed}:renamed")
+    words = _names(rng, _words((*items, *attributes)))
+    names: dict[str, str] = {}
+    renamed = []
+    for fact in (*items, *attributes):
+        if entity_of(fact) not in names:
+            names[entity_of(fact)] = _like(fact.entity, words)
+        name = names[entity_of(fact)]
+        prompt, *paraphrases = (_renamed(text, fact, name) for text in fact.prompts)
+        renamed.append(
+            replace(
+                fact, id=f"{fact.id}/renamed", entity=name, prompt=prompt, paraphrases=tuple(paraphrases), translations={}
+            )
+        )  # fmt: skip
+    return Facts(tuple(renamed[: len(items)]), (), "renamed"), tuple(renamed[len(items) :])
 
 
 def _right(fact: Fact, scores: list[float]) -> float:

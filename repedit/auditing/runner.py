@@ -119,7 +119,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 #
 # Where invented facts are the floor, the models that a training attack makes of the edited one are asked them as well:
 # the floor is then the accuracy of the very model that was attacked, on facts nobody can know. Every other attack is
-# made once more, with invented facts in the place of T and V.
+# made once more, with invented facts in the place of T and V; and so is one that trains on attributes of the entities, with
+# invented names in the place of theirs, because the attributes alone narrow the answers down.
 
 
 FRESH = "fresh facts"
@@ -141,6 +142,8 @@ class Role:
     """Whether other audits may use what is found: for originals and references, which do not change."""
     invented: AuditData | None = None
     """Facts nobody can know, asked of whatever the attacks make of the model."""
+    renamed: AuditData | None = None
+    """The facts and their attributes under invented names, for attacks that train on attributes."""
 
 
 Findings = dict[str, tuple[Finding, ...]]
@@ -263,10 +266,12 @@ def _tasks(role: Role, attack: Attack, seeds: Sequence[int]) -> Iterator[_Task]:
     record = attack.record
     for seed in seeds if record.draws else seeds[:1]:
         seeded = attack.at(seed)
-        for fold, splits in _folds(seeded, role.data, role.invented if record.trains else None):
+        beside = record.trains and not record.attributes
+        for fold, splits in _folds(seeded, role.data, role.invented if beside else None):
             yield _Task(role, role.name, seeded, splits, fold)
-        if role.invented is not None and not record.trains:
-            for fold, splits in _folds(seeded, role.invented, None):
+        instead = role.renamed if record.attributes else role.invented
+        if instead is not None and not beside:
+            for fold, splits in _folds(seeded, instead, None):
                 yield _Task(role, FRESH, seeded, splits, fold)
 
 
@@ -311,7 +316,7 @@ def _items_by_role(task: _Task, invented: AuditData | None) -> list[tuple[str, f
 
 def _in_order(roles: Sequence[Role], collected: Mapping[tuple[str, str], Sequence[Finding]]) -> Findings:
     """The findings by role, in the order of attacks and checks."""
-    names = [(role, role.name) for role in roles] + [(role, FRESH) for role in roles if role.invented is not None]
+    names = [(role, role.name) for role in roles] + [(role, FRESH) for role in roles if role.invented or role.renamed]
     return {
         name: tuple(f for a in (*role.attacks, *(c for c, _ in role.checks)) for f in collected.get((name, a.name), ()))
         for role, name in names

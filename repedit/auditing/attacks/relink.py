@@ -50,7 +50,7 @@ def relink(
     must reach .9 on the attributes. Skipped where fewer than 8 entities have an attribute.
 
     An attribute may narrow the answer down (a language its country's capital): a model that never knew then guesses
-    better, which a reference shows and invented facts do not.
+    better. A reference shows that; without one the floor is the same training with an invented name for each entity.
 
     Args:
         most: attributes to train on at most, spread evenly over the entities.
@@ -80,7 +80,11 @@ def _relink(setup: Setup) -> list[Attack]:
     return [relink(steps=steps, measured=(steps // 4, steps // 2, steps), scale=setup.scale)]
 
 
-RELINK = register(AttackRecord("relink", cost=135, budget="fast", build=_relink, level="W", trains=True, may_skip=True))
+RELINK = register(
+    AttackRecord(
+        "relink", cost=135, budget="fast", build=_relink, level="W", trains=True, may_skip=True, attributes=True
+    )
+)
 
 
 def reverse(
@@ -121,7 +125,15 @@ def _reverse(setup: Setup) -> list[Attack]:
 
 REVERSE = register(
     AttackRecord(
-        "reverse", cost=165, budget="standard", build=_reverse, level="W", uses_train=True, trains=True, may_skip=True
+        "reverse",
+        cost=165,
+        budget="standard",
+        build=_reverse,
+        level="W",
+        uses_train=True,
+        trains=True,
+        may_skip=True,
+        attributes=True,
     )
 )
 
