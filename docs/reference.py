@@ -39,8 +39,8 @@ def public(module: ModuleType) -> list[str]:
 
 
 def shown(module: ModuleType) -> str:
-    """The name under which users know a module: rp, rp.data, rp.recipes."""
-    return module.__name__.replace("repedit", "rp", 1).replace("unlearning.", "")
+    """The name under which users know a module: rp, rp.data, rp.recipes, rp.attack."""
+    return module.__name__.replace("repedit", "rp", 1).replace("unlearning.", "").replace("auditing.", "")
 
 
 @cache

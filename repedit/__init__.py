@@ -57,7 +57,7 @@ _NAMES = {name: f"repedit.{module}" for module, names in _MODULES for name in na
 _NAMESPACES = {
     name: f"repedit.{name}"
     for name in ("arch", "data", "errors", "explore", "fit", "metrics", "plot", "report", "vision")
-} | {"recipes": "repedit.unlearning.recipes"}
+} | {"attack": "repedit.auditing.attack", "recipes": "repedit.unlearning.recipes"}
 
 __all__ = [*_NAMES, *_NAMESPACES, "__version__"]  # pyright: ignore
 
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from repedit.activations.prediction import predictions
     from repedit.arch import register, resolve
     from repedit.arch.infer import check_architecture
+    from repedit.auditing import attack
     from repedit.auditing.api import audit
     from repedit.auditing.classifier import audit_classifier
     from repedit.auditing.report import Report

@@ -149,12 +149,15 @@ class Edit:
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """One line per site with the map, the rank it removes and the TransformerLens name; then the provenance."""
+        """One line per site with the map, the rank it removes and the TransformerLens name; then the provenance.
+
+        The hashes of the tensors for which the edit was made are left out; `provenance` has them.
+        """
         lines = [f"{site}  ({site.hook_name})  {describe_map(map_)}" for site, map_ in self.maps.items()]
         lines += [
             f"sink neurons pruned at {site}: {pruned}" for site, pruned in self.provenance.get("sinks", {}).items()
         ]
-        provenance = {key: value for key, value in self.provenance.items() if key != "parents"}
+        provenance = {key: value for key, value in self.provenance.items() if key not in ("parents", "weights")}
         return "\n".join([*lines, f"made by: {json.dumps(provenance)}"])
 
     def save(self, path: str | Path) -> None:

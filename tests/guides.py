@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 
 import repedit as rp
 from repedit import cli
+from repedit.auditing.budgets import records
 from tests.saved_models import saved
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "```" in path.read_text())
 """Every page with a fenced block."""
 PYTHON, SHELL, FILE = ("python",), ("bash",), ("toml", "json")
+ATTACKS = frozenset(records())
+"""Those of the package; attacks that a guide registers are all carried out."""
 PLAIN = ("", "text", "tree", "layers", "inside")
 """Blocks that are not code: diagrams, and tables that tests of the design read."""
 
@@ -97,9 +100,11 @@ def parse_command(line: str) -> dict[str, Any]:
 # --- Stand-ins: the names of a guide on a tiny model, with little data
 
 
-def small_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default model becomes a tiny one in `folder`, with few facts, tokens, steps and attacks; and it is the working directory."""
-    model = saved(folder / "tiny-model")
+def small_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, model: Path | str | None = None) -> None:
+    """The default model becomes `model`, by default a tiny one, with few facts, tokens, steps and attacks; and `folder`
+    is the working directory.
+    """
+    model = saved(folder / "tiny-model") if model is None else model
     load, audit, facts, mrp = rp.load, rp.audit, rp.data.facts, rp.mrp
 
     def named(name: Any = "smollm2-135m", **options: Any) -> Any:
@@ -112,7 +117,8 @@ def small_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return rp.data.Facts(*cut, found.name)
 
     def audited(edited: Any, *, original: Any, **options: Any) -> Any:
-        few_attacks = (options.get("attacks") or ["direct"])[:1]
+        asked = options.get("attacks") or ["direct"]
+        few_attacks = [name for name in asked if name not in ATTACKS] or asked[:1]
         small = {**options, "attacks": few_attacks, "allow_small": True, "steps": 8}
         return audit(edited, original=named(original), **small)
 

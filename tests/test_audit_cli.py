@@ -134,8 +134,10 @@ def test_the_small_budgets_end_when_the_verdict_is_certain(files, monkeypatch):
 
 
 def test_a_dry_run_attacks_nothing_and_says_what_it_would_cost(files):
-    text = " ".join(run(*asked(files), "--dry-run", code=0).split())  # a title is wrapped at the width of its table
-    assert "nothing was attacked" in text and "strip" in text
+    text = run(*asked(files), "--dry-run", code=0)
+    assert text.splitlines()[0].endswith("nothing was attacked") and "strip" in text and "INVALID" not in text
+    few = [word for word in asked(files) if word != "--allow-small"]
+    assert f"at least 100 facts to forget, and there are {FEW}" in " ".join(run(*few, "--dry-run", code=0).split())
     cost = estimate(original(), facts(), attacks=("direct", "rtt", "quantize"))
     assert cost["attacks"]["rtt"]["steps"] == 2 * 3 * 40 and cost["attacks"]["quantize"]["questions"] == 4 * 160
     assert cost["minutes"] == pytest.approx(sum(c["seconds"] for c in cost["attacks"].values()) / 60)

@@ -14,7 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 import repedit as rp
-from repedit.cli import app
+from repedit import cli
+from repedit.cli import app, verbs
+from repedit.cli.application import OTHER_NAMES
 from repedit.data import Facts, by_domain, facts
 from repedit.errors import ArgumentError, FingerprintError
 from tests.published_data import stand_in
@@ -35,6 +37,20 @@ def run(*words: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == code, result.output + str(result.exception)
     return result.stdout
+
+
+def test_version_is_shown():
+    assert run("--version") == f"repedit {rp.__version__}\n"
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_name_of_other_tools_is_answered_with_the_verb(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["repedit", name, "m"])
+    code, message = cli._run_verb()
+    assert code == 2 and set(OTHER_NAMES[name]) <= set(verbs()) and name not in verbs()
+    assert all(f"'repedit {verb}'" in message for verb in OTHER_NAMES[name])
+    monkeypatch.setattr(sys, "argv", ["repedit", "prun", "m"])
+    assert "Did you mean 'prune'" in cli._run_verb()[1]
 
 
 def test_doctor_passes_every_tap(model):

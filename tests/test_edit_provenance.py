@@ -83,6 +83,7 @@ def test_an_edit_says_for_which_model_it_was_made_after_a_round_trip(tmp_path):
     edit.save(tmp_path / "edit.safetensors")
     again = rp.Edit.load(tmp_path / "edit.safetensors")
     assert again.weights == edit.weights == copy.deepcopy(edit).weights and len(edit.weights) == len(edit.maps)
+    assert not any(name in again.describe() for name in again.weights) and "made by" in again.describe()
     with pytest.raises(FingerprintError):
         rp.apply(again, subject(seed=1))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from repedit.auditing.attack import _RECORDS
+from repedit.errors import NotFound
+from repedit.models.default_model import cached
 from tests.guides import DOCS, PAGES, parse_command, run_page, saved_edit, small_settings
 
 SLOW = ("classifiers",)
@@ -33,6 +37,26 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
     if page.stem in MADE_EARLIER:
         saved_edit(tmp_path / MADE_EARLIER[page.stem])
     run_page(page.read_text(), page.name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("reloaded_here")
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.stem) for p in PAGES if p.parent.name == "guides" and p.stem not in SLOW]
+)
+def test_the_code_of_a_guide_runs_on_the_default_model(page, tmp_path, monkeypatch):
+    """With few facts, tokens, steps and attacks: ten minutes for all guides on two cores."""
+    try:
+        cached()
+    except NotFound as error:
+        pytest.skip(str(error))
+    small_settings(tmp_path, monkeypatch, "smollm2-135m")
+    if page.stem in MADE_EARLIER:
+        saved_edit(tmp_path / MADE_EARLIER[page.stem])
+    run_page(page.read_text(), page.name, tmp_path)
+    shutil.rmtree(tmp_path)  # several checkpoints of 0.5 GB
 
 
 BROKEN = {

@@ -16,7 +16,7 @@ NAMES = {
     "erase_stream", "export", "export_adapter", "facts_accuracy", "fetch", "gguf_check", "import_adapter", "lens_hooks", "load", "locate", "max_activating", "mrp", "peaks", "predictions", "prune", "push",
     "random_like", "register", "reload_check", "resolve", "score", "sliced", "slimmed", "to_lens", "to_nnsight", "top", "trainer_callback", "trajectory", "unlearn", "wrap",
 }  # fmt: skip
-ROOMS = {"arch", "data", "errors", "explore", "fit", "metrics", "plot", "recipes", "report", "vision"}
+ROOMS = {"arch", "attack", "data", "errors", "explore", "fit", "metrics", "plot", "recipes", "report", "vision"}
 HEAVY = ("torch", "transformers", "transformer_lens", "nnsight", "matplotlib", "plotly", "scipy")
 
 

@@ -14,6 +14,11 @@ from tests.saved_models import saved
 pytestmark = pytest.mark.filterwarnings("ignore::repedit.neurons.scores.CollinearWarning")
 
 
+def certified(lm):
+    edit = projection(lm, "0.mlp.out", 2)
+    return rp.certificate(edit.apply(lm), edit, lm)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -31,6 +36,10 @@ def made(tmp_path_factory):
         "predictions": rp.predictions(lm, sets[1], **options),
         "trajectory": rp.trajectory(lm, *sets, steps=1, collect_options=options, evaluate_options=options),
         "manifest": rp.export(edit, lm, folder / "out"),
+        "comparison": rp.compare(lm, edit.apply(lm), [sets[0]], prompts=["a"], tokens=2, **options),
+        "no comparison": rp.compare(lm, lm),
+        "splits": rp.data.Splits.of(rp.data.facts("capitals")),
+        "certificate": certified(lm),
     }
 
 
@@ -43,6 +52,10 @@ SHOWN = {
     "examples": r"Examples\(256 neurons at 2 sites, \d+ chunks of code\)",
     "predictions": r"Predictions\([\d,]+ tokens, [\d.]+% right, loss [\d.]+ nats a token\)",
     "trajectory": r"Trajectory\(2 steps to 0\.\d+: forget drop -?[\d.]+ %, retain drop -?[\d.]+ %\)",
+    "comparison": r"Comparison\(code: drop .* nats a token; 1 prompts\)",
+    "no comparison": r"Comparison\(no text; 0 prompts\)",
+    "splits": r"Splits\(76 facts in T, 75 in V, 1008 to retain\)",
+    "certificate": r"Certificate\(folded: 2 directions over 1 tensors, largest leak [\d.e-]+\)",
     "manifest": r"Manifest\(test: 3 tensors edited, \d+ files\)",
 }
 

@@ -7,6 +7,9 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +22,22 @@ from repedit.errors import ArgumentError, ShapeError, UnknownName, during, neare
 from repedit.metrics.facts import FactsAccuracy, facts_accuracy
 from repedit.models.subject import Subject
 from repedit.sites import Point, Site
+
+__all__ = [
+    "Attack",
+    "AttackRecord",
+    "AttackResult",
+    "Finding",
+    "Setting",
+    "Setup",
+    "Work",
+    "ask",
+    "deep_copy",
+    "register",
+    "reworded",
+    "skipped",
+]  # fmt: skip
+"""What an attack of your own needs; the rest serves those of the package."""
 
 # --- The record of an attack: what is known before it is built
 
@@ -89,17 +108,31 @@ _RECORDS: dict[str, AttackRecord] = {}
 
 
 def register(record: AttackRecord) -> AttackRecord:
-    """Add an attack to those that budgets include.
+    """Add an attack to those that budgets include; one of your own replaces one of your own with the same name.
 
     Raises:
-        ArgumentError: if the name is taken, or there is no such budget.
+        ArgumentError: if the name is that of an attack of the package, or there is no such budget.
     """
-    if record.name in _RECORDS:
+    if not _of_package(record.build):
+        import_attacks()
+    if record.name in _RECORDS and _of_package(_RECORDS[record.name].build):
         raise ArgumentError(f"attack {record.name!r} is registered already; give another name")
     if record.budget not in BUDGETS:
         raise ArgumentError(f"attack {record.name!r}: budget {record.budget!r}; {nearest(record.budget, BUDGETS)}")
     _RECORDS[record.name] = record
     return record
+
+
+@cache
+def import_attacks() -> None:
+    """Register the attacks of the package."""
+    package = import_module(f"{__package__}.attacks")
+    for module in iter_modules(package.__path__, f"{package.__name__}."):
+        import_module(module.name)
+
+
+def _of_package(function: Callable[..., Any]) -> bool:
+    return str(getattr(function, "__module__", None)).partition(".")[0] == __name__.partition(".")[0]
 
 
 # --- Settings and findings
@@ -280,9 +313,18 @@ class Attack:
         """
         start = time.perf_counter()
         name = f"attack {self.name!r}"
+        if not (self.record.uses_train or splits.train or _of_package(self.run)):
+            splits = _untaught(splits, name)
         with during(name, f"in {name} with {dict(self.options)}, seed {self.seed}"):
             result = self.run(subject, splits, self.seed)
         return _finding(self, result, splits, time.perf_counter() - start)
+
+    @property
+    def storable(self) -> bool:
+        """Whether its name and options say what it does: only of the package's attacks is the code part of what findings
+        are stored by.
+        """
+        return _of_package(self.run)
 
     @property
     def name(self) -> str:
@@ -292,6 +334,28 @@ class Attack:
     def at(self, seed: int) -> Attack:
         """The same attack with another seed."""
         return replace(self, seed=seed)
+
+
+class _Untaught(Splits):
+    """Splits whose T may not be read.
+
+    With an empty T, an attack would train on nothing, and it would seem that training recovers nothing.
+    """
+
+    attack: str
+
+    @property
+    def train(self) -> tuple[Fact, ...]:  # type: ignore[override]
+        raise ArgumentError(
+            f"{self.attack} reads splits.train, and its record says uses_train=False, so that T is empty; register "
+            "AttackRecord(..., uses_train=True)"
+        )
+
+
+def _untaught(splits: Splits, attack: str) -> Splits:
+    found = object.__new__(_Untaught)
+    found.__dict__.update({**vars(splits), "attack": attack})
+    return found
 
 
 def skipped(reason: str) -> AttackResult:

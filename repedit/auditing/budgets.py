@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
-from repedit.auditing import attacks
-from repedit.auditing.attack import _RECORDS, BUDGETS, QUICK, Attack, AttackRecord, Setup, ask
+from repedit.auditing.attack import _RECORDS, BUDGETS, QUICK, Attack, AttackRecord, Setup, ask, import_attacks
 from repedit.auditing.attacks.finetune import rtt
 from repedit.auditing.runner import Audited
 from repedit.data import Fact, Facts, Splits
@@ -46,14 +42,8 @@ def untried(longest: int | None = None) -> dict[str, str]:
 
 def records() -> Mapping[str, AttackRecord]:
     """Every registered attack by name, the cheapest first."""
-    _import_attacks()
+    import_attacks()
     return {record.name: record for record in sorted(_RECORDS.values(), key=lambda record: (record.cost, record.name))}
-
-
-@cache
-def _import_attacks() -> None:
-    for module in iter_modules(attacks.__path__, f"{attacks.__name__}."):
-        import_module(module.name)
 
 
 def record_of(attack: str) -> AttackRecord | None:

@@ -211,6 +211,11 @@ class _Task:
         return key_of(self.attack, self.made_on.model.fingerprint, self.splits)
 
     @property
+    def storable(self) -> bool:
+        """Whether the finding may be stored, and a stored one be used."""
+        return self.attack.storable and not self.made_on.model.hooked
+
+    @property
     def name(self) -> str:
         """The name of the stored finding."""
         options = hashlib.sha256(repr(sorted(self.attack.options.items(), key=str)).encode()).hexdigest()[:6]
@@ -285,8 +290,8 @@ def _folds(attack: Attack, data: AuditData, also: AuditData | None) -> Iterator[
 
 
 def _looked_up(task: _Task, store: FindingStore) -> _Task:
-    """The task with what is stored of it; a hook has no name, so that nothing is stored of a model with hooks."""
-    if task.made_on.model.hooked:
+    """The task with what is stored of it; of a model with hooks, which have no name, nothing is stored."""
+    if not task.storable:
         return task
     return replace(task, stored=store.get(task.name, task.key, sharing=task.made_on.shared))
 
@@ -327,7 +332,7 @@ def _attacked_and_stored(task: _Task, subject: Subject, store: FindingStore) -> 
     place = f"attacking the {task.made_on.name} model"
     with during(place, f"while {place}"):
         finding = _attacked(task.attack, subject, task.splits)
-    if not task.made_on.model.hooked and finding.reason != MEMORY:
+    if task.storable and finding.reason != MEMORY:
         store.put(task.name, task.key, finding, sharing=task.made_on.shared)
     return finding
 

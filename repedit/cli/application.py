@@ -3,21 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.main
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from typer._click.core import Context, Parameter
 
+OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "edit": ("prune", "project", "unlearn"),
+    "erase": ("project",),
+    "eval": ("compare",),
+    "evaluate": ("compare",),
+    "export": ("apply",),
+    "forget": ("project", "unlearn"),
+    "generate": ("chat",),
+    "info": ("inspect",),
+    "mrp": ("project",),
+    "save": ("apply",),
+    "show": ("report",),
+    "train": ("unlearn",),
+    "upload": ("push",),
+}
+"""What the package or other tools call an action -> the verbs that do it."""
+
+
+class Verbs(TyperGroup):
+    """The verbs; a name that other tools use is answered with the verb that does the same."""
+
+    def resolve_command(self, ctx: Context, args: list[str]) -> Any:
+        """The verb that a command line names.
+
+        Raises:
+            UsageError: if there is no such verb.
+        """
+        if args[0] in OTHER_NAMES and args[0] not in self.commands:
+            names = " or ".join(f"'repedit {verb}'" for verb in OTHER_NAMES[args[0]])
+            ctx.fail(f"No such command {args[0]!r}; use {names}.")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="repedit",
-    help="See what a capability of a language model is made of, cut it out of the weights, and test what is left.",
+    cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> bool:
+    if asked:
+        from repedit import __version__
+
+        typer.echo(f"repedit {__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Find what a language model uses for a capability, remove it from the weights, and test what can be recovered."""
 
 
 def verbs() -> dict[str, Any]:

@@ -68,6 +68,8 @@ def audit(
     names = None if attacks is None else attacks.split(",")
     if dry_run:
         _estimate(str(edited), fact_sets, budget, names, device, json)
+        if not json and not allow_small:
+            _warn_of_few(len(fact_sets.forget))
         return
     from repedit import data
     from repedit.auditing.api import audit as run_audit
@@ -232,6 +234,18 @@ def _estimate(edited: str, facts: Facts, budget: str, attacks: Sequence[str] | N
         f"{budget}: {costs['facts']} facts, about {costs['minutes']:.0f} minutes; nothing was attacked",
         ("attack", "questions", "training steps", "seconds"), rows,
     )  # fmt: skip
+
+
+def _warn_of_few(count: int) -> None:
+    """Say before an audit that its verdict will be INVALID because of the number of facts."""
+    from repedit.auditing.verdict import LEAST_ITEMS
+    from repedit.cli import output
+
+    if count < LEAST_ITEMS:
+        output.out.print(
+            f"The verdict will be INVALID: a verdict needs at least {LEAST_ITEMS} facts to forget, and there are {count}. "
+            "Give more facts, or --allow-small to judge these."
+        )
 
 
 def _selftest(seed: int, workers: int | None, json: bool) -> None:

@@ -80,7 +80,9 @@ def recorded() -> Iterator[list[dict[str, Any]]]:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "table") -> None:
     """Show a table with numbers aligned to the right; `kind` is its kind in a recording, see `recorded`."""
     _record(kind, title=title, columns=list(columns), rows=[[_cell(cell) for cell in row] for row in rows])
-    rich_table = Table(title=_text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    if title:  # Rich wraps the title of a table at the width of the table
+        out.print(Text(for_terminal(title, lines=True), style="table.title"))
+    rich_table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
         rich_table.add_column(_text(column), justify="right" if numeric else "left", overflow="fold")

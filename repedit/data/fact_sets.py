@@ -403,6 +403,9 @@ class Splits:
     attributes: tuple[Fact, ...] = ()
     """Other facts about the entities of T and V."""
 
+    def __repr__(self) -> str:
+        return f"Splits({len(self.train)} facts in T, {len(self.test)} in V, {len(self.retain)} to retain)"
+
     @classmethod
     def of(cls, facts: Facts | Sequence[Fact], *, fold: int = 0, train_fraction: float = 0.5, seed: int = 0) -> Splits:
         """Split the facts to forget by entity; the result depends on the seed and the entities alone.

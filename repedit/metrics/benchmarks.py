@@ -41,6 +41,10 @@ class Comparison:
     base_text: tuple[str, ...]
     edited_text: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        effects = "; ".join(f"{name}: {self.effect(name)}" for name in self.base)
+        return f"Comparison({effects or 'no text'}; {len(self.prompts)} prompts)"
+
     def effect(self, name: str) -> Effect:
         """The relative drop of top-1 accuracy on a corpus, with its interval."""
         return effect(self.base[name], self.edited[name])

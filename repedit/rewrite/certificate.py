@@ -64,6 +64,9 @@ class Certificate:
     uncertified: Mapping[str, str] = field(default_factory=dict)
     """Tensors with a low-rank map that does not remove all of its directions, and how many it removes."""
 
+    def __repr__(self) -> str:
+        return f"Certificate({self.form}: {self.rank} directions over {len(self.tensors)} tensors, largest leak {self.worst_leak:.1e})"
+
     def describe(self) -> str:
         """A few lines: what the certificate shows, and what it does not."""
         if self.widths is not None:
