@@ -345,7 +345,7 @@ class _Untaught(Splits):
     attack: str
 
     @property
-    def train(self) -> tuple[Fact, ...]:  # type: ignore[override]
+    def train(self) -> tuple[Fact, ...]:
         raise ArgumentError(
             f"{self.attack} reads splits.train, and its record says uses_train=False, so that T is empty; register "
             "AttackRecord(..., uses_train=True)"
