@@ -43,8 +43,11 @@ def for_terminal(text: object, *, lines: bool = False) -> str:
 
 
 def for_plotly(text: object) -> str:
-    """The text for plotly, which interprets tags and sets text between dollar signs as TeX."""
-    return html.escape(for_terminal(text)).replace("$", "&#36;").replace("%{", "&#37;{")
+    """The text for plotly, which interprets tags and sets text between dollar signs as TeX.
+
+    Quotes stay: plotly knows few named entities, and &quot; is not among them.
+    """
+    return html.escape(for_terminal(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
 
 
 def for_markdown(text: object) -> str:

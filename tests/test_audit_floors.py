@@ -222,6 +222,7 @@ def test_an_attribute_that_does_not_name_its_entity_cannot_be_renamed():
     [
         ([fact("Aa", "a", "a", "b")], 0, ArgumentError, "0 fresh facts like 1 given"),
         ([], 3, ArgumentError, "3 fresh facts like 0 given"),
+        ([replace(fact("Aa", "a", "a", "b"), id="f/0", entity="f/0")], 1, DataError, "fact 'f/0' names no entity.*field 'entity'"),
         ([replace(fact("Aa", "a", "a", "b"), entity="Zz")], 1, DataError, "fact 'Aa': the entity 'Zz' does not stand in 'Of Aa"),
         ([replace(fact("Aa", "a", "a", "b"), entity="")], 1, DataError, "fact 'Aa': the entity '' does not stand"),
         ([replace(fact("Aa", "a", "a", "b"), paraphrases=("It is",))], 1, DataError, "does not stand in 'It is'"),

@@ -220,6 +220,13 @@ def _renamed(text: str, fact: Fact, name: str) -> str:
     """The text with the name wherever the entity stood, capitalised where that was."""
     entity = fact.entity.strip()
     pattern = rf"(?<!\w){re.escape(entity)}(?!\w)"
+    if entity == fact.id and not re.search(
+        pattern, fact.prompt, re.IGNORECASE
+    ):  # the id stands for an entity not given
+        raise DataError(
+            f"fact {fact.id!r} names no entity, so no fresh fact can be made like it; give its row the field 'entity', written "
+            "as in the prompt, or do without the fresh floor"
+        )
     if not entity or not re.search(pattern, text, re.IGNORECASE):
         raise DataError(
             f"fact {fact.id!r}: the entity {fact.entity!r} does not stand in {text!r}, so no fresh fact can be made like "

@@ -67,9 +67,7 @@ def audit(
     fact_sets = _facts(edited, original, facts, retain)
     names = None if attacks is None else attacks.split(",")
     if dry_run:
-        _estimate(str(edited), fact_sets, budget, names, device, json)
-        if not json and not allow_small:
-            _warn_of_few(len(fact_sets.forget))
+        _estimate(str(edited), fact_sets, budget, names, device, allow_small, json)
         return
     from repedit import data
     from repedit.auditing.api import audit as run_audit
@@ -182,10 +180,12 @@ def show(report: Report, files: Sequence[Path]) -> None:
     from repedit.report import tables
 
     verdict = report.verdict
-    for line in (f"{report.title}: {verdict.sentence}", f"Rule: {verdict.rule}", verdict.settle):
+    sentence = verdict.sentence.removeprefix(f"{verdict.word}: ")
+    for line in (f"{report.title}: {sentence}", f"Rule: {verdict.rule}", verdict.settle):
         if line:
             output.out.print(line)
-    output.out.print("; ".join(tables.headline(report)))
+    for fact in tables.headline(report):
+        output.out.print(f"- {fact}")
     for title, table in (
         ("What each attack brings back", tables.summary(report)),
         ("Gap to the retrained model", tables.gaps(report)),
@@ -221,7 +221,9 @@ def _command_line() -> str:
     return shlex.join(["repedit", *sys.argv[1:]]) if sys.argv[1:2] == ["audit"] else ""
 
 
-def _estimate(edited: str, facts: Facts, budget: str, attacks: Sequence[str] | None, device: str, json: bool) -> None:
+def _estimate(
+    edited: str, facts: Facts, budget: str, attacks: Sequence[str] | None, device: str, allow_small: bool, json: bool
+) -> None:
     from repedit.auditing.budgets import estimate
     from repedit.cli import output
 
@@ -234,6 +236,8 @@ def _estimate(edited: str, facts: Facts, budget: str, attacks: Sequence[str] | N
         f"{budget}: {costs['facts']} facts, about {costs['minutes']:.0f} minutes; nothing was attacked",
         ("attack", "questions", "training steps", "seconds"), rows,
     )  # fmt: skip
+    if not allow_small:
+        _warn_of_few(costs["facts"])
 
 
 def _warn_of_few(count: int) -> None:

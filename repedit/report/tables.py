@@ -242,8 +242,11 @@ def headline(report: Report) -> list[str]:
 
 
 def not_run(report: Report) -> Table:
-    """Attacks that did not run or do not count, with the reason."""
-    return Table(("what", "why not"), [[name, reason] for name, reason in report.not_run.items()])
+    """Attacks that did not run or do not count, with the reason; those with the same reason in one row."""
+    names: dict[str, list[str]] = {}
+    for name, reason in report.not_run.items():
+        names.setdefault(reason, []).append(name)
+    return Table(("what", "why not"), [[", ".join(group), reason] for reason, group in names.items()])
 
 
 def retain_check(report: Report) -> Table:
