@@ -383,8 +383,10 @@ def _finding(attack: Attack, result: AttackResult, splits: Splits, seconds: floa
 
 
 def ask(subject: Subject, facts: Sequence[Fact]) -> FactsAccuracy:
-    """Which facts the model gets right: the answer is the likeliest of the choices, ties are wrong; without choices, the
-    normalised answer stands in a greedy continuation. Facts of both kinds may be mixed.
+    """Which facts the model gets right.
+
+    With choices the answer must be the likeliest of them, and ties are wrong; without choices the normalised answer must stand
+    in a greedy continuation. Facts of both kinds may be mixed.
     """
     free = np.array([not fact.choices for fact in facts])
     if not free.any() or free.all():
