@@ -56,6 +56,11 @@ def first(rows: Rows, lm: Subject, seed: int) -> Row:
     return {"all": share(rows.asked(lm, items))}
 
 
+def reverse(rows: Rows, lm: Subject, seed: int) -> Row:
+    """The same facts asked the other way round: which country a capital belongs to, of eight."""
+    return {"all": share(rows.asked(lm, reversed_facts(rows.capitals, seed)))}
+
+
 def domains(rows: Rows, lm: Subject, seed: int) -> Row:
     """The test half of every other domain, and perplexity on WikiText-2."""
     return rows.keeping(lm, [FORGET])
@@ -119,6 +124,7 @@ def learning(rows: Rows, lm: Subject, seed: int) -> Row:
 PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
     "direct": direct,
     "first": first,
+    "reverse": reverse,
     "domains": domains,
     "relearn": relearning(RATES[1]),
     "relink": relinking,
