@@ -35,6 +35,8 @@ from repedit.data import Fact, Splits, entity_of
 from repedit.models.subject import Subject
 
 RATES, STEPS = (2e-5, 1e-4), 40
+FAST = 5e-4
+"""For edits of which 40 steps at 1e-4 do not teach T."""
 RELINK_RATE, RELINK_STEPS = 1e-4, 60
 LEARNING_STEPS = (10, 20, 40)
 Row = dict[str, Any]
@@ -129,6 +131,7 @@ PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
     "relearn": relearning(RATES[1]),
     "relink": relinking,
     "relearn-slow": relearning(RATES[0]),
+    "relearn-fast": relearning(FAST),
     "everything": everything,
     "relearn-swapped": relearning(RATES[1], fold=1),
     "relearn-slow-swapped": relearning(RATES[0], fold=1),
@@ -161,6 +164,11 @@ def choices_alone(rows: Rows, lm: Subject, seed: int) -> Row:
     return {"V": choices_only(lm, rows.capitals).accuracy, "prose states": len(leaks(texts, rows.capitals))}
 
 
+def reversed_choices_alone(rows: Rows, lm: Subject, seed: int) -> Row:
+    """What the choices of the reverse questions give away."""
+    return {"all": choices_only(lm, reversed_facts(rows.capitals, seed)).accuracy}
+
+
 def invented_names(steps: int) -> Callable[[Rows, Subject, int], Row]:
     """Relinking of countries with invented names: what the languages and the choices give away."""
 
@@ -178,6 +186,7 @@ def invented_names(steps: int) -> Callable[[Rows, Subject, int], Row]:
 
 ORIGINAL = {
     "choices": choices_alone,
+    "choices-reverse": reversed_choices_alone,
     "invented": invented_names(RELINK_STEPS),
     "invented-long": invented_names(2 * RELINK_STEPS),
 }

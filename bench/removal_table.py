@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ TOLD = {
     "block_by_block": "block by block (KUnBR)", "cir": "common part removed (CIR)", "blur_npo": "BLUR-NPO", "npo_gdr": "NPO + GD", "npo_klr": "NPO + KL",
 }  # fmt: skip
 """What rows are called in the table."""
-RETRAINED = {"relearn-slow": "2e-5", "relearn": "1e-4", "relearn-slow-swapped": "2e-5", "relearn-swapped": "1e-4"}
-ATTACKS = (*RETRAINED, "relink", "everything", "first")
+RETRAINED = ("relearn-slow", "relearn", "relearn-fast", "relearn-slow-swapped", "relearn-swapped")
+QUESTIONS = ("first", "reverse")
+"""Attacks that train nothing."""
+ATTACKS = (*RETRAINED, "relink", "everything", *QUESTIONS)
 DRAWS = 4000
 
 
@@ -49,9 +51,16 @@ class Setting:
 
     @property
     def worst(self) -> tuple[str, float, float] | None:
-        """(attack, R, bound) of the attack that recovers most."""
-        found = [(name, *value) for name, value in self.recovery.items()]
-        return max(found, key=lambda row: row[1]) if found else None
+        """(attack, R, bound) of the training that recovers most."""
+        return self._worst([name for name in self.recovery if name not in QUESTIONS])
+
+    @property
+    def worst_question(self) -> tuple[str, float, float] | None:
+        """(attack, R, bound) of the question that recovers most, without training."""
+        return self._worst([name for name in self.recovery if name in QUESTIONS])
+
+    def _worst(self, names: Sequence[str]) -> tuple[str, float, float] | None:
+        return max(((name, *self.recovery[name]) for name in names), key=lambda row: row[1], default=None)
 
 
 def settings() -> list[Setting]:
@@ -120,9 +129,12 @@ def _recoveries(setting: Setting, original: Mapping[str, Mapping[str, Any]]) -> 
     if setting.edit == "original":
         return {}
     found = {}
-    floors = {"relink": original.get("invented", {}).get("all")}
+    floors = {
+        "relink": original.get("invented", {}).get("all"),
+        "reverse": original.get("choices-reverse", {}).get("all"),
+    }
     plain = original.get("choices", {}).get("V")
-    counts = {"relink": 151, "first": 151, "everything": 75}
+    counts = {"relink": 151, "first": 151, "reverse": 151, "everything": 75}
     for attack in ATTACKS:
         edited, floor = setting.after(attack), floors.get(attack, plain)
         reference = Setting("original", 0, original, "").after(attack.removesuffix("-swapped"))
@@ -148,8 +160,8 @@ def recovery(edited: float, original: float, floor: float, count: int) -> tuple[
 def table() -> str:
     """A Markdown table, a line for each setting."""
     head = (
-        "edit", "seed", "direct", "unseen wording", "name as first word", "V after retraining on T (2e-5, 1e-4)", "T", "relinking: all (taught, others)", "R of relinking: all (taught, others)",
-        "R, worst attack (bound)", "other subjects, worst kept", "languages kept", "perplexity", "core minutes",
+        "edit", "seed", "direct", "unseen wording", "name as first word", "reverse question", "V after retraining on T (2e-5, 1e-4, 5e-4)", "T", "relinking: all (taught, others)", "R of relinking: all (taught, others)",
+        "R, worst training (bound)", "R, worst question (bound)", "other subjects, worst kept", "languages kept", "perplexity", "core minutes",
     )  # fmt: skip
     found = settings()
     before = next(s for s in found if s.edit == "original" and "domains" in s.parts).parts["domains"]
@@ -169,7 +181,8 @@ def _floor(original: Mapping[str, Mapping[str, Any]], columns: int) -> list[str]
     """What a model gets right that knows no capital."""
     alone, invented = original.get("choices"), original.get("invented")
     plain = "-" if alone is None else shown([alone["V"]])
-    cells = ["floor", "0", plain, plain, plain, f"{plain}, {plain}", "-", _relinked(invented), "0"]
+    back = "-" if (part := original.get("choices-reverse")) is None else shown([part["all"]])
+    cells = ["floor", "0", plain, plain, plain, back, f"{plain}, {plain}, {plain}", "-", _relinked(invented), "0"]
     return cells + ["-"] * (columns - len(cells))
 
 
@@ -193,17 +206,20 @@ def _cells(s: Setting, before: Mapping[str, float], original: Mapping[str, Mappi
         high, low = ends
         back = {key: (relink[key] - low[key]) / (high[key] - low[key]) for key in ("all", "taught", "others")}
     kept = worst_kept(s, before)
-    worst = s.worst
     return [
-        TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"), value("first", "all"),
-        f"{value('relearn-slow', 'V')}, {value('relearn', 'V')}", f"{value('relearn-slow', 'T')}, {value('relearn', 'T')}",
+        TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"), value("first", "all"), value("reverse", "all"),
+        *(", ".join(value(part, side) for part in RETRAINED[:3]) for side in "VT"),
         _relinked(relink), _relinked(back),
-        "-" if worst is None else f"{shown([worst[1]])} ({shown([worst[2]])}), {worst[0]}",
+        _bounded(s.worst), _bounded(s.worst_question),
         "-" if kept is None else f"{shown([kept[1]])} ({kept[0]})",
         "-" if kept is None else shown([s.parts["domains"]["languages"] / before["languages"]]),
         "-" if kept is None else f"x{shown([s.parts['domains']['perplexity'] / before['perplexity']])}",
         value("made", "core minutes"),
     ]  # fmt: skip
+
+
+def _bounded(worst: tuple[str, float, float] | None) -> str:
+    return "-" if worst is None else f"{shown([worst[1]])} ({shown([worst[2]])}), {worst[0]}"
 
 
 def worst_kept(s: Setting, before: Mapping[str, float]) -> tuple[str, float] | None:
@@ -235,7 +251,7 @@ def figure() -> None:
     axes.axhline(0, color=NEUTRAL, lw=0.8, ls=":")
     axes.axvline(0.9, color=NEUTRAL, lw=0.8, ls="--")
     axes.set_xlabel("accuracy kept on the worst domain about other subjects")
-    axes.set_ylabel("R of the worst attack run")
+    axes.set_ylabel("R of the worst training that was run")
     facts = ["SmolLM2-135M, 151 capitals, one seed", "0: floor, 1: original", "bars: up to the 97.5 % bound"]
     sheet.finish("What training brings back, and what else is lost", facts, legend=axes)
     FIGURE.parent.mkdir(exist_ok=True)
