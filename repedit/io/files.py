@@ -100,21 +100,21 @@ def _mode_is(path: str | Path, test: Callable[[int], bool]) -> bool:
         return False
 
 
-def read_bytes(path: str | Path, error: type[RepeditError] = CheckpointError, *, limit: int = LIMIT) -> bytes:
+def read_bytes(path: str | Path, error: type[RepeditError] = CheckpointError) -> bytes:
     """The content of a regular file.
 
     Raises:
-        RepeditError: of the type `error`, if it cannot be opened or read, or holds more than `limit` bytes.
+        RepeditError: of the type `error`, if it cannot be opened or read, or holds more than `LIMIT` bytes.
     """
     with open_regular(path, error) as file:
         try:
             size = os.fstat(file.fileno()).st_size
-            data = file.read(limit + 1) if size <= limit else b""
+            data = file.read(LIMIT + 1) if size <= LIMIT else b""
         except OSError as reason:
             raise error(f"{path} cannot be read: {_reason_text(reason)}") from reason
-    if max(size, len(data)) > limit:
+    if max(size, len(data)) > LIMIT:
         raise error(
-            f"{path} holds {max(size, len(data)):,} bytes, more than the {limit:,} that are read; is it this file?"
+            f"{path} holds {max(size, len(data)):,} bytes, more than the {LIMIT:,} that are read; is it this file?"
         )
     return data
 
@@ -133,16 +133,16 @@ def file_hashes(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def atomic_write(path: str | Path, error: type[RepeditError] = CheckpointError) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write, which replaces `path` when the context ends; after an exception `path` is unchanged.
 
     The content is written beside the target under a temporary name and flushed to the disk before the rename. A link is
     followed to the file it names.
 
     Raises:
-        RepeditError: of the type `error`, if the folder is absent, the target is no regular file, or writing fails.
+        CheckpointError: if the folder is absent, the target is no regular file, or writing fails.
     """
-    target, temporary = _target(path, error), None
+    target, temporary = _target(path), None
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".repedit-", suffix=".partial")
         with open(handle, "wb") as file:
@@ -155,29 +155,33 @@ def atomic_write(path: str | Path, error: type[RepeditError] = CheckpointError) 
     except OSError as reason:
         if isinstance(reason, RepeditError):
             raise
-        raise error(f"{path} cannot be written: {_reason_text(reason)}; nothing there was changed") from reason
+        raise CheckpointError(
+            f"{path} cannot be written: {_reason_text(reason)}; nothing there was changed"
+        ) from reason
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str, error: type[RepeditError] = CheckpointError) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write a text as UTF-8, atomically."""
-    with atomic_write(path, error) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
-def make_folder(path: str | Path, error: type[RepeditError] = CheckpointError) -> Path:
+def make_folder(path: str | Path) -> Path:
     """A folder, created with its parents if it does not exist.
 
     Raises:
-        RepeditError: of the type `error`, if it cannot be created or something else has its name.
+        CheckpointError: if it cannot be created or something else has its name.
     """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as reason:
-        raise error(f"the folder {folder} cannot be made: {_reason_text(reason)}; give another path") from reason
+        raise CheckpointError(
+            f"the folder {folder} cannot be made: {_reason_text(reason)}; give another path"
+        ) from reason
     return folder
 
 
@@ -220,18 +224,18 @@ def _check_regular(mode: int, path: str | Path, error: type[RepeditError]) -> No
         )
 
 
-def _target(path: str | Path, error: type[RepeditError]) -> Path:
+def _target(path: str | Path) -> Path:
     """The path of the regular file to replace or to create, behind all links."""
     try:
         target = Path(os.path.realpath(path))
         if os.path.lexists(target):
-            _check_regular(target.stat().st_mode, path, error)
+            _check_regular(target.stat().st_mode, path, CheckpointError)
         elif not target.parent.is_dir():
-            raise error(f"{path} cannot be written: the folder {target.parent} does not exist; make it first")
+            raise CheckpointError(f"{path} cannot be written: the folder {target.parent} does not exist; make it first")
     except (OSError, ValueError, TypeError) as reason:
         if isinstance(reason, RepeditError):
             raise
-        raise error(f"{path} cannot be written: {_reason_text(reason)}") from reason
+        raise CheckpointError(f"{path} cannot be written: {_reason_text(reason)}") from reason
     return target
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repedit.errors import ArgumentError, CheckpointError, RepeditError
+from repedit.errors import ArgumentError, CheckpointError
 from repedit.io.files import atomic_write, open_regular
 from repedit.io.text import parse_json
 
@@ -81,40 +81,38 @@ def floating_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def read_header(path: Path, error: type[RepeditError] = CheckpointError) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """(entries by tensor name, metadata) of a file.
 
     Raises:
-        RepeditError: of the type `error`, if the file cannot be read, the safetensors library would refuse its header, or
+        CheckpointError: if the file cannot be read, the safetensors library would refuse its header, or
             a dtype is not supported.
     """
-    with open_regular(path, error) as file:
-        return read_open_header(file, path, error)
+    with open_regular(path) as file:
+        return read_open_header(file, path)
 
 
-def read_open_header(
-    file: BufferedReader, path: Path, error: type[RepeditError] = CheckpointError
-) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_open_header(file: BufferedReader, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """`read_header` of an open file."""
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(size - 8, HEADER_LIMIT):
-        raise error(f"{path} is corrupt: header length {length} in a file of {size} bytes; download it again")
+        raise CheckpointError(f"{path} is corrupt: header length {length} in a file of {size} bytes; download it again")
     try:
         text = file.read(length).decode()
         if not text.startswith("{"):
             raise ValueError("the header does not begin with '{'")
-        table = parse_json(text, "header", error)
+        table = parse_json(text, "header", CheckpointError)
         metadata = table.pop("__metadata__", None)
         metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ holds something else than texts")
-        entries = {name: _entry(path, name, item, 8 + length, error) for name, item in table.items()}
-    except (ValueError, error) as reason:
+        entries = {name: _entry(path, name, item, 8 + length) for name, item in table.items()}
+    except (ValueError, CheckpointError) as reason:
         message = str(reason).removeprefix(f"{path}: ")
-        raise error(f"{path} is corrupt: {message}; download it again") from reason
-    _check_layout(path, entries, 8 + length, size, error)
+        raise CheckpointError(f"{path} is corrupt: {message}; download it again") from reason
+    _check_layout(path, entries, 8 + length, size)
     return entries, metadata
 
 
@@ -196,14 +194,16 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _entry(path: Path, name: str, item: object, base: int, error: type[RepeditError]) -> Entry:
+def _entry(path: Path, name: str, item: object, base: int) -> Entry:
     if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= set(item):
         raise ValueError(f"tensor {name!r} has no dtype, shape and data_offsets")
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(dtype, str) or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has dtype {dtype!r}, shape {shape!r} and data_offsets {offsets!r}")
     if dtype not in DTYPES:
-        raise error(f"tensor {name!r} has dtype {dtype}, which is not supported; is it quantised? Use the base")
+        raise CheckpointError(
+            f"tensor {name!r} has dtype {dtype}, which is not supported; is it quantised? Use the base"
+        )
     count = DTYPES[dtype].itemsize
     for number in shape:
         count *= max(number, 1)  # strides are computed even for tensors without elements
@@ -217,21 +217,27 @@ def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 64 for number in value)
 
 
-def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int, error: type[RepeditError]) -> None:
+def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int) -> None:
     """Refuse tensors that overlap, leave a gap, do not have the size of their shape, or do not end with the file."""
     end = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         length = entry.stop - entry.start
         if entry.stop > size:
-            raise error(f"{path} is truncated: tensor {name!r} ends at byte {entry.stop} of {size}; download it again")
+            raise CheckpointError(
+                f"{path} is truncated: tensor {name!r} ends at byte {entry.stop} of {size}; download it again"
+            )
         if length != entry.spec.nbytes:
-            raise error(
+            raise CheckpointError(
                 f"{path} is corrupt: tensor {name!r} of shape {list(entry.spec.shape)} and {entry.spec.dtype} has {length} "
                 f"bytes, {entry.spec.nbytes} were expected; download it again"
             )
         if entry.start != end:
             what = "overlaps the one before it" if entry.start < end else "leaves a gap before it"
-            raise error(f"{path} is corrupt: tensor {name!r} {what}, at byte {entry.start}; download it again")
+            raise CheckpointError(
+                f"{path} is corrupt: tensor {name!r} {what}, at byte {entry.start}; download it again"
+            )
         end = entry.stop
     if end != size:
-        raise error(f"{path} is corrupt: its tensors end at byte {end}, the file at {size}; download it again")
+        raise CheckpointError(
+            f"{path} is corrupt: its tensors end at byte {end}, the file at {size}; download it again"
+        )

@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from repedit.errors import ArgumentError, CheckpointError, DataError, RepeditError
-from repedit.io.files import LIMIT, append_line, read_bytes
+from repedit.io.files import append_line, read_bytes
 
 DEPTH = 100
 """Deepest nesting that is read."""
@@ -28,24 +28,21 @@ _SURROGATE = "holds half of a surrogate pair ({!a}), which is not a character; w
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>u[dD][89a-fA-F]..)|.)", re.DOTALL)
 
 
-def read_text(path: str | Path, error: type[RepeditError] = DataError, *, limit: int = LIMIT) -> str:
+def read_text(path: str | Path, error: type[RepeditError] = DataError) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
         RepeditError: of the type `error`, if it cannot be read or is not UTF-8.
     """
-    return _decoded(path, read_bytes(path, error, limit=limit), error).removeprefix("\ufeff")
+    return _decoded(path, read_bytes(path, error), error).removeprefix("\ufeff")
 
 
-def parse_json(
-    text: str, where: str, error: type[RepeditError] = DataError, *, finite: bool = True, unique: bool = True
-) -> Any:
+def parse_json(text: str, where: str, error: type[RepeditError] = DataError, *, finite: bool = True) -> Any:
     """The value of a JSON text.
 
     Args:
         where: named in messages: the file, and the line if the text is one line of it.
         finite: refuse NaN and infinity, which JSON does not have.
-        unique: refuse an object that gives a key twice.
     Raises:
         RepeditError: of the type `error`.
     """
@@ -58,7 +55,7 @@ def parse_json(
             parse_constant=_refused if finite else None,
             parse_float=_finite if finite else None,
             parse_int=_integer,
-            object_pairs_hook=_unique if unique else None,
+            object_pairs_hook=_unique,
         )
         _check_depth(text, value)
     except RecursionError as reason:
@@ -73,8 +70,6 @@ def read_json(
     error: type[RepeditError] = CheckpointError,
     *,
     finite: bool = True,
-    unique: bool = True,
-    limit: int = LIMIT,
     remedy: str = "download it again",
 ) -> dict[str, Any]:
     """The object in a JSON file.
@@ -82,9 +77,9 @@ def read_json(
     Raises:
         RepeditError: of the type `error`, if the file is absent, cannot be read as JSON or holds something else.
     """
-    text = _decoded(path, read_bytes(path, error, limit=limit), error)
+    text = _decoded(path, read_bytes(path, error), error)
     try:
-        value = parse_json(text, str(path), error, finite=finite, unique=unique)
+        value = parse_json(text, str(path), error, finite=finite)
     except error as reason:
         raise error(f"{path} cannot be read as JSON: {str(reason).removeprefix(f'{path}: ')}; {remedy}") from reason
     if not isinstance(value, dict):
@@ -92,43 +87,43 @@ def read_json(
     return value
 
 
-def json_rows(path: str | Path, error: type[RepeditError] = DataError) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line of a JSON Lines file that is not blank.
 
     Raises:
-        RepeditError: of the type `error`, with the first line that is not a JSON object.
+        DataError: with the first line that is not a JSON object.
     """
     # Not splitlines: a JSON string may hold U+2028 and the like unescaped.
-    for number, line in enumerate(read_text(path, error).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip(" \t\r"):  # JSON has no other white space
             where = f"{path}, row {number}"
             try:
-                row = parse_json(line, where, error)
-            except error as reason:
-                raise error(f"{reason}; one object a line is expected") from reason
+                row = parse_json(line, where)
+            except DataError as reason:
+                raise DataError(f"{reason}; one object a line is expected") from reason
             if not isinstance(row, dict):
-                raise error(f"{where}: found a {type(row).__name__}; one object a line is expected")
+                raise DataError(f"{where}: found a {type(row).__name__}; one object a line is expected")
             yield number, row
 
 
-def read_toml(path: str | Path, error: type[RepeditError] = DataError) -> dict[str, Any]:
+def read_toml(path: str | Path) -> dict[str, Any]:
     """The table in a TOML file.
 
     Raises:
-        RepeditError: of the type `error`, if the file cannot be read as TOML, or holds a number that is not finite.
+        DataError: if the file cannot be read as TOML, or holds a number that is not finite.
     """
-    return parse_toml(read_text(path, error), str(path), error)
+    return parse_toml(read_text(path), str(path))
 
 
-def parse_toml(text: str, where: str, error: type[RepeditError] = DataError) -> dict[str, Any]:
+def parse_toml(text: str, where: str) -> dict[str, Any]:
     """The table of a TOML text."""
     try:
         table = tomllib.loads(text, parse_float=_finite)
         _check_depth(text, table)
     except RecursionError as reason:
-        raise error(f"{where} is nested deeper than {DEPTH} levels") from reason
+        raise DataError(f"{where} is nested deeper than {DEPTH} levels") from reason
     except ValueError as reason:
-        raise error(f"{where} is no readable TOML file: {reason}") from reason
+        raise DataError(f"{where} is no readable TOML file: {reason}") from reason
     return table
 
 
@@ -142,36 +137,34 @@ def parse_yaml(text: str) -> Any:
         return None
 
 
-def check_text(text: object, where: str, error: type[RepeditError] = DataError) -> None:
+def check_text(text: object, where: str) -> None:
     """Refuse what is no Unicode text: another type, or a text with half of a surrogate pair or a null character.
 
     Raises:
-        RepeditError: of the type `error`, with `where`.
+        DataError: with `where`.
     """
     if not isinstance(text, str):
-        raise error(f"{where} is a {type(text).__name__}; a text was expected")
+        raise DataError(f"{where} is a {type(text).__name__}; a text was expected")
     try:
         text.encode()
     except UnicodeEncodeError as reason:
-        raise error(f"{where} {_SURROGATE.format(text[reason.start : reason.start + 1])}") from reason
+        raise DataError(f"{where} {_SURROGATE.format(text[reason.start : reason.start + 1])}") from reason
     if "\0" in text:
-        raise error(f"{where} holds a null character at place {text.index(chr(0))}; take it out")
+        raise DataError(f"{where} holds a null character at place {text.index(chr(0))}; take it out")
 
 
-def check_fields(
-    row: object, types: Mapping[str, Any], where: str, error: type[RepeditError] = CheckpointError
-) -> None:
+def check_fields(row: object, types: Mapping[str, Any], where: str) -> None:
     """Refuse anything but a JSON object of exactly these fields, each of its type; true and false are not numbers.
 
     Raises:
-        RepeditError: of the type `error`, naming the field.
+        CheckpointError: naming the field.
     """
     if not isinstance(row, Mapping) or set(row) != set(types):
         content = sorted(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
-        raise error(f"{where} must hold {', '.join(types)}; found {content!s:.200}")
+        raise CheckpointError(f"{where} must hold {', '.join(types)}; found {content!s:.200}")
     for name, kind in types.items():
         if not _is_of(row[name], kind):
-            raise error(f"{where}: {name} is {row[name]!r:.50}")
+            raise CheckpointError(f"{where}: {name} is {row[name]!r:.50}")
 
 
 def json_copy(value: object, what: str) -> Any:
