@@ -319,10 +319,10 @@ def check_seed(**values: object) -> None:
             raise ArgumentError(f"{name}={value!r}; give a whole number from 0 to 2^63 - 1")
 
 
-def nearest(name: str, valid: Iterable[object], count: int = 3) -> str:
+def nearest(name: str, valid: Iterable[object]) -> str:
     """The names of `valid` closest to `name`, for an error message: "did you mean 'a' or 'b'?", or else the list."""
     names = [str(item) for item in valid]
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(item) for item in close) + "?"
     return "valid names: " + ", ".join(names[:40])

@@ -261,11 +261,11 @@ def _words(items: Sequence[Fact]) -> set[str]:
 
 
 RETAIN = AttackRecord(RETAIN_CHECK, draws=False, decides=False)
-LENGTH = 128
-"""Tokens of a row of the text."""
+TOKENS, LENGTH = 4000, 128
+"""Tokens of the text that are read, and of one row of it."""
 
 
-def retain_check(text: Batches | None, *, tokens: int = 4000) -> Attack:
+def retain_check(text: Batches | None) -> Attack:
     """Ask the facts of V, which are those to retain here, and read a text; not an attack; its result is stored as a finding.
 
     details: "perplexity" and "tokens" of the text, where there is one.
@@ -275,11 +275,11 @@ def retain_check(text: Batches | None, *, tokens: int = 4000) -> Attack:
         answers = {"prompt": ask(subject, splits.test)} if splits.test else {}
         details = {}
         if text is not None:
-            value, count = perplexity(subject, text, tokens=tokens)
+            value, count = perplexity(subject, text, tokens=TOKENS)
             details = {"perplexity": value, "tokens": count}
         return AttackResult(answers, details=details)
 
-    options = {"text": text.hash if text is not None else None, "tokens": tokens, "length": LENGTH}
+    options = {"text": text.hash if text is not None else None, "tokens": TOKENS, "length": LENGTH}
     return Attack(RETAIN, options, run, Work(1.0))
 
 

@@ -83,13 +83,9 @@ def contains_answer(text: str, answer: str, others: Iterable[str] = ()) -> bool:
     )
 
 
-def normalized(text: str, *, exact: bool = False) -> str:
-    """The form in which answers and entities are compared: lower case, with one space between words and symbols.
-
-    Args:
-        exact: keep case and accents.
-    """
-    return " ".join(canonical(text, exact=exact).replace("'", " ").split())
+def normalized(text: str) -> str:
+    """The form in which answers and entities are compared: lower case, with one space between words and symbols."""
+    return " ".join(canonical(text).replace("'", " ").split())
 
 
 def spelled(text: str) -> str:

@@ -154,15 +154,15 @@ def auc_draws(
     return np.stack([_bootstrap_auc(m, n, *counts) for m, n in zip(member, nonmember, strict=True)])
 
 
-def percentiles(drawn: Values, alpha: float = 0.05) -> tuple[float, float]:
-    """The alpha / 2 and 1 - alpha / 2 quantiles of draws.
+def percentiles(drawn: Values) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles of draws.
 
     Raises:
         MetricError: if there is no draw.
     """
     if not len(drawn):
         raise MetricError("there are no draws to take quantiles of; give at least one")
-    low, high = np.quantile(drawn, [alpha / 2, 1 - alpha / 2])
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
 
 
