@@ -17,16 +17,16 @@ from repedit.auditing.attacks.finetune import benign, downstream, lettered, rele
 from repedit.auditing.attacks.tuning import (
     Example,
     Tuning,
+    batch_of,
     examples,
     in_turn,
     items_loss,
     masked_loss,
     mean_loss,
-    padded,
     shuffled,
     tune,
 )
-from repedit.data import Row, Splits
+from repedit.data import Batch, Row, Splits
 from repedit.errors import ArgumentError, DataError, NotFinite, QuantizedModel, UnknownName
 from repedit.hashing import fingerprint
 from repedit.training.optimizers import Lion
@@ -60,24 +60,33 @@ def check_padding_weighs_nothing(subject, batch):
     within(float((found - wanted).norm() / wanted.norm()), "gradient, float32")
 
 
+def widened(batch: Batch, extra: int, left: bool) -> Batch:
+    """The batch with more columns of padding."""
+    ids, mask, answer = (
+        nn.functional.pad(x, (extra, 0) if left else (0, extra))
+        for x in (batch.input_ids, batch.attention_mask, batch.answer)
+    )
+    return replace(batch, input_ids=ids, attention_mask=mask, answer=answer)
+
+
 @pytest.mark.numeric
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("extra", [0, 5])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_loss_does_not_see_padding(family, left, extra):
-    check_padding_weighs_nothing(blank(family), padded(ITEMS, 2, left=left, extra=extra))
+    check_padding_weighs_nothing(blank(family), widened(batch_of(ITEMS, 2, left=left), extra, left))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_padding_that_is_learned_is_caught(family):
-    batch = padded(ITEMS, 2)
+    batch = batch_of(ITEMS, 2)
     everything = replace(batch, answer=batch.answer | ~batch.attention_mask)
     with pytest.raises(AssertionError):
         check_padding_weighs_nothing(blank(family), everything)
 
 
 def test_positions_that_count_padding_are_caught(monkeypatch):
-    subject, batch = blank("gpt2"), padded(ITEMS, 2, left=True)
+    subject, batch = blank("gpt2"), batch_of(ITEMS, 2, left=True)
     inner = subject.model.forward
     monkeypatch.setattr(subject.model, "forward", lambda position_ids=None, **rest: inner(**rest))
     with pytest.raises(AssertionError):
@@ -142,7 +151,7 @@ def test_every_character_of_a_text_is_learned_to_its_last():
     learned = bytes(subject.tokenizer.decode([i for i, on in zip(*answer, strict=True) if on]), "utf8")
     assert learned == f" {fact.answer}".encode()
     changed = Example([*answer.ids[:-1], 99], answer.learned)
-    assert masked_loss(subject, padded([changed], 0)) != masked_loss(subject, padded([answer], 0))
+    assert masked_loss(subject, batch_of([changed], 0)) != masked_loss(subject, batch_of([answer], 0))
 
 
 def test_a_text_of_which_nothing_is_learned_is_refused():
@@ -238,7 +247,7 @@ def test_adapters_are_those_of_peft(family):
             for mine, their in zip(own, pairs, strict=True):
                 mine.copy_(torch.randn_like(mine) * 0.1)
                 their.copy_(mine)
-        batch = padded(ITEMS, 0)
+        batch = batch_of(ITEMS, 0)
         losses = masked_loss(ours, batch), masked_loss(theirs, batch)
         close(*losses, "gradient, float32")
         for mine, their in zip(torch.autograd.grad(losses[0], own), torch.autograd.grad(losses[1], pairs), strict=True):

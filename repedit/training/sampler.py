@@ -43,11 +43,11 @@ def collate(rows: Sequence[Batch]) -> Batch:
     if any(row.entity is not None for row in rows):
         rows = [row if row.entity is not None else replace(row, entity=row.attention_mask & False) for row in rows]
 
-    def padded(name: str) -> Tensor:
+    def column(name: str) -> Tensor:
         # The padding token is never looked at: 0 is in every vocabulary.
         return torch.cat([torch.nn.functional.pad(getattr(r, name), (0, width - r.input_ids.shape[1])) for r in rows])
 
-    tensors = {name: padded(name) for name in _tensor_fields(rows[0])}
+    tensors = {name: column(name) for name in _tensor_fields(rows[0])}
     return replace(rows[0], document=tuple(row.document[0] for row in rows), **tensors)
 
 

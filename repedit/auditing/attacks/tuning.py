@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from repedit.activations.forward import at_least_float32, batches_of, inputs_of,
 from repedit.activations.prefix_tree import prefix_tree, tree_capacity, tree_log_probs
 from repedit.auditing.attack import FAILED, RAN, AttackResult, Scratch, Setting, Work, ask
 from repedit.data import Batch, Fact, Splits, TextSource, as_batches
+from repedit.data.corpus import padded
 from repedit.errors import ArgumentError, DataError, NotFinite, check_choice
 from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
@@ -39,7 +40,6 @@ class Example(NamedTuple):
 
 _SHORTER = 0.9
 """A tree of more than this share of the rows' tokens is not worth its attention, which is between all its nodes."""
-T = TypeVar("T")
 Draw = Callable[[int], Sequence[Example]]
 """The examples of a step, the first being 0."""
 
@@ -95,25 +95,16 @@ def in_turn(first: Draw, second: Draw, switch: int) -> Draw:
     return lambda step: first(step) if step < switch else second(step - switch)
 
 
-def padded(items: Sequence[Example], pad: int, *, left: bool = False, extra: int = 0) -> Batch:
+def batch_of(items: Sequence[Example], pad: int, *, left: bool = False) -> Batch:
     """The examples as one batch; `answer` marks what is learned."""
-    width = max(len(item.ids) for item in items) + extra
-
-    def fill(values: list[T], blank: T) -> list[T]:
-        rest = [blank] * (width - len(values))
-        return rest + values if left else values + rest
-
-    return Batch(
-        input_ids=torch.tensor([fill(item.ids, pad) for item in items]),
-        attention_mask=torch.tensor([fill([True] * len(item.ids), False) for item in items]),
-        document=tuple(str(number) for number in range(len(items))),
-        answer=torch.tensor([fill(item.learned, False) for item in items]),
-    )
+    ids, mask = padded([item.ids for item in items], pad, left=left)
+    learned, _ = padded([item.learned for item in items], left=left)
+    return Batch(ids, mask, tuple(str(number) for number in range(len(items))), answer=learned.bool())
 
 
 def stacked(subject: Subject, items: Sequence[Example]) -> Batch:
     """The examples as a batch for a model, padded on the left: answers then end together, and few logits are made."""
-    return padded(items, padding(subject), left=True)
+    return batch_of(items, padding(subject), left=True)
 
 
 def masked_loss(subject: Subject, batch: Batch) -> Float[Tensor, ""]:
