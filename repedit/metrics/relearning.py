@@ -11,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repedit.data import Batch, Fact
+from repedit.data.corpus import padded
 from repedit.errors import NotFinite, check_positive, check_seed, check_whole
 from repedit.hooks import Hook, evaluating, installed
 from repedit.metrics.facts import choice_tokens
 from repedit.models.subject import Subject, subject_of
+from repedit.training.optimizers import set_lr
 from repedit.training.sampler import label_logits, label_mask, logits_for
 from repedit.unlearning.sampling import cycled
 
@@ -64,7 +66,7 @@ def relearned(subject: Subject, facts: Sequence[Fact], ablated: Ablated, relearn
     optimizer = torch.optim.AdamW(model.parameters(), lr=relearning.lr, weight_decay=0.0)
     with evaluating(model):  # no dropout
         for step in range(relearning.steps):
-            optimizer.param_groups[0]["lr"] = relearning.lr * min(1.0, (step + 1) / (0.1 * relearning.steps))
+            set_lr(optimizer, relearning.lr * min(1.0, (step + 1) / (0.1 * relearning.steps)))
             part = cycled("relearning", len(rows), relearning.batch_size, step, relearning.seed)
             batch = _stacked([rows[i] for i in part], subject.device)
             with installed(model, ablated(student, part, batch.input_ids.shape[1])):
@@ -88,15 +90,10 @@ def _tokens(subject: Subject, fact: Fact) -> tuple[list[int], list[int]]:
 
 def _stacked(rows: Sequence[tuple[list[int], list[int]]], device: torch.device) -> Batch:
     """The rows as one batch, padded on the right, whose answers are marked."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    real, marks = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    for number, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[number, :end] = torch.tensor([*prompt, *answer])
-        real[number, :end], marks[number, len(prompt) : end] = True, True
+    ids, real = padded(prompt + answer for prompt, answer in rows)
+    marks, _ = padded([False] * len(prompt) + [True] * len(answer) for prompt, answer in rows)
     names = tuple(map(str, range(len(rows))))
-    return Batch(ids.to(device), real.to(device), names, answer=marks.to(device))
+    return Batch(ids.to(device), real.to(device), names, answer=marks.bool().to(device))
 
 
 def _loss(student: Subject, batch: Batch) -> Float[Tensor, ""]:
