@@ -9,9 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Scratch, Work
-from repedit.auditing.attacks import loudest as quietening
 from repedit.auditing.attacks import tuning
-from repedit.auditing.attacks.loudest import loudest, quiet, quieten
+from repedit.auditing.attacks import weights as quietening
 from repedit.auditing.attacks.tuning import Tuning, examples, shuffled, tune
 from repedit.auditing.attacks.variants import (
     FOUR_FIFTHS,
@@ -21,7 +20,7 @@ from repedit.auditing.attacks.variants import (
     retraining,
     rtt_four_fifths,
 )
-from repedit.auditing.attacks.weights import projections
+from repedit.auditing.attacks.weights import loudest, projections, quiet, quieten
 from repedit.auditing.budgets import Setup, built, planned
 from repedit.auditing.data import AuditData, audit_data
 from repedit.auditing.runner import _folds

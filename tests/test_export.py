@@ -70,7 +70,7 @@ def test_a_source_that_is_written_in_place_leaves_the_export_as_it_is(source, ed
 
 
 def test_hard_links_to_files_that_may_be_written_would_be_caught(source, edit, tmp_path, monkeypatch):
-    monkeypatch.setattr("repedit.io.copies.can_hard_link", lambda path: True)
+    monkeypatch.setattr("repedit.io.files.can_hard_link", lambda path: True)
     with pytest.raises(AssertionError):
         test_a_source_that_is_written_in_place_leaves_the_export_as_it_is(source, edit, tmp_path)
 

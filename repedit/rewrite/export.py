@@ -30,8 +30,7 @@ from repedit.errors import (
 )
 from repedit.escaping import for_terminal
 from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
-from repedit.io.copies import can_hard_link, sharing_between
-from repedit.io.files import file_hash
+from repedit.io.files import can_hard_link, file_hash, sharing_between
 from repedit.io.safetensors import floating_dtype
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, staging_folder, sync_files
 from repedit.io.text import read_json

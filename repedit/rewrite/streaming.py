@@ -19,8 +19,7 @@ from torch import Tensor
 from repedit.arch import Specs, TensorSpec
 from repedit.errors import CheckpointError, RepeditError
 from repedit.io.checkpoint import Shards
-from repedit.io.copies import Sharing, cloned, copy_bytes, hard_linked
-from repedit.io.files import file_hash, open_regular
+from repedit.io.files import Sharing, cloned, copy_bytes, file_hash, hard_linked, open_regular
 from repedit.io.known_hashes import known_hash
 from repedit.io.safetensors import Entry, header_bytes, raw_bytes, read_fully, read_tensor, stored_tensor
 from repedit.linear_maps import not_finite_at
