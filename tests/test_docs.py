@@ -315,3 +315,24 @@ def test_a_tree_that_differs_from_the_package_is_caught(change):
     assert change(block("tree")) != block("tree")
     with pytest.raises(AssertionError):
         check_tree(change(block("tree")))
+
+
+IMAGES = ROOT / "docs" / "images"
+
+
+def check_images(folder, text):
+    """Every screenshot is shown by a page, and smaller than 150 KB."""
+    for path in folder.iterdir():
+        assert path.suffix == ".png" and path.stat().st_size < 150_000, path
+        assert f"images/{path.name})" in text, f"no page shows {path.name}"
+
+
+def test_screenshots_are_small_and_shown():
+    check_images(IMAGES, "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md")))
+
+
+@pytest.mark.parametrize(("size", "text"), [(10, "no page"), (150_000, "![a page](../images/a.png)")])
+def test_a_screenshot_that_is_large_or_not_shown_is_caught(tmp_path, size, text):
+    (tmp_path / "a.png").write_bytes(b"0" * size)
+    with pytest.raises(AssertionError):
+        check_images(tmp_path, text)
