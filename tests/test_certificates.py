@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 import repedit as rp
-from repedit.errors import ArgumentError, NotFoldable, PlanMismatch
+from repedit.errors import ArgumentError, CheckpointError, NotFoldable, PlanMismatch
 from repedit.kernels.dispatch import LEAK_LIMITS
 from repedit.rewrite import certificate as certificate_module
 from tests.edits import mask, projection
@@ -170,3 +172,46 @@ def test_all_directions_of_a_map_taken_for_removed_would_leak(monkeypatch):
     edit = rp.Edit({rp.Site.parse("1.mlp.out"): low_rank(HALF, 24)})
     with pytest.raises(PlanMismatch, match="still hold removed directions"):
         rp.certificate(rp.apply(edit, subject), edit, subject)
+
+
+SUMMARIES = {
+    "projection": (lambda lm: projection(lm, "0.mlp.out"), {}, r"3 directions over 1 tensor, exact, largest leak .*down_proj\.weight\)"),
+    "nothing whole": (lambda lm: rp.Edit({rp.Site.parse("1.mlp.out"): low_rank(SCALED, 24)}), {}, "no direction is removed whole, so none is certified"),
+    "half": (lambda lm: rp.Edit({rp.Site.parse("1.mlp.out"): low_rank(HALF, 24)}), {}, "1 direction over 1 tensor, exact"),
+    "both": (lambda lm: projection(lm, "0.mlp.out") | rp.Edit({rp.Site.parse("1.mlp.out"): low_rank(SCALED, 24)}), {}, "3 directions over 1 tensor, exact"),
+    "neurons": (lambda lm: mask(lm, "0.mlp.neurons"), {}, "no certificate: nothing was projected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_every_place_says_the_same_of_a_certificate(name, tmp_path: Path):
+    make, options, sentence = SUMMARIES[name]
+    subject = tiny("llama")
+    record = rp.export(make(subject), subject, tmp_path / "out", **options)
+    plain = json.loads((tmp_path / "out" / "repedit.json").read_text())["certificate"]
+    pushed = rp.push(tmp_path / "out", "someone/edited").describe()
+    assert re.search(sentence, pushed)
+    if plain is None:
+        return
+    found = certificate_module.Certificate.of(plain)
+    assert found.plain() == {**record.certificate, "tensors": found.plain()["tensors"]} and found.summary in pushed
+    assert found.summary[1:] in found.describe() and found.summary in brief(tmp_path / "out")
+
+
+def brief(folder: Path) -> str:
+    """What the page of a run says first of an export."""
+    from types import SimpleNamespace
+
+    from repedit.report.rendering import ENVIRONMENT
+    from repedit.report.run_pages import _certificate
+    from repedit.rewrite.verification import verification
+
+    parts = ENVIRONMENT.get_template("run_parts.html.jinja2").module
+    run = SimpleNamespace(checkpoints={"out": verification(folder)}, audits={}, label=lambda out: out)
+    return html.unescape(str(parts.brief(run, [], _certificate)))
+
+
+@pytest.mark.parametrize("values", [{}, {"tensors": 3}, {"tensors": {"w": {}}}, {"tensors": {}, "future": 1}])
+def test_what_is_no_certificate_is_refused(values):
+    with pytest.raises(CheckpointError, match="the certificate in a manifest cannot be read"):
+        certificate_module.Certificate.of(values)

@@ -194,7 +194,7 @@ def test_everything_an_export_did_is_told():
         "2.mlp.out removes rank 2 exact 10.mlp.out", "edited: 1 sites exact, 1 sites subspace-exact", "4 directions removed at mlp.out of 2 layers",
         "every tensor was converted to bfloat16", "w.2 slice new or another shape w.10 fold; round 0.1250", "0.125 at most, 0.125 at least",
         "12,000 numbers in the files before, 9,000 after", "Untied: head from embed", "New tensors: bias", "An adapter of 2 modules, rank 3 at most",
-        "folded, subspace-exact, largest leak along a removed direction 2.0e-03", "w.2 2 1.0e-09 2.0e-03 2.5e-01 bfloat16 w.10", "not of the export: notes.txt",
+        "subspace-exact, largest leak along a removed direction 2.0e-03", "w.2 2 1.0e-09 2.0e-03 2.5e-01 bfloat16 w.10", "not of the export: notes.txt",
         "at some sites the subspace is erased", "the certificate of edited is about tensors", "Where these files of edited", "there was one",
         "at the budget unknown", "Anything about attacks on edited", "no step compared the two models",
     ):  # fmt: skip

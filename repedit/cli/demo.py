@@ -116,6 +116,7 @@ def _show_pruning(result: PruningDemo) -> None:
 
 def _show_forgotten(result: CapitalsDemo) -> None:
     from repedit.cli import output
+    from repedit.rewrite.certificate import Certificate
 
     rows = output.knowledge_rows(result.trained, {"capitals"})
     (unseen,) = output.knowledge_rows({"capitals, in words training never saw": result.unseen}, ())
@@ -124,10 +125,8 @@ def _show_forgotten(result: CapitalsDemo) -> None:
     title = f"Projections of rank {rank} at {len(result.edit.maps)} MLP outputs, folded into the weights: facts right"
     output.table(title, output.KNOWLEDGE_COLUMNS, rows)
     output.show_generations(result.prompts, result.before, result.after)
-    leak = (result.manifest.certificate or {})["worst_leak"]
-    output.out.print(
-        f"{result.target}/ is a plain checkpoint; the largest leak along a removed direction is {leak:.0e}"
-    )
+    certificate = Certificate.of(result.manifest.certificate or {})
+    output.out.print(f"{result.target}/ is a plain checkpoint; {certificate.summary}")
     output.out.print("Folded is not proved forgotten: other paths may hold the facts, and half of them teach the rest.")
 
 

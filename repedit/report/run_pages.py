@@ -28,7 +28,7 @@ from repedit.report.audit_pages import AuditFigures
 from repedit.report.redaction import redacted_run, redacted_values
 from repedit.report.rendering import render, svg, tone
 from repedit.report.tables import Table, format_value
-from repedit.rewrite.certificate import Certificate, TensorCertificate
+from repedit.rewrite.certificate import Certificate
 from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs
 from repedit.rewrite.verification import Verification
 from repedit.runs import RunReport, run_file, run_report
@@ -76,7 +76,7 @@ def rendered(run: RunReport, *, hide_items: bool = False) -> str:
         removed=[(out, _total(counts)) for out, counts in removed.items()], first_tables=partial(_first_tables, run),
         commands=_commands(run), data=_data(run), versions=_seeds_and_versions(run), models=_models(run), bases=_bases(run),
         methods=_methods(run), specialization=_specialization(run), scores=_scores(run), effects=_effects(run), selections=_selections(removed), trainings=_trainings(run),
-        changed=_changed(run), deltas=_deltas(run), exactness=_exactness(run), leaks=_leaks, unattacked=_unattacked(run),
+        changed=_changed(run), deltas=_deltas(run), exactness=_exactness(run), leaks=_leaks, certified=_certificate, unattacked=_unattacked(run),
         audits=[(out, AuditFigures.of(report)) for out, report in run.audits.items()],
     )  # fmt: skip
 
@@ -410,11 +410,7 @@ def _exactness(run: RunReport) -> list[tuple[str, Verification, Table, Certifica
 
 
 def _certificate(values: Mapping[str, Any] | None) -> Certificate | None:
-    if values is None:
-        return None
-    tensors = {name: TensorCertificate(**row) for name, row in values["tensors"].items()}
-    widths = tuple(values["widths"]) if values.get("widths") else None
-    return Certificate(**{**values, "tensors": tensors, "widths": widths})
+    return None if values is None else Certificate.of(values)
 
 
 def _leaks(certificate: Certificate) -> Table:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repedit.arch import Architecture, Specs, match_layout
 from repedit.edit import Edit
-from repedit.errors import ArgumentError, PlanMismatch
+from repedit.errors import ArgumentError, CheckpointError, PlanMismatch
 from repedit.io.checkpoint import open_shards
 from repedit.io.files import user_path
 from repedit.kernels.dispatch import LEAK_LIMITS
@@ -65,23 +65,47 @@ class Certificate:
     """Tensors with a low-rank map that does not remove all of its directions, and how many it removes."""
 
     def __repr__(self) -> str:
-        return f"Certificate({self.form}: {self.rank} directions over {len(self.tensors)} tensors, largest leak {self.worst_leak:.1e})"
+        return f"Certificate({self.form}: {self.summary})"
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Certificate:
+        """The certificate of a manifest, which `plain` made.
+
+        Raises:
+            CheckpointError: if the values are no certificate.
+        """
+        try:
+            tensors = {name: TensorCertificate(**row) for name, row in values["tensors"].items()}
+            widths = tuple(values["widths"]) if values.get("widths") else None
+            return Certificate(**{**values, "tensors": tensors, "widths": widths})
+        except (LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the certificate in a manifest cannot be read: {error}; export again") from error
+
+    @property
+    def summary(self) -> str:
+        """What was measured, in a clause: the largest leak, the narrower stream, or that there was nothing to measure."""
+        if self.widths is not None:
+            return f"the stream has {self.widths[1]} coordinates where it had {self.widths[0]}, {self.exactness}"
+        if not self.tensors:
+            return (
+                "no direction is removed whole, so none is certified" if self.uncertified else "no direction is removed"
+            )
+        worst = max(self.tensors, key=lambda name: self.tensors[name].leak)
+        directions, tensors = "s" * (self.rank != 1), "s" * (len(self.tensors) != 1)
+        return (
+            f"{self.rank} direction{directions} over {len(self.tensors)} tensor{tensors}, {self.exactness}, largest leak along a "
+            f"removed direction {self.worst_leak:.1e} ({worst})"
+        )
 
     def describe(self) -> str:
         """A few lines: what the certificate shows, and what it does not."""
+        measured = self.summary[0].upper() + self.summary[1:]
         if self.widths is not None:
             return (
-                f"{self.form}: {_MEANINGS[self.form]}.\nThe stream has {self.widths[1]} coordinates where it had {self.widths[0]}; "
-                f"{self.exactness}.\nThis says nothing of copies of the knowledge in those that stay: attack it."
+                f"{self.form}: {_MEANINGS[self.form]}.\n{measured}.\n"
+                "This says nothing of copies of the knowledge in those that stay: attack it."
             )
-        worst = max(self.tensors, key=lambda name: self.tensors[name].leak, default="none")
         form = _MEANINGS[self.form] if self.tensors or self.form == "hook" else "the weights hold the map"
-        measured = (
-            f"{self.rank} directions over {len(self.tensors)} tensors, {self.exactness}; largest leak {self.worst_leak:.1e} "
-            f"({worst})"
-        )
-        if self.uncertified and not self.tensors:
-            measured = "No direction is removed whole, so none is certified"
         return (
             f"{self.form}: {form}.\n{measured}.\n"
             + "".join(f"{name}: {reason}.\n" for name, reason in self.uncertified.items())

@@ -16,6 +16,7 @@ from repedit.errors import ArgumentError, CheckpointError, HubError, RepeditErro
 from repedit.io import archive
 from repedit.io.files import is_file, user_path
 from repedit.io.targets import CARD, MANIFEST, folder_entries
+from repedit.rewrite.certificate import Certificate
 from repedit.rewrite.verification import Verification, verification
 
 HUB_FILES = (".gitattributes",)
@@ -59,11 +60,7 @@ class Push:
         """A few lines: the repository, the files, and a summary of the manifest."""
         method = self.manifest.get("edit", {}).get("method", "an edit")
         certificate = self.manifest.get("certificate")
-        leak = "no certificate: nothing was projected"
-        if certificate and not certificate["rank"]:
-            leak = "no direction was removed"
-        elif certificate:
-            leak = f"largest leak {certificate['worst_leak']:.1e}, {certificate['exactness']}"
+        leak = "no certificate: nothing was projected" if certificate is None else Certificate.of(certificate).summary
         exported = f"manifest: {method}; every file has the hash it was exported with; {leak}"
         count = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
         return "\n".join([
