@@ -275,36 +275,41 @@ def is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def given(**values: object) -> dict[str, object]:
+    """The values that are not None, for checks of arguments that may be left out."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def check_whole(least: int = 1, /, **values: object) -> None:
-    """Refuse values that are not whole numbers of at least `least`; None passes.
+    """Refuse values that are not whole numbers of at least `least`; None is none, see `given`.
 
     Raises:
         ArgumentError: with the name and the value.
     """
     for name, value in values.items():
-        if value is not None and not is_whole(value, least):
+        if not is_whole(value, least):
             raise ArgumentError(f"{name}={value!r}; give at least {least}, a whole number below 2^63")
 
 
 def check_positive(**values: object) -> None:
-    """Refuse values that are not finite numbers above 0; None passes.
+    """Refuse values that are not finite numbers above 0.
 
     Raises:
         ArgumentError: with the name and the value.
     """
     for name, value in values.items():
-        if value is not None and not (is_finite(value) and value > 0):  # type: ignore[operator]
+        if not (is_finite(value) and value > 0):  # type: ignore[operator]
             raise ArgumentError(f"{name}={value!r}; give a number above 0 and below infinity")
 
 
 def check_finite_numbers(**values: object) -> None:
-    """Refuse values that are not finite real numbers; None passes.
+    """Refuse values that are not finite real numbers.
 
     Raises:
         ArgumentError: with the name and the value.
     """
     for name, value in values.items():
-        if value is not None and not is_finite(value):
+        if not is_finite(value):
             raise ArgumentError(f"{name}={value!r}; give a finite number")
 
 
@@ -322,7 +327,7 @@ def check_seed(**values: object) -> None:
 def nearest(name: str, valid: Iterable[object]) -> str:
     """The names of `valid` closest to `name`, for an error message: "did you mean 'a' or 'b'?", or else the list."""
     names = [str(item) for item in valid]
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(item) for item in close) + "?"
     return "valid names: " + ", ".join(names[:40])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
 
 from repedit.arch.infer import check_architecture
-from repedit.errors import NotFound, RepeditError
+from repedit.errors import NotFound
 from repedit.hashing import package_versions
+from repedit.io.files import make_folder
 from repedit.io.store import cache_folder
 from repedit.kernels.dispatch import choose, project
 from repedit.models.default_model import DEFAULT, cached, tiny_model
@@ -58,11 +61,19 @@ def system_versions() -> dict[str, str]:
 
 def check_installation() -> Installation:
     """Try the installation without a model: no check writes outside the cache folder, and none uses the network."""
-    checks = (_packages(), _cache(), _default_model(), _device(), _kernels(), _tiny_edit())
+    checks = tuple(_tried(name, check) for name, check in _CHECKS.items())
     return Installation({**system_versions(), "torch threads": str(torch.get_num_threads())}, checks)
 
 
-def _packages() -> Check:
+def _tried(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
+    """The result of a check; one that raises has failed, whatever it raises: finding that out is what it is for."""
+    try:
+        return Check(name, *check())
+    except Exception as error:
+        return Check(name, False, " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _packages() -> tuple[bool, str]:
     """Whether every required package is there in a version that repedit supports."""
     from packaging.requirements import Requirement
 
@@ -79,41 +90,41 @@ def _packages() -> Check:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             missing.append(f"{requirement.name} {installed} is installed, {requirement.specifier} is needed")
-    return Check(
-        "packages", not missing, "; ".join(missing) or f"all {count} required packages have supported versions"
-    )
+    return not missing, "; ".join(missing) or f"all {count} required packages have supported versions"
 
 
-def _cache() -> Check:
+def _cache() -> tuple[bool, str]:
     """Whether the cache folder can be written, and how much room there is."""
     folder = cache_folder()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free / 2**30
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        return Check("cache folder", False, f"{folder} cannot be written; set REPEDIT_CACHE to a folder that can")
-    return Check("cache folder", True, f"{folder}, {free:.0f} GiB free")
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: a disk may be read-only
+            free = shutil.disk_usage(folder).free / 2**30
+    except (OSError, ValueError) as error:
+        return False, f"{folder} cannot be written ({error}); set REPEDIT_CACHE to a folder that can"
+    return True, f"{folder}, {free:.0f} GiB free"
 
 
-def _default_model() -> Check:
+def _default_model() -> tuple[bool, str]:
     """Whether the default model is cached; it passes without, since no function but `repedit demo` needs the model."""
     try:
-        return Check("default model", True, str(cached(DEFAULT)))
+        return True, str(cached(DEFAULT))
     except NotFound:
-        return Check("default model", True, f"{DEFAULT} is not fetched yet; get it once with: repedit fetch")
+        return True, f"{DEFAULT} is not fetched yet; get it once with: repedit fetch"
 
 
-def _device() -> Check:
+def _device() -> tuple[bool, str]:
     """The device that `device="auto"` chooses."""
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        return Check("device", True, f"cuda: {names} (CUDA {torch.version.cuda})")
+        return True, f"cuda: {names} (CUDA {torch.version.cuda})"
     build = (
         f"a CUDA {torch.version.cuda} build of torch that sees no GPU" if torch.version.cuda else "a CPU build of torch"
     )
-    return Check("device", True, f"cpu, {os.cpu_count()} logical cores; {build}")
+    return True, f"cpu, {os.cpu_count()} logical cores; {build}"
 
 
-def _kernels() -> Check:
+def _kernels() -> tuple[bool, str]:
     """Whether the projection on the device equals the same in float64."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, reason = choose(device, torch.float32, (WIDTH, RANK))
@@ -124,15 +135,18 @@ def _kernels() -> Check:
     computed = project(*(t.float().to(device) for t in (x, basis, basis))).double().cpu()
     error = float((computed - exact).abs().max() / exact.abs().max())
     detail = f"projection of rank {RANK} at width {WIDTH}: {name} ({reason}), error {error:.0e}"
-    return Check("kernels", error <= KERNEL_TOLERANCE, detail)
+    return error <= KERNEL_TOLERANCE, detail
 
 
-def _tiny_edit() -> Check:
+def _tiny_edit() -> tuple[bool, str]:
     """Whether hooks and weights agree at every site of a tiny random model."""
-    try:
-        report = check_architecture(tiny_model())
-    except RepeditError as error:
-        return Check("edit of a tiny model", False, f"{type(error).__name__}: {error}")
+    report = check_architecture(tiny_model())
     largest = max(proof.error for proof in report.proofs)
     detail = f"{len(report.proofs)} sites edited by hook and in the weights, largest difference {largest:.0e}"
-    return Check("edit of a tiny model", report.passed, detail)
+    return report.passed, detail
+
+
+_CHECKS: Mapping[str, Callable[[], tuple[bool, str]]] = {
+    "packages": _packages, "cache folder": _cache, "default model": _default_model, "device": _device, "kernels": _kernels,
+    "edit of a tiny model": _tiny_edit,
+}  # fmt: skip

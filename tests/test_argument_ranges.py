@@ -9,7 +9,7 @@ import pytest
 
 import repedit as rp
 from repedit.auditing.api import audit
-from repedit.errors import ArgumentError, RankError, check_positive, check_seed, check_whole
+from repedit.errors import ArgumentError, DataError, RankError, check_positive, check_seed, check_whole, given
 from repedit.fit import Regression
 from repedit.fit.mrp import mrp
 from repedit.metrics.generation import stream
@@ -93,6 +93,34 @@ def test_a_number_that_cannot_be_meant_is_refused(door):
             call(**{name: value})
 
 
+NEEDED = (
+    "lora", "rule", "ratio", "gamma", "prune steps", "prune tokens", "prune batch", "prune control", "overwrite others",
+    "regression steps", "regression rows", "regression rate", "regression beta", "regression vocabulary", "audit steps", "audit draws",
+    "audit rates",
+)  # fmt: skip
+"""Doors with a number that cannot be left out."""
+
+
+@pytest.mark.parametrize("door", NEEDED)
+@pytest.mark.usefixtures("unchecked")
+def test_none_is_no_number(door):
+    call, name, _ = DOORS[door]
+    with pytest.raises(ArgumentError, match=rf"{name}=None"):
+        call(**{name: None})
+
+
+@pytest.mark.parametrize("given", [None, "capitals", 3, [3], rp.data.prose()], ids=repr)
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_not_facts_is_refused(given):
+    with pytest.raises(DataError, match=r"was given as facts; give rp\.data\.facts"):
+        rp.facts_accuracy(tiny("llama"), given)
+
+
+def test_names_of_attacks_are_a_list():
+    with pytest.raises(ArgumentError, match="attacks='direct' is one text; give a list of names"):
+        attack(attacks="direct")
+
+
 @pytest.mark.parametrize("option", ["limit_tokens", "batch_size", "length"])
 @pytest.mark.parametrize("verb", [rp.collect, rp.predictions], ids=["collect", "predictions"])
 def test_a_pass_over_a_text_refuses_them(verb, option):
@@ -117,7 +145,7 @@ def test_what_is_no_number_is_none(value):
 
 
 def test_what_can_be_meant_passes():
-    check_whole(0, a=0, b=None, c=3)
+    check_whole(0, a=0, c=3, **given(b=None))
     check_seed(a=0, b=2**63 - 1)
     assert by_name("small:npo", steps=1, lr=1e-9).steps == 1
 

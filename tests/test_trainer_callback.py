@@ -85,3 +85,14 @@ def test_no_facts_and_no_steps_are_refused(subject, facts):
         rp.trainer_callback(subject, {})
     with pytest.raises(ArgumentError, match="every=0; give at least 1"):
         rp.trainer_callback(subject, facts, every=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_could_not_be_measured_later_is_refused_at_once(subject, facts):
+    for given, what in (("likes", "a str; give Facts, or several"), ([facts], "a list; give Facts"), ({"a": None}, "a NoneType as 'a'")):  # fmt: skip
+        with pytest.raises(DataError, match=what):
+            rp.trainer_callback(subject, given)
+    with pytest.raises(ArgumentError, match="every=None; give at least 1"):
+        rp.trainer_callback(subject, facts, every=None)
+    with pytest.raises(ArgumentError, match="needs a tokenizer"):
+        rp.trainer_callback(rp.wrap(subject.model), facts)

@@ -34,6 +34,7 @@ from repedit.errors import (
     UnknownName,
     UnknownSite,
     check_whole,
+    given,
     nearest,
 )
 from repedit.hooks import Hook, evaluating, installed
@@ -202,7 +203,7 @@ def collect(
         HookError, ModelBusy: if a hook does not run in a pass, or another thread uses the model.
         FingerprintError, ProcessFailed: if processes were given different arguments, or one of them failed.
     """
-    check_whole(limit_tokens=limit_tokens, length=length, batch_size=batch_size)
+    check_whole(length=length, batch_size=batch_size, **given(limit_tokens=limit_tokens))
     sums = StatisticsHooks(subject, subject.select(sites), statistic, gradients, labels)
     rule = CountingRule(subject, first_position=first_position, special_tokens=special_tokens, custom=count)
     ranks = process_group(subject.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from repedit.activations.forward import at_least_float32, batches, inputs_of, note_batch_on_error
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
-from repedit.errors import FingerprintError, NotEnoughRows, NotFinite, check_whole
+from repedit.errors import FingerprintError, NotEnoughRows, NotFinite, check_whole, given
 from repedit.hooks import evaluating
 from repedit.models.subject import Subject
 
@@ -81,7 +81,7 @@ def predictions(
         NotEnoughRows: if there is nothing to predict.
         NotFinite: if the loss is not finite.
     """
-    check_whole(limit_tokens=limit_tokens)
+    check_whole(**given(limit_tokens=limit_tokens))
     ids: list[str] = []
     rows: list[tuple[int, int, int, float]] = []
     with evaluating(subject.model), edit.hooked(subject) if edit else nullcontext(), torch.no_grad():

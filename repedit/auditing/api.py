@@ -116,6 +116,8 @@ def audit(
     check_folder(out, "findings", "audit.json", read=read)
     check_thresholds(recovery_threshold, pass_threshold, alpha)
     names = planned(budget, attacks)
+    if not isinstance(seeds, Sequence | None):
+        raise ArgumentError(f"seeds={seeds!r}; give a list of whole numbers, such as [0, 1, 2]")
     chosen = tuple(SEEDS[budget] if seeds is None else seeds)
     check_draws(draws, alpha)
     _check_options(steps, draws, scale_lrs, chosen, until)

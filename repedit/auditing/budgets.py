@@ -11,6 +11,7 @@ from repedit.auditing.attack import _RECORDS, BUDGETS, QUICK, Attack, AttackReco
 from repedit.auditing.attacks.finetune import rtt
 from repedit.auditing.runner import Audited
 from repedit.data import Fact, Facts, Splits
+from repedit.data.fact_sets import fact_items
 from repedit.errors import UnknownName, check_choice, nearest
 from repedit.models.subject import Subject
 
@@ -60,6 +61,8 @@ def planned(budget: str, names: Sequence[str] | None = None) -> tuple[str, ...]:
     """
     check_choice(BUDGETS, budget=budget)
     registered = records()
+    if isinstance(names, str):
+        raise UnknownName(f"attacks={names!r} is one text; give a list of names")
     for name in names or ():
         if name not in registered:
             raise UnknownName(f"no attack is called {name!r}; {nearest(name, registered)}")
@@ -96,7 +99,7 @@ def estimate(
     Raises:
         UnknownName: if there is no such budget or attack.
     """
-    items = tuple(facts.forget if isinstance(facts, Facts) else facts)
+    items = fact_items(facts)
     model = Audited("edited", edited, device)
     attacks_built = built(planned(budget, attacks), Setup(budget, model.layers))
     # Edited and original are asked, and the edited model again with invented facts; training on attributes is repeated.

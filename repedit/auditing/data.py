@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack, cast
 
 from repedit.auditing.attributes import attributes_of, given_attributes
 from repedit.data import Batches, Fact, Facts, Splits, TextSource, as_batches, by_domain, prose, with_choices
-from repedit.data.fact_sets import entity_of, seeded_order
+from repedit.data.fact_sets import entity_of, fact_items, seeded_order
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
 
@@ -107,7 +107,7 @@ def audit_data(
     folds, seed = options["folds"], options["seed"]
     if folds not in (1, 2):
         raise ArgumentError(f"folds={folds}; give 2 to test every fact once, or 1")
-    forget = tuple(facts.forget if isinstance(facts, Facts) else facts)
+    forget = fact_items(facts)
     if not forget:
         raise DataError("there are no facts to audit; give at least 16, of 16 entities")
     retained, text, notes = _retained(forget, facts, retain)

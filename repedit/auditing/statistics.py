@@ -17,7 +17,7 @@ from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
 from repedit.auditing.report import Recovery
 from repedit.auditing.verdict import informative
 from repedit.data.fact_sets import seeded_order
-from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRows, ShapeError
+from repedit.errors import ArgumentError, DataError, FractionError, NotEnoughRows, ShapeError, is_whole
 
 # --- The best setting of an attack, chosen on one half of the facts and scored on the other
 #
@@ -283,9 +283,9 @@ def check_draws(draws: int, alpha: float) -> None:
     """
     if not 0 < alpha < 1:
         raise FractionError(f"alpha={alpha}; give a fraction strictly between 0 and 1, such as 0.05")
-    if draws < LEAST_DRAWS or _tail(draws, alpha) < 0:
+    if not is_whole(draws, LEAST_DRAWS) or _tail(draws, alpha) < 0:
         least = max(LEAST_DRAWS, ceil(2 / alpha))
-        raise ArgumentError(f"draws={draws}; the ends of an interval at alpha={alpha} need at least {least}")
+        raise ArgumentError(f"draws={draws!r}; the ends of an interval at alpha={alpha} need at least {least}")
 
 
 def _tail(draws: int, alpha: float) -> int:

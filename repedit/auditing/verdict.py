@@ -11,7 +11,7 @@ from repedit.auditing.attack import FAILED, QUICK, RAN, SKIPPED
 from repedit.auditing.budgets import record_of, records
 from repedit.auditing.gaps import AUC, FORGET, RELEARNING, RETAIN, ROUNDED, TEST
 from repedit.auditing.report import Gap, Recovery, RetainCheck, Verdict
-from repedit.errors import ArgumentError, FractionError
+from repedit.errors import ArgumentError, FractionError, is_finite
 from repedit.outcomes import (
     DESTROYED,
     HIDDEN,
@@ -130,9 +130,9 @@ def check_thresholds(recovery_threshold: float, pass_threshold: float, alpha: fl
         ArgumentError: if recovery_threshold >= pass_threshold.
         FractionError: if a threshold lies outside [0, 1], or alpha is not strictly between 0 and 1.
     """
-    if not 0 < alpha < 1:
-        raise FractionError(f"alpha={alpha}; give a fraction strictly between 0 and 1, such as 0.05")
-    if not (0 <= recovery_threshold <= 1 and 0 <= pass_threshold <= 1):
+    if not (is_finite(alpha) and 0 < alpha < 1):
+        raise FractionError(f"alpha={alpha!r}; give a fraction strictly between 0 and 1, such as 0.05")
+    if not all(is_finite(value) and 0 <= value <= 1 for value in (recovery_threshold, pass_threshold)):
         raise FractionError(
             f"recovery_threshold={recovery_threshold}, pass_threshold={pass_threshold}; give fractions from 0 to 1"
         )

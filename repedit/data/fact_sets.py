@@ -292,6 +292,23 @@ def _texts(fields: Mapping[str, object], field: str, name: str) -> tuple[str, ..
 # the same group first, so that they are answers of the same kind.
 
 
+def fact_items(given: Facts | Iterable[Fact]) -> tuple[Fact, ...]:
+    """The facts to forget of Facts, or the facts that are given.
+
+    Raises:
+        DataError: if something else is given.
+    """
+    if isinstance(given, Facts):
+        return given.forget
+    items = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    wrong = next((item for item in items if not isinstance(item, Fact)), None)
+    if wrong is not None or given is None:
+        raise DataError(
+            f"a {type(given).__name__} with {wrong!r:.60} was given as facts; give rp.data.facts(...), or facts"
+        )
+    return items
+
+
 def facts(name: str | Path, *, retain: str | Path | Facts | Iterable[Fact] | None = None, seed: int = 0) -> Facts:
     """The facts of a built-in domain, of several domains such as "capitals+symbols", or of a .jsonl file.
 

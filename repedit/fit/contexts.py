@@ -19,6 +19,7 @@ from repedit.activations.forward import at_least_float32, batches, check_ids, in
 from repedit.data import Batch, Batches, Fact, Facts, Tokens, prose
 from repedit.data.corpus import padded
 from repedit.data.encoding import entity_span, mention, prompt_ids
+from repedit.data.fact_sets import fact_items
 from repedit.data.grading import normalized
 from repedit.errors import DataError, NotEnoughRows, NotFinite, UnknownName, check_seed, nearest
 from repedit.hooks import Hook, evaluating, installed
@@ -69,7 +70,7 @@ def by_entity(facts: Facts | Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
     Raises:
         DataError: if there is no fact, or one names no entity.
     """
-    items = facts.forget if isinstance(facts, Facts) else tuple(facts)
+    items = fact_items(facts)
     if not items:
         raise DataError("there are no facts; give at least one")
     facts_of: dict[str, list[Fact]] = {}

@@ -34,6 +34,7 @@ from repedit.errors import (
     UnknownSite,
     check_positive,
     check_seed,
+    given,
     is_whole,
     nearest,
 )
@@ -239,7 +240,7 @@ class _Settings:
     def check(self) -> None:
         """Refuse values that are out of range, or do not fit together."""
         check_seed(seed=self.seed)
-        check_positive(lam=self.lam, retain_budget=self.retain_budget, others_weight=self.others_weight)
+        check_positive(others_weight=self.others_weight, **given(lam=self.lam, retain_budget=self.retain_budget))
         for name, valid in (("target", TARGETS), ("method", METHODS), ("form", FORMS)):
             if getattr(self, name) not in valid:
                 raise UnknownName(

@@ -11,7 +11,7 @@ from repedit.activations.prediction import Effect, Predictions, effect, predicti
 from repedit.data import Batches, mmlu
 from repedit.data import muse as muse_data
 from repedit.data import semeval as semeval_data
-from repedit.errors import NotFound, check_choice, check_whole
+from repedit.errors import NotFound, check_choice, check_whole, given
 from repedit.io.files import is_folder
 from repedit.metrics import muse, semeval, tofu
 from repedit.metrics.generation import continuations
@@ -106,7 +106,7 @@ def compare_benchmarks(
         NotFound: if there is no such directory, or the data of a benchmark is missing.
         ArgumentError, DataError, MetricError, MissingDependency: as the benchmarks do.
     """
-    check_whole(limit=limit)
+    check_whole(**given(limit=limit))
     for name in names:
         check_choice(SUITES, metrics=name)
     if not is_folder(directory):

@@ -17,8 +17,9 @@ from repedit.activations.forward import at_least_float32, check_ids, retry_with_
 from repedit.activations.prefix_tree import prefix_tree, tree_capacity, tree_groups, tree_log_probs
 from repedit.data import Fact, Facts, by_domain
 from repedit.data.encoding import Encoded, Tokenizer, encoded_choices, question_ids
+from repedit.data.fact_sets import fact_items
 from repedit.data.grading import contains_answer
-from repedit.errors import ArgumentError, DataError, NotFinite, check_choice
+from repedit.errors import ArgumentError, DataError, NotFinite, check_choice, is_whole
 from repedit.hooks import evaluating
 from repedit.metrics.generation import greedy_continuations
 from repedit.models.subject import Subject
@@ -86,9 +87,9 @@ def facts_accuracy(
     """
     check_choice(HOWS, how=how)
     check_choice(RULES, rule=rule)
-    if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
+    if batch_size != "auto" and not is_whole(batch_size):
         raise ArgumentError(f"batch_size={batch_size!r}; give 'auto' or a number of rows, at least 1")
-    items = facts.forget if isinstance(facts, Facts) else tuple(facts)
+    items = fact_items(facts)
     if not items:
         raise DataError("there are no facts to score; give at least one")
     bare = next((fact.id for fact in items if not fact.choices), None)

@@ -16,6 +16,7 @@ from repedit.activations.forward import at_least_float32
 from repedit.arch import hooks_at
 from repedit.data import Fact, Facts, Splits, entity_of, with_paraphrases
 from repedit.data.encoding import entity_span
+from repedit.data.fact_sets import fact_items
 from repedit.errors import ArgumentError, DataError, UnknownName, UnknownSite, check_seed, nearest
 from repedit.fit.contexts import by_entity
 from repedit.fit.overwrite import goals_of
@@ -130,7 +131,7 @@ def locate(
     if relearning is not None and how != "mean":
         raise ArgumentError(f'how={how!r} with relearning; only values of "mean" can be held in every wording')
     spans = _spans(subject, layers, points)
-    items = facts.forget if isinstance(facts, Facts) else tuple(facts)
+    items = fact_items(facts)
     own, rest = set(by_entity(items)), tuple(against)
     sets = {
         "facts": items,

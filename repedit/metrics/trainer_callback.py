@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def trainer_callback(subject: Subject, facts: Mapping[str, Facts] | Facts, *, every: int = 10) -> TrainerCallback:
     """A callback that measures a model on facts before the first step, every few steps, and after the last one.
 
-    The accuracies go to `trainer.state.log_history`, one row for each measurement: {"step": 10, "facts/capitals": 0.42}, and
-    so to everything that reads the logs of the Trainer. A LoRA adapter that PEFT injected into the model is measured with it.
+    The accuracies go to `trainer.state.log_history`, one row for each measurement: {"step": 10, "facts/capitals": 0.42}. It
+    is saved with the state of the Trainer; loggers such as TensorBoard, to which the Trainer sends rows of its own, do not
+    get these. A LoRA adapter that PEFT injected into the model is measured with it.
 
     Args:
         subject: `rp.wrap(model, tokenizer)` of the model that the Trainer trains.
@@ -26,12 +27,19 @@ def trainer_callback(subject: Subject, facts: Mapping[str, Facts] | Facts, *, ev
         every: optimizer steps between two measurements.
     Raises:
         ArgumentError: if `every` is not a positive whole number; when training begins, if the Trainer trains another model.
+            If the subject has no tokenizer.
         DataError: if there are no facts.
     """
     from transformers import TrainerCallback
 
     check_whole(every=every)
+    subject.need_tokenizer()
+    if not isinstance(facts, Facts | Mapping):
+        raise DataError(f"trainer_callback() was given a {type(facts).__name__}; give Facts, or several by name")
     sets = {facts.name: facts} if isinstance(facts, Facts) else dict(facts)
+    wrong = next((name for name, part in sets.items() if not isinstance(part, Facts)), None)
+    if wrong is not None:
+        raise DataError(f"trainer_callback() was given a {type(sets[wrong]).__name__} as {wrong!r}; give Facts")
     if not sets or not all(part.forget for part in sets.values()):
         raise DataError("trainer_callback() was given no facts to ask; give at least one to each set")
 

@@ -20,6 +20,7 @@ from repedit.errors import (
     check_finite_numbers,
     check_seed,
     check_whole,
+    given,
 )
 from repedit.fit import gates
 from repedit.models.subject import Subject
@@ -65,7 +66,7 @@ class PruningOptions:
         check_whole(steps=self.steps, tokens=self.tokens, batch_size=self.batch_size)
         check_whole(0, control=self.control)
         check_seed(seed=self.seed)
-        check_finite_numbers(max_retain_drop=self.max_retain_drop)
+        check_finite_numbers(**given(max_retain_drop=self.max_retain_drop))
         for name in ("fraction", "cap_per_layer"):
             if getattr(self, name) is not None:
                 check_fraction(name, getattr(self, name))

@@ -33,6 +33,7 @@ from repedit.errors import (
     check_finite_numbers,
     check_seed,
     check_whole,
+    given,
 )
 from repedit.io.files import make_folder, write_text
 from repedit.io.store import JsonStore, content_hash
@@ -169,7 +170,7 @@ def trajectory(
     check_fraction("fraction_per_step", fraction_per_step)
     check_whole(steps=steps)
     check_seed(seed=seed)
-    check_finite_numbers(max_retain_drop=max_retain_drop)
+    check_finite_numbers(**given(max_retain_drop=max_retain_drop))
     if steps * fraction_per_step > 1 + 1e-9:
         raise FractionError(
             f"{steps} steps of {fraction_per_step} prune more than everything; at most {int(1 / fraction_per_step + 1e-9)} steps"

@@ -22,6 +22,7 @@ from repedit.errors import (
     check_positive,
     check_seed,
     check_whole,
+    given,
     is_whole,
 )
 from repedit.hashing import package_versions, value_hash
@@ -136,8 +137,8 @@ def unlearn(
         raise ArgumentError(f"log and resume are both {log}; give each its own path")
     _check_log(log)
     state = None if resume is None else resume_state.state_path(resume)
-    check_whole(micro_batch=micro_batch)
-    check_positive(clip=clip)
+    check_whole(**given(micro_batch=micro_batch))
+    check_positive(**given(clip=clip))
     check_seed(seed=seed)
     data: _Data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
     overrides = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408

@@ -35,6 +35,7 @@ from repedit.errors import (
     TrainingError,
     check_positive,
     check_whole,
+    given,
 )
 from repedit.hashing import seed_of
 from repedit.unlearning.parameters import TrainableCopy
@@ -116,7 +117,7 @@ class CommonPart:
 
     def __post_init__(self) -> None:
         check_whole(0, activations=self.activations, gradients=self.gradients)
-        check_whole(every=self.every, passes=self.passes)
+        check_whole(passes=self.passes, **given(every=self.every))
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class LeadingDirections:
     every: int | None = None
 
     def __post_init__(self) -> None:
-        check_whole(components=self.components, every=self.every)
+        check_whole(components=self.components, **given(every=self.every))
         if self.mode not in ("soft", "quadratic", "hard"):
             raise ArgumentError(f"mode={self.mode!r}; give 'soft', 'quadratic' or 'hard'")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from repedit.errors import ArgumentError, check_positive, check_whole, is_finite
+from repedit.errors import ArgumentError, check_positive, check_whole, given, is_finite
 
 FORGET_SIDE, RETAIN_SIDE = ("forget", "outdated", "exchanged"), ("retain", "update")
 """Roles by the gradient they belong to.
@@ -73,7 +73,7 @@ class Phase:
     def __post_init__(self) -> None:
         if not (is_finite(self.epochs) and self.epochs > 0) or not 0 < self.share <= 1:
             raise ArgumentError(f"{self}: epochs must be above 0 and share in (0, 1]")
-        check_positive(lr=self.lr)
+        check_positive(**given(lr=self.lr))
 
 
 def paired(ratio: float = 1.0) -> Sampler:
@@ -156,7 +156,7 @@ def alternate(*phases: Phase, chunk: int | None = None) -> Sampler:
     Args:
         chunk: forget rows in a chunk; the phases are run for each chunk in turn. None for all rows at once.
     """
-    check_whole(phases=len(phases), chunk=chunk)
+    check_whole(phases=len(phases), **given(chunk=chunk))
 
     def order(topics: Topics, batch_size: int, seed: int) -> Order:
         for phase in phases:

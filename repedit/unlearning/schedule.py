@@ -13,6 +13,7 @@ from repedit.errors import (
     check_finite_numbers,
     check_positive,
     check_whole,
+    given,
     is_finite,
     is_whole,
 )
@@ -109,7 +110,7 @@ def metric(
     """
     if (above is None) == (below is None) or not is_whole(every):
         raise ArgumentError(f"above={above}, below={below}, every={every}; give one of the first two, and every >= 1")
-    check_finite_numbers(above=above, below=below)
+    check_finite_numbers(**given(above=above, below=below))
     name = getattr(fn, "__name__", type(fn).__name__)
 
     def reason(p: Progress) -> str:
