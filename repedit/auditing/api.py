@@ -116,9 +116,7 @@ def audit(
     check_folder(out, "findings", "audit.json", read=read)
     check_thresholds(recovery_threshold, pass_threshold, alpha)
     names = planned(budget, attacks)
-    if not isinstance(seeds, Sequence | None):
-        raise ArgumentError(f"seeds={seeds!r}; give a list of whole numbers, such as [0, 1, 2]")
-    chosen = tuple(SEEDS[budget] if seeds is None else seeds)
+    chosen = _seeds(budget, seeds)
     check_draws(draws, alpha)
     _check_options(steps, draws, scale_lrs, chosen, until)
     sources: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
@@ -177,6 +175,13 @@ def _carried_out(
     if so_far.state == ENDED_EARLY:
         return so_far
     return replace(begun, findings=findings, seconds=time.perf_counter() - start)
+
+
+def _seeds(budget: str, seeds: Sequence[int] | None) -> tuple[int, ...]:
+    """The seeds that are given, or those of the budget."""
+    if not isinstance(seeds, Sequence | None):
+        raise ArgumentError(f"seeds={seeds!r}; give a list of whole numbers, such as [0, 1, 2]")
+    return tuple(SEEDS[budget] if seeds is None else seeds)
 
 
 def _check_options(steps: int, draws: int, scale_lrs: float, chosen: Sequence[int], until: str) -> None:
