@@ -32,7 +32,7 @@ from repedit.vision import (
     train,
     train_gans,
 )
-from repedit.vision.data import match_features
+from repedit.vision.condensation import match_features
 from tests.published_data import PUBLISHED
 
 FAST = (6, 10)
