@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repedit.activations.examples import Examples
-from repedit.errors import ArgumentError, MissingDependency, SelectionError, TargetExists
+from repedit.errors import ArgumentError, MissingDependency, SelectionError, TargetExists, check_whole, is_whole
 from repedit.escaping import for_plotly
-from repedit.io.files import write_text
+from repedit.io.files import user_path, write_text
 from repedit.io.text import parse_json
 from repedit.neurons.scores import Scores
 from repedit.neurons.trajectory import Step, Trajectory
@@ -56,7 +56,7 @@ class Explorer:
         Raises:
             TargetExists: if the file exists and overwrite is not set. CheckpointError: if it cannot be written.
         """
-        target = Path(path)
+        target = user_path(path)
         if target.exists() and not overwrite:
             raise TargetExists(f"{target.absolute()} exists; give another path, or overwrite=True")
         write_text(target, self.figure.to_html(include_plotlyjs=True, full_html=True))
@@ -118,7 +118,7 @@ MARKER = {"size": 4.5, "colorscale": "PuOr", "reversescale": True, "line": {"wid
 
 def neurons(
     scores: Scores,
-    examples: Sequence[Examples] = (),
+    examples: Examples | Sequence[Examples] = (),
     *,
     at_most: int | None = None,
     snippets: int = 400,
@@ -130,20 +130,24 @@ def neurons(
     slider moves the line above which `rp.prune(scores, fraction=...)` prunes neurons.
 
     Args:
-        examples: results of `rp.max_activating` for each set, such as (of_forget, of_retain).
+        examples: the result of `rp.max_activating`, or one for each set, such as (of_forget, of_retain).
         at_most: show only the neurons with the most extreme scores, half from each end; None shows all.
         snippets: number of neurons with the most extreme scores that get texts.
         context: tokens on either side of the strongest one.
     Raises:
-        ArgumentError: if there is no score to draw.
+        ArgumentError: if there is no score to draw, or a number is out of range.
         MissingDependency: if plotly is not installed.
     """
+    if at_most is not None and not is_whole(at_most, 2):
+        raise ArgumentError(f"at_most={at_most!r} neurons were asked for; give at least 2, one from each end")
+    check_whole(0, snippets=snippets, context=context)
     go = plotly()
     still, cloud = specialization(scores), _cloud(scores)
     order = np.argsort(-cloud.shown, kind="stable")
     shown = _extreme(order, at_most)
-    with_texts = {int(i) for i in _extreme(order, snippets)} if examples else set()
-    texts = [_snippets(cloud, int(i), examples, context) if int(i) in with_texts else "" for i in shown]
+    sets = (examples,) if isinstance(examples, Examples) else examples
+    with_texts = {int(i) for i in _extreme(order, snippets)} if sets else set()
+    texts = [_snippets(cloud, int(i), sets, context) if int(i) in with_texts else "" for i in shown]
     layers = sorted({site.layer for site in cloud.sites})
     scale = SCALES[next(iter(scores.values())).combine]
     middle, far = scale.neutral(cloud.shown), reach(scale, cloud.shown)
@@ -206,9 +210,7 @@ def _extreme(order: NDArray[np.int64], count: int | None) -> NDArray[np.int64]:
     """The first and last entries of an order, half from each end."""
     if count is None or count >= len(order):
         return order
-    if count < 2:
-        raise ArgumentError(f"{count} neurons were asked for; give at least 2, one from each end")
-    return np.concatenate([order[: count - count // 2], order[-(count // 2) :]])
+    return np.concatenate([order[: count - count // 2], order[len(order) - count // 2 :]])
 
 
 def _snippets(cloud: _Cloud, i: int, examples: Sequence[Examples], context: int) -> str:

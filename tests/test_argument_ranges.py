@@ -109,6 +109,11 @@ def test_none_is_no_number(door):
         call(**{name: None})
 
 
+def test_a_recipe_refuses_none_where_it_has_no_meaning():
+    with pytest.raises(ArgumentError, match=r"beta=None; give a value, or omit it for 0\.1"):
+        by_name("npo", beta=None)
+
+
 @pytest.mark.parametrize("given", [None, "capitals", 3, [3], rp.data.prose()], ids=repr)
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_not_facts_is_refused(given):

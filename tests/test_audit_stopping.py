@@ -11,7 +11,7 @@ import pytest
 from tqdm import tqdm
 
 import repedit as rp
-from repedit.auditing import progress, runner
+from repedit.auditing import api, progress, runner
 from repedit.auditing.api import audit
 from repedit.auditing.attack import Setup
 from repedit.auditing.attacks.prompts import direct
@@ -153,6 +153,20 @@ def test_an_interrupted_audit_leaves_a_partial_report_and_goes_on(monkeypatch, t
     assert Report.load(tmp_path / "out").to_json() == whole.to_json()
     fresh = audited(world().other, attacks=("direct", "strip", "paraphrase"))
     assert fresh.verdict == whole.verdict and fresh.recoveries == whole.recoveries
+
+
+def test_an_interrupt_after_the_last_attack_leaves_a_report_as_well(monkeypatch, tmp_path):
+    def interrupting(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "with_examples_and_diagnostics", interrupting)
+    with pytest.raises(AuditInterrupted) as raised:
+        audited(world().other, attacks=("direct",), out=tmp_path / "out")
+    partial = Report.load(tmp_path / "out")
+    assert partial.state == INTERRUPTED and partial.to_json() == raised.value.report.to_json()
+    monkeypatch.undo()
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
+    assert audited(world().other, attacks=("direct",), out=tmp_path / "out").state == "complete"
 
 
 def test_before_the_facts_are_asked_there_is_nothing_to_report(monkeypatch, tmp_path):

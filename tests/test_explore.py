@@ -153,3 +153,19 @@ def test_without_plotly_it_says_so(scores, monkeypatch):
 def test_a_trajectory_without_steps_is_refused(path):
     with pytest.raises(SelectionError, match=r"has 1 step, none that prunes"):
         rp.explore.trajectory(replace(path, steps=path.steps[:1]))
+
+
+def test_the_number_of_neurons_with_texts_may_be_none_or_one(scores, examples):
+    for snippets in (0, 1, 2):
+        shown = rp.explore.neurons(scores, examples[0], snippets=snippets)  # one result, without a list around it
+        assert sum(bool(text) for text in shown.figure.data[0].hovertext) == snippets
+
+
+@pytest.mark.parametrize(
+    "options", [{"at_most": 1}, {"at_most": 2.5}, {"at_most": True}, {"snippets": -1}, {"snippets": None}, {"context": -1}, {"context": "6"}], ids=repr
+)  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_that_cannot_be_meant_are_refused(options, scores, examples):
+    (name,) = options
+    with pytest.raises(ArgumentError, match=rf"{name}="):
+        rp.explore.neurons(scores, examples, **options)

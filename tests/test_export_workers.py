@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -364,3 +365,17 @@ def test_threads_follow_the_grad_mode_of_the_caller(source, edit, tmp_path, monk
     with torch.no_grad():
         rp.export(edit, source, tmp_path / "out", workers=2)
     assert modes == [False] * 3
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy_are_numbers(source, edit, tmp_path):
+    rp.export(edit, source, tmp_path / "out", workers=np.int64(2))
+    with pytest.raises(ArgumentError, match="multiple=True"):
+        rp.export(edit, source, tmp_path / "slim", structure="slim", multiple=True)
+
+
+@pytest.mark.parametrize("size", ["5 bananas", "", "0GB", 0, -1, None, True, 1.5, "-1GB"])
+@pytest.mark.usefixtures("unchecked")
+def test_a_size_of_shards_that_is_none_is_refused(size, source, edit, tmp_path):
+    with pytest.raises(ArgumentError, match=r"max_shard_size=.*give a size such as '5GB'"):
+        rp.export(edit, source, tmp_path / "out", max_shard_size=size)

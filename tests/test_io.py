@@ -21,6 +21,7 @@ from repedit.activations.collection import Collection
 from repedit.auditing.attack import Finding
 from repedit.auditing.report import Report
 from repedit.auditing.store import FindingStore
+from repedit.edit import Edit
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound, RepeditError
 from repedit.io import archive, files, tables, text
 from repedit.io.checkpoint import open_shards
@@ -29,6 +30,8 @@ from repedit.io.targets import check_target
 from repedit.rewrite import hub
 from repedit.rewrite.gguf import gguf_check
 from repedit.rewrite.verification import verification
+from repedit.training.resume import state_path
+from tests import handmade_reports
 from tests.handmade_reports import report
 from tests.saved_models import saved
 
@@ -552,3 +555,34 @@ def test_files_are_parsed_by_the_doors_alone(path):
 def test_a_parser_outside_a_door_is_caught():
     code = "import json\nfrom json import loads\nfrom safetensors import safe_open\njson.load(open('x'))\ntorch.load('x')\n"
     assert parsers(ast.parse(code)) == {"loads", "safe_open", "json.load", "torch.load"}
+
+
+PATHS = {
+    "edit": (lambda path: Edit({}).save(path), Edit.load, "e.safetensors"),
+    "delta": (lambda path: rp.Delta({"w": torch.ones(2)}).save(path), rp.Delta.load, "d.safetensors"),
+    "report": (lambda path: handmade_reports.clean().save(path), Report.load, "audit"),
+    "pages": (lambda path: rp.report.write(handmade_reports.clean(), path), Report.load, "pages"),
+    "resume": (lambda path: state_path(path), state_path, "state"),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_home_folder_is_meant_by_a_tilde(name, tmp_path, monkeypatch):
+    """Where something is written is where it is read, and where the checks of a target look."""
+    write, read, file = PATHS[name]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (f"~/{file}", Path("~") / file):
+        write(path)
+        assert (tmp_path / "home" / file).exists() and not list((tmp_path / "here").iterdir())
+        read(path)
+
+
+def test_an_address_of_the_hub_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ArgumentError, match=r"is an address of the hub; write a file, or upload the value with repedit\.push"
+    ):
+        Edit({}).save("hf://owner/name/edit.safetensors")

@@ -291,3 +291,30 @@ def test_a_download_that_fails_is_named(monkeypatch):
         HubError, match=r"could not be downloaded: OSError: no \('o/n', 'e\.safetensors'\) at v2; check"
     ):
         rp.Edit.load("hf://o/n@v2/e.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("address", "revision", "file"),
+    [("@v2/a/e.safetensors", "v2", "a/e.safetensors"), ("@refs/pr/7/e.safetensors", "refs/pr/7", "e.safetensors"), ("/refs/pr/e", None, "refs/pr/e")],
+)  # fmt: skip
+def test_revisions_of_the_hub_may_be_pull_requests(address, revision, file, monkeypatch):
+    def asked(*words: str, revision: str | None) -> str:
+        raise OSError(f"{words} at {revision}")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", asked)
+    with pytest.raises(HubError) as raised:
+        rp.Edit.load(f"hf://o/n{address}")
+    assert f"('o/n', '{file}') at {revision}" in str(raised.value)
+
+
+def test_a_damaged_edit_is_not_uploaded_and_a_delta_is_called_one(tmp_path):
+    from repedit.io import archive
+
+    hub = Hub()
+    archive.write(tmp_path / "e.safetensors", "edit", {"x": torch.ones(2)}, {"maps": {}, "provenance": {}})
+    with pytest.raises(CheckpointError, match="it holds tensors that belong to no map"):
+        pushed(tmp_path / "e.safetensors", hub)
+    assert hub.calls == []
+    assert (
+        "a delta in a file of its own: npo" in pushed(rp.Delta({"w": torch.ones(2)}, {"method": "npo"}), hub).describe()
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
@@ -21,6 +22,7 @@ from numpy.testing import assert_allclose
 from typer.testing import CliRunner
 
 from repedit import plot
+from repedit.auditing import report as auditing_report
 from repedit.auditing.report import Recovery, Report, RetainCheck, Verdict
 from repedit.cli import app
 from repedit.errors import ArgumentError, CheckpointError, ReportError, TargetExists
@@ -616,3 +618,43 @@ def test_a_finding_whose_items_are_not_texts_is_refused():
     content["findings"]["edited"][0]["items"][0] = None
     with pytest.raises(CheckpointError, match="an item or a setting of a finding is not a text"):
         Report.from_json(json.dumps(content))
+
+
+def changed_values(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of a JSON value; of a list the first entry only."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    for key, child in inner:
+        yield from changed_values(child, (*path, key))
+
+
+def with_value(content: Any, path: tuple[Any, ...], new: object) -> Any:
+    content = copy.deepcopy(content)
+    parent = content
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = new
+    return content
+
+
+def check_read_or_refused(content: Any, new: object) -> None:
+    """An audit.json with another value somewhere is refused, or has pages."""
+    for path in changed_values(content):
+        if not path or path[0] == "diagnostics":
+            continue
+        try:
+            report = Report.from_json(json.dumps(with_value(content, path, new)))
+        except CheckpointError:
+            continue
+        assert markdown(report) and compare_reports({"a": report, "b": report}).markdown(), path
+
+
+@pytest.mark.parametrize("new", [None, 5, "x", [], {}, True, [None], [[]]], ids=repr)
+def test_a_report_with_another_value_is_refused_or_has_pages(new):
+    check_read_or_refused(json.loads(report().to_json()), new)
+
+
+def test_a_report_whose_types_are_not_looked_at_has_no_pages(monkeypatch):
+    monkeypatch.setattr(auditing_report, "_check_types", lambda content: None)
+    with pytest.raises((TypeError, AttributeError, ValueError)):
+        check_read_or_refused(json.loads(report().to_json()), 5)

@@ -35,6 +35,7 @@ from repedit.errors import (
     check_whole,
     is_whole,
 )
+from repedit.io.files import user_path
 from repedit.io.targets import check_folder
 from repedit.models.subject import Subject
 from repedit.sites import Site
@@ -135,12 +136,8 @@ def audit(
             recovery_threshold=recovery_threshold, pass_threshold=pass_threshold, allow_small=allow_small,
             edited_layers=edited_layers, planned=names, command=command, until=until,
         )  # fmt: skip
-        completed = _carried_out(begun, None if out is None else Path(out), save, progress, start)
-    diagnosed = () if setup.small else data.tested
-    report = with_examples_and_diagnostics(report_of(completed), models, diagnosed)
-    if out is not None and save:
-        report.save(out)
-    return report
+        completed = _carried_out(begun, None if out is None else user_path(out), save, progress, start)
+    return _reported(completed, models, () if setup.small else data.tested, out if save else None)
 
 
 def _carried_out(
@@ -175,6 +172,22 @@ def _carried_out(
     if so_far.state == ENDED_EARLY:
         return so_far
     return replace(begun, findings=findings, seconds=time.perf_counter() - start)
+
+
+def _reported(
+    completed: CompletedAudit, models: Mapping[str, Audited], diagnosed: Sequence[Fact], out: str | Path | None
+) -> Report:
+    """The report with its examples and diagnostics, which is written to `out`; after Ctrl-C as an interrupted one."""
+    report = report_of(completed)
+    try:
+        report = with_examples_and_diagnostics(report, models, diagnosed)
+    except KeyboardInterrupt as error:
+        report = replace(report, state=INTERRUPTED)
+        raise AuditInterrupted(report) from error
+    finally:
+        if out is not None:
+            report.save(out)
+    return report
 
 
 def _seeds(budget: str, seeds: Sequence[int] | None) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from repedit.auditing.attack import Finding
 from repedit.errors import CheckpointError
-from repedit.io.files import is_folder, make_folder, write_text
-from repedit.io.text import parse_json, read_text
+from repedit.io.files import is_folder, make_folder, user_path, write_text
+from repedit.io.text import check_fields, parse_json, read_text
 from repedit.outcomes import EXIT_CODES
 
 SCHEMA, READABLE = 2, (1, 2)
@@ -186,12 +186,15 @@ class Report:
             state = COMPLETE if content["schema"] == 1 else content["state"]
             if state not in STATES:
                 raise ValueError(f"state {state!r}")
+            _check_types(content)
             verdict = {k: v for k, v in content["verdict"].items() if k != "exit_code"}
-            retain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["retain"].items()}
+            retain: dict[str, Any] = {
+                k: tuple(map(_number, v)) if isinstance(v, list) else v for k, v in content["retain"].items()
+            }
             return cls(
                 Verdict(**verdict), tuple(_recovery(r) for r in content["recoveries"]), RetainCheck(**retain),
                 {role: tuple(finding_of(f) for f in items) for role, items in content["findings"].items()},
-                content["not_run"], content["heuristics"], tuple(content["examples"]), content["diagnostics"], content["context"],
+                content["not_run"], {name: float(value) for name, value in content["heuristics"].items()}, tuple(content["examples"]), content["diagnostics"], content["context"],
                 tuple(_gap(g) for g in content.get("gaps", ())), state,
             )  # fmt: skip
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -203,7 +206,7 @@ class Report:
         Raises:
             CheckpointError: if it cannot be written.
         """
-        path = make_folder(folder) / "audit.json"
+        path = make_folder(user_path(folder)) / "audit.json"
         write_text(path, self.to_json())
         return path
 
@@ -214,12 +217,62 @@ class Report:
         Raises:
             CheckpointError: if there is none, or it cannot be read.
         """
-        file = Path(path) / "audit.json" if is_folder(path) else Path(path)
+        place = user_path(path)
+        file = place / "audit.json" if is_folder(place) else place
         try:
             return cls.from_json(read_text(file, CheckpointError))
         except CheckpointError as error:
             reason = str(error).removeprefix(f"{file} ")
             raise CheckpointError(f"{file.absolute()} cannot be read: {reason}; give the --out of an audit") from error
+
+
+_NUMBER, _PAIR = int | float | str | None, list[int | float | str | None]
+"""A number of JSON here: NaN is null, an infinity a text."""
+_TYPES: Mapping[str, Mapping[str, Any]] = {
+    "verdict": {"word": str, "sentence": str, "rule": str, "settle": str, "exit_code": int},
+    "retain": {"accuracy": _PAIR | None, "perplexity": _PAIR | None, "facts": int, "tokens": int},
+    "recovery": {
+        "attack": str, "status": str, "reason": str, "value": _NUMBER, "interval": _PAIR, "bound": _PAIR, "edited": _NUMBER,
+        "original": _NUMBER, "floor": _NUMBER, "floor_name": str, "settings": dict[str, list[str]], "level": str, "decides": bool,
+        "ratio": _NUMBER,
+    },
+    "finding": {
+        "attack": str, "seed": int, "status": str, "reason": str, "items": list, "settings": list, "train_accuracy": _NUMBER,
+        "tokens": int | float, "seconds": int | float, "details": dict, "correct": list[str], "graded": list[list],
+    },
+    "context": {
+        "budget": str, "seeds": list[int], "n_test": int, "recovery_threshold": int | float, "pass_threshold": int | float,
+        "alpha": int | float, "sites": list[int | str] | None, "notes": list[str], "command": str,
+    },
+    "other": {
+        "not_run": dict[str, str], "heuristics": dict[str, int | float], "examples": list[dict], "diagnostics": dict, "context": dict,
+    },
+}  # fmt: skip
+"""The types of the values of audit.json that pages are made of."""
+
+
+def _check_types(content: Mapping[str, Any]) -> None:
+    """Refuse values of other types, of which a page could not be made.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    check_fields(content["verdict"], _TYPES["verdict"], "its verdict")
+    if content["verdict"]["word"] not in EXIT_CODES:
+        raise ValueError(f"the verdict {content['verdict']['word']!r}")
+    check_fields(content["retain"], _TYPES["retain"], "its retain check")
+    for name, kind in _TYPES["other"].items():
+        check_fields({name: content[name]}, {name: kind}, "it")
+    known = {name: kind for name, kind in _TYPES["context"].items() if name in content["context"]}
+    check_fields({name: content["context"][name] for name in known}, known, "its context")
+    for number, row in enumerate(content["recoveries"], 1):
+        check_fields(row, _TYPES["recovery"], f"its recovery {number}")
+    for row in (row for rows in content["findings"].values() for row in rows):
+        check_fields(row, _TYPES["finding"], "a finding")
+    pairs = [row[name] for row in content["recoveries"] for name in ("interval", "bound")]
+    pairs += [pair for pair in (content["retain"]["accuracy"], content["retain"]["perplexity"]) if pair is not None]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("a pair of numbers has another length")
 
 
 class AuditInterrupted(KeyboardInterrupt):

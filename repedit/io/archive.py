@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from repedit.errors import ArgumentError, CheckpointError, HubError, RepeditError, TargetExists
-from repedit.io.files import is_file, open_regular
+from repedit.io.files import is_file, open_regular, user_path
 from repedit.io.safetensors import read_header, read_open_header, read_tensor, write_file
 from repedit.io.text import parse_json
 
@@ -28,7 +28,9 @@ _KINDS = {
     "scores": ("saved scores", "does not hold scores", "write them with scores.save(path)"),
 }
 # A Path has one slash where the address has two.
-_ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
+_ADDRESS = re.compile(
+    r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?/(?P<file>.+)"
+)
 
 
 def check_replaceable(path: str | Path) -> None:
@@ -37,7 +39,7 @@ def check_replaceable(path: str | Path) -> None:
     Raises:
         TargetExists: if there is such a file.
     """
-    target = Path(path)
+    target = user_path(path)
     if is_file(target) and target.stat().st_size and kind_of(target) is None:
         raise TargetExists(f"{target} exists and repedit did not write it; move it away, or give another path")
 
@@ -46,12 +48,14 @@ def write(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Ma
     """Write tensors and a header of plain JSON values, atomically; `kind` is a key of the table above.
 
     Raises:
-        TargetExists: if a file is there that repedit did not write.
+        TargetExists: if a file is there that repedit did not write. ArgumentError: if it is an address of the hub.
         CheckpointError: if the file cannot be written; what was there before is unchanged.
     """
+    if _is_address(path):
+        raise ArgumentError(f"{path} is an address of the hub; write a file, or upload the value with repedit.push")
     check_replaceable(path)
     text = json.dumps({"format": FORMAT, "kind": kind, **header}, sort_keys=True)
-    write_file(path, tensors, {"repedit": text})
+    write_file(user_path(path), tensors, {"repedit": text})
 
 
 def kind_of(path: str | Path) -> str | None:
@@ -123,15 +127,19 @@ def _parsed(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
+def _is_address(path: str | Path) -> bool:
+    return str(path).startswith("hf:/")
+
+
 def local_file(path: str | Path) -> Path:
-    """The path itself; for an address of the hub, the file in the cache of huggingface_hub, downloaded if it is not there.
+    """The path itself, with the home folder in place of ~; for an address of the hub, the file in the cache of huggingface_hub, downloaded if it is not there.
 
     Raises:
         ArgumentError: if the address is not complete. HubError: if the file is not there, or the hub cannot be reached.
     """
+    if not _is_address(path):
+        return user_path(path)
     text = str(path)
-    if not text.startswith("hf:/"):
-        return Path(path)
     address = _ADDRESS.fullmatch(text)
     if address is None:
         raise ArgumentError(f"{text!r} is no file of the hub; write hf://owner/name/file.safetensors")

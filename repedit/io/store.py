@@ -19,7 +19,7 @@ from typing import Any
 import platformdirs
 
 from repedit.errors import CheckpointError, NotFound
-from repedit.io.files import exists, make_folder, write_text
+from repedit.io.files import exists, make_folder, user_path, write_text
 from repedit.io.text import JsonLines, check_fields, read_json
 
 
@@ -127,7 +127,7 @@ def cache_folder() -> Path:
         NotFound: if neither is set and the user has no home directory.
     """
     if os.environ.get("REPEDIT_CACHE"):
-        return Path(os.environ["REPEDIT_CACHE"])
+        return user_path(os.environ["REPEDIT_CACHE"])
     folder = Path()
     with suppress(RuntimeError):  # without a home, platformdirs raises, or returns a path that begins with "~"
         folder = platformdirs.user_cache_path("repedit", appauthor=False)

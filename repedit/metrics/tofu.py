@@ -256,7 +256,7 @@ def write_log(parts: Mapping[str, Part], path: str | Path) -> None:
     for name, part in parts.items():
         values = {QUANTITIES[q]: dict(enumerate(getattr(part, q).tolist())) for q in QUANTITIES}
         log[FILES[name]] = {"split": part.split} | values
-    write_text(path, json.dumps(log))
+    write_text(user_path(path), json.dumps(log))
 
 
 def _content(path: Path) -> Mapping[str, object]:

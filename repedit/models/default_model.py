@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repedit.errors import CheckpointError, NotFound, RepeditError, UnknownName
-from repedit.io.files import file_hash, make_folder
+from repedit.io.files import file_hash, make_folder, user_path
 from repedit.io.store import cache_folder
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def fetch(name: str = DEFAULT, *, cache: str | Path | None = None, force: bool =
         raise UnknownName(
             f"{name!r} is not a built-in model; the only one is {DEFAULT!r}. Load others by path or hub id"
         )
-    root = Path(cache) if cache is not None else cache_folder()
+    root = user_path(cache) if cache is not None else cache_folder()
     target = root / name
     if os.access(target / "config.json", os.R_OK) and not force:
         return target

@@ -33,6 +33,7 @@ from repedit.errors import (
 from repedit.hashing import fingerprint, state, value_hash
 from repedit.hooks import claimed
 from repedit.io.checkpoint import FileStates, check_unchanged, file_states
+from repedit.io.files import user_path
 from repedit.io.safetensors import floating_dtype
 from repedit.linear_maps import not_finite_at
 from repedit.models.default_model import DEFAULT
@@ -236,7 +237,7 @@ class Subject:
         import repedit
 
         repedit.export(repedit.Edit({}), self, target, overwrite=overwrite, allow_identity=True)
-        return Path(target)
+        return user_path(target)
 
     def made_for(self, sites: Iterable[Site]) -> dict[str, Any]:
         """What an edit records about the model it was made for: {"model": fingerprint, "weights": {tensor: hash}}.

@@ -35,7 +35,7 @@ from repedit.errors import (
     check_whole,
     given,
 )
-from repedit.io.files import make_folder, write_text
+from repedit.io.files import make_folder, user_path, write_text
 from repedit.io.store import JsonStore, content_hash
 from repedit.io.text import json_copy, read_json
 from repedit.models.subject import Subject
@@ -320,7 +320,7 @@ class _SavedSteps:
     """
 
     def __init__(self, folder: str | Path | None, provenance: Mapping[str, Any]) -> None:
-        self._folder = Path() if folder is None else Path(folder)
+        self._folder = Path() if folder is None else user_path(folder)
         self._store = JsonStore(None if folder is None else self._folder, remedy="remove it, and it is computed again")
         self._key = content_hash(provenance)
         if self._store.folder is None:

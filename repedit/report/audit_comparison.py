@@ -8,7 +8,7 @@ from pathlib import Path
 
 from repedit.auditing.report import RETAIN_CHECK, Report
 from repedit.errors import ArgumentError
-from repedit.io.files import make_folder
+from repedit.io.files import make_folder, user_path
 from repedit.plot.reports import (
     audits_forest,
     grouped_forest_rows,
@@ -86,7 +86,7 @@ class ReportComparison:
             "audits.md": lambda: self.markdown().encode(), "audits.html": lambda: self.page().encode(),
             "recovery.png": lambda: png(audits(self.reports)),
         }  # fmt: skip
-        return write_parts(make_folder(folder), makers)
+        return write_parts(make_folder(user_path(folder)), makers)
 
 
 def compare_reports(reports: Mapping[str, Report]) -> ReportComparison:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from repedit.auditing.report import Report
 from repedit.errors import ReportError, TargetExists
 from repedit.escaping import shortened
-from repedit.io.files import atomic_write
+from repedit.io.files import atomic_write, user_path
 from repedit.io.text import parse_json
 from repedit.report.audit_pages import markdown, page
 from repedit.report.redaction import redacted
@@ -34,7 +34,7 @@ def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[
     """
     from repedit.plot import gap, membership, recovery
 
-    target = Path(folder)
+    target = user_path(folder)
     if hide_items:
         _check_holds_no_texts(target)
         report = redacted(report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,12 +23,7 @@ import torch
 from repedit.arch import Architecture, Specs, match_layout
 from repedit.arch.storage import StoredSpecs
 from repedit.edit import Edit
-from repedit.errors import (
-    ArgumentError,
-    NoOpEdit,
-    NotSliceable,
-    NotSlimmable,
-)
+from repedit.errors import ArgumentError, NoOpEdit, NotSliceable, NotSlimmable, is_whole
 from repedit.escaping import for_terminal
 from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
 from repedit.io.files import can_hard_link, file_hash, sharing_between
@@ -84,7 +80,7 @@ def export(
     link: bool = True,
     overwrite: bool = False,
     allow_identity: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     structure: str = "keep",
     layout: str = "uniform",
     multiple: int | None = None,
@@ -128,6 +124,7 @@ def export(
         NotFinite: if a weight is not finite, or would not be in its dtype.
     """
     workers = _workers(workers)
+    _check_shard_size(max_shard_size)
     plan_for = partial(structured_plan, change, structure=structure, layout=layout, multiple=multiple, options=options)
     new_dtype = None if dtype is None else floating_dtype(dtype)
     dtype_name = None if new_dtype is None else str(new_dtype).removeprefix("torch.")
@@ -265,9 +262,16 @@ def _workers(workers: int | None) -> int:
     """The number of workers that was asked for, or that of the cores this process may use."""
     if workers is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+    if not is_whole(workers):
         raise ArgumentError(f"workers={workers!r}; give a number of at least 1, or None for one worker for each core")
-    return workers
+    return int(workers)
+
+
+def _check_shard_size(size: int | str) -> None:
+    """Refuse what transformers does not read as a size of shards."""
+    match = re.fullmatch(r"(\d+(\.\d+)?) ?([KMGT]I?)B", size, re.IGNORECASE) if isinstance(size, str) else None
+    if not is_whole(size) and (match is None or not float(match[1])):
+        raise ArgumentError(f"max_shard_size={size!r}; give a size such as '5GB', or a number of bytes")
 
 
 # --- Where the unedited weights are, and whether they can be edited
@@ -333,7 +337,7 @@ def _check_model(change: Change, source: Subject | str | Path, stored: _Checkpoi
         check_model(change, lambda name: stored.used.read(name, stored.shards.read), any_model=any_model)
 
 
-def _save_in_memory(subject: Subject | str | Path, staging: Path, max_shard_size: str) -> Path:
+def _save_in_memory(subject: Subject | str | Path, staging: Path, max_shard_size: int | str) -> Path:
     """A model in memory, saved unedited by transformers, which knows the names of its tensors on disk."""
     assert isinstance(subject, Subject)
     check_finite_weights(subject.model)

@@ -58,14 +58,15 @@ class Push:
 
     def describe(self) -> str:
         """A few lines: the repository, the files, and a summary of the manifest."""
-        method = self.manifest.get("edit", {}).get("method", "an edit")
+        kind = "delta" if "delta" in self.manifest else "edit"
+        method = self.manifest.get(kind, {}).get("method", f"{'a' if kind == 'delta' else 'an'} {kind}")
         certificate = self.manifest.get("certificate")
         leak = "no certificate: nothing was projected" if certificate is None else Certificate.of(certificate).summary
         exported = f"manifest: {method}; every file has the hash it was exported with; {leak}"
         count = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
         return "\n".join([
             f"{self.repository} ({'private' if self.private else 'public'}): {count}, {self.size / 1e6:.1f} MB",
-            exported if "files" in self.manifest else f"an edit in a file of its own: {method}",
+            exported if "files" in self.manifest else f"{'a delta' if kind == 'delta' else 'an edit'} in a file of its own: {method}",
             *([f"not uploaded, not in the manifest: {', '.join(self.unlisted)}"] if self.unlisted else []),
             f"uploaded: {self.url}" if self.url else "nothing was uploaded",
         ])  # fmt: skip
@@ -142,8 +143,8 @@ def _push_file(
         raise CheckpointError(
             f"{path} holds no edit and no delta; give a file of edit.save(path), or the directory of an export"
         )
-    origin = archive.header_of(path).get("provenance") or {}
-    planned = Push(repository, private, {path.name: path.stat().st_size}, (), {"edit": origin})
+    value = (Edit if kind == "edit" else Delta).load(path)  # a damaged one is not published
+    planned = Push(repository, private, {path.name: path.stat().st_size}, (), {kind: dict(value.provenance)})
     if not yes:
         return planned
     client = _client(api)

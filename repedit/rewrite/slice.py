@@ -18,7 +18,7 @@ from torch import Tensor
 from repedit.arch import Architecture, ModelLayout, Specs, TensorSpec, match_layout
 from repedit.arch.storage import Piece
 from repedit.edit import Edit, check_widths
-from repedit.errors import ArgumentError, NotSliceable
+from repedit.errors import ArgumentError, NotSliceable, is_whole
 from repedit.fit.linalg import complement, orthonormal
 from repedit.linear_maps import LowRank
 from repedit.lower import check_model, lower
@@ -53,8 +53,8 @@ def slice_plan(
     Raises:
         NotSliceable: as for `sliced`.
     """
-    if multiple < 1 or options.pop("tied", "untie") != "untie":
-        raise ArgumentError(f"multiple={multiple}: at least 1; and a sliced head is always untied (tied='untie')")
+    if not is_whole(multiple) or options.pop("tied", "untie") != "untie":
+        raise ArgumentError(f"multiple={multiple!r}: at least 1; and a sliced head is always untied (tied='untie')")
     reason = "its row does not say what changes with the width (Architecture.shrink)"
     if architecture.shrink is not None:
         reason = architecture.shrink.whole_stream

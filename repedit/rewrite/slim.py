@@ -17,7 +17,7 @@ from torch import Tensor
 from repedit.arch import Architecture, Branch, ModelLayout, Shrink, Specs, TensorSpec, match_layout
 from repedit.arch.storage import Piece
 from repedit.edit import Edit, check_widths
-from repedit.errors import ArgumentError, NotSlimmable
+from repedit.errors import ArgumentError, NotSlimmable, is_whole
 from repedit.linear_maps import Diagonal
 from repedit.lower import check_model, lower
 from repedit.models.subject import Subject
@@ -61,9 +61,9 @@ def slim_plan(
     Raises:
         NotSlimmable, NoBiasSlot: as for `slimmed`.
     """
-    if layout not in LAYOUTS or multiple < 1:
+    if layout not in LAYOUTS or not is_whole(multiple):
         raise ArgumentError(
-            f"layout={layout!r}, multiple={multiple}: layout is 'uniform' or 'ragged', multiple at least 1"
+            f"layout={layout!r}, multiple={multiple!r}: layout is 'uniform' or 'ragged', multiple at least 1"
         )
     if architecture.shrink is None:
         raise NotSlimmable(

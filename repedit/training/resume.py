@@ -12,7 +12,7 @@ from torch import Tensor
 from repedit.distributed import full_tensor, shard_like
 from repedit.errors import FingerprintError, TargetExists
 from repedit.io import archive
-from repedit.io.files import is_file, make_folder
+from repedit.io.files import is_file, make_folder, user_path
 from repedit.io.targets import check_file_target
 from repedit.io.text import json_copy
 
@@ -30,6 +30,7 @@ def state_path(folder: str | Path) -> Path:
         TargetExists: if the path is a file, or the folder holds a file of that name that repedit did not write.
         CheckpointError: if it cannot be written.
     """
+    folder = user_path(folder)
     if is_file(folder):
         raise TargetExists(
             f"{folder} is a file, and resume= takes a folder; give another path, or move a saved training to <folder>/{FILE}"

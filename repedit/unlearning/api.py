@@ -27,7 +27,7 @@ from repedit.errors import (
 )
 from repedit.hashing import package_versions, value_hash
 from repedit.io import archive
-from repedit.io.files import append_line, open_regular, write_text
+from repedit.io.files import append_line, open_regular, user_path, write_text
 from repedit.io.targets import check_file_target
 from repedit.io.text import parse_json
 from repedit.models.subject import Subject
@@ -133,6 +133,7 @@ def unlearn(
         raise ArgumentError(
             f"checkpoint_every={checkpoint_every}, resume={resume}: give a folder in resume, and at least 1 step"
         )
+    log, resume = (None if path is None else user_path(path) for path in (log, resume))
     if log is not None and resume is not None and Path(log).absolute() == Path(resume).absolute():
         raise ArgumentError(f"log and resume are both {log}; give each its own path")
     _check_log(log)

@@ -91,11 +91,11 @@ def by_name(name: str, /, **options: object) -> AnyRecipe:
     hints = get_type_hints(RECIPES[head])
     for key in (key for key in keywords if key in options):
         kinds, value = {hints[key], *get_args(hints[key])}, options[key]
-        if value is None:  # refused below where it has no meaning
-            continue
-        if {float, int} & kinds:
+        if value is not None and {float, int} & kinds:
             check_finite_numbers(**{key: value})
-        if int in kinds and float not in kinds:  # a command line does not know which numbers are whole
+        if (
+            value is not None and int in kinds and float not in kinds
+        ):  # a command line does not know which numbers are whole
             whole = int(value) if isinstance(value, float) and value.is_integer() else cast("int | None", value)
             check_whole(0, **{key: whole})
             options[key] = whole
