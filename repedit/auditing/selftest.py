@@ -26,7 +26,7 @@ from repedit.auditing.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.auditing.controls.taught import TAUGHT, World, taught_model, world
 from repedit.auditing.report import Report
 from repedit.auditing.store import save_selftest
-from repedit.errors import ProcessFailed, UnknownName, check_seed, check_whole, during, nearest
+from repedit.errors import ProcessFailed, UnknownName, check_seed, check_whole, during, given, nearest
 from repedit.outcomes import PASS
 
 
@@ -94,7 +94,7 @@ def selftest(
         ProcessFailed: if a process ended before its control did. Errors of a control begin with its name.
     """
     check_seed(seed=seed)
-    check_whole(workers=workers)
+    check_whole(**given(workers=workers))
     for name in controls or ():
         if name not in CONTROLS:
             raise UnknownName(f"no control is called {name!r}; {nearest(name, CONTROLS)}")
