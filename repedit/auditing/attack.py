@@ -314,7 +314,7 @@ class Attack:
         start = time.perf_counter()
         name = f"attack {self.name!r}"
         if not (self.record.uses_train or splits.train or _of_package(self.run)):
-            splits = _untaught(splits, name)
+            splits = _untaught(splits)
         with during(name, f"in {name} with {dict(self.options)}, seed {self.seed}"):
             result = self.run(subject, splits, self.seed)
         return _finding(self, result, splits, time.perf_counter() - start)
@@ -342,19 +342,17 @@ class _Untaught(Splits):
     With an empty T, an attack would train on nothing, and it would seem that training recovers nothing.
     """
 
-    attack: str
-
     @property
     def train(self) -> tuple[Fact, ...]:
         raise ArgumentError(
-            f"{self.attack} reads splits.train, and its record says uses_train=False, so that T is empty; register "
+            "splits.train is read, and the record says uses_train=False, so that T is empty; register "
             "AttackRecord(..., uses_train=True)"
         )
 
 
-def _untaught(splits: Splits, attack: str) -> Splits:
+def _untaught(splits: Splits) -> Splits:
     found = object.__new__(_Untaught)
-    found.__dict__.update({**vars(splits), "attack": attack})
+    found.__dict__.update(vars(splits))
     return found
 
 
