@@ -1,6 +1,7 @@
 """Stripping: what only wraps the weights comes off a copy, and the model given keeps it."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,14 +9,19 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import repedit as rp
+from repedit.auditing import runner
 from repedit.auditing.attacks import prompts, unhook
 from repedit.auditing.attacks.unhook import strip, stripped, wrapped
+from repedit.auditing.data import audit_data
+from repedit.auditing.report import finding_json
 from repedit.auditing.runner import Audited
+from repedit.auditing.store import FindingStore
 from repedit.data import Splits
 from repedit.models.subject import subject_of
 from tests.saved_models import byte_tokenizer
 from tests.tiny import tiny
 
+MANY = rp.data.invented(people=40, relations=1).forget
 FACTS = rp.data.invented(people=8, relations=1).forget[:3]
 SPLITS = Splits((), FACTS)
 IDS = torch.arange(5, 25)[None]
@@ -240,3 +246,32 @@ def test_peft_is_not_imported_to_find_that_there_are_no_adapters(monkeypatch):
     monkeypatch.delitem(sys.modules, "peft", raising=False)
     stripped(subject())
     assert "peft" not in sys.modules
+
+
+def counted_audit(lm, monkeypatch):
+    """(the findings of `direct` and `strip` in an audit, how often `strip` was made, the facts)."""
+    made, attacked = [], runner._attacked
+    monkeypatch.setattr(runner, "_attacked", lambda a, *rest: (made.append(a.name), attacked(a, *rest))[1])
+    options = {"unrelated": rp.data.prose(), "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0}
+    model, data = Audited("edited", lm), audit_data(MANY, None, most=None, **options)
+    role = runner.Role("edited", model, data, (prompts.direct(), strip()))
+    found = runner.run((role,), (0,), FindingStore(None), progress=False)["edited"]
+    return found, made.count("strip"), data.whole
+
+
+def plain_json(finding):
+    return finding_json(replace(finding, seconds=0.0))
+
+
+def test_an_audit_asks_a_model_without_wrappers_once_and_finds_what_stripping_finds(monkeypatch):
+    (direct, found), times, splits = counted_audit(subject(), monkeypatch)
+    assert times == 0 and plain_json(found) == plain_json(strip()(subject(), splits))
+    assert (found.correct == direct.correct).all() and found.reason == "no hooks, no wrappers"
+
+
+def test_an_audit_strips_a_model_with_wrappers(monkeypatch):
+    lm = subject()
+    _hooked(lm)
+    (direct, found), times, splits = counted_audit(lm, monkeypatch)
+    assert times == 1 and (found.graded != direct.graded).any()
+    assert plain_json(found) == plain_json(strip()(lm, splits))

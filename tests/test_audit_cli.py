@@ -90,14 +90,14 @@ def test_an_interrupted_audit_shows_what_is_known_and_the_command_that_goes_on(f
     from repedit.auditing import runner
     from repedit.cli import main
 
-    whole = runner._attacked
+    whole = runner._attacked_and_stored
 
-    def breaking(attack, subject, splits):
-        if attack.name == "strip":
+    def breaking(task, subject, store):
+        if task.attack.name == "strip":
             raise KeyboardInterrupt
-        return whole(attack, subject, splits)
+        return whole(task, subject, store)
 
-    monkeypatch.setattr(runner, "_attacked", breaking)
+    monkeypatch.setattr(runner, "_attacked_and_stored", breaking)
     words = [str(w) for w in (*asked(files), "--until", "all", "--out", tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["repedit", *words])
     with pytest.raises(SystemExit) as raised:
@@ -107,7 +107,7 @@ def test_an_interrupted_audit_shows_what_is_known_and_the_command_that_goes_on(f
     assert f"interrupted after direct; {shlex.join(['repedit', *words])} goes on from there" in shown.err
     assert json.loads((tmp_path / "out/audit.json").read_text())["state"] == "interrupted"
     assert (tmp_path / "out/audit.html").exists()
-    monkeypatch.setattr(runner, "_attacked", whole)
+    monkeypatch.setattr(runner, "_attacked_and_stored", whole)
     run(*words, code=3)
     assert json.loads((tmp_path / "out/audit.json").read_text())["state"] == "complete"
 

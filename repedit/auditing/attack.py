@@ -99,6 +99,9 @@ class AttackRecord:
     """Whether it may have nothing to work on, such as facts without translations; skipping it then blocks no pass."""
     compares: bool = False
     """Whether it reads the original model beside the one attacked."""
+    unchanged: Callable[[Subject], AttackResult | None] | None = None
+    """The result without answers on a model that the attack would leave as it is, and None on others: a model that is asked
+    the facts as they are again gives the answers of `direct`, so that an audit asks it once."""
     attributes: bool = False
     """Whether it trains on other facts about the entities of V, which narrow the answers down even for a model that never
     knew them: its floor is the same training with an invented name in the place of each entity."""

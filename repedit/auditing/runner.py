@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -181,7 +182,8 @@ def run(
                 bar.verdict, enough = judge(_in_order(roles, collected), left)
                 if enough:
                     break
-            for key, finding in _findings(stage, model, store, bar):
+            asked = {role: found[0] for (role, attack), found in collected.items() if attack == "direct"}
+            for key, finding in _findings(stage, asked, model, store, bar):
                 collected.setdefault(key, []).append(finding)
     return _in_order(roles, collected)
 
@@ -199,6 +201,8 @@ class _Task:
     """None where everything is asked at once."""
     stored: Finding | None = None
     """What was found at another time."""
+    direct: Finding | None = None
+    """What was found on the model when it was simply asked, if it was."""
 
     @cached_property
     def part(self) -> Part:
@@ -297,11 +301,12 @@ def _looked_up(task: _Task, store: FindingStore) -> _Task:
 
 
 def _findings(
-    stage: _Stage, model: _OneModel, store: FindingStore, bar: Bar
+    stage: _Stage, asked: Mapping[str, Finding], model: _OneModel, store: FindingStore, bar: Bar
 ) -> Iterator[tuple[tuple[str, str], Finding]]:
     """((role, attack), finding), folds merged; invented facts are a role of their own."""
     folds: dict[tuple[str, str, int], list[Finding]] = {}
-    for task in stage.tasks:
+    for planned in stage.tasks:
+        task = replace(planned, direct=asked.get(planned.role))
         bar.begin(task.part)
         finding = task.stored or _attacked_and_stored(task, model.of(task.made_on), store)
         bar.end(task.part, finding.seconds)
@@ -331,10 +336,24 @@ def _in_order(roles: Sequence[Role], collected: Mapping[tuple[str, str], Sequenc
 def _attacked_and_stored(task: _Task, subject: Subject, store: FindingStore) -> Finding:
     place = f"attacking the {task.made_on.name} model"
     with during(place, f"while {place}"):
-        finding = _attacked(task.attack, subject, task.splits)
+        finding = _as_asked(task, subject) or _attacked(task.attack, subject, task.splits)
     if task.storable and finding.reason != MEMORY:
         store.put(task.name, task.key, finding, sharing=task.made_on.shared)
     return finding
+
+
+def _as_asked(task: _Task, subject: Subject) -> Finding | None:
+    """The answers of `direct`, for an attack that leaves the model as it is; None where it has to be made."""
+    start, unchanged, direct = time.perf_counter(), task.attack.record.unchanged, task.direct
+    if unchanged is None or direct is None or direct.items != tuple(fact.id for fact in task.splits.test):
+        return None
+    result = unchanged(subject)
+    if result is None:
+        return None
+    seconds = time.perf_counter() - start
+    return replace(
+        direct, attack=task.attack.name, seed=task.attack.seed, reason=result.reason, details=result.details, tokens=0, seconds=seconds
+    )  # fmt: skip
 
 
 def _attacked(attack: Attack, subject: Subject, splits: Splits) -> Finding:

@@ -7,6 +7,7 @@ code that lies beside the weights.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +31,30 @@ def strip() -> Attack:
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
         bare, removed, kept = stripped(subject)
-        total = ", ".join(f"{count} {what}" for what, count in removed.items() if count)
-        reason = f"removed: {total}" if total else "no hooks, no wrappers"
-        reason += f"; kept, since nothing lies under them: {', '.join(kept)}" if kept else ""
-        return AttackResult({"prompt": ask(bare, splits.test)}, reason, details={"removed": removed, "kept": kept})
+        return _result(removed, kept)._replace(answers={"prompt": ask(bare, splits.test)})
 
     return Attack(STRIP, {}, run, Work(1.0))
 
 
-STRIP = register(AttackRecord("strip", cost=10, budget="fast", build=lambda setup: [strip()], level="W", draws=False))
+def _unchanged(subject: Subject) -> AttackResult | None:
+    if wrapped(subject):
+        return None
+    _, removed, kept = stripped(subject)
+    return None if any(removed.values()) else _result(removed, kept)
+
+
+def _result(removed: Mapping[str, int], kept: Sequence[str]) -> AttackResult:
+    total = ", ".join(f"{count} {what}" for what, count in removed.items() if count)
+    reason = f"removed: {total}" if total else "no hooks, no wrappers"
+    reason += f"; kept, since nothing lies under them: {', '.join(kept)}" if kept else ""
+    return AttackResult({}, reason, details={"removed": removed, "kept": kept})
+
+
+STRIP = register(
+    AttackRecord(
+        "strip", cost=10, budget="fast", build=lambda setup: [strip()], level="W", draws=False, unchanged=_unchanged
+    )
+)
 
 
 def stripped(subject: Subject) -> tuple[Subject, dict[str, int], list[str]]:
