@@ -219,7 +219,11 @@ def surgery(results: Results) -> Row:
     kept = change("retain", lambda now, before, _: now / before)
     tiny = both["tiny models"]["surgery"]
     domains = {d: spread(row["retain by domain"][d] for row in tiny) for d in ("city", "profession")}
-    seen = [row["retain, trained on"] for row in tiny if "retain, trained on" in row]
+    taught = {
+        where: [[row.get("retain, trained on", row["retain"]) for row in rows["original"]],
+                [row["retain, trained on"] for row in rows["surgery"] if "retain, trained on" in row]]
+        for where, rows in both.items()
+    }  # fmt: skip
     brought = [next(r["value"] for r in row["audit"]["recoveries"] if r["attack"] == "rtt") for row in tiny]
     return Row(
         "LLM Surgery", "2409.13054",
@@ -230,7 +234,9 @@ def surgery(results: Results) -> Row:
                   f"accuracy, {shown('update')}; in words that training does not use, {shown('update, new words')}; met if it rises by "
                   "0.20", min(gain) >= 0.2),
             Claim("the accuracy on the retain set is maintained, on facts that training sees",
-                  f"after surgery, tiny models: {spread(seen)}; met if at least 0.95", mean(seen) >= 0.95),
+                  "before and after surgery, "
+                  + "; ".join(f"{where}: {spread(before)} and {spread(after)}" for where, (before, after) in taught.items())
+                  + "; met if at least 0.95 of the original's", min(mean(after) / mean(before) for before, after in taught.values()) >= 0.95),
             Claim("and on retained facts that it does not see",
                   f"mean of domains, {shown('retain')}; after surgery, tiny models: other places of birth {domains['city']}, professions "
                   f"{domains['profession']}; met if at least 0.95 of the original's", min(kept) >= 0.95),
@@ -241,7 +247,10 @@ def surgery(results: Results) -> Row:
         + (" SmolLM2-135M-Instruct: 40 capitals to forget, 40 countries with an invented capital, down-projections of layers 20 to 29 at "
            "5e-4, four rows of each role (the paper: all weights at 2e-4)." if "SmolLM2" in both else "")
         + " The weights of the terms, the optimizer and the 120 steps are the published ones.",
-        "tiny models: " + ", ".join(f"{k} {spread(r[k] for r in tiny)}" for k in ("update", "forget", "retain")) + " after surgery",
+        "; ".join(
+            f"{where}: " + ", ".join(f"{k} {spread(r[k] for r in rows['surgery'])}" for k in ("update", "forget", "retain"))
+            for where, rows in both.items()
+        ) + " after surgery",
         f"{verdicts(row['audit']['verdict'] for row in tiny)} (tiny models): R {spread(brought)} by retraining"
         + "".join(f"; SmolLM2 {attacked(row['audit'], 'rtt')}" for row in both.get("SmolLM2", {}).get("surgery", ()) if "audit" in row),
         (
@@ -284,7 +293,7 @@ def quantization(results: Results) -> Row:
                   max(map(abs, eight.values())) <= 0.1),
             Claim("SURE prevents the recovery, by training the most salient units only",
                   f"share retained above chance: {shown(masks)}"
-                  + ("" if min(rise.values()) >= 0.3 else " (rounding brought nothing back without it either, so there was nothing to prevent)")
+                  + ("" if min(rise.values()) >= 0.3 else " (without a mask rounding brings little back: " + ", ".join(f"{w} {v:+.2f}" for w, v in rise.items()) + ")")
                   + "; met if int4 retains more than 0.05 less than without a mask and than with "
                   "a random one", min(others) > 0.05),
         ),
