@@ -21,6 +21,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 SHAPED = jaxtyping.jaxtyped
+_CHECKED = "_checks_its_arguments"
 _typed = beartype(conf=BeartypeConf(violation_type=TypeError))
 
 
@@ -33,6 +34,8 @@ def install() -> None:
 def _checked(target: Any = None, **typechecker: Any) -> Any:
     if target is None:
         return functools.partial(_checked, **typechecker)
+    if hasattr(target, _CHECKED):  # an inherited `__init__`, or one that a dataclass does not generate
+        return target
     if inspect.isfunction(target) and not _has_shapes(target):
         return _without_shapes(target)
     if isinstance(target, type) and is_dataclass(target) and inspect.isfunction(target.__init__):
@@ -74,6 +77,7 @@ def _without_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
         checked = not jaxtyping.config.jaxtyping_disable and checkable()
         return (typed if checked else function)(*args, **kwargs)
 
+    setattr(call, _CHECKED, True)
     return call
 
 

@@ -137,7 +137,7 @@ def test_what_a_training_makes_is_asked_invented_facts_and_other_attacks_are_mad
         assert mine.correct.shape == (len(mine.settings), 20) and theirs.settings == mine.settings
         assert (theirs.seconds > 0) == (mine.attack == "in_context") and mine.seconds > 0 == theirs.tokens
     for name, part in seen:
-        taught, tested = ({f.id for f in side} for side in (part.train, part.test))
+        taught, tested = ({f.id for f in vars(part)[side]} for side in ("train", "test"))
         both = name != "in_context"
         assert (bool(tested & known) and bool(tested - known)) == both, name
         assert not both or taught <= known, name
@@ -262,7 +262,8 @@ def test_an_attack_without_memory_is_reported_and_blocks_a_pass(monkeypatch):
 
     record = budgets.records()["strip"]
     (attack,) = record.build(Setup())
-    monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [replace(attack, run=starving)]))
+    starved = replace(attack, record=replace(record, unchanged=None), run=starving)
+    monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [starved]))
     found = audited(world().other, retain=few_retained())
     (strip,) = (r for r in found.recoveries if r.attack == "strip")
     assert strip.status == SKIPPED and "ran out of memory" in found.not_run["strip"]
@@ -277,7 +278,8 @@ def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
 
     record = budgets.records()["strip"]
     (attack,) = record.build(Setup())
-    monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [replace(attack, run=failing)]))
+    raising = replace(attack, record=replace(record, unchanged=None), run=failing)
+    monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [raising]))
     with pytest.raises(DataError, match=r"attacking the \w+ model: attack 'strip': nonsense"):
         audited(world().other, **of_few())
 

@@ -214,7 +214,9 @@ def test_renaming_facts_and_attributes_apart_is_caught():
 
 def test_an_attribute_that_does_not_name_its_entity_cannot_be_renamed():
     with pytest.raises(DataError, match="the entity 'Aa' does not stand in 'It is'"):
-        renamed_facts([fact("Aa", "a", "a", "b")], [replace(fact("Aa", "c", "c", "d", domain="other"), prompt="It is")])
+        renamed_facts(
+            [fact("Aa", "a", "a", "b")], [replace(fact("Aa", "c", "c", "d", domain="other"), id="1", prompt="It is")]
+        )
 
 
 @pytest.mark.parametrize(

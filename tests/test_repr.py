@@ -55,7 +55,7 @@ SHOWN = {
     "comparison": r"Comparison\(code: drop .* nats a token; 1 prompts\)",
     "no comparison": r"Comparison\(no text; 0 prompts\)",
     "splits": r"Splits\(76 facts in T, 75 in V, 1008 to retain\)",
-    "certificate": r"Certificate\(folded: 2 directions over 1 tensors, largest leak [\d.e-]+\)",
+    "certificate": r"Certificate\(folded: 2 directions over 1 tensor, exact, largest leak .* [\d.e-]+ \(model\.\S+\)\)",
     "manifest": r"Manifest\(test: 3 tensors edited, \d+ files\)",
 }
 
