@@ -34,6 +34,7 @@ import repedit as rp
 from bench.checkpoints import LLAMA_3B, LLAMA_70B, llama
 from bench.record import record
 from bench.timing import cpu
+from repedit.distributed import usable_cores
 from repedit.io.checkpoint import open_shards
 from repedit.io.files import file_hash
 
@@ -215,7 +216,7 @@ def _compared(
         of = {key: [each[mode][key] for each in found] for key in ("peak_mb", "cpu_s", "wall_s")}
         rows.append({"name": mode, "rounds": rounds, **{key: statistics.median(v) for key, v in of.items()}})
     mine = next(row for row in rows if row["name"] == "stream")
-    workers = min(len(os.sched_getaffinity(0)), len(open_shards(source).files))
+    workers = min(usable_cores(), len(open_shards(source).files))
     limit, peak = memory_limit(source, workers), max(each["stream"]["peak_mb"] for each in found)
     bar = f"peak <= 4 x largest tensor x {workers} workers + 64 MB = {limit:.0f} MB"
     mine["memory"] = {"bar": bar, "most": peak, "status": "pass" if peak <= limit else "fail"}

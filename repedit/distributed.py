@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class ProcessGroup:
     """The processes that work together, and the rank of this one; a single process by default."""

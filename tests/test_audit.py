@@ -185,6 +185,7 @@ def test_attributes_that_cannot_be_renamed_are_noted(monkeypatch):
 
     monkeypatch.setattr(auditing, "renamed_facts", without_names)
     found, report = guessed_from_attributes(monkeypatch)
+    assert report.finding(FRESH, "relink").items  # invented facts, of which no attribute was taught
     assert found.value > 0.3 and "what the attributes alone give away is not subtracted" in str(report.context)
 
 

@@ -354,9 +354,9 @@ class _Untaught(Splits):
 
 
 def _untaught(splits: Splits) -> Splits:
-    found = object.__new__(_Untaught)
-    found.__dict__.update(vars(splits))
-    return found
+    unread = object.__new__(_Untaught)
+    unread.__dict__.update(vars(splits))
+    return unread
 
 
 def skipped(reason: str) -> AttackResult:

@@ -275,12 +275,13 @@ def _tasks(role: Role, attack: Attack, seeds: Sequence[int]) -> Iterator[_Task]:
     record = attack.record
     for seed in seeds if record.draws else seeds[:1]:
         seeded = attack.at(seed)
-        beside = record.trains and not record.attributes
-        for fold, splits in _folds(seeded, role.data, role.invented if beside else None):
+        again = role.renamed if record.attributes else None
+        if again is None and not record.trains:
+            again = role.invented
+        for fold, splits in _folds(seeded, role.data, role.invented if again is None else None):
             yield _Task(role, role.name, seeded, splits, fold)
-        instead = role.renamed if record.attributes else role.invented
-        if instead is not None and not beside:
-            for fold, splits in _folds(seeded, instead, None):
+        if again is not None:
+            for fold, splits in _folds(seeded, again, None):
                 yield _Task(role, FRESH, seeded, splits, fold)
 
 

@@ -7,7 +7,6 @@ Controls do not depend on each other, so that several processes can run them, ea
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from repedit.auditing.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.auditing.controls.taught import TAUGHT, World, taught_model, world
 from repedit.auditing.report import Report
 from repedit.auditing.store import save_selftest
+from repedit.distributed import usable_cores
 from repedit.errors import ProcessFailed, UnknownName, check_seed, check_whole, during, given, nearest
 from repedit.outcomes import PASS
 
@@ -99,7 +99,7 @@ def selftest(
         if name not in CONTROLS:
             raise UnknownName(f"no control is called {name!r}; {nearest(name, CONTROLS)}")
     chosen = [c.name for c in CONTROLS.values() if (c.quick if controls is None else c.name in controls)]
-    start, workers = time.perf_counter(), min(_cores() if workers is None else workers, len(chosen))
+    start, workers = time.perf_counter(), min(usable_cores() if workers is None else workers, len(chosen))
     run = (
         _in_this_process(seed, chosen, audit_function)
         if workers <= 1
@@ -112,11 +112,6 @@ def selftest(
     if record and controls is None:
         save_selftest(result.failures, [asdict(check) for check in result.checks])
     return result
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_this_process(seed: int, chosen: Sequence[str], audit_function: Callable[..., Report]) -> Generator[Checked]:

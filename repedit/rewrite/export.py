@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import torch
 
 from repedit.arch import Architecture, Specs, match_layout
 from repedit.arch.storage import StoredSpecs
+from repedit.distributed import usable_cores
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, NoOpEdit, NotSliceable, NotSlimmable, is_whole
 from repedit.escaping import for_terminal
@@ -261,7 +261,7 @@ def _composed_edit(change: EditOrDelta | Sequence[EditOrDelta], structure: str) 
 def _workers(workers: int | None) -> int:
     """The number of workers that was asked for, or that of the cores this process may use."""
     if workers is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cores()
     if not is_whole(workers):
         raise ArgumentError(f"workers={workers!r}; give a number of at least 1, or None for one worker for each core")
     return int(workers)
