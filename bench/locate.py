@@ -1,8 +1,9 @@
 """Where the capitals enter SmolLM2-135M, and what relearning brings back while that stays ablated.
 
-`python -m bench.locate --seed N` replaces the MLP outputs of some layers at the last token of the country by their mean over
-countries, asks all capitals, retrains a copy on half of them with the ablation held (40 steps at 1e-4, three wordings),
-and asks both halves. The seed is that of the halves and of the order of the rows. `--table` prints what is measured.
+`python -m bench.locate --seed N` replaces the MLP outputs of some layers at the name of the country (all its tokens, and its
+last token alone) by their mean over countries, asks all capitals, retrains a copy on half of them with the ablation held
+(40 steps at 1e-4, three wordings), and asks both halves. The seed is that of the halves and of the order of the rows.
+`--table` prints what is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bench.record import RESULTS, record
 from repedit.metrics.relearning import Relearning
 
 RANGES = "0-11,2-11"
+POSITIONS = {"subject": "all tokens of the name", "subject_last": "last token of the name"}
 COLUMNS = ("facts", "T after relearning", "V after relearning")
 
 
@@ -39,10 +41,10 @@ def measure(seed: int, layers: str) -> None:
     """Write bench/results/locate-SEED.json."""
     start, lm = time.process_time(), rp.load("smollm2-135m")
     found = rp.locate(
-        lm, seen(rp.data.facts("capitals").forget), layers=layers, points=("mlp.out",), positions=("subject_last",),
+        lm, seen(rp.data.facts("capitals").forget), layers=layers, points=("mlp.out",), positions=tuple(POSITIONS),
         relearning=Relearning(split=seed, seed=seed),
     )  # fmt: skip
-    plain = {"layers": "none", "point": "mlp.out", "position": "subject_last", "accuracy": dict(found.before)}
+    plain = {"layers": "none", "point": "mlp.out", "position": "none", "accuracy": dict(found.before)}
     rows = [plain, *json.loads(found.to_json())["rows"]]
     record(
         f"locate-{seed}", rows, module="locate", counts=dict(found.counts), model=found.model, seed=seed,
@@ -53,16 +55,19 @@ def measure(seed: int, layers: str) -> None:
 def table() -> str:
     """A Markdown table of every seed that was measured."""
     lines = [
-        "| MLP outputs ablated at the country | seed | capitals | T after relearning | V after relearning |",
-        "|---|---|---|---|---|",
+        "| MLP outputs ablated | where | seed | capitals | T after relearning | V after relearning |",
+        "|---|---|---|---|---|---|",
     ]
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("locate-*.json"))]
-    for layers in dict.fromkeys(row["layers"] for content in found for row in content["rows"]):
-        for content in found:
-            for row in (row for row in content["rows"] if row["layers"] == layers):
-                cells = [f"{row['accuracy'][name]:.2f}" for name in COLUMNS]
-                where = "none" if layers == "none" else f"layers {layers}"
-                lines.append(f"| {where} | {content['seed']} | {' | '.join(cells)} |")
+    measured = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("locate-*.json"))]
+    ablations = dict.fromkeys((row["layers"], row["position"]) for content in measured for row in content["rows"])
+    for layers, position in ablations:
+        for content in measured:
+            for row in content["rows"]:
+                if (row["layers"], row["position"]) == (layers, position):
+                    cells = [f"{row['accuracy'][name]:.2f}" for name in COLUMNS]
+                    what = "none" if layers == "none" else f"layers {layers}"
+                    where = POSITIONS.get(position, "-")
+                    lines.append(f"| {what} | {where} | {content['seed']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -66,7 +66,7 @@ def replacing_by_itself_changes_nothing(patch: Callable[[Any], None]) -> None:
     found = location._Prompts(pupil(), FACTS, pupil().select("0-1.mlp.out"), "exchange", 0)
     patch(found)
     options = [fact.choices for fact in FACTS]
-    hooks = lambda part: location.installed(pupil().model, found._hooks(pupil().select("0-1.mlp.out"), 0, part))  # noqa: E731
+    hooks = lambda part: location.installed(pupil().model, found._hooks(pupil().select("0-1.mlp.out"), "subject", part))  # noqa: E731
     same, plain = (choice_scores(pupil(), FACTS, options, 32, prompts=p) for p in (hooks, None))
     assert all(abs(a - b).max() < 1e-4 for (a, _), (b, _) in zip(same, plain, strict=True))
 
@@ -84,6 +84,30 @@ def test_positions_are_a_partition_without_the_first():
     }
     assert int(kinds[0]) == -1 and not (kinds[1:] == -1).any()
     assert named == {"subject_last": "o", "subject_earlier": "b", "last": "s", "elsewhere": " like"}
+
+
+def the_whole_name_is_ablated(position: str) -> None:
+    """Every token of the name gets the mean of its own kind, and no other token changes."""
+    prompts = location._Prompts(pupil(), FACTS, pupil().select("0-1.mlp.out"), "mean", 0)
+    site = pupil().select("1.mlp.out")[0]
+    (hook,) = prompts._hooks([site], position, [0], width=12)
+    states = torch.randn(1, 12, 48)
+    written, kinds = hook.function(states), prompts.kinds[0]
+    own = [
+        (kinds == POSITIONS.index(name)).nonzero().flatten().tolist() for name in ("subject_earlier", "subject_last")
+    ]
+    for name, places in zip(("subject_earlier", "subject_last"), own, strict=True):
+        for place in places:
+            assert torch.allclose(written[0, place], prompts.means[site, "likes", POSITIONS.index(name)].float())
+    others = [place for place in range(12) if place not in own[0] + own[1]]
+    assert torch.equal(written[0, others], states[0, others])
+
+
+def test_the_subject_is_all_tokens_of_its_name():
+    the_whole_name_is_ablated("subject")
+    caught(the_whole_name_is_ablated, "subject_last")
+    touched = located(layers="0", points=("mlp.out",), positions=("subject", "subject_earlier")).rows[0].touched
+    assert touched["facts"] == len(FACTS)
 
 
 def test_sets_are_told_apart_by_entity():
@@ -138,7 +162,7 @@ def test_what_relearning_brings_back_is_asked_and_learned_with_the_ablation(monk
     hooks = location._Prompts._hooks
     monkeypatch.setattr(  # the copy is neither trained nor asked with the ablation
         location._Prompts, "_hooks",
-        lambda self, sites, kind, part, student=None, width=None: hooks(self, () if student else sites, kind, part, student, width),
+        lambda self, sites, position, part, student=None, width=None: hooks(self, () if student else sites, position, part, student, width),
     )  # fmt: skip
     caught(nothing_is_learned_past_the_ablation, rp.locate(lm, LETTERS, **options))
 
@@ -151,7 +175,7 @@ def held_values_are_those_of_the_first_wordings(values: Callable[[Any], Any]) ->
     held = location._Held(pupil(), worded, asked, Relearning())
     part, kind = (0, 1), POSITIONS.index("subject_last")
     held.taught.means = values(held)
-    (hook,) = held.taught._hooks([site], kind, part, blank(), 40)
+    (hook,) = held.taught._hooks([site], "subject_last", part, blank(), 40)
     states = torch.randn(2, 40, 48)
     written = hook.function(states)
     for row, number in enumerate(part):

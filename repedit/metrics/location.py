@@ -29,6 +29,8 @@ from repedit.sites import Point, Site
 POSITIONS = ("subject_last", "subject_earlier", "last", "elsewhere")
 """The last token of the entity's name; the others of it; the last token of the prompt, unless it is of the name; the rest.
 The first position of a prompt, an attention sink, is none of them."""
+WHOLE_SUBJECT = "subject"
+"""All tokens of the entity's name: "subject_earlier" and "subject_last" together, each kind with values of its own."""
 POINTS = ("attn.out", "mlp.out")
 HOWS = ("mean", "exchange")
 _ROWS = 32
@@ -111,7 +113,7 @@ def locate(
         facts: facts with choices whose prompts contain their entity.
         against: other facts, reported apart for those about the same entities and about others.
         layers: "*" for each layer alone, or ranges such as "0-11,2-11,5", each ablated as a whole.
-        positions: see `POSITIONS`.
+        positions: see `POSITIONS`; "subject" is all tokens of the entity's name.
         points: "attn.out", "mlp.out".
         how: "mean" or "exchange".
         seed: of the exchange.
@@ -124,7 +126,10 @@ def locate(
         NotFinite: if a log-probability is not finite.
     """
     check_seed(seed=seed)
-    for name, values, valid in (("positions", positions, POSITIONS), ("points", points, POINTS), ("how", (how,), HOWS)):
+    known_positions = (*POSITIONS, WHOLE_SUBJECT)
+    for name, values, valid in (
+        ("positions", positions, known_positions), ("points", points, POINTS), ("how", (how,), HOWS),
+    ):  # fmt: skip
         for value in values or ("",):
             if value not in valid:
                 raise UnknownName(f"{name}={value!r} does not exist; {nearest(value, valid)}")
@@ -204,14 +209,14 @@ class _Prompts:
 
     def touched(self, position: str) -> int:
         """The number of facts that have such a position."""
-        return sum(bool((kinds == POSITIONS.index(position)).any()) for kinds in self.kinds)
+        return sum(any(bool((kinds == kind).any()) for kind in _kinds_of(position)) for kinds in self.kinds)
 
     def accuracy(self, sites: Sequence[Site], position: str, student: Subject | None = None) -> float:
         """Share of right answers with the outputs at some sites replaced, in the model or a trained copy of it."""
-        kind, asked = POSITIONS.index(position), student or self.subject
+        asked = student or self.subject
 
         def ablated(part: Sequence[int]) -> AbstractContextManager[None]:
-            return installed(asked.model, self._hooks(sites, kind, part, student))
+            return installed(asked.model, self._hooks(sites, position, part, student))
 
         options = [fact.choices for fact in self.items]
         scores = choice_scores(asked, self.items, options, _ROWS, prompts=ablated)
@@ -247,23 +252,26 @@ class _Prompts:
     def _hooks(
         self,
         sites: Sequence[Site],
-        kind: int,
+        position: str,
         part: Sequence[int],
         student: Subject | None = None,
         width: int | None = None,
     ) -> list[Hook]:
-        """Hooks that replace the outputs at one kind of position of these prompts.
+        """Hooks that replace the outputs at some positions of these prompts.
 
         Args:
             width: of a batch in which more tokens follow the prompts; None if all prompts have one length and nothing follows.
         """
         width = len(self.ids[part[0]]) if width is None else width
-        mask = torch.stack([_filled(self.kinds[i], width) == kind for i in part])
+        kinds = _kinds_of(position)
+        mask = torch.stack([torch.isin(_filled(self.kinds[i], width), torch.tensor(kinds)) for i in part])
         if not bool(mask.any()):
             return []
 
         def replaced(site: Site) -> Callable[..., Tensor]:
-            new = torch.cat([self._replacement(site, i, kind) for i in part if bool((self.kinds[i] == kind).any())])
+            new = torch.cat(
+                [self._replacement(site, i, kind) for i in part for kind in kinds if (self.kinds[i] == kind).any()]
+            )
 
             def visit(x: Tensor, *_: object) -> Tensor:
                 rows = x.reshape(-1, x.shape[-1]).clone()
@@ -308,13 +316,18 @@ class _Held:
 
     def accuracies(self, sites: Sequence[Site], position: str) -> dict[str, float]:
         """Share of right answers in both halves, after training and with the outputs at some sites still replaced."""
-        kind = POSITIONS.index(position)
 
         def ablated(student: Subject, part: Sequence[int], width: int) -> list[Hook]:
-            return self.taught._hooks(sites, kind, part, student, width)
+            return self.taught._hooks(sites, position, part, student, width)
 
         student = relearned(self.subject, self.taught.items, ablated, self.relearning)
         return {name: prompts.accuracy(sites, position, student) for name, prompts in self.halves.items()}
+
+
+def _kinds_of(position: str) -> tuple[int, ...]:
+    """The kinds of token that a position stands for, in the order in which they follow each other in a prompt."""
+    names = ("subject_earlier", "subject_last") if position == WHOLE_SUBJECT else (position,)
+    return tuple(map(POSITIONS.index, names))
 
 
 def _filled(kinds: Int[Tensor, " t"], width: int) -> Int[Tensor, " w"]:
