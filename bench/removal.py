@@ -29,7 +29,7 @@ from bench.record import RESULTS, record
 from bench.relearning import relearn
 from bench.removal_edits import EDITS, untied
 from bench.removal_rows import FORGET, UNSEEN, Rows, names, share
-from repedit.auditing.attributes import check_no_leak, leaks, reversed_facts
+from repedit.auditing.data import check_no_leak, leaks, reversed_facts
 from repedit.auditing.floors import choices_only, fresh_facts
 from repedit.data import Fact, Splits, entity_of
 from repedit.models.subject import Subject

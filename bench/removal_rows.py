@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import repedit as rp
 from bench.mrp import Bench
-from repedit.auditing.attributes import check_no_leak
+from repedit.auditing.data import check_no_leak
 from repedit.data import Fact, entity_of, with_paraphrases
 from repedit.models.subject import Subject
 

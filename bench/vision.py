@@ -17,8 +17,7 @@ import torch
 
 from bench.record import record, spread
 from repedit import plot, vision
-from repedit.auditing.gaps import RELEARNING
-from repedit.auditing.report import Report
+from repedit.auditing.report import RELEARNING, Report
 from repedit.demo import RETRAINED_AGAIN, SETTINGS, ImageDemo, forget_images
 from repedit.errors import NotFound
 

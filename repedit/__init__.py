@@ -46,7 +46,7 @@ _MODULES = (
     ("metrics.benchmarks", "compare"),
     ("metrics.facts", "facts_accuracy"),
     ("metrics.location", "locate"),
-    ("metrics.trainer_callback", "trainer_callback"),
+    ("metrics.facts", "trainer_callback"),
     ("auditing.api", "audit"),
     ("auditing.classifier", "audit_classifier"),
     ("auditing.report", "Report"),
@@ -95,9 +95,8 @@ if TYPE_CHECKING:
     from repedit.fit.stream import erase_stream
     from repedit.linear_maps import AffineMap, Chain, Diagonal, LowRank
     from repedit.metrics.benchmarks import compare
-    from repedit.metrics.facts import facts_accuracy
+    from repedit.metrics.facts import facts_accuracy, trainer_callback
     from repedit.metrics.location import locate
-    from repedit.metrics.trainer_callback import trainer_callback
     from repedit.models.default_model import fetch
     from repedit.models.subject import Subject, load
     from repedit.neurons.scores import CollinearWarning, Score, Scores, agreement, score

@@ -14,8 +14,7 @@ from repedit import plot, vision
 from repedit.activations.collection import Collection, collect
 from repedit.activations.prediction import Effect, effect, predictions
 from repedit.auditing.classifier import audit_classifiers
-from repedit.auditing.gaps import AUC, FORGET, RELEARNING, RETAIN, TEST
-from repedit.auditing.report import Report
+from repedit.auditing.report import AUC, FORGET, RELEARNING, RETAIN, TEST, Report
 from repedit.data import Corpus, Splits, by_domain, code, facts, prose, with_paraphrases
 from repedit.delta import Delta
 from repedit.edit import Edit

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 
 import repedit as rp
 from repedit import cli
-from repedit.auditing.budgets import records
+from repedit.auditing.attack import records
 from tests.saved_models import saved
 
 ROOT = Path(__file__).parents[1]

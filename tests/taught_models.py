@@ -14,29 +14,26 @@ import torch
 import transformers
 from filelock import FileLock
 
-from repedit.auditing.controls import CONTROLS, AuditInputs, taught, unlinked
-from repedit.auditing.controls import edited as grid
-from repedit.auditing.controls import taught as training
-from repedit.auditing.controls import taught as worlds
+from repedit.auditing.controls import CONTROLS, AuditInputs, edited, taught
 from repedit.data import Fact, Facts, fact_sets, generated, rows
 from repedit.models.subject import Subject, load
 
 CACHE = Path(__file__).parents[1] / ".cache" / "taught"
-RECIPE = (taught, worlds, fact_sets, generated, rows)
+RECIPE = (taught, fact_sets, generated, rows)
 TRAINED = ("PC3a", "PC3b", "PC3c", "PC4", "PC6", "PC7", "PC11", "NC2a", "NC2b", "NC2c", "NC4a")
 
 
 @cache
-def world(seed: int = 0) -> worlds.World:
+def world(seed: int = 0) -> taught.World:
     """The world of a seed; do not change its models, copy them."""
     folder = CACHE / f"{_key(*RECIPE)}-{seed}"
 
     def made() -> dict[str, Subject]:
-        found = worlds.world(seed)
-        return {role: getattr(found, role) for role in worlds.TAUGHT}
+        found = taught.world(seed)
+        return {role: getattr(found, role) for role in taught.TAUGHT}
 
-    found = _kept(folder, worlds.TAUGHT, made)
-    return worlds.World(*worlds.questions(seed), *(found[role] for role in worlds.TAUGHT), seed=seed)
+    found = _kept(folder, taught.TAUGHT, made)
+    return taught.World(*taught.questions(seed), *(found[role] for role in taught.TAUGHT), seed=seed)
 
 
 def kept_model(role: str, seed: int = 0) -> Subject:
@@ -51,10 +48,10 @@ def case(name: str, seed: int = 0) -> AuditInputs:
     here = world(seed)
     if name not in TRAINED:
         return CONTROLS[name].build(here)
-    folder = CACHE / f"{_key(*RECIPE, training, grid, unlinked)}-{seed}-{name}"
-    edited = _kept(folder, ("edited",), lambda: {"edited": CONTROLS[name].build(here).edited})["edited"]
-    start = grid.on_grid(here.original) if name == "PC4" else here.original
-    return AuditInputs(edited, start, here.reference, here.facts, here.attributes)
+    folder = CACHE / f"{_key(*RECIPE, edited)}-{seed}-{name}"
+    model = _kept(folder, ("edited",), lambda: {"edited": CONTROLS[name].build(here).edited})["edited"]
+    start = edited.on_grid(here.original) if name == "PC4" else here.original
+    return AuditInputs(model, start, here.reference, here.facts, here.attributes)
 
 
 def original(seed: int = 0) -> Subject:

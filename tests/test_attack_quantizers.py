@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from repedit import quantization
+from repedit.auditing.attack import Setup, built
 from repedit.auditing.attacks.weights import quantize
-from repedit.auditing.budgets import Setup, built
 from repedit.errors import MissingDependency
 from repedit.quantization import PACKAGED, fake_quantize, installed_schemes
 from tests.teachable_models import pupil, splits

@@ -7,12 +7,19 @@ from dataclasses import replace
 import pytest
 
 import repedit as rp
-from repedit.auditing import attributes as others
+from repedit.auditing import data as others
+from repedit.auditing.attack import Setup, built, planned
 from repedit.auditing.attacks import relink as relinking
 from repedit.auditing.attacks.relink import relink, reverse
-from repedit.auditing.attributes import attributes_of, check_no_leak, given_attributes, leaks, reversed_facts, spread
-from repedit.auditing.budgets import Setup, built, planned
-from repedit.auditing.data import audit_data
+from repedit.auditing.data import (
+    attributes_of,
+    audit_data,
+    check_no_leak,
+    given_attributes,
+    leaks,
+    reversed_facts,
+    spread,
+)
 from repedit.data import Fact, Splits
 from repedit.errors import ArgumentError, DataError, OverlapError
 from repedit.hashing import fingerprint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Scratch, Work
+from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Scratch, Setup, Work, built, planned
 from repedit.auditing.attacks import tuning
 from repedit.auditing.attacks import weights as quietening
 from repedit.auditing.attacks.tuning import Tuning, examples, shuffled, tune
@@ -21,7 +21,6 @@ from repedit.auditing.attacks.variants import (
     rtt_four_fifths,
 )
 from repedit.auditing.attacks.weights import loudest, projections, quiet, quieten
-from repedit.auditing.budgets import Setup, built, planned
 from repedit.auditing.data import AuditData, audit_data
 from repedit.auditing.runner import _folds
 from repedit.data import Splits

@@ -256,12 +256,12 @@ def test_an_original_is_attacked_once_for_many_audits(monkeypatch):
 
 
 def test_an_attack_without_memory_is_reported_and_blocks_a_pass(monkeypatch):
-    from repedit.auditing import budgets
+    from repedit.auditing import attack
 
     def starving(*_):
         raise MemoryError
 
-    record = budgets.records()["strip"]
+    record = attack.records()["strip"]
     (attack,) = record.build(Setup())
     starved = replace(attack, record=replace(record, unchanged=None), run=starving)
     monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [starved]))
@@ -272,12 +272,12 @@ def test_an_attack_without_memory_is_reported_and_blocks_a_pass(monkeypatch):
 
 
 def test_an_attack_that_raises_is_never_a_pass(monkeypatch):
-    from repedit.auditing import budgets
+    from repedit.auditing import attack
 
     def failing(*_):
         raise DataError("nonsense")
 
-    record = budgets.records()["strip"]
+    record = attack.records()["strip"]
     (attack,) = record.build(Setup())
     raising = replace(attack, record=replace(record, unchanged=None), run=failing)
     monkeypatch.setitem(_RECORDS, "strip", replace(record, build=lambda _: [raising]))

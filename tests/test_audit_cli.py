@@ -14,8 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from repedit.auditing import selftest as testing
-from repedit.auditing.api import audit
-from repedit.auditing.budgets import estimate
+from repedit.auditing.api import audit, estimate
 from repedit.auditing.controls import CONTROLS, edited
 from repedit.auditing.selftest import Checked, SelfTest, selftest
 from repedit.auditing.store import save_selftest, selftest_failures
@@ -193,11 +192,11 @@ def test_a_self_test_of_some_controls_runs_them_and_is_not_recorded(monkeypatch)
 
 
 def test_a_self_test_catches_an_audit_that_strips_nothing(monkeypatch):
-    from repedit.auditing import budgets
+    from repedit.auditing import attack
     from repedit.auditing.attack import _RECORDS
     from repedit.auditing.attacks.prompts import direct
 
-    stripping = replace(budgets.records()["strip"], build=lambda _: [replace(direct(), label="strip")])
+    stripping = replace(attack.records()["strip"], build=lambda _: [replace(direct(), label="strip")])
     monkeypatch.setitem(_RECORDS, "strip", stripping)
     monkeypatch.setattr(testing, "world", world)
     found = selftest(controls=("PC1",), workers=1, progress=False, audit_function=brief)

@@ -11,8 +11,7 @@ from torch.testing import assert_close
 
 from repedit.auditing.attack import ask
 from repedit.auditing.attacks import weights
-from repedit.auditing.controls import CONTROLS, questions, unlinked
-from repedit.auditing.controls import edited as grid
+from repedit.auditing.controls import CONTROLS, questions
 from repedit.auditing.controls import edited as writing
 from repedit.auditing.controls.taught import continued, taught, untaught, vocabulary
 from repedit.data import Row, with_paraphrases
@@ -224,17 +223,17 @@ def test_a_sub_bucket_edit_vanishes_at_4_bits():
 
 def test_a_grid_is_its_own_rounding_and_held_weights_keep_its_steps():
     made = case("PC4")
-    for name in grid.matrices(made.original):
+    for name in writing.matrices(made.original):
         before, after = (s.model.get_parameter(name).detach() for s in (made.original, made.edited))
         assert_close(fake_quantize(before, "int4"), before, rtol=0, atol=1e-6)
-        assert bool((grid.bucket(after) == grid.bucket(before)).all())
-        assert bool(((after - before).abs() <= 0.4501 * grid.bucket(before)).all())
+        assert bool((writing.bucket(after) == writing.bucket(before)).all())
+        assert bool(((after - before).abs() <= 0.4501 * writing.bucket(before)).all())
 
 
 def test_a_longer_reach_does_not_vanish(monkeypatch):
     """The sabotaged twin: past half a step, rounding keeps the edit."""
-    monkeypatch.setattr(grid, "REACH", 0.8)
-    twin = grid.inside_buckets(grid.on_grid(original()), facts().forget, facts().retain, steps=20)
+    monkeypatch.setattr(writing, "REACH", 0.8)
+    twin = writing.inside_buckets(writing.on_grid(original()), facts().forget, facts().retain, steps=20)
     assert _largest(_rounded(twin, "int4"), case("PC4").original) > 1e-3
 
 
@@ -261,7 +260,7 @@ def test_what_was_never_known_stays_unknown_and_the_rest_is_kept(name):
 
 def test_exchanged_names_are_a_permutation_that_leaves_nobody_in_place():
     """PC9: nothing but the embeddings of the names differs, and they are the same rows in another order."""
-    edited = unlinked.exchanged(original(), facts().forget)
+    edited = writing.exchanged(original(), facts().forget)
     names = [original().tokenizer(fact.entity)["input_ids"][-1] for fact in facts().forget]
     before, after = (subject.model.state_dict() for subject in (original(), edited))
     moved = {name for name in before if not bool((before[name] == after[name]).all())}
@@ -276,11 +275,11 @@ def test_exchanged_names_are_a_permutation_that_leaves_nobody_in_place():
 @pytest.mark.slow
 def test_a_name_leads_to_a_guild_and_everything_known_of_a_person_is_the_guilds():
     """PC9: the models, and that after the exchange a name answers for its new person in every relation alike."""
-    linked = unlinked.linked_world(0)
+    linked = writing.linked_world(0)
     assert ask(linked.original, linked.facts.forget).accuracy == 1.0
     assert ask(linked.reference, linked.facts.forget).accuracy < 0.3
     assert all(ask(subject, linked.attributes).accuracy == 1.0 for subject in (linked.original, linked.reference))
-    edited = unlinked.exchanged(linked.original, linked.facts.forget)
+    edited = writing.exchanged(linked.original, linked.facts.forget)
     cities = ask(edited, linked.facts.forget).correct
     others = {
         fact.entity: right
@@ -332,7 +331,7 @@ def test_the_table_asks_for_real_words_and_covers_the_quick_controls():
 def test_building_changes_none_of_the_models_it_starts_from():
     made = world()
     before = [getattr(made, role).fingerprint() for role in ("original", "reference", "other")]
-    for build in (writing.nudged, writing.rolled, grid.on_grid):
+    for build in (writing.nudged, writing.rolled, writing.on_grid):
         build(made.original)
     assert [getattr(made, role).fingerprint() for role in ("original", "reference", "other")] == before
 

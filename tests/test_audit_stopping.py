@@ -11,15 +11,14 @@ import pytest
 from tqdm import tqdm
 
 import repedit as rp
-from repedit.auditing import api, progress, runner
+from repedit.auditing import api, runner
 from repedit.auditing.api import audit
-from repedit.auditing.attack import Setup
+from repedit.auditing.attack import Setup, built, planned
 from repedit.auditing.attacks.prompts import direct
-from repedit.auditing.budgets import built, planned
 from repedit.auditing.controls import CONTROLS, SCALE, STEPS
 from repedit.auditing.controls import edited as writing
-from repedit.auditing.progress import Part, TimeLeft
 from repedit.auditing.report import ENDED_EARLY, INTERRUPTED, AuditInterrupted, Report
+from repedit.auditing.runner import Part, TimeLeft
 from repedit.outcomes import NOT_YET, PASS
 from repedit.report import compare_reports, markdown, page, schema, tables, write
 from tests import handmade_reports
@@ -242,7 +241,7 @@ def test_time_left_is_learned_from_what_is_most_alike():
 
 
 def test_the_bar_shows_the_verdict_so_far_the_attack_and_the_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "tqdm", partial(tqdm, mininterval=0))
+    monkeypatch.setattr(runner, "tqdm", partial(tqdm, mininterval=0))
     audited(writing.nudged(original()), attacks=("direct", "strip", "paraphrase"), progress=True)
     shown = capsys.readouterr().err
     assert "NOT FORGOTTEN so far; edited: paraphrase; at most" in shown and " left]" in shown

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from repedit.auditing import budgets
+from repedit.auditing import attack
 from repedit.auditing import verdict as module
 from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, AttackRecord, Setting, Setup, register
 from repedit.auditing.attacks.tuning import UNTOUCHED
@@ -150,7 +150,7 @@ def test_hidden_names_the_cheapest_attack():
 def test_attacks_have_a_cost():
     assert cost("direct") == 0 < cost("strip") < cost("paraphrase")
     assert cost("rtt, LoRA") == cost("rtt") > cost("quantize") and cost("probe-mlp") == cost("probe")
-    assert cost("unheard of") > max(cost(name) for name in budgets.records())
+    assert cost("unheard of") > max(cost(name) for name in attack.records())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_verdict_refusals(call, error, message):
 
 
 def test_every_attack_registers_one_record_and_its_name_is_read_without_importing_it():
-    known = budgets.records()
+    known = attack.records()
     assert tuple(known) == completion.names("attacks") and [r.cost for r in known.values()] == sorted(
         {r.cost for r in known.values()}
     )

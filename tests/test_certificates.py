@@ -202,7 +202,7 @@ def brief(folder: Path) -> str:
     """What the page of a run says first of an export."""
     from types import SimpleNamespace
 
-    from repedit.report.rendering import ENVIRONMENT
+    from repedit.report.pages import ENVIRONMENT
     from repedit.report.run_pages import _certificate
     from repedit.rewrite.verification import verification
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from repedit.activations.prediction import Predictions
 from repedit.cli import app
 from repedit.metrics.benchmarks import Comparison
-from repedit.report import checkpoint_pages, comparison_page, difference_page, rendering
+from repedit.report import comparison_page, difference_page, pages
 from repedit.rewrite.diff import Difference
 from tests.saved_models import saved
 from tests.test_report import HOSTILE, Elements, spoiled
@@ -50,7 +50,7 @@ def test_texts_of_models_become_no_markup(comparison):
 
 
 def test_unescaped_texts_are_caught(comparison, monkeypatch):
-    monkeypatch.setattr(rendering, "ENVIRONMENT", rendering.ENVIRONMENT.overlay(autoescape=False))
+    monkeypatch.setattr(pages, "ENVIRONMENT", pages.ENVIRONMENT.overlay(autoescape=False))
     assert spoiled(comparison_page(comparison, NAMES))
 
 
@@ -73,7 +73,7 @@ def test_differences_are_summed_by_layer(monkeypatch):
         changed("m.layers.1.up", 4.5),
     ]
     check_norms(differences)
-    monkeypatch.setattr(checkpoint_pages.math, "sqrt", lambda value: value)
+    monkeypatch.setattr(pages.math, "sqrt", lambda value: value)
     with pytest.raises(AssertionError):
         check_norms(differences)
 

@@ -20,7 +20,6 @@ from repedit.auditing import image_attacks as image_relearning
 from repedit.auditing import image_attacks as image_rounding
 from repedit.auditing import image_attacks as image_shadows
 from repedit.auditing.classifier import audit_classifiers, klom
-from repedit.auditing.gaps import AUC, FORGET, RELEARNING
 from repedit.auditing.image_attacks import (
     SCORES,
     coarse,
@@ -32,7 +31,7 @@ from repedit.auditing.image_attacks import (
     shadows,
     sides,
 )
-from repedit.auditing.report import Report
+from repedit.auditing.report import AUC, FORGET, RELEARNING, Report
 from repedit.errors import ArgumentError, BadReference, MetricError, NotEnoughRows, TrainingError, UnknownName
 from repedit.outcomes import HIDDEN, INCONCLUSIVE, NOT_FORGOTTEN, PASS
 from repedit.report import compare_reports, markdown, page, redacted, schema, write

@@ -17,8 +17,7 @@ from torch import nn
 
 from repedit import vision
 from repedit.auditing.classifier import audit_classifiers
-from repedit.auditing.gaps import AUC, FORGET, RELEARNING, RETAIN, TEST
-from repedit.auditing.report import Gap, Report
+from repedit.auditing.report import AUC, FORGET, RELEARNING, RETAIN, TEST, Gap, Report
 from repedit.demo import RECIPES, SETTINGS, Setting
 from repedit.outcomes import HIDDEN, PASS
 

@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 
 import repedit as rp
 from repedit import demo, plot
-from repedit.auditing.gaps import AUC, FORGET, RELEARNING
 from repedit.auditing.image_attacks import sides
-from repedit.auditing.report import Report
+from repedit.auditing.report import AUC, FORGET, RELEARNING, Report
 from repedit.cli import app
 from repedit.demo import COLUMNS, RECIPES, RETRAINED_AGAIN, Setting, forget_images
 from repedit.errors import ArgumentError, UnknownName

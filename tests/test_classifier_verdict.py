@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import norm
 
 from repedit.auditing import verdict
-from repedit.auditing.gaps import AUC, FORGET, RELEARNING, Measured, gaps
-from repedit.auditing.report import Verdict
+from repedit.auditing.classifier import Measured, gaps
+from repedit.auditing.report import AUC, FORGET, RELEARNING, Verdict
 from repedit.auditing.verdict import classifier_verdict
 from repedit.errors import ArgumentError, MetricError
 from repedit.outcomes import DESTROYED, HIDDEN, INCONCLUSIVE, INVALID, NOT_FORGOTTEN, OUTCOMES, OVER_FORGOTTEN, PASS

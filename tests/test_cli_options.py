@@ -44,7 +44,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "compare": ("cli.inspect.load_model", "data.read", "metrics.benchmarks.compare", "metrics.benchmarks.compare_benchmarks", "cli.output.comparison_json",
                 "report.comparison_page", "io.files.write_text", "cli.output.show_comparison", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
     "chat": ("cli.chat.load_model", "metrics.generation.side_by_side", "cli.chat._show", "cli.chat._last", "cli.chat._show_json_line"),
-    "audit": ("data.facts", "data.builtin_corpus", "auditing.api.audit", "auditing.budgets.estimate", "auditing.selftest.selftest",
+    "audit": ("data.facts", "data.builtin_corpus", "auditing.api.audit", "auditing.api.estimate", "auditing.selftest.selftest",
               "report.write", "report.redacted", "cli.audit.show", "cli.audit._estimate", "cli.audit._selftest"),
     "report": ("auditing.report.Report.load", "report.compare_reports", "report.redacted", "report.write", "cli.audit.show", "cli.output.show_json",
                "cli.audit._audit_values"),

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from repedit import data
-from repedit.auditing import budgets
+from repedit.auditing import attack
 from repedit.cli import completion, options
 from repedit.errors import ArgumentError
 from repedit.fit.closed_form import FITS
@@ -23,7 +23,7 @@ from repedit.unlearning.recipes import RECIPES, by_name
 from tests.test_public import HEAVY
 
 REAL = {
-    "attacks": budgets.records(), "combinations": COMBINATIONS, "contexts": KINDS, "domains": data.DOMAINS, "fits": FITS,
+    "attacks": attack.records(), "combinations": COMBINATIONS, "contexts": KINDS, "domains": data.DOMAINS, "fits": FITS,
     "importances": IMPORTANCES, "metrics": SUITES, "recipes": RECIPES, "texts": data.BUILTIN,
 }  # fmt: skip
 SCRIPT = f"""
@@ -140,7 +140,7 @@ def test_every_recipe_that_is_offered_exists():
 
 def test_choices_are_those_that_the_library_takes():
     choices = {name: get_args(get_args(getattr(options, name))[0]) for name in ("Structure", "Dtype")}
-    assert choices["Structure"] == STRUCTURES and get_args(options.Budget.__origin__) == tuple(budgets.BUDGETS)
+    assert choices["Structure"] == STRUCTURES and get_args(options.Budget.__origin__) == tuple(attack.BUDGETS)
     assert all(floating_dtype(name).is_floating_point for name in choices["Dtype"] if name != "auto")
 
 

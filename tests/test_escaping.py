@@ -16,7 +16,7 @@ from matplotlib import cbook
 
 from repedit.escaping import for_markdown, for_mathtext, for_plotly, for_terminal, for_yaml, shortened
 from repedit.plot.canvas import canvas, label_text
-from repedit.report.rendering import ENVIRONMENT, svg
+from repedit.report.pages import ENVIRONMENT, svg
 
 SIGNS = (
     "\x1b]52;c;cHduZWQ=\x07", "\x1b[2J", "\x9b31m", "\r", "\b", "\x00", "\u202e", "\u2066", "\ufeff", "\u2028", "\udc80", "\U000e0041",

@@ -9,9 +9,8 @@ from dataclasses import replace
 import pytest
 
 import repedit as rp
-from repedit.auditing.attack import _RECORDS, _of_package
+from repedit.auditing.attack import _RECORDS, _of_package, records
 from repedit.auditing.attacks.prompts import DIRECT, direct
-from repedit.auditing.budgets import records
 from repedit.errors import ArgumentError
 from tests.taught_models import facts, original, reference
 

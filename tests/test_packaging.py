@@ -69,7 +69,7 @@ def test_the_installed_wheel_works_without_this_folder(archives, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import repedit as rp; from repedit.report import schema; "
         f"assert rp.__file__.startswith({str(tmp_path)!r}), rp.__file__; schema(); rp.data.facts('capitals'); rp.data.prose(); "
-        "from repedit.report.rendering import ENVIRONMENT; ENVIRONMENT.get_template('audit.html.jinja2'); "
+        "from repedit.report.pages import ENVIRONMENT; ENVIRONMENT.get_template('audit.html.jinja2'); "
         "from repedit.cli import app; from typer.testing import CliRunner; print(CliRunner().invoke(app, ['--help']).exit_code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

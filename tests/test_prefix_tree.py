@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from repedit.activations import prefix_tree as trees
-from repedit.activations.prefix_tree import prefix_tree, tree_capacity, tree_groups, tree_log_probs
+from repedit.activations import forward as trees
+from repedit.activations.forward import prefix_tree, tree_capacity, tree_groups, tree_log_probs
 from repedit.models.subject import Subject
 from tests.tiny import FAMILIES, tiny
 from tests.tolerances import close, within

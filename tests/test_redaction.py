@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from repedit import auditing
-from repedit.auditing import budgets
+from repedit.auditing import conclusion
 from repedit.auditing.classifier import UNTRIED
 from repedit.auditing.report import Recovery, Report, RetainCheck
 from repedit.auditing.verdict import verdict
@@ -90,7 +90,7 @@ def test_no_text_of_a_report_is_in_any_file(name, tmp_path):
 
 def test_a_text_that_stays_is_caught(tmp_path, monkeypatch):
     """The law finds a withholding that forgets one field."""
-    monkeypatch.setattr("repedit.report.writing.redacted", lambda r: replace(redacted(r), not_run=r.not_run))
+    monkeypatch.setattr("repedit.report.pages.redacted", lambda r: replace(redacted(r), not_run=r.not_run))
     write(REPORTS["keys False"], tmp_path, hide_items=True)
     assert any(MARK.encode() in data for _, data in written(tmp_path))
 
@@ -126,7 +126,7 @@ def test_what_a_verdict_says_is_not_withheld(name):
 
 def test_reasons_that_are_always_the_same_are_not_withheld():
     for longest in (None, 200, 500):
-        reasons = UNTRIED | budgets.untried(longest)
+        reasons = UNTRIED | conclusion.untried(longest)
         assert redacted(replace(report(), not_run=reasons)).not_run == reasons
 
 

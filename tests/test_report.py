@@ -37,7 +37,7 @@ from repedit.plot.reports import (
     recovery_forest,
     relearning_curves,
 )
-from repedit.report import compare_reports, markdown, page, redacted, rendering, schema, write
+from repedit.report import compare_reports, markdown, page, pages, redacted, schema, write
 from repedit.report.redaction import digest
 from repedit.report.tables import format_recovery
 from tests.figure_laws import laid_out, outside, overlapping
@@ -148,7 +148,7 @@ def test_no_text_of_a_report_becomes_markup():
 
 
 def test_unescaped_text_is_caught(monkeypatch):
-    monkeypatch.setattr(rendering, "ENVIRONMENT", rendering.ENVIRONMENT.overlay(autoescape=False))
+    monkeypatch.setattr(pages, "ENVIRONMENT", pages.ENVIRONMENT.overlay(autoescape=False))
     assert {"script", "img", "src", "onerror"} <= set(spoiled(page(hostile(report()))))
 
 
@@ -158,7 +158,7 @@ def test_no_text_of_a_report_breaks_markdown():
 
 
 def test_torn_markdown_is_caught(monkeypatch):
-    monkeypatch.setattr("repedit.report.audit_pages.for_markdown", lambda text: text)
+    monkeypatch.setattr("repedit.report.pages.for_markdown", lambda text: text)
     assert torn(markdown(hostile(report())))
 
 
@@ -201,7 +201,7 @@ def test_large_reports_stay_below_two_megabytes():
     assert len(text.encode()) < 2e6 and "19600 more rows are in audit.json." in text
 
 
-WIDTHS = (rendering.PAGE_WIDTH, rendering.PHONE_WIDTH)
+WIDTHS = (pages.PAGE_WIDTH, pages.PHONE_WIDTH)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -215,9 +215,9 @@ def test_intervals_are_drawn_where_they_are(width):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_page_shows_the_forest_plot_as_it_is(width):
-    assert rendering.svg(recovery_forest(report(), width=width)) in standard_page()
+    assert pages.svg(recovery_forest(report(), width=width)) in standard_page()
     both = {"a": report(), "b": clean()}
-    assert rendering.svg(audits_forest(both, width=width)) in compare_reports(both).page()
+    assert pages.svg(audits_forest(both, width=width)) in compare_reports(both).page()
 
 
 def test_the_figures_of_a_page_refer_to_their_own_parts():
@@ -372,7 +372,7 @@ def test_withheld_texts_are_nowhere(tmp_path, blank):
 
 
 def test_texts_that_stay_are_caught(tmp_path, monkeypatch, blank):
-    monkeypatch.setattr("repedit.report.writing.redacted", lambda found: replace(found, examples=()))
+    monkeypatch.setattr("repedit.report.pages.redacted", lambda found: replace(found, examples=()))
     write(report(), tmp_path, hide_items=True)
     assert told(tmp_path)
 
@@ -444,8 +444,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     ),
     "relearning": lambda: plot.relearning(report()),
     "lenses": lambda: plot.lenses(report()),
-    "recovery on a phone": lambda: recovery_forest(report(), width=rendering.PHONE_WIDTH),
-    "audits on a phone": lambda: audits_forest({"gradient difference": report(), "projected, rank 16": clean()}, width=rendering.PHONE_WIDTH),
+    "recovery on a phone": lambda: recovery_forest(report(), width=pages.PHONE_WIDTH),
+    "audits on a phone": lambda: audits_forest({"gradient difference": report(), "projected, rank 16": clean()}, width=pages.PHONE_WIDTH),
     "curves": lambda: curves(layer_curves(report())[0], "layer"),
 }  # fmt: skip
 
@@ -531,7 +531,7 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_data_and_the_pages(tmp_path, m
 
 @pytest.mark.parametrize("part", ["markdown", "page"])
 def test_a_page_that_fails_leaves_the_rest(part, tmp_path, monkeypatch, blank):
-    monkeypatch.setattr(f"repedit.report.writing.{part}", lambda _: (_ for _ in ()).throw(KeyError("kind")))
+    monkeypatch.setattr(f"repedit.report.pages.{part}", lambda _: (_ for _ in ()).throw(KeyError("kind")))
     with pytest.raises(ReportError, match="KeyError"):
         write(report(), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3 and Report.load(tmp_path)

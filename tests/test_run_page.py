@@ -23,7 +23,7 @@ from repedit.cli import app, output
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound
 from repedit.io.files import file_hash, file_hashes
 from repedit.plot.reports import bars, course, drops, ranges
-from repedit.report import rendering
+from repedit.report import pages
 from repedit.report.run_pages import rendered
 from repedit.rewrite.verification import Verification
 from repedit.runs import Journal, StepRecord, journal_path, run_report, step_tables
@@ -170,11 +170,11 @@ def test_what_was_not_done_is_said(made, tmp_path):
 
 def test_an_absence_that_is_not_said_would_be_caught(tmp_path, monkeypatch):
     (tmp_path / "run.toml").write_text('[[step]]\nverb = "diff"\nbase = "a"\nedited = "b"\n')
-    environment = rendering.ENVIRONMENT
+    environment = pages.ENVIRONMENT
     source = environment.loader.get_source(environment, "parts.html.jinja2")[0]
     silent = DictLoader({"parts.html.jinja2": source.replace("content or otherwise", "content")})
     loader = ChoiceLoader([silent, environment.loader])
-    monkeypatch.setattr(rendering, "ENVIRONMENT", environment.overlay(loader=loader))
+    monkeypatch.setattr(pages, "ENVIRONMENT", environment.overlay(loader=loader))
     assert "Under attack" not in headings(rp.report.run_page(tmp_path / "run.toml"))
 
 
@@ -244,7 +244,7 @@ def test_no_text_of_a_run_becomes_markup(audited):
 
 
 def test_unescaped_text_is_caught(audited, monkeypatch):
-    monkeypatch.setattr(rendering, "ENVIRONMENT", rendering.ENVIRONMENT.overlay(autoescape=False))
+    monkeypatch.setattr(pages, "ENVIRONMENT", pages.ENVIRONMENT.overlay(autoescape=False))
     assert "b" in spoiled(rp.report.run_page(audited))
 
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 import repedit as rp
 from repedit.data import Facts
 from repedit.errors import ArgumentError, DataError
-from repedit.metrics import trainer_callback as module
+from repedit.metrics import facts as module
 from tests.teachable_models import facts as taught_facts
 from tests.teachable_models import taught
 

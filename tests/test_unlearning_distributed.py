@@ -19,7 +19,7 @@ from repedit.unlearning.forget_gradient import CommonPart, LeadingDirections, Sh
 from repedit.unlearning.parameters import Lora, Mask, Parameters
 from repedit.unlearning.recipe import OptimizerConfig
 from repedit.unlearning.recipes import RECIPES
-from repedit.unlearning.sharding import check_shardable, micro_batches
+from repedit.unlearning.trainer import check_shardable, micro_batches
 from tests.gloo_processes import together
 from tests.saved_models import saved
 from tests.unlearning_cases import rows, sides, subject

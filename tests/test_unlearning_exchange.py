@@ -12,8 +12,8 @@ import repedit as rp
 from repedit.data import facts
 from repedit.data.fact_sets import with_paraphrases
 from repedit.errors import ArgumentError, DataError
-from repedit.unlearning import exchange
-from repedit.unlearning.exchange import Exchange, exchanged_rows
+from repedit.unlearning import sampling
+from repedit.unlearning.sampling import Exchange, exchanged_rows
 from tests.teachable_models import facts as likes
 from tests.unlearning_cases import subject, training
 
@@ -51,7 +51,7 @@ def test_a_plain_shuffle_is_caught(monkeypatch):
         given = random.Random(seed).sample(list(answers.values()), len(answers))
         return dict(zip(answers, given, strict=True))
 
-    monkeypatch.setattr(exchange, "_exchange", shuffled)
+    monkeypatch.setattr(sampling, "_exchange", shuffled)
     with pytest.raises(AssertionError, match="its own"):
         answers_differ()
 
@@ -73,7 +73,7 @@ def test_the_reverse_form_is_in_the_batches():
 
 
 def test_a_missing_reverse_form_is_caught(monkeypatch):
-    monkeypatch.setattr(exchange, "_reversed", lambda *_: [])
+    monkeypatch.setattr(sampling, "_reversed", lambda *_: [])
     with pytest.raises(AssertionError, match="reverse form is missing"):
         both_directions_are_trained()
 

@@ -14,12 +14,12 @@ from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, Training
 from repedit.io import archive
 from repedit.unlearning import losses, schedule, trainer
 from repedit.unlearning.combiners import weighted_sum
-from repedit.unlearning.exchange import Exchange
 from repedit.unlearning.forget_gradient import CommonPart, LeadingDirections
 from repedit.unlearning.masks import neuron_mask, saliency
 from repedit.unlearning.parameters import Lora, Mask, Parameters, TrainableCopy
 from repedit.unlearning.recipe import OptimizerConfig, Term, UnlearnRecipe
 from repedit.unlearning.recipes import RECIPES, sure
+from repedit.unlearning.sampling import Exchange
 from tests.unlearning_cases import gradient, rows, sides, subject, training, values
 
 ALL = Parameters()

@@ -12,9 +12,15 @@ from repedit.data import Batch
 from repedit.errors import ArgumentError, UnknownName
 from repedit.training.sampler import collate
 from repedit.unlearning import losses
-from repedit.unlearning.losses import ControlVectors, ForwardPass, steering_layer, token_positions, unit_count
+from repedit.unlearning.losses import (
+    ControlVectors,
+    ForwardPass,
+    Reference,
+    steering_layer,
+    token_positions,
+    unit_count,
+)
 from repedit.unlearning.recipe import Term, UnlearnRecipe
-from repedit.unlearning.reference import Reference
 from tests.unlearning_cases import rows, subject, training
 
 pytestmark = pytest.mark.numeric

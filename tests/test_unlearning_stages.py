@@ -10,7 +10,7 @@ import torch
 import repedit as rp
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, SelectionError, TrainingError, UnknownName
-from repedit.unlearning import api, noise, stages
+from repedit.unlearning import api, noise
 from repedit.unlearning.noise import Noise
 from repedit.unlearning.parameters import Parameters, TrainableCopy
 from repedit.unlearning.recipe import Stage, StagedRecipe
@@ -204,7 +204,7 @@ def test_folds_grow(monkeypatch):
 
 
 def test_folds_of_wordings_are_caught(monkeypatch):
-    monkeypatch.setattr(stages, "fact_of", lambda name: name)
+    monkeypatch.setattr(api, "fact_of", lambda name: name)
     with pytest.raises(AssertionError, match="a fact is divided"):
         folds_grow(monkeypatch)
 

@@ -21,7 +21,6 @@ from repedit.vision import (
     condense,
     erase_class,
     finetune,
-    gan,
     multi_gan,
     recipes,
     relabel,
@@ -32,7 +31,6 @@ from repedit.vision import (
     trained_on,
     zero_units,
 )
-from repedit.vision import gan as synthesis
 from repedit.vision.editing import difference, tensors_of
 from tests.classifiers import drawn, normed, original, request
 
@@ -206,7 +204,7 @@ def test_samples_are_images(shape):
 
 
 def test_samples_outside_the_range_are_caught(monkeypatch):
-    monkeypatch.setattr(gan.nn, "Sigmoid", lambda: torch.nn.Identity())
+    monkeypatch.setattr(recipes.nn, "Sigmoid", lambda: torch.nn.Identity())
     with pytest.raises(AssertionError):
         samples_are_images((1, 8, 8))
 
@@ -228,9 +226,9 @@ def test_no_samples_is_relabel(setting):
 
 
 def test_samples_that_are_drawn_all_the_same_are_caught(setting, monkeypatch):
-    monkeypatch.setattr(synthesis, "round", lambda value: 3, raising=False)
+    monkeypatch.setattr(recipes, "round", lambda value: 3, raising=False)
     monkeypatch.setattr(
-        synthesis, "train_gans", lambda s, g, **o: {n: train_gan(s.sets[n], QUICK) for n in ("retain", "forget")}
+        recipes, "train_gans", lambda s, g, **o: {n: train_gan(s.sets[n], QUICK) for n in ("retain", "forget")}
     )
     with pytest.raises(AssertionError):
         no_samples_is_relabel(*setting)

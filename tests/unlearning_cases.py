@@ -9,8 +9,8 @@ import torch
 
 from repedit.data import Row
 from repedit.models.subject import Subject, subject_of
+from repedit.unlearning.losses import Reference
 from repedit.unlearning.parameters import TrainableCopy
-from repedit.unlearning.reference import Reference
 from repedit.unlearning.trainer import Training
 from repedit.unlearning.training_data import prepare_data
 from tests import teachable_models

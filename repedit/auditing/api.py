@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from repedit.auditing.attack import Attack, Setup
-from repedit.auditing.budgets import INVENTED_FACTS, RETAIN_FACTS, SEEDS, built, planned, records
+from repedit.auditing.attack import INVENTED_FACTS, RETAIN_FACTS, SEEDS, Attack, Setup, ask, built, planned, records
+from repedit.auditing.attacks.finetune import rtt
 from repedit.auditing.conclusion import CompletedAudit, judged, report_of
 from repedit.auditing.data import AuditData, DataOptions, audit_data
 from repedit.auditing.diagnostics import with_examples_and_diagnostics
@@ -24,6 +25,7 @@ from repedit.auditing.statistics import check_draws
 from repedit.auditing.store import FindingStore
 from repedit.auditing.verdict import certain, check_thresholds
 from repedit.data import Fact, Facts, Splits, TextSource, prose
+from repedit.data.fact_sets import fact_items
 from repedit.errors import (
     ArgumentError,
     BadReference,
@@ -288,3 +290,61 @@ def _renamed(data: AuditData, attacks: Sequence[Attack], options: DataOptions) -
             "not subtracted from what relinking brings back"
         )
         return None
+
+
+# --- What an audit will cost, before it is begun: questions and training steps, timed on a few of each
+
+
+SAMPLE, STEPS = 24, 3
+
+
+def estimate(
+    edited: Subject | str | Path,
+    facts: Facts | Sequence[Fact],
+    *,
+    budget: str = "fast",
+    attacks: Sequence[str] | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Seconds of every attack of a budget over all models and seeds, from 24 questions and 3 training steps.
+
+    Raises:
+        UnknownName: if there is no such budget or attack.
+    """
+    items = fact_items(facts)
+    model = Audited("edited", edited, device)
+    attacks_built = built(planned(budget, attacks), Setup(budget, model.layers))
+    # Edited and original are asked, and the edited model again with invented facts; training on attributes is repeated.
+    invented = min(1.0, INVENTED_FACTS[budget] / len(items))
+    costs = {}
+    with model.opened() as subject:
+        question, step = _calibrated(subject, items[:SAMPLE])
+        for attack in attacks_built:
+            folds, runs = _folds(attack), len(SEEDS[budget]) if attack.record.draws else 1
+            questions = attack.work.questions * len(items) * (0.5 if attack.folds == 1 else 1.0)
+            steps = folds * attack.work.steps
+            asked, trained = (3.0, 3.0) if attack.record.attributes else (2 + invented, 2.0)
+            if attack.applies is not None:
+                # The original is taken to give it nothing to work on.
+                asked, trained = (1 + invented, 1.0) if attack.applies(subject) else (0.0, 0.0)
+            seconds = runs * (asked * questions * question + trained * steps * step)
+            costs[attack.name] = {"questions": round(questions), "steps": steps, "seconds": seconds}
+    return {
+        "facts": len(items), "seconds_a_question": question, "seconds_a_step": step, "attacks": costs,
+        "minutes": sum(cost["seconds"] for cost in costs.values()) / 60,
+    }  # fmt: skip
+
+
+def _folds(attack: Attack) -> int:
+    """Trainings in which every fact is tested once, or fewer where the attack is made on some folds."""
+    return 1 if not attack.record.uses_train else attack.folds or (5 if attack.record.four_fifths else 2)
+
+
+def _calibrated(subject: Subject, items: tuple[Fact, ...]) -> tuple[float, float]:
+    """(seconds a question, seconds a training step)."""
+    ask(subject, items[:2])
+    start = time.perf_counter()
+    ask(subject, items)
+    question = (time.perf_counter() - start) / len(items)
+    finding = rtt(rates=(1e-9,), steps=STEPS, measured=(STEPS,))(subject, Splits(items, items[:1]))
+    return question, max(0.0, finding.seconds - (len(items) + 2) * question) / STEPS

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repedit.data import Fact, Splits
-from repedit.errors import ArgumentError, ShapeError, UnknownName, during, nearest
+from repedit.errors import ArgumentError, ShapeError, UnknownName, check_choice, during, nearest
 from repedit.metrics.facts import FactsAccuracy, facts_accuracy
 from repedit.models.subject import Subject
 from repedit.sites import Point, Site
@@ -45,6 +45,11 @@ __all__ = [
 QUICK = "quick"
 BUDGETS = (QUICK, "fast", "standard", "full")
 """Each includes the attacks of those before it; "quick" is too small for a pass."""
+SEEDS = {QUICK: (0,), "fast": (0,), "standard": (0, 1, 2), "full": (0, 1, 2)}
+INVENTED_FACTS = {QUICK: 48, "fast": 96, "standard": 256, "full": 256}
+"""Invented facts asked at most."""
+RETAIN_FACTS = {QUICK: 96, "fast": 160, "standard": None, "full": None}
+"""Retain facts asked at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +141,48 @@ def import_attacks() -> None:
 
 def _of_package(function: Callable[..., Any]) -> bool:
     return str(getattr(function, "__module__", None)).partition(".")[0] == __name__.partition(".")[0]
+
+
+# --- Which attacks a budget includes: the registered records in order of cost
+
+
+def records() -> Mapping[str, AttackRecord]:
+    """Every registered attack by name, the cheapest first."""
+    import_attacks()
+    return {record.name: record for record in sorted(_RECORDS.values(), key=lambda record: (record.cost, record.name))}
+
+
+def record_of(attack: str) -> AttackRecord | None:
+    """The record of an attack by the name of its findings, such as "probe-mlp" or "rtt, LoRA"; None of an unknown one."""
+    registered = records()
+    return registered.get(attack) or registered.get(attack.partition("-")[0].partition(",")[0])
+
+
+def planned(budget: str, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The attacks of a budget, or those named, the cheapest first; "direct" is always among them.
+
+    Raises:
+        UnknownName: if there is no such budget or attack.
+    """
+    check_choice(BUDGETS, budget=budget)
+    registered = records()
+    if isinstance(names, str):
+        raise UnknownName(f"attacks={names!r} is one text; give a list of names")
+    for name in names or ():
+        if name not in registered:
+            raise UnknownName(f"no attack is called {name!r}; {nearest(name, registered)}")
+    included = BUDGETS[: BUDGETS.index(budget) + 1]
+    return tuple(
+        name
+        for name, record in registered.items()
+        if name == "direct" or (record.budget in included if names is None else name in names)
+    )
+
+
+def built(names: Sequence[str], setup: Setup) -> tuple[Attack, ...]:
+    """The attacks of these names, built for a setup."""
+    registered = records()
+    return tuple(attack for name in names for attack in registered[name].build(setup))
 
 
 # --- Settings and findings

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from repedit.auditing.attack import FAILED, RAN, SKIPPED, Attack, Finding, Setting
+from repedit.auditing.attack import FAILED, RAN, SKIPPED, Attack, Finding, Setting, planned, records
 from repedit.auditing.attacks.variants import RETRAINING
-from repedit.auditing.budgets import planned, records, untried
 from repedit.auditing.data import AuditData
 from repedit.auditing.floors import CHOICES_ONLY, heuristic_values, spelling_values
 from repedit.auditing.report import COMPLETE, INTERRUPTED, RETAIN_CHECK, Recovery, Report, RetainCheck, Verdict
@@ -26,6 +25,22 @@ from repedit.hashing import package_versions
 
 Findings = Mapping[str, tuple[Finding, ...]]
 EXAMPLES = 10
+DISTILLATION = "the model is not distilled into another one"
+SHORT, LONG = (
+    "hundreds of steps, other optimisers and other data",
+    "more than {} steps, and optimizers other than AdamW, Lion and SGD",
+)
+"""What training is left untried without attack "retraining", and with it."""
+
+
+def untried(longest: int | None = None) -> dict[str, str]:
+    """What no attack of an audit did, whatever its budget; every report says so.
+
+    Args:
+        longest: training steps of the longest variant of "retraining" that ran, with AdamW, Lion and SGD among them;
+            None where that is not so.
+    """
+    return {"distillation": DISTILLATION, "long training": SHORT if longest is None else LONG.format(longest)}
 
 
 class BootstrapOptions(TypedDict):

@@ -57,6 +57,17 @@ class Recovery:
         return self.edited / self.original if self.original else float("nan")
 
 
+FORGET, RETAIN, TEST, AUC, RELEARNING = (
+    "forget accuracy",
+    "retain accuracy",
+    "test accuracy",
+    "AUC of the loss",
+    "relearn",
+)
+ROUNDED = "forget accuracy, {}"
+"""What the gaps of a classifier are measured in; the last for each scheme of rounding."""
+
+
 @dataclass(frozen=True)
 class Gap:
     """One measure of a classifier beside the same measure of models that were retrained without the forget images.

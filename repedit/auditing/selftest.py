@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from repedit.auditing.api import audit
-from repedit.auditing.budgets import planned
+from repedit.auditing.attack import planned
 from repedit.auditing.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.auditing.controls.taught import TAUGHT, World, taught_model, world
 from repedit.auditing.report import Report

@@ -7,10 +7,8 @@ from math import ceil, inf, isfinite, isnan
 from statistics import NormalDist
 from typing import NamedTuple
 
-from repedit.auditing.attack import FAILED, QUICK, RAN, SKIPPED
-from repedit.auditing.budgets import record_of, records
-from repedit.auditing.gaps import AUC, FORGET, RELEARNING, RETAIN, ROUNDED, TEST
-from repedit.auditing.report import Gap, Recovery, RetainCheck, Verdict
+from repedit.auditing.attack import FAILED, QUICK, RAN, SKIPPED, record_of, records
+from repedit.auditing.report import AUC, FORGET, RELEARNING, RETAIN, ROUNDED, TEST, Gap, Recovery, RetainCheck, Verdict
 from repedit.errors import ArgumentError, FractionError, is_finite
 from repedit.outcomes import (
     DESTROYED,
@@ -353,7 +351,7 @@ def classifier_verdict(gaps: Sequence[Gap], others: int = 0) -> Verdict:
     that lies among those of several retrained models is neither HIDDEN nor OVER-FORGOTTEN.
 
     Args:
-        gaps: those of `repedit.auditing.gaps`.
+        gaps: those of `repedit.auditing.classifier`.
         others: images of the holdout, from which the number that would settle an open question is worked out.
     Raises:
         ArgumentError: if one of the four gaps that every audit has is missing.

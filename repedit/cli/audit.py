@@ -224,7 +224,7 @@ def _command_line() -> str:
 def _estimate(
     edited: str, facts: Facts, budget: str, attacks: Sequence[str] | None, device: str, allow_small: bool, json: bool
 ) -> None:
-    from repedit.auditing.budgets import estimate
+    from repedit.auditing.api import estimate
     from repedit.cli import output
 
     costs = estimate(edited, facts, budget=budget, attacks=attacks, device=device)

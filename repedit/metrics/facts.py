@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,16 +13,27 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.forward import at_least_float32, check_ids, retry_with_smaller_batch
-from repedit.activations.prefix_tree import prefix_tree, tree_capacity, tree_groups, tree_log_probs
+from repedit.activations.forward import (
+    at_least_float32,
+    check_ids,
+    prefix_tree,
+    retry_with_smaller_batch,
+    tree_capacity,
+    tree_groups,
+    tree_log_probs,
+)
 from repedit.data import Fact, Facts, by_domain
 from repedit.data.encoding import Encoded, Tokenizer, encoded_choices, question_ids
 from repedit.data.fact_sets import fact_items
 from repedit.data.grading import contains_answer
-from repedit.errors import ArgumentError, DataError, NotFinite, check_choice, is_whole
+from repedit.errors import ArgumentError, DataError, NotFinite, check_choice, check_whole, is_whole
 from repedit.hooks import evaluating
 from repedit.metrics.generation import greedy_continuations
 from repedit.models.subject import Subject
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
 
 HOWS = ("choice", "greedy")
 RULES = ("sum", "mean")
@@ -364,3 +375,61 @@ def knowledge(base: Subject, edited: Subject, facts: Iterable[Fact], *, how: str
         guesses = [1 / len(fact.choices) for fact in items if fact.choices]
         by_name[domain] = Knowledge(before, after, sum(guesses) / len(guesses) if how == "choice" else 0.0)
     return by_name
+
+
+# --- Accuracy on facts while a `transformers.Trainer` fine-tunes a model
+
+
+def trainer_callback(subject: Subject, facts: Mapping[str, Facts] | Facts, *, every: int = 10) -> TrainerCallback:
+    """A callback that measures a model on facts before the first step, every few steps, and after the last one.
+
+    The accuracies go to `trainer.state.log_history`, one row for each measurement: {"step": 10, "facts/capitals": 0.42}. It
+    is saved with the state of the Trainer; loggers such as TensorBoard, to which the Trainer sends rows of its own, do not
+    get these. A LoRA adapter that PEFT injected into the model is measured with it.
+
+    Args:
+        subject: `rp.wrap(model, tokenizer)` of the model that the Trainer trains.
+        facts: the facts, of which those to forget are asked; several sets by name.
+        every: optimizer steps between two measurements.
+    Raises:
+        ArgumentError: if `every` is not a positive whole number; when training begins, if the Trainer trains another model.
+            If the subject has no tokenizer.
+        DataError: if there are no facts.
+    """
+    from transformers import TrainerCallback
+
+    check_whole(every=every)
+    subject.need_tokenizer()
+    if not isinstance(facts, Facts | Mapping):
+        raise DataError(f"trainer_callback() was given a {type(facts).__name__}; give Facts, or several by name")
+    sets = {facts.name: facts} if isinstance(facts, Facts) else dict(facts)
+    wrong = next((name for name, part in sets.items() if not isinstance(part, Facts)), None)
+    if wrong is not None:
+        raise DataError(f"trainer_callback() was given a {type(sets[wrong]).__name__} as {wrong!r}; give Facts")
+    if not sets or not all(part.forget for part in sets.values()):
+        raise DataError("trainer_callback() was given no facts to ask; give at least one to each set")
+
+    class FactsCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        """Measures `sets` on the model of `subject`."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **held: Any) -> None:
+            trained = {p.data_ptr() for p in held["model"].parameters()}
+            if not {p.data_ptr() for p in subject.model.parameters()} & trained:
+                raise ArgumentError(
+                    "the Trainer trains another model than the callback measures; wrap the model that the Trainer has"
+                )
+            _measure(state)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **held: Any) -> None:
+            if state.global_step % every == 0:
+                _measure(state)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **held: Any) -> None:
+            if state.global_step % every:
+                _measure(state)
+
+    def _measure(state: Any) -> None:
+        accuracies = {f"facts/{name}": facts_accuracy(subject, part).accuracy for name, part in sets.items()}
+        state.log_history.append({"step": state.global_step, **accuracies})
+
+    return FactsCallback()

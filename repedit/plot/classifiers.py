@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from repedit.auditing.attack import Finding
-from repedit.auditing.gaps import AUC, FORGET, RELEARNING, RETAIN, TEST
 from repedit.auditing.image_attacks import MEMBERSHIP, sides
-from repedit.auditing.report import Gap, Report
+from repedit.auditing.report import AUC, FORGET, RELEARNING, RETAIN, TEST, Gap, Report
 from repedit.auditing.verdict import ALIKE, CLOSE, DAMAGE, RELEARNED
 from repedit.errors import ArgumentError
 from repedit.metrics.membership import auc_draws, percentiles

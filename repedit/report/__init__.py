@@ -3,12 +3,18 @@
 Nothing here measures: audit.json holds all results, so pages can be made again without a model.
 """
 
-from repedit.report.audit_comparison import ReportComparison, compare_reports
-from repedit.report.audit_pages import markdown, page
-from repedit.report.checkpoint_pages import comparison_page, difference_page
+from repedit.report.pages import (
+    ReportComparison,
+    compare_reports,
+    comparison_page,
+    difference_page,
+    markdown,
+    page,
+    schema,
+    write,
+)
 from repedit.report.redaction import redacted
 from repedit.report.run_pages import run_page, write_run
-from repedit.report.writing import schema, write
 from repedit.runs import RunReport
 
 __all__ = [

@@ -221,8 +221,7 @@ def digest(name: str) -> str:
 @cache
 def own_words() -> frozenset[str]:
     """The names that are kept."""
-    from repedit.auditing.attack import BUDGETS
-    from repedit.auditing.budgets import records
+    from repedit.auditing.attack import BUDGETS, records
     from repedit.data import BUILTIN, DOMAINS
     from repedit.fit.closed_form import FITS
     from repedit.metrics.benchmarks import SUITES
@@ -305,12 +304,12 @@ def _own_clause() -> re.Pattern[str]:
 
 def _fixed_clauses() -> list[str]:
     """The clauses of the sentences that every audit says in the same words."""
-    from repedit.auditing import budgets, classifier
+    from repedit.auditing import classifier, conclusion
     from repedit.auditing.runner import MEMORY
     from repedit.auditing.verdict import ONE
 
     notes = (MEMORY, ONE, f"two more retrained models: {ONE}", classifier.EVIDENCE)
-    reasons = (*notes, *budgets.untried().values(), *classifier.UNTRIED.values())
+    reasons = (*notes, *conclusion.untried().values(), *classifier.UNTRIED.values())
     return [clause for reason in reasons for clause in reason.split("; ")]
 
 

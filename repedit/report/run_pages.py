@@ -24,9 +24,8 @@ from repedit.io.text import JsonLines
 from repedit.neurons.scores import Scores
 from repedit.plot import specialization
 from repedit.plot.reports import bars, course, drops, ranges
-from repedit.report.audit_pages import AuditFigures
+from repedit.report.pages import AuditFigures, render, svg, tone
 from repedit.report.redaction import redacted_run, redacted_values
-from repedit.report.rendering import render, svg, tone
 from repedit.report.tables import Table, format_value
 from repedit.rewrite.certificate import Certificate
 from repedit.rewrite.checkpoint_architecture import architecture_of, used_specs

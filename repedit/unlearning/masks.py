@@ -14,10 +14,9 @@ from repedit.errors import SelectionError
 from repedit.models.subject import Subject
 from repedit.sites import Site
 from repedit.training.sampler import collate, label_mask, logits_for
-from repedit.unlearning.losses import ForwardPass, Loss, nll, unit_count
+from repedit.unlearning.losses import ForwardPass, Loss, Reference, autocast, nll, unit_count
 from repedit.unlearning.parameters import Mask, Parameters, TrainableCopy
 from repedit.unlearning.recipe import Saliency, Term, UnlearnRecipe
-from repedit.unlearning.reference import Reference, autocast
 from repedit.unlearning.training_data import Sources, prepare_data
 
 

@@ -18,9 +18,8 @@ from repedit.errors import DataError, NotEnoughRows, SelectionError, check_finit
 from repedit.hashing import seed_of
 from repedit.training.sampler import collate
 from repedit.unlearning.forget_gradient import Matrix, linear_matrices
-from repedit.unlearning.losses import token_positions
+from repedit.unlearning.losses import autocast, token_positions
 from repedit.unlearning.parameters import TrainableCopy
-from repedit.unlearning.reference import autocast
 
 _BATCH_SIZE = 8
 _NEGLIGIBLE = 1e-6

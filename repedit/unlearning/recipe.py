@@ -22,7 +22,6 @@ from repedit.errors import (
 from repedit.io.text import read_toml
 from repedit.unlearning import losses
 from repedit.unlearning.combiners import COMBINERS, Combiner, weighted_sum
-from repedit.unlearning.exchange import Exchange
 from repedit.unlearning.forget_gradient import (
     ADVERSARIES,
     FILTERS,
@@ -34,7 +33,7 @@ from repedit.unlearning.forget_gradient import (
 from repedit.unlearning.losses import Loss, nll
 from repedit.unlearning.noise import Noise
 from repedit.unlearning.parameters import Lora, Parameters
-from repedit.unlearning.sampling import FORGET_SIDE, RETAIN_SIDE, SAMPLERS, Sampler, paired
+from repedit.unlearning.sampling import FORGET_SIDE, RETAIN_SIDE, SAMPLERS, Exchange, Sampler, paired
 from repedit.unlearning.schedule import STOP_RULES, Record, Schedule, Stop, collapse
 
 ROLES = (*FORGET_SIDE, *RETAIN_SIDE)

@@ -24,7 +24,6 @@ from repedit.errors import (
 )
 from repedit.unlearning import combiners, losses
 from repedit.unlearning.combiners import Combiner, unit_forget, weighted_sum
-from repedit.unlearning.exchange import Exchange
 from repedit.unlearning.forget_gradient import Agreement, CommonPart, Fork, LeadingDirections, SharpnessAware
 from repedit.unlearning.losses import Loss
 from repedit.unlearning.noise import Noise
@@ -44,7 +43,7 @@ from repedit.unlearning.recipe import (
     recipe_from_file,
     resolved_fields,
 )
-from repedit.unlearning.sampling import Phase, alternate, chunked, in_turn, round_robin
+from repedit.unlearning.sampling import Exchange, Phase, alternate, chunked, in_turn, round_robin
 from repedit.unlearning.schedule import Record, Schedule, loss_above
 
 _R = TypeVar("_R", bound=Callable[..., AnyRecipe])

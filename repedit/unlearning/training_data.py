@@ -10,8 +10,8 @@ from repedit.data import Batch, Batches, Fact, Row, Rows, TextSource
 from repedit.errors import DataError
 from repedit.models.subject import Subject
 from repedit.training.sampler import BatchSampler, check_disjoint, label_mask, training_rows
-from repedit.unlearning.exchange import exchanged_rows
 from repedit.unlearning.recipe import UnlearnRecipe
+from repedit.unlearning.sampling import exchanged_rows
 
 Sources: TypeAlias = TextSource | Mapping[str, TextSource]
 """Rows, facts, a corpus or texts, or a mapping of topics to those."""

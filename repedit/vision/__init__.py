@@ -13,8 +13,22 @@ from repedit.vision.data import (
     random_splits,
 )
 from repedit.vision.editing import apply, class_eraser, erase_class, fold, hooked, statistics, zero_units
-from repedit.vision.gan import Gan, GanConfig, Synthesize, multi_gan, train_gan, train_gans
-from repedit.vision.recipes import DataPlan, Relabel, ascend, finetune, relabel, retrain, salun, scrub
+from repedit.vision.recipes import (
+    DataPlan,
+    Gan,
+    GanConfig,
+    Relabel,
+    Synthesize,
+    ascend,
+    finetune,
+    multi_gan,
+    relabel,
+    retrain,
+    salun,
+    scrub,
+    train_gan,
+    train_gans,
+)
 from repedit.vision.training import (
     PUBLISHED_SCHEDULES,
     Schedule,

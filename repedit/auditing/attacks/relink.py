@@ -23,7 +23,7 @@ from repedit.auditing.attacks.tuning import (
     training_work,
     trial,
 )
-from repedit.auditing.attributes import check_no_leak, reversed_facts, spread
+from repedit.auditing.data import check_no_leak, reversed_facts, spread
 from repedit.data import Fact, Splits
 from repedit.data.fact_sets import entity_of
 from repedit.errors import check_whole

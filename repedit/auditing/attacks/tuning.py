@@ -14,8 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repedit.activations.forward import at_least_float32, batches_of, inputs_of, retry_with_smaller_batch
-from repedit.activations.prefix_tree import prefix_tree, tree_capacity, tree_log_probs
+from repedit.activations.forward import (
+    at_least_float32,
+    batches_of,
+    inputs_of,
+    prefix_tree,
+    retry_with_smaller_batch,
+    tree_capacity,
+    tree_log_probs,
+)
 from repedit.auditing.attack import FAILED, RAN, AttackResult, Scratch, Setting, Work, ask
 from repedit.data import Batch, Fact, Splits, TextSource, as_batches
 from repedit.data.corpus import padded
