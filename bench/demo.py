@@ -13,7 +13,7 @@ from typing import Any
 import repedit as rp
 from bench.record import record
 from repedit.cli import output
-from repedit.cli.demo import forgotten_json
+from repedit.cli.run import forgotten_json
 from repedit.demo import forget_capitals, prune_code
 from repedit.models.default_model import cached
 

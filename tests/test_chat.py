@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import repedit as rp
 from repedit.cli import app, output
-from repedit.cli import chat as chatting
-from repedit.cli.chat import Conversation
+from repedit.cli import inspect as chatting
+from repedit.cli.inspect import Conversation
 from repedit.errors import ArgumentError
 from repedit.metrics.generation import Writing, generate
 from tests.saved_models import saved

@@ -25,8 +25,8 @@ ANSWERS = {
     "io.archive.kind_of": "edit", "runs.run": 0, "cli.neurons.plan_summary": "plan", "cli.project.plan_summary": "plan", "rewrite.export.dry_run": "plan", "arch.infer.inferred_row": None, "report.write": [],
 }  # fmt: skip
 PATCHED: dict[str, tuple[str, ...]] = {
-    "demo": ("demo.prune_code", "demo.forget_capitals", "cli.demo._show_pruning", "cli.demo._show_forgotten",
-             "cli.output.comparison_json", "cli.demo.forgotten_json", "cli.output.show_json"),
+    "demo": ("demo.prune_code", "demo.forget_capitals", "cli.run._show_pruning", "cli.run._show_forgotten",
+             "cli.output.comparison_json", "cli.run.forgotten_json", "cli.output.show_json"),
     "fetch": ("models.default_model.fetch", "cli.output.show_json"),
     "doctor": ("cli.inspect.load_model", "arch.infer.check_architecture", "arch.infer.inferred_row", "kernels.dispatch.choose", "installation.check_installation", "cli.output.show_json", "cli.output.table"),
     "inspect": ("cli.inspect.load_model", "cli.output.show_json", "cli.output.table"),
@@ -43,7 +43,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "diff": ("rewrite.diff.diff", "report.difference_page", "io.files.write_text", "cli.output.show_json", "cli.output.table"),
     "compare": ("cli.inspect.load_model", "data.read", "metrics.benchmarks.compare", "metrics.benchmarks.compare_benchmarks", "cli.output.comparison_json",
                 "report.comparison_page", "io.files.write_text", "cli.output.show_comparison", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
-    "chat": ("cli.chat.load_model", "metrics.generation.side_by_side", "cli.chat._show", "cli.chat._last", "cli.chat._show_json_line"),
+    "chat": ("cli.inspect.load_model", "metrics.generation.side_by_side", "cli.inspect._show", "cli.inspect._last", "cli.inspect._show_json_line"),
     "audit": ("data.facts", "data.builtin_corpus", "auditing.api.audit", "auditing.api.estimate", "auditing.selftest.selftest",
               "report.write", "report.redacted", "cli.audit.show", "cli.audit._estimate", "cli.audit._selftest"),
     "report": ("auditing.report.Report.load", "report.compare_reports", "report.redacted", "report.write", "cli.audit.show", "cli.output.show_json",
@@ -126,7 +126,7 @@ def asked(verb: str, words: tuple[str, ...], monkeypatch: Any, folder: Path) -> 
     def stub(name: str) -> Any:
         def called(*args: Any, **given: Any) -> Any:
             calls.append((name, [plain(a) for a in args], {key: plain(a) for key, a in given.items()}))
-            return ANSWERS.get(name, [KEPT, KEPT] if name.startswith("cli.chat") and "load_model" not in name else KEPT)
+            return ANSWERS.get(name, [KEPT, KEPT] if name in ("cli.inspect._show", "cli.inspect._last") else KEPT)
 
         return called
 

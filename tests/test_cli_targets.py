@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import repedit as rp
-from repedit.cli import app, saving
+from repedit.cli import app, apply
 from repedit.data import facts
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, CheckpointError, RepeditError, TargetExists
@@ -122,7 +122,7 @@ def test_tasks_are_written_into_a_folder_or_refused(tmp_path):
 
 def test_a_value_is_saved_where_a_link_leads(tmp_path):
     (tmp_path / "d.safetensors").symlink_to("new/d.safetensors")
-    saving.save(Delta({"w": __import__("torch").ones(3)}, {"method": "test"}), tmp_path / "d.safetensors")
+    apply.save(Delta({"w": __import__("torch").ones(3)}, {"method": "test"}), tmp_path / "d.safetensors")
     assert (tmp_path / "d.safetensors").is_symlink() and (tmp_path / "new" / "d.safetensors").is_file()
 
 
@@ -174,7 +174,7 @@ def test_what_was_computed_is_kept_beside_a_target_that_fails(after, tmp_path, m
     with pytest.raises(
         CheckpointError, match=r"No space left.*what was computed is kept in \S*d\.rescued\.safetensors: repedit apply"
     ):
-        saving.save(delta, tmp_path / "full" / "d.safetensors")
+        apply.save(delta, tmp_path / "full" / "d.safetensors")
     (kept,) = tmp_path.rglob("*.rescued.safetensors")
     assert Delta.load(kept).tensors["w"].sum() == 3 and (kept.parent == tmp_path) == (after == 2)
 
@@ -184,8 +184,8 @@ def test_a_target_that_appears_during_the_training_costs_nothing(tmp_path):
     delta = Delta({"w": __import__("torch").ones(3)}, {"method": "test"})
     out.mkdir(parents=True)
     with pytest.raises(RepeditError, match=r"kept in \S*rescued"):
-        saving.save(delta, out)
-    saving.save(delta, tmp_path / "other" / "d.safetensors")
+        apply.save(delta, out)
+    apply.save(delta, tmp_path / "other" / "d.safetensors")
     assert len(list(tmp_path.rglob("d*.safetensors"))) == 3
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from repedit import data
 from repedit.auditing import attack
-from repedit.cli import completion, options
+from repedit.cli import application, completion
 from repedit.errors import ArgumentError
 from repedit.fit.closed_form import FITS
 from repedit.fit.contexts import KINDS
@@ -139,8 +139,8 @@ def test_every_recipe_that_is_offered_exists():
 
 
 def test_choices_are_those_that_the_library_takes():
-    choices = {name: get_args(get_args(getattr(options, name))[0]) for name in ("Structure", "Dtype")}
-    assert choices["Structure"] == STRUCTURES and get_args(options.Budget.__origin__) == tuple(attack.BUDGETS)
+    choices = {name: get_args(get_args(getattr(application, name))[0]) for name in ("Structure", "Dtype")}
+    assert choices["Structure"] == STRUCTURES and get_args(application.Budget.__origin__) == tuple(attack.BUDGETS)
     assert all(floating_dtype(name).is_floating_point for name in choices["Dtype"] if name != "auto")
 
 

@@ -69,7 +69,7 @@ def test_unlearn_writes_a_delta_that_apply_reads(model, rows, tmp_path):
 
 def test_unlearn_writes_a_checkpoint(model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "repedit.cli.saving.verify", lambda out, record: None
+        "repedit.cli.apply.verify_checkpoint", lambda out, record: None
     )  # loads it in a fresh process, for ten seconds
     done = call(model, rows, tmp_path / "edited", "--set", "lr=1e-3", "--steps", "1")
     assert done.exit_code == 0, done.output

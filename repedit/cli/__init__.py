@@ -15,14 +15,14 @@ from typing import Any
 
 import typer
 
-from repedit.cli import apply, audit, chat, demo, hub, inspect, neurons, project, run, unlearn, vision
+from repedit.cli import apply, audit, hub, inspect, neurons, project, run, unlearn, vision
 from repedit.cli.application import CUT_OFF, INTERRUPTED, Verb, app, epilog, verbs
 from repedit.cli.completion import BASH, complete_in_bash, with_completion
 from repedit.escaping import for_terminal
 
 for verb in (
-    demo.demo,
-    demo.fetch,
+    run.demo,
+    hub.fetch,
     inspect.doctor,
     inspect.inspect,
     neurons.collect,
@@ -34,7 +34,7 @@ for verb in (
     apply.apply,
     inspect.diff,
     inspect.compare,
-    chat.chat,
+    inspect.chat,
     audit.audit,
     audit.report,
     hub.tasks,

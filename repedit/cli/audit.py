@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from repedit.cli.options import Budget, Device, Json, hide_progress_bars
+from repedit.cli.application import Budget, Device, Json, hide_progress_bars
 from repedit.io.files import is_folder
 from repedit.io.text import parse_json
 

@@ -1,4 +1,4 @@
-"""Verbs that publish results: push uploads a checkpoint, tasks writes tasks for lm-evaluation-harness."""
+"""Verbs between this machine and others: fetch downloads, push uploads, tasks writes tasks for lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ from typing import Annotated
 
 import typer
 
-from repedit.cli.options import Json
+from repedit.cli.application import Json, hide_progress_bars
 
 NOT_UPLOADED = 3
 """The exit code of a push without --yes."""
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="Built-in model.")] = "smollm2-135m",
+    force: Annotated[bool, typer.Option(help="Download and convert again.")] = False,
+    json: Json = False,
+) -> None:
+    """Download, check and convert the default model once; it is available offline afterwards."""
+    from repedit.cli import output
+    from repedit.models.default_model import fetch as fetch_model
+
+    output.stage(f"{name}: about 93 MB to download, 540 MB on disk; under two minutes, at once if it is there already")
+    hide_progress_bars()
+    path = fetch_model(name, force=force)
+    output.show_json({"path": str(path)}) if json else output.out.print(str(path), soft_wrap=True)
 
 
 def push(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from repedit.cli.options import (
+from repedit.cli.application import (
     BatchSize,
     Combine,
     Dequantize,
@@ -29,7 +29,7 @@ from repedit.cli.options import (
     TextOrCollection,
     load_model,
 )
-from repedit.cli.saving import check_out, check_page, plan_summary, save, shape_options, write_edited
+from repedit.cli.apply import check_out, check_page, plan_summary, save, shape_options, write_edited
 
 if TYPE_CHECKING:
     from repedit.models.subject import Subject

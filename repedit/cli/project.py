@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from repedit.cli.options import (
+from repedit.cli.application import (
     BatchSize,
     Dequantize,
     Device,
@@ -20,7 +20,7 @@ from repedit.cli.options import (
     Seed,
     load_model,
 )
-from repedit.cli.saving import check_out, plan_summary, show_plan, write_edited
+from repedit.cli.apply import check_out, plan_summary, show_plan, write_edited
 
 if TYPE_CHECKING:
     from repedit.data import Fact, Facts

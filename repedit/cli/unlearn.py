@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
-from repedit.cli.options import JSON_HELP, Dequantize, Device, Dtype, Model, Overwrite, Seed, load_model
-from repedit.cli.saving import Saveable, check_out, rescued, write_edited
+from repedit.cli.application import JSON_HELP, Dequantize, Device, Dtype, Model, Overwrite, Seed, load_model
+from repedit.cli.apply import Saveable, check_out, rescued, write_edited
 
 if TYPE_CHECKING:
     from repedit.data import Corpus, Fact, Tokens

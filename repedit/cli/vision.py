@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repedit.cli.application import Verb, epilog
-from repedit.cli.options import Json, Seed
+from repedit.cli.application import Json, Seed, Verb, epilog
 
 if TYPE_CHECKING:
     from repedit.demo import ImageDemo
