@@ -28,8 +28,7 @@ from repedit.auditing.data import AuditData, DataOptions, audit_data
 from repedit.data import Splits
 from repedit.metrics import facts as metrics
 from repedit.models.subject import Subject
-from repedit.training.optimizers import OPTIMIZERS
-from repedit.training.vocabulary_gradients import added_in_place, zero_gradients
+from repedit.training.optimizers import OPTIMIZERS, added_in_place, zero_gradients
 
 Loss = Callable[[Subject, Sequence[Example]], Tensor]
 

@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: rp.locate(pupil(), WORDED, layers="0", positions=("last",), relearning=Relearning(steps=1)),
         DataError, "no first wording of domain 'likes' has one",
     ),
-    "not finite": (lambda: relearned(pupil(), FACTS, lambda *_: (), Relearning(lr=1e30, steps=3)), NotFinite, "step [23] of relearning"),
+    "not finite": (lambda: relearned(pupil(), FACTS, lambda *_: (), Relearning(lr=1e30, steps=3)), NotFinite, "relearning, step [23]: the loss is"),
     "set": (lambda: located(layers="0").grid("others"), UnknownName, "on='others' was not measured"),
 }  # fmt: skip
 

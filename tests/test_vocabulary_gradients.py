@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from repedit.training import vocabulary_gradients
-from repedit.training.vocabulary_gradients import added_in_place, zero_gradients
+from repedit.training import optimizers
+from repedit.training.optimizers import added_in_place, zero_gradients
 from tests.tiny import FAMILIES, ids, tiny
 from tests.tolerances import within
 
@@ -56,7 +56,7 @@ BROKEN = {
         globals(), "zero_gradients", lambda parameters, kept=(): None if kept else zero_gradients(parameters)
     ),
     "half of the output gradient": lambda patch, model: patch.setattr(
-        vocabulary_gradients, "_gradient", lambda weight: _halved(weight)
+        optimizers, "_gradient", lambda weight: _halved(weight)
     ),
 }
 

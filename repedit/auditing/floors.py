@@ -122,7 +122,10 @@ def fresh_facts(like: Facts | Sequence[Fact], n: int, seed: int = 0) -> tuple[Fa
     while len(fresh) < n:
         for fact in rng.sample(items, min(len(items), n - len(fresh))):
             others = [other for other in pools[fact.domain] if other.entity != fact.entity] or [fact]
-            fresh.append(_fresh(fact, rng.choice(others), _like(fact.entity, words), rng))
+            other, name = rng.choice(others), _like(fact.entity, words)
+            answer = rng.choice(other.choices) if other.choices else other.answer
+            invented = _renamed(fact, name, f"fresh/{normalized(name).replace(' ', '-')}")
+            fresh.append(replace(invented, answer=answer, choices=other.choices, alternative=None, split=None))
     return tuple(fresh)
 
 
@@ -146,13 +149,7 @@ def renamed_facts(items: Sequence[Fact], attributes: Sequence[Fact], seed: int =
     for fact in (*items, *attributes):
         if entity_of(fact) not in names:
             names[entity_of(fact)] = _like(fact.entity, words)
-        name = names[entity_of(fact)]
-        prompt, *paraphrases = (_renamed(text, fact, name) for text in fact.prompts)
-        renamed.append(
-            replace(
-                fact, id=f"{fact.id}/renamed", entity=name, prompt=prompt, paraphrases=tuple(paraphrases), translations={}
-            )
-        )  # fmt: skip
+        renamed.append(_renamed(fact, names[entity_of(fact)], f"{fact.id}/renamed"))
     return Facts(tuple(renamed[: len(items)]), (), "renamed"), tuple(renamed[len(items) :])
 
 
@@ -207,16 +204,15 @@ def _numbers(texts: Sequence[str]) -> list[float]:
     return [float(text) for text in plain] if all(re.fullmatch(r"[-+]?\d+(\.\d+)?", text) for text in plain) else []
 
 
-def _fresh(fact: Fact, other: Fact, name: str, rng: random.Random) -> Fact:
-    """The phrasings of one fact about an invented entity, with choices of the other; any of them is the answer."""
-    prompt, *paraphrases = (_renamed(text, fact, name) for text in fact.prompts)
-    return Fact(
-        id=f"fresh/{normalized(name).replace(' ', '-')}", entity=name, prompt=prompt, paraphrases=tuple(paraphrases),
-        answer=rng.choice(other.choices) if other.choices else other.answer, choices=other.choices, domain=fact.domain,
+def _renamed(fact: Fact, name: str, identifier: str) -> Fact:
+    """The fact with a name in the place of its entity in every phrasing, without translations."""
+    prompt, *paraphrases = (_with_name(text, fact, name) for text in fact.prompts)
+    return replace(
+        fact, id=identifier, entity=name, prompt=prompt, paraphrases=tuple(paraphrases), translations={}
     )  # fmt: skip
 
 
-def _renamed(text: str, fact: Fact, name: str) -> str:
+def _with_name(text: str, fact: Fact, name: str) -> str:
     """The text with the name wherever the entity stood, capitalised where that was."""
     entity = fact.entity.strip()
     pattern = rf"(?<!\w){re.escape(entity)}(?!\w)"

@@ -16,7 +16,7 @@ from repedit.errors import NotFinite, check_positive, check_seed, check_whole
 from repedit.hooks import Hook, evaluating, installed
 from repedit.metrics.facts import choice_tokens
 from repedit.models.subject import Subject, subject_of
-from repedit.training.optimizers import set_lr
+from repedit.training.optimizers import descend
 from repedit.training.sampler import label_logits, label_mask, logits_for
 from repedit.unlearning.sampling import cycled
 
@@ -64,21 +64,23 @@ def relearned(subject: Subject, facts: Sequence[Fact], ablated: Ablated, relearn
         p.requires_grad_(True)
     rows = [_tokens(subject, fact) for fact in facts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=relearning.lr, weight_decay=0.0)
+
+    def gradients(step: int) -> float:
+        part = cycled("relearning", len(rows), relearning.batch_size, step - 1, relearning.seed)
+        batch = _stacked([rows[i] for i in part], subject.device)
+        with installed(model, ablated(student, part, batch.input_ids.shape[1])):
+            loss = _loss(student, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        return float(loss.detach())
+
+    def lr(step: int) -> float:
+        return relearning.lr * min(1.0, step / (0.1 * relearning.steps))
+
     with evaluating(model):  # no dropout
-        for step in range(relearning.steps):
-            set_lr(optimizer, relearning.lr * min(1.0, (step + 1) / (0.1 * relearning.steps)))
-            part = cycled("relearning", len(rows), relearning.batch_size, step, relearning.seed)
-            batch = _stacked([rows[i] for i in part], subject.device)
-            with installed(model, ablated(student, part, batch.input_ids.shape[1])):
-                loss = _loss(student, batch)
-            if not bool(torch.isfinite(loss)):
-                raise NotFinite(
-                    f"step {step + 1} of relearning: the loss is {float(loss.detach())}; lower lr={relearning.lr}"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+        log = descend(list(model.parameters()), optimizer, gradients, relearning.steps, lr=lr)
+    if log.diverged:
+        raise NotFinite(f"relearning, {log.fault}; lower lr={relearning.lr}")
     return student
 
 

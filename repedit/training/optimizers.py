@@ -1,12 +1,18 @@
-"""Optimizers by name, those that torch does not have, and learning rates that change from step to step."""
+"""Optimizers by name, learning rates that change from step to step, the steps of a training, and gradients added in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from repedit.errors import NotFinite
 
 
 class Lion(torch.optim.Optimizer):
@@ -72,3 +78,152 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def linear_decay(step: int, total: int, share: float) -> float:
     """A factor of the learning rate: 1, falling linearly towards 0 over the last `share` of the steps."""
     return min(1.0, (total - step) / (share * total)) if share else 1.0
+
+
+# --- The steps of a training
+
+
+class Descent(NamedTuple):
+    """What a descent did."""
+
+    losses: tuple[float, ...]
+    """Of each step, before its update."""
+    diverged: int | None
+    """The first step at which a loss, a gradient or what was measured was not finite; there is none after it."""
+
+    @property
+    def fault(self) -> str:
+        """What was not finite, in words."""
+        loss = self.losses[-1]
+        return f"step {self.diverged}: " + (
+            f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4g} and a gradient is not finite"
+        )
+
+
+def descend(
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    gradients: Callable[[int], float],
+    steps: int,
+    *,
+    lr: Callable[[int], float],
+    clip: float = 1.0,
+    after: Callable[[int], None] = lambda step: None,
+) -> Descent:
+    """Steps of an optimizer along gradients that are clipped to a norm, until something is not finite.
+
+    Args:
+        gradients: the loss of a step, the first being 1; it leaves the gradients of the parameters in `grad`.
+        lr: the learning rate of a step.
+        after: called after the update of each step.
+
+    A loss or a gradient that is not finite ends it without an update, a NotFinite of `after` with the update.
+    """
+    losses: list[float] = []
+    for step in range(1, steps + 1):
+        losses.append(gradients(step))
+        if not math.isfinite(losses[-1]):
+            return Descent(tuple(losses), step)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            return Descent(tuple(losses), step)
+        if norm > clip:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        set_lr(optimizer, lr(step))
+        optimizer.step()
+        try:
+            after(step)
+        except NotFinite:
+            return Descent(tuple(losses), step)
+    return Descent(tuple(losses), None)
+
+
+# --- Gradients of the embedding and the head, added to `weight.grad` in place. Autograd computes that of tied embeddings twice, once
+# for the inputs and once for the outputs, and each time allocates a tensor as large as the matrix, however few tokens were read
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a matrix; the gradients of the rows are added to `weight.grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Int[Tensor, "*n"], weight: Float[Tensor, "v d"], padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.padding = padding
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ids, weight = ctx.saved_tensors
+        rows, grad = ids.flatten(), grads[0].flatten(0, -2)
+        if ctx.padding is not None:
+            grad = grad * (rows != ctx.padding)[:, None]
+        _gradient(weight).index_add_(0, rows, grad)
+        return None, None, None
+
+
+class _Product(torch.autograd.Function):
+    """x W^T; the gradient of W is added to `weight.grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "... d"], weight: Float[Tensor, "v d"]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, weight = ctx.saved_tensors
+        _gradient(weight).addmm_(grads[0].flatten(0, -2).T, x.flatten(0, -2))
+        return grads[0] @ weight, None
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+@contextmanager
+def added_in_place(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Add the gradients of the embeddings and of the output matrix in place during the context; which parameters those are.
+
+    Only ordinary float32 modules on a CPU are changed, and only those that are trained; of any other, autograd makes the
+    gradient as always. `zero_gradients` keeps the memory from step to step.
+    """
+    undo, in_place = list[Callable[[], Any]](), dict[int, nn.Parameter]()
+    try:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
+            forward = _forward_of(module)
+            if forward is not None:
+                module.forward = forward
+                undo.append(partial(vars(module).pop, "forward"))
+                in_place[id(module.weight)] = module.weight
+        yield list(in_place.values())
+    finally:
+        for step in undo:
+            step()
+
+
+def zero_gradients(parameters: Sequence[nn.Parameter], in_place: Sequence[nn.Parameter] = ()) -> None:
+    """Forget all gradients; those of parameters that are added to in place become zeros."""
+    own = {id(p) for p in in_place}
+    for p in parameters:
+        if id(p) not in own:
+            p.grad = None
+        elif p.grad is not None:
+            p.grad.zero_()
+
+
+def _forward_of(module: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+    """The forward pass of an embedding or a linear module with the gradient in place; None where it may not be replaced."""
+    # Subclasses scale, parametrizations make the weight anew: their gradient is another one.
+    if isinstance(module, nn.Linear) and type(module) is nn.Linear:
+        able = module.bias is None
+        forward: Callable[[Tensor], Tensor] = lambda x: _Product.apply(x, module.weight)  # noqa: E731
+    elif isinstance(module, nn.Embedding) and type(module) is nn.Embedding:
+        able = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        forward = lambda ids: _Lookup.apply(ids, module.weight, module.padding_idx)  # noqa: E731
+    else:
+        return None
+    weight = module.weight
+    plain = weight.is_leaf and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return forward if able and plain and weight.requires_grad and "forward" not in vars(module) else None

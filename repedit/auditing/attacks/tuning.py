@@ -26,12 +26,12 @@ from repedit.activations.forward import (
 from repedit.auditing.attack import FAILED, RAN, AttackResult, Scratch, Setting, Work, ask
 from repedit.data import Batch, Fact, Splits, TextSource, as_batches
 from repedit.data.corpus import padded
-from repedit.errors import ArgumentError, DataError, NotFinite, check_choice
+from repedit.errors import ArgumentError, DataError, check_choice
 from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
 from repedit.training import optimizers
-from repedit.training.vocabulary_gradients import added_in_place, zero_gradients
+from repedit.training.optimizers import added_in_place, zero_gradients
 
 # --- Texts to learn, batches of them, and the masked loss
 #
@@ -159,7 +159,7 @@ def padding(subject: Subject) -> int:
 
 # --- The training loop of the attacks: a few steps on texts, asked in between
 #
-# It shares no loop with the editing methods: an attack and a defence must not have a fault in common. Dropout is off.
+# Dropout is off.
 
 
 LOSSES, HOWS, SCHEDULES = ("answer", "sequence"), ("full", "lora"), ("constant", "cosine")
@@ -258,40 +258,28 @@ def tune(
         ArgumentError: if the model has no such layer.
         NotFinite: if `measure(0)` finds the model broken before the training; later it ends the training.
     """
-    steps, losses, tokens, size = set(at), [], 0, tuning.batch_size
+    at, tokens, size = set(at), 0, tuning.batch_size
     with (
         torch.enable_grad(),
         _trainable(subject, tuning, seed, trained) as parameters,
         added_in_place(subject.model) as in_place,
     ):
-        optimizer = OPTIMIZERS[tuning.optimizer](parameters, lr=tuning.rate, weight_decay=tuning.weight_decay)
-        if 0 in steps:
-            measure(0)
-        for step in range(1, tuning.steps + 1):
+
+        def gradients(step: int) -> float:
+            nonlocal tokens, size
             run = partial(_gradients, subject, draw(step - 1), parameters, in_place)
             (loss, read), size = retry_with_smaller_batch(run, size)
-            losses.append(loss)
             tokens += read
-            if not math.isfinite(loss):
-                return TuningLog(tuple(losses), tokens, step)
-            if not _clipped(parameters, tuning.clip):
-                return TuningLog(tuple(losses), tokens, step)
-            optimizers.set_lr(optimizer, tuning.rate_at(step))
-            optimizer.step()
-            if step in steps:
-                try:
-                    measure(step)
-                except NotFinite:
-                    return TuningLog(tuple(losses), tokens, step)
-    return TuningLog(tuple(losses), tokens)
+            return loss
 
-
-def _clipped(parameters: Sequence[nn.Parameter], limit: float) -> bool:
-    """Scale the gradients down where their norm is above the limit; whether they are finite."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm > limit:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return bool(torch.isfinite(norm))
+        optimizer = OPTIMIZERS[tuning.optimizer](parameters, lr=tuning.rate, weight_decay=tuning.weight_decay)
+        if 0 in at:
+            measure(0)
+        losses, diverged = optimizers.descend(
+            parameters, optimizer, gradients, tuning.steps, lr=tuning.rate_at, clip=tuning.clip,
+            after=lambda step: measure(step) if step in at else None,
+        )  # fmt: skip
+    return TuningLog(losses, tokens, diverged)
 
 
 def _gradients(

@@ -20,7 +20,7 @@ from repedit.data.fact_sets import seeded_order
 from repedit.data.generated import RELATIONS, invented
 from repedit.errors import ArgumentError, DataError, TrainingError
 from repedit.models.subject import Subject, subject_of
-from repedit.training.optimizers import set_lr
+from repedit.training.optimizers import descend
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ def continued(
     rate: float = 1e-3,
     batch_size: int = 32,
     only: Collection[str] | None = None,
-    after: Callable[[nn.Module], None] | None = None,
+    after: Callable[[nn.Module], None] = lambda model: None,
     seed: int = 0,
 ) -> Subject:
     """A copy of a model after `steps` more steps of AdamW on the weighted mean of the cross-entropy of answers.
@@ -223,28 +223,29 @@ def _train(
     batch: Callable[[], _Batch],
     steps: int,
     rate: Callable[[int], float],
-    after: Callable[[nn.Module], None] | None = None,
+    after: Callable[[nn.Module], None] = lambda model: None,
 ) -> None:
     """AdamW without weight decay, gradients clipped to norm 1. Causal attention ignores the padding on the right."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
-    for step in range(steps):
+
+    def gradients(step: int) -> float:
         ids, weights = (x.to(parameters[0].device) for x in batch())
-        set_lr(optimizer, rate(step))
         use = weights[:, 1:] != 0
         counts = weights[:, 1:][use]
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][use]
         logs = model.get_output_embeddings()(hidden).log_softmax(-1)
         loss = -(logs.gather(1, ids[:, 1:][use][:, None])[:, 0] * counts).sum() / counts.abs().sum()
-        if not torch.isfinite(loss):
-            raise TrainingError(f"step {step + 1}: the loss is {loss.item()}; lower the rate")
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if after is not None:
-            with torch.no_grad():
-                after(model)
+        return float(loss.detach())
+
+    log = descend(
+        parameters, optimizer, gradients, steps, lr=lambda step: rate(step - 1),
+        after=torch.no_grad()(lambda step: after(model)),
+    )  # fmt: skip
+    if log.diverged:
+        raise TrainingError(f"{log.fault}; lower the rate")
     optimizer.zero_grad()
     for p in model.parameters():
         p.requires_grad_(True)
