@@ -15,11 +15,11 @@ import transformers
 from filelock import FileLock
 
 from repedit.auditing.controls import CONTROLS, AuditInputs, edited, taught
-from repedit.data import Fact, Facts, fact_sets, generated, rows
+from repedit.data import Fact, Facts, corpus, fact_sets, generated
 from repedit.models.subject import Subject, load
 
 CACHE = Path(__file__).parents[1] / ".cache" / "taught"
-RECIPE = (taught, fact_sets, generated, rows)
+RECIPE = (taught, fact_sets, generated, corpus)
 TRAINED = ("PC3a", "PC3b", "PC3c", "PC4", "PC6", "PC7", "PC11", "NC2a", "NC2b", "NC2c", "NC4a")
 
 

@@ -52,7 +52,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "push": ("rewrite.hub.push", "cli.output.show_json", "cli.output.table"),
     "run": ("cli.run.verbs", "cli.run._execute_with", "runs.run", "report.write_run"),
     "reproduce": ("cli.run.verbs", "cli.run._execute_with", "runs.reproduce"),
-    "vision demo": ("demo.forget_images", "cli.vision._written", "cli.vision._show", "cli.vision._demo_values", "cli.output.show_json"),
+    "vision demo": ("demo.forget_images", "cli.run._write_images", "cli.run._show_images", "cli.run._images_json", "cli.output.show_json"),
 }  # fmt: skip
 """Verb -> what its command line calls; each call is recorded and does nothing."""
 BASE: dict[str, tuple[str, ...]] = {

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repedit as rp
-from repedit.data import Corpus, Fact, Facts, Row, Rows
-from repedit.data import rows as rows_module
+from repedit.data import Corpus, Fact, Facts, Row, Rows, corpus
 from repedit.errors import ArgumentError, DataError
 from tests.char_tokenizer import CharTokenizer
 from tests.saved_models import byte_tokenizer, merging_tokenizer
@@ -41,12 +40,12 @@ def test_masks_cover_the_answer_and_nothing_else(tokenizer, texts, batch_size):
 
 
 def test_masks_that_forget_the_start_token_are_caught(monkeypatch):
-    plain = rows_module.encoded_choices
+    plain = corpus.encoded_choices
 
     def shifted(*given):
         return [(text._replace(start=text.start - 1),) for (text,) in plain(*given)]
 
-    monkeypatch.setattr(rows_module, "encoded_choices", shifted)
+    monkeypatch.setattr(corpus, "encoded_choices", shifted)
     with pytest.raises(AssertionError):
         check_masks((Row("ab", "c", "0"),), CharTokenizer(), 1)
 

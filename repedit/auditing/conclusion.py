@@ -18,8 +18,8 @@ from repedit.auditing.runner import FRESH, MEMORY, Role
 from repedit.auditing.statistics import Series, Values, cross_fitted, knowledge, recoveries
 from repedit.auditing.store import selftest_failures
 from repedit.auditing.verdict import verdict
+from repedit.data.corpus import row_hash
 from repedit.data.fact_sets import entity_of
-from repedit.data.rows import row_hash
 from repedit.errors import BadReference
 from repedit.hashing import package_versions
 

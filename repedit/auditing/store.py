@@ -17,7 +17,7 @@ from typing import Any
 from repedit.auditing.attack import Attack, Finding
 from repedit.auditing.report import finding_json, finding_of
 from repedit.data import Splits
-from repedit.data.rows import row_hash
+from repedit.data.corpus import row_hash
 from repedit.io.store import JsonStore, cache_path, cache_store, content_hash
 
 # --- The record of the self-test: whether it passed with this code, these versions and this machine

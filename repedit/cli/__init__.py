@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from repedit.cli import apply, audit, hub, inspect, neurons, project, run, unlearn, vision
+from repedit.cli import apply, audit, hub, inspect, neurons, project, run, unlearn
 from repedit.cli.application import CUT_OFF, INTERRUPTED, Verb, app, epilog, verbs
 from repedit.cli.completion import BASH, complete_in_bash, with_completion
 from repedit.escaping import for_terminal
@@ -43,7 +43,7 @@ for verb in (
     run.reproduce,
 ):
     app.command(epilog=epilog(verb.__name__), cls=Verb)(with_completion(verb))
-app.add_typer(vision.app, name="vision")
+app.add_typer(run.vision, name="vision")
 
 __all__ = ["app", "main", "verbs"]
 

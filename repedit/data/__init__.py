@@ -1,7 +1,22 @@
 """Corpora, facts and benchmarks: built in or read from files, with splits that share no document and no entity."""
 
 from repedit.data.benchmarks import MuseData, TaskRow, Tasks, TofuRow, lume, mmlu, muse, semeval, tofu
-from repedit.data.corpus import BUILTIN, Batch, Batches, Corpus, Document, Tokens, builtin_corpus, code, prose, read
+from repedit.data.corpus import (
+    BUILTIN,
+    Batch,
+    Batches,
+    Corpus,
+    Document,
+    Row,
+    Rows,
+    TextSource,
+    Tokens,
+    as_batches,
+    builtin_corpus,
+    code,
+    prose,
+    read,
+)
 from repedit.data.encoding import Tokenizer
 from repedit.data.fact_sets import (
     DOMAINS,
@@ -15,7 +30,6 @@ from repedit.data.fact_sets import (
     with_paraphrases,
 )
 from repedit.data.generated import cloze, invented
-from repedit.data.rows import Row, Rows, TextSource, as_batches
 
 __all__ = [
     "BUILTIN",

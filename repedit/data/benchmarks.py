@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repedit.data.corpus import Corpus, Document
+from repedit.data.corpus import Corpus, Document, Row, Rows
 from repedit.data.fact_sets import Fact, seeded_order
-from repedit.data.rows import Row, Rows
 from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, check_choice, nearest
 from repedit.io.files import is_file, is_folder, user_path
 from repedit.io.tables import csv_rows, parquet_rows

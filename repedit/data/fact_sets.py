@@ -11,10 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from repedit.data.corpus import Batch
+from repedit.data.corpus import Batch, Row, Rows, TextSource, check_ids, row_hash
 from repedit.data.encoding import Tokenizer
 from repedit.data.grading import normalized, spelled
-from repedit.data.rows import Row, Rows, TextSource, check_ids, row_hash
 from repedit.errors import (
     ArgumentError,
     DataError,
