@@ -375,12 +375,12 @@ def check_an_early_verdict_is_the_final_one():
         words = []
         for number, rows in enumerate(known, 1):
             pending = tuple(f"attack {n}" for n in range(number, len(known)))
-            words.append(verdict(rows, kept, known=0.7, n_test=N, budget="fast", pending=pending).word)
+            words.append(verdict(rows, kept, knowledge_low=0.7, n_test=N, budget="fast", pending=pending).word)
             if certain(words[-1], pending):
                 break
         early += len(words) < len(known)
         rows = known[-1]
-        assert words[-1] == verdict(rows, kept, known=0.7, n_test=N, budget="fast").word, (seed, words)
+        assert words[-1] == verdict(rows, kept, knowledge_low=0.7, n_test=N, budget="fast").word, (seed, words)
     assert early >= 5
 
 

@@ -107,7 +107,7 @@ class Judged(NamedTuple):
     recoveries: Sequence[Recovery]
     retain: RetainCheck
     guesses: Mapping[str, Values]
-    known: float
+    knowledge_low: float
 
 
 def judged(audit: CompletedAudit) -> Judged:
@@ -120,16 +120,16 @@ def judged(audit: CompletedAudit) -> Judged:
     series = [_series(audit, attack, guesses) for attack in audit.attacks if _asks_facts(audit, attack)]
     recovered = recoveries(series, audit.entities, pending=len(audit.undecided), **audit.bootstrap)
     direct = next(row for row in series if row.attack == "direct")
-    _, known, _ = knowledge(direct, audit.entities, **audit.bootstrap)
+    _, knowledge_low, _ = knowledge(direct, audit.entities, **audit.bootstrap)
     _check_reference(audit, direct)
     retain = _retain(audit)
     decision = verdict(
-        recovered, retain, known=known, n_test=len(audit.data.tested), budget=audit.budget, seeds=len(audit.seeds),
+        recovered, retain, knowledge_low=knowledge_low, n_test=len(audit.data.tested), budget=audit.budget, seeds=len(audit.seeds),
         recovery_threshold=audit.recovery_threshold, pass_threshold=audit.pass_threshold, alpha=audit.alpha,
         allow_small=audit.allow_small, not_run=_left_out(audit), pending=audit.undecided,
         unsound=selftest_failures() or "", excused=_excused(audit),
     )  # fmt: skip
-    return Judged(decision, recovered, retain, guesses, known)
+    return Judged(decision, recovered, retain, guesses, knowledge_low)
 
 
 def report_of(audit: CompletedAudit) -> Report:
@@ -138,14 +138,14 @@ def report_of(audit: CompletedAudit) -> Report:
     Raises:
         BadReference: if the reference knows the facts.
     """
-    decision, recovered, retain, guesses, known = judged(audit)
+    decision, recovered, retain, guesses, knowledge_low = judged(audit)
     not_counted = {r.attack: r.reason for r in recovered if r.status != RAN}
     return Report(
         verdict=decision, recoveries=tuple(sorted(recovered, key=lambda r: np.inf if np.isnan(r.value) else -r.value)),
         retain=retain, findings=audit.findings,
         not_run=not_counted | _not_made(audit, decision.word) | _left_out(audit) | _untried(audit),
         heuristics={name: float(values.mean()) for name, values in guesses.items()},
-        examples=tuple(_examples(audit, recovered)), diagnostics=_diagnostics(audit), context=_context(audit, known),
+        examples=tuple(_examples(audit, recovered)), diagnostics=_diagnostics(audit), context=_context(audit, knowledge_low),
         state=audit.state,
     )  # fmt: skip
 
@@ -302,11 +302,11 @@ def _notes(audit: CompletedAudit) -> list[str]:
     return notes
 
 
-def _context(audit: CompletedAudit, known: float) -> dict[str, Any]:
+def _context(audit: CompletedAudit, knowledge_low: float) -> dict[str, Any]:
     models = {role.name: role.model for role in audit.roles}
     return {
         "budget": audit.budget, "until": audit.until, "attacks": list(audit.planned), "seeds": list(audit.seeds), "n_test": len(audit.data.tested),
-        "n_entities": len({entity_of(f) for f in audit.data.tested}), "known": known, "draws": audit.draws,
+        "n_entities": len({entity_of(f) for f in audit.data.tested}), "known": knowledge_low, "draws": audit.draws,
         "recovery_threshold": audit.recovery_threshold, "pass_threshold": audit.pass_threshold, "alpha": audit.alpha,
         "sites": audit.edited_layers, "notes": _notes(audit),
         "models": {role: {"name": m.name, "fingerprint": m.fingerprint, "live": m.live} for role, m in models.items()},

@@ -99,8 +99,8 @@ def _states(subject: Subject, items: Sequence[_Item]) -> Mapping[Site, Float[Ten
     """The residual stream after every layer at the last token of each entity."""
     sites = [Site(layer, Point.RESID_POST) for layer in range(len(subject.layout.layers))]
     rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(items) for site in sites}
-    for part, seen in captured(subject, [item.ids for item in items], sites, lambda x: x):
-        for site, x in seen.items():
+    for part, captures in captured(subject, [item.ids for item in items], sites, lambda x: x):
+        for site, x in captures.items():
             for i, state in zip(part, x, strict=True):
                 rows[site][i] = state[items[i].entity]
     return {site: torch.stack(states) for site, states in rows.items()}

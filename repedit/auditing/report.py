@@ -274,8 +274,8 @@ def _check_types(content: Mapping[str, Any]) -> None:
     check_fields(content["retain"], _TYPES["retain"], "its retain check")
     for name, kind in _TYPES["other"].items():
         check_fields({name: content[name]}, {name: kind}, "it")
-    known = {name: kind for name, kind in _TYPES["context"].items() if name in content["context"]}
-    check_fields({name: content["context"][name] for name in known}, known, "its context")
+    types = {name: kind for name, kind in _TYPES["context"].items() if name in content["context"]}
+    check_fields({name: content["context"][name] for name in types}, types, "its context")
     for number, row in enumerate(content["recoveries"], 1):
         check_fields(row, _TYPES["recovery"], f"its recovery {number}")
     for row in (row for rows in content["findings"].values() for row in rows):

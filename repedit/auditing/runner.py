@@ -280,7 +280,7 @@ def run(
                 bar.verdict, enough = judge(_in_order(roles, collected), left)
                 if enough:
                     break
-            asked = {role: found[0] for (role, attack), found in collected.items() if attack == "direct"}
+            asked = {role: findings[0] for (role, attack), findings in collected.items() if attack == "direct"}
             for key, finding in _findings(stage, asked, model, store, bar):
                 collected.setdefault(key, []).append(finding)
     return _in_order(roles, collected)

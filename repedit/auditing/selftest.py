@@ -107,8 +107,8 @@ def selftest(
     )
     hidden = None if progress is None else not progress
     with closing(run):
-        found = {c.control: c for c in tqdm(run, desc="selftest", total=len(chosen), leave=False, disable=hidden)}
-    result = SelfTest(tuple(found[name] for name in chosen), seed, time.perf_counter() - start)
+        checks = {c.control: c for c in tqdm(run, desc="selftest", total=len(chosen), leave=False, disable=hidden)}
+    result = SelfTest(tuple(checks[name] for name in chosen), seed, time.perf_counter() - start)
     if record and controls is None:
         save_selftest(result.failures, [asdict(check) for check in result.checks])
     return result

@@ -472,11 +472,11 @@ def check_ids(items: Sequence[Row], where: str) -> None:
     Raises:
         DataError: with the id.
     """
-    seen: set[str] = set()
+    ids: set[str] = set()
     for row in items:
-        if row.id in seen:
+        if row.id in ids:
             raise DataError(f"{where}: the id {row.id!r} appears twice; ids must differ")
-        seen.add(row.id)
+        ids.add(row.id)
 
 
 def row_hash(items: Sequence[Row]) -> str:

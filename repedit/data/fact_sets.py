@@ -112,9 +112,9 @@ class Facts:
             raise NotEnoughRows(f"facts {self.name!r}: {len(self.forget)} to forget; give at least 2")
         check_ids(self.forget, f"facts {self.name!r}, forget")
         check_ids(self.retain, f"facts {self.name!r}, retain")
-        seen: dict[str, str] = {}
+        ids: dict[str, str] = {}
         for fact in self.forget:
-            other = seen.setdefault(normalized(fact.text), fact.id)
+            other = ids.setdefault(normalized(fact.text), fact.id)
             if other != fact.id:
                 raise DataError(
                     f"facts {self.name!r}: {other!r} and {fact.id!r} have the same prompt and answer; remove one"

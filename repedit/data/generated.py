@@ -79,15 +79,15 @@ def _select_gaps(corpus: Corpus, count: int, characters: int, lines: re.Pattern[
 
 def _gaps(document: Document, characters: int, lines: re.Pattern[str], seed: int) -> Iterator[_Gap]:
     source, text = document.origin or document.id, document.text
-    seen: set[str] = set()
+    words: set[str] = set()
     matches = list(_WORD.finditer(text))
     for match in random.Random(f"{seed}:{document.id}").sample(matches, len(matches)):
         position, word = match.start(), match[0]
         starts = [0, *(end.end() for end in _START.finditer(text, 0, position))]
         start = next((s for s in reversed(starts) if characters <= position - s <= 2 * characters), None)
         line = text[text.rfind("\n", 0, position) + 1 : position]
-        if start is not None and word.lower() not in seen and lines.match(line):
-            seen.add(word.lower())
+        if start is not None and word.lower() not in words and lines.match(line):
+            words.add(word.lower())
             yield _Gap(source, text[start : position - 1], word)
 
 

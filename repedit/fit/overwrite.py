@@ -212,10 +212,10 @@ def overwrite(
         for part in held_out(contexts_of(subject, facts, contexts, seed=seed), holdout, seed)
     )
     names = fitted.names | unused.names
-    kept = prose() if retain is None else training_rows(retain, "retain")
+    retained = prose() if retain is None else training_rows(retain, "retain")
     other_tokens = entity_tokens(subject, contexts_of(subject, rest, ("templates", "wordings"))) if rest else None
     bases = _kept_directions(subject, tuple(keep), sites, keep_rank, progress) if target == "selective" else {}
-    task = _Task(subject, goals, fitted, unused, names, kept, other_tokens, bases, settings, progress)
+    task = _Task(subject, goals, fitted, unused, names, retained, other_tokens, bases, settings, progress)
     record = _record(subject, sites, settings, task) | {"contexts": list(contexts), "layers_selected": layers}
     if method == "regression":
         regression = Regression.of(config)
@@ -353,13 +353,14 @@ def _kept_directions(
             f"keep_rank={rank}; the width is {subject.layout.width}, so at most {subject.layout.width - 1} stay"
         )
     outs: list[str | Site] = [Site(site.layer, Point.MLP_OUT) for site in sites]
-    found = collect(
+    moments = collect(
         subject, training_rows(keep, "keep"), outs, statistic=CrossMoments, gradients=True, count=positions("entity"),
         progress=progress,
     )  # fmt: skip
     # The rows of E[x g^T] span the gradients.
     return {
-        site.layer: torch.linalg.svd(found[out].second.cpu()).Vh[:rank].T for site, out in zip(sites, outs, strict=True)
+        site.layer: torch.linalg.svd(moments[out].second.cpu()).Vh[:rank].T
+        for site, out in zip(sites, outs, strict=True)
     }
 
 

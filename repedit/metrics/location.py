@@ -227,10 +227,10 @@ class _Prompts:
         if not sites:
             return
         totals: dict[tuple[Site, str, int], list[Tensor]] = {}
-        seen: dict[Site, Tensor] = {}
+        outputs: dict[Site, Tensor] = {}
 
         def keep(site: Site) -> Callable[..., None]:
-            return lambda x, *_: seen.__setitem__(site, at_least_float32(x.detach()))
+            return lambda x, *_: outputs.__setitem__(site, at_least_float32(x.detach()))
 
         model = self.subject.model
         hooks = [h for s in sites for h in hooks_at(model, self.subject.layout, s, keep(s), replaces=False)]
@@ -238,7 +238,7 @@ class _Prompts:
             for part in lengths(self.ids, _ROWS):
                 ids = torch.tensor([self.ids[i] for i in part], device=self.subject.device)
                 model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-                for site, x in seen.items():
+                for site, x in outputs.items():
                     rows = x.reshape(*ids.shape, -1).cpu()
                     for row, i in enumerate(part):
                         for kind in range(len(POSITIONS)):

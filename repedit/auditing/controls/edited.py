@@ -205,17 +205,17 @@ def states(
     subject: Subject, module: nn.Module, side: Literal["input", "output"], items: Sequence[Fact]
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
     """Inputs or outputs of a module at the last token of each prompt, and at its other tokens, in every phrasing."""
-    seen: list[Tensor] = []
+    captures: list[Tensor] = []
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
-    with torch.no_grad(), evaluating(subject.model), installed(subject.model, [Hook(module, side, seen.append)]):
+    with torch.no_grad(), evaluating(subject.model), installed(subject.model, [Hook(module, side, captures.append)]):
         for batch in batches_of(subject, Rows(with_paraphrases(items)), batch_size=64):
-            seen.clear()
+            captures.clear()
             subject.model(**inputs_of(batch))
             assert batch.answer is not None
             before = torch.zeros_like(batch.attention_mask)
             before[:, :-1] = batch.answer[:, 1:]
-            rows[0].append(seen[0][before])
-            rows[1].append(seen[0][batch.attention_mask & ~before & ~batch.answer])
+            rows[0].append(captures[0][before])
+            rows[1].append(captures[0][batch.attention_mask & ~before & ~batch.answer])
     return torch.cat(rows[0]), torch.cat(rows[1])
 
 
