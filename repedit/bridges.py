@@ -83,12 +83,9 @@ def to_lens(subject: Subject) -> Any:
     model.config.architectures = [type(model).__name__]
     try:
         bridge = TransformerBridge.boot_transformers(
-            name,
-            hf_model=model,
-            tokenizer=_placeholder_tokenizer(),
-            device=str(subject.device),
+            name, hf_model=model, tokenizer=_placeholder_tokenizer(), device=str(subject.device),
             dtype=subject.model.dtype,
-        )
+        )  # fmt: skip
         bridge.tokenizer = copy.deepcopy(subject.tokenizer)
         if not subject.architecture.n_experts:
             synchronize(bridge.original_model, subject.model, _WRAPPER)
@@ -169,12 +166,9 @@ def _placeholder_tokenizer() -> Any:
 
     words = {"<unk>": 0, "</s>": 1}
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
-        unk_token="<unk>",
-        eos_token="</s>",
-        name_or_path=_NO_TOKENIZER,
-        add_bos_token=True,
-    )
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), unk_token="<unk>", eos_token="</s>",
+        name_or_path=_NO_TOKENIZER, add_bos_token=True,
+    )  # fmt: skip
 
 
 def _model_of_bridge(bridge: object) -> Any:

@@ -189,12 +189,10 @@ def _combination(method: str, parents: Sequence[Delta], **options: object) -> di
     """The provenance of a combination of deltas; the hashes of the start values are kept once, not in every parent."""
     start = {name: value for delta in parents for name, value in delta.provenance.get("start", {}).items()}
     return {
-        "method": method,
-        "options": options,
+        "method": method, "options": options,
         "model": next((delta.provenance["model"] for delta in parents if delta.provenance.get("model")), None),
-        "start": start,
-        "parents": [{k: v for k, v in delta.provenance.items() if k != "start"} for delta in parents],
-    }
+        "start": start, "parents": [{k: v for k, v in delta.provenance.items() if k != "start"} for delta in parents],
+    }  # fmt: skip
 
 
 def _trimmed(delta: Delta, density: float) -> dict[str, Tensor]:

@@ -114,11 +114,8 @@ def _draw(folder: Path, sides: list[Collection], scores: Scores, edit: Edit, see
 # --- Second demo: the model forgets the capitals of countries and keeps its other knowledge
 
 CAPITAL_PROMPTS = (
-    "The capital of France is",
-    "The capital of Japan is",
-    "The chemical symbol for gold is",
-    "The opposite of hot is",
-)
+    "The capital of France is", "The capital of Japan is", "The chemical symbol for gold is", "The opposite of hot is",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,10 +304,8 @@ def forget_images(
     retrained = [_retrained(options, images, task, splits, 1000 * (seed + 1) + n) for n in range(references + 1)]
     retraining = (perf_counter() - begin) / (references + 1)
     models, seconds, refused = (
-        {RETRAINED_AGAIN: retrained[-1]},
-        {RETRAINED_AGAIN: {"online": retraining, "offline": 0.0}},
-        {},
-    )
+        {RETRAINED_AGAIN: retrained[-1]}, {RETRAINED_AGAIN: {"online": retraining, "offline": 0.0}}, {},
+    )  # fmt: skip
     for name in names:
         say(f"{request}: {name}")
         try:

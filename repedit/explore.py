@@ -96,12 +96,7 @@ def axis(title: str, **options: object) -> dict[str, Any]:
 
 def slider(label: str, steps: list[dict[str, Any]], active: int) -> dict[str, Any]:
     """The layout of a slider below the figure."""
-    return {
-        "active": active,
-        "currentvalue": {"prefix": label},
-        "pad": {"t": 50},
-        "steps": steps,
-    }
+    return {"active": active, "currentvalue": {"prefix": label}, "pad": {"t": 50}, "steps": steps}
 
 
 # --- All neurons in model order, with their scores and activating texts
@@ -165,13 +160,10 @@ def neurons(
         )
     )
     figure.update_layout(
-        **LAYOUT,
-        title={"text": _title(scores, len(shown), cloud), "font": {"size": 14}},
+        **LAYOUT, title={"text": _title(scores, len(shown), cloud), "font": {"size": 14}},
         xaxis=axis("layer, and within it the index of the neuron", tickvals=layers, zeroline=False),
-        yaxis=axis(scale.name),
-        height=560,
-        **_line(cloud.shown[order]),
-    )
+        yaxis=axis(scale.name), height=560, **_line(cloud.shown[order]),
+    )  # fmt: skip
     return Explorer(figure, still)
 
 

@@ -52,11 +52,9 @@ class Installation:
 def system_versions() -> dict[str, str]:
     """The versions of the packages and of the system, and the vector instructions that torch uses on this CPU."""
     return {
-        **package_versions("transformers", "safetensors"),
-        "python": platform.python_version(),
-        "system": platform.platform(terse=True),
-        "CPU kernels": torch.backends.cpu.get_cpu_capability(),
-    }
+        **package_versions("transformers", "safetensors"), "python": platform.python_version(),
+        "system": platform.platform(terse=True), "CPU kernels": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
 
 
 def check_installation() -> Installation:

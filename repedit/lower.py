@@ -68,15 +68,10 @@ def lower(
     maps = [item for stage in changes if isinstance(stage, Edit) for item in stage.maps.items()]
     plan = Plan(
         operations={name: tuple(operations) for name, operations in builder.operations.items()},
-        exactness={site: exactness(site, layout) for site, _ in maps},
-        store="live",
-        unties=builder.unties,
-        added=builder.added,
-        config=builder.config,
-        provenance={**_plan_provenance(changes), "sides": sides},
-        maps={site: describe_map(map_) for site, map_ in maps},
-        ranks={site: map_.rank_removed for site, map_ in maps},
-    )
+        exactness={site: exactness(site, layout) for site, _ in maps}, store="live", unties=builder.unties,
+        added=builder.added, config=builder.config, provenance={**_plan_provenance(changes), "sides": sides},
+        maps={site: describe_map(map_) for site, map_ in maps}, ranks={site: map_.rank_removed for site, map_ in maps},
+    )  # fmt: skip
     return plan_for_files(plan, specs)
 
 
@@ -313,12 +308,9 @@ def _lower_by_name(changes: Sequence[EditOrDelta], specs: Specs, any_model: bool
             start = None if name in operations else start_hashes.get(name)
             operations.setdefault(name, []).append(Operation("add", MatrixView(name), constant=value, start=start))
     return Plan(
-        {name: tuple(several) for name, several in operations.items()},
-        {},
-        "live",
-        added=added,
+        {name: tuple(several) for name, several in operations.items()}, {}, "live", added=added,
         provenance=_plan_provenance(changes),
-    )
+    )  # fmt: skip
 
 
 def _added_tensors(provenance: Mapping[str, Any]) -> set[str]:

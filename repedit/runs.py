@@ -32,15 +32,7 @@ from filelock import FileLock, Timeout
 
 from repedit import __version__
 from repedit.auditing.report import Report
-from repedit.errors import (
-    ArgumentError,
-    CheckpointError,
-    DataError,
-    NotFound,
-    RepeditError,
-    TargetExists,
-    check_names,
-)
+from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound, RepeditError, TargetExists, check_names
 from repedit.hashing import package_versions
 from repedit.io import archive
 from repedit.io.files import exists, file_hash, file_hashes, is_file, is_folder, user_path
@@ -204,12 +196,7 @@ def read_steps(file: Path, commands: Commands) -> list[Step]:
 
 
 def _step(
-    number: int,
-    table: dict[str, Any],
-    model: dict[str, Any],
-    commands: Commands,
-    before: Sequence[Step],
-    folder: Path,
+    number: int, table: dict[str, Any], model: dict[str, Any], commands: Commands, before: Sequence[Step], folder: Path
 ) -> Step:
     verb = str(table["verb"])
     check_names(f"step {number}: a run", [verb], [name for name in commands if name not in NOT_STEPS], "verb")

@@ -146,14 +146,12 @@ class Collection(Mapping[SiteKey, Statistic], Generic[Statistic]):
                     f"cannot merge collections: {name} is {values[0]} and {values[1]}; collect both alike"
                 )
         return replace(
-            self,
-            statistics={site: self[site] + other[site] for site in self},
+            self, statistics={site: self[site] + other[site] for site in self},
             corpus=self.corpus if self.corpus == other.corpus else f"{self.corpus}+{other.corpus}",
             data_hash=hashlib.sha256("+".join(sorted((self.data_hash, other.data_hash))).encode()).hexdigest(),
-            seen=self.seen + other.seen,
-            counted=self.counted + other.counted,
+            seen=self.seen + other.seen, counted=self.counted + other.counted,
             seconds_in_hooks=self.seconds_in_hooks + other.seconds_in_hooks,
-        )
+        )  # fmt: skip
 
 
 # --- Collecting
@@ -229,14 +227,10 @@ def collect(
         )
     return Collection(
         statistics={site: value.all_reduced(ranks).cpu() for site, value in sums.statistics.items()},
-        corpus=corpus.name,
-        seen=seen,
-        counted=counted,
-        group_sizes={site: _group_sizes(subject, site) for site in sums.sites},
-        gated=subject.architecture.gated,
-        seconds_in_hooks=ranks.max(sums.seconds, subject.device),
-        **origin,
-    )
+        corpus=corpus.name, seen=seen, counted=counted,
+        group_sizes={site: _group_sizes(subject, site) for site in sums.sites}, gated=subject.architecture.gated,
+        seconds_in_hooks=ranks.max(sums.seconds, subject.device), **origin,
+    )  # fmt: skip
 
 
 def _read(
@@ -357,10 +351,8 @@ class CountingRule:
         if self.custom:
             return "your count rule removed the rest"
         excluded = {
-            "padding": True,
-            "first positions": not self.first_position,
-            "special tokens": not self.special_tokens,
-        }
+            "padding": True, "first positions": not self.first_position, "special tokens": not self.special_tokens,
+        }  # fmt: skip
         return f"{', '.join(name for name, out in excluded.items() if out)} do not count"
 
 

@@ -249,11 +249,7 @@ def _setup(
 
 
 def _roles(
-    models: Mapping[str, Audited],
-    data: AuditData,
-    attacks: tuple[Attack, ...],
-    budget: str,
-    options: DataOptions,
+    models: Mapping[str, Audited], data: AuditData, attacks: tuple[Attack, ...], budget: str, options: DataOptions
 ) -> tuple[Role, ...]:
     """Edited, original, and the reference; without one the edited model is asked invented facts as well."""
     retain = (retain_check(data.text), Splits((), data.retain))

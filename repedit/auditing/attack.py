@@ -24,18 +24,8 @@ from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 
 __all__ = [
-    "Attack",
-    "AttackRecord",
-    "AttackResult",
-    "Finding",
-    "Setting",
-    "Setup",
-    "Work",
-    "ask",
-    "deep_copy",
-    "register",
-    "reworded",
-    "skipped",
+    "Attack", "AttackRecord", "AttackResult", "Finding", "Setting", "Setup", "Work", "ask", "deep_copy", "register",
+    "reworded", "skipped",
 ]  # fmt: skip
 """What an attack of your own needs; the rest serves those of the package."""
 

@@ -55,11 +55,8 @@ def membership(model: nn.Module, task: Task, splits: ImageSplits, *, seed: int =
     values = {name: auc(*row) for name, *row in zip(SCORES, *scores, strict=True)}
     counts = len(splits.forget), len(splits.holdout)
     details = {
-        "auc": values,
-        "error": standard_error(values["loss"], *counts),
-        "members": counts[0],
-        "others": counts[1],
-    }
+        "auc": values, "error": standard_error(values["loss"], *counts), "members": counts[0], "others": counts[1],
+    }  # fmt: skip
     if min(counts) >= 10:
         details["loss_lr"] = loss_attack(scores[0][0], scores[1][0], seed=seed)
     return Finding(

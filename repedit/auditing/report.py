@@ -58,12 +58,8 @@ class Recovery:
 
 
 FORGET, RETAIN, TEST, AUC, RELEARNING = (
-    "forget accuracy",
-    "retain accuracy",
-    "test accuracy",
-    "AUC of the loss",
-    "relearn",
-)
+    "forget accuracy", "retain accuracy", "test accuracy", "AUC of the loss", "relearn",
+)  # fmt: skip
 ROUNDED = "forget accuracy, {}"
 """What the gaps of a classifier are measured in; the last for each scheme of rounding."""
 

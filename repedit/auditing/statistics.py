@@ -221,12 +221,7 @@ def recoveries(
 
 
 def knowledge(
-    one: Series,
-    entities: Mapping[str, str],
-    *,
-    draws: int = 2000,
-    alpha: float = 0.05,
-    seed: int = 0,
+    one: Series, entities: Mapping[str, str], *, draws: int = 2000, alpha: float = 0.05, seed: int = 0
 ) -> tuple[float, float, float]:
     """C - B, how far the original is above the floor: its value and the ends of its interval.
 

@@ -111,15 +111,11 @@ def _matching(incomplete: str, words: Iterable[str]) -> list[str]:
 
 ROOT = Path(__file__).parents[1]
 REGISTRIES = {
-    "combinations": ("neurons/scores.py", "COMBINATIONS"),
-    "contexts": ("fit/contexts.py", "KINDS"),
-    "domains": ("data/fact_sets.py", "DOMAINS"),
-    "fits": ("fit/closed_form.py", "FITS"),
-    "importances": ("neurons/scores.py", "IMPORTANCES"),
-    "metrics": ("metrics/benchmarks.py", "SUITES"),
-    "recipes": ("unlearning/recipes.py", "@register_recipe"),
-    "texts": ("data/corpus.py", "BUILTIN"),
-}
+    "combinations": ("neurons/scores.py", "COMBINATIONS"), "contexts": ("fit/contexts.py", "KINDS"),
+    "domains": ("data/fact_sets.py", "DOMAINS"), "fits": ("fit/closed_form.py", "FITS"),
+    "importances": ("neurons/scores.py", "IMPORTANCES"), "metrics": ("metrics/benchmarks.py", "SUITES"),
+    "recipes": ("unlearning/recipes.py", "@register_recipe"), "texts": ("data/corpus.py", "BUILTIN"),
+}  # fmt: skip
 """Registry -> the file of the package that fills it, and its variable there, or the decorator that enters functions.
 
 A test compares the names with the registries.

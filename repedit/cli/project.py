@@ -33,8 +33,7 @@ Forget = Annotated[
 ]
 Retain = Annotated[str | None, typer.Option(help="Facts to keep; by default those of the file, or the other domains.")]
 Where = Annotated[
-    str | None,
-    typer.Option(help="Where to project: '0-11.mlp.out', 'stream'; by default mlp.out of the early layers."),
+    str | None, typer.Option(help="Where to project: '0-11.mlp.out', 'stream'; by default mlp.out of the early layers.")
 ]
 Method = Annotated[
     str,
@@ -53,8 +52,7 @@ Target = Annotated[
     ),
 ]
 UseRegression = Annotated[
-    bool,
-    typer.Option("--regression", help="Of overwrite: train the MLPs on their inputs, instead of a closed form."),
+    bool, typer.Option("--regression", help="Of overwrite: train the MLPs on their inputs, instead of a closed form.")
 ]
 Lam = Annotated[
     float | None,

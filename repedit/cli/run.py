@@ -161,9 +161,7 @@ def run(
     raise typer.Exit(exit_code)
 
 
-def reproduce(
-    file: Annotated[Path, typer.Argument(help="The file of a run that was carried out.")],
-) -> None:
+def reproduce(file: Annotated[Path, typer.Argument(help="The file of a run that was carried out.")]) -> None:
     """Carry out the steps of a run again in a temporary folder and compare the hashes of all outputs; exit code 1 if one differs."""
     from repedit import runs
     from repedit.cli import output

@@ -95,11 +95,9 @@ def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: b
     for number, row in enumerate(mappings(path, ("question", "answer"))):
         name = f"{split}/{number}"
         common = {
-            "prompt": template.replace("{}", row["question"]),
-            "answer": row["answer"],
-            "id": name,
+            "prompt": template.replace("{}", row["question"]), "answer": row["answer"], "id": name,
             "alternative": seeded_order(answers, name)[0] if answers else None,
-        }
+        }  # fmt: skip
         wrong = row.get("perturbed_answer")
         paraphrased = row.get("paraphrased_answer") or row["answer"]
         if not isinstance(paraphrased, str) or not _texts(wrong or []):
@@ -362,14 +360,9 @@ def muse(directory: str | Path, *, limit: int | None = None) -> MuseData:
         if not name.endswith("_icl") or is_file(root / f"knowmem/{name}.json")
     }
     return MuseData(
-        tuple(row["prompt"] + row["gt"] for row in verbatim),
-        members,
-        holdout,
-        questions["forget_qa"],
-        questions["retain_qa"],
-        questions.get("forget_qa_icl", ()),
-        questions.get("retain_qa_icl", ()),
-    )
+        tuple(row["prompt"] + row["gt"] for row in verbatim), members, holdout, questions["forget_qa"],
+        questions["retain_qa"], questions.get("forget_qa_icl", ()), questions.get("retain_qa_icl", ()),
+    )  # fmt: skip
 
 
 def _muse_rows(path: Path, fields: Sequence[str], limit: int | None) -> list[Mapping[str, str]]:

@@ -493,9 +493,6 @@ def _batch_of_rows(rows: Sequence[Row], texts: Sequence[Encoded], ends: Sequence
     start = torch.tensor([[start] for _, start in texts])
     end = torch.tensor([[-1 if end is None else end] for end in ends])
     return Batch(
-        input_ids=input_ids,
-        attention_mask=mask,
-        document=tuple(row.id for row in rows),
-        answer=(position >= start) & mask,
-        entity=position == end,
-    )
+        input_ids=input_ids, attention_mask=mask, document=tuple(row.id for row in rows),
+        answer=(position >= start) & mask, entity=position == end,
+    )  # fmt: skip

@@ -256,17 +256,12 @@ def _fact(row: Mapping[str, object], stem: str, number: int) -> tuple[str, Fact]
             raise DataError(f"fact {name!r}: the answer {answer} is not an index into {len(choices)} choices")
         fields["answer"] = choices[answer]
     fact = Fact(
-        id=name,
-        prompt=_text(fields, "prompt", name),
-        answer=_text(fields, "answer", name),
-        entity=_text(fields, "entity", name, name),
-        domain=_text(fields, "domain", name, stem),
-        choices=choices,
-        paraphrases=_texts(fields, "paraphrases", name),
-        translations=translations,
+        id=name, prompt=_text(fields, "prompt", name), answer=_text(fields, "answer", name),
+        entity=_text(fields, "entity", name, name), domain=_text(fields, "domain", name, stem), choices=choices,
+        paraphrases=_texts(fields, "paraphrases", name), translations=translations,
         alternative=_text(fields, "alternative", name) if "alternative" in fields else None,
         split=_text(fields, "split", name) if "split" in fields else None,
-    )
+    )  # fmt: skip
     return str(role), fact
 
 
@@ -381,14 +376,9 @@ def _builtin_fact(
     noun = f"the {entity}" if entity in table.get("the", ()) else entity
     prompt, *paraphrases = (_phrased(template, noun) for template in (table["prompt"], *table["paraphrases"]))
     return Fact(
-        id=identity,
-        entity=entity,
-        prompt=prompt,
-        answer=right[0],
-        choices=tuple(dict.fromkeys([right[0], *wrong]))[:CHOICES],
-        domain=name,
-        paraphrases=tuple(paraphrases),
-    )
+        id=identity, entity=entity, prompt=prompt, answer=right[0],
+        choices=tuple(dict.fromkeys([right[0], *wrong]))[:CHOICES], domain=name, paraphrases=tuple(paraphrases),
+    )  # fmt: skip
 
 
 def _answers(group: Mapping[str, str | list[str]]) -> set[str]:

@@ -219,14 +219,10 @@ def _invented_fact(domain: str, person: str, answer: str, seed: int) -> Fact:
     identity = f"invented/{normalized(person).replace(' ', '-')}/{domain}"
     wrong = seeded_order(set(relation.answers) - {answer}, f"{seed}:{identity}")[: CHOICES - 1]
     return Fact(
-        id=identity,
-        entity=person,
-        prompt=phrasings[0],
-        answer=answer,
-        choices=seeded_order((answer, *wrong), f"{seed}:order:{identity}"),
-        domain=domain,
+        id=identity, entity=person, prompt=phrasings[0], answer=answer,
+        choices=seeded_order((answer, *wrong), f"{seed}:order:{identity}"), domain=domain,
         paraphrases=tuple(phrasings[1:]),
-    )
+    )  # fmt: skip
 
 
 # --- Facts asked by demonstration: a list of other facts of the domain, then the entity

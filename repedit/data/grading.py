@@ -27,12 +27,10 @@ SPACELESS = (
 """Thai, Lao, Tibetan, Burmese, Khmer, Tai, Balinese, Chinese, Japanese, Yi and Javanese, as ranges of a regular expression."""
 _SCRIPTS = (
     ("m", re.compile("[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u309b\u309c]")),
-    ("k", re.compile("[\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff]")),
-    ("j", re.compile(f"[{SPACELESS}]")),
+    ("k", re.compile("[\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff]")), ("j", re.compile(f"[{SPACELESS}]")),
     ("h", re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7ff]")),
-    ("r", re.compile("[\u0600-\u06ff\u0750-\u077f\u08a0-\u08ff]")),
-    ("b", re.compile("[\u0590-\u05ff]")),
-)
+    ("r", re.compile("[\u0600-\u06ff\u0750-\u077f\u08a0-\u08ff]")), ("b", re.compile("[\u0590-\u05ff]")),
+)  # fmt: skip
 _WORD = "ahrb0_m"
 """Kinds of character that words of scripts with spaces are made of: letters, Hangul, Arabic, Hebrew, digits, marks."""
 _SAME = str.maketrans(

@@ -312,11 +312,9 @@ def train(
         optimizer.step()
         if config.solved and (step + 1) * config.solved // config.steps > step * config.solved // config.steps:
             _solve_output(
-                subject,
-                layer,
-                module,
+                subject, layer, module,
                 [(fitted.x, fitted.y, 1 / spread), (retained.x, retained.y, config.beta * retained.weight)],
-            )
+            )  # fmt: skip
     return Trained(subject, layer, module.requires_grad_(False))
 
 

@@ -341,25 +341,19 @@ def _record(
 ) -> dict[str, Any]:
     options = {k: str(v) if v == float("inf") else v for k, v in asdict(config).items()} if method == "mrp" else {}
     return {
-        "method": method,
-        "sites": ",".join(map(str, sites)) if isinstance(sites, list | tuple) else str(sites),
-        "rank": rank,
-        "options": options,
-        "seed": config.seed,
-        "model": subject.fingerprint(),
+        "method": method, "sites": ",".join(map(str, sites)) if isinstance(sites, list | tuple) else str(sites),
+        "rank": rank, "options": options, "seed": config.seed, "model": subject.fingerprint(),
         "data": {role: {"name": c.name, "hash": c.hash} for role, c in data.items() if c is not None},
         "versions": package_versions("transformers"),
-    }
+    }  # fmt: skip
 
 
 def _summary(history: History, bases: Bases) -> dict[str, Any]:
     rounded = {name: [round(v, 4) for v in getattr(history, name)] for name in ("forget", "right", "divergence")}
     return {
-        "steps_run": len(history.forget),
-        "stopped": history.reason,
-        "history": rounded,
+        "steps_run": len(history.forget), "stopped": history.reason, "history": rounded,
         "overlap": round(bases.overlap(), 4),
-    }
+    }  # fmt: skip
 
 
 def _composed(earlier: LowRank | None, new: LowRank) -> LowRank:

@@ -323,10 +323,8 @@ def forget_loss(sampler: BatchSampler, subject: Subject, *, among: str, cap: flo
     count = len(first_tokens) if use_answers else subject.model.get_input_embeddings().weight.shape[0]
     return ForgetLoss(
         candidates=torch.tensor(first_tokens, device=subject.device) if use_answers else None,
-        cap=1.2 * math.log(count) if cap is None else cap,
-        chance=1 / count,
-        place=place if use_answers else None,
-    )
+        cap=1.2 * math.log(count) if cap is None else cap, chance=1 / count, place=place if use_answers else None,
+    )  # fmt: skip
 
 
 def _first_difference(answers: Sequence[tuple[int, ...]]) -> int:

@@ -293,15 +293,9 @@ def launch(
         return
     n, d, k = *x.shape, u.shape[1]
     flags = {
-        "CENTER": c is not None,
-        "RESIDUAL": residual is not None,
-        "SAVE": t is not None,
-        "UPCAST": upcast,
-        "PRECISION": precision,
-        "BM": plan.rows,
-        "BD": plan.columns,
-        "R": plan.rank,
-    }
+        "CENTER": c is not None, "RESIDUAL": residual is not None, "SAVE": t is not None, "UPCAST": upcast,
+        "PRECISION": precision, "BM": plan.rows, "BD": plan.columns, "R": plan.rank,
+    }  # fmt: skip
     options = {"num_warps": plan.warps, "enable_fp_fusion": True}
     added = x if residual is None else residual
     pointers = (x if c is None else c, added, out, x if t is None else t, n, d, k)

@@ -5,19 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: statistics and text packages take seconds.
 _MODULES = (
-    "answers",
-    "benchmarks",
-    "collapse",
-    "facts",
-    "generation",
-    "harness",
-    "location",
-    "membership",
-    "muse",
-    "relearning",
-    "semeval",
-    "tofu",
-)
+    "answers", "benchmarks", "collapse", "facts", "generation", "harness", "location", "membership", "muse",
+    "relearning", "semeval", "tofu",
+)  # fmt: skip
 
 __all__ = [*_MODULES]  # pyright: ignore
 

@@ -73,11 +73,9 @@ def compare(
 # --- Published benchmarks
 
 FOLDERS = {
-    "tofu": ("tofu",),
-    "semeval": ("semeval", "semeval_lume"),
-    "muse": ("muse", "muse_news", "muse_books"),
+    "tofu": ("tofu",), "semeval": ("semeval", "semeval_lume"), "muse": ("muse", "muse_news", "muse_books"),
     "mmlu": ("mmlu",),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -162,11 +162,9 @@ def diversity(tokenizer: Tokenizer, outputs: Sequence[str]) -> tuple[float | Non
 def _collapse(signs: Signs, original: Signs) -> list[str]:
     """The reasons to consider the model collapsed; empty for each that does not hold."""
     return [
-        _fell("retain", signs.retain, original.retain, 0.25),
-        _guesses(signs, original),
-        _repeats(signs),
+        _fell("retain", signs.retain, original.retain, 0.25), _guesses(signs, original), _repeats(signs),
         _grew("perplexity", signs.perplexity, original.perplexity, 10.0),
-    ]
+    ]  # fmt: skip
 
 
 def _fell(name: str, value: float | None, before: float | None, factor: float) -> str:

@@ -176,12 +176,9 @@ def _step(
     # Not around the loop: a suspended generator would leave its caller without gradients and the model in eval mode.
     with torch.no_grad(), evaluating(subject.model):
         out = subject.model(
-            input_ids=new_ids,
-            attention_mask=torch.ones_like(all_ids),
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=new_ids, attention_mask=torch.ones_like(all_ids), past_key_values=cache, use_cache=True,
             logits_to_keep=1,
-        )
+        )  # fmt: skip
     # float32, as in transformers.
     return out.logits[:, -1].float(), out.past_key_values
 
@@ -257,13 +254,9 @@ def greedy_continuations(
         while live and len(texts[live[0]]) < tokens:
             positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -new_ids.shape[1] :]} if shifted else {}
             out = subject.model(
-                input_ids=new_ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+                input_ids=new_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1,
                 **positions,
-            )
+            )  # fmt: skip
             logits, cache = out.logits[:, -1].float(), out.past_key_values
             for row in live:
                 check_logits(logits[row : row + 1], f"{names[row]} and {len(texts[row])} further tokens")

@@ -142,13 +142,9 @@ def write_tasks(
         data = root / f"{task}.jsonl"
         files[data] = "".join(_row(fact) for fact in rows)
         files[root / f"{task}.yaml"] = _TASK.format(
-            note=note,
-            folder=root,
-            task=task,
-            tag=TAG,
-            data=json.dumps(str(data), ensure_ascii=False),
+            note=note, folder=root, task=task, tag=TAG, data=json.dumps(str(data), ensure_ascii=False),
             space=_space(rows, task),
-        )
+        )  # fmt: skip
     taken = next((path for path, text in files.items() if os.path.lexists(path) and read_text(path) != text), None)
     if taken is not None:
         raise TargetExists(f"{taken} exists and holds something else; move it away, or give another folder")

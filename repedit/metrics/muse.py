@@ -72,12 +72,7 @@ def verbatim_memorization(
 
 
 def knowledge_memorization(
-    subject: Subject,
-    rows: RowSource,
-    *,
-    examples: Sequence[Row] = (),
-    tokens: int = 32,
-    batch_size: int = 16,
+    subject: Subject, rows: RowSource, *, examples: Sequence[Row] = (), tokens: int = 32, batch_size: int = 16
 ) -> Memorization:
     """ROUGE-L F1 between the greedy answer to each question, up to an empty line, and the true answer.
 
@@ -187,13 +182,9 @@ def evaluate(
     distinct, repeated = diversity(subject.need_tokenizer(), outputs)
     membership_auc = auc(by_side["member"], by_side["nonmember"])
     signs = Signs(
-        retain=knowledge_retain.mean,
-        forget=verbatim.mean,
-        auc=membership_auc,
-        distinct=distinct,
-        repeated=repeated,
+        retain=knowledge_retain.mean, forget=verbatim.mean, auc=membership_auc, distinct=distinct, repeated=repeated,
         perplexity=plain_perplexity(subject, plain),
-    )
+    )  # fmt: skip
     score = MuseScore(verbatim, knowledge_forget, knowledge_retain, membership_auc, auc_reference, by_side, signs)
     return score.judged(original)
 
@@ -201,16 +192,9 @@ def evaluate(
 def evaluate_data(subject: Subject, data: MuseData, *, original: MuseScore | None = None) -> MuseScore:
     """The metrics of MUSE on its published data, with their verdict; see `evaluate`."""
     return evaluate(
-        subject,
-        texts=data.texts,
-        holdout=data.holdout,
-        members=data.members,
-        forget=data.forget,
-        retain=data.retain,
-        examples=data.forget_examples,
-        retain_examples=data.retain_examples,
-        original=original,
-    )
+        subject, texts=data.texts, holdout=data.holdout, members=data.members, forget=data.forget, retain=data.retain,
+        examples=data.forget_examples, retain_examples=data.retain_examples, original=original,
+    )  # fmt: skip
 
 
 def _question(row: Row) -> str:

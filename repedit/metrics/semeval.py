@@ -241,15 +241,10 @@ def evaluate(
     membership_auc = auc(items["member"], items["nonmember"])
     distinct, repeated = diversity(subject.need_tokenizer(), outputs)
     signs = Signs(
-        retain=mean_of(parts, "retain"),
-        forget=mean_of(parts, "forget"),
-        auc=membership_auc,
-        mmlu=accuracy,
-        questions=0 if isinstance(measured, float) else measured.questions,
-        distinct=distinct,
-        repeated=repeated,
+        retain=mean_of(parts, "retain"), forget=mean_of(parts, "forget"), auc=membership_auc, mmlu=accuracy,
+        questions=0 if isinstance(measured, float) else measured.questions, distinct=distinct, repeated=repeated,
         perplexity=plain_perplexity(subject, plain),
-    )
+    )  # fmt: skip
     score = aggregate(parts, membership_auc, accuracy, signs=signs, items=items, outputs=outputs_by_part)
     return score.judged(original, auc_reference=auc_reference)
 

@@ -223,17 +223,13 @@ def _check_finite_losses(what: str, *values: Values) -> None:
 
 # Names of the parts in a published log.
 FILES = {
-    "forget": "eval_log_forget.json",
-    "retain": "eval_log.json",
-    "real_authors": "eval_real_author_wo_options.json",
+    "forget": "eval_log_forget.json", "retain": "eval_log.json", "real_authors": "eval_real_author_wo_options.json",
     "world_facts": "eval_real_world_wo_options.json",
-}
+}  # fmt: skip
 QUANTITIES = {
-    "answer": "avg_gt_loss",
-    "rougeL_recall": "rougeL_recall",
-    "paraphrased": "avg_paraphrased_loss",
+    "answer": "avg_gt_loss", "rougeL_recall": "rougeL_recall", "paraphrased": "avg_paraphrased_loss",
     "perturbed": "average_perturb_loss",
-}
+}  # fmt: skip
 
 
 def read_log(source: str | Path | Mapping[str, object]) -> dict[str, Part]:
@@ -385,12 +381,9 @@ def evaluate(
     quality = None if reference is None else quality_against_log(parts["forget"], reference)
     distinct, repeated = diversity(subject.need_tokenizer(), [text for p in parts.values() for text in p.outputs])
     signs = Signs(
-        retain=parts["retain"].means["rougeL_recall"],
-        forget=parts["forget"].means["rougeL_recall"],
-        distinct=distinct,
-        repeated=repeated,
-        perplexity=plain_perplexity(subject, plain),
-    )
+        retain=parts["retain"].means["rougeL_recall"], forget=parts["forget"].means["rougeL_recall"], distinct=distinct,
+        repeated=repeated, perplexity=plain_perplexity(subject, plain),
+    )  # fmt: skip
     return TofuScore(parts, quality, signs).judged(original)
 
 
@@ -418,14 +411,11 @@ def part(
     answers = [row.answer for row in rows]
     outputs = generate(subject, [row.prompt for row in rows], max_new_tokens=max_new_tokens, batch_size=batch_size)
     return Part(
-        split,
-        _losses(subject, rows, answers),
-        rouge(answers, outputs).rougeL_recall,
+        split, _losses(subject, rows, answers), rouge(answers, outputs).rougeL_recall,
         _losses(subject, rows, [row.paraphrased for row in rows]),
         np.stack([_losses(subject, rows, wrong) for wrong in zip(*(row.perturbed for row in rows), strict=True)], 1),
-        outputs=outputs,
-        **scoring(name),
-    )
+        outputs=outputs, **scoring(name),
+    )  # fmt: skip
 
 
 def quality_against_log(edited: Part, reference: Part) -> float:

@@ -273,11 +273,9 @@ class Subject:
         if self.source is None or weights != state(self.model):
             return None
         check_unchanged(
-            self.source,
-            files,
-            "since the model was loaded",
+            self.source, files, "since the model was loaded",
             "load the model again to use the new files, or use the weights in memory: repedit.wrap(model.model, model.tokenizer)",
-        )
+        )  # fmt: skip
         return self.source
 
     def need_tokenizer(self) -> Any:
@@ -297,14 +295,12 @@ class Subject:
         residual = point in (Point.RESID_PRE, Point.RESID_MID, Point.RESID_POST)
         branch = None if residual else layout.branch(site.layer, point)
         return {
-            "site": str(site),
-            "hook": site.hook_name,
+            "site": str(site), "hook": site.hook_name,
             "module": branch.writer if branch else layout.block_paths[site.layer],
-            "width": layout.width_of(site.layer, point),
-            "tensor": branch.parts[0].out.tensor if branch else "",
+            "width": layout.width_of(site.layer, point), "tensor": branch.parts[0].out.tensor if branch else "",
             "bias": bool(branch and any(part.bias for part in branch.parts)),
             "experts": sum(part.expert is not None for part in branch.parts) if branch else 0,
-        }
+        }  # fmt: skip
 
 
 def load(

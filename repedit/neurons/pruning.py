@@ -200,22 +200,11 @@ def _best_step(
     """The best step of a trajectory, chosen on documents that are used for neither collecting nor the reported effects."""
     (forget_fit, forget_choose), (retain_fit, retain_choose) = (c.halves(options.seed + 1) for c in (forget, retain))
     path = trajectory(
-        subject,
-        forget_fit,
-        retain_fit,
-        sites=sites,
-        fraction_per_step=fraction_per_step,
-        steps=options.steps,
-        importance=options.importance,
-        combine=options.combine,
-        evaluate_forget=forget_choose,
-        evaluate_retain=retain_choose,
-        max_retain_drop=options.max_retain_drop,
-        cap_per_layer=options.cap_per_layer,
-        seed=options.seed,
-        collect_options=options.reading,
-        evaluate_options=options.reading,
-    )
+        subject, forget_fit, retain_fit, sites=sites, fraction_per_step=fraction_per_step, steps=options.steps,
+        importance=options.importance, combine=options.combine, evaluate_forget=forget_choose,
+        evaluate_retain=retain_choose, max_retain_drop=options.max_retain_drop, cap_per_layer=options.cap_per_layer,
+        seed=options.seed, collect_options=options.reading, evaluate_options=options.reading,
+    )  # fmt: skip
     try:
         return path.best(options.max_retain_drop).edit
     except SelectionError:

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from repedit.activations.collection import Collection
 from repedit.edit import Edit
-from repedit.errors import (
-    ArgumentError,
-    FractionError,
-    MissingStatistic,
-    SelectionError,
-    ShapeError,
-    check_choice,
-)
+from repedit.errors import ArgumentError, FractionError, MissingStatistic, SelectionError, ShapeError, check_choice
 from repedit.linear_maps import Diagonal
 from repedit.neurons.scores import Score, Scores
 from repedit.sites import SiteKey

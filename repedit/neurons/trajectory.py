@@ -259,15 +259,10 @@ class _Run:
             "evaluate": _recorded(self.evaluating),
         }
         return {
-            "method": "trajectory",
-            "sites": str(self.sites),
-            "model": self.subject.fingerprint(),
-            "data": data,
-            "options": options,
-            "fraction_per_step": self.fraction_per_step,
-            "recollect": self.recollect,
+            "method": "trajectory", "sites": str(self.sites), "model": self.subject.fingerprint(), "data": data,
+            "options": options, "fraction_per_step": self.fraction_per_step, "recollect": self.recollect,
             "cap_per_layer": self.cap_per_layer,
-        }
+        }  # fmt: skip
 
 
 def _collect_and_evaluate_corpora(

@@ -35,11 +35,9 @@ LONGEST = 60
 FORMULA = r"$\mathdefault{"
 """Start of the labels that matplotlib writes on a logarithmic axis."""
 POINT_NAMES = {
-    Point.MLP_NEURONS: "MLP neurons",
-    Point.ATTN_NEURONS: "attention neurons",
-    Point.MIXER_NEURONS: "mixer neurons",
+    Point.MLP_NEURONS: "MLP neurons", Point.ATTN_NEURONS: "attention neurons", Point.MIXER_NEURONS: "mixer neurons",
     Point.PLE_NEURONS: "per-layer embedding neurons",
-}
+}  # fmt: skip
 
 
 # --- The canvas

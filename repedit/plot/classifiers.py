@@ -62,11 +62,9 @@ def gap(reports: Mapping[str, Report]) -> Figure:
         panels[0].plot([], [], "|", color=NEUTRAL, markersize=9, label="lowest and highest retrained model")
     panels[0].axvspan(0, 0, color="#009E73", alpha=0.18, linewidth=0, label="what a pass allows")
     return figure.finish(
-        "Gap to a model that never saw the forget images",
-        _facts(next(iter(reports.values()))),
-        legend=panels[0],
+        "Gap to a model that never saw the forget images", _facts(next(iter(reports.values()))), legend=panels[0],
         columns=3,
-    )
+    )  # fmt: skip
 
 
 def membership(report: Report) -> Figure:

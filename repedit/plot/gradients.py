@@ -79,11 +79,9 @@ def training(delta: Delta, *, notes: Sequence[str] = ()) -> Figure:
     stopped = delta.provenance.get("stopped", {})
     facts = [f"ended: {stopped['reason']}"] if stopped.get("reason") else []
     return figure.finish(
-        f"Training of {delta.provenance.get('method', 'a delta')}",
-        [*facts, *model_facts(delta.provenance), *notes],
-        legend=axes[0],
-        columns=3,
-    )
+        f"Training of {delta.provenance.get('method', 'a delta')}", [*facts, *model_facts(delta.provenance), *notes],
+        legend=axes[0], columns=3,
+    )  # fmt: skip
 
 
 def _losses(axes: Axes, delta: Delta) -> None:
@@ -103,13 +101,9 @@ def _losses(axes: Axes, delta: Delta) -> None:
         ]
         style = _STYLES[number % len(_STYLES)]
         axes.plot(
-            *zip(*points, strict=True),
-            style,
-            color=color,
-            label=label_text(name),
-            linewidth=1.4,
+            *zip(*points, strict=True), style, color=color, label=label_text(name), linewidth=1.4,
             marker="." if len(points) < 40 else None,
-        )
+        )  # fmt: skip
     values = [value for record in delta.log for value in record["losses"].values()]
     if min(values) < 0 < max(values) or max(abs(v) for v in values) > 100 * (1e-3 + min(abs(v) for v in values)):
         axes.set_yscale("symlog", linthresh=1.0)
@@ -194,11 +188,9 @@ def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Fig
     seeds = max(len(points) for points in results.values())
     others = len(set(results) - {ORIGINAL, RETRAINED})
     return figure.finish(
-        "What unlearning buys and costs",
-        [count_text(others, "recipe"), count_text(seeds, "seed"), *notes],
-        legend=axes,
-        columns=4,
-    )
+        "What unlearning buys and costs", [count_text(others, "recipe"), count_text(seeds, "seed"), *notes],
+        legend=axes, columns=4,
+    )  # fmt: skip
 
 
 def _check_results(results: Mapping[str, Points]) -> None:
@@ -247,16 +239,7 @@ def _regions(axes: Axes, start: tuple[float, float]) -> None:
         "retain lost, a sign of collapse": (0.5, (floor - MARGIN) / 2),
     }
     for text, (x, y) in words.items():
-        axes.text(
-            x,
-            y,
-            text.replace("n, ", "n,\n"),
-            ha="center",
-            va="center",
-            fontsize=SMALL,
-            color="0.25",
-            zorder=2,
-        )
+        axes.text(x, y, text.replace("n, ", "n,\n"), ha="center", va="center", fontsize=SMALL, color="0.25", zorder=2)
 
 
 # --- The change of each weight, and whether it survives rounding to four bits
@@ -467,11 +450,9 @@ def semeval(scores: Mapping[str, SemEvalScore] | SemEvalScore, *, notes: Sequenc
         for name, score in by_name.items()
     ]
     return figure.finish(
-        "SemEval-2025 Task 4, part by part",
-        [*verdicts, count_text(len(by_name), "model"), *notes],
-        legend=figure.axes[0],
-        columns=1,
-    )
+        "SemEval-2025 Task 4, part by part", [*verdicts, count_text(len(by_name), "model"), *notes],
+        legend=figure.axes[0], columns=1,
+    )  # fmt: skip
 
 
 def _bars(axes: Axes, side: str, scores: Mapping[str, SemEvalScore]) -> None:

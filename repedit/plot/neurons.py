@@ -167,15 +167,11 @@ def _heat(axes: Axes, columns: Sequence[Rows], norm: Normalize) -> QuadMesh:
 def _contour(axes: Axes, share: float, keep: Keep, sites: Sequence[Site]) -> None:
     """A step line below the selected neurons of each layer."""
     axes.stairs(
-        [int((~keep[site]).sum()) for site in sites],
-        np.arange(len(sites) + 1) - 0.5,
-        baseline=None,
-        color="black",
-        linestyle=CONTOURS[share],
-        linewidth=1.4,
+        [int((~keep[site]).sum()) for site in sites], np.arange(len(sites) + 1) - 0.5, baseline=None, color="black",
+        linestyle=CONTOURS[share], linewidth=1.4,
         label=f"global top {percent(share)}, {sum(int((~mask).sum()) for mask in keep.values()):,} neurons",
         path_effects=[withStroke(linewidth=3, foreground="white")],
-    )
+    )  # fmt: skip
 
 
 # --- Importances on two sets against each other
@@ -219,11 +215,9 @@ def importances(forget: Collection, retain: Collection, *, importance: str = "ab
     axes.set_xlabel(f"importance on retain ({label_text(retain.corpus, 30)}): {IMPORTANCES[importance].meaning}")
     axes.set_ylabel(f"importance on forget ({label_text(forget.corpus, 30)}): {IMPORTANCES[importance].meaning}")
     return figure.finish(
-        f"Importance {importance!r} of each neuron on both sets",
-        [*facts, f"model {forget.model[:8]}"],
-        legend=axes,
+        f"Importance {importance!r} of each neuron on both sets", [*facts, f"model {forget.model[:8]}"], legend=axes,
         columns=4,
-    )
+    )  # fmt: skip
 
 
 def _lifted(values: Values) -> Values:
@@ -240,19 +234,10 @@ def _draw(figure: Figure, axes: Axes, x: Values, y: Values) -> None:
         # Drawn by layer, the last layer would hide the others; the order is fixed, so that a figure is reproducible.
         order = np.random.default_rng(0).permutation(len(layer))
         axes.scatter(
-            np.concatenate([x[s] for s in sites])[order],
-            np.concatenate([y[s] for s in sites])[order],
-            c=layer[order],
-            s=7 if len(layer) > 5000 else 16,
-            alpha=0.7,
-            cmap=SEQUENTIAL,
-            vmin=min(layers),
-            vmax=max(layers),
-            marker=MARKERS[2 * number % len(MARKERS)],
-            linewidths=0,
-            rasterized=True,
-            label=point_title(point),
-        )
+            np.concatenate([x[s] for s in sites])[order], np.concatenate([y[s] for s in sites])[order], c=layer[order],
+            s=7 if len(layer) > 5000 else 16, alpha=0.7, cmap=SEQUENTIAL, vmin=min(layers), vmax=max(layers),
+            marker=MARKERS[2 * number % len(MARKERS)], linewidths=0, rasterized=True, label=point_title(point),
+        )  # fmt: skip
     axes.set(xscale="log", yscale="log")
     middle = float(np.sqrt(np.prod([np.median(np.concatenate(list(v.values()))) for v in (x, y)])))
     axes.axline((middle, middle), (2 * middle, 2 * middle), color="black", linestyle="--", label="no preference")
@@ -379,14 +364,9 @@ def _histogram(axes: Axes, name: str, role: str, values: Activations, edges: Act
     axes.stairs(density, edges, color=colour, fill=forget, alpha=0.5 if forget else 1.0, linewidth=1.4, label=name)
     axes.axvline(mean, color=colour, linestyle="--" if forget else ":", linewidth=1.6, label=f"{role} mean {mean:.3g}")
     axes.plot(
-        peak,
-        density[fullest],
-        "v" if forget else "^",
-        color=colour,
-        markeredgecolor="black",
-        markersize=8,
+        peak, density[fullest], "v" if forget else "^", color=colour, markeredgecolor="black", markersize=8,
         label=f"{role} peak {peak:.3g}",
-    )
+    )  # fmt: skip
 
 
 # --- Pruned neurons: counts by layer, overlaps, and the effect on every set

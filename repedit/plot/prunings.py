@@ -13,17 +13,7 @@ from numpy.typing import NDArray
 
 from repedit.errors import ArgumentError, SelectionError, UnknownName, nearest
 from repedit.neurons.trajectory import Trajectory
-from repedit.plot.canvas import (
-    MARKERS,
-    NEUTRAL,
-    SERIES,
-    SMALL,
-    canvas,
-    data_facts,
-    label_text,
-    model_facts,
-    percent,
-)
+from repedit.plot.canvas import MARKERS, NEUTRAL, SERIES, SMALL, canvas, data_facts, label_text, model_facts, percent
 
 Points = Sequence[tuple[float, float]] | NDArray[np.float64]
 KINDS: Mapping[str, dict[str, Any]] = {

@@ -37,10 +37,7 @@ from repedit.sites import Site
 # --- Values: the rows of a forest plot, and accuracies by training step or by layer
 
 
-LEVELS: Mapping[str, tuple[int, str]] = {
-    "B": (2, "attacker has prompts only"),
-    "W": (3, "attacker has the weights"),
-}
+LEVELS: Mapping[str, tuple[int, str]] = {"B": (2, "attacker has prompts only"), "W": (3, "attacker has the weights")}
 """What an attacker has access to: the index of its colour and marker, and its name in the legend."""
 ROLES = ("edited", "original", "reference", "fresh facts")
 R_LIMITS = (-0.3, 1.3)

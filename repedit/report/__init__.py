@@ -18,16 +18,6 @@ from repedit.report.run_pages import run_page, write_run
 from repedit.runs import RunReport
 
 __all__ = [
-    "ReportComparison",
-    "RunReport",
-    "compare_reports",
-    "comparison_page",
-    "difference_page",
-    "markdown",
-    "page",
-    "redacted",
-    "run_page",
-    "schema",
-    "write",
-    "write_run",
-]
+    "ReportComparison", "RunReport", "compare_reports", "comparison_page", "difference_page", "markdown", "page",
+    "redacted", "run_page", "schema", "write", "write_run",
+]  # fmt: skip

@@ -210,12 +210,10 @@ def _recovery_sections(report: Report) -> dict[str, list[str]]:
 
 def _gap_sections(report: Report) -> dict[str, list[str]]:
     contents = {
-        "Gap to the retrained model": [tables.gaps(report)],
-        "Membership": [tables.memberships(report)],
+        "Gap to the retrained model": [tables.gaps(report)], "Membership": [tables.memberships(report)],
         "What was not tried, or counts for nothing": [tables.not_run(report)],
-        "Settings": [tables.attack_settings(report)],
-        "Relearning": list(map(_curves_table, relearning_curves(report))),
-    }
+        "Settings": [tables.attack_settings(report)], "Relearning": list(map(_curves_table, relearning_curves(report))),
+    }  # fmt: skip
     return {title: list(map(markdown_table, content)) for title, content in contents.items()} | _origin(report)
 
 

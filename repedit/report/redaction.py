@@ -173,12 +173,10 @@ def redacted(report: Report) -> Report:
         recoveries=tuple(map(_recovery, report.recoveries)),
         findings={_name(role): tuple(map(_finding, findings)) for role, findings in report.findings.items()},
         not_run={_name(attack): _sentences(reason) for attack, reason in report.not_run.items()},
-        heuristics={_name(guess): value for guess, value in report.heuristics.items()},
-        examples=(),
-        diagnostics=redacted_values(report.diagnostics, ids=ids),
-        context=_context(report, ids),
+        heuristics={_name(guess): value for guess, value in report.heuristics.items()}, examples=(),
+        diagnostics=redacted_values(report.diagnostics, ids=ids), context=_context(report, ids),
         gaps=tuple(map(_gap, report.gaps)),
-    )
+    )  # fmt: skip
 
 
 def redacted_run(run: RunReport) -> RunReport:

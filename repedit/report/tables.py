@@ -11,12 +11,7 @@ from repedit.auditing.attack import RAN, Finding
 from repedit.auditing.report import COMPLETE, ENDED_EARLY, INTERRUPTED, RETAIN_CHECK, Recovery, Report
 from repedit.auditing.verdict import retain_damage
 from repedit.metrics.benchmarks import Comparison
-from repedit.plot.reports import (
-    ROLES,
-    interval_text,
-    is_measured,
-    recoveries_by_strength,
-)
+from repedit.plot.reports import ROLES, interval_text, is_measured, recoveries_by_strength
 
 COLUMNS = ("attack", "edited", "original", "floor", "R [95 %]", "setting")
 INTERVALS = (

@@ -238,16 +238,10 @@ def _unlearn(
     if recipe.noise is not None:
         add_noise(trainable, recipe.noise, rows.rows["forget"], rows.rows["retain"], options["seed"])
     training = Training(
-        trainable=trainable,
-        reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives}),
-        data=rows,
-        recipe=recipe,
-        micro_batch=options["micro_batch"] or recipe.batch_size,
-        clip=options["clip"],
-        seed=options["seed"],
-        group=group,
-        dropout=options["dropout"],
-    )
+        trainable=trainable, reference=Reference(reference or subject, {**rows.rows, "alternative": rows.alternatives}),
+        data=rows, recipe=recipe, micro_batch=options["micro_batch"] or recipe.batch_size, clip=options["clip"],
+        seed=options["seed"], group=group, dropout=options["dropout"],
+    )  # fmt: skip
     return _train(training, record, state, log, options["checkpoint_every"] or _SAVE_EVERY, options["progress"])
 
 
@@ -276,16 +270,11 @@ def _provenance(subject: Subject, recipe: UnlearnRecipe, data: TrainingData, opt
     reference = options["reference"]
     dropout = {"dropout": True} if options["dropout"] else {}
     return {
-        "method": recipe.name,
-        "options": recipe.plain() | {"clip": options["clip"]} | dropout,
-        "formula": recipe.formula,
-        "source": recipe.source,
-        "model": subject.fingerprint(),
-        "reference": None if reference is None else reference.fingerprint(),
-        "data": dict(data.record),
-        "seed": options["seed"],
-        "versions": package_versions("transformers"),
-    }
+        "method": recipe.name, "options": recipe.plain() | {"clip": options["clip"]} | dropout,
+        "formula": recipe.formula, "source": recipe.source, "model": subject.fingerprint(),
+        "reference": None if reference is None else reference.fingerprint(), "data": dict(data.record),
+        "seed": options["seed"], "versions": package_versions("transformers"),
+    }  # fmt: skip
 
 
 def _train(
@@ -421,16 +410,11 @@ def _combined(
             {key: delta.provenance[key] for key in ("method", "options", "steps_run", "stopped", "reference")}
         )
     provenance = {
-        **deltas[0].provenance,
-        "method": recipe.name,
-        "options": recipe.plain(),
-        "formula": recipe.formula,
-        "source": recipe.source,
-        "start": {name: value_hash(subject.value(name)) for name in total},
-        "steps_run": len(log),
-        "stopped": next((rule for rule in stopped if rule["rule"] == "collapse"), stopped[-1]),
+        **deltas[0].provenance, "method": recipe.name, "options": recipe.plain(), "formula": recipe.formula,
+        "source": recipe.source, "start": {name: value_hash(subject.value(name)) for name in total},
+        "steps_run": len(log), "stopped": next((rule for rule in stopped if rule["rule"] == "collapse"), stopped[-1]),
         "stages": records,
-    }
+    }  # fmt: skip
     return Delta(total, provenance, tuple(log))
 
 

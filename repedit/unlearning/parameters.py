@@ -127,12 +127,10 @@ class Parameters:
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
         return {
-            "layers": self.layers,
-            "modules": list(self.modules),
-            "pattern": self.pattern,
+            "layers": self.layers, "modules": list(self.modules), "pattern": self.pattern,
             "mask": None if self.mask is None else dict(self.mask.provenance) | {"share": self.mask.share},
             "lora": None if self.lora is None else {**vars(self.lora), "modules": list(self.lora.modules)},
-        }
+        }  # fmt: skip
 
     def _is_in_layers(self, name: str, subject: Subject) -> bool:
         if self.layers == "all":

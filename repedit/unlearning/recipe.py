@@ -22,14 +22,7 @@ from repedit.errors import (
 from repedit.io.text import read_toml
 from repedit.unlearning import losses
 from repedit.unlearning.combiners import COMBINERS, Combiner, weighted_sum
-from repedit.unlearning.forget_gradient import (
-    ADVERSARIES,
-    FILTERS,
-    Adversary,
-    Agreement,
-    Fork,
-    GradientFilter,
-)
+from repedit.unlearning.forget_gradient import ADVERSARIES, FILTERS, Adversary, Agreement, Fork, GradientFilter
 from repedit.unlearning.losses import Loss, nll
 from repedit.unlearning.noise import Noise
 from repedit.unlearning.parameters import Lora, Parameters

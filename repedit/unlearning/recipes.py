@@ -354,11 +354,9 @@ def surgery(
     whose prompt is also in the update set.
     """
     terms = (
-        Term(losses.negative_nll(), "forget", forget),
-        Term(losses.negative_nll(), "outdated", outdated),
-        Term(losses.nll(), "update", update),
-        Term(losses.cross_entropy_to_reference(), "retain", retain),
-    )
+        Term(losses.negative_nll(), "forget", forget), Term(losses.negative_nll(), "outdated", outdated),
+        Term(losses.nll(), "update", update), Term(losses.cross_entropy_to_reference(), "retain", retain),
+    )  # fmt: skip
     return build_recipe(
         "surgery", terms, changes, lr=2e-4, steps=120, optimizer=OptimizerConfig(weight_decay=0.01, betas=(0.9, 0.95)),
         formula=".1 -NLL(forget) + .1 -NLL(outdated) + 2 NLL(update) + .5 CE_ref(retain)", source="arXiv:2409.13054",
@@ -380,12 +378,9 @@ def sure(
         lr: larger than that of `inner`; the paper goes to 1e-4.
     """
     return replace(
-        inner,
-        name=f"sure({inner.name})",
-        saliency=Saliency(percentile, unit, loss or losses.nll()),
-        lr=inner.lr if lr is None else lr,
-        source=f"arXiv:2410.16454 over {inner.source}",
-    )
+        inner, name=f"sure({inner.name})", saliency=Saliency(percentile, unit, loss or losses.nll()),
+        lr=inner.lr if lr is None else lr, source=f"arXiv:2410.16454 over {inner.source}",
+    )  # fmt: skip
 
 
 @register_recipe
@@ -437,10 +432,8 @@ def zju_merge(**changes: Unpack[Changes]) -> MergedRecipe:
     parts = []
     for number, (forget, kl, nll) in enumerate(((0.4, 0.4, 0.2), (0.3, 0.3, 0.4))):
         terms = (
-            Term(losses.npo(), "forget", forget),
-            Term(losses.kl(), "retain", kl),
-            Term(losses.nll(), "retain", nll),
-        )
+            Term(losses.npo(), "forget", forget), Term(losses.kl(), "retain", kl), Term(losses.nll(), "retain", nll),
+        )  # fmt: skip
         part = build_recipe(
             f"zju_merge, part {number}", terms, changes, parameters=Parameters(lora=Lora(32, 64)), lr=1e-4, epochs=5.0,
             formula=f"{forget} NPO + {kl} KL + {nll} NLL",

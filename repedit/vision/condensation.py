@@ -19,14 +19,7 @@ from torch.nn import functional
 
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, UnknownName, nearest
-from repedit.vision.data import (
-    BATCH,
-    Images,
-    ImageSplits,
-    Task,
-    frozen,
-    synthetic_index,
-)
+from repedit.vision.data import BATCH, Images, ImageSplits, Task, frozen, synthetic_index
 from repedit.vision.recipes import DataPlan, trained_delta, training_images
 from repedit.vision.training import (
     Schedule,
@@ -91,17 +84,9 @@ def condense(
     trained = train_scheduled(start, task, schedule, {"reduced": planned.retain, "remember": remember}, seed=seed)
     findings = {"dropped_from_remember": dropped, "reduced": len(planned.retain), "retain": len(splits.retain)}
     return trained_delta(
-        "condense",
-        model,
-        trained,
-        begin,
-        seed,
-        {},
-        offline=offline_seconds,
-        plan=planned.plans,
-        schedule=schedule.plain(),
-        findings=findings,
-    )
+        "condense", model, trained, begin, seed, {}, offline=offline_seconds, plan=planned.plans,
+        schedule=schedule.plain(), findings=findings,
+    )  # fmt: skip
 
 
 def remembered(splits: ImageSplits) -> tuple[Images, list[int]]:

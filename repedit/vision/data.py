@@ -359,11 +359,9 @@ def cifar6k(path: str | Path | None = None) -> tuple[Images, Images]:
         DataError: if it is damaged or has another shape.
     """
     file = _file(
-        path,
-        "cifar10_jpg_6k",
-        "cifar10_jpg_6k.npz",
+        path, "cifar10_jpg_6k", "cifar10_jpg_6k.npz",
         "write x_train, y_train, x_test and y_test (uint8, n x 32 x 32 x 3) of CIFAR-10 into it with numpy.savez",
-    )
+    )  # fmt: skip
     arrays = npz_arrays(file, ("x_train", "y_train", "x_test", "y_test"))
     sets, start = [], 0
     for name, count in (("train", 5000), ("test", 1000)):
@@ -414,13 +412,9 @@ def class_splits(data: Images, label: int, *, train: int = 1200, remember: int =
         raise DataError(f"no image has the label {label}; the data has the labels {sorted(data.classes)}")
     training, remembered, unseen = _draw(data, train, remember, seed)
     return ImageSplits(
-        retain=training[training.y != label],
-        forget=training[training.y == label],
-        test=unseen[unseen.y != label],
-        holdout=unseen[unseen.y == label],
-        remember=remembered,
-        labels=int(data.y.max()) + 1,
-    )
+        retain=training[training.y != label], forget=training[training.y == label], test=unseen[unseen.y != label],
+        holdout=unseen[unseen.y == label], remember=remembered, labels=int(data.y.max()) + 1,
+    )  # fmt: skip
 
 
 def mislabelled_splits(
@@ -458,13 +452,9 @@ def random_splits(
             f"{len(unseen)} unseen images are left for a holdout of {count} and a test set; lower train or fraction"
         )
     return ImageSplits(
-        retain=training[count:],
-        forget=training[:count],
-        test=unseen[count:],
-        holdout=unseen[:count],
-        remember=remembered,
-        labels=int(data.y.max()) + 1,
-    )
+        retain=training[count:], forget=training[:count], test=unseen[count:], holdout=unseen[:count],
+        remember=remembered, labels=int(data.y.max()) + 1,
+    )  # fmt: skip
 
 
 def other_labels(y: Tensor, labels: int, random: torch.Generator) -> Tensor:

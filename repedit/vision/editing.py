@@ -170,16 +170,10 @@ def statistics(
             labels = batch.y
             model(batch.x.to(like))
     return Collection(
-        statistics={path: by_path[path].cpu() for path in paths},
-        model=module_fingerprint(model),
-        corpus="images",
-        data_hash=_hash(images),
-        rule={"rows": "every position of every image"},
-        seen=len(images),
-        counted=len(images),
-        group_sizes={path: {} for path in paths},
-        gated=False,
-    )
+        statistics={path: by_path[path].cpu() for path in paths}, model=module_fingerprint(model), corpus="images",
+        data_hash=_hash(images), rule={"rows": "every position of every image"}, seen=len(images), counted=len(images),
+        group_sizes={path: {} for path in paths}, gated=False,
+    )  # fmt: skip
 
 
 @contextmanager

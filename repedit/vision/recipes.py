@@ -269,14 +269,9 @@ def salun(
 
     with learning(trained, task, None, seed):
         descend(
-            trained,
-            adam(trained, task, None, lr),
-            training_images(planned),
-            epochs=epochs,
-            batch_size=64,
-            order=generator(seed),
-            before_step=mask_gradients,
-        )
+            trained, adam(trained, task, None, lr), training_images(planned), epochs=epochs, batch_size=64,
+            order=generator(seed), before_step=mask_gradients,
+        )  # fmt: skip
     salient = sum(float(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
     options = {"percentile": percentile, "epochs": epochs, "lr": lr}
     findings = {"salient": salient}
