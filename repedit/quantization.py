@@ -31,12 +31,12 @@ LEVELS = {
 # --- Rounding by formula
 
 
-def step_size(weight: Float[Tensor, "*rows i"], scheme: str, group: int = GROUP) -> Float[Tensor, "*rows groups 1"]:
+def step_size(weight: Float[Tensor, "*rows i"], scheme: str) -> Float[Tensor, "*rows groups 1"]:
     """The distance between neighbouring values of an integer scheme: max|w| / (2^(bits - 1) - 1) of each group.
 
-    int8 has one group a row, and so has a row that `group` does not divide.
+    int8 has one group a row, and so has a row that the group size does not divide.
     """
-    return _largest(_groups(weight, scheme, group)) / _largest_integer(scheme)
+    return _largest(_groups(weight, scheme, GROUP)) / _largest_integer(scheme)
 
 
 def fake_quantize(weight: Float[Tensor, "*rows i"], scheme: str, group: int = GROUP) -> Float[Tensor, "*rows i"]:

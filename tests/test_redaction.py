@@ -106,13 +106,13 @@ def test_numbers_verdicts_and_own_words_stay():
 
 
 RAN = (recovery("direct", 0.02, "B"), recovery("rtt", 0.05), recovery("benign", 0.01))
-KNOWN: dict[str, Any] = {"known": 0.8, "n_test": 240, "budget": "fast"}
+KNOWN: dict[str, Any] = {"knowledge_low": 0.8, "n_test": 240, "budget": "fast"}
 VERDICTS = {
     "no recovery": verdict(RAN, RetainCheck(), **KNOWN),
     "hidden": verdict((*RAN, recovery("probe", 0.8), recovery("format", 0.7)), RetainCheck(), **KNOWN),
     "not forgotten": verdict((recovery("direct", 0.9),), RetainCheck(), **KNOWN),
     "inconclusive": verdict((RAN[0], recovery("rtt", 0.1, half=0.2)), RetainCheck(), **KNOWN),
-    "unknown": verdict(RAN, RetainCheck(), **(KNOWN | {"known": 0.05, "n_test": 40})),
+    "unknown": verdict(RAN, RetainCheck(), **(KNOWN | {"knowledge_low": 0.05, "n_test": 40})),
     "destroyed": verdict(RAN, RetainCheck(accuracy=(0.9, 0.2)), **KNOWN),
     "not asked for": verdict(RAN, RetainCheck(), not_run={"probe": "not asked for"}, **KNOWN),
     "skipped": verdict((*RAN, Recovery("membership", "skipped", "needs holdout text never trained on")), RetainCheck(), **KNOWN),

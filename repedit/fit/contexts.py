@@ -37,6 +37,7 @@ SINK = 10.0
 """A hidden state whose norm exceeds this many medians is an attention sink. Measured sinks exceed hundreds."""
 _SENTENCES = 2
 _WRITTEN_TOKENS = 24
+_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def held_out(
     return tuple(fitted), tuple(held)
 
 
-def entity_tokens(subject: Subject, contexts: Sequence[Context], *, rows: int = 32) -> EntityTokens:
+def entity_tokens(subject: Subject, contexts: Sequence[Context]) -> EntityTokens:
     """The contexts as tokens. A name that ends at the first position is left out: its states are attention sinks.
 
     Raises:
@@ -165,7 +166,7 @@ def entity_tokens(subject: Subject, contexts: Sequence[Context], *, rows: int = 
             f"every context of {min(missing)!r} ends at the first position of its text, where states are attention sinks; add "
             "contexts, such as 'templates'"
         )
-    batches_ = [_batch(tokenized[i : i + rows], i) for i in range(0, len(tokenized), rows)]
+    batches_ = [_batch(tokenized[i : i + _ROWS], i) for i in range(0, len(tokenized), _ROWS)]
     return EntityTokens(tuple(c for c, _, _ in tokenized), Tokens(tuple(batches_), "contexts"), frozenset(names))
 
 
@@ -218,8 +219,6 @@ def recorded(
     points: Mapping[int, Observe],
     *,
     active: Sequence[Hook] = (),
-    length: int = 128,
-    batch_size: int = 8,
     progress: bool | None = None,
 ) -> Iterator[tuple[dict[int, Float[Tensor, "n d"]], Bool[Tensor, "b t"], Batch]]:
     """Batch by batch: the counted rows at each point, the mask that counted them, and the batch.
@@ -245,7 +244,7 @@ def recorded(
         return visit
 
     hooks = [*active, *(hook for layer, observe in points.items() for hook in observe(keep(layer)))]
-    read = batches(subject, source, length, batch_size, progress, "collect")
+    read = batches(subject, source, 128, 8, progress, "collect")
     with evaluating(subject.model), installed(subject.model, hooks), torch.no_grad():
         for batch in read:
             mask = count(batch) & batch.attention_mask
