@@ -32,7 +32,7 @@ _MODULES = (
     ("fit.mrp", "mrp"),
     ("fit.mrp_training", "MRPConfig"),
     ("fit.mrp", "ContinualMRP"),
-    ("fit.stream", "erase_stream"),
+    ("fit.mrp", "erase_stream"),
     ("rewrite.apply", "apply"),
     ("rewrite.certificate", "certificate Certificate"),
     ("rewrite.slim", "slimmed"),
@@ -90,9 +90,8 @@ if TYPE_CHECKING:
     from repedit.bridges import lens_hooks, to_lens, to_nnsight, wrap
     from repedit.delta import Delta
     from repedit.edit import Edit
-    from repedit.fit.mrp import ContinualMRP, mrp
+    from repedit.fit.mrp import ContinualMRP, erase_stream, mrp
     from repedit.fit.mrp_training import MRPConfig
-    from repedit.fit.stream import erase_stream
     from repedit.linear_maps import AffineMap, Chain, Diagonal, LowRank
     from repedit.metrics.benchmarks import compare
     from repedit.metrics.facts import facts_accuracy, trainer_callback

@@ -10,7 +10,7 @@ import torch
 import repedit as rp
 from repedit.arch import families
 from repedit.errors import ArgumentError, NotSliceable, PlanMismatch, RankError
-from repedit.fit.stream import stream_sites
+from repedit.fit.mrp import stream_sites
 from repedit.rewrite.apply import rebuilt
 from repedit.rewrite.slice import Constant, Observe, Scaled, Write, coordinates, slice_plan
 from tests import laws

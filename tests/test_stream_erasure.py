@@ -9,8 +9,8 @@ import torch
 
 import repedit as rp
 from repedit.errors import ArgumentError, NoBiasSlot, NotFoldable, RankError, ShapeError
-from repedit.fit import stream
-from repedit.fit.stream import centred_basis, stream_sites
+from repedit.fit import mrp
+from repedit.fit.mrp import centred_basis, stream_sites
 from repedit.models.subject import subject_of
 from tests import laws
 from tests.every_causal_type import tiny_causal
@@ -52,7 +52,7 @@ def test_every_branch_of_an_inferred_family_is_a_writer(family):
 def test_a_mixer_or_a_per_layer_embedding_that_is_left_out_is_seen(family, monkeypatch):
     """The twin of the test before: a stream erasure of attention and MLPs alone."""
     sites = [site for site in stream_sites(subject_of(tiny_causal(family))) if not str(site.point).startswith(LATER)]
-    monkeypatch.setattr(stream, "stream_sites", lambda subject: tuple(sites))
+    monkeypatch.setattr(mrp, "stream_sites", lambda subject: tuple(sites))
     subject = subject_of(tiny_causal(family))
     with pytest.raises(AssertionError):
         laws.stream_is_empty(subject, basis(subject.layout.width))
