@@ -142,8 +142,8 @@ def test_no_entity_is_left_in_a_fresh_fact(name):
 
 
 def test_an_entity_left_in_a_paraphrase_is_caught(monkeypatch):
-    good = floors._renamed
-    monkeypatch.setattr(floors, "_renamed", lambda text, f, name: text if "star" in text else good(text, f, name))
+    good = floors._with_name
+    monkeypatch.setattr(floors, "_with_name", lambda text, f, name: text if "star" in text else good(text, f, name))
     with pytest.raises(AssertionError):
         check_no_entity_is_left("capitals")
 
