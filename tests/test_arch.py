@@ -170,7 +170,12 @@ WRONG = [
     ("mixtral", routed(Experts(count=LOCAL), "moe"), "module 'model.layers.0.moe'"),
     ("mixtral", routed(Experts("mlp.router", count=LOCAL)), "must match one way, it matches 0"),
     ("mixtral", routed(Experts(count="num_experts_per_tok")), "the config has 2 experts, the weights hold 4"),
-    ("mixtral", routed(Experts(count=LOCAL, transposed=True)), "stores its experts with {'is_transposed': False}"),
+    (
+        "mixtral",
+        routed(Experts(count=LOCAL, transposed=True)),
+        "gate_up_proj has 24 rows, 2 x 24 neurons were expected",
+    ),
+    ("mixtral", routed(Experts(count=LOCAL, interleaved=True)), "stores its experts with {'is_concatenated': True}"),
 ]
 
 

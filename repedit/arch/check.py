@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from repedit.arch.hooks import hooks_at, routed_to
 from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, TensorSpec, match_layout
-from repedit.arch.offload import check_in_memory, execution_device, offloaded_tensor
-from repedit.arch.spec import Architecture, Experts, families, text_config
+from repedit.arch.offload import check_in_memory, offloaded_tensor
+from repedit.arch.passes import Call, Passes
+from repedit.arch.spec import Architecture, Experts, families
 from repedit.distributed import local_tensor
 from repedit.errors import ShapeError, UnknownArchitecture
-from repedit.hooks import Hook, evaluating, installed
+from repedit.hooks import Hook, evaluating
 from repedit.linear_maps import LowRank
 from repedit.sites import Point, Site
 
@@ -40,8 +40,8 @@ def check_modules(model: nn.Module, layout: ModelLayout) -> None:
             _submodule(model, path, row.model_type)
         for path, parts in branch.by_writer.items():
             module = _submodule(model, path, row.model_type)
-            if parts[0].expert is not None:
-                _check_experts(module, path, row.experts_at(path))
+            if parts[0].fused is not None:
+                _check_experts(module, path, parts[0].fused)
             else:
                 _check_dense(module, path, row)
             readers = {
@@ -185,75 +185,19 @@ def _addresses(x: Tensor) -> Any:
     return np.asarray(SimpleNamespace(__array_interface__=data))
 
 
-class BlockRuns:
-    """One forward pass of the model records the inputs of each block; each block can then run alone on them, in float32.
-
-    Tensors named in `changed` take the place of the model's in every pass.
-    """
-
-    def __init__(
-        self, model: nn.Module, block_paths: Sequence[str], changed: Mapping[str, Tensor] | None = None
-    ) -> None:
-        self.model, self.block_paths = model, block_paths
-        # A rounding can send a token to another expert, so half types are checked in float32.
-        wide = {id(p): p.float() for p in model.parameters() if p.dtype.itemsize < 4}
-        named = list(model.named_parameters(remove_duplicate=False))
-        self.parameters = {n: wide.get(id(p), p.detach()) for n, p in named} | dict(changed or {})
-        # Under every name: a block may hold a tensor that the model names after another block.
-        self.wide = {n: self.parameters[n] for n, p in named if id(p) in wide or n in (changed or {})}
-        self.wide_once = {n: self.wide[n] for n, _ in model.named_parameters() if n in self.wide}
-        self.calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
-        self.ids = text_ids(model)
-        self.embedded = self.run_model([Hook(self.block(i), "call", self._record) for i in range(len(block_paths))])
-        if len(self.calls) != len(block_paths):
-            raise UnknownArchitecture(
-                f"{len(block_paths)} blocks ran {len(self.calls)} times in one forward pass; each must run once"
-            )
-
-    def block(self, layer: int) -> nn.Module:
-        """The block of a layer."""
-        return self.model.get_submodule(self.block_paths[layer])
-
-    def run_model(self, hooks: list[Hook], changed: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Run the whole model; returns 0.resid.pre."""
-        inputs = {"input_ids": self.ids, "use_cache": False}
-        streams: list[Tensor] = []
-        first = Hook(self.block(0), "input", lambda x: streams.append(x.float()))
-        with installed(self.model, [*hooks, first]):
-            functional_call(self.model, self.wide_once | dict(changed or {}), (), inputs, tie_weights=True)
-        return streams[0]
-
-    def run_block(self, layer: int, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()) -> object:
-        """Run a block on the inputs it received in the whole model, with other tensors or hooks; returns its output."""
-        path, (args, kwargs) = self.block_paths[layer], self.calls[layer]
-        tensors = self.wide | dict(changed or {})
-        weights = {n.removeprefix(f"{path}."): t for n, t in tensors.items() if n.startswith(f"{path}.")}
-        with installed(self.block(layer), hooks):
-            return functional_call(self.block(layer), weights, args, kwargs)
-
-    def _record(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], _output: object) -> None:
-        self.calls.append((args, kwargs))
-
-
-def text_ids(model: nn.Module) -> Tensor:
-    """Two rows of 12 token ids, none of which the config names as special."""
-    config = text_config(model.config)  # type: ignore[arg-type]
-    fields = {**vars(model.config), **vars(config)}
-    special = {v for k, v in fields.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
-    table = model.get_input_embeddings().weight  # type: ignore[operator]
-    usable = torch.tensor([i for i in range(min(table.shape[0], 4096)) if i not in special])
-    chosen = torch.randint(len(usable), (2, 12), generator=torch.Generator().manual_seed(0))
-    return usable[chosen].to(execution_device(model.get_input_embeddings()))  # type: ignore[operator]
-
-
 class _ForwardCheck:
     """The proofs of one model; each runs one block alone."""
 
     def __init__(self, model: nn.Module, layout: ModelLayout, tolerance: float) -> None:
         self.model, self.layout, self.tolerance = model, layout, tolerance
         self.generator = torch.Generator().manual_seed(0)
-        self.runs = BlockRuns(model, layout.block_paths, _without_pruned(model, layout, self.generator))
-        self.parameters, self.embedded = self.runs.parameters, self.runs.embedded
+        self.passes = Passes(model, _without_pruned(model, layout, self.generator))
+        self.parameters = self.passes.parameters
+        blocks = [call for call in self.passes.calls if call.path in layout.block_paths]
+        if len(blocks) != len(layout.block_paths):
+            raise UnknownArchitecture(
+                f"{len(layout.block_paths)} blocks ran {len(blocks)} times in one forward pass; each must run once"
+            )
         self.unedited = [self._outputs(layer) for layer in range(len(layout.layers))]
 
     def proofs(self) -> list[Proof]:
@@ -270,8 +214,8 @@ class _ForwardCheck:
         proofs = [self.neurons(layer, branch, used), self.output(layer, branch)]
         idle = [part for part in branch.parts if part.expert is not None and part.start not in used]
         unedited = self.unedited[layer]
-        for parts in _portions(idle, self.runs.ids.numel()):
-            with routed_to(self.model, self.layout, parts):
+        for parts in _portions(idle, self.passes.ids.numel()):
+            with routed_to(self.model, parts):
                 self.unedited[layer] = self._outputs(layer)
                 proofs += [self.neurons(layer, branch, used), self.output(layer, branch)]
         self.unedited[layer] = unedited
@@ -284,23 +228,24 @@ class _ForwardCheck:
 
     def neurons(self, layer: int, branch: Branch, used: set[int | None]) -> Proof:
         """Zero half of the neurons (whole shared heads) three ways; `used` gets the first neuron of each expert with a token."""
-        site = Site(layer, branch.inner)
-        size = branch.head_width if branch.inner is Point.ATTN_NEURONS else 1
-        keep = self._half_mask(branch.width // (size * branch.group), size * branch.group)
+        site, size = Site(layer, branch.inner), (branch.head_width or 1) * branch.group
+        keep = torch.ones(branch.width // size, dtype=torch.bool)
+        keep[torch.randperm(len(keep), generator=self.generator)[: max(1, len(keep) // 2)]] = False
+        keep = keep.repeat_interleave(size)
 
         def zero(x: Tensor, neurons: slice, _tokens: Tensor | None) -> Tensor:
             used.add(neurons.start)
             return x * keep[neurons].to(x)
 
-        hooked = self._outputs(layer, hooks=hooks_at(self.model, self.layout, site, zero, replaces=True))
-        columns = self._masked((p.out, keep[p.start : p.stop], True) for p in branch.parts)
-        rows = self._masked(
-            (view, self._reader_mask(branch, p, keep), False) for p in branch.parts for view in p.readers
-        )
+        columns = {p.start: (p.out, zeroed_columns(keep[p.start : p.stop])) for p in branch.parts}
         # Where a part has no reader, its columns alone are zeroed.
-        rows |= self._masked((p.out, keep[p.start : p.stop], True) for p in branch.parts if not p.readers)
-        error = max(_distance(self._outputs(layer, changed), hooked) for changed in (columns, rows))
-        return self._proof(site, hooked, error)
+        rows = [columns[p.start] for p in branch.parts if not p.readers]
+        for part in branch.parts:
+            shared = keep[part.start : part.stop].unflatten(0, (-1, branch.group, branch.head_width or 1))
+            rows += [(view, zeroed_rows(shared[:, 0].flatten())) for view in part.readers]
+        hooked = self._outputs(layer, hooks=hooks_at(self.model, self.layout, site, zero, replaces=True))
+        folded = [self._outputs(layer, rewritten(self.parameters, ways)) for ways in (columns.values(), rows)]
+        return self._proof(site, hooked, max(_distance(x, hooked) for x in folded))
 
     def output(self, layer: int, branch: Branch) -> Proof:
         """Remove a random plane from what the branch adds to the stream, by a hook and in the weights."""
@@ -316,19 +261,16 @@ class _ForwardCheck:
                 "checked; was the model saved completely?"
             )
         map_ = LowRank.projection(basis)
-        hooks = hooks_at(self.model, self.layout, site, lambda x, at, _: map_(x), replaces=True)
-        hooked = self._outputs(layer, hooks=hooks)
-        changed: dict[str, Tensor] = {}
+        hooked = self._outputs(layer, hooks=self._hooks(site, map_))
+        changes: list[Change] = []
         for part in branch.parts:
-            names = [name for name in (part.gain, branch.gain) if name]
-            gain = torch.stack([self._gain(name) for name in names]).prod(0) if names else None
-            for view in (part.out, part.bias):
-                if view is not None:
-                    stored = changed.setdefault(view.tensor, self.parameters[view.tensor].clone())
-                    view.change(stored, partial(_folded, map_, gain))
+            gains = [self._gain(name) for name in (part.gain, branch.gain) if name]
+            fold = partial(_folded, map_, torch.stack(gains).prod(0) if gains else None)
+            changes += [(view, fold) for view in (part.out, part.bias) if view is not None]
+        changed = rewritten(self.parameters, changes)
         if not branch.gains:
             return self._proof(site, hooked, _distance(self._outputs(layer, changed), hooked))
-        x = self._tensors_at(layer, [branch.outer], changed)[0]
+        x = self._added(branch, self._calls(layer, changed))
         leak = float((x @ map_.v.to(x.device)).norm() / x.norm())
         return self._proof(site, hooked, leak, "; leak of the subspace")
 
@@ -338,85 +280,89 @@ class _ForwardCheck:
     def stream(self, layer: int) -> Proof:
         """resid.post = resid.pre + what the branches add reaches the next layer; the MLP reads the attention unless parallel."""
         branches, row = self.layout.layers[layer], self.layout.architecture
-        points = [branch.outer for branch in branches]
-        pre, post, *outputs = self._tensors_at(layer, [Point.RESID_PRE, Point.RESID_POST, *points])
-        following = self._tensors_at(layer + 1, [Point.RESID_PRE])[0] if layer + 1 < len(self.unedited) else post
-        # Some families flatten batch and tokens around the MLP.
-        added = sum(b.scale * x.reshape(post.shape) for b, x in zip(branches, outputs, strict=True))
-        scale = row.block_scale
-        factor = dict(self.runs.block(layer).named_buffers())[scale] if isinstance(scale, str) else scale
-        error = _distance(factor * (pre + added), post) + _distance(following.to(post), post)
+        # Every site is hooked, and replaced by itself.
+        sites = [Site(layer, point) for point in self.layout.points_at(layer) if not point.endswith("neurons")]
+        same = [self._hooks(site, lambda x: x) for site in sites]
+        path, *later = self.layout.block_paths[layer:]
+        calls = self._calls(layer, hooks=[hook for hooks in same for hook in hooks])
+        pre, post = (x.flatten(0, -2) for x in (calls[path].received, calls[path].returned))
+        outputs = [self._added(branch, calls) for branch in branches]
+        added = sum(branch.scale * x for branch, x in zip(branches, outputs, strict=True))
+        scale: Any = row.block_scale
+        if isinstance(scale, str):
+            scale = self.model.get_submodule(path).get_buffer(scale)
+        following = self.passes.by_path[later[0]].received.flatten(0, -2) if later else post
+        error = _distance(scale * (pre + added), post) + _distance(following.to(post), post)
         note = f"; parallel={bool(row.parallel)}, sum of the outputs against the stream"
-        site, moved, passed = Site(layer, Point.RESID_POST), 0.0, error <= self.tolerance
+        moved, passed = 0.0, error <= self.tolerance
         if Point.RESID_MID in self.layout.points_at(layer) or row.parallel:
-            turn = hooks_at(self.model, self.layout, Site(layer, points[0]), lambda x, at, _: x.flip(-1), replaces=True)
-            moved = _distance(self._tensors_at(layer, [points[1]], hooks=turn)[0], outputs[1])
+            turned = self._calls(layer, hooks=self._hooks(Site(layer, branches[0].outer), lambda x: x.flip(-1)))
+            moved = _distance(self._added(branches[1], turned), outputs[1])
             passed = passed and (moved > 1e-6) != bool(row.parallel)
-        return Proof(site, moved, error, passed, note)
+        return Proof(Site(layer, Point.RESID_POST), moved, error, passed, note)
 
     def embeddings(self) -> Proof:
         """Mapping every embedding, and shifting the token table, does the same to the stream."""
-        width, before = self.layout.width, self.embedded
-        map_ = LowRank.projection(torch.randn(width, 2, generator=self.generator))
-        shift = torch.randn(width, generator=self.generator).to(before.device)
-        scale = self.layout.embedding_scale
-        changed = {}
-        for name in self.layout.embeddings:
-            constant = shift / scale if name == self.layout.embeddings[0] else torch.zeros_like(shift)
-            table = self.parameters[name]
-            changed[name] = (map_(table.float()) + constant.to(table.device)).to(table.dtype)
-        after = self.runs.run_model([], changed)
-        error = _distance(after, map_(before) + shift)
+        first, names = self.layout.block_paths[0], self.layout.embeddings
+        before = self.passes.by_path[first].received
+        map_ = LowRank.projection(torch.randn(self.layout.width, 2, generator=self.generator))
+        shift = torch.randn(self.layout.width, generator=self.generator)
+        changed = {name: map_(self.parameters[name].float()).to(self.parameters[name].dtype) for name in names}
+        for name in names[:1]:
+            changed[name] += (shift / self.layout.embedding_scale).to(changed[name])
+        after = next(call.received for call in self.passes.run(changed) if call.path == first)
+        error = _distance(after, map_(before) + shift.to(before))
         return Proof(Site(0, Point.RESID_PRE), _distance(after, before), error, error <= self.tolerance)
+
+    def _hooks(self, site: Site, function: Callable[[Tensor], Tensor]) -> list[Hook]:
+        return hooks_at(self.model, self.layout, site, lambda x, at, _: function(x), replaces=True)
+
+    def _calls(
+        self, layer: int, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()
+    ) -> dict[str, Call]:
+        calls = self.passes.run_block(self.layout.block_paths[layer], changed, hooks)
+        return {call.path: call for call in calls}
+
+    def _added(self, branch: Branch, calls: Mapping[str, Call]) -> Tensor:
+        """What a branch adds to the stream, before its scale; one row per token."""
+        terms = [calls[path].returned for path in branch.outputs]
+        wrong = [tuple(x.shape) for x in terms if x.shape[-1] != self.layout.width]
+        if wrong:
+            raise ShapeError(f"{', '.join(branch.outputs)} gives {wrong[0]}, the stream has width {self.layout.width}")
+        return torch.stack([x.flatten(0, -2) for x in terms]).sum(0)
 
     def _outputs(self, layer: int, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()) -> Tensor:
         """What the branches of a layer add to the stream, one row per token."""
-        points = [branch.outer for branch in self.layout.layers[layer]]
-        return torch.cat([x.reshape(-1, self.layout.width) for x in self._tensors_at(layer, points, changed, hooks)])
-
-    def _tensors_at(
-        self,
-        layer: int,
-        points: Sequence[Point],
-        changed: Mapping[str, Tensor] | None = None,
-        hooks: Sequence[Hook] = (),
-    ) -> list[Tensor]:
-        """The tensors at some points of a layer, which runs on the inputs it received in the whole model."""
-        tensors: dict[Point, Tensor] = {}
-
-        def observe(point: Point) -> list[Hook]:
-            def store(x: Tensor, _neurons: slice, _tokens: Tensor | None) -> None:
-                tensors[point] = x.float().clone()  # Falcon adds to it in place
-
-            return hooks_at(self.model, self.layout, Site(layer, point), store, replaces=False)
-
-        self.runs.run_block(layer, changed, [*hooks, *(hook for point in points for hook in observe(point))])
-        return [tensors[point] for point in points]
-
-    def _masked(self, masks: Iterable[tuple[MatrixView, Tensor, bool]]) -> dict[str, Tensor]:
-        """Tensors with some columns or rows set to zero, by (view, mask, whether the mask is of columns)."""
-        changed: dict[str, Tensor] = {}
-        for view, keep, columns in masks:
-            if view.tensor not in changed:
-                changed[view.tensor] = self.parameters[view.tensor].clone()
-            factor = keep[None, :] if columns else keep[:, None]
-            view.change(changed[view.tensor], partial(torch.mul, factor.to(changed[view.tensor])))
-        return changed
-
-    def _reader_mask(self, branch: Branch, part: Neurons, keep: Tensor) -> Tensor:
-        if branch.inner is Point.MLP_NEURONS:
-            return keep[part.start : part.stop]
-        return keep.unflatten(0, (-1, branch.group, branch.head_width))[:, 0].flatten()
-
-    def _half_mask(self, count: int, size: int) -> Tensor:
-        keep = torch.ones(count, dtype=torch.bool)
-        keep[torch.randperm(count, generator=self.generator)[: max(1, count // 2)]] = False
-        return keep.repeat_interleave(size)
+        calls = self._calls(layer, changed, hooks)
+        return torch.cat([self._added(branch, calls) for branch in self.layout.layers[layer]])
 
     def _proof(self, site: Site, hooked: Tensor, error: float, note: str = "") -> Proof:
         """The proof of a site; an edit must move the output."""
         moved = _distance(hooked, self.unedited[site.layer])
         return Proof(site, moved, error, moved > 1e-6 and error <= self.tolerance, note)
+
+
+Change = tuple[MatrixView, Callable[[Tensor], Tensor]]
+
+
+def rewritten(tensors: Mapping[str, Tensor], changes: Iterable[Change]) -> dict[str, Tensor]:
+    """Copies of tensors in which functions have changed some matrices."""
+    result: dict[str, Tensor] = {}
+    for view, function in changes:
+        if view.tensor not in result:
+            result[view.tensor] = tensors[view.tensor].clone()
+        view.change(result[view.tensor], function)
+    return result
+
+
+def zeroed_columns(keep: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function that sets the columns of a matrix to zero that a mask does not keep."""
+    return lambda matrix: matrix * keep.to(matrix)
+
+
+def zeroed_rows(keep: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same of rows."""
+    return zeroed_columns(keep[:, None])
 
 
 def _without_pruned(model: nn.Module, layout: ModelLayout, generator: torch.Generator) -> dict[str, Tensor]:

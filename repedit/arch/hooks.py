@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def hooks_at(model: nn.Module, layout: ModelLayout, site: Site, function: HookFn
     branch = layout.branch(site.layer, site.point)
     if site.point is branch.outer:
         return _sum_hooks(model, branch, whole, site)
-    return _neuron_hooks(model, layout, branch, function, replaces)
+    return _neuron_hooks(model, branch, function, replaces)
 
 
 def _no_middle(layout: ModelLayout, site: Site) -> str:
@@ -103,24 +102,16 @@ def _sum_hooks(
 # --- The neurons of a branch: one hook for each module whose input holds some
 
 
-def _neuron_hooks(
-    model: nn.Module, layout: ModelLayout, branch: Branch, function: HookFn, replaces: bool
-) -> list[Hook]:
+def _neuron_hooks(model: nn.Module, branch: Branch, function: HookFn, replaces: bool) -> list[Hook]:
     hooks = []
     for path, parts in branch.by_writer.items():
         module = model.get_submodule(path)
-        if parts[0].expert is not None:
-            row = layout.architecture.experts_at(path)
-            hooks.append(Hook(module, "call", _expert_hook(parts, row, function, replaces)))
+        if parts[0].fused is not None:
+            hooks.append(Hook(module, "call", _expert_hook(parts, parts[0].fused, function, replaces)))
         else:
-            whole = len(branch.parts) == 1
-            neurons = slice(None) if whole else slice(parts[0].start, parts[0].stop)
-            hooks.append(Hook(module, "input", partial(_call, function, neurons)))
+            neurons = slice(None) if len(branch.parts) == 1 else slice(parts[0].start, parts[0].stop)
+            hooks.append(Hook(module, "input", lambda x, neurons=neurons: function(x, neurons, None)))
     return hooks
-
-
-def _call(function: HookFn, neurons: slice, x: Tensor) -> Tensor | None:
-    return function(x, neurons, None)
 
 
 class _Weights:
@@ -198,24 +189,21 @@ def _received(
 
 
 @contextmanager
-def routed_to(model: nn.Module, layout: ModelLayout, parts: Sequence[Neurons]) -> Iterator[None]:
+def routed_to(model: nn.Module, parts: Sequence[Neurons]) -> Iterator[None]:
     """Send one token to each of some experts of a module, in place of its first choice; at most as many as there are tokens."""
-    path = parts[0].writer
-    row = layout.architecture.experts_at(path)
+    module, row = model.get_submodule(parts[0].writer), parts[0].fused
     experts = torch.tensor([part.expert for part in parts])
-    module = model.get_submodule(path)
 
     def reroute(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         call = inspect.signature(module.forward).bind(*args, **kwargs)
-        names = list(call.arguments)
-        if row.sorted_tokens:
-            rows = call.arguments[names[0]].unflatten(0, (layout.architecture.n_experts, -1)).clone()
+        hidden, *index = list(call.arguments)[:2]
+        if row is not None and row.sorted_tokens:
+            rows = call.arguments[hidden].unflatten(0, (len(module.get_parameter("down_proj")), -1)).clone()
             rows[experts.to(rows.device)] = rows.sum(0)
-            call.arguments[names[0]] = rows.flatten(0, 1)
+            call.arguments[hidden] = rows.flatten(0, 1)
         else:
-            index = call.arguments[names[1]].clone()
-            index[: len(experts), 0] = experts.to(index)
-            call.arguments[names[1]] = index
+            call.arguments[index[0]] = call.arguments[index[0]].clone()
+            call.arguments[index[0]][: len(experts), 0] = experts.to(call.arguments[index[0]])
         return call.args, call.kwargs
 
     handle = module.register_forward_pre_hook(reroute, with_kwargs=True)

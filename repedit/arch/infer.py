@@ -11,21 +11,20 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise, takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from repedit.arch.check import TOLERANCE as PROOF_TOLERANCE
-from repedit.arch.check import ArchitectureReport, BlockRuns, prove, text_ids
+from repedit.arch.check import ArchitectureReport, prove, rewritten, zeroed_rows
+from repedit.arch.layout import rows_of
 from repedit.arch.offload import check_in_memory
+from repedit.arch.passes import Call, Passes
 from repedit.arch.spec import (
     Architecture,
     BranchKind,
@@ -39,8 +38,8 @@ from repedit.arch.spec import (
     row_code,
     text_config,
 )
-from repedit.errors import HookError, RepeditError, UnknownArchitecture
-from repedit.hooks import Hook, claimed, evaluating, installed, primary
+from repedit.errors import RepeditError, UnknownArchitecture
+from repedit.hooks import Hook, evaluating, primary
 
 log = logging.getLogger("repedit")
 
@@ -148,159 +147,130 @@ def output_embeddings(model: Any) -> Any:
 
 def _row(model: Any) -> Architecture:
     """The row before it is proved."""
-    path = _block_list(model)
-    _check_causal(model, path)
-    config = text_config(model.config)
-    count = len(model.get_submodule(path))
-    runs = BlockRuns(model, [f"{path}.{i}" for i in range(count)])
-    probes = [_BlockProbe(runs, i, config) for i in range(count)]
+    passes = Passes(model)
+    path = _block_list(passes)
+    _check_causal(passes, path)
+    config, count = text_config(model.config), len(passes.lists[path])
+    blocks = [_Block(passes, path, layer, config) for layer in range(count)]
     by_shape: dict[object, tuple[BranchRow, ...]] = {}
-    layers = []
-    for probe in probes:
-        key = probe.signature()
-        if key not in by_shape:
-            by_shape[key] = probe.branches()
-        layers.append(by_shape[key])
-    head = _path_of(model, output_embeddings(model))
-    table = _path_of(model, model.get_input_embeddings())
-    base = _common(path, table)
-    embeddings = _embeddings(model, runs, config, base)
-    readers = [len({(r.module, r.part) for r in w.readers}) for b in layers for x in b for w in x.writers
-               if x.kind == "mlp" and isinstance(w, Writer)]  # fmt: skip
-    experts = [w.gated for b in layers for x in b for w in x.writers if isinstance(w, Experts)]
+    for block in blocks:
+        if block.signature not in by_shape:
+            by_shape[block.signature] = block.branches()
+    layers = [by_shape[block.signature] for block in blocks]
+    base = ".".join(_shared(path.split("."), _path_of(model, model.get_input_embeddings()).split(".")))
+    mlps = [w for rows in layers for row in rows for w in row.writers if isinstance(w, Experts) or row.kind == "mlp"]
     return Architecture(
         model_type=model.config.model_type,
         base=base,
         blocks=path.removeprefix(f"{base}.") if base else path,
         block=tuple(dict.fromkeys(layers)),
-        head=head,
-        transposed=any(_is_conv(module) for module in runs.block(0).modules()),
-        unit_gain=any(probe.unit_gain(layer) for probe, layer in zip(probes, layers, strict=True)),
-        centered=probes[0].centered(),
-        gated=all(n != 1 for n in readers) and all(experts),
-        parallel=any(probe.parallel(layer) for probe, layer in zip(probes, layers, strict=True)),
-        block_scale=probes[0].block_scale,
-        **embeddings,
+        head=_path_of(model, output_embeddings(model)),
+        transposed=any(_is_conv(module) for module in blocks[0].modules.values()),
+        unit_gain=any(block.unit_gain(rows) for block, rows in zip(blocks, layers, strict=True)),
+        centered=blocks[0].centered(),
+        gated=all(
+            w.gated if isinstance(w, Experts) else len({(r.module, r.part) for r in w.readers}) != 1 for w in mlps
+        ),
+        parallel=any(block.parallel(rows) for block, rows in zip(blocks, layers, strict=True)),
+        block_scale=blocks[0].scale,
+        **_embeddings(passes, f"{path}.0", config, base),
     )
 
 
 # --- Where the blocks and the embeddings are
 
 
-def _block_list(model: nn.Module) -> str:
+def _block_list(passes: Passes) -> str:
     """Path of the list of blocks that carry the stream of the text decoder."""
-    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    calls: dict[str, list[_Call]] = {path: [] for path in lists}
-    with _recorded(
-        {f"{path}.{i}": module for path, modules in lists.items() for i, module in enumerate(modules)}
-    ) as seen:
-        _run_on_text(model)
-    for call in seen:
-        if call.received is not None and call.returned is not None:
-            calls[call.path.rpartition(".")[0]].append(call)
-    chains = [path for path, own in calls.items() if _is_chain(own, len(lists[path]))]
+    calls: dict[str, list[Call]] = {path: [] for path in passes.lists}
+    for call in passes.calls:
+        parent = call.path.rpartition(".")[0]
+        if parent in calls and call.received is not None and call.returned is not None:
+            calls[parent].append(call)
+    chains = [path for path, own in calls.items() if _is_chain(own, len(passes.lists[path]))]
     if len(chains) > 1:
         raise UnknownArchitecture(f"a row describes one decoder and the model has several: {', '.join(chains)}")
     if not chains:
-        raise UnknownArchitecture(_why_no_chain(type(model).__name__, lists, calls))
+        raise UnknownArchitecture(_why_no_chain(passes, calls))
     return chains[0]
 
 
-def _why_no_chain(name: str, lists: Mapping[str, nn.ModuleList], calls: Mapping[str, list[_Call]]) -> str:
+def _is_chain(calls: Sequence[Call], count: int) -> bool:
+    """Whether each block ran once, in order, on what the block before it returned."""
+    if _numbers(calls) != list(range(count)) or calls[0].received.ndim != 3:
+        return False
+    same = all(call.received.shape == call.returned.shape == calls[0].received.shape for call in calls)
+    return same and all(torch.equal(one.returned, other.received) for one, other in pairwise(calls))
+
+
+def _numbers(calls: Sequence[Call]) -> list[int]:
+    """The places of modules in their list."""
+    return [int(call.path.rpartition(".")[2]) for call in calls]
+
+
+def _why_no_chain(passes: Passes, calls: Mapping[str, Sequence[Call]]) -> str:
     """What the largest list of modules that ran does instead of passing one stream from block to block."""
-    sizes = {path: sum(p.numel() for p in lists[path].parameters()) for path, seen in calls.items() if seen}
+    sizes = {path: sum(p.numel() for p in passes.lists[path].parameters()) for path, own in calls.items() if own}
     if not sizes:
-        return f"no list of blocks ran on token ids: {name}"
+        return f"no list of blocks ran on token ids: {type(passes.model).__name__}"
     path = max(sizes, key=lambda path: sizes[path])
-    numbers, count = [call.number for call in calls[path]], len(lists[path])
+    numbers, count = _numbers(calls[path]), len(passes.lists[path])
+    if len(set(numbers)) < len(numbers):
+        return f"its blocks run several times in one pass, so that an edit of one changes the stream at several places: {path}"
     if numbers != list(range(count)):
-        if len(set(numbers)) < len(numbers):
-            return f"its blocks run several times in one pass, so that an edit of one changes the stream at several places: {path}"
         return f"blocks do not run on text alone, so that nothing can be proved of them: {sorted(set(range(count)) - set(numbers))} of {path}"
     if calls[path][0].received.ndim > 3:
         return f"its blocks pass several streams at a time (hyper-connections or AltUp): {path}"
     return f"its blocks do not pass one stream from block to block: {path}"
 
 
-def _check_causal(model: nn.Module, path: str) -> None:
+def _check_causal(passes: Passes, path: str) -> None:
     """Refuse a model in which a token changes the stream at earlier tokens.
 
     Raises:
         UnknownArchitecture: naming the model.
     """
-    last = model.get_submodule(path)[-1]  # type: ignore[index]
-    ids, streams = text_ids(model), []
-    other = ids.clone()
-    other[:, -1] = ids[:, 0]
-    with claimed(model), installed(model, [Hook(last, "output", lambda x: streams.append(x.float()))]):
-        for tokens in (ids, other):
-            model(input_ids=tokens, use_cache=False)
-    if not _close(streams[0][:, :-1], streams[1][:, :-1]):
+    ids, last = passes.ids.clone(), f"{path}.{len(passes.lists[path]) - 1}"
+    ids[:, -1] = ids[:, 0]
+    other = next(call.returned for call in passes.run(ids=ids) if call.path == last)
+    if not _close(passes.by_path[last].returned[:, :-1], other[:, :-1]):
         raise UnknownArchitecture(
-            f"it is not a causal decoder, because a token changes the stream at tokens before it: {type(model).__name__}"
+            f"it is not a causal decoder, because a token changes the stream at tokens before it: {type(passes.model).__name__}"
         )
-
-
-def _is_chain(seen: Sequence[_Call], count: int) -> bool:
-    """Whether each block ran once, in order, on what the block before it returned."""
-    if [call.number for call in seen] != list(range(count)) or seen[0].received.ndim != 3:
-        return False
-    same = all(call.received.shape == call.returned.shape == seen[0].received.shape for call in seen)
-    return same and all(torch.equal(one.returned, other.received) for one, other in pairwise(seen))
-
-
-def _run_on_text(model: nn.Module) -> None:
-    with claimed(model):
-        model(input_ids=text_ids(model), use_cache=False)
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:
     return next(path for path, m in model.named_modules() if m is module)
 
 
-def _common(first: str, second: str) -> str:
-    """The longest common path."""
-    pairs = zip(first.split("."), second.split("."), strict=False)
-    shared = []
-    for a, b in pairs:
-        if a != b:
-            break
-        shared.append(a)
-    return ".".join(shared)
+def _shared(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """What two sequences begin with alike."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return [item for item, _ in pairs]
 
 
-def _embeddings(model: nn.Module, runs: BlockRuns, config: Any, base: str) -> dict[str, Any]:
+def _embeddings(passes: Passes, first: str, config: Any, base: str) -> dict[str, Any]:
     """The embeddings whose sum is the stream before the first block, and what multiplies the token embedding.
 
     Features of images and of sound enter the stream beside the embeddings, where no weight of an embedding reaches them.
     """
-    token = _path_of(model, model.get_input_embeddings())  # type: ignore[operator]
-    width, shape = runs.embedded.shape[-1], runs.embedded.shape
-    hook_only = {"embeddings": (token.removeprefix(f"{base}."),), "embedding_exact": False}
-    others_enter = config is not model.config or any(
-        word in name for name in model.config.sub_configs for word in ("vision", "audio", "image")
-    )
-    rows = model.get_input_embeddings().weight.float()[runs.ids]  # type: ignore[operator]
-    if rows.shape[-1] != width or others_enter:
-        return hook_only
-    embeddings = {p: m for p, m in model.named_modules() if isinstance(m, nn.Embedding) and p != token}
-    with _recorded({p: m for p, m in embeddings.items() if m.weight.shape[1] == width}) as seen:
-        _run_on_text(model)
-    sizes = (shape.numel(), shape[1:].numel())
-    terms = {token: rows} | {call.path: call.returned.expand(shape) for call in seen if call.returned.numel() in sizes}
-    weights = _coefficients(runs.embedded, terms)
-    if (
-        weights is None
-        or any(abs(c - 1) > 1e-3 for path, c in weights.items() if path != token)
-        or token not in weights
-    ):
-        return hook_only
-    paths = tuple(path.removeprefix(f"{base}.") for path in weights)
-    scale = weights[token]
+    model, stream = passes.model, passes.by_path[first].received
+    table = model.get_input_embeddings()
+    token, rows = _path_of(model, table), table.weight.float()[passes.ids]
+    towers = (name for name in model.config.sub_configs if any(w in name for w in ("vision", "audio", "image")))
+    terms = {token: rows} if rows.shape == stream.shape and config is model.config and not any(towers) else {}
+    sizes = (stream.numel(), stream[0].numel())
+    for path, x in ((call.path, call.returned) for call in passes.calls if call.path != token and terms):
+        if isinstance(model.get_submodule(path), nn.Embedding) and x.numel() in sizes and x.shape[-1] == rows.shape[-1]:
+            terms[path] = x.expand(stream.shape)
+    weights = _coefficients(stream, terms) or {}
+    scale = weights.get(token, 0.0)
+    if not scale or any(abs(c - 1) > 1e-3 for path, c in weights.items() if path != token):
+        return {"embeddings": (token.removeprefix(f"{base}."),), "embedding_exact": False}
+    paths, root = tuple(path.removeprefix(f"{base}.") for path in weights), rows.shape[-1] ** 0.5
     if abs(scale - 1) < 1e-3:
         return {"embeddings": paths}
-    root = abs(scale - width**0.5) < 1e-3 * width**0.5
-    return {"embeddings": paths, "embedding_scaled": root or _named_scale(scale, config)}
+    return {"embeddings": paths, "embedding_scaled": abs(scale - root) < 1e-3 * root or _named_scale(scale, config)}
 
 
 def _named_scale(value: float, config: Any) -> str | float:
@@ -347,43 +317,45 @@ def _close(x: Tensor, y: Tensor) -> bool:
 # --- One block
 
 
-@dataclass
-class _Term:
-    """A module whose output is a part of a sum, and the number it is multiplied with."""
+class _Block:
+    """A block of a model, and what its modules receive and return."""
 
-    path: str
-    scale: float
-
-
-class _BlockProbe:
-    """Forward passes of one block with hooks and with changed weights."""
-
-    def __init__(self, runs: BlockRuns, layer: int, config: Any) -> None:
-        self.runs, self.layer, self.config = runs, layer, config
-        self.block, self.path = runs.block(layer), runs.block_paths[layer]
-        self.modules = {name: m for name, m in self.block.named_modules() if name}
-        self.generator = torch.Generator().manual_seed(layer)
-        self.inputs, self.outputs = self._tensors()
-        self.width = self.inputs[""].shape[-1]
-        self.block_scale: str | float = 1.0
-
-    def signature(self) -> object:
+    def __init__(self, passes: Passes, blocks: str, layer: int, config: Any) -> None:
+        self.passes, self.layer, self.config, self.path = passes, layer, config, f"{blocks}.{layer}"
+        block = passes.model.get_submodule(self.path)
+        self.kind = type(block).__name__
+        self.modules: dict[str, Any] = {name: m for name, m in block.named_modules() if name}
+        self.buffers = dict(block.named_buffers())
+        shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+        self.signature: object = shapes, tuple(type(m).__name__ for m in self.modules.values())
         """What layers with equal branches share: the class of every module, and shapes."""
-        shapes = tuple((name, tuple(p.shape)) for name, p in self.block.named_parameters())
-        return shapes, tuple(type(m).__name__ for m in self.modules.values())
+        self.generator = torch.Generator().manual_seed(layer)
+        self.inputs, self.outputs = self._run()
+        self.pre, self.post = self.inputs[""], self.outputs[""]
+        self.width = self.pre.shape[-1]
+        self.scale: str | float = 1.0
+        """What multiplies the whole output of the block."""
+
+    def _run(
+        self, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The inputs and outputs of every module of the block by path, in the order in which they finished; "" is the block."""
+        ran = self.passes.run_block(self.path, changed, hooks)
+        calls = {call.path[len(self.path) + 1 :]: call for call in ran}
+        inputs = {path: call.received for path, call in calls.items() if call.received is not None}
+        return inputs, {path: call.returned for path, call in calls.items() if call.returned is not None}
 
     def branches(self) -> tuple[BranchRow, ...]:
         """The branches of this block, in the order in which they ran."""
         self._check_all_ran()
-        groups: list[list[_Term]] = []
-        for term in self._terms():
-            previous = groups[-1][-1] if groups else None
-            shared = previous is not None and self._kind(previous.path) == self._kind(term.path) == "mlp"
-            if previous and shared and _close(*self._inputs_of(previous.path, term.path)):
-                groups[-1].append(term)
+        groups: list[dict[str, float]] = []
+        for path, scale in self._terms().items():
+            before = next(reversed(groups[-1])) if groups else path
+            if before != path and self._kind(before) == self._kind(path) == "mlp" and self._read_the_same(before, path):
+                groups[-1][path] = scale
             else:
-                groups.append([term])
-        kinds = [self._kind(group[0].path) for group in groups]
+                groups.append({path: scale})
+        kinds = [self._kind(next(iter(group))) for group in groups]
         rows = []
         for number, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
             later: BranchKind = "ple" if kind == "mlp" and "mlp" in kinds[:number] else kind
@@ -397,9 +369,7 @@ class _BlockProbe:
     def _check_all_ran(self) -> None:
         """Refuse a block with a projection that may write to the stream and did not run, because it waits for images or sound."""
         for name, module in self.modules.items():
-            down = module._parameters.get("down_proj")
-            writes = _is_projection(module) and _outputs(module) == self.width
-            if name not in self.outputs and (writes or (down is not None and down.ndim == 3)):
+            if name not in self.outputs and (_fused(module) is not None or _outputs(module) == self.width):
                 raise UnknownArchitecture(
                     "a projection that may write to the stream does not run on text, so that nothing can be proved of it: "
                     f"{self.path}.{name}"
@@ -407,53 +377,59 @@ class _BlockProbe:
 
     # What adds up to the stream
 
-    def _terms(self) -> list[_Term]:
-        """The modules whose outputs, with the input, add up to the output of the block."""
-        for weights in self._sums(self.outputs[""], self._differs, {"": self.inputs[""]}):
+    def _terms(self) -> dict[str, float]:
+        """The modules whose outputs, with the input, add up to the output of the block, and their numbers."""
+        for weights in self._sums(self.post, self._differs, {"": self.pre}):
             if abs(weights.get("", 0.0)) > 1e-3 and len(weights) > 1:
                 stream = weights.pop("")
-                self.block_scale = self._scalar(stream)
-                return [_Term(self._last_norm(path), c / stream) for path, c in weights.items()]
-        raise UnknownArchitecture(f"{self._why_no_sum()}: {self.path} ({type(self.block).__name__})")
+                buffers = (n for n, t in self.buffers.items() if t.numel() == 1 and abs(float(t) / stream - 1) < 1e-3)
+                self.scale = 1.0 if abs(stream - 1) < 1e-3 else next(buffers, stream)
+                return {self._last_norm(path): c / stream for path, c in weights.items()}
+        raise UnknownArchitecture(f"{self._why_no_sum()}: {self.path} ({self.kind})")
 
     def _sums(
         self, target: Tensor, among: Callable[[str], bool], stream: Mapping[str, Tensor] | None = None
     ) -> Iterator[dict[str, float]]:
         """The outputs that add up to a tensor, with their numbers, at each depth of the module tree; the outermost first."""
         for depth in range(1, 5):
-            terms = {n: x for n, x in self._level(depth).items() if among(n)}
-            weights = _coefficients(target, {**(stream or {}), **terms})
+            weights = _coefficients(target, {**(stream or {}), **self._level(depth, among)})
             if weights:
                 yield weights
 
+    def _level(self, depth: int, among: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Outputs of the width of the stream at one depth of the module tree; of leaves also above it."""
+        return {
+            name: x
+            for name, x in self.outputs.items()
+            if name and x.shape[-1] == self.width and x.numel() == self.post.numel()
+            and (name.count(".") == depth - 1 or (name.count(".") < depth and not any(self.modules[name].children())))
+            and any(True for _ in self.modules[name].parameters()) and among(name)
+        }  # fmt: skip
+
     def _differs(self, path: str) -> bool:
         """Whether a module returns something else than the block."""
-        post = self.outputs[""]
-        return not _close(self.outputs[path].reshape(post.shape), post)
+        return not _close(self.outputs[path].reshape(self.post.shape), self.post)
 
     def _last_norm(self, path: str) -> str:
         """The norm inside a module that makes its output; the module itself if there is none."""
-        x, inner = self.outputs[path], [n for n in self.outputs if n.startswith(f"{path}.")]
-        same = (
-            n for n in inner if self.outputs[n].shape == x.shape and _close(self.outputs[n], x) and self._is_norm(n)
-        )
-        return next(same, path)
+        x, inner = self.outputs[path], (n for n in self.outputs if n.startswith(f"{path}.") and self._is_norm(n))
+        return next((n for n in inner if self.outputs[n].shape == x.shape and _close(self.outputs[n], x)), path)
 
     def _why_no_sum(self) -> str:
         """What a block does instead of adding the outputs of modules to its input."""
-        post = self.outputs[""]
-        embedded = self.runs.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+        embedded = self.passes.model.get_input_embeddings().weight.shape[1]
         if self.width > embedded and self.width % embedded == 0:
             return "its blocks pass several streams at a time (hyper-connections)"
-        levels = [{n: x for n, x in self._level(depth).items() if self._differs(n)} for depth in range(1, 5)]
-        if any(self._is_norm(n) for depth in range(1, 5) for n in self._level(depth) if not self._differs(n)):
+        same = (name for depth in range(1, 5) for name in self._level(depth, lambda name: not self._differs(name)))
+        if any(map(self._is_norm, same)):
             return "a norm follows the sum of the stream and a branch (post-norm), so that no weights equal an edit of the branch"
-        sums = list(self._sums(post, self._differs))
-        if any(self._is_norm(n) for weights in sums for n in weights):
+        sums = list(self._sums(self.post, self._differs))
+        if any(self._is_norm(name) for weights in sums for name in weights):
             return "a block passes on a normalised stream instead of its input, so that no weights equal an edit of the stream"
         if sums:
             return "a block does not pass its input on, but starts the stream anew"
-        stream = next((w for w in map(self._by_channel, levels) if w is not None), None)
+        levels = (self._by_channel(self._level(depth, self._differs)) for depth in range(1, 5))
+        stream = next((weights for weights in levels if weights is not None), None)
         if stream is None:
             return (
                 "a block is not its input plus the outputs of modules, because the stream is gated or mixed on its way"
@@ -464,7 +440,7 @@ class _BlockProbe:
 
     def _by_channel(self, level: Mapping[str, Tensor]) -> Tensor | None:
         """What multiplies each channel of the stream if a channel is a sum of those of its input, outputs and a constant."""
-        pre, post = (x.reshape(-1, self.width).double() for x in (self.inputs[""], self.outputs[""]))
+        pre, post = (x.reshape(-1, self.width).double() for x in (self.pre, self.post))
         terms = [x.reshape(post.shape).double() for n, x in level.items() if not self._is_norm(n) and bool(x.any())]
         matrix = torch.stack([pre, *terms, torch.ones_like(pre)], -1).movedim(1, 0)
         if matrix.shape[2] * 2 > matrix.shape[1]:
@@ -472,42 +448,17 @@ class _BlockProbe:
         weights = torch.linalg.lstsq(matrix, post.T[..., None]).solution
         return weights[:, 0, 0] if _close((matrix @ weights)[..., 0].T, post) else None
 
-    def _scalar(self, value: float) -> str | float:
-        """The number that multiplies the whole block, or the name of the tensor of the block that holds it."""
-        if abs(value - 1) < 1e-3:
-            return 1.0
-        tensors = dict(self.block.named_buffers())
-        names = [n for n, t in tensors.items() if t.numel() == 1 and abs(float(t) - value) < 1e-3 * abs(value)]
-        return names[0] if names else value
-
-    def _level(self, depth: int) -> dict[str, Tensor]:
-        """Outputs of the width of the stream at one depth of the module tree; of leaves also above it."""
-        names = {n: n.count(".") + 1 for n in self.outputs if n}
-        leaves = {n for n in names if not any(True for _ in self.modules[n].children())}
-        chosen = [n for n, d in names.items() if d == depth or (d < depth and n in leaves)]
-        width = self.width
-        return {
-            n: self.outputs[n]
-            for n in chosen
-            if self.outputs[n].shape[-1] == width
-            and self.outputs[n].numel() == self.outputs[""].numel()
-            and any(True for _ in self.modules[n].parameters())
-        }
-
-    def _inputs_of(self, first: str, second: str) -> tuple[Tensor, Tensor]:
-        x, y = self.inputs.get(first), self.inputs.get(second)
-        if x is None or y is None or x.numel() != y.numel():
-            return torch.ones(1), torch.zeros(1)
-        return x.reshape(y.shape), y
+    def _read_the_same(self, *paths: str) -> bool:
+        x, y = (self.inputs.get(path, torch.empty(0)) for path in paths)
+        return x.numel() == y.numel() > 0 and _close(x.reshape(y.shape), y)
 
     def _kind(self, path: str) -> BranchKind:
         """The kind of a branch, by the class and the path of its module, or of the module before its norm."""
         if self._is_norm(path):
-            path = self._sources(path)[0].path
-        name, family = type(self.modules[path]).__name__, type(self.block).__name__
+            path = next(iter(self._sources(path)))
+        name = type(self.modules[path]).__name__
         # AfmoeAttention in AfmoeDecoderLayer is an "Attention".
-        shared = next((i for i, (x, y) in enumerate(zip(name, family, strict=False)) if x != y), 0)
-        for text in (name[shared:], path):
+        for text in (name[len(_shared(name, self.kind)) :], path):
             for kind, pattern in _KINDS.items():
                 if pattern.search(text):
                     return kind
@@ -517,85 +468,69 @@ class _BlockProbe:
         """Whether a module is a norm with a gain: it scales its normalised input channel by channel."""
         parameters = dict(self.modules[path].named_parameters())
         return (
-            set(parameters) <= {"weight", "bias"} and all(p.ndim == 1 for p in parameters.values()) and bool(parameters)
+            bool(parameters)
+            and parameters.keys() <= {"weight", "bias"}
+            and all(p.ndim == 1 for p in parameters.values())
         )
 
-    def _sources(self, norm: str) -> list[_Term]:
-        """The modules whose outputs add up to the input of a norm."""
-        target, order = self.inputs[norm], list(self.outputs)
-        for weights in self._sums(target, lambda n: order.index(n) < order.index(norm)):
-            return [_Term(path, c) for path, c in weights.items()]
+    def _sources(self, norm: str) -> dict[str, float]:
+        """The modules whose outputs add up to the input of a norm, and their numbers."""
+        before = set(takewhile(lambda name: name != norm, self.outputs))
+        for weights in self._sums(self.inputs[norm], before.__contains__):
+            return weights
         raise UnknownArchitecture(
             f"a norm within a branch reads something else than the sum of the outputs of modules: {self.path}.{norm}"
         )
 
     # The writers of a branch
 
-    def _branch(self, terms: Sequence[_Term], kind: BranchKind) -> BranchRow:
-        scales = {_named_scale(term.scale, self.config) for term in terms}
+    def _branch(self, terms: Mapping[str, float], kind: BranchKind) -> BranchRow:
+        scales = {_named_scale(scale, self.config) for scale in terms.values()}
         if len(scales) != 1:
             raise UnknownArchitecture(
                 f"parts of one branch are multiplied by different numbers: {scales} in {self.path}"
             )
-        norm = terms[0].path if len(terms) == 1 and self._is_norm(terms[0].path) else ""
-        inner = self._sources(norm) if norm else list(terms)
+        first = next(iter(terms))
+        norm = first if len(terms) == 1 and self._is_norm(first) else ""
         writers: list[Writer | Experts] = []
-        for term in inner:
-            own = term.path if self._is_norm(term.path) else ""
-            for source in self._sources(own) if own else [term]:
-                writers += [replace(writer, norm=own or writer.norm) for writer in self._writers(source.path, kind)]
+        for path in self._sources(norm) if norm else terms:
+            own = path if self._is_norm(path) else ""
+            for source in self._sources(own) if own else [path]:
+                writers += [replace(writer, norm=own or writer.norm) for writer in self._writers(source, kind)]
         plain = len(writers) == 1 and isinstance(writers[0], Writer) and not writers[0].norm
-        plain = plain and _close(
-            self.outputs[writers[0].module].reshape(self.outputs[terms[0].path].shape), self.outputs[terms[0].path]
-        )
-        outputs = () if norm or plain else tuple(term.path for term in terms)
+        x = self.outputs[first]
+        plain = plain and _close(self.outputs[writers[0].module].reshape(x.shape), x)
         writers.sort(key=lambda writer: isinstance(writer, Writer))  # experts first, then shared ones
-        return BranchRow(kind, tuple(writers), outputs, norm, scales.pop())
+        return BranchRow(kind, tuple(writers), () if norm or plain else tuple(terms), norm, scales.pop())
 
     def _writers(self, path: str, kind: BranchKind) -> list[Writer | Experts]:
         """The projections within a module that write its output."""
         writers: list[Writer | Experts] = []
-        for name in [path, *(n for n in self.modules if n.startswith(f"{path}."))]:
-            module = self.modules[name]
-            down = module._parameters.get("down_proj")
-            if down is not None and down.ndim == 3:
-                transposed = self._transposed(module, down)
-                if self._writes(path, f"{name}.down_proj", outputs_last=transposed):
+        inside = {n: m for n, m in self.modules.items() if n == path or n.startswith(f"{path}.")}
+        for name, module in inside.items():
+            down = _fused(module)
+            if down is not None:
+                stored = getattr(module, "is_transposed", None)
+                transposed = down.shape[-1] == self.width if stored is None else bool(stored)
+                if self._writes(path, f"{self.path}.{name}.down_proj", outputs_last=transposed):
                     writers.append(self._experts(name, module, transposed))
-            elif (
-                _is_projection(module)
-                and _outputs(module) == self.width
-                and self._writes(path, f"{name}.weight", outputs_last=_is_conv(module))
+            elif _outputs(module) == self.width and self._writes(
+                path, f"{self.path}.{name}.weight", outputs_last=_is_conv(module)
             ):
                 writers.append(Writer(name, self._readers(name, kind)))
         if not writers:
-            raise UnknownArchitecture(
-                f"{self._why_no_writer(path)}: {self.path}.{path} ({type(self.modules[path]).__name__})"
-            )
+            where = f"{self.path}.{path} ({type(self.modules[path]).__name__})"
+            raise UnknownArchitecture(f"{_why_no_writer(inside.values())}: {where}")
         return writers
-
-    def _why_no_writer(self, path: str) -> str:
-        inside = [m for n, m in self.modules.items() if n == path or n.startswith(f"{path}.")]
-        own = [
-            m
-            for m in inside
-            if not _is_projection(m) and any(p.ndim > 1 for p in m._parameters.values() if p is not None)
-        ]
-        if own and all(type(m).__name__.startswith("Conv") for m in own):
-            return "a convolution over tokens follows the projection of a branch, so that no weights equal an edit of the branch"
-        if own:
-            return "the weights that write a branch are in a form that no row describes"
-        return "a function of its output follows the projection of a branch, so that no weights equal an edit of the branch"
 
     def _writes(self, path: str, tensor: str, *, outputs_last: bool) -> bool:
         """Whether a change of a weight along one direction of its outputs moves the output of a module along it only."""
-        weight = self.runs.parameters[f"{self.path}.{tensor}"]
+        weight = self.passes.parameters[tensor]
         direction = torch.randn(self.width, generator=self.generator).to(weight)
         direction /= direction.norm()
         inputs = torch.randn(weight.shape[-2 if outputs_last else -1], generator=self.generator)
-        inputs = inputs.to(weight) * weight.float().std()
-        outer = inputs[:, None] * direction if outputs_last else direction[:, None] * inputs
-        changed = self._tensors({tensor: weight + outer})[1].get(path)
+        outer = (inputs.to(weight) * weight.float().std())[:, None] * direction
+        changed = self._run({tensor: weight + (outer if outputs_last else outer.mT)})[1].get(path)
         if changed is None or changed.shape[-1] != self.width:
             return False
         difference = changed - self.outputs[path]
@@ -603,30 +538,25 @@ class _BlockProbe:
         rest = difference - (difference @ direction)[..., None] * direction
         return bool(size > 1e-4 * self.outputs[path].norm() and rest.norm() < 1e-3 * size)
 
-    def _transposed(self, module: Any, down: Tensor) -> bool:
-        stored = getattr(module, "is_transposed", None)
-        return bool(stored) if stored is not None else down.shape[-1] == self.width
-
     def _experts(self, name: str, module: Any, transposed: bool) -> Experts:
-        count = module._parameters["down_proj"].shape[0]
-        fields = [k for k, v in vars(self.config).items() if v == count and type(v) is int and "expert" in k]
-        fields += [
-            k for k in getattr(self.config, "attribute_map", {}) if getattr(self.config, k) == count and "expert" in k
-        ]
-        named = sorted(fields, key=lambda k: ("per_tok" in k or "shared" in k or "top" in k, k))
+        count = module.down_proj.shape[0]
+        fields = {
+            **vars(self.config),
+            **{k: getattr(self.config, k) for k in getattr(self.config, "attribute_map", {})},
+        }
+        named = [k for k, v in fields.items() if "expert" in k and type(v) is int and v == count]
         if not named:
             raise UnknownArchitecture(
                 f"no field of the config holds the number of experts: {count} in {self.path}.{name}"
             )
-        norm = next((f"{name}.{n}" for n, m in module.named_children() if self._is_norm(f"{name}.{n}")), "")
         return Experts(
             name,
-            count=named[0],
+            count=min(named, key=lambda k: ("per_tok" in k or "shared" in k or "top" in k, k)),
             gated="gate_up_proj" in module._parameters,
             transposed=transposed,
             interleaved=not getattr(module, "is_concatenated", True),
             sorted_tokens=len(inspect.signature(module.forward).parameters) == 1,
-            norm=norm,
+            norm=next((f"{name}.{n}" for n, _ in module.named_children() if self._is_norm(f"{name}.{n}")), ""),
         )
 
     # The readers of neurons
@@ -635,181 +565,116 @@ class _BlockProbe:
         """The projections whose rows feed one neuron each, in the order in which they ran."""
         if kind in ("mixer", "ple") or writer not in self.inputs:
             return ()
-        z = self.inputs[writer]
-        heads = self._heads() if kind == "attn" else 0
-        if kind == "attn" and z.shape[-1] % heads:
-            return ()
-        live = z.flatten(0, -2).any(0).nonzero()[:, 0].tolist()  # of a pruned neuron no row shows whom it feeds
-        if not live:
-            return ()
-        chosen = {live[i] for i in (0, len(live) // 2, -1)}
+        differ = getattr(self.config, "is_heterogeneous", False)
+        config = self.config.per_layer_config[self.layer] if differ else self.config
+        heads, width = config.num_attention_heads if kind == "attn" else 0, self.inputs[writer].shape[-1]
         parent = writer.rpartition(".")[0]
         scope = f"{parent}." if parent else ""
-        candidates = [
-            n for n in self.outputs if n not in ("", writer) and n.startswith(scope) and _is_projection(self.modules[n])
-        ]
         readers: dict[Reader, bool] = {}
-        for name in candidates:
-            for reader, expected in _layouts(name, self.outputs[name].shape[-1], z.shape[-1], heads, chosen):
-                zeroes = self._feeds(writer, name, expected)
+        for name in self.outputs:
+            inside = name.startswith(scope) and name not in ("", writer)
+            for reader in _layouts(name, _outputs(self.modules[name]), width, heads) if inside else ():
+                zeroes = self._feeds(writer, reader, heads)
                 if zeroes and kind == "attn":
                     return (reader,)
                 if zeroes is not None and not any((r.module, r.part) == (reader.module, reader.part) for r in readers):
                     readers[reader] = zeroes
         return tuple(readers) if any(readers.values()) else ()
 
-    def _heads(self) -> int:
-        differ = getattr(self.config, "is_heterogeneous", False)
-        heads: int = (self.config.per_layer_config[self.layer] if differ else self.config).num_attention_heads
-        return heads
-
-    def _feeds(self, writer: str, name: str, expected: Mapping[int, Sequence[int]]) -> bool | None:
-        """Whether zeroing a row makes the expected neurons zero; None if it changes others, or not these."""
-        weight = self.runs.parameters[f"{self.path}.{name}.weight"]
-        conv = _is_conv(self.modules[name])
-        bias = self.runs.parameters.get(f"{self.path}.{name}.bias")
-        before, zeroes = self.inputs[writer], True
-        for row, neurons in expected.items():
-            changed = weight.clone()
-            (changed.T if conv else changed)[row] = 0
-            tensors = {f"{name}.weight": changed}
-            if bias is not None:
-                tensors[f"{name}.bias"] = bias.clone().index_fill_(0, torch.tensor([row], device=bias.device), 0.0)
-            after = self._tensors(tensors)[0].get(writer)
-            if after is None or after.shape != before.shape:
+    def _feeds(self, writer: str, reader: Reader, heads: int) -> bool | None:
+        """Whether zeroing rows makes the neurons that they feed zero; None if it changes others, or not these."""
+        z, module, path = self.inputs[writer], self.modules[reader.module], f"{self.path}.{reader.module}"
+        found = rows_of(reader, _outputs(module), z.shape[-1], heads, transposed=_is_conv(module))
+        if found is None:
+            return None
+        view, group = found
+        # The neurons of each row; of a pruned neuron no row shows whom it feeds.
+        fed = torch.arange(z.shape[-1]).view(-1, group, z.shape[-1] // (heads or z.shape[-1])).mT.flatten(0, 1)
+        live = z.flatten(0, -2).any(0).cpu()[fed].any(1).nonzero()[:, 0]
+        halves = [
+            half for half in live[torch.randperm(len(live), generator=self.generator)].tensor_split(2) if len(half)
+        ]
+        zeroes = []
+        for rows in halves:
+            keep = torch.ones(len(fed), dtype=torch.bool).index_fill(0, rows, False)
+            names = [n for n in (f"{path}.weight", f"{path}.bias") if n in self.passes.parameters]
+            changes = [(replace(view, tensor=n), zeroed_rows(keep)) for n in names]
+            after = self._run(rewritten(self.passes.parameters, changes))[0].get(writer)
+            if after is None or after.shape != z.shape:
                 return None
-            inside = torch.zeros(before.shape[-1], dtype=torch.bool)
-            inside[list(neurons)] = True
-            difference = (after - before).abs()
-            if float(difference[..., ~inside].sum()) > 1e-5 * float(before.norm()) or not bool(
-                difference[..., inside].any()
-            ):
+            neurons = fed[rows].flatten().to(z.device)
+            change = (after - z).abs().flatten(0, -2).sum(0)
+            others = float(change.index_fill(0, neurons, 0.0).sum())
+            if not change[neurons].any() or others > 1e-5 * float(z.norm()):
                 return None
-            zeroes = zeroes and not bool(after[..., inside].any())
-        return zeroes
+            zeroes.append(not after[..., neurons].any())
+        return all(zeroes) if zeroes else None
 
     # Facts of the whole row
 
     def parallel(self, rows: Sequence[BranchRow]) -> bool:
         """Whether the second branch ignores the output of the first."""
-        if len(rows) < 2 or [r.kind for r in rows[1:2]] != ["mlp"] or rows[0].kind == "mlp":
+        if len(rows) < 2 or rows[0].kind == "mlp" or rows[1].kind != "mlp":
             return False
-        paths = [(row.norm,) if row.norm else row.outputs or (row.writers[0].module,) for row in rows[:2]]
-        turn = [Hook(self.modules[paths[0][-1]], "output", lambda x: x.flip(-1))]
-        outputs = self._tensors({}, turn)[1]
-        return all(_close(outputs[p], self.outputs[p]) for p in paths[1])
+        first, second = (row.ends for row in rows[:2])
+        turned = self._run(hooks=[Hook(self.modules[first[-1]], "output", lambda x: x.flip(-1))])[1]
+        return all(_close(turned[path], self.outputs[path]) for path in second)
 
     def unit_gain(self, rows: Sequence[BranchRow]) -> bool:
-        """Whether the post-norms multiply by 1 + weight."""
-        norms = [n for row in rows for n in (row.norm, *(w.norm for w in row.writers)) if n]
-        return any(self._answers_to_zero(name) for name in norms)
-
-    def _answers_to_zero(self, name: str) -> bool:
-        module = self.modules[name]
-        zeros = {n: torch.zeros_like(p) for n, p in module.named_parameters()}
-        x = torch.randn(4, self.width, generator=self.generator)
-        device = next(iter(zeros.values())).device
-        return bool(primary(functional_call(module, zeros, (x.to(device),))).any())
+        """Whether the post-norms multiply by 1 + weight: they return something although their weights are zero."""
+        norms = {name for row in rows for name in (row.norm, *(w.norm for w in row.writers)) if name}
+        return any(bool(self._normed(name, self.pre, 0.0).any()) for name in norms)
 
     def centered(self) -> bool:
         """Whether the first norm of the block subtracts the mean."""
-        pre = self.inputs[""]
         for name, x in self.inputs.items():
             kind = type(self.modules[name]).__name__.lower() if name else ""
-            if "norm" in kind and x.shape == pre.shape and _close(x, pre):
-                module = self.modules[name]
-                shifted = primary(functional_call(module, self._float32(name), (pre + 3 * pre.std(),)))
-                return _close(shifted, primary(functional_call(module, self._float32(name), (pre,))))
+            if "norm" in kind and x.shape == self.pre.shape and _close(x, self.pre):
+                return _close(self._normed(name, x + 3 * x.std()), self._normed(name, x))
         return False
 
-    def _float32(self, name: str) -> dict[str, Tensor]:
-        own = dict(self.modules[name].named_parameters())
-        return {n: self.runs.parameters[f"{self.path}.{name}.{n}"] for n in own}
-
-    def _tensors(
-        self, changed: Mapping[str, Tensor] | None = None, hooks: Sequence[Hook] = ()
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The inputs and outputs of every module of the block by path, in the order in which they finished; "" is the block."""
-        with _recorded({"": self.block, **self.modules}) as seen:
-            named = {f"{self.path}.{n}": t for n, t in (changed or {}).items()}
-            self.runs.run_block(self.layer, named, hooks)
-        inputs = {call.path: call.received for call in seen if call.received is not None}
-        return inputs, {call.path: call.returned for call in seen if call.returned is not None}
+    def _normed(self, norm: str, x: Tensor, scale: float = 1.0) -> Tensor:
+        """What a norm makes of another input, its weights multiplied by a number."""
+        names = [name for name, _ in self.modules[norm].named_parameters()]
+        weights = {name: scale * self.passes.parameters[f"{self.path}.{norm}.{name}"] for name in names}
+        return primary(functional_call(self.modules[norm], weights, (x,)))
 
 
-class _Call(NamedTuple):
-    """The first tensor that a module received and returned in one call, in float32; None where there is none."""
-
-    path: str
-    received: Any
-    returned: Any
-
-    @property
-    def number(self) -> int:
-        """The place of the module in its list."""
-        return int(self.path.rpartition(".")[2])
-
-
-@contextmanager
-def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[list[_Call]]:
-    """The calls of modules by their paths, in the order in which they finish."""
-    calls: list[_Call] = []
-    begun: dict[str, Tensor] = {}
-
-    def begin(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
-        if tensors:
-            begun[path] = tensors[0].float().clone()
-
-    def end(path: str, _module: nn.Module, _args: object, output: object) -> None:
-        try:
-            returned = primary(output).float().clone()
-        except HookError:
-            returned = None
-        calls.append(_Call(path, begun.pop(path, None), returned))
-
-    with ExitStack() as stack:
-        for path, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(partial(begin, path), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(partial(end, path)).remove)
-        yield calls
+def _why_no_writer(modules: Iterable[nn.Module]) -> str:
+    """What a module has in place of a projection that writes its output."""
+    others = [
+        m for m in modules if not _outputs(m) and any(p.ndim > 1 for p in m._parameters.values() if p is not None)
+    ]
+    if others and all(type(m).__name__.startswith("Conv") for m in others):
+        return "a convolution over tokens follows the projection of a branch, so that no weights equal an edit of the branch"
+    if others:
+        return "the weights that write a branch are in a form that no row describes"
+    return "a function of its output follows the projection of a branch, so that no weights equal an edit of the branch"
 
 
-def _outputs(projection: Any) -> int:
-    outputs: int = projection.weight.shape[1 if _is_conv(projection) else 0]
-    return outputs
+def _outputs(module: nn.Module) -> int:
+    """The number of outputs of a projection; 0 of another module."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim != 2 or not (isinstance(module, nn.Linear) or _is_conv(module)):
+        return 0
+    return weight.shape[1 if _is_conv(module) else 0]
 
 
 def _is_conv(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"  # as in GPT-2: a linear map, stored (in, out)
 
 
-def _is_projection(module: Any) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2 and (isinstance(module, nn.Linear) or _is_conv(module))
+def _fused(module: nn.Module) -> Tensor | None:
+    """The output weights of fused experts; None of another module."""
+    down = module._parameters.get("down_proj")
+    return down if down is not None and down.ndim == 3 else None
 
 
-def _layouts(
-    name: str, rows: int, width: int, heads: int, chosen: AbstractSet[int]
-) -> Iterator[tuple[Reader, dict[int, list[int]]]]:
-    """How rows may feed neurons: the reader, and for the rows of the chosen neurons those that each row feeds alone."""
+def _layouts(name: str, rows: int, width: int, heads: int) -> list[Reader]:
+    """How the rows of a projection may feed neurons, or the values of heads."""
     if not heads:
-        for parts in (1, 2):
-            for layout in ("stacked", "interleaved")[:parts]:
-                for part in range(parts) if rows == parts * width else ():
-                    row_of = (lambda j, p=part: p * width + j) if layout == "stacked" else (lambda j, p=part: j * 2 + p)
-                    yield Reader(name, part, parts, layout), {row_of(j): [j] for j in chosen}  # type: ignore[arg-type]
-        return
-    size = width // heads
-    for layout in ("stacked", "tail", "per_head"):
-        count = rows // size if rows % size == 0 else 0
-        groups = count if layout == "stacked" else (count - heads) // 2
-        if groups < 1 or heads % groups or (layout != "stacked" and count != heads + 2 * groups):
-            continue
-        share = heads // groups
-        parts = share + 2 if layout == "per_head" else 1
-        expected = {}
-        for k, j in {(neuron // size // share, neuron % size) for neuron in chosen}:
-            start = {"stacked": k, "tail": heads + groups + k, "per_head": k * parts + parts - 1}[layout] * size
-            expected[start + j] = [h * size + j for h in range(k * share, (k + 1) * share)]
-        yield Reader(name, parts - 1 if layout == "per_head" else 0, parts, layout), expected  # type: ignore[arg-type]
+        halves = [Reader(name, part, 2, layout) for layout in ("stacked", "interleaved") for part in (0, 1)]
+        return [Reader(name), *halves]
+    groups = (rows * heads // width - heads) // 2  # if the rows are those of queries, keys and values
+    parts = heads // groups + 2 if groups > 0 else 1
+    return [Reader(name), Reader(name, layout="tail"), Reader(name, parts - 1, parts, "per_head")]

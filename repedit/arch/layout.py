@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -88,6 +88,8 @@ class Neurons:
     expert: int | None = None
     gain: str | None = None
     """Weight of the norm between the writer and the sum of its branch."""
+    fused: Experts | None = None
+    """The row of the fused experts where `expert` is a number."""
 
 
 @dataclass(frozen=True)
@@ -252,27 +254,11 @@ def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
     )
 
 
-def _described(rows: tuple[BranchRow, ...]) -> str:
-    return ", ".join(f"{row.kind} {'+'.join(w.module for w in row.writers)}" for row in rows)
-
-
-def _writers(rows: tuple[BranchRow, ...]) -> set[str]:
-    return {w.module for row in rows for w in row.writers}
-
-
-def _readers(rows: tuple[BranchRow, ...]) -> set[str]:
-    """The modules beside the writers that a list of branches names."""
-    dense = [w for row in rows for w in row.writers if isinstance(w, Writer)]
-    norms = {name for row in rows for name in (row.norm, *(w.norm for w in row.writers)) if name}
-    return norms | {reader.module for w in dense for reader in w.readers}
-
-
 class _Matcher:
     """Finds the tensors of one block at a time."""
 
     def __init__(self, architecture: Architecture, specs: Specs) -> None:
         self.architecture, self.specs = architecture, specs
-        self.heads = architecture.n_heads
 
     def need(self, name: str) -> str:
         if name not in self.specs:
@@ -284,145 +270,129 @@ class _Matcher:
     def block(self, block: str, layer: int) -> tuple[Branch, ...]:
         """The branches of a block: of the one list of the row whose writers this block holds."""
         alternatives, row = self.architecture.block, self.architecture
-        self.heads = row.layer_heads[layer] if row.layer_heads else row.n_heads
+        heads = row.layer_heads[layer] if row.layer_heads else row.n_heads
         if len(alternatives) == 1:
             for writer in (w for row in alternatives[0] for w in row.writers if isinstance(w, Writer)):
                 self.need(f"{block}{writer.module}.weight")
-        matches = [rows for rows in alternatives if all(self._holds(block, w) for row in rows for w in row.writers)]
         # Experts alone are a part of experts with a shared expert, and a block without some readers of one that has them.
-        matches = [m for m in matches if not any(_writers(m) < _writers(other) for other in matches)]
-        complete = matches[: len(alternatives) == 1] or [
-            m for m in matches if all(f"{block}{name}.weight" in self.specs for name in _readers(m))
-        ]
-        complete = [m for m in complete if not any(_readers(m) < _readers(other) for other in complete)]
-        ways = complete if len({frozenset(_writers(x)) for x in matches}) == 1 else matches
-        if len(ways) != 1:
+        matches = self._largest(alternatives, block, _writers)
+        if len(alternatives) > 1 and len({frozenset(_writers(rows)) for rows in matches}) == 1:
+            matches = self._largest(matches, block, _others)
+        if len(matches) != 1:
             raise UnknownArchitecture(
-                f"{block[:-1]} must match one way, it matches {len(ways)}: {'; '.join(map(_described, ways))}. The row of "
+                f"{block[:-1]} must match one way, it matches {len(matches)}: {'; '.join(map(_described, matches))}. The row of "
                 f"{self.architecture.model_type} has {'; '.join(map(_described, alternatives))}"
             )
-        return tuple(self._branch(block, row) for row in (complete or matches)[0])
+        return tuple(self._branch(block, row, heads if row.kind == "attn" else 0) for row in matches[0])
 
-    def _holds(self, block: str, writer: Writer | Experts) -> bool:
-        leaf = "weight" if isinstance(writer, Writer) else "down_proj"
-        return f"{block}{writer.module}.{leaf}" in self.specs
+    def _largest(
+        self, ways: Sequence[tuple[BranchRow, ...]], block: str, names: Callable[[tuple[BranchRow, ...]], set[str]]
+    ) -> list[tuple[BranchRow, ...]]:
+        """The lists of branches whose tensors a block holds, but for those whose tensors are a part of another's."""
+        held = [rows for rows in ways if all(f"{block}{name}" in self.specs for name in names(rows))]
+        return [rows for rows in held if not any(names(rows) < names(other) for other in held)]
 
-    def _branch(self, block: str, row: BranchRow) -> Branch:
+    def _branch(self, block: str, row: BranchRow, heads: int) -> Branch:
         parts: list[Neurons] = []
-        head_width, group = 0, 1
+        group = 1
         for writer in row.writers:
-            if isinstance(writer, Experts):
-                parts += self._experts(block, writer, parts[-1].stop if parts else 0)
-                continue
-            out = MatrixView(f"{block}{writer.module}.weight", transposed=self.architecture.transposed)
-            width = self._columns(out)
-            if row.kind == "attn":
-                head_width = self._head_width(out, width)
-                readers, group = self._values(block, writer.readers, head_width)
-            else:
-                readers = tuple(view for reader in writer.readers for view in self._rows(block, reader, width))
-            parts.append(self._part(block, writer, parts[-1].stop if parts else 0, width, out, readers))
+            more, group = self._parts(block, writer, parts[-1].stop if parts else 0, heads)
+            parts += more
         only = row.writers[0].module if len(row.writers) == 1 and isinstance(row.writers[0], Writer) else None
-        outputs = (row.norm,) if row.norm else row.outputs or (only,)
         return Branch(
             kind=row.kind,
             parts=tuple(parts),
-            outputs=tuple(f"{block}{module}" for module in outputs),
+            outputs=tuple(f"{block}{module}" for module in row.ends),
             bias_name=f"{block}{only}.bias" if only else None,
             gain=self.need(f"{block}{row.norm}.weight") if row.norm else None,
             scale=float(row.scale),
-            head_width=head_width,
+            head_width=parts[0].stop // heads if heads else 0,
             group=group,
         )
 
-    def _part(
-        self, block: str, writer: Writer, start: int, width: int, out: MatrixView, readers: tuple[MatrixView, ...]
-    ) -> Neurons:
-        bias, module = f"{block}{writer.module}.bias", f"{block}{writer.module}"
-        gain = self.need(f"{block}{writer.norm}.weight") if writer.norm else None
-        return Neurons(
-            start, start + width, out, readers, module, MatrixView(bias) if bias in self.specs else None, None, gain
-        )
-
-    def _head_width(self, out: MatrixView, width: int) -> int:
-        if width % self.heads:
-            raise UnknownArchitecture(
-                f"{out.tensor} has {width} inputs, not a multiple of the config's {self.heads} heads"
-            )
-        return width // self.heads
-
-    def _experts(self, block: str, experts: Experts, start: int) -> list[Neurons]:
-        gain = self.need(f"{block}{experts.norm}.weight") if experts.norm else None
-        count = self.specs[f"{block}{experts.module}.down_proj"].shape[0]
-        parts: list[Neurons] = []
-        if count != self.architecture.n_experts:
+    def _parts(self, block: str, row: Writer | Experts, start: int, heads: int) -> tuple[list[Neurons], int]:
+        """The neurons of a projection, or of each expert, and the number of query heads that share a value head."""
+        fused = row if isinstance(row, Experts) else None
+        writer = row if isinstance(row, Writer) else row.writer
+        transposed = fused.transposed if fused else self.architecture.transposed
+        out, bias = self._named(f"{block}{writer.module}", fused)
+        shape = self.specs[out].shape
+        count, width = shape[0] if fused else 1, shape[-2 if transposed else -1]
+        if fused and count != self.architecture.n_experts:
             raise UnknownArchitecture(
                 f"{block[:-1]}: the config has {self.architecture.n_experts} experts, the weights hold {count}"
             )
-        for e in range(count):
-            out, readers, bias = self._expert(block, experts, e)
-            begin = parts[-1].stop if parts else start
-            stop = begin + self._expert_width(out)
-            parts.append(Neurons(begin, stop, out, readers, f"{block}{experts.module}", bias, e, gain))
-        return parts
-
-    def _expert_width(self, out: MatrixView) -> int:
-        return self.specs[out.tensor].shape[-2 if out.transposed else -1]
-
-    def _expert(
-        self, block: str, experts: Experts, e: int
-    ) -> tuple[MatrixView, tuple[MatrixView, ...], MatrixView | None]:
-        """Output, inputs (with their biases) and output bias of one expert."""
-        module, count = f"{block}{experts.module}", 2 if experts.gated else 1
-        name = self.need(f"{module}.{'gate_up_proj' if experts.gated else 'up_proj'}")
-        down = MatrixView(f"{module}.down_proj", expert=e, transposed=experts.transposed)
-        width = self._expert_width(down)
-        view = MatrixView(
-            name, e, groups=width if experts.interleaved else 1, parts=count, transposed=experts.transposed
-        )
-        stored = [n for n in (name, f"{name}_bias") if n in self.specs]
-        readers = tuple(replace(view, tensor=n, part=part) for part in range(count) for n in stored)
-        bias = f"{module}.down_proj_bias"
-        return down, readers, MatrixView(bias, expert=e) if bias in self.specs else None
-
-    def _values(self, block: str, readers: tuple[Reader, ...], head_width: int) -> tuple[tuple[MatrixView, ...], int]:
-        """Views of the value rows (kv_heads * head_width of them) and the number of query heads that share each."""
-        if not readers:
-            return (), 1
-        (reader,), heads = readers, self.heads
-        rows = self._outputs(self.need(f"{block}{reader.module}.weight"))
-        count = rows // head_width
-        kv_heads = {"stacked": count, "tail": (count - heads) // 2, "per_head": count // reader.parts}[reader.layout]
-        if kv_heads < 1 or heads % kv_heads or rows % head_width:
-            raise UnknownArchitecture(
-                f"{block}{reader.module} has {rows} rows, which {heads} heads of width {head_width} cannot share"
+        if heads and width % heads:
+            raise UnknownArchitecture(f"{out} has {width} inputs, not a multiple of the config's {heads} heads")
+        gain, readers, group = self.need(f"{block}{row.norm}.weight") if row.norm else None, [], 1
+        for reader in writer.readers:
+            names = self._named(f"{block}{reader.module}", fused)
+            rows = self.specs[self.need(names[0])].shape[-1 if transposed else -2]
+            found = rows_of(reader, rows, width, heads, transposed=transposed)
+            if found is None:
+                expected = f"{reader.parts} x {width} neurons were expected"
+                shared = f"which {heads} heads of width {width // (heads or 1)} cannot share"
+                raise UnknownArchitecture(f"{block}{reader.module} has {rows} rows, {shared if heads else expected}")
+            view, group = found
+            readers += [replace(view, tensor=name) for name in names if name in self.specs]
+        return [
+            Neurons(
+                start=start + number * width,
+                stop=start + (number + 1) * width,
+                out=MatrixView(out, expert, transposed=transposed),
+                readers=tuple(replace(view, expert=expert) for view in readers),
+                writer=f"{block}{row.module}",
+                bias=MatrixView(bias, expert) if bias in self.specs else None,
+                expert=expert,
+                gain=gain,
+                fused=fused,
             )
-        if reader.layout == "per_head":
-            views = self._views(block, reader, groups=kv_heads, parts=reader.parts, part=reader.part)
-        else:
-            start = 0 if reader.layout == "stacked" else rows - kv_heads * head_width
-            views = self._views(block, reader, start=start)
-        return views, heads // kv_heads
+            for number, expert in enumerate(range(count) if fused else (None,))
+        ], group
 
-    def _rows(self, block: str, reader: Reader, width: int) -> tuple[MatrixView, ...]:
-        rows = self._outputs(self.need(f"{block}{reader.module}.weight"))
-        if rows != width * reader.parts:
-            raise UnknownArchitecture(
-                f"{block}{reader.module} has {rows} rows, {reader.parts} x {width} neurons were expected"
-            )
+    def _named(self, module: str, fused: Experts | None) -> tuple[str, str]:
+        """The names of a weight and of its bias."""
+        return (module, f"{module}_bias") if fused else (f"{module}.weight", f"{module}.bias")
+
+
+def rows_of(
+    reader: Reader, rows: int, width: int, heads: int, *, transposed: bool = False
+) -> tuple[MatrixView, int] | None:
+    """The rows of a projection that feed neurons, and how many heads share each; None if the numbers do not fit.
+
+    Args:
+        rows: of the projection.
+        width: the number of neurons.
+        heads: in which the neurons are divided; 0 if they are not those of an attention.
+    """
+    view = MatrixView("", parts=reader.parts, part=reader.part, transposed=transposed)
+    if not heads:
         groups = width if reader.layout == "interleaved" else 1
-        return self._views(block, reader, groups=groups, parts=reader.parts, part=reader.part)
+        return (replace(view, groups=groups), 1) if rows == width * reader.parts else None
+    size = width // heads
+    count = rows // size
+    values = {"tail": (count - heads) // 2, "per_head": count // reader.parts}.get(reader.layout, count)
+    if width % heads or rows % size or values < 1 or heads % values:
+        return None
+    if reader.layout == "per_head":
+        return replace(view, groups=values), heads // values
+    if reader.layout == "tail" and count != heads + 2 * values:
+        return None
+    return replace(view, start=rows - values * size), heads // values
 
-    def _views(
-        self, block: str, reader: Reader, *, start: int = 0, groups: int = 1, parts: int = 1, part: int = 0
-    ) -> tuple[MatrixView, ...]:
-        """Views of the weight and, if there is one, the bias of a reader."""
-        names = (f"{block}{reader.module}.weight", f"{block}{reader.module}.bias")
-        view = MatrixView("", None, start, groups, parts, part, self.architecture.transposed)
-        return tuple(replace(view, tensor=name) for name in names if name in self.specs)
 
-    def _columns(self, view: MatrixView) -> int:
-        return self.specs[view.tensor].shape[0 if view.transposed else 1]
+def _described(rows: tuple[BranchRow, ...]) -> str:
+    return ", ".join(f"{row.kind} {'+'.join(w.module for w in row.writers)}" for row in rows)
 
-    def _outputs(self, name: str) -> int:
-        return self.specs[name].shape[1 if self.architecture.transposed else 0]
+
+def _writers(rows: tuple[BranchRow, ...]) -> set[str]:
+    """The weights that a list of branches writes with."""
+    writers = [w for row in rows for w in row.writers]
+    return {w.writer.module if isinstance(w, Experts) else f"{w.module}.weight" for w in writers}
+
+
+def _others(rows: tuple[BranchRow, ...]) -> set[str]:
+    """The weights beside those that a list of branches names."""
+    dense = [w for row in rows for w in row.writers if isinstance(w, Writer)]
+    norms = {name for row in rows for name in (row.norm, *(w.norm for w in row.writers)) if name}
+    return {f"{name}.weight" for name in norms | {reader.module for w in dense for reader in w.readers}}

@@ -51,6 +51,9 @@ class Shrink:
 # Widths are not in a row: they are read from the weights.
 
 
+Layout = Literal["stacked", "interleaved", "tail", "per_head"]
+
+
 @dataclass(frozen=True)
 class Reader:
     """The rows of a projection that feed neurons.
@@ -62,7 +65,7 @@ class Reader:
     module: str
     part: int = 0
     parts: int = 1
-    layout: Literal["stacked", "interleaved", "tail", "per_head"] = "stacked"
+    layout: Layout = "stacked"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,14 @@ class Experts:
     norm: str = ""
     """A norm between the experts and the sum of their branch."""
 
+    @property
+    def writer(self) -> Writer:
+        """The projection of one expert, and those that feed its neurons."""
+        name, parts = ("gate_up_proj", 2) if self.gated else ("up_proj", 1)
+        layout: Layout = "interleaved" if self.interleaved else "stacked"
+        readers = tuple(Reader(f"{self.module}.{name}", part, parts, layout) for part in range(parts))
+        return Writer(f"{self.module}.down_proj", readers, self.norm)
+
 
 BranchKind = Literal["attn", "mixer", "mlp", "ple"]
 
@@ -115,6 +126,11 @@ class BranchRow:
     """A norm between the sum and the stream."""
     scale: str | float = 1.0
     """Number that multiplies the output before it is added, or the config field that holds it."""
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The modules whose outputs add up to what the branch adds to the stream."""
+        return (self.norm,) if self.norm else self.outputs or (self.writers[0].module,)
 
 
 def attention(module: str = "self_attn.o_proj", values: Reader | str = "self_attn.v_proj", norm: str = "") -> BranchRow:
@@ -187,19 +203,10 @@ class Architecture:
     """What the norms of the stream add to the mean square; 0 if the stream must keep its width."""
 
     @property
-    def expert_rows(self) -> tuple[Experts, ...]:
-        """Every mixture of experts of this family."""
-        writers = (writer for branches in self.block for branch in branches for writer in branch.writers)
-        return tuple(dict.fromkeys(writer for writer in writers if isinstance(writer, Experts)))
-
-    def experts_at(self, path: str) -> Experts:
-        """The mixture of experts that a module of a model is, by its path."""
-        return max((e for e in self.expert_rows if f".{path}".endswith(f".{e.module}")), key=lambda e: len(e.module))
-
-    @property
     def experts(self) -> Experts | None:
         """The first mixture of experts of this family; None if it has none."""
-        return next(iter(self.expert_rows), None)
+        writers = (writer for branches in self.block for branch in branches for writer in branch.writers)
+        return next((writer for writer in writers if isinstance(writer, Experts)), None)
 
 
 _ROWS: dict[str, Architecture] = {}

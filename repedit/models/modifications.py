@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from repedit.arch.check import text_ids
 from repedit.arch.offload import check_in_memory
+from repedit.arch.passes import text_ids
 from repedit.errors import NotAModel, RepeditError, UnknownArchitecture
 from repedit.hooks import evaluating
 from repedit.models.loading import buildable, empty_model
