@@ -17,11 +17,11 @@ from repedit.arch.hooks import hooks_at, routed_to
 from repedit.arch.layout import Branch, MatrixView, ModelLayout, Neurons, TensorSpec, match_layout
 from repedit.arch.offload import check_in_memory, offloaded_tensor
 from repedit.arch.passes import Call, Passes
-from repedit.arch.spec import Architecture, Experts, families
+from repedit.arch.spec import Architecture, families
 from repedit.distributed import local_tensor
 from repedit.errors import ShapeError, UnknownArchitecture
 from repedit.hooks import Hook, evaluating
-from repedit.linear_maps import LowRank
+from repedit.linear_maps import Diagonal, LowRank
 from repedit.sites import Point, Site
 
 # --- Compare a row with the modules of a model, without a forward pass; every wrapped model is checked so
@@ -39,34 +39,25 @@ def check_modules(model: nn.Module, layout: ModelLayout) -> None:
         for path in branch.outputs:
             _submodule(model, path, row.model_type)
         for path, parts in branch.by_writer.items():
-            module = _submodule(model, path, row.model_type)
-            if parts[0].fused is not None:
-                _check_experts(module, path, parts[0].fused)
-            else:
-                _check_dense(module, path, row)
-            readers = {
-                (v.tensor.rpartition(".")[0], v.part) for v in parts[0].readers if not v.tensor.endswith("_bias")
-            }
-            needed = 2 if row.gated and branch.kind == "mlp" else 1
-            if len(readers) not in (
-                (needed,) if branch.kind == "mlp" and row.model_type in families() else (0, needed)
-            ):
+            module, fused = _submodule(model, path, row.model_type), parts[0].fused
+            kind, is_mlp = type(module).__name__, branch.kind == "mlp"
+            if fused is not None:
+                stored = {
+                    "is_transposed": fused.transposed, "is_concatenated": not fused.interleaved, "has_gate": fused.gated,
+                }  # fmt: skip
+                wrong = {k: getattr(module, k, v) for k, v in stored.items() if getattr(module, k, v) != v}
+                if wrong:
+                    raise UnknownArchitecture(f"{path} stores its experts with {wrong}, the row expects {stored}")
+            elif (kind == "Conv1D") != row.transposed or not (row.transposed or isinstance(module, nn.Linear)):
                 raise UnknownArchitecture(
-                    f"{path} has {len(readers)} readers; the {row.model_type} row with gated={row.gated} needs {needed} different ones"
+                    f"{path} is a {kind}; the {row.model_type} row says transposed={row.transposed}"
                 )
-
-
-def _check_experts(module: nn.Module, path: str, row: Experts) -> None:
-    stored = {"is_transposed": row.transposed, "is_concatenated": not row.interleaved, "has_gate": row.gated}
-    wrong = {k: getattr(module, k, v) for k, v in stored.items() if getattr(module, k, v) != v}
-    if wrong:
-        raise UnknownArchitecture(f"{path} stores its experts with {wrong}, the row expects {stored}")
-
-
-def _check_dense(module: nn.Module, path: str, row: Architecture) -> None:
-    kind = type(module).__name__
-    if (kind == "Conv1D") != row.transposed or not (row.transposed or isinstance(module, nn.Linear)):
-        raise UnknownArchitecture(f"{path} is a {kind}; the {row.model_type} row says transposed={row.transposed}")
+            weights = (view for view in parts[0].readers if not view.tensor.endswith("bias"))
+            count, needed = len({(view.tensor, view.part) for view in weights}), 2 if row.gated and is_mlp else 1
+            if count != needed and (count or (is_mlp and row.model_type in families())):
+                raise UnknownArchitecture(
+                    f"{path} has {count} readers; the {row.model_type} row with gated={row.gated} needs {needed} different ones"
+                )
 
 
 def _submodule(model: nn.Module, path: str, model_type: str) -> nn.Module:
@@ -191,7 +182,7 @@ class _ForwardCheck:
     def __init__(self, model: nn.Module, layout: ModelLayout, tolerance: float) -> None:
         self.model, self.layout, self.tolerance = model, layout, tolerance
         self.generator = torch.Generator().manual_seed(0)
-        self.passes = Passes(model, _without_pruned(model, layout, self.generator))
+        self.passes = Passes(model, _without_pruned(model, layout, self.generator), layout.block_paths)
         self.parameters = self.passes.parameters
         blocks = [call for call in self.passes.calls if call.path in layout.block_paths]
         if len(blocks) != len(layout.block_paths):
@@ -237,12 +228,12 @@ class _ForwardCheck:
             used.add(neurons.start)
             return x * keep[neurons].to(x)
 
-        columns = {p.start: (p.out, zeroed_columns(keep[p.start : p.stop])) for p in branch.parts}
+        columns = {p.start: (p.out, Diagonal.mask(keep[p.start : p.stop]).right) for p in branch.parts}
         # Where a part has no reader, its columns alone are zeroed.
         rows = [columns[p.start] for p in branch.parts if not p.readers]
         for part in branch.parts:
             shared = keep[part.start : part.stop].unflatten(0, (-1, branch.group, branch.head_width or 1))
-            rows += [(view, zeroed_rows(shared[:, 0].flatten())) for view in part.readers]
+            rows += [(view, Diagonal.mask(shared[:, 0].flatten()).left) for view in part.readers]
         hooked = self._outputs(layer, hooks=hooks_at(self.model, self.layout, site, zero, replaces=True))
         folded = [self._outputs(layer, rewritten(self.parameters, ways)) for ways in (columns.values(), rows)]
         return self._proof(site, hooked, max(_distance(x, hooked) for x in folded))
@@ -353,16 +344,6 @@ def rewritten(tensors: Mapping[str, Tensor], changes: Iterable[Change]) -> dict[
             result[view.tensor] = tensors[view.tensor].clone()
         view.change(result[view.tensor], function)
     return result
-
-
-def zeroed_columns(keep: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function that sets the columns of a matrix to zero that a mask does not keep."""
-    return lambda matrix: matrix * keep.to(matrix)
-
-
-def zeroed_rows(keep: Tensor) -> Callable[[Tensor], Tensor]:
-    """The same of rows."""
-    return zeroed_columns(keep[:, None])
 
 
 def _without_pruned(model: nn.Module, layout: ModelLayout, generator: torch.Generator) -> dict[str, Tensor]:

@@ -153,17 +153,22 @@ def _expert_hook(
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).args
+        hidden, index, routing, count = _routed(row, len(parts), arguments)
         # Every hook here starts from the inputs of the module, so it must repeat the edits of the hooks before it.
         functions = (*getattr(output, _EDITED, ()), function)
-        weights, total = _Weights(module, row, arguments[0].device), torch.zeros_like(output)
+        weights, total = _Weights(module, row, hidden.device), torch.zeros_like(output)
         for e, part in enumerate(parts):
-            tokens, x, places, routing = _received(e, len(parts), row, arguments)
-            if not len(tokens):
+            rows, choice = torch.where(index == e)
+            if not len(rows):
                 continue
-            z = _edited(weights.neurons(e, x), part, tokens, functions)
+            z = weights.neurons(e, hidden[rows])
+            for edit in functions:
+                with full_precision(z):
+                    new = edit(z, slice(part.start, part.stop), rows % count)
+                z = z if new is None else new
             if replaces:
-                out = weights.output(e, z) * routing
-                total = total.index_add(0, places, out.to(total.dtype))
+                out = weights.output(e, z) * routing[rows, choice, None]
+                total = total.index_add(0, rows, out.to(total.dtype))
         if not replaces:
             return None
         setattr(total, _EDITED, functions)
@@ -172,20 +177,17 @@ def _expert_hook(
     return hook
 
 
-def _received(
-    e: int, count: int, row: Experts, arguments: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
-    """What an expert receives: the tokens, their inputs, where its outputs go, and what multiplies them.
+def _routed(row: Experts, experts: int, arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The inputs (n, d) of fused experts, the experts (n, k) that each goes to, what multiplies these, and how many tokens.
 
     A module of sorted tokens has a row for each expert and token, already multiplied; those of tokens not routed are zero.
     """
-    if row.sorted_tokens:
-        x = arguments[0].unflatten(0, (count, -1))[e]
-        tokens = x.any(-1).nonzero()[:, 0]
-        return tokens, x[tokens], e * len(x) + tokens, 1.0
-    hidden, index, weights = arguments[:3]
-    tokens, slot = torch.where(index == e)
-    return tokens, hidden[tokens], tokens, weights[tokens, slot, None]
+    if not row.sorted_tokens:
+        hidden, index, routing = arguments[:3]
+        return hidden, index, routing, len(hidden)
+    (hidden,), count = arguments, len(arguments[0]) // experts
+    index = torch.arange(experts, device=hidden.device).repeat_interleave(count).where(hidden.any(-1), -1)[:, None]
+    return hidden, index, torch.ones_like(index), count
 
 
 @contextmanager
@@ -211,11 +213,3 @@ def routed_to(model: nn.Module, parts: Sequence[Neurons]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _edited(z: Tensor, part: Neurons, tokens: Tensor, functions: Sequence[HookFn]) -> Tensor:
-    for edit in functions:
-        with full_precision(z):
-            new = edit(z, slice(part.start, part.stop), tokens)
-        z = z if new is None else new
-    return z

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from repedit.arch.check import TOLERANCE as PROOF_TOLERANCE
-from repedit.arch.check import ArchitectureReport, prove, rewritten, zeroed_rows
+from repedit.arch.check import ArchitectureReport, prove, rewritten
 from repedit.arch.layout import rows_of
 from repedit.arch.offload import check_in_memory
 from repedit.arch.passes import Call, Passes
@@ -40,6 +40,7 @@ from repedit.arch.spec import (
 )
 from repedit.errors import RepeditError, UnknownArchitecture
 from repedit.hooks import Hook, evaluating, primary
+from repedit.linear_maps import Diagonal
 
 log = logging.getLogger("repedit")
 
@@ -95,7 +96,6 @@ def check_architecture(model: Any, *, tolerance: float = PROOF_TOLERANCE) -> Arc
         UnknownArchitecture: if a site does not behave as the row says, naming the sites.
         OffloadedTensors: if weights are not in memory.
     """
-    check_in_memory(model, "load the model without device_map to check it")
     return prove(model, row_of(model), tolerance=tolerance)
 
 
@@ -296,18 +296,19 @@ def _coefficients(target: Tensor, terms: Mapping[str, Tensor]) -> dict[str, floa
             distinct[path] = x.reshape(target.shape)
     if not distinct:
         return None
+    y = target.flatten().double()
     matrix = torch.stack([x.flatten().double() for x in distinct.values()], 1)
-    sizes, y = matrix.norm(dim=0), target.flatten().double()
-    weights = torch.linalg.lstsq(matrix / sizes, y[:, None], driver="gelsd").solution[:, 0] / sizes
-    large = (weights.abs() * sizes) > 1e-3 * y.norm()
+    sizes = matrix.norm(dim=0)
+    large = _solution(matrix / sizes, y).abs() > 1e-3 * y.norm()
+    weights = _solution(matrix[:, large], y)
+    if not large.any() or float((matrix[:, large] @ weights - y).norm()) > TOLERANCE * float(y.norm()):
+        return None
     paths = [path for path, keep in zip(distinct, large.tolist(), strict=True) if keep]
-    if not paths:
-        return None
-    chosen = matrix[:, large]
-    weights = torch.linalg.lstsq(chosen, y[:, None], driver="gelsd").solution[:, 0]
-    if float((chosen @ weights - y).norm()) > TOLERANCE * float(y.norm()):
-        return None
     return dict(zip(paths, weights.tolist(), strict=True))
+
+
+def _solution(matrix: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.lstsq(matrix, y[:, None], driver="gelsd").solution[:, 0]
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
@@ -333,6 +334,9 @@ class _Block:
         self.inputs, self.outputs = self._run()
         self.pre, self.post = self.inputs[""], self.outputs[""]
         self.width = self.pre.shape[-1]
+        same = (n for n, x in self.outputs.items() if n and x.shape[-1] == self.width and x.numel() == self.pre.numel())
+        self.summands = {name: self.outputs[name] for name in same if list(self.modules[name].parameters())}
+        """The outputs that may be terms of the stream."""
         self.scale: str | float = 1.0
         """What multiplies the whole output of the block."""
 
@@ -398,13 +402,9 @@ class _Block:
 
     def _level(self, depth: int, among: Callable[[str], bool]) -> dict[str, Tensor]:
         """Outputs of the width of the stream at one depth of the module tree; of leaves also above it."""
-        return {
-            name: x
-            for name, x in self.outputs.items()
-            if name and x.shape[-1] == self.width and x.numel() == self.post.numel()
-            and (name.count(".") == depth - 1 or (name.count(".") < depth and not any(self.modules[name].children())))
-            and any(True for _ in self.modules[name].parameters()) and among(name)
-        }  # fmt: skip
+        own = {name for name in self.summands if name.count(".") == depth - 1}
+        own |= {n for n in self.summands if n.count(".") < depth and not list(self.modules[n].children())}
+        return {name: x for name, x in self.summands.items() if name in own and among(name)}
 
     def _differs(self, path: str) -> bool:
         """Whether a module returns something else than the block."""
@@ -430,13 +430,11 @@ class _Block:
             return "a block does not pass its input on, but starts the stream anew"
         levels = (self._by_channel(self._level(depth, self._differs)) for depth in range(1, 5))
         stream = next((weights for weights in levels if weights is not None), None)
-        if stream is None:
-            return (
-                "a block is not its input plus the outputs of modules, because the stream is gated or mixed on its way"
-            )
-        if _close(stream, torch.ones_like(stream)):
+        if stream is not None and _close(stream, torch.ones_like(stream)):
             return "a block adds a bias outside of its projections to the stream"
-        return "a block multiplies the stream channel by channel"
+        if stream is not None:
+            return "a block multiplies the stream channel by channel"
+        return "a block is not its input plus the outputs of modules, because the stream is gated or mixed on its way"
 
     def _by_channel(self, level: Mapping[str, Tensor]) -> Tensor | None:
         """What multiplies each channel of the stream if a channel is a sum of those of its input, outputs and a constant."""
@@ -466,12 +464,8 @@ class _Block:
 
     def _is_norm(self, path: str) -> bool:
         """Whether a module is a norm with a gain: it scales its normalised input channel by channel."""
-        parameters = dict(self.modules[path].named_parameters())
-        return (
-            bool(parameters)
-            and parameters.keys() <= {"weight", "bias"}
-            and all(p.ndim == 1 for p in parameters.values())
-        )
+        shapes = {name: p.ndim for name, p in self.modules[path].named_parameters()}
+        return bool(shapes) and shapes.keys() <= {"weight", "bias"} and set(shapes.values()) == {1}
 
     def _sources(self, norm: str) -> dict[str, float]:
         """The modules whose outputs add up to the input of a norm, and their numbers."""
@@ -492,11 +486,7 @@ class _Block:
             )
         first = next(iter(terms))
         norm = first if len(terms) == 1 and self._is_norm(first) else ""
-        writers: list[Writer | Experts] = []
-        for path in self._sources(norm) if norm else terms:
-            own = path if self._is_norm(path) else ""
-            for source in self._sources(own) if own else [path]:
-                writers += [replace(writer, norm=own or writer.norm) for writer in self._writers(source, kind)]
+        writers = [w for path in (self._sources(norm) if norm else terms) for w in self._writers(path, kind)]
         plain = len(writers) == 1 and isinstance(writers[0], Writer) and not writers[0].norm
         x = self.outputs[first]
         plain = plain and _close(self.outputs[writers[0].module].reshape(x.shape), x)
@@ -504,7 +494,9 @@ class _Block:
         return BranchRow(kind, tuple(writers), () if norm or plain else tuple(terms), norm, scales.pop())
 
     def _writers(self, path: str, kind: BranchKind) -> list[Writer | Experts]:
-        """The projections within a module that write its output."""
+        """The projections within a module that write its output, or the input of a norm."""
+        if self._is_norm(path):
+            return [replace(w, norm=path) for source in self._sources(path) for w in self._writers(source, kind)]
         writers: list[Writer | Experts] = []
         inside = {n: m for n, m in self.modules.items() if n == path or n.startswith(f"{path}.")}
         for name, module in inside.items():
@@ -540,11 +532,8 @@ class _Block:
 
     def _experts(self, name: str, module: Any, transposed: bool) -> Experts:
         count = module.down_proj.shape[0]
-        fields = {
-            **vars(self.config),
-            **{k: getattr(self.config, k) for k in getattr(self.config, "attribute_map", {})},
-        }
-        named = [k for k, v in fields.items() if "expert" in k and type(v) is int and v == count]
+        fields = {*vars(self.config), *getattr(self.config, "attribute_map", {})}
+        named = [k for k in fields if "expert" in k and (v := getattr(self.config, k)) == count and type(v) is int]
         if not named:
             raise UnknownArchitecture(
                 f"no field of the config holds the number of experts: {count} in {self.path}.{name}"
@@ -591,24 +580,19 @@ class _Block:
         # The neurons of each row; of a pruned neuron no row shows whom it feeds.
         fed = torch.arange(z.shape[-1]).view(-1, group, z.shape[-1] // (heads or z.shape[-1])).mT.flatten(0, 1)
         live = z.flatten(0, -2).any(0).cpu()[fed].any(1).nonzero()[:, 0]
-        halves = [
-            half for half in live[torch.randperm(len(live), generator=self.generator)].tensor_split(2) if len(half)
-        ]
-        zeroes = []
-        for rows in halves:
-            keep = torch.ones(len(fed), dtype=torch.bool).index_fill(0, rows, False)
-            names = [n for n in (f"{path}.weight", f"{path}.bias") if n in self.passes.parameters]
-            changes = [(replace(view, tensor=n), zeroed_rows(keep)) for n in names]
-            after = self._run(rewritten(self.passes.parameters, changes))[0].get(writer)
-            if after is None or after.shape != z.shape:
-                return None
-            neurons = fed[rows].flatten().to(z.device)
-            change = (after - z).abs().flatten(0, -2).sum(0)
-            others = float(change.index_fill(0, neurons, 0.0).sum())
-            if not change[neurons].any() or others > 1e-5 * float(z.norm()):
-                return None
-            zeroes.append(not after[..., neurons].any())
-        return all(zeroes) if zeroes else None
+        rows = live[torch.randperm(len(live), generator=self.generator)[: (len(live) + 1) // 2]]
+        zeroed = Diagonal.mask(torch.ones(len(fed), dtype=torch.bool).index_fill(0, rows, False))
+        names = [n for n in (f"{path}.weight", f"{path}.bias") if n in self.passes.parameters]
+        changes = [(replace(view, tensor=name), zeroed.left) for name in names]
+        after = self._run(rewritten(self.passes.parameters, changes))[0].get(writer)
+        if after is None or after.shape != z.shape:
+            return None
+        neurons = fed[rows].flatten().to(z.device)
+        change = (after - z).abs().flatten(0, -2).sum(0)
+        others = float(change.index_fill(0, neurons, 0.0).sum())
+        if not change[neurons].any() or others > 1e-5 * float(z.norm()):
+            return None
+        return not after[..., neurons].any()
 
     # Facts of the whole row
 

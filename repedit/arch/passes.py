@@ -30,11 +30,13 @@ class Call(NamedTuple):
 class Passes:
     """One pass of a model on a few tokens, and passes of its blocks alone on what they received in it; all in float32.
 
-    Tensors named in `changed` take the place of the model's in every pass.
+    Args:
+        changed: tensors that take the place of the model's in every pass, by name.
+        blocks: paths of the blocks, if they are known; otherwise they must be in an `nn.ModuleList`.
     """
 
-    def __init__(self, model: Any, changed: Mapping[str, Tensor] | None = None) -> None:
-        self.model = model
+    def __init__(self, model: Any, changed: Mapping[str, Tensor] | None = None, blocks: Sequence[str] = ()) -> None:
+        self.model, self.blocks = model, blocks
         # A rounding can send a token to another expert, so half types are checked in float32.
         wide = {id(p): p.float() for p in model.parameters() if p.dtype.itemsize < 4}
         named = list(model.named_parameters(remove_duplicate=False))
@@ -47,9 +49,10 @@ class Passes:
         self.by_path = {call.path: call for call in self.calls}
 
     def run(self, changed: Mapping[str, Tensor] | None = None, ids: Tensor | None = None) -> list[Call]:
-        """Run the whole model; the calls of its embeddings and of all members of its lists of modules."""
+        """Run the whole model; the calls of its blocks, its embeddings and all members of its lists of modules."""
         modules: dict[str, nn.Module] = {p: m for p, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
         modules |= {f"{path}.{i}": m for path, members in self.lists.items() for i, m in enumerate(members)}
+        modules |= {path: self.model.get_submodule(path) for path in self.blocks}
         tensors = {n: self.wide[n] for n, _ in self.model.named_parameters() if n in self.wide} | dict(changed or {})
         inputs = {"input_ids": self.ids if ids is None else ids, "use_cache": False}
         with installed(self.model, []), _recorded(modules) as calls:

@@ -228,15 +228,6 @@ def families() -> Mapping[str, Architecture]:
     return _ROWS
 
 
-def _heads(text: Any, row: Architecture) -> tuple[int, ...]:
-    """The attention heads of every layer; one number if the config has one, none if the family has no attention."""
-    if not any(branch.kind == "attn" for branches in row.block for branch in branches):
-        return ()
-    if getattr(text, "is_heterogeneous", False):
-        return tuple(layer.num_attention_heads for layer in text.per_layer_config)
-    return (text.num_attention_heads,)
-
-
 @runtime_checkable
 class ModelConfig(Protocol):
     """The field that every config of transformers has.
@@ -281,22 +272,25 @@ def resolved(row: Architecture, config: ModelConfig) -> Architecture:
         if actual != value:
             raise UnknownArchitecture(f"{config.model_type} with {name}={actual!r} is not supported: {meaning}")
 
-    scaled, heads = row.embedding_scaled, _heads(text, row)
+    def number(given: Any) -> Any:
+        """A number of the row, or the value of the field of the config that it names."""
+        return getattr(text, given) if isinstance(given, str) else given
 
-    def resolved_branch(branch: BranchRow) -> BranchRow:
-        return replace(branch, scale=float(getattr(text, branch.scale))) if isinstance(branch.scale, str) else branch
-
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    attends = any(branch.kind == "attn" for branches in row.block for branch in branches)
+    heads = tuple(layer.num_attention_heads for layer in layers) if attends else ()
+    scaled = row.embedding_scaled
     return replace(
         row,
-        block=tuple(tuple(resolved_branch(branch) for branch in branches) for branches in row.block),
+        block=tuple(tuple(replace(b, scale=float(number(b.scale))) for b in branches) for branches in row.block),
         n_layers=text.num_hidden_layers,
         n_heads=max(heads) if heads else 0,
         layer_heads=heads if len(set(heads)) > 1 else (),
         n_experts=getattr(text, row.experts.count) if row.experts else 0,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
-        embedding_scaled=float(getattr(text, scaled)) if isinstance(scaled, str) else scaled,
+        embedding_scaled=float(number(scaled)) if isinstance(scaled, str) else scaled,
         epsilon=float(getattr(text, row.shrink.epsilon)) if row.shrink and not row.shrink.whole_stream else 0.0,
-        parallel=bool(getattr(text, row.parallel)) if isinstance(row.parallel, str) else row.parallel,
+        parallel=bool(number(row.parallel)),
     )
 
 

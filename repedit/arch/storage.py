@@ -197,12 +197,10 @@ def _stored_in(sources: Sequence[_Source], shape: tuple[int, ...], specs: Mappin
         return replace(without, reason=f"transformers converts it by {operations}")
     shapes = [_shape_in_memory(piece, specs[piece.name].shape, shape[:1]) for piece in pieces]
     whole = shapes[0] if shapes[0] and len(shapes[0]) == len(shape) else shape
-    for piece, in_memory in zip(pieces, shapes, strict=True):
-        if in_memory != whole:
-            reason = (
-                f"{piece.name} of shape {specs[piece.name].shape} does not fit the tensor of shape {whole} in memory"
-            )
-            return replace(without, reason=reason)
+    other = next((piece.name for piece, made in zip(pieces, shapes, strict=True) if made != whole), None)
+    if other is not None:
+        reason = f"{other} of shape {specs[other].shape} does not fit the tensor of shape {whole} in memory"
+        return replace(without, reason=reason)
     count = pieces[0].parts * (1 if pieces[0].expert is None else shape[0])
     if len(pieces) != count or any(piece.expert is not None and piece.expert >= shape[0] for piece in pieces):
         named = f"{len(pieces)} tensors from {pieces[0].name} to {pieces[-1].name}"
@@ -255,11 +253,8 @@ def _tied(model: PreTrainedModel, result: Mapping[str, StoredIn]) -> dict[str, S
     groups: dict[str, list[str]] = {}
     for name, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, [source]).append(name)
-    entries: dict[str, StoredIn] = {}
-    for names in groups.values():
-        held = [replace(result[name], tied=name) for name in names if name in result]
-        entries |= {name: held[0] for name in names if held and name not in result}
-    return entries
+    held = ((names, [name for name in names if name in result]) for names in groups.values())
+    return {n: replace(result[own[0]], tied=own[0]) for names, own in held if own for n in names if n not in result}
 
 
 def _slice(tensor: Tensor, axis: int, part: int, parts: int) -> Tensor:
