@@ -21,34 +21,11 @@ from repedit.arch.spec import (
     resolved,
     row_code,
     text_config,
-)
+)  # fmt: skip
 
 __all__ = [
-    "Architecture",
-    "BiasFlag",
-    "Branch",
-    "BranchRow",
-    "Experts",
-    "HookFn",
-    "MatrixView",
-    "ModelConfig",
-    "ModelLayout",
-    "Neurons",
-    "Reader",
-    "Shrink",
-    "Specs",
-    "TensorSpec",
-    "Writer",
-    "attention",
-    "families",
-    "hooks_at",
-    "infer",
-    "match_layout",
-    "mlp",
-    "register",
-    "resolve",
-    "resolved",
-    "row_code",
-    "text_config",
-]
+    "Architecture", "BiasFlag", "Branch", "BranchRow", "Experts", "HookFn", "MatrixView", "ModelConfig",
+    "ModelLayout", "Neurons", "Reader", "Shrink", "Specs", "TensorSpec", "Writer", "attention", "families",
+    "hooks_at", "infer", "match_layout", "mlp", "register", "resolve", "resolved", "row_code", "text_config",
+]  # fmt: skip
 del _families
