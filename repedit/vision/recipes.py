@@ -300,7 +300,7 @@ def _salient(model: nn.Module, forget: Images, quantile: float) -> dict[str, Ten
     return {name: size > limit for name, size in sizes.items()}
 
 
-# --- Multi-GAN unlearning
+# --- A small generative adversarial network
 
 
 log = logging.getLogger(__name__)
@@ -310,8 +310,6 @@ REAL = 0.9
 """Target of the discriminator for real images: one-sided label smoothing."""
 SETS = ("retain", "forget")
 Shape = tuple[int, ...]
-
-# --- A small generative adversarial network
 
 
 @dataclass(frozen=True)
