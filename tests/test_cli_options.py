@@ -22,7 +22,7 @@ KEPT.provenance = {"data": {"forget": {"tokens": 1}, "retain": {"tokens": 1}}, "
 KEPT.to_json.return_value = "{}"
 KEPT.verdict.exit_code = 0
 ANSWERS = {
-    "io.archive.kind_of": "edit", "runs.run": 0, "cli.neurons.plan_summary": "plan", "cli.project.plan_summary": "plan", "rewrite.export.dry_run": "plan", "arch.infer.inferred_row": None, "report.write": [],
+    "io.archive.kind_of": "edit", "runs.run": 0, "cli.neurons.plan_summary": "plan", "cli.unlearn.plan_summary": "plan", "rewrite.export.dry_run": "plan", "arch.infer.inferred_row": None, "report.write": [],
 }  # fmt: skip
 PATCHED: dict[str, tuple[str, ...]] = {
     "demo": ("demo.prune_code", "demo.forget_capitals", "cli.run._show_pruning", "cli.run._show_forgotten",
@@ -34,8 +34,8 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "score": ("cli.neurons.load_model", "cli.neurons._scores", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
     "explore": ("cli.neurons.load_model", "neurons.scores.Scores.load", "data.read", "activations.examples.max_activating", "explore.neurons", "cli.output.show_json"),
     "prune": ("cli.neurons.load_model", "neurons.pruning.run_pruning", "cli.neurons.write_edited", "cli.neurons._show", "cli.neurons.plan_summary"),
-    "project": ("cli.project.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "fit.overwrite.overwrite", "data.read", "metrics.facts.knowledge", "rewrite.apply.apply",
-                "fit.overwrite.OverwriteCertificate.of", "cli.project._show", "cli.project.plan_summary", "cli.project.write_edited"),
+    "project": ("cli.unlearn.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "fit.overwrite.overwrite", "data.read", "metrics.facts.knowledge", "rewrite.apply.apply",
+                "fit.overwrite.OverwriteCertificate.of", "cli.unlearn._show", "cli.unlearn.plan_summary", "cli.unlearn.write_edited"),
     "unlearn": ("cli.unlearn.load_model", "data.facts", "data.read", "unlearning.api.unlearn", "cli.unlearn._write_and_show",
                 "cli.output.show_json", "cli.output.table"),
     "apply": ("cli.apply.load_model", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",

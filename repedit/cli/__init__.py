@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from repedit.cli import apply, audit, hub, inspect, neurons, project, run, unlearn
+from repedit.cli import apply, audit, hub, inspect, neurons, run, unlearn
 from repedit.cli.application import CUT_OFF, INTERRUPTED, Verb, app, epilog, verbs
 from repedit.cli.completion import BASH, complete_in_bash, with_completion
 from repedit.escaping import for_terminal
@@ -29,7 +29,7 @@ for verb in (
     neurons.score,
     neurons.explore,
     neurons.prune,
-    project.project,
+    unlearn.project,
     unlearn.unlearn,
     apply.apply,
     inspect.diff,
