@@ -236,7 +236,7 @@ class _ForwardCheck:
             rows += [(view, Diagonal.mask(shared[:, 0].flatten()).left) for view in part.readers]
         hooked = self._outputs(layer, hooks=hooks_at(self.model, self.layout, site, zero, replaces=True))
         folded = [self._outputs(layer, rewritten(self.parameters, ways)) for ways in (columns.values(), rows)]
-        return self._proof(site, hooked, max(_distance(x, hooked) for x in folded))
+        return self._proof(site, hooked, sum(_distance(x, hooked) for x in folded))
 
     def output(self, layer: int, branch: Branch) -> Proof:
         """Remove a random plane from what the branch adds to the stream, by a hook and in the weights."""
