@@ -337,6 +337,14 @@ class _Block:
         same = (n for n, x in self.outputs.items() if n and x.shape[-1] == self.width and x.numel() == self.pre.numel())
         self.summands = {name: self.outputs[name] for name in same if list(self.modules[name].parameters())}
         """The outputs that may be terms of the stream."""
+        self.candidates: dict[str, tuple[str, bool]] = {}
+        """The weight of every projection that may write to the stream, and whether its outputs are its last axis."""
+        for name, module in self.modules.items():
+            down = module._parameters.get("down_proj")
+            if down is not None and down.ndim == 3:
+                self.candidates[name] = "down_proj", getattr(module, "is_transposed", down.shape[-1] == self.width)
+            elif _outputs(module) == self.width:
+                self.candidates[name] = "weight", _is_conv(module)
         self.scale: str | float = 1.0
         """What multiplies the whole output of the block."""
 
@@ -372,12 +380,12 @@ class _Block:
 
     def _check_all_ran(self) -> None:
         """Refuse a block with a projection that may write to the stream and did not run, because it waits for images or sound."""
-        for name, module in self.modules.items():
-            if name not in self.outputs and (_fused(module) is not None or _outputs(module) == self.width):
-                raise UnknownArchitecture(
-                    "a projection that may write to the stream does not run on text, so that nothing can be proved of it: "
-                    f"{self.path}.{name}"
-                )
+        idle = next((name for name in self.candidates if name not in self.outputs), None)
+        if idle is not None:
+            raise UnknownArchitecture(
+                "a projection that may write to the stream does not run on text, so that nothing can be proved of it: "
+                f"{self.path}.{idle}"
+            )
 
     # What adds up to the stream
 
@@ -497,19 +505,13 @@ class _Block:
         """The projections within a module that write its output, or the input of a norm."""
         if self._is_norm(path):
             return [replace(w, norm=path) for source in self._sources(path) for w in self._writers(source, kind)]
-        writers: list[Writer | Experts] = []
         inside = {n: m for n, m in self.modules.items() if n == path or n.startswith(f"{path}.")}
-        for name, module in inside.items():
-            down = _fused(module)
-            if down is not None:
-                stored = getattr(module, "is_transposed", None)
-                transposed = down.shape[-1] == self.width if stored is None else bool(stored)
-                if self._writes(path, f"{self.path}.{name}.down_proj", outputs_last=transposed):
-                    writers.append(self._experts(name, module, transposed))
-            elif _outputs(module) == self.width and self._writes(
-                path, f"{self.path}.{name}.weight", outputs_last=_is_conv(module)
-            ):
-                writers.append(Writer(name, self._readers(name, kind)))
+        writers: list[Writer | Experts] = []
+        for name in filter(self.candidates.__contains__, inside):
+            leaf, outputs_last = self.candidates[name]
+            if self._writes(path, f"{self.path}.{name}.{leaf}", outputs_last=outputs_last):
+                fused = leaf == "down_proj"
+                writers.append(self._experts(name, outputs_last) if fused else Writer(name, self._readers(name, kind)))
         if not writers:
             where = f"{self.path}.{path} ({type(self.modules[path]).__name__})"
             raise UnknownArchitecture(f"{_why_no_writer(inside.values())}: {where}")
@@ -530,7 +532,8 @@ class _Block:
         rest = difference - (difference @ direction)[..., None] * direction
         return bool(size > 1e-4 * self.outputs[path].norm() and rest.norm() < 1e-3 * size)
 
-    def _experts(self, name: str, module: Any, transposed: bool) -> Experts:
+    def _experts(self, name: str, transposed: bool) -> Experts:
+        module = self.modules[name]
         count = module.down_proj.shape[0]
         fields = {*vars(self.config), *getattr(self.config, "attribute_map", {})}
         named = [k for k in fields if "expert" in k and (v := getattr(self.config, k)) == count and type(v) is int]
@@ -646,12 +649,6 @@ def _outputs(module: nn.Module) -> int:
 
 def _is_conv(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"  # as in GPT-2: a linear map, stored (in, out)
-
-
-def _fused(module: nn.Module) -> Tensor | None:
-    """The output weights of fused experts; None of another module."""
-    down = module._parameters.get("down_proj")
-    return down if down is not None and down.ndim == 3 else None
 
 
 def _layouts(name: str, rows: int, width: int, heads: int) -> list[Reader]:
