@@ -296,8 +296,9 @@ def _coefficients(target: Tensor, terms: Mapping[str, Tensor]) -> dict[str, floa
             distinct[path] = x.reshape(target.shape)
     if not distinct:
         return None
-    y = target.flatten().double()
-    matrix = torch.stack([x.flatten().double() for x in distinct.values()], 1)
+    # On the CPU: an accelerator has no solver for terms that depend on each other.
+    y = target.flatten().cpu().double()
+    matrix = torch.stack([x.flatten().cpu().double() for x in distinct.values()], 1)
     sizes = matrix.norm(dim=0)
     large = _solution(matrix / sizes, y).abs() > 1e-3 * y.norm()
     weights = _solution(matrix[:, large], y)
@@ -446,8 +447,9 @@ class _Block:
 
     def _by_channel(self, level: Mapping[str, Tensor]) -> Tensor | None:
         """What multiplies each channel of the stream if a channel is a sum of those of its input, outputs and a constant."""
-        pre, post = (x.reshape(-1, self.width).double() for x in (self.pre, self.post))
-        terms = [x.reshape(post.shape).double() for n, x in level.items() if not self._is_norm(n) and bool(x.any())]
+        pre, post = (x.reshape(-1, self.width).cpu().double() for x in (self.pre, self.post))
+        others = [x.cpu().double() for n, x in level.items() if not self._is_norm(n) and bool(x.any())]
+        terms = [x.reshape(post.shape) for x in others]
         matrix = torch.stack([pre, *terms, torch.ones_like(pre)], -1).movedim(1, 0)
         if matrix.shape[2] * 2 > matrix.shape[1]:
             return None
