@@ -30,8 +30,8 @@ def strip() -> Attack:
     """
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
-        bare, removed, kept = stripped(subject)
-        return _result(removed, kept)._replace(answers={"prompt": ask(bare, splits.test)})
+        bare, removed, without_original = stripped(subject)
+        return _result(removed, without_original)._replace(answers={"prompt": ask(bare, splits.test)})
 
     return Attack(STRIP, {}, run, Work(1.0))
 
@@ -39,15 +39,15 @@ def strip() -> Attack:
 def _unchanged(subject: Subject) -> AttackResult | None:
     if wrapped(subject):
         return None
-    _, removed, kept = stripped(subject)
-    return None if any(removed.values()) else _result(removed, kept)
+    _, removed, without_original = stripped(subject)
+    return None if any(removed.values()) else _result(removed, without_original)
 
 
-def _result(removed: Mapping[str, int], kept: Sequence[str]) -> AttackResult:
+def _result(removed: Mapping[str, int], without_original: Sequence[str]) -> AttackResult:
     total = ", ".join(f"{count} {what}" for what, count in removed.items() if count)
     reason = f"removed: {total}" if total else "no hooks, no wrappers"
-    reason += f"; kept, since nothing lies under them: {', '.join(kept)}" if kept else ""
-    return AttackResult({}, reason, details={"removed": removed, "kept": kept})
+    reason += f"; kept, since nothing lies under them: {', '.join(without_original)}" if without_original else ""
+    return AttackResult({}, reason, details={"removed": removed, "kept": without_original})
 
 
 STRIP = register(
@@ -64,15 +64,15 @@ def stripped(subject: Subject) -> tuple[Subject, dict[str, int], list[str]]:
     """
     bare = deep_copy(subject)
     model = bare.model
-    kept: list[str] = []
+    without_original: list[str] = []
     removed = {
         "adapters": _bare_layers(model),
         "hooks": sum(_unhook(module) for module in model.modules()),
         "replaced forwards": sum(_unwrap(module) for module in model.modules()),
-        "parametrizations": sum(_unparametrize(name, m, kept) for name, m in list(model.named_modules())),
+        "parametrizations": sum(_unparametrize(name, m, without_original) for name, m in list(model.named_modules())),
         "masks": sum(_unmask(module) for module in model.modules()),
     }
-    return bare, removed, kept
+    return bare, removed, without_original
 
 
 def wrapped(subject: Subject) -> bool:
@@ -139,14 +139,14 @@ def _originals(module: nn.Module) -> dict[str, Tensor]:
     return {} if any(value is None for value in tensors.values()) else tensors
 
 
-def _unparametrize(name: str, module: nn.Module, kept: list[str]) -> int:
+def _unparametrize(name: str, module: nn.Module, without_original: list[str]) -> int:
     """Replace computed tensors by their originals; returns how many parametrizations were removed.
 
     torch's own removal deletes the property from the class, which the copy shares with the model it was made from.
     """
     computed, tensors = _computed(module), _originals(module)
     if not tensors:
-        kept += [f"{name}.{key}" for key in computed]
+        without_original += [f"{name}.{key}" for key in computed]
         return 0
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
