@@ -46,8 +46,18 @@ from repedit.rewrite.checkpoint_architecture import (
     checkpoint_directory,
     used_specs,
 )
-from repedit.rewrite.companions import Companions, companions, copy_companions, used_files
-from repedit.rewrite.manifest import Manifest, Weights, base_card, base_of, card, manifest
+from repedit.rewrite.manifest import (
+    Companions,
+    Manifest,
+    Weights,
+    base_card,
+    base_of,
+    card,
+    companions,
+    copy_companions,
+    manifest,
+    used_files,
+)
 from repedit.rewrite.shards import ShardJournal, job, rewritten_files, write_weights
 from repedit.rewrite.slice import slice_plan
 from repedit.rewrite.slim import slim_plan
