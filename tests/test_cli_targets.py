@@ -60,7 +60,7 @@ def taken(folder: Path, model: Path) -> dict[str, tuple[Path, str]]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_target_is_checked_before_work(verb, model, rows, tmp_path, monkeypatch):
-    for place in ("neurons", "project", "unlearn", "apply"):
+    for place in ("neurons", "unlearn", "apply"):
         monkeypatch.setattr(f"repedit.cli.{place}.load_model", lambda *a: pytest.fail("the model was opened"))
     monkeypatch.setattr("repedit.edit.Edit.load", lambda path: pytest.fail("the edit was read"))
     words = VERBS[verb].format(model=model, facts=rows, edit=rows).split()
