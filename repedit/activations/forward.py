@@ -15,10 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from repedit.arch import HookFn, hooks_at
 from repedit.data import Batch, Batches, Corpus, Facts, Rows
 from repedit.errors import DataError, RepeditError, check_whole, during, is_whole
-from repedit.hooks import evaluating
+from repedit.hooks import evaluating, installed
 from repedit.models.subject import Subject
+from repedit.sites import Site
 
 T = TypeVar("T")
 
@@ -147,6 +149,51 @@ def loss_of(logits: Float[Tensor, "b t v"], batch: Batch, mask: Bool[Tensor, "b 
 def note_batch_on_error(number: int) -> AbstractContextManager[None]:
     """Add the number of the batch to an error; no batch is skipped."""
     return during(f"batch {number}", f"in batch {number} of the corpus; no batch was skipped")
+
+
+# --- Prompts of equal length together, so that none is padded
+
+
+def lengths(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
+    """Groups of at most `rows` indices of prompts of equal length, so that no prompt is padded."""
+    for length in sorted({len(ids) for ids in prompts}):
+        group = [i for i, ids in enumerate(prompts) if len(ids) == length]
+        yield from (group[i : i + rows] for i in range(0, len(group), rows))
+
+
+def captured(
+    subject: Subject,
+    prompts: Sequence[list[int]],
+    sites: Sequence[Site],
+    keep: Callable[[Tensor], Tensor] = lambda x: x,
+    rows: int = 32,
+) -> Iterator[tuple[list[int], dict[Site, Tensor]]]:
+    """(indices of prompts, keep(x) at each site) for prompts of equal length, so that no padding is needed.
+
+    x has shape (b, t, d). Results are on the CPU in at least float32. The head is not run, and all hooks are removed.
+    """
+    for i, tokens in enumerate(prompts):
+        check_ids(subject, tokens, f"prompt {i}")
+    for part in lengths(prompts, rows):
+        ids = torch.tensor([prompts[i] for i in part], device=subject.device)
+        by_site: dict[Site, Tensor] = {}
+        visits = {site: _storing(by_site, site, ids.shape, keep) for site in sites}
+        hooks = [
+            hook
+            for site, visit in visits.items()
+            for hook in hooks_at(subject.model, subject.layout, site, visit, replaces=False)
+        ]
+        with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
+            subject.model.base_model(input_ids=ids, use_cache=False)
+        yield part, by_site
+
+
+def _storing(by_site: dict[Site, Tensor], site: Site, shape: torch.Size, keep: Callable[[Tensor], Tensor]) -> HookFn:
+    def visit(x: Tensor, _at: slice, _tokens: Tensor | None) -> None:
+        # OPT flattens its tokens before the MLP.
+        by_site[site] = at_least_float32(keep(x.reshape(*shape, -1)).detach()).cpu().clone()
+
+    return visit
 
 
 # --- Texts that begin alike, read as a prefix tree: nothing is padded and no beginning is read twice. The nodes are tokens.

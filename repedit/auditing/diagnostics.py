@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repedit.activations.forward import at_least_float32
+from repedit.activations.forward import at_least_float32, captured, lengths
 from repedit.arch import hooks_at
 from repedit.auditing.attack import Scratch, ask
-from repedit.auditing.attacks.probing import captured
 from repedit.auditing.attacks.weights import survival
 from repedit.auditing.report import Report
 from repedit.auditing.runner import Audited
@@ -22,7 +21,6 @@ from repedit.data import Fact
 from repedit.data.encoding import Tokenizer, encoded, entity_end
 from repedit.errors import NotFinite
 from repedit.hooks import evaluating, installed
-from repedit.metrics.facts import lengths
 from repedit.metrics.generation import continuations
 from repedit.models.subject import Subject
 from repedit.sites import Point, Site
@@ -99,7 +97,7 @@ def _states(subject: Subject, items: Sequence[_Item]) -> Mapping[Site, Float[Ten
     """The residual stream after every layer at the last token of each entity."""
     sites = [Site(layer, Point.RESID_POST) for layer in range(len(subject.layout.layers))]
     rows: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(items) for site in sites}
-    for part, captures in captured(subject, [item.ids for item in items], sites, lambda x: x):
+    for part, captures in captured(subject, [item.ids for item in items], sites):
         for site, x in captures.items():
             for i, state in zip(part, x, strict=True):
                 rows[site][i] = state[items[i].entity]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor
 from repedit.activations.forward import (
     at_least_float32,
     check_ids,
+    lengths,
     prefix_tree,
     retry_with_smaller_batch,
     tree_capacity,
@@ -217,13 +218,6 @@ def _question(fact: Fact, choices: Sequence[str], texts: Sequence[Encoded]) -> _
                 f"fact {fact.id!r}: the choices {same!r} and {choices[i]!r} are the same tokens; reword one"
             )
     return question
-
-
-def lengths(prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
-    """Groups of at most `rows` indices of prompts of equal length, so that no prompt is padded."""
-    for length in sorted({len(ids) for ids in prompts}):
-        group = [i for i, ids in enumerate(prompts) if len(ids) == length]
-        yield from (group[i : i + rows] for i in range(0, len(group), rows))
 
 
 def _trees(subject: Subject, questions: Sequence[_Question], rows: int) -> list[list[int]] | None:

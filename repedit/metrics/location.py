@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from repedit.activations.forward import at_least_float32
+from repedit.activations.forward import captured
 from repedit.arch import hooks_at
 from repedit.data import Fact, Facts, Splits, entity_of, with_paraphrases
 from repedit.data.encoding import entity_span
@@ -20,8 +20,8 @@ from repedit.data.fact_sets import fact_items
 from repedit.errors import ArgumentError, DataError, UnknownName, UnknownSite, check_seed, nearest
 from repedit.fit.contexts import by_entity
 from repedit.fit.overwrite import goals_of
-from repedit.hooks import Hook, evaluating, installed
-from repedit.metrics.facts import choice_scores, choice_tokens, chosen, lengths
+from repedit.hooks import Hook, installed
+from repedit.metrics.facts import choice_scores, choice_tokens, chosen
 from repedit.metrics.relearning import Relearning, relearned
 from repedit.models.subject import Subject
 from repedit.sites import Point, Site
@@ -227,26 +227,15 @@ class _Prompts:
         if not sites:
             return
         totals: dict[tuple[Site, str, int], list[Tensor]] = {}
-        outputs: dict[Site, Tensor] = {}
-
-        def keep(site: Site) -> Callable[..., None]:
-            return lambda x, *_: outputs.__setitem__(site, at_least_float32(x.detach()))
-
-        model = self.subject.model
-        hooks = [h for s in sites for h in hooks_at(model, self.subject.layout, s, keep(s), replaces=False)]
-        with evaluating(model), installed(model, hooks), torch.no_grad():
-            for part in lengths(self.ids, _ROWS):
-                ids = torch.tensor([self.ids[i] for i in part], device=self.subject.device)
-                model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-                for site, x in outputs.items():
-                    rows = x.reshape(*ids.shape, -1).cpu()
-                    for row, i in enumerate(part):
-                        for kind in range(len(POSITIONS)):
-                            states = rows[row][self.kinds[i] == kind]
-                            if len(states):
-                                totals.setdefault((site, self.items[i].domain, kind), []).append(states)
-                                if self.how == "exchange":
-                                    self.states[site, i, kind] = states
+        for part, captures in captured(self.subject, self.ids, sites):
+            for site, rows in captures.items():
+                for row, i in enumerate(part):
+                    for kind in range(len(POSITIONS)):
+                        states = rows[row][self.kinds[i] == kind]
+                        if len(states):
+                            totals.setdefault((site, self.items[i].domain, kind), []).append(states)
+                            if self.how == "exchange":
+                                self.states[site, i, kind] = states
         self.means = {key: torch.cat(parts).double().mean(0) for key, parts in totals.items()}
 
     def _hooks(

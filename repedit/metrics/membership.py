@@ -17,7 +17,7 @@ from numpy import ndarray
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repedit.activations.forward import at_least_float32, check_ids
+from repedit.activations.forward import at_least_float32, check_ids, lengths
 from repedit.data.encoding import prompt_ids
 from repedit.errors import (
     ArgumentError,
@@ -32,7 +32,6 @@ from repedit.errors import (
 )
 from repedit.io.text import check_text
 from repedit.metrics.answers import reading, sequence_logits
-from repedit.metrics.facts import lengths
 from repedit.models.subject import Subject
 
 Values = NDArray[np.float64]

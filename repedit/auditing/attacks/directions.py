@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from repedit.activations.forward import captured
 from repedit.arch import HookFn, hooks_at
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, ask, register, skipped
-from repedit.auditing.attacks.probing import captured
 from repedit.data import Fact, Splits
 from repedit.data.encoding import prompt_ids
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite

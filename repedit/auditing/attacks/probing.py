@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from repedit.activations.forward import at_least_float32, check_ids
-from repedit.arch import HookFn, hooks_at
+from repedit.activations.forward import at_least_float32, captured, check_ids
+from repedit.arch import hooks_at
 from repedit.arch.infer import output_embeddings
 from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Setting, Work, register
 from repedit.data import Fact, Splits, by_domain
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite, check_choice
 from repedit.hooks import evaluating, installed
-from repedit.metrics.facts import FactsAccuracy, choice_tokens, lengths
+from repedit.metrics.facts import FactsAccuracy, choice_tokens
 from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 
@@ -107,29 +107,6 @@ def states(subject: Subject, prompts: Sequence[list[int]], sites: Sequence[Site]
     return {site: torch.stack(rows) for site, rows in rows_by_site.items()}
 
 
-def captured(
-    subject: Subject, prompts: Sequence[list[int]], sites: Sequence[Site], keep: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[list[int], dict[Site, Tensor]]]:
-    """(indices of prompts, keep(x) at each site) for prompts of equal length, so that no padding is needed.
-
-    x has shape (b, t, d). Results are on the CPU in at least float32. The head is not run, and all hooks are removed.
-    """
-    for i, tokens in enumerate(prompts):
-        check_ids(subject, tokens, f"prompt {i}")
-    for part in lengths(prompts, _ROWS):
-        ids = torch.tensor([prompts[i] for i in part], device=subject.device)
-        by_site: dict[Site, Tensor] = {}
-        visits = {site: _storing(by_site, site, ids.shape, keep) for site in sites}
-        hooks = [
-            hook
-            for site, visit in visits.items()
-            for hook in hooks_at(subject.model, subject.layout, site, visit, replaces=False)
-        ]
-        with torch.no_grad(), evaluating(subject.model), installed(subject.model, hooks):
-            subject.model.base_model(input_ids=ids, use_cache=False)
-        yield part, by_site
-
-
 def lens(subject: Subject, seen: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
     """The logits that the model computes from states of its residual stream.
 
@@ -161,14 +138,6 @@ def stream_sites(subject: Subject, streams: Sequence[str], layers: Sequence[int]
 def absent(subject: Subject, streams: Sequence[str]) -> list[str]:
     """The streams that this family does not have."""
     return [stream for stream in streams if not any(Point(stream) in points for points in subject.layout.points)]
-
-
-def _storing(by_site: dict[Site, Tensor], site: Site, shape: torch.Size, keep: Callable[[Tensor], Tensor]) -> HookFn:
-    def visit(x: Tensor, _at: slice, _tokens: Tensor | None) -> None:
-        # OPT flattens its tokens before the MLP.
-        by_site[site] = at_least_float32(keep(x.reshape(*shape, -1)).detach()).cpu().clone()
-
-    return visit
 
 
 def _read(
