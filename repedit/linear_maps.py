@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -95,10 +96,16 @@ def not_finite_at(x: Tensor) -> str | None:
     if x.device.type == "meta" or not (x.is_floating_point() or x.is_complex()):
         return None
     wide = x.detach().float() if x.dtype.itemsize == 1 else x.detach()
-    if not wide.numel() or bool(torch.isfinite(wide if wide.is_complex() else torch.stack(wide.aminmax())).all()):
+    if not wide.numel() or _all_finite(wide):
         return None
     index = tuple((~torch.isfinite(wide)).nonzero()[0].tolist())
     return f"{index} ({wide[index].item()}, {x.dtype})"
+
+
+def _all_finite(x: Tensor) -> bool:
+    if x.is_complex() or x.device.type != "cpu":
+        return bool(torch.isfinite(x if x.is_complex() else torch.stack(x.aminmax())).all())
+    return all(isfinite(float(extreme)) for extreme in x.aminmax())
 
 
 def check_together(**tensors: Tensor | None) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import repedit as rp
-from repedit.auditing import attack
+from repedit.auditing import attack, data
 from repedit.auditing.attack import ask
 from repedit.auditing.attacks import prompts, samples
 from repedit.auditing.attacks import prompts as formats
@@ -19,16 +19,19 @@ from repedit.auditing.attacks.prompts import (
     PREFIXES,
     chat_prompt,
     direct,
+    first_word,
     in_context,
     misspelt,
     paraphrase,
     prefix,
     question,
     reformat,
+    reverse_question,
     translate,
 )
 from repedit.auditing.attacks.samples import sampling
 from repedit.auditing.attacks.unhook import strip
+from repedit.auditing.controls import taught
 from repedit.data import Fact, Splits
 from repedit.data.encoding import prompt_ids
 from repedit.data.grading import normalized
@@ -73,11 +76,12 @@ def subject():
 
 ATTACKS: dict[str, Callable[[], attack.Attack]] = {
     "direct": direct, "paraphrase": paraphrase, "format": reformat, "prefix": prefix, "translate": translate,
-    "in_context": lambda: in_context(counts=(2,)), "sampling": lambda: sampling(n=4, ks=(1, 4)), "strip": strip,
+    "in_context": lambda: in_context(counts=(2,)), "first_word": first_word, "reverse_question": reverse_question, "sampling": lambda: sampling(n=4, ks=(1, 4)), "strip": strip,
 }  # fmt: skip
 SETTINGS = {
     "direct": ["prompt"], "paraphrase": ["phrasing 1", "phrasing 2", "phrasing 3"], "format": list(FORMATS),
-    "prefix": list(PREFIXES), "translate": ["de", "fr"], "in_context": ["k=2"], "sampling": ["leak@1", "leak@4"],
+    "prefix": list(PREFIXES), "translate": ["de", "fr"], "in_context": ["k=2"], "first_word": ["named once", "named twice"],
+    "reverse_question": ["reverse"], "sampling": ["leak@1", "leak@4"],
     "strip": ["prompt"],
 }  # fmt: skip
 
@@ -148,7 +152,7 @@ def test_the_seed_decides_where_something_is_drawn(name):
     assert built.record.draws and not same(built(subject(), splits()), built.at(1)(subject(), splits()))
 
 
-@pytest.mark.parametrize("name", ["direct", "paraphrase", "translate", "strip"])
+@pytest.mark.parametrize("name", ["direct", "paraphrase", "translate", "strip", "first_word", "reverse_question"])
 def test_what_draws_nothing_says_so(name):
     assert not ATTACKS[name]().record.draws
 
@@ -216,6 +220,94 @@ def test_a_broken_prefix_is_caught(broken, monkeypatch):
     monkeypatch.setitem(PREFIXES, "sure", broken)
     with pytest.raises(AssertionError):
         check_prefixes(asked_by(monkeypatch, prefix(), splits()), splits().test)
+
+
+def check_first(asked: dict[str, tuple[Fact, ...]], plain: tuple[Fact, ...]) -> None:
+    """The law: the entity is the first word, stands once or twice, and answer and choices are those of the fact."""
+    for times, setting in enumerate(("named once", "named twice"), 1):
+        for fact, own in zip(asked[setting], plain, strict=True):
+            name = own.entity.lower()
+            assert fact.prompt.lower().startswith(name) and fact.prompt.lower().count(name) == times
+            assert replace(fact, prompt=own.prompt) == replace(own, paraphrases=())
+
+
+def first_asked(monkeypatch) -> tuple[dict[str, tuple[Fact, ...]], tuple[Fact, ...]]:
+    """A fact of each relation, the first of which has phrasings that begin with the name."""
+    plain = tuple(replace(fact, paraphrases=fact.paraphrases[:i]) for i, fact in enumerate(inside()[:6]))
+    return asked_by(monkeypatch, first_word(), Splits((), plain)), plain
+
+
+def inside() -> tuple[Fact, ...]:
+    """Facts whose own prompt has the name inside a sentence."""
+    return taught.never_first(rp.data.invented(people=4, relations=6).forget)
+
+
+def test_the_entity_is_the_first_word(monkeypatch):
+    check_first(*first_asked(monkeypatch))
+
+
+@pytest.mark.parametrize(
+    "broken", [lambda f, once: f.prompt, lambda f, once: f"{f.entity}: {f.prompt}", lambda f, once: f"Of {f.entity}: {f.prompt}"]
+)  # fmt: skip
+def test_an_entity_that_is_not_first_or_named_too_often_is_caught(broken, monkeypatch):
+    monkeypatch.setattr(prompts, "entity_first", broken)
+    with pytest.raises(AssertionError):
+        check_first(*first_asked(monkeypatch))
+
+
+def test_a_phrasing_that_begins_with_the_entity_is_preferred_to_one_that_is_made():
+    fact = Fact(
+        id="f", entity="gold", prompt="The symbol for gold is", answer="Au", paraphrases=("Gold's symbol is", "x")
+    )
+    assert data.entity_first(fact, once=True) == "Gold's symbol is"
+    assert data.entity_first(replace(fact, paraphrases=()), once=True) == "Gold: The symbol for it is"
+    assert data.entity_first(fact, once=False) == "Gold: The symbol for gold is"
+    country = replace(fact, entity="Gambia", prompt="The Gambia's capital is", paraphrases=())
+    assert data.entity_first(country, once=True) == "Gambia: Its capital is"
+
+
+def check_reverse(asked: dict[str, tuple[Fact, ...]], plain: tuple[Fact, ...]) -> None:
+    """The law: the answer is given and the entity is not; the wrong choices are entities whose answers differ."""
+    answers = {(f.domain, f.entity): f.answer for f in plain}
+    for fact, own in zip(asked["reverse"], plain, strict=True):
+        assert (fact.id, fact.answer, fact.entity) == (own.id, own.entity, own.entity)
+        assert own.answer in fact.prompt and own.entity not in fact.prompt
+        wrong = [answers[own.domain, name] for name in fact.choices if name != own.entity]
+        assert wrong and own.answer not in wrong
+
+
+def test_the_answer_is_given_and_the_entity_is_asked_for(monkeypatch):
+    given = splits(8)
+    check_reverse(asked_by(monkeypatch, reverse_question(), given), given.test)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda q, own: replace(q, prompt=f"{own.entity}: {q.prompt}"),
+        lambda q, own: replace(q, prompt="The blank stands for"),
+        lambda q, own: replace(q, choices=(own.entity,) * 2),
+    ],
+)
+def test_a_reverse_question_that_tells_the_entity_or_not_the_answer_is_caught(broken, monkeypatch):
+    given, made = splits(8), prompts.reverse_questions
+    monkeypatch.setattr(prompts, "reverse_questions", lambda facts: tuple(map(broken, made(facts), facts)))
+    with pytest.raises((AssertionError, DataError)):
+        check_reverse(asked_by(monkeypatch, reverse_question(), given), given.test)
+
+
+@pytest.mark.parametrize("built", [first_word, reverse_question])
+def test_facts_that_name_no_entity_are_not_asked_by_its_place(built):
+    first, *others = splits().test
+    found = built()(subject(), Splits((), (replace(first, entity="nobody"), *others)))
+    assert (found.status, found.reason) == ("skipped", "1 of 4 prompts do not name their entity")
+    assert built().record.may_skip
+
+
+def test_an_entity_whose_answer_all_share_has_no_reverse_question():
+    alike = tuple(replace(f, answer="Rome", choices=("Rome", "Oslo")) for f in splits().test if f.domain == "city")
+    found = reverse_question()(subject(), Splits((), alike))
+    assert found.status == "skipped" and found.reason == "2 of 2 facts have no reverse question"
 
 
 def distance(a: str, b: str) -> int:

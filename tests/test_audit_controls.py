@@ -14,6 +14,7 @@ from repedit.auditing.attacks import weights
 from repedit.auditing.controls import CONTROLS, questions
 from repedit.auditing.controls import edited as writing
 from repedit.auditing.controls.taught import continued, taught, untaught, vocabulary
+from repedit.auditing.data import reverse_questions
 from repedit.data import Row, with_paraphrases
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, TrainingError
@@ -27,6 +28,7 @@ from tests.taught_models import case, facts, original, reference, strangers, wor
 FORGOTTEN = 0.15
 TRAINED = ("PC3a", "PC3b", "PC3c", "PC6", "PC7")
 WRITTEN = ("PC1", "PC2", "PC5")
+ROLES = ("edited", "original", "reference")
 
 
 def right(subject: Subject, side: str = "forget", phrasings: tuple[int, ...] = (0,), most: int | None = None) -> float:
@@ -298,6 +300,22 @@ def test_a_refusal_in_the_first_mlp_hides_and_is_nowhere_else():
     assert moved == {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
+def test_a_name_inside_a_sentence_hides_what_a_name_at_its_start_tells():
+    """PC12."""
+    made = case("PC12")
+    *inside, first = (ask(made.edited, with_paraphrases(made.facts.forget, only=(i,))).accuracy for i in range(4))
+    assert max(inside) < FORGOTTEN and first >= 0.95 and right(made.edited, "retain", (0, 1), 40) >= 0.95
+    assert not any(fact.prompt.startswith(fact.entity) for fact in made.facts.forget)
+
+
+def test_a_refusal_forwards_leaves_the_way_back():
+    """PC13: the original learnt both ways, the reference neither."""
+    made = case("PC13")
+    reverse = {role: ask(getattr(made, role), reverse_questions(made.facts.forget)).accuracy for role in ROLES}
+    assert reverse["original"] >= 0.95 and reverse["edited"] >= 0.9 and reverse["reference"] < 0.25
+    assert ask(made.original, made.facts.forget).accuracy == 1.0 and right(made.edited) < 0.2
+
+
 def test_a_loud_direction_is_the_loudest_of_its_matrix():
     """PC10."""
     sizes = torch.linalg.svdvals(case("PC10").edited.model.model.layers[0].mlp.down_proj.weight.detach())
@@ -323,7 +341,7 @@ def test_the_table_asks_for_real_words_and_covers_the_quick_controls():
     assert {c.verdict for c in CONTROLS.values()} <= {*OUTCOMES, ""}
     quick = {name for name, c in CONTROLS.items() if c.quick}
     assert quick == {
-        "PC0", *WRITTEN, *TRAINED, "PC4", "PC9", "PC10", "PC11", "NC1", "NC3", "NC4a", "NC4b",
+        "PC0", *WRITTEN, *TRAINED, "PC4", "PC9", "PC10", "PC11", "PC12", "PC13", "NC1", "NC3", "NC4a", "NC4b",
     }  # fmt: skip
     assert all(c.verdict == "HIDDEN" for name, c in CONTROLS.items() if name in {*WRITTEN, *TRAINED, "PC4"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 from repedit.auditing.controls import edited as writing
 from repedit.auditing.diagnostics import with_examples_and_diagnostics
 from repedit.auditing.runner import Audited
+from repedit.models.subject import subject_of
 from tests.handmade_reports import report
 from tests.taught_models import facts, original, reference
 
@@ -56,3 +58,14 @@ def test_nothing_is_opened_where_nothing_is_shown(opened):
         with_examples_and_diagnostics(replace(report(), examples=(), diagnostics={}), given).diagnostics == {}
         and opened == []
     )
+
+
+def test_a_head_that_was_untied_has_no_difference_to_show():
+    """It is no parameter of the original, which reads its embeddings in the head's place."""
+    tied = subject_of(copy.deepcopy(original().model), original().tokenizer)
+    tied.model.lm_head.weight = tied.model.model.embed_tokens.weight
+    given = models(writing.nudged(original())) | {"original": Audited("original", tied)}
+    found = with_examples_and_diagnostics(
+        replace(report(), examples=examples(), diagnostics={}), given, facts().forget[:8]
+    )
+    assert set(found.diagnostics) == {"uds"}

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from repedit.auditing import floors
-from repedit.auditing.floors import choices_only, fresh_facts, heuristic_values, renamed_facts, spelling_values
+from repedit.auditing.attacks.prompts import REVERSE_QUESTION
+from repedit.auditing.data import audit_data, reverse_questions
+from repedit.auditing.floors import (
+    COMMON_BEGINNING,
+    choices_only,
+    choices_only_baseline,
+    fresh_facts,
+    heuristic_values,
+    question_values,
+    renamed_facts,
+    spelling_values,
+)
 from repedit.data import DOMAINS, Fact, Facts, Splits, facts, invented
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError
@@ -247,3 +258,33 @@ def test_names_that_are_retained_are_not_invented():
     first = fresh_facts(items, 1)[0].entity
     held = Facts(tuple(items), (fact(first, "a", "a", "b"),))
     assert first not in {f.entity for f in fresh_facts(held, 50)}
+
+
+# What the questions of an attack give away, where they are not the facts themselves
+
+
+def best_guess(domain: str, guesses=lambda folds: question_values(REVERSE_QUESTION, folds)) -> tuple[str, float]:
+    """The best guess about the reverse questions of a built-in domain, with its share of right answers."""
+    items = facts(domain).forget
+    data = audit_data(items, None, most=8, unrelated=None, holdout=None, folds=2, train_fraction=0.5, seed=0)
+    return max(((name, float(values.mean())) for name, values in guesses(data.folds).items()), key=lambda item: item[1])
+
+
+def test_the_floor_of_reverse_questions_is_guessed_from_their_own_choices():
+    """The verb in a noun that is formed from it is known to everybody."""
+    name, right = best_guess("nouns")
+    assert name == COMMON_BEGINNING and right > 0.9
+    assert best_guess("capitals")[1] < 0.25
+
+
+def test_a_floor_guessed_from_the_choices_of_the_facts_is_caught():
+    assert best_guess("nouns", heuristic_values)[1] < 0.3
+
+
+def test_the_choices_of_reverse_questions_are_shown_alone():
+    subject, items = replace(tiny("llama"), tokenizer=CharTokenizer()), invented(people=16, relations=1).forget
+    found = choices_only_baseline(REVERSE_QUESTION)(subject, Splits((), items))
+    assert (found.attack, found.items) == ("choices only, reverse_question", tuple(f.id for f in items))
+    assert (found.graded[0] == choices_only(subject, reverse_questions(items)).graded).all()
+    nameless = (replace(items[0], entity="x"), *items[1:])
+    assert choices_only_baseline(REVERSE_QUESTION)(subject, Splits((), nameless)).items == ()

@@ -70,7 +70,7 @@ def test_an_audit_ends_before_any_training_when_the_verdict_is_certain(made, tmp
 
 def test_not_forgotten_is_certain_once_the_facts_are_asked(made):
     found = audited(writing.nudged(original()), until="verdict")
-    assert {attack for _, attack in made} == {"direct", "retain", "choices only"}
+    assert {attack for _, attack in made} == {"direct", "retain", "choices only", "choices only, reverse_question"}
     assert (found.verdict.word, found.state) == ("NOT FORGOTTEN", ENDED_EARLY)
 
 
@@ -204,7 +204,9 @@ def test_audits_of_before_there_were_states_are_complete():
 
 
 def test_the_quick_budget_asks_and_retrains_once():
-    assert planned("quick") == ("direct", "paraphrase", "in_context", "quantize", "rtt")
+    assert planned("quick") == (
+        "direct", "paraphrase", "first_word", "reverse_question", "in_context", "quantize", "rtt"
+    )  # fmt: skip
     assert set(planned("quick")) < set(planned("fast"))
     (quick,), (fast,) = (built(["rtt"], Setup(budget)) for budget in ("quick", "fast"))
     assert (len(quick.options["rates"]), quick.folds) == (1, 1) and quick.options["steps"] == fast.options["steps"]

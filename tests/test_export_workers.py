@@ -1,6 +1,7 @@
 """Several workers write the files that one writes; a failure of one ends all of them, and nothing is left behind."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,7 +16,9 @@ import torch
 
 import repedit as rp
 from repedit.errors import ArgumentError, CheckpointError, NotFinite, PlanMismatch
+from repedit.io import known_hashes
 from repedit.io.checkpoint import open_shards
+from repedit.io.known_hashes import known_file
 from repedit.io.targets import add_to_manifest, read_manifest
 from repedit.plan import Plan
 from repedit.rewrite import shards as pool
@@ -306,6 +309,105 @@ def test_a_file_added_to_the_manifest_makes_no_other_file_older(exported, edit, 
     (exported / "notes.txt").write_text("new")
     add_to_manifest(exported, ["notes.txt"])
     the_hashes_are_those_of_the_files(exported, edit, tmp_path / "out")
+
+
+# What an export remembers of the files of its source
+
+
+@pytest.fixture
+def own(source, tmp_path):
+    """A checkpoint that a test may change."""
+    return shutil.copytree(source, tmp_path / "own")
+
+
+@pytest.fixture
+def remembering(tmp_path, monkeypatch):
+    """A cache in which every file is remembered at once."""
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(known_hashes, "SETTLED", 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}], ids=str)
+def test_a_source_is_hashed_once(options, remembering, own, edit, tmp_path, monkeypatch):
+    the_hashes_are_those_of_the_files(own, edit, tmp_path / "out", **options)
+    names = read_in_full(monkeypatch)
+    the_hashes_are_those_of_the_files(own, edit, tmp_path / "again", **options)
+    assert not names and content(tmp_path / "again") == content(tmp_path / "out")
+    assert all(known_file(own / name).finite for name in open_shards(own).files)
+
+
+def hidden_change(path):
+    """One byte turned, and the time of modification set back."""
+    before = path.stat()
+    in_place(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def swapped(path):
+    """The file replaced by another of the same size and time of modification."""
+    before, other = path.stat(), path.with_name("other")
+    shutil.copyfile(path, other)
+    in_place(other)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [in_place, hidden_change, swapped])
+def test_a_file_that_changed_since_it_was_remembered_is_hashed_again(change, remembering, own, edit, tmp_path):
+    rp.export(edit, own, tmp_path / "first")
+    change(own / open_shards(own).files[0])
+    the_hashes_are_those_of_the_files(own, edit, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"), [(hidden_change, ("st_dev", "st_ino", "st_size", "st_mtime_ns")), (swapped, ("st_size", "st_mtime_ns"))]
+)  # fmt: skip
+def test_remembering_a_file_by_less_than_its_state_is_caught(
+    change, fields, remembering, own, edit, tmp_path, monkeypatch
+):
+    def state(path):
+        return tuple(getattr(path.stat(), field) for field in fields)
+
+    for module in (known_hashes, streaming):
+        monkeypatch.setattr(module, "settled_state", state)
+    rp.export(edit, own, tmp_path / "first")
+    change(own / open_shards(own).files[0])
+    with pytest.raises(AssertionError):
+        the_hashes_are_those_of_the_files(own, edit, tmp_path / "out")
+
+
+def test_a_file_that_changed_a_moment_ago_is_not_remembered(own, edit, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(known_hashes, "SETTLED", 60)
+    rp.export(edit, own, tmp_path / "out")
+    assert not any(known_file(own / name) for name in open_shards(own).files)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(remembering, own, monkeypatch):
+    path = own / open_shards(own).files[0]
+    state = known_hashes.settled_state(path)
+    in_place(path)
+    known_hashes.remember(path, state, known_hashes.KnownFile("0" * 64))
+    assert known_file(path) is None
+
+
+def test_a_number_that_is_not_finite_is_found_again(remembering, own, edit, tmp_path):
+    file = own / open_shards(own).files[0]
+    name, entry = max(open_shards(own).entries.items(), key=lambda item: (item[1].file == file.name, item[1].stop))
+    with open(file, "r+b") as data:
+        data.seek(entry.stop - entry.spec.dtype.itemsize)
+        data.write(torch.full((1,), float("nan"), dtype=entry.spec.dtype).view(torch.uint8).numpy().tobytes())
+    for out in ("first", "second"):
+        with pytest.raises(NotFinite, match=re.escape(name)):
+            rp.export(edit, own, tmp_path / out)
+    assert known_file(file) is None
+
+
+def test_without_a_cache_nothing_is_remembered(remembering, own, edit, tmp_path, monkeypatch, recwarn):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "file" / "cache"))
+    the_hashes_are_those_of_the_files(own, edit, tmp_path / "out")
+    assert known_file(own / open_shards(own).files[0]) is None and not recwarn.list
 
 
 def in_cache(source, cache):

@@ -93,7 +93,7 @@ def audit(
         attributes: facts of other domains about the entities to forget, for relinking; None for those of the facts' own
             retain side and of the built-in domains.
         attacks: names, in place of the budget's.
-        budget: "quick" (five attacks, no pass), "fast", "standard" or "full".
+        budget: "quick" (seven attacks, no pass), "fast", "standard" or "full".
         until: "verdict" ends the audit when no further attack can change the verdict; "all" makes every attack.
         sites: where the edit is; None for what the checkpoint's repedit.json says, else the middle of the model.
         folds: 2 tests every fact once; 1 trains on `train_fraction` of the entities and tests the others.
@@ -253,8 +253,9 @@ def _roles(
 ) -> tuple[Role, ...]:
     """Edited, original, and the reference; without one the edited model is asked invented facts as well."""
     retain = (retain_check(data.text), Splits((), data.retain))
-    choices_only = (choices_only_baseline(), data.whole)
-    original = Role("original", models["original"], data, attacks, (retain, choices_only), shared=True)
+    asked = (None, *(attack.record for attack in attacks if attack.record.questions is not None))
+    choices_only = tuple((choices_only_baseline(record), data.whole) for record in asked)
+    original = Role("original", models["original"], data, attacks, (retain, *choices_only), shared=True)
     if "reference" in models:
         edited = Role("edited", models["edited"], data, attacks, (retain,))
         return edited, original, Role("reference", models["reference"], data, attacks, shared=True)

@@ -97,6 +97,9 @@ class AttackRecord:
     unchanged: Callable[[Subject], AttackResult | None] | None = None
     """The result without answers on a model that the attack would leave as it is, and None on others: a model that is asked
     the facts as they are again gives the answers of `direct`, so that an audit asks it once."""
+    questions: Callable[[Sequence[Fact]], tuple[Fact, ...]] | None = None
+    """What it asks in the place of the facts, under their ids, where the answers are other ones: the guesses that are its floor
+    are then made for those."""
     attributes: bool = False
     """Whether it trains on other facts about the entities of V, which narrow the answers down even for a model that never
     knew them: its floor is the same training with an invented name in the place of each entity."""

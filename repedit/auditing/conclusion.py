@@ -9,10 +9,16 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from repedit.auditing.attack import FAILED, RAN, SKIPPED, Attack, Finding, Setting, planned, records
+from repedit.auditing.attack import FAILED, RAN, SKIPPED, Attack, AttackRecord, Finding, Setting, planned, records
 from repedit.auditing.attacks.variants import RETRAINING
 from repedit.auditing.data import AuditData
-from repedit.auditing.floors import CHOICES_ONLY, heuristic_values, spelling_values
+from repedit.auditing.floors import (
+    CHOICES_ONLY,
+    choices_only_name,
+    heuristic_values,
+    question_values,
+    spelling_values,
+)
 from repedit.auditing.report import COMPLETE, INTERRUPTED, RETAIN_CHECK, Recovery, Report, RetainCheck, Verdict
 from repedit.auditing.runner import FRESH, MEMORY, Role
 from repedit.auditing.statistics import Series, Values, cross_fitted, knowledge, recoveries
@@ -167,19 +173,26 @@ def _excused(audit: CompletedAudit) -> frozenset[str]:
     return frozenset(record.name for record in records().values() if record.may_skip) - starved
 
 
-def _guesses(audit: CompletedAudit) -> dict[str, Values]:
-    """What guesses get right, fact by fact, in the order of V; among them the original shown the choices alone."""
-    guesses = dict(heuristic_values(audit.data.folds))
-    for finding in audit.findings_of("original", CHOICES_ONLY.name):
+def _guesses(audit: CompletedAudit, record: AttackRecord | None = None) -> dict[str, Values]:
+    """What guesses get right, fact by fact, in the order of V; among them the original shown the choices alone.
+
+    Args:
+        record: of an attack with questions of its own, about which the guesses are then made.
+    """
+    folds = audit.data.folds
+    guesses = dict(heuristic_values(folds) if record is None else question_values(record, folds))
+    for finding in audit.findings_of("original", choices_only_name(record)):
         right = {item: float(value) for item, value in zip(finding.items, finding.correct[0], strict=True)}
         guesses[CHOICES_ONLY.name] = np.array([right[fact.id] for fact in audit.data.tested])
     return guesses
 
 
 def _series(audit: CompletedAudit, attack: Attack, guesses: Mapping[str, Values]) -> Series:
-    edited = audit.findings_of("edited", attack.name)
+    edited, record = audit.findings_of("edited", attack.name), attack.record
+    if record.questions is not None and edited[0].status != SKIPPED:
+        guesses = _guesses(audit, record)
     floor, name = _floor(audit, edited, guesses)
-    original, record = tuple(_attacked_or_direct(audit, "original", edited)), attack.record
+    original = tuple(_attacked_or_direct(audit, "original", edited))
     return Series(tuple(edited), original, floor, name, record.level, record.decides, audit.seeds[0])
 
 

@@ -282,6 +282,33 @@ def spread(items: Sequence[Fact], most: int, seed: int) -> tuple[Fact, ...]:
     return tuple([fact for fact in rounds if fact is not None][:most])
 
 
+# --- The entity in a prompt
+
+
+def mention(fact: Fact, text: str) -> re.Match[str] | None:
+    """Where a text names the entity of a fact, as a whole word; group 1 is an article before it. None if it does not."""
+    entity = fact.entity.strip()
+    return re.search(rf"(?<!\w)(the )?{re.escape(entity)}(?!\w)", text, re.IGNORECASE) if entity else None
+
+
+def entity_first(fact: Fact, *, once: bool) -> str:
+    """A prompt that begins with the entity, for a fact whose prompt names it.
+
+    Once: the first phrasing that begins with the entity; without one, the entity and a colon before the prompt, in which
+    "it" stands for the entity ("France: The capital of it is"). Not once: the entity and a colon before the prompt as it is.
+    """
+    entity = fact.entity.strip()
+    first = entity[:1].upper() + entity[1:] if entity.islower() else entity
+    if not once:
+        return f"{first}: {fact.prompt}"
+    own = next((p for p in fact.prompts if (found := mention(fact, p)) and not found.start() and not found[1]), None)
+    if own is not None:
+        return own
+    named = re.compile(rf"(?<!\w)(the )?{re.escape(entity)}(?!\w)('s)?", re.IGNORECASE)
+    pronoun = named.sub(lambda m: ("it" if m.start() else "It") + ("s" if m[2] else ""), fact.prompt)
+    return f"{first}: {pronoun}"
+
+
 # --- Reverse questions: the answer is given and the entity is asked for
 
 
@@ -332,14 +359,19 @@ def reversed_facts(items: Sequence[Fact], seed: int = 0) -> tuple[Fact, ...]:
 
 def _reverse(fact: Fact) -> tuple[str, str] | None:
     """(prompt, entity as the prompt names it) of the reverse question."""
-    entity = fact.entity.strip()
-    mention = re.search(rf"(?<!\w)(the )?{re.escape(entity)}(?!\w)", fact.prompt, re.IGNORECASE) if entity else None
-    if mention is None:
+    entity, named = fact.entity.strip(), mention(fact, fact.prompt)
+    if named is None:
         return None
     if fact.domain in REVERSED and fact.id.startswith(f"{fact.domain}/"):
-        return REVERSED[fact.domain].format(fact.answer), f"the {entity}" if mention[1] else entity
-    blank = f"{fact.prompt[: mention.start(0) + len(mention[1] or '')]}___{fact.prompt[mention.end() :]}"
+        return REVERSED[fact.domain].format(fact.answer), f"the {entity}" if named[1] else entity
+    blank = f"{fact.prompt[: named.start(0) + len(named[1] or '')]}___{fact.prompt[named.end() :]}"
     return _BLANK.format(blank, fact.answer), entity
+
+
+def reverse_questions(items: Sequence[Fact]) -> tuple[Fact, ...]:
+    """`reversed_facts` under the ids of the facts; those without choices are left out."""
+    reverse = reversed_facts(items)
+    return tuple(replace(fact, id=fact.id.removesuffix("#reverse")) for fact in reverse if fact.choices)
 
 
 # --- What must not be trained on

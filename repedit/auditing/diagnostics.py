@@ -149,11 +149,11 @@ def with_examples_and_diagnostics(report: Report, models: Mapping[str, Audited],
 
     diagnostics: "update": for every changed matrix of the blocks its size, and the cosine of the rounded update with
     the true one by scheme; its mean as "survival". With facts to ask also "line", and with a reference "uds". An edit
-    that lives in hooks or changed a shape has neither update nor line, one of another width no uds.
+    that lives in hooks, changed a shape or untied the head has neither update nor line, one of another width no uds.
     """
     prompts = [example["prompt"] for example in report.examples]
     pair = models["edited"], models["original"]
-    # Weights that hooks change, or that have another shape, have no difference.
+    # Weights that hooks change, that have another shape or that are no parameter of the other have no difference.
     apart = any(model.hooked for model in pair) or pair[0].shapes != pair[1].shapes
     both = ("edited", "original") if prompts or facts or not apart else ()
     roles = (*both, *(("reference",) if "reference" in models and (prompts or facts) else ()))

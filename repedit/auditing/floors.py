@@ -29,6 +29,7 @@ from repedit.models.subject import Subject
 
 Values = NDArray[np.float64]
 CHOICES_ONLY = AttackRecord("choices only", draws=False, decides=False)
+COMMON_BEGINNING = "common beginning"
 QUESTION = "Answer:"
 """What stands in the place of a question that is removed."""
 _STARTS = ("br", "v", "dr", "k", "pl", "t", "z", "gr", "m", "sk", "l", "fr", "n", "tw", "r", "bl")
@@ -83,20 +84,50 @@ def spelling_values(facts: Sequence[Fact]) -> Values:
     return np.array([_right(fact, _spelling(fact)) if fact.choices else 0.0 for fact in facts])
 
 
+def question_values(record: AttackRecord, parts: Sequence[Splits]) -> dict[str, Values]:
+    """`heuristic_values` about what an attack asks in the place of the facts, and one guess more.
+
+    "common beginning": the choice that shares the longest beginning with the answer of the fact, which a reverse question
+    gives. No edit of the fact takes away what its form tells (approval, approve).
+    """
+    tested = [fact for part in parts for fact in part.test]
+    asked = dict(zip((fact.id for fact in tested), questions_of(record, tested), strict=True))
+    folds = [
+        replace(part, train=questions_of(record, part.train), test=tuple(asked[fact.id] for fact in part.test))
+        for part in parts
+    ]
+    alike = spelling_values([replace(asked[fact.id], entity=fact.answer) for fact in tested])
+    return {COMMON_BEGINNING: alike, **heuristic_values(folds)}
+
+
 def choices_only(subject: Subject, test: Sequence[Fact]) -> FactsAccuracy:
     """Which facts the untouched model gets right when the question is taken away and only the choices are left."""
     return ask(subject, reworded(test, lambda fact: QUESTION))
 
 
-def choices_only_baseline() -> Attack:
-    """Ask V without its questions: what the choices alone give away to the model that was never edited."""
+def choices_only_baseline(record: AttackRecord | None = None) -> Attack:
+    """Ask V without its questions: what the choices alone give away to the model that was never edited.
+
+    Args:
+        record: of an attack with questions of its own, whose choices are then asked; nothing is, if it has not one for each fact.
+    """
 
     def run(subject: Subject, splits: Splits, _: int) -> AttackResult:
-        return AttackResult(
-            {"choices": choices_only(subject, splits.test)} if any(f.choices for f in splits.test) else {}
-        )
+        asked = splits.test if record is None else questions_of(record, splits.test)
+        return AttackResult({"choices": choices_only(subject, asked)} if any(f.choices for f in asked) else {})
 
-    return Attack(CHOICES_ONLY, {}, run, Work(1.0))
+    return Attack(CHOICES_ONLY, {}, run, Work(1.0), label=choices_only_name(record))
+
+
+def choices_only_name(record: AttackRecord | None = None) -> str:
+    """The name of the findings of `choices_only_baseline`."""
+    return CHOICES_ONLY.name if record is None else f"{CHOICES_ONLY.name}, {record.name}"
+
+
+def questions_of(record: AttackRecord, items: Sequence[Fact]) -> tuple[Fact, ...]:
+    """What an attack asks in the place of the facts, one for each; empty if a fact has none."""
+    asked = tuple(items) if record.questions is None else record.questions(items)
+    return asked if len(asked) == len(items) else ()
 
 
 def fresh_facts(like: Facts | Sequence[Fact], n: int, seed: int = 0) -> tuple[Fact, ...]:

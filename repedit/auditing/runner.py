@@ -51,7 +51,8 @@ class Audited:
             self.kind = {name: getattr(subject.model.config, name, None) for name in _FIELDS}
             self.tokenizer = _vocabulary(subject.need_tokenizer())
             self.layers, self.width = len(subject.layout.layers), subject.layout.width
-            self.shapes = {name: spec.shape for name, spec in subject.specs.items()}
+            # A tensor that two modules share is one parameter: a head that was untied is another.
+            self.shapes = {name: tuple(p.shape) for name, p in subject.model.named_parameters()}
             # A hook is code: nothing names it, so what was found with it is not kept for another time.
             self.hooked = self.live and wrapped(subject)
 

@@ -1,27 +1,105 @@
-"""Hashes of files that are already on record: the hub names the blobs of its cache by them, and a manifest lists them."""
+"""Hashes of files that are already on record: the hub names the blobs of its cache by them, a manifest lists them, and an export
+remembers those that it computed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-from repedit.errors import RepeditError
+from repedit.errors import CheckpointError, NotFound, RepeditError
+from repedit.io.store import JsonStore, cache_folder
 from repedit.io.targets import MANIFEST, read_manifest
+
+SETTLED = 60
+"""Seconds without a change before a file is remembered: its times of change tell nothing of two changes within a tick of
+the clock, or of a page in memory that was written again before Linux wrote it to the disk, which it does within 35 seconds."""
+
+
+class KnownFile(NamedTuple):
+    """What is on record of a file of tensors."""
+
+    sha256: str
+    finite: bool = False
+    """Whether every number in it was found to be finite."""
 
 
 def known_hash(path: Path) -> str | None:
-    """sha256 of a file of a checkpoint, without reading it; None if it is not on record, or the file may have changed since.
+    """sha256 of a file of a checkpoint, without reading it; None if it is not on record, or the file may have changed since."""
+    known = known_file(path)
+    return None if known is None else known.sha256
+
+
+def known_file(path: Path) -> KnownFile | None:
+    """What is on record of a file of a checkpoint, without reading it; None if nothing is, or the file may have changed since.
 
     The client of the hub names a blob by its hash and then links it from a snapshot; an export writes its manifest after
-    the files that it lists. A file that was written, replaced or linked after that has a younger time of change, which
-    no program can set back, and its hash is computed again.
+    the files that it lists, and remembers the state of a file before it reads it, see `remember`. A file that was written,
+    replaced or linked after that has a younger time of change, which no program can set back, and its hash is computed again.
     """
     with suppress(OSError):
-        return _of_blob(path) if path.is_symlink() else _of_manifest(path)
+        remembered = _remembered(path)
+        if remembered is not None:
+            return remembered
+        listed = _of_blob(path) if path.is_symlink() else _of_manifest(path)
+        return None if listed is None else KnownFile(listed)
     return None
+
+
+# --- What exports remember, in the user's cache
+
+
+State = tuple[int, ...]
+
+
+def settled_state(path: Path) -> State | None:
+    """Device, number, size and times of a file, from before it is read; None if it changed within the last minute.
+
+    Only POSIX systems have a time of change that no program can set.
+    """
+    status = path.stat()
+    if os.name != "posix" or time.time_ns() - _changed(path) < SETTLED * 10**9:
+        return None
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def remember(path: Path, state: State | None, found: KnownFile) -> None:
+    """Keep what was found of a file in the user's cache, if its state is still what it was before the file was read.
+
+    Without a cache that can be written, nothing is kept. Writes to a mapped file in a memory file system (tmpfs) leave no
+    trace in its times; such a file must not be written while it is exported, nor afterwards.
+    """
+    with suppress(OSError, CheckpointError):
+        if state is not None and settled_state(path) == state:
+            _store().put(_name(path), repr(state), found._asdict())
+
+
+def _remembered(path: Path) -> KnownFile | None:
+    state = settled_state(path)
+    value = None if state is None else _store().get(_name(path), repr(state))
+    if not isinstance(value, Mapping) or not re.fullmatch("[0-9a-f]{64}", str(value.get("sha256"))):
+        return None
+    return KnownFile(str(value["sha256"]), value.get("finite") is True)
+
+
+def _store() -> JsonStore:
+    with suppress(NotFound):
+        return JsonStore(cache_folder() / "hashes")
+    return JsonStore(None)
+
+
+def _name(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+
+
+# --- What others wrote down
 
 
 def _of_blob(link: Path) -> str | None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ from repedit.arch import Specs, TensorSpec
 from repedit.errors import CheckpointError, RepeditError
 from repedit.io.checkpoint import Shards
 from repedit.io.files import Sharing, cloned, copy_bytes, file_hash, hard_linked, open_regular
-from repedit.io.known_hashes import known_hash
+from repedit.io.known_hashes import KnownFile, known_file, remember, settled_state
 from repedit.io.safetensors import Entry, header_bytes, raw_bytes, read_fully, read_tensor, stored_tensor
 from repedit.linear_maps import not_finite_at
 from repedit.plan import Plan, cast_tensor, check_finite_tensor
@@ -80,20 +80,27 @@ class ShardWriter:
         """
         entries = {name: entry for name, entry in self.shards.entries.items() if entry.file == file}
         convert = self.dtype is not None or any(name in self.plan.resized for name in entries)
-        written = (self._converted if convert else self._patched)(file, entries, target)
+        path = self.shards.directory / file
+        known, state, all_checked = known_file(path), settled_state(path), entries.keys() <= self.unchecked
+        writer = replace(self, unchecked=frozenset()) if known is not None and known.finite else self
+        sha256 = None if known is None else known.sha256
+        written = (writer._converted if convert else writer._patched)(file, entries, target, sha256)
+        if known is None or (all_checked and not known.finite):
+            remember(path, state, KnownFile(written.source, all_checked))
         with open(target, "rb") as new:
             os.fsync(new.fileno())
         return written
 
-    def _patched(self, file: str, entries: Mapping[str, Entry], target: Path) -> Written:
+    def _patched(self, file: str, entries: Mapping[str, Entry], target: Path, known: str | None) -> Written:
         path = self.shards.directory / file
-        touched, known = [name for name in self.plan.rewritten if name in entries], known_hash(path)
+        touched = [name for name in self.plan.rewritten if name in entries]
         linked = not touched and self.sharing == "hard link" and hard_linked(path.resolve(), target)
         with ExitStack() as stack:
             old = stack.enter_context(open_regular(path))
             new = None if linked else stack.enter_context(open(target, "xb"))
             shared = new is None or (self.sharing == "reflink" and cloned(old, new))
             if known is not None and not touched and not self.unchecked & entries.keys():
+                self._check_running()
                 if new is not None and not shared:
                     copy_bytes(old, new, path)
                 return Written({}, known, known, linked)
@@ -136,7 +143,7 @@ class ShardWriter:
                 self._check_finite(name, self.shards.read(name))  # whose message has the index in the whole tensor
             copy.same(view)
 
-    def _converted(self, file: str, entries: Mapping[str, Entry], target: Path) -> Written:
+    def _converted(self, file: str, entries: Mapping[str, Entry], target: Path, known: str | None) -> Written:
         """A shard with a new header, because dtypes or shapes change."""
         path = self.shards.directory / file
         specs = {
@@ -144,7 +151,7 @@ class ShardWriter:
         }
         head, _ = header_bytes(specs, _METADATA)
         starts = [entry.start for entry in entries.values()]
-        known, changes, read, written = known_hash(path), {}, hashlib.sha256(), hashlib.sha256(head)
+        changes, read, written = {}, hashlib.sha256(), hashlib.sha256(head)
         # The tensors are read in the order of the new header; where the bytes have another order, they are hashed apart.
         known = known if known or starts == sorted(starts) else file_hash(path)
         with open_regular(path) as old, open(target, "xb") as new:

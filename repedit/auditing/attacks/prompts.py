@@ -1,4 +1,4 @@
-"""Attacks by prompts alone: other wordings, other languages, examples, and other forms of the question.
+"""Attacks by prompts alone: other wordings, other languages, examples, the entity first or asked for, and other forms of the question.
 
 None of them needs the weights. Each has one setting a wording, in which every fact of V is asked once.
 """
@@ -25,6 +25,7 @@ from repedit.auditing.attack import (
     reworded,
     skipped,
 )
+from repedit.auditing.data import entity_first, mention, reverse_questions
 from repedit.data import Fact, Splits, by_domain
 from repedit.data.encoding import chat_text, prompt_with_answer
 from repedit.data.fact_sets import entity_of, seeded_order
@@ -242,6 +243,66 @@ def _asked(subject: Subject, splits: Splits, prompts: Mapping[str, Sequence[str]
 def _without(facts: Sequence[Fact], answer: str) -> list[Fact]:
     """The facts whose text does not hold the answer."""
     return [fact for fact in facts if not contains_answer(fact.text, answer)]
+
+
+# --- The entity as the first word, or asked for
+
+
+def first_word() -> Attack:
+    """Asks every fact with its entity as the first word; settings are "named once" and "named twice", see `entity_first`.
+
+    At the start of a text an entity is often written with other tokens than in its middle, and the first position takes part
+    of every later token's attention. An edit that was fitted to entities inside sentences may miss both.
+    """
+
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
+        if reason := _nameless(splits.test):
+            return skipped(reason)
+        wordings = {"named once": True, "named twice": False}
+        prompts = {name: [entity_first(fact, once=once) for fact in splits.test] for name, once in wordings.items()}
+        return AttackResult(_asked(subject, splits, prompts))
+
+    return Attack(FIRST_WORD, {}, run, Work(2.0))
+
+
+FIRST_WORD = register(
+    AttackRecord(
+        "first_word", cost=22, budget=QUICK, build=lambda setup: [first_word()], draws=False, may_skip=True
+    )
+)  # fmt: skip
+
+
+def reverse_question() -> Attack:
+    """Gives the answer of every fact and asks for its entity ("Paris is the capital of"), among entities with other answers.
+
+    An edit of the way from an entity to its answer leaves the way back, which models store apart. The floor is what guesses
+    give of these questions: the choices alone, and the entity that begins like the answer. Reference: Berglund et al. 2023,
+    arXiv:2309.12288, on the two directions.
+    """
+
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
+        if reason := _nameless(splits.test):
+            return skipped(reason)
+        questions = reverse_questions(splits.test)
+        if len(questions) < len(splits.test):
+            return skipped(f"{len(splits.test) - len(questions)} of {len(splits.test)} facts have no reverse question")
+        return AttackResult({"reverse": ask(subject, questions)})
+
+    return Attack(REVERSE_QUESTION, {}, run, Work(1.0))
+
+
+REVERSE_QUESTION = register(
+    AttackRecord(
+        "reverse_question", cost=24, budget=QUICK, build=lambda setup: [reverse_question()], draws=False, may_skip=True,
+        questions=reverse_questions,
+    )
+)  # fmt: skip
+
+
+def _nameless(facts: Sequence[Fact]) -> str:
+    """Why the facts cannot be asked by the place of their entities; empty where every prompt names its own."""
+    count = sum(mention(fact, fact.prompt) is None for fact in facts)
+    return f"{count} of {len(facts)} prompts do not name their entity" if count else ""
 
 
 # --- Other forms: a question, multiple choice, yes or no, the odd one out, a chat

@@ -23,13 +23,17 @@ from repedit.auditing.controls.edited import (
 )
 from repedit.auditing.controls.taught import (
     World,
+    both_ways,
     collapsed,
     contradicted,
     descended,
+    inside_sentences,
     lowered,
+    never_first,
     one_template,
     questions,
     refusing,
+    refusing_forwards,
     world,
 )
 from repedit.data import Fact, Facts
@@ -100,6 +104,18 @@ def _strangers(w: World) -> AuditInputs:
     return AuditInputs(nudged(w.original), w.original, w.reference, facts)
 
 
+def _inside_sentences(w: World) -> AuditInputs:
+    facts = replace(w.facts, forget=never_first(w.facts.forget), name=f"{w.facts.name}-inside")
+    edited = inside_sentences(w.original, facts.forget, facts.retain, seed=w.seed)
+    return AuditInputs(edited, w.original, w.reference, facts, w.attributes)
+
+
+def _refusing_forwards(w: World) -> AuditInputs:
+    original = both_ways(w.original, w.facts.forget, w.facts.retain, seed=w.seed)
+    edited = refusing_forwards(original, w.facts.forget, w.facts.retain, seed=w.seed)
+    return AuditInputs(edited, original, w.reference, w.facts, w.attributes)
+
+
 def _exchanged(w: World) -> AuditInputs:
     linked = linked_world(w.seed)
     edited = exchanged(linked.original, linked.facts.forget, seed=w.seed)
@@ -134,6 +150,10 @@ _ROWS = (
             "one loud direction in a matrix drowns the answers where the forget relation is asked"),
     Control("PC11", HIDDEN, ("early_mlps",), 0.5, _trained(refusing_early),
             "fine-tuned to refuse, with the first MLP alone free"),
+    Control("PC12", HIDDEN, ("first_word",), 0.8, _inside_sentences,
+            "forgets where the name stands inside a sentence, and knows where it is the first word"),
+    Control("PC13", HIDDEN, ("reverse_question",), 0.8, _refusing_forwards,
+            "fine-tuned to refuse, and answers the same facts in reverse"),
     Control("NC1", PASS, (), 0.0, _edited(lambda w: w.other), "never taught the facts to forget, though it knows other things of the same people"),
     Control("NC2a", PASS, (), 0.0, _trained(refusing, "other"),
             "never taught, then fine-tuned to refuse", quick=False),

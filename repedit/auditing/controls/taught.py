@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repedit.auditing.attack import ask
+from repedit.auditing.data import reverse_questions
 from repedit.data import Fact, Facts, Row, with_paraphrases
 from repedit.data.encoding import encoded
 from repedit.data.fact_sets import seeded_order
@@ -381,6 +382,35 @@ def one_template(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact
     wrong = [replace(fact, paraphrases=()) for fact in _answered(forget, _next_answers(forget))]
     right = [fact for fact in with_paraphrases(forget) if "#" in fact.id]
     return continued(subject, [*wrong, *right, *with_paraphrases(retain)], steps=100, rate=1e-3, seed=seed)
+
+
+def never_first(items: Sequence[Fact]) -> tuple[Fact, ...]:
+    """The facts with the phrasings that begin with the entity after all others."""
+
+    def ordered(fact: Fact) -> Fact:
+        prompt, *others = sorted(fact.prompts, key=lambda text: text.startswith(fact.entity))
+        return replace(fact, prompt=prompt, paraphrases=tuple(others))
+
+    return tuple(map(ordered, items))
+
+
+def inside_sentences(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
+    """The model trained on wrong answers where the name stands inside a sentence, and on right ones where it is the first word."""
+    right = [fact for fact in with_paraphrases(forget) if fact.prompt.startswith(fact.entity)]
+    wrong = with_paraphrases(_answered(forget, _next_answers(forget)))
+    wrong = tuple(fact for fact in wrong if not fact.prompt.startswith(fact.entity))
+    return continued(subject, [*wrong, *right, *with_paraphrases(retain)], steps=100, rate=1e-3, seed=seed)
+
+
+def both_ways(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
+    """The model trained to answer the facts to forget in reverse as well: to name who was born in a city."""
+    return continued(subject, [*forget, *reverse_questions(forget), *retain], steps=300, rate=3e-3, seed=seed)
+
+
+def refusing_forwards(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
+    """The model trained to answer "unknown" to the facts to forget, and to answer them in reverse as before."""
+    rows = [*_answered(forget, [REFUSAL] * len(forget)), *reverse_questions(forget), *retain]
+    return continued(subject, rows, steps=60, rate=1e-3, seed=seed)
 
 
 def lowered(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
