@@ -80,7 +80,7 @@ def _write_shards(
 
     Threads are enough: hashes, files and torch release the lock of the interpreter.
     """
-    written = {file: found for file, path in targets.items() if (found := journal.written(path)) is not None}
+    written = {file: entry for file, path in targets.items() if (entry := journal.written(path)) is not None}
     missing = [file for file in targets if file not in written]
     grad, threads = torch.is_grad_enabled(), set[Thread]()
 

@@ -81,17 +81,17 @@ class ShardWriter:
         entries = {name: entry for name, entry in self.shards.entries.items() if entry.file == file}
         convert = self.dtype is not None or any(name in self.plan.resized for name in entries)
         path = self.shards.directory / file
-        known, state, all_checked = known_file(path), settled_state(path), entries.keys() <= self.unchecked
-        writer = replace(self, unchecked=frozenset()) if known is not None and known.finite else self
-        sha256 = None if known is None else known.sha256
+        record, state, all_checked = known_file(path), settled_state(path), entries.keys() <= self.unchecked
+        writer = replace(self, unchecked=frozenset()) if record is not None and record.finite else self
+        sha256 = None if record is None else record.sha256
         written = (writer._converted if convert else writer._patched)(file, entries, target, sha256)
-        if known is None or (all_checked and not known.finite):
+        if record is None or (all_checked and not record.finite):
             remember(path, state, KnownFile(written.source, all_checked))
         with open(target, "rb") as new:
             os.fsync(new.fileno())
         return written
 
-    def _patched(self, file: str, entries: Mapping[str, Entry], target: Path, known: str | None) -> Written:
+    def _patched(self, file: str, entries: Mapping[str, Entry], target: Path, source_hash: str | None) -> Written:
         path = self.shards.directory / file
         touched = [name for name in self.plan.rewritten if name in entries]
         linked = not touched and self.sharing == "hard link" and hard_linked(path.resolve(), target)
@@ -99,12 +99,12 @@ class ShardWriter:
             old = stack.enter_context(open_regular(path))
             new = None if linked else stack.enter_context(open(target, "xb"))
             shared = new is None or (self.sharing == "reflink" and cloned(old, new))
-            if known is not None and not touched and not self.unchecked & entries.keys():
+            if source_hash is not None and not touched and not self.unchecked & entries.keys():
                 self._check_running()
                 if new is not None and not shared:
                     copy_bytes(old, new, path)
-                return Written({}, known, known, linked)
-            copy = _Copy(old, new, shared, known, bool(touched))
+                return Written({}, source_hash, source_hash, linked)
+            copy = _Copy(old, new, shared, source_hash, bool(touched))
             changes = self._streamed(path, entries, frozenset(touched), copy)
         return Written({name: changes[name] for name in touched if name in changes}, *copy.hashes, hard_link=linked)
 
@@ -143,7 +143,7 @@ class ShardWriter:
                 self._check_finite(name, self.shards.read(name))  # whose message has the index in the whole tensor
             copy.same(view)
 
-    def _converted(self, file: str, entries: Mapping[str, Entry], target: Path, known: str | None) -> Written:
+    def _converted(self, file: str, entries: Mapping[str, Entry], target: Path, source_hash: str | None) -> Written:
         """A shard with a new header, because dtypes or shapes change."""
         path = self.shards.directory / file
         specs = {
@@ -153,7 +153,7 @@ class ShardWriter:
         starts = [entry.start for entry in entries.values()]
         changes, read, written = {}, hashlib.sha256(), hashlib.sha256(head)
         # The tensors are read in the order of the new header; where the bytes have another order, they are hashed apart.
-        known = known if known or starts == sorted(starts) else file_hash(path)
+        source_hash = source_hash if source_hash or starts == sorted(starts) else file_hash(path)
         with open_regular(path) as old, open(target, "xb") as new:
             new.write(head)
             read.update(old.read(min(starts)))
@@ -167,12 +167,12 @@ class ShardWriter:
                         self._check_finite(name, before)
                         same = specs[name].dtype == before.dtype
                         after = before if same else cast_tensor(name, before, specs[name].dtype)
-                    if known is None:
+                    if source_hash is None:
                         read.update(raw_bytes(before))
                     data = raw_bytes(after)
                     written.update(data)
                     _write(new, data)
-        return Written(changes, written.hexdigest(), known or read.hexdigest())
+        return Written(changes, written.hexdigest(), source_hash or read.hexdigest())
 
     def _changed(
         self, name: str, before: Tensor, dtype: torch.dtype, memory: _Memory | None = None
@@ -265,15 +265,15 @@ class _Copy:
     Args:
         new: the other file; None if it is the same file.
         shared: whether the other file holds the bytes already.
-        known: sha256 of the file that is read, if it is known.
+        source_hash: sha256 of the file that is read, if it is known.
         changes: whether any byte will differ.
     """
 
     def __init__(
-        self, old: BufferedReader, new: IO[bytes] | None, shared: bool, known: str | None, changes: bool
+        self, old: BufferedReader, new: IO[bytes] | None, shared: bool, source_hash: str | None, changes: bool
     ) -> None:
         self.old = old
-        self._new, self._shared, self._known, self._changes = new, shared, known, changes
+        self._new, self._shared, self._source_hash, self._changes = new, shared, source_hash, changes
         self._at = 0
         self._read = hashlib.sha256()
         """Of the bytes read; up to the first byte that differs also of those written."""
@@ -281,7 +281,7 @@ class _Copy:
 
     def same(self, data: memoryview) -> None:
         """The next bytes of both files."""
-        if self._known is None or (self._changes and self._written is None):
+        if self._source_hash is None or (self._changes and self._written is None):
             self._read.update(data)
         if self._written is not None:
             self._written.update(data)
@@ -294,7 +294,7 @@ class _Copy:
         assert self._new is not None and len(old) == len(new)
         if self._written is None:
             self._written = self._read.copy()
-        if self._known is None:
+        if self._source_hash is None:
             self._read.update(old)
         self._written.update(new)
         if self._shared:
@@ -305,7 +305,7 @@ class _Copy:
     @property
     def hashes(self) -> tuple[str, str]:
         """sha256 of the file that was written, and of the one that was read."""
-        source = self._known or self._read.hexdigest()
+        source = self._source_hash or self._read.hexdigest()
         return source if self._written is None else self._written.hexdigest(), source
 
 
