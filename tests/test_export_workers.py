@@ -138,9 +138,10 @@ def at_work():
 
 
 def test_after_an_error_the_other_workers_end(source, edit, tmp_path, monkeypatch):
-    ends = []
+    ends, all_at_work = [], threading.Barrier(3)
 
     def shard(writer, file, target):
+        all_at_work.wait(60)  # a shard that no worker has begun is cancelled
         if file.startswith("model-00001"):
             raise CheckpointError("of the first shard")
         assert writer.stop.wait(60)
