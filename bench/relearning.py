@@ -69,21 +69,27 @@ def relearn(
     seed: int = 0,
     hooked: AbstractContextManager[None] | None = None,
     watch: Callable[[int, Subject], None] | None = None,
+    embedding_rate: float | None = None,
 ) -> Subject:
     """A copy of the model, fine-tuned on the answers of some facts, all weights free, AdamW, 10 % warm-up.
 
     Args:
         hooked: hooks that are active on `lm` itself during training, which is then trained in place.
         watch: called after each step with its number, from 1.
+        embedding_rate: of the input embeddings, where it is another one.
     """
     student = trainable(lm) if hooked is None else lm
     for p in student.model.parameters():
         p.requires_grad_(True)
     rows = BatchSampler(student, training_rows(train, "train"), batch_size, length=128, seed=seed)
-    optimizer = torch.optim.AdamW(student.model.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    embeddings = student.model.get_input_embeddings().weight
+    rates = [rate, rate if embedding_rate is None else embedding_rate]
+    groups = [[p for p in student.model.parameters() if p is not embeddings], [embeddings]]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=rate, weight_decay=0.0, fused=True)
     with hooked or nullcontext():
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / (0.1 * steps))
+            for group, highest in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = highest * min(1.0, (step + 1) / (0.1 * steps))
             batch = rows.at(step)
             optimizer.zero_grad()
             answer_loss(student, batch).backward()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import repedit as rp
 from bench.mrp import seen
 from bench.relearning import gradient_difference
 from bench.removal_rows import FORGET, Rows, share
-from repedit.data import Fact
+from repedit.data import Fact, entity_of
 from repedit.fit.overwrite import OverwriteCertificate
 from repedit.models.subject import Subject, subject_of
 from repedit.unlearning.recipe import UnlearnRecipe
@@ -96,24 +97,51 @@ def recipe(name: str, **options: Any) -> Callable[[Rows, int], Made]:
     return make
 
 
-def names_replaced(target: str) -> Callable[[Rows, int], Made]:
+def names_replaced(target: str, of: Sequence[str] = ("entity",)) -> Callable[[Rows, int], Made]:
     """The embeddings of the tokens of the names: their mean for each, or exchanged in one seeded cycle. No training.
 
     Input and output embeddings become two matrices, and the output keeps its own: names can still be answers.
+
+    Args:
+        target: "mean", "exchange" or "language" (the mean over the names that share an official language; names whose
+            language no other has, or whose language is not listed, share one mean).
+        of: "entity" for the countries, "answer" for the capitals; each kind has means of its own.
     """
 
     def make(rows: Rows, seed: int) -> Made:
-        tokens = name_tokens(rows.lm, [fact.entity for fact in rows.capitals])
+        groups: list[list[int]] = []
+        for kind in of:
+            names = [fact.entity if kind == "entity" else fact.answer for fact in rows.capitals]
+            tokens = name_tokens(rows.lm, names)
+            groups += language_groups(rows, tokens) if target == "language" else [tokens]
         lm = untied(rows.lm)
         weight = lm.model.get_input_embeddings().weight.data
-        order = random.Random(f"{seed}:names").sample(tokens, len(tokens))
-        if target == "mean":
-            weight[tokens] = weight[tokens].mean(0)
-        else:
-            weight[order] = weight[[*order[1:], order[0]]]
-        return lm, {"target": target, "tokens": len(tokens), "untied": True}
+        for number, group in enumerate(groups):
+            if target == "exchange":
+                order = random.Random(f"{seed}:names:{number}").sample(group, len(group))
+                weight[order] = weight[[*order[1:], order[0]]]
+            else:
+                weight[group] = rows.lm.model.get_input_embeddings().weight[group].mean(0)
+        counts = {"tokens": sum(map(len, groups)), "groups": len(groups)}
+        return lm, {"target": target, "of": list(of), "untied": True, **counts}
 
     return make
+
+
+def language_groups(rows: Rows, tokens: Sequence[int]) -> list[list[int]]:
+    """The tokens by the language of the country whose name they are of; a token of several languages is in the group of the rest."""
+    spoken = {entity_of(fact): fact.answer for fact in rows.languages}
+    members = Counter(spoken[entity_of(fact)] for fact in rows.capitals if entity_of(fact) in spoken)
+    languages: dict[int, set[str | None]] = {}
+    for fact in rows.capitals:
+        language = spoken.get(entity_of(fact))
+        for token in name_tokens(rows.lm, [fact.entity]):
+            languages.setdefault(token, set()).add(language if language and members[language] > 1 else None)
+    groups: dict[str | None, list[int]] = {}
+    for token in tokens:
+        (language,) = languages[token] if len(languages[token]) == 1 else (None,)
+        groups.setdefault(language, []).append(token)
+    return list(groups.values())
 
 
 def name_tokens(lm: Subject, names: Iterable[str]) -> list[int]:
@@ -151,5 +179,8 @@ EDITS: dict[str, Callable[[Rows, int], Made]] = {
     "block_by_block": recipe("block_by_block", **SMALL, layers="0-11", rounds=2, steps=12, lr=3e-4, repair_steps=20),
     "names-mean": names_replaced("mean"),
     "names-exchange": names_replaced("exchange"),
+    "names-language": names_replaced("language"),
+    "names-both": names_replaced("mean", of=("entity", "answer")),
+    "answers-mean": names_replaced("mean", of=("answer",)),
 }
 EDITS["original"] = lambda rows, seed: (rows.lm, {})

@@ -1,6 +1,7 @@
 """What the benchmarks compare is the same work, and what they say about noise is what the protocol asks."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from bench.peers_figure import draw
 from bench.record import record
 from bench.relearning import answer_loss
 from bench.timing import Ratio, alternated, ratio
-from repedit.data import Batch
+from repedit.data import Batch, Fact
 from repedit.sites import Point
 from tests.saved_models import saved
 from tests.teachable_models import blank
@@ -170,3 +171,21 @@ def test_averaged_names_cannot_be_told_apart(monkeypatch):
     for target, tokens in (("exchange", (60, 62)), ("mean", (60, 63))):
         with pytest.raises(AssertionError):
             _names_are_one(target, tokens)
+
+
+def _one_language_one_group(names, expected):
+    """Names of one language share a group; a lone language, a name without one and a token of two languages are the rest."""
+    capitals = [Fact(prompt=f"{name} has", answer="x", entity=name, id=name) for name in names]
+    languages = [replace(fact, answer=fact.entity[0]) for fact in capitals if fact.entity != "d"]
+    rows = SimpleNamespace(lm=None, capitals=capitals, languages=languages)
+    groups = removal_edits.language_groups(rows, sorted({token for tokens in names.values() for token in tokens}))
+    assert sorted(map(sorted, groups)) == expected
+
+
+def test_names_are_averaged_by_the_language_of_their_country(monkeypatch):
+    names = {"a1": [1], "a2": [2, 4], "b1": [3], "b2": [5, 4], "c1": [6], "d": [7]}
+    monkeypatch.setattr(removal_edits, "name_tokens", lambda lm, asked: names[asked[0]])
+    _one_language_one_group(names, [[1, 2], [3, 5], [4, 6, 7]])
+    names["b2"] = [5]  # the token is of one language now
+    with pytest.raises(AssertionError):
+        _one_language_one_group(names, [[1, 2], [3, 5], [4, 6, 7]])
