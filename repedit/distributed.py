@@ -1,11 +1,12 @@
-"""Several processes started by `torchrun`: the rank of this one, collective operations, and sharded tensors."""
+"""Several processes started by `torchrun`: the rank of this one, collective operations, and sharded tensors; pools of workers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,24 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+T = TypeVar("T")
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def completed(futures: Iterable[Future[T]]) -> Iterator[Future[T]]:
+    """Calls of a pool, in the order in which they end.
+
+    The wait wakes up five times a second: one without an end would sleep through an interrupt that another thread receives,
+    or that comes just before it.
+    """
+    running = set(futures)
+    while running:
+        done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+        yield from done
 
 
 @dataclass(frozen=True)

@@ -157,19 +157,26 @@ def test_after_an_error_the_other_workers_end(source, edit, tmp_path, monkeypatc
     assert len(ends) == 2 and not at_work() and not list(tmp_path.iterdir())
 
 
-def test_an_interrupt_ends_all_workers_and_keeps_the_old_target(source, edit, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "interrupt", [lambda: os.kill(os.getpid(), signal.SIGINT), lambda: signal.raise_signal(signal.SIGINT)],
+    ids=["of the process", "that another thread receives"],
+)  # fmt: skip
+def test_an_interrupt_ends_all_workers_and_keeps_the_old_target(interrupt, source, edit, tmp_path, monkeypatch):
     rp.export(edit, source, tmp_path / "out")
-    before = content(tmp_path / "out")
+    before, all_at_work, told = content(tmp_path / "out"), threading.Barrier(3), []
 
     def shard(writer, file, target):
+        all_at_work.wait(60)
         if file.startswith("model-00001"):
-            os.kill(os.getpid(), signal.SIGINT)
-        assert writer.stop.wait(60)
+            time.sleep(0.3)  # the main thread waits by then; the export ends as well if it does not yet
+            interrupt()
+        told.append(writer.stop.wait(30))
         return writer.write(file, target)
 
     monkeypatch.setattr(pool, "_shard", shard)
     with pytest.raises(KeyboardInterrupt):
         rp.export(edit, source, tmp_path / "out", overwrite=True, workers=3)
+    assert told == [True] * 3
     assert (
         not at_work() and content(tmp_path / "out") == before and [path.name for path in tmp_path.iterdir()] == ["out"]
     )

@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from repedit.auditing.controls import CONTROLS, SCALE, STEPS, Control
 from repedit.auditing.controls.taught import TAUGHT, World, taught_model, world
 from repedit.auditing.report import Report
 from repedit.auditing.store import save_selftest
-from repedit.distributed import usable_cores
+from repedit.distributed import completed, usable_cores
 from repedit.errors import ProcessFailed, UnknownName, check_seed, check_whole, during, given, nearest
 from repedit.outcomes import PASS
 
@@ -218,5 +218,5 @@ def _begin() -> None:
 
 def _ended(futures: Iterable[Future[Checked]]) -> Iterator[Checked]:
     """The results of calls, in the order in which they end."""
-    for future in as_completed(list(futures)):
+    for future in completed(futures):
         yield future.result()

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, is_dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from repedit.arch import TensorSpec
+from repedit.distributed import completed
 from repedit.errors import CheckpointError
 from repedit.hashing import byte_hash, package_versions
 from repedit.io.checkpoint import INDEX, SINGLE, Shards
@@ -94,7 +95,7 @@ def _write_shards(
     with ThreadPoolExecutor(max(1, min(workers, len(missing))), thread_name_prefix="export") as pool:
         try:
             futures = {pool.submit(write, file): file for file in missing}
-            for future in as_completed(futures):
+            for future in completed(futures):
                 file, result = futures[future], future.result()
                 unchanged()
                 journal.add(targets[file], result)
