@@ -285,10 +285,15 @@ def spread(items: Sequence[Fact], most: int, seed: int) -> tuple[Fact, ...]:
 # --- The entity in a prompt
 
 
-def mention(fact: Fact, text: str) -> re.Match[str] | None:
+def _entity_pattern(entity: str) -> str:
+    """An entity as a whole word; group 1 is an article before it."""
+    return rf"(?<!\w)(the )?{re.escape(entity)}(?!\w)"
+
+
+def entity_mention(fact: Fact, text: str) -> re.Match[str] | None:
     """Where a text names the entity of a fact, as a whole word; group 1 is an article before it. None if it does not."""
     entity = fact.entity.strip()
-    return re.search(rf"(?<!\w)(the )?{re.escape(entity)}(?!\w)", text, re.IGNORECASE) if entity else None
+    return re.search(_entity_pattern(entity), text, re.IGNORECASE) if entity else None
 
 
 def entity_first(fact: Fact, *, once: bool) -> str:
@@ -301,11 +306,13 @@ def entity_first(fact: Fact, *, once: bool) -> str:
     first = entity[:1].upper() + entity[1:] if entity.islower() else entity
     if not once:
         return f"{first}: {fact.prompt}"
-    own = next((p for p in fact.prompts if (found := mention(fact, p)) and not found.start() and not found[1]), None)
+    own = next(
+        (p for p in fact.prompts if (named := entity_mention(fact, p)) and not named.start() and not named[1]), None
+    )
     if own is not None:
         return own
-    named = re.compile(rf"(?<!\w)(the )?{re.escape(entity)}(?!\w)('s)?", re.IGNORECASE)
-    pronoun = named.sub(lambda m: ("it" if m.start() else "It") + ("s" if m[2] else ""), fact.prompt)
+    pattern = re.compile(_entity_pattern(entity) + "('s)?", re.IGNORECASE)
+    pronoun = pattern.sub(lambda m: ("it" if m.start() else "It") + ("s" if m[2] else ""), fact.prompt)
     return f"{first}: {pronoun}"
 
 
@@ -359,7 +366,7 @@ def reversed_facts(items: Sequence[Fact], seed: int = 0) -> tuple[Fact, ...]:
 
 def _reverse(fact: Fact) -> tuple[str, str] | None:
     """(prompt, entity as the prompt names it) of the reverse question."""
-    entity, named = fact.entity.strip(), mention(fact, fact.prompt)
+    entity, named = fact.entity.strip(), entity_mention(fact, fact.prompt)
     if named is None:
         return None
     if fact.domain in REVERSED and fact.id.startswith(f"{fact.domain}/"):

@@ -70,7 +70,7 @@ def settled_state(path: Path) -> State | None:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def remember(path: Path, state: State | None, found: KnownFile) -> None:
+def remember(path: Path, state: State | None, known: KnownFile) -> None:
     """Keep what was found of a file in the user's cache, if its state is still what it was before the file was read.
 
     Without a cache that can be written, nothing is kept. Writes to a mapped file in a memory file system (tmpfs) leave no
@@ -78,7 +78,7 @@ def remember(path: Path, state: State | None, found: KnownFile) -> None:
     """
     with suppress(OSError, CheckpointError):
         if state is not None and settled_state(path) == state:
-            _store().put(_name(path), repr(state), found._asdict())
+            _store().put(_name(path), repr(state), known._asdict())
 
 
 def _remembered(path: Path) -> KnownFile | None:

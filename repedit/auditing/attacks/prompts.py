@@ -25,7 +25,7 @@ from repedit.auditing.attack import (
     reworded,
     skipped,
 )
-from repedit.auditing.data import entity_first, mention, reverse_questions
+from repedit.auditing.data import entity_first, entity_mention, reverse_questions
 from repedit.data import Fact, Splits, by_domain
 from repedit.data.encoding import chat_text, prompt_with_answer
 from repedit.data.fact_sets import entity_of, seeded_order
@@ -301,7 +301,7 @@ REVERSE_QUESTION = register(
 
 def _nameless(facts: Sequence[Fact]) -> str:
     """Why the facts cannot be asked by the place of their entities; empty where every prompt names its own."""
-    count = sum(mention(fact, fact.prompt) is None for fact in facts)
+    count = sum(entity_mention(fact, fact.prompt) is None for fact in facts)
     return f"{count} of {len(facts)} prompts do not name their entity" if count else ""
 
 
