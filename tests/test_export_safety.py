@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import repedit as rp
 from repedit.errors import ArgumentError, CheckpointError, NotFound, PlanMismatch
+from repedit.io import known_hashes
 from repedit.io.checkpoint import open_shards
 from repedit.lower import lower
 from repedit.models.subject import subject_of
@@ -325,11 +326,13 @@ def copied(edit, source, target):
 
 
 @pytest.fixture
-def exported(source, edit, tmp_path):
-    """An export, which has a manifest with the hashes of its files."""
-    plain = shutil.copytree(source, tmp_path / "plain", ignore=shutil.ignore_patterns("adapter_config.json"))
-    rp.export(mask(tiny("llama"), "0.mlp.neurons"), plain, tmp_path / "in")
-    return tmp_path / "in"
+def exported(source, edit, tmp_path, monkeypatch):
+    """A checkpoint that was exported once, so that the hashes of its files are remembered."""
+    monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(known_hashes, "SETTLED", 0)
+    plain = shutil.copytree(source, tmp_path / "in", ignore=shutil.ignore_patterns("adapter_config.json"))
+    rp.export(edit, plain, tmp_path / "first", link=False)
+    return plain
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EOPNOTSUPP, None])

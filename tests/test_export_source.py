@@ -14,7 +14,9 @@ import repedit as rp
 from repedit.delta import Delta
 from repedit.errors import CheckpointError
 from repedit.hashing import value_hash
+from repedit.io import checkpoint
 from repedit.io.checkpoint import INDEX, SINGLE, open_shards
+from repedit.lower import lower
 from repedit.rewrite import export, shards
 from tests.edits import mask, projection
 from tests.saved_models import byte_tokenizer
@@ -86,7 +88,25 @@ def text(name, content="{}"):
     return lambda folder: (folder / name).write_text(content)
 
 
+def hidden(change, name=SINGLE):
+    """A change after which the time of modification of the file is set back."""
+
+    def function(folder):
+        before = (folder / name).stat()
+        change(folder)
+        os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    return function
+
+
+def other_epsilon(folder):
+    """A config of the same size."""
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e', '"rms_norm_eps": 2e'))
+
+
 CHANGES = {
+    "weights, hidden": (hidden(rewritten), SINGLE), "a config, hidden": (hidden(other_epsilon, "config.json"), "config.json"),
     "replaced": (replaced, SINGLE), "rewritten in place": (rewritten, SINGLE), "deleted": (deleted, SINGLE),
     "a shard more": (grown, "model-00002-of-00002.safetensors"), "an index": (text(INDEX), INDEX),
     "another config": (text("config.json"), "config.json"), "another tokenizer": (text("tokenizer.json"), "tokenizer.json"),
@@ -101,7 +121,30 @@ def test_files_that_changed_since_the_model_was_loaded_are_refused(kind, tmp_pat
     change(tmp_path / "in")
     with pytest.raises(CheckpointError, match=rf"changed since the model was loaded: .*{name}.*; load the model again"):
         rp.export(edit_of(subject), subject, tmp_path / "out")
-    assert subject.files is None and not (tmp_path / "out").exists()
+    assert (subject.files is None or subject.touched_files() == {name}) and not (tmp_path / "out").exists()
+
+
+def test_a_state_without_the_time_of_change_is_caught(tmp_path, monkeypatch):
+    right = checkpoint.file_state
+    monkeypatch.setattr(checkpoint, "file_state", lambda path: right(path)[:-1])
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_files_that_changed_since_the_model_was_loaded_are_refused("weights, hidden", tmp_path)
+
+
+@pytest.mark.parametrize("change", ["permissions", "a hard link", "the same bytes"])
+def test_files_of_which_nothing_but_the_time_of_change_differs_are_exported(change, tmp_path):
+    subject = rp.load(written(tmp_path / "in"))
+    file = tmp_path / "in" / SINGLE
+    match change:
+        case "permissions":
+            file.chmod(0o444)
+        case "a hard link":
+            os.link(file, tmp_path / "backup")
+        case "the same bytes":
+            hidden(lambda folder: file.write_bytes(file.read_bytes()))(tmp_path / "in")
+    assert subject.touched_files() == {SINGLE}
+    rp.export(edit_of(subject), subject, tmp_path / "out")
+    assert subject.files == tmp_path / "in" and (tmp_path / "out").exists()
 
 
 def test_what_the_message_advises_exports_the_model_in_memory(tmp_path):
@@ -121,15 +164,17 @@ def test_notes_and_licences_may_change(tmp_path):
     assert (tmp_path / "out" / "LICENSE").read_text() == "newer"
 
 
-def changing(folder, at, shard=shards._shard):
+def changing(folder, at, shard=shards._shard, set_back=False):
     """_shard, with another process that rewrites a file of the source beside the n-th call."""
     calls = iter(range(100))
 
     def function(*arguments):
         if next(calls) == at:
             path = folder / open_shards(folder).files[0]
-            data = path.read_bytes()
+            data, before = path.read_bytes(), path.stat()
             path.write_bytes(data[:-4] + bytes(4))
+            if set_back:
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         return shard(*arguments)
 
     return function
@@ -137,10 +182,11 @@ def changing(folder, at, shard=shards._shard):
 
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_source_that_changes_while_it_is_exported_is_refused(at, loaded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("set_back", [False, True])
+def test_a_source_that_changes_while_it_is_exported_is_refused(at, loaded, set_back, tmp_path, monkeypatch):
     written(tmp_path / "in", max_shard_size="60KB")
     subject = rp.load(tmp_path / "in")
-    monkeypatch.setattr(shards, "_shard", changing(tmp_path / "in", at))
+    monkeypatch.setattr(shards, "_shard", changing(tmp_path / "in", at, set_back=set_back))
     with pytest.raises(CheckpointError, match=r"changed while it was exported: model-0.*; export it again"):
         rp.export(edit_of(subject), subject if loaded else tmp_path / "in", tmp_path / "out", link=False)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
@@ -152,6 +198,16 @@ def test_a_source_whose_change_is_not_looked_for_would_be_caught(tmp_path, monke
     monkeypatch.setattr(export, "check_unchanged", lambda *_: None)
     rp.export(edit_of(rp.load(tmp_path / "in")), tmp_path / "in", tmp_path / "out", link=False)
     assert (tmp_path / "out").exists()
+
+
+def test_an_export_that_was_killed_is_not_continued_from_other_weights(tmp_path):
+    subject = rp.load(written(tmp_path / "in"))
+    plan, stored = lower(edit_of(subject), subject.architecture, subject.specs), open_shards(tmp_path / "in")
+    keys = [shards.job(plan, stored, None, True)]
+    for change in (lambda folder: None, hidden(rewritten)):
+        change(tmp_path / "in")
+        keys.append(shards.job(plan, stored, None, True))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_relative_path_stays_the_directory_it_was(tmp_path, monkeypatch):

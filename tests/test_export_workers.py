@@ -19,7 +19,7 @@ from repedit.errors import ArgumentError, CheckpointError, NotFinite, PlanMismat
 from repedit.io import known_hashes
 from repedit.io.checkpoint import open_shards
 from repedit.io.known_hashes import known_file
-from repedit.io.targets import add_to_manifest, read_manifest
+from repedit.io.targets import MANIFEST, add_to_manifest, read_manifest
 from repedit.plan import Plan
 from repedit.rewrite import shards as pool
 from repedit.rewrite import streaming
@@ -260,7 +260,7 @@ def test_what_several_workers_had_finished_is_kept_after_a_kill(after, source, e
 
 @pytest.fixture
 def exported(source, edit, tmp_path):
-    """An export, whose manifest is a little younger than its files."""
+    """A checkpoint with a manifest, which is a little younger than the other files."""
     rp.export(mask(tiny("llama"), "0.mlp.neurons"), source, tmp_path / "in", link=False)
     return tmp_path / "in"
 
@@ -286,37 +286,71 @@ def in_place(path):
         file.seek(-1, 2), file.write(bytes([last[0] ^ 1]))
 
 
-def test_the_manifest_of_a_source_gives_its_hashes(exported, edit, tmp_path, monkeypatch):
-    names = read_in_full(monkeypatch)
-    the_hashes_are_those_of_the_files(exported, edit, tmp_path / "out")
-    assert not names
+@pytest.fixture
+def snapshot(source, tmp_path):
+    """A snapshot of a model as the hub's client keeps it: links to blobs that are named by their hash."""
+    return in_cache(source, tmp_path)
 
 
-@pytest.mark.parametrize("hidden", [False, True])
-def test_a_file_that_is_younger_than_the_manifest_is_hashed(hidden, exported, edit, tmp_path, monkeypatch):
-    path = exported / open_shards(exported).files[0]
-    before = path.stat()
-    in_place(path)
-    if hidden:  # the time of modification can be set back, the time of change cannot
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    names = read_in_full(monkeypatch)
-    the_hashes_are_those_of_the_files(exported, edit, tmp_path / "out")
-    assert len(names) == 1
-
-
-def test_believing_the_manifest_of_a_file_that_changed_is_caught(exported, edit, tmp_path, monkeypatch):
-    in_place(exported / open_shards(exported).files[0])
-    monkeypatch.setattr("repedit.io.known_hashes._changed", lambda path: 0)
-    with pytest.raises(AssertionError):
-        the_hashes_are_those_of_the_files(exported, edit, tmp_path / "out")
-
-
-def test_a_file_added_to_the_manifest_makes_no_other_file_older(exported, edit, tmp_path):
-    in_place(exported / open_shards(exported).files[0])
+def touched(folder):
+    """A shard was written, and then the manifest got a younger time."""
+    in_place(folder / open_shards(folder).files[0])
     time.sleep(0.02)
-    (exported / "notes.txt").write_text("new")
-    add_to_manifest(exported, ["notes.txt"])
-    the_hashes_are_those_of_the_files(exported, edit, tmp_path / "out")
+    (folder / MANIFEST).touch()
+    return folder
+
+
+def listed_again(folder):
+    """A shard was written, and then a file was added to the manifest."""
+    in_place(folder / open_shards(folder).files[0])
+    time.sleep(0.02)
+    (folder / "notes.txt").write_text("new")
+    add_to_manifest(folder, ["notes.txt"])
+    return folder
+
+
+def copied(folder):
+    """A shard was written, and then every file was copied, the manifest as the last one."""
+    in_place(folder / open_shards(folder).files[0])
+    new = folder.with_name("copied")
+    new.mkdir()
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+        time.sleep(0.02)
+        shutil.copyfile(path, new / path.name)
+    return new
+
+
+def linked_again(folder):
+    """A blob was written through its link, and then another version of the repository linked it."""
+    in_place(folder / open_shards(folder).files[0])
+    time.sleep(0.02)
+    new = folder.with_name("another")
+    new.mkdir()
+    for path in folder.iterdir():
+        (new / path.name).symlink_to(path.readlink())
+    return new
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("exported", touched), ("exported", listed_again), ("exported", copied), ("snapshot", linked_again)],
+)
+def test_what_a_manifest_or_a_name_says_of_a_file_is_not_believed(kind, change, edit, tmp_path, request):
+    the_hashes_are_those_of_the_files(change(request.getfixturevalue(kind)), edit, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("kind", "change"), [("exported", touched), ("exported", copied), ("snapshot", linked_again)])
+def test_believing_what_is_no_older_than_a_file_is_caught(kind, change, edit, tmp_path, monkeypatch, request):
+    def believing(path):
+        record = path if path.is_symlink() else path.parent / MANIFEST
+        older = max(path.stat().st_mtime_ns, path.stat().st_ctime_ns) <= record.lstat().st_mtime_ns
+        said = path.resolve().name if path.is_symlink() else read_manifest(path.parent)[1].get(path.name)
+        return known_hashes.KnownFile(said) if older and said else None
+
+    folder = change(request.getfixturevalue(kind))
+    monkeypatch.setattr(streaming, "known_file", believing)
+    with pytest.raises(AssertionError):
+        the_hashes_are_those_of_the_files(folder, edit, tmp_path / "out")
 
 
 # What an export remembers of the files of its source
@@ -427,27 +461,6 @@ def in_cache(source, cache):
         shutil.copyfile(path, repository / "blobs" / sha(path))
         (snapshot / path.name).symlink_to(f"../../blobs/{sha(path)}")
     return snapshot
-
-
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_blob_of_the_hub_is_hashed_if_it_was_written_after_it_was_linked(
-    changed, source, edit, tmp_path, monkeypatch
-):
-    snapshot = in_cache(source, tmp_path)
-    if changed:
-        in_place((snapshot / open_shards(snapshot).files[0]).resolve())
-    names = read_in_full(monkeypatch)
-    the_hashes_are_those_of_the_files(snapshot, edit, tmp_path / "out")
-    assert len(names) == changed
-
-
-def test_a_blob_that_is_named_by_something_else_is_hashed(source, edit, tmp_path):
-    snapshot = in_cache(source, tmp_path)
-    path = snapshot / open_shards(snapshot).files[0]
-    blob = path.resolve().rename(path.resolve().with_name("0" * 40))
-    path.unlink()
-    path.symlink_to(f"../../blobs/{blob.name}")
-    the_hashes_are_those_of_the_files(snapshot, edit, tmp_path / "out")
 
 
 # --- Manifests of other versions

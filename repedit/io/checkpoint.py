@@ -7,7 +7,7 @@ pickled weights, an index that names absent files, paths that leave the director
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from repedit.errors import CheckpointError, NotFound
-from repedit.io.files import is_folder, open_regular
+from repedit.io.files import FileState, cached_hash, file_state, is_folder, open_regular
 from repedit.io.safetensors import Entry, TensorSpec, read_header, read_tensor
 from repedit.io.text import read_json
 
@@ -148,31 +148,36 @@ _OTHERS = ("config.json", "generation_config.json", "special_tokens_map", "added
 TOKENIZERS = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges", "tekken")
 """Beginnings of the names of tokenizer files."""
 
-FileStates = Mapping[str, tuple[int, ...]]
+FileStates = Mapping[str, FileState]
 
 
 def file_states(directory: Path) -> FileStates:
-    """Device, number, size and time of every file that a model and its tokenizer are read from, behind links, by name.
+    """The state of every file that a model and its tokenizer are read from, by name: of weights see `file_state`, of others their hash.
 
     A file that is replaced, rewritten, added or removed changes the result; notes and licences beside the model do not.
     """
-    states: dict[str, tuple[int, ...]] = {}
+    states: dict[str, FileState] = {}
     for path in sorted(directory.iterdir()):
         if path.suffix == ".safetensors" or path.name.startswith((*TOKENIZERS, *_OTHERS)):
             with suppress(FileNotFoundError):  # a link to nothing, or removed this moment
-                status = path.stat()
-                states[path.name] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+                weights = path.suffix == ".safetensors" or not path.is_file()
+                states[path.name] = file_state(path) if weights else (int(cached_hash(path), 16),)
     return states
 
 
-def check_unchanged(directory: Path, before: FileStates, since: str, remedy: str) -> None:
+def check_unchanged(
+    directory: Path, before: FileStates, since: str, remedy: str, *, touched: Container[str] = ()
+) -> None:
     """Refuse a directory whose files changed.
 
+    Args:
+        touched: files of weights whose time of change does not count.
     Raises:
         CheckpointError: naming them.
     """
     now = file_states(directory) if directory.is_dir() else {}
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    parts = {name: slice(None, -1 if name in touched else None) for name in sorted({*before, *now})}
+    changed = [name for name, part in parts.items() if before.get(name, ())[part] != now.get(name, ())[part]]
     if changed:
         names = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise CheckpointError(f"files of {directory} changed {since}: {names}; {remedy}")

@@ -1,5 +1,7 @@
-"""Hashes of files that are already on record: the hub names the blobs of its cache by them, a manifest lists them, and an export
-remembers those that it computed.
+"""Hashes of the files of checkpoints, which an export remembers once it has computed them.
+
+The name of a blob in the cache of the hub and the lines of a manifest are not used: they say what a file once was, and the
+times of a file that was written since and then copied or linked do not show it.
 """
 
 from __future__ import annotations
@@ -10,13 +12,11 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from repedit.errors import CheckpointError, NotFound, RepeditError
+from repedit.errors import CheckpointError, NotFound
 from repedit.io.store import JsonStore, cache_folder
-from repedit.io.targets import MANIFEST, read_manifest
 
 SETTLED = 60
 """Seconds without a change before a file is remembered: its times of change tell nothing of two changes within a tick of
@@ -40,16 +40,11 @@ def known_hash(path: Path) -> str | None:
 def known_file(path: Path) -> KnownFile | None:
     """What is on record of a file of a checkpoint, without reading it; None if nothing is, or the file may have changed since.
 
-    The client of the hub names a blob by its hash and then links it from a snapshot; an export writes its manifest after
-    the files that it lists, and remembers the state of a file before it reads it, see `remember`. A file that was written,
-    replaced or linked after that has a younger time of change, which no program can set back, and its hash is computed again.
+    An export remembers the state of a file before it reads it, see `remember`. A file that was written, replaced or linked
+    after that has another time of change, which no program can set back, and its hash is computed again.
     """
     with suppress(OSError):
-        remembered = _remembered(path)
-        if remembered is not None:
-            return remembered
-        listed = _of_blob(path) if path.is_symlink() else _of_manifest(path)
-        return None if listed is None else KnownFile(listed)
+        return _remembered(path)
     return None
 
 
@@ -65,7 +60,7 @@ def settled_state(path: Path) -> State | None:
     Only POSIX systems have a time of change that no program can set.
     """
     status = path.stat()
-    if os.name != "posix" or time.time_ns() - _changed(path) < SETTLED * 10**9:
+    if os.name != "posix" or time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED * 10**9:
         return None
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -97,35 +92,3 @@ def _store() -> JsonStore:
 
 def _name(path: Path) -> str:
     return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
-
-
-# --- What others wrote down
-
-
-def _of_blob(link: Path) -> str | None:
-    blob = Path(os.path.realpath(link))
-    in_cache = blob.parent.name == "blobs" and blob.parent.parent.name.startswith("models--")
-    if not in_cache or not re.fullmatch("[0-9a-f]{64}", blob.name):  # small files are named by the sha1 of git
-        return None
-    return blob.name if _changed(blob) <= link.lstat().st_mtime_ns else None
-
-
-def _of_manifest(path: Path) -> str | None:
-    record = path.parent / MANIFEST
-    if record.is_symlink() or not record.is_file() or _changed(path) > record.stat().st_mtime_ns:
-        return None
-    status = record.stat()
-    return _listed(path.parent, status.st_ino, status.st_mtime_ns, status.st_size).get(path.name)
-
-
-@lru_cache(maxsize=8)
-def _listed(folder: Path, *_state: int) -> dict[str, str]:
-    try:
-        return read_manifest(folder)[1]
-    except RepeditError:
-        return {}
-
-
-def _changed(path: Path) -> int:
-    status = path.stat()
-    return max(status.st_mtime_ns, status.st_ctime_ns)

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from repedit.errors import ArgumentError, CheckpointError, NotFound, RepeditError, TargetExists
-from repedit.io.files import ABSENT, file_hash, user_path
+from repedit.io.files import ABSENT, cached_hash, file_hash, user_path
 from repedit.io.text import read_json
 
 MANIFEST, CARD = "repedit.json", "README.md"
@@ -32,7 +32,6 @@ _STAGED = ("checkpoint", "adapter", "unedited", "finished.jsonl", _DISCARDED, _M
 """What repedit writes in a staging folder; anything else in it belongs to somebody else and stays."""
 _KINDS = {stat.S_IFREG: "a file", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
-_hashes: dict[tuple[int, ...], str] = {}
 
 
 # --- Before work begins
@@ -187,8 +186,7 @@ def reason_to_keep(folder: Path) -> str | None:
     changed = [
         name
         for name, status in present.items()
-        if name in expected
-        and (not stat.S_ISREG(status.st_mode) or _cached_hash(folder / name, status) != expected[name])
+        if name in expected and (not stat.S_ISREG(status.st_mode) or cached_hash(folder / name) != expected[name])
     ]
     return f"files were changed since they were exported: {_listing(changed)}" if changed else None
 
@@ -353,14 +351,6 @@ def _kind_of(path: Path) -> str | None:
 
 def _same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
-
-
-def _cached_hash(path: Path, status: os.stat_result) -> str:
-    """sha256 of a file, computed once for each state of it."""
-    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if key not in _hashes:
-        _hashes[key] = file_hash(path)
-    return _hashes[key]
 
 
 def _listing(names: list[str]) -> str:

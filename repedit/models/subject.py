@@ -57,6 +57,11 @@ from repedit.sites import Point, Site, select
 log = logging.getLogger("repedit")
 _loaded_state: weakref.WeakKeyDictionary[nn.Module, tuple[Any, FileStates]] = weakref.WeakKeyDictionary()
 """The state of the weights and of the files when a model was read."""
+CHANGED_FILES = (
+    "since the model was loaded",
+    "load the model again to use the new files, or use the weights in memory: repedit.wrap(model.model, model.tokenizer)",
+)
+"""What an error says of files that changed: since when, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -266,17 +271,26 @@ class Subject:
     def unchanged_files(self) -> Path | None:
         """`source` while the weights in memory are those that were read from its files; None once one has changed.
 
+        Whether `touched_files` hold other values is not looked at.
+
         Raises:
             CheckpointError: if the weights are unchanged and the files are not.
         """
         weights, files = _loaded_state.get(self.model, (None, {}))
         if self.source is None or weights != state(self.model):
             return None
-        check_unchanged(
-            self.source, files, "since the model was loaded",
-            "load the model again to use the new files, or use the weights in memory: repedit.wrap(model.model, model.tokenizer)",
-        )  # fmt: skip
+        check_unchanged(self.source, files, *CHANGED_FILES, touched=self.touched_files())
         return self.source
+
+    def touched_files(self) -> frozenset[str]:
+        """Files of weights of which nothing but the time of change differs since the model was loaded.
+
+        Their permissions or links changed, or they were written and their time of modification was set back.
+        """
+        _, files = _loaded_state.get(self.model, (None, {}))
+        now = file_states(self.source) if self.source is not None and self.source.is_dir() else {}
+        same = {name: (files[name], now[name]) for name in files if name in now and name.endswith(".safetensors")}
+        return frozenset(name for name, (old, new) in same.items() if old != new and old[:-1] == new[:-1])
 
     def need_tokenizer(self) -> Any:
         """The tokenizer.

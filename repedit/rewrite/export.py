@@ -23,7 +23,7 @@ from repedit.arch import Architecture, Specs, match_layout
 from repedit.arch.storage import StoredSpecs
 from repedit.distributed import usable_cores
 from repedit.edit import Edit
-from repedit.errors import ArgumentError, NoOpEdit, NotSliceable, NotSlimmable, is_whole
+from repedit.errors import ArgumentError, CheckpointError, NoOpEdit, NotSliceable, NotSlimmable, is_whole
 from repedit.escaping import for_terminal
 from repedit.io.checkpoint import INDEX, FileStates, Shards, check_unchanged, file_states, open_shards
 from repedit.io.files import can_hard_link, file_hash, sharing_between
@@ -34,7 +34,7 @@ from repedit.lower import Change, EditOrDelta, check_model, lower
 from repedit.models.dequantization import forget_conversions
 from repedit.models.loading import auto_class, changed_json, check_finite_weights, read_config
 from repedit.models.modifications import check_unmodified
-from repedit.models.subject import Origin, Subject
+from repedit.models.subject import CHANGED_FILES, Origin, Subject
 from repedit.plan import LoweringOptions, Plan
 from repedit.rewrite.apply import check_editable, no_op_message
 from repedit.rewrite.checkpoint_architecture import (
@@ -144,6 +144,8 @@ def export(
     row = source.architecture if isinstance(source, Subject) else None
     stored = None if files is None else _plan_checkpoint(files, plan_for, row)
     _check_model(change, source, stored, any_model=options.get("any_model", False))
+    if isinstance(source, Subject) and stored is not None:
+        _check_touched(source, stored)
     key = "" if stored is None else job(stored.plan, stored.shards, new_dtype, link)
     with staging_folder(out, key, overwrite=overwrite) as staging:
         checkpoint = stored or _plan_checkpoint(_save_in_memory(source, staging, max_shard_size), plan_for, row)
@@ -345,6 +347,22 @@ def _check_model(change: Change, source: Subject | str | Path, stored: _Checkpoi
         check_model(change, source.value, any_model=any_model)
     elif stored is not None:
         check_model(change, lambda name: stored.used.read(name, stored.shards.read), any_model=any_model)
+
+
+def _check_touched(source: Subject, stored: _Checkpoint) -> None:
+    """Refuse files whose time of change alone differs since the model was loaded, if they hold other values than the model.
+
+    Raises:
+        CheckpointError: naming the files.
+    """
+    touched, shards, used = source.touched_files(), stored.shards, stored.used
+    for name, entry in used.stored.items() if touched else ():
+        files = {shards.entries[part].file for part in entry.names} & touched
+        value, stored_value = source.value(name), used.read(name, shards.read)
+        if files and stored_value is not None and not torch.equal(stored_value.to(value), value):
+            raise CheckpointError(
+                f"files of {shards.directory} changed {CHANGED_FILES[0]}: {', '.join(sorted(files))}; {CHANGED_FILES[1]}"
+            )
 
 
 def _save_in_memory(subject: Subject | str | Path, staging: Path, max_shard_size: int | str) -> Path:

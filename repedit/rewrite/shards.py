@@ -22,7 +22,7 @@ from repedit.distributed import completed
 from repedit.errors import CheckpointError
 from repedit.hashing import byte_hash, package_versions
 from repedit.io.checkpoint import INDEX, SINGLE, Shards
-from repedit.io.files import file_hash
+from repedit.io.files import file_hash, file_state
 from repedit.io.store import JsonLog
 from repedit.plan import Plan, cast_tensor
 from repedit.rewrite.certificate import TensorCertificate
@@ -171,8 +171,7 @@ def job(plan: Plan, shards: Shards, dtype: torch.dtype | None, link: bool) -> st
     digest = hashlib.sha256(repr(sorted(_TYPES)).encode())  # of another version, whose journal has other fields
     _feed(digest.update, plan, {})
     for file in shards.files:
-        stat = (shards.directory / file).stat()
-        digest.update(os.fsencode(file) + f" {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode())
+        digest.update(os.fsencode(file) + f" {file_state(shards.directory / file)}".encode())
     digest.update(os.fsencode(shards.directory.resolve()))
     digest.update(f"{dtype} {link} {[*package_versions(*PACKAGES).values()]}".encode())
     return digest.hexdigest()[:16]
