@@ -34,6 +34,7 @@ from repedit.auditing.attacks.unhook import strip
 from repedit.auditing.controls import taught
 from repedit.data import Fact, Splits
 from repedit.data.encoding import prompt_ids
+from repedit.data.fact_sets import entity_of
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, OverlapError, UnknownName
 from repedit.metrics import facts as probability
@@ -264,6 +265,51 @@ def test_a_phrasing_that_begins_with_the_entity_is_preferred_to_one_that_is_made
     assert data.entity_first(fact, once=False) == "Gold: The symbol for gold is"
     country = replace(fact, entity="Gambia", prompt="The Gambia's capital is", paraphrases=())
     assert data.entity_first(country, once=True) == "Gambia: Its capital is"
+
+
+@pytest.mark.parametrize(
+    ("entity", "prompt", "first"),
+    [
+        ("日本", "日本の首都は", "日本の首都は"),
+        ("Peru", "Peru\u2019s capital, in Peru, is", "Peru\u2019s capital, in Peru, is"),
+        ("Peru", "The capital, Peru\u2019s, is", "Peru: The capital, its, is"),
+        ("Netherlands", "The Netherlands' capital is", "Netherlands: Its capital is"),
+        ("New York", "The capital of New\nYork is", "New York: The capital of it is"),
+        ("C++ (new)", "The year of C++ (new) is", "C++ (new): The year of it is"),
+    ],
+)
+def test_the_entity_is_found_however_it_is_written(entity, prompt, first):
+    facts = tuple(
+        Fact(id=i, entity=e, prompt=p, answer=i) for i, e, p in (("x", entity, prompt), ("y", "Q", "Of Q is"))
+    )
+    assert data.entity_first(facts[0], once=True) == first
+    asked = data.reverse_questions(facts)[0]
+    assert asked.answer == entity and not data.mentions(asked.prompt, entity)
+
+
+def check_one_right_choice(questions, facts):
+    """The law: of the choices of a reverse question, one entity has the answer that it gives."""
+    right = {(entity_of(f), f.answer) for f in facts}
+    for asked, fact in zip(questions, facts, strict=True):
+        names = [entity_of(replace(fact, entity=name)) for name in asked.choices]
+        assert [(name, fact.answer) in right for name in names].count(True) == 1 and len({*names}) == len(names)
+
+
+def with_several_facts():
+    """Facts of which several are about one entity, whose name they write in several ways."""
+    rows = ("Germany: German", "Switzerland: German", "switzerland: French", "France: French", "Mali: Bambara", "MALI: French")  # fmt: skip
+    pairs = [row.split(": ") for row in rows]
+    return tuple(Fact(id=str(i), entity=e, prompt=f"A language of {e} is", answer=a) for i, (e, a) in enumerate(pairs))
+
+
+def test_no_wrong_choice_of_a_reverse_question_is_right():
+    check_one_right_choice(data.reverse_questions(with_several_facts()), with_several_facts())
+
+
+def test_wrong_choices_by_their_own_fact_alone_are_caught(monkeypatch):
+    monkeypatch.setattr(data, "entity_of", lambda fact: fact.id)
+    with pytest.raises(AssertionError):
+        check_one_right_choice(data.reverse_questions(with_several_facts()), with_several_facts())
 
 
 def check_reverse(asked: dict[str, tuple[Fact, ...]], plain: tuple[Fact, ...]) -> None:

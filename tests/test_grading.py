@@ -3,10 +3,12 @@
 # CharTokenizer of many scripts are the subject of this file.
 # ruff: noqa: RUF001
 
+import re
+
 import pytest
 
 from repedit.data import Fact, Facts, with_choices
-from repedit.data.grading import contains_answer, normalized, spelled
+from repedit.data.grading import contains_answer, mentions, normalized, spelled
 from repedit.errors import DataError
 
 # (text, answer, whether the text gives it): Japanese and English symbols first, then language by language.
@@ -258,3 +260,36 @@ def test_one_prompt_has_one_answer():
 def test_what_is_no_text_is_refused_by_its_fact(changes, message):
     with pytest.raises(DataError, match=f"'it'.*{message}"):
         Fact(**{"id": "it", "prompt": "Italy's capital is", "answer": "Rome"} | changes)
+
+
+# --- Where a text names something
+
+
+MENTIONS = [
+    ("The capital of france is", "France", ["france"]), ("Nigeria and Niger", "Niger", ["Niger"]),
+    ("Mali, in Mali", "Mali", ["Mali", "Mali"]), ("C++ and C", "C", ["C", "C"]), ("a.b*c, axbc", "a.b*c", ["a.b*c"]),
+    ("in New\n York", "New York", ["New\n York"]), ("in Co\u0302te d\u2019Ivoire", "C\u00f4te d'Ivoire", ["Co\u0302te d\u2019Ivoire"]),
+    ("Co\u0302te", "Co", []), ("Guinea\u2013Bissau", "Guinea-Bissau", ["Guinea\u2013Bissau"]), ("_x_", "x", []),
+    ("日本の首都は", "日本", ["日本"]), ("フランスパンの", "フランス", []), ("フランスの首都", "フランス", ["フランス"]), ("กรุงเทพคือ", "กรุงเทพ", ["กรุงเทพ"]),
+    ("프랑스의 수도는", "프랑스", ["프랑스"]), ("프랑스어는", "프랑스", []), ("עיר בצרפת היא", "צרפת", ["צרפת"]), ("وفرنسا هي", "فرنسا", ["فرنسا"]),
+    ("x", "", []), ("x", " ", []), ("", "x", []),
+]  # fmt: skip
+
+
+def names_are_found(found):
+    """The law: a name is found however it is written, and nowhere else."""
+    for text, name, expected in MENTIONS:
+        assert [text[start:end] for start, end in found(text, name)] == expected, (text, name)
+
+
+def test_a_name_is_found_however_it_is_written():
+    names_are_found(mentions)
+
+
+def test_names_by_letters_alone_are_caught():
+    with pytest.raises(AssertionError):
+        names_are_found(
+            lambda text, name: [
+                m.span() for m in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) if name
+            ]
+        )

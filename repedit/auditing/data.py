@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 from repedit.data import DOMAINS, Batches, Fact, Facts, Splits, TextSource, as_batches, by_domain, prose, with_choices
 from repedit.data.fact_sets import builtin_domain, entity_of, fact_items, seeded_order
-from repedit.data.grading import contains_answer, normalized
+from repedit.data.grading import contains_answer, mentions, normalized
 from repedit.errors import ArgumentError, DataError, NotEnoughRows, OverlapError
 
 # --- The facts of an audit: T, V and retain, without near-duplicates
@@ -285,15 +285,26 @@ def spread(items: Sequence[Fact], most: int, seed: int) -> tuple[Fact, ...]:
 # --- The entity in a prompt
 
 
-def _entity_pattern(entity: str) -> str:
-    """An entity as a whole word; group 1 is an article before it."""
-    return rf"(?<!\w)(the )?{re.escape(entity)}(?!\w)"
+class Mention(NamedTuple):
+    """Where a text names the entity of a fact, in characters."""
+
+    start: int
+    end: int
+    article: int
+    """Where an article before it begins, or `start`."""
 
 
-def entity_mention(fact: Fact, text: str) -> re.Match[str] | None:
-    """Where a text names the entity of a fact, as a whole word; group 1 is an article before it. None if it does not."""
-    entity = fact.entity.strip()
-    return re.search(_entity_pattern(entity), text, re.IGNORECASE) if entity else None
+def entity_mention(fact: Fact, text: str) -> Mention | None:
+    """The first place where a text names the entity of a fact, as a whole word; None if it does not."""
+    return next(iter(_entity_mentions(fact, text)), None)
+
+
+def _entity_mentions(fact: Fact, text: str) -> list[Mention]:
+    spans = mentions(text, fact.entity)
+    articles = [re.search(r"(?<!\w)the $", text[:start], re.IGNORECASE) for start, _ in spans]
+    return [
+        Mention(*span, span[0] if word is None else word.start()) for span, word in zip(spans, articles, strict=True)
+    ]
 
 
 def entity_first(fact: Fact, *, once: bool) -> str:
@@ -306,14 +317,15 @@ def entity_first(fact: Fact, *, once: bool) -> str:
     first = entity[:1].upper() + entity[1:] if entity.islower() else entity
     if not once:
         return f"{first}: {fact.prompt}"
-    own = next(
-        (p for p in fact.prompts if (named := entity_mention(fact, p)) and not named.start() and not named[1]), None
-    )
+    own = next((p for p in fact.prompts if (named := entity_mention(fact, p)) is not None and not named.start), None)
     if own is not None:
         return own
-    pattern = re.compile(_entity_pattern(entity) + "('s)?", re.IGNORECASE)
-    pronoun = pattern.sub(lambda m: ("it" if m.start() else "It") + ("s" if m[2] else ""), fact.prompt)
-    return f"{first}: {pronoun}"
+    text = fact.prompt
+    for _, end, article in reversed(_entity_mentions(fact, text)):
+        possessive = re.compile(r"['\u2019](s\b|(?<=s.)(?= ))").match(text, end)
+        pronoun = ("it" if article else "It") + ("" if possessive is None else "s")
+        text = text[:article] + pronoun + text[end if possessive is None else possessive.end() :]
+    return f"{first}: {text}"
 
 
 # --- Reverse questions: the answer is given and the entity is asked for
@@ -341,14 +353,15 @@ def reversed_facts(items: Sequence[Fact], seed: int = 0) -> tuple[Fact, ...]:
     has no reverse question. The wrong choices are entities with other answers.
     """
     asked = [(fact, pair) for fact in items if (pair := _reverse(fact)) is not None]
+    right = {(f.domain, entity_of(f), normalized(f.answer)) for f, _ in asked}
     reverse = []
     for fact, (prompt, entity) in asked:
-        pool = {
-            name: None
-            for other, (_, name) in asked
-            if other.domain == fact.domain and normalized(other.answer) != normalized(fact.answer) and name != entity
-        }
-        wrong = seeded_order(pool, f"{seed}:{fact.id}")[:7]
+        pool: dict[str, str] = {}  # a name of each entity
+        for other, (_, name) in asked:
+            known = (fact.domain, entity_of(other), normalized(fact.answer)) in right
+            if other.domain == fact.domain and not known:
+                pool.setdefault(entity_of(other), name)
+        wrong = seeded_order(dict.fromkeys(pool.values()), f"{seed}:{fact.id}")[:7]
         choices = seeded_order((entity, *wrong), f"{seed}:order:{fact.id}") if wrong else ()
         reverse.append(
             replace(
@@ -370,8 +383,10 @@ def _reverse(fact: Fact) -> tuple[str, str] | None:
     if named is None:
         return None
     if fact.domain in REVERSED and fact.id.startswith(f"{fact.domain}/"):
-        return REVERSED[fact.domain].format(fact.answer), f"the {entity}" if named[1] else entity
-    blank = f"{fact.prompt[: named.start(0) + len(named[1] or '')]}___{fact.prompt[named.end() :]}"
+        return REVERSED[fact.domain].format(fact.answer), f"the {entity}" if named.article < named.start else entity
+    blank = fact.prompt.rstrip()
+    for start, end, _ in reversed(_entity_mentions(fact, blank)):
+        blank = f"{blank[:start]}___{blank[end:]}"
     return _BLANK.format(blank, fact.answer), entity
 
 

@@ -18,7 +18,7 @@ from repedit.auditing.attack import Attack, AttackRecord, AttackResult, Work, as
 from repedit.auditing.report import RETAIN_CHECK
 from repedit.data import Batches, Fact, Facts, Splits, by_domain, entity_of
 from repedit.data.encoding import common_prefix
-from repedit.data.grading import normalized
+from repedit.data.grading import mentions, normalized
 from repedit.errors import ArgumentError, DataError, NotEnoughRows
 from repedit.hooks import evaluating
 from repedit.metrics.facts import FactsAccuracy
@@ -246,22 +246,20 @@ def _renamed(fact: Fact, name: str, identifier: str) -> Fact:
 def _with_name(text: str, fact: Fact, name: str) -> str:
     """The text with the name wherever the entity stood, capitalised where that was."""
     entity = fact.entity.strip()
-    pattern = rf"(?<!\w){re.escape(entity)}(?!\w)"
-    if entity == fact.id and not re.search(
-        pattern, fact.prompt, re.IGNORECASE
-    ):  # the id stands for an entity not given
+    if entity == fact.id and not mentions(fact.prompt, entity):  # the id stands for an entity not given
         raise DataError(
             f"fact {fact.id!r} names no entity, so no fresh fact can be made like it; give its row the field 'entity', written "
             "as in the prompt, or do without the fresh floor"
         )
-    if not entity or not re.search(pattern, text, re.IGNORECASE):
+    spans = mentions(text, entity)
+    if not spans:
         raise DataError(
             f"fact {fact.id!r}: the entity {fact.entity!r} does not stand in {text!r}, so no fresh fact can be made like "
             "it; name the entity as the prompt does, or do without the fresh floor"
         )
-    return re.sub(
-        pattern, lambda match: name[:1].upper() + name[1:] if match[0][0].isupper() else name, text, flags=re.IGNORECASE
-    )
+    for start, end in reversed(spans):
+        text = text[:start] + (name[:1].upper() + name[1:] if text[start].isupper() else name) + text[end:]
+    return text
 
 
 def _names(rng: random.Random, taken: set[str]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from itertools import chain
 from operator import methodcaller
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from repedit.data.grading import SPACELESS
+from repedit.data.grading import SPACELESS, mentions
 from repedit.errors import ArgumentError, DataError
 from repedit.io.text import check_text
 
@@ -203,8 +203,7 @@ def entity_span(tokenizer: Tokenizer, prompt: str, entity: str) -> tuple[int, in
 
 def mention(prompt: str, entity: str) -> tuple[int, int] | None:
     """Where the entity's last mention in the prompt begins and ends, in characters; None without one."""
-    mentions = list(re.finditer(rf"(?<!\w){re.escape(entity)}(?!\w)", prompt, re.IGNORECASE)) if entity else []
-    return mentions[-1].span() if mentions else None
+    return next(reversed(mentions(prompt, entity)), None)
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:

@@ -81,6 +81,17 @@ def contains_answer(text: str, answer: str, others: Iterable[str] = ()) -> bool:
     )
 
 
+def mentions(text: str, name: str) -> list[tuple[int, int]]:
+    """Where a text holds a name as separate words: (start, end) of every mention, in characters and from left to right.
+
+    Case, white space, the composition of accents and the forms of apostrophes and hyphens do not matter. In scripts without
+    spaces a name matches anywhere; Korean particles and Arabic and Hebrew prefixes may be attached, see `contains_answer`.
+    """
+    pattern = _name_pattern(name)
+    spans = [match.span() for match in pattern.finditer(text)] if pattern is not None else []
+    return [(start, end) for start, end in spans if _apart_before(text, start) and _apart_after(text, end)]
+
+
 def normalized(text: str) -> str:
     """The form in which answers and entities are compared: lower case, with one space between words and symbols."""
     return " ".join(canonical(text).replace("'", " ").split())
@@ -219,6 +230,48 @@ def _spans(text: str, answer: str) -> list[tuple[int, int]]:
     return [
         (i, end) for i, end in spans if not inside & {i, end} and _begins(text, kinds, i) and _ends(text, kinds, i, end)
     ]
+
+
+@lru_cache(maxsize=4096)
+def _name_pattern(name: str) -> re.Pattern[str] | None:
+    """A regular expression for a name in any case, composition and spacing; None for a blank name."""
+    words = ["".join(map(_spellings, unicodedata.normalize("NFC", word))) for word in name.split()]
+    return re.compile(r"\s+".join(words), re.IGNORECASE) if words else None
+
+
+def _spellings(c: str) -> str:
+    """A regular expression for a character: itself, its decomposition, and the other forms of an apostrophe or a hyphen."""
+    plain = _SAME.get(ord(c)) or c
+    forms = [chr(code) for code, same in _SAME.items() if same == plain] if plain in "'-" else []
+    return f"(?:{'|'.join(map(re.escape, dict.fromkeys((c, unicodedata.normalize('NFD', c), plain, *forms))))})"
+
+
+def _apart_before(text: str, i: int) -> bool:
+    """Whether a name that begins at i is a word of its own: the characters before it belong to another one."""
+    first, kind = _kind(text[i]), _kind(text[i - 1]) if i else " "
+    if first == "j":
+        return not i or text[i - 1] not in _LEADING_VOWELS
+    if first == "k" or kind not in _WORD:
+        return kind != first or kind != "k"
+    if first in "rb" and kind == first:
+        prefix = re.split(r"\W", text[:i])[-1]
+        return bool((_ARABIC if first == "r" else _HEBREW).fullmatch(prefix))
+    return False
+
+
+def _apart_after(text: str, i: int) -> bool:
+    """Whether a name that ends before i is a word of its own: the characters from there on belong to another one."""
+    last, kind = _kind(text[i - 1]), _kind(text[i]) if i < len(text) else " "
+    if kind == "m":
+        return False
+    if last == "j":
+        return text[i + 1 : i + 2] != "\u103a"
+    if last == "k" or kind not in _WORD:
+        return kind != last or kind != "k"
+    if kind == "h" and last != "h":
+        return True
+    run = re.match(r"\w+", text[i:])
+    return kind == "h" and bool(run and _PARTICLES.fullmatch(run[0]))
 
 
 def _contains_symbols(text: str, answer: str) -> bool:

@@ -144,8 +144,6 @@ def export(
     row = source.architecture if isinstance(source, Subject) else None
     stored = None if files is None else _plan_checkpoint(files, plan_for, row)
     _check_model(change, source, stored, any_model=options.get("any_model", False))
-    if isinstance(source, Subject) and stored is not None:
-        _check_touched(source, stored)
     key = "" if stored is None else job(stored.plan, stored.shards, new_dtype, link)
     with staging_folder(out, key, overwrite=overwrite) as staging:
         checkpoint = stored or _plan_checkpoint(_save_in_memory(source, staging, max_shard_size), plan_for, row)
@@ -338,13 +336,15 @@ def _plan_checkpoint(directory: Path, plan_for: PlanFunction, architecture: Arch
 
 
 def _check_model(change: Change, source: Subject | str | Path, stored: _Checkpoint | None, *, any_model: bool) -> None:
-    """Refuse a change that was made for another model.
+    """Refuse a change that was made for another model, and files that do not hold the model any more.
 
     Raises:
-        FingerprintError: naming the tensor.
+        FingerprintError: naming the tensor. CheckpointError: naming the files.
     """
     if isinstance(source, Subject):
         check_model(change, source.value, any_model=any_model)
+        if stored is not None:
+            _check_touched(source, stored)
     elif stored is not None:
         check_model(change, lambda name: stored.used.read(name, stored.shards.read), any_model=any_model)
 
