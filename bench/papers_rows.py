@@ -367,13 +367,18 @@ def semeval(results: Results) -> Row:
                   "over-forgotten model gets 0.389", not broken or broken[worst] < 0.389),
         ),
         _lume_setting(results),
-        "; ".join(f"{name} {value:.3f}" for name, value in finals.items()),
-        "; ".join(f"{name}: {verdicts(r['verdict'] for r in rows)}" for name, rows in found.items() if name != "taught")
+        "; ".join(f"{_as_code(name)} {value:.3f}" for name, value in finals.items()),
+        "; ".join(f"{_as_code(name)}: {verdicts(r['verdict'] for r in rows)}" for name, rows in found.items() if name != "taught")
         + " (the verdict on the metrics; no attack)",
         ("The list of the paper's variants is not public; the five here are reconstructions, and labelled so.",
          "The aggregate rewards collapse, so it is never printed without its parts and a verdict."),
         "![The three parts of the aggregate, published and measured](../figures/lume.png)",
     )  # fmt: skip
+
+
+def _as_code(name: str) -> str:
+    """The name of a recipe as code, which a page may break anywhere; other names as they are."""
+    return f"`{name}`" if "_" in name else name
 
 
 def _lume_setting(results: Results) -> str:

@@ -158,7 +158,7 @@ class Edit:
             f"sink neurons pruned at {site}: {pruned}" for site, pruned in self.provenance.get("sinks", {}).items()
         ]
         provenance = {key: value for key, value in self.provenance.items() if key not in ("parents", "weights")}
-        return "\n".join([*lines, f"made by: {json.dumps(provenance)}"])
+        return "\n".join([*lines, f"made by: {json.dumps(provenance) if provenance else 'not recorded'}"])
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with tensors "<site>/<number>/u|v|center|scale|shift" and the provenance in its header."""

@@ -19,7 +19,15 @@ from repedit.auditing.controls import CONTROLS, edited
 from repedit.auditing.selftest import Checked, SelfTest, selftest
 from repedit.auditing.store import save_selftest, selftest_failures
 from repedit.cli import app
-from repedit.errors import ArgumentError, DataError, OverlapError, ProcessFailed, RepeditError, UnknownName
+from repedit.errors import (
+    ArgumentError,
+    DataError,
+    NotEnoughRows,
+    OverlapError,
+    ProcessFailed,
+    RepeditError,
+    UnknownName,
+)
 from tests.taught_models import facts, kept_model, original, reference, world
 
 FEW = 40
@@ -140,6 +148,11 @@ def test_a_dry_run_attacks_nothing_and_says_what_it_would_cost(files):
     cost = estimate(original(), facts(), attacks=("direct", "rtt", "quantize"))
     assert cost["attacks"]["rtt"]["steps"] == 2 * 3 * 40 and cost["attacks"]["quantize"]["questions"] == 4 * 160
     assert cost["minutes"] == pytest.approx(sum(c["seconds"] for c in cost["attacks"].values()) / 60)
+
+
+def test_a_dry_run_refuses_facts_that_the_audit_would_refuse():
+    with pytest.raises(NotEnoughRows, match=r"T has 6 entities.*about 16 entities or more"):
+        estimate(original(), facts().forget[:12])
 
 
 def test_attributes_come_from_a_file_and_are_refused_where_they_give_the_facts_away(files, tmp_path):

@@ -78,6 +78,10 @@ def test_the_same_model_in_another_dtype_or_loaded_again_is_not_refused(tmp_path
         rp.export(edit, tmp_path / "half", tmp_path / dtype)
 
 
+def test_an_edit_made_by_hand_says_that_its_making_is_not_recorded():
+    assert rp.Edit({}).describe() == "made by: not recorded"
+
+
 def test_an_edit_says_for_which_model_it_was_made_after_a_round_trip(tmp_path):
     edit = pruned(subject())
     edit.save(tmp_path / "edit.safetensors")

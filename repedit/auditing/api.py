@@ -25,7 +25,6 @@ from repedit.auditing.statistics import check_draws
 from repedit.auditing.store import FindingStore
 from repedit.auditing.verdict import certain, check_thresholds
 from repedit.data import Fact, Facts, Splits, TextSource, prose
-from repedit.data.fact_sets import fact_items
 from repedit.errors import (
     ArgumentError,
     BadReference,
@@ -306,11 +305,14 @@ def estimate(
     """Seconds of every attack of a budget over all models and seeds, from 24 questions and 3 training steps.
 
     Raises:
-        UnknownName: if there is no such budget or attack.
+        UnknownName: if there is no such budget or attack. DataError, NotEnoughRows, OverlapError: as the audit would,
+            if it cannot divide these facts into halves.
     """
-    items = fact_items(facts)
+    names = planned(budget, attacks)
+    halved: DataOptions = {"unrelated": None, "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0}
+    items = audit_data(facts, None, most=RETAIN_FACTS[budget], **halved).forget
     model = Audited("edited", edited, device)
-    attacks_built = built(planned(budget, attacks), Setup(budget, model.layers))
+    attacks_built = built(names, Setup(budget, model.layers))
     # Edited and original are asked, and the edited model again with invented facts; training on attributes is repeated.
     invented = min(1.0, INVENTED_FACTS[budget] / len(items))
     costs = {}

@@ -113,7 +113,7 @@ def audit_data(
         raise ArgumentError(f"folds={folds}; give 2 to test every fact once, or 1")
     forget = fact_items(facts)
     if not forget:
-        raise DataError("there are no facts to audit; give at least 16, of 16 entities")
+        raise DataError(f"there are no facts to audit; give at least {2 * ENTITIES}, of as many entities")
     retained, text, notes = _retained(forget, facts, retain)
     both = _with_choices((*forget, *retained), seed)
     forget, retained = both[: len(forget)], _sampled(both[len(forget) :], most, seed)
@@ -198,7 +198,10 @@ def _check_sides(part: Splits) -> None:
     for name, side in (("T", part.train), ("V", part.test)):
         count = len({entity_of(fact) for fact in side})
         if count < ENTITIES:
-            raise NotEnoughRows(f"{name} has {count} entities; an audit needs at least {ENTITIES} on each side")
+            raise NotEnoughRows(
+                f"{name} has {count} entities; an audit needs at least {ENTITIES} on each side; "
+                f"give facts to forget about {2 * ENTITIES} entities or more"
+            )
     pairs = _near_duplicates(part.train, part.test)
     if pairs:
         raise OverlapError(f"{len(pairs)} near-duplicates straddle T and V, such as {pairs[:5]}; keep one of each pair")

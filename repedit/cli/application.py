@@ -235,36 +235,48 @@ Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[
     Literal["auto", "float64", "float32", "bfloat16", "float16"],
-    typer.Option(help="Of the weights; auto keeps that of the checkpoint."),
+    typer.Option(help="Data type of the weights; auto keeps that of the checkpoint."),
 ]
 Dequantize = Annotated[
     bool,
     typer.Option("--dequantize", help="Turn quantised weights (fp8, MXFP4, ...) into ordinary ones, to edit them."),
 ]
 BatchSize = Annotated[int, typer.Option(help="Chunks of text in one forward pass.")]
-LimitTokens = Annotated[int, typer.Option(help="Counted tokens to collect, and to evaluate, on each set.")]
+LimitTokens = Annotated[
+    int, typer.Option(help="Tokens of each text that are read, without padding and first positions.")
+]
 Text = Annotated[str, typer.Option(help="'code', 'prose', or a .txt, .jsonl or .parquet file.")]
 TextOrCollection = Annotated[
     str, typer.Option(help="'code', 'prose', a .txt, .jsonl or .parquet file, or a file of `repedit collect`.")
 ]
 Sites = Annotated[str, typer.Option(help="Where the neurons are: '*.mlp.neurons', '4-9.attn.neurons', ...")]
-Importance = Annotated[str, typer.Option(help="abs, rms, std, gxa, fisher, ...")]
-Combine = Annotated[str, typer.Option(help="difference, ratio, logratio, rank, setdiff.")]
+Importance = Annotated[str, typer.Option(help="How active a neuron is: abs (mean |z|), rms, std, gxa, fisher, ...")]
+Combine = Annotated[
+    str,
+    typer.Option(help="How the importances on both sets are compared: difference, ratio, logratio, rank or setdiff."),
+]
 Structure = Annotated[
     Literal["keep", "slim", "slice"],
-    typer.Option(help="slim removes pruned neurons from the tensors; slice narrows an erased residual stream."),
+    typer.Option(
+        help="keep: the original shapes; slim: pruned neurons are cut out of the tensors; slice: the erased residual stream becomes narrower."
+    ),
 ]
 Layout = Annotated[
     Literal["uniform", "ragged"],
-    typer.Option(help="Of slim: uniform widths, or ragged ones that only repedit.load reads."),
+    typer.Option(
+        help="Of slim. uniform: one width for all layers; ragged: a width for each layer, which only repedit.load reads."
+    ),
 ]
-Multiple = Annotated[int | None, typer.Option(help="New widths are multiples of this; 8 for slim, 1 for slice.")]
+Multiple = Annotated[
+    int | None,
+    typer.Option(help="Of slim and slice: new widths are multiples of this; by default 8 for slim and 1 for slice."),
+]
 EditOut = Annotated[Path, typer.Option(help="x.safetensors writes the edit, a directory the edited checkpoint.")]
 Budget = Annotated[
     Literal["quick", "fast", "standard", "full"],
     typer.Option(help="How many attacks, settings and seeds are tried; quick never passes."),
 ]
-PageOut = Annotated[Path | None, typer.Option(help="Also write a page without network requests (.html).")]
+PageOut = Annotated[Path | None, typer.Option(help="Also write the result as a page (.html), which needs no network.")]
 DryRun = Annotated[bool, typer.Option(help="Show the plan and write nothing.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing directory.")]
 

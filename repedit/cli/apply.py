@@ -27,7 +27,7 @@ def apply(
     ],
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Directory of the edited checkpoint.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Convert every tensor, to bfloat16 say.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Convert every tensor to this dtype, such as bfloat16.")] = None,
     dequantize: Dequantize = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -35,7 +35,7 @@ def apply(
     structure: Annotated[
         Literal["keep", "slim", "slice", "adapter"],
         typer.Option(
-            help="slim removes pruned neurons from the tensors; slice narrows an erased stream; adapter, a LoRA for PEFT."
+            help="keep: the original shapes; slim: pruned neurons are cut out of the tensors; slice: the erased residual stream becomes narrower; adapter: a LoRA for PEFT."
         ),
     ] = "keep",
     layout: Layout = "uniform",

@@ -26,34 +26,73 @@ Workers = Annotated[
 
 
 def audit(
-    edited: Annotated[str | None, typer.Argument(help="The edited checkpoint: directory or hub id.")] = None,
-    original: Annotated[str | None, typer.Option(help="The model that was edited.")] = None,
-    facts: Annotated[str | None, typer.Option(help="What should be gone: a built-in domain, or a .jsonl file.")] = None,
-    retain: Annotated[str | None, typer.Option(help="Facts that should be kept: a domain or a file.")] = None,
-    reference: Annotated[str | None, typer.Option(help="A model that never saw the facts.")] = None,
-    unrelated: Annotated[str | None, typer.Option(help="Text for harmless fine-tuning; the built-in prose.")] = None,
-    holdout: Annotated[str | None, typer.Option(help="Text that no model saw, for membership inference.")] = None,
-    attributes: Annotated[str | None, typer.Option(help="More facts about the entities to forget, to relink.")] = None,
+    edited: Annotated[
+        str | None, typer.Argument(help="The edited checkpoint: directory or hub id. Needed unless --selftest.")
+    ] = None,
+    original: Annotated[str | None, typer.Option(help="The model before the edit. Needed unless --selftest.")] = None,
+    facts: Annotated[
+        str | None,
+        typer.Option(
+            help="The facts that should be gone: a built-in domain such as capitals, or a .jsonl file. Needed unless --selftest."
+        ),
+    ] = None,
+    retain: Annotated[
+        str | None,
+        typer.Option(help="The facts that should be kept: a domain or a file; by default the retain rows of --facts."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="A model that never saw the facts; it makes the floor exact.")
+    ] = None,
+    unrelated: Annotated[
+        str | None,
+        typer.Option(help="Text for the attack that fine-tunes on something unrelated; by default the built-in prose."),
+    ] = None,
+    holdout: Annotated[
+        str | None, typer.Option(help="Text that neither model was trained on, for the membership attack.")
+    ] = None,
+    attributes: Annotated[
+        str | None, typer.Option(help="Other facts about the same entities, for the relinking attack.")
+    ] = None,
     budget: Budget = "fast",
     until: Annotated[
         Literal["verdict", "all"] | None,
         typer.Option(
-            help="verdict ends when no further attack can change the verdict; the default with quick and fast, else all."
+            help="verdict: stop when no further attack can change the verdict; all: run every attack. The default is verdict for quick and fast, else all."
         ),
     ] = None,
-    attacks: Annotated[str | None, typer.Option(help="Names of attacks, joined by commas.")] = None,
-    sites: Annotated[str | None, typer.Option(help="Where the edit is, if there is no repedit.json.")] = None,
-    folds: Annotated[int, typer.Option(help="2 tests every fact once; 1 only those of V.")] = 2,
+    attacks: Annotated[
+        str | None, typer.Option(help="Run only these attacks: names joined by commas, such as direct,paraphrase.")
+    ] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the edit is, such as '0-11.mlp.out'; by default what repedit.json in the checkpoint says."
+        ),
+    ] = None,
+    folds: Annotated[
+        int,
+        typer.Option(
+            help="2: train on each half of the facts and test on the other, so that every fact is tested; 1: test one part only, which is faster."
+        ),
+    ] = 2,
     seeds: Annotated[str | None, typer.Option(help="Seeds of the attacks, joined by commas.")] = None,
-    allow_small: Annotated[bool, typer.Option(help="Let fewer than 100 facts count.")] = False,
+    allow_small: Annotated[
+        bool, typer.Option(help="Give a verdict for fewer than 100 facts to forget as well.")
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of findings and pages; an interrupted audit is resumed there.")
+        Path | None,
+        typer.Option(help="Folder for the findings and the pages; give it again to resume an interrupted audit."),
     ] = None,
     hide_items: Annotated[bool, typer.Option(help="Leave the texts of the facts out of the pages.")] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Show what would be run and about how long it takes; attack nothing.")
     ] = False,
-    selftest: Annotated[bool, typer.Option(help="Audit models whose verdict is known, nothing else.")] = False,
+    selftest: Annotated[
+        bool,
+        typer.Option(
+            help="Instead, audit models whose verdict is known, to see whether the audit works on this machine."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the self-test.")] = 0,
     workers: Workers = None,
     device: Device = "auto",

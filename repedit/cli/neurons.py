@@ -47,14 +47,17 @@ def collect(
         typer.Option(help="activity, of neurons; moments (mean and covariance), of any site."),
     ] = "activity",
     gradients: Annotated[bool, typer.Option("--gradients", help="Also sum activation times gradient.")] = False,
-    limit_tokens: Annotated[int | None, typer.Option(help="Counted tokens; the whole text by default.")] = None,
+    limit_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens that are read, without padding and first positions; the whole text by default."),
+    ] = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
     dequantize: Dequantize = False,
     json: Json = False,
 ) -> None:
-    """Sum the statistics of a text at the sites, in one pass, for score and for your own analyses.
+    """Sum statistics of the activations on a text, in one pass, for `repedit score` and for your own analyses.
 
     Several processes share the text under torchrun --nproc-per-node N -m repedit collect ...
     """
@@ -121,10 +124,14 @@ def explore(
     scores: Annotated[Path, typer.Argument(help="A file of `repedit score`.")],
     out: Annotated[Path, typer.Option(help="The page to write (.html).")],
     model: Annotated[
-        str | None, typer.Option(help="The scored model; adds the texts that activate each neuron most.")
+        str | None,
+        typer.Option(
+            help="The model that was scored; with it, the page shows the texts that activate each neuron most."
+        ),
     ] = None,
     text: Annotated[
-        list[str] | None, typer.Option(help="A text to search for them; repeat for several. [default: code and prose]")
+        list[str] | None,
+        typer.Option(help="Where to look for those texts; repeat for several. [default: code and prose]"),
     ] = None,
     at_most: Annotated[
         int | None, typer.Option(help="Show only this many neurons, with the most extreme scores.")
@@ -206,7 +213,10 @@ def prune(
     combine: Combine = "difference",
     steps: Annotated[int, typer.Option(help="Prune in this many steps, collecting again before each.")] = 1,
     max_retain_drop: Annotated[
-        float | None, typer.Option(help="Largest drop on the retain set, per cent; exit 3 if exceeded at once.")
+        float | None,
+        typer.Option(
+            help="Largest drop on the retain set, per cent; with --steps the best step within it is kept. Exit 3 if none is."
+        ),
     ] = None,
     cap_per_layer: Annotated[float | None, typer.Option(help="Largest fraction of a layer to prune.")] = None,
     control: Annotated[int, typer.Option(help="Number of random controls to measure.")] = 0,

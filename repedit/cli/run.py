@@ -21,14 +21,20 @@ if TYPE_CHECKING:
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Directory of the first edited checkpoint; the second gets '-capitals'.")
+        Path,
+        typer.Option(
+            help="Directory of the checkpoint without code; that without capitals is written to the same name with '-capitals' added."
+        ),
     ] = Path("edited"),
     model: Annotated[str, typer.Option(help="Model to edit.")] = "smollm2-135m",
     limit_tokens: LimitTokens = 3000,
     act: Annotated[
-        Literal["both", "code", "capitals"], typer.Option(help="code prunes neurons, capitals projects hidden states.")
+        Literal["both", "code", "capitals"],
+        typer.Option(
+            help="code: prune the neurons of code; capitals: project the capitals off; both: one after the other."
+        ),
     ] = "code",
-    steps: Annotated[int, typer.Option(help="Training steps of the second act.")] = 30,
+    steps: Annotated[int, typer.Option(help="Training steps of the projection.")] = 30,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:

@@ -75,7 +75,10 @@ KeepRank = Annotated[
     int, typer.Option(help="Of overwrite with --target selective: directions of the values that stay.")
 ]
 Contexts = Annotated[
-    str, typer.Option(help="Of overwrite: texts that name the entities; of templates, wordings, prose, written.")
+    str,
+    typer.Option(
+        help="Of overwrite: which texts name the entities; any of templates, wordings, prose and written, joined by commas."
+    ),
 ]
 RetainText = Annotated[str, typer.Option(help="Of overwrite: running text to retain; 'prose', 'code' or a file.")]
 
@@ -89,7 +92,9 @@ def project(
     rank: Annotated[int, typer.Option(help="Directions removed at each site.")] = 8,
     method: Method = "mrp",
     steps: Annotated[int, typer.Option(help="Training steps of mrp.")] = 150,
-    previous: Annotated[Path | None, typer.Option(help="The edit of earlier tasks, which stay removed.")] = None,
+    previous: Annotated[
+        Path | None, typer.Option(help="The saved edit of earlier deletions, whose directions stay removed.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to resume it from.")] = None,
     layers: Layers = "0-1",
     target: Target = "mean",
