@@ -20,79 +20,89 @@ if TYPE_CHECKING:
     from repedit.data import Facts
 
 
+# --- The options of `audit`, in the order of its page of help
+
+
+Edited = Annotated[
+    str | None, typer.Argument(help="The edited checkpoint: directory or hub id. Needed unless --selftest.")
+]
+Original = Annotated[str | None, typer.Option(help="The model before the edit. Needed unless --selftest.")]
+FactsToForget = Annotated[
+    str | None,
+    typer.Option(
+        help="The facts that should be gone: a built-in domain such as capitals, or a .jsonl file. Needed unless --selftest."
+    ),
+]
+FactsToKeep = Annotated[
+    str | None,
+    typer.Option(
+        help="The facts that should be kept: a domain or a file; by default the retain rows of the file, or the other domains."
+    ),
+]
+Reference = Annotated[str | None, typer.Option(help="A model that never saw the facts; it makes the floor exact.")]
+Unrelated = Annotated[
+    str | None,
+    typer.Option(help="Text for the attack that fine-tunes on something unrelated; by default the built-in prose."),
+]
+Holdout = Annotated[str | None, typer.Option(help="Text that neither model was trained on, for the membership attack.")]
+Attributes = Annotated[str | None, typer.Option(help="Other facts about the same entities, for the relinking attack.")]
+Until = Annotated[
+    Literal["verdict", "all"] | None,
+    typer.Option(
+        help="verdict: stop when no further attack can change the verdict; all: run every attack. The default is verdict for quick and fast, else all."
+    ),
+]
+AttackNames = Annotated[
+    str | None, typer.Option(help="Run only these attacks: names joined by commas, such as direct,paraphrase.")
+]
+EditedSites = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the edit is, such as '0-11.mlp.out'; by default what repedit.json in the checkpoint says."
+    ),
+]
+Folds = Annotated[
+    int,
+    typer.Option(
+        help="2: train on each half of the facts and test on the other, so that every fact is tested; 1: test one half only, which is faster."
+    ),
+]
+AllowSmall = Annotated[bool, typer.Option(help="Give a verdict for fewer than 100 facts to forget as well.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the findings and the pages; give it again to resume an interrupted audit."),
+]
+SelftestOnly = Annotated[
+    bool,
+    typer.Option(help="Instead, audit models whose verdict is known, to see whether the audit works on this machine."),
+]
 Workers = Annotated[
     int | None, typer.Option(help="Processes of the self-test; by default one for each core.", show_default=False)
 ]
 
 
 def audit(
-    edited: Annotated[
-        str | None, typer.Argument(help="The edited checkpoint: directory or hub id. Needed unless --selftest.")
-    ] = None,
-    original: Annotated[str | None, typer.Option(help="The model before the edit. Needed unless --selftest.")] = None,
-    facts: Annotated[
-        str | None,
-        typer.Option(
-            help="The facts that should be gone: a built-in domain such as capitals, or a .jsonl file. Needed unless --selftest."
-        ),
-    ] = None,
-    retain: Annotated[
-        str | None,
-        typer.Option(help="The facts that should be kept: a domain or a file; by default the retain rows of --facts."),
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="A model that never saw the facts; it makes the floor exact.")
-    ] = None,
-    unrelated: Annotated[
-        str | None,
-        typer.Option(help="Text for the attack that fine-tunes on something unrelated; by default the built-in prose."),
-    ] = None,
-    holdout: Annotated[
-        str | None, typer.Option(help="Text that neither model was trained on, for the membership attack.")
-    ] = None,
-    attributes: Annotated[
-        str | None, typer.Option(help="Other facts about the same entities, for the relinking attack.")
-    ] = None,
+    edited: Edited = None,
+    original: Original = None,
+    facts: FactsToForget = None,
+    retain: FactsToKeep = None,
+    reference: Reference = None,
+    unrelated: Unrelated = None,
+    holdout: Holdout = None,
+    attributes: Attributes = None,
     budget: Budget = "fast",
-    until: Annotated[
-        Literal["verdict", "all"] | None,
-        typer.Option(
-            help="verdict: stop when no further attack can change the verdict; all: run every attack. The default is verdict for quick and fast, else all."
-        ),
-    ] = None,
-    attacks: Annotated[
-        str | None, typer.Option(help="Run only these attacks: names joined by commas, such as direct,paraphrase.")
-    ] = None,
-    sites: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the edit is, such as '0-11.mlp.out'; by default what repedit.json in the checkpoint says."
-        ),
-    ] = None,
-    folds: Annotated[
-        int,
-        typer.Option(
-            help="2: train on each half of the facts and test on the other, so that every fact is tested; 1: test one part only, which is faster."
-        ),
-    ] = 2,
+    until: Until = None,
+    attacks: AttackNames = None,
+    sites: EditedSites = None,
+    folds: Folds = 2,
     seeds: Annotated[str | None, typer.Option(help="Seeds of the attacks, joined by commas.")] = None,
-    allow_small: Annotated[
-        bool, typer.Option(help="Give a verdict for fewer than 100 facts to forget as well.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the findings and the pages; give it again to resume an interrupted audit."),
-    ] = None,
+    allow_small: AllowSmall = False,
+    out: Out = None,
     hide_items: Annotated[bool, typer.Option(help="Leave the texts of the facts out of the pages.")] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Show what would be run and about how long it takes; attack nothing.")
     ] = False,
-    selftest: Annotated[
-        bool,
-        typer.Option(
-            help="Instead, audit models whose verdict is known, to see whether the audit works on this machine."
-        ),
-    ] = False,
+    selftest: SelftestOnly = False,
     seed: Annotated[int, typer.Option(help="Seed of the self-test.")] = 0,
     workers: Workers = None,
     device: Device = "auto",

@@ -81,6 +81,9 @@ Contexts = Annotated[
     ),
 ]
 RetainText = Annotated[str, typer.Option(help="Of overwrite: running text to retain; 'prose', 'code' or a file.")]
+Previous = Annotated[
+    Path | None, typer.Option(help="The saved edit of earlier deletions, whose directions stay removed.")
+]
 
 
 def project(
@@ -92,9 +95,7 @@ def project(
     rank: Annotated[int, typer.Option(help="Directions removed at each site.")] = 8,
     method: Method = "mrp",
     steps: Annotated[int, typer.Option(help="Training steps of mrp.")] = 150,
-    previous: Annotated[
-        Path | None, typer.Option(help="The saved edit of earlier deletions, whose directions stay removed.")
-    ] = None,
+    previous: Previous = None,
     resume: Annotated[Path | None, typer.Option(help="Folder to save the training in, and to resume it from.")] = None,
     layers: Layers = "0-1",
     target: Target = "mean",
