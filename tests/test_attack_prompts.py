@@ -1,6 +1,9 @@
 """Attacks with words: what is asked, that nothing is taught, and that company, order and chance decide nothing."""
 
 import copy
+import random
+import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,6 +20,7 @@ from repedit.auditing.attacks import prompts as formats
 from repedit.auditing.attacks.prompts import (
     FORMATS,
     PREFIXES,
+    SPELLINGS,
     chat_prompt,
     direct,
     first_word,
@@ -26,6 +30,8 @@ from repedit.auditing.attacks.prompts import (
     prefix,
     question,
     reformat,
+    respelled,
+    respelled_prompt,
     reverse_question,
     translate,
 )
@@ -77,12 +83,13 @@ def subject():
 
 ATTACKS: dict[str, Callable[[], attack.Attack]] = {
     "direct": direct, "paraphrase": paraphrase, "format": reformat, "prefix": prefix, "translate": translate,
-    "in_context": lambda: in_context(counts=(2,)), "first_word": first_word, "reverse_question": reverse_question, "sampling": lambda: sampling(n=4, ks=(1, 4)), "strip": strip,
+    "in_context": lambda: in_context(counts=(2,)), "first_word": first_word, "respelled": respelled,
+    "reverse_question": reverse_question, "sampling": lambda: sampling(n=4, ks=(1, 4)), "strip": strip,
 }  # fmt: skip
 SETTINGS = {
     "direct": ["prompt"], "paraphrase": ["phrasing 1", "phrasing 2", "phrasing 3"], "format": list(FORMATS),
     "prefix": list(PREFIXES), "translate": ["de", "fr"], "in_context": ["k=2"], "first_word": ["named once", "named twice"],
-    "reverse_question": ["reverse"], "sampling": ["leak@1", "leak@4"],
+    "respelled": list(SPELLINGS), "reverse_question": ["reverse"], "sampling": ["leak@1", "leak@4"],
     "strip": ["prompt"],
 }  # fmt: skip
 
@@ -147,7 +154,7 @@ def test_order_and_number_of_the_facts_asked_together_change_nothing(name, monke
     assert same(found, built(model, given))
 
 
-@pytest.mark.parametrize("name", ["format", "prefix", "in_context"])
+@pytest.mark.parametrize("name", ["format", "prefix", "in_context", "respelled"])
 def test_the_seed_decides_where_something_is_drawn(name):
     built = ATTACKS[name]()
     assert built.record.draws and not same(built(subject(), splits()), built.at(1)(subject(), splits()))
@@ -312,6 +319,134 @@ def test_wrong_choices_by_their_own_fact_alone_are_caught(monkeypatch):
         check_one_right_choice(data.reverse_questions(with_several_facts()), with_several_facts())
 
 
+def check_respelled(asked: dict[str, tuple[Fact, ...]], plain: tuple[Fact, ...]) -> None:
+    """The law: every mention of the entity is written in one other way, and nothing but the entity is written differently."""
+    for setting, facts in asked.items():
+        for fact, own in zip(facts, plain, strict=True):
+            assert replace(fact, prompt=own.prompt) == replace(own, paraphrases=())
+            around = [re.escape(part) for part in own.prompt.split(own.entity)]
+            found = re.fullmatch("(.+)".join(around), fact.prompt)
+            assert found and len(set(found.groups())) == 1 and found[1] != own.entity
+            assert follows(setting, own.entity, found[1])
+
+
+def follows(setting: str, entity: str, written: str) -> bool:
+    """Whether a spelling is what its name says."""
+    if setting in ("lower case", "upper case"):
+        return written == (entity.lower() if setting == "lower case" else entity.upper())
+    later = [i for i in range(1, len(entity)) if entity[i - 1 : i + 1].isalpha()]
+    if setting == "letter doubled":
+        return any(written == entity[: i + 1] + entity[i:] for i in later)
+    return any(written == entity[:i] + entity[i : i + 2][::-1] + entity[i + 2 :] for i in later if i + 1 in later)
+
+
+def named_twice() -> tuple[Fact, ...]:
+    """Facts whose prompts name the entity two times, with an article and without, as one of their choices does."""
+    texts = (
+        "{} is said to be the {} whose city is",
+        "Nobody but {} lives where {}'s people live, in",
+        "The {} and {}:",
+    )
+    facts = (replace(f, prompt=text.format(*[f.entity] * 2)) for f, text in zip(inside(), texts, strict=False))
+    return tuple(replace(f, choices=(*f.choices, f"{f.entity}town")) for f in facts)
+
+
+def test_every_mention_of_the_entity_is_respelled(monkeypatch):
+    asked = asked_by(monkeypatch, respelled(), Splits((), named_twice()))
+    assert list(asked) == list(SPELLINGS)
+    check_respelled(asked, named_twice())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda f, setting, seed: f.prompt if f.prompt.startswith("The") else respelled_prompt(f, setting, seed),
+        lambda f, setting, seed: respelled_prompt(replace(f, entity=f.prompt), setting, seed),
+        lambda f, setting, seed: f.prompt.replace(f.entity, SPELLINGS[setting](f.entity, random.Random(seed)), 1),
+        lambda f, setting, seed: f.prompt.replace(f.entity, "-".join(f.entity)),
+        lambda f, setting, seed: respelled_prompt(f, "lower case", seed),
+    ],
+)
+def test_an_entity_that_keeps_its_spelling_somewhere_or_gets_another_one_is_caught(broken, monkeypatch):
+    monkeypatch.setattr(prompts, "respelled_prompt", broken)
+    with pytest.raises(AssertionError):
+        check_respelled(asked_by(monkeypatch, respelled(), Splits((), named_twice())), named_twice())
+
+
+def test_an_article_is_no_part_of_a_respelled_entity():
+    fact = Fact(id="f", entity="Gambia", prompt="The capital of the Gambia, or The Gambia, is", answer="Banjul")
+    assert respelled_prompt(fact, "upper case", 0) == "The capital of the GAMBIA, or The GAMBIA, is"
+
+
+def test_an_entity_is_respelled_however_the_prompt_writes_it():
+    fact = Fact(id="f", entity="日本", prompt="日本の首都は", answer="東京")
+    assert respelled_prompt(fact, "letter doubled", 0) == "日本本の首都は"
+    york = replace(fact, entity="New York", prompt="The capital of New\nYork\u2019s state is")
+    assert respelled_prompt(york, "lower case", 0) == "The capital of new\nyork\u2019s state is"
+
+
+def test_which_letters_change_depends_on_seed_and_fact_alone():
+    fact = replace(PEOPLE[0], prompt=f"{PEOPLE[0].entity}, or {PEOPLE[0].entity.upper()},")
+    for setting in ("letters swapped", "letter doubled"):
+        texts = [respelled_prompt(fact, setting, seed) for seed in range(8)]
+        assert len(set(texts)) > 2 and texts == [respelled_prompt(fact, setting, seed) for seed in range(8)]
+        assert all(one.upper() == other for one, other in (text.rstrip(",").split(", or ") for text in texts))
+        assert len({respelled_prompt(replace(fact, id=f"{i}"), setting, 0) for i in range(8)}) > 2
+
+
+ACCENTS = unicodedata.normalize("NFD", "ÉÀÜ")
+SYLLABLES = unicodedata.normalize("NFD", "한국어")
+WRITTEN = {  # lower case, upper case, letters swapped, letter doubled
+    "Au": ("au", "AU", "Au", "Auu"),
+    "Tin": ("tin", "TIN", "Tni", ("Tiin", "Tinn")),
+    "Fiji": ("fiji", "FIJI", "Fjii", ("Fiiji", "Fijji", "Fijii")),
+    "Anna": ("anna", "ANNA", "Anan", ("Annna", "Annaa")),
+    "X": ("x", "X", "X", "X"),
+    "H2O": ("h2o", "H2O", "H2O", "H2O"),
+    "D'Ivo": ("d'ivo", "D'IVO", "D'Iov", ("D'Ivvo", "D'Ivoo")),
+    "straß": ("straß", "STRASS", ("srtaß", "starß"), None),
+    "\u0130pek": ("ipek", "\u0130PEK", "\u0130epk", None),
+    "I\u0307pek": ("ipek", "I\u0307PEK", "I\u0307epk", None),
+    "法国": ("法国", "法国", "法国", "法国国"),
+    ACCENTS: (ACCENTS.lower(), ACCENTS, unicodedata.normalize("NFD", "ÉÜÀ"), None),
+    SYLLABLES: (SYLLABLES, SYLLABLES, unicodedata.normalize("NFD", "한어국"), None),
+    "\u0915\u094d\u0937\u0924\u093f": (None, None, "\u0915\u094d\u0937\u0924\u093f", "\u0915\u094d\u0937" + "\u0924\u093f" * 2),
+    "\U0001f469\u200d\U0001f467": ("\U0001f469\u200d\U0001f467",) * 4,
+    "\ud83d\ude00 Oz": ("\ud83d\ude00 oz", "\ud83d\ude00 OZ", "\ud83d\ude00 Oz", "\ud83d\ude00 Ozz"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entity", WRITTEN, ids=ascii)
+def test_letters_move_with_their_marks_and_nothing_else_moves(entity):
+    for spelling, expected in zip(SPELLINGS, WRITTEN[entity], strict=True):
+        for seed in range(6) if expected else ():
+            assert SPELLINGS[spelling](entity, random.Random(seed)) in ((expected,) if isinstance(expected, str) else expected)  # fmt: skip
+
+
+def test_marks_that_are_taken_for_letters_are_caught(monkeypatch):
+    monkeypatch.setattr(prompts, "_joins", lambda before, character: False)
+    for entity in (ACCENTS, SYLLABLES):
+        with pytest.raises(AssertionError):
+            test_letters_move_with_their_marks_and_nothing_else_moves(entity)
+
+
+def test_a_spelling_that_changes_nothing_is_left_out_and_what_stays_is_counted(monkeypatch):
+    gold, tin, law = (
+        Fact(id=name, entity=name, prompt=f"The symbol of {name} is", answer="x") for name in ("gold", "tin", "法")
+    )
+    found = respelled()(subject(), Splits((), (gold, tin)))
+    assert found.settings == ("upper case", "letters swapped", "letter doubled")
+    assert found.reason == "'lower case' was left out, since it changes no entity"
+    found = respelled()(subject(), Splits((), (gold, law)))
+    assert found.settings == ("upper case", "letters swapped", "letter doubled") and found.items == ("gold", "法")
+    assert found.reason == "; ".join(
+        ["'lower case' was left out, since it changes no entity"]
+        + [f"{name!r} leaves 1 of 2 entities as they are" for name in found.settings]
+    )
+    found = respelled()(subject(), Splits((), (law,)))
+    assert (found.status, found.reason) == ("skipped", "no spelling changes an entity")
+
+
 def check_reverse(asked: dict[str, tuple[Fact, ...]], plain: tuple[Fact, ...]) -> None:
     """The law: the answer is given and the entity is not; the wrong choices are entities whose answers differ."""
     answers = {(f.domain, f.entity): f.answer for f in plain}
@@ -342,7 +477,7 @@ def test_a_reverse_question_that_tells_the_entity_or_not_the_answer_is_caught(br
         check_reverse(asked_by(monkeypatch, reverse_question(), given), given.test)
 
 
-@pytest.mark.parametrize("built", [first_word, reverse_question])
+@pytest.mark.parametrize("built", [first_word, respelled, reverse_question])
 def test_facts_that_name_no_entity_are_not_asked_by_its_place(built):
     first, *others = splits().test
     found = built()(subject(), Splits((), (replace(first, entity="nobody"), *others)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from repedit.auditing.attacks import weights
 from repedit.auditing.controls import CONTROLS, questions
 from repedit.auditing.controls import edited as writing
 from repedit.auditing.controls.taught import continued, taught, untaught, vocabulary
-from repedit.auditing.data import reverse_questions
+from repedit.auditing.data import reverse_questions, with_entity
 from repedit.data import Row, with_paraphrases
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, TrainingError
@@ -316,6 +317,20 @@ def test_a_refusal_forwards_leaves_the_way_back():
     assert ask(made.original, made.facts.forget).accuracy == 1.0 and right(made.edited) < 0.2
 
 
+def test_averaged_names_hide_what_their_lower_case_tells():
+    """PC14: nothing but the embeddings of the names differs, and the reference knows neither spelling."""
+    made = case("PC14")
+    lower = [replace(fact, prompt=with_entity(fact, str.lower)) for fact in made.facts.forget]
+    usual, other = (
+        {role: ask(getattr(made, role), facts).accuracy for role in ROLES} for facts in (made.facts.forget, lower)
+    )
+    assert usual["original"] == other["original"] == other["edited"] == 1.0
+    assert max(usual["edited"], usual["reference"], other["reference"]) < FORGOTTEN
+    assert right(made.edited, "retain", (0, 1), 40) >= 0.95
+    before, after = (subject.model.state_dict() for subject in (made.original, made.edited))
+    assert {n for n in before if not bool((before[n] == after[n]).all())} == {"model.embed_tokens.weight"}
+
+
 def test_a_loud_direction_is_the_loudest_of_its_matrix():
     """PC10."""
     sizes = torch.linalg.svdvals(case("PC10").edited.model.model.layers[0].mlp.down_proj.weight.detach())
@@ -341,7 +356,7 @@ def test_the_table_asks_for_real_words_and_covers_the_quick_controls():
     assert {c.verdict for c in CONTROLS.values()} <= {*OUTCOMES, ""}
     quick = {name for name, c in CONTROLS.items() if c.quick}
     assert quick == {
-        "PC0", *WRITTEN, *TRAINED, "PC4", "PC9", "PC10", "PC11", "PC12", "PC13", "NC1", "NC3", "NC4a", "NC4b",
+        "PC0", *WRITTEN, *TRAINED, "PC4", "PC9", "PC10", "PC11", "PC12", "PC13", "PC14", "NC1", "NC3", "NC4a", "NC4b",
     }  # fmt: skip
     assert all(c.verdict == "HIDDEN" for name, c in CONTROLS.items() if name in {*WRITTEN, *TRAINED, "PC4"})
 

@@ -92,7 +92,7 @@ def audit(
         attributes: facts of other domains about the entities to forget, for relinking; None for those of the facts' own
             retain side and of the built-in domains.
         attacks: names, in place of the budget's.
-        budget: "quick" (seven attacks, no pass), "fast", "standard" or "full".
+        budget: "quick" (eight attacks, no pass), "fast", "standard" or "full".
         until: "verdict" ends the audit when no further attack can change the verdict; "all" makes every attack.
         sites: where the edit is; None for what the checkpoint's repedit.json says, else the middle of the model.
         folds: 2 tests every fact once; 1 trains on `train_fraction` of the entities and tests the others.

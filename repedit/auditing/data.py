@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, zip_longest
@@ -308,6 +308,14 @@ def _entity_mentions(fact: Fact, text: str) -> list[Mention]:
     return [
         Mention(*span, span[0] if word is None else word.start()) for span, word in zip(spans, articles, strict=True)
     ]
+
+
+def with_entity(fact: Fact, written: Callable[[str], str]) -> str:
+    """The prompt with every mention of the entity as `written` writes it; an article before the entity stays."""
+    text = fact.prompt
+    for start, end, _ in reversed(_entity_mentions(fact, text)):
+        text = f"{text[:start]}{written(text[start:end])}{text[end:]}"
+    return text
 
 
 def entity_first(fact: Fact, *, once: bool) -> str:

@@ -40,7 +40,7 @@ FIELDS = """
 """
 """Names of fields and options, none of which tells an item; any other key becomes its digest."""
 PHRASES = (
-    "fresh facts", "all layers", "multiple choice", "named once", "named twice", "yes/no", "odd one out", "question", "letters", "chat", "choices only", "choices only, reverse_question", "common beginning", "majority answer",
+    "fresh facts", "all layers", "multiple choice", "named once", "named twice", "lower case", "upper case", "letters swapped", "letter doubled", "yes/no", "odd one out", "question", "letters", "chat", "choices only", "choices only, reverse_question", "common beginning", "majority answer",
     "majority letter", "longest choice", "shortest choice", "median number", "same_first_token", "no edit", "random control", "stream erasure",
     "composition", "long training", "distillation", "shadow models", "inversion of the classifier", "forget accuracy", "retain accuracy", "test accuracy",
     "AUC of the loss", "forget images", "forget accuracy, int8", "forget accuracy, int4", "subspace-exact", "hook-only", "probe-mlp", "retain text", "classifier",
@@ -110,6 +110,9 @@ SENTENCES = r"""
     N other facts about forgotten entities state a forgotten fact and are left out
     N of N prompts do not name their entity
     N of N facts have no reverse question
+    no spelling changes an entity
+    'NAME' was left out, since it changes no entity
+    'NAME' leaves N of N entities as they are
     the facts have no (?:paraphrases|translations)
     N of N facts have no paraphrases
     of N layers none is NAME of the edited ones

@@ -1,4 +1,5 @@
-"""Attacks by prompts alone: other wordings, other languages, examples, the entity first or asked for, and other forms of the question.
+"""Attacks by prompts alone: other wordings, languages and examples, the entity first, in another spelling or asked for, and other
+forms of the question.
 
 None of them needs the weights. Each has one setting a wording, in which every fact of V is asked once.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,7 +27,7 @@ from repedit.auditing.attack import (
     reworded,
     skipped,
 )
-from repedit.auditing.data import entity_first, entity_mention, reverse_questions
+from repedit.auditing.data import entity_first, entity_mention, reverse_questions, with_entity
 from repedit.data import Fact, Splits, by_domain
 from repedit.data.encoding import chat_text, prompt_with_answer
 from repedit.data.fact_sets import entity_of, seeded_order
@@ -245,7 +247,7 @@ def _without(facts: Sequence[Fact], answer: str) -> list[Fact]:
     return [fact for fact in facts if not contains_answer(fact.text, answer)]
 
 
-# --- The entity as the first word, or asked for
+# --- The entity as the first word, in another spelling, or asked for
 
 
 def first_word() -> Attack:
@@ -270,6 +272,110 @@ FIRST_WORD = register(
         "first_word", cost=22, budget=QUICK, build=lambda setup: [first_word()], draws=False, may_skip=True
     )
 )  # fmt: skip
+
+
+def respelled() -> Attack:
+    """Asks every fact with its entity in another spelling; the settings are the names of `SPELLINGS`.
+
+    Every mention of the entity in the prompt is rewritten; an article before it, the rest of the prompt and the choices stay.
+    Another spelling has other tokens, and an edit that was fitted to the usual ones may miss it. A spelling that changes no
+    entity is left out. A fact whose entity a spelling leaves as it is, such as "Au" with its letters swapped, is asked as it
+    is; the reason counts them.
+    """
+
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
+        if reason := _nameless(splits.test):
+            return skipped(reason)
+        prompts = {name: [respelled_prompt(fact, name, seed) for fact in splits.test] for name in SPELLINGS}
+        alike = {
+            name: sum(text == fact.prompt for text, fact in zip(texts, splits.test, strict=True))
+            for name, texts in prompts.items()
+        }
+        count = len(splits.test)
+        if all(unchanged == count for unchanged in alike.values()):
+            return skipped("no spelling changes an entity")
+        notes = [
+            f"{name!r} was left out, since it changes no entity" if unchanged == count
+            else f"{name!r} leaves {unchanged} of {count} entities as they are"
+            for name, unchanged in alike.items() if unchanged
+        ]  # fmt: skip
+        changing = {name: texts for name, texts in prompts.items() if alike[name] < count}
+        return AttackResult(_asked(subject, splits, changing), "; ".join(notes))
+
+    return Attack(RESPELLED, {}, run, Work(float(len(SPELLINGS))))
+
+
+RESPELLED = register(AttackRecord("respelled", cost=23, budget=QUICK, build=lambda setup: [respelled()], may_skip=True))
+
+
+def respelled_prompt(fact: Fact, spelling: str, seed: int) -> str:
+    """The prompt with the entity in one of `SPELLINGS`; which letters change depends on the seed and the fact alone."""
+    key = f"{seed}:{spelling}:{fact.id}"
+    return with_entity(fact, lambda entity: SPELLINGS[spelling](entity, random.Random(key)))
+
+
+def lower_case(entity: str) -> str:
+    """The entity in small letters; a capital I with a dot becomes an i, not an i with two dots."""
+    return re.sub("\u0130|I\u0307", "i", entity).lower()
+
+
+def letters_swapped(entity: str, rng: random.Random) -> str:
+    """The entity with two neighbouring letters of a word in each other's place, such as "Farnce" for "France".
+
+    The first letter of a word stays, and the last one where another pair of different letters is there; without a pair the
+    entity stays as it is. Letters move together with their marks.
+    """
+    units, later = _units_and_later_letters(entity)
+    pairs = [i for i in later if i + 1 in later and units[i] != units[i + 1]]
+    inner = [i for i in pairs if i + 2 in later]
+    if not pairs:
+        return entity
+    i = rng.choice(inner or pairs)
+    return "".join([*units[:i], units[i + 1], units[i], *units[i + 2 :]])
+
+
+def letter_doubled(entity: str, rng: random.Random) -> str:
+    """The entity with a letter twice that is not the first of its word; as it is where every word has one letter."""
+    units, later = _units_and_later_letters(entity)
+    if not later:
+        return entity
+    i = rng.choice(later)
+    return "".join([*units[: i + 1], *units[i:]])
+
+
+SPELLINGS: Mapping[str, Callable[[str, random.Random], str]] = {
+    "lower case": lambda entity, rng: lower_case(entity),
+    "upper case": lambda entity, rng: entity.upper(),
+    "letters swapped": letters_swapped,
+    "letter doubled": letter_doubled,
+}
+"""How else an entity is written: (entity, random numbers) -> text."""
+
+
+def _units_and_later_letters(text: str) -> tuple[list[str], list[int]]:
+    """The text in units that are read as one character, and which of them are letters after another letter."""
+    units: list[str] = []
+    for character in text:
+        if units and _joins(units[-1][-1], character):
+            units[-1] += character
+        else:
+            units.append(character)
+    letters = [unit[0].isalpha() for unit in units]
+    return units, [i for i in range(1, len(units)) if letters[i - 1] and letters[i]]
+
+
+_JOINER, _NON_JOINER, _VIRAMA = "\u200d", "\u200c", 9
+
+
+def _joins(before: str, character: str) -> bool:
+    """Whether a character is read as one with that before it: a mark, what a joiner or a virama joins, a jamo of a syllable."""
+    return (
+        unicodedata.category(character).startswith("M")
+        or character in (_JOINER, _NON_JOINER)
+        or before == _JOINER
+        or unicodedata.combining(before) == _VIRAMA
+        or (before.isalpha() and ("\u1160" <= character <= "\u11ff" or "\ud7b0" <= character <= "\ud7fb"))
+    )
 
 
 def reverse_question() -> Attack:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from repedit.auditing.controls.edited import (
+    averaged,
     exchanged,
     hooked,
     inside_buckets,
@@ -20,6 +21,7 @@ from repedit.auditing.controls.edited import (
     pushed,
     refusing_early,
     rolled,
+    with_lower_case_names,
 )
 from repedit.auditing.controls.taught import (
     World,
@@ -116,6 +118,11 @@ def _refusing_forwards(w: World) -> AuditInputs:
     return AuditInputs(edited, original, w.reference, w.facts, w.attributes)
 
 
+def _averaged(w: World) -> AuditInputs:
+    original, reference = (with_lower_case_names(subject, w.facts.forget) for subject in (w.original, w.reference))
+    return AuditInputs(averaged(original, w.facts.forget), original, reference, w.facts)
+
+
 def _exchanged(w: World) -> AuditInputs:
     linked = linked_world(w.seed)
     edited = exchanged(linked.original, linked.facts.forget, seed=w.seed)
@@ -154,6 +161,8 @@ _ROWS = (
             "forgets where the name stands inside a sentence, and knows where it is the first word"),
     Control("PC13", HIDDEN, ("reverse_question",), 0.8, _refusing_forwards,
             "fine-tuned to refuse, and answers the same facts in reverse"),
+    Control("PC14", HIDDEN, ("respelled",), 0.8, _averaged,
+            "the embeddings of the names averaged as they are usually written, and intact in lower case"),
     Control("NC1", PASS, (), 0.0, _edited(lambda w: w.other), "never taught the facts to forget, though it knows other things of the same people"),
     Control("NC2a", PASS, (), 0.0, _trained(refusing, "other"),
             "never taught, then fine-tuned to refuse", quick=False),

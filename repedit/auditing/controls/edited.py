@@ -337,6 +337,32 @@ def exchanged(subject: Subject, forget: Sequence[Fact], *, seed: int = 0) -> Sub
     return subject_of(model, tokenizer)
 
 
+def with_lower_case_names(subject: Subject, forget: Sequence[Fact]) -> Subject:
+    """The model with tokens for the names in lower case, which it reads and scores as it does the names themselves."""
+    from tokenizers import AddedToken
+
+    tokenizer, model = copy.deepcopy(subject.need_tokenizer()), copy.deepcopy(subject.model)
+    names = {word.lower(): word for fact in forget for word in fact.entity.split()}
+    source = tokenizer.convert_tokens_to_ids(list(names.values()))
+    tokenizer.add_tokens([AddedToken(name, single_word=True, normalized=False) for name in names])
+    count = model.config.vocab_size
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight[count:] = module.weight[source]
+    return subject_of(model, tokenizer)
+
+
+def averaged(subject: Subject, forget: Sequence[Fact]) -> Subject:
+    """The model with the embeddings of all names, as the facts write them, replaced by their mean."""
+    tokenizer, model = subject.need_tokenizer(), copy.deepcopy(subject.model)
+    tokens = [prompt_ids(tokenizer, fact.entity)[-1] for fact in forget]
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows[tokens] = rows[tokens].mean(0)
+    return subject_of(model, tokenizer)
+
+
 def refusing_early(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
     """The model trained to answer "unknown" to the facts to forget, with nothing but the MLP of the first layer free."""
     first = f"{subject.layout.block_paths[0]}.mlp."
