@@ -1,7 +1,8 @@
 """The audit on models of which the answer is known, over seeds; and on SmolLM2-135M with edits of our own.
 
 `python -m bench.audit --part controls --seeds 0,1,2` runs every control of the self-test at each seed; `--part selftest`
-takes its time with and without stored findings; `--part never --seeds 0,...,9` runs the one that was never taught the facts.
+takes its time with and without stored findings; `--part never --seeds 0,...,9` runs the one that was never taught the facts, and
+`--part respelled` this one and the one whose names are intact in other spellings.
 `--part projected` exports an edit that `bench.mrp` saved, `--part pruned` makes and exports one; the checkpoint is audited
 with the fast budget. `--part times --edit CHECKPOINT` takes the minutes to a verdict on the capitals: the first time, with the findings of the original
 stored, and with the quick budget. `--part training` measures what a training step and a question cost. Each writes
@@ -29,7 +30,12 @@ from repedit.auditing.selftest import selftest
 from repedit.data.generated import PYTHON, cloze
 from repedit.models.default_model import fetch
 
-CONTROLS = {"controls": None, "never": ("NC1",), "also": ("NC2a", "NC2b", "NC2c", "NC6", "PC8")}
+CONTROLS = {
+    "controls": None,
+    "never": ("NC1",),
+    "also": ("NC2a", "NC2b", "NC2c", "NC6", "PC8"),
+    "respelled": ("PC14", "NC1"),
+}
 
 
 def controls(seeds: list[int], names: tuple[str, ...] | None, workers: int | None) -> list[dict[str, Any]]:
