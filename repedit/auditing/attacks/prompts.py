@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -280,7 +281,7 @@ def respelled() -> Attack:
     Every mention of the entity in the prompt is rewritten; an article before it, the rest of the prompt and the choices stay.
     Another spelling has other tokens, and an edit that was fitted to the usual ones may miss it. A spelling that changes no
     entity is left out. A fact whose entity a spelling leaves as it is, such as "Au" with its letters swapped, is asked as it
-    is; the reason counts them.
+    is; the reason counts them. Letters are swapped or doubled in every word of an entity.
     """
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
@@ -319,49 +320,45 @@ def lower_case(entity: str) -> str:
     return re.sub("\u0130|I\u0307", "i", entity).lower()
 
 
-def letters_swapped(entity: str, rng: random.Random) -> str:
-    """The entity with two neighbouring letters of a word in each other's place, such as "Farnce" for "France".
+def letters_swapped(word: Sequence[str], rng: random.Random) -> Sequence[str]:
+    """The letters of a word with two neighbours in each other's place, such as "Farnce" for "France".
 
-    The first letter of a word stays, and the last one where another pair of different letters is there; without a pair the
-    entity stays as it is. Letters move together with their marks.
+    The first letter stays, and the last one where another pair of different letters is there; a word without a pair stays.
     """
-    units, later = _units_and_later_letters(entity)
-    pairs = [i for i in later if i + 1 in later and units[i] != units[i + 1]]
-    inner = [i for i in pairs if i + 2 in later]
+    pairs = [i for i in range(1, len(word) - 1) if word[i] != word[i + 1]]
     if not pairs:
-        return entity
-    i = rng.choice(inner or pairs)
-    return "".join([*units[:i], units[i + 1], units[i], *units[i + 2 :]])
+        return word
+    i = rng.choice([i for i in pairs if i + 2 < len(word)] or pairs)
+    return [*word[:i], word[i + 1], word[i], *word[i + 2 :]]
 
 
-def letter_doubled(entity: str, rng: random.Random) -> str:
-    """The entity with a letter twice that is not the first of its word; as it is where every word has one letter."""
-    units, later = _units_and_later_letters(entity)
-    if not later:
-        return entity
-    i = rng.choice(later)
-    return "".join([*units[: i + 1], *units[i:]])
+def letter_doubled(word: Sequence[str], rng: random.Random) -> Sequence[str]:
+    """The letters of a word with one twice, but for the first; a word of one letter stays."""
+    if len(word) < 2:
+        return word
+    i = rng.randrange(1, len(word))
+    return [*word[: i + 1], *word[i:]]
 
 
 SPELLINGS: Mapping[str, Callable[[str, random.Random], str]] = {
     "lower case": lambda entity, rng: lower_case(entity),
     "upper case": lambda entity, rng: entity.upper(),
-    "letters swapped": letters_swapped,
-    "letter doubled": letter_doubled,
+    "letters swapped": lambda entity, rng: _every_word(entity, lambda word: letters_swapped(word, rng)),
+    "letter doubled": lambda entity, rng: _every_word(entity, lambda word: letter_doubled(word, rng)),
 }
 """How else an entity is written: (entity, random numbers) -> text."""
 
 
-def _units_and_later_letters(text: str) -> tuple[list[str], list[int]]:
-    """The text in units that are read as one character, and which of them are letters after another letter."""
+def _every_word(text: str, change: Callable[[Sequence[str]], Sequence[str]]) -> str:
+    """The text with the letters of every word changed; a letter comes with its marks, and all else stays."""
     units: list[str] = []
     for character in text:
         if units and _joins(units[-1][-1], character):
             units[-1] += character
         else:
             units.append(character)
-    letters = [unit[0].isalpha() for unit in units]
-    return units, [i for i in range(1, len(units)) if letters[i - 1] and letters[i]]
+    runs = groupby(units, key=lambda unit: unit[0].isalpha())
+    return "".join("".join(change(list(run)) if letters else run) for letters, run in runs)
 
 
 _JOINER, _NON_JOINER, _VIRAMA = "\u200d", "\u200c", 9
