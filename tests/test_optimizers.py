@@ -98,3 +98,4 @@ def test_what_is_not_finite_ends_a_descent():
 
     p, log = fit(after=broken)
     assert log.diverged == 1 and float(p.detach()) == pytest.approx(3.9)
+    assert log.fault == "after step 1, whose loss is 16: an answer is not finite"

@@ -90,14 +90,8 @@ class Descent(NamedTuple):
     """Of each step, before its update."""
     diverged: int | None
     """The first step at which a loss, a gradient or what was measured was not finite; there is none after it."""
-
-    @property
-    def fault(self) -> str:
-        """What was not finite, in words."""
-        loss = self.losses[-1]
-        return f"step {self.diverged}: " + (
-            f"the loss is {loss}" if not math.isfinite(loss) else f"the loss is {loss:.4g} and a gradient is not finite"
-        )
+    fault: str = ""
+    """What was not finite, in words."""
 
 
 def descend(
@@ -122,19 +116,20 @@ def descend(
     losses: list[float] = []
     for step in range(1, steps + 1):
         losses.append(gradients(step))
-        if not math.isfinite(losses[-1]):
-            return Descent(tuple(losses), step)
+        loss = losses[-1]
+        if not math.isfinite(loss):
+            return Descent(tuple(losses), step, f"step {step}: the loss is {loss}")
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not bool(torch.isfinite(norm)):
-            return Descent(tuple(losses), step)
+            return Descent(tuple(losses), step, f"step {step}: the loss is {loss:.4g} and a gradient is not finite")
         if norm > clip:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         set_lr(optimizer, lr(step))
         optimizer.step()
         try:
             after(step)
-        except NotFinite:
-            return Descent(tuple(losses), step)
+        except NotFinite as error:
+            return Descent(tuple(losses), step, f"after step {step}, whose loss is {loss:.4g}: {error}")
     return Descent(tuple(losses), None)
 
 

@@ -275,11 +275,11 @@ def tune(
         optimizer = OPTIMIZERS[tuning.optimizer](parameters, lr=tuning.rate, weight_decay=tuning.weight_decay)
         if 0 in at:
             measure(0)
-        losses, diverged = optimizers.descend(
+        log = optimizers.descend(
             parameters, optimizer, gradients, tuning.steps, lr=tuning.rate_at, clip=tuning.clip,
             after=lambda step: measure(step) if step in at else None,
         )  # fmt: skip
-    return TuningLog(losses, tokens, diverged)
+    return TuningLog(log.losses, tokens, log.diverged)
 
 
 def _gradients(
