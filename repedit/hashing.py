@@ -45,7 +45,7 @@ def state(model: nn.Module) -> tuple[Any, ...]:
     For a weight that Accelerate offloads, the key holds the state of its values in memory or of the file that holds them.
     """
     return tuple(
-        (name, p.data_ptr(), p._version, _checksum(p))
+        (name, p.data_ptr(), _version_of(p), _checksum(p))
         if p.device.type != "meta"
         else (name, *_offloaded_state(model, name))
         for name, p in model.named_parameters(remove_duplicate=False)
@@ -71,12 +71,17 @@ def _offloaded_state(model: nn.Module, name: str) -> tuple[Any, ...]:
     module = model.get_submodule(path)
     tensor = offloaded_tensor(module, leaf)
     if tensor is not None:
-        return tensor.data_ptr(), tensor._version, _checksum(tensor)
+        return tensor.data_ptr(), _version_of(tensor), _checksum(tensor)
     file = offloaded_file(module, leaf)
     if file is None or not file.exists():
         return (None,)
     status = file.stat()
     return str(file), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _version_of(p: Tensor) -> int | bytes:
+    """The number of changes in place that torch counted; of a tensor made under inference_mode, which has none, the hash."""
+    return byte_hash(p.detach()) if p.is_inference() else p._version
 
 
 def _checksum(p: Tensor) -> bytes:

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from repedit.errors import HookError, ModelBusy
+from repedit.errors import HookError, ModelBusy, NoGradient
 from repedit.kernels.dispatch import full_precision
 
 Function = Callable[[Tensor], Tensor | None]
@@ -106,6 +106,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Refuse a model of which no gradient can be computed.
+
+    Where the caller switched gradients off (torch.no_grad, torch.set_grad_enabled), torch.enable_grad switches them on.
+
+    Raises:
+        NoGradient: under torch.inference_mode, or if a weight was made there.
+    """
+    if torch.is_inference_mode_enabled():
+        raise NoGradient(
+            "gradients were asked for under torch.inference_mode, where no tensor has one; leave that context"
+        )
+    name = next((name for name, p in model.named_parameters() if p.is_inference()), None)
+    if name is not None:
+        raise NoGradient(
+            f"gradients were asked for, and {name} was made under torch.inference_mode, so that it never has one; load the model "
+            "outside of that context"
+        )
 
 
 @contextmanager

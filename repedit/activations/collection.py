@@ -37,7 +37,7 @@ from repedit.errors import (
     given,
     nearest,
 )
-from repedit.hooks import Hook, evaluating, installed
+from repedit.hooks import Hook, check_differentiable, evaluating, installed
 from repedit.io import archive
 from repedit.io.text import check_fields
 from repedit.models.subject import Subject
@@ -504,10 +504,7 @@ def _check_sites(subject: Subject, sites: tuple[Site, ...], statistic: type[Any]
 def _check_gradients(subject: Subject, sites: tuple[Site, ...], gradients: bool) -> None:
     if not gradients:
         return
-    if torch.is_inference_mode_enabled():
-        raise NoGradient(
-            "gradients were asked for under torch.inference_mode, where no tensor has one; leave that context"
-        )
+    check_differentiable(subject.model)
     subject.check_unquantized("differentiated")
     routed = [site for site in sites if subject.layout.routed(site)]
     if routed:

@@ -19,7 +19,7 @@ from repedit.arch import HookFn, hooks_at
 from repedit.data import Batch, Batches, Corpus
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, NotFinite, OverlapError, SelectionError, check_seed, is_finite, is_whole
-from repedit.hooks import evaluating, installed
+from repedit.hooks import check_differentiable, evaluating, installed
 from repedit.linear_maps import Diagonal
 from repedit.models.subject import Subject
 from repedit.sites import Site
@@ -67,6 +67,7 @@ def gates(
             f"forget and retain are the same data ({forget.name!r}); the same text cannot be both forgotten and retained"
         )
     check_seed(seed=seed)
+    check_differentiable(subject.model)
     counts = is_whole(steps) and is_whole(batch_size)
     rates = is_finite(lr) and lr > 0 and is_finite(retain_weight) and retain_weight >= 0
     if not (counts and rates):

@@ -17,7 +17,7 @@ from repedit.data import Batch, Batches, Tokens
 from repedit.data.encoding import prompt_ids
 from repedit.errors import NotEnoughRows, NotFoldable, TrainingError, check_names, check_positive, check_whole
 from repedit.fit.contexts import TEMPLATES, EntityTokens, Observe, entity_rows, name_ends, not_sinks, recorded
-from repedit.hooks import Hook
+from repedit.hooks import Hook, check_differentiable
 from repedit.models.subject import Subject
 from repedit.sites import Point
 from repedit.training.optimizers import OPTIMIZERS, linear_decay, set_lr
@@ -285,6 +285,7 @@ def train(
     Raises:
         TrainingError: if the loss is not finite.
     """
+    check_differentiable(subject.model)
     module = _copy(subject, layer)
     names = _matrices(module)
     for name, parameter in module.named_parameters():

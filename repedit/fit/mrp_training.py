@@ -20,7 +20,7 @@ from repedit.data import Batch
 from repedit.data.encoding import common_prefix
 from repedit.errors import ArgumentError, TrainingError, check_seed, is_finite, is_whole
 from repedit.fit.linalg import union
-from repedit.hooks import Hook, evaluating, installed
+from repedit.hooks import Hook, check_differentiable, evaluating, installed
 from repedit.io import archive
 from repedit.linear_maps import LowRank
 from repedit.models.subject import Subject
@@ -134,6 +134,7 @@ class History:
     """Why training stopped."""
 
 
+@torch.enable_grad()
 def train(
     bases: Bases,
     sets: TrainingSets,
@@ -153,6 +154,7 @@ def train(
         TrainingError: if a loss is not finite, naming the step and the last finite loss.
         FingerprintError: if `state` holds a training with other settings.
     """
+    check_differentiable(bases.subject.model)
     total = config.steps or sets.forget.steps_for(config.epochs or 1)
     history, weights = History(), {str(site): w for site, w in bases.weights.items()}
     optimizer = OPTIMIZERS[config.optimizer](list(weights.values()), lr=config.lr)

@@ -13,7 +13,7 @@ from torch import Tensor
 from repedit.data import Batch, Fact
 from repedit.data.corpus import padded
 from repedit.errors import NotFinite, check_positive, check_seed, check_whole
-from repedit.hooks import Hook, evaluating, installed
+from repedit.hooks import Hook, check_differentiable, evaluating, installed
 from repedit.metrics.facts import choice_tokens
 from repedit.models.subject import Subject, subject_of
 from repedit.training.optimizers import descend
@@ -50,14 +50,16 @@ class Relearning:
         check_seed(split=self.split, seed=self.seed)
 
 
+@torch.enable_grad()
 def relearned(subject: Subject, facts: Sequence[Fact], ablated: Ablated, relearning: Relearning) -> Subject:
     """A copy of the model that learned the answers of facts, with the hooks of `ablated` in every forward pass.
 
     Raises:
         NotFinite: if the loss is not finite.
-        QuantizedModel: if the weights are quantised.
+        QuantizedModel, NoGradient: if the weights cannot be trained.
     """
     subject.check_unquantized("trained")
+    check_differentiable(subject.model)
     model = copy.deepcopy(subject.model)
     student = subject_of(model, subject.tokenizer)
     for p in model.parameters():

@@ -94,6 +94,7 @@ class Descent(NamedTuple):
     """What was not finite, in words."""
 
 
+@torch.enable_grad()
 def descend(
     parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,

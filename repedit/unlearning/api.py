@@ -31,6 +31,7 @@ from repedit.errors import (
     is_whole,
 )
 from repedit.hashing import package_versions, value_hash
+from repedit.hooks import check_differentiable
 from repedit.io import archive
 from repedit.io.files import append_line, open_regular, user_path, write_text
 from repedit.io.targets import check_file_target
@@ -145,6 +146,7 @@ def unlearn(
     check_whole(**given(micro_batch=micro_batch))
     check_positive(**given(clip=clip))
     check_seed(seed=seed)
+    check_differentiable(subject.model)
     data: _Data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
     overrides = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
     changes = cast(Changes, {name: value for name, value in overrides.items() if value is not None})

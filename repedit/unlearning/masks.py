@@ -11,6 +11,7 @@ from torch import Tensor
 from repedit.arch import MatrixView
 from repedit.data import Batch
 from repedit.errors import SelectionError
+from repedit.hooks import check_differentiable
 from repedit.models.subject import Subject
 from repedit.sites import Site
 from repedit.training.sampler import collate, label_mask, logits_for
@@ -50,16 +51,18 @@ def saliency(
     return saliency_of_rows(subject, rows, options, parameters or Parameters(), batch_size)
 
 
+@torch.enable_grad()
 def saliency_of_rows(
     subject: Subject, rows: Sequence[Batch], options: Saliency, parameters: Parameters, batch_size: int
 ) -> Mask:
     """The same for rows that are tokenized already."""
+    check_differentiable(subject.model)
     trainable = TrainableCopy(subject, parameters)
     reference = Reference(subject)
     units = sum(unit_count(options.loss.unit, row) for row in rows)
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size])
-        with torch.enable_grad(), autocast(trainable.dtype, subject.device):
+        with autocast(trainable.dtype, subject.device):
             logits = logits_for(trainable.subject, batch, label_mask(batch))
         (options.loss.sum(ForwardPass(batch, logits, reference)) / units).backward()
     gradients = {name: p.grad for name, p in trainable.tensors.items() if p.grad is not None}

@@ -231,6 +231,7 @@ def _condensed(
 # --- The method "inversion": a generator network that the frozen classifier teaches
 
 
+@torch.enable_grad()
 def invert(
     model: nn.Module, images: Images, ids: Int[Tensor, " b"], *, epochs: int = 200, lr: float = 1e-3, seed: int = 0
 ) -> Images:
@@ -321,6 +322,7 @@ def means(rows: Float[Tensor, "b ..."], ids: Int[Tensor, " b"]) -> Float[Tensor,
     return rows.new_zeros(len(counts), *rows.shape[1:]).index_add_(0, ids, rows) / counts
 
 
+@torch.enable_grad()
 def match_features(
     model: nn.Module,
     task: Task,

@@ -285,6 +285,7 @@ def _divergence(teacher: nn.Module, student: nn.Module, images: Images) -> Tenso
     return functional.kl_div(student(images.x).log_softmax(1), target, reduction="batchmean", log_target=True)
 
 
+@torch.enable_grad()
 def _salient(model: nn.Module, forget: Images, quantile: float) -> dict[str, Tensor]:
     """True where the gradient of the forget loss, in eval mode, is above the given quantile of all entries."""
     model = frozen(model).requires_grad_(True)
@@ -353,6 +354,7 @@ class Gan:
         return torch.cat([self.generator(part.to(device)).cpu() for part in z.split(512)])
 
 
+@torch.enable_grad()
 def train_gan(
     images: Images, config: GanConfig | None = None, *, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Gan:

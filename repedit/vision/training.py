@@ -125,6 +125,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@torch.enable_grad()
 def descend(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -242,6 +242,7 @@ def _steps(
         yield now, losses[best], (len(tried) + 1) * sum(len(item.ids) for item in items)
 
 
+@torch.enable_grad()
 def _slopes(
     held: Subject, vectors: nn.Parameter, items: Sequence[Example], prefix: Sequence[int]
 ) -> Float[Tensor, "n v"]:

@@ -27,7 +27,7 @@ from repedit.auditing.attack import FAILED, RAN, AttackResult, Scratch, Setting,
 from repedit.data import Batch, Fact, Splits, TextSource, as_batches
 from repedit.data.corpus import padded
 from repedit.errors import ArgumentError, DataError, check_choice
-from repedit.hooks import evaluating
+from repedit.hooks import check_differentiable, evaluating
 from repedit.metrics.facts import FactsAccuracy
 from repedit.models.subject import Subject
 from repedit.training import optimizers
@@ -258,6 +258,7 @@ def tune(
         ArgumentError: if the model has no such layer.
         NotFinite: if `measure(0)` finds the model broken before the training; later it ends the training.
     """
+    check_differentiable(subject.model)
     at, tokens, size = set(at), 0, tuning.batch_size
     with (
         torch.enable_grad(),
