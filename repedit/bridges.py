@@ -17,7 +17,7 @@ from repedit.errors import ArgumentError, MissingDependency, NotAModel, UnknownA
 from repedit.hooks import evaluating
 from repedit.linear_maps import AffineMap
 from repedit.models.loading import reason_of
-from repedit.models.subject import Subject, subject_of
+from repedit.models.subject import Subject, check_subject, subject_of
 from repedit.rewrite.apply import shared_clone, synchronize
 from repedit.sites import Point
 
@@ -64,6 +64,7 @@ def to_lens(subject: Subject) -> Any:
         MissingDependency: for a model with other parts than text, if torchvision is not installed.
         UnknownArchitecture: if TransformerLens has no bridge for the model, or the bridge computes other logits.
     """
+    check_subject(subject)
     with _installed("transformer_lens"):
         from transformer_lens.model_bridge import TransformerBridge
     name = subject.architecture.model_type
@@ -105,6 +106,7 @@ def to_nnsight(subject: Subject) -> Any:
     Raises:
         ArgumentError: if nnsight is not installed.
     """
+    check_subject(subject)
     with _installed("nnsight"):
         from nnsight import TransformersModel
     return TransformersModel(
@@ -121,6 +123,7 @@ def lens_hooks(edit: Edit, subject: Subject) -> list[tuple[str, LensHook]]:
             such site.
         ShapeError: if a map's width is not the site's.
     """
+    check_subject(subject)
     edit.hooks(subject)  # refuses what `edit.hooked` refuses
     hooks = []
     for site, map_ in edit.maps.items():

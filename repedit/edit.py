@@ -25,7 +25,7 @@ from repedit.io import archive
 from repedit.io.safetensors import raw_bytes
 from repedit.io.text import json_copy
 from repedit.linear_maps import AffineMap, Chain, Diagonal, LowRank
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.plan import LoweringOptions
 from repedit.sites import Point, Site, select
 
@@ -122,11 +122,13 @@ class Edit:
             ShapeError: if a map's width is not the site's. FingerprintError: if the edit was made for another model.
             HookError, ModelBusy: as in `repedit.hooks.installed`, so that no forward pass silently runs unedited.
         """
-        with hooks.installed(subject.model, self.hooks(subject)):
+        own = self.hooks(subject)
+        with hooks.installed(subject.model, own):
             yield
 
     def hooks(self, subject: Subject) -> list[hooks.Hook]:
         """The hooks that apply the edit, in forward order."""
+        check_subject(subject)
         layout = subject.layout
         check_widths(self, layout)
         if not subject.quantizer:  # quantised weights hash differently from the weights they were made from

@@ -50,10 +50,11 @@ def lower(
     Raises:
         NotFoldable: if no weight equals the edit at a site; NoBiasSlot if only a bias is missing.
         ShapeError, UnknownSite: if the edit was made for another model. FingerprintError: if the delta was.
+        ArgumentError: if an option does not exist, or something else than edits and deltas is given.
     """
     if tied not in ("untie", "both") or sides not in ("all", "output"):
         raise ArgumentError(f"tied={tied!r}, sides={sides!r}: tied is 'untie' or 'both', sides is 'all' or 'output'")
-    changes = _merged_edits([change] if isinstance(change, Edit | Delta) else change)
+    changes = _merged_edits(stages(change))
     if architecture is None:
         return _lower_by_name(changes, specs, any_model)
     layout = match_layout(architecture, specs)
@@ -85,13 +86,32 @@ def check_model(change: Change, read: Callable[[str], Tensor | None], *, any_mod
         FingerprintError: naming the tensor that holds other values.
     """
     changed: set[str] = set()
-    for stage in [change] if isinstance(change, Edit | Delta | Plan) else change:
+    for stage in () if isinstance(change, Plan) else stages(change):
         if any_model or not isinstance(stage, Edit):
             return  # tensors that a delta changes hold other values afterwards
         check_made_for(stage, read, changed)
         if not stage.weights:  # it does not record what it changes, so a later edit may have been made after it
             return
         changed |= set(stage.weights)
+
+
+def stages(change: object) -> Sequence[EditOrDelta]:
+    """The edits and deltas of a change, in the order in which they are applied.
+
+    Raises:
+        ArgumentError: if it is something else, such as the path of a saved edit, or an iterator, which could be read only once.
+    """
+    several = [change] if isinstance(change, Edit | Delta) else change
+    if (
+        isinstance(several, Sequence)
+        and not isinstance(several, str)
+        and all(isinstance(stage, Edit | Delta) for stage in several)
+    ):
+        return several
+    kinds = [type(stage).__name__ for stage in several] if isinstance(several, list | tuple) else type(several).__name__
+    raise ArgumentError(
+        f"a change of type {kinds} was given; give an Edit or a Delta, or a list of them, such as repedit.Edit.load(path)"
+    )
 
 
 def _merged_edits(changes: Sequence[EditOrDelta]) -> list[EditOrDelta]:

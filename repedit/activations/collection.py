@@ -40,7 +40,7 @@ from repedit.errors import (
 from repedit.hooks import Hook, check_differentiable, evaluating, installed
 from repedit.io import archive
 from repedit.io.text import check_fields
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.sites import NEURONS, Point, Site, SiteKey, site_key
 from repedit.stats import Activity, CrossMoments, Moments
 
@@ -201,6 +201,7 @@ def collect(
         HookError, ModelBusy: if a hook does not run in a pass, or another thread uses the model.
         FingerprintError, ProcessFailed: if processes were given different arguments, or one of them failed.
     """
+    check_subject(subject)
     check_whole(length=length, batch_size=batch_size, **given(limit_tokens=limit_tokens))
     sums = StatisticsHooks(subject, subject.select(sites), statistic, gradients, labels)
     rule = CountingRule(subject, first_position=first_position, special_tokens=special_tokens, custom=count)
@@ -554,6 +555,7 @@ def peaks(
         ArgumentError: if a site holds expert neurons, which see different tokens each.
     Reference: peak ablation, Pochinkov et al. 2024, arXiv 2408.17322.
     """
+    check_subject(subject)
     routed = [site for site in edit.maps if subject.layout.routed(site)]
     if routed:
         raise ArgumentError(f"{routed[0]} holds expert neurons; fill them with zero")

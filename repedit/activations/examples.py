@@ -16,7 +16,7 @@ from repedit.arch import hooks_at
 from repedit.data import Batches
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite, check_whole, given
 from repedit.hooks import evaluating, installed
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.sites import Site
 
 
@@ -106,6 +106,7 @@ def max_activating(
         ArgumentError: if a site holds expert neurons, which see different tokens each, or count is below 1.
         NotEnoughRows: if no token counts.
     """
+    check_subject(subject)
     check_whole(**given(limit_tokens=limit_tokens))
     chosen, layout = subject.select(sites), subject.layout
     routed = [site for site in chosen if layout.routed(site)]

@@ -18,7 +18,7 @@ from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite, check_whole, given
 from repedit.hooks import evaluating
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def predictions(
         NotEnoughRows: if there is nothing to predict.
         NotFinite: if the loss is not finite.
     """
+    check_subject(subject)
     check_whole(**given(limit_tokens=limit_tokens))
     ids: list[str] = []
     rows: list[tuple[int, int, int, float]] = []

@@ -35,7 +35,7 @@ from repedit.fit.linalg import extend, is_orthogonal, orthonormal, projector, un
 from repedit.fit.mrp_training import Bases, ForgetLoss, History, MRPConfig, TrainingSets, forget_loss, train
 from repedit.hashing import package_versions
 from repedit.linear_maps import LowRank
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.sites import Point, Site
 from repedit.stats import CrossMoments, Moments, pooled
 from repedit.training import resume as resume_state
@@ -102,6 +102,7 @@ def mrp(
         QuantizedModel: if the weights are quantised. TrainingError: if a loss is not finite.
     Reference: Wu et al. 2025, arXiv 2508.15449; cap, retain KL, exact union of tasks and folding are ours.
     """
+    check_subject(subject)
     settings = _settings(config)
     check_method(method)
     subject.check_unquantized("edited exactly")
@@ -519,6 +520,7 @@ def erase_stream(
             added; if retain is needed and missing.
         RankError: if nothing is removed, or nothing would remain.
     """
+    check_subject(subject)
     width = subject.layout.width
     map_ = basis if isinstance(basis, LowRank) else None
     basis_width = basis.width if isinstance(basis, LowRank) else basis.shape[0]

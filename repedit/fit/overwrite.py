@@ -55,7 +55,7 @@ from repedit.fit.local_regression import Inputs, Regression
 from repedit.hashing import value_hash
 from repedit.hooks import Hook
 from repedit.linear_maps import LowRank
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.sites import Point, Site
 from repedit.stats import CrossMoments
 from repedit.training.sampler import training_rows
@@ -200,6 +200,7 @@ def overwrite(
     Reference: Meng et al. 2022, arXiv 2210.07229, equation 14, for the closed form; exchange and selective targets,
         protected sinks and the regression are ours.
     """
+    check_subject(subject)
     settings = _Settings(target, method, form, lam, retain_budget, others_weight, keep_rank, holdout, seed)
     settings.check()
     subject.check_unquantized("edited exactly")

@@ -70,7 +70,8 @@ def user_path(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except TypeError as reason:
-        raise NotFound(f"{path!r} cannot be a path: {reason}; give the path of a file or directory") from reason
+        what = " ".join(repr(path).split())[:60]  # of a model it has a hundred lines
+        raise NotFound(f"{what} cannot be a path: {reason}; give the path of a file or directory") from reason
     except RuntimeError:
         return Path(path)
 

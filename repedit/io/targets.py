@@ -261,7 +261,10 @@ def sync_files(folder: Path) -> None:
 
 def _absolute(target: str | Path) -> Path:
     """The target by the real path of its parent and its own name, so that different spellings are equal."""
-    path = Path(target)
+    try:
+        path = Path(target)
+    except TypeError as error:
+        raise ArgumentError(f"the target {str(target)[:60]!r} cannot be a path: {error}; give another name") from error
     if any(ord(character) < 32 or character == "\x7f" for character in str(path)):
         raise ArgumentError(
             f"the target {str(path)!r} has control characters in its name, such as a line break; give another name"

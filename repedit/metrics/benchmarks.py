@@ -16,7 +16,7 @@ from repedit.io.files import is_folder
 from repedit.metrics import muse, semeval, tofu
 from repedit.metrics.generation import continuations
 from repedit.metrics.membership import auc, tpr
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 
 # --- Texts and prompts
 
@@ -65,6 +65,7 @@ def compare(
         tokens: length of the continuations.
         options: passed to `predictions`: length, batch_size, limit_tokens, progress.
     """
+    check_subject(base, edited)
     sides = [{corpus.name: predictions(subject, corpus, **options) for corpus in corpora} for subject in (base, edited)]
     texts = [continuations(subject, prompts, tokens=tokens) for subject in (base, edited)]
     return Comparison(sides[0], sides[1], tuple(prompts), texts[0], texts[1])

@@ -30,7 +30,7 @@ from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, DataError, NotFinite, check_choice, check_whole, is_whole
 from repedit.hooks import evaluating
 from repedit.metrics.generation import greedy_continuations
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -97,6 +97,7 @@ def facts_accuracy(
         DataError: if there are no facts, a fact has no choices, or two choices are the same tokens.
         NotFinite: if a log-probability is not finite.
     """
+    check_subject(subject)
     check_choice(HOWS, how=how)
     check_choice(RULES, rule=rule)
     if batch_size != "auto" and not is_whole(batch_size):
@@ -390,6 +391,7 @@ def trainer_callback(subject: Subject, facts: Mapping[str, Facts] | Facts, *, ev
             If the subject has no tokenizer.
         DataError: if there are no facts.
     """
+    check_subject(subject)
     from transformers import TrainerCallback
 
     check_whole(every=every)

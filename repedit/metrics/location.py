@@ -23,7 +23,7 @@ from repedit.fit.overwrite import goals_of
 from repedit.hooks import Hook, installed
 from repedit.metrics.facts import choice_scores, choice_tokens, chosen
 from repedit.metrics.relearning import Relearning, relearned
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.sites import Point, Site
 
 POSITIONS = ("subject_last", "subject_earlier", "last", "elsewhere")
@@ -125,6 +125,7 @@ def locate(
         UnknownName, UnknownSite: if a position, point, way or layer does not exist.
         NotFinite: if a log-probability is not finite.
     """
+    check_subject(subject)
     check_seed(seed=seed)
     known_positions = (*POSITIONS, WHOLE_SUBJECT)
     for name, values, valid in (

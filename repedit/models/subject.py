@@ -400,6 +400,20 @@ def _log_quantization(name: str | Path, quantizer: str | None, model: Any, dequa
         )  # fmt: skip
 
 
+def check_subject(*values: object) -> None:
+    """Refuse what is no Subject, such as a model of transformers or the path of one.
+
+    Raises:
+        NotAModel: with its type and how a Subject is made.
+    """
+    for value in values:
+        if not isinstance(value, Subject):
+            raise NotAModel(
+                f"a {type(value).__name__} was given where a Subject is needed; make one with repedit.load(path) or with "
+                "repedit.wrap(model, tokenizer)"
+            )
+
+
 def subject_of(
     model: object,
     tokenizer: object | None = None,

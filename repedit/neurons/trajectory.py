@@ -38,7 +38,7 @@ from repedit.errors import (
 from repedit.io.files import make_folder, user_path, write_text
 from repedit.io.store import JsonStore, content_hash
 from repedit.io.text import json_copy, read_json
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.neurons.scores import Scores, needs_gradients, score
 from repedit.neurons.selection import check_fraction, prune
 from repedit.sites import Site
@@ -167,6 +167,7 @@ def trajectory(
         ArgumentError: if tokenised batches come without a corpus to evaluate on.
         FingerprintError: if `resume` holds steps of another run.
     """
+    check_subject(subject)
     check_fraction("fraction_per_step", fraction_per_step)
     check_whole(steps=steps)
     check_seed(seed=seed)

@@ -18,7 +18,7 @@ from repedit.data.benchmarks import TASKS
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, FingerprintError, FractionError
 from repedit.metrics.semeval import MEASURES, SIDES, SemEvalScore
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.neurons.scores import Scores
 from repedit.neurons.selection import top
 from repedit.plot.canvas import (
@@ -259,6 +259,7 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
         FingerprintError: if the delta was made for another model.
         ArgumentError: if it changes no tensor of a layer.
     """
+    check_subject(subject)
     start = _started(delta, subject)
     moved = {name: _relative(value, start[name]) for name, value in delta.tensors.items()}
     moved = {name: size for name, size in moved.items() if layer_and_module(name)[0] is not None and size > 0}

@@ -35,7 +35,7 @@ from repedit.errors import (
     nearest,
 )
 from repedit.hooks import evaluating, installed
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.neurons.scores import COMBINATIONS, IMPORTANCES, Scores, agreement
 from repedit.neurons.selection import Keep, top
 from repedit.neurons.trajectory import Trajectory
@@ -289,6 +289,7 @@ def activations(
         UnknownSite: if the model has no such site. ArgumentError: if it has no such neuron.
         NotEnoughRows: if no token of a set counts. NotFinite: if an activation is not finite.
     """
+    check_subject(subject)
     site = subject.select(Site.parse(site))[0]
     width = subject.layout.width_of(site.layer, site.point)
     if not 0 <= neuron < width:

@@ -24,7 +24,7 @@ from repedit.io.safetensors import read_open_header, read_tensor, write_file
 from repedit.io.targets import check_target, install, staging_folder, sync_files
 from repedit.io.text import read_json
 from repedit.lower import Change
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.plan import LoweringOptions, Plan
 from repedit.rewrite.apply import check_editable, named_parameters, no_op_message, plan_in_memory
 
@@ -76,6 +76,7 @@ def export_adapter(
         TargetExists: if the target exists. NoOpEdit: if nothing would change.
         QuantizedModel, OffloadedTensors, FingerprintError: as `repedit.apply`.
     """
+    check_subject(subject)
     out = check_target(target, overwrite=overwrite, source=subject.source)
     plan = plan_in_memory(change, subject, **options)
     weights, biases = _differences(plan, subject)
@@ -117,6 +118,7 @@ def import_adapter(folder: str | Path, subject: Subject) -> Delta:
         CheckpointError: if the files cannot be read, lack a matrix, or contradict the config.
     Source: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
+    check_subject(subject)
     root = user_path(folder)
     config = read_json(root / "adapter_config.json", CheckpointError)
     _check_plain_lora(config, root)

@@ -17,7 +17,7 @@ from repedit.errors import ArgumentError, NoOpEdit, NotSliceable, NotSlimmable, 
 from repedit.lower import Change, check_model, lower
 from repedit.models.loading import mlp_tensors, ragged_widths, set_fields, set_parameter
 from repedit.models.modifications import check_plain_weights
-from repedit.models.subject import Subject, subject_of
+from repedit.models.subject import Subject, check_subject, subject_of
 from repedit.plan import LoweringOptions, Plan
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def check_editable(subject: Subject) -> None:
     Raises:
         QuantizedModel, OffloadedTensors, NotAModel: with what to do instead.
     """
+    check_subject(subject)
     subject.check_unquantized("edited exactly")
     check_plain_weights(subject.model)
     check_in_memory(subject.model, "use repedit.export(edit, source=directory, target=...), which streams the files")

@@ -30,7 +30,7 @@ from repedit.io.files import can_hard_link, file_hash, sharing_between
 from repedit.io.safetensors import floating_dtype
 from repedit.io.targets import CARD, MANIFEST, check_space, check_target, install, staging_folder, sync_files
 from repedit.io.text import read_json
-from repedit.lower import Change, EditOrDelta, check_model, lower
+from repedit.lower import Change, EditOrDelta, check_model, lower, stages
 from repedit.models.dequantization import forget_conversions
 from repedit.models.loading import auto_class, changed_json, check_finite_weights, read_config
 from repedit.models.modifications import check_unmodified
@@ -256,7 +256,7 @@ def structured_plan(
 def _composed_edit(change: EditOrDelta | Sequence[EditOrDelta], structure: str) -> Edit:
     """The composition of several edits; a delta among them is refused."""
     edits: list[Edit] = []
-    for stage in change if isinstance(change, Sequence) else [change]:
+    for stage in stages(change):
         if not isinstance(stage, Edit):
             raise (NotSlimmable if structure == "slim" else NotSliceable)(
                 f"a delta changes values and removes nothing that structure={structure!r} could cut; apply it first, and export the edit "

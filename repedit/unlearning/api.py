@@ -36,7 +36,7 @@ from repedit.io import archive
 from repedit.io.files import append_line, open_regular, user_path, write_text
 from repedit.io.targets import check_file_target
 from repedit.io.text import parse_json
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, check_subject
 from repedit.training import resume as resume_state
 from repedit.training.sampler import training_rows
 from repedit.unlearning.losses import Reference, check_vocabulary
@@ -134,6 +134,7 @@ def unlearn(
         NoOpEdit: if nothing changed, or rounding to the dtype of the model cancels every change.
         FingerprintError: if `resume` holds another training, or the ranks have different inputs.
     """
+    check_subject(subject)
     if checkpoint_every is not None and (not is_whole(checkpoint_every) or resume is None):
         raise ArgumentError(
             f"checkpoint_every={checkpoint_every}, resume={resume}: give a folder in resume, and at least 1 step"
@@ -146,7 +147,6 @@ def unlearn(
     check_whole(**given(micro_batch=micro_batch))
     check_positive(**given(clip=clip))
     check_seed(seed=seed)
-    check_differentiable(subject.model)
     data: _Data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
     overrides = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
     changes = cast(Changes, {name: value for name, value in overrides.items() if value is not None})
@@ -226,6 +226,7 @@ def _unlearn(
     subject: Subject, recipe: UnlearnRecipe, data: _Data, options: _Options, state: Path | None, log: Path | None
 ) -> Delta:
     """The Delta of a single training."""
+    check_differentiable(subject.model)
     reference = options["reference"]
     if reference is not None:
         check_vocabulary(subject, reference)
