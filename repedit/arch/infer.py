@@ -578,10 +578,10 @@ class _Block:
     def _feeds(self, writer: str, reader: Reader, heads: int) -> bool | None:
         """Whether zeroing rows makes the neurons that they feed zero; None if it changes others, or not these."""
         z, module, path = self.inputs[writer], self.modules[reader.module], f"{self.path}.{reader.module}"
-        found = rows_of(reader, _outputs(module), z.shape[-1], heads, transposed=_is_conv(module))
-        if found is None:
+        view_and_group = rows_of(reader, _outputs(module), z.shape[-1], heads, transposed=_is_conv(module))
+        if view_and_group is None:
             return None
-        view, group = found
+        view, group = view_and_group
         # The neurons of each row; of a pruned neuron no row shows whom it feeds.
         fed = torch.arange(z.shape[-1]).view(-1, group, z.shape[-1] // (heads or z.shape[-1])).mT.flatten(0, 1)
         live = z.flatten(0, -2).any(0).cpu()[fed].any(1).nonzero()[:, 0]

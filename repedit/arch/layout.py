@@ -328,12 +328,12 @@ class _Matcher:
         for reader in writer.readers:
             names = self._named(f"{block}{reader.module}", fused)
             rows = self.specs[self.need(names[0])].shape[-1 if transposed else -2]
-            found = rows_of(reader, rows, width, heads, transposed=transposed)
-            if found is None:
+            view_and_group = rows_of(reader, rows, width, heads, transposed=transposed)
+            if view_and_group is None:
                 expected = f"{reader.parts} x {width} neurons were expected"
                 shared = f"which {heads} heads of width {width // (heads or 1)} cannot share"
                 raise UnknownArchitecture(f"{block}{reader.module} has {rows} rows, {shared if heads else expected}")
-            view, group = found
+            view, group = view_and_group
             readers += [replace(view, tensor=name) for name in names if name in self.specs]
         return [
             Neurons(
