@@ -298,12 +298,22 @@ class Diagonal(AffineMap):
 
     @staticmethod
     def mask(keep: Bool[Tensor, " d"]) -> Diagonal:
-        """Zero the neurons where `keep` is False."""
+        """Zero the neurons where `keep` is False.
+
+        Raises:
+            DtypeError: if `keep` does not hold True and False.
+        """
+        _check_bool(keep)
         return Diagonal(keep.float())
 
     @staticmethod
     def fill(keep: Bool[Tensor, " d"], value: Float[Tensor, " d"]) -> Diagonal:
-        """Set the neurons where `keep` is False to `value` (their mean, say)."""
+        """Set the neurons where `keep` is False to `value` (their mean, say).
+
+        Raises:
+            DtypeError: if `keep` does not hold True and False.
+        """
+        _check_bool(keep)
         return Diagonal(keep.float(), torch.where(keep, torch.zeros_like(value), value).float())
 
     @property
@@ -457,3 +467,12 @@ def _low_rank_product(last: LowRank, first: LowRank) -> LowRank | None:
 
 
 __all__ = ["AffineMap", "Chain", "Diagonal", "LowRank", "check_dense", "not_finite_at"]
+
+
+def _check_bool(keep: object) -> None:
+    kind = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+    if kind != torch.bool:
+        raise DtypeError(
+            f"keep is {kind}; give a boolean tensor, one value for each neuron: keep = torch.ones(width, dtype=torch.bool), and "
+            "keep[indices] = False for the neurons to prune"
+        )

@@ -261,6 +261,7 @@ class Plan:
         """
         return cast_tensor(name, self.computed(name, tensor, read), tensor.dtype)
 
+    @torch.no_grad()
     def computed(self, name: str, tensor: Tensor, read: TensorReader, out: Tensor | None = None) -> Tensor:
         """The tensor after the plan before it is rounded: float32, or float64 for float64 and for counts.
 

@@ -122,6 +122,8 @@ def select(
         UnknownSite: if a layer or point does not exist in this model, or the selector is empty.
     """
     valid = [tuple(Point)] * layers if points is None else points
+    if not isinstance(selector, str | Site | Iterable):
+        raise UnknownSite(f"selector {selector!r} names no site; try '*.mlp.neurons'")
     parts = [selector] if isinstance(selector, str | Site) else list(selector)
     sites = {site for part in parts for text in str(part).split(",") for site in _expand(text.strip(), valid)}
     if not sites:

@@ -2,16 +2,31 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
 import pytest
+import torch
 
 import repedit as rp
-from repedit.errors import ArgumentError, NotAModel, NotFound, RepeditError
+from repedit.errors import (
+    ArgumentError,
+    DataError,
+    DtypeError,
+    NotAModel,
+    NotFound,
+    OffloadedTensors,
+    RepeditError,
+    ShapeError,
+    UnknownSite,
+)
 from repedit.lower import lower, stages
+from repedit.neurons.selection import check_fraction
+from repedit.plan import Plan
 from tests.edits import mask, projection
+from tests.saved_models import byte_tokenizer
 from tests.tiny import logits, tiny
 
 SPACES = (rp, rp.fit, rp.metrics, rp.plot)
@@ -110,3 +125,67 @@ def test_what_is_no_path_is_refused(target):
     ) as caught:
         rp.export(mask(lm, "1.mlp.neurons"), lm.model, "out")
     assert len(str(caught.value)) < 300
+
+
+# --- Values of other types
+
+
+BASIS = torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
+TEXT = rp.data.read([f"the quick brown fox {i} jumps over" for i in range(8)], name="text")
+WRONG = {
+    "fraction True": (lambda lm: check_fraction("fraction", True), ArgumentError, "fraction=True: a fraction lies in"),
+    "fraction text": (lambda lm: check_fraction("fraction", "0.1"), ArgumentError, "fraction='0.1': a fraction lies in"),
+    "mask of indices": (lambda lm: rp.Diagonal.mask(torch.tensor([0, 3, 17])), DtypeError, "keep is torch.int64; give a boolean tensor"),
+    "mask of shares": (lambda lm: rp.Diagonal.mask(torch.full((4,), 0.5)), DtypeError, "keep is torch.float32; give a boolean"),
+    "mask list": (lambda lm: rp.Diagonal.mask([True, False]), DtypeError, "keep is list; give a boolean tensor"),
+    "fill of indices": (lambda lm: rp.Diagonal.fill(torch.tensor([0, 3]), torch.ones(2)), DtypeError, "keep is torch.int64"),
+    "seed": (lambda lm: rp.random_like(mask(lm, "1.mlp.neurons"), seed=-1), ArgumentError, "seed=-1; give a whole number from 0"),
+    "collect name": (lambda lm: rp.collect(lm, "code"), DataError, "a str was given where text is needed; give a corpus"),
+    "collect texts": (lambda lm: rp.collect(lm, ["a", "b"]), DataError, "a list was given where text is needed"),
+    "predictions": (lambda lm: rp.predictions(lm, None), DataError, "a NoneType was given where text is needed"),
+    "recipe": (lambda lm: rp.unlearn(lm, recipe="npo", forget=TEXT), ArgumentError, r"recipe='npo' is no recipe; give one of .*npo\(\)"),
+    "facts": (lambda lm: rp.data.facts(["capitals"]), DataError, r"a list is no name of facts; give one such as 'capitals', .* '\+'"),
+    "layers": (lambda lm: rp.locate(lm, (), layers=[0]), UnknownSite, r"layers=\[0\]; give layers as text, such as"),
+    "selector": (lambda lm: lm.select(None), UnknownSite, "selector None names no site"),
+    "one direction": (lambda lm: rp.erase_stream(lm, BASIS[:, 0]), ShapeError, r"the basis is \(24,\); give a tensor \(width, rank\)"),
+    "an array": (lambda lm: rp.erase_stream(lm, BASIS.numpy()), ShapeError, "the basis is ndarray; give a tensor"),
+    "steps": (lambda lm: rp.mrp(lm, forget=TEXT, retain=TEXT, rank=1, config={"steps": "2"}), ArgumentError, "steps out of range"),
+    "no edited model": (lambda lm: rp.audit(None, original=lm, facts=()), ArgumentError, "edited is None; give a Subject"),
+    "two texts of one name": (lambda lm: rp.compare(lm, lm, [TEXT, TEXT]), ArgumentError, "do not have a name each; give one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_meant_is_refused(case):
+    call, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        call(tiny("llama", vocab_size=260))
+
+
+def test_a_model_without_values_is_not_measured():
+    lm = replace(tiny("llama", vocab_size=260), tokenizer=byte_tokenizer())
+    lm = replace(lm, model=type(lm.model)(lm.model.config).to("meta"))
+    with pytest.raises(
+        OffloadedTensors, match=r"on the meta device, where weights have shapes and no values; load its"
+    ):
+        rp.predictions(lm, TEXT)
+
+
+def a_trained_basis_is_applied(apply=rp.apply):
+    """The law: a map whose tensors have gradients goes into the weights as one without."""
+    lm, basis = tiny("llama"), BASIS.clone().requires_grad_()
+    edit = rp.Edit({"0.mlp.out": rp.LowRank.projection(basis)})
+    plain = rp.Edit({"0.mlp.out": rp.LowRank.projection(basis.detach())})
+    found = apply(edit, lm).model
+    assert not any(p.requires_grad and p.grad_fn is not None for p in found.parameters())
+    assert logits(apply(edit, lm)).equal(logits(apply(plain, lm)))
+
+
+def test_a_trained_basis_is_applied():
+    a_trained_basis_is_applied()
+
+
+def test_a_plan_that_records_gradients_is_caught(monkeypatch):
+    monkeypatch.setattr(Plan, "computed", inspect.unwrap(Plan.computed))
+    with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
+        a_trained_basis_is_applied()

@@ -20,6 +20,7 @@ from torch import Tensor
 from repedit.activations.forward import batches, inputs_of, loss_of, note_batch_on_error
 from repedit.arch import hooks_at
 from repedit.data import Batch, Batches
+from repedit.data.corpus import check_batches
 from repedit.distributed import ProcessGroup, process_group
 from repedit.edit import Edit
 from repedit.errors import (
@@ -202,6 +203,7 @@ def collect(
         FingerprintError, ProcessFailed: if processes were given different arguments, or one of them failed.
     """
     check_subject(subject)
+    check_batches(corpus)
     check_whole(length=length, batch_size=batch_size, **given(limit_tokens=limit_tokens))
     sums = StatisticsHooks(subject, subject.select(sites), statistic, gradients, labels)
     rule = CountingRule(subject, first_position=first_position, special_tokens=special_tokens, custom=count)

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from repedit.arch import HookFn, hooks_at
 from repedit.data import Batch, Batches, Corpus, Facts, Rows
-from repedit.errors import DataError, RepeditError, check_whole, during, is_whole
+from repedit.data.corpus import check_batches
+from repedit.errors import DataError, OffloadedTensors, RepeditError, check_whole, during, is_whole
 from repedit.hooks import evaluating, installed
 from repedit.models.subject import Subject
 from repedit.sites import Site
@@ -62,8 +63,13 @@ def batches(
 
     Raises:
         ArgumentError: if the length or the batch size is not an integer of at least 1.
+        OffloadedTensors: if the model has no values.
     """
     check_whole(length=length, batch_size=batch_size)
+    if subject.device.type == "meta":
+        raise OffloadedTensors(
+            "the model is on the meta device, where weights have shapes and no values; load its weights"
+        )
     items = list(batches_of(subject, corpus, length=length, batch_size=batch_size))
     for batch in tqdm(
         items, desc=f"{label} {corpus.name}", disable=None if progress is None else not progress, leave=False
@@ -79,6 +85,7 @@ def batches_of(subject: Subject, corpus: Batches, *, length: int = 128, batch_si
         ArgumentError: if the corpus is text and the model has no tokenizer.
         DataError: if a token id or position is out of the model's range, with the document or row.
     """
+    check_batches(corpus)
     tokenizer = subject.need_tokenizer() if isinstance(corpus, Corpus | Rows | Facts) else subject.tokenizer
     for batch in corpus.batches(tokenizer, length=length, batch_size=batch_size):
         ids, mask = batch.input_ids, batch.attention_mask

@@ -122,6 +122,9 @@ def audit(
     check_draws(draws, alpha)
     _check_options(steps, draws, scale_lrs, chosen, until)
     sources: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
+    missing = [role for role in ("edited", "original") if sources[role] is None]
+    if missing:
+        raise ArgumentError(f"{' and '.join(missing)} is None; give a Subject, a directory or a hub id")
     models = {role: Audited(role, source, device) for role, source in sources.items() if source is not None}
     _check_models(models)
     options: DataOptions = {

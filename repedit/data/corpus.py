@@ -466,6 +466,19 @@ def as_batches(source: TextSource, *, name: str = "rows") -> Batches:
     )
 
 
+def check_batches(source: object) -> None:
+    """Refuse what is no corpus, rows, facts or tokens, such as a text or a list of texts.
+
+    Raises:
+        DataError: with its type.
+    """
+    if not isinstance(source, Batches):
+        raise DataError(
+            f"a {type(source).__name__} was given where text is needed; give a corpus, such as repedit.data.read(path or list of texts), "
+            "repedit.data.code() or repedit.data.facts(name)"
+        )
+
+
 def check_ids(items: Sequence[Row], where: str) -> None:
     """Refuse rows with the same id.
 

@@ -327,6 +327,10 @@ def facts(name: str | Path, *, retain: str | Path | Facts | Iterable[Fact] | Non
 
 
 def _items(name: str | Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
+    if not isinstance(name, str | Path):
+        raise DataError(
+            f"a {type(name).__name__} is no name of facts; give one such as 'capitals', several joined by '+', or the path of a .jsonl file"
+        )
     if _is_file(name):
         path = user_path(name)
         if not is_file(path):

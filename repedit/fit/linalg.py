@@ -36,8 +36,13 @@ def orthonormal(basis: Float[Tensor, "d k"], *, tol: float = 1e-6) -> Float[Tens
     """An orthonormal basis of span(basis), in float64; directions with singular value < tol * the largest are dropped.
 
     Raises:
-        NotFinite: if the basis holds NaN or infinity.
+        ShapeError: if it is no matrix. NotFinite: if it holds NaN or infinity.
     """
+    if not isinstance(basis, Tensor) or basis.ndim != 2:
+        given = tuple(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
+        raise ShapeError(
+            f"the basis is {given}; give a tensor (width, rank), such as vector[:, None] for one direction"
+        )
     if not bool(torch.isfinite(basis).all()):
         raise NotFinite("the basis holds NaN or infinity; was it fitted on finite statistics?")
     left, size, _ = torch.linalg.svd(basis.double(), full_matrices=False)

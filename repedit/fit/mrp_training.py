@@ -95,7 +95,9 @@ class MRPConfig:
         # An infinite cap or clip means none; NaN fails every comparison.
         minima |= {"cap": -math.inf, "retain_budget": -math.inf}
         values = {name: getattr(self, name) for name in minima if getattr(self, name) is not None}
-        wrong = [name for name, value in values.items() if not value >= minima[name]]
+        wrong = [
+            name for name, value in values.items() if not isinstance(value, int | float) or not value >= minima[name]
+        ]
         wrong += [n for n in (*whole, "steps", "epochs", "patience") if n in values and not is_whole(values[n], 0)]
         wrong += [] if is_finite(self.lr) and self.lr > 0 and 0 <= self.anneal <= 1 else ["lr or anneal"]
         wrong += [] if self.among in ("answers", "vocabulary") else ["among"]

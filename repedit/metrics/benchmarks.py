@@ -11,7 +11,7 @@ from repedit.activations.prediction import Effect, Predictions, effect, predicti
 from repedit.data import Batches, mmlu
 from repedit.data import muse as muse_data
 from repedit.data import semeval as semeval_data
-from repedit.errors import NotFound, check_choice, check_whole, given
+from repedit.errors import ArgumentError, NotFound, check_choice, check_whole, given
 from repedit.io.files import is_folder
 from repedit.metrics import muse, semeval, tofu
 from repedit.metrics.generation import continuations
@@ -64,8 +64,13 @@ def compare(
     Args:
         tokens: length of the continuations.
         options: passed to `predictions`: length, batch_size, limit_tokens, progress.
+    Raises:
+        ArgumentError: if two corpora have one name.
     """
     check_subject(base, edited)
+    names = [corpus.name for corpus in corpora]
+    if len({*names}) < len(names):
+        raise ArgumentError(f"the corpora {names} do not have a name each; give one to repedit.data.read(..., name=)")
     sides = [{corpus.name: predictions(subject, corpus, **options) for corpus in corpora} for subject in (base, edited)]
     texts = [continuations(subject, prompts, tokens=tokens) for subject in (base, edited)]
     return Comparison(sides[0], sides[1], tuple(prompts), texts[0], texts[1])

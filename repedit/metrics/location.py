@@ -169,7 +169,10 @@ def locate(
 
 def _spans(subject: Subject, layers: str | Sequence[str], points: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Name -> layers, all of which have every point."""
-    names = [part.strip() for text in ([layers] if isinstance(layers, str) else layers) for part in text.split(",")]
+    texts = [layers] if isinstance(layers, str) else layers
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UnknownSite(f"layers={layers!r}; give layers as text, such as '*', '0-11' or ['0', '1-3']")
+    names = [part.strip() for text in texts for part in text.split(",")]
     if not names:
         raise ArgumentError("layers names none; give '*' or ranges such as '0-11'")
     if any("." in name for name in names):

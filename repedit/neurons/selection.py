@@ -11,7 +11,16 @@ from torch import Tensor
 
 from repedit.activations.collection import Collection
 from repedit.edit import Edit
-from repedit.errors import ArgumentError, FractionError, MissingStatistic, SelectionError, ShapeError, check_choice
+from repedit.errors import (
+    ArgumentError,
+    FractionError,
+    MissingStatistic,
+    SelectionError,
+    ShapeError,
+    check_choice,
+    check_seed,
+    is_finite,
+)
 from repedit.linear_maps import Diagonal
 from repedit.neurons.scores import Score, Scores
 from repedit.sites import SiteKey
@@ -101,6 +110,7 @@ def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[
         ArgumentError: if the edit is not made of masks.
     """
     check_choice(("layer", "uniform"), match=match)
+    check_seed(seed=seed)
     masks = {site: map_ for site, map_ in edit.maps.items() if isinstance(map_, Diagonal) and map_.is_mask}
     if len(masks) != len(edit.maps):
         raise ArgumentError(
@@ -132,9 +142,9 @@ def check_fraction(name: str, value: float) -> None:
     Raises:
         FractionError: with the value, and the fraction that was probably meant.
     """
-    if not 0 <= value <= 1 or math.isnan(value):
-        hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
-        raise FractionError(f"{name}={value}: a fraction lies in [0, 1]{hint}")
+    if not is_finite(value) or not 0 <= value <= 1:
+        hint = f"; did you mean {value / 100:g}?" if is_finite(value) and 1 < value <= 100 else ""
+        raise FractionError(f"{name}={value!r}: a fraction lies in [0, 1]{hint}")
 
 
 def _unit_size(score: Score, unit: str) -> int:

@@ -43,7 +43,7 @@ from repedit.unlearning.losses import Reference, check_vocabulary
 from repedit.unlearning.masks import saliency_of_rows
 from repedit.unlearning.noise import add_noise
 from repedit.unlearning.parameters import Parameters, TrainableCopy
-from repedit.unlearning.recipe import AnyRecipe, Changes, StagedRecipe, UnlearnRecipe, resolved_fields
+from repedit.unlearning.recipe import AnyRecipe, Changes, MergedRecipe, StagedRecipe, UnlearnRecipe, resolved_fields
 from repedit.unlearning.schedule import Stop
 from repedit.unlearning.trainer import Training, check_dropout, check_shardable, recompute_blocks, shard
 from repedit.unlearning.training_data import Sources, TrainingData, prepare_data
@@ -135,6 +135,7 @@ def unlearn(
         FingerprintError: if `resume` holds another training, or the ranks have different inputs.
     """
     check_subject(subject)
+    _check_recipe(recipe)
     if checkpoint_every is not None and (not is_whole(checkpoint_every) or resume is None):
         raise ArgumentError(
             f"checkpoint_every={checkpoint_every}, resume={resume}: give a folder in resume, and at least 1 step"
@@ -144,9 +145,7 @@ def unlearn(
         raise ArgumentError(f"log and resume are both {log}; give each its own path")
     _check_log(log)
     state = None if resume is None else resume_state.state_path(resume)
-    check_whole(**given(micro_batch=micro_batch))
-    check_positive(**given(clip=clip))
-    check_seed(seed=seed)
+    _check_numbers(micro_batch, clip, seed)
     data: _Data = {"forget": forget, "retain": retain, "update": update, "allow_overlap": allow_overlap}
     overrides = dict(parameters=parameters, lr=lr, steps=steps, epochs=epochs, batch_size=batch_size, length=length)  # noqa: C408
     changes = cast(Changes, {name: value for name, value in overrides.items() if value is not None})
@@ -167,6 +166,19 @@ def unlearn(
     ]
     merged = Delta.ties(parts, recipe.weights, recipe.density)
     return Delta(merged.tensors, {**merged.provenance, "method": recipe.name, "options": recipe.plain()}, parts[0].log)
+
+
+def _check_recipe(recipe: object) -> None:
+    if not isinstance(recipe, UnlearnRecipe | StagedRecipe | MergedRecipe):
+        raise ArgumentError(
+            f"recipe={recipe!r} is no recipe; give one of repedit.recipes, such as repedit.recipes.npo()"
+        )
+
+
+def _check_numbers(micro_batch: int | None, clip: float | None, seed: int) -> None:
+    check_whole(**given(micro_batch=micro_batch))
+    check_positive(**given(clip=clip))
+    check_seed(seed=seed)
 
 
 def _check_log(log: str | Path | None) -> None:
