@@ -66,7 +66,7 @@ def tasks(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write facts as tasks of lm-evaluation-harness, which grade as repedit does and run without it."""
+    """Write facts as tasks of lm-evaluation-harness, which grade as repedit does and run without repedit."""
     import shlex
 
     from repedit.cli import output

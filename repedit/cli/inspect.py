@@ -197,7 +197,9 @@ def compare(
     ] = "",
     folder: Annotated[
         Path | None,
-        typer.Option("--data", help="Holds the data of --metrics, or the folders tofu, semeval, muse, mmlu."),
+        typer.Option(
+            "--data", help="Folder with the data of --metrics, or with the folders tofu, semeval, muse and mmlu."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each part of --metrics; all by default.")] = None,
     limit_tokens: LimitTokens = 4000,
@@ -207,7 +209,7 @@ def compare(
     out: PageOut = None,
     json: Json = False,
 ) -> None:
-    """Perplexity, top-1 accuracy and generations of two checkpoints, side by side; or published benchmarks."""
+    """Show perplexity, top-1 accuracy and generations of two checkpoints side by side; or run published benchmarks."""
     from repedit import data
     from repedit.cli import output
     from repedit.demo import PRUNING_PROMPTS
@@ -284,7 +286,10 @@ def chat(
         str | None, typer.Argument(help="One prompt; without it, lines of standard input, or you are asked for them.")
     ] = None,
     plain: Annotated[
-        bool, typer.Option("--plain", help="Continue each prompt as text, alone; no chat template.")
+        bool,
+        typer.Option(
+            "--plain", help="Continue each prompt as plain text: no chat template, and no memory of earlier prompts."
+        ),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, tokens are drawn.")] = 0.0,

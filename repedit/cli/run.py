@@ -237,7 +237,8 @@ def _vision() -> None:
 @vision.command("demo", epilog=epilog("vision demo"), cls=Verb)
 def vision_demo(
     data: Annotated[
-        str, typer.Option(help="digits (in scikit-learn), or mnist5k and cifar6k where they are.")
+        str,
+        typer.Option(help="digits, which scikit-learn contains; or mnist5k or cifar6k, if they are on this machine."),
     ] = "digits",
     forget: Annotated[
         list[str] | None, typer.Option(help="class:3 or mislabelled:0.1; can be given twice. Both by default.")
@@ -248,7 +249,7 @@ def vision_demo(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Forget a class, and wrong labels, by every recipe; the gap of each to models retrained without the images."""
+    """Forget a class, and wrong labels, by every recipe, and show the gap of each to models retrained without the images."""
     from repedit.cli import output
     from repedit.demo import forget_images
     from repedit.io.targets import check_folder

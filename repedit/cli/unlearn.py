@@ -215,24 +215,29 @@ def _list_recipes(context: Any, option: Any, value: bool) -> bool:
     raise typer.Exit
 
 
+RecipeName = Annotated[
+    str,
+    typer.Option(
+        help="A TOML file or a name, such as blur_npo; with a variant, ails_ntua:agad; small:NAME is a short training of it for a CPU."
+    ),
+]
+
+
 def unlearn(
     model: Model,
     out: Annotated[Path, typer.Option(help="x.safetensors writes the delta, a directory the edited checkpoint.")],
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="A TOML file, or a name, with a variant or over another: blur_npo, ails_ntua:agad, small:grad_diff."
-        ),
-    ] = "small:npo_klr",
+    recipe: RecipeName = "small:npo_klr",
     forget: Annotated[
         str, typer.Option(help="A built-in domain (capitals, ...; several with +), a .jsonl of facts, or a text.")
     ] = "capitals",
     retain: Annotated[
         str | None, typer.Option(help="What to keep; by default the facts that belong to --forget.")
     ] = None,
-    update: Annotated[str | None, typer.Option(help="What to learn instead, for recipes that do (surgery).")] = None,
-    layers: Annotated[str | None, typer.Option(help="'20-29', 'last 8', or 'all'.")] = None,
-    modules: Annotated[str | None, typer.Option(help="'mlp.down_proj', 'attn.out', ...; several with commas.")] = None,
+    update: Annotated[
+        str | None, typer.Option(help="What to learn instead, for a recipe that teaches new facts (surgery).")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to train: '20-29', 'last 8', or 'all'.")] = None,
+    modules: Annotated[str | None, typer.Option(help="Modules to train, such as 'mlp.down_proj,attn.out'.")] = None,
     mask: Annotated[
         str | None, typer.Option(help="'sure:90' trains only the units of the top tenth by forget gradient.")
     ] = None,

@@ -585,7 +585,9 @@ def read_tokenizer(location: Path | str, options: dict[str, Any]) -> Any | None:
     plain = isinstance(location, Path) and "gguf_file" not in options
     if plain and not any(path.name.startswith(TOKENIZERS) for path in Path(location).iterdir()):
         log.warning(
-            "%s holds no tokenizer files: loaded without one, so functions that read text will not work", location
+            "%s holds no tokenizer files: loaded without one, so functions that read text will not work; "
+            "if you need them, save the tokenizer of the original there: tokenizer.save_pretrained(directory)",
+            location,
         )
         return None
     with typed_errors(file_of(location, options), "the tokenizer of "):

@@ -300,7 +300,8 @@ class Subject:
         """
         if self.tokenizer is None:
             raise ArgumentError(
-                "this needs a tokenizer and the model was wrapped without one; use repedit.wrap(model, tokenizer)"
+                "this needs a tokenizer and the model was wrapped without one; use repedit.wrap(model, tokenizer), or save "
+                "the tokenizer beside the checkpoint: tokenizer.save_pretrained(directory)"
             )
         return self.tokenizer
 
