@@ -230,7 +230,8 @@ def show(report: Report, files: Sequence[Path]) -> None:
 
     verdict = report.verdict
     sentence = verdict.sentence.removeprefix(f"{verdict.word}: ")
-    for line in (f"{report.title}: {sentence}", f"Rule: {verdict.rule}", verdict.settle):
+    needed = f"What would settle it: {verdict.settle}" if verdict.settle else ""
+    for line in (f"{report.title}: {sentence}", f"Rule: {verdict.rule}", needed):
         if line:
             output.out.print(line)
     for fact in tables.headline(report):
