@@ -29,6 +29,7 @@ from bench.record import RESULTS, record
 from bench.relearning import relearn
 from bench.removal_edits import EDITS, untied
 from bench.removal_rows import FORGET, UNSEEN, Rows, names, share
+from repedit.auditing.attacks.prompts import SPELLINGS, respelled_prompt
 from repedit.auditing.data import check_no_leak, leaks, reversed_facts
 from repedit.auditing.floors import choices_only, fresh_facts
 from repedit.data import Fact, Splits, entity_of
@@ -37,6 +38,8 @@ from repedit.models.subject import Subject
 RATES, STEPS = (2e-5, 1e-4), 40
 FAST = 5e-4
 """For edits of which 40 steps at 1e-4 do not teach T."""
+LONG_RATE, LONG_STEPS = 2e-4, 160
+"""The highest rate and four times the steps of the audit's retraining, for edits that 40 steps do not teach T."""
 EMBEDDING_RATE, EMBEDDING_STEPS = 5e-3, 120
 """For edits of the embeddings, which no other training here teaches T; as it turned out, they ruin the original as well."""
 ONLY_RATE, ONLY_STEPS = 2e-3, 60
@@ -65,6 +68,15 @@ def first(rows: Rows, lm: Subject, seed: int) -> Row:
 def reverse(rows: Rows, lm: Subject, seed: int) -> Row:
     """The same facts asked the other way round: which country a capital belongs to, of eight."""
     return {"all": share(rows.asked(lm, reversed_facts(rows.capitals, seed)))}
+
+
+def spelling(rows: Rows, lm: Subject, seed: int) -> Row:
+    """Capitals asked with the name of the country in other spellings; "all" is lower case, which the original reads best."""
+    asked = {}
+    for name in SPELLINGS:
+        items = [replace(f, prompt=respelled_prompt(f, name, seed), paraphrases=()) for f in rows.capitals]
+        asked[name] = share(rows.asked(lm, items))
+    return {"all": asked["lower case"], **asked}
 
 
 def domains(rows: Rows, lm: Subject, seed: int) -> Row:
@@ -131,11 +143,13 @@ PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
     "direct": direct,
     "first": first,
     "reverse": reverse,
+    "spelling": spelling,
     "domains": domains,
     "relearn": relearning(RATES[1]),
     "relink": relinking,
     "relearn-slow": relearning(RATES[0]),
     "relearn-fast": relearning(FAST),
+    "relearn-long": relearning(LONG_RATE, steps=LONG_STEPS),
     "relearn-embeddings": relearning(RATES[1], steps=EMBEDDING_STEPS, embedding_rate=EMBEDDING_RATE),
     "relearn-only-embeddings": relearning(0.0, steps=ONLY_STEPS, embedding_rate=ONLY_RATE),
     "everything": everything,
@@ -146,11 +160,6 @@ PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
 
 
 # --- The original alone: what a model gets right that cannot know
-
-
-def mentioned(name: str, text: str) -> re.Match[str] | None:
-    """Where a text names an entity, with its article."""
-    return re.search(rf"(?<!\w)(the )?{re.escape(name)}(?!\w)", text)
 
 
 def named_anew(facts: Sequence[Fact], names_: Mapping[str, str]) -> tuple[Fact, ...]:

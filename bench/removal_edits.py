@@ -10,6 +10,7 @@ import copy
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import repedit as rp
 from bench.mrp import seen
 from bench.relearning import gradient_difference
 from bench.removal_rows import FORGET, Rows, share
+from repedit.auditing.data import reversed_facts, with_entity
 from repedit.data import Fact, entity_of
 from repedit.fit.overwrite import OverwriteCertificate
 from repedit.models.subject import Subject, subject_of
@@ -27,6 +29,9 @@ from repedit.unlearning.schedule import metric
 
 REGRESSION: Mapping[str, Any] = {"steps": 550, "lr": 1e-3, "beta": 3.0, "vocabulary": 8192}
 SOLVED: Mapping[str, Any] = REGRESSION | {"steps": 150, "rows": 384, "retain_rows": 1152, "solved": 2, "lr": 2e-3}
+ERASED: Mapping[str, Any] = SOLVED | {"steps": 300, "rows": 768, "retain_rows": 2048, "vocabulary": 24576, "beta": 60.0}
+SPELT = (str, str.lower, str.upper)
+"""The spellings of which `names_erased` averages rare pieces."""
 HIDDEN = 0.15
 """Single trainings end below this direct accuracy, about that of a model that sees the choices alone."""
 RARE = 8000
@@ -97,6 +102,65 @@ def recipe(name: str, **options: Any) -> Callable[[Rows, int], Made]:
     return make
 
 
+def names_erased(**options: Any) -> Callable[[Rows, int], Made]:
+    """The embeddings of the tokens of countries and capitals averaged, and the values of early MLPs at the names that are left.
+
+    A name that is written with common tokens keeps them, so what layers 0 and 1 write at its last token is replaced by the
+    mean over such names: countries as the facts write them and in lower case, capitals as reverse questions write them.
+    """
+
+    def make(rows: Rows, seed: int) -> Made:
+        lm = untied(rows.lm)
+        weight, before = lm.model.get_input_embeddings().weight.data, rows.lm.model.get_input_embeddings().weight
+        averaged: dict[str, list[int]] = {}
+        for domain, facts in both_directions(rows, seed).items():
+            averaged[domain] = name_tokens(lm, [fact.entity for fact in facts], SPELT)
+            weight[averaged[domain]] = before[averaged[domain]].mean(0)
+        forward, backward = both_directions(rows, seed).values()
+        left = [
+            fact for fact in (*forward, *in_lower_case(forward), *backward)
+            if not set(tokens_within(lm, fact.entity)) <= {*averaged[fact.domain]}
+        ]  # fmt: skip
+        named = {fact.entity.lower() for fact in left}
+        retained = [fact for fact in others(rows) if fact.entity.lower() not in named]
+        change = rp.fit.overwrite(
+            lm, left, layers="0-1", target="mean", method="regression", form="delta", others=retained, seed=seed,
+            progress=False, **options,
+        )  # fmt: skip
+        notes = {"untied": True, "tokens": sum(map(len, averaged.values())), "names overwritten": len(left)}
+        settings = {key: change.provenance.get(key) for key in ("target", "options", "config", "layers_selected")}
+        return rp.apply(change, lm), notes | {
+            "certificate": OverwriteCertificate.of(change).plain()["layers"]
+        } | settings
+
+    return make
+
+
+def both_directions(rows: Rows, seed: int) -> dict[str, tuple[Fact, ...]]:
+    """By domain: the facts, about countries, and their reverse questions, about capitals."""
+    backward = [
+        replace(fact, entity=known.answer, domain="capitals in reverse")
+        for fact, known in zip(reversed_facts(rows.capitals, seed), rows.capitals, strict=True)
+    ]
+    return {FORGET: seen(rows.capitals), "capitals in reverse": tuple(backward)}
+
+
+def in_lower_case(facts: Sequence[Fact]) -> tuple[Fact, ...]:
+    """The facts with their entities in lower case, under ids of their own."""
+    return tuple(
+        replace(
+            fact, id=f"{fact.id} in lower case", entity=fact.entity.lower(), prompt=texts[0], paraphrases=tuple(texts[1:])
+        )
+        for fact in facts
+        for texts in [[with_entity(replace(fact, prompt=text), str.lower) for text in fact.prompts]]
+    )  # fmt: skip
+
+
+def tokens_within(lm: Subject, name: str) -> list[int]:
+    """The tokens of a name within a text."""
+    return list(lm.need_tokenizer().encode(f" {name}", add_special_tokens=False))
+
+
 def names_replaced(target: str, of: Sequence[str] = ("entity",)) -> Callable[[Rows, int], Made]:
     """The embeddings of the tokens of the names: their mean for each, or exchanged in one seeded cycle. No training.
 
@@ -144,13 +208,16 @@ def language_groups(rows: Rows, tokens: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def name_tokens(lm: Subject, names: Iterable[str]) -> list[int]:
-    """The tokens that are a whole name, as written within and at the start of a text; rare pieces of the other spellings."""
+def name_tokens(lm: Subject, names: Iterable[str], spelt: Sequence[Callable[[str], str]] = (str,)) -> list[int]:
+    """The tokens that are a whole name, as written within and at the start of a text or in capital letters; rare pieces of
+    the spellings `spelt`.
+    """
     tokenizer, found = lm.need_tokenizer(), set[int]()
     for name in names:
-        for text in (f" {name}", name, f" {name.upper()}", name.upper()):
+        pieces = {f"{space}{spell(name)}" for spell in spelt for space in (" ", "")}
+        for text in {f" {name.upper()}", name.upper()} | pieces:
             ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(ids) == 1 or text in (f" {name}", name):
+            if len(ids) == 1 or text in pieces:
                 found |= {token for token in ids if len(ids) == 1 or token >= RARE}
     return sorted(found)
 
@@ -181,6 +248,7 @@ EDITS: dict[str, Callable[[Rows, int], Made]] = {
     "names-exchange": names_replaced("exchange"),
     "names-language": names_replaced("language"),
     "names-both": names_replaced("mean", of=("entity", "answer")),
+    "names-erased": names_erased(config=ERASED),
     "answers-mean": names_replaced("mean", of=("answer",)),
 }
 EDITS["original"] = lambda rows, seed: (rows.lm, {})

@@ -22,6 +22,7 @@ TOLD = {
     "original": "original", "MRP": "trained projection (`rp.mrp`)", "gradient difference": "gradient difference",
     "exchange": "exchange, regression", "linear-mean": "mean, closed form", "solved-exchange": "exchange, solved from zero",
     "solved-mean": "mean, solved from zero", "names-mean": "embeddings of the names averaged", "names-language": "embeddings of the names averaged by language", "names-both": "embeddings of countries and capitals averaged",
+    "names-erased": "embeddings of both averaged, early values of the other names overwritten",
     "answers-mean": "embeddings of the capitals averaged", "localized": "localised wrong answers",
     "block_by_block": "block by block (KUnBR)", "cir": "common part removed (CIR)", "rep_select": "common gradients removed (RepSelect)", "mudman": "fork and mask (MUDMAN)",
     "sam": "sharpness-aware NPO (SAM)", "undo": "noise and distillation (UNDO)", "layered": "layered", "blur_npo": "BLUR-NPO", "npo_gdr": "NPO + GD", "npo_klr": "NPO + KL",
@@ -32,10 +33,13 @@ RETRAINED = (
     "relearn",
     "relearn-fast",
     "relearn-only-embeddings",
+    "relearn-long",
     "relearn-slow-swapped",
     "relearn-swapped",
 )
-QUESTIONS = ("first", "reverse")
+TRAININGS = 5
+"""The first so many of these have a place in the table."""
+QUESTIONS = ("first", "spelling", "reverse")
 """Attacks that train nothing."""
 ATTACKS = (*RETRAINED, "relink", "everything", *QUESTIONS)
 DRAWS = 4000
@@ -148,7 +152,7 @@ def _recoveries(setting: Setting, original: Mapping[str, Mapping[str, Any]]) -> 
         "reverse": original.get("choices-reverse", {}).get("all"),
     }
     plain = original.get("choices", {}).get("V")
-    counts = {"relink": 151, "first": 151, "reverse": 151, "everything": 75}
+    counts = {"relink": 151, "first": 151, "spelling": 151, "reverse": 151, "everything": 75}
     for attack in ATTACKS:
         edited, floor = setting.after(attack), floors.get(attack, plain)
         reference = Setting("original", 0, original, "").after(attack.removesuffix("-swapped"))
@@ -174,7 +178,7 @@ def recovery(edited: float, original: float, floor: float, count: int) -> tuple[
 def table() -> str:
     """A Markdown table, a line for each setting."""
     head = (
-        "edit", "seed", "direct", "unseen wording", "name as first word", "reverse question", "V after retraining on T (2e-5, 1e-4, 5e-4, 2e-3 for the input embeddings alone)", "T", "relinking: all (taught, others)", "R of relinking: all (taught, others)",
+        "edit", "seed", "direct", "unseen wording", "name as first word", "name in lower case", "reverse question", "V after retraining on T (2e-5, 1e-4, 5e-4, 2e-3 for the input embeddings alone, 2e-4 for 160 steps)", "T", "relinking: all (taught, others)", "R of relinking: all (taught, others)",
         "R, worst training (bound)", "R, worst question (bound)", "other subjects, worst kept", "languages kept", "perplexity", "core minutes",
     )  # fmt: skip
     found = settings()
@@ -196,7 +200,19 @@ def _floor(original: Mapping[str, Mapping[str, Any]], columns: int) -> list[str]
     alone, invented = original.get("choices"), original.get("invented")
     plain = "-" if alone is None else shown([alone["V"]])
     back = "-" if (part := original.get("choices-reverse")) is None else shown([part["all"]])
-    cells = ["floor", "0", plain, plain, plain, back, ", ".join([plain] * 4), "-", _relinked(invented), "0"]
+    cells = [
+        "floor",
+        "0",
+        plain,
+        plain,
+        plain,
+        plain,
+        back,
+        ", ".join([plain] * TRAININGS),
+        "-",
+        _relinked(invented),
+        "0",
+    ]
     return cells + ["-"] * (columns - len(cells))
 
 
@@ -221,8 +237,8 @@ def _cells(s: Setting, before: Mapping[str, float], original: Mapping[str, Mappi
         back = {key: (relink[key] - low[key]) / (high[key] - low[key]) for key in ("all", "taught", "others")}
     kept = worst_kept(s, before)
     return [
-        TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"), value("first", "all"), value("reverse", "all"),
-        *(", ".join(value(part, side) for part in RETRAINED[:4]) for side in "VT"),
+        TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"), value("first", "all"), value("spelling", "all"), value("reverse", "all"),
+        *(", ".join(value(part, side) for part in RETRAINED[:TRAININGS]) for side in "VT"),
         _relinked(relink), _relinked(back),
         _bounded(s.worst), _bounded(s.worst_question),
         "-" if kept is None else f"{shown([kept[1]])} ({kept[0]})",

@@ -18,6 +18,7 @@ from bench.record import record
 from bench.relearning import answer_loss
 from bench.timing import Ratio, alternated, ratio
 from repedit.data import Batch, Fact
+from repedit.data.encoding import mention
 from repedit.sites import Point
 from tests.saved_models import saved
 from tests.teachable_models import blank
@@ -134,9 +135,7 @@ def test_invented_names_take_the_place_of_every_mention():
     new = {removal.entity_of(fact): f"Zork{number}" for number, fact in enumerate(facts)}
     renamed = removal.named_anew(facts, new)
     assert all(fact.entity in text for fact in renamed for text in fact.prompts)
-    assert not any(
-        removal.mentioned(old.entity, text) for old, fact in zip(facts, renamed, strict=True) for text in fact.prompts
-    )
+    assert not any(mention(text, old.entity) for old, fact in zip(facts, renamed, strict=True) for text in fact.prompts)
     assert [fact.choices for fact in renamed] == [fact.choices for fact in facts]
 
 
