@@ -26,8 +26,8 @@ from repedit.metrics.membership import (
     tpr_at,
 )
 from repedit.quantization import fake_quantize
-from repedit.vision.data import Images, ImageSplits, Task
-from repedit.vision.training import adam, descend, generator, learning, train
+from repedit.vision.data import Images, ImageSplits, Task, random_generator
+from repedit.vision.training import adam, descend, learning, train
 
 # --- Attack on a classifier by membership: are the forget images told from holdout images, which no model saw?
 
@@ -138,10 +138,10 @@ def relearn(
     if epochs < 1:
         raise ArgumentError(f"epochs={epochs}; give at least 1")
     train, test = halves(splits.forget, seed)
-    rows = torch.randperm(len(splits.retain), generator=generator(seed + 1))[: 2 * len(train)]
+    rows = torch.randperm(len(splits.retain), generator=random_generator(seed + 1))[: 2 * len(train)]
     mixed = train + splits.retain[rows]
     student = copy.deepcopy(model)
-    optimizer, order = adam(student, task, None, lr), generator(seed)
+    optimizer, order = adam(student, task, None, lr), random_generator(seed)
     logits = [outputs(student, task, test, splits.labels)]
     with learning(student, task, None, seed):
         for _ in range(epochs):
@@ -173,7 +173,7 @@ def halves(forget: Images, seed: int) -> tuple[Images, Images]:
         raise NotEnoughRows(
             f"{len(forget)} forget images; relearning needs two to train on and two to ask, or relearn=False"
         )
-    order, count = torch.randperm(len(forget), generator=generator(seed)), min(len(forget) // 2, MOST)
+    order, count = torch.randperm(len(forget), generator=random_generator(seed)), min(len(forget) // 2, MOST)
     return forget[order[:count]], forget[order[count:]]
 
 
@@ -301,7 +301,7 @@ def margin(model: nn.Module, task: Task, images: Images, labels: int) -> Values:
 
 def _halves(count: int, models: int, seed: int) -> list[torch.Tensor]:
     """Rows of each model: random halves, each followed by its other half."""
-    draws = generator(seed)
+    draws = random_generator(seed)
     rows: list[torch.Tensor] = []
     while len(rows) < models:
         order = torch.randperm(count, generator=draws)

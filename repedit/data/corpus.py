@@ -28,7 +28,16 @@ from repedit.data.encoding import (
     prompt_with_answer,
     text_ids,
 )
-from repedit.errors import ArgumentError, DataError, NotEnoughRows, NotFound, UnknownName, nearest
+from repedit.errors import (
+    ArgumentError,
+    DataError,
+    NotEnoughRows,
+    NotFound,
+    UnknownName,
+    check_seed,
+    check_whole,
+    nearest,
+)
 from repedit.io.files import is_file, user_path
 from repedit.io.tables import parquet_rows
 from repedit.io.text import check_text, json_rows, read_text
@@ -117,7 +126,9 @@ class Corpus:
 
         Raises:
             NotEnoughRows: if fewer than two documents differ.
+            ArgumentError: if the seed is no whole number from 0.
         """
+        check_seed(seed=seed)
         groups: dict[str, list[Document]] = {}
         for document in (d for d in self.documents if d.text.strip()):
             key = hashlib.sha256(f"{seed}:{document.origin or document.text}".encode()).hexdigest()
@@ -137,7 +148,12 @@ class Corpus:
         """`count` random excerpts of about `characters` characters, each from another document if there are enough.
 
         An excerpt begins at the start of a line, so that code keeps its indentation.
+
+        Raises:
+            ArgumentError: if a number is out of range.
         """
+        check_whole(count=count, characters=characters)
+        check_seed(seed=seed)
         rng = random.Random(seed)
         order = [d for d in self.documents if d.text.strip()]
         rng.shuffle(order)
@@ -256,7 +272,12 @@ def code(*, characters: int | None = 64_000, seed: int = 0) -> Corpus:
 
     Args:
         characters: approximate amount of text, in excerpts of 1,600 characters; None for all files in full.
+    Raises:
+        ArgumentError: if a number is out of range.
     """
+    check_seed(seed=seed)
+    if characters is not None:
+        check_whole(characters=characters)
     return _code(characters, seed)
 
 

@@ -317,7 +317,9 @@ def facts(name: str | Path, *, retain: str | Path | Facts | Iterable[Fact] | Non
         NotFound: if the file does not exist.
         DataError: if a row is malformed, with its number.
         OverlapError: if forget and retain share a fact.
+        ArgumentError: if the seed is no whole number from 0.
     """
+    check_seed(seed=seed)
     forget, others = _items(name)
     if retain is not None:
         others = _retained(retain)

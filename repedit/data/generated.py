@@ -11,7 +11,7 @@ from typing import NamedTuple
 from repedit.data.corpus import Corpus, Document
 from repedit.data.fact_sets import CHOICES, Fact, Facts, by_domain, seeded_order
 from repedit.data.grading import normalized
-from repedit.errors import ArgumentError, NotEnoughRows
+from repedit.errors import ArgumentError, NotEnoughRows, check_seed
 
 # --- Cloze questions: which word comes next? A skill such as writing code can then be tested like facts
 
@@ -50,6 +50,7 @@ def cloze(
     """
     if count < 2 or choices < 2 or characters < 1:
         raise ArgumentError(f"count={count}, choices={choices}, characters={characters}; give at least 2, 2 and 1")
+    check_seed(seed=seed)
     gaps = _select_gaps(corpus, count, characters, re.compile(lines), seed)
     if len(gaps) < count:
         raise NotEnoughRows(
@@ -187,6 +188,7 @@ def invented(people: int = 40, relations: int = 4, seed: int = 0) -> Facts:
     Raises:
         ArgumentError: if there are fewer than 4 people, more than there are names, or no such number of relations.
     """
+    check_seed(seed=seed)
     rng = random.Random(seed)
     families = [f"{a}{b}{c}".capitalize() for a in _SECOND for b in _FIRST for c in _THIRD]
     if not 4 <= people <= len(families) or not 1 <= relations <= len(RELATIONS):

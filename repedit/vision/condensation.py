@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, UnknownName, nearest
-from repedit.vision.data import BATCH, Images, ImageSplits, Task, frozen, synthetic_index
+from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, UnknownName, check_seed, nearest
+from repedit.vision.data import BATCH, Images, ImageSplits, Task, frozen, random_generator, synthetic_index
 from repedit.vision.recipes import DataPlan, trained_delta, training_images
 from repedit.vision.training import (
     Schedule,
     alternating_schedule,
-    generator,
     offline_schedule,
     take_step,
     train,
@@ -244,7 +243,7 @@ def invert(
         TrainingError: if the loss is not finite; no image is returned.
     Reference: Khan 2024, arXiv:2402.00195, the smaller of its two networks.
     """
-    classifier, order = frozen(model), generator(seed)
+    classifier, order = frozen(model), random_generator(seed)
     like = next(classifier.parameters())
     x, y, ids = images.x.to(like), images.y.to(like.device), ids.to(like.device)
     count = int(ids.max()) + 1
@@ -277,9 +276,13 @@ def buckets(model: nn.Module, task: Task, images: Images, k: int, *, seed: int =
     """The bucket 0, 1, 2, ... of each image: k-means with k centres within each class, on the model's features.
 
     A class with fewer than k images gets as many clusters as it has images; a warning names these classes.
+
+    Raises:
+        ArgumentError: if the seed is no whole number from 0.
     """
     from sklearn.cluster import KMeans
 
+    check_seed(seed=seed)
     features = task.feature(model, images).double().cpu().numpy()
     ids = torch.zeros(len(images), dtype=torch.int64)
     small: dict[int, int] = {}
@@ -287,7 +290,7 @@ def buckets(model: nn.Module, task: Task, images: Images, k: int, *, seed: int =
         rows = (images.y == label).nonzero()[:, 0]
         clusters = min(k, len(rows))
         small |= {label: clusters} if clusters < k else {}
-        fit = KMeans(n_clusters=clusters, n_init=1, random_state=seed).fit(features[rows.numpy()])
+        fit = KMeans(n_clusters=clusters, n_init=1, random_state=seed % 2**32).fit(features[rows.numpy()])
         ids[rows] = label * k + torch.from_numpy(fit.labels_).long()
     if small:
         log.warning(

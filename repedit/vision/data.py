@@ -29,6 +29,7 @@ from repedit.errors import (
     OverlapError,
     ShapeError,
     UnknownName,
+    check_seed,
     nearest,
 )
 from repedit.hooks import Hook, evaluating, installed
@@ -430,7 +431,7 @@ def mislabelled_splits(
         FractionError: if the fraction is not in (0, 1). DataError: if there are too few images or classes.
     """
     splits = random_splits(data, fraction, train=train, remember=remember, seed=seed)
-    random = torch.Generator().manual_seed(seed + 1)
+    random = random_generator(seed + 1)
     forget, holdout = (s.labelled(other_labels(s.y, splits.labels, random)) for s in (splits.forget, splits.holdout))
     return replace(splits, forget=forget, holdout=holdout)
 
@@ -468,6 +469,16 @@ def other_labels(y: Tensor, labels: int, random: torch.Generator) -> Tensor:
     return (y + torch.randint(1, labels, y.shape, generator=random).to(y)) % labels
 
 
+def random_generator(seed: int) -> torch.Generator:
+    """A new random generator; the global one does not advance.
+
+    Raises:
+        ArgumentError: if the seed is no whole number from 0 to 2^63 - 1.
+    """
+    check_seed(seed=seed)
+    return torch.Generator().manual_seed(seed)
+
+
 def synthetic_index(count: int) -> Int[Tensor, " count"]:
     """Negative indices, which mark images that are in no data set."""
     return -1 - torch.arange(count)
@@ -479,6 +490,6 @@ def _draw(data: Images, train: int, remember: int, seed: int) -> tuple[Images, I
         raise DataError(
             f"{len(data)} images: train={train} and remember={remember} must be at least 2 and 0, and leave some unseen"
         )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data), generator=random_generator(seed))
     first, middle, last = (data[rows] for rows in order.split([train, remember, len(data) - train - remember]))
     return first, middle if remember else None, last

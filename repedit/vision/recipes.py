@@ -19,10 +19,9 @@ from torch.nn import functional
 
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, NotEnoughRows, check_choice
-from repedit.vision.data import Images, ImageSplits, Task, frozen, other_labels, synthetic_index
+from repedit.vision.data import Images, ImageSplits, Task, frozen, other_labels, random_generator, synthetic_index
 from repedit.vision.editing import apply, difference, recipe_record
-from repedit.vision.training import adam, cross_entropy, descend, generator, learning, take_step, train
-from repedit.vision.training import generator as random_generator
+from repedit.vision.training import adam, cross_entropy, descend, learning, take_step, train
 
 # --- Data plans: what a request does to the data before an ordinary fine-tune
 
@@ -57,7 +56,7 @@ class Relabel:
                 f"the model has C = {classes} classes and forget has the label {largest}; relabelling needs two classes "
                 "and labels below C"
             )
-        y = MODES[self.mode](splits.forget.y, logits, generator(seed))
+        y = MODES[self.mode](splits.forget.y, logits, random_generator(seed))
         return replace(splits, forget=splits.forget.labelled(y), plans=(*splits.plans, repr(self)))
 
 
@@ -222,7 +221,7 @@ def scrub(
     def retain_loss(student: nn.Module, images: Images) -> Tensor:
         return _divergence(teacher, student, images) + cross_entropy(student, images)
 
-    trained, order = copy.deepcopy(model), generator(seed)
+    trained, order = copy.deepcopy(model), random_generator(seed)
     optimizer = adam(trained, task, None, lr)
     with learning(trained, task, None, seed):
         for epoch in range(epochs):
@@ -270,7 +269,7 @@ def salun(
     with learning(trained, task, None, seed):
         descend(
             trained, adam(trained, task, None, lr), training_images(planned), epochs=epochs, batch_size=64,
-            order=generator(seed), before_step=mask_gradients,
+            order=random_generator(seed), before_step=mask_gradients,
         )  # fmt: skip
     salient = sum(float(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
     options = {"percentile": percentile, "epochs": epochs, "lr": lr}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repedit.errors import ArgumentError, DataError, TrainingError, UnknownName, nearest
+from repedit.errors import ArgumentError, DataError, TrainingError, UnknownName, check_seed, nearest
 from repedit.training.optimizers import set_lr
-from repedit.vision.data import PARTS, Images, Task
+from repedit.vision.data import PARTS, Images, Task, random_generator
 
 # --- Two small classifiers whose three parts a schedule can train in turn
 
@@ -25,6 +25,7 @@ def small_cnn(images: Images, *, width: int = 16, hidden: int = 64, labels: int 
     beginning: conv(c, width); intermediate: conv(width, 2 width), pool by 2, linear to `hidden`; final: linear to
     `labels`. Images above 16x16 are also pooled by 2 in the beginning.
     """
+    check_seed(seed=seed)
     channels, height, wide = images.x.shape[1:]
     halvings = 2 if max(height, wide) > 16 else 1
     flat = 2 * width * (height >> halvings) * (wide >> halvings)
@@ -39,6 +40,7 @@ def small_cnn(images: Images, *, width: int = 16, hidden: int = 64, labels: int 
 
 def small_mlp(images: Images, *, hidden: int = 256, labels: int = 10, seed: int = 0) -> nn.Module:
     """Three linear layers with ReLU; it memorizes wrong labels, which the small CNN does not."""
+    check_seed(seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         begin = nn.Sequential(nn.Flatten(), nn.Linear(images.x[0].numel(), hidden), nn.ReLU())
@@ -83,7 +85,7 @@ def train(
     optimizer = adam(trained, task, parts, lr)
     loss = (lambda m, batch: -cross_entropy(m, batch)) if ascend else cross_entropy
     with learning(trained, task, parts, seed):
-        descend(trained, optimizer, images, loss, epochs=epochs, batch_size=batch_size, order=generator(seed))
+        descend(trained, optimizer, images, loss, epochs=epochs, batch_size=batch_size, order=random_generator(seed))
     trained.trained_on = trained_on(model) | source_indices(images)  # type: ignore[assignment]
     return trained
 
@@ -118,11 +120,6 @@ def adam(model: nn.Module, task: Task, parts: Sequence[str] | None, lr: float) -
 def cross_entropy(model: nn.Module, images: Images) -> Tensor:
     """Mean cross-entropy of a batch."""
     return functional.cross_entropy(model(images.x), images.y)
-
-
-def generator(seed: int) -> torch.Generator:
-    """A new random generator; the global one does not advance."""
-    return torch.Generator().manual_seed(seed)
 
 
 @torch.enable_grad()
@@ -182,6 +179,7 @@ def learning(model: nn.Module, task: Task, parts: Sequence[str] | None, seed: in
 
     Parameters that do not require a gradient are not trained.
     """
+    check_seed(seed=seed)
     active = {m for top in task.modules(model, parts or PARTS) for m in top.modules()}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     model.eval().requires_grad_(False)
@@ -320,7 +318,7 @@ def train_scheduled(
         DataError: if a stage needs images that are missing. TrainingError: if a loss is not finite.
     """
     task.check(model)
-    trained, order = copy.deepcopy(model), generator(seed)
+    trained, order = copy.deepcopy(model), random_generator(seed)
     optimizers: dict[tuple[str, ...], torch.optim.Adam] = {}
     for number, stage in enumerate(schedule.stages):
         images = sets.get(stage.data)
