@@ -157,10 +157,19 @@ def test_after_an_error_the_other_workers_end(source, edit, tmp_path, monkeypatc
     assert len(ends) == 2 and not at_work() and not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where a shell began the tests in the background, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     "interrupt", [lambda: os.kill(os.getpid(), signal.SIGINT), lambda: signal.raise_signal(signal.SIGINT)],
     ids=["of the process", "that another thread receives"],
 )  # fmt: skip
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_all_workers_and_keeps_the_old_target(interrupt, source, edit, tmp_path, monkeypatch):
     rp.export(edit, source, tmp_path / "out")
     before, all_at_work, told = content(tmp_path / "out"), threading.Barrier(3), []
