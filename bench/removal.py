@@ -28,7 +28,7 @@ from bench.mrp import seen
 from bench.record import RESULTS, record
 from bench.relearning import relearn
 from bench.removal_edits import EDITS, untied
-from bench.removal_rows import FORGET, UNSEEN, Rows, names, share
+from bench.removal_rows import FORGET, OTHERS, UNSEEN, Rows, names, share
 from repedit.auditing.attacks.prompts import SPELLINGS, respelled_prompt
 from repedit.auditing.data import check_no_leak, leaks, reversed_facts
 from repedit.auditing.floors import choices_only, fresh_facts
@@ -45,6 +45,7 @@ EMBEDDING_RATE, EMBEDDING_STEPS = 5e-3, 120
 ONLY_RATE, ONLY_STEPS = 2e-3, 60
 """Of the input embeddings where nothing else is trained."""
 RELINK_RATE, RELINK_STEPS = 1e-4, 60
+ASKED = ("direct", "paraphrase", "first_word", "respelled", "reverse_question")
 LEARNING_STEPS = (10, 20, 40)
 Row = dict[str, Any]
 
@@ -139,6 +140,19 @@ def learning(rows: Rows, lm: Subject, seed: int) -> Row:
     return found | {"never taught": share(rows.asked(student, fresh[75:]))}
 
 
+def questions(rows: Rows, lm: Subject, seed: int) -> Row:
+    """The attacks of `rp.audit` that only ask, on both halves; what is retained are facts about other subjects."""
+    retain = tuple(fact for name in OTHERS for fact in rows.test[name])
+    report = rp.audit(
+        lm, original=rows.lm, facts=rp.data.Facts(rows.capitals, retain, FORGET), attacks=ASKED, progress=False
+    )
+    attacks = {
+        r.attack: {"R": r.value, "bound": list(r.bound), "edited": r.edited, "original": r.original, "floor": r.floor}
+        for r in report.recoveries
+    }
+    return {"verdict": report.verdict.sentence, **attacks}
+
+
 PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
     "direct": direct,
     "first": first,
@@ -156,6 +170,7 @@ PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
     "relearn-swapped": relearning(RATES[1], fold=1),
     "relearn-slow-swapped": relearning(RATES[0], fold=1),
     "learning": learning,
+    "questions": questions,
 }
 
 

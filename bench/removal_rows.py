@@ -11,6 +11,8 @@ from repedit.data import Fact, entity_of, with_paraphrases
 from repedit.models.subject import Subject
 
 FORGET, ATTRIBUTES = "capitals", "languages"
+OTHERS = ("symbols", "opposites", "past_tenses", "cities", "us_cities", "nouns")
+"""Domains about other subjects; languages are about the same countries."""
 UNSEEN = 3
 """The number of the wording that no training sees."""
 

@@ -12,17 +12,16 @@ import numpy as np
 
 from bench.mrp_report import shown
 from bench.record import RESULTS
+from bench.removal_rows import OTHERS
 
 FIGURE = Path(__file__).parents[1] / "figures" / "removal.png"
 PAGE = Path(__file__).parents[1] / "docs" / "removal.md"
 START, END = "<!-- table: python -m bench.removal --table -->", "<!-- end of table -->"
-OTHERS = ("symbols", "opposites", "past_tenses", "cities", "us_cities", "nouns")
-"""Domains about other subjects; languages are about the same countries."""
 TOLD = {
     "original": "original", "MRP": "trained projection (`rp.mrp`)", "gradient difference": "gradient difference",
     "exchange": "exchange, regression", "linear-mean": "mean, closed form", "solved-exchange": "exchange, solved from zero",
     "solved-mean": "mean, solved from zero", "names-mean": "embeddings of the names averaged", "names-language": "embeddings of the names averaged by language", "names-both": "embeddings of countries and capitals averaged",
-    "names-erased": "embeddings of both averaged, early values of the other names overwritten",
+    "names-erased": "names averaged and overwritten",
     "answers-mean": "embeddings of the capitals averaged", "localized": "localised wrong answers",
     "block_by_block": "block by block (KUnBR)", "cir": "common part removed (CIR)", "rep_select": "common gradients removed (RepSelect)", "mudman": "fork and mask (MUDMAN)",
     "sam": "sharpness-aware NPO (SAM)", "undo": "noise and distillation (UNDO)", "layered": "layered", "blur_npo": "BLUR-NPO", "npo_gdr": "NPO + GD", "npo_klr": "NPO + KL",
@@ -270,7 +269,7 @@ def figure() -> None:
 
     found = settings()
     before = next(s for s in found if s.edit == "original" and "domains" in s.parts).parts["domains"]
-    sheet = canvas(7.0, 4.2)
+    sheet = canvas(9.0, 5.0)
     axes = sheet.subplots()
     for number, s in enumerate([s for s in found if s.worst_attack is not None and worst_kept(s, before) is not None]):
         (attack, r, bound), (_, kept) = s.worst_attack, worst_kept(s, before)  # type: ignore[misc]
