@@ -113,10 +113,11 @@ def names_erased(**options: Any) -> Callable[[Rows, int], Made]:
         lm = untied(rows.lm)
         weight, before = lm.model.get_input_embeddings().weight.data, rows.lm.model.get_input_embeddings().weight
         averaged: dict[str, list[int]] = {}
-        for domain, facts in both_directions(rows, seed).items():
+        directions = both_directions(rows, seed)
+        for domain, facts in directions.items():
             averaged[domain] = name_tokens(lm, [fact.entity for fact in facts], SPELT)
             weight[averaged[domain]] = before[averaged[domain]].mean(0)
-        forward, backward = both_directions(rows, seed).values()
+        forward, backward = directions.values()
         left = [
             fact for fact in (*forward, *in_lower_case(forward), *backward)
             if not set(tokens_within(lm, fact.entity)) <= {*averaged[fact.domain]}

@@ -466,9 +466,6 @@ def _low_rank_product(last: LowRank, first: LowRank) -> LowRank | None:
     return LowRank(u.to(device, dtype), v.to(device, dtype), None if center is None else center.to(device, dtype))
 
 
-__all__ = ["AffineMap", "Chain", "Diagonal", "LowRank", "check_dense", "not_finite_at"]
-
-
 def _check_bool(keep: object) -> None:
     kind = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
     if kind != torch.bool:
@@ -476,3 +473,6 @@ def _check_bool(keep: object) -> None:
             f"keep is {kind}; give a boolean tensor, one value for each neuron: keep = torch.ones(width, dtype=torch.bool), and "
             "keep[indices] = False for the neurons to prune"
         )
+
+
+__all__ = ["AffineMap", "Chain", "Diagonal", "LowRank", "check_dense", "not_finite_at"]

@@ -121,13 +121,13 @@ def read_bytes(path: str | Path, error: type[RepeditError] = CheckpointError) ->
     return data
 
 
-_hashes: dict[tuple[int, ...], str] = {}
+FileState = tuple[int, ...]
+_hashes: dict[FileState, str] = {}
 
 
 def cached_hash(path: Path) -> str:
     """sha256 of a regular file, computed once for each state of it."""
-    status = path.stat()
-    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    key = exact_state(path)
     if key not in _hashes:
         _hashes[key] = file_hash(path)
     return _hashes[key]
@@ -146,11 +146,18 @@ def file_hashes(path: Path) -> dict[str, str]:
     return {p.relative_to(path).as_posix(): file_hash(p) for p in sorted(path.rglob("*")) if p.is_file()}
 
 
-FileState = tuple[int, ...]
+def exact_state(path: Path) -> FileState:
+    """Device, number, size and times of modification and of change of a file, behind links.
+
+    Raises:
+        OSError: if there is no such file.
+    """
+    status = path.stat()
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def file_state(path: Path) -> FileState:
-    """Device, number, size and times of modification and of change of a file, behind links: another state, another content.
+    """`exact_state` of a file whose content decides: another state, another content.
 
     A program can set the time of modification back, but not the time of change. The latter does not count for a file that
     nobody may write: it changes whenever somebody makes a hard link to the file, as an export does.
@@ -158,9 +165,8 @@ def file_state(path: Path) -> FileState:
     Raises:
         OSError: if there is no such file.
     """
-    status = path.stat()
-    changed = 0 if can_hard_link(path) else status.st_ctime_ns
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, changed)
+    *state, changed = exact_state(path)
+    return (*state, 0 if can_hard_link(path) else changed)
 
 
 @contextmanager

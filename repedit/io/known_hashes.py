@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from repedit.errors import CheckpointError, NotFound
+from repedit.io.files import FileState, exact_state
 from repedit.io.store import JsonStore, cache_folder
 
 SETTLED = 60
@@ -51,21 +52,17 @@ def known_file(path: Path) -> KnownFile | None:
 # --- What exports remember, in the user's cache
 
 
-State = tuple[int, ...]
-
-
-def settled_state(path: Path) -> State | None:
+def settled_state(path: Path) -> FileState | None:
     """Device, number, size and times of a file, from before it is read; None if it changed within the last minute.
 
     Only POSIX systems have a time of change that no program can set.
     """
-    status = path.stat()
-    if os.name != "posix" or time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED * 10**9:
-        return None
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    state = exact_state(path)
+    *_, modified, changed = state
+    return None if os.name != "posix" or time.time_ns() - max(modified, changed) < SETTLED * 10**9 else state
 
 
-def remember(path: Path, state: State | None, known: KnownFile) -> None:
+def remember(path: Path, state: FileState | None, known: KnownFile) -> None:
     """Keep what was found of a file in the user's cache, if its state is still what it was before the file was read.
 
     Without a cache that can be written, nothing is kept. Writes to a mapped file in a memory file system (tmpfs) leave no
