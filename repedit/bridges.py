@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repedit.arguments import checked
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, MissingDependency, NotAModel, UnknownArchitecture, UnknownSite
 from repedit.hooks import evaluating
 from repedit.linear_maps import AffineMap
 from repedit.models.loading import reason_of
-from repedit.models.subject import Subject, check_subject, subject_of
+from repedit.models.subject import Subject, subject_of
 from repedit.rewrite.apply import shared_clone, synchronize
 from repedit.sites import Point
 
@@ -28,6 +29,7 @@ _TOLERANCE = 1e-3
 """Largest difference of logits, relative to the largest: float32 families differ by 5e-6, bfloat16 rounds."""
 
 
+@checked
 def wrap(model: object, tokenizer: object | None = None) -> Subject:
     """A Subject around a transformers model, a TransformerLens `TransformerBridge` or an nnsight `TransformersModel`.
 
@@ -52,6 +54,7 @@ def wrap(model: object, tokenizer: object | None = None) -> Subject:
     return subject_of(model, tokenizer)
 
 
+@checked
 def to_lens(subject: Subject) -> Any:
     """The model as a TransformerLens `TransformerBridge` on the same parameters, which follows edits in place.
 
@@ -64,7 +67,6 @@ def to_lens(subject: Subject) -> Any:
         MissingDependency: for a model with other parts than text, if torchvision is not installed.
         UnknownArchitecture: if TransformerLens has no bridge for the model, or the bridge computes other logits.
     """
-    check_subject(subject)
     with _installed("transformer_lens"):
         from transformer_lens.model_bridge import TransformerBridge
     name = subject.architecture.model_type
@@ -100,13 +102,13 @@ def to_lens(subject: Subject) -> Any:
     return bridge
 
 
+@checked
 def to_nnsight(subject: Subject) -> Any:
     """The model itself inside an nnsight `TransformersModel`, with a copy of its tokenizer, which nnsight changes.
 
     Raises:
         ArgumentError: if nnsight is not installed.
     """
-    check_subject(subject)
     with _installed("nnsight"):
         from nnsight import TransformersModel
     return TransformersModel(
@@ -115,6 +117,7 @@ def to_nnsight(subject: Subject) -> Any:
     )
 
 
+@checked
 def lens_hooks(edit: Edit, subject: Subject) -> list[tuple[str, LensHook]]:
     """The edit for `bridge.run_with_hooks(ids, fwd_hooks=...)`: pairs of a TransformerLens name and a function.
 
@@ -123,7 +126,6 @@ def lens_hooks(edit: Edit, subject: Subject) -> list[tuple[str, LensHook]]:
             such site.
         ShapeError: if a map's width is not the site's.
     """
-    check_subject(subject)
     edit.hooks(subject)  # refuses what `edit.hooked` refuses
     hooks = []
     for site, map_ in edit.maps.items():

@@ -15,6 +15,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.errors import ArgumentError, DtypeError, FingerprintError, NotFinite
 from repedit.io import archive
 from repedit.io.text import json_copy
@@ -25,6 +26,7 @@ from repedit.quantization import update_cosine
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Delta:
     """Differences by tensor name, in float32 (float64 for a float64 model and for counts).
 
@@ -90,6 +92,7 @@ class Delta:
         return Delta(total, _combination("sum", [self, other]))
 
     @staticmethod
+    @checked
     def ties(deltas: Sequence[Delta], weights: Sequence[float], density: float = 0.8) -> Delta:
         """TIES merging of several deltas: trim each, elect a sign for each entry, and average the entries of that sign.
 
@@ -115,6 +118,7 @@ class Delta:
             merged[name] = (parts * agree).sum(0) / agree.sum(0).clamp(min=1)
         return Delta(merged, _combination("ties", deltas, weights=list(weights), density=density))
 
+    @checked
     def apply(
         self,
         subject: Subject,
@@ -128,6 +132,7 @@ class Delta:
 
         return repedit.apply(self, subject, inplace=inplace, allow_identity=allow_identity, **options)
 
+    @checked
     def summary(self, subject: Subject | None = None) -> str:
         """One line per tensor, largest change first; with the model it was trained from, also how it compares with the weights.
 
@@ -145,12 +150,14 @@ class Delta:
         provenance = json.dumps({k: v for k, v in self.provenance.items() if k not in ("parents", "start")})
         return "\n".join([*(row for _, row in rows), *untouched, f"made by: {provenance}"])
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with the differences, and the provenance and log in its header."""
         header = {"provenance": dict(self.provenance), "log": [dict(record) for record in self.log]}
         archive.write(path, "delta", self.tensors, header)
 
     @staticmethod
+    @checked
     def load(path: str | Path) -> Delta:
         """Read what `save` wrote, from a file or from the hub: "hf://owner/name/delta.safetensors".
 

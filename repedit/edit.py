@@ -19,13 +19,14 @@ from torch import Tensor
 
 from repedit import hooks
 from repedit.arch import HookFn, ModelLayout, hooks_at
+from repedit.arguments import check_type, checked
 from repedit.errors import ArgumentError, FingerprintError, NotFoldable, ShapeError, during
 from repedit.hashing import value_hash
 from repedit.io import archive
 from repedit.io.safetensors import raw_bytes
 from repedit.io.text import json_copy
 from repedit.linear_maps import AffineMap, Chain, Diagonal, LowRank
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.plan import LoweringOptions
 from repedit.sites import Point, Site, select
 
@@ -47,6 +48,8 @@ class Edit:
     """method, options, seed, data, model fingerprint, versions, parents; plain JSON values, no clock, no path."""
 
     def __post_init__(self) -> None:
+        check_type("maps", self.maps, Mapping)
+        check_type("provenance", self.provenance, Mapping)
         by_site = {Site.parse(site) if isinstance(site, str) else site: map_ for site, map_ in self.maps.items()}
         for site, map_ in by_site.items():
             if not isinstance(site, Site) or not isinstance(map_, AffineMap):
@@ -101,6 +104,7 @@ class Edit:
         """Hash by name of the tensors that write at the sites, in the model the edit was made for; empty if not recorded."""
         return _weight_hashes(self.provenance)
 
+    @checked
     def apply(
         self,
         subject: Subject,
@@ -114,6 +118,7 @@ class Edit:
 
         return repedit.apply(self, subject, inplace=inplace, allow_identity=allow_identity, **options)
 
+    @checked
     @contextmanager
     def hooked(self, subject: Subject) -> Iterator[None]:
         """Apply the edit while the context is open, without touching a weight.
@@ -126,9 +131,9 @@ class Edit:
         with hooks.installed(subject.model, own):
             yield
 
+    @checked
     def hooks(self, subject: Subject) -> list[hooks.Hook]:
         """The hooks that apply the edit, in forward order."""
-        check_subject(subject)
         layout = subject.layout
         check_widths(self, layout)
         if not subject.quantizer:  # quantised weights hash differently from the weights they were made from
@@ -162,6 +167,7 @@ class Edit:
         provenance = {key: value for key, value in self.provenance.items() if key not in ("parents", "weights")}
         return "\n".join([*lines, f"made by: {json.dumps(provenance) if provenance else 'not recorded'}"])
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with tensors "<site>/<number>/u|v|center|scale|shift" and the provenance in its header."""
         check_finite_maps(self.maps)
@@ -175,6 +181,7 @@ class Edit:
         archive.write(path, "edit", tensors, {"maps": kinds, "provenance": dict(self.provenance)})
 
     @staticmethod
+    @checked
     def load(path: str | Path) -> Edit:
         """Read what `save` wrote, from a file or from the hub: "hf://owner/name/edit.safetensors".
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repedit.activations.examples import Examples
+from repedit.arguments import checked
 from repedit.errors import ArgumentError, MissingDependency, SelectionError, TargetExists, check_whole, is_whole
 from repedit.escaping import for_plotly
 from repedit.io.files import user_path, write_text
@@ -30,6 +31,7 @@ from repedit.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Explorer:
     """A figure that a notebook shows interactively if it can, and as an image otherwise."""
 
@@ -50,6 +52,7 @@ class Explorer:
             "text/plain": repr(self),
         }
 
+    @checked
     def write_html(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write a self-contained HTML page (5 MB, mostly plotly.js) that needs no network.
 
@@ -111,6 +114,7 @@ HOVER = (
 MARKER = {"size": 4.5, "colorscale": "PuOr", "reversescale": True, "line": {"width": 0.4, "color": "#777"}}
 
 
+@checked
 def neurons(
     scores: Scores,
     examples: Examples | Sequence[Examples] = (),
@@ -246,6 +250,7 @@ def _line(ordered: NDArray[np.float64]) -> dict[str, Any]:
 # --- A pruning trajectory with a slider over the pruned fraction
 
 
+@checked
 def trajectory(trajectory: Trajectory) -> Explorer:
     """Forget drop against retain drop, and the neurons pruned in each layer, with a slider over the pruned fraction.
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.errors import DeviceError, DtypeError, NotFinite, RankError, ShapeError
 from repedit.kernels import dispatch
 
@@ -39,10 +40,12 @@ class AffineMap(ABC):
         """
 
     @abstractmethod
+    @checked
     def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
         """M W: the weight whose outputs are mapped; `out=w` rewrites in place."""
 
     @abstractmethod
+    @checked
     def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
         """W M: the weight whose inputs are mapped; `out=w` rewrites in place."""
 
@@ -158,6 +161,7 @@ def to_work_dtype(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class LowRank(AffineMap):
     """x -> x - U V^T (x - center); U, V are (d, k), an empty basis is (d, 0)."""
 
@@ -179,6 +183,7 @@ class LowRank(AffineMap):
             )
 
     @staticmethod
+    @checked
     def projection(basis: Float[Tensor, "d k"], center: Float[Tensor, " d"] | None = None) -> LowRank:
         """The orthogonal projection that removes span(basis): x - Q Q^T (x - center), Q an orthonormal basis in float64.
 
@@ -204,6 +209,7 @@ class LowRank(AffineMap):
         return LowRank(q, q, center)
 
     @staticmethod
+    @checked
     def oblique(u: Float[Tensor, "d k"], v: Float[Tensor, "d k"], center: Float[Tensor, " d"] | None = None) -> LowRank:
         """The oblique projection along span(u) onto the complement of span(v): x - U (V^T U)^-1 V^T (x - center).
 
@@ -241,11 +247,13 @@ class LowRank(AffineMap):
         u, v, center = self._factors_for(x)
         return dispatch.project(x, u, v, center)
 
+    @checked
     def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
         self._check(w.shape[0])
         u, v, _ = self._factors_for(w)
         return dispatch.left(w, u, v, out=out)
 
+    @checked
     def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
         self._check(w.shape[1])
         u, v, _ = self._factors_for(w)
@@ -284,6 +292,7 @@ def _moved(factors: Factors, device: torch.device, dtype: torch.dtype) -> Factor
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Diagonal(AffineMap):
     """x -> scale * x + shift, elementwise; a 0/1 scale is a mask of neurons."""
 
@@ -297,6 +306,7 @@ class Diagonal(AffineMap):
             raise ShapeError(f"scale {tuple(self.scale.shape)} and shift {shift} do not fit: give (d,) and (d,)")
 
     @staticmethod
+    @checked
     def mask(keep: Bool[Tensor, " d"]) -> Diagonal:
         """Zero the neurons where `keep` is False.
 
@@ -307,6 +317,7 @@ class Diagonal(AffineMap):
         return Diagonal(keep.float())
 
     @staticmethod
+    @checked
     def fill(keep: Bool[Tensor, " d"], value: Float[Tensor, " d"]) -> Diagonal:
         """Set the neurons where `keep` is False to `value` (their mean, say).
 
@@ -348,10 +359,12 @@ class Diagonal(AffineMap):
         scaled = work * self.scale.to(work)
         return (scaled if self.offset is None else scaled + self.offset.to(work)).to(x.dtype)
 
+    @checked
     def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
         self._check(w.shape[0])
         return _scaled(w, self.scale[:, None], out)
 
+    @checked
     def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
         self._check(w.shape[1])
         return _scaled(w, self.scale, out)
@@ -369,6 +382,7 @@ def _scaled(w: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Chain(AffineMap):
     """Several maps, the first one applied first; for compositions with no simpler form."""
 
@@ -404,12 +418,14 @@ class Chain(AffineMap):
             work = map_(work)
         return work.to(x.dtype)
 
+    @checked
     def left(self, w: Float[Tensor, "d i"], *, out: Float[Tensor, "d i"] | None = None) -> Float[Tensor, "d i"]:
         work = to_work_dtype(w)
         for map_ in self.maps:
             work = map_.left(work, out=out if out is not None and out.dtype == work.dtype else None)
         return _written_to(work.to(w.dtype), out)
 
+    @checked
     def right(self, w: Float[Tensor, "o d"], *, out: Float[Tensor, "o d"] | None = None) -> Float[Tensor, "o d"]:
         work = to_work_dtype(w)
         for map_ in reversed(self.maps):
@@ -466,11 +482,10 @@ def _low_rank_product(last: LowRank, first: LowRank) -> LowRank | None:
     return LowRank(u.to(device, dtype), v.to(device, dtype), None if center is None else center.to(device, dtype))
 
 
-def _check_bool(keep: object) -> None:
-    kind = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
-    if kind != torch.bool:
+def _check_bool(keep: Tensor) -> None:
+    if keep.dtype != torch.bool:
         raise DtypeError(
-            f"keep is {kind}; give a boolean tensor, one value for each neuron: keep = torch.ones(width, dtype=torch.bool), and "
+            f"keep is {keep.dtype}; give a boolean tensor, one value for each neuron: keep = torch.ones(width, dtype=torch.bool), and "
             "keep[indices] = False for the neurons to prune"
         )
 

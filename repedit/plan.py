@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repedit.arch import MatrixView, Specs, TensorSpec
 from repedit.arch.storage import Piece, StoredIn, StoredSpecs
+from repedit.arguments import checked
 from repedit.errors import DtypeError, FingerprintError, NotFinite, NotFoldable, PlanMismatch
 from repedit.hashing import value_hash
 from repedit.linear_maps import AffineMap, not_finite_at
@@ -168,6 +169,7 @@ class Resize(ABC):
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Plan:
     """Operations by tensor name, with everything else that must change."""
 
@@ -203,6 +205,7 @@ class Plan:
         """Every tensor that is written, added or untied."""
         return frozenset(self.rewritten) | frozenset(self.added) | frozenset(self.unties)
 
+    @checked
     def check(self, specs: Specs) -> None:
         """Refuse a model or checkpoint that lacks a planned tensor.
 
@@ -215,6 +218,7 @@ class Plan:
                 f"the plan names tensors this {self.store} store does not hold: {absent[:5]} ({len(absent)} in all)"
             )
 
+    @checked
     def check_touched(self, names: AbstractSet[str], ignore: AbstractSet[str] = frozenset()) -> None:
         """Refuse other tensors than those planned.
 
@@ -228,6 +232,7 @@ class Plan:
         if missed or extra:
             raise PlanMismatch(f"planned but untouched: {missed[:5]}; touched but not planned: {extra[:5]}")
 
+    @checked
     def resolved(self, read: TensorReader) -> Plan:
         """The plan for the actual gains of post-norms: a gain of 0 becomes 1, and the row of the weight before it 0.
 
@@ -251,6 +256,7 @@ class Plan:
             return self
         return replace(self, operations={**self.operations, **{name: (op,) for name, op in gains.items()}})
 
+    @checked
     def apply(self, name: str, tensor: Tensor, read: TensorReader) -> Tensor:
         """The tensor after the plan; computed in float32 (float64 for float64) and rounded once.
 
@@ -261,6 +267,7 @@ class Plan:
         """
         return cast_tensor(name, self.computed(name, tensor, read), tensor.dtype)
 
+    @checked
     @torch.no_grad()
     def computed(self, name: str, tensor: Tensor, read: TensorReader, out: Tensor | None = None) -> Tensor:
         """The tensor after the plan before it is rounded: float32, or float64 for float64 and for counts.
@@ -284,15 +291,18 @@ class Plan:
             operation(work, read)
         return self.resized[name](work, read) if name in self.resized else work
 
+    @checked
     def spec(self, name: str, before: TensorSpec) -> TensorSpec:
         """Shape and dtype of a tensor after the plan."""
         return replace(before, shape=self.resized[name].shape(before.shape)) if name in self.resized else before
 
+    @checked
     def describe(self, name: str) -> list[str]:
         """What is done to a tensor, in order."""
         resize = [self.resized[name].describe()] if name in self.resized else []
         return [operation.describe() for operation in self.operations.get(name, ())] + resize
 
+    @checked
     def summary(self, specs: Specs | None = None) -> str:
         """A dry run: what applying the plan would do."""
         lines = [f"{site}: {self.maps.get(site, 'edited')}; {kind}" for site, kind in self.exactness.items()]

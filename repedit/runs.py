@@ -31,6 +31,7 @@ from typing import Any, Protocol, runtime_checkable
 from filelock import FileLock, Timeout
 
 from repedit import __version__
+from repedit.arguments import checked
 from repedit.auditing.report import Report
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound, RepeditError, TargetExists, check_names
 from repedit.hashing import package_versions
@@ -564,6 +565,7 @@ class StepReport:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class RunReport:
     """What a run was asked, what it did and what it wrote; the content of its page."""
 
@@ -614,15 +616,18 @@ class RunReport:
                 parts[name] = provenance
         return parts if self.redact is None else {name: self.redact(part) for name, part in parts.items()}
 
+    @checked
     def label(self, out: str) -> str:
         """The name of an output, with a warning if it was changed since the run."""
         faulty = any(step.faults for step in self.steps if step.out == out)
         return f"{out} (not as the run left it)" if faulty else out
 
+    @checked
     def of_kind(self, kind: str) -> Iterator[tuple[str, Path]]:
         """The saved values of one kind: "edit", "delta", "scores" or "collection"."""
         return ((name, path) for name, path in self.saved.items() if archive.kind_of(path) == kind)
 
+    @checked
     def display(self, *verbs: str) -> Iterator[tuple[StepReport, Mapping[str, Any]]]:
         """What the steps with these verbs displayed, in order."""
         for step in self.steps:

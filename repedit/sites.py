@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from repedit.arguments import check_type, checked
 from repedit.errors import UnknownSite, nearest
 
 
@@ -64,6 +65,7 @@ class Site:
     point: Point
 
     def __post_init__(self) -> None:
+        check_type("layer", self.layer, int)
         object.__setattr__(self, "point", _point(str(self.point), str(self.layer)))
         if self.layer < 0:
             raise UnknownSite(f"layer {self.layer} does not exist; layer 0 is the first block")
@@ -80,6 +82,7 @@ class Site:
         return f"blocks.{self.layer}.{HOOK_NAMES[self.point]}"
 
     @staticmethod
+    @checked
     def parse(text: str | Site) -> Site:
         """The site that `text` names: "7.mlp.neurons" or "blocks.7.mlp.hook_post".
 
@@ -122,8 +125,6 @@ def select(
         UnknownSite: if a layer or point does not exist in this model, or the selector is empty.
     """
     valid = [tuple(Point)] * layers if points is None else points
-    if not isinstance(selector, str | Site | Iterable):
-        raise UnknownSite(f"selector {selector!r} names no site; try '*.mlp.neurons'")
     parts = [selector] if isinstance(selector, str | Site) else list(selector)
     sites = {site for part in parts for text in str(part).split(",") for site in _expand(text.strip(), valid)}
     if not sites:

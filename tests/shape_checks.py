@@ -94,7 +94,9 @@ def _check_of(function: Any) -> tuple[Callable[..., Any], Callable[[], bool]]:
     if id(code) not in _CHECKS:
         names = _free_names(function)
         checkable = functools.cache(lambda: all(_is_defined(function, name) for name in names))
+        notes = dict(function.__annotations__)  # beartype replaces those that it cannot evaluate yet
         _CHECKS[id(code)] = code, _typed(function), checkable
+        function.__annotations__ = notes
     _, first, checkable = _CHECKS[id(code)]
     if first.__code__ is code:  # there is nothing to check
         return function, checkable

@@ -105,7 +105,7 @@ NEEDED = (
 @pytest.mark.usefixtures("unchecked")
 def test_none_is_no_number(door):
     call, name, _ = DOORS[door]
-    with pytest.raises(ArgumentError, match=rf"{name}=None"):
+    with pytest.raises(ArgumentError, match=rf"{name}(=None|: None was given)"):
         call(**{name: None})
 
 
@@ -117,12 +117,12 @@ def test_a_recipe_refuses_none_where_it_has_no_meaning():
 @pytest.mark.parametrize("given", [None, "capitals", 3, [3], rp.data.prose()], ids=repr)
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_not_facts_is_refused(given):
-    with pytest.raises(DataError, match=r"was given as facts; give rp\.data\.facts"):
+    with pytest.raises(DataError, match=r"facts.* was given where .*; .*repedit\.data\.facts\(name\)"):
         rp.facts_accuracy(tiny("llama"), given)
 
 
 def test_names_of_attacks_are_a_list():
-    with pytest.raises(ArgumentError, match="attacks='direct' is one text; give a list of names"):
+    with pytest.raises(ArgumentError, match="attacks='direct': a str was given where a list or None is needed"):
         attack(attacks="direct")
 
 

@@ -16,11 +16,9 @@ from repedit.errors import (
     DataError,
     DtypeError,
     NotAModel,
-    NotFound,
     OffloadedTensors,
     RepeditError,
     ShapeError,
-    UnknownSite,
 )
 from repedit.lower import lower, stages
 from repedit.neurons.selection import check_fraction
@@ -47,10 +45,11 @@ def unchecked(monkeypatch):
 
 
 def filled(function: Callable[..., Any], model: object) -> dict[str, Any]:
-    """A value for every argument that has no default, which is the model where a Subject is expected."""
+    """A value for every argument that has no default: first the model where a Subject is expected."""
     parameters = inspect.signature(function).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    return {p.name: model if p.annotation in ("Subject", rp.Subject) else None for p in required}
+    subjects = {p.name: model for p in required if p.annotation in ("Subject", rp.Subject)}
+    return subjects | {p.name: None for p in required if p.name not in subjects}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -59,7 +58,7 @@ def filled(function: Callable[..., Any], model: object) -> dict[str, Any]:
 )
 def test_what_is_no_subject_is_refused(name, model):
     with pytest.raises(NotAModel, match=r"was given where a Subject is needed; make one with repedit.load\(path\) or"):
-        inspect.unwrap(FUNCTIONS[name])(**filled(FUNCTIONS[name], model))
+        FUNCTIONS[name](**filled(FUNCTIONS[name], model))
 
 
 def test_the_functions_that_take_a_subject_are_found():
@@ -110,7 +109,8 @@ def test_what_is_no_change_is_refused(change, tmp_path):
     )  # fmt: skip
     for call in calls:
         with pytest.raises(
-            ArgumentError, match=r"a change of type .* was given; give an Edit or a Delta, or a list of them"
+            ArgumentError,
+            match=r"a change of type .* was given; give an Edit or a Delta|change.* was given where an Edit.* a Delta.* is needed; .*Edit.load",
         ):
             call()
 
@@ -118,10 +118,11 @@ def test_what_is_no_change_is_refused(change, tmp_path):
 @pytest.mark.parametrize("target", [None, 5, tiny("llama")])
 def test_what_is_no_path_is_refused(target):
     lm = tiny("llama")
-    with pytest.raises(ArgumentError, match=r"the target .* cannot be a path: .*; give another name"):
+    with pytest.raises(ArgumentError, match=r"target.*: .* was given where a str or a path is needed"):
         rp.export(mask(lm, "1.mlp.neurons"), lm, target)
     with pytest.raises(
-        NotFound, match=r"^LlamaForCausalLM.{0,60} cannot be a path: .*; give the path of a file or directory"
+        NotAModel,
+        match=r"^source: a LlamaForCausalLM was given where a Subject, a str or a path is needed; make one with",
     ) as caught:
         rp.export(mask(lm, "1.mlp.neurons"), lm.model, "out")
     assert len(str(caught.value)) < 300
@@ -137,20 +138,20 @@ WRONG = {
     "fraction text": (lambda lm: check_fraction("fraction", "0.1"), ArgumentError, "fraction='0.1': a fraction lies in"),
     "mask of indices": (lambda lm: rp.Diagonal.mask(torch.tensor([0, 3, 17])), DtypeError, "keep is torch.int64; give a boolean tensor"),
     "mask of shares": (lambda lm: rp.Diagonal.mask(torch.full((4,), 0.5)), DtypeError, "keep is torch.float32; give a boolean"),
-    "mask list": (lambda lm: rp.Diagonal.mask([True, False]), DtypeError, "keep is list; give a boolean tensor"),
+    "mask list": (lambda lm: rp.Diagonal.mask([True, False]), ArgumentError, "keep: a list was given where a tensor is needed"),
     "fill of indices": (lambda lm: rp.Diagonal.fill(torch.tensor([0, 3]), torch.ones(2)), DtypeError, "keep is torch.int64"),
     "seed": (lambda lm: rp.random_like(mask(lm, "1.mlp.neurons"), seed=-1), ArgumentError, "seed=-1; give a whole number from 0"),
-    "collect name": (lambda lm: rp.collect(lm, "code"), DataError, "a str was given where text is needed; give a corpus"),
-    "collect texts": (lambda lm: rp.collect(lm, ["a", "b"]), DataError, "a list was given where text is needed"),
-    "predictions": (lambda lm: rp.predictions(lm, None), DataError, "a NoneType was given where text is needed"),
-    "recipe": (lambda lm: rp.unlearn(lm, recipe="npo", forget=TEXT), ArgumentError, r"recipe='npo' is no recipe; give one of .*npo\(\)"),
-    "facts": (lambda lm: rp.data.facts(["capitals"]), DataError, r"a list is no name of facts; give one such as 'capitals', .* '\+'"),
-    "layers": (lambda lm: rp.locate(lm, (), layers=[0]), UnknownSite, r"layers=\[0\]; give layers as text, such as"),
-    "selector": (lambda lm: lm.select(None), UnknownSite, "selector None names no site"),
+    "collect name": (lambda lm: rp.collect(lm, "code"), DataError, "corpus='code': a str was given where a corpus is needed; give a corpus, such as"),
+    "collect texts": (lambda lm: rp.collect(lm, ["a", "b"]), DataError, "corpus: a list was given where a corpus is needed"),
+    "predictions": (lambda lm: rp.predictions(lm, None), DataError, "corpus: None was given where a corpus is needed"),
+    "recipe": (lambda lm: rp.unlearn(lm, recipe="npo", forget=TEXT), ArgumentError, r"recipe='npo': a str was given where an UnlearnRecipe, .*; give one of .*npo\(\)"),
+    "facts": (lambda lm: rp.data.facts(["capitals"]), ArgumentError, "name: a list was given where a str or a path is needed"),
+    "layers": (lambda lm: rp.locate(lm, (), layers=[0]), ArgumentError, r"layers\[0\]=0: an int was given where a str is needed"),
+    "selector": (lambda lm: lm.select(None), ArgumentError, "selector: None was given where a str, a Site or a list is needed; give a site such as"),
     "one direction": (lambda lm: rp.erase_stream(lm, BASIS[:, 0]), ShapeError, r"the basis is \(24,\); give a tensor \(width, rank\)"),
-    "an array": (lambda lm: rp.erase_stream(lm, BASIS.numpy()), ShapeError, "the basis is ndarray; give a tensor"),
-    "steps": (lambda lm: rp.mrp(lm, forget=TEXT, retain=TEXT, rank=1, config={"steps": "2"}), ArgumentError, "steps out of range"),
-    "no edited model": (lambda lm: rp.audit(None, original=lm, facts=()), ArgumentError, "edited is None; give a Subject"),
+    "an array": (lambda lm: rp.erase_stream(lm, BASIS.numpy()), ArgumentError, "basis: a ndarray was given where a LowRank or a tensor is needed"),
+    "steps": (lambda lm: rp.mrp(lm, forget=TEXT, retain=TEXT, rank=1, config={"steps": "2"}), ArgumentError, "steps='2': a str was given where a whole number or None is needed"),
+    "no edited model": (lambda lm: rp.audit(None, original=lm, facts=()), NotAModel, "edited: None was given where a Subject, a str or a path is needed; make one with"),
     "two texts of one name": (lambda lm: rp.compare(lm, lm, [TEXT, TEXT]), ArgumentError, "do not have a name each; give one"),
 }  # fmt: skip
 

@@ -59,7 +59,10 @@ DRAWING = {
 @pytest.mark.usefixtures("unchecked")
 def test_a_seed_that_no_generator_takes_is_refused(name):
     for seed in (-1, 1.5, None, 2**63):
-        with pytest.raises(ArgumentError, match=r"seed=.*; give a whole number from 0 to 2\^63 - 1"):
+        with pytest.raises(
+            ArgumentError,
+            match=r"seed=.*; give a whole number from 0 to 2\^63 - 1|seed.* given where a whole number is needed",
+        ):
             DRAWING[name](seed)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from repedit.activations.forward import batches, inputs_of, loss_of, note_batch_on_error
 from repedit.arch import hooks_at
+from repedit.arguments import checked
 from repedit.data import Batch, Batches
-from repedit.data.corpus import check_batches
 from repedit.distributed import ProcessGroup, process_group
 from repedit.edit import Edit
 from repedit.errors import (
@@ -41,7 +41,7 @@ from repedit.errors import (
 from repedit.hooks import Hook, check_differentiable, evaluating, installed
 from repedit.io import archive
 from repedit.io.text import check_fields
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.sites import NEURONS, Point, Site, SiteKey, site_key
 from repedit.stats import Activity, CrossMoments, Moments
 
@@ -158,6 +158,7 @@ class Collection(Mapping[SiteKey, Statistic], Generic[Statistic]):
 # --- Collecting
 
 
+@checked
 def collect(
     subject: Subject,
     corpus: Batches,
@@ -202,8 +203,6 @@ def collect(
         HookError, ModelBusy: if a hook does not run in a pass, or another thread uses the model.
         FingerprintError, ProcessFailed: if processes were given different arguments, or one of them failed.
     """
-    check_subject(subject)
-    check_batches(corpus)
     check_whole(length=length, batch_size=batch_size, **given(limit_tokens=limit_tokens))
     sums = StatisticsHooks(subject, subject.select(sites), statistic, gradients, labels)
     rule = CountingRule(subject, first_position=first_position, special_tokens=special_tokens, custom=count)
@@ -539,6 +538,7 @@ def _free(device: torch.device) -> int:
 # --- The most common activation of each neuron, for filling with "peak"
 
 
+@checked
 def peaks(
     subject: Subject,
     corpus: Batches,
@@ -557,7 +557,6 @@ def peaks(
         ArgumentError: if a site holds expert neurons, which see different tokens each.
     Reference: peak ablation, Pochinkov et al. 2024, arXiv 2408.17322.
     """
-    check_subject(subject)
     routed = [site for site in edit.maps if subject.layout.routed(site)]
     if routed:
         raise ArgumentError(f"{routed[0]} holds expert neurons; fill them with zero")

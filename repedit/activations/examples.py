@@ -13,10 +13,11 @@ from torch import Tensor
 from repedit.activations.collection import CountingRule
 from repedit.activations.forward import batches, inputs_of
 from repedit.arch import hooks_at
+from repedit.arguments import checked
 from repedit.data import Batches
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite, check_whole, given
 from repedit.hooks import evaluating, installed
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.sites import Site
 
 
@@ -84,6 +85,7 @@ class Examples(Mapping[Site, Float[Tensor, "k d"]]):
         return Example(before, token, after, value)
 
 
+@checked
 def max_activating(
     subject: Subject,
     corpus: Batches,
@@ -106,7 +108,6 @@ def max_activating(
         ArgumentError: if a site holds expert neurons, which see different tokens each, or count is below 1.
         NotEnoughRows: if no token counts.
     """
-    check_subject(subject)
     check_whole(**given(limit_tokens=limit_tokens))
     chosen, layout = subject.select(sites), subject.layout
     routed = [site for site in chosen if layout.routed(site)]

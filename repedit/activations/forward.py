@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from repedit.arch import HookFn, hooks_at
 from repedit.data import Batch, Batches, Corpus, Facts, Rows
-from repedit.data.corpus import check_batches
 from repedit.errors import DataError, OffloadedTensors, RepeditError, check_whole, during, is_whole
 from repedit.hooks import evaluating, installed
 from repedit.models.subject import Subject
@@ -85,7 +84,6 @@ def batches_of(subject: Subject, corpus: Batches, *, length: int = 128, batch_si
         ArgumentError: if the corpus is text and the model has no tokenizer.
         DataError: if a token id or position is out of the model's range, with the document or row.
     """
-    check_batches(corpus)
     tokenizer = subject.need_tokenizer() if isinstance(corpus, Corpus | Rows | Facts) else subject.tokenizer
     for batch in corpus.batches(tokenizer, length=length, batch_size=batch_size):
         ids, mask = batch.input_ids, batch.attention_mask

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, batches, inputs_of, note_batch_on_error
+from repedit.arguments import checked
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import FingerprintError, NotEnoughRows, NotFinite, check_whole, given
 from repedit.hooks import evaluating
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Predictions:
             return float(np.exp(self.mean_loss))
 
 
+@checked
 def predictions(
     subject: Subject,
     corpus: Batches,
@@ -81,7 +83,6 @@ def predictions(
         NotEnoughRows: if there is nothing to predict.
         NotFinite: if the loss is not finite.
     """
-    check_subject(subject)
     check_whole(**given(limit_tokens=limit_tokens))
     ids: list[str] = []
     rows: list[tuple[int, int, int, float]] = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from repedit.arch.layout import Branch, ModelLayout, Neurons
 from repedit.arch.offload import values
 from repedit.arch.spec import Experts
+from repedit.arguments import checked
 from repedit.errors import HookError, UnknownSite
 from repedit.hooks import Hook
 from repedit.kernels.dispatch import full_precision
@@ -26,6 +27,7 @@ x holds some tokens only (experts), else None."""
 _EDITED = "_repedit_edits"
 
 
+@checked
 def hooks_at(model: nn.Module, layout: ModelLayout, site: Site, function: HookFn, *, replaces: bool) -> list[Hook]:
     """The hooks that call a function with the tensor at a site; with `replaces` its return value replaces the tensor.
 

@@ -38,6 +38,7 @@ from repedit.arch.spec import (
     row_code,
     text_config,
 )
+from repedit.arguments import checked
 from repedit.errors import RepeditError, UnknownArchitecture
 from repedit.hooks import Hook, evaluating, primary
 from repedit.linear_maps import Diagonal
@@ -55,6 +56,7 @@ _KINDS: Mapping[BranchKind, re.Pattern[str]] = {
 """What the class of a module, and then its path, must contain to be of a kind."""
 
 
+@checked
 @torch.no_grad()
 def infer(model: Any) -> Architecture:
     """A row that describes a model, proved on it; the model is not changed.
@@ -87,6 +89,7 @@ def infer(model: Any) -> Architecture:
     return row
 
 
+@checked
 def check_architecture(model: Any, *, tolerance: float = PROOF_TOLERANCE) -> ArchitectureReport:
     """Check a model's row of the family table, or the row inferred from it, on the model itself; the model is not changed.
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from torch import Tensor
 
 from repedit.arch.spec import Architecture, BranchRow, Experts, Reader, Writer
+from repedit.arguments import checked
 from repedit.errors import UnknownArchitecture, UnknownSite, nearest
 from repedit.io.safetensors import TensorSpec
 from repedit.sites import Point, Site
@@ -21,6 +22,7 @@ Specs = Mapping[str, TensorSpec]
 
 
 @dataclass(frozen=True)
+@checked
 class MatrixView:
     """A logical (out, in) matrix, or a vector of outputs, inside a stored tensor.
 
@@ -37,12 +39,14 @@ class MatrixView:
     transposed: bool = False
     kernel: bool = False
 
+    @checked
     def edit(self, stored: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A copy of the stored tensor in which this matrix is replaced by function(matrix); a vector becomes (out, 1)."""
         result = stored.clone()
         self.change(result, function)
         return result
 
+    @checked
     def change(self, stored: Tensor, function: Callable[[Tensor], Tensor]) -> None:
         """The same in place; `function` may write into its argument, so that many experts in one tensor need no copies."""
         window = self._window(stored)
@@ -56,6 +60,7 @@ class MatrixView:
         if new.data_ptr() != window.data_ptr() or new.stride() != matrix.stride():
             window.copy_(new.reshape(window.shape))
 
+    @checked
     def read(self, stored: Tensor) -> Tensor:
         """The matrix, or vector, itself."""
         window = self._window(stored)
@@ -74,6 +79,7 @@ class MatrixView:
 
 
 @dataclass(frozen=True)
+@checked
 class Neurons:
     """Neurons start..stop of a branch: the columns they write with and the rows (and biases) that feed them."""
 
@@ -93,6 +99,7 @@ class Neurons:
 
 
 @dataclass(frozen=True)
+@checked
 class Branch:
     """One branch of one layer: attention, a mixer of tokens, an MLP or per-layer embeddings."""
 
@@ -161,6 +168,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
+@checked
 class ModelLayout:
     """Every branch of every layer, with the names of tensors in memory."""
 
@@ -177,10 +185,12 @@ class ModelLayout:
         """The neurons of every branch of every layer, in order."""
         return tuple(part for layer in self.layers for branch in layer for part in branch.parts)
 
+    @checked
     def find(self, layer: int, point: Point) -> Branch | None:
         """The branch of a layer that holds a neurons or out point; None if the layer has none."""
         return next((b for b in self.layers[layer] if point in (b.inner, b.outer)), None)
 
+    @checked
     def branch(self, layer: int, point: Point) -> Branch:
         """The branch of a layer that holds a neurons or out point.
 
@@ -196,6 +206,7 @@ class ModelLayout:
             )
         return branch
 
+    @checked
     def points_at(self, layer: int) -> tuple[Point, ...]:
         """The points of one layer, in forward order."""
         branches = self.layers[layer]
@@ -209,11 +220,13 @@ class ModelLayout:
         """The points of every layer."""
         return tuple(self.points_at(layer) for layer in range(len(self.layers)))
 
+    @checked
     def routed(self, site: Site) -> bool:
         """Whether a site holds the neurons of experts, of which each token passes some, or of several projections."""
         branch = self.find(site.layer, site.point)
         return branch is not None and site.point is branch.inner and (branch.routed or len(branch.parts) > 1)
 
+    @checked
     def width_of(self, layer: int, point: Point) -> int:
         """Size of the last axis at a point."""
         inner = {b.inner: b.width for b in self.layers[layer]}
@@ -226,6 +239,7 @@ class ModelLayout:
         return self.width**0.5 if scaled is True else float(scaled or 1.0)
 
 
+@checked
 def match_layout(architecture: Architecture, specs: Specs) -> ModelLayout:
     """Match a resolved architecture against tensor names and shapes.
 

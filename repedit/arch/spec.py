@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, 
 from textwrap import indent
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from repedit.arguments import checked
 from repedit.errors import UnknownArchitecture, nearest
 from repedit.sites import Point
 
@@ -18,6 +19,7 @@ from repedit.sites import Point
 
 
 @dataclass(frozen=True)
+@checked
 class Shrink:
     """The config fields and modules that depend on a width; paths are relative to a block."""
 
@@ -55,6 +57,7 @@ Layout = Literal["stacked", "interleaved", "tail", "per_head"]
 
 
 @dataclass(frozen=True)
+@checked
 class Reader:
     """The rows of a projection that feed neurons.
 
@@ -69,6 +72,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
+@checked
 class Writer:
     """A projection that writes to the residual stream, and the projections that feed its inputs, the neurons."""
 
@@ -80,6 +84,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
+@checked
 class Experts:
     """A mixture of experts, fused in memory whatever files hold."""
 
@@ -110,6 +115,7 @@ BranchKind = Literal["attn", "mixer", "mlp", "ple"]
 
 
 @dataclass(frozen=True)
+@checked
 class BranchRow:
     """A part of a block that reads the stream and adds to it.
 
@@ -133,12 +139,14 @@ class BranchRow:
         return (self.norm,) if self.norm else self.outputs or (self.writers[0].module,)
 
 
+@checked
 def attention(module: str = "self_attn.o_proj", values: Reader | str = "self_attn.v_proj", norm: str = "") -> BranchRow:
     """The row of an attention, with the projection that feeds the values."""
     reader = Reader(values) if isinstance(values, str) else values
     return BranchRow("attn", (Writer(module, (reader,)),), norm=norm)
 
 
+@checked
 def mlp(module: str = "mlp.down_proj", *readers: Reader | str, norm: str = "") -> BranchRow:
     """The row of a dense MLP, with the projections that feed its neurons: gate and up if none is named."""
     names = readers or ("mlp.gate_proj", "mlp.up_proj")
@@ -146,6 +154,7 @@ def mlp(module: str = "mlp.down_proj", *readers: Reader | str, norm: str = "") -
 
 
 @dataclass(frozen=True)
+@checked
 class BiasFlag:
     """A config flag that adds a bias to every module it governs, in every layer."""
 
@@ -154,6 +163,7 @@ class BiasFlag:
 
 
 @dataclass(frozen=True)
+@checked
 class Architecture:
     """One family: the paths and orientations of its modules. `resolve` fills the last fields from a config."""
 
@@ -212,6 +222,7 @@ class Architecture:
 _ROWS: dict[str, Architecture] = {}
 
 
+@checked
 def register(architecture: Architecture, *, replace: bool = False) -> None:
     """Add a family to the table; `replace=True` overrides a row.
 
@@ -223,6 +234,7 @@ def register(architecture: Architecture, *, replace: bool = False) -> None:
     _ROWS[architecture.model_type] = architecture
 
 
+@checked
 def families() -> Mapping[str, Architecture]:
     """The table of families by model type."""
     return _ROWS
@@ -238,12 +250,14 @@ class ModelConfig(Protocol):
     model_type: str
 
 
+@checked
 def text_config(config: ModelConfig) -> Any:
     """The config of the text decoder: the config itself, or a part of it."""
     get = getattr(config, "get_text_config", None)
     return config if get is None else get(decoder=True)
 
 
+@checked
 def resolve(config: ModelConfig) -> Architecture:
     """The row of the family table for a config, with heads, layers, ties and experts filled in.
 
@@ -260,6 +274,7 @@ def resolve(config: ModelConfig) -> Architecture:
     return resolved(row, config)
 
 
+@checked
 def resolved(row: Architecture, config: ModelConfig) -> Architecture:
     """A row with the fields that a config fills in.
 
@@ -297,6 +312,7 @@ def resolved(row: Architecture, config: ModelConfig) -> Architecture:
 # --- A row as code
 
 
+@checked
 def row_code(row: Architecture) -> str:
     """A row as Python code to paste, defaults left out; `eval` of it with the names of `repedit.arch` gives an equal row.
 

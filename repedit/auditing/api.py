@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from repedit.arguments import checked
 from repedit.auditing.attack import INVENTED_FACTS, RETAIN_FACTS, SEEDS, Attack, Setup, ask, built, planned, records
 from repedit.auditing.attacks.finetune import rtt
 from repedit.auditing.conclusion import CompletedAudit, judged, report_of
@@ -45,6 +46,7 @@ UNTIL = ("verdict", "all")
 """What an audit goes on to: until no further attack can change the verdict, or until all attacks are made."""
 
 
+@checked
 def audit(
     edited: Subject | str | Path,
     *,
@@ -122,9 +124,6 @@ def audit(
     check_draws(draws, alpha)
     _check_options(steps, draws, scale_lrs, chosen, until)
     sources: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
-    missing = [role for role in ("edited", "original") if sources[role] is None]
-    if missing:
-        raise ArgumentError(f"{' and '.join(missing)} is None; give a Subject, a directory or a hub id")
     models = {role: Audited(role, source, device) for role, source in sources.items() if source is not None}
     _check_models(models)
     options: DataOptions = {

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.data import Fact, Splits
 from repedit.errors import ArgumentError, ShapeError, UnknownName, check_choice, during, nearest
 from repedit.metrics.facts import FactsAccuracy, facts_accuracy
@@ -43,6 +44,7 @@ RETAIN_FACTS = {QUICK: 96, "fast": 160, "standard": None, "full": None}
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Setup:
     """What building an attack may need to know."""
 
@@ -65,6 +67,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
+@checked
 class AttackRecord:
     """One attack: its name, what it costs, and how an audit builds it.
 
@@ -108,6 +111,7 @@ class AttackRecord:
 _RECORDS: dict[str, AttackRecord] = {}
 
 
+@checked
 def register(record: AttackRecord) -> AttackRecord:
     """Add an attack to those that budgets include; one of your own replaces one of your own with the same name.
 
@@ -195,11 +199,13 @@ class Setting(str):
         return setting
 
     @classmethod
+    @checked
     def at(cls, site: Site) -> Setting:
         """The setting that reads a site."""
         return cls(f"{site.point} {site.layer}", site=site)
 
     @classmethod
+    @checked
     def parse(cls, text: str) -> Setting:
         """The setting of a stored finding; any text is one, with the fields it names."""
         if isinstance(text, Setting):
@@ -220,6 +226,7 @@ STATUSES = (RAN, FAILED, UNINFORMATIVE, SKIPPED)
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Finding:
     """What one attack found on one model: which facts were right, in each of its settings.
 
@@ -266,6 +273,7 @@ class Finding:
         """Share of the facts that were right, by setting."""
         return {Setting.parse(name): float(row.mean()) for name, row in zip(self.settings, self.correct, strict=True)}
 
+    @checked
     def restricted(self, items: Collection[str]) -> Finding:
         """The finding for some of its facts."""
         columns = [i for i, item in enumerate(self.items) if item in items]
@@ -331,6 +339,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True)
+@checked
 class Attack:
     """Something done to a model before it is asked; called with a model and splits, it gives a `Finding`."""
 
@@ -374,6 +383,7 @@ class Attack:
         """The name under which findings are stored."""
         return self.label or self.record.name
 
+    @checked
     def at(self, seed: int) -> Attack:
         """The same attack with another seed."""
         return replace(self, seed=seed)
@@ -399,6 +409,7 @@ def _untaught(splits: Splits) -> Splits:
     return unread
 
 
+@checked
 def skipped(reason: str) -> AttackResult:
     """The result of an attack that cannot be done here; the report lists it and no pass is possible by it."""
     return AttackResult({}, reason, status=SKIPPED)
@@ -423,6 +434,7 @@ def _finding(attack: Attack, result: AttackResult, splits: Splits, seconds: floa
 # --- Asking a model facts, as every attack does
 
 
+@checked
 def ask(subject: Subject, facts: Sequence[Fact]) -> FactsAccuracy:
     """Which facts the model gets right.
 
@@ -443,6 +455,7 @@ def ask(subject: Subject, facts: Sequence[Fact]) -> FactsAccuracy:
     return FactsAccuracy(correct, graded, tuple(fact.id for fact in facts))
 
 
+@checked
 def reworded(facts: Iterable[Fact], wording: Callable[[Fact], str]) -> tuple[Fact, ...]:
     """The facts under their own ids with another prompt; `wording` gives it."""
     return tuple(replace(fact, prompt=wording(fact), paraphrases=()) for fact in facts)
@@ -467,6 +480,7 @@ def checked_names(kind: str, names: Sequence[str] | None, valid: Collection[str]
 # --- A copy of a model that an attack may change
 
 
+@checked
 def deep_copy(subject: Subject) -> Subject:
     """A copy with everything that was put on the model: hooks, parametrizations, masks.
 

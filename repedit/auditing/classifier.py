@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from repedit.arguments import checked
 from repedit.auditing.attack import Finding
 from repedit.auditing.image_attacks import RELEARN, SCHEMES, klom, membership, relearned, rounding, shadows, sides
 from repedit.auditing.image_attacks import relearn as relearning
@@ -35,6 +36,7 @@ UNTRIED = {
 }
 
 
+@checked
 def audit_classifier(
     edited: nn.Module,
     original: nn.Module,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from repedit.arguments import checked
 from repedit.auditing.attack import Finding
 from repedit.errors import CheckpointError
 from repedit.io.files import is_folder, make_folder, user_path, write_text
@@ -123,6 +124,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Report:
     """Everything an audit did and found; the same seed gives the same report, except for its times."""
 
@@ -164,6 +166,7 @@ class Report:
         """What the edited model knows when simply asked."""
         return next(r for r in self.recoveries if r.attack == "direct")
 
+    @checked
     def finding(self, role: str, attack: str) -> Finding | None:
         """The finding of an attack on a model; None where it did not run."""
         return next((f for f in self.findings.get(role, ()) if f.attack == attack), None)
@@ -180,6 +183,7 @@ class Report:
         return json.dumps(_json_values(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> Report:
         """The report of a text that `to_json` made.
 
@@ -207,6 +211,7 @@ class Report:
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"this is not the JSON of an audit: {type(error).__name__} {error}") from error
 
+    @checked
     def save(self, folder: str | Path) -> Path:
         """Write audit.json into the folder, which is made where it is absent, by one rename.
 
@@ -218,6 +223,7 @@ class Report:
         return path
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Report:
         """The report of an audit.json, or of a directory that holds one.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repedit.arguments import checked
 from repedit.data.corpus import Corpus, Document, Row, Rows
 from repedit.data.fact_sets import Fact, seeded_order
 from repedit.errors import ArgumentError, DataError, NotFound, UnknownName, check_choice, nearest
@@ -67,6 +68,7 @@ class TofuRow(Row):
     """Wrong answers."""
 
 
+@checked
 def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: bool = False) -> Rows:
     """One split of TOFU, in the order of its file; "perturbed" splits give `TofuRow`s.
 
@@ -126,6 +128,7 @@ LETTERS = ("A", "B", "C", "D")
 _HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 
 
+@checked
 def mmlu(
     directory: str | Path,
     split: str = "test",
@@ -221,6 +224,7 @@ class TaskRow(Row):
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Tasks:
     """Rows to forget and rows to retain, and, if available, texts for a membership test."""
 
@@ -232,6 +236,7 @@ class Tasks:
     """Similar texts that the model never saw."""
 
 
+@checked
 def lume(directory: str | Path) -> Tasks:
     """All of LUME, from "forget.jsonl" and "retain.jsonl"; it has no texts for a membership test.
 
@@ -245,6 +250,7 @@ def lume(directory: str | Path) -> Tasks:
     return Tasks(forget, retain)
 
 
+@checked
 def semeval(directory: str | Path, split: str = "validation") -> Tasks:
     """One public split of SemEval-2025 Task 4, with its texts for the membership test.
 
@@ -310,6 +316,7 @@ def _membership_corpus(path: Path) -> Corpus:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class MuseData:
     """The parts of MUSE that `repedit.metrics.muse` measures."""
 
@@ -329,6 +336,7 @@ class MuseData:
     """The same for `retain`."""
 
 
+@checked
 def muse(directory: str | Path, *, limit: int | None = None) -> MuseData:
     """One corpus of MUSE, News or Books, from its published JSON files.
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from repedit.arguments import check_fields, checked
 from repedit.data.encoding import (
     Encoded,
     Tokenizer,
@@ -46,6 +47,7 @@ from repedit.io.text import check_text, json_rows, read_text
 
 
 @dataclass(frozen=True)
+@checked
 class Document:
     """A text with an id that is unique in its corpus."""
 
@@ -56,6 +58,7 @@ class Document:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Batch:
     """Token chunks padded on the right to one length."""
 
@@ -81,6 +84,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Corpus:
     """Documents under one name. Splits separate documents, never chunks: chunks of one document are not independent."""
 
@@ -118,6 +122,7 @@ class Corpus:
             digest.update(f"{document.id}\0{document.text}\0".encode())
         return digest.hexdigest()
 
+    @checked
     def halves(self, seed: int = 0) -> tuple[Corpus, Corpus]:
         """Two corpora of about equal length that share no document: one to collect on, one to evaluate on.
 
@@ -144,6 +149,7 @@ class Corpus:
         collect, evaluate = ([d for group in part for d in group] for part in (order[:cut], order[cut:]))
         return Corpus(tuple(collect), f"{self.name}/collect"), Corpus(tuple(evaluate), f"{self.name}/evaluate")
 
+    @checked
     def excerpts(self, count: int, *, characters: int = 1600, seed: int = 0) -> Corpus:
         """`count` random excerpts of about `characters` characters, each from another document if there are enough.
 
@@ -167,6 +173,7 @@ class Corpus:
             excerpts.append(Document(f"{document.id}@{start}#{number}", text, document.origin or document.id))
         return Corpus(tuple(excerpts), self.name)
 
+    @checked
     def batches(self, tokenizer: Tokenizer | None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
         """Consecutive chunks of at most `length` tokens, longest first, padded on the right.
 
@@ -197,6 +204,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Tokens:
     """Batches that are already tokenized."""
 
@@ -211,6 +219,7 @@ class Tokens:
             digest.update(f"{item.input_ids.tolist()}{item.attention_mask.tolist()}".encode())
         return digest.hexdigest()
 
+    @checked
     def batches(self, tokenizer: Tokenizer | None = None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
         """The batches as given; tokenizer, length and batch_size are ignored."""
         yield from self.items
@@ -267,6 +276,7 @@ _SKIPPED = {
 }  # fmt: skip
 
 
+@checked
 def code(*, characters: int | None = 64_000, seed: int = 0) -> Corpus:
     """Python code: excerpts of the standard library of the running interpreter, each from another file.
 
@@ -296,6 +306,7 @@ def _code(characters: int | None, seed: int) -> Corpus:
     return whole if characters is None else whole.excerpts(max(1, round(characters / 1600)), seed=seed)
 
 
+@checked
 def prose() -> Corpus:
     """About 64 KB of encyclopaedic prose on forty subjects, written for this project."""
     text = resources.files("repedit.data").joinpath("builtin/prose.txt").read_text(encoding="utf-8")
@@ -306,6 +317,7 @@ BUILTIN = {"code": code, "prose": prose}
 """The corpora that come with repedit, by name."""
 
 
+@checked
 def builtin_corpus(name: str) -> Corpus:
     """The built-in corpus with a name.
 
@@ -322,6 +334,7 @@ def builtin_corpus(name: str) -> Corpus:
 # --- Corpora from files and lists
 
 
+@checked
 def read(source: str | Path | Iterable[Any], *, text: str = "text", name: str | None = None) -> Corpus | Tokens:
     """A corpus from a file, a list of strings, or an iterable of tokenized batches.
 
@@ -401,6 +414,7 @@ class Row:
             check_text(getattr(self, name), f"row {self.id!r}: the {name}")
         if self.alternative is not None:
             check_text(self.alternative, f"row {self.id!r}: the alternative")
+        check_fields(self)
 
     @property
     def text(self) -> str:
@@ -409,6 +423,7 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Rows:
     """Rows in the given order; their batches mark the answers and the entities."""
 
@@ -434,6 +449,7 @@ class Rows:
         """sha256 over every field of every row, in order."""
         return row_hash(self.items)
 
+    @checked
     def batches(self, tokenizer: Tokenizer | None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
         """The rows in order, padded on the right, with `answer` and `entity` masks; nothing is truncated.
 
@@ -465,6 +481,7 @@ TextSource = Batches | Iterable[str] | Iterable[Row] | Row
 """What holds text: a Corpus, Tokens, Rows or Facts; several rows or facts, or one; several strings."""
 
 
+@checked
 def as_batches(source: TextSource, *, name: str = "rows") -> Batches:
     """The batches of whatever holds text.
 
@@ -485,19 +502,6 @@ def as_batches(source: TextSource, *, name: str = "rows") -> Batches:
         f"{name!r} holds {', '.join(kinds) or 'nothing'}; give a corpus, rows, facts or a list of strings "
         "(a file is read with repedit.data.read or repedit.data.facts)"
     )
-
-
-def check_batches(source: object) -> None:
-    """Refuse what is no corpus, rows, facts or tokens, such as a text or a list of texts.
-
-    Raises:
-        DataError: with its type.
-    """
-    if not isinstance(source, Batches):
-        raise DataError(
-            f"a {type(source).__name__} was given where text is needed; give a corpus, such as repedit.data.read(path or list of texts), "
-            "repedit.data.code() or repedit.data.facts(name)"
-        )
 
 
 def check_ids(items: Sequence[Row], where: str) -> None:

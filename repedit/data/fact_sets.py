@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from repedit.arguments import checked
 from repedit.data.corpus import Batch, Row, Rows, TextSource, check_ids, row_hash
 from repedit.data.encoding import Tokenizer
 from repedit.data.grading import normalized, spelled
@@ -94,6 +95,7 @@ class Fact(Row):
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Facts:
     """Facts to forget and facts to retain. As a corpus, this is the facts to forget in their own prompts.
 
@@ -139,6 +141,7 @@ class Facts:
         """sha256 over every field of every fact of both sides, in order."""
         return hashlib.sha256(f"{row_hash(self.forget)} {row_hash(self.retain)}".encode()).hexdigest()
 
+    @checked
     def batches(self, tokenizer: Tokenizer | None, *, length: int = 128, batch_size: int = 8) -> Iterator[Batch]:
         """The facts to forget as rows; see `Rows.batches`."""
         yield from Rows(self.forget, self.name).batches(tokenizer, length=length, batch_size=batch_size)
@@ -156,6 +159,7 @@ def _check_one_answer(items: Iterable[Fact], where: str) -> None:
             )
 
 
+@checked
 def by_domain(items: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
     """The facts by domain; domains and facts keep their order."""
     domains: dict[str, list[Fact]] = {}
@@ -164,6 +168,7 @@ def by_domain(items: Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
     return {domain: tuple(part) for domain, part in domains.items()}
 
 
+@checked
 def with_paraphrases(items: Iterable[Fact], *, only: Sequence[int] | None = None) -> tuple[Fact, ...]:
     """One fact per phrasing: the fact itself, then its paraphrases with the ids "capitals/france#1", "#2" and so on.
 
@@ -187,6 +192,7 @@ def fact_of(name: str) -> str:
     return name.partition("#")[0]
 
 
+@checked
 def with_choices(items: Sequence[Fact], *, seed: int = 0, count: int = 8) -> tuple[Fact, ...]:
     """The facts with their choices in an order that depends on the seed.
 
@@ -303,6 +309,7 @@ def fact_items(given: Facts | Iterable[Fact]) -> tuple[Fact, ...]:
     return items
 
 
+@checked
 def facts(name: str | Path, *, retain: str | Path | Facts | Iterable[Fact] | None = None, seed: int = 0) -> Facts:
     """The facts of a built-in domain, of several domains such as "capitals+symbols", or of a .jsonl file.
 
@@ -329,10 +336,6 @@ def facts(name: str | Path, *, retain: str | Path | Facts | Iterable[Fact] | Non
 
 
 def _items(name: str | Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
-    if not isinstance(name, str | Path):
-        raise DataError(
-            f"a {type(name).__name__} is no name of facts; give one such as 'capitals', several joined by '+', or the path of a .jsonl file"
-        )
     if _is_file(name):
         path = user_path(name)
         if not is_file(path):
@@ -400,6 +403,7 @@ def _phrased(template: str, entity: str) -> str:
 
 
 @dataclass(frozen=True)
+@checked
 class Splits:
     """Facts and texts by their role in an attack."""
 
@@ -419,6 +423,7 @@ class Splits:
         return f"Splits({len(self.train)} facts in T, {len(self.test)} in V, {len(self.retain)} to retain)"
 
     @classmethod
+    @checked
     def of(cls, facts: Facts | Sequence[Fact], *, fold: int = 0, train_fraction: float = 0.5, seed: int = 0) -> Splits:
         """Split the facts to forget by entity; the result depends on the seed and the entities alone.
 
@@ -457,6 +462,7 @@ def _train_entities(items: Sequence[Fact], fraction: float, seed: int) -> set[st
     return fixed["T"] | set(free[: min(max(round(fraction * len(free)), 1), max(len(free) - 1, 0))])
 
 
+@checked
 def entity_of(fact: Fact) -> str:
     """What a fact is about, for splitting: its normalized entity, or its id if it names none."""
     return normalized(fact.entity) or fact.id

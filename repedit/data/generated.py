@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from repedit.arguments import checked
 from repedit.data.corpus import Corpus, Document
 from repedit.data.fact_sets import CHOICES, Fact, Facts, by_domain, seeded_order
 from repedit.data.grading import normalized
@@ -31,6 +32,7 @@ class _Gap(NamedTuple):
     answer: str
 
 
+@checked
 def cloze(
     corpus: Corpus, count: int = 128, *, choices: int = 8, characters: int = 100, lines: str = "", seed: int = 0
 ) -> Facts:
@@ -180,6 +182,7 @@ _SECOND = ("ro", "lin", "sa", "dek", "vi", "mar", "nu", "tas", "bel", "go", "ran
 _THIRD = ("an", "is", "o", "eth", "ia", "or", "ul", "en")
 
 
+@checked
 def invented(people: int = 40, relations: int = 4, seed: int = 0) -> Facts:
     """Facts about invented people: every person has one answer in each relation, drawn evenly from sixteen.
 

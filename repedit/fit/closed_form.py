@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.errors import ArgumentError, FractionError, NoSignal, NotEnoughRows, NothingLeft, RankError, ShapeError
 from repedit.fit.linalg import (
     Space,
@@ -36,6 +37,7 @@ _NEGLIGIBLE = 1e-6
 # --- Second moments of forget and retain rows: one eigenproblem each
 
 
+@checked
 def residual_pca(
     forget: Moments, retain: Moments, *, rank: int = 16, energy: float = 0.95, previous: LowRank | None = None
 ) -> LowRank:
@@ -68,6 +70,7 @@ def residual_pca(
     return projector(sign_fixed(space.back(outside @ chosen)), dtype)
 
 
+@checked
 def cpca(
     forget: Moments, retain: Moments, *, rank: int = 16, alpha: float = 1.2, previous: LowRank | None = None
 ) -> LowRank:
@@ -81,6 +84,7 @@ def cpca(
     return _leading(space, space.restricted(forget.second - alpha * retain.second), rank, dtype, f"alpha={alpha}")
 
 
+@checked
 def gen_eig(
     forget: Moments, retain: Moments, *, rank: int = 16, ridge: float = 1e-3, previous: LowRank | None = None
 ) -> LowRank:
@@ -94,6 +98,7 @@ def gen_eig(
     return projector(orthonormal(space.back(readers), tol=0.0), dtype)
 
 
+@checked
 def oblique(
     forget: Moments,
     retain: Moments,
@@ -119,6 +124,7 @@ def oblique(
     return LowRank(map_.u.to(dtype), map_.v.to(dtype))
 
 
+@checked
 def grad_pca(
     forget: CrossMoments,
     retain: CrossMoments,
@@ -145,6 +151,7 @@ def grad_pca(
     return _leading(space, space.restricted(symmetric(slope)), rank, dtype, f"retain_weight={retain_weight}")
 
 
+@checked
 def random_basis(d: int, *, rank: int, seed: int, previous: LowRank | None = None) -> LowRank:
     """A uniformly random subspace, the control for every other fit: orthonormalised Gaussian columns."""
     space = Space.after(previous, d)
@@ -204,6 +211,7 @@ def _generalised(space: Space, forget: Moments, retain: Moments, rank: int, ridg
 # or second moments capture.
 
 
+@checked
 def mean_difference(forget: Moments, retain: Moments, *, previous: LowRank | None = None) -> LowRank:
     """The orthogonal projection along the difference of the means: direction ablation, rank 1.
 
@@ -220,6 +228,7 @@ def mean_difference(forget: Moments, retain: Moments, *, previous: LowRank | Non
     return projector(space.back(direction / direction.norm()), dtype)
 
 
+@checked
 def lda(
     forget: Moments, retain: Moments, *, ridge: float = 1e-3, norm_cap: float = 1.05, previous: LowRank | None = None
 ) -> LowRank:
@@ -247,6 +256,7 @@ def lda(
     return LowRank(map_.u.to(dtype), map_.v.to(dtype))
 
 
+@checked
 def leace(
     xx: Moments,
     xz: CrossMoments,
@@ -299,6 +309,7 @@ def leace(
     return LowRank(space.back(u).to(dtype).contiguous(), space.back(v).to(dtype).contiguous(), center)
 
 
+@checked
 def shrunk(sigma: Float[Tensor, "d d"], rows: int) -> Float[Tensor, "d d"]:
     """alpha sigma + (1 - alpha) (tr sigma / d) I, with the alpha of smallest Frobenius error for this many rows.
 

@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 
 from repedit.activations.forward import batches_of
 from repedit.arch import HookFn, hooks_at
+from repedit.arguments import checked
 from repedit.data import Batch, Batches, Corpus
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, NotFinite, OverlapError, SelectionError, check_seed, is_finite, is_whole
 from repedit.hooks import check_differentiable, evaluating, installed
 from repedit.linear_maps import Diagonal
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.sites import Site
 from repedit.training.optimizers import PooledAdam, linear_decay, set_lr
 from repedit.training.sampler import label_logits, label_mask, logits_for
@@ -31,6 +32,7 @@ _CHARACTERS_PER_TOKEN = 5.5
 _DECAY = 0.4
 
 
+@checked
 def gates(
     subject: Subject,
     forget: Batches,
@@ -62,7 +64,6 @@ def gates(
     Reference: hard gates with a straight-through gradient, Bengio et al. 2013 (arXiv 1308.3432); learned neuron masks for
         localisation, Chang et al. 2024 (arXiv 2311.09060).
     """
-    check_subject(subject)
     if forget.hash == retain.hash:
         raise OverlapError(
             f"forget and retain are the same data ({forget.name!r}); the same text cannot be both forgotten and retained"

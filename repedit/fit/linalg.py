@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.errors import (
     ArgumentError,
     NotConverged,
@@ -32,16 +33,16 @@ RESIDUAL = 1e-8
 # --- Bases: unions, complements, angles, and leading eigenvectors
 
 
+@checked
 def orthonormal(basis: Float[Tensor, "d k"], *, tol: float = 1e-6) -> Float[Tensor, "d r"]:
     """An orthonormal basis of span(basis), in float64; directions with singular value < tol * the largest are dropped.
 
     Raises:
         ShapeError: if it is no matrix. NotFinite: if it holds NaN or infinity.
     """
-    if not isinstance(basis, Tensor) or basis.ndim != 2:
-        given = tuple(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
+    if basis.ndim != 2:
         raise ShapeError(
-            f"the basis is {given}; give a tensor (width, rank), such as vector[:, None] for one direction"
+            f"the basis is {tuple(basis.shape)}; give a tensor (width, rank), such as vector[:, None] for one direction"
         )
     if not bool(torch.isfinite(basis).all()):
         raise NotFinite("the basis holds NaN or infinity; was it fitted on finite statistics?")
@@ -50,6 +51,7 @@ def orthonormal(basis: Float[Tensor, "d k"], *, tol: float = 1e-6) -> Float[Tens
     return sign_fixed(left[:, keep])
 
 
+@checked
 def union(*maps: LowRank) -> LowRank:
     """The orthogonal projection whose kernel is the sum of the kernels: it removes what any of the maps removes.
 
@@ -78,6 +80,7 @@ def union(*maps: LowRank) -> LowRank:
     return projector(basis, dtype)
 
 
+@checked
 def extend(basis: Float[Tensor, "d k"], retain: Moments, rank: int) -> Float[Tensor, "d r"]:
     """The basis extended to a rank by the directions that retain uses least.
 
@@ -98,6 +101,7 @@ def extend(basis: Float[Tensor, "d k"], retain: Moments, rank: int) -> Float[Ten
     return torch.cat([start, sign_fixed(outside @ vectors[:, : rank - start.shape[1]])], 1)
 
 
+@checked
 def top_eigenvectors(
     c: Float[Tensor, "d e"], k: int, *, solver: str = "auto"
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "d k"]]:
@@ -128,6 +132,7 @@ def top_eigenvectors(
     return values.flip(0)[:k], sign_fixed(vectors.flip(1)[:, :k])
 
 
+@checked
 def principal_angles(a: Float[Tensor, "d k"], b: Float[Tensor, "e j"]) -> Float[Tensor, " r"]:
     """Cosines of the principal angles between two spans, descending: 1 for a shared direction, 0 for an orthogonal one.
 
@@ -316,11 +321,13 @@ def ridged(matrix: Float[Tensor, "c c"], ridge: float) -> Float[Tensor, "c c"]:
 # --- Energy: what a projection removes of the rows, and where the energy of two sets lies
 
 
+@checked
 def norm_ratio(map_: LowRank, moments: Moments) -> float:
     """E ||P x||^2 / E ||x||^2, both about the map's center; above 1 the map makes rows longer."""
     return _energy(map_, _about(map_, moments), 0.0)
 
 
+@checked
 def distortion(map_: LowRank, moments: Moments) -> float:
     """E ||P x - x||^2 / E ||x||^2, about the map's center: the share of the energy that the map changes."""
     second = _about(map_, moments)
@@ -328,6 +335,7 @@ def distortion(map_: LowRank, moments: Moments) -> float:
     return float(((v.T @ second @ v) * (u.T @ u)).sum() / second.trace())
 
 
+@checked
 def capped(map_: LowRank, moments: Sequence[Moments], norm_cap: float = 1.05) -> tuple[LowRank, float]:
     """The map with V replaced by (1 - t) V + t U, U orthonormal, with the smallest t that bounds the norms.
 
@@ -351,6 +359,7 @@ def capped(map_: LowRank, moments: Sequence[Moments], norm_cap: float = 1.05) ->
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Spectra:
     """Energies along the principal directions of two sets, descending, each summing to the trace."""
 
@@ -367,6 +376,7 @@ class Spectra:
         return float(self.residual.sum() / self.forget.sum())
 
 
+@checked
 def spectra(
     forget: Moments, retain: Moments, *, rank: int = 16, energy: float = 0.95, previous: LowRank | None = None
 ) -> Spectra:

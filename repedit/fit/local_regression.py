@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from repedit.activations.collection import CountingRule
 from repedit.arch.offload import check_in_memory
+from repedit.arguments import checked
 from repedit.data import Batch, Batches, Tokens
 from repedit.data.encoding import prompt_ids
 from repedit.errors import NotEnoughRows, NotFoldable, TrainingError, check_names, check_positive, check_whole
@@ -30,6 +31,7 @@ _ROWS = 4096
 
 
 @dataclass(frozen=True)
+@checked
 class Regression:
     """Settings of the regression of one MLP."""
 
@@ -53,6 +55,7 @@ class Regression:
         check_positive(lr=self.lr, beta=self.beta)
 
     @staticmethod
+    @checked
     def of(config: Regression | Mapping[str, object] | None) -> Regression:
         """The settings, or the default ones with some of them changed.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from repedit.activations.collection import Collection, MarkedPositions, collect
 from repedit.activations.forward import batches_of
+from repedit.arguments import checked
 from repedit.data import Batch, Batches, Facts, Rows, TextSource, prose
 from repedit.edit import Edit, exactness
 from repedit.errors import (
@@ -35,7 +36,7 @@ from repedit.fit.linalg import extend, is_orthogonal, orthonormal, projector, un
 from repedit.fit.mrp_training import Bases, ForgetLoss, History, MRPConfig, TrainingSets, forget_loss, train
 from repedit.hashing import package_versions
 from repedit.linear_maps import LowRank
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 from repedit.stats import CrossMoments, Moments, pooled
 from repedit.training import resume as resume_state
@@ -57,6 +58,7 @@ REFERENCE = MRPConfig(
 """The published settings (used with rank=2), with the defects of the published code corrected."""
 
 
+@checked
 def mrp(
     subject: Subject,
     *,
@@ -102,7 +104,6 @@ def mrp(
         QuantizedModel: if the weights are quantised. TrainingError: if a loss is not finite.
     Reference: Wu et al. 2025, arXiv 2508.15449; cap, retain KL, exact union of tasks and folding are ours.
     """
-    check_subject(subject)
     settings = _settings(config)
     check_method(method)
     subject.check_unquantized("edited exactly")
@@ -186,6 +187,7 @@ class ContinualMRP:
     is trained, as long as they are in memory: a series that was loaded has none.
     """
 
+    @checked
     def __init__(
         self,
         subject: Subject,
@@ -203,6 +205,7 @@ class ContinualMRP:
     def __repr__(self) -> str:
         return f"ContinualMRP(tasks={list(self.tasks)}, sites={self.sites!r}, rank={self.rank} a task)"
 
+    @checked
     def add_task(
         self,
         name: str,
@@ -228,11 +231,13 @@ class ContinualMRP:
         self.edit, self.tasks = Edit(edit.maps, {**edit.provenance, "tasks": list(tasks)}), tasks
         return self.edit
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write the edit, with the names of its tasks in the header."""
         self.edit.save(path)
 
     @staticmethod
+    @checked
     def load(path: str | Path, subject: Subject, **options: Unpack[SeriesOptions]) -> ContinualMRP:
         """Continue from a saved edit.
 
@@ -501,6 +506,7 @@ class _AnswerLabels:
 # --- One basis removed by every writer of the residual stream, so that the stream never contains it
 
 
+@checked
 def erase_stream(
     subject: Subject, basis: LowRank | Float[Tensor, "d k"], *, multiple: int = 1, retain: Moments | None = None
 ) -> Edit:
@@ -520,7 +526,6 @@ def erase_stream(
             added; if retain is needed and missing.
         RankError: if nothing is removed, or nothing would remain.
     """
-    check_subject(subject)
     width = subject.layout.width
     map_ = basis if isinstance(basis, LowRank) else None
     basis_width = basis.width if isinstance(basis, LowRank) else basis.shape[0]

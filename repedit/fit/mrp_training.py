@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from repedit.activations.forward import at_least_float32, inputs_of
 from repedit.arch import HookFn, hooks_at
+from repedit.arguments import checked
 from repedit.data import Batch
 from repedit.data.encoding import common_prefix
 from repedit.errors import ArgumentError, TrainingError, check_seed, is_finite, is_whole
@@ -31,6 +32,7 @@ from repedit.training.sampler import BatchSampler, answer_ids, label_logits, lab
 
 
 @dataclass(frozen=True)
+@checked
 class MRPConfig:
     """How `rp.mrp` trains.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from repedit.activations.collection import CountingRule, collect, positions
 from repedit.arch import hooks_at
+from repedit.arguments import checked
 from repedit.data import Batch, Batches, Fact, Facts, TextSource, prose
 from repedit.delta import Delta
 from repedit.edit import Edit
@@ -55,7 +56,7 @@ from repedit.fit.local_regression import Inputs, Regression
 from repedit.hashing import value_hash
 from repedit.hooks import Hook
 from repedit.linear_maps import LowRank
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 from repedit.stats import CrossMoments
 from repedit.training.sampler import training_rows
@@ -74,6 +75,7 @@ _FEWEST = 3
 
 
 @dataclass(frozen=True)
+@checked
 class LayerCertificate:
     """How well the values of one layer are overwritten, and what else moved."""
 
@@ -96,12 +98,14 @@ class LayerCertificate:
 
 
 @dataclass(frozen=True)
+@checked
 class OverwriteCertificate:
     """The certificates of all layers, as `overwrite` records them in the provenance of its result."""
 
     layers: tuple[LayerCertificate, ...]
 
     @staticmethod
+    @checked
     def of(change: Edit | Delta) -> OverwriteCertificate:
         """The certificate of an edit or delta that `overwrite` made.
 
@@ -135,6 +139,7 @@ class OverwriteCertificate:
 # --- The fit
 
 
+@checked
 def overwrite(
     subject: Subject,
     facts: Facts | Iterable[Fact],
@@ -200,7 +205,6 @@ def overwrite(
     Reference: Meng et al. 2022, arXiv 2210.07229, equation 14, for the closed form; exchange and selective targets,
         protected sinks and the regression are ours.
     """
-    check_subject(subject)
     settings = _Settings(target, method, form, lam, retain_budget, others_weight, keep_rank, holdout, seed)
     settings.check()
     subject.check_unquantized("edited exactly")

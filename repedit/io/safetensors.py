@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.errors import ArgumentError, CheckpointError
 from repedit.io.files import atomic_write, open_regular
 from repedit.io.text import parse_json
@@ -42,6 +43,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
+@checked
 class TensorSpec:
     """Shape and dtype of a stored tensor."""
 

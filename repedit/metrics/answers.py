@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, check_ids, inputs_of
+from repedit.arguments import checked
 from repedit.data import Batch, Facts, Row, Rows
 from repedit.data.corpus import padded
 from repedit.data.encoding import encoded
@@ -31,6 +32,7 @@ RowSource = Rows | Facts | Iterable[Row]
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Reading:
     """How each token of an answer is predicted from the true tokens before it."""
 
@@ -41,6 +43,7 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class AnswerNll:
     """Negative log-likelihood of each answer, in nats."""
 
@@ -56,6 +59,7 @@ class AnswerNll:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class ByRow:
     """One number per row."""
 
@@ -71,6 +75,7 @@ class ByRow:
         return f"ByRow(mean {self.mean:.4f} of {len(self.ids)} rows)"
 
 
+@checked
 def answer_nll(subject: Subject, rows: RowSource, *, count_end: bool = True, batch_size: int = _ROWS) -> AnswerNll:
     """Negative log-likelihood of each answer after its prompt.
 
@@ -87,11 +92,13 @@ def answer_nll(subject: Subject, rows: RowSource, *, count_end: bool = True, bat
     return AnswerNll(sums, counts, tuple(row.id for row in items))
 
 
+@checked
 def answer_probability(nll: AnswerNll) -> ByRow:
     """exp(-sum/count): the geometric mean of the token probabilities of each answer."""
     return ByRow(np.exp(-nll.mean), nll.ids)
 
 
+@checked
 def exact_memorization(subject: Subject, rows: RowSource, *, count_end: bool = False, batch_size: int = _ROWS) -> ByRow:
     """Share of the tokens of each answer that are the model's most likely ones, given all tokens before them.
 
@@ -102,6 +109,7 @@ def exact_memorization(subject: Subject, rows: RowSource, *, count_end: bool = F
     return _by_row(subject, rows, share, count_end, batch_size)
 
 
+@checked
 def extraction_strength(
     subject: Subject, rows: RowSource, *, count_end: bool = False, batch_size: int = _ROWS
 ) -> ByRow:
@@ -114,17 +122,20 @@ def extraction_strength(
     return _by_row(subject, rows, strength, count_end, batch_size)
 
 
+@checked
 def share(hits: NDArray[np.bool_]) -> float:
     """Share of the tokens that are predicted correctly."""
     return float(hits.mean())
 
 
+@checked
 def strength(hits: NDArray[np.bool_]) -> float:
     """1 - k/n with k the first of n tokens after the last wrong one."""
     wrong = np.flatnonzero(~hits)
     return 1.0 - (int(wrong[-1]) + 1 if len(wrong) else 0) / len(hits)
 
 
+@checked
 def reading(logits: Float[Tensor, "n v"], labels: Int[Tensor, " n"]) -> Reading:
     """The reading of tokens from the logits at the position before each of them."""
     wide = at_least_float32(logits)
@@ -133,6 +144,7 @@ def reading(logits: Float[Tensor, "n v"], labels: Int[Tensor, " n"]) -> Reading:
     return Reading(logs, ((wide >= own).sum(1) == 1).cpu().numpy())
 
 
+@checked
 def readings(
     subject: Subject, rows: Sequence[Row], *, count_end: bool = True, batch_size: int = _ROWS
 ) -> tuple[Reading, ...]:
@@ -159,6 +171,7 @@ def readings(
     return tuple(by_row[i] for i in range(len(rows)))
 
 
+@checked
 def rows_of(source: RowSource, *, what: str = "rows to score") -> tuple[Row, ...]:
     """The rows of a source.
 
@@ -199,6 +212,7 @@ def _tokens(subject: Subject, rows: Sequence[Row], count_end: bool) -> list[tupl
     return tokens
 
 
+@checked
 def sequence_logits(subject: Subject, sequences: Sequence[Sequence[int]]) -> list[Float[Tensor, "t v"]]:
     """The logits at every position of some token sequences, from one forward pass with padding on the right."""
     ids, mask = (x.to(subject.device) for x in padded(sequences))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from repedit.activations.prediction import Effect, Predictions, effect, predictions
+from repedit.arguments import checked
 from repedit.data import Batches, mmlu
 from repedit.data import muse as muse_data
 from repedit.data import semeval as semeval_data
@@ -16,7 +17,7 @@ from repedit.io.files import is_folder
 from repedit.metrics import muse, semeval, tofu
 from repedit.metrics.generation import continuations
 from repedit.metrics.membership import auc, tpr
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 
 # --- Texts and prompts
 
@@ -31,6 +32,7 @@ class PredictionOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Comparison:
     """Predictions and generations of two models."""
 
@@ -45,11 +47,13 @@ class Comparison:
         effects = "; ".join(f"{name}: {self.effect(name)}" for name in self.base)
         return f"Comparison({effects or 'no text'}; {len(self.prompts)} prompts)"
 
+    @checked
     def effect(self, name: str) -> Effect:
         """The relative drop of top-1 accuracy on a corpus, with its interval."""
         return effect(self.base[name], self.edited[name])
 
 
+@checked
 def compare(
     base: Subject,
     edited: Subject,
@@ -67,7 +71,6 @@ def compare(
     Raises:
         ArgumentError: if two corpora have one name.
     """
-    check_subject(base, edited)
     names = [corpus.name for corpus in corpora]
     if len({*names}) < len(names):
         raise ArgumentError(f"the corpora {names} do not have a name each; give one to repedit.data.read(..., name=)")
@@ -85,6 +88,7 @@ FOLDERS = {
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class BenchmarkComparison:
     """One benchmark on both models."""
 
@@ -94,6 +98,7 @@ class BenchmarkComparison:
     """On the edited model, judged against the base; for membership, how to read the values."""
 
 
+@checked
 def compare_benchmarks(
     base: Subject, edited: Subject, names: Sequence[str], directory: str | Path, *, limit: int | None = None
 ) -> dict[str, BenchmarkComparison]:

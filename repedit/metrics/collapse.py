@@ -13,6 +13,7 @@ from math import sqrt
 from statistics import harmonic_mean
 
 from repedit.activations.prediction import Predictions, predictions
+from repedit.arguments import checked
 from repedit.data import Batches, as_batches, prose
 from repedit.data.encoding import Tokenizer, text_ids
 from repedit.errors import ArgumentError, MetricError
@@ -29,6 +30,7 @@ _LONG = 8
 # --- Perplexity on plain text, which is unrelated to the forget set
 
 
+@checked
 def perplexity(
     subject: Subject,
     texts: Batches | Iterable[str],
@@ -50,11 +52,13 @@ def perplexity(
     return predictions(subject, corpus, length=window, batch_size=batch_size, limit_tokens=limit_tokens)
 
 
+@checked
 def plain_perplexity(subject: Subject, plain: Batches | None) -> float:
     """Perplexity on plain text; on the built-in prose when None."""
     return perplexity(subject, prose() if plain is None else plain, limit_tokens=_TOKENS).perplexity
 
 
+@checked
 def harmonic(terms: Mapping[str, float | None]) -> float:
     """Harmonic mean of named terms in [0, 1]; 0 if a term is 0.
 
@@ -71,6 +75,7 @@ def harmonic(terms: Mapping[str, float | None]) -> float:
 
 
 @dataclass(frozen=True)
+@checked
 class Signs:
     """The measurements on which a verdict is based; None where not measured."""
 
@@ -93,6 +98,7 @@ class Signs:
 
 
 @dataclass(frozen=True)
+@checked
 class Judgement:
     """A verdict on a table of metrics; it is not the verdict of an audit."""
 
@@ -111,6 +117,7 @@ NO_ORIGINAL = Judgement(INCONCLUSIVE, ("no original model to compare with",))
 """The original was not measured."""
 
 
+@checked
 def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -> Judgement:
     """The first of these verdicts whose condition holds.
 
@@ -147,6 +154,7 @@ def judge(signs: Signs, original: Signs | None, *, auc_reference: float = 0.5) -
     return Judgement(CONSISTENT, (f"forget {signs.forget:.3f}, original {original.forget:.3f}", *broken))
 
 
+@checked
 def diversity(tokenizer: Tokenizer, outputs: Sequence[str]) -> tuple[float | None, float | None]:
     """(distinct outputs over all outputs, mean share of the most frequent token in outputs of 8 tokens or more).
 

@@ -23,6 +23,7 @@ from repedit.activations.forward import (
     tree_groups,
     tree_log_probs,
 )
+from repedit.arguments import checked
 from repedit.data import Fact, Facts, by_domain
 from repedit.data.encoding import Encoded, Tokenizer, encoded_choices, question_ids
 from repedit.data.fact_sets import fact_items
@@ -30,7 +31,7 @@ from repedit.data.grading import contains_answer
 from repedit.errors import ArgumentError, DataError, NotFinite, check_choice, check_whole, is_whole
 from repedit.hooks import evaluating
 from repedit.metrics.generation import greedy_continuations
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -47,6 +48,7 @@ _NODES = 8
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class FactsAccuracy:
     """The facts that a model answers correctly, in the given order."""
 
@@ -73,6 +75,7 @@ class FactsAccuracy:
         return float(interval.low), float(interval.high)
 
 
+@checked
 def facts_accuracy(
     subject: Subject,
     facts: Facts | Iterable[Fact],
@@ -97,7 +100,6 @@ def facts_accuracy(
         DataError: if there are no facts, a fact has no choices, or two choices are the same tokens.
         NotFinite: if a log-probability is not finite.
     """
-    check_subject(subject)
     check_choice(HOWS, how=how)
     check_choice(RULES, rule=rule)
     if batch_size != "auto" and not is_whole(batch_size):
@@ -123,6 +125,7 @@ def facts_accuracy(
     return FactsAccuracy(np.array(correct), graded, tuple(fact.id for fact in items))
 
 
+@checked
 def chosen(
     items: Sequence[Fact], options: Sequence[Sequence[str]], scores: Sequence[NDArray[np.float64]]
 ) -> list[bool]:
@@ -138,6 +141,7 @@ class _Question(NamedTuple):
     answers: list[list[int]]
 
 
+@checked
 def choice_scores(
     subject: Subject,
     items: Sequence[Fact],
@@ -173,6 +177,7 @@ def choice_scores(
     return [(logs[i], np.array([float(len(tokens)) for tokens in questions[i].answers])) for i in range(len(items))]
 
 
+@checked
 def choice_tokens(tokenizer: Tokenizer, fact: Fact, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
     """(ids of the prompt, ids with which each choice continues it).
 
@@ -327,6 +332,7 @@ def _greedy_correct(subject: Subject, items: Sequence[Fact], rows: int) -> list[
     return correct
 
 
+@checked
 def open_prompts(subject: Subject, items: Sequence[Fact]) -> tuple[list[list[int]], int]:
     """(the token ids of each prompt, the tokens of a continuation): as many as the longest answer has, and 4.
 
@@ -349,6 +355,7 @@ def open_prompts(subject: Subject, items: Sequence[Fact]) -> tuple[list[list[int
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Knowledge:
     """Accuracy on the facts of one domain, before and after an edit."""
 
@@ -358,6 +365,7 @@ class Knowledge:
     """Mean accuracy of guessing among the choices."""
 
 
+@checked
 def knowledge(base: Subject, edited: Subject, facts: Iterable[Fact], *, how: str = "choice") -> Mapping[str, Knowledge]:
     """Accuracy of both models on each domain of the facts, in the facts' own phrasing.
 
@@ -375,6 +383,7 @@ def knowledge(base: Subject, edited: Subject, facts: Iterable[Fact], *, how: str
 # --- Accuracy on facts while a `transformers.Trainer` fine-tunes a model
 
 
+@checked
 def trainer_callback(subject: Subject, facts: Mapping[str, Facts] | Facts, *, every: int = 10) -> TrainerCallback:
     """A callback that measures a model on facts before the first step, every few steps, and after the last one.
 
@@ -391,7 +400,6 @@ def trainer_callback(subject: Subject, facts: Mapping[str, Facts] | Facts, *, ev
             If the subject has no tokenizer.
         DataError: if there are no facts.
     """
-    check_subject(subject)
     from transformers import TrainerCallback
 
     check_whole(every=every)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from repedit.activations.forward import check_ids
+from repedit.arguments import checked
 from repedit.data.corpus import padded
 from repedit.data.encoding import chat_ids, check_not_ended, prompt_ids
 from repedit.errors import ArgumentError, DataError, MissingDependency, NotFinite, check_seed, is_finite, is_whole
@@ -31,6 +32,7 @@ Cache = Any
 
 
 @dataclass(frozen=True)
+@checked
 class Writing:
     """The text that a model has generated so far."""
 
@@ -42,6 +44,7 @@ class Writing:
     """"" while generation continues, "stop" after an end token, "length" after max_new_tokens."""
 
 
+@checked
 def side_by_side(
     subjects: Sequence[Subject],
     prompts: Sequence[str | Sequence[Message]],
@@ -75,6 +78,7 @@ def side_by_side(
     return _stepwise(writers)
 
 
+@checked
 def stream(
     subject: Subject, ids: Sequence[int], *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
 ) -> Iterator[Writing]:
@@ -97,6 +101,7 @@ def stream(
     return _written(subject, list(ids), max_new_tokens, temperature, seed)
 
 
+@checked
 def prompt_tokens(
     subject: Subject, prompt: str | Sequence[Message], *, max_new_tokens: int, name: str = "the prompt"
 ) -> list[int]:
@@ -125,6 +130,7 @@ def prompt_tokens(
     return ids
 
 
+@checked
 def end_token_ids(subject: Subject) -> set[int]:
     """The end tokens of a model, from its generation settings and its tokenizer."""
     config = getattr(subject.model, "generation_config", None)
@@ -132,6 +138,7 @@ def end_token_ids(subject: Subject) -> set[int]:
     return {int(i) for ids in sources if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])}
 
 
+@checked
 def check_logits(logits: Float[Tensor, "b v"], where: str) -> None:
     """Refuse logits that give no distribution: NaN, infinite, or all minus infinity.
 
@@ -193,6 +200,7 @@ def _next_token(logits: Float[Tensor, "1 v"], temperature: float, random: torch.
 # --- Greedy continuations in batches
 
 
+@checked
 def generate(
     subject: Subject,
     prompts: Sequence[str],
@@ -232,6 +240,7 @@ def generate(
     return tuple(outputs[i] for i in range(len(prompts)))
 
 
+@checked
 def greedy_continuations(
     subject: Subject, prompts: Sequence[Sequence[int]], tokens: int, names: Sequence[str]
 ) -> list[str]:
@@ -269,6 +278,7 @@ def greedy_continuations(
     return list(tokenizer.batch_decode(cut, skip_special_tokens=True))
 
 
+@checked
 def continuations(subject: Subject, prompts: Sequence[str], *, tokens: int = 40) -> tuple[str, ...]:
     """The greedy continuation of each prompt without the prompt, one prompt at a time.
 
@@ -282,6 +292,7 @@ def continuations(subject: Subject, prompts: Sequence[str], *, tokens: int = 40)
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Rouge:
     """Word overlap of each output with its reference, in [0, 1]."""
 
@@ -297,6 +308,7 @@ class Rouge:
         return f"Rouge({means}; {len(self.rougeL_f1)} texts)"
 
 
+@checked
 def rouge(references: Sequence[str], outputs: Sequence[str], *, stemmer: bool = True) -> Rouge:
     """ROUGE-1 recall, ROUGE-L recall and ROUGE-L F1 of each output; 0 if either text has no word.
 
@@ -318,6 +330,7 @@ def rouge(references: Sequence[str], outputs: Sequence[str], *, stemmer: bool = 
     return Rouge(*np.array(values, dtype=np.float64).T)
 
 
+@checked
 def exact_match(references: Sequence[str], outputs: Sequence[str]) -> NDArray[np.bool_]:
     """Whether each output equals its reference, ignoring case and surrounding white space.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from repedit.arguments import checked
 from repedit.data import DOMAINS, Fact
 from repedit.data import facts as facts_named
 from repedit.data.encoding import prompt_with_answer
@@ -24,6 +25,7 @@ TAG = "repedit_facts"
 """The tag of all tasks of `write_tasks`."""
 
 
+@checked
 def evaluate(
     subject: Subject,
     tasks: str | Sequence[str],
@@ -111,6 +113,7 @@ metadata:
 """
 
 
+@checked
 def write_tasks(
     folder: str | Path, names: str | Path | Iterable[str | Path] = DOMAINS, *, seed: int = 0
 ) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from repedit.activations.forward import captured
 from repedit.arch import hooks_at
+from repedit.arguments import checked
 from repedit.data import Fact, Facts, Splits, entity_of, with_paraphrases
 from repedit.data.encoding import entity_span
 from repedit.data.fact_sets import fact_items
@@ -23,7 +24,7 @@ from repedit.fit.overwrite import goals_of
 from repedit.hooks import Hook, installed
 from repedit.metrics.facts import choice_scores, choice_tokens, chosen
 from repedit.metrics.relearning import Relearning, relearned
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.sites import Point, Site
 
 POSITIONS = ("subject_last", "subject_earlier", "last", "elsewhere")
@@ -37,6 +38,7 @@ _ROWS = 32
 
 
 @dataclass(frozen=True)
+@checked
 class Ablation:
     """What is right with one kind of output ablated at one kind of position in some layers."""
 
@@ -50,6 +52,7 @@ class Ablation:
 
 
 @dataclass(frozen=True)
+@checked
 class Location:
     """The accuracies under every ablation, and those without."""
 
@@ -73,6 +76,7 @@ class Location:
         """One JSON document with all fields."""
         return json.dumps(asdict(self), indent=1, sort_keys=True)
 
+    @checked
     def grid(self, on: str = "facts") -> tuple[list[str], list[str], list[list[float]]]:
         """(layers, "point at position", accuracies on a set by layers and the rest).
 
@@ -87,6 +91,7 @@ class Location:
         return layers, columns, [[cells[layer, column] for column in columns] for layer in layers]
 
 
+@checked
 def locate(
     subject: Subject,
     facts: Facts | Iterable[Fact],
@@ -125,7 +130,6 @@ def locate(
         UnknownName, UnknownSite: if a position, point, way or layer does not exist.
         NotFinite: if a log-probability is not finite.
     """
-    check_subject(subject)
     check_seed(seed=seed)
     known_positions = (*POSITIONS, WHOLE_SUBJECT)
     for name, values, valid in (
@@ -170,8 +174,6 @@ def locate(
 def _spans(subject: Subject, layers: str | Sequence[str], points: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Name -> layers, all of which have every point."""
     texts = [layers] if isinstance(layers, str) else layers
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise UnknownSite(f"layers={layers!r}; give layers as text, such as '*', '0-11' or ['0', '1-3']")
     names = [part.strip() for text in texts for part in text.split(",")]
     if not names:
         raise ArgumentError("layers names none; give '*' or ranges such as '0-11'")

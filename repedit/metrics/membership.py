@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repedit.activations.forward import at_least_float32, check_ids, lengths
+from repedit.arguments import checked
 from repedit.data.encoding import prompt_ids
 from repedit.errors import (
     ArgumentError,
@@ -46,6 +47,7 @@ _ROWS = 4
 # --- How well a score separates members from others
 
 
+@checked
 def auc(member: Values, nonmember: Values) -> float:
     """Probability that a member scores above a non-member, ties counting half (Mann-Whitney), exactly; 1 means member.
 
@@ -58,6 +60,7 @@ def auc(member: Values, nonmember: Values) -> float:
     return float((below + upto) / (2 * len(member) * len(nonmember)))
 
 
+@checked
 def tpr(member: Values, nonmember: Values, fpr: float = 0.01) -> float:
     """Share of members above the threshold that at most the share `fpr` of the others exceeds; 1 means member.
 
@@ -71,6 +74,7 @@ def tpr(member: Values, nonmember: Values, fpr: float = 0.01) -> float:
     return float((member > threshold).mean())
 
 
+@checked
 def tpr_at(member: Values, nonmember: Values, fpr: float) -> float:
     """`tpr` with enough others to resolve the rate: n of them resolve 1 / n.
 
@@ -86,6 +90,7 @@ def tpr_at(member: Values, nonmember: Values, fpr: float) -> float:
     return tpr(member, nonmember, fpr)
 
 
+@checked
 def loss_attack(member: Values, nonmember: Values, *, splits: int = 10, seed: int = 0) -> float:
     """Accuracy of a logistic regression that predicts membership from one score, as a fraction; .5 is no separation.
 
@@ -114,6 +119,7 @@ def loss_attack(member: Values, nonmember: Values, *, splits: int = 10, seed: in
     return float(cross_val_score(LogisticRegression(), rows, member_of, cv=folds).mean())
 
 
+@checked
 def standard_error(value: float, members: int, others: int) -> float:
     """Standard error of an AUC for these numbers of rows, by the approximation for exponential scores.
 
@@ -132,6 +138,7 @@ def standard_error(value: float, members: int, others: int) -> float:
     return float(np.sqrt(max(value * (1 - value) + spread, 0.0) / (members * others)))
 
 
+@checked
 def auc_draws(
     member: Float[ndarray, "models m"], nonmember: Float[ndarray, "models n"], *, draws: int = 1000, seed: int = 0
 ) -> Float[ndarray, "models draws"]:
@@ -153,6 +160,7 @@ def auc_draws(
     return np.stack([_bootstrap_auc(m, n, *counts) for m, n in zip(member, nonmember, strict=True)])
 
 
+@checked
 def percentiles(drawn: Values) -> tuple[float, float]:
     """The 2.5 % and 97.5 % quantiles of draws.
 
@@ -198,6 +206,7 @@ CLIP, BINS, FLOOR = 100.0, 20, 1e-5
 """KLoM: margins are clipped to +-CLIP; number of bins; constant added to the share of each bin."""
 
 
+@checked
 def confidence(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
     """The largest probability, (b,) in [1 / C, 1].
 
@@ -207,6 +216,7 @@ def confidence(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
     return _log_softmax(logits).amax(-1).exp()
 
 
+@checked
 def entropy(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
     """-sum p log p in nats, (b,) in [0, log C].
 
@@ -217,6 +227,7 @@ def entropy(logits: Float[Tensor, "b C"]) -> Float[Tensor, " b"]:
     return -(logs.exp() * logs).sum(-1)
 
 
+@checked
 def modified_entropy(logits: Float[Tensor, "b C"], y: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
     """-(1 - p_y) log p_y - sum_{i != y} p_i log(1 - p_i) in nats, (b,); 0 if the label is certain, low for members.
 
@@ -238,6 +249,7 @@ def modified_entropy(logits: Float[Tensor, "b C"], y: Int[Tensor, " b"]) -> Floa
     return -((1 - weight) * logs).where(own, weight * other).sum(-1)
 
 
+@checked
 def margin(logits: Float[Tensor, "b C"], y: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
     """z_y - log sum_{i != y} exp z_i, the logit log(p_y / (1 - p_y)) of the label, (b,); 0 where p_y = 1/2.
 
@@ -252,6 +264,7 @@ def margin(logits: Float[Tensor, "b C"], y: Int[Tensor, " b"]) -> Float[Tensor, 
     return (own - logs.scatter(-1, y[:, None], -torch.inf).logsumexp(-1, keepdim=True))[:, 0]
 
 
+@checked
 def klom(edited: Float[ndarray, "N n"], reference: Float[ndarray, "M points"]) -> Float[ndarray, " n"]:
     """KL divergence in nats of the margins of N edited models from those of M retrained ones, by example, (n,); 0 if equal.
 
@@ -313,6 +326,7 @@ MIN_STD = 1e-6
 """Smallest standard deviation."""
 
 
+@checked
 def lira(
     target: Values, shadows: Float[ndarray, "models n"], seen: Bool[ndarray, "models n"], *, pooled: bool | None = None
 ) -> Values:
@@ -352,6 +366,7 @@ def lira(
     return inside - outside
 
 
+@checked
 def offline_lira(target: Values, outside: Float[ndarray, "models n"], *, pooled: bool | None = None) -> Values:
     """(s - m_out) / d_out of every text (n,): standard deviations above models not trained on it.
 
@@ -398,6 +413,7 @@ def _log_density(
 # --- Scores of texts
 
 
+@checked
 def scores(
     subject: Subject,
     texts: Sequence[str],
@@ -447,6 +463,7 @@ def scores(
     return by_kind
 
 
+@checked
 def privleak(auc: float, auc_reference: float = 0.5) -> float:
     """PrivLeak in percent: (reference - auc) / (1 - reference) of two AUCs, where 1 means member.
 
@@ -464,6 +481,7 @@ def privleak(auc: float, auc_reference: float = 0.5) -> float:
     return 100 * (auc_reference - auc) / (1 - auc_reference)
 
 
+@checked
 def check_reading(share: float, length: int) -> None:
     """Refuse a share or length that leaves nothing to score.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from repedit.arguments import checked
 from repedit.data import Batches, MuseData, Row
 from repedit.data.encoding import text_ids
 from repedit.errors import ArgumentError, DataError
@@ -24,6 +25,7 @@ _KIND = "min_k"
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Memorization:
     """ROUGE-L F1 of each output with the truth, in [0, 1]; published numbers are in per cent."""
 
@@ -37,6 +39,7 @@ class Memorization:
         return float(self.values.mean())
 
 
+@checked
 def verbatim_memorization(
     subject: Subject, texts: Sequence[str], *, prefix: int = 200, tokens: int = 128, batch_size: int = 16
 ) -> Memorization:
@@ -71,6 +74,7 @@ def verbatim_memorization(
     return Memorization(rouge(references, outputs, stemmer=False).rougeL_f1, references, outputs)
 
 
+@checked
 def knowledge_memorization(
     subject: Subject, rows: RowSource, *, examples: Sequence[Row] = (), tokens: int = 32, batch_size: int = 16
 ) -> Memorization:
@@ -96,6 +100,7 @@ def knowledge_memorization(
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class MuseScore:
     """The four numbers of MUSE, and the verdict on them."""
 
@@ -123,6 +128,7 @@ class MuseScore:
         """One of `repedit.outcomes.OUTCOMES`."""
         return self.judgement.verdict
 
+    @checked
     def judged(self, original: MuseScore | None) -> MuseScore:
         """The same score with its verdict, judged against the original model's score."""
         other = None if original is None else original.signs
@@ -136,6 +142,7 @@ class MuseScore:
         )
 
 
+@checked
 def evaluate(
     subject: Subject,
     *,
@@ -189,6 +196,7 @@ def evaluate(
     return score.judged(original)
 
 
+@checked
 def evaluate_data(subject: Subject, data: MuseData, *, original: MuseScore | None = None) -> MuseScore:
     """The metrics of MUSE on its published data, with their verdict; see `evaluate`."""
     return evaluate(

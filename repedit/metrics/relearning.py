@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.data import Batch, Fact
 from repedit.data.corpus import padded
 from repedit.errors import NotFinite, check_positive, check_seed, check_whole
@@ -25,6 +26,7 @@ Ablated = Callable[[Subject, Sequence[int], int], Sequence[Hook]]
 
 
 @dataclass(frozen=True)
+@checked
 class Relearning:
     """Training of all weights on one half of the facts (T), in all wordings they carry; the other half is V.
 
@@ -50,6 +52,7 @@ class Relearning:
         check_seed(split=self.split, seed=self.seed)
 
 
+@checked
 @torch.enable_grad()
 def relearned(subject: Subject, facts: Sequence[Fact], ablated: Ablated, relearning: Relearning) -> Subject:
     """A copy of the model that learned the answers of facts, with the hooks of `ablated` in every forward pass.

@@ -15,6 +15,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from repedit.arguments import checked
 from repedit.data import Batches, Corpus, Fact, Tasks, by_domain, semeval
 from repedit.data.benchmarks import TASKS, TaskRow
 from repedit.errors import ArgumentError, DataError, MetricError
@@ -46,6 +47,7 @@ AWARD = 0.371
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Mmlu:
     """Credit for each question, by subject: 1 if right, 0 if wrong, 1/k if the right answer ties with k - 1 others."""
 
@@ -67,6 +69,7 @@ class Mmlu:
         return sum(len(values) for values in self.credit.values())
 
 
+@checked
 def mmlu_accuracy(subject: Subject, facts: Sequence[Fact]) -> Mmlu:
     """Accuracy by subject: the letter with the highest log-probability after each prompt.
 
@@ -94,6 +97,7 @@ def _credit(subject: Subject, facts: Sequence[Fact]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class SemEvalScore:
     """The parts, their aggregates and the verdict."""
 
@@ -130,6 +134,7 @@ class SemEvalScore:
         """One of `repedit.outcomes.OUTCOMES`."""
         return self.judgement.verdict
 
+    @checked
     def judged(self, original: SemEvalScore | None, *, auc_reference: float = 0.5) -> SemEvalScore:
         """The same score with its verdict, judged against the original model's score.
 
@@ -155,6 +160,7 @@ class SemEvalScore:
         return "\n".join((*rows, numbers, f"final {self.final:.3f}", f"verdict {self.judgement}"))
 
 
+@checked
 def aggregate(
     parts: Mapping[str, float],
     membership_auc: float,
@@ -185,6 +191,7 @@ def aggregate(
     return SemEvalScore(ordered, float(membership_auc), float(mmlu), signs, judgement, items or {}, outputs or {})
 
 
+@checked
 def final(task_aggregate: float, membership: float, mmlu: float) -> float:
     """Mean of the three, as published."""
     return (task_aggregate + membership + mmlu) / 3
@@ -193,6 +200,7 @@ def final(task_aggregate: float, membership: float, mmlu: float) -> float:
 # --- Evaluation of a model
 
 
+@checked
 def evaluate(
     subject: Subject,
     directory: str | Path,
@@ -249,6 +257,7 @@ def evaluate(
     return score.judged(original, auc_reference=auc_reference)
 
 
+@checked
 def part_rows(data: Tasks, limit: int | None) -> dict[str, list[TaskRow]]:
     """The rows of each part, at most `limit`."""
     by_part: dict[str, list[TaskRow]] = {}
@@ -260,6 +269,7 @@ def part_rows(data: Tasks, limit: int | None) -> dict[str, list[TaskRow]]:
     return by_part
 
 
+@checked
 def row_scores(rows: Sequence[TaskRow], outputs: Sequence[str]) -> NDArray[np.float64]:
     """ROUGE-L recall of completions, or exact match of answers; the rows are of one kind."""
     references = [row.answer for row in rows]
@@ -268,6 +278,7 @@ def row_scores(rows: Sequence[TaskRow], outputs: Sequence[str]) -> NDArray[np.fl
     return exact_match(references, outputs).astype(np.float64)
 
 
+@checked
 def membership_scores(subject: Subject, data: Tasks) -> dict[str, NDArray[np.float64]]:
     """Mean log-probability of every text of the membership test, by side."""
     return {
@@ -276,6 +287,7 @@ def membership_scores(subject: Subject, data: Tasks) -> dict[str, NDArray[np.flo
     }
 
 
+@checked
 def mean_of(parts: Mapping[str, float], side: str) -> float:
     """Mean regurgitation of a side over the tasks."""
     return float(np.mean([parts[f"{side}/{task}/regurgitation"] for task in TASKS]))

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from repedit.arguments import checked
 from repedit.data import Batches, Row, TofuRow, tofu
 from repedit.errors import ArgumentError, DataError, MetricError, NotFound, check_choice
 from repedit.io.files import user_path, write_text
@@ -45,6 +46,7 @@ Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class TruthRatio:
     """Probability of the wrong answers to each question, relative to the paraphrased right answer."""
 
@@ -61,6 +63,7 @@ class TruthRatio:
         return float(self.items.mean())
 
 
+@checked
 def truth_ratio(
     paraphrased: ArrayLike, perturbed: ArrayLike, *, aggregate: str = "closer_to_one", split: str = ""
 ) -> TruthRatio:
@@ -90,6 +93,7 @@ def truth_ratio(
         return TruthRatio(np.exp(difference), items, split)
 
 
+@checked
 def log_wrong(perturbed: Values) -> Values:
     """Log-probability of the wrong answers of each question, the geometric mean over them."""
     return -perturbed.mean(1)
@@ -103,6 +107,7 @@ class Distance(NamedTuple):
     p: float
 
 
+@checked
 def forget_quality(unlearned: TruthRatio | ArrayLike, reference: TruthRatio | ArrayLike) -> float:
     """p-value of the exact two-sample Kolmogorov-Smirnov test between the truth ratios t of two models.
 
@@ -119,6 +124,7 @@ def forget_quality(unlearned: TruthRatio | ArrayLike, reference: TruthRatio | Ar
     return distance(unlearned, reference).p
 
 
+@checked
 def distance(unlearned: TruthRatio | ArrayLike, reference: TruthRatio | ArrayLike) -> Distance:
     """The test of `forget_quality`, with its statistic.
 
@@ -146,6 +152,7 @@ def distance(unlearned: TruthRatio | ArrayLike, reference: TruthRatio | ArrayLik
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Part:
     """The measurements of a model on one set of n questions."""
 
@@ -191,6 +198,7 @@ class Part:
         return {name: float(value.mean()) for name, value in zip(TERMS, values, strict=True)}
 
 
+@checked
 def model_utility(parts: Mapping[str, Part | Mapping[str, float]]) -> float:
     """Harmonic mean of probability, ROUGE-L recall and truth ratio on SETS; 0 if one is 0.
 
@@ -232,6 +240,7 @@ QUANTITIES = {
 }  # fmt: skip
 
 
+@checked
 def read_log(source: str | Path | Mapping[str, object]) -> dict[str, Part]:
     """The parts of a log, from a file or the object in it.
 
@@ -246,6 +255,7 @@ def read_log(source: str | Path | Mapping[str, object]) -> dict[str, Part]:
     return {name: _part(name, log[FILES[name]]) for name in names}
 
 
+@checked
 def write_log(parts: Mapping[str, Part], path: str | Path) -> None:
     """Write parts as `read_log` reads them, with the name of the split."""
     log = {}
@@ -286,6 +296,7 @@ class Scoring(TypedDict):
     options: bool
 
 
+@checked
 def scoring(name: str) -> Scoring:
     """The scoring of a set of questions."""
     aggregate = "closer_to_one" if name == "forget" else "true_better"
@@ -305,6 +316,7 @@ def _values(name: str, quantity: str, by_question: object) -> Values:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class TofuScore:
     """The parts, their aggregates and the verdict."""
 
@@ -325,6 +337,7 @@ class TofuScore:
         """One of `repedit.outcomes.OUTCOMES`."""
         return self.judgement.verdict
 
+    @checked
     def judged(self, original: TofuScore | None) -> TofuScore:
         """The same score with its verdict, judged against the original model's score."""
         return replace(self, judgement=judge(self.signs, None if original is None else original.signs))
@@ -338,6 +351,7 @@ class TofuScore:
         return "\n".join((*rows, numbers, f"verdict {self.judgement}"))
 
 
+@checked
 def evaluate(
     subject: Subject,
     directory: str | Path,
@@ -387,6 +401,7 @@ def evaluate(
     return TofuScore(parts, quality, signs).judged(original)
 
 
+@checked
 def questions(directory: str | Path, split: str, template: str, limit: int | None) -> tuple[TofuRow, ...]:
     """The questions of a split, each with the same number of wrong answers.
 
@@ -404,6 +419,7 @@ def questions(directory: str | Path, split: str, template: str, limit: int | Non
     return tuple(complete)
 
 
+@checked
 def part(
     subject: Subject, name: str, split: str, rows: Sequence[TofuRow], *, max_new_tokens: int, batch_size: int
 ) -> Part:
@@ -418,6 +434,7 @@ def part(
     )  # fmt: skip
 
 
+@checked
 def quality_against_log(edited: Part, reference: Part) -> float:
     """Forget quality against the same questions in a log.
 

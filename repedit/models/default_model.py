@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from repedit.arguments import checked
 from repedit.errors import CheckpointError, NotFound, RepeditError, UnknownName
 from repedit.io.files import file_hash, make_folder, user_path
 from repedit.io.store import cache_folder
@@ -63,6 +64,7 @@ def tiny_model() -> PreTrainedModel:
         return LlamaForCausalLM(config).eval()
 
 
+@checked
 def fetch(name: str = DEFAULT, *, cache: str | Path | None = None, force: bool = False) -> Path:
     """Download, check and convert the default model, unless it is cached already; returns its directory.
 

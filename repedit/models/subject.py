@@ -21,6 +21,7 @@ from repedit.arch import Architecture, ModelLayout, TensorSpec, families, match_
 from repedit.arch.check import check_modules, check_unshared, prove
 from repedit.arch.infer import output_embeddings, row_of
 from repedit.arch.offload import check_in_memory, execution_device, values
+from repedit.arguments import checked
 from repedit.errors import (
     ArgumentError,
     CheckpointError,
@@ -94,6 +95,7 @@ class Origin:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Subject:
     """A model under study: the transformers model itself, its tokenizer and its row of the family table."""
 
@@ -129,6 +131,7 @@ class Subject:
         device: torch.device = embedding.weight.device
         return device if device.type != "meta" else execution_device(embedding)
 
+    @checked
     def value(self, name: str) -> torch.Tensor:
         """The values of a parameter, also where Accelerate has offloaded them to memory or disk.
 
@@ -143,6 +146,7 @@ class Subject:
             )
         return value
 
+    @checked
     def device_at(self, layer: int) -> torch.device:
         """Where a layer computes; layers may lie on several devices."""
         return execution_device(self.model.get_submodule(self.layout.block_paths[layer]))
@@ -155,6 +159,7 @@ class Subject:
             return named
         return self.origin.quantizer  # transformers dequantises on its own where it has no kernel
 
+    @checked
     def check_unquantized(self, operation: str) -> None:
         """Refuse quantised weights.
 
@@ -165,6 +170,7 @@ class Subject:
         """
         check_unquantized(self.quantizer, self.specs, operation, where="" if self.origin is None else self.origin.place)
 
+    @checked
     def select(self, selector: str | Site | list[str | Site]) -> tuple[Site, ...]:
         """The sites of this model that a selector names, such as "4-9.mlp.out" or "*.mlp.neurons"."""
         return select(selector, len(self.layout.layers), self.layout.points)
@@ -185,6 +191,7 @@ class Subject:
         self, prompts: list[str] | tuple[str, ...], *, max_new_tokens: int = 256, chat: bool = False
     ) -> tuple[str, ...]: ...
 
+    @checked
     def generate(
         self, prompts: str | Sequence[str], *, max_new_tokens: int = 256, chat: bool = False
     ) -> str | tuple[str, ...]:
@@ -201,6 +208,7 @@ class Subject:
         written = repedit.metrics.generation.generate(self, texts, max_new_tokens=max_new_tokens, chat=chat)
         return written[0] if isinstance(prompts, str) else written
 
+    @checked
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Subject:
         """Move the model to a device, or cast it to a dtype, in place as `torch.nn.Module.to` does; returns this subject.
 
@@ -229,6 +237,7 @@ class Subject:
             _loaded_state.pop(self.model, None)
         return self
 
+    @checked
     def save(self, target: str | Path, *, overwrite: bool = False) -> Path:
         """Write the model and its tokenizer to a directory that AutoModelForCausalLM loads; returns the directory.
 
@@ -244,6 +253,7 @@ class Subject:
         repedit.export(repedit.Edit({}), self, target, overwrite=overwrite, allow_identity=True)
         return user_path(target)
 
+    @checked
     def made_for(self, sites: Iterable[Site]) -> dict[str, Any]:
         """What an edit records about the model it was made for: {"model": fingerprint, "weights": {tensor: hash}}.
 
@@ -318,6 +328,7 @@ class Subject:
         }  # fmt: skip
 
 
+@checked
 def load(
     name: str | Path = DEFAULT,
     *,
@@ -399,20 +410,6 @@ def _log_quantization(name: str | Path, quantizer: str | None, model: Any, dequa
             "transformers dequantised the %s weights of %s, for which it has no kernel here; to edit them, pass dequantize=True",
             quantizer, name,
         )  # fmt: skip
-
-
-def check_subject(*values: object) -> None:
-    """Refuse what is no Subject, such as a model of transformers or the path of one.
-
-    Raises:
-        NotAModel: with its type and how a Subject is made.
-    """
-    for value in values:
-        if not isinstance(value, Subject):
-            raise NotAModel(
-                f"a {type(value).__name__} was given where a Subject is needed; make one with repedit.load(path) or with "
-                "repedit.wrap(model, tokenizer)"
-            )
 
 
 def subject_of(

@@ -18,6 +18,7 @@ from scipy import stats as scipy_stats
 from torch import Tensor
 
 from repedit.activations.collection import Collection
+from repedit.arguments import checked
 from repedit.errors import (
     ArgumentError,
     FingerprintError,
@@ -53,6 +54,7 @@ class CollinearWarning(UserWarning):
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Score:
     """How specific each neuron of a site is to the forget set; higher is more specific."""
 
@@ -78,6 +80,7 @@ _PLAIN = {
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Scores(Mapping[SiteKey, Score]):
     """The scores of several sites, with their provenance."""
 
@@ -98,6 +101,7 @@ class Scores(Mapping[SiteKey, Score]):
         kinds = sorted({f"{score.combine} of {score.importance}" for score in self.values()})
         return f"Scores({total:,} neurons at {len(self)} sites, {', '.join(kinds)})"
 
+    @checked
     def largest(self, count: int) -> tuple[tuple[Site, int, float], ...]:
         """(site, neuron, score) of the highest scores over all sites, the highest first; protected neurons are left out."""
         neurons = [(site, neuron) for site, score in self.items() for neuron in range(len(score.values))]
@@ -110,6 +114,7 @@ class Scores(Mapping[SiteKey, Score]):
         """Median Spearman correlation over sites."""
         return float(torch.tensor([s.agreement for s in self.values()], dtype=torch.float64).quantile(0.5))
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: a vector for each site, with everything else in its header."""
         plain = {
@@ -121,6 +126,7 @@ class Scores(Mapping[SiteKey, Score]):
         archive.write(path, "scores", values, {"sites": plain, "provenance": dict(self.provenance)})
 
     @staticmethod
+    @checked
     def load(path: str | Path) -> Scores:
         """Read a file written by `save`.
 
@@ -145,6 +151,7 @@ class Scores(Mapping[SiteKey, Score]):
 # --- Scoring two collections
 
 
+@checked
 def score(
     forget: Collection,
     retain: Collection,
@@ -217,6 +224,7 @@ def score(
     return scores
 
 
+@checked
 def agreement(forget: Collection, retain: Collection, *, importance: str = "abs") -> dict[SiteKey, float]:
     """Spearman's rank correlation between forget and retain importances, by site.
 

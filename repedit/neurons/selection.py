@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from repedit.activations.collection import Collection
+from repedit.arguments import checked
 from repedit.edit import Edit
 from repedit.errors import (
     ArgumentError,
@@ -29,6 +30,7 @@ Keep = dict[SiteKey, Bool[Tensor, " d"]]
 """A mask for each site, False where a neuron is pruned."""
 
 
+@checked
 def top(
     scores: Mapping[SiteKey, Score],
     *,
@@ -65,6 +67,7 @@ def top(
     return {site: mask.repeat_interleave(_unit_size(scores[site], unit)) for site, mask in keep.items()}
 
 
+@checked
 def prune(
     scores: Scores,
     *,
@@ -100,6 +103,7 @@ def prune(
     return Edit(maps, dict(scores.provenance) | derived)
 
 
+@checked
 def random_like(edit: Edit, *, seed: int, match: str = "layer", widths: Mapping[SiteKey, int] | None = None) -> Edit:
     """A control: as many neurons as `edit` prunes, chosen at random.
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from repedit.activations.collection import collect
 from repedit.activations.forward import batches_of
 from repedit.activations.prediction import Predictions, drop, predictions
+from repedit.arguments import checked
 from repedit.data import Batches, Corpus, Tokens
 from repedit.edit import Edit
 from repedit.errors import (
@@ -38,13 +39,14 @@ from repedit.errors import (
 from repedit.io.files import make_folder, user_path, write_text
 from repedit.io.store import JsonStore, content_hash
 from repedit.io.text import json_copy, read_json
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.neurons.scores import Scores, needs_gradients, score
 from repedit.neurons.selection import check_fraction, prune
 from repedit.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Step:
     """One point of a trajectory."""
 
@@ -56,6 +58,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Trajectory:
     """Steps of growing edits; the first one prunes nothing."""
 
@@ -79,6 +82,7 @@ class Trajectory:
         """Forget drop minus retain drop of each step, in percentage points."""
         return [forget - retain for retain, forget in self.drops()]
 
+    @checked
     def best(self, retain_drop_at_most: float | None = 10.0) -> Step:
         """The step of largest selectivity whose retain drop, in per cent, is within the limit (None: no limit).
 
@@ -126,6 +130,7 @@ class Trajectory:
         return json.dumps({"steps": rows, "provenance": dict(self.provenance)}, indent=2, sort_keys=True)
 
 
+@checked
 def trajectory(
     subject: Subject,
     forget: Corpus | Tokens,
@@ -167,7 +172,6 @@ def trajectory(
         ArgumentError: if tokenised batches come without a corpus to evaluate on.
         FingerprintError: if `resume` holds steps of another run.
     """
-    check_subject(subject)
     check_fraction("fraction_per_step", fraction_per_step)
     check_whole(steps=steps)
     check_seed(seed=seed)

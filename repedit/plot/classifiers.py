@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from repedit.arguments import checked
 from repedit.auditing.attack import Finding
 from repedit.auditing.image_attacks import MEMBERSHIP, sides
 from repedit.auditing.report import AUC, FORGET, RELEARNING, RETAIN, TEST, Gap, Report
@@ -33,6 +34,7 @@ LEAST_LOSS = 1e-5
 """Smaller losses are drawn at this value: a report rounds scores to five digits."""
 
 
+@checked
 def gap(reports: Mapping[str, Report]) -> Figure:
     """Gaps of recipes to the retrained model: one panel per measure, one row per recipe; gaps in the green band pass.
 
@@ -67,6 +69,7 @@ def gap(reports: Mapping[str, Report]) -> Figure:
     )  # fmt: skip
 
 
+@checked
 def membership(report: Report) -> Figure:
     """Loss histograms of forget and holdout images for original, edited and retrained model, with the AUC and its interval.
 
@@ -102,6 +105,7 @@ def membership(report: Report) -> Figure:
     )
 
 
+@checked
 def condensed(splits: ImageSplits, real: Images | None = None, *, most: int = 20) -> Figure:
     """Synthetic images of a data plan, each above its nearest real image of any label by pixel distance.
 

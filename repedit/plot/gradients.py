@@ -14,11 +14,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.data.benchmarks import TASKS
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, FingerprintError, FractionError
 from repedit.metrics.semeval import MEASURES, SIDES, SemEvalScore
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.neurons.scores import Scores
 from repedit.neurons.selection import top
 from repedit.plot.canvas import (
@@ -52,6 +53,7 @@ from repedit.unlearning.parameters import Mask
 _STYLES = ("-", "--", "-.", ":")
 
 
+@checked
 def training(delta: Delta, *, notes: Sequence[str] = ()) -> Figure:
     """The losses of a gradient unlearning by term and step; below, the cosine of the two gradients, and c.
 
@@ -142,6 +144,7 @@ MARGIN = 0.06
 """Margin of the axes beyond 0 and 1; larger than `NEAR`, so that its box is complete."""
 
 
+@checked
 def tradeoff(results: Mapping[str, Points], *, notes: Sequence[str] = ()) -> Figure:
     """Forget against retain with one point per seed; the best position is near the retrained model, at the upper left.
 
@@ -245,6 +248,7 @@ def _regions(axes: Axes, start: tuple[float, float]) -> None:
 # --- The change of each weight, and whether it survives rounding to four bits
 
 
+@checked
 def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figure:
     """The change of each weight relative to its spread, |dw| / std(w), by layer and module.
 
@@ -259,7 +263,6 @@ def delta(delta: Delta, subject: Subject, *, notes: Sequence[str] = ()) -> Figur
         FingerprintError: if the delta was made for another model.
         ArgumentError: if it changes no tensor of a layer.
     """
-    check_subject(subject)
     start = _started(delta, subject)
     moved = {name: _relative(value, start[name]) for name, value in delta.tensors.items()}
     moved = {name: size for name, size in moved.items() if layer_and_module(name)[0] is not None and size > 0}
@@ -351,6 +354,7 @@ def _facts(delta: Delta) -> list[str]:
 _Panel = tuple[Table, list[str], str]
 
 
+@checked
 def saliency(mask: Mask, score: Scores | None = None, *, notes: Sequence[str] = ()) -> Figure:
     """The percentage of units of each layer and module that a mask selects, next to the neurons that pruning would select.
 
@@ -429,6 +433,7 @@ MOST = len(HATCHES)
 """Maximum number of models in one figure."""
 
 
+@checked
 def semeval(scores: Mapping[str, SemEvalScore] | SemEvalScore, *, notes: Sequence[str] = ()) -> Figure:
     """The 12 parts of each model's score as bars, forget above and retain below, with the verdicts in the title.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from repedit.activations.collection import Collection, batches, note_batch_on_error
 from repedit.arch import hooks_at
+from repedit.arguments import checked
 from repedit.data import Batch, Batches
 from repedit.edit import Edit
 from repedit.errors import (
@@ -35,7 +36,7 @@ from repedit.errors import (
     nearest,
 )
 from repedit.hooks import evaluating, installed
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.neurons.scores import COMBINATIONS, IMPORTANCES, Scores, agreement
 from repedit.neurons.selection import Keep, top
 from repedit.neurons.trajectory import Trajectory
@@ -70,6 +71,7 @@ CONTOURS = {0.01: "-", 0.05: "--"}
 """Line styles of the boundaries, by fraction of all neurons."""
 
 
+@checked
 def specialization(scores: Scores) -> Figure:
     """The score of every neuron: one column per layer, layer 0 at the left, the most forget-specific neuron on top.
 
@@ -179,6 +181,7 @@ def _contour(axes: Axes, share: float, keep: Keep, sites: Sequence[Site]) -> Non
 Values = Mapping[Site, NDArray[np.float64]]
 
 
+@checked
 def importances(forget: Collection, retain: Collection, *, importance: str = "abs", edit: Edit | None = None) -> Figure:
     """Forget against retain importance of every neuron, log-log; the colour is the layer.
 
@@ -262,6 +265,7 @@ def _ring(axes: Axes, x: Values, y: Values, edit: Edit) -> str:
 Activations = NDArray[np.float64]
 
 
+@checked
 def activations(
     subject: Subject,
     site: Site | str,
@@ -289,7 +293,6 @@ def activations(
         UnknownSite: if the model has no such site. ArgumentError: if it has no such neuron.
         NotEnoughRows: if no token of a set counts. NotFinite: if an activation is not finite.
     """
-    check_subject(subject)
     site = subject.select(Site.parse(site))[0]
     width = subject.layout.width_of(site.layer, site.point)
     if not 0 <= neuron < width:
@@ -375,6 +378,7 @@ def _histogram(axes: Axes, name: str, role: str, values: Activations, edges: Act
 Table = NDArray[np.float64]
 
 
+@checked
 def pruned_per_layer(
     edit_or_trajectory: Edit | Trajectory, control: Edit | None = None, *, layers: int | None = None
 ) -> Figure:
@@ -418,6 +422,7 @@ def pruned_per_layer(
     return figure.finish("Neurons pruned in each layer", facts)
 
 
+@checked
 def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) -> Figure:
     """The effect of removing the neurons of one set (rows) on every set (columns), as a drop in per cent.
 
@@ -448,6 +453,7 @@ def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) 
     return figure.finish("Removing the neurons of one set, measured on another", [f"{n} sets", *overlap_fact])
 
 
+@checked
 def overlap(edits: Sequence[Edit]) -> Table:
     """Jaccard overlap of the neurons that edits prune: |A and B| / |A or B|, shape (n, n), 1 on the diagonal.
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
+from repedit.arguments import checked
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, FractionError, RankError, ShapeError
 from repedit.fit import Spectra
@@ -52,6 +53,7 @@ NEGLIGIBLE = 1e-12
 """Energies below this fraction of the largest are rounding error of float64 eigenvalues and are not drawn."""
 
 
+@checked
 def spectra(spectra: Spectra, *, notes: Sequence[str] = ()) -> Figure:
     """Energy along the principal directions of forget, of retain, and of forget outside the cut; log-log.
 
@@ -118,6 +120,7 @@ def _mark(axes: Axes, spectra: Spectra) -> None:
 # --- Results by layer and rank
 
 
+@checked
 def layer_rank(
     values: Rows, *, layers: Sequence[int | str], ranks: Sequence[int], label: str, notes: Sequence[str] = ()
 ) -> Figure:
@@ -152,6 +155,7 @@ def layer_rank(
     return figure.finish(f"{label[:1].upper()}{label[1:]} by layer and rank", facts)
 
 
+@checked
 def ablations(location: Location, *, on: str = "facts", notes: Sequence[str] = ()) -> Figure:
     """A heat map of the accuracy that `repedit.locate` measured: a row per range of layers, a column per point and position.
 
@@ -185,6 +189,7 @@ MARGIN = 0.03
 
 
 @dataclass(frozen=True)
+@checked
 class TradeOff:
     """The accuracies in [0, 1] on both sets at one rank, with their intervals if known."""
 
@@ -206,6 +211,7 @@ class TradeOff:
                 raise FractionError(f"{name}_interval {ends} does not hold the accuracy {value} within [0, 1]")
 
 
+@checked
 def rank_tradeoff(
     results: Mapping[str, Sequence[TradeOff]], *, chance: float | None = None, notes: Sequence[str] = ()
 ) -> Figure:
@@ -349,6 +355,7 @@ def _name_ranks(axes: Axes, ranks: Sequence[int]) -> None:
 # --- Sequential deletion requests: accuracy on every task after each, and angles between the removed subspaces
 
 
+@checked
 def continual(
     matrix: Rows,
     tasks: Sequence[str],
@@ -399,6 +406,7 @@ def continual(
     return figure.finish("Accuracy on each task as tasks are unlearnt one after another", [*facts, *notes])
 
 
+@checked
 def principal_angles(edits: Mapping[str, Edit], *, notes: Sequence[str] = ()) -> Figure:
     """Overlap of the subspaces that tasks remove: mean squared cosines of principal angles at shared sites.
 
@@ -520,6 +528,7 @@ STYLES: tuple[dict[str, Any], ...] = ({"color": "white", "edgecolor": NEUTRAL, "
 """Styles of the bars before the cast and as stored."""
 
 
+@checked
 def leakage(certificate: Certificate, *, notes: Sequence[str] = ()) -> Figure:
     """Bars of ||V^T W'|| / ||V^T W|| by tensor, before and after the cast to the stored dtype, on a logarithmic axis.
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from repedit.arguments import checked
 from repedit.errors import ArgumentError, SelectionError, UnknownName, nearest
 from repedit.neurons.trajectory import Trajectory
 from repedit.plot.canvas import MARKERS, NEUTRAL, SERIES, SMALL, canvas, data_facts, label_text, model_facts, percent
@@ -25,6 +26,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
 NAMES = {"mlp": "MLP neurons", "attention": "attention neurons", "random": "random control"}
 
 
+@checked
 def trajectory(
     *trajectories: Trajectory,
     labels: Sequence[str] | None = None,
@@ -61,6 +63,7 @@ def trajectory(
     return figure.finish("What pruning costs: forget and retain, step by step", _facts(trajectories), legend=left)
 
 
+@checked
 def selectivity_strip(results: Mapping[str, tuple[float, str]]) -> Figure:
     """Selectivities of several methods on a number line from 0 to 100; the best method has the lowest label.
 

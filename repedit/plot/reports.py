@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from repedit.arguments import checked
 from repedit.auditing.attack import RAN, SKIPPED, Finding, Setting
 from repedit.auditing.report import COMPLETE, RETAIN_CHECK, Recovery, Report
 from repedit.errors import ArgumentError, UnknownSite
@@ -254,6 +255,7 @@ NO_EVIDENCE: Mapping[str, Any] = {"facecolor": "white", "edgecolor": "#d0d0d0", 
 """Fill of a row that is not evidence."""
 
 
+@checked
 def recovery(report: Report) -> Figure:
     """Recovered fractions: one row per attack, the strongest first, beside the accuracies they are computed from.
 
@@ -266,6 +268,7 @@ def recovery(report: Report) -> Figure:
     return recovery_forest(report).finish(f"{report.verdict.word}: what each attack brings back", _facts(report))
 
 
+@checked
 def audits(reports: Mapping[str, Report]) -> Figure:
     """The recovered fractions of several reports in one figure, attack by attack; the colour is the report.
 
@@ -278,6 +281,7 @@ def audits(reports: Mapping[str, Report]) -> Figure:
     return audits_forest(reports).finish(title, _facts(next(iter(reports.values()))))
 
 
+@checked
 def relearning(report: Report) -> Figure:
     """Accuracy on held-out facts or images against training steps or epochs, for attacks that fine-tune.
 
@@ -300,6 +304,7 @@ def relearning(report: Report) -> Figure:
     return _panels(charts, 3, "epoch" if report.gaps else "training step", title, _facts(report))
 
 
+@checked
 def lenses(report: Report) -> Figure:
     """Accuracy of what is read from each layer, one panel per attack and stream; grey bands are the edited layers.
 

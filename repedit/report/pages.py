@@ -19,6 +19,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from repedit.arguments import checked
 from repedit.auditing.report import RETAIN_CHECK, Report
 from repedit.errors import ArgumentError, ReportError, TargetExists
 from repedit.escaping import for_markdown, for_terminal, shortened
@@ -157,6 +158,7 @@ class AuditFigures:
         )
 
 
+@checked
 def page(report: Report, *, hide_items: bool = False) -> str:
     """The text of audit.html.
 
@@ -169,6 +171,7 @@ def page(report: Report, *, hide_items: bool = False) -> str:
     return render("audit", title=f"{report.title}: audit", audit=AuditFigures.of(report), origin=origin)
 
 
+@checked
 def markdown(report: Report, *, hide_items: bool = False) -> str:
     """The text of audit.md: the tables of the page, and its curves as tables.
 
@@ -246,6 +249,7 @@ def _markdown_list(values: Mapping[str, object]) -> str:
 # --- All files of an audit, and the schema of its JSON
 
 
+@checked
 def write(report: Report, folder: str | Path, hide_items: bool = False) -> list[Path]:
     """Write audit.json, audit.md, audit.html and recovery.png; the folder is made if it is absent.
 
@@ -313,6 +317,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+@checked
 def schema() -> dict[str, object]:
     """The JSON schema (draft 2020-12) of audit.json."""
     text = files("repedit.report").joinpath("schema.json").read_text(encoding="utf-8")
@@ -336,6 +341,7 @@ def _check_holds_no_texts(target: Path) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class ReportComparison:
     """Reports over the same facts, by name."""
 
@@ -387,6 +393,7 @@ class ReportComparison:
         forest = [svg(audits_forest(self.reports, width=width)) for width in widths]
         return render("comparison", title="Audits side by side", comparison=self, forest=forest)
 
+    @checked
     def write(self, folder: str | Path) -> list[Path]:
         """Write audits.md, audits.html and recovery.png, each by one rename; they hold no text of a fact.
 
@@ -403,6 +410,7 @@ class ReportComparison:
         return write_parts(make_folder(user_path(folder)), makers)
 
 
+@checked
 def compare_reports(reports: Mapping[str, Report]) -> ReportComparison:
     """Several reports side by side, by name.
 
@@ -444,6 +452,7 @@ SHOWN = "A comparison shows what both models answer now. Only an audit shows wha
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
+@checked
 def comparison_page(comparison: Comparison, names: tuple[str, str]) -> str:
     """The drops on each text with their intervals, accuracy and perplexity before and after, and the generations.
 
@@ -460,6 +469,7 @@ def comparison_page(comparison: Comparison, names: tuple[str, str]) -> str:
     )  # fmt: skip
 
 
+@checked
 def difference_page(differences: Sequence[Difference], names: tuple[str, str]) -> str:
     """Every tensor that differs, and the norm of the change by layer, sqrt(sum of squares over the tensors of a layer).
 

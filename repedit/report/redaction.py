@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from repedit.arguments import checked
 from repedit.auditing.attack import STATUSES, Finding, Setting
 from repedit.auditing.report import Gap, Recovery, Report, Verdict
 from repedit.outcomes import OUTCOMES
@@ -162,6 +163,7 @@ SENTENCES = r"""
 """
 
 
+@checked
 def redacted(report: Report) -> Report:
     """The report without any text of an item: the docstring of the module says what is kept.
 

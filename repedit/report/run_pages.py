@@ -15,6 +15,7 @@ import torch
 from markupsafe import Markup
 
 from repedit.arch import match_layout
+from repedit.arguments import checked
 from repedit.edit import Edit, describe_map
 from repedit.errors import RepeditError
 from repedit.io import archive
@@ -34,6 +35,7 @@ from repedit.runs import RunReport, run_file, run_report
 from repedit.sites import Site
 
 
+@checked
 def run_page(path: str | Path, *, hide_items: bool = False) -> str:
     """One HTML page about a whole run, without network requests: asked, chosen, changed, measured, attacked, not shown.
 
@@ -49,6 +51,7 @@ def run_page(path: str | Path, *, hide_items: bool = False) -> str:
     return rendered(run_report(path), hide_items=hide_items)
 
 
+@checked
 def write_run(path: str | Path, target: str | Path | None = None, *, hide_items: bool = False) -> Path:
     """Write the page of a run: to the target, to report.html in it if it is a folder, or to NAME.report.html beside the run.
 

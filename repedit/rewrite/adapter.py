@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from repedit.arguments import checked
 from repedit.delta import Delta
 from repedit.errors import CheckpointError, FingerprintError, NoOpEdit, NotFoldable, is_finite
 from repedit.hashing import value_hash
@@ -24,7 +25,7 @@ from repedit.io.safetensors import read_open_header, read_tensor, write_file
 from repedit.io.targets import check_target, install, staging_folder, sync_files
 from repedit.io.text import read_json
 from repedit.lower import Change
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.plan import LoweringOptions, Plan
 from repedit.rewrite.apply import check_editable, named_parameters, no_op_message, plan_in_memory
 
@@ -53,6 +54,7 @@ class Adapter:
     parameters: int
 
 
+@checked
 def export_adapter(
     change: Change,
     subject: Subject,
@@ -76,7 +78,6 @@ def export_adapter(
         TargetExists: if the target exists. NoOpEdit: if nothing would change.
         QuantizedModel, OffloadedTensors, FingerprintError: as `repedit.apply`.
     """
-    check_subject(subject)
     out = check_target(target, overwrite=overwrite, source=subject.source)
     plan = plan_in_memory(change, subject, **options)
     weights, biases = _differences(plan, subject)
@@ -101,6 +102,7 @@ def export_adapter(
     return record
 
 
+@checked
 def import_adapter(folder: str | Path, subject: Subject) -> Delta:
     """The difference that a LoRA adapter of PEFT makes to a model, alpha / r B A (alpha / sqrt(r) B A for rsLoRA), as a delta.
 
@@ -118,7 +120,6 @@ def import_adapter(folder: str | Path, subject: Subject) -> Delta:
         CheckpointError: if the files cannot be read, lack a matrix, or contradict the config.
     Source: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
-    check_subject(subject)
     root = user_path(folder)
     config = read_json(root / "adapter_config.json", CheckpointError)
     _check_plain_lora(config, root)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from repedit.arch import match_layout
 from repedit.arch.offload import check_in_memory
+from repedit.arguments import checked
 from repedit.errors import ArgumentError, NoOpEdit, NotSliceable, NotSlimmable, PlanMismatch
 from repedit.lower import Change, check_model, lower
 from repedit.models.loading import mlp_tensors, ragged_widths, set_fields, set_parameter
 from repedit.models.modifications import check_plain_weights
-from repedit.models.subject import Subject, check_subject, subject_of
+from repedit.models.subject import Subject, subject_of
 from repedit.plan import LoweringOptions, Plan
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def _check_shapes(subject: Subject, shapes: dict[str, torch.Size]) -> None:
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@checked
 def apply(
     change: Change,
     subject: Subject,
@@ -168,7 +170,6 @@ def check_editable(subject: Subject) -> None:
     Raises:
         QuantizedModel, OffloadedTensors, NotAModel: with what to do instead.
     """
-    check_subject(subject)
     subject.check_unquantized("edited exactly")
     check_plain_weights(subject.model)
     check_in_memory(subject.model, "use repedit.export(edit, source=directory, target=...), which streams the files")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from repedit.arch import Architecture, Specs, match_layout
+from repedit.arguments import checked
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, CheckpointError, PlanMismatch
 from repedit.io.checkpoint import open_shards
@@ -48,6 +49,7 @@ class TensorCertificate:
 
 
 @dataclass(frozen=True)
+@checked
 class Certificate:
     """How irreversible a projection is, as far as the weights can show."""
 
@@ -68,6 +70,7 @@ class Certificate:
         return f"Certificate({self.form}: {self.summary})"
 
     @staticmethod
+    @checked
     def of(values: Mapping[str, Any]) -> Certificate:
         """The certificate of a manifest, which `plain` made.
 
@@ -117,6 +120,7 @@ class Certificate:
         return {key: value for key, value in asdict(self).items() if value or key != "uncertified"}
 
 
+@checked
 def certificate(edited: Subject | str | Path, edit: Edit, original: Subject | str | Path) -> Certificate:
     """Measure what remains, in the weights of an edited model, of the directions that an edit removes.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.errors import FingerprintError
 from repedit.io.checkpoint import open_shards
 from repedit.models.subject import Subject
@@ -32,6 +33,7 @@ class Difference:
     """Columns with a change."""
 
 
+@checked
 def diff(base: Subject | str | Path, edited: Subject | str | Path) -> list[Difference]:
     """Every tensor whose values differ, largest relative change first; the list is empty for equal weights.
 

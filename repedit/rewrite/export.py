@@ -21,6 +21,7 @@ import torch
 
 from repedit.arch import Architecture, Specs, match_layout
 from repedit.arch.storage import StoredSpecs
+from repedit.arguments import checked
 from repedit.distributed import usable_cores
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, CheckpointError, NoOpEdit, NotSliceable, NotSlimmable, is_whole
@@ -81,6 +82,7 @@ class _Checkpoint(NamedTuple):
     """How the tensors match models that were built so far."""
 
 
+@checked
 def export(
     change: Change,
     source: Subject | str | Path,

@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 
 from repedit.arch import TensorSpec, match_layout
+from repedit.arguments import checked
 from repedit.errors import NotFound, UnknownArchitecture
 from repedit.io.checkpoint import open_shards
 from repedit.io.files import is_folder, user_path
@@ -56,6 +57,7 @@ class GgufCheck:
         return "\n".join(lines)
 
 
+@checked
 def gguf_check(directory: str | Path) -> GgufCheck:
     """Compare the tensors of a checkpoint with the names and quantisation blocks of llama.cpp, from headers alone.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from repedit.arguments import checked
 from repedit.delta import Delta
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, CheckpointError, HubError, RepeditError, TargetExists
@@ -72,6 +73,7 @@ class Push:
         ])  # fmt: skip
 
 
+@checked
 def push(
     source: str | Path | Edit | Delta,
     repository: str,

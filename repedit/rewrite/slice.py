@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repedit.arch import Architecture, ModelLayout, Specs, TensorSpec, match_layout
 from repedit.arch.storage import Piece
+from repedit.arguments import checked
 from repedit.edit import Edit, check_widths
 from repedit.errors import ArgumentError, NotSliceable, is_whole
 from repedit.fit.linalg import complement, orthonormal
@@ -28,6 +29,7 @@ from repedit.rewrite.apply import check_editable, rebuilt
 from repedit.sites import Point, Site
 
 
+@checked
 def sliced(edit: Edit, subject: Subject, *, multiple: int = 1) -> Subject:
     """The subject without the stream directions that a stream erasure removes; its logits equal those of the erased model.
 

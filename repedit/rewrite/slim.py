@@ -16,6 +16,7 @@ from torch import Tensor
 
 from repedit.arch import Architecture, Branch, ModelLayout, Shrink, Specs, TensorSpec, match_layout
 from repedit.arch.storage import Piece
+from repedit.arguments import checked
 from repedit.edit import Edit, check_widths
 from repedit.errors import ArgumentError, NotSlimmable, is_whole
 from repedit.linear_maps import Diagonal
@@ -28,6 +29,7 @@ from repedit.sites import Point, Site
 LAYOUTS = ("uniform", "ragged")
 
 
+@checked
 def slimmed(edit: Edit, subject: Subject, *, layout: str = "uniform", multiple: int = 8) -> Subject:
     """The subject without the neurons and groups of heads that an edit prunes: a smaller model with the same logits.
 

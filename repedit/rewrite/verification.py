@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from repedit.arguments import checked
 from repedit.errors import CheckpointError
 from repedit.io.files import file_hash, user_path
 from repedit.io.targets import CARD, MANIFEST, folder_entries, read_manifest
@@ -104,6 +105,7 @@ class Reload:
     """sha256 of the float32 logits on fixed ids, one thread."""
 
 
+@checked
 def reload_check(directory: str | Path) -> Reload:
     """Load an exported checkpoint with transformers in a fresh process that cannot import repedit.
 

@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.distributed import ProcessGroup
 from repedit.errors import MissingStatistic, ShapeError
 from repedit.kernels import dispatch
@@ -26,6 +27,7 @@ SHIFT_RATIO = 30.0
 
 
 @dataclass(eq=False)
+@checked
 class Activity:
     """Sums of neuron activations z over the counted tokens, and of z * dL/dz with gradients.
 
@@ -56,6 +58,7 @@ class Activity:
     """sum g"""
 
     @staticmethod
+    @checked
     def zeros(width: int, *, gradients: bool = False, device: torch.device | str = "cpu") -> Activity:
         """The statistic of no tokens."""
         plain = {f.name: torch.zeros(width, dtype=torch.float64, device=device) for f in fields(Activity)}
@@ -72,13 +75,14 @@ class Activity:
         """Whether the sums with gradients were collected."""
         return self.gxa is not None
 
+    @checked
     def update(
         self,
         x: Float[Tensor, "... d"],
-        mask: Bool[Tensor, ...] | None = None,
+        mask: Bool[Tensor, "*_"] | None = None,
         *,
         grad: Float[Tensor, "... d"] | None = None,
-        first: Bool[Tensor, ...] | None = None,
+        first: Bool[Tensor, "*_"] | None = None,
         at: slice = slice(None),
     ) -> Activity:
         """Add the rows of x where `mask` is True, in place; `first` marks first positions, summed separately.
@@ -117,6 +121,7 @@ class Activity:
         }
         return Activity(**merged)
 
+    @checked
     def all_reduced(self, ranks: ProcessGroup) -> Activity:
         """The statistic of the tokens of all ranks, on every rank: sums about the first rank's shift, added up."""
         if ranks.size == 1:
@@ -137,6 +142,7 @@ class Activity:
         return {name: value for name, value in self._items() if value is not None}
 
     @staticmethod
+    @checked
     def of_state(state: Mapping[str, Tensor]) -> Activity:
         """The statistic with this state.
 

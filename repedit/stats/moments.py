@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.distributed import ProcessGroup
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, ShapeError
 
@@ -98,6 +99,7 @@ class Moments(_Sums):
     _square: Tensor
     """sum (x - shift)(x - shift)^T; the lower triangle is valid."""
 
+    @checked
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         super().__init__({"d": width}, device)
 
@@ -109,7 +111,8 @@ class Moments(_Sums):
     def __repr__(self) -> str:
         return f"Moments(width={self.width}, count={self.count})"
 
-    def update(self, x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None = None) -> Moments:
+    @checked
+    def update(self, x: Float[Tensor, "... d"], mask: Bool[Tensor, "*_"] | None = None) -> Moments:
         """Add the rows of x where `mask` is True, in place; rows outside it may hold anything.
 
         Products of at most 4096 rows are formed in float32 (float64 for float64 rows) and added to float64.
@@ -154,6 +157,7 @@ class Moments(_Sums):
         scatter = self.scatter + other.scatter + (self.count * other.count / count) * torch.outer(delta, delta)
         return self._from_scatter(count, mean, scatter, torch.promote_types(self.dtype, other.dtype))
 
+    @checked
     def all_reduced(self, ranks: ProcessGroup) -> Moments:
         """The statistic of the rows of all ranks, on every rank: scatters about one common shift, added up."""
         if ranks.size == 1:
@@ -186,6 +190,7 @@ class Moments(_Sums):
         """Uncentred second moment E[x x^T]: covariance + mean mean^T."""
         return self.covariance + torch.outer(self.mean, self.mean)
 
+    @checked
     def scaled(self, factor: float) -> Moments:
         """The statistic of the rows multiplied by a factor."""
         return self._from_scatter(self.count, self.mean * factor, self.scatter * factor**2, self.dtype)
@@ -245,6 +250,7 @@ class CrossMoments(_Sums):
     _product: Tensor
     """sum (x - x_shift)(z - z_shift)^T"""
 
+    @checked
     def __init__(self, width: int, other: int, device: torch.device | str = "cpu") -> None:
         super().__init__({"d": width, "k": other}, device)
 
@@ -261,8 +267,9 @@ class CrossMoments(_Sums):
     def __repr__(self) -> str:
         return f"CrossMoments(width={self.width}, other={self.other}, count={self.count})"
 
+    @checked
     def update(
-        self, x: Float[Tensor, "... d"], z: Float[Tensor, "... k"], mask: Bool[Tensor, ...] | None = None
+        self, x: Float[Tensor, "... d"], z: Float[Tensor, "... k"], mask: Bool[Tensor, "*_"] | None = None
     ) -> CrossMoments:
         """Add the rows of x and z where `mask` is True, in place; rows outside it may hold anything.
 
@@ -316,6 +323,7 @@ class CrossMoments(_Sums):
         dtype = torch.promote_types(self.dtype, other.dtype)
         return self._from_scatter(self.count + other.count, (mean, other_mean), scatter, dtype)
 
+    @checked
     def all_reduced(self, ranks: ProcessGroup) -> CrossMoments:
         """The statistic of the rows of all ranks, on every rank: scatters about common shifts, added up."""
         if ranks.size == 1:
@@ -387,7 +395,7 @@ def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, str], optional
             )
 
 
-def selected_rows(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> Float[Tensor, "n d"]:
+def selected_rows(x: Float[Tensor, "... d"], mask: Bool[Tensor, "*_"] | None, width: int) -> Float[Tensor, "n d"]:
     """The rows where `mask` is True; the others may hold NaN, so they are removed and not multiplied by zero.
 
     Raises:
@@ -399,7 +407,7 @@ def selected_rows(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, wid
     return rows if mask is None else rows[mask.reshape(-1).to(rows.device)]
 
 
-def check_row_shape(x: Float[Tensor, "... d"], mask: Bool[Tensor, ...] | None, width: int) -> None:
+def check_row_shape(x: Float[Tensor, "... d"], mask: Bool[Tensor, "*_"] | None, width: int) -> None:
     """Refuse rows whose shape does not fit a statistic.
 
     Raises:

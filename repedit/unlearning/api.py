@@ -12,6 +12,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor
 
+from repedit.arguments import checked
 from repedit.data import Batches, Row, Rows, TextSource
 from repedit.data.fact_sets import fact_of
 from repedit.delta import Delta
@@ -36,14 +37,14 @@ from repedit.io import archive
 from repedit.io.files import append_line, open_regular, user_path, write_text
 from repedit.io.targets import check_file_target
 from repedit.io.text import parse_json
-from repedit.models.subject import Subject, check_subject
+from repedit.models.subject import Subject
 from repedit.training import resume as resume_state
 from repedit.training.sampler import training_rows
 from repedit.unlearning.losses import Reference, check_vocabulary
 from repedit.unlearning.masks import saliency_of_rows
 from repedit.unlearning.noise import add_noise
 from repedit.unlearning.parameters import Parameters, TrainableCopy
-from repedit.unlearning.recipe import AnyRecipe, Changes, MergedRecipe, StagedRecipe, UnlearnRecipe, resolved_fields
+from repedit.unlearning.recipe import AnyRecipe, Changes, StagedRecipe, UnlearnRecipe, resolved_fields
 from repedit.unlearning.schedule import Stop
 from repedit.unlearning.trainer import Training, check_dropout, check_shardable, recompute_blocks, shard
 from repedit.unlearning.training_data import Sources, TrainingData, prepare_data
@@ -74,6 +75,7 @@ class _Data(TypedDict):
     allow_overlap: bool
 
 
+@checked
 def unlearn(
     subject: Subject,
     *,
@@ -134,8 +136,6 @@ def unlearn(
         NoOpEdit: if nothing changed, or rounding to the dtype of the model cancels every change.
         FingerprintError: if `resume` holds another training, or the ranks have different inputs.
     """
-    check_subject(subject)
-    _check_recipe(recipe)
     if checkpoint_every is not None and (not is_whole(checkpoint_every) or resume is None):
         raise ArgumentError(
             f"checkpoint_every={checkpoint_every}, resume={resume}: give a folder in resume, and at least 1 step"
@@ -166,13 +166,6 @@ def unlearn(
     ]
     merged = Delta.ties(parts, recipe.weights, recipe.density)
     return Delta(merged.tensors, {**merged.provenance, "method": recipe.name, "options": recipe.plain()}, parts[0].log)
-
-
-def _check_recipe(recipe: object) -> None:
-    if not isinstance(recipe, UnlearnRecipe | StagedRecipe | MergedRecipe):
-        raise ArgumentError(
-            f"recipe={recipe!r} is no recipe; give one of repedit.recipes, such as repedit.recipes.npo()"
-        )
 
 
 def _check_numbers(micro_batch: int | None, clip: float | None, seed: int) -> None:

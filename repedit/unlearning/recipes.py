@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, Unpack, cast, get_args, get_type_hints
 
+from repedit.arguments import checked
 from repedit.errors import (
     ArgumentError,
     UnknownName,
@@ -51,6 +52,7 @@ RECIPES: dict[str, Callable[..., AnyRecipe]] = {}
 """Recipes by name that need no other recipe or loss as an argument."""
 
 
+@checked
 def register_recipe(recipe: _R) -> _R:
     """Enter a recipe into `RECIPES` under its own name, so that `by_name`, recipe files and the CLI know it."""
     RECIPES[recipe.__name__] = recipe
@@ -61,6 +63,7 @@ _OUTER_OPTIONS: Mapping[str, tuple[str, ...]] = {"sure": ("percentile", "unit"),
 """Recipes over another, and their own options."""
 
 
+@checked
 def by_name(name: str, /, **options: object) -> AnyRecipe:
     """A recipe by name: "blur_npo", "ails_ntua:agad" with a variant, "sure:npo_gdr" or "small:sam:npo_gdr" over others.
 
@@ -107,6 +110,7 @@ def by_name(name: str, /, **options: object) -> AnyRecipe:
     return RECIPES[head](rest, **options) if rest else RECIPES[head](**options)
 
 
+@checked
 def read(path: str | Path) -> UnlearnRecipe | StagedRecipe:
     """The recipe in a TOML file, whose keys are those of `UnlearnRecipe`; it may start from a named recipe.
 
@@ -123,6 +127,7 @@ def read(path: str | Path) -> UnlearnRecipe | StagedRecipe:
 
 
 @register_recipe
+@checked
 def ga(*, cap: float | None = None, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """Gradient ascent: -NLL(forget). It has no minimum and ruins a model that trains on; it mostly hides: `rp.audit`."""
     terms = (Term(losses.negative_nll(cap), "forget"),)
@@ -130,6 +135,7 @@ def ga(*, cap: float | None = None, **changes: Unpack[Changes]) -> UnlearnRecipe
 
 
 @register_recipe
+@checked
 def grad_diff(
     *, gamma: float = 1.0, alpha: float = 1.0, cap: float | None = None, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
@@ -142,6 +148,7 @@ def grad_diff(
 
 
 @register_recipe
+@checked
 def ga_kl(
     *, gamma: float = 1.0, alpha: float = 1.0, cap: float | None = None, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
@@ -154,12 +161,14 @@ def ga_kl(
 
 
 @register_recipe
+@checked
 def npo(*, beta: float = 0.1, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """Negative preference optimization alone: NPO(forget). It mostly hides what it forgets: run `rp.audit`."""
     return _preference("npo", losses.npo(beta), None, weighted_sum(), "NPO(forget)", changes)
 
 
 @register_recipe
+@checked
 def npo_gdr(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma NPO(forget) + alpha NLL(retain). It mostly hides what it forgets: run `rp.audit`."""
     combiner, formula = weighted_sum(gamma, alpha), "NPO(forget) + NLL(retain)"
@@ -167,6 +176,7 @@ def npo_gdr(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **chan
 
 
 @register_recipe
+@checked
 def npo_klr(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma NPO(forget) + alpha KL(start || model)(retain). It mostly hides what it forgets: run `rp.audit`."""
     combiner, formula = weighted_sum(gamma, alpha), "NPO(forget) + KL(retain)"
@@ -174,6 +184,7 @@ def npo_klr(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **chan
 
 
 @register_recipe
+@checked
 def dpo(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma DPO(forget, alternative answers) + alpha NLL(retain); rows carry `alternative`. It mostly hides: `rp.audit`."""
     combiner, formula = weighted_sum(gamma, alpha), "DPO(alternative over forget) + NLL(retain)"
@@ -181,6 +192,7 @@ def dpo(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes:
 
 
 @register_recipe
+@checked
 def sim_npo(
     *, beta: float = 4.5, delta: float = 0.0, gamma: float = 0.125, alpha: float = 1.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
@@ -193,12 +205,14 @@ def sim_npo(
 
 
 @register_recipe
+@checked
 def wga(*, beta: float = 1.0, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma WGA(forget) + alpha NLL(retain); alpha 0 drops the second. It mostly hides what it forgets: run `rp.audit`."""
     return _weighted("wga", losses.wga(beta), gamma, alpha, changes, formula="WGA(forget) + NLL(retain)", epochs=5.0)
 
 
 @register_recipe
+@checked
 def satimp(
     *, beta1: float = 5.0, beta2: float = 1.0, gamma: float = 0.1, alpha: float = 1.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
@@ -209,6 +223,7 @@ def satimp(
 
 
 @register_recipe
+@checked
 def undial(*, beta: float = 10.0, gamma: float = 1.0, alpha: float = 0.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """gamma UNDIAL(forget) + alpha NLL(retain); alpha 0, the default, drops the second. It mostly hides: `rp.audit`."""
     return _weighted("undial", losses.undial(beta), gamma, alpha, changes, formula="UNDIAL(forget)", lr=1e-4)
@@ -234,6 +249,7 @@ def _weighted(
 
 
 @register_recipe
+@checked
 def rmu(
     *, layer: int | None = None, coefficient: float = 6.5, alpha: float = 1200.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
@@ -248,6 +264,7 @@ def rmu(
 
 
 @register_recipe
+@checked
 def adaptive_rmu(
     *, layer: int | None = None, coefficient: float = 5.0, alpha: float = 900.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
@@ -276,6 +293,7 @@ def _rmu(
 # retention.
 
 
+@checked
 def blur(
     forget: Loss, retain: Loss, *, gamma: float = 1.0, alpha: float = 1.0, when: str = "always", scope: str = "global",
     role_first: str = "forget", name: str = "blur", **changes: Unpack[Changes],
@@ -289,6 +307,7 @@ def blur(
 
 
 @register_recipe
+@checked
 def blur_npo(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """NPO(forget) and NLL(retain) under BLUR, as on TOFU: beta .1, lr 1e-5, decay .01, warm-up 1 epoch. Run `rp.audit`.
 
@@ -299,6 +318,7 @@ def blur_npo(*, beta: float = 0.1, gamma: float = 1.0, alpha: float = 1.0, **cha
 
 
 @register_recipe
+@checked
 def blur_ga(
     *, cap: float | None = None, gamma: float = 1.0, alpha: float = 1.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
@@ -307,6 +327,7 @@ def blur_ga(
 
 
 @register_recipe
+@checked
 def blur_rmu(
     *,
     layer: int | None = None,
@@ -320,6 +341,7 @@ def blur_rmu(
 
 
 @register_recipe
+@checked
 def normalised_difference(*, cap: float | None = None, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """g_f / |g_f| + g_r / |g_r| of -NLL(forget) and NLL(retain). It mostly hides what it forgets: run `rp.audit`."""
     terms = (Term(losses.negative_nll(cap), "forget"), Term(losses.nll(), "retain"))
@@ -330,6 +352,7 @@ def normalised_difference(*, cap: float | None = None, **changes: Unpack[Changes
 
 
 @register_recipe
+@checked
 def primal_dual(
     *, epsilon: float = 0.1, eta: float = 1.0, warmup_epochs: float = 5.0, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
@@ -345,6 +368,7 @@ def primal_dual(
 
 
 @register_recipe
+@checked
 def surgery(
     *, forget: float = 0.1, outdated: float = 0.1, update: float = 2.0, retain: float = 0.5, **changes: Unpack[Changes]
 ) -> UnlearnRecipe:
@@ -363,6 +387,7 @@ def surgery(
     )  # fmt: skip
 
 
+@checked
 def sure(
     inner: UnlearnRecipe,
     *,
@@ -384,6 +409,7 @@ def sure(
 
 
 @register_recipe
+@checked
 def cyber_for_ai(variant: str = "grad_diff", **changes: Unpack[Changes]) -> UnlearnRecipe:
     """Global weight modification as in Cyber for AI at SemEval-2025 Task 4; a reconstruction. Run `rp.audit`.
 
@@ -404,6 +430,7 @@ def cyber_for_ai(variant: str = "grad_diff", **changes: Unpack[Changes]) -> Unle
 
 
 @register_recipe
+@checked
 def ails_ntua(variant: str = "sugd", **changes: Unpack[Changes]) -> UnlearnRecipe:
     """The winner of SemEval-2025 Task 4. It mostly hides what it forgets: run `rp.audit`.
 
@@ -427,6 +454,7 @@ def ails_ntua(variant: str = "sugd", **changes: Unpack[Changes]) -> UnlearnRecip
 
 
 @register_recipe
+@checked
 def zju_merge(**changes: Unpack[Changes]) -> MergedRecipe:
     """Two LoRA runs of NPO + KL + NLL with different weights, merged by TIES. It mostly hides: run `rp.audit`."""
     parts = []
@@ -444,6 +472,7 @@ def zju_merge(**changes: Unpack[Changes]) -> MergedRecipe:
 
 
 @register_recipe
+@checked
 def multiplier(**changes: Unpack[Changes]) -> UnlearnRecipe:
     """-NLL(forget) + m NLL(retain), m rising with the retain loss; MLPs of layers 0-5. It mostly hides: run `rp.audit`.
 
@@ -456,6 +485,7 @@ def multiplier(**changes: Unpack[Changes]) -> UnlearnRecipe:
     )  # fmt: skip
 
 
+@checked
 def rising(_step: int, log: Sequence[Record]) -> float:
     """The multiplier m of the retain loss, from the log."""
     first = [r["nll"]["retain"] for r in log if r["epoch"] < 1 and "retain" in r["nll"]]
@@ -466,6 +496,7 @@ def rising(_step: int, log: Sequence[Record]) -> float:
 
 
 @register_recipe
+@checked
 def task_vector(**changes: Unpack[Changes]) -> UnlearnRecipe:
     """Fine-tune on the forget set and subtract `scale` (1) times the difference. It mostly hides: run `rp.audit`."""
     scale = changes.pop("scale", 1.0)
@@ -493,6 +524,7 @@ def task_vector(**changes: Unpack[Changes]) -> UnlearnRecipe:
 #   zero is divided by its norm; steps of gradient accumulation overwrite each other.
 
 
+@checked
 def sam(inner: UnlearnRecipe, *, rho: float = 0.01) -> UnlearnRecipe:
     """Any recipe with its forget gradient taken at theta + rho g / |g|, so that what it reaches is flat. Run `rp.audit`.
 
@@ -509,6 +541,7 @@ def sam(inner: UnlearnRecipe, *, rho: float = 0.01) -> UnlearnRecipe:
 
 
 @register_recipe
+@checked
 def cir(
     *, activations: int = 23, gradients: int = 35, cap: float | None = None, gamma: float = 1.0, alpha: float = 0.01,
     **changes: Unpack[Changes],
@@ -529,6 +562,7 @@ def cir(
 
 
 @register_recipe
+@checked
 def rep_select(
     *, components: int = 64, relearn_steps: int = 20, relearn_lr: float = 0.01, cap: float | None = None,
     gamma: float = 1.0, alpha: float = 0.01, **changes: Unpack[Changes],
@@ -550,6 +584,7 @@ def rep_select(
 
 
 @register_recipe
+@checked
 def mudman(
     *, every: int = 10, relearn_steps: int = 5, relearn_lr: float = 1e-3, momentum: float = 0.9, gamma: float = 1.0,
     alpha: float = 0.01, **changes: Unpack[Changes],
@@ -582,6 +617,7 @@ def mudman(
 
 
 @register_recipe
+@checked
 def localized(
     *, layers: str = "0-11", alpha: float = 1.0, reverse: bool = True, template: str | None = None,
     **changes: Unpack[Changes],
@@ -605,6 +641,7 @@ def localized(
 
 
 @register_recipe
+@checked
 def block_by_block(
     *, layers: str = "all", size: int = 3, rounds: int = 3, until: float = 6.0, repair_steps: int = 40,
     **changes: Unpack[Changes],
@@ -654,6 +691,7 @@ def block_by_block(
 
 
 @register_recipe
+@checked
 def undo(
     *, inner: str = "npo_gdr", layers: str = "0-11", shrink: float = 0.5, noise_scale: float = 0.1,
     **changes: Unpack[Changes],
@@ -683,6 +721,7 @@ def undo(
 
 
 @register_recipe
+@checked
 def layered(*, inner: str = "npo_gdr", folds: int = 3, **changes: Unpack[Changes]) -> StagedRecipe:
     """A recipe on a growing part of the forget set, while the rest of it is still retained. Run `rp.audit`.
 
@@ -708,6 +747,7 @@ def layered(*, inner: str = "npo_gdr", folds: int = 3, **changes: Unpack[Changes
     return StagedRecipe("layered", lambda depth: stages, options, f"{recipe.formula} on 1, 2, ... folds", source)
 
 
+@checked
 def small(recipe: UnlearnRecipe, **changes: Unpack[Changes]) -> UnlearnRecipe:
     """The recipe with settings for SmolLM2-135M on a CPU: what writes mlp.out in layers 20-29, 60 steps of 8 rows at 5e-4.
 

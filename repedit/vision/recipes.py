@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repedit.arguments import checked
 from repedit.delta import Delta
 from repedit.errors import ArgumentError, NotEnoughRows, check_choice
 from repedit.vision.data import Images, ImageSplits, Task, frozen, other_labels, random_generator, synthetic_index
@@ -30,6 +31,7 @@ DataPlan = Callable[[nn.Module, Task, ImageSplits, int], ImageSplits]
 
 
 @dataclass(frozen=True)
+@checked
 class Relabel:
     """A data plan that gives every forget image another label.
 
@@ -94,6 +96,7 @@ MODES: Mapping[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
 """New labels by mode, from (labels, logits, random generator)."""
 
 
+@checked
 def training_images(splits: ImageSplits) -> Images:
     """Retain, then forget."""
     return splits.retain + splits.forget
@@ -102,6 +105,7 @@ def training_images(splits: ImageSplits) -> Images:
 # --- Recipes
 
 
+@checked
 def finetune(
     model: nn.Module, task: Task, splits: ImageSplits, *, epochs: int = 5, lr: float = 1e-3, seed: int = 0
 ) -> Delta:
@@ -115,6 +119,7 @@ def finetune(
     return trained_delta("finetune", model, trained, begin, seed, {"epochs": epochs, "lr": lr})
 
 
+@checked
 def ascend(
     model: nn.Module, task: Task, splits: ImageSplits, *, epochs: int = 2, lr: float = 3e-4, seed: int = 0
 ) -> Delta:
@@ -128,6 +133,7 @@ def ascend(
     return trained_delta("ascend", model, trained, begin, seed, {"epochs": epochs, "lr": lr})
 
 
+@checked
 def relabel(
     model: nn.Module,
     task: Task,
@@ -151,6 +157,7 @@ def relabel(
     return trained_delta("relabel", model, trained, begin, seed, options, plan=planned.plans)
 
 
+@checked
 def retrain(
     build: Callable[[], nn.Module],
     task: Task,
@@ -170,6 +177,7 @@ def retrain(
     return train(build(), task, splits.retain, epochs=epochs, lr=lr, seed=seed)
 
 
+@checked
 def trained_delta(
     method: str,
     model: nn.Module,
@@ -191,6 +199,7 @@ def trained_delta(
 # --- Two published baselines: SCRUB (distillation away from the forget images) and SalUn (training of salient weights)
 
 
+@checked
 def scrub(
     model: nn.Module,
     task: Task,
@@ -232,6 +241,7 @@ def scrub(
     return trained_delta("scrub", model, trained, begin, seed, options)
 
 
+@checked
 def salun(
     model: nn.Module,
     task: Task,
@@ -313,6 +323,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+@checked
 class GanConfig:
     """How a GAN is built and trained; None takes the value for the image size.
 
@@ -339,12 +350,14 @@ class GanConfig:
 
 
 @dataclass(frozen=True, eq=False)
+@checked
 class Gan:
     """A trained generator."""
 
     generator: nn.Module
     latent: int
 
+    @checked
     @torch.no_grad()
     def draw(self, count: int, *, seed: int) -> Float[Tensor, "count c H W"]:
         """Images for standard normal z; pixels lie in [0, 1]."""
@@ -353,6 +366,7 @@ class Gan:
         return torch.cat([self.generator(part.to(device)).cpu() for part in z.split(512)])
 
 
+@checked
 @torch.enable_grad()
 def train_gan(
     images: Images, config: GanConfig | None = None, *, seed: int = 0, device: torch.device | str = "cpu"
@@ -396,6 +410,7 @@ def train_gan(
     return Gan(generator.eval().requires_grad_(False), latent)
 
 
+@checked
 def check_count(images: Images) -> None:
     """Refuse a set that is too small for a GAN.
 
@@ -440,6 +455,7 @@ def _convolutional(shape: Shape, latent: int) -> tuple[nn.Module, nn.Module]:
 
 
 @dataclass(frozen=True)
+@checked
 class Synthesize:
     """A data plan that adds synthetic images to a set, labelled by the model.
 
@@ -479,6 +495,7 @@ class Synthesize:
         return replace(splits, **{self.which: images + drawn}, plans=(*splits.plans, repr(self)))  # type: ignore[arg-type]
 
 
+@checked
 def train_gans(
     splits: ImageSplits, gan: GanConfig | None = None, *, seed: int = 0, device: torch.device | str = "cpu"
 ) -> dict[str, Gan]:
@@ -495,6 +512,7 @@ def train_gans(
     }
 
 
+@checked
 def multi_gan(
     model: nn.Module,
     task: Task,

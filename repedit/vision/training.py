@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from repedit.arguments import checked
 from repedit.errors import ArgumentError, DataError, TrainingError, UnknownName, check_seed, nearest
 from repedit.training.optimizers import set_lr
 from repedit.vision.data import PARTS, Images, Task, random_generator
@@ -19,6 +20,7 @@ from repedit.vision.data import PARTS, Images, Task, random_generator
 # --- Two small classifiers whose three parts a schedule can train in turn
 
 
+@checked
 def small_cnn(images: Images, *, width: int = 16, hidden: int = 64, labels: int = 10, seed: int = 0) -> nn.Module:
     """Two 3x3 convolutions, a pool and two linear layers, for images of this size; features have `hidden` entries.
 
@@ -38,6 +40,7 @@ def small_cnn(images: Images, *, width: int = 16, hidden: int = 64, labels: int 
         return _three_parts(nn.Sequential(*begin), nn.Sequential(*middle), nn.Linear(hidden, labels))
 
 
+@checked
 def small_mlp(images: Images, *, hidden: int = 256, labels: int = 10, seed: int = 0) -> nn.Module:
     """Three linear layers with ReLU; it memorizes wrong labels, which the small CNN does not."""
     check_seed(seed=seed)
@@ -57,6 +60,7 @@ Loss = Callable[[nn.Module, Images], Tensor]
 """Returns the scalar to minimize on a batch."""
 
 
+@checked
 def train(
     model: nn.Module,
     task: Task,
@@ -90,6 +94,7 @@ def train(
     return trained
 
 
+@checked
 def trained_on(model: nn.Module) -> frozenset[int]:
     """Indices of the images that `train` used for this model and for the model it started from; empty if not recorded."""
     return getattr(model, "trained_on", frozenset())
@@ -206,6 +211,7 @@ SETS = ("reduced", "remember", "all")
 
 
 @dataclass(frozen=True)
+@checked
 class Stage:
     """One stage of a schedule; everything outside its parts keeps its values exactly."""
 
@@ -233,6 +239,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
+@checked
 class Schedule:
     """Stages that run in order."""
 
@@ -245,6 +252,7 @@ class Schedule:
         return asdict(self)
 
 
+@checked
 def alternating_schedule(
     *,
     epochs: int = 15,
@@ -276,6 +284,7 @@ def alternating_schedule(
     return Schedule((*stages, Stage(("intermediate",), "reduced", 1, lr_intermediate, batch_size)), fresh)
 
 
+@checked
 def offline_schedule(
     *, rounds: int = 10, epochs: int = 20, lr_final: float = 1e-4, lr_intermediate: float = 1e-5, batch_size: int = 256
 ) -> Schedule:
@@ -300,6 +309,7 @@ PUBLISHED_SCHEDULES: Mapping[str, Schedule] = {
 """The settings of the paper by network; each part has one Adam throughout."""
 
 
+@checked
 def train_scheduled(
     model: nn.Module,
     task: Task,
