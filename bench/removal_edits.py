@@ -110,13 +110,8 @@ def names_erased(**options: Any) -> Callable[[Rows, int], Made]:
     """
 
     def make(rows: Rows, seed: int) -> Made:
-        lm = untied(rows.lm)
-        weight, before = lm.model.get_input_embeddings().weight.data, rows.lm.model.get_input_embeddings().weight
-        averaged: dict[str, list[int]] = {}
         directions = both_directions(rows, seed)
-        for domain, facts in directions.items():
-            averaged[domain] = name_tokens(lm, [fact.entity for fact in facts], SPELT)
-            weight[averaged[domain]] = before[averaged[domain]].mean(0)
+        lm, averaged = averaged_names(rows, directions)
         forward, backward = directions.values()
         left = [
             fact for fact in (*forward, *in_lower_case(forward), *backward)
@@ -135,6 +130,29 @@ def names_erased(**options: Any) -> Callable[[Rows, int], Made]:
         } | settings
 
     return make
+
+
+def names_averaged(rare: int) -> Callable[[Rows, int], Made]:
+    """The embeddings of the tokens of countries and capitals averaged, in all spellings; pieces from the number `rare` on."""
+
+    def make(rows: Rows, seed: int) -> Made:
+        lm, averaged = averaged_names(rows, both_directions(rows, seed), rare)
+        return lm, {"untied": True, "rare": rare, "tokens": sum(map(len, averaged.values()))}
+
+    return make
+
+
+def averaged_names(
+    rows: Rows, directions: Mapping[str, Sequence[Fact]], rare: int = RARE
+) -> tuple[Subject, dict[str, list[int]]]:
+    """A copy with one embedding for the tokens of all entities of a domain, and these tokens."""
+    lm = untied(rows.lm)
+    weight, before = lm.model.get_input_embeddings().weight.data, rows.lm.model.get_input_embeddings().weight
+    averaged: dict[str, list[int]] = {}
+    for domain, facts in directions.items():
+        averaged[domain] = name_tokens(lm, [fact.entity for fact in facts], SPELT, rare)
+        weight[averaged[domain]] = before[averaged[domain]].mean(0)
+    return lm, averaged
 
 
 def both_directions(rows: Rows, seed: int) -> dict[str, tuple[Fact, ...]]:
@@ -209,7 +227,9 @@ def language_groups(rows: Rows, tokens: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def name_tokens(lm: Subject, names: Iterable[str], spelt: Sequence[Callable[[str], str]] = (str,)) -> list[int]:
+def name_tokens(
+    lm: Subject, names: Iterable[str], spelt: Sequence[Callable[[str], str]] = (str,), rare: int = RARE
+) -> list[int]:
     """The tokens that are a whole name, as written within and at the start of a text or in capital letters; rare pieces of
     the spellings `spelt`.
     """
@@ -219,7 +239,7 @@ def name_tokens(lm: Subject, names: Iterable[str], spelt: Sequence[Callable[[str
         for text in {f" {name.upper()}", name.upper()} | pieces:
             ids = tokenizer.encode(text, add_special_tokens=False)
             if len(ids) == 1 or text in pieces:
-                found |= {token for token in ids if len(ids) == 1 or token >= RARE}
+                found |= {token for token in ids if len(ids) == 1 or token >= rare}
     return sorted(found)
 
 
@@ -250,6 +270,8 @@ EDITS: dict[str, Callable[[Rows, int], Made]] = {
     "names-language": names_replaced("language"),
     "names-both": names_replaced("mean", of=("entity", "answer")),
     "names-erased": names_erased(config=ERASED),
+    "names-4000": names_averaged(4000),
+    "names-2000": names_averaged(2000),
     "answers-mean": names_replaced("mean", of=("answer",)),
 }
 EDITS["original"] = lambda rows, seed: (rows.lm, {})

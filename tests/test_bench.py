@@ -172,6 +172,29 @@ def test_averaged_names_cannot_be_told_apart(monkeypatch):
             _names_are_one(target, tokens)
 
 
+def _one_embedding_a_domain(rare, averaged):
+    """The tokens of a domain from the number `rare` on have one embedding; every other row and the output stay as they were."""
+    lm = blank(tie_word_embeddings=True)
+    before = lm.model.get_input_embeddings().weight.detach().clone()
+    facts = [Fact(prompt=f"{name} has", answer="x", entity=name, id=name) for name in ("ab", "cd")]
+    edited, tokens = removal_edits.averaged_names(SimpleNamespace(lm=lm), {"capitals": facts}, rare)
+    weight = edited.model.get_input_embeddings().weight
+    assert tokens == {"capitals": averaged}
+    assert all(torch.equal(weight[token], before[averaged].mean(0)) for token in averaged)
+    rest = [token for token in range(len(weight)) if token not in averaged]
+    assert torch.equal(weight[rest], before[rest]) and torch.equal(edited.model.get_output_embeddings().weight, before)
+
+
+def test_rare_tokens_of_a_domain_get_one_embedding(monkeypatch):
+    def name_tokens(lm, names, spelt, rare):
+        return [token for token in (10, 20, 30, 40) if token >= rare]
+
+    monkeypatch.setattr(removal_edits, "name_tokens", name_tokens)
+    _one_embedding_a_domain(20, [20, 30, 40])
+    with pytest.raises(AssertionError):
+        _one_embedding_a_domain(30, [20, 30, 40])
+
+
 def _one_language_one_group(names, expected):
     """Names of one language share a group; a lone language, a name without one and a token of two languages are the rest."""
     capitals = [Fact(prompt=f"{name} has", answer="x", entity=name, id=name) for name in names]
