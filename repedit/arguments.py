@@ -5,7 +5,6 @@ ranges and names are checked by the functions themselves.
 """
 
 import inspect
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache, wraps
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints, is_typeddict
 
-from repedit.errors import ArgumentError, DataError, NotAModel, RepeditError
+from repedit.errors import ArgumentError, DataError, NotAModel, RepeditError, shown
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 ADVICE: Mapping[str, tuple[type[RepeditError], str]] = {
@@ -239,5 +238,4 @@ def _class_names(annotation: object) -> Iterator[str]:
 
 def _shown(value: object) -> str:
     """ "=0.5": a text or a number, shortened; no other value, whose `repr` may be long."""
-    is_short = isinstance(value, str | bytes | float) or (isinstance(value, int) and abs(value) < 10**30)
-    return f"={reprlib.repr(value)}" if is_short else ""
+    return f"={shown(value)}" if isinstance(value, str | bytes | int | float) else ""

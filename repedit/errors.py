@@ -34,6 +34,7 @@ work.
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -262,7 +263,7 @@ def check_choice(valid: Iterable[object], /, **values: str) -> None:
     options = list(valid)
     for name, value in values.items():
         if value not in options:
-            raise UnknownName(f"{name}={value!r}; {nearest(value, options)}")
+            raise UnknownName(f"{name}={shown(value)}; {nearest(value, options)}")
 
 
 def is_whole(value: object, least: int = 1) -> bool:
@@ -272,7 +273,10 @@ def is_whole(value: object, least: int = 1) -> bool:
 
 def is_finite(value: object) -> bool:
     """Whether a value is a finite real number; True and False are not numbers."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def given(**values: object) -> dict[str, object]:
@@ -288,7 +292,7 @@ def check_whole(least: int = 1, /, **values: object) -> None:
     """
     for name, value in values.items():
         if not is_whole(value, least):
-            raise ArgumentError(f"{name}={value!r}; give at least {least}, a whole number below 2^63")
+            raise ArgumentError(f"{name}={shown(value)}; give at least {least}, a whole number below 2^63")
 
 
 def check_positive(**values: object) -> None:
@@ -299,7 +303,7 @@ def check_positive(**values: object) -> None:
     """
     for name, value in values.items():
         if not (is_finite(value) and value > 0):  # type: ignore[operator]
-            raise ArgumentError(f"{name}={value!r}; give a number above 0 and below infinity")
+            raise ArgumentError(f"{name}={shown(value)}; give a number above 0 and below infinity")
 
 
 def check_finite_numbers(**values: object) -> None:
@@ -310,7 +314,7 @@ def check_finite_numbers(**values: object) -> None:
     """
     for name, value in values.items():
         if not is_finite(value):
-            raise ArgumentError(f"{name}={value!r}; give a finite number")
+            raise ArgumentError(f"{name}={shown(value)}; give a finite number")
 
 
 def check_seed(**values: object) -> None:
@@ -321,13 +325,32 @@ def check_seed(**values: object) -> None:
     """
     for name, value in values.items():
         if not is_whole(value, 0):
-            raise ArgumentError(f"{name}={value!r}; give a whole number from 0 to 2^63 - 1")
+            raise ArgumentError(f"{name}={shown(value)}; give a whole number from 0 to 2^63 - 1")
 
 
-def nearest(name: str, valid: Iterable[object]) -> str:
-    """The names of `valid` closest to `name`, for an error message: "did you mean 'a' or 'b'?", or else the list."""
+def nearest(name: str, valid: Iterable[object], *, every: bool = False) -> str:
+    """The names of `valid` closest to `name`, for an error message: "did you mean 'a' or 'b'?", or else the list.
+
+    Args:
+        every: list all names also beside the closest.
+    """
     names = [str(item) for item in valid]
+    if not names:
+        return "there are none"
+    listed = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     if close:
-        return "did you mean " + " or ".join(repr(item) for item in close) + "?"
-    return "valid names: " + ", ".join(names[:40])
+        return "did you mean " + " or ".join(repr(item) for item in close) + "?" + (f" All: {listed}" if every else "")
+    return f"valid names: {listed}"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxlong = _short.maxother = 60
+
+
+def shown(value: object) -> str:
+    """A value in a message: its `repr`, shortened; Python writes no whole number of thousands of digits."""
+    try:
+        return _short.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repedit.arch.offload import offloaded_file, offloaded_tensor, parameters_with_values
+from repedit.io.files import file_state
 from repedit.io.safetensors import raw_bytes
 
 if TYPE_CHECKING:
@@ -73,10 +74,7 @@ def _offloaded_state(model: nn.Module, name: str) -> tuple[Any, ...]:
     if tensor is not None:
         return tensor.data_ptr(), _version_of(tensor), _checksum(tensor)
     file = offloaded_file(module, leaf)
-    if file is None or not file.exists():
-        return (None,)
-    status = file.stat()
-    return str(file), status.st_ino, status.st_size, status.st_mtime_ns
+    return (None,) if file is None or not file.exists() else (str(file), *file_state(file))
 
 
 def _version_of(p: Tensor) -> int | bytes:

@@ -165,7 +165,5 @@ def _point(name: str, text: str) -> Point:
     if name in by_hook:
         return by_hook[name]
     if name not in list(Point):
-        raise UnknownSite(
-            f"{text!r}: no point is called {name!r}; {nearest(name, list(Point))} Points: {', '.join(Point)}"
-        )
+        raise UnknownSite(f"{text!r}: no point is called {name!r}; {nearest(name, list(Point), every=True)}")
     return Point(name)

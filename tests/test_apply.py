@@ -13,6 +13,7 @@ from repedit.errors import (
     NoBiasSlot,
     NoOpEdit,
     NotFoldable,
+    NotFound,
     OffloadedTensors,
     PlanMismatch,
     ShapeError,
@@ -231,6 +232,24 @@ def test_diff_reads_directories(source, tmp_path):
 def test_diff_refuses_another_model():
     with pytest.raises(FingerprintError, match=r"of different models: .* tensors are missing"):
         rp.diff(tiny("llama"), tiny("gpt2"))
+
+
+def test_diff_says_what_to_do_instead(source, tmp_path):
+    edit = mask(tiny("llama"), "1.mlp.neurons")
+    edit.save(tmp_path / "edit.safetensors")
+    with pytest.raises(
+        NotFound, match=r"edit\.safetensors is a saved edit and no model; .*: repedit apply .*edit\.safetensors MODEL"
+    ):
+        rp.diff(source, tmp_path / "edit.safetensors")
+    with pytest.raises(
+        NotFound, match=r"owner/model is not a directory; .*: repedit\.load\('owner/model'\)\.save\(directory\)"
+    ):
+        rp.diff(source, "owner/model")
+    small = rp.slimmed(edit, tiny("llama"), layout="ragged", multiple=1)
+    with pytest.raises(
+        FingerprintError, match=r"tensors are missing, .* another shape .* made smaller .* repedit\.compare"
+    ):
+        rp.diff(tiny("llama"), small)
 
 
 def test_an_edit_of_every_layer_equals_its_hooks():

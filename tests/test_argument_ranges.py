@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 import repedit as rp
 from repedit.auditing.api import audit
-from repedit.errors import ArgumentError, DataError, RankError, check_positive, check_seed, check_whole, given
+from repedit.errors import ArgumentError, DataError, RankError, check_positive, check_seed, check_whole, given, nearest
 from repedit.fit import Regression
 from repedit.fit.mrp import mrp
 from repedit.metrics.generation import stream
@@ -178,3 +179,30 @@ def test_a_preset_that_wins_would_be_caught(monkeypatch):
 
     monkeypatch.setattr(published, "resolved_fields", lambda settings, changes: settings)
     assert by_name("small:npo_klr", lr=0.5).lr == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "^there are none$"),
+        (("abs",), r"^did you mean 'abs'\?$"),
+        (("mean", "std"), "^valid names: mean, std$"),
+        (range(1000, 1050), "^valid names: 1000, .*, 1039 and 10 more$"),
+    ],
+)
+def test_the_names_that_are_offered(names, message):
+    assert re.search(message, nearest("abz", names))
+
+
+def test_all_names_stand_beside_the_nearest_if_asked():
+    assert nearest("abz", ["abs", "std"], every=True) == "did you mean 'abs'? All: abs, std"
+
+
+@pytest.mark.parametrize("check", [check_whole, check_seed, check_positive], ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "value", [10**400, 10**5000, "9" * 10**6], ids=["beyond floats", "beyond texts", "a long text"]
+)
+def test_a_huge_value_is_refused_in_few_words(check, value):
+    with pytest.raises(ArgumentError, match=r"^n=.{1,80}; give") as caught:
+        check(n=value)
+    assert len(str(caught.value)) < 200

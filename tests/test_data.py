@@ -47,7 +47,9 @@ def test_code_is_python_from_different_files_and_depends_on_the_seed():
 
 def test_names_of_builtin_corpora():
     assert rp.data.builtin_corpus("prose").name == rp.data.read("prose").name == "prose"
-    with pytest.raises(UnknownName, match="no built-in corpus is called 'cod'; did you mean 'code'"):
+    with pytest.raises(
+        UnknownName, match=r"no built-in corpus is called 'cod', and a file is read with .*; did you mean 'code'"
+    ):
         rp.data.builtin_corpus("cod")
 
 

@@ -193,6 +193,7 @@ def written(tmp_path, name="forget.jsonl", *rows):
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [
+    (lambda p: rp.data.tofu(p, "full"), NotFound, r"holds no \.jsonl file; give the directory of TOFU, with forget10\.jsonl"),
     (lambda p: rp.data.tofu(p / "nowhere", "full"), NotFound, "nowhere is not a directory; give the one that holds TOFU"),
     (lambda p: rp.data.tofu(written(p, "forget10.jsonl"), "forget01"), UnknownName, "no split 'forget01'; did you mean 'forget10'"),
     (lambda p: rp.data.tofu(p, "full", template="Q:"), ArgumentError, r"template='Q:'; it needs one \{\}, where the question"),

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import repedit as rp
@@ -25,7 +26,7 @@ from repedit.models.subject import subject_of
 from repedit.rewrite import export
 from repedit.rewrite import streaming as writing
 from repedit.rewrite.manifest import Weights
-from tests.damaged_checkpoints import sha
+from tests.damaged_checkpoints import index, sha
 from tests.edits import fill, mask, projection
 from tests.tiny import ids, logits, tiny
 
@@ -268,11 +269,44 @@ def test_a_writer_that_skips_a_tensor_is_found_out(source, edit, tmp_path, monke
 def test_arguments_are_checked_before_work(source, edit, tmp_path):
     with pytest.raises(ArgumentError, match="dtype='int8' is not a floating dtype"):
         rp.export(edit, source, tmp_path / "out", dtype="int8")
-    with pytest.raises(NotFound, match=r"nope is not a directory; .*export\(edit, rp\.load\(\.\.\.\), target\)"):
+    with pytest.raises(
+        NotFound, match=r"nope is not a directory; .* first: repedit\.load\('.*nope'\)\.save\(directory\)"
+    ):
         rp.export(edit, tmp_path / "nope", tmp_path / "out")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"/file/out cannot be written: .*/file is not a directory"):
         rp.export(edit, source, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("name", [name for name in tiny("llama").specs if name != "lm_head.weight"])  # it is tied
+def test_files_that_lack_a_tensor_are_refused(name, source, edit, tmp_path):
+    """Also of modules that no row names, such as a norm; the index lacks it too, as after a download that was cut short."""
+    shutil.copytree(source, tmp_path / "cut")
+    index(lambda content: content | {"weight_map": {n: f for n, f in content["weight_map"].items() if n != name}})(
+        tmp_path / "cut"
+    )
+    for path in (tmp_path / "cut").glob("model*.safetensors"):
+        save_file({n: t for n, t in load_file(path).items() if n != name}, path, metadata={"format": "pt"})
+    lost = rf"(lm_head\.weight|{re.escape(name)}) \([12] tensors in all\)"
+    with pytest.raises(
+        CheckpointError, match=rf"cut lacks {lost}, which its config.json .*; download the checkpoint again"
+    ):
+        rp.export(edit, tmp_path / "cut", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+
+
+def test_a_model_without_generation_settings_is_exported(tmp_path):
+    """transformers derives them from the config, as it does when it loads a checkpoint without them."""
+    lm = tiny("llama")
+    lm.model.generation_config = None
+    edit = mask(lm, "1.mlp.neurons")
+    rp.export(edit, lm, tmp_path / "out")
+    assert lm.model.generation_config is None
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    applied = dict(rp.apply(edit, lm).model.named_parameters())
+    assert all(parameter.equal(applied[name]) for name, parameter in written.named_parameters())
+    assert written.generation_config.eos_token_id == lm.model.config.eos_token_id
+    rp.export(edit, lm, tmp_path / "slim", structure="slim", layout="ragged", multiple=1)
 
 
 RELOAD = """

@@ -121,8 +121,16 @@ def test_retain_can_be_given(retain):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("capitols", UnknownName, "no built-in facts are called 'capitols'; did you mean 'capitals'"),
-        ("capitals+", UnknownName, "no built-in facts are called ''; valid names: capitals, symbols"),
+        (
+            "capitols",
+            UnknownName,
+            "no built-in facts are called 'capitols', and a file ends in .jsonl; did you mean 'capitals'",
+        ),
+        (
+            "capitals+",
+            UnknownName,
+            "no built-in facts are called '', and a file ends in .jsonl; valid names: capitals, symbols",
+        ),
         ("nowhere.jsonl", NotFound, "nowhere.jsonl is not a file"),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_task_in_a_script_without_spaces_has_none_before_its_choices(tmp_path)
 @pytest.mark.parametrize(("names", "error", "message"), [
     ((), ArgumentError, r"names=\[\]; give at least one, each once"),
     (("nouns", "nouns"), ArgumentError, "give at least one, each once"),
-    (("noun",), UnknownName, "no built-in facts are called 'noun'; did you mean 'nouns'"),
+    (("noun",), UnknownName, "no built-in facts are called 'noun', and a file ends in .jsonl; did you mean 'nouns'"),
     ("same.jsonl", DataError, "fact 'x' has no choices, and its domain has no other answers; give it some"),
 ])  # fmt: skip
 def test_tasks_that_cannot_be_written_are_refused(names, error, message, tmp_path, monkeypatch):

@@ -373,6 +373,18 @@ def test_an_output_is_a_path(value, short):
         carried_out(short)
 
 
+def test_a_file_of_a_folder_that_was_rewritten_and_made_to_look_unchanged_is_another_input(tmp_path):
+    (tmp_path / "m").mkdir()
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(b"old")
+    (tmp_path / "run.toml").write_text('[[step]]\nverb = "inspect"\nmodel = "m"')
+    before, times = step_of(tmp_path / "run.toml").key, file.stat()
+    assert step_of(tmp_path / "run.toml").key == before
+    file.write_bytes(b"new")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert step_of(tmp_path / "run.toml").key != before
+
+
 def test_what_a_step_writes_besides_is_no_input(tmp_path):
     """Its log and the state it goes on from: a step that wrote them would else be another one the next time."""
     table = '[[step]]\nverb = "unlearn"\nmodel = "m"\nout = "d.safetensors"\nlog = "log.jsonl"\nresume = "state"'

@@ -62,7 +62,7 @@ def test_sites_sort_by_layer_then_by_the_forward_pass():
     [
         ("7.mlp.neuron", "no point is called 'mlp.neuron'; did you mean 'mlp.neurons'"),
         ("0.atn.out", "did you mean 'attn.out'"),
-        ("blocks.1.mlp.hook_pots", "no point is called 'mlp.hook_pots'; .*Points: resid.pre"),
+        ("blocks.1.mlp.hook_pots", "no point is called 'mlp.hook_pots'; .*All: resid.pre"),
         ("mlp.neurons", "'mlp.neurons' is not a site; write layer.point such as '7.mlp.neurons'"),
         ("-1.mlp.out", "'-1.mlp.out' is not a site"),
         ("", "'' is not a site"),

@@ -200,6 +200,10 @@ def test_a_task_that_does_not_fit_is_refused():
     model = small_cnn(images, width=4, hidden=12, labels=4)
     with pytest.raises(UnknownName, match="no module 'finale'; did you mean 'final'"):
         Task.of(model, images, feature="finale")
+    with pytest.raises(
+        UnknownName, match=r"no module 'final': it is one Linear without parts; wrap it in one that names"
+    ):
+        Task.of(torch.nn.Linear(2, 2), images)
     with pytest.raises(ArgumentError, match=r"parts has beginning, final; give beginning, intermediate, final"):
         Task(parts={"beginning": ("a",), "final": ("b",)})
     two = {"beginning": ("beginning", "final"), "intermediate": ("intermediate",), "final": ("final",)}

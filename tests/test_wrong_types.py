@@ -109,7 +109,7 @@ def door(
         ({"change": {}}, ArgumentError, r"where an Edit, a Delta or None is needed; .*Edit\.load .*; .*Delta\.load"),
         ({"lm": "model"}, NotAModel, r"where a Subject or None is needed; make one with repedit\.load\(path\)"),
         ({"keep": [True]}, ArgumentError, r"^keep: a list was given where a tensor or None is needed$"),
-        ({"number": "9" * 500}, ArgumentError, r"^number='9{12}\.\.\.9{13}': a str was given"),
+        ({"number": "9" * 500}, ArgumentError, r"^number='9+\.\.\.9+': a str was given"),
     ],
 )  # fmt: skip
 def test_the_message_says_what_was_given_and_what_is_needed(wrong, error, message):

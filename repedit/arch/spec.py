@@ -267,8 +267,8 @@ def resolve(config: ModelConfig) -> Architecture:
     row = _ROWS.get(config.model_type)
     if row is None:
         raise UnknownArchitecture(
-            f"no row for model_type {config.model_type!r}; {nearest(config.model_type, _ROWS)} "
-            "Supply one with repedit.arch.register(Architecture(model_type=..., base=..., blocks=..., block=((attention(...), "
+            f"no row for model_type {config.model_type!r}; {nearest(config.model_type, _ROWS)} If it is none of them, "
+            "supply one with repedit.arch.register(Architecture(model_type=..., base=..., blocks=..., block=((attention(...), "
             "mlp(...)),))) and verify it with check_architecture(model)"
         )
     return resolved(row, config)

@@ -162,7 +162,12 @@ def _first_sites(subject: Subject) -> list[Site]:
     return list(first.values())
 
 
-def diff(base: Model, edited: EditedModel, out: PageOut = None, json: Json = False) -> None:
+def diff(
+    base: Annotated[str, typer.Argument(help="Directory, or 'smollm2-135m'.")],
+    edited: EditedModel,
+    out: PageOut = None,
+    json: Json = False,
+) -> None:
     """List every tensor that differs between two checkpoints."""
     from dataclasses import asdict
 

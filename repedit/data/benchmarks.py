@@ -91,6 +91,8 @@ def tofu(directory: str | Path, split: str, *, template: str = "{}", refusals: b
     path = root / f"{split}.jsonl"
     if not is_file(path):
         splits = sorted(p.stem for p in root.glob("*.jsonl") if p.name != _REFUSALS)
+        if not splits:
+            raise NotFound(f"{root} holds no .jsonl file; give the directory of TOFU, with forget10.jsonl and its like")
         raise UnknownName(f"{root} has no split {split!r}; {nearest(split, splits)}")
     answers = _refusals(root) if refusals else ()
     rows = []

@@ -326,7 +326,7 @@ def builtin_corpus(name: str) -> Corpus:
     """
     if name not in BUILTIN:
         raise UnknownName(
-            f"no built-in corpus is called {name!r}; {nearest(name, BUILTIN)} A file is read with repedit.data.read(path)"
+            f"no built-in corpus is called {name!r}, and a file is read with repedit.data.read(path); {nearest(name, BUILTIN)}"
         )
     return BUILTIN[name]()
 

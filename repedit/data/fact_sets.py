@@ -344,7 +344,9 @@ def _items(name: str | Path) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
     selected = str(name).split("+")
     for part in selected:
         if part not in DOMAINS:
-            raise UnknownName(f"no built-in facts are called {part!r}; {nearest(part, DOMAINS)} A file ends in .jsonl")
+            raise UnknownName(
+                f"no built-in facts are called {part!r}, and a file ends in .jsonl; {nearest(part, DOMAINS)}"
+            )
     forget, rest = (
         [fact for d in DOMAINS if (d in selected) == side for fact in builtin_domain(d)] for side in (True, False)
     )

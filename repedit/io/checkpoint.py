@@ -95,7 +95,11 @@ def _entries_of(root: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
     headers = {file: read_header(root / file)[0] for file in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in headers[file])
     if absent:
-        raise CheckpointError(f"{root / INDEX} names tensors that no shard holds: {absent[:5]} ({len(absent)} in all)")
+        name = absent[0]
+        raise CheckpointError(
+            f"{root / INDEX} says that {weight_map[name]} holds {name}, and it does not ({len(absent)} such tensors in all); download "
+            "the checkpoint again, or save the model again"
+        )
     counts = Counter(name for header in headers.values() for name in header)
     double = sorted(name for name, count in counts.items() if count > 1)
     if double:

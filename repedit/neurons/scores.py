@@ -474,7 +474,7 @@ def _check_names(**names: str) -> None:
     for name, value in names.items():
         table: Mapping[str, object] = COMBINATIONS if name == "combine" else IMPORTANCES
         if value not in table:
-            raise UnknownName(f"{name}={value!r} does not exist; {nearest(value, table)} All: {', '.join(table)}")
+            raise UnknownName(f"{name}={value!r} does not exist; {nearest(value, table, every=True)}")
 
 
 def _check_importance(importance: str, combine: str, signed: bool, forget: Collection) -> None:

@@ -15,8 +15,9 @@ from repedit.arch import Architecture, Specs, TensorSpec, families, match_layout
 from repedit.arch.infer import output_embeddings
 from repedit.arch.storage import StoredSpecs
 from repedit.errors import CheckpointError, NotFound, PlanMismatch
+from repedit.io.archive import kind_of
 from repedit.io.checkpoint import Shards
-from repedit.io.files import is_folder, user_path
+from repedit.io.files import is_file, is_folder, user_path
 from repedit.models.default_model import DEFAULT, cached
 from repedit.models.dequantization import check_unquantized, quantization_of, quantizer_name
 from repedit.models.loading import (
@@ -53,8 +54,14 @@ def checkpoint_directory(source: str | Path) -> Path:
         return path.absolute()
     if str(source) == DEFAULT:
         return cached()
+    kind = kind_of(path) if is_file(path) else None
+    if kind in ("edit", "delta"):
+        raise NotFound(
+            f"{path.absolute()} is a saved {kind} and no model; make a directory with it first: repedit apply {path} MODEL --out DIRECTORY"
+        )
     raise NotFound(
-        f"{path.absolute()} is not a directory; a hub id is exported by loading it first: export(edit, rp.load(...), target)"
+        f"{path.absolute()} is not a directory; save a model of the hub or of a GGUF file as one first: "
+        f"repedit.load({str(source)!r}).save(directory)"
     )
 
 
@@ -95,7 +102,7 @@ def used_specs(shards: Shards, row: Architecture | None = None, matches: Matches
         matches: what was found before.
     Raises:
         QuantizedModel, UnknownArchitecture: if it cannot be edited.
-        CheckpointError: if the files hold layers that the config does not describe.
+        CheckpointError: if the files hold layers that the config does not describe, or lack tensors that it does.
     """
     config, architecture = _described(shards.directory, row)
     with buildable(shards.directory):
@@ -103,6 +110,11 @@ def used_specs(shards: Shards, row: Architecture | None = None, matches: Matches
         match = (matches or Matches())(config, architecture, shards.specs)
     check_no_later_layers(shards.directory, match.later_layers, architecture)
     check_unquantized(None, match.used.files, "edited exactly", where=str(shards.directory))
+    if match.missing:
+        raise CheckpointError(
+            f"{shards.directory} lacks {match.missing[0]} ({len(match.missing)} tensors in all), which its config.json describes and "
+            f"none of its {len(shards.files)} files of weights holds; download the checkpoint again, or save the model again"
+        )
     return match.used
 
 

@@ -45,7 +45,9 @@ def diff(base: Subject | str | Path, edited: Subject | str | Path) -> list[Diffe
     reshaped = sorted(n for n in set(first) & set(last) if first[n] != last[n])
     if missing or reshaped:
         raise FingerprintError(
-            f"the checkpoints are of different models: {len(missing)} tensors are missing, {len(reshaped)} have another shape ({(missing + reshaped)[0]})"
+            f"the checkpoints are of different models: {len(missing)} tensors are missing, {len(reshaped)} have another shape "
+            f"({(missing + reshaped)[0]}); give the checkpoint that was edited. What an edit made smaller (slim, slice) is compared "
+            "by what it computes: repedit compare, or repedit.compare"
         )
     differences = []
     for name in sorted(last):

@@ -10,12 +10,13 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
 from operator import or_
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 
@@ -374,10 +375,26 @@ def _save_in_memory(subject: Subject | str | Path, staging: Path, max_shard_size
     folder = staging / "unedited"
     check_space(staging, sum(p.nbytes for p in subject.model.parameters()))
     forget_conversions(subject.model)
-    subject.model.save_pretrained(folder, max_shard_size=max_shard_size)
+    with _generation_config(subject.model):
+        subject.model.save_pretrained(folder, max_shard_size=max_shard_size)
     if subject.tokenizer is not None:
         subject.tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _generation_config(model: Any) -> Iterator[None]:
+    """Lend a model that has none the generation settings that transformers derives from its config; it saves none without."""
+    from transformers import GenerationConfig
+
+    if getattr(model, "generation_config", "") is not None:
+        yield
+        return
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    try:
+        yield
+    finally:
+        model.generation_config = None
 
 
 def _check_changes(plan: Plan, weights: Weights, *, identity: bool) -> None:

@@ -56,6 +56,11 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
         UnknownName: with the nearest paths.
     """
     modules = dict(model.named_modules())
+    if len(modules) == 1:
+        raise UnknownName(
+            f"the model has no module {path!r}: it is one {type(model).__name__} without parts; wrap it in one that names its parts, "
+            "such as nn.Sequential(OrderedDict(beginning=..., intermediate=..., final=...))"
+        )
     if path not in modules:
         raise UnknownName(f"the model has no module {path!r}; {nearest(path, [name for name in modules if name])}")
     return modules[path]
