@@ -36,7 +36,8 @@ from repedit.auditing.report import Report
 from repedit.errors import ArgumentError, CheckpointError, DataError, NotFound, RepeditError, TargetExists, check_names
 from repedit.hashing import package_versions
 from repedit.io import archive
-from repedit.io.files import exists, file_hash, file_hashes, file_state, is_file, is_folder, user_path
+from repedit.io.files import exists, file_hash, file_hashes, is_file, is_folder, user_path
+from repedit.io.known_hashes import remembered_hash
 from repedit.io.store import JsonLog, content_hash
 from repedit.io.text import parse_json, read_json, read_text, read_toml
 from repedit.rewrite.certificate import TensorCertificate
@@ -236,11 +237,11 @@ def _is_below(text: str, outputs: Sequence[Path]) -> bool:
 
 
 def _input_state(path: Path) -> str | None:
-    """Distinguishes the states of an input: the hash of a file; of a folder, such as a model, names and states of its files."""
+    """Distinguishes the states of an input: the hash of a file; of a folder, such as a model, names and hashes of its files."""
     if is_folder(path):
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-        return " ".join(f"{p.relative_to(path)} {file_state(p)}" for p in files)
-    return file_hash(path) if is_file(path) else None
+        return " ".join(f"{p.relative_to(path)} {remembered_hash(p)}" for p in files)
+    return remembered_hash(path) if is_file(path) else None
 
 
 # --- The journal of a run

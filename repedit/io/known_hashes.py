@@ -1,4 +1,4 @@
-"""Hashes of the files of checkpoints, which an export remembers once it has computed them.
+"""Hashes of files, remembered once they were computed: by an export of a checkpoint, or by a run of its inputs.
 
 The name of a blob in the cache of the hub and the lines of a manifest are not used: they say what a file once was, and the
 times of a file that was written since and then copied or linked do not show it.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from repedit.errors import CheckpointError, NotFound
-from repedit.io.files import FileState, exact_state
+from repedit.io.files import FileState, exact_state, file_hash
 from repedit.io.store import JsonStore, cache_folder
 
 SETTLED = 60
@@ -36,6 +36,19 @@ def known_hash(path: Path) -> str | None:
     """sha256 of a file of a checkpoint, without reading it; None if it is not on record, or the file may have changed since."""
     known = known_file(path)
     return None if known is None else known.sha256
+
+
+def remembered_hash(path: Path) -> str:
+    """sha256 of a regular file: as it is on record, or else computed and remembered.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    known, state = known_hash(path), settled_state(path)
+    if known is None:
+        known = file_hash(path)
+        remember(path, state, KnownFile(known))
+    return known
 
 
 def known_file(path: Path) -> KnownFile | None:
