@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache, wraps
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 from os import PathLike
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
@@ -36,8 +36,11 @@ ADVICE: Mapping[str, tuple[type[RepeditError], str]] = {
 }
 """Name of a class -> the error for something else in its place, and what to do."""
 _WORDS: Mapping[object, str] = {
-    int: "a whole number", float: "a number", str: "a str", bool: "True or False", Path: "a path", NoneType: "None", type: "a class", "Batches": "a corpus",
+    int: "a whole number", float: "a number", str: "a str", bool: "True or False", Path: "a path", NoneType: "None", complex: "a number", type: "a class", "Batches": "a corpus",
 }  # fmt: skip
+
+_NUMBERS: Mapping[object, type] = {int: Integral, float: Real, complex: Number}
+"""What stands for a type of numbers: those of numpy, too."""
 
 
 def checked(target: _F) -> _F:
@@ -132,11 +135,13 @@ def _fault(name: str, value: object, annotation: object) -> tuple[str, object, o
     if not members:
         return name, value, annotation
     faults = [_fault_inside(name, value, member) for member in members]
-    return None if None in faults else faults[0]
+    if None in faults:
+        return None
+    return faults[0] if len(faults) == 1 else (name, value, annotation)
 
 
 def _fault_inside(name: str, value: Any, annotation: object) -> tuple[str, object, object] | None:
-    arguments = get_args(annotation)
+    arguments = () if _is_of_numpy(annotation) else get_args(annotation)
     if not arguments or not isinstance(value, list | tuple | set | frozenset | dict):
         return None
     if isinstance(value, dict):
@@ -164,8 +169,8 @@ def _fits(value: object, annotation: Any) -> bool:
     outer = get_origin(annotation) or annotation
     if outer is Literal:
         return any(value is item or value == item for item in get_args(annotation))
-    if outer in (int, float):
-        return isinstance(value, Integral if outer is int else Real) and not isinstance(value, bool)
+    if outer in _NUMBERS:
+        return isinstance(value, _NUMBERS[outer]) and not isinstance(value, bool)
     if outer is bool:
         return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
     if outer is Path:
@@ -209,11 +214,23 @@ def _word(annotation: Any) -> str:
         return "a function"
     if getattr(outer, "array_type", None) is not None:
         return "a tensor"
+    if _is_of_numpy(annotation):
+        return "an array"
     if isinstance(outer, type) and issubclass(outer, Mapping):
         return "a dict"
     if isinstance(outer, type) and outer.__module__ in ("builtins", "collections.abc"):
-        sized = outer is tuple and ... not in get_args(annotation)
-        return f"a list of {len(get_args(annotation))}" if sized else "an iterator" if outer is Iterator else "a list"
+        arguments = get_args(annotation)
+        if outer is tuple and ... not in arguments:
+            return f"a list of {len(arguments)}"
+        names = (
+            [getattr(get_origin(item) or item, "__name__", "") for item in _members(arguments[0])] if arguments else []
+        )
+        of = (
+            " of " + " or ".join(names)
+            if all(name.isidentifier() and name != "Any" for name in names) and names
+            else ""
+        )
+        return f"{'an iterator' if outer is Iterator else 'a list'}{of}"
     return _with_article(getattr(outer, "__name__", str(outer)))
 
 
@@ -221,6 +238,11 @@ def _with_article(name: str) -> str:
     if name[0].isupper() and name.endswith("s") and not name.endswith("ss"):
         return name  # a plural, such as Facts and Scores
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _is_of_numpy(annotation: object) -> bool:
+    """Whether a type is one of numpy, such as the protocols that `ArrayLike` is made of."""
+    return getattr(get_origin(annotation) or annotation, "__module__", "").startswith("numpy")
 
 
 def _class_names(annotation: object) -> Iterator[str]:

@@ -123,7 +123,7 @@ def test_what_is_not_facts_is_refused(given):
 
 
 def test_names_of_attacks_are_a_list():
-    with pytest.raises(ArgumentError, match="attacks='direct': a str was given where a list or None is needed"):
+    with pytest.raises(ArgumentError, match="attacks='direct': a str was given where a list of str or None is needed"):
         attack(attacks="direct")
 
 

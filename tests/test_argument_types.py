@@ -147,7 +147,7 @@ WRONG = {
     "recipe": (lambda lm: rp.unlearn(lm, recipe="npo", forget=TEXT), ArgumentError, r"recipe='npo': a str was given where an UnlearnRecipe, .*; give one of .*npo\(\)"),
     "facts": (lambda lm: rp.data.facts(["capitals"]), ArgumentError, "name: a list was given where a str or a path is needed"),
     "layers": (lambda lm: rp.locate(lm, (), layers=[0]), ArgumentError, r"layers\[0\]=0: an int was given where a str is needed"),
-    "selector": (lambda lm: lm.select(None), ArgumentError, "selector: None was given where a str, a Site or a list is needed; give a site such as"),
+    "selector": (lambda lm: lm.select(None), ArgumentError, "selector: None was given where a str, a Site or a list of str or Site is needed; give a site such as"),
     "one direction": (lambda lm: rp.erase_stream(lm, BASIS[:, 0]), ShapeError, r"the basis is \(24,\); give a tensor \(width, rank\)"),
     "an array": (lambda lm: rp.erase_stream(lm, BASIS.numpy()), ArgumentError, "basis: a ndarray was given where a LowRank or a tensor is needed"),
     "steps": (lambda lm: rp.mrp(lm, forget=TEXT, retain=TEXT, rank=1, config={"steps": "2"}), ArgumentError, "steps='2': a str was given where a whole number or None is needed"),

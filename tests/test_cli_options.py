@@ -115,6 +115,23 @@ BESIDE = {
 PARAMETERS = [(verb, str(p.name)) for verb, command in cli.verbs().items() for p in command.params if p.name != "help"]
 
 
+def owners(targets: tuple[str, ...]) -> list[tuple[Any, str]]:
+    """The module or class, and the attribute, of dotted names inside the package."""
+    found = []
+    for target in targets:
+        parts = target.split(".")
+        while True:  # the longest part that is a module
+            try:
+                owner, rest = importlib.import_module(f"repedit.{'.'.join(parts)}"), target.split(".")[len(parts) :]
+                break
+            except ModuleNotFoundError:
+                parts.pop()
+        for part in rest[:-1]:
+            owner = getattr(owner, part)
+        found.append((owner, rest[-1]))
+    return found
+
+
 def asked(verb: str, words: tuple[str, ...], monkeypatch: Any, folder: Path) -> str:
     """Everything that a command line asks the library for, and shows, as text."""
     calls: list[Any] = []
@@ -132,17 +149,8 @@ def asked(verb: str, words: tuple[str, ...], monkeypatch: Any, folder: Path) -> 
 
     with monkeypatch.context() as patch:
         patch.chdir(folder)
-        for target in PATCHED[verb]:
-            parts = target.split(".")
-            while True:  # the longest part that is a module
-                try:
-                    owner, rest = importlib.import_module(f"repedit.{'.'.join(parts)}"), target.split(".")[len(parts) :]
-                    break
-                except ModuleNotFoundError:
-                    parts.pop()
-            for part in rest[:-1]:
-                owner = getattr(owner, part)
-            patch.setattr(owner, rest[-1], stub(target))
+        for target, (owner, attribute) in zip(PATCHED[verb], owners(PATCHED[verb]), strict=True):
+            patch.setattr(owner, attribute, stub(target))
         result = CliRunner().invoke(cli.app, [*verb.split(), *words])
     error = result.exception
     assert error is None or (isinstance(error, SystemExit) and error.code != 2), (
@@ -221,6 +229,50 @@ def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
 def test_an_empty_option_is_refused(words):
     with pytest.raises(ArgumentError, match=r"is empty; leave it out, or give it a value"):
         CliRunner().invoke(cli.app, words.split(), catch_exceptions=False)
+
+
+class Reached(Exception):
+    """The library was asked for something."""
+
+
+def numbers_are_refused_first(verb, monkeypatch, folder):
+    """The law: a number that no option of the kind can be is refused before the library is asked for anything."""
+    for option in cli.verbs()[verb].params:
+        name, kind = str(option.name), getattr(getattr(option, "type_descriptor", None), "annotation", None)
+        if kind not in (int, float):
+            continue
+        words = {**COMMON, **OWN.get(verb, {})}[name].split()
+        for value in NUMBERS.get(name, ("0", "-1", str(10**30)) if kind is int else ("nan", "inf", "-1")):
+            words[words.index(option.opts[0]) + 1] = value
+            line = [*verb.split(), *BESIDE.get((verb, name), BASE[verb]), *words]
+            with monkeypatch.context() as patch:
+                patch.chdir(folder)
+                for owner, attribute in owners(PATCHED[verb]):
+                    patch.setattr(owner, attribute, raising)
+                error = CliRunner().invoke(cli.app, line).exception
+            assert isinstance(error, ArgumentError) and option.opts[0] in str(error), (line, error)
+
+
+def raising(*_args: Any, **_options: Any) -> None:
+    raise Reached
+
+
+NUMBERS = {
+    "seed": ("-1", str(2**63)), "control": ("-1", str(10**30)), "at_most": ("1", "-5"), "lam": ("0", "-1", "nan", "inf"),
+    "retain_budget": ("0", "-1", "nan", "inf"), "max_retain_drop": ("nan", "inf"), "fraction": ("-0.1", "1.1", "nan"),
+}  # fmt: skip
+"""Option -> numbers that it cannot be, where those of its type do not do."""
+
+
+@pytest.mark.parametrize("verb", PATCHED)
+def test_a_number_that_an_option_cannot_be_is_refused_before_work(verb, monkeypatch, tmp_path):
+    numbers_are_refused_first(verb, monkeypatch, tmp_path)
+
+
+def test_an_option_without_a_range_would_be_caught(monkeypatch, tmp_path):
+    monkeypatch.delitem(application.WHOLE, "multiple")
+    with pytest.raises(AssertionError, match="Reached"):
+        numbers_are_refused_first("prune", monkeypatch, tmp_path)
 
 
 def test_items_are_hidden_on_standard_output_too(monkeypatch, tmp_path):

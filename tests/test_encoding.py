@@ -225,7 +225,7 @@ def test_a_prompt_that_is_over_is_refused():
     for how in ("choice", "greedy"):
         with pytest.raises(DataError, match="the prompt 'hi</s>' ends in '</s>', which ends a text"):
             facts_accuracy(lm, [fact], how=how)
-    with pytest.raises(ArgumentError, match="prompts='hi' is one text; give a list of prompts"):
+    with pytest.raises(ArgumentError, match="prompts='hi': a str was given where a list of str is needed"):
         generate(lm, "hi")
 
 

@@ -103,7 +103,10 @@ def test_a_worker_that_skips_a_tensor_is_caught(source, edit, tmp_path, monkeypa
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, "2", True])
 def test_a_number_of_workers_that_is_none_is_refused(workers, source, edit, tmp_path, unchecked):
-    with pytest.raises(ArgumentError, match=f"workers={workers!r}; give a number of at least 1"):
+    with pytest.raises(
+        ArgumentError,
+        match=rf"workers={workers!r}(; give a number of at least 1|: .* was given where a whole number or None is needed)",
+    ):
         rp.export(edit, source, tmp_path / "out", workers=workers)
     assert not list(tmp_path.iterdir())
 
@@ -509,5 +512,7 @@ def test_numbers_of_numpy_are_numbers(source, edit, tmp_path):
 @pytest.mark.parametrize("size", ["5 bananas", "", "0GB", 0, -1, None, True, 1.5, "-1GB"])
 @pytest.mark.usefixtures("unchecked")
 def test_a_size_of_shards_that_is_none_is_refused(size, source, edit, tmp_path):
-    with pytest.raises(ArgumentError, match=r"max_shard_size=.*give a size such as '5GB'"):
+    with pytest.raises(
+        ArgumentError, match=r"max_shard_size.*(give a size such as '5GB'|where a whole number or a str is needed)"
+    ):
         rp.export(edit, source, tmp_path / "out", max_shard_size=size)

@@ -291,7 +291,7 @@ def test_the_home_of_nobody_is_not_found(take, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         RepeditError,
-        match=r"not a directory|does not exist|cannot be found|no repedit\.json|neither a valid path|cannot be a path|holds no",
+        match=r"not a directory|does not exist|cannot be found|no repedit\.json|neither a valid path|a path is needed|holds no",
     ):
         take()
     assert not list(tmp_path.iterdir())

@@ -284,7 +284,7 @@ def test_a_missing_path_names_similar_directories_and_no_others(saved):
         ("--help", "does not exist and '--help' is neither"),
         ("", r"is neither a directory nor a \.gguf file|holds no config\.json"),
         ("x" * 5000, r"'x+' is neither a valid path nor a hub id: OSError"),
-        (None, "None cannot be a path: .*NoneType; give the path of a file or directory"),
+        (None, "name: None was given where a str or a path is needed"),
         ("~nobody-of-this-name/m", "~nobody-of-this-name/m does not exist and '~nobody-of-this-name/m' is neither"),
         ("smollm2-135m", "the default model is not at .* get it once with: repedit fetch smollm2-135m"),
         (__file__, r"neither a directory nor a \.gguf file"),
@@ -293,7 +293,7 @@ def test_a_missing_path_names_similar_directories_and_no_others(saved):
 @pytest.mark.usefixtures("unchecked")
 def test_a_name_that_is_not_there(name, message, tmp_path, monkeypatch):
     monkeypatch.setenv("REPEDIT_CACHE", str(tmp_path))
-    with pytest.raises((NotFound, CheckpointError), match=f"(?s){message}"):
+    with pytest.raises((NotFound, CheckpointError, ArgumentError), match=f"(?s){message}"):
         rp.load(name)
 
 

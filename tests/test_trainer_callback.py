@@ -65,6 +65,7 @@ def test_every_measurement_is_logged(subject, facts, tmp_path):
 
 
 def test_a_measurement_of_something_else_is_noticed(subject, facts, tmp_path, monkeypatch):
+    assert rp.facts_accuracy is module.facts_accuracy  # the package remembers what it looked up
     monkeypatch.setattr(module, "facts_accuracy", lambda subject, facts: SimpleNamespace(accuracy=-1.0))
     with pytest.raises(AssertionError):
         check_log(subject, facts, tmp_path)
@@ -89,10 +90,10 @@ def test_no_facts_and_no_steps_are_refused(subject, facts):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_could_not_be_measured_later_is_refused_at_once(subject, facts):
-    for given, what in (("likes", "a str; give Facts, or several"), ([facts], "a list; give Facts"), ({"a": None}, "a NoneType as 'a'")):  # fmt: skip
+    for given, what in (("likes", "facts='likes': a str was given where .* Facts is needed"), ([facts], "facts: a list was given"), ({"a": None}, r"facts\['a'\]: None was given where Facts is")):  # fmt: skip
         with pytest.raises(DataError, match=what):
             rp.trainer_callback(subject, given)
-    with pytest.raises(ArgumentError, match="every=None; give at least 1"):
+    with pytest.raises(ArgumentError, match="every: None was given where a whole number is needed"):
         rp.trainer_callback(subject, facts, every=None)
     with pytest.raises(ArgumentError, match="needs a tokenizer"):
         rp.trainer_callback(rp.wrap(subject.model), facts)

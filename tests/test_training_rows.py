@@ -122,8 +122,11 @@ def test_whatever_holds_text_gives_batches(source):
     [
         ([], "'mine' holds nothing; give a corpus, rows, facts or a list of strings"),
         ("capitals", "'mine' holds str; give a corpus"),
-        ([Row("a", "b", "0"), "c"], "'mine' holds Row, str; give a corpus"),
-        (3, "'mine' holds int; give a corpus"),
+        (
+            [Row("a", "b", "0"), "c"],
+            "source: a list was given where a corpus, a list of str, a list of Row or a Row is needed; give a corpus",
+        ),
+        (3, "source=3: an int was given where a corpus, a list of str, .* or a Row is needed; give a corpus"),
     ],
 )
 def test_what_holds_no_text_is_refused(source, message, unchecked):

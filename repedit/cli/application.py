@@ -190,14 +190,56 @@ override the defaults of a recipe; --steps overrides a number of epochs; steps a
 """
 
 
+# --- A verb refuses numbers out of range before it reads a model
+
+
+WHOLE: Mapping[str, int] = {
+    "at_most": 2, "batch_size": 1, "control": 0, "folds": 1, "keep_rank": 1, "limit": 1, "limit_tokens": 1, "max_new_tokens": 1,
+    "micro_batch": 1, "multiple": 1, "rank": 1, "references": 1, "seed": 0, "steps": 1, "workers": 1,
+}  # fmt: skip
+"""Option -> the least whole number that it can be; the same in every verb."""
+POSITIVE = ("lam", "retain_budget")
+FINITE = ("max_retain_drop", "temperature")
+NOT_NEGATIVE = ("temperature",)
+FRACTIONS = ("cap_per_layer", "fraction")
+"""Options with a finite number, those of them that cannot be below 0, and shares."""
+
+
+def _check_number(name: str, option: str, value: object) -> None:
+    """Refuse a number that an option cannot be.
+
+    Raises:
+        ArgumentError: with the option, the number and what can be given.
+    """
+    from repedit.errors import (
+        ArgumentError,
+        FractionError,
+        check_finite_numbers,
+        check_positive,
+        check_whole,
+        is_finite,
+    )
+
+    if name in WHOLE:
+        check_whole(WHOLE[name], **{option: value})
+    elif name in POSITIVE:
+        check_positive(**{option: value})
+    elif name in FINITE:
+        check_finite_numbers(**{option: value})
+        if name in NOT_NEGATIVE and value < 0:  # type: ignore[operator]
+            raise ArgumentError(f"{option}={value}; give a number of at least 0")
+    elif name in FRACTIONS and not (is_finite(value) and 0 <= value <= 1):  # type: ignore[operator]
+        raise FractionError(f"{option}={value}: a fraction lies in [0, 1]")
+
+
 class Verb(TyperCommand):
-    """A command whose options all have an effect, or are refused."""
+    """A command whose options all have an effect and can be meant, or are refused."""
 
     def invoke(self, ctx: Context) -> Any:
         """Call the verb.
 
         Raises:
-            ArgumentError: if an option is empty, or has no effect beside another one.
+            ArgumentError: if an option is empty or a number out of range, or has no effect beside another one.
         """
         from repedit.errors import ArgumentError
 
@@ -207,6 +249,7 @@ class Verb(TyperCommand):
             values = ctx.params[name] if isinstance(ctx.params[name], list | tuple) else [ctx.params[name]]
             if any(isinstance(value, str) and not value.strip() for value in values):
                 raise ArgumentError(f"{_option_name(parameter)} is empty; leave it out, or give it a value")
+            _check_number(name, _option_name(parameter), ctx.params[name])
         for condition, applies, names in INEFFECTIVE.get(str(self.name), ()):
             for name in names:
                 if name in passed and applies(ctx.params):
