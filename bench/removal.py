@@ -27,8 +27,9 @@ import repedit as rp
 from bench.mrp import seen
 from bench.record import RESULTS, record
 from bench.relearning import relearn
-from bench.removal_edits import EDITS, untied
-from bench.removal_rows import FORGET, OTHERS, UNSEEN, Rows, names, share
+from bench.removal_edits import EDITS
+from bench.removal_names import untied
+from bench.removal_rows import CACHE, FORGET, OTHERS, UNSEEN, Rows, names, share
 from repedit.auditing.attacks.prompts import SPELLINGS, respelled_prompt
 from repedit.auditing.data import check_no_leak, leaks, reversed_facts
 from repedit.auditing.floors import choices_only, fresh_facts
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--edit", default="original", help="See --list.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", default="direct,domains,relearn,relink", help="Comma-separated, see --list.")
-    parser.add_argument("--folder", type=Path, default=Path(".cache/bench-removal"), help="Where edits are kept.")
+    parser.add_argument("--folder", type=Path, default=CACHE, help="Where edits are kept.")
     parser.add_argument("--list", action="store_true")
     parser.add_argument(
         "--table", action="store_true", help="Print the table of everything measured, and write it to docs/removal.md."

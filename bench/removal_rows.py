@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import repedit as rp
-from bench.mrp import Bench
+from bench.mrp import Bench, seen
 from repedit.auditing.data import check_no_leak
 from repedit.data import Fact, entity_of, with_paraphrases
 from repedit.models.subject import Subject
@@ -13,6 +14,8 @@ from repedit.models.subject import Subject
 FORGET, ATTRIBUTES = "capitals", "languages"
 OTHERS = ("symbols", "opposites", "past_tenses", "cities", "us_cities", "nouns")
 """Domains about other subjects; languages are about the same countries."""
+CACHE = Path(".cache/bench-removal")
+"""Where edits, and texts that the model writes for them, are kept."""
 UNSEEN = 3
 """The number of the wording that no training sees."""
 
@@ -40,3 +43,13 @@ def share(right: Mapping[str, bool], entities: Sequence[str] | None = None) -> f
 def names(right: Mapping[str, bool]) -> list[str]:
     """The entities that are right."""
     return sorted(name for name, value in right.items() if value)
+
+
+def others(rows: Rows) -> tuple[Fact, ...]:
+    """The training half of the domains about other subjects."""
+    return seen([fact for name, items in rows.train.items() if name not in (FORGET, "languages") for fact in items])
+
+
+def places(rows: Rows) -> tuple[Fact, ...]:
+    """Those about places."""
+    return seen([fact for name in ("cities", "us_cities") for fact in rows.train[name]])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import repedit as rp
-from bench import cpu, peers, removal, removal_edits, removal_table
+from bench import cpu, peers, removal, removal_names, removal_table
 from bench.__main__ import table
 from bench.by_hand import load_edit_save
 from bench.peers import taken
@@ -156,7 +156,7 @@ def _names_are_one(target, tokens):
     lm = blank(tie_word_embeddings=True)
     before = lm.model.get_input_embeddings().weight.detach().clone()
     rows = SimpleNamespace(lm=lm, capitals=())
-    edited, notes = removal_edits.names_replaced(target)(rows, 0)
+    edited, notes = removal_names.names_replaced(target)(rows, 0)
     texts = [torch.tensor([[1, 40, token, 50]]) for token in tokens]
     first, second = (edited.model(ids).logits for ids in texts)
     assert torch.equal(first, second) and notes["untied"]
@@ -165,7 +165,7 @@ def _names_are_one(target, tokens):
 
 
 def test_averaged_names_cannot_be_told_apart(monkeypatch):
-    monkeypatch.setattr(removal_edits, "name_tokens", lambda lm, names: [60, 61, 62])
+    monkeypatch.setattr(removal_names, "name_tokens", lambda lm, names: [60, 61, 62])
     _names_are_one("mean", (60, 62))
     for target, tokens in (("exchange", (60, 62)), ("mean", (60, 63))):
         with pytest.raises(AssertionError):
@@ -177,7 +177,7 @@ def _one_embedding_a_domain(rare, averaged):
     lm = blank(tie_word_embeddings=True)
     before = lm.model.get_input_embeddings().weight.detach().clone()
     facts = [Fact(prompt=f"{name} has", answer="x", entity=name, id=name) for name in ("ab", "cd")]
-    edited, tokens = removal_edits.averaged_names(SimpleNamespace(lm=lm), {"capitals": facts}, rare)
+    edited, tokens = removal_names.averaged_names(SimpleNamespace(lm=lm), {"capitals": facts}, rare)
     weight = edited.model.get_input_embeddings().weight
     assert tokens == {"capitals": averaged}
     assert all(torch.equal(weight[token], before[averaged].mean(0)) for token in averaged)
@@ -189,7 +189,7 @@ def test_rare_tokens_of_a_domain_get_one_embedding(monkeypatch):
     def name_tokens(lm, names, spelt, rare):
         return [token for token in (10, 20, 30, 40) if token >= rare]
 
-    monkeypatch.setattr(removal_edits, "name_tokens", name_tokens)
+    monkeypatch.setattr(removal_names, "name_tokens", name_tokens)
     _one_embedding_a_domain(20, [20, 30, 40])
     with pytest.raises(AssertionError):
         _one_embedding_a_domain(30, [20, 30, 40])
@@ -200,13 +200,13 @@ def _one_language_one_group(names, expected):
     capitals = [Fact(prompt=f"{name} has", answer="x", entity=name, id=name) for name in names]
     languages = [replace(fact, answer=fact.entity[0]) for fact in capitals if fact.entity != "d"]
     rows = SimpleNamespace(lm=None, capitals=capitals, languages=languages)
-    groups = removal_edits.language_groups(rows, sorted({token for tokens in names.values() for token in tokens}))
+    groups = removal_names.language_groups(rows, sorted({token for tokens in names.values() for token in tokens}))
     assert sorted(map(sorted, groups)) == expected
 
 
 def test_names_are_averaged_by_the_language_of_their_country(monkeypatch):
     names = {"a1": [1], "a2": [2, 4], "b1": [3], "b2": [5, 4], "c1": [6], "d": [7]}
-    monkeypatch.setattr(removal_edits, "name_tokens", lambda lm, asked: names[asked[0]])
+    monkeypatch.setattr(removal_names, "name_tokens", lambda lm, asked: names[asked[0]])
     _one_language_one_group(names, [[1, 2], [3, 5], [4, 6, 7]])
     names["b2"] = [5]  # the token is of one language now
     with pytest.raises(AssertionError):
