@@ -24,6 +24,7 @@ TOLD = {
     "names-erased": "names averaged and overwritten",
     "names-4000": "countries and capitals averaged, tokens from 4,000 on",
     "names-2000": "countries and capitals averaged, tokens from 2,000 on",
+    "names-merged": "names averaged and merged",
     "answers-mean": "embeddings of the capitals averaged", "localized": "localised wrong answers",
     "block_by_block": "block by block (KUnBR)", "cir": "common part removed (CIR)", "rep_select": "common gradients removed (RepSelect)", "mudman": "fork and mask (MUDMAN)",
     "sam": "sharpness-aware NPO (SAM)", "undo": "noise and distillation (UNDO)", "layered": "layered", "blur_npo": "BLUR-NPO", "npo_gdr": "NPO + GD", "npo_klr": "NPO + KL",
