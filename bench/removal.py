@@ -47,6 +47,7 @@ ONLY_RATE, ONLY_STEPS = 2e-3, 60
 """Of the input embeddings where nothing else is trained."""
 RELINK_RATE, RELINK_STEPS = 1e-4, 60
 ASKED = ("direct", "paraphrase", "first_word", "respelled", "reverse_question")
+"""The attacks of `rp.audit` that only ask."""
 LEARNING_STEPS = (10, 20, 40)
 Row = dict[str, Any]
 
@@ -141,17 +142,22 @@ def learning(rows: Rows, lm: Subject, seed: int) -> Row:
     return found | {"never taught": share(rows.asked(student, fresh[75:]))}
 
 
-def questions(rows: Rows, lm: Subject, seed: int) -> Row:
-    """The attacks of `rp.audit` that only ask, on both halves; what is retained are facts about other subjects."""
-    retain = tuple(fact for name in OTHERS for fact in rows.test[name])
-    report = rp.audit(
-        lm, original=rows.lm, facts=rp.data.Facts(rows.capitals, retain, FORGET), attacks=ASKED, progress=False
-    )
-    attacks = {
-        r.attack: {"R": r.value, "bound": list(r.bound), "edited": r.edited, "original": r.original, "floor": r.floor}
-        for r in report.recoveries
-    }
-    return {"verdict": report.verdict.sentence, **attacks}
+def audited(**options: Any) -> Callable[[Rows, Subject, int], Row]:
+    """`rp.audit` on both halves; what is retained are facts about other subjects."""
+
+    def part(rows: Rows, lm: Subject, seed: int) -> Row:
+        retain = tuple(fact for name in OTHERS for fact in rows.test[name])
+        facts = rp.data.Facts(rows.capitals, retain, FORGET)
+        report = rp.audit(lm, original=rows.lm, facts=facts, progress=False, **options)
+        attacks = {
+            r.attack: {
+                "R": r.value, "bound": list(r.bound), "edited": r.edited, "original": r.original, "floor": r.floor
+            }
+            for r in report.recoveries
+        }  # fmt: skip
+        return {"verdict": report.verdict.sentence, **attacks}
+
+    return part
 
 
 PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
@@ -171,7 +177,8 @@ PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
     "relearn-swapped": relearning(RATES[1], fold=1),
     "relearn-slow-swapped": relearning(RATES[0], fold=1),
     "learning": learning,
-    "questions": questions,
+    "questions": audited(attacks=ASKED),
+    "audit": audited(budget="fast"),
 }
 
 
@@ -243,8 +250,9 @@ def main() -> None:
         "--table", action="store_true", help="Print the table of everything measured, and write it to docs/removal.md."
     )
     parser.add_argument("--figure", action="store_true", help="Draw figures/removal.png.")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.list:
         print("edits:", *EDITS, "\nparts:", *PARTS, "\nof the original alone:", *ORIGINAL)
     elif options.table or options.figure:
