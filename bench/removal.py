@@ -151,7 +151,8 @@ def audited(**options: Any) -> Callable[[Rows, Subject, int], Row]:
         report = rp.audit(lm, original=rows.lm, facts=facts, progress=False, **options)
         attacks = {
             r.attack: {
-                "R": r.value, "bound": list(r.bound), "edited": r.edited, "original": r.original, "floor": r.floor
+                "status": r.status, "R": r.value, "bound": list(r.bound), "edited": r.edited, "original": r.original,
+                "floor": r.floor,
             }
             for r in report.recoveries
         }  # fmt: skip
