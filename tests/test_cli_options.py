@@ -41,7 +41,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "apply": ("cli.apply.load_model", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",
               "cli.apply.verify_checkpoint", "cli.output.show_json"),
     "diff": ("rewrite.diff.diff", "report.difference_page", "io.files.write_text", "cli.output.show_json", "cli.output.table"),
-    "compare": ("cli.inspect.load_model", "data.read", "metrics.benchmarks.compare", "metrics.benchmarks.compare_benchmarks", "cli.output.comparison_json",
+    "compare": ("cli.inspect.load_model", "data.read", "metrics.benchmarks.check_suites", "metrics.benchmarks.compare", "metrics.benchmarks.compare_benchmarks", "cli.output.comparison_json",
                 "report.comparison_page", "io.files.write_text", "cli.output.show_comparison", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
     "chat": ("cli.inspect.load_model", "metrics.generation.side_by_side", "cli.inspect._show", "cli.inspect._last", "cli.inspect._show_json_line"),
     "audit": ("data.facts", "data.builtin_corpus", "auditing.api.audit", "auditing.api.estimate", "auditing.selftest.selftest",
@@ -267,6 +267,31 @@ NUMBERS = {
 @pytest.mark.parametrize("verb", PATCHED)
 def test_a_number_that_an_option_cannot_be_is_refused_before_work(verb, monkeypatch, tmp_path):
     numbers_are_refused_first(verb, monkeypatch, tmp_path)
+
+
+WORDS = {
+    **dict.fromkeys(("score", "prune"), ("importance", "combine")), "project": ("method", "contexts"), "compare": ("metrics",),
+}  # fmt: skip
+READ = {
+    "collect": ("text",), "score": ("forget", "retain"), "explore": ("text",), "project": ("previous", "text"), "compare": ("text", "folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"), [(verb, name) for table in (WORDS, READ) for verb, names in table.items() for name in names]
+)
+def test_what_does_not_exist_is_refused_before_a_model_is_read(verb, name, monkeypatch, tmp_path):
+    """A name, a text, an edit and a folder of data."""
+    option = next(option.opts[0] for option in cli.verbs()[verb].params if option.name == name)
+    words = {**COMMON, **OWN.get(verb, {})}[name].split()
+    words[words.index(option) + 1] = "nothing-of-this-name"
+    base = BESIDE.get((verb, name), BASE[verb])
+    monkeypatch.chdir(tmp_path)
+    for module in ("neurons", "unlearn", "inspect"):
+        monkeypatch.setattr(f"repedit.cli.{module}.load_model", raising)
+    monkeypatch.setattr("repedit.neurons.scores.Scores.load", lambda path: {})
+    with pytest.raises(RepeditError, match="nothing-of-this-name"):
+        CliRunner().invoke(cli.app, [*verb.split(), *base, *words], catch_exceptions=False)
 
 
 def test_an_option_without_a_range_would_be_caught(monkeypatch, tmp_path):

@@ -190,11 +190,11 @@ override the defaults of a recipe; --steps overrides a number of epochs; steps a
 """
 
 
-# --- A verb refuses numbers out of range before it reads a model
+# --- A verb refuses numbers out of range, and names that do not exist, before it reads a model
 
 
 WHOLE: Mapping[str, int] = {
-    "at_most": 2, "batch_size": 1, "control": 0, "folds": 1, "keep_rank": 1, "limit": 1, "limit_tokens": 1, "max_new_tokens": 1,
+    "at_most": 2, "batch_size": 1, "control": 0, "keep_rank": 1, "limit": 1, "limit_tokens": 1, "max_new_tokens": 1,
     "micro_batch": 1, "multiple": 1, "rank": 1, "references": 1, "seed": 0, "steps": 1, "workers": 1,
 }  # fmt: skip
 """Option -> the least whole number that it can be; the same in every verb."""
@@ -203,6 +203,25 @@ FINITE = ("max_retain_drop", "temperature")
 NOT_NEGATIVE = ("temperature",)
 FRACTIONS = ("cap_per_layer", "fraction")
 """Options with a finite number, those of them that cannot be below 0, and shares."""
+REGISTERED: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "combine": ("combinations", ()), "contexts": ("contexts", ()), "importance": ("importances", ()), "method": ("fits", ("mrp", "overwrite")),
+    "metrics": ("metrics", ()),
+}  # fmt: skip
+"""Option with names, joined by commas -> the registry of `repedit.cli.completion` that holds them, and other names."""
+
+
+def _check_names(name: str, option: str, value: str) -> None:
+    """Refuse names that do not exist.
+
+    Raises:
+        UnknownName: with the option and the nearest names.
+    """
+    from repedit.cli.completion import names
+    from repedit.errors import check_choice
+
+    registry, others = REGISTERED[name]
+    for part in value.split(","):
+        check_choice((*others, *names(registry)), **{option: part})
 
 
 def _check_number(name: str, option: str, value: object) -> None:
@@ -222,6 +241,8 @@ def _check_number(name: str, option: str, value: object) -> None:
 
     if name in WHOLE:
         check_whole(WHOLE[name], **{option: value})
+    elif name == "folds" and value not in (1, 2):
+        raise ArgumentError(f"{option}={value}; give 2 to test every fact once, or 1")
     elif name in POSITIVE:
         check_positive(**{option: value})
     elif name in FINITE:
@@ -250,6 +271,8 @@ class Verb(TyperCommand):
             if any(isinstance(value, str) and not value.strip() for value in values):
                 raise ArgumentError(f"{_option_name(parameter)} is empty; leave it out, or give it a value")
             _check_number(name, _option_name(parameter), ctx.params[name])
+            if name in REGISTERED:
+                _check_names(name, _option_name(parameter), ctx.params[name])
         for condition, applies, names in INEFFECTIVE.get(str(self.name), ()):
             for name in names:
                 if name in passed and applies(ctx.params):

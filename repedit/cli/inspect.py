@@ -219,16 +219,19 @@ def compare(
     from repedit.cli import output
     from repedit.demo import PRUNING_PROMPTS
     from repedit.errors import ArgumentError
+    from repedit.metrics.benchmarks import check_suites
     from repedit.metrics.benchmarks import compare as compare_models
 
     if bool(metrics) != (folder is not None):
         raise ArgumentError(f"--metrics {metrics!r} with --data {folder}; give both, or neither")
     check_page(out)
+    if folder is not None:
+        check_suites(metrics.split(","), folder)
+    corpora = [data.read(name) for name in text or ["code", "prose"]] if folder is None else []
     subjects = [load_model(name, device, dtype) for name in (base, edited)]
     if folder is not None:
         _show_benchmarks(subjects, metrics.split(","), folder, limit, json)
         return
-    corpora = [data.read(name) for name in text or ["code", "prose"]]
     prompts = tuple(prompt or PRUNING_PROMPTS)
     streamed = output.out.is_terminal and not json and out is None  # the same texts, shown as they are written
     comparison = compare_models(

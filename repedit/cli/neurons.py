@@ -32,6 +32,7 @@ from repedit.cli.application import (
 from repedit.cli.apply import check_out, check_page, plan_summary, save, shape_options, write_edited
 
 if TYPE_CHECKING:
+    from repedit.data import Corpus, Tokens
     from repedit.models.subject import Subject
     from repedit.neurons.pruning import PruningResult
     from repedit.neurons.scores import Scores
@@ -68,8 +69,9 @@ def collect(
     from repedit.stats import Activity, Moments
 
     check_out(out, text, file=True)
+    corpus = data.read(text)
     collection = collect_statistics(
-        load_model(model, local_device(device), dtype, dequantize), data.read(text), sites, gradients=gradients,
+        load_model(model, local_device(device), dtype, dequantize), corpus, sites, gradients=gradients,
         statistic=Moments if statistic == "moments" else Activity, limit_tokens=limit_tokens, batch_size=batch_size,
     )  # fmt: skip
     if not leave_process_group():
@@ -102,8 +104,9 @@ def score(
     from repedit.cli import output
 
     check_out(out, forget, retain, file=True)
+    texts = _texts(forget, retain)
     subject = load_model(model, device, dtype, dequantize)
-    scores = _scores(subject, forget, retain, sites, importance, combine, limit_tokens, batch_size)
+    scores = _scores(subject, forget, retain, texts, sites, importance, combine, limit_tokens, batch_size)
     save(scores, out)
     counts = {role: row["tokens"] for role, row in scores.provenance["data"].items()}
     if json:
@@ -151,9 +154,10 @@ def explore(
     if model is not None:
         from repedit.activations.examples import max_activating
 
+        corpora = [read(name) for name in text or ["code", "prose"]]
         subject = load_model(model)
-        for name in text or ["code", "prose"]:
-            examples.append(max_activating(subject, read(name), list(saved), limit_tokens=limit_tokens))
+        for corpus in corpora:
+            examples.append(max_activating(subject, corpus, list(saved), limit_tokens=limit_tokens))
     page = neurons(saved, examples, at_most=at_most).write_html(out, overwrite=overwrite)
     if json:
         output.show_json(
@@ -167,29 +171,35 @@ def explore(
         output.show_files([page])
 
 
+def _texts(forget: str, retain: str) -> tuple[Corpus | Tokens, Corpus | Tokens] | None:
+    """Two texts; None for two saved collections."""
+    from repedit import data
+    from repedit.errors import ArgumentError
+
+    saved = [name.endswith(".safetensors") for name in (forget, retain)]
+    if any(saved) and not all(saved):
+        raise ArgumentError(f"--forget {forget} and --retain {retain}: give two collections, or two texts")
+    return None if all(saved) else (data.read(forget), data.read(retain))
+
+
 def _scores(
     subject: Subject,
     forget: str,
     retain: str,
+    texts: tuple[Corpus | Tokens, Corpus | Tokens] | None,
     sites: str,
     importance: str,
     combine: str,
     limit_tokens: int,
     batch_size: int,
 ) -> Scores:
-    """Scores from two saved collections, or from two texts."""
-    from repedit import data
-    from repedit.errors import ArgumentError
+    """Scores from two texts, or from two saved collections."""
     from repedit.neurons.pruning import collect_pair, load_collection
     from repedit.neurons.scores import score as score_neurons
 
-    saved = [name.endswith(".safetensors") for name in (forget, retain)]
-    if any(saved) and not all(saved):
-        raise ArgumentError(f"--forget {forget} and --retain {retain}: give two collections, or two texts")
-    if all(saved):
+    if texts is None:
         sides = load_collection(forget, subject), load_collection(retain, subject)
     else:
-        texts = data.read(forget), data.read(retain)
         sides = collect_pair(subject, *texts, sites, importance, combine, tokens=limit_tokens, batch_size=batch_size)
     return score_neurons(*sides, importance=importance, combine=combine)
 

@@ -124,12 +124,14 @@ def project(
     if not dry_run:
         check_out(out, model, forget, retain, previous, resume, overwrite=overwrite)
     facts = data.facts(forget) if retain is None else data.facts(forget, retain=data.facts(retain).forget)
+    earlier = None if previous is None else Edit.load(previous)
+    corpus = data.read(text) if method == "overwrite" else None
     subject = load_model(model, device, dtype, dequantize)
     if method == "overwrite":
         near, others = _about(facts)
         change = overwrite_values(
             subject, facts.forget, layers=layers, target=target, method="regression" if regression else "linear", lam=lam,
-            retain_budget=retain_budget, retain=data.read(text), keep=near if target == "selective" else (), others=others,
+            retain_budget=retain_budget, retain=corpus, keep=near if target == "selective" else (), others=others,
             keep_rank=keep_rank, contexts=contexts.split(","), seed=seed,
         )  # fmt: skip
         certificate = OverwriteCertificate.of(change)
@@ -139,7 +141,7 @@ def project(
     edit = mrp(
         subject, forget=facts.forget, retain=facts.retain, sites=sites, rank=rank, method="random" if dry_run else method,
         config={"steps": steps, "batch_size": batch_size, "seed": seed}, resume=resume,
-        previous=None if previous is None else Edit.load(previous),
+        previous=earlier,
     )  # fmt: skip
     if dry_run:
         show_plan(plan_summary(edit, subject), out, json)

@@ -116,11 +116,21 @@ def compare_benchmarks(
         ArgumentError, DataError, MetricError, MissingDependency: as the benchmarks do.
     """
     check_whole(**given(limit=limit))
+    check_suites(names, directory)
+    return {name: SUITES[name](base, edited, Path(directory), limit) for name in names}
+
+
+@checked
+def check_suites(names: Sequence[str], directory: str | Path) -> None:
+    """Refuse benchmarks that do not exist, and a directory that holds no data.
+
+    Raises:
+        UnknownName, NotFound: as `compare_benchmarks`.
+    """
     for name in names:
         check_choice(SUITES, metrics=name)
     if not is_folder(directory):
         raise NotFound(f"{directory} is not a directory; give the one that holds the data of {', '.join(names)}")
-    return {name: SUITES[name](base, edited, Path(directory), limit) for name in names}
 
 
 def _tofu(base: Subject, edited: Subject, directory: Path, limit: int | None) -> BenchmarkComparison:
