@@ -394,7 +394,7 @@ def test_a_small_class_gets_fewer_clusters_and_is_named(setting, caplog):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Condense(k=0), ArgumentError, "k=0.*give k, steps and epochs of at least 1"),
+        (lambda: Condense(k=0), ArgumentError, "k=0; give at least 1, a whole number"),
         (
             lambda: Condense(method="fmd"),
             UnknownName,

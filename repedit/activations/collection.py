@@ -554,9 +554,10 @@ def peaks(
     Two passes over the corpus: one for the extremes, one for the histogram. Tokens are counted as in `collect`.
 
     Raises:
-        ArgumentError: if a site holds expert neurons, which see different tokens each.
+        ArgumentError: if a site holds expert neurons, which see different tokens each, or a number is out of range.
     Reference: peak ablation, Pochinkov et al. 2024, arXiv 2408.17322.
     """
+    check_whole(bins=bins)
     routed = [site for site in edit.maps if subject.layout.routed(site)]
     if routed:
         raise ArgumentError(f"{routed[0]} holds expert neurons; fill them with zero")

@@ -24,6 +24,7 @@ from repedit.errors import (
     OverlapError,
     UnknownName,
     check_seed,
+    check_whole,
     nearest,
 )
 from repedit.io.files import is_file, user_path
@@ -197,7 +198,12 @@ def with_choices(items: Sequence[Fact], *, seed: int = 0, count: int = 8) -> tup
     """The facts with their choices in an order that depends on the seed.
 
     A fact without choices gets up to `count` - 1 wrong ones, drawn from the other answers of its domain.
+
+    Raises:
+        ArgumentError: if the seed or the count is out of range.
     """
+    check_seed(seed=seed)
+    check_whole(2, count=count)
     pools = {
         domain: sorted({normalized(fact.answer): fact.answer for fact in part}.items())
         for domain, part in by_domain(items).items()

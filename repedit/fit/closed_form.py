@@ -13,10 +13,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repedit.arguments import checked
-from repedit.errors import ArgumentError, FractionError, NoSignal, NotEnoughRows, NothingLeft, RankError, ShapeError
+from repedit.errors import (
+    ArgumentError,
+    NoSignal,
+    NotEnoughRows,
+    NothingLeft,
+    RankError,
+    ShapeError,
+    check_seed,
+    check_whole,
+)
 from repedit.fit.linalg import (
     Space,
     capped,
+    check_energy,
     check_finite_matrix,
     check_rows,
     cut,
@@ -52,8 +62,7 @@ def residual_pca(
         NothingLeft: if less than 1e-6 of the forget energy, or fewer than k directions, are outside.
     Reference: the start of MRP, arXiv 2508.15449, with the truncation it needs to have a complement at all.
     """
-    if not 0 <= energy <= 1:
-        raise FractionError(f"energy={energy} is not a fraction between 0 and 1")
+    check_energy(energy)
     space, dtype = _ready(forget, retain, rank, previous)
     values, vectors = torch.linalg.eigh(space.restricted(retain.second))
     m = cut(values.flip(0), energy, rank)
@@ -153,7 +162,13 @@ def grad_pca(
 
 @checked
 def random_basis(d: int, *, rank: int, seed: int, previous: LowRank | None = None) -> LowRank:
-    """A uniformly random subspace, the control for every other fit: orthonormalised Gaussian columns."""
+    """A uniformly random subspace, the control for every other fit: orthonormalised Gaussian columns.
+
+    Raises:
+        ArgumentError: if the width or the seed is out of range. RankError: if the rank is.
+    """
+    check_whole(d=d)
+    check_seed(seed=seed)
     space = Space.after(previous, d)
     space.check(rank)
     draw = torch.randn(d - space.taken, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -13,6 +13,7 @@ from torch import Tensor
 from repedit.arguments import checked
 from repedit.errors import (
     ArgumentError,
+    FractionError,
     NotConverged,
     NotEnoughRows,
     NotFinite,
@@ -380,7 +381,12 @@ class Spectra:
 def spectra(
     forget: Moments, retain: Moments, *, rank: int = 16, energy: float = 0.95, previous: LowRank | None = None
 ) -> Spectra:
-    """The eigenvalues of S_f, S_r and of S_f outside the retain span, as `residual_pca` uses them."""
+    """The eigenvalues of S_f, S_r and of S_f outside the retain span, as `residual_pca` uses them.
+
+    Raises:
+        FractionError: if energy is not a fraction. RankError, NotEnoughRows, ShapeError, NotFinite: as in every fit.
+    """
+    check_energy(energy)
     space, _ = prepared(forget, retain, previous)
     space.check(rank)
     forgotten = space.restricted(forget.second)
@@ -389,6 +395,16 @@ def spectra(
     outside = vectors.flip(1)[:, m:]
     residual = _eigenvalues(outside.T @ forgotten @ outside)
     return Spectra(_eigenvalues(forgotten), values.flip(0).clamp(min=0), residual, m)
+
+
+def check_energy(energy: float) -> None:
+    """Refuse a share of the energy that is no fraction.
+
+    Raises:
+        FractionError: with the value.
+    """
+    if not 0 <= energy <= 1:
+        raise FractionError(f"energy={energy} is not a fraction between 0 and 1")
 
 
 def cut(values: Float[Tensor, " c"], energy: float, rank: int) -> int:

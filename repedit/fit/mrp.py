@@ -28,6 +28,7 @@ from repedit.errors import (
     TrainingError,
     UnknownName,
     check_names,
+    check_whole,
     is_whole,
     nearest,
 )
@@ -196,7 +197,12 @@ class ContinualMRP:
         rank: int = 8,
         **options: Unpack[MRPOptions],
     ) -> None:
-        """Rank is that of each task; `options` are those of `rp.mrp`."""
+        """Rank is that of each task; `options` are those of `rp.mrp`.
+
+        Raises:
+            ArgumentError: if the rank is not a whole number of at least 1.
+        """
+        check_whole(rank=rank)
         self.subject, self.sites, self.rank, self.options = subject, sites, rank, options
         self.edit = Edit({})
         self.tasks: tuple[str, ...] = ()

@@ -101,6 +101,7 @@ class MRPConfig:
             name for name, value in values.items() if not isinstance(value, int | float) or not value >= minima[name]
         ]
         wrong += [n for n in (*whole, "steps", "epochs", "patience") if n in values and not is_whole(values[n], 0)]
+        wrong += [name for name in ("retain_weight", "kl_weight") if not is_finite(getattr(self, name))]
         wrong += [] if is_finite(self.lr) and self.lr > 0 and 0 <= self.anneal <= 1 else ["lr or anneal"]
         wrong += [] if self.among in ("answers", "vocabulary") else ["among"]
         wrong += [] if self.forget_at in ("entity", "everywhere", "both") else ["forget_at"]

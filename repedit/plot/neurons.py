@@ -33,6 +33,8 @@ from repedit.errors import (
     ShapeError,
     UnknownName,
     UnsuitableImportance,
+    check_whole,
+    given,
     nearest,
 )
 from repedit.hooks import evaluating, installed
@@ -390,6 +392,7 @@ def pruned_per_layer(
     Raises:
         SelectionError: if nothing is pruned. ArgumentError: if an edit is not made of neuron masks.
     """
+    check_whole(**given(layers=layers))
     steps = _steps(edit_or_trajectory)
     counts = [{site: int(mask.sum()) for site, mask in masks.items()} for _, masks in steps]
     controls = {} if control is None else {site: int(mask.sum()) for site, mask in pruned_masks(control).items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from repedit.arguments import checked
 from repedit.distributed import ProcessGroup
-from repedit.errors import MissingStatistic, ShapeError
+from repedit.errors import MissingStatistic, ShapeError, check_whole
 from repedit.kernels import dispatch
 from repedit.stats.moments import check_finite_sums, check_row_shape, check_state
 
@@ -60,7 +60,12 @@ class Activity:
     @staticmethod
     @checked
     def zeros(width: int, *, gradients: bool = False, device: torch.device | str = "cpu") -> Activity:
-        """The statistic of no tokens."""
+        """The statistic of no tokens.
+
+        Raises:
+            ArgumentError: if the width is not a whole number of at least 1.
+        """
+        check_whole(width=width)
         plain = {f.name: torch.zeros(width, dtype=torch.float64, device=device) for f in fields(Activity)}
         absent = {"shift"} | (set() if gradients else set(GRADIENT_FIELDS))
         return Activity(**{name: None if name in absent else value for name, value in plain.items()})  # type: ignore[arg-type]

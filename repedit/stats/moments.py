@@ -19,7 +19,7 @@ from torch import Tensor
 
 from repedit.arguments import checked
 from repedit.distributed import ProcessGroup
-from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, ShapeError
+from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, ShapeError, check_whole
 
 # From this width on half a product beats a whole one on a CPU: of its time it takes 1.05 at width 128, 0.92 at 256,
 # 0.67 at 576, 0.53 at 1536 (1024 rows, one thread).
@@ -101,6 +101,7 @@ class Moments(_Sums):
 
     @checked
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        check_whole(width=width)
         super().__init__({"d": width}, device)
 
     @property
@@ -252,6 +253,7 @@ class CrossMoments(_Sums):
 
     @checked
     def __init__(self, width: int, other: int, device: torch.device | str = "cpu") -> None:
+        check_whole(width=width, other=other)
         super().__init__({"d": width, "k": other}, device)
 
     @property

@@ -19,7 +19,17 @@ from torch.nn import functional
 
 from repedit.arguments import checked
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, DataError, ShapeError, TrainingError, UnknownName, check_seed, nearest
+from repedit.errors import (
+    ArgumentError,
+    DataError,
+    ShapeError,
+    TrainingError,
+    UnknownName,
+    check_positive,
+    check_seed,
+    check_whole,
+    nearest,
+)
 from repedit.vision.data import BATCH, Images, ImageSplits, Task, frozen, random_generator, synthetic_index
 from repedit.vision.recipes import DataPlan, trained_delta, training_images
 from repedit.vision.training import (
@@ -181,11 +191,8 @@ class Condense:
             value = getattr(self, name)
             if value not in valid:
                 raise UnknownName(f"{name}={value!r}; {nearest(value, valid)}; valid are {', '.join(valid)}")
-        if self.k < 1 or self.steps < 1 or self.epochs < 1 or not self.lr > 0:
-            raise ArgumentError(
-                f"k={self.k}, steps={self.steps}, epochs={self.epochs}, lr={self.lr}: give k, steps and epochs of at least 1, "
-                "and a positive lr"
-            )
+        check_whole(k=self.k, steps=self.steps, epochs=self.epochs)
+        check_positive(lr=self.lr)
 
     def __call__(self, model: nn.Module, task: Task, splits: ImageSplits, seed: int) -> ImageSplits:
         """The splits with the reduced retain set."""

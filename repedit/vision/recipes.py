@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from repedit.arguments import checked
 from repedit.delta import Delta
-from repedit.errors import ArgumentError, NotEnoughRows, check_choice
+from repedit.errors import ArgumentError, NotEnoughRows, check_choice, check_positive, check_whole, given
 from repedit.vision.data import Images, ImageSplits, Task, frozen, other_labels, random_generator, synthetic_index
 from repedit.vision.editing import apply, difference, recipe_record
 from repedit.vision.training import adam, cross_entropy, descend, learning, take_step, train
@@ -341,12 +341,8 @@ class GanConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        counts = [value for value in (self.latent, self.steps, self.batch_size) if value is not None]
-        if min(counts) < 1 or not self.lr > 0:
-            raise ArgumentError(
-                f"latent={self.latent}, steps={self.steps}, batch_size={self.batch_size}, lr={self.lr}: give numbers of at "
-                "least 1 and a positive lr"
-            )
+        check_whole(batch_size=self.batch_size, **given(latent=self.latent, steps=self.steps))
+        check_positive(lr=self.lr)
 
 
 @dataclass(frozen=True, eq=False)
