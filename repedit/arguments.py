@@ -188,10 +188,10 @@ def _fits_class(value: object, outer: type, arguments: tuple[object, ...]) -> bo
     if isinstance(value, str | bytes) and not issubclass(outer, str | bytes) and issubclass(outer, Iterable):
         # A text is a sequence of texts, but one name in place of a list of names is not what was meant.
         return isinstance(value, str) and outer is Iterable and bool(arguments) and str in _members(arguments[0])
+    if outer in (Sequence, tuple) and hasattr(value, "__array__"):
+        return True
     if outer in (list, tuple):
         return isinstance(value, list | tuple)
-    if outer is Sequence and hasattr(value, "__array__"):
-        return True
     if hasattr(outer, "array_type"):
         return isinstance(value, outer.array_type)
     return isinstance(value, Mapping if is_typeddict(outer) else outer)

@@ -24,7 +24,7 @@ from repedit.lower import lower, stages
 from repedit.neurons.selection import check_fraction
 from repedit.plan import Plan
 from tests.edits import mask, projection
-from tests.saved_models import byte_tokenizer
+from tests.saved_models import byte_tokenizer, saved
 from tests.tiny import logits, tiny
 
 SPACES = (rp, rp.fit, rp.metrics, rp.plot)
@@ -190,3 +190,10 @@ def test_a_plan_that_records_gradients_is_caught(monkeypatch):
     monkeypatch.setattr(Plan, "computed", inspect.unwrap(Plan.computed))
     with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
         a_trained_basis_is_applied()
+
+
+def test_a_device_is_named_or_given(tmp_path):
+    source = saved(tmp_path / "model")
+    assert rp.load(source, device=torch.device("cpu")).device == rp.load(source, device="cpu").device
+    with pytest.raises(ArgumentError, match=r"^device=0: an int was given where a str or a device is needed$"):
+        rp.load(source, device=0)

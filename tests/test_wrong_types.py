@@ -126,7 +126,7 @@ def test_each_of_any_number_of_arguments_is_checked():
     "right",
     [
         {"number": np.int64(3)}, {"share": 1}, {"share": np.float32(0.5)}, {"paths": (Path("a"), "b")}, {"paths": np.array(["a"])},
-        {"pair": [0, 1]}, {"facts": iter(())}, {"facts": rp.data.facts("capitals")}, {"keep": torch.ones(3, dtype=torch.bool)},
+        {"pair": [0, 1]}, {"pair": np.zeros(2)}, {"facts": iter(())}, {"facts": rp.data.facts("capitals")}, {"keep": torch.ones(3, dtype=torch.bool)},
     ],
     ids=str,
 )  # fmt: skip

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from repedit.arguments import checked
 from repedit.auditing.attack import INVENTED_FACTS, RETAIN_FACTS, SEEDS, Attack, Setup, ask, built, planned, records
 from repedit.auditing.attacks.finetune import rtt
@@ -71,7 +73,7 @@ def audit(
     allow_small: bool = False,
     scale_lrs: float = 1.0,
     steps: int = 40,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     out: str | Path | None = None,
     save: bool = True,
     progress: bool | None = None,
@@ -124,7 +126,7 @@ def audit(
     check_draws(draws, alpha)
     _check_options(steps, draws, scale_lrs, chosen, until)
     sources: dict[str, Subject | str | Path | None] = {"edited": edited, "original": original, "reference": reference}
-    models = {role: Audited(role, source, device) for role, source in sources.items() if source is not None}
+    models = {role: Audited(role, source, str(device)) for role, source in sources.items() if source is not None}
     _check_models(models)
     options: DataOptions = {
         "unrelated": prose() if unrelated is None else unrelated, "holdout": holdout, "folds": folds,
@@ -302,7 +304,7 @@ def estimate(
     *,
     budget: str = "fast",
     attacks: Sequence[str] | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
 ) -> dict[str, Any]:
     """Seconds of every attack of a budget over all models and seeds, from 24 questions and 3 training steps.
 
@@ -313,7 +315,7 @@ def estimate(
     names = planned(budget, attacks)
     halved: DataOptions = {"unrelated": None, "holdout": None, "folds": 2, "train_fraction": 0.5, "seed": 0}
     items = audit_data(facts, None, most=RETAIN_FACTS[budget], **halved).forget
-    model = Audited("edited", edited, device)
+    model = Audited("edited", edited, str(device))
     attacks_built = built(names, Setup(budget, model.layers))
     # Edited and original are asked, and the edited model again with invented facts; training on attributes is repeated.
     invented = min(1.0, INVENTED_FACTS[budget] / len(items))

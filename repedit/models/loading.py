@@ -162,7 +162,7 @@ _HUB_ID = re.compile(r"(?!-)[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
 
 
-def device_named(name: str) -> str:
+def device_named(name: str | torch.device) -> str:
     """The name of a device; "auto" is cuda if there is one.
 
     Raises:
@@ -175,7 +175,7 @@ def device_named(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ArgumentError(f"device={name!r} cannot be used: {reason}; give 'auto', 'cpu' or 'cuda'") from error
-    return name
+    return str(name)
 
 
 def locate(name: str | Path, trust_remote_code: bool) -> tuple[Path | str, dict[str, Any]]:

@@ -333,7 +333,7 @@ def load(
     name: str | Path = DEFAULT,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     device_map: str | Mapping[str, int | str | torch.device] | None = None,
     attention: str | None = None,
     revision: str | None = None,
