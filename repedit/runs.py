@@ -409,11 +409,20 @@ def _remove(path: Path) -> None:
 # --- Carrying a run out
 
 
-def run(file: Path, commands: Commands, execute: Execute, say: Callable[[str], None], *, dry_run: bool = False) -> int:
+def run(
+    file: Path,
+    commands: Commands,
+    execute: Execute,
+    say: Callable[[str], None],
+    *,
+    check: Callable[[Step], None],
+    dry_run: bool = False,
+) -> int:
     """Carry out the steps of a file that are not done yet; returns the exit code of the last audit, or of a step that failed.
 
     Args:
         say: called with one line before each step, and with the reason if a step fails.
+        check: called with every step before the first is carried out; raises if the options of a step cannot be meant.
         dry_run: only say which steps are done and which are to do.
     Raises:
         NotFound, DataError, UnknownName, ArgumentError: see `read_steps`.
@@ -421,6 +430,8 @@ def run(file: Path, commands: Commands, execute: Execute, say: Callable[[str], N
         CheckpointError: if the journal is damaged or of an earlier version.
     """
     steps, exit_code = read_steps(file, commands), 0
+    for step in steps:
+        check(step)
     with contextlib.chdir(file.absolute().parent), _locked(Path(file.name), dry_run):
         journal = Journal(Path(file.name))
         previous: int | None = -1  # index of the record of the step before; None after a step that is to do

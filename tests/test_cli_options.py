@@ -50,7 +50,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
                "cli.audit._audit_values"),
     "tasks": ("metrics.harness.write_tasks", "cli.output.show_json"),
     "push": ("rewrite.hub.push", "cli.output.show_json", "cli.output.table"),
-    "run": ("cli.run.verbs", "cli.run._execute_with", "runs.run", "report.write_run"),
+    "run": ("cli.run.verbs", "cli.run._execute_with", "cli.run._check_with", "runs.run", "report.write_run"),
     "reproduce": ("cli.run.verbs", "cli.run._execute_with", "runs.reproduce"),
     "vision demo": ("demo.forget_images", "cli.run._write_images", "cli.run._show_images", "cli.run._images_json", "cli.output.show_json"),
 }  # fmt: skip

@@ -398,7 +398,17 @@ def test_what_a_step_writes_besides_is_no_input(tmp_path):
         step_of(tmp_path / "run.toml")
 
 
+LATER = (
+    '[[step]]\nverb = "score"\nmodel = "m"\nout = "s.safetensors"\n[[step]]\nverb = "prune"\nmodel = "m"\nout = "e"\n'
+)
+"""Two steps; what follows are options of the second."""
 BAD = {
+    "a number that is none": (f'{LATER}fraction = "much"', ArgumentError, r"step 2, prune: Invalid value for '--fraction'"),
+    "a number out of range": (f"{LATER}fraction = 0.1\nmultiple = 0\nstructure = 'slim'", ArgumentError, r"step 2, prune: --multiple=0; give at"),
+    "a fraction": (f"{LATER}fraction = 2.0", ArgumentError, r"step 2, prune: --fraction=2\.0: a fraction lies in"),
+    "a name": (f"{LATER}fraction = 0.1\nimportance = 'asb'", UnknownName, r"step 2, prune: --importance='asb'; did you mean 'abs'"),
+    "no effect": (f"{LATER}fraction = 0.1\nmultiple = 4", ArgumentError, r"step 2, prune: --multiple has no effect with --structure keep"),
+    "empty": (f"{LATER}fraction = 0.1\nsites = ''", ArgumentError, r"step 2, prune: --sites is empty; leave it out"),
     "no steps": ('model = "tiny"', DataError, r"it holds no \[\[step\]\] tables with a verb"),
     "no TOML": ("step = [", DataError, r"run\.toml is no readable TOML"),
     "another key": ('models = "tiny"\n[[step]]\nverb = "diff"', UnknownName, r"did you mean 'model'"),

@@ -257,7 +257,12 @@ class Verb(TyperCommand):
     """A command whose options all have an effect and can be meant, or are refused."""
 
     def invoke(self, ctx: Context) -> Any:
-        """Call the verb.
+        """Call the verb; raises what `check` raises."""
+        self.check(ctx)
+        return super().invoke(ctx)
+
+    def check(self, ctx: Context) -> None:
+        """Refuse options that cannot be meant, whatever the model and the files are.
 
         Raises:
             ArgumentError: if an option is empty or a number out of range, or has no effect beside another one.
@@ -279,7 +284,6 @@ class Verb(TyperCommand):
                     raise ArgumentError(
                         f"{_option_name(passed[name])} has no effect with {condition}; leave one of them out"
                     )
-        return super().invoke(ctx)
 
 
 def _option_name(parameter: Parameter) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -161,7 +162,9 @@ def run(
     from repedit.report import write_run
 
     commands = verbs()
-    exit_code = runs.run(file, commands, _execute_with(commands), output.err.print, dry_run=dry_run)
+    exit_code = runs.run(
+        file, commands, _execute_with(commands), output.err.print, check=_check_with(commands), dry_run=dry_run
+    )
     if not dry_run:
         output.err.print(f"page: {write_run(file)}", soft_wrap=True)
     raise typer.Exit(exit_code)
@@ -211,16 +214,46 @@ def _execute_with(commands: dict[str, Any]) -> Execute:
             ArgumentError: if the command line cannot read a value.
         """
         from repedit.cli import output
-        from repedit.errors import ArgumentError
 
-        with output.recorded() as display:
-            try:
-                result = commands[step.verb].main(words, prog_name=f"repedit {step.verb}", standalone_mode=False)
-            except typer.BadParameter as error:
-                raise ArgumentError(f"step {step.number}, {step.verb}: {error.format_message()}") from error
+        with output.recorded() as display, _readable(step):
+            result = commands[step.verb].main(words, prog_name=f"repedit {step.verb}", standalone_mode=False)
         return (result if isinstance(result, int) else 0), display
 
     return execute
+
+
+def _check_with(commands: dict[str, Any]) -> Callable[[Step], None]:
+    def check(step: Step) -> None:
+        """Refuse options that the verb of a step would refuse before it reads anything.
+
+        Raises:
+            ArgumentError: with the number of the step, its verb and the option.
+        """
+        from repedit.errors import during
+
+        command, place = commands[step.verb], f"step {step.number}, {step.verb}"
+        with _readable(step):
+            context = command.make_context(step.verb, step.arguments(command))
+        if isinstance(command, Verb):
+            with during(place, f"while the options of {place} were checked"):
+                command.check(context)
+
+    return check
+
+
+@contextlib.contextmanager
+def _readable(step: Step) -> Iterator[None]:
+    """Name the step whose value the command line cannot read.
+
+    Raises:
+        ArgumentError: with the step and the option.
+    """
+    from repedit.errors import ArgumentError
+
+    try:
+        yield
+    except typer.BadParameter as error:
+        raise ArgumentError(f"step {step.number}, {step.verb}: {error.format_message()}") from error
 
 
 # --- The verbs of image classifiers, under `repedit vision`

@@ -140,15 +140,18 @@ def project(
         return
     edit = mrp(
         subject, forget=facts.forget, retain=facts.retain, sites=sites, rank=rank, method="random" if dry_run else method,
-        config={"steps": steps, "batch_size": batch_size, "seed": seed}, resume=resume,
-        previous=earlier,
+        config={"steps": steps, "batch_size": batch_size, "seed": seed}, resume=resume, previous=earlier,
     )  # fmt: skip
     if dry_run:
         show_plan(plan_summary(edit, subject), out, json)
         return
+    _show_projection(subject, facts, edit, json, out)
+    write_edited(edit, subject, out, overwrite)
+
+
+def _show_projection(subject: Subject, facts: Facts, edit: Edit, json: bool, out: Path) -> None:
     ranks = {str(site): map_.rank_removed for site, map_ in edit.maps.items()}
     _show(subject, facts, edit, {"rank": ranks}, f"{sum(ranks.values())} directions over {len(ranks)} sites", json, out)
-    write_edited(edit, subject, out, overwrite)
 
 
 def _about(facts: Facts) -> tuple[list[Fact], list[Fact]]:
