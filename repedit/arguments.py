@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints, is_typeddict
 
-from repedit.errors import ArgumentError, DataError, NotAModel, RepeditError, shown
+from repedit.errors import ArgumentError, DataError, NotAModel, RepeditError, check_names, shown
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 ADVICE: Mapping[str, tuple[type[RepeditError], str]] = {
@@ -32,6 +32,7 @@ ADVICE: Mapping[str, tuple[type[RepeditError], str]] = {
     "Moments": (ArgumentError, "give repedit.collect(model, corpus, sites, statistic=repedit.Moments)[site]"),
     "Report": (ArgumentError, "give what repedit.audit or repedit.Report.load returns"),
     "UnlearnRecipe": (ArgumentError, "give one of repedit.recipes, such as repedit.recipes.npo()"),
+    "Tokenizer": (ArgumentError, "give what transformers.AutoTokenizer.from_pretrained returns"),
     "Site": (ArgumentError, "give a site such as '7.mlp.neurons'"),
 }
 """Name of a class -> the error for something else in its place, and what to do."""
@@ -102,6 +103,7 @@ def _checked_function(function: Callable[..., Any]) -> Callable[..., Any]:
     places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = {p.kind: p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     repeated = rest.get(inspect.Parameter.VAR_POSITIONAL, "")
+    options = "Unpack" in str(plain.__annotations__.get(rest.get(inspect.Parameter.VAR_KEYWORD, ""), ""))
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -110,6 +112,8 @@ def _checked_function(function: Callable[..., Any]) -> Callable[..., Any]:
             check_type(name, value, hints.get(name, Any))
         for value in args[len(places) :] if repeated else ():
             check_type(repeated, value, hints.get(repeated, Any))
+        if options:
+            check_names(plain.__qualname__, kwargs, hints)
         for name, value in kwargs.items():
             check_type(name, value, hints.get(name, Any))
         return function(*args, **kwargs)
@@ -216,7 +220,7 @@ def _word(annotation: Any) -> str:
         return "a tensor"
     if _is_of_numpy(annotation):
         return "an array"
-    if isinstance(outer, type) and issubclass(outer, Mapping):
+    if isinstance(outer, type) and issubclass(outer, Mapping) and not outer.__module__.startswith("repedit."):
         return "a dict"
     if isinstance(outer, type) and outer.__module__ in ("builtins", "collections.abc"):
         arguments = get_args(annotation)

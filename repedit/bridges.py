@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repedit.arguments import checked
+from repedit.data import Tokenizer
 from repedit.edit import Edit
 from repedit.errors import ArgumentError, MissingDependency, NotAModel, UnknownArchitecture, UnknownSite
 from repedit.hooks import evaluating
@@ -30,7 +31,7 @@ _TOLERANCE = 1e-3
 
 
 @checked
-def wrap(model: object, tokenizer: object | None = None) -> Subject:
+def wrap(model: object, tokenizer: Tokenizer | None = None) -> Subject:
     """A Subject around a transformers model, a TransformerLens `TransformerBridge` or an nnsight `TransformersModel`.
 
     The model is not changed and no weight is copied; a Subject is returned as it is, and a model from `torch.compile` is

@@ -19,6 +19,7 @@ from repedit.errors import (
     OffloadedTensors,
     RepeditError,
     ShapeError,
+    UnknownName,
 )
 from repedit.lower import lower, stages
 from repedit.neurons.selection import check_fraction
@@ -152,6 +153,10 @@ WRONG = {
     "an array": (lambda lm: rp.erase_stream(lm, BASIS.numpy()), ArgumentError, "basis: a ndarray was given where a LowRank or a tensor is needed"),
     "steps": (lambda lm: rp.mrp(lm, forget=TEXT, retain=TEXT, rank=1, config={"steps": "2"}), ArgumentError, "steps='2': a str was given where a whole number or None is needed"),
     "no edited model": (lambda lm: rp.audit(None, original=lm, facts=()), NotAModel, "edited: None was given where a Subject, a str or a path is needed; make one with"),
+    "a name of a tokenizer": (lambda lm: rp.wrap(lm.model, "gpt2"), ArgumentError, "tokenizer='gpt2': a str was given where a Tokenizer or None is needed; give what .*AutoTokenizer"),
+    "a row without a type": (lambda lm: rp.register(replace(lm.architecture, model_type=" ")), ArgumentError, "model_type=' '; give the model_type of the config"),
+    "an option of a lowering": (lambda lm: rp.apply(mask(lm, "1.mlp.neurons"), lm, tyed="both"), UnknownName, "apply has no option 'tyed'; did you mean 'tied'"),
+    "an option of a recipe": (lambda lm: rp.recipes.npo(betta=1.0), UnknownName, "npo has no option 'betta'; did you mean 'beta'"),
     "two texts of one name": (lambda lm: rp.compare(lm, lm, [TEXT, TEXT]), ArgumentError, "do not have a name each; give one"),
 }  # fmt: skip
 

@@ -159,7 +159,7 @@ def test_masks_and_adapters_exclude_each_other():
     ("make", "error", "message"),
     [
         (lambda: rp.recipes.by_name("blur_nop"), UnknownName, "no recipe is called 'blur_nop'; did you mean 'blur_npo'"),
-        (lambda: rp.recipes.ga(batchsize=3), UnknownName, "recipe 'ga' has no option 'batchsize'; did you mean 'batch_size'"),
+        (lambda: rp.recipes.ga(batchsize=3), UnknownName, "ga'? has no option 'batchsize'; did you mean 'batch_size'"),
         (lambda: rp.recipes.ails_ntua("sugt"), UnknownName, "variant='sugt'; did you mean 'sugd'"),
         (lambda: rp.recipes.cyber_for_ai("x"), UnknownName, "variant='x'; valid names: ga, grad_diff"),
         (lambda: rp.recipes.npo(beta=-0.1), ArgumentError, r"beta=-0\.1; give a number above 0"),

@@ -9,7 +9,7 @@ from textwrap import indent
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from repedit.arguments import checked
-from repedit.errors import UnknownArchitecture, nearest
+from repedit.errors import ArgumentError, UnknownArchitecture, nearest
 from repedit.sites import Point
 
 # --- What changes in a family that gets fewer neurons, fewer heads or a narrower stream
@@ -228,7 +228,12 @@ def register(architecture: Architecture, *, replace: bool = False) -> None:
 
     Raises:
         UnknownArchitecture: if the model type already has a row and `replace` is False.
+        ArgumentError: if the row names no model type.
     """
+    if not architecture.model_type.strip():
+        raise ArgumentError(
+            f"model_type={architecture.model_type!r}; give the model_type of the config, such as 'llama'"
+        )
     if architecture.model_type in _ROWS and not replace:
         raise UnknownArchitecture(f"{architecture.model_type!r} already has a row; pass replace=True to override it")
     _ROWS[architecture.model_type] = architecture
