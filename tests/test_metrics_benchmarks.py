@@ -62,7 +62,7 @@ def test_members_are_told_from_others_by_the_whole_text():
     [
         (["tofoo"], ".", UnknownName, "metrics='tofoo'.*tofu"),
         (["tofu"], "absent", NotFound, "absent is not a directory"),
-        (["tofu"], ".", UnknownName, "forget10"),
+        (["tofu"], ".", NotFound, "holds no .jsonl file; give the directory of TOFU, with forget10"),
         (["semeval"], ".", NotFound, "dev|test|subject|mmlu"),
     ],
 )
