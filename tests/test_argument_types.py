@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -202,3 +203,9 @@ def test_a_device_is_named_or_given(tmp_path):
     assert rp.load(source, device=torch.device("cpu")).device == rp.load(source, device="cpu").device
     with pytest.raises(ArgumentError, match=r"^device=0: an int was given where a str or a device is needed$"):
         rp.load(source, device=0)
+
+
+def test_a_table_of_drops_is_a_list_or_an_array():
+    table = [[9.0, 1.0], [2.0, 8.0]]
+    drawn = [rp.plot.transfer(values, ["a", "b"], overlap=values) for values in (table, np.array(table))]
+    assert drawn[0].axes[0].images[0].get_array().tolist() == drawn[1].axes[0].images[0].get_array().tolist()

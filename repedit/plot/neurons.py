@@ -426,7 +426,11 @@ def pruned_per_layer(
 
 
 @checked
-def transfer(matrix: Table, names: Sequence[str], overlap: Table | None = None) -> Figure:
+def transfer(
+    matrix: Sequence[Sequence[float]] | Table,
+    names: Sequence[str],
+    overlap: Sequence[Sequence[float]] | Table | None = None,
+) -> Figure:
     """The effect of removing the neurons of one set (rows) on every set (columns), as a drop in per cent.
 
     Args:
