@@ -128,7 +128,7 @@ def test_each_of_any_number_of_arguments_is_checked():
         {"number": np.int64(3)}, {"share": 1}, {"share": np.float32(0.5)}, {"paths": (Path("a"), "b")}, {"paths": np.array(["a"])},
         {"pair": [0, 1]}, {"pair": np.zeros(2)}, {"facts": iter(())}, {"facts": rp.data.facts("capitals")}, {"keep": torch.ones(3, dtype=torch.bool)},
     ],
-    ids=str,
+    ids=lambda given: ",".join(f"{name}-{type(value).__name__}" for name, value in given.items()),
 )  # fmt: skip
 def test_values_that_python_uses_in_their_place_are_taken(right):
     assert door(**right)
