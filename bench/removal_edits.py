@@ -12,8 +12,7 @@ from typing import Any
 import repedit as rp
 from bench.mrp import seen
 from bench.relearning import gradient_difference
-from bench.removal_merged import names_merged
-from bench.removal_names import Made, names_averaged, names_erased, names_replaced
+from bench.removal_names import Made, names_averaged, names_erased, names_merged, names_replaced
 from bench.removal_rows import FORGET, Rows, others, places, share
 from repedit.data import Fact
 from repedit.fit.overwrite import OverwriteCertificate

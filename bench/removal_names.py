@@ -66,6 +66,16 @@ def names_averaged(rare: int) -> Callable[[Rows, int], Made]:
     return make
 
 
+def names_merged(rows: Rows, seed: int) -> Made:
+    """Countries and capitals merged (`rp.fit.merge`); no retained text says a name that another domain is tested on."""
+    tested = {fact.entity for items in rows.test.values() for fact in items}
+    delta = rp.fit.merge(
+        rows.lm, seen(rows.capitals), answers=True, others=others(rows), never=tested, seed=seed, progress=False
+    )
+    notes = {key: delta.provenance[key] for key in ("config", "certificate", "rows")}
+    return rp.apply(delta, rows.lm), {"untied": True, **notes}
+
+
 def averaged_names(
     rows: Rows, directions: Mapping[str, Sequence[Fact]], rare: int = RARE
 ) -> tuple[Subject, dict[str, list[int]]]:

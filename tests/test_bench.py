@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import repedit as rp
-from bench import cpu, peers, removal, removal_merged, removal_names, removal_table
+from bench import cpu, peers, removal, removal_names, removal_table
 from bench.__main__ import table
 from bench.by_hand import load_edit_save
 from bench.peers import taken
@@ -211,36 +211,3 @@ def test_names_are_averaged_by_the_language_of_their_country(monkeypatch):
     names["b2"] = [5]  # the token is of one language now
     with pytest.raises(AssertionError):
         _one_language_one_group(names, [[1, 2], [3, 5], [4, 6, 7]])
-
-
-def _merged_where_one_token_stands(named):
-    """The loss of names is 0 where the text with one token is the text itself."""
-    decoder = removal_merged.first_blocks(blank(), 1)
-    assert float(removal_merged.names_loss(decoder, decoder, [named])) == pytest.approx(0, abs=1e-9)
-
-
-def test_the_loss_of_names_compares_a_name_with_one_token_in_its_place():
-    ids = [1, 40, 50, 60]
-    _merged_where_one_token_stands(removal_merged.Named(ids, ids, 1, 1))
-    with pytest.raises(AssertionError):
-        _merged_where_one_token_stands(removal_merged.Named([1, 40, 41, 50, 60], ids, 1, 2))
-
-
-def test_training_merges_names_and_leaves_the_models_as_they_were():
-    lm = blank()
-    before = {name: value.clone() for name, value in lm.model.state_dict().items()}
-    named = [removal_merged.Named([1, 40 + i, 70, 50], [1, 40, 50], 1, 2) for i in range(6)]
-    retained = [[1, 80 + i % 40, 90 + i % 7] + [95] * (i % 30) for i in range(400)]
-    settings = removal_merged.Settings(blocks=1, steps=60, lr=1e-2, named=6, short=8, long=4)
-    student, _ = removal_merged.trained(lm, lm, named, retained, settings, 0)
-    start = removal_merged.first_blocks(lm, 1)
-    assert float(removal_merged.names_loss(student, start, named)) < 0.5 * float(
-        removal_merged.names_loss(start, start, named)
-    )
-    assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
-
-
-def test_a_text_says_a_name_as_whole_words():
-    assert removal_merged.says("In Mali\u2019s north", {"mali"}) and not removal_merged.says(
-        "A malicious text", {"mali"}
-    )

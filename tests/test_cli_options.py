@@ -34,7 +34,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "score": ("cli.neurons.load_model", "cli.neurons._scores", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
     "explore": ("cli.neurons.load_model", "neurons.scores.Scores.load", "data.read", "activations.examples.max_activating", "explore.neurons", "cli.output.show_json"),
     "prune": ("cli.neurons.load_model", "neurons.pruning.run_pruning", "cli.neurons.write_edited", "cli.neurons._show", "cli.neurons.plan_summary"),
-    "project": ("cli.unlearn.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "fit.overwrite.overwrite", "data.read", "metrics.facts.knowledge", "rewrite.apply.apply",
+    "project": ("cli.unlearn.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "fit.merging.merge", "fit.merging.MergeCertificate.of", "fit.overwrite.overwrite", "data.read", "metrics.facts.knowledge", "rewrite.apply.apply",
                 "fit.overwrite.OverwriteCertificate.of", "cli.unlearn._show", "cli.unlearn.plan_summary", "cli.unlearn.write_edited"),
     "unlearn": ("cli.unlearn.load_model", "data.facts", "data.read", "unlearning.api.unlearn", "cli.unlearn._write_and_show",
                 "cli.output.show_json", "cli.output.table"),
@@ -80,7 +80,7 @@ OWN: dict[str, dict[str, str]] = {
     "project": {"rank": "--rank 3", "method": "--method leace", "previous": "--previous p", "resume": "--resume r",
                 "forget": "--forget symbols", "retain": "--retain symbols", "layers": "--layers 1", "target": "--target exchange",
                 "regression": "--regression", "lam": "--lam 0.5", "retain_budget": "--retain-budget 0.1", "keep_rank": "--keep-rank 3",
-                "contexts": "--contexts prose", "text": "--text code"},
+                "contexts": "--contexts prose", "text": "--text code", "answers": "--answers", "rare": "--rare 9"},
     "unlearn": {"recipe": "--recipe npo", "layers": "--layers 1", "modules": "--modules attn.out", "mask": "--mask sure:50", "set_": "--set lr=0.5",
                 "micro_batch": "--micro-batch 2", "shard": "--shard", "gradient_checkpointing": "--gradient-checkpointing", "resume": "--resume r",
                 "log": "--log l", "list_recipes": "--list-recipes", "update": "--update symbols", "forget": "--forget symbols"},
@@ -99,6 +99,7 @@ OWN: dict[str, dict[str, str]] = {
     "vision demo": {"data": "--data mnist5k", "forget": "--forget class:1", "recipe": "--recipe relabel", "references": "--references 5", "out": "--out there"},
 }  # fmt: skip
 OVERWRITE = ("m", "--method", "overwrite", "--out", "e.safetensors")
+MERGE = ("m", "--method", "merge", "--out", "e.safetensors")
 BESIDE = {
     ("audit", "seed"): ("--selftest",),
     ("audit", "workers"): ("--selftest",),
@@ -109,6 +110,7 @@ BESIDE = {
         ("project", name): OVERWRITE
         for name in ("layers", "target", "regression", "lam", "retain_budget", "contexts", "text")
     },
+    **{("project", name): MERGE for name in ("answers", "rare")},
     ("project", "keep_rank"): (*OVERWRITE, "--target", "selective"),
 }
 """Where a verb must be asked with other words to be asked the same without the option."""
@@ -195,7 +197,7 @@ def test_every_option_changes_what_is_asked_for(verb, monkeypatch, tmp_path):
 def test_an_option_that_would_change_nothing_is_refused(verb, beside, names):
     ways = {
         "--statistic moments": "--statistic moments", "two saved collections": "--forget a.safetensors --retain b.safetensors", "--learned": "--learned",
-        "--scores": "--scores s.safetensors", "--structure keep": "", "a --method that fits at once": "--method leace", "--method overwrite": "--method overwrite", "a --method other than overwrite": "",
+        "--scores": "--scores s.safetensors", "--structure keep": "", "a --method that fits at once": "--method leace", "--method overwrite or merge": "--method merge", "a --method other than overwrite": "", "a --method other than merge": "", "a --method other than overwrite and merge": "",
         "a --target other than selective": "--method overwrite", "--selftest": "--selftest",
         "an audit without --selftest": "", "--dry-run": "--dry-run", "--metrics": "--metrics tofu --data d", "no --metrics": "", "--act code": "--act code",
         "--act capitals": "--act capitals", "no --model": "", "no MODEL": "",
@@ -258,7 +260,7 @@ def raising(*_args: Any, **_options: Any) -> None:
 
 
 NUMBERS = {
-    "seed": ("-1", str(2**63)), "control": ("-1", str(10**30)), "at_most": ("1", "-5"), "lam": ("0", "-1", "nan", "inf"),
+    "seed": ("-1", str(2**63)), "control": ("-1", str(10**30)), "rare": ("-1", str(10**30)), "at_most": ("1", "-5"), "lam": ("0", "-1", "nan", "inf"),
     "retain_budget": ("0", "-1", "nan", "inf"), "max_retain_drop": ("nan", "inf"), "fraction": ("-0.1", "1.1", "nan"),
 }  # fmt: skip
 """Option -> numbers that it cannot be, where those of its type do not do."""

@@ -162,9 +162,11 @@ INEFFECTIVE: Mapping[str, tuple[tuple[str, Callable[[Values], bool], tuple[str, 
     ),
     "project": (
         ("a --method that fits at once", lambda o: o["method"] != "mrp", ("steps", "resume", "batch_size")),
-        ("--method overwrite", lambda o: o["method"] == "overwrite", ("sites", "rank", "previous", "dry_run")),
+        ("--method overwrite or merge", lambda o: o["method"] in ("overwrite", "merge"), ("sites", "rank", "previous", "dry_run")),
         ("a --method other than overwrite", lambda o: o["method"] != "overwrite",
-         ("layers", "target", "regression", "lam", "retain_budget", "keep_rank", "contexts", "text")),
+         ("layers", "target", "regression", "lam", "retain_budget", "keep_rank", "contexts")),
+        ("a --method other than merge", lambda o: o["method"] != "merge", ("answers", "rare")),
+        ("a --method other than overwrite and merge", lambda o: o["method"] not in ("overwrite", "merge"), ("text",)),
         ("a --target other than selective", lambda o: o["target"] != "selective", ("keep_rank",)),
     ),
     "apply": (("--structure keep", lambda o: o["structure"] == "keep", ("layout", "multiple")),),
@@ -195,7 +197,7 @@ override the defaults of a recipe; --steps overrides a number of epochs; steps a
 
 WHOLE: Mapping[str, int] = {
     "at_most": 2, "batch_size": 1, "control": 0, "keep_rank": 1, "limit": 1, "limit_tokens": 1, "max_new_tokens": 1,
-    "micro_batch": 1, "multiple": 1, "rank": 1, "references": 1, "seed": 0, "steps": 1, "workers": 1,
+    "micro_batch": 1, "multiple": 1, "rank": 1, "rare": 0, "references": 1, "seed": 0, "steps": 1, "workers": 1,
 }  # fmt: skip
 """Option -> the least whole number that it can be; the same in every verb."""
 POSITIVE = ("lam", "retain_budget")
@@ -204,7 +206,7 @@ NOT_NEGATIVE = ("temperature",)
 FRACTIONS = ("cap_per_layer", "fraction")
 """Options with a finite number, those of them that cannot be below 0, and shares."""
 REGISTERED: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "combine": ("combinations", ()), "contexts": ("contexts", ()), "importance": ("importances", ()), "method": ("fits", ("mrp", "overwrite")),
+    "combine": ("combinations", ()), "contexts": ("contexts", ()), "importance": ("importances", ()), "method": ("fits", ("mrp", "overwrite", "merge")),
     "metrics": ("metrics", ()),
 }  # fmt: skip
 """Option with names, joined by commas -> the registry of `repedit.cli.completion` that holds them, and other names."""

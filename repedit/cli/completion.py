@@ -94,7 +94,7 @@ _COMPLETERS: dict[str, Completer] = {
 """By the name of a parameter, whatever the verb; parameters with a fixed set of choices are completed by typer."""
 _VERB_COMPLETERS: dict[tuple[str, str], Completer] = {
     **{(verb, side): _FACTS for verb in ("project", "unlearn") for side in ("forget", "retain")},
-    ("project", "method"): one_of("fits", "mrp", "overwrite"),
+    ("project", "method"): one_of("fits", "mrp", "overwrite", "merge"),
     ("project", "contexts"): several("contexts", ","),
     ("audit", "retain"): _FACTS,
     ("tasks", "facts"): several("domains", ","),

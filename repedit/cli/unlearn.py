@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from repedit.data import Corpus, Fact, Facts, Tokens
     from repedit.delta import Delta
     from repedit.edit import Edit
+    from repedit.fit.merging import MergeCertificate
+    from repedit.fit.overwrite import OverwriteCertificate
     from repedit.models.subject import Subject
     from repedit.unlearning.recipe import AnyRecipe
 
+    _Certified = tuple[Edit | Delta, MergeCertificate | OverwriteCertificate]
     _Rows = Corpus | Tokens | Sequence[Fact]
 
 
@@ -47,7 +50,7 @@ Where = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="mrp trains; cpca, residual_pca, leace, oblique, ... fit in closed form; overwrite replaces what early MLPs write at the names that facts are about."
+        help="mrp trains; cpca, residual_pca, leace, oblique, ... fit in closed form; overwrite replaces what early MLPs write at the names that facts are about; merge makes the first blocks the same for all these names."
     ),
 ]
 DryRun = Annotated[bool, typer.Option(help="Show the plan of a random projection of this rank; train nothing.")]
@@ -80,7 +83,22 @@ Contexts = Annotated[
         help="Of overwrite: which texts name the entities; any of templates, wordings, prose and written, joined by commas."
     ),
 ]
-RetainText = Annotated[str, typer.Option(help="Of overwrite: running text to retain; 'prose', 'code' or a file.")]
+RetainText = Annotated[
+    str, typer.Option(help="Of overwrite and merge: running text to retain; 'prose', 'code' or a file.")
+]
+# Of --method merge
+Answers = Annotated[
+    bool,
+    typer.Option(
+        "--answers", help="Of merge: merge the answers too, so that questions the other way round find nothing."
+    ),
+]
+Rare = Annotated[
+    int,
+    typer.Option(
+        help="Of merge: the tokens of a name from this number on are averaged; fewer reaches more names, and harms more words."
+    ),
+]
 Previous = Annotated[
     Path | None, typer.Option(help="The saved edit of earlier deletions, whose directions stay removed.")
 ]
@@ -105,6 +123,8 @@ def project(
     keep_rank: KeepRank = 32,
     contexts: Contexts = "templates,wordings",
     text: RetainText = "prose",
+    answers: Answers = False,
+    rare: Rare = 4000,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     device: Device = "auto",
@@ -118,23 +138,21 @@ def project(
     from repedit import data
     from repedit.edit import Edit
     from repedit.fit.mrp import mrp
-    from repedit.fit.overwrite import OverwriteCertificate
-    from repedit.fit.overwrite import overwrite as overwrite_values
 
     if not dry_run:
         check_out(out, model, forget, retain, previous, resume, overwrite=overwrite)
     facts = data.facts(forget) if retain is None else data.facts(forget, retain=data.facts(retain).forget)
     earlier = None if previous is None else Edit.load(previous)
-    corpus = data.read(text) if method == "overwrite" else None
+    corpus = data.read(text) if method in ("overwrite", "merge") else None
     subject = load_model(model, device, dtype, dequantize)
-    if method == "overwrite":
-        near, others = _about(facts)
-        change = overwrite_values(
-            subject, facts.forget, layers=layers, target=target, method="regression" if regression else "linear", lam=lam,
-            retain_budget=retain_budget, retain=corpus, keep=near if target == "selective" else (), others=others,
-            keep_rank=keep_rank, contexts=contexts.split(","), seed=seed,
-        )  # fmt: skip
-        certificate = OverwriteCertificate.of(change)
+    if method in ("overwrite", "merge"):
+        if method == "merge":
+            change, certificate = _merged(subject, facts, answers=answers, rare=rare, retain=corpus, seed=seed)
+        else:
+            change, certificate = _overwritten(
+                subject, facts, layers=layers, target=target, method="regression" if regression else "linear", lam=lam,
+                retain_budget=retain_budget, retain=corpus, keep_rank=keep_rank, contexts=contexts.split(","), seed=seed,
+            )  # fmt: skip
         _show(subject, facts, change, certificate.plain(), certificate.describe(), json, out)
         write_edited(change, subject, out, overwrite)
         return
@@ -147,6 +165,27 @@ def project(
         return
     _show_projection(subject, facts, edit, json, out)
     write_edited(edit, subject, out, overwrite)
+
+
+def _overwritten(
+    subject: Subject, facts: Facts, *, target: Literal["mean", "exchange", "selective"], **options: Any
+) -> _Certified:
+    """What overwrites the values at the names of the facts, and its certificate."""
+    from repedit.fit.overwrite import OverwriteCertificate
+    from repedit.fit.overwrite import overwrite as overwrite_values
+
+    near, others = _about(facts)
+    keep = near if target == "selective" else ()
+    change = overwrite_values(subject, facts.forget, target=target, keep=keep, others=others, **options)
+    return change, OverwriteCertificate.of(change)
+
+
+def _merged(subject: Subject, facts: Facts, *, rare: int, **options: Any) -> _Certified:
+    """What merges the names of the facts, and its certificate."""
+    from repedit.fit.merging import MergeCertificate, merge
+
+    delta = merge(subject, facts.forget, others=_about(facts)[1], config={"rare": rare}, **options)
+    return delta, MergeCertificate.of(delta)
 
 
 def _show_projection(subject: Subject, facts: Facts, edit: Edit, json: bool, out: Path) -> None:

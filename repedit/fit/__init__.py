@@ -32,11 +32,12 @@ from repedit.fit.linalg import (
     union,
 )
 from repedit.fit.local_regression import Regression
+from repedit.fit.merging import MergeCertificate, Merging, merge
 from repedit.fit.overwrite import LayerCertificate, OverwriteCertificate, overwrite
 
 __all__ = [
-    "FITS", "LayerCertificate", "OverwriteCertificate", "Regression", "Spectra", "capped", "cpca", "distortion",
-    "extend", "gates", "gen_eig", "grad_pca", "lda", "leace", "mean_difference", "norm_ratio", "oblique",
+    "FITS", "LayerCertificate", "MergeCertificate", "Merging", "OverwriteCertificate", "Regression", "Spectra", "capped", "cpca",
+    "distortion", "extend", "gates", "gen_eig", "grad_pca", "lda", "leace", "mean_difference", "merge", "norm_ratio", "oblique",
     "orthonormal", "overwrite", "principal_angles", "random_basis", "residual_pca", "shrunk", "spectra",
     "top_eigenvectors", "union",
 ]  # fmt: skip
