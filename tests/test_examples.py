@@ -7,7 +7,7 @@ import repedit as rp
 from repedit.data.corpus import Corpus, Document
 from repedit.errors import ArgumentError, NotEnoughRows, NotFinite, UnknownSite
 from repedit.hooks import Hook, installed
-from tests.saved_models import saved
+from tests.saved_models import byte_tokenizer, saved
 from tests.tiny import tiny
 
 CORPUS = Corpus(tuple(Document(f"{i}", f"the river {i} runs past the town of {word}s " * (i % 3 + 1)) for i, word in
@@ -90,7 +90,7 @@ def test_what_cannot_be_answered_is_refused(lm):
 def test_expert_neurons_are_refused():
     lm = tiny("mixtral")
     with pytest.raises(ArgumentError, match=r"holds expert neurons"):
-        rp.max_activating(rp.wrap(lm.model, object()), CORPUS)
+        rp.max_activating(rp.wrap(lm.model, byte_tokenizer()), CORPUS)
 
 
 def test_what_is_not_finite_is_refused(lm):

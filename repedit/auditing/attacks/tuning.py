@@ -538,7 +538,8 @@ def _failure(results: Sequence[_TrialResult], by_loss: bool) -> tuple[str, float
     if all(result.log.diverged for result in results):
         return "every training diverged; give lower rates", accuracy
     if by_loss and (fall is None or not fall >= FALL):
-        shortfall = f"the training loss fell by {fall or 0:.1%} at best, {FALL:.0%} is needed"
+        shown = round(fall or 0.0, 3) + 0.0  # without the sign of a zero
+        shortfall = f"the training loss fell by {shown:.1%} at best, {FALL:.0%} is needed"
         return f"{shortfall}; give higher rates or more steps", accuracy
     if not by_loss and (accuracy is None or not accuracy >= LEARNED):
         shortfall = f"the best accuracy on T after training is {accuracy or 0:.3f}, {LEARNED} is needed"
