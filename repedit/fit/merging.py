@@ -351,7 +351,7 @@ def _named_rows(
     split = _Split([], [])
     for kind, names in groups.items():
         texts = [(name, template.format(name)) for name in names for template in (*OPENINGS, *TEMPLATES)]
-        own = [(context.name, context.text) for context in wordings if context.name in set(names)]
+        own = sorted({(context.name, context.text) for context in wordings if context.name in set(names)})
         for name, text in (*texts, *(own if kind.endswith("entities") else ())):
             held = text == TEMPLATES[-1].format(name)
             for spell in SPELLINGS[:1] if held else SPELLINGS:
