@@ -37,12 +37,11 @@ _MODULES = (
     ("rewrite.certificate", "certificate Certificate"),
     ("rewrite.slim", "slimmed"),
     ("rewrite.slice", "sliced"),
-    ("rewrite.diff", "diff"),
     ("rewrite.export", "export"),
     ("rewrite.adapter", "export_adapter import_adapter"),
     ("rewrite.gguf", "gguf_check"),
     ("rewrite.hub", "push"),
-    ("rewrite.verification", "reload_check"),
+    ("rewrite.verification", "diff reload_check"),
     ("metrics.benchmarks", "compare"),
     ("metrics.facts", "facts_accuracy"),
     ("metrics.location", "locate"),
@@ -105,13 +104,12 @@ if TYPE_CHECKING:
     from repedit.rewrite.adapter import export_adapter, import_adapter
     from repedit.rewrite.apply import apply
     from repedit.rewrite.certificate import Certificate, certificate
-    from repedit.rewrite.diff import diff
     from repedit.rewrite.export import export
     from repedit.rewrite.gguf import gguf_check
     from repedit.rewrite.hub import push
     from repedit.rewrite.slice import sliced
     from repedit.rewrite.slim import slimmed
-    from repedit.rewrite.verification import reload_check
+    from repedit.rewrite.verification import diff, reload_check
     from repedit.sites import Point, Site
     from repedit.stats import Activity, CrossMoments, Moments
     from repedit.unlearning import recipes

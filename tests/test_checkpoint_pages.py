@@ -14,7 +14,7 @@ from repedit.activations.prediction import Predictions
 from repedit.cli import app
 from repedit.metrics.benchmarks import Comparison
 from repedit.report import comparison_page, difference_page, pages
-from repedit.rewrite.diff import Difference
+from repedit.rewrite.verification import Difference
 from tests.saved_models import saved
 from tests.test_report import HOSTILE, Elements, spoiled
 

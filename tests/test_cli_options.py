@@ -40,7 +40,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
                 "cli.output.show_json", "cli.output.table"),
     "apply": ("cli.apply.load_model", "io.archive.kind_of", "edit.Edit.load", "rewrite.export.export", "rewrite.export.dry_run",
               "cli.apply.verify_checkpoint", "cli.output.show_json"),
-    "diff": ("rewrite.diff.diff", "report.difference_page", "io.files.write_text", "cli.output.show_json", "cli.output.table"),
+    "diff": ("rewrite.verification.diff", "report.difference_page", "io.files.write_text", "cli.output.show_json", "cli.output.table"),
     "compare": ("cli.inspect.load_model", "data.read", "metrics.benchmarks.check_suites", "metrics.benchmarks.compare", "metrics.benchmarks.compare_benchmarks", "cli.output.comparison_json",
                 "report.comparison_page", "io.files.write_text", "cli.output.show_comparison", "cli.output.show_json", "cli.output.table", "cli.output.show_generations"),
     "chat": ("cli.inspect.load_model", "metrics.generation.side_by_side", "cli.inspect._show", "cli.inspect._last", "cli.inspect._show_json_line"),

@@ -172,7 +172,7 @@ def diff(
     from dataclasses import asdict
 
     from repedit.cli import output
-    from repedit.rewrite.diff import diff as tensor_differences
+    from repedit.rewrite.verification import diff as tensor_differences
 
     check_page(out)
     differing = tensor_differences(base, edited)

@@ -55,7 +55,7 @@ from repedit.report.tables import (
     retain_check,
     table_of,
 )
-from repedit.rewrite.diff import Difference
+from repedit.rewrite.verification import Difference
 
 # --- Templates, and figures of matplotlib as inline SVG
 
