@@ -105,7 +105,7 @@ def small_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, model: Path | 
     is the working directory.
     """
     model = saved(folder / "tiny-model") if model is None else model
-    load, audit, facts, mrp = rp.load, rp.audit, rp.data.facts, rp.mrp
+    load, audit, facts, mrp, merge = rp.load, rp.audit, rp.data.facts, rp.mrp, rp.fit.merge
 
     def named(name: Any = "smollm2-135m", **options: Any) -> Any:
         return load(model if name == "smollm2-135m" else name, **options)
@@ -125,7 +125,12 @@ def small_settings(folder: Path, monkeypatch: pytest.MonkeyPatch, model: Path | 
     def trained(*args: Any, **options: Any) -> Any:
         return mrp(*args, **{**options, "rank": 2, "config": {"steps": 1}, "text": None})
 
+    def merged(*args: Any, **options: Any) -> Any:
+        few = {"steps": 2, "blocks": 1, "rare": 3, "written_names": 0, "written_sentences": 1}
+        return merge(*args, **{**options, "config": few})
+
     series = rp.ContinualMRP
+    monkeypatch.setattr(rp.fit, "merge", merged)
     monkeypatch.setattr(rp, "load", named)
     monkeypatch.setattr(rp, "audit", audited)
     monkeypatch.setattr(rp, "mrp", trained)

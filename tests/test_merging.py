@@ -173,7 +173,7 @@ def test_a_text_that_says_a_name_twice_or_not_at_all_is_no_row():
 
 def nothing_is_lost_where_one_token_stands(row: Any) -> None:
     """The loss of names is 0 where the text with averaged tokens is the text itself."""
-    models = merging._Models.of(pupil(), {"kind": [258]}, merging.Merging(**QUICK))
+    models = merging._Models.of(pupil(), {"kind": merging._Tokens((258,), 258)}, merging.Merging(**QUICK))
     assert merging._names_loss(models, [row], 1.0).item() == pytest.approx(0, abs=1e-9)
 
 
@@ -248,6 +248,12 @@ def test_answers_are_a_group_of_their_own_and_shared_names_are_entities():
         facts=[replace(f, answer=g.entity, choices=()) for f, g in zip(FACTS, facts(6, 12), strict=True)],
     )
     assert MergeCertificate.of(delta).names == 12
+
+
+def test_a_token_of_two_groups_is_averaged_with_the_first():
+    groups = {"a": ("Abo", "Bix", "Cyd"), "b": ("Bix", "Cyd", "Dur"), "c": ("Abo", "Bix", "Cyd")}
+    first, second, third = merging._averaged_tokens(pupil(), groups, 259).values()
+    assert len(first.own) == 3 and len(second.own) == 1 and third == ((), first.own[0])
 
 
 def test_tokens_of_names_are_whole_names_and_rare_pieces():

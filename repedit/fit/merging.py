@@ -218,7 +218,7 @@ def merge(
     models = _Models.of(subject, averaged, settings)
     losses = _train(models, named.fitted, retained.fitted, settings, seed, progress)
     certificate = MergeCertificate(
-        _left_over(models, named.held), _distortion(models, retained.held), sum(map(len, averaged.values())), len(names),
+        _left_over(models, named.held), _distortion(models, retained.held), sum(len(group.own) for group in averaged.values()), len(names),
         losses,
     )  # fmt: skip
     differences = models.differences()
@@ -297,21 +297,29 @@ def name_tokens(
     return tuple(sorted(tokens - set(getattr(tokenizer, "all_special_ids", ()))))
 
 
-def _averaged_tokens(subject: Subject, groups: Mapping[str, Sequence[str]], rare: int) -> dict[str, tuple[int, ...]]:
-    """The tokens of each group; one that two groups use is of the first.
+class _Tokens(NamedTuple):
+    """The tokens whose embeddings become one, and the token that stands for every name of the group."""
+
+    own: tuple[int, ...]
+    one: int
+
+
+def _averaged_tokens(subject: Subject, groups: Mapping[str, Sequence[str]], rare: int) -> dict[str, _Tokens]:
+    """The tokens of each group; one that two groups use is averaged with the first.
 
     Raises:
         NotEnoughRows: if a group has none.
     """
-    averaged: dict[str, tuple[int, ...]] = {}
+    averaged: dict[str, _Tokens] = {}
     for kind, names in groups.items():
-        taken = {token for tokens in averaged.values() for token in tokens}
-        averaged[kind] = tuple(token for token in name_tokens(subject, names, rare=rare) if token not in taken)
-        if not averaged[kind]:
+        tokens = name_tokens(subject, names, rare=rare)
+        if not tokens:
             raise NotEnoughRows(
                 f"{kind}: no name is one token, and none has a token from the number rare={rare} on, so that nothing can stand for all of "
                 "them; lower rare"
             )
+        own = tuple(sorted({*tokens}.difference(*(other.own for other in averaged.values()))))
+        averaged[kind] = _Tokens(own, (own or tokens)[0])
     return averaged
 
 
@@ -341,7 +349,7 @@ class _Split(NamedTuple):
 def _named_rows(
     subject: Subject,
     groups: Mapping[str, Sequence[str]],
-    averaged: Mapping[str, Sequence[int]],
+    averaged: Mapping[str, _Tokens],
     wordings: Sequence[Context],
 ) -> _Split:
     """Every name in every spelling in neutral templates, at the start of texts, and entities in their facts' wordings.
@@ -355,7 +363,7 @@ def _named_rows(
         for name, text in (*texts, *(own if kind.endswith("entities") else ())):
             held = text == TEMPLATES[-1].format(name)
             for spell in SPELLINGS[:1] if held else SPELLINGS:
-                row = _named(subject, text, name, spell, averaged[kind][0], kind)
+                row = _named(subject, text, name, spell, averaged[kind].one, kind)
                 if row is not None:
                     (split.held if held else split.fitted).append(row)
     return split
@@ -473,12 +481,12 @@ class _Models:
     embeddings: tuple[str, Tensor]
 
     @staticmethod
-    def of(subject: Subject, averaged: Mapping[str, Sequence[int]], settings: Merging) -> _Models:
+    def of(subject: Subject, averaged: Mapping[str, _Tokens], settings: Merging) -> _Models:
         """The models before training."""
         table = subject.model.get_input_embeddings().weight
         weight = at_least_float32(table.detach()).clone()
-        for tokens in averaged.values():
-            weight[list(tokens)] = weight[list(tokens)].mean(0)
+        for tokens in (list(group.own) for group in averaged.values() if group.own):
+            weight[tokens] = weight[tokens].mean(0)
         paths = [f"{path}." for path in subject.layout.block_paths]
         first, later = tuple(paths[: settings.blocks]), tuple(paths[settings.blocks :])
         used = {name: p for name, p in subject.model.named_parameters() if not name.startswith(later)}
