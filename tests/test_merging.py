@@ -143,6 +143,18 @@ def test_a_model_in_half_precision_is_merged_in_single_precision():
     assert rp.apply(delta, subject).model.dtype == torch.bfloat16
 
 
+def test_a_model_in_training_mode_is_merged_without_dropout_and_stays_in_it():
+    subject = pupil("gpt2", embd_pdrop=0.5)
+    quiet = merged(subject)
+    subject.model.train()
+    assert all(torch.equal(v, quiet.tensors[n]) for n, v in merged(subject).tensors.items())
+    assert subject.model.training
+
+
+def test_texts_are_cut_to_the_positions_of_the_model():
+    assert MergeCertificate.of(merged(pupil("gpt2", n_positions=38))).names == len(FACTS)
+
+
 # --- Rows
 
 
@@ -178,7 +190,7 @@ def nothing_is_lost_where_one_token_stands(row: Any) -> None:
 
 
 def test_the_loss_of_names_compares_a_name_with_one_token_in_its_place():
-    row = merging._Named([1, 258, 50, 60], [1, 258, 50, 60], 1, [1, 2, 3], 1, "kind")
+    row = merging._Named("x", [1, 258, 50, 60], [1, 258, 50, 60], 1, [1, 2, 3], 1, "kind")
     nothing_is_lost_where_one_token_stands(row)
     caught(nothing_is_lost_where_one_token_stands, row._replace(ids=[1, 40, 50, 60]))
 
@@ -348,6 +360,8 @@ def test_deltas_that_treat_the_head_otherwise_have_no_sum_and_an_order():
         ({"facts": [replace(f, entity="Zoe") for f in FACTS]}, DataError, r"no wording of the facts about 'Zoe' contains that name"),
         ({"others": FACTS[:1]}, OverlapError, r"others are about 1 entities that are to be merged, such as \['abo'\]"),
         ({"retain": ["Abo sings"] * 30}, NotEnoughRows, r"0 retained texts name no entity to merge; give retain= at least 20"),
+        ({"facts": [*FACTS, Fact(prompt="article has", answer="x", entity="article", id="a", domain="likes")]}, DataError,
+         r"1 names cannot be told from the words around them, such as \['article'\]: .* says them more than once or not at all"),
         ({"seed": -1}, ArgumentError, r"seed"),
     ],
 )  # fmt: skip

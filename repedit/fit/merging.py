@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from repedit.activations.forward import at_least_float32, batches_of, check_ids, inputs_of
+from repedit.activations.forward import at_least_float32, batches_of, check_ids, inputs_of, max_positions
 from repedit.arch.offload import check_in_memory
 from repedit.arguments import checked
-from repedit.data import Batch, Fact, Facts, TextSource, prose, with_paraphrases
+from repedit.data import Batch, Batches, Fact, Facts, TextSource, prose, with_paraphrases
 from repedit.data.corpus import padded
 from repedit.data.encoding import entity_span, mentions, prompt_ids
 from repedit.data.fact_sets import fact_items
@@ -32,6 +32,7 @@ from repedit.data.grading import normalized
 from repedit.delta import Delta
 from repedit.errors import (
     ArgumentError,
+    DataError,
     NotEnoughRows,
     NotFoldable,
     OverlapError,
@@ -198,7 +199,7 @@ def merge(
     Returns:
         A Delta that unties the output head, with its certificate in the provenance; see `MergeCertificate.of`.
     Raises:
-        DataError: if a fact has no entity, or its wordings do not contain it.
+        DataError: if a fact has no entity, its wordings do not contain it, or a name is also a word of the templates.
         NotEnoughRows: if a domain has fewer than 3 names, no token of it is averaged, or nothing is retained.
         OverlapError: if `others` are about an entity to merge.
         SelectionError: if the model has no such number of blocks. TrainingError: if the loss is not finite.
@@ -216,11 +217,12 @@ def merge(
     names = {name for group in groups.values() for name in group}
     retained = _retained_rows(subject, names, rest, retain, set(never), settings, seed)
     models = _Models.of(subject, averaged, settings)
-    losses = _train(models, named.fitted, retained.fitted, settings, seed, progress)
+    with evaluating(subject.model):
+        losses = _train(models, named.fitted, retained.fitted, settings, seed, progress)
+        left, distortion = _left_over(models, named.held), _distortion(models, retained.held)
     certificate = MergeCertificate(
-        _left_over(models, named.held), _distortion(models, retained.held), sum(len(group.own) for group in averaged.values()), len(names),
-        losses,
-    )  # fmt: skip
+        left, distortion, sum(len(group.own) for group in averaged.values()), len(names), losses
+    )
     differences = models.differences()
     return Delta(
         differences,
@@ -329,6 +331,7 @@ def _averaged_tokens(subject: Subject, groups: Mapping[str, Sequence[str]], rare
 class _Named(NamedTuple):
     """A text that holds a name, and one with averaged tokens in its place."""
 
+    name: str
     ids: list[int]
     one: list[int]
     start: int
@@ -355,6 +358,9 @@ def _named_rows(
     """Every name in every spelling in neutral templates, at the start of texts, and entities in their facts' wordings.
 
     The last template is held out.
+
+    Raises:
+        DataError: if a name has no row to train on, or none that is held out.
     """
     split = _Split([], [])
     for kind, names in groups.items():
@@ -366,6 +372,13 @@ def _named_rows(
                 row = _named(subject, text, name, spell, averaged[kind].one, kind)
                 if row is not None:
                     (split.held if held else split.fitted).append(row)
+    said = [{row.name for row in rows} for rows in split]
+    unsaid = sorted({name for names in groups.values() for name in names} - (said[0] & said[1]))
+    if unsaid:
+        raise DataError(
+            f"{len(unsaid)} names cannot be told from the words around them, such as {unsaid[:3]}: a text such as "
+            f"{TEMPLATES[-1].format(unsaid[0])!r} says them more than once or not at all; correct the field entity, or leave those facts out"
+        )
     return split
 
 
@@ -385,7 +398,7 @@ def _named(subject: Subject, text: str, name: str, spell: Callable[[str], str], 
     count = 2 if start == 0 and end > 0 else 1
     inside = [min(offset, start + count - 1) if start == 0 else start for offset in range(end + 1 - start)]
     after = range(start + count, start + count + len(ids) - end - 1)
-    return _Named(ids, [*ids[:start], *([one] * count), *ids[end + 1 :]], start, [*inside, *after], end, kind)
+    return _Named(name, ids, [*ids[:start], *([one] * count), *ids[end + 1 :]], start, [*inside, *after], end, kind)
 
 
 def _retained_rows(
@@ -406,9 +419,10 @@ def _retained_rows(
         *(rng.choice((*TEMPLATES, *OPENINGS)).format(name) for _, name in places),
         *written_sentences(subject, settings.written_sentences, seed + 1),
     ]
-    rows = [prompt_ids(tokenizer, text)[:_LONGEST] for text in texts if not says(text, names)]
+    longest = min(_LONGEST, max_positions(subject) or _LONGEST)
+    rows = [prompt_ids(tokenizer, text)[:longest] for text in texts if not says(text, names)]
     source = prose() if retain is None else training_rows(retain, "retain")
-    rows += [ids for ids in _pieces(subject, source) if not says(tokenizer.decode(ids), names)]
+    rows += [ids for ids in _pieces(subject, source, longest) if not says(tokenizer.decode(ids), names)]
     rows = [ids for ids in rows if len(ids) > 2]
     if len(rows) < _HELD:
         raise NotEnoughRows(f"{len(rows)} retained texts name no entity to merge; give retain= at least {_HELD}")
@@ -417,12 +431,12 @@ def _retained_rows(
     return _Split(rows[held:], rows[:held])
 
 
-def _pieces(subject: Subject, source: Any) -> Iterator[list[int]]:
-    """The rows of a source in pieces of at most 40 tokens."""
-    for batch in batches_of(subject, source, length=_LONGEST, batch_size=64):
+def _pieces(subject: Subject, source: Batches, longest: int) -> Iterator[list[int]]:
+    """The rows of a source in pieces of at most this many tokens."""
+    for batch in batches_of(subject, source, length=longest, batch_size=64):
         for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
             row = ids[mask].tolist()
-            yield from (row[at : at + _LONGEST] for at in range(0, len(row), _LONGEST))
+            yield from (row[at : at + longest] for at in range(0, len(row), longest))
 
 
 def says(text: str, names: Iterable[str]) -> bool:
@@ -489,7 +503,8 @@ class _Models:
             weight[tokens] = weight[tokens].mean(0)
         paths = [f"{path}." for path in subject.layout.block_paths]
         first, later = tuple(paths[: settings.blocks]), tuple(paths[settings.blocks :])
-        used = {name: p for name, p in subject.model.named_parameters() if not name.startswith(later)}
+        unused = (*later, subject.layout.head)
+        used = {name: p for name, p in subject.model.named_parameters() if not name.startswith(unused)}
         # The original's tensors are never trained, and training does not round to its dtype.
         shared = {id(p): nn.Parameter(at_least_float32(p.detach()), requires_grad=False) for p in used.values()}
         shared[id(table)] = nn.Parameter(weight, requires_grad=False)
@@ -548,22 +563,21 @@ def _train(
     kinds = [(rows, min(count, len(rows))) for rows, count in kinds if rows and count]
     losses: list[tuple[float, float]] = []
     bar = tqdm(range(settings.steps), desc="merge", disable=None if progress is None else not progress, leave=False)
-    with evaluating(models.original.model):
-        spread = _spread(models, rng.sample(retained, min(384, len(retained))))
-        for step in bar:
-            set_lr(optimizer, settings.lr * min(1, (step + 1) / _RISE) * linear_decay(step, settings.steps, _DECAY))
-            with torch.enable_grad():
-                merged = _names_loss(models, rng.sample(named, min(settings.named, len(named))), spread)
-                kept = _retained_loss(models, [rng.sample(rows, count) for rows, count in kinds], spread)
-                optimizer.zero_grad()
-                (merged + settings.beta * kept).backward()
-            if not bool(torch.isfinite(merged + kept)):
-                raise TrainingError(
-                    f"the losses are {merged.item()} and {kept.item()} at step {step}; lower lr of the config"
-                )
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            losses.append((merged.item(), kept.item()))
+    spread = _spread(models, rng.sample(retained, min(384, len(retained))))
+    for step in bar:
+        set_lr(optimizer, settings.lr * min(1, (step + 1) / _RISE) * linear_decay(step, settings.steps, _DECAY))
+        with torch.enable_grad():
+            merged = _names_loss(models, rng.sample(named, min(settings.named, len(named))), spread)
+            kept = _retained_loss(models, [rng.sample(rows, count) for rows, count in kinds], spread)
+            optimizer.zero_grad()
+            (merged + settings.beta * kept).backward()
+        if not bool(torch.isfinite(merged + kept)):
+            raise TrainingError(
+                f"the losses are {merged.item()} and {kept.item()} at step {step}; lower lr of the config"
+            )
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        losses.append((merged.item(), kept.item()))
     for parameter in weights:
         parameter.requires_grad_(False)
     last = torch.tensor(losses[-20:]).mean(0)
