@@ -33,7 +33,7 @@ PATCHED: dict[str, tuple[str, ...]] = {
     "collect": ("cli.neurons.load_model", "data.read", "activations.collection.collect", "cli.neurons.save", "cli.output.show_json"),
     "score": ("cli.neurons.load_model", "cli.neurons._scores", "cli.neurons.save", "cli.output.show_json", "cli.output.table"),
     "explore": ("cli.neurons.load_model", "neurons.scores.Scores.load", "data.read", "activations.examples.max_activating", "explore.neurons", "cli.output.show_json"),
-    "prune": ("cli.neurons.load_model", "neurons.pruning.run_pruning", "cli.neurons.write_edited", "cli.neurons._show", "cli.neurons.plan_summary"),
+    "prune": ("cli.neurons.load_model", "neurons.scores.Scores.load", "neurons.pruning.run_pruning", "cli.neurons.write_edited", "cli.neurons._show", "cli.neurons.plan_summary"),
     "project": ("cli.unlearn.load_model", "data.facts", "edit.Edit.load", "fit.mrp.mrp", "fit.merging.merge", "fit.merging.MergeCertificate.of", "fit.overwrite.overwrite", "data.read", "metrics.facts.knowledge", "rewrite.apply.apply",
                 "fit.overwrite.OverwriteCertificate.of", "cli.unlearn._show", "cli.unlearn.plan_summary", "cli.unlearn.write_edited"),
     "unlearn": ("cli.unlearn.load_model", "data.facts", "data.read", "unlearning.api.unlearn", "cli.unlearn._write_and_show",
@@ -275,7 +275,7 @@ WORDS = {
     **dict.fromkeys(("score", "prune"), ("importance", "combine")), "project": ("method", "contexts"), "compare": ("metrics",),
 }  # fmt: skip
 READ = {
-    "collect": ("text",), "score": ("forget", "retain"), "explore": ("text",), "project": ("previous", "text"), "compare": ("text", "folder"),
+    "collect": ("text",), "score": ("forget", "retain"), "explore": ("text",), "prune": ("scores",), "project": ("previous", "text"), "compare": ("text", "folder"),
 }  # fmt: skip
 
 
@@ -291,7 +291,8 @@ def test_what_does_not_exist_is_refused_before_a_model_is_read(verb, name, monke
     monkeypatch.chdir(tmp_path)
     for module in ("neurons", "unlearn", "inspect"):
         monkeypatch.setattr(f"repedit.cli.{module}.load_model", raising)
-    monkeypatch.setattr("repedit.neurons.scores.Scores.load", lambda path: {})
+    if verb != "prune":
+        monkeypatch.setattr("repedit.neurons.scores.Scores.load", lambda path: {})
     with pytest.raises(RepeditError, match="nothing-of-this-name"):
         CliRunner().invoke(cli.app, [*verb.split(), *base, *words], catch_exceptions=False)
 

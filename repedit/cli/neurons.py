@@ -246,6 +246,7 @@ def prune(
     """Prune the neurons most specific to the forget set, measure both sets, and write an edit or a checkpoint."""
     from repedit.cli import output
     from repedit.neurons.pruning import PruningOptions, run_pruning
+    from repedit.neurons.scores import Scores
 
     shape = shape_options(out, structure, layout, multiple)
     options = PruningOptions(
@@ -254,8 +255,9 @@ def prune(
     )  # fmt: skip
     if not dry_run:
         check_out(out, model, scores, forget, retain, overwrite=overwrite)
+    saved = None if scores is None else Scores.load(scores)
     subject = load_model(model, device, dtype, dequantize)
-    result = run_pruning(subject, forget, retain, options, scores=scores, on_stage=output.stage)
+    result = run_pruning(subject, forget, retain, options, scores=saved, on_stage=output.stage)
     plan = plan_summary(result.edit, subject, shape) if dry_run and not result.exceeded else ""
     _show(result, out, dry_run, plan, json)
     if result.exceeded:

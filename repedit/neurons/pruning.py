@@ -101,13 +101,13 @@ def run_pruning(
     retain: str,
     options: PruningOptions,
     *,
-    scores: str | Path | None = None,
+    scores: Scores | None = None,
     on_stage: Callable[[str], None] = lambda text: None,
 ) -> PruningResult:
     """Prune, and measure the effect on documents that were not collected on.
 
     Args:
-        scores: a file written by `Scores.save`, used instead of collecting.
+        scores: used instead of collecting.
         on_stage: called with a line of text before each stage.
     Raises:
         FingerprintError: if the scores were made on another model.
@@ -170,7 +170,7 @@ def _make_edit(
     forget: Corpus,
     retain: Corpus,
     options: PruningOptions,
-    scores: str | Path | None,
+    scores: Scores | None,
     on_stage: Callable[[str], None],
 ) -> Edit:
     if options.learned:
@@ -179,8 +179,8 @@ def _make_edit(
         return gates(subject, forget, retain, sites=sites, seed=options.seed)
     assert options.fraction is not None
     if scores is not None:
-        loaded = _load_scores(scores, subject)
-        return prune(loaded, fraction=options.fraction, cap_per_layer=options.cap_per_layer)
+        _check_scores(scores, subject)
+        return prune(scores, fraction=options.fraction, cap_per_layer=options.cap_per_layer)
     sites = options.sites or "*.mlp.neurons"
     if options.steps > 1:
         on_stage(f"Pruning in {options.steps} steps, collecting again before each")
@@ -218,11 +218,9 @@ def _read_corpus(name: str) -> Corpus:
     return corpus
 
 
-def _load_scores(path: str | Path, subject: Subject) -> Scores:
-    scores = Scores.load(path)
-    if scores.provenance.get("model") != subject.fingerprint():
+def _check_scores(scores: Scores, subject: Subject) -> None:
+    model = scores.provenance.get("model")
+    if model != subject.fingerprint():
         raise FingerprintError(
-            f"{path} holds scores of model {str(scores.provenance.get('model'))[:12]}, this model is "
-            f"{subject.fingerprint()[:12]}; score this one"
+            f"the scores are of model {str(model)[:12]}, this model is {subject.fingerprint()[:12]}; score this one"
         )
-    return scores
