@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints, is_typeddict
 
-from repedit.errors import ArgumentError, DataError, NotAModel, RepeditError, check_names, shown
+from repedit.errors import ArgumentError, DataError, NotAModel, RepeditError, check_names, plain_scalar, shown
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 ADVICE: Mapping[str, tuple[type[RepeditError], str]] = {
@@ -81,7 +81,10 @@ def check_fields(value: Any) -> None:
     hints = parameter_types(value.__class__)
     for field in fields(value):
         if field.init:
-            check_type(field.name, getattr(value, field.name), hints[field.name])
+            own = getattr(value, field.name)
+            check_type(field.name, own, hints[field.name])
+            if (plain := plain_scalar(own)) is not own:
+                object.__setattr__(value, field.name, plain)
 
 
 @cache
@@ -108,6 +111,9 @@ def _checked_function(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         hints = parameter_types(plain)
+        # A number of numpy would otherwise end in a record that cannot be written.
+        args = tuple(map(plain_scalar, args))
+        kwargs = {name: plain_scalar(value) for name, value in kwargs.items()}
         for name, value in zip(places, args, strict=False):
             check_type(name, value, hints.get(name, Any))
         for value in args[len(places) :] if repeated else ():

@@ -38,6 +38,7 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
+from typing import Any
 
 
 class RepeditError(Exception):
@@ -277,6 +278,12 @@ def is_finite(value: object) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number beyond every float
         return False
+
+
+def plain_scalar(value: Any) -> Any:
+    """A number of numpy as the number of Python that it is; any other value as it is."""
+    is_scalar = type(value).__module__ == "numpy" and hasattr(value, "item") and not hasattr(value, "__len__")
+    return value.item() if is_scalar else value
 
 
 def given(**values: object) -> dict[str, object]:

@@ -362,6 +362,7 @@ def test_deltas_that_treat_the_head_otherwise_have_no_sum_and_an_order():
         ({"retain": ["Abo sings"] * 30}, NotEnoughRows, r"0 retained texts name no entity to merge; give retain= at least 20"),
         ({"facts": [*FACTS, Fact(prompt="article has", answer="x", entity="article", id="a", domain="likes")]}, DataError,
          r"1 names cannot be told from the words around them, such as \['article'\]: .* says them more than once or not at all"),
+        ({"never": "Rome"}, ArgumentError, r"never='Rome': a str was given where a list of names is needed; give \['Rome'\]"),
         ({"seed": -1}, ArgumentError, r"seed"),
     ],
 )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,9 @@ from torch import Tensor
 import repedit as rp
 from repedit.arguments import checked
 from repedit.errors import ArgumentError, DataError, NotAModel, RepeditError
+from repedit.io.text import json_copy
 from tests.public_callables import Public, public_callables, sample
+from tests.teachable_models import blank, facts
 
 PUBLIC = public_callables()
 WRONG: tuple[Any, ...] = (None, 5, object(), "text", {}, 0.5, b"bytes", [object()])
@@ -132,6 +135,43 @@ def test_each_of_any_number_of_arguments_is_checked():
 )  # fmt: skip
 def test_values_that_python_uses_in_their_place_are_taken(right):
     assert door(**right)
+
+
+def numbers_of_numpy_are_those_of_python(call: Callable[..., object]) -> None:
+    for value in (np.int64(3), np.float32(0.5), np.float64(0.5), np.uint8(3)):
+        assert type(call(value)) in (int, float)
+    assert call(np.bool_(True)) is True
+
+
+def test_numbers_of_numpy_arrive_as_those_of_python():
+    """A record that holds one could not be written."""
+
+    @checked
+    def same(value: Any) -> Any:
+        return value
+
+    @dataclass(frozen=True)
+    @checked
+    class Holds:
+        value: Any
+
+    numbers_of_numpy_are_those_of_python(same)
+    numbers_of_numpy_are_those_of_python(lambda value: Holds(value).value)
+    numbers_of_numpy_are_those_of_python(lambda value: json_copy({"a": [value]}, "x")["a"][0])
+    with pytest.raises(AssertionError):
+        numbers_of_numpy_are_those_of_python(lambda value: value)
+    for value in (np.str_("a"), np.zeros(2), np.array(3)):
+        assert same(value) is value
+
+
+def test_an_edit_of_a_rank_of_numpy_is_made_and_saved(tmp_path):
+    subject = blank()
+    edit = rp.mrp(
+        subject, forget=facts(0, 4), retain=facts(8, 12), rank=np.int64(1), sites="0.mlp.out", text=None,
+        config={"steps": np.int64(1), "seed": np.int32(0)},
+    )  # fmt: skip
+    edit.save(tmp_path / "e.safetensors")
+    assert rp.Edit.load(tmp_path / "e.safetensors").provenance["rank"] == 1
 
 
 def test_a_checked_function_keeps_its_signature_and_its_name():

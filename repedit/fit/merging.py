@@ -202,12 +202,14 @@ def merge(
         DataError: if a fact has no entity, its wordings do not contain it, or a name is also a word of the templates.
         NotEnoughRows: if a domain has fewer than 3 names, no token of it is averaged, or nothing is retained.
         OverlapError: if `others` are about an entity to merge.
-        SelectionError: if the model has no such number of blocks. TrainingError: if the loss is not finite.
+        ArgumentError: if a setting is out of range, or `never` is one name. SelectionError: if the model has no such number of blocks. TrainingError: if the loss is not finite.
         NotFoldable: if input embeddings are no single matrix. QuantizedModel, OffloadedTensors: if they cannot be trained.
     Reference: the averaging and the training are ours; docs/removal.md has what attacks find.
     """
     settings = Merging.of(config)
     check_seed(seed=seed)
+    if isinstance(never, str):
+        raise ArgumentError(f"never={never!r}: a str was given where a list of names is needed; give [{never!r}]")
     items, rest = fact_items(facts), tuple(others)
     _check(subject, items, rest, settings)
     wordings = contexts_of(subject, items, ("wordings",))

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from repedit.errors import ArgumentError, CheckpointError, DataError, RepeditError
+from repedit.errors import ArgumentError, CheckpointError, DataError, RepeditError, plain_scalar
 from repedit.io.files import append_line, read_bytes
 
 DEPTH = 100
@@ -174,9 +174,16 @@ def json_copy(value: object, what: str) -> Any:
         ArgumentError: if the value holds anything that JSON cannot.
     """
     try:
-        return json.loads(json.dumps(value))
+        return json.loads(json.dumps(value, default=_of_numpy))
     except (TypeError, ValueError, RecursionError) as reason:
         raise ArgumentError(f"{what} must hold plain JSON values: {reason}") from reason
+
+
+def _of_numpy(value: object) -> Any:
+    plain = plain_scalar(value)
+    if plain is value:
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    return plain
 
 
 class JsonLines:
