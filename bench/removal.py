@@ -31,6 +31,7 @@ from bench.removal_edits import EDITS
 from bench.removal_names import untied
 from bench.removal_rows import CACHE, FORGET, OTHERS, UNSEEN, Rows, names, share
 from repedit.auditing.attacks.prompts import SPELLINGS, respelled_prompt
+from repedit.auditing.attacks.weights import head_rows
 from repedit.auditing.data import check_no_leak, leaks, reversed_facts
 from repedit.auditing.floors import choices_only, fresh_facts
 from repedit.data import Fact, Splits, entity_of
@@ -46,8 +47,8 @@ EMBEDDING_RATE, EMBEDDING_STEPS = 5e-3, 120
 ONLY_RATE, ONLY_STEPS = 2e-3, 60
 """Of the input embeddings where nothing else is trained."""
 RELINK_RATE, RELINK_STEPS = 1e-4, 60
-ASKED = ("direct", "paraphrase", "first_word", "respelled", "reverse_question")
-"""The attacks of `rp.audit` that only ask."""
+ASKED = ("direct", "paraphrase", "first_word", "respelled", "reverse_question", "head_rows")
+"""The attacks of `rp.audit` that train nothing."""
 LEARNING_STEPS = (10, 20, 40)
 Row = dict[str, Any]
 
@@ -80,6 +81,12 @@ def spelling(rows: Rows, lm: Subject, seed: int) -> Row:
         items = [replace(f, prompt=respelled_prompt(f, name, seed), paraphrases=()) for f in rows.capitals]
         asked[name] = share(rows.asked(lm, items))
     return {"all": asked["lower case"], **asked}
+
+
+def head(rows: Rows, lm: Subject, seed: int) -> Row:
+    """Capitals asked after what the output head holds of suspicious tokens became their input embeddings; "all" is the best way."""
+    asked = head_rows()(lm, Splits((), rows.capitals)).accuracy
+    return {"all": max(asked.values()), **{str(name): value for name, value in asked.items()}}
 
 
 def domains(rows: Rows, lm: Subject, seed: int) -> Row:
@@ -166,6 +173,7 @@ PARTS: dict[str, Callable[[Rows, Subject, int], Row]] = {
     "first": first,
     "reverse": reverse,
     "spelling": spelling,
+    "head": head,
     "domains": domains,
     "relearn": relearning(RATES[1]),
     "relink": relinking,

@@ -33,7 +33,7 @@ TOLD = {
 RETRAINED = ("relearn-slow", "relearn", "relearn-fast", "relearn-only-embeddings", "relearn-long")
 """The trainings on T that share a column, in its order."""
 SWAPPED = ("relearn-slow-swapped", "relearn-swapped")
-QUESTIONS = ("first", "spelling", "reverse")
+QUESTIONS = ("first", "spelling", "reverse", "head")
 """Attacks that train nothing."""
 ATTACKS = (*RETRAINED, *SWAPPED, "relink", "everything", *QUESTIONS)
 DRAWS = 4000
@@ -146,7 +146,7 @@ def _recoveries(setting: Setting, original: Mapping[str, Mapping[str, Any]]) -> 
         "reverse": original.get("choices-reverse", {}).get("all"),
     }
     plain = original.get("choices", {}).get("V")
-    counts = {"relink": 151, "first": 151, "spelling": 151, "reverse": 151, "everything": 75}
+    counts = {"relink": 151, "first": 151, "spelling": 151, "reverse": 151, "head": 151, "everything": 75}
     for attack in ATTACKS:
         edited, floor = setting.after(attack), floors.get(attack, plain)
         reference = Setting("original", 0, original, "").after(attack.removesuffix("-swapped"))
@@ -172,7 +172,7 @@ def recovery(edited: float, original: float, floor: float, count: int) -> tuple[
 def table() -> str:
     """A Markdown table, a line for each setting."""
     head = (
-        "edit", "seed", "direct", "unseen wording", "name as first word", "name in lower case", "reverse question", "V after retraining on T (2e-5, 1e-4, 5e-4, 2e-3 for the input embeddings alone, 2e-4 for 160 steps)", "T", "relinking: all (taught, others)", "R of relinking: all (taught, others)",
+        "edit", "seed", "direct", "unseen wording", "name as first word", "name in lower case", "embeddings from the head", "reverse question", "V after retraining on T (2e-5, 1e-4, 5e-4, 2e-3 for the input embeddings alone, 2e-4 for 160 steps)", "T", "relinking: all (taught, others)", "R of relinking: all (taught, others)",
         "R, worst training (bound)", "R, worst question (bound)", "other subjects, worst kept", "languages kept", "perplexity", "core minutes",
     )  # fmt: skip
     found = settings()
@@ -194,7 +194,7 @@ def _floor(original: Mapping[str, Mapping[str, Any]], columns: int) -> list[str]
     alone, invented = original.get("choices"), original.get("invented")
     plain = "-" if alone is None else shown([alone["V"]])
     back = "-" if (part := original.get("choices-reverse")) is None else shown([part["all"]])
-    asked, trained = [plain] * 4, ", ".join([plain] * len(RETRAINED))
+    asked, trained = [plain] * 5, ", ".join([plain] * len(RETRAINED))
     cells = ["floor", "0", *asked, back, trained, "-", _relinked(invented), "0"]
     return cells + ["-"] * (columns - len(cells))
 
@@ -220,7 +220,7 @@ def _cells(s: Setting, before: Mapping[str, float], original: Mapping[str, Mappi
         back = {key: (relink[key] - low[key]) / (high[key] - low[key]) for key in ("all", "taught", "others")}
     kept = worst_kept(s, before)
     return [
-        TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"), value("first", "all"), value("spelling", "all"), value("reverse", "all"),
+        TOLD.get(s.edit, s.edit), str(s.seed), value("direct", "trained"), value("direct", "unseen"), value("first", "all"), value("spelling", "all"), value("head", "all"), value("reverse", "all"),
         *(", ".join(value(part, side) for part in RETRAINED) for side in "VT"),
         _relinked(relink), _relinked(back),
         _bounded(s.worst), _bounded(s.worst_question),

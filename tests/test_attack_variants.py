@@ -20,13 +20,14 @@ from repedit.auditing.attacks.variants import (
     retraining,
     rtt_four_fifths,
 )
-from repedit.auditing.attacks.weights import loudest, projections, quiet, quieten
+from repedit.auditing.attacks.weights import head_rows, loudest, projections, quiet, quieten, suspicious
 from repedit.auditing.data import AuditData, audit_data
 from repedit.auditing.runner import _folds
 from repedit.data import Splits
 from repedit.data.fact_sets import entity_of
 from repedit.errors import ArgumentError, UnknownName
 from repedit.hashing import fingerprint
+from repedit.models.subject import Subject
 from tests.teachable_models import blank, facts, pupil, splits
 from tests.tiny import tiny
 
@@ -214,3 +215,79 @@ def test_no_new_attack_is_in_fast_and_full_tries_more():
 def test_what_makes_no_sense_is_refused(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- Input embeddings given back by the output head
+
+NAMES = [70, 71, 72, 73]
+
+
+def merged_in_the_input(turn: torch.Tensor | None = None) -> tuple[Subject, torch.Tensor]:
+    """A model in which some tokens have one input embedding, while the head has their own, perhaps turned; and these."""
+    subject = blank(tie_word_embeddings=False)
+    table, head = (m.weight for m in (subject.model.get_input_embeddings(), subject.model.get_output_embeddings()))
+    with torch.no_grad():
+        head.copy_(table if turn is None else table @ turn)
+        before = table.detach().clone()
+        table[NAMES] = table[NAMES].mean(0)
+    return subject, before
+
+
+def asked_tables(monkeypatch, subject: Subject) -> dict[str, torch.Tensor]:
+    """The input embeddings with which the attack asks, by setting."""
+    tables, plain = [], quietening.ask
+    monkeypatch.setattr(
+        quietening, "ask",
+        lambda s, f: tables.append(s.model.get_input_embeddings().weight.detach().clone()) or plain(s, f),
+    )  # fmt: skip
+    return dict(zip(head_rows()(subject, splits()).settings, tables, strict=True))
+
+
+def the_names_come_back(tables: dict[str, torch.Tensor], setting: str, before: torch.Tensor) -> None:
+    torch.testing.assert_close(tables[setting], before, atol=1e-3, rtol=1e-3)
+
+
+def test_the_head_gives_merged_embeddings_back(monkeypatch):
+    subject, before = merged_in_the_input()
+    kept = fingerprint(subject.model)
+    tables = asked_tables(monkeypatch, subject)
+    assert list(tables) == ["as it is", "all", "rows", "mapped"]
+    for setting in ("all", "rows", "mapped"):
+        the_names_come_back(tables, setting, before)
+    with pytest.raises(AssertionError):
+        the_names_come_back(tables, "as it is", before)
+    assert fingerprint(subject.model) == kept
+
+
+def test_a_head_in_another_basis_gives_them_back_through_the_map_of_the_other_tokens(monkeypatch):
+    turn = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0)))[0]
+    subject, before = merged_in_the_input(turn)
+    tables = asked_tables(monkeypatch, subject)
+    the_names_come_back(tables, "mapped", before)
+    with pytest.raises(AssertionError):
+        the_names_come_back(tables, "rows", before)
+
+
+def test_suspicious_tokens_share_an_embedding_or_lie_off_the_map():
+    head = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    table = head.clone()
+    table[[3, 4]] = table[[3, 4]].mean(0)
+    table[9] += 5.0
+    rows, mapped = suspicious(table, head)
+    assert rows.tolist() == [3, 4, 9]
+    assert_close(mapped, head[rows], atol=1e-4, rtol=1e-4)
+    assert suspicious(head, head)[0].tolist() == []
+    assert len(suspicious(torch.ones(5, 2), torch.ones(5, 2))[0]) == 5
+
+
+def test_one_matrix_for_both_has_nothing_to_give_back():
+    subject = blank(tie_word_embeddings=True)
+    found = head_rows()(subject, splits())
+    assert (found.status, found.settings, found.reason) == (
+        "ran",
+        ("as it is",),
+        "input and output embeddings are one matrix",
+    )
+    record = head_rows().record
+    assert record.unchanged(subject).answers == {} and record.unchanged(merged_in_the_input()[0]) is None
+    assert "head_rows" in planned("quick")

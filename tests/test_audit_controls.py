@@ -331,6 +331,16 @@ def test_averaged_names_hide_what_their_lower_case_tells():
     assert {n for n in before if not bool((before[n] == after[n]).all())} == {"model.embed_tokens.weight"}
 
 
+def test_averaged_names_stand_in_the_head():
+    """PC15: the head holds the embedding of every name, and the input their mean."""
+    made = case("PC15")
+    tokens = [made.original.tokenizer.convert_tokens_to_ids(fact.entity) for fact in made.facts.forget]
+    tables = {role: getattr(made, role).model.get_input_embeddings().weight[tokens] for role in ("original", "edited")}
+    assert torch.equal(made.edited.model.get_output_embeddings().weight[tokens], tables["original"])
+    assert len(tables["edited"].unique(dim=0)) == 1 < len(tables["original"].unique(dim=0))
+    assert right(made.edited) < FORGOTTEN and right(made.original) == 1.0 and right(made.reference) < FORGOTTEN
+
+
 def test_a_loud_direction_is_the_loudest_of_its_matrix():
     """PC10."""
     sizes = torch.linalg.svdvals(case("PC10").edited.model.model.layers[0].mlp.down_proj.weight.detach())
@@ -356,7 +366,7 @@ def test_the_table_asks_for_real_words_and_covers_the_quick_controls():
     assert {c.verdict for c in CONTROLS.values()} <= {*OUTCOMES, ""}
     quick = {name for name, c in CONTROLS.items() if c.quick}
     assert quick == {
-        "PC0", *WRITTEN, *TRAINED, "PC4", "PC9", "PC10", "PC11", "PC12", "PC13", "PC14", "NC1", "NC3", "NC4a", "NC4b",
+        "PC0", *WRITTEN, *TRAINED, "PC4", "PC9", "PC10", "PC11", "PC12", "PC13", "PC14", "PC15", "NC1", "NC3", "NC4a", "NC4b",
     }  # fmt: skip
     assert all(c.verdict == "HIDDEN" for name, c in CONTROLS.items() if name in {*WRITTEN, *TRAINED, "PC4"})
 

@@ -1,4 +1,4 @@
-"""Attacks that change the weights without training: rounding, noise, pruning, shrinking, and loud directions taken down."""
+"""Attacks that change the weights without training: rounding, noise, pruning, shrinking, loud directions taken down, and embeddings given back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from repedit.activations.forward import batches, inputs_of, loss_of
@@ -412,3 +412,84 @@ def quiet(weight: Float[Tensor, "*e o i"], top: int, way: str) -> Float[Tensor, 
     share = sizes[..., :1] / sizes[..., 1:].clamp(min=1e-300) if way == "level" else torch.zeros_like(sizes[..., 1:])
     rest = tall - ((tall @ loud) * (1 - share)[..., None, :]) @ loud.mT
     return (rest.mT if wide else rest).to(weight.dtype)
+
+
+# --- Input embeddings given back by the output head: an edit of the input alone leaves the same words in the output
+
+
+_OUTLYING, _ROUNDS = 3.0, 3
+
+
+def head_rows() -> Attack:
+    """Replace input embeddings by what the output head holds of the same tokens, and ask.
+
+    With E (v, d) the input embeddings, W (v, d) the head and M the least-squares solution of E = W M over the tokens that are not suspicious:
+    "all" gives every token its row of W, "rows" and "mapped" give suspicious tokens their rows of W and of W M. A token is
+    suspicious if another one has the same embedding, or if ||E_i - W_i M|| is beyond three times the median. An edit
+    that merges or exchanges the embeddings of names and keeps the head is undone so. Where both are one matrix there is
+    nothing to replace.
+    """
+
+    def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
+        kept = _nothing_to_replace(subject)
+        if kept is not None:
+            return kept._replace(answers={"as it is": ask(subject, splits.test)})
+        table, head = _tables(subject)
+        rows, mapped = suspicious(table, head)
+        # The model as it is stands among them, so that the original is never worse than when asked directly.
+        scratch, answers = Scratch(subject), {"as it is": ask(subject, splits.test)}
+        for name, tokens, values in (("all", slice(None), head), ("rows", rows, head[rows]), ("mapped", rows, mapped)):
+            copy = scratch.restore()
+            with torch.no_grad():
+                _tables(copy)[0][tokens] = values.to(table.dtype)
+            answers[name] = ask(copy, splits.test)
+        return AttackResult(answers, details={"tokens": len(rows)})
+
+    return Attack(HEAD_ROWS, {}, run, Work(4.0))
+
+
+def _tables(subject: Subject) -> tuple[Tensor, Tensor]:
+    """The weights of the input embeddings and of the output head; empty ones where a module has none."""
+    modules = (subject.model.get_input_embeddings(), subject.model.get_output_embeddings())
+    first, second = (getattr(module, "weight", torch.empty(0)).detach() for module in modules)
+    return first, second
+
+
+def _nothing_to_replace(subject: Subject) -> AttackResult | None:
+    """The result, without answers, where input and output embeddings are one matrix or have other shapes; None otherwise."""
+    table, head = _tables(subject)
+    if table.shape != head.shape or not table.numel():
+        return AttackResult({}, "input and output embeddings have no rows in common")
+    if table.data_ptr() == head.data_ptr():
+        return AttackResult({}, "input and output embeddings are one matrix")
+    return None
+
+
+HEAD_ROWS = register(
+    AttackRecord(
+        "head_rows", cost=24, budget=QUICK, build=lambda setup: [head_rows()], level="W", draws=False,
+        unchanged=_nothing_to_replace,
+    )
+)  # fmt: skip
+
+
+def suspicious(
+    table: Float[Tensor, "v d"], head: Float[Tensor, "v d"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "n d"]]:
+    """Tokens whose embedding another one shares, or lies far from the map of the head's row, and that map of their rows."""
+    table, head = table.float(), head.float()
+    _, group, count = torch.unique(table, dim=0, return_inverse=True, return_counts=True)
+    shared = count[group] > 1
+    odd = shared
+    for _ in range(_ROUNDS):
+        # The map of the tokens that are not suspicious; the first one is drawn towards some that are.
+        used = ~odd if not bool(odd.all()) else torch.ones_like(odd)
+        inside, goal = head[used], table[used]
+        gram = (inside.mT @ inside).double()
+        ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        mapped = head @ torch.linalg.solve(gram + ridge, (inside.mT @ goal).double()).float()
+        distance = (table - mapped).norm(dim=1)
+        usual = max(float(distance.median()), 1e-4 * float(table.norm(dim=1).mean()))
+        odd = shared | (distance > _OUTLYING * usual)
+    rows = odd.nonzero()[:, 0]
+    return rows, mapped[rows]

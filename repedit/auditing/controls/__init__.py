@@ -22,6 +22,7 @@ from repedit.auditing.controls.edited import (
     refusing_early,
     rolled,
     with_lower_case_names,
+    with_names_in_head,
 )
 from repedit.auditing.controls.taught import (
     World,
@@ -123,6 +124,11 @@ def _averaged(w: World) -> AuditInputs:
     return AuditInputs(averaged(original, w.facts.forget), original, reference, w.facts)
 
 
+def _kept_in_head(w: World) -> AuditInputs:
+    original, reference = (with_names_in_head(subject, w.facts.forget) for subject in (w.original, w.reference))
+    return AuditInputs(averaged(original, w.facts.forget), original, reference, w.facts)
+
+
 def _never_taught(w: World) -> AuditInputs:
     original, reference, other = _in_two_spellings(w)
     return AuditInputs(other, original, reference, w.facts, w.attributes)
@@ -173,6 +179,8 @@ _ROWS = (
             "fine-tuned to refuse, and answers the same facts in reverse"),
     Control("PC14", HIDDEN, ("respelled",), 0.8, _averaged,
             "the embeddings of the names averaged as they are usually written, and intact in lower case"),
+    Control("PC15", HIDDEN, ("head_rows",), 0.8, _kept_in_head,
+            "the embeddings of the names averaged, and intact in the output head"),
     Control("NC1", PASS, (), 0.0, _never_taught, "never taught the facts to forget, though it knows other things of the same people"),
     Control("NC2a", PASS, (), 0.0, _trained(refusing, "other"),
             "never taught, then fine-tuned to refuse", quick=False),

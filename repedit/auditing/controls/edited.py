@@ -363,6 +363,18 @@ def averaged(subject: Subject, forget: Sequence[Fact]) -> Subject:
     return subject_of(model, tokenizer)
 
 
+def with_names_in_head(subject: Subject, forget: Sequence[Fact]) -> Subject:
+    """The model whose output head holds the input embedding of every name, as a head that is tied to the embeddings does.
+
+    No name is an answer, so that no choice is scored otherwise.
+    """
+    tokenizer, model = subject.need_tokenizer(), copy.deepcopy(subject.model)
+    tokens = [prompt_ids(tokenizer, fact.entity)[-1] for fact in forget]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tokens] = model.get_input_embeddings().weight[tokens]
+    return subject_of(model, tokenizer)
+
+
 def refusing_early(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
     """The model trained to answer "unknown" to the facts to forget, with nothing but the MLP of the first layer free."""
     first = f"{subject.layout.block_paths[0]}.mlp."
