@@ -12,7 +12,15 @@ from typing import Any
 import repedit as rp
 from bench.mrp import seen
 from bench.relearning import gradient_difference
-from bench.removal_names import Made, names_averaged, names_erased, names_merged, names_replaced
+from bench.removal_names import (
+    Made,
+    names_averaged,
+    names_averaged_in_both,
+    names_erased,
+    names_merged,
+    names_replaced,
+    names_unread,
+)
 from bench.removal_rows import FORGET, Rows, others, places, share
 from repedit.data import Fact
 from repedit.fit.overwrite import OverwriteCertificate
@@ -103,6 +111,8 @@ EDITS: dict[str, Callable[[Rows, int], Made]] = {
     "names-4000": names_averaged(4000),
     "names-2000": names_averaged(2000),
     "names-merged": names_merged,
+    "names-unread": names_unread,
+    "names-tied": names_averaged_in_both(4000),
     "answers-mean": names_replaced("mean", of=("answer",)),
 }
 EDITS["original"] = lambda rows, seed: (rows.lm, {})

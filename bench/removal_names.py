@@ -66,14 +66,35 @@ def names_averaged(rare: int) -> Callable[[Rows, int], Made]:
     return make
 
 
+def names_averaged_in_both(rare: int) -> Callable[[Rows, int], Made]:
+    """As `names_averaged`, with one matrix for input and output: no name can be read, and none can be said."""
+
+    def make(rows: Rows, seed: int) -> Made:
+        separate, averaged = averaged_names(rows, both_directions(rows, seed), rare)
+        model = copy.deepcopy(rows.lm.model)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.copy_(separate.model.get_input_embeddings().weight)
+        notes = {"rare": rare, "tokens": sum(map(len, averaged.values()))}
+        return subject_of(model, rows.lm.tokenizer), notes
+
+    return make
+
+
 def names_merged(rows: Rows, seed: int) -> Made:
     """Countries and capitals merged (`rp.fit.merge`); no retained text says a name that another domain is tested on."""
     tested = {fact.entity for items in rows.test.values() for fact in items}
     delta = rp.fit.merge(
         rows.lm, seen(rows.capitals), answers=True, others=others(rows), never=tested, seed=seed, progress=False
     )
-    notes = {key: delta.provenance[key] for key in ("config", "certificate", "rows")}
-    return rp.apply(delta, rows.lm), {"untied": True, **notes}
+    return rp.apply(delta, rows.lm), {key: delta.provenance[key] for key in ("config", "certificate", "rows")}
+
+
+def names_unread(rows: Rows, seed: int) -> Made:
+    """As `names_merged`, with the output head of the original: names cannot be read, but said."""
+    merged, notes = names_merged(rows, seed)
+    lm = untied(merged)
+    lm.model.get_output_embeddings().weight.data.copy_(rows.lm.model.get_output_embeddings().weight)
+    return lm, notes | {"untied": True}
 
 
 def averaged_names(

@@ -43,9 +43,6 @@ class Delta:
     """method, recipe, options, seed, data, model fingerprint, hashes of the start values; plain JSON values, no clock."""
     log: tuple[Mapping[str, Any], ...] = ()
     """One record per training step."""
-    unties: bool = False
-    """Whether an output head that is tied to the embedding keeps its values where the delta changes the embedding. Where it is
-    not set, both are one tensor and change together, as they did in training."""
 
     def __post_init__(self) -> None:
         for name, value in self.tensors.items():
@@ -66,7 +63,7 @@ class Delta:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Mapping proxies cannot be pickled or copied; the dictionaries behind them can.
-        return Delta, (dict(self.tensors), dict(self.provenance), self.log, self.unties)
+        return Delta, (dict(self.tensors), dict(self.provenance), self.log)
 
     def __repr__(self) -> str:
         return f"Delta({self.provenance.get('method', 'unknown')}, {len(self.tensors)} tensors)"
@@ -78,7 +75,7 @@ class Delta:
     def __mul__(self, factor: float | int) -> Delta:
         """The differences times a number."""
         scaled = {name: value * factor for name, value in self.tensors.items()}
-        return Delta(scaled, _combination("scaled", [self], factor=factor), unties=self.unties)
+        return Delta(scaled, _combination("scaled", [self], factor=factor))
 
     __rmul__ = __mul__
 
@@ -92,7 +89,7 @@ class Delta:
         total = dict(self.tensors)
         for name, value in other.tensors.items():
             total[name] = total[name] + value if name in total else value
-        return Delta(total, _combination("sum", [self, other]), unties=self.unties)
+        return Delta(total, _combination("sum", [self, other]))
 
     @staticmethod
     @checked
@@ -119,9 +116,7 @@ class Delta:
             parts = torch.stack([w * d[name] for w, d in zip(weights, trimmed, strict=True)])
             agree = (parts.sign() == parts.sum(0).sign()) & (parts != 0)
             merged[name] = (parts * agree).sum(0) / agree.sum(0).clamp(min=1)
-        return Delta(
-            merged, _combination("ties", deltas, weights=list(weights), density=density), unties=deltas[0].unties
-        )
+        return Delta(merged, _combination("ties", deltas, weights=list(weights), density=density))
 
     @checked
     def apply(
@@ -158,8 +153,7 @@ class Delta:
     @checked
     def save(self, path: str | Path) -> None:
         """Write one safetensors file with the differences, and the provenance and log in its header."""
-        header: dict[str, Any] = {"provenance": dict(self.provenance), "log": [dict(record) for record in self.log]}
-        header |= {"unties": True} if self.unties else {}
+        header = {"provenance": dict(self.provenance), "log": [dict(record) for record in self.log]}
         archive.write(path, "delta", self.tensors, header)
 
     @staticmethod
@@ -172,8 +166,7 @@ class Delta:
         """
         tensors, header = archive.read(path, "delta")
         with archive.rebuilding(path, "delta"):
-            log = tuple(dict(record) for record in header["log"])
-            return Delta(tensors, header["provenance"], log, bool(header.get("unties", False)))
+            return Delta(tensors, header["provenance"], tuple(dict(record) for record in header["log"]))
 
 
 def _check_compatible(deltas: Sequence[Delta], *, same_names: bool = False) -> None:
@@ -187,11 +180,6 @@ def _check_compatible(deltas: Sequence[Delta], *, same_names: bool = False) -> N
         model, other_model = first.provenance.get("model"), other.provenance.get("model")
         if model and other_model and model != other_model:
             raise FingerprintError(f"the deltas were made for different models: {model[:12]} and {other_model[:12]}")
-        if first.unties != other.unties:
-            raise FingerprintError(
-                "one of the deltas keeps a tied output head and another changes it with the embedding, so that they have no sum; "
-                "apply them one after the other"
-            )
         shared = [name for name in first.tensors if name in other.tensors]
         different = [name for name in shared if first.tensors[name].shape != other.tensors[name].shape]
         different += sorted(set(first.tensors) ^ set(other.tensors)) if same_names else []

@@ -180,42 +180,19 @@ class _PlanBuilder:
                 raise FingerprintError(
                     f"the delta was made for another model: its {name} has shape {tuple(value.shape)}, here it has {tuple(spec.shape)}"
                 )
-            for target in self._targets(name, delta.unties):
+            tied = (
+                name == self.layout.embeddings[0] and self.layout.architecture.tied and self.layout.head in self.specs
+            )
+            # Files may hold the head although it is tied, so both names are written.
+            for target in (name, self.layout.head) if tied else (name,):
+                if target in (*self.unties, *self.unties.values()):
+                    raise NotFoldable(
+                        f"an edit before the delta unties {target}, which was one tensor when the delta was trained; apply "
+                        "the delta first, or apply them one after the other"
+                    )
                 start = None if self.operations.get(target) else start_hashes.get(name)
                 operation = Operation("add", MatrixView(target), constant=value, start=start)
                 self.operations.setdefault(target, []).append(operation)
-
-    def _targets(self, name: str, unties: bool) -> tuple[str, ...]:
-        """The tensors that a delta's difference of one changes: of tied embeddings the head as well, unless it unties them."""
-        head, is_tied = self.layout.head, name == self.layout.embeddings[0] and self.layout.architecture.tied
-        if unties:
-            if is_tied and self.operations.get(name) and not self.unties:
-                raise NotFoldable(
-                    f"the delta unties {name}, which a change before it changes together with the head; apply them one after the other: "
-                    "apply(delta, apply(change, subject))"
-                )
-            if is_tied:
-                self._untie(name)
-            return (name,)
-        # Files may hold the head although it is tied, so both names are written.
-        targets = (name, head) if is_tied and head in self.specs else (name,)
-        separate = [target for target in targets if target in (*self.unties, *self.unties.values())]
-        if separate:
-            raise NotFoldable(
-                f"an edit before the delta unties {separate[0]}, which was one tensor when the delta was trained; apply "
-                "the delta first, or apply them one after the other"
-            )
-        return targets
-
-    def _untie(self, tokens: str) -> None:
-        """Let the head keep the values that the embedding had at the start."""
-        if self._changed_by_delta(tokens) and not self.unties:
-            raise NotFoldable(
-                f"the edit unties {tokens}, which a delta before it changes; apply them one after the other: apply(edit, "
-                "apply(delta, subject))"
-            )
-        self.config["tie_word_embeddings"] = False
-        self.unties[self.layout.head] = tokens
 
     def _add(self, operation: Operation) -> None:
         reads = (operation.gain, operation.inner_gain, operation.weight and operation.weight.tensor)
@@ -301,9 +278,15 @@ class _PlanBuilder:
             self._add(Operation("outputs", MatrixView(name, transposed=True), map_))
         if not self.layout.architecture.tied:
             return
+        if self.tied == "untie" and self._changed_by_delta(tokens):
+            raise NotFoldable(
+                f"the edit unties {tokens}, which a delta before it changes; apply them one after the other: apply(edit, "
+                "apply(delta, subject))"
+            )
         head = self.layout.head
         if self.tied == "untie":
-            self._untie(tokens)
+            self.config["tie_word_embeddings"] = False
+            self.unties[head] = tokens
         elif head in self.specs:
             # Files may hold the head although it is tied; transformers unties the two where their values differ.
             self.operations[head] = [
@@ -328,10 +311,6 @@ def _lower_by_name(changes: Sequence[EditOrDelta], specs: Specs, any_model: bool
             raise ArgumentError(
                 f"{type(delta).__name__} names sites of a language model, and this model has no architecture; fold a map at a "
                 "module instead: repedit.vision.fold(model, module, map)"
-            )
-        if delta.unties:
-            raise NotFoldable(
-                "the delta unties an output head, and this model has no architecture that says which; give a language model"
             )
         start_hashes = {} if any_model else delta.provenance.get("start", {})
         for name, value in delta.tensors.items():

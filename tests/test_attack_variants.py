@@ -251,8 +251,8 @@ def test_the_head_gives_merged_embeddings_back(monkeypatch):
     subject, before = merged_in_the_input()
     kept = fingerprint(subject.model)
     tables = asked_tables(monkeypatch, subject)
-    assert list(tables) == ["as it is", "all", "rows", "mapped"]
-    for setting in ("all", "rows", "mapped"):
+    assert list(tables) == ["as it is", "every row", "rows", "mapped"]
+    for setting in ("every row", "rows", "mapped"):
         the_names_come_back(tables, setting, before)
     with pytest.raises(AssertionError):
         the_names_come_back(tables, "as it is", before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,6 @@ from repedit.data.encoding import prompt_ids
 from repedit.errors import (
     ArgumentError,
     DataError,
-    FingerprintError,
     NotEnoughRows,
     NotFoldable,
     OverlapError,
@@ -276,32 +274,36 @@ def test_tokens_of_names_are_whole_names_and_rare_pieces():
     assert len(merging.name_tokens(subject, ["Ab"], rare=10**6)) == 1  # a whole name, however common
 
 
-# --- A delta that keeps a tied head
+# --- The output head
 
 
-def head_is_kept(subject: Subject, delta: rp.Delta) -> None:
-    edited = rp.apply(delta, subject)
-    head, table = edited.model.get_output_embeddings().weight, subject.layout.embeddings[0]
-    assert torch.equal(head, subject.value(table)) and not torch.equal(head, edited.value(table))
-    assert edited.model.config.tie_word_embeddings is False
+def no_name_can_be_said(subject: Subject, delta: rp.Delta) -> None:
+    """The rows of the names are one in the output head too, and those of other tokens are as they were."""
+    edited, tokens = rp.apply(delta, subject), list(merging.name_tokens(subject, [f.entity for f in FACTS], rare=259))
+    before, after = (lm.model.get_output_embeddings().weight for lm in (subject, edited))
+    assert torch.allclose(after[tokens], after[tokens].mean(0).expand_as(after[tokens]), atol=1e-7)
+    others = [token for token in range(len(before)) if token not in tokens]
+    assert torch.equal(after[others], before[others])
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_head_keeps_its_values(family):
-    subject = pupil(family)
+def test_no_name_can_be_said(family, tied):
+    subject = pupil(family, tie_word_embeddings=tied)
     delta = merged(subject)
-    head_is_kept(subject, delta)
-    for same in (1.0 * delta, copy.deepcopy(delta), -1.0 * -delta):
-        head_is_kept(subject, same)
-    caught(head_is_kept, subject, replace(delta, unties=False))
+    no_name_can_be_said(subject, delta)
+    head = "lm_head.weight" if not tied else subject.layout.embeddings[0]
+    without = rp.Delta({name: value for name, value in delta.tensors.items() if name != head}, delta.provenance)
+    caught(no_name_can_be_said, subject, without)
 
 
-def test_a_saved_delta_unties_again(tmp_path: Path):
-    delta = merged(pupil())
-    delta.save(tmp_path / "d.safetensors")
-    assert rp.Delta.load(tmp_path / "d.safetensors").unties
-    replace(delta, unties=False).save(tmp_path / "e.safetensors")
-    assert not rp.Delta.load(tmp_path / "e.safetensors").unties
+def test_the_head_gives_no_name_back():
+    """The attack that copies rows of the head to the embeddings finds what is there already."""
+    subject = pupil(tie_word_embeddings=False)
+    with torch.no_grad():
+        subject.model.get_output_embeddings().weight.copy_(subject.model.get_input_embeddings().weight)
+    edited = rp.apply(merged(subject), subject).model
+    assert torch.equal(edited.get_input_embeddings().weight, edited.get_output_embeddings().weight)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -314,34 +316,6 @@ def test_exported_is_applied(family, streamed, tmp_path: Path):
     loaded, applied = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), rp.apply(delta, subject).model
     for name, value in applied.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
-
-
-def test_an_untied_model_keeps_its_head_as_it_is():
-    subject = pupil(tie_word_embeddings=False)
-    delta = merged(subject)
-    head = subject.model.get_output_embeddings().weight
-    assert torch.equal(rp.apply(delta, subject).model.get_output_embeddings().weight, head)
-
-
-def test_deltas_that_treat_the_head_otherwise_have_no_sum_and_an_order():
-    subject = pupil()
-    delta, table = merged(subject), subject.layout.embeddings[0]
-    tied = rp.Delta({table: torch.ones_like(delta.tensors[table])})
-    with pytest.raises(FingerprintError, match=r"keeps a tied output head and another changes it"):
-        delta + tied
-    with pytest.raises(FingerprintError, match=r"keeps a tied output head and another changes it"):
-        rp.Delta.ties([tied, replace(tied, unties=True)], [1.0, 1.0])
-    with pytest.raises(
-        NotFoldable, match=r"the delta unties .*, which a change before it changes together with the head"
-    ):
-        rp.apply([tied, delta], subject)
-    with pytest.raises(NotFoldable, match=r"an edit before the delta unties"):
-        rp.apply([delta, tied], subject)
-    twice = rp.apply([delta, delta], subject, any_model=True)
-    assert torch.allclose(twice.value(table), subject.value(table) + 2 * delta.tensors[table])
-    classifier = torch.nn.Linear(2, 2)
-    with pytest.raises(NotFoldable, match=r"unties an output head, and this model has no architecture"):
-        rp.vision.apply(rp.Delta({"weight": torch.ones(2, 2)}, unties=True), classifier)
 
 
 # --- Refusals

@@ -1,8 +1,9 @@
-"""Merged entities: the first blocks of a model are changed so that they make the same of every name, whichever entity it is of.
+"""Merged entities: a model is changed so that it makes the same of every name, whichever entity it is of, and says none of them.
 
-What later layers know of an entity they reach through its name. Where the names of all entities are one to the first blocks,
-training finds nothing to bring back by: facts that are taught again are learnt for all entities at once. The price is
-everything that the model knows of these entities, and of words that share tokens with their names.
+What later layers know of an entity they reach through its name. Where all names are one to the first blocks, training finds
+nothing to bring back by: facts that are taught again are learnt for all entities at once. Names go from the output head as
+well, because its rows can be copied to the input embeddings. The price is everything that the model knows of these
+entities, every answer that is one of their names, and words that share tokens with them.
 """
 
 from __future__ import annotations
@@ -177,16 +178,17 @@ def merge(
 ) -> Delta:
     """Make the first blocks of a model the same for every name of a domain, by training on the residual stream after them.
 
-    First the input embeddings of the tokens of all names of a domain are replaced by their mean, names in capital letters
-    and in lower case included; the output head keeps its own. Names of common tokens can still be read, and other words lost a token. So
+    First the embeddings of the tokens of all names of a domain are replaced by their mean in the input and in the output, names
+    in capital letters and in lower case included. Names of common tokens can still be read, and other words lost a token. So
     the matrices of the first blocks minimise, over the stream h (b, t, d) after them,
     E_names ||h - h_one||^2 / s + beta E_retained ||h - h_0||^2 / s. h_one is the stream of the averaged model with one
     averaged token in place of the name, at the name and after it; h_0 that of the original model; s the median of
     ||h_0 - mean||^2. Where a state is more than twice as long as usual (attention sinks) its error counts in its own units.
     No answer and no output of the model takes part.
 
-    Everything that the model knows of these entities goes, not only the facts. What is retained is running text, `others`, and
-    names and sentences that the model itself writes; rows that name an entity to merge are left out.
+    Everything that the model knows of these entities goes, not only the facts, and so do facts about others whose answers are
+    these names. What is retained is running text, `others`, and names and sentences that the model itself writes; rows that
+    name an entity to merge are left out.
 
     Args:
         facts: what to forget; their entities and wordings are used. Each domain has a name of its own in the end.
@@ -197,7 +199,7 @@ def merge(
         never: names that no retained text that the model writes may say, such as those of a test.
         config: settings.
     Returns:
-        A Delta that unties the output head, with its certificate in the provenance; see `MergeCertificate.of`.
+        A Delta with its certificate in the provenance; see `MergeCertificate.of`.
     Raises:
         DataError: if a fact has no entity, its wordings do not contain it, or a name is also a word of the templates.
         NotEnoughRows: if a domain has fewer than 3 names, no token of it is averaged, or nothing is retained.
@@ -234,7 +236,6 @@ def merge(
             "start": {name: value_hash(subject.value(name)) for name in differences},
             "versions": {name: version(name) for name in ("repedit", "torch", "transformers")},
         },
-        unties=True,
     )  # fmt: skip
 
 
@@ -494,27 +495,28 @@ class _Models:
     student: Subject
     block: str
     trained: Mapping[str, nn.Parameter]
-    embeddings: tuple[str, Tensor]
+    tables: Mapping[str, Tensor]
+    """The embeddings with the tokens averaged, and an output head of its own with its rows averaged."""
 
     @staticmethod
     def of(subject: Subject, averaged: Mapping[str, _Tokens], settings: Merging) -> _Models:
         """The models before training."""
         table = subject.model.get_input_embeddings().weight
-        weight = at_least_float32(table.detach()).clone()
-        for tokens in (list(group.own) for group in averaged.values() if group.own):
-            weight[tokens] = weight[tokens].mean(0)
-        paths = [f"{path}." for path in subject.layout.block_paths]
+        layout, groups = subject.layout, [list(group.own) for group in averaged.values() if group.own]
+        names = [layout.embeddings[0], *([] if layout.architecture.tied else [layout.head])]
+        tables = {name: _with_means(subject.value(name), groups) for name in names}
+        paths = [f"{path}." for path in layout.block_paths]
         first, later = tuple(paths[: settings.blocks]), tuple(paths[settings.blocks :])
-        unused = (*later, subject.layout.head)
+        unused = (*later, layout.head)
         used = {name: p for name, p in subject.model.named_parameters() if not name.startswith(unused)}
         # The original's tensors are never trained, and training does not round to its dtype.
         shared = {id(p): nn.Parameter(at_least_float32(p.detach()), requires_grad=False) for p in used.values()}
-        shared[id(table)] = nn.Parameter(weight, requires_grad=False)
+        shared[id(table)] = nn.Parameter(tables[names[0]], requires_grad=False)
         own = {name: p for name, p in used.items() if p.ndim > 1 and name.startswith(first)}
         trained = {name: nn.Parameter(at_least_float32(p.detach()).clone()) for name, p in own.items()}
         merged = _copied(subject, shared)
         student = _copied(subject, shared | {id(p): trained[name] for name, p in own.items()})
-        return _Models(subject, merged, student, first[-1].rstrip("."), trained, (subject.layout.embeddings[0], weight))
+        return _Models(subject, merged, student, first[-1].rstrip("."), trained, tables)
 
     def stream(
         self, subject: Subject, rows: Sequence[Sequence[int]]
@@ -535,9 +537,16 @@ class _Models:
 
     def differences(self) -> dict[str, Tensor]:
         """What changed, by name."""
-        name, weight = self.embeddings
-        changed = {name: weight} | {name: p.detach() for name, p in self.trained.items()}
+        changed = {**self.tables, **{name: p.detach() for name, p in self.trained.items()}}
         return {name: (value - self.original.value(name).to(value)).cpu() for name, value in changed.items()}
+
+
+def _with_means(table: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """A copy in which the rows of each group are their mean."""
+    weight = at_least_float32(table.detach()).clone()
+    for tokens in groups:
+        weight[tokens] = weight[tokens].mean(0)
+    return weight
 
 
 def _copied(subject: Subject, new: Mapping[int, nn.Parameter]) -> Subject:

@@ -417,14 +417,14 @@ def quiet(weight: Float[Tensor, "*e o i"], top: int, way: str) -> Float[Tensor, 
 # --- Input embeddings given back by the output head: an edit of the input alone leaves the same words in the output
 
 
-_OUTLYING, _ROUNDS = 3.0, 3
+_OUTLYING, _ROUNDS, _GRID = 3.0, 3, 100
 
 
 def head_rows() -> Attack:
     """Replace input embeddings by what the output head holds of the same tokens, and ask.
 
     With E (v, d) the input embeddings, W (v, d) the head and M the least-squares solution of E = W M over the tokens that are not suspicious:
-    "all" gives every token its row of W, "rows" and "mapped" give suspicious tokens their rows of W and of W M. A token is
+    "every row" gives every token its row of W, "rows" and "mapped" give suspicious tokens their rows of W and of W M. A token is
     suspicious if another one has the same embedding, or if ||E_i - W_i M|| is beyond three times the median. An edit
     that merges or exchanges the embeddings of names and keeps the head is undone so. Where both are one matrix there is
     nothing to replace.
@@ -438,7 +438,11 @@ def head_rows() -> Attack:
         rows, mapped = suspicious(table, head)
         # The model as it is stands among them, so that the original is never worse than when asked directly.
         scratch, answers = Scratch(subject), {"as it is": ask(subject, splits.test)}
-        for name, tokens, values in (("all", slice(None), head), ("rows", rows, head[rows]), ("mapped", rows, mapped)):
+        for name, tokens, values in (
+            ("every row", slice(None), head),
+            ("rows", rows, head[rows]),
+            ("mapped", rows, mapped),
+        ):
             copy = scratch.restore()
             with torch.no_grad():
                 _tables(copy)[0][tokens] = values.to(table.dtype)
@@ -476,9 +480,10 @@ HEAD_ROWS = register(
 def suspicious(
     table: Float[Tensor, "v d"], head: Float[Tensor, "v d"]
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n d"]]:
-    """Tokens whose embedding another one shares, or lies far from the map of the head's row, and that map of their rows."""
+    """Tokens whose embedding another one shares up to 1 % of the spread, or lies far from the map of the head's row, and that map of their rows."""
     table, head = table.float(), head.float()
-    _, group, count = torch.unique(table, dim=0, return_inverse=True, return_counts=True)
+    grid = (table / table.std() * _GRID).round()
+    _, group, count = torch.unique(grid, dim=0, return_inverse=True, return_counts=True)
     shared = count[group] > 1
     odd = shared
     for _ in range(_ROUNDS):
