@@ -28,7 +28,7 @@ from bench.mrp import seen
 from bench.record import RESULTS, record
 from bench.relearning import relearn
 from bench.removal_edits import EDITS
-from bench.removal_names import untied
+from bench.removal_names import head_ranks, untied
 from bench.removal_rows import CACHE, FORGET, OTHERS, UNSEEN, Rows, names, share
 from repedit.auditing.attacks.prompts import SPELLINGS, respelled_prompt
 from repedit.auditing.attacks.weights import head_rows
@@ -234,6 +234,7 @@ def invented_names(steps: int) -> Callable[[Rows, Subject, int], Row]:
 ORIGINAL = {
     "choices": choices_alone,
     "choices-reverse": reversed_choices_alone,
+    "head-ranks": head_ranks,
     "invented": invented_names(RELINK_STEPS),
     "invented-long": invented_names(2 * RELINK_STEPS),
 }

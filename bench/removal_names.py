@@ -15,7 +15,8 @@ import repedit as rp
 from bench.mrp import seen
 from bench.removal_rows import FORGET, Rows, others
 from repedit.auditing.data import reversed_facts, with_entity
-from repedit.data import Fact, entity_of
+from repedit.data import Fact, entity_of, with_paraphrases
+from repedit.data.encoding import prompt_ids
 from repedit.fit.overwrite import OverwriteCertificate
 from repedit.models.subject import Subject, subject_of
 
@@ -23,6 +24,7 @@ SPELT = (str, str.lower, str.upper)
 """The spellings in which rare pieces of a name are averaged."""
 RARE = 8000
 """Tokens of byte-pair encoding are numbered in the order of merges; names share earlier ones with common words."""
+RANKS = (16, 48, 128)
 Made = tuple[Subject, dict[str, Any]]
 
 
@@ -117,6 +119,43 @@ def both_directions(rows: Rows, seed: int) -> dict[str, tuple[Fact, ...]]:
         for fact, known in zip(reversed_facts(rows.capitals, seed), rows.capitals, strict=True)
     ]
     return {FORGET: seen(rows.capitals), "capitals in reverse": tuple(backward)}
+
+
+def head_ranks(rows: Rows, lm: Subject, seed: int) -> dict[str, Any]:
+    """What the head needs to say the names, and what the same rows tell of them as input embeddings of the original.
+
+    The rows U of the names in the head, less their mean, are replaced by the matrix of rank k that is nearest in the metric of the
+    final states, [U C^1/2]_k C^-1/2 with C = E[h h^T] over prose and other facts.
+    """
+    tokens = sorted({t for own in averaged_names(rows, both_directions(rows, seed), 4000)[1].values() for t in own})
+    table = lm.model.get_input_embeddings().weight.detach()
+    values, vectors = torch.linalg.eigh(_final_moments(rows, lm))
+    root = vectors * values.clamp(min=1e-6 * float(values.max())).sqrt()
+    mean = table[tokens].mean(0)
+    left, sizes, right = torch.linalg.svd((table[tokens] - mean).double() @ root, full_matrices=False)
+    measured: dict[str, Any] = {}
+    for rank in RANKS:
+        few = ((left[:, :rank] * sizes[:rank]) @ right[:rank] @ torch.linalg.inv(root)).float() + mean
+        read, said = untied(lm), untied(lm)
+        read.model.get_input_embeddings().weight.data[tokens] = few
+        said.model.get_output_embeddings().weight.data[tokens] = few
+        asked = rp.facts_accuracy(read, with_paraphrases(rows.capitals, only=[0])).accuracy
+        measured[str(rank)] = {"capitals, as input": asked, "domains, as head": rows.keeping(said, [FORGET])}
+    return measured
+
+
+@torch.no_grad()
+def _final_moments(rows: Rows, lm: Subject) -> torch.Tensor:
+    """E[h h^T] of the states before the head, (d, d)."""
+    texts = [f"{prompt} {fact.answer}" for fact in others(rows) for prompt in fact.prompts]
+    texts += [document.text[:1500] for document in rp.data.prose().documents]
+    tokenizer = lm.need_tokenizer()
+    states = [
+        lm.model.base_model(torch.tensor([prompt_ids(tokenizer, text)[:256]])).last_hidden_state[0, 1:]
+        for text in texts
+    ]
+    h = torch.cat(states).double()
+    return h.T @ h / len(h)
 
 
 def in_lower_case(facts: Sequence[Fact]) -> tuple[Fact, ...]:

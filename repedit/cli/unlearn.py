@@ -50,7 +50,7 @@ Where = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="mrp trains; cpca, residual_pca, leace, oblique, ... fit in closed form; overwrite replaces what early MLPs write at the names that facts are about; merge makes the first blocks the same for all these names."
+        help="mrp trains; cpca, residual_pca, leace, oblique, ... fit in closed form; overwrite replaces what early MLPs write at the names that facts are about; merge makes all these names one, so that the model can neither read nor say them."
     ),
 ]
 DryRun = Annotated[bool, typer.Option(help="Show the plan of a random projection of this rank; train nothing.")]
