@@ -269,7 +269,7 @@ def figure() -> None:
     axes.set_ylabel("R of the worst attack")
     axes.set_yticks([0.0, 0.5, 1.0])
     facts = [
-        "SmolLM2-135M, 151 capitals, one seed",
+        "SmolLM2-135M, 151 capitals, one point a seed",
         "0: floor, 1: original",
         "bars: up to the 97.5 % bound",
         "not every attack was run on every edit",
