@@ -13,9 +13,9 @@ import unicodedata
 from typing import Any
 
 _MARKDOWN = re.compile(
-    r"[\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w)|(?<=\w):(?=//)|(?<!\w):(?=[\w+-]+:)|(?<=\bwww)\.", re.IGNORECASE
+    r"[\\`*\[\]<>|#~&$]|(?<![^\W_])_|_(?![^\W_])|(?<=\w):(?=//)|(?<!\w):(?=[\w+-]+:)|(?<=\bwww)\.", re.IGNORECASE
 )
-"""Markdown syntax, including tables and bare addresses; an underscore inside a word is not syntax."""
+"""Markdown syntax, including tables and bare addresses; a single underscore inside a word is not syntax."""
 _MARKDOWN_START = re.compile(r"^(\d{1,9})([.)])(?=\s|$)|^([-+])(?=\s|$)|^([-=])(?=\4*$)")
 """What starts a list or underlines a heading at the beginning of a line."""
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/ -]*[A-Za-z0-9]")

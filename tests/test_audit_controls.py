@@ -17,6 +17,7 @@ from repedit.auditing.controls import edited as writing
 from repedit.auditing.controls.taught import continued, taught, untaught, vocabulary
 from repedit.auditing.data import reverse_questions, with_entity
 from repedit.data import Row, with_paraphrases
+from repedit.data.encoding import prompt_ids
 from repedit.data.grading import normalized
 from repedit.errors import ArgumentError, DataError, TrainingError
 from repedit.metrics.generation import continuations
@@ -334,7 +335,7 @@ def test_averaged_names_hide_what_their_lower_case_tells():
 def test_averaged_names_stand_in_the_head():
     """PC15: the head holds the embedding of every name, and the input their mean."""
     made = case("PC15")
-    tokens = [made.original.tokenizer.convert_tokens_to_ids(fact.entity) for fact in made.facts.forget]
+    tokens = [prompt_ids(made.original.tokenizer, fact.entity)[-1] for fact in made.facts.forget]
     tables = {role: getattr(made, role).model.get_input_embeddings().weight[tokens] for role in ("original", "edited")}
     assert torch.equal(made.edited.model.get_output_embeddings().weight[tokens], tables["original"])
     assert len(tables["edited"].unique(dim=0)) == 1 < len(tables["original"].unique(dim=0))

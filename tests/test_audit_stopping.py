@@ -205,7 +205,7 @@ def test_audits_of_before_there_were_states_are_complete():
 
 def test_the_quick_budget_asks_and_retrains_once():
     assert planned("quick") == (
-        "direct", "paraphrase", "first_word", "respelled", "reverse_question", "in_context", "quantize", "rtt"
+        "direct", "paraphrase", "first_word", "respelled", "reverse_question", "head_rows", "in_context", "quantize", "rtt"
     )  # fmt: skip
     assert set(planned("quick")) < set(planned("fast"))
     (quick,), (fast,) = (built(["rtt"], Setup(budget)) for budget in ("quick", "fast"))

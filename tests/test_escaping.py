@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib import cbook
@@ -120,6 +120,7 @@ def spoken(source: str) -> tuple[list[str], str]:
 
 
 @given(FOREIGN)
+@example("__a__ b__c_ _d")
 def test_markdown_shows_the_words_and_gets_no_markup(text):
     assert spoken(for_markdown(text)) == ([], for_terminal(" ".join(text.split())))
 

@@ -471,7 +471,7 @@ def _nothing_to_replace(subject: Subject) -> AttackResult | None:
 
 HEAD_ROWS = register(
     AttackRecord(
-        "head_rows", cost=24, budget=QUICK, build=lambda setup: [head_rows()], level="W", draws=False,
+        "head_rows", cost=26, budget=QUICK, build=lambda setup: [head_rows()], level="W", draws=False,
         unchanged=_nothing_to_replace,
     )
 )  # fmt: skip
