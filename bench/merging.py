@@ -27,8 +27,8 @@ def merged(lm: Subject, facts: rp.data.Facts, halves: Splits, saved: Path, seed:
     """The delta, and the core minutes that it took; None if it was kept from an earlier run."""
     if saved.exists():
         return rp.Delta.load(saved), None
-    known, busy = {entity_of(fact) for fact in facts.forget}, time.process_time()
-    others = [fact for fact in halves.train if fact.entity and entity_of(fact) not in known]
+    forgotten, busy = {entity_of(fact) for fact in facts.forget}, time.process_time()
+    others = [fact for fact in halves.train if fact.entity and entity_of(fact) not in forgotten]
     never = {fact.entity for fact in halves.test}
     delta = rp.fit.merge(lm, facts.forget, others=others, never=never, seed=seed, progress=False)
     saved.parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +45,8 @@ def measured(domain: str, seed: int, attacks: list[str], folder: Path) -> dict[s
     asked = {domain: facts.forget, **rp.data.by_domain(halves.test)}
     accuracy = {name: [rp.facts_accuracy(m, part).accuracy for m in (lm, edited)] for name, part in asked.items()}
     print(domain, accuracy, flush=True)
-    kept = rp.data.Facts(facts.forget, tuple(halves.test), domain)
-    report = rp.audit(edited, original=lm, facts=kept, attacks=attacks, progress=False)
+    audited = rp.data.Facts(facts.forget, tuple(halves.test), domain)
+    report = rp.audit(edited, original=lm, facts=audited, attacks=attacks, progress=False)
     return {
         "forget": domain, "seed": seed, "core minutes": minutes, "certificate": dict(delta.provenance["certificate"]),
         "accuracy": accuracy, "verdict": report.verdict.word, "sentence": report.verdict.sentence, "attacks": attacks,

@@ -15,7 +15,7 @@ FORGET, ATTRIBUTES = "capitals", "languages"
 OTHERS = ("symbols", "opposites", "past_tenses", "cities", "us_cities", "nouns")
 """Domains about other subjects; languages are about the same countries."""
 CACHE = Path(".cache/bench-removal")
-"""Where edits, and texts that the model writes for them, are kept."""
+"""Where edits are kept."""
 UNSEEN = 3
 """The number of the wording that no training sees."""
 

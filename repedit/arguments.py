@@ -6,7 +6,7 @@ ranges and names are checked by the functions themselves.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from functools import cache, wraps
 from numbers import Integral, Number, Real
 from os import PathLike
@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, g
 from repedit.errors import ArgumentError, DataError, NotAModel, RepeditError, check_names, plain_scalar, shown
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_S = TypeVar("_S")
 ADVICE: Mapping[str, tuple[type[RepeditError], str]] = {
     "Subject": (NotAModel, "make one with repedit.load(path) or with repedit.wrap(model, tokenizer)"),
     "Facts": (DataError, "give repedit.data.facts(name)"),
@@ -98,6 +99,18 @@ def parameter_types(target: Any) -> dict[str, Any]:
     for name in [name for name, hint in hints.items() if get_origin(hint) is Unpack]:
         hints |= get_type_hints(get_args(hints.pop(name))[0])
     return hints
+
+
+def with_changes(settings: _S, config: _S | Mapping[str, object] | None) -> _S:
+    """The settings, a dataclass, with those changed that a table names; or what is given in their place.
+
+    Raises:
+        UnknownName: if there is no such setting; and what the settings raise for a value out of range.
+    """
+    if config is None or isinstance(config, type(settings)):
+        return config or settings
+    check_names("config", config, asdict(settings), "key")  # type: ignore[call-overload, arg-type]
+    return replace(settings, **config)  # type: ignore[type-var, arg-type]
 
 
 def _checked_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,15 +245,9 @@ def _word(annotation: Any) -> str:
         arguments = get_args(annotation)
         if outer is tuple and ... not in arguments:
             return f"a list of {len(arguments)}"
-        names = (
-            [getattr(get_origin(item) or item, "__name__", "") for item in _members(arguments[0])] if arguments else []
-        )
-        of = (
-            " of " + " or ".join(names)
-            if all(name.isidentifier() and name != "Any" for name in names) and names
-            else ""
-        )
-        return f"{'an iterator' if outer is Iterator else 'a list'}{of}"
+        names = [getattr(get_origin(item) or item, "__name__", "") for held in arguments[:1] for item in _members(held)]
+        are_classes = bool(names) and all(name.isidentifier() and name != "Any" for name in names)
+        return ("an iterator" if outer is Iterator else "a list") + (f" of {' or '.join(names)}" if are_classes else "")
     return _with_article(getattr(outer, "__name__", str(outer)))
 
 

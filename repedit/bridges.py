@@ -19,8 +19,8 @@ from repedit.errors import ArgumentError, MissingDependency, NotAModel, UnknownA
 from repedit.hooks import evaluating
 from repedit.linear_maps import AffineMap
 from repedit.models.loading import reason_of
-from repedit.models.subject import Subject, subject_of
-from repedit.rewrite.apply import shared_clone, synchronize
+from repedit.models.subject import Subject, shared_clone, subject_of
+from repedit.rewrite.apply import synchronize
 from repedit.sites import Point
 
 LensHook = Callable[..., Tensor]

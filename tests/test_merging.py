@@ -120,7 +120,7 @@ def test_the_embeddings_of_the_names_and_the_first_blocks_move_and_nothing_else(
     table, block = subject.layout.embeddings[0], subject.layout.block_paths[0]
     matrices = {n for n, p in subject.model.named_parameters() if n.startswith(f"{block}.") and p.ndim > 1}
     assert set(delta.tensors) == matrices | {table}
-    tokens = merging.name_tokens(subject, [f.entity for f in FACTS], rare=259)
+    tokens = merging.name_tokens(subject, [f.entity for f in FACTS], 259)
     moved = delta.tensors[table].any(1).nonzero()[:, 0].tolist()
     assert moved == list(tokens) and len(tokens) == len(FACTS)
     rows = subject.value(table)[list(tokens)] + delta.tensors[table][list(tokens)]
@@ -269,9 +269,9 @@ def test_a_token_of_two_groups_is_averaged_with_the_first():
 def test_tokens_of_names_are_whole_names_and_rare_pieces():
     subject = pupil()
     letters = set(prompt_ids(subject.tokenizer, "o"))
-    assert not letters & set(merging.name_tokens(subject, ["Abo"], rare=259))
-    assert letters <= set(merging.name_tokens(subject, ["Abo"], rare=0))
-    assert len(merging.name_tokens(subject, ["Ab"], rare=10**6)) == 1  # a whole name, however common
+    assert not letters & set(merging.name_tokens(subject, ["Abo"], 259))
+    assert letters <= set(merging.name_tokens(subject, ["Abo"], 0))
+    assert len(merging.name_tokens(subject, ["Ab"], 10**6)) == 1  # a whole name, however common
 
 
 # --- The output head
@@ -279,7 +279,7 @@ def test_tokens_of_names_are_whole_names_and_rare_pieces():
 
 def no_name_can_be_said(subject: Subject, delta: rp.Delta) -> None:
     """The rows of the names are one in the output head too, and those of other tokens are as they were."""
-    edited, tokens = rp.apply(delta, subject), list(merging.name_tokens(subject, [f.entity for f in FACTS], rare=259))
+    edited, tokens = rp.apply(delta, subject), list(merging.name_tokens(subject, [f.entity for f in FACTS], 259))
     before, after = (lm.model.get_output_embeddings().weight for lm in (subject, edited))
     assert torch.allclose(after[tokens], after[tokens].mean(0).expand_as(after[tokens]), atol=1e-7)
     others = [token for token in range(len(before)) if token not in tokens]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from repedit.activations.collection import CountingRule
 from repedit.arch.offload import check_in_memory
-from repedit.arguments import checked
+from repedit.arguments import checked, with_changes
 from repedit.data import Batch, Batches, Tokens
 from repedit.data.encoding import prompt_ids
-from repedit.errors import NotEnoughRows, NotFoldable, TrainingError, check_names, check_positive, check_whole
+from repedit.errors import NotEnoughRows, NotFoldable, TrainingError, check_positive, check_whole
 from repedit.fit.contexts import TEMPLATES, EntityTokens, Observe, entity_rows, name_ends, not_sinks, recorded
 from repedit.hooks import Hook, check_differentiable
 from repedit.models.subject import Subject
@@ -62,10 +62,7 @@ class Regression:
         Raises:
             UnknownName: if there is no such setting. ArgumentError: if one is out of range.
         """
-        if config is None or isinstance(config, Regression):
-            return config or Regression()
-        check_names("config", config, asdict(Regression()), "key")
-        return replace(Regression(), **config)  # type: ignore[arg-type]
+        return with_changes(Regression(), config)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ entities, every answer that is one of their names, and words that share tokens w
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 
 from repedit.activations.forward import at_least_float32, batches_of, check_ids, inputs_of, max_positions
 from repedit.arch.offload import check_in_memory
-from repedit.arguments import checked
+from repedit.arguments import checked, with_changes
 from repedit.data import Batch, Batches, Fact, Facts, TextSource, prose, with_paraphrases
 from repedit.data.corpus import padded
 from repedit.data.encoding import entity_span, mentions, prompt_ids
@@ -39,7 +38,6 @@ from repedit.errors import (
     OverlapError,
     SelectionError,
     TrainingError,
-    check_names,
     check_positive,
     check_seed,
     check_whole,
@@ -47,7 +45,7 @@ from repedit.errors import (
 from repedit.fit.contexts import TEMPLATES, Context, by_entity, contexts_of
 from repedit.hashing import value_hash
 from repedit.hooks import Hook, check_differentiable, evaluating, installed
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, shared_clone
 from repedit.sites import Point
 from repedit.training.optimizers import linear_decay, set_lr
 from repedit.training.sampler import training_rows
@@ -114,10 +112,7 @@ class Merging:
         Raises:
             UnknownName: if there is no such setting. ArgumentError: if one is out of range.
         """
-        if config is None or isinstance(config, Merging):
-            return config or Merging()
-        check_names("config", config, asdict(Merging()), "key")
-        return replace(Merging(), **config)  # type: ignore[arg-type]
+        return with_changes(Merging(), config)
 
 
 @dataclass(frozen=True)
@@ -204,7 +199,8 @@ def merge(
         DataError: if a fact has no entity, its wordings do not contain it, or a name is also a word of the templates.
         NotEnoughRows: if a domain has fewer than 3 names, no token of it is averaged, or nothing is retained.
         OverlapError: if `others` are about an entity to merge.
-        ArgumentError: if a setting is out of range, or `never` is one name. SelectionError: if the model has no such number of blocks. TrainingError: if the loss is not finite.
+        ArgumentError: if a setting is out of range, or `never` is one name. SelectionError: if the model has no such number of
+            blocks. TrainingError: if the loss is not finite.
         NotFoldable: if input embeddings are no single matrix. QuantizedModel, OffloadedTensors: if they cannot be trained.
     Reference: the averaging and the training are ours; docs/removal.md has what attacks find.
     """
@@ -247,10 +243,7 @@ def _check(subject: Subject, items: Sequence[Fact], others: Sequence[Fact], sett
     depth = len(subject.layout.layers)
     if settings.blocks > depth:
         raise SelectionError(f"blocks={settings.blocks}; the model has {depth}")
-    if (
-        subject.model.get_input_embeddings().weight
-        is not dict(subject.model.named_parameters())[subject.layout.embeddings[0]]
-    ):
+    if subject.model.get_input_embeddings().weight is not subject.model.get_parameter(subject.layout.embeddings[0]):
         raise NotFoldable("the input embeddings are no single matrix, so that none of their rows can be averaged")
     if any(branch.outer is Point.PLE_OUT for branches in subject.layout.layers for branch in branches):
         raise NotFoldable(
@@ -276,9 +269,9 @@ def _groups(items: Sequence[Fact], answers: bool) -> dict[str, tuple[str, ...]]:
     groups: dict[str, dict[str, None]] = {}
     for fact in items:
         groups.setdefault(f"{fact.domain}: entities", {})[fact.entity] = None
-    known = {normalized(fact.entity) for fact in items}
+    entities = {normalized(fact.entity) for fact in items}
     for fact in items if answers else ():
-        if normalized(fact.answer) not in known:
+        if normalized(fact.answer) not in entities:
             groups.setdefault(f"{fact.domain}: answers", {})[fact.answer] = None
     for kind, group in groups.items():
         if len(group) < _FEWEST:
@@ -288,12 +281,10 @@ def _groups(items: Sequence[Fact], answers: bool) -> dict[str, tuple[str, ...]]:
     return {kind: tuple(group) for kind, group in groups.items()}
 
 
-def name_tokens(
-    subject: Subject, names: Iterable[str], *, rare: int = 4000, spellings: Sequence[Callable[[str], str]] = SPELLINGS
-) -> tuple[int, ...]:
+def name_tokens(subject: Subject, names: Iterable[str], rare: int) -> tuple[int, ...]:
     """The tokens that are a whole name, within a text or at its start, and those from the number `rare` on that are a part of one."""
     tokenizer, tokens = subject.need_tokenizer(), set[int]()
-    for name in (spell(name) for name in names for spell in spellings):
+    for name in (spell(name) for name in names for spell in SPELLINGS):
         for template in (TEMPLATES[0], OPENINGS[0]):
             text = template.format(name)
             span = entity_span(tokenizer, text, name)
@@ -317,7 +308,7 @@ def _averaged_tokens(subject: Subject, groups: Mapping[str, Sequence[str]], rare
     """
     averaged: dict[str, _Tokens] = {}
     for kind, names in groups.items():
-        tokens = name_tokens(subject, names, rare=rare)
+        tokens = name_tokens(subject, names, rare)
         if not tokens:
             raise NotEnoughRows(
                 f"{kind}: no name is one token, and none has a token from the number rare={rare} on, so that nothing can stand for all of "
@@ -387,10 +378,10 @@ def _named_rows(
 
 def _named(subject: Subject, text: str, name: str, spell: Callable[[str], str], one: int, kind: str) -> _Named | None:
     """The row of a text with the name in another spelling; None where it is not said exactly once."""
-    found = mentions(text, name)
-    if len(found) != 1:
+    spans = mentions(text, name)
+    if len(spans) != 1:
         return None
-    ((first, last),) = found
+    ((first, last),) = spans
     text = f"{text[:first]}{spell(text[first:last])}{text[last:]}"
     span = entity_span(subject.need_tokenizer(), text, spell(name))
     if span is None:
@@ -443,9 +434,8 @@ def _pieces(subject: Subject, source: Batches, longest: int) -> Iterator[list[in
 
 
 def says(text: str, names: Iterable[str]) -> bool:
-    """Whether a text names one of them, in any spelling of its letters."""
-    lower = text.lower().replace("\u2019", "'")
-    return any(n.lower() in lower and re.search(rf"(?<!\w){re.escape(n.lower())}(?!\w)", lower) for n in names)
+    """Whether a text names one of them."""
+    return any(mentions(text, name) for name in names)
 
 
 def written_names(subject: Subject, count: int, seed: int) -> list[tuple[str, str]]:
@@ -551,9 +541,7 @@ def _with_means(table: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
 
 def _copied(subject: Subject, new: Mapping[int, nn.Parameter]) -> Subject:
     """The model with new parameters in place of some, the other tensors shared."""
-    tensors = (*subject.model.parameters(), *subject.model.buffers())
-    model = copy.deepcopy(subject.model, memo={id(t): new.get(id(t), t) for t in tensors}).eval()
-    copied = Subject(model, subject.tokenizer, subject.architecture)
+    copied = Subject(shared_clone(subject.model, new).eval(), subject.tokenizer, subject.architecture)
     copied.__dict__["layout"] = subject.layout
     return copied
 
@@ -579,16 +567,16 @@ def _train(
         set_lr(optimizer, settings.lr * min(1, (step + 1) / _RISE) * linear_decay(step, settings.steps, _DECAY))
         with torch.enable_grad():
             merged = _names_loss(models, rng.sample(named, min(settings.named, len(named))), spread)
-            kept = _retained_loss(models, [rng.sample(rows, count) for rows, count in kinds], spread)
+            stayed = _retained_loss(models, [rng.sample(rows, count) for rows, count in kinds], spread)
             optimizer.zero_grad()
-            (merged + settings.beta * kept).backward()
-        if not bool(torch.isfinite(merged + kept)):
+            (merged + settings.beta * stayed).backward()
+        if not bool(torch.isfinite(merged + stayed)):
             raise TrainingError(
-                f"the losses are {merged.item()} and {kept.item()} at step {step}; lower lr of the config"
+                f"the losses are {merged.item()} and {stayed.item()} at step {step}; lower lr of the config"
             )
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        losses.append((merged.item(), kept.item()))
+        losses.append((merged.item(), stayed.item()))
     for parameter in weights:
         parameter.requires_grad_(False)
     last = torch.tensor(losses[-20:]).mean(0)
@@ -606,13 +594,12 @@ def _names_loss(models: _Models, batch: Sequence[_Named], spread: float) -> Floa
     """Mean of ||h - h_one||^2 / s over the tokens of each name and those after it."""
     with torch.no_grad():
         goals, mask = models.stream(models.averaged, [row.one for row in batch])
-        usual = 4 * goals[mask].square().sum(1).median()
+        units = _own_units(goals, mask)
     states, _ = models.stream(models.student, [row.ids for row in batch])
     parts = []
-    for state, goal, row in zip(states, goals, batch, strict=True):
-        want = goal[row.want]
-        error = (state[row.start : len(row.ids)] - want).square().sum(1)
-        parts.append(error / (want.square().sum(1) / usual).clamp(min=1))
+    for state, goal, unit, row in zip(states, goals, units, batch, strict=True):
+        error = (state[row.start : len(row.ids)] - goal[row.want]).square().sum(1)
+        parts.append(error / unit[row.want])
     return torch.cat(parts).mean() / spread
 
 
@@ -622,14 +609,19 @@ def _retained_loss(models: _Models, batches: Sequence[Sequence[list[int]]], spre
     for rows in batches:
         with torch.no_grad():
             want, mask = models.stream(models.original, rows)
-            size = want.square().sum(2)
-            usual = 4 * size[mask].median()
+            units = _own_units(want, mask)
         states, _ = models.stream(models.student, rows)
         error = (states - want).square().sum(2)
-        total = total.to(error) + (error / (size / usual).clamp(min=1))[mask].sum()
-        first = first.to(error) + (error[:, 0] / size[:, 0]).mean() / len(batches)
+        total = total.to(error) + (error / units)[mask].sum()
+        first = first.to(error) + (error[:, 0] / want[:, 0].square().sum(1)).mean() / len(batches)
         count += int(mask.sum())
     return total / count / spread + first
+
+
+def _own_units(states: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """1, or how many times as long as usual a state is that is more than twice so, squared: an attention sink."""
+    size = states.square().sum(2)
+    return (size / (4 * size[mask].median())).clamp(min=1)
 
 
 # --- What a certificate says
@@ -652,10 +644,9 @@ def _left_over(models: _Models, rows: Sequence[_Named]) -> float:
 
 @torch.no_grad()
 def _distortion(models: _Models, rows: Sequence[list[int]]) -> float:
-    """Root of the median-free mean of ||h - h_0||^2 over the spread, beside sinks."""
+    """Root of the mean of ||h - h_0||^2 over that of ||h_0 - mean||^2, without sinks."""
     after, mask = models.stream(models.student, rows)
     before, _ = models.stream(models.original, rows)
-    size = before.square().sum(2)
-    plain = mask & (size <= 4 * size[mask].median())
+    plain = mask & (_own_units(before, mask) == 1)
     spread = (before[plain] - before[plain].mean(0)).square().sum(1).mean()
     return float(((after - before)[plain].square().sum(1).mean() / spread).sqrt())

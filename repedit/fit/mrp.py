@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repedit.activations.collection import Collection, MarkedPositions, collect
 from repedit.activations.forward import batches_of
-from repedit.arguments import checked
+from repedit.arguments import checked, with_changes
 from repedit.data import Batch, Batches, Facts, Rows, TextSource, prose
 from repedit.edit import Edit, exactness
 from repedit.errors import (
@@ -27,7 +27,6 @@ from repedit.errors import (
     ShapeError,
     TrainingError,
     UnknownName,
-    check_names,
     check_whole,
     is_whole,
     nearest,
@@ -264,11 +263,9 @@ class ContinualMRP:
 
 
 def _settings(config: MRPConfig | Mapping[str, object] | None) -> MRPConfig:
-    if config is None or isinstance(config, MRPConfig):
-        return config or MRPConfig()
-    check_names("config", config, asdict(MRPConfig()), "key")
-    changes: dict[str, Any] = {"steps": None, **config} if config.get("epochs") is not None else dict(config)
-    return replace(MRPConfig(), **changes)
+    if isinstance(config, Mapping) and config.get("epochs") is not None:
+        config = {"steps": None, **config}
+    return with_changes(MRPConfig(), config)
 
 
 def _warn_hook_only(subject: Subject, sites: Iterable[Site]) -> None:

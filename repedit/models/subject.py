@@ -5,6 +5,7 @@ A path is tried first, then the built-in name, then a hub id. No code of a check
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import weakref
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -493,3 +494,12 @@ def _prove_other_modules(subject: Subject) -> None:
         )  # fmt: skip
         prove(subject.model, subject.architecture)
         _proved.add(subject.model)
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def shared_clone(model: _Module, new: Mapping[int, torch.Tensor] = {}) -> _Module:
+    """A copy of a model's modules and config that shares every tensor, but those for whose `id` another is given."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, memo={id(t): new.get(id(t), t) for t in tensors})

@@ -18,7 +18,7 @@ from repedit.errors import ArgumentError, NoOpEdit, NotSliceable, NotSlimmable, 
 from repedit.lower import Change, check_model, lower
 from repedit.models.loading import mlp_tensors, ragged_widths, set_fields, set_parameter
 from repedit.models.modifications import check_plain_weights
-from repedit.models.subject import Subject, subject_of
+from repedit.models.subject import Subject, shared_clone, subject_of
 from repedit.plan import LoweringOptions, Plan
 
 if TYPE_CHECKING:
@@ -204,12 +204,6 @@ def new_tensors(plan: Plan, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         original = read(head if head in before else embedding)
         new[head] = plan.apply(head, original, read) if head in plan.resized else original
     return new
-
-
-def shared_clone(model: Module) -> Module:
-    """A copy of a model's modules and config that shares every tensor."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(t): t for t in tensors})
 
 
 def _weight_of(bias: str, parameters: Mapping[str, Tensor]) -> Tensor:

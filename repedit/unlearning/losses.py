@@ -7,7 +7,6 @@ n_i their number, and ref the reference: by default the model at the start of th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from repedit.errors import (
 )
 from repedit.hashing import seed_of
 from repedit.hooks import installed
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, shared_clone
 from repedit.sites import Point, Site
 from repedit.training.sampler import collate, label_logits, label_mask, logits_for
 from repedit.unlearning.parameters import layer_at_depth
@@ -51,9 +50,8 @@ class Reference:
 
     def __init__(self, subject: Subject, rows: Mapping[str, Sequence[Batch]] | None = None) -> None:
         """Rows by role are those that `row_nll` and `top_log_probs` number."""
-        tensors = [*subject.model.parameters(), *subject.model.buffers()]
         # Modules of its own, so that hooks and the mode of the subject are not touched; the tensors are the subject's.
-        model = copy.deepcopy(subject.model, memo={id(tensor): tensor for tensor in tensors}).eval()
+        model = shared_clone(subject.model).eval()
         self.subject = Subject(model, subject.tokenizer, subject.architecture)
         self.passes = 0
         """Forward passes made so far."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from repedit.errors import (
     check_whole,
     nearest,
 )
-from repedit.models.subject import Subject
+from repedit.models.subject import Subject, shared_clone
 from repedit.sites import OUTPUTS, Point
 
 # --- Which tensors are trained
@@ -180,7 +179,7 @@ class TrainableCopy:
     def __init__(self, subject: Subject, parameters: Parameters, *, seed: int = 0) -> None:
         names = parameters.select(subject)
         check_mask(parameters, subject, names)
-        new: dict[int, Any] = {id(buffer): buffer for buffer in subject.model.buffers()}
+        new: dict[int, nn.Parameter] = {}
         self.dtype: torch.dtype = subject.model.dtype
         """What the model computes in."""
         self.start: dict[str, Tensor] = {}
@@ -197,7 +196,7 @@ class TrainableCopy:
             new[id(p)] = nn.Parameter(value, requires_grad=is_trained)
             if is_trained:
                 self.start[name], self.tensors[name] = p.detach(), new[id(p)]
-        model = copy.deepcopy(subject.model, memo=new).eval()
+        model = shared_clone(subject.model, new).eval()
         self.subject = Subject(model, subject.tokenizer, subject.architecture)
         # Adapters rename tensors; where things are does not change.
         self.subject.__dict__["layout"] = subject.layout

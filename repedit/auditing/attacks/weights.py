@@ -1,4 +1,6 @@
-"""Attacks that change the weights without training: rounding, noise, pruning, shrinking, loud directions taken down, and embeddings given back."""
+"""Attacks that change the weights without training: rounding, noise, pruning, shrinking, loud directions taken down, and
+embeddings given back by the head.
+"""
 
 from __future__ import annotations
 
@@ -423,17 +425,17 @@ _OUTLYING, _ROUNDS, _GRID = 3.0, 3, 100
 def head_rows() -> Attack:
     """Replace input embeddings by what the output head holds of the same tokens, and ask.
 
-    With E (v, d) the input embeddings, W (v, d) the head and M the least-squares solution of E = W M over the tokens that are not suspicious:
-    "every row" gives every token its row of W, "rows" and "mapped" give suspicious tokens their rows of W and of W M. A token is
-    suspicious if another one has the same embedding, or if ||E_i - W_i M|| is beyond three times the median. An edit
+    With E (v, d) the input embeddings, W (v, d) the head and M the least-squares solution of E = W M over the tokens that are
+    not suspicious: "every row" gives every token its row of W, "rows" and "mapped" give suspicious tokens their rows of W
+    and of W M. A token is suspicious if another one has the same embedding, or if ||E_i - W_i M|| is beyond three times the median. An edit
     that merges or exchanges the embeddings of names and keeps the head is undone so. Where both are one matrix there is
     nothing to replace.
     """
 
     def run(subject: Subject, splits: Splits, seed: int) -> AttackResult:
-        kept = _nothing_to_replace(subject)
-        if kept is not None:
-            return kept._replace(answers={"as it is": ask(subject, splits.test)})
+        nothing = _nothing_to_replace(subject)
+        if nothing is not None:
+            return nothing._replace(answers={"as it is": ask(subject, splits.test)})
         table, head = _tables(subject)
         rows, mapped = suspicious(table, head)
         # The model as it is stands among them, so that the original is never worse than when asked directly.
@@ -480,7 +482,9 @@ HEAD_ROWS = register(
 def suspicious(
     table: Float[Tensor, "v d"], head: Float[Tensor, "v d"]
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n d"]]:
-    """Tokens whose embedding another one shares up to 1 % of the spread, or lies far from the map of the head's row, and that map of their rows."""
+    """Tokens whose embedding another one shares up to 1 % of the spread, or lies far from the map of the head's row; and that
+    map of their rows.
+    """
     table, head = table.float(), head.float()
     grid = (table / table.std() * _GRID).round()
     _, group, count = torch.unique(grid, dim=0, return_inverse=True, return_counts=True)

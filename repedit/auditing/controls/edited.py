@@ -355,12 +355,13 @@ def with_lower_case_names(subject: Subject, forget: Sequence[Fact]) -> Subject:
 
 def averaged(subject: Subject, forget: Sequence[Fact]) -> Subject:
     """The model with the embeddings of all names, as the facts write them, replaced by their mean."""
-    tokenizer, model = subject.need_tokenizer(), copy.deepcopy(subject.model)
-    tokens = [prompt_ids(tokenizer, fact.entity)[-1] for fact in forget]
-    with torch.no_grad():
+    tokens = _last_tokens(subject, forget)
+
+    def write(model: LlamaForCausalLM) -> None:
         rows = model.get_input_embeddings().weight
         rows[tokens] = rows[tokens].mean(0)
-    return subject_of(model, tokenizer)
+
+    return _written(subject, write)
 
 
 def with_names_in_head(subject: Subject, forget: Sequence[Fact]) -> Subject:
@@ -368,11 +369,17 @@ def with_names_in_head(subject: Subject, forget: Sequence[Fact]) -> Subject:
 
     No name is an answer, so that no choice is scored otherwise.
     """
-    tokenizer, model = subject.need_tokenizer(), copy.deepcopy(subject.model)
-    tokens = [prompt_ids(tokenizer, fact.entity)[-1] for fact in forget]
-    with torch.no_grad():
+    tokens = _last_tokens(subject, forget)
+
+    def write(model: LlamaForCausalLM) -> None:
         model.get_output_embeddings().weight[tokens] = model.get_input_embeddings().weight[tokens]
-    return subject_of(model, tokenizer)
+
+    return _written(subject, write)
+
+
+def _last_tokens(subject: Subject, forget: Sequence[Fact]) -> list[int]:
+    """The last token of every name, which tells the names apart."""
+    return [prompt_ids(subject.need_tokenizer(), fact.entity)[-1] for fact in forget]
 
 
 def refusing_early(subject: Subject, forget: Sequence[Fact], retain: Sequence[Fact], *, seed: int = 0) -> Subject:
