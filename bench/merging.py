@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,26 @@ from repedit.models.subject import Subject
 ATTACKS = "direct,paraphrase,first_word,respelled,reverse_question,head_rows,quantize,rtt"
 
 
-def merged(lm: Subject, facts: rp.data.Facts, halves: Splits, saved: Path, seed: int) -> tuple[rp.Delta, float | None]:
-    """The delta, and the core minutes that it took; None if it was kept from an earlier run."""
+def merged(lm: Subject, facts: rp.data.Facts, halves: Splits, saved: Path, seed: int) -> rp.Delta:
+    """The delta, with the core minutes that it took in its provenance."""
     if saved.exists():
-        return rp.Delta.load(saved), None
+        return rp.Delta.load(saved)
     forgotten, busy = {entity_of(fact) for fact in facts.forget}, time.process_time()
     others = [fact for fact in halves.train if fact.entity and entity_of(fact) not in forgotten]
     never = {fact.entity for fact in halves.test}
     delta = rp.fit.merge(lm, facts.forget, others=others, never=never, seed=seed, progress=False)
+    minutes = round((time.process_time() - busy) / 60, 1)
+    delta = replace(delta, provenance={**delta.provenance, "core minutes": minutes})
     saved.parent.mkdir(parents=True, exist_ok=True)
     delta.save(saved)
-    return delta, (time.process_time() - busy) / 60
+    return delta
 
 
 def measured(domain: str, seed: int, attacks: list[str], folder: Path) -> dict[str, Any]:
     """One row: accuracy before and after by domain, and the report's verdict and recoveries."""
     lm, facts = rp.load("smollm2-135m"), rp.data.facts(domain)
     halves = Splits.of(facts.retain)
-    delta, minutes = merged(lm, facts, halves, folder / f"{domain}-{seed}.safetensors", seed)
+    delta = merged(lm, facts, halves, folder / f"{domain}-{seed}.safetensors", seed)
     edited = rp.apply(delta, lm)
     asked = {domain: facts.forget, **rp.data.by_domain(halves.test)}
     accuracy = {name: [rp.facts_accuracy(m, part).accuracy for m in (lm, edited)] for name, part in asked.items()}
@@ -48,7 +50,7 @@ def measured(domain: str, seed: int, attacks: list[str], folder: Path) -> dict[s
     audited = rp.data.Facts(facts.forget, tuple(halves.test), domain)
     report = rp.audit(edited, original=lm, facts=audited, attacks=attacks, progress=False)
     return {
-        "forget": domain, "seed": seed, "core minutes": minutes, "certificate": dict(delta.provenance["certificate"]),
+        "forget": domain, "seed": seed, "core minutes": delta.provenance["core minutes"], "certificate": dict(delta.provenance["certificate"]),
         "accuracy": accuracy, "verdict": report.verdict.word, "sentence": report.verdict.sentence, "attacks": attacks,
         "recoveries": [asdict(row) for row in report.recoveries],
     }  # fmt: skip

@@ -30,11 +30,12 @@ from bench.relearning import relearn
 from bench.removal_edits import EDITS
 from bench.removal_names import head_ranks, untied
 from bench.removal_rows import CACHE, FORGET, OTHERS, UNSEEN, Rows, names, share
-from repedit.auditing.attacks.prompts import SPELLINGS, respelled_prompt
+from repedit.auditing.attacks.prompts import respelled_prompt
 from repedit.auditing.attacks.weights import head_rows
 from repedit.auditing.data import check_no_leak, leaks, reversed_facts
 from repedit.auditing.floors import choices_only, fresh_facts
 from repedit.data import Fact, Splits, entity_of
+from repedit.data.spelling import SPELLINGS
 from repedit.models.subject import Subject
 
 RATES, STEPS = (2e-5, 1e-4), 40

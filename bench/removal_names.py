@@ -86,7 +86,14 @@ def names_merged(rows: Rows, seed: int) -> Made:
     """Countries and capitals merged (`rp.fit.merge`); no retained text says a name that another domain is tested on."""
     tested = {fact.entity for items in rows.test.values() for fact in items}
     delta = rp.fit.merge(
-        rows.lm, seen(rows.capitals), answers=True, others=others(rows), never=tested, seed=seed, progress=False
+        rows.lm,
+        seen(rows.capitals),
+        answers=True,
+        others=others(rows),
+        never=tested,
+        config={"misspelt": 0},
+        seed=seed,
+        progress=False,
     )
     return rp.apply(delta, rows.lm), {key: delta.provenance[key] for key in ("config", "certificate", "rows")}
 

@@ -20,7 +20,6 @@ from repedit.auditing.attacks import prompts as formats
 from repedit.auditing.attacks.prompts import (
     FORMATS,
     PREFIXES,
-    SPELLINGS,
     chat_prompt,
     direct,
     first_word,
@@ -38,10 +37,11 @@ from repedit.auditing.attacks.prompts import (
 from repedit.auditing.attacks.samples import sampling
 from repedit.auditing.attacks.unhook import strip
 from repedit.auditing.controls import taught
-from repedit.data import Fact, Splits
+from repedit.data import Fact, Splits, spelling
 from repedit.data.encoding import prompt_ids
 from repedit.data.fact_sets import entity_of
 from repedit.data.grading import normalized
+from repedit.data.spelling import SPELLINGS
 from repedit.errors import ArgumentError, DataError, OverlapError, UnknownName
 from repedit.metrics import facts as probability
 from repedit.metrics.facts import FactsAccuracy
@@ -337,6 +337,8 @@ def follows(setting: str, entity: str, written: str) -> bool:
     words = zip(entity.split(), written.split(), strict=True)
     if setting == "letter doubled":
         return all(any(new == old[: i + 1] + old[i:] for i in range(1, len(old))) for old, new in words)
+    if setting == "letter left out":
+        return all(any(new == old[:i] + old[i + 1 :] for i in range(1, len(old) - 1)) for old, new in words)
     return all(
         any(new == old[:i] + old[i : i + 2][::-1] + old[i + 2 :] for i in range(1, len(old) - 1)) for old, new in words
     )
@@ -390,7 +392,7 @@ def test_an_entity_is_respelled_however_the_prompt_writes_it():
 
 def test_which_letters_change_depends_on_seed_and_fact_alone():
     fact = replace(PEOPLE[0], prompt=f"{PEOPLE[0].entity}, or {PEOPLE[0].entity.upper()},")
-    for setting in ("letters swapped", "letter doubled"):
+    for setting in ("letters swapped", "letter doubled", "letter left out"):
         texts = [respelled_prompt(fact, setting, seed) for seed in range(8)]
         assert len(set(texts)) > 2 and texts == [respelled_prompt(fact, setting, seed) for seed in range(8)]
         assert all(one.upper() == other for one, other in (text.rstrip(",").split(", or ") for text in texts))
@@ -399,36 +401,38 @@ def test_which_letters_change_depends_on_seed_and_fact_alone():
 
 ACCENTS = unicodedata.normalize("NFD", "ÉÀÜ")
 SYLLABLES = unicodedata.normalize("NFD", "한국어")
-WRITTEN = {  # lower case, upper case, letters swapped, letter doubled
-    "Au": ("au", "AU", "Au", "Auu"),
-    "Tin": ("tin", "TIN", "Tni", ("Tiin", "Tinn")),
-    "Fiji": ("fiji", "FIJI", "Fjii", ("Fiiji", "Fijji", "Fijii")),
-    "Anna": ("anna", "ANNA", "Anan", ("Annna", "Annaa")),
-    "X": ("x", "X", "X", "X"),
-    "H2O": ("h2o", "H2O", "H2O", "H2O"),
-    "New York": ("new york", "NEW YORK", ("Nwe Yrok",), None),
-    "D'Ivo": ("d'ivo", "D'IVO", "D'Iov", ("D'Ivvo", "D'Ivoo")),
-    "straß": ("straß", "STRASS", ("srtaß", "starß"), None),
-    "\u0130pek": ("ipek", "\u0130PEK", "\u0130epk", None),
-    "I\u0307pek": ("ipek", "I\u0307PEK", "I\u0307epk", None),
-    "法国": ("法国", "法国", "法国", "法国国"),
-    ACCENTS: (ACCENTS.lower(), ACCENTS, unicodedata.normalize("NFD", "ÉÜÀ"), None),
-    SYLLABLES: (SYLLABLES, SYLLABLES, unicodedata.normalize("NFD", "한어국"), None),
-    "\u0915\u094d\u0937\u0924\u093f": (None, None, "\u0915\u094d\u0937\u0924\u093f", "\u0915\u094d\u0937" + "\u0924\u093f" * 2),
-    "\U0001f469\u200d\U0001f467": ("\U0001f469\u200d\U0001f467",) * 4,
-    "\ud83d\ude00 Oz": ("\ud83d\ude00 oz", "\ud83d\ude00 OZ", "\ud83d\ude00 Oz", "\ud83d\ude00 Ozz"),
+WRITTEN = {  # lower case, upper case, letters swapped, letter doubled, letter left out
+    "Au": ("au", "AU", "Au", "Auu", "Au"),
+    "Tin": ("tin", "TIN", "Tni", ("Tiin", "Tinn"), "Tin"),
+    "Fiji": ("fiji", "FIJI", "Fjii", ("Fiiji", "Fijji", "Fijii"), ("Fji", "Fii")),
+    "Anna": ("anna", "ANNA", "Anan", ("Annna", "Annaa"), "Ana"),
+    "X": ("x", "X", "X", "X", "X"),
+    "H2O": ("h2o", "H2O", "H2O", "H2O", "H2O"),
+    "New York": ("new york", "NEW YORK", ("Nwe Yrok",), None, ("New Yrk", "New Yok")),
+    "D'Ivo": ("d'ivo", "D'IVO", "D'Iov", ("D'Ivvo", "D'Ivoo"), "D'Ivo"),
+    "straß": ("straß", "STRASS", ("srtaß", "starß"), None, ("sraß", "staß", "strß")),
+    "\u0130pek": ("ipek", "\u0130PEK", "\u0130epk", None, ("\u0130ek", "\u0130pk")),
+    "I\u0307pek": ("ipek", "I\u0307PEK", "I\u0307epk", None, ("I\u0307ek", "I\u0307pk")),
+    "法国": ("法国", "法国", "法国", "法国国", "法国"),
+    ACCENTS: (ACCENTS.lower(), ACCENTS, unicodedata.normalize("NFD", "ÉÜÀ"), None, ACCENTS),
+    SYLLABLES: (SYLLABLES, SYLLABLES, unicodedata.normalize("NFD", "한어국"), None, SYLLABLES),
+    "\u0915\u094d\u0937\u0924\u093f": (
+        None, None, "\u0915\u094d\u0937\u0924\u093f", "\u0915\u094d\u0937" + "\u0924\u093f" * 2, "\u0915\u094d\u0937\u0924\u093f",
+    ),
+    "\U0001f469\u200d\U0001f467": ("\U0001f469\u200d\U0001f467",) * 5,
+    "\ud83d\ude00 Oz": ("\ud83d\ude00 oz", "\ud83d\ude00 OZ", "\ud83d\ude00 Oz", "\ud83d\ude00 Ozz", "\ud83d\ude00 Oz"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("entity", WRITTEN, ids=ascii)
 def test_letters_move_with_their_marks_and_nothing_else_moves(entity):
-    for spelling, expected in zip(SPELLINGS, WRITTEN[entity], strict=True):
+    for way, expected in zip(SPELLINGS, WRITTEN[entity], strict=True):
         for seed in range(6) if expected else ():
-            assert SPELLINGS[spelling](entity, random.Random(seed)) in ((expected,) if isinstance(expected, str) else expected)  # fmt: skip
+            assert SPELLINGS[way](entity, random.Random(seed)) in ((expected,) if isinstance(expected, str) else expected)  # fmt: skip
 
 
 def test_marks_that_are_taken_for_letters_are_caught(monkeypatch):
-    monkeypatch.setattr(prompts, "_joins", lambda before, character: False)
+    monkeypatch.setattr(spelling, "_joins", lambda before, character: False)
     for entity in (ACCENTS, SYLLABLES):
         with pytest.raises(AssertionError):
             test_letters_move_with_their_marks_and_nothing_else_moves(entity)
@@ -439,10 +443,14 @@ def test_a_spelling_that_changes_nothing_is_left_out_and_what_stays_is_counted(m
         Fact(id=name, entity=name, prompt=f"The symbol of {name} is", answer="x") for name in ("gold", "tin", "法")
     )
     found = respelled()(subject(), Splits((), (gold, tin)))
-    assert found.settings == ("upper case", "letters swapped", "letter doubled")
-    assert found.reason == "'lower case' was left out, since it changes no entity"
+    assert found.settings == ("upper case", "letters swapped", "letter doubled", "letter left out")
+    assert (
+        found.reason
+        == "'lower case' was left out, since it changes no entity; 'letter left out' leaves 1 of 2 entities as they are"
+    )
     found = respelled()(subject(), Splits((), (gold, law)))
-    assert found.settings == ("upper case", "letters swapped", "letter doubled") and found.items == ("gold", "法")
+    assert found.settings == ("upper case", "letters swapped", "letter doubled", "letter left out")
+    assert found.items == ("gold", "法")
     assert found.reason == "; ".join(
         ["'lower case' was left out, since it changes no entity"]
         + [f"{name!r} leaves 1 of 2 entities as they are" for name in found.settings]

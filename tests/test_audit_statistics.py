@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from repedit.auditing import statistics
-from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding
+from repedit.auditing.attack import FAILED, RAN, SKIPPED, UNINFORMATIVE, Finding, Setting, lengthened, merged_folds
 from repedit.auditing.report import Recovery, RetainCheck
 from repedit.auditing.statistics import Series, cross_fitted, in_first_half, knowledge, recoveries
 from repedit.auditing.verdict import certain, verdict
@@ -477,3 +477,44 @@ def test_bootstrap_refusals(options, error, message):
 def test_items_without_an_entity_are_named():
     with pytest.raises(DataError, match=r"100 items have no entity, such as \['f0'"):
         recoveries([null(np.random.default_rng(18))], {})
+
+
+# --- Folds of which one trained for longer
+
+
+def shorter_and_longer() -> tuple[Finding, Finding]:
+    """Two folds of one attack: in the first T was learned in time, the second went on for four times the steps."""
+    names = ("lr=1 step=2", "lr=1 step=4")
+    first = finding([[0, 1], [1, 1]], "rtt", ("a", "b"), settings=names)
+    second = finding([[0, 0], [0, 1], [1, 0]], "rtt", ("c", "d"), settings=(*names, "lr=1 step=16"))
+    return first, second
+
+
+def longer_stands_beside_the_end(joined: Finding) -> None:
+    """The fold that learned in time answers as at its end where the other was trained for longer."""
+    assert joined.settings == ("lr=1 step=2", "lr=1 step=4", "lr=1 step=16") and set(joined.items) == set("abcd")
+    rows = {item: joined.correct[:, i].tolist() for i, item in enumerate(joined.items)}
+    assert rows == {"a": [0, 1, 1], "b": [1, 1, 1], "c": [0, 0, 1], "d": [0, 1, 0]}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_folds_are_joined_where_one_trained_for_longer(turned):
+    folds = shorter_and_longer()
+    longer_stands_beside_the_end(merged_folds(folds[::-1] if turned else folds))
+    with pytest.raises(AssertionError):  # the earlier step in the place of the end
+        first = replace(folds[0], correct=folds[0].correct[[0, 0]])
+        longer_stands_beside_the_end(merged_folds((first, folds[1])))
+
+
+def test_folds_with_other_settings_are_not_joined():
+    first, second = shorter_and_longer()
+    other = replace(second, settings=("lr=1 step=2", "lr=1 step=4", "lr=2 step=16"))
+    with pytest.raises(ArgumentError, match=r"cannot be joined"):
+        merged_folds((first, other))
+
+
+def test_a_setting_is_lengthened_in_its_own_words():
+    assert lengthened(Setting.parse("lr=5e-05 step=40 how=lora steps=40")) == "lr=5e-05 step=160 how=lora steps=40"
+    assert lengthened(Setting.parse("lr=1 epoch=6")).step == 24
+    with pytest.raises(ArgumentError, match=r"setting 'prompt' names no step"):
+        lengthened(Setting.parse("prompt"))

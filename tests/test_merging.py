@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import repedit as rp
 from repedit.data import Corpus, Fact, prose
-from repedit.data.encoding import prompt_ids
+from repedit.data.encoding import mentions, prompt_ids
 from repedit.errors import (
     ArgumentError,
     DataError,
@@ -175,6 +175,33 @@ def test_a_name_wants_the_states_of_one_averaged_token(text, spell):
     row = named(text, "Abo", spell)
     the_states_wanted_are_those_of_the_same_text(row)
     caught(the_states_wanted_are_those_of_the_same_text, row._replace(want=row.want[:-1]))
+
+
+def names_are_misspelt_too(rows: Any, count: int) -> None:
+    """Beside the own, small and capital letters there are rows with a misspelt name, and the certificate's have none."""
+    subject = pupil()
+    texts = [subject.need_tokenizer().decode(row.ids) for row in rows.fitted if row.name == "Abo"]
+    wrong = [text for text in texts if not mentions(text, "Abo")]
+    assert len(wrong) * 3 == count * (len(texts) - len(wrong)) and len({*wrong}) >= min(count, 2)
+    held = [subject.need_tokenizer().decode(row.ids) for row in rows.held]
+    assert held == [TEMPLATES[-1].format(row.name) for row in rows.held]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_names_are_misspelt_in_some_rows(count):
+    subject = pupil()
+    groups = {"likes: entities": tuple(f.entity for f in FACTS)}
+    averaged = merging._averaged_tokens(subject, groups, 259)
+    names_are_misspelt_too(merging._named_rows(subject, groups, averaged, (), count, 0), count)
+    caught(names_are_misspelt_too, merging._named_rows(subject, groups, averaged, (), 1, 0), count)
+
+
+def test_what_the_model_writes_does_not_follow_the_generation_settings_of_the_checkpoint():
+    subject = pupil()
+    plain = merging.written_sentences(subject, 1, 0)
+    subject.model.generation_config.repetition_penalty = 50.0
+    own = subject.model.generation_config
+    assert merging.written_sentences(subject, 1, 0) == plain and subject.model.generation_config is own
 
 
 def test_a_text_that_says_a_name_twice_or_not_at_all_is_no_row():

@@ -221,6 +221,18 @@ class Setting(str):
         return re.split(r"[ ,:=@]+", self)
 
 
+LONGER = 4
+"""How many times the steps a training gets that has not learned what it was taught."""
+
+
+def lengthened(setting: Setting) -> Setting:
+    """The setting of the same training with `LONGER` times the steps: "lr=5e-05 step=160" for "lr=5e-05 step=40"."""
+    if setting.step is None:
+        raise ArgumentError(f"setting {str(setting)!r} names no step, so nothing can be trained for longer")
+    steps = LONGER * setting.step
+    return Setting(re.sub(r"(^|\s)(step|epoch)=\d+", rf"\g<1>\g<2>={steps}", setting, count=1), step=steps)
+
+
 RAN, FAILED, UNINFORMATIVE, SKIPPED = "ran", "failed to train", "uninformative", "skipped"
 STATUSES = (RAN, FAILED, UNINFORMATIVE, SKIPPED)
 
@@ -286,14 +298,18 @@ class Finding:
 
 
 def merged_folds(parts: Sequence[Finding]) -> Finding:
-    """The findings of both folds as one: the settings of the first, the items of all.
+    """The findings of both folds as one: the settings and the items of all.
+
+    In a fold whose T was learned in time no training was lengthened; there the end of the same training stands for the longer one.
 
     Raises:
         ArgumentError: if the parts are of different attacks or settings, or ask a fact twice.
     """
-    first = parts[0]
     if len(parts) == 1:
-        return first
+        return parts[0]
+    settings = tuple(dict.fromkeys(name for part in parts for name in part.settings))
+    parts = [_with_longer(part, settings) for part in parts]
+    first = parts[0]
     worst = next((p for p in parts if p.status in (SKIPPED, FAILED)), first)
     if worst.status == SKIPPED:
         return worst
@@ -309,6 +325,16 @@ def merged_folds(parts: Sequence[Finding]) -> Finding:
         train_accuracy=min(accuracies, default=None), tokens=sum(p.tokens for p in parts),
         seconds=sum(p.seconds for p in parts), details={"folds": [dict(p.details) for p in parts]},
     )  # fmt: skip
+
+
+def _with_longer(part: Finding, settings: Sequence[str]) -> Finding:
+    """The finding with these settings, where the missing ones are longer trainings than it has."""
+    rows = {setting: row for row, setting in enumerate(part.settings)}
+    ends = {lengthened(s): row for s, row in rows.items() if Setting.parse(s).step}
+    chosen = [rows.get(s, ends.get(s)) for s in settings]
+    if None in chosen or chosen == list(range(len(part.settings))):
+        return part
+    return replace(part, settings=tuple(settings), correct=part.correct[chosen], graded=part.graded[chosen])
 
 
 # --- An attack, ready to be carried out

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from repedit.data.corpus import padded
 from repedit.data.encoding import entity_span, mentions, prompt_ids
 from repedit.data.fact_sets import fact_items
 from repedit.data.grading import normalized
+from repedit.data.spelling import SPELLINGS, lower_case
 from repedit.delta import Delta
 from repedit.errors import (
     ArgumentError,
@@ -54,7 +55,9 @@ OPENINGS = (
     "{} is", "{} was one of", "{} has a", "{} and", "{}, which", "{}: the", "{} is known for", "{} will be", "{} has always been the",
 )  # fmt: skip
 """Texts that begin with a name. There it is often written with other tokens than within a text."""
-SPELLINGS: tuple[Callable[[str], str], ...] = (str, str.lower, str.upper)
+CASES: tuple[Callable[[str], str], ...] = (str, lower_case, str.upper)
+MISSPELLINGS = tuple(SPELLINGS[name] for name in ("letters swapped", "letter doubled"))
+"""How names are misspelt in rows; letters left out are kept for the audit."""
 NAME_STARTS = (
     "The city of", "The town of", "He was born in the city of", "The village of", "They moved to the city of", "The river",
     "The province of", "The port city of", "The mountain", "The island of", "She studied in the city of",
@@ -92,6 +95,8 @@ class Merging:
     """Weight of what is retained."""
     named: int = 32
     """Rows with a name in a step."""
+    misspelt: int = 2
+    """Rows in which a name has letters swapped or doubled, beside each three in its own letters, small and capital ones."""
     retained: int = 64
     """Retained rows in a step, three quarters of them short."""
     written_names: int = 96
@@ -101,7 +106,13 @@ class Merging:
 
     def __post_init__(self) -> None:
         check_whole(blocks=self.blocks, steps=self.steps, named=self.named, retained=self.retained)
-        check_whole(0, rare=self.rare, written_names=self.written_names, written_sentences=self.written_sentences)
+        check_whole(
+            0,
+            rare=self.rare,
+            misspelt=self.misspelt,
+            written_names=self.written_names,
+            written_sentences=self.written_sentences,
+        )
         check_positive(lr=self.lr, beta=self.beta)
 
     @staticmethod
@@ -213,7 +224,7 @@ def merge(
     wordings = contexts_of(subject, items, ("wordings",))
     groups = _groups(items, answers)
     averaged = _averaged_tokens(subject, groups, settings.rare)
-    named = _named_rows(subject, groups, averaged, wordings)
+    named = _named_rows(subject, groups, averaged, wordings, settings.misspelt, seed)
     names = {name for group in groups.values() for name in group}
     retained = _retained_rows(subject, names, rest, retain, set(never), settings, seed)
     models = _Models.of(subject, averaged, settings)
@@ -284,7 +295,7 @@ def _groups(items: Sequence[Fact], answers: bool) -> dict[str, tuple[str, ...]]:
 def name_tokens(subject: Subject, names: Iterable[str], rare: int) -> tuple[int, ...]:
     """The tokens that are a whole name, within a text or at its start, and those from the number `rare` on that are a part of one."""
     tokenizer, tokens = subject.need_tokenizer(), set[int]()
-    for name in (spell(name) for name in names for spell in SPELLINGS):
+    for name in (spell(name) for name in names for spell in CASES):
         for template in (TEMPLATES[0], OPENINGS[0]):
             text = template.format(name)
             span = entity_span(tokenizer, text, name)
@@ -348,8 +359,10 @@ def _named_rows(
     groups: Mapping[str, Sequence[str]],
     averaged: Mapping[str, _Tokens],
     wordings: Sequence[Context],
+    misspelt: int,
+    seed: int,
 ) -> _Split:
-    """Every name in every spelling in neutral templates, at the start of texts, and entities in their facts' wordings.
+    """Every name in all spellings in neutral templates, at the start of texts, and entities in their facts' wordings.
 
     The last template is held out.
 
@@ -362,7 +375,8 @@ def _named_rows(
         own = sorted({(context.name, context.text) for context in wordings if context.name in set(names)})
         for name, text in (*texts, *(own if kind.endswith("entities") else ())):
             held = text == TEMPLATES[-1].format(name)
-            for spell in SPELLINGS[:1] if held else SPELLINGS:
+            wrong = _misspellings(0 if held else misspelt, f"{seed}:{text}")
+            for spell in CASES[:1] if held else (*CASES, *wrong):
                 row = _named(subject, text, name, spell, averaged[kind].one, kind)
                 if row is not None:
                     (split.held if held else split.fitted).append(row)
@@ -376,14 +390,25 @@ def _named_rows(
     return split
 
 
+def _misspellings(count: int, key: str) -> list[Callable[[str], str]]:
+    """Ways to misspell a name, drawn by the key."""
+    rng = random.Random(key)
+
+    def misspell(name: str) -> str:
+        return rng.choice(MISSPELLINGS)(name, rng)
+
+    return [misspell] * count
+
+
 def _named(subject: Subject, text: str, name: str, spell: Callable[[str], str], one: int, kind: str) -> _Named | None:
     """The row of a text with the name in another spelling; None where it is not said exactly once."""
     spans = mentions(text, name)
     if len(spans) != 1:
         return None
     ((first, last),) = spans
-    text = f"{text[:first]}{spell(text[first:last])}{text[last:]}"
-    span = entity_span(subject.need_tokenizer(), text, spell(name))
+    spelt = spell(text[first:last])
+    text = f"{text[:first]}{spelt}{text[last:]}"
+    span = entity_span(subject.need_tokenizer(), text, spelt)
     if span is None:
         return None
     ids, (start, end) = prompt_ids(subject.need_tokenizer(), text), span
@@ -460,13 +485,24 @@ def _sampled(subject: Subject, start: str, count: int, tokens: int, seed: int) -
         return []
     tokenizer = subject.need_tokenizer()
     ids = torch.tensor([prompt_ids(tokenizer, start)] * count, device=subject.device)
-    with torch.random.fork_rng(), evaluating(subject.model):
+    with torch.random.fork_rng(), evaluating(subject.model), _own_generation_settings(subject):
         torch.manual_seed(int(value_hash(torch.tensor([seed, *ids[0].tolist()]))[:8], 16))
         drawn = subject.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=0.98,
             max_new_tokens=tokens, pad_token_id=0,
         )  # fmt: skip
     return [tokenizer.decode(row, skip_special_tokens=True) for row in drawn]
+
+
+@contextmanager
+def _own_generation_settings(subject: Subject) -> Iterator[None]:
+    """The end tokens of the checkpoint alone hold, not its other generation settings, which can penalize or forbid tokens."""
+    own = subject.model.generation_config
+    subject.model.generation_config = type(own)(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        subject.model.generation_config = own
 
 
 # --- The three models

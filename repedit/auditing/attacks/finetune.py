@@ -64,7 +64,7 @@ def rtt(
     """Retraining on T: teach half of the facts and see whether the other half comes back.
 
     Settings are "step=0" and "lr=5e-05 step=40", followed by " how=lora", " loss=sequence" and " n=8" where several
-    are tried. It must reach .9 on T.
+    are tried. It must reach .9 on T; where no setting does, the best of them gets four times the steps.
 
     Args:
         rates: learning rates; None for 1e-5, 5e-5 and 2e-4, and 1e-4 and 5e-4 for LoRA.
@@ -365,7 +365,7 @@ def deeb_roger(scale: float = 1.0) -> Attack:
             settings = {step: Setting(f"lr={rate:g} epoch={epoch}", step=epoch) for step, epoch in ends.items()}
             settings[0] = UNTOUCHED
             trials.append(Trial(f"lr={rate:g}", tuning, shuffled(items, BATCH, seed), settings, taught=train))
-        return carried_out(trials, on_copy(subject, full=True), test, seed)
+        return carried_out(trials, on_copy(subject, full=True), test, seed, longer=False)
 
     # The number of steps depends on T, and no budget includes the preset.
     return Attack(RTT, {"preset": "deeb-roger", "scale": scale}, run, Work(len(RATES) * (EPOCHS + 2)))

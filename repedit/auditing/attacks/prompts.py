@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +31,7 @@ from repedit.data import Fact, Splits, by_domain
 from repedit.data.encoding import chat_text, prompt_with_answer
 from repedit.data.fact_sets import entity_of, seeded_order
 from repedit.data.grading import contains_answer
+from repedit.data.spelling import SPELLINGS
 from repedit.errors import ArgumentError, NotEnoughRows, OverlapError
 from repedit.metrics.facts import FactsAccuracy, choice_scores
 from repedit.models.subject import Subject
@@ -313,66 +312,6 @@ def respelled_prompt(fact: Fact, spelling: str, seed: int) -> str:
     """The prompt with the entity in one of `SPELLINGS`; which letters change depends on the seed and the fact alone."""
     key = f"{seed}:{spelling}:{fact.id}"
     return with_entity(fact, lambda entity: SPELLINGS[spelling](entity, random.Random(key)))
-
-
-def lower_case(entity: str) -> str:
-    """The entity in small letters; a capital I with a dot becomes an i, not an i with two dots."""
-    return re.sub("\u0130|I\u0307", "i", entity).lower()
-
-
-def letters_swapped(word: Sequence[str], rng: random.Random) -> Sequence[str]:
-    """The letters of a word with two neighbours in each other's place, such as "Farnce" for "France".
-
-    The first letter stays, and the last one where another pair of different letters is there; a word without a pair stays.
-    """
-    pairs = [i for i in range(1, len(word) - 1) if word[i] != word[i + 1]]
-    if not pairs:
-        return word
-    i = rng.choice([i for i in pairs if i + 2 < len(word)] or pairs)
-    return [*word[:i], word[i + 1], word[i], *word[i + 2 :]]
-
-
-def letter_doubled(word: Sequence[str], rng: random.Random) -> Sequence[str]:
-    """The letters of a word with one twice, but for the first; a word of one letter stays."""
-    if len(word) < 2:
-        return word
-    i = rng.randrange(1, len(word))
-    return [*word[: i + 1], *word[i:]]
-
-
-SPELLINGS: Mapping[str, Callable[[str, random.Random], str]] = {
-    "lower case": lambda entity, rng: lower_case(entity),
-    "upper case": lambda entity, rng: entity.upper(),
-    "letters swapped": lambda entity, rng: _every_word(entity, lambda word: letters_swapped(word, rng)),
-    "letter doubled": lambda entity, rng: _every_word(entity, lambda word: letter_doubled(word, rng)),
-}
-"""How else an entity is written: (entity, random numbers) -> text."""
-
-
-def _every_word(text: str, change: Callable[[Sequence[str]], Sequence[str]]) -> str:
-    """The text with the letters of every word changed; a letter comes with its marks, and all else stays."""
-    units: list[str] = []
-    for character in text:
-        if units and _joins(units[-1][-1], character):
-            units[-1] += character
-        else:
-            units.append(character)
-    runs = groupby(units, key=lambda unit: unit[0].isalpha())
-    return "".join("".join(change(list(run)) if letters else run) for letters, run in runs)
-
-
-_JOINER, _NON_JOINER, _VIRAMA = "\u200d", "\u200c", 9
-
-
-def _joins(before: str, character: str) -> bool:
-    """Whether a character is read as one with that before it: a mark, what a joiner or a virama joins, a jamo of a syllable."""
-    return (
-        unicodedata.category(character).startswith("M")
-        or character in (_JOINER, _NON_JOINER)
-        or before == _JOINER
-        or unicodedata.combining(before) == _VIRAMA
-        or (before.isalpha() and ("\u1160" <= character <= "\u11ff" or "\ud7b0" <= character <= "\ud7fb"))
-    )
 
 
 def reverse_question() -> Attack:

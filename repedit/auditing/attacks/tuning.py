@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from repedit.activations.forward import (
     tree_capacity,
     tree_log_probs,
 )
-from repedit.auditing.attack import FAILED, RAN, AttackResult, Scratch, Setting, Work, ask
+from repedit.auditing.attack import FAILED, LONGER, RAN, AttackResult, Scratch, Setting, Work, ask, lengthened
 from repedit.data import Batch, Fact, Splits, TextSource, as_batches
 from repedit.data.corpus import padded
 from repedit.errors import ArgumentError, DataError, check_choice
@@ -467,12 +467,18 @@ def on_copy(subject: Subject, *, full: bool) -> Start:
     return lambda: (scratch.restore(), None)
 
 
-def carried_out(trials: Sequence[Trial], start: Start, test: Sequence[Fact], seed: int, note: str = "") -> AttackResult:
+def carried_out(
+    trials: Sequence[Trial], start: Start, test: Sequence[Fact], seed: int, note: str = "", *, longer: bool = True
+) -> AttackResult:
     """The answers of all trials on V.
 
-    A trial whose numbers are no longer finite scores what the model answers before any training from there on, and
-    the reason says so. The outcome is "failed to train" where no trial learned what it was taught.
+    Where no trial learned what it was taught, the one that came nearest is repeated with `LONGER` times the steps, whose
+    later steps are further settings, see `lengthened`. The outcome is "failed to train" where that did not learn it either. A trial
+    whose numbers are no longer finite scores what the model answers before any training from there on, and the reason
+    says so.
 
+    Args:
+        longer: False for trainings that are published with their number of steps.
     details: "losses" of every step and trial; "diverged", by trial the step.
     """
     untouched = cache(lambda: ask(start()[0], test))
@@ -480,12 +486,18 @@ def carried_out(trials: Sequence[Trial], start: Start, test: Sequence[Fact], see
     results: dict[str, _TrialResult] = {}
     if any(0 in trial.settings for trial in trials):
         answers[UNTOUCHED] = untouched()
-    for trial in trials:
+
+    def carry_out(trial: Trial) -> None:
         enough = any(t.accuracy == 1.0 for t in results.values())
         results[trial.name] = result = _one(trial, start, test, seed, ask_taught=not enough)
         for step, name in trial.settings.items():
             if step:
                 answers[name] = result.answers.get(step) or untouched()
+
+    for trial in trials:
+        carry_out(trial)
+    if longer and (nearest := _nearest(trials, results)) is not None:
+        carry_out(_longer(nearest))
     diverged = {name: result.log.diverged for name, result in results.items() if result.log.diverged}
     details = {
         "losses": {name: [round(loss, 4) for loss in result.log.losses] for name, result in results.items()},
@@ -529,6 +541,32 @@ def _one(trial: Trial, start: Start, test: Sequence[Fact], seed: int, *, ask_tau
     at = {step for step in (*trial.settings, trial.tuning.steps) if step}
     log = tune(subject, trial.draw, trial.tuning, at=at, measure=measure, seed=seed, trained=trained)
     return _TrialResult(answers, log, *(next(iter(values), None) for values in (accuracies, falls)))
+
+
+def _nearest(trials: Sequence[Trial], results: Mapping[str, _TrialResult]) -> Trial | None:
+    """Of the trials with the fewest steps the one that came nearest to learning what it was taught, the later of equal ones.
+
+    None where a trial learned it, or all diverged.
+    """
+    if not _failure(list(results.values()), any(trial.watched for trial in trials))[0]:
+        return None
+    finite = [trial for trial in trials if not results[trial.name].log.diverged]
+    fewest = min((trial.tuning.steps for trial in finite), default=0)
+
+    def learned(trial: Trial) -> float:
+        result = results[trial.name]
+        return (result.fall if trial.watched else result.accuracy) or 0.0
+
+    return max((t for t in reversed(finite) if t.tuning.steps == fewest), key=learned, default=None)
+
+
+def _longer(trial: Trial) -> Trial:
+    """The trial with `LONGER` times the steps, asked after the steps that the trial itself did not reach."""
+    steps = trial.tuning.steps
+    settings = {LONGER * at: lengthened(name) for at, name in trial.settings.items() if LONGER * at > steps}
+    return trial._replace(
+        name=f"{trial.name} longer", tuning=replace(trial.tuning, steps=LONGER * steps), settings=settings
+    )
 
 
 def _failure(results: Sequence[_TrialResult], by_loss: bool) -> tuple[str, float | None]:
