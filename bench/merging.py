@@ -16,10 +16,14 @@ from typing import Any
 import torch
 
 import repedit as rp
+from bench.corpora import splits
+from bench.mrp import TOKENS
 from bench.record import record
 from repedit.data import Splits, entity_of
 from repedit.models.subject import Subject
 
+TEXT = splits()["prose"][1]
+"""What perplexity is measured on."""
 ATTACKS = "direct,paraphrase,first_word,respelled,reverse_question,head_rows,quantize,rtt"
 
 
@@ -46,12 +50,13 @@ def measured(domain: str, seed: int, attacks: list[str], folder: Path) -> dict[s
     edited = rp.apply(delta, lm)
     asked = {domain: facts.forget, **rp.data.by_domain(halves.test)}
     accuracy = {name: [rp.facts_accuracy(m, part).accuracy for m in (lm, edited)] for name, part in asked.items()}
-    print(domain, accuracy, flush=True)
+    perplexity = [rp.predictions(m, TEXT, limit_tokens=TOKENS, progress=False).perplexity for m in (lm, edited)]
+    print(domain, accuracy, perplexity, flush=True)
     audited = rp.data.Facts(facts.forget, tuple(halves.test), domain)
     report = rp.audit(edited, original=lm, facts=audited, attacks=attacks, progress=False)
     return {
         "forget": domain, "seed": seed, "core minutes": delta.provenance["core minutes"], "certificate": dict(delta.provenance["certificate"]),
-        "accuracy": accuracy, "verdict": report.verdict.word, "sentence": report.verdict.sentence, "attacks": attacks,
+        "accuracy": accuracy, "perplexity": perplexity, "verdict": report.verdict.word, "sentence": report.verdict.sentence, "attacks": attacks,
         "recoveries": [asdict(row) for row in report.recoveries],
     }  # fmt: skip
 
