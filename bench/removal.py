@@ -35,7 +35,7 @@ from repedit.auditing.attacks.weights import head_rows
 from repedit.auditing.data import check_no_leak, leaks, reversed_facts
 from repedit.auditing.floors import choices_only, fresh_facts
 from repedit.data import Fact, Splits, entity_of
-from repedit.data.spelling import SPELLINGS
+from repedit.data.generated import SPELLINGS
 from repedit.models.subject import Subject
 
 RATES, STEPS = (2e-5, 1e-4), 40

@@ -37,11 +37,11 @@ from repedit.auditing.attacks.prompts import (
 from repedit.auditing.attacks.samples import sampling
 from repedit.auditing.attacks.unhook import strip
 from repedit.auditing.controls import taught
-from repedit.data import Fact, Splits, spelling
+from repedit.data import Fact, Splits, generated
 from repedit.data.encoding import prompt_ids
 from repedit.data.fact_sets import entity_of
+from repedit.data.generated import SPELLINGS
 from repedit.data.grading import normalized
-from repedit.data.spelling import SPELLINGS
 from repedit.errors import ArgumentError, DataError, OverlapError, UnknownName
 from repedit.metrics import facts as probability
 from repedit.metrics.facts import FactsAccuracy
@@ -432,7 +432,7 @@ def test_letters_move_with_their_marks_and_nothing_else_moves(entity):
 
 
 def test_marks_that_are_taken_for_letters_are_caught(monkeypatch):
-    monkeypatch.setattr(spelling, "_joins", lambda before, character: False)
+    monkeypatch.setattr(generated, "_joins", lambda before, character: False)
     for entity in (ACCENTS, SYLLABLES):
         with pytest.raises(AssertionError):
             test_letters_move_with_their_marks_and_nothing_else_moves(entity)

@@ -329,10 +329,10 @@ def merged_folds(parts: Sequence[Finding]) -> Finding:
 
 def _with_longer(part: Finding, settings: Sequence[str]) -> Finding:
     """The finding with these settings, where the missing ones are longer trainings than it has."""
-    rows = {setting: row for row, setting in enumerate(part.settings)}
-    ends = {lengthened(s): row for s, row in rows.items() if Setting.parse(s).step}
-    chosen = [rows.get(s, ends.get(s)) for s in settings]
-    if None in chosen or chosen == list(range(len(part.settings))):
+    own = {str(name): row for row, name in enumerate(part.settings)}
+    ends = {str(lengthened(s)): own[s] for s in map(Setting.parse, part.settings) if s.step}
+    chosen = [row for name in settings if (row := own.get(name, ends.get(name))) is not None]
+    if len(chosen) < len(settings) or len(settings) == len(part.settings):
         return part
     return replace(part, settings=tuple(settings), correct=part.correct[chosen], graded=part.graded[chosen])
 

@@ -28,8 +28,8 @@ from repedit.data import Batch, Batches, Fact, Facts, TextSource, prose, with_pa
 from repedit.data.corpus import padded
 from repedit.data.encoding import entity_span, mentions, prompt_ids
 from repedit.data.fact_sets import fact_items
+from repedit.data.generated import SPELLINGS, lower_case
 from repedit.data.grading import normalized
-from repedit.data.spelling import SPELLINGS, lower_case
 from repedit.delta import Delta
 from repedit.errors import (
     ArgumentError,

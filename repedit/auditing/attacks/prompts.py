@@ -30,8 +30,8 @@ from repedit.auditing.data import entity_first, entity_mention, reverse_question
 from repedit.data import Fact, Splits, by_domain
 from repedit.data.encoding import chat_text, prompt_with_answer
 from repedit.data.fact_sets import entity_of, seeded_order
+from repedit.data.generated import SPELLINGS
 from repedit.data.grading import contains_answer
-from repedit.data.spelling import SPELLINGS
 from repedit.errors import ArgumentError, NotEnoughRows, OverlapError
 from repedit.metrics.facts import FactsAccuracy, choice_scores
 from repedit.models.subject import Subject
