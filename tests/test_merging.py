@@ -204,6 +204,17 @@ def test_what_the_model_writes_does_not_follow_the_generation_settings_of_the_ch
     assert merging.written_sentences(subject, 1, 0) == plain and subject.model.generation_config is own
 
 
+def texts_left_out_are_counted(facts: list[Fact]) -> None:
+    certificate = MergeCertificate.of(merged(pupil(), facts=facts))
+    assert certificate.left_out == 5  # two in capitals or not, three in its own letters, small or capital ones
+
+
+def test_texts_that_say_a_name_twice_are_counted():
+    twice = replace(FACTS[0], paraphrases=(f"Whatever {FACTS[0].entity} says, {FACTS[0].entity} likes",))
+    texts_left_out_are_counted([twice, *FACTS[1:]])
+    caught(texts_left_out_are_counted, list(FACTS))
+
+
 def test_a_text_that_says_a_name_twice_or_not_at_all_is_no_row():
     assert named("Abo and Abo", "Abo") is None and named("Bix", "Abo") is None
 
@@ -383,4 +394,9 @@ def test_only_a_merge_has_its_certificate():
         MergeCertificate.of(rp.Delta({"a": torch.ones(1)}))
     certificate = MergeCertificate(0.25, 0.1, 4, 3, {"names": 0.5, "retained": 0.1})
     assert "3 names, 4 tokens averaged: 25.0% of the differences" in certificate.describe()
+    assert "left out" not in certificate.describe()
+    assert (
+        "7 texts say a name more than once or inside a word and were left out"
+        in replace(certificate, left_out=7).describe()
+    )
     assert MergeCertificate(**certificate.plain()) == certificate

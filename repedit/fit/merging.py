@@ -76,6 +76,7 @@ _NAME_TOKENS, _SENTENCE_TOKENS = 7, 36
 _DECAY, _RISE = 0.4, 20
 _HELD = 20
 _FEWEST = 3
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ class MergeCertificate:
     names: int
     losses: Mapping[str, float]
     """Means over the last 20 steps, in units of the spread of the stream: "names" and "retained"."""
+    left_out: int = 0
+    """Texts with a name that were not trained on, because the name is said more than once or not as one word in them."""
 
     @staticmethod
     @checked
@@ -155,9 +158,14 @@ class MergeCertificate:
 
     def describe(self) -> str:
         """A line, and what the numbers do not say."""
+        skipped = (
+            f"{self.left_out} texts say a name more than once or inside a word and were left out\n"
+            if self.left_out
+            else ""
+        )
         return (
             f"{self.names} names, {self.tokens} tokens averaged: {self.left:.1%} of the differences between names are left in the "
-            f"stream, retained text moves by {self.distortion:.3g} of its spread\n"
+            f"stream, retained text moves by {self.distortion:.3g} of its spread\n{skipped}"
             "This says nothing of other spellings and wordings, or of what training brings back: attack it."
         )
 
@@ -232,7 +240,7 @@ def merge(
         losses = _train(models, named.fitted, retained.fitted, settings, seed, progress)
         left, distortion = _left_over(models, named.held), _distortion(models, retained.held)
     certificate = MergeCertificate(
-        left, distortion, sum(len(group.own) for group in averaged.values()), len(names), losses
+        left, distortion, sum(len(group.own) for group in averaged.values()), len(names), losses, named.left_out
     )
     differences = models.differences()
     return Delta(
@@ -352,6 +360,7 @@ class _Split(NamedTuple):
 
     fitted: list[Any]
     held: list[Any]
+    left_out: int = 0
 
 
 def _named_rows(
@@ -369,7 +378,7 @@ def _named_rows(
     Raises:
         DataError: if a name has no row to train on, or none that is held out.
     """
-    split = _Split([], [])
+    split, left_out = _Split([], []), 0
     for kind, names in groups.items():
         texts = [(name, template.format(name)) for name in names for template in (*OPENINGS, *TEMPLATES)]
         own = sorted({(context.name, context.text) for context in wordings if context.name in set(names)})
@@ -378,16 +387,17 @@ def _named_rows(
             wrong = _misspellings(0 if held else misspelt, f"{seed}:{text}")
             for spell in CASES[:1] if held else (*CASES, *wrong):
                 row = _named(subject, text, name, spell, averaged[kind].one, kind)
+                left_out += row is None
                 if row is not None:
                     (split.held if held else split.fitted).append(row)
-    said = [{row.name for row in rows} for rows in split]
+    said = [{row.name for row in rows} for rows in (split.fitted, split.held)]
     unsaid = sorted({name for names in groups.values() for name in names} - (said[0] & said[1]))
     if unsaid:
         raise DataError(
             f"{len(unsaid)} names cannot be told from the words around them, such as {unsaid[:3]}: a text such as "
             f"{TEMPLATES[-1].format(unsaid[0])!r} says them more than once or not at all; correct the field entity, or leave those facts out"
         )
-    return split
+    return split._replace(left_out=left_out)
 
 
 def _misspellings(count: int, key: str) -> list[Callable[[str], str]]:
@@ -619,13 +629,6 @@ def _train(
     return {"names": float(last[0]), "retained": float(last[1])}
 
 
-@torch.no_grad()
-def _spread(models: _Models, rows: Sequence[list[int]]) -> float:
-    """The median of ||h_0 - mean||^2."""
-    states, mask = models.stream(models.original, rows)
-    return float((states[mask] - states[mask].mean(0)).square().sum(1).median())
-
-
 def _names_loss(models: _Models, batch: Sequence[_Named], spread: float) -> Float[Tensor, ""]:
     """Mean of ||h - h_one||^2 / s over the tokens of each name and those after it."""
     with torch.no_grad():
@@ -654,35 +657,49 @@ def _retained_loss(models: _Models, batches: Sequence[Sequence[list[int]]], spre
     return total / count / spread + first
 
 
-def _own_units(states: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+def _own_units(states: Float[Tensor, "*n d"], mask: Bool[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """1, or how many times as long as usual a state is that is more than twice so, squared: an attention sink."""
-    size = states.square().sum(2)
+    size = states.square().sum(-1)
     return (size / (4 * size[mask].median())).clamp(min=1)
 
 
 # --- What a certificate says
 
 
-@torch.no_grad()
+def _states(models: _Models, subject: Subject, rows: Sequence[Sequence[int]]) -> Iterator[Float[Tensor, "t d"]]:
+    """The stream after the blocks at every token of each row, a few rows a pass; the first of a row is a sink."""
+    for at in range(0, len(rows), _ROWS):
+        part = rows[at : at + _ROWS]
+        with torch.no_grad():
+            states, _ = models.stream(subject, part)
+        yield from (state[: len(ids)].cpu() for state, ids in zip(states, part, strict=True))
+
+
+def _without_sinks(models: _Models, subject: Subject, rows: Sequence[list[int]]) -> Float[Tensor, "n d"]:
+    """The stream at all tokens but the first of each row."""
+    return torch.cat([state[1:] for state in _states(models, subject, rows)])
+
+
+def _spread(models: _Models, rows: Sequence[list[int]]) -> float:
+    """The median of ||h_0 - mean||^2."""
+    states = _without_sinks(models, models.original, rows)
+    return float((states - states.mean(0)).square().sum(1).median())
+
+
 def _left_over(models: _Models, rows: Sequence[_Named]) -> float:
     """Sum over groups of the variance over names at their last token, after over before."""
     variances = []
     for lm in (models.student, models.original):
-        total = 0.0
-        for kind in dict.fromkeys(row.kind for row in rows):
-            own = [row for row in rows if row.kind == kind]
-            states, _ = models.stream(lm, [row.ids for row in own])
-            ends = states[torch.arange(len(own)), torch.tensor([row.end for row in own])]
-            total += float(ends.double().var(0).sum())
-        variances.append(total)
+        ends: dict[str, list[Tensor]] = {}
+        for row, state in zip(rows, _states(models, lm, [row.ids for row in rows]), strict=True):
+            ends.setdefault(row.kind, []).append(state[row.end])
+        variances.append(sum(float(torch.stack(group).double().var(0).sum()) for group in ends.values()))
     return variances[0] / max(variances[1], 1e-300)
 
 
-@torch.no_grad()
 def _distortion(models: _Models, rows: Sequence[list[int]]) -> float:
     """Root of the mean of ||h - h_0||^2 over that of ||h_0 - mean||^2, without sinks."""
-    after, mask = models.stream(models.student, rows)
-    before, _ = models.stream(models.original, rows)
-    plain = mask & (_own_units(before, mask) == 1)
+    after, before = (_without_sinks(models, lm, rows) for lm in (models.student, models.original))
+    plain = _own_units(before, torch.ones(len(before), dtype=torch.bool)) == 1
     spread = (before[plain] - before[plain].mean(0)).square().sum(1).mean()
     return float(((after - before)[plain].square().sum(1).mean() / spread).sqrt())
