@@ -430,8 +430,9 @@ def run(
         CheckpointError: if the journal is damaged or of an earlier version.
     """
     steps, exit_code = read_steps(file, commands), 0
-    for step in steps:
-        check(step)
+    with contextlib.chdir(file.absolute().parent):
+        for step in steps:
+            check(step)
     with contextlib.chdir(file.absolute().parent), _locked(Path(file.name), dry_run):
         journal = Journal(Path(file.name))
         previous: int | None = -1  # index of the record of the step before; None after a step that is to do

@@ -408,6 +408,13 @@ BAD = {
     "a fraction": (f"{LATER}fraction = 2.0", ArgumentError, r"step 2, prune: --fraction=2\.0: a fraction lies in"),
     "a name": (f"{LATER}fraction = 0.1\nimportance = 'asb'", UnknownName, r"step 2, prune: --importance='asb'; did you mean 'abs'"),
     "no effect": (f"{LATER}fraction = 0.1\nmultiple = 4", ArgumentError, r"step 2, prune: --multiple has no effect with --structure keep"),
+    "a text": (f"{LATER}fraction = 0.1\nforget = 'cdoe'", UnknownName, r"step 2, prune: --forget='cdoe'; did you mean 'code'"),
+    "facts": (f"{LATER}fraction = 0.1\n[[step]]\nverb = 'project'\nmodel = 'm'\nforget = 'symbols+capitols'\nout = 'p'", UnknownName,
+              r"step 3, project: --forget='capitols'; did you mean 'capitals'"),
+    "a recipe": (f"{LATER}fraction = 0.1\n[[step]]\nverb = 'unlearn'\nmodel = 'm'\nrecipe = 'small:nop_klr'\nout = 'p'", UnknownName,
+                 r"step 3, unlearn: no recipe is called 'nop_klr'; did you mean 'npo_klr'"),
+    "a setting of a recipe": (f"{LATER}fraction = 0.1\n[[step]]\nverb = 'unlearn'\nmodel = 'm'\nset = ['betta=1.0']\nout = 'p'", UnknownName,
+                              r"step 3, unlearn: .*betta"),
     "empty": (f"{LATER}fraction = 0.1\nsites = ''", ArgumentError, r"step 2, prune: --sites is empty; leave it out"),
     "no steps": ('model = "tiny"', DataError, r"it holds no \[\[step\]\] tables with a verb"),
     "no TOML": ("step = [", DataError, r"run\.toml is no readable TOML"),
@@ -430,6 +437,14 @@ def test_a_file_that_cannot_be_meant_is_refused_before_anything_is_done(name, tm
     with pytest.raises(error, match=match):
         ran(tmp_path / "run.toml")
     assert [p.name for p in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_files_of_facts_are_left_to_the_step_that_reads_them(tmp_path):
+    (tmp_path / "facts").mkdir()
+    for value in ("mine.jsonl", "facts", "capitals+symbols", "code"):
+        verb._check_names("project", {"forget": value} if value != "facts" else {"forget": str(tmp_path / value)})
+    with pytest.raises(UnknownName, match=r"--retain='capitol'; did you mean 'capitals'"):
+        verb._check_names("project", {"forget": "capitals", "retain": "capitol"})
 
 
 def test_a_value_of_another_kind_names_its_step(file):

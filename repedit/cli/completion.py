@@ -102,6 +102,11 @@ _VERB_COMPLETERS: dict[tuple[str, str], Completer] = {
 """By verb and parameter, where a parameter means something else."""
 
 
+def takes_data(verb: str, parameter: str) -> bool:
+    """Whether a parameter takes names of built-in facts or texts, or files with such."""
+    return _VERB_COMPLETERS.get((verb, parameter), _COMPLETERS.get(parameter)) in (_FACTS, _TEXT)
+
+
 def _matching(incomplete: str, words: Iterable[str]) -> list[str]:
     return [str(word) for word in words if word.startswith(incomplete)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -224,10 +224,10 @@ def _execute_with(commands: dict[str, Any]) -> Execute:
 
 def _check_with(commands: dict[str, Any]) -> Callable[[Step], None]:
     def check(step: Step) -> None:
-        """Refuse options that the verb of a step would refuse before it reads anything.
+        """Refuse options that the verb of a step would refuse before it reads a model.
 
         Raises:
-            ArgumentError: with the number of the step, its verb and the option.
+            ArgumentError, UnknownName: with the number of the step, its verb and the option.
         """
         from repedit.errors import during
 
@@ -237,8 +237,30 @@ def _check_with(commands: dict[str, Any]) -> Callable[[Step], None]:
         if isinstance(command, Verb):
             with during(place, f"while the options of {place} were checked"):
                 command.check(context)
+                _check_names(step.verb, context.params)
 
     return check
+
+
+def _check_names(verb: str, values: Mapping[str, Any]) -> None:
+    """Refuse names of facts, texts and recipes that do not exist, and settings that a recipe does not have.
+
+    Files are left to the step that reads them: an earlier one may write them.
+
+    Raises:
+        UnknownName: with the nearest names.
+    """
+    from repedit.cli.completion import names, takes_data
+    from repedit.errors import check_choice
+
+    for name, value in values.items():
+        plain = isinstance(value, str) and "." not in value and not Path(value).exists()
+        for part in value.split("+") if plain and takes_data(verb, name) else ():
+            check_choice((*names("domains"), *names("texts")), **{f"--{name}": part})
+    if verb == "unlearn" and not values["recipe"].endswith(".toml"):
+        from repedit.cli.unlearn import recipe_of
+
+        recipe_of(values["recipe"], values["set_"] or [], values["layers"], values["modules"], values["mask"])
 
 
 @contextlib.contextmanager

@@ -316,7 +316,7 @@ def unlearn(
     from repedit.unlearning.api import unlearn as train
 
     check_out(out, model, forget, retain, update, resume, log, overwrite=overwrite)
-    chosen = _recipe(recipe, set_ or [], layers, modules, mask)
+    chosen = recipe_of(recipe, set_ or [], layers, modules, mask)
     sets = _sets(chosen, forget, retain, update)
     subject = load_model(model, local_device(device), dtype, dequantize)
     with _training_errors(out):
@@ -364,7 +364,9 @@ def _write_and_show(delta: Delta, subject: Subject, out: Path, overwrite: bool, 
         )
 
 
-def _recipe(name: str, settings: Sequence[str], layers: str | None, modules: str | None, mask: str | None) -> AnyRecipe:
+def recipe_of(
+    name: str, settings: Sequence[str], layers: str | None, modules: str | None, mask: str | None
+) -> AnyRecipe:
     """The recipe of a name or file, with its settings and what it trains."""
     from dataclasses import replace
 
