@@ -21,7 +21,7 @@ from repedit.data.corpus import padded
 from repedit.data.encoding import entity_span, mention, prompt_ids
 from repedit.data.fact_sets import fact_items
 from repedit.data.grading import normalized
-from repedit.errors import DataError, NotEnoughRows, NotFinite, UnknownName, check_seed, nearest
+from repedit.errors import DataError, NotEnoughRows, NotFinite, OverlapError, UnknownName, check_seed, nearest
 from repedit.hooks import Hook, evaluating, installed
 from repedit.models.subject import Subject
 
@@ -81,6 +81,21 @@ def by_entity(facts: Facts | Iterable[Fact]) -> dict[str, tuple[Fact, ...]]:
             raise DataError(f"fact {fact.id!r} names no entity, so there is no token to edit; give the field entity")
         facts_of.setdefault(name, []).append(fact)
     return {name: tuple(part) for name, part in facts_of.items()}
+
+
+def check_other_entities(others: Sequence[Fact], entities: Iterable[str], change: str, advice: str = "") -> None:
+    """Check that facts to retain are about other entities than those to change.
+
+    Args:
+        entities: normalized names.
+    Raises:
+        OverlapError: with the entities that both name.
+    """
+    shared = sorted(set(by_entity(others)) & set(entities)) if others else []
+    if shared:
+        raise OverlapError(
+            f"others are about {len(shared)} entities that are to be {change}, such as {shared[:3]}; leave those facts out{advice}"
+        )
 
 
 def contexts_of(

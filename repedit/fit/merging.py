@@ -36,14 +36,13 @@ from repedit.errors import (
     DataError,
     NotEnoughRows,
     NotFoldable,
-    OverlapError,
     SelectionError,
     TrainingError,
     check_positive,
     check_seed,
     check_whole,
 )
-from repedit.fit.contexts import TEMPLATES, Context, by_entity, contexts_of
+from repedit.fit.contexts import TEMPLATES, Context, by_entity, check_other_entities, contexts_of
 from repedit.hashing import value_hash
 from repedit.hooks import Hook, check_differentiable, evaluating, installed
 from repedit.models.subject import Subject, shared_clone
@@ -269,11 +268,7 @@ def _check(subject: Subject, items: Sequence[Fact], others: Sequence[Fact], sett
             "every layer of this model reads embeddings of the token's number, so that a name can be told from others after the first "
             "blocks too; use rp.fit.overwrite or rp.mrp"
         )
-    shared = sorted(set(by_entity(others)) & set(by_entity(items))) if others else []
-    if shared:
-        raise OverlapError(
-            f"others are about {len(shared)} entities that are to be merged, such as {shared[:3]}; leave those facts out"
-        )
+    check_other_entities(others, by_entity(items), "merged")
 
 
 # --- Names, and their tokens

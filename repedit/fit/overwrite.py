@@ -28,7 +28,6 @@ from repedit.errors import (
     FractionError,
     NotEnoughRows,
     NotFoldable,
-    OverlapError,
     RankError,
     SelectionError,
     UnknownName,
@@ -44,6 +43,7 @@ from repedit.fit.contexts import (
     EntityTokens,
     Observe,
     by_entity,
+    check_other_entities,
     contexts_of,
     entity_rows,
     entity_tokens,
@@ -211,7 +211,7 @@ def overwrite(
     sites = _sites(subject, layers, target, method)
     goals = goals_of(facts, target, seed)
     rest = tuple(others)
-    _check_others(goals, rest)
+    check_other_entities(rest, goals, "overwritten", ", or give them as keep= with target='selective'")
     fitted, unused = (
         entity_tokens(subject, part)
         for part in held_out(contexts_of(subject, facts, contexts, seed=seed), holdout, seed)
@@ -334,15 +334,6 @@ def _sites(subject: Subject, layers: str, target: str, method: str) -> tuple[Sit
         if method == "regression":
             local_regression.check_module(subject, site.layer)
     return sites
-
-
-def _check_others(goals: Mapping[str, object], others: Sequence[Fact]) -> None:
-    shared = sorted(set(by_entity(others)) & set(goals)) if others else []
-    if shared:
-        raise OverlapError(
-            f"others are about {len(shared)} entities that are to be overwritten, such as {shared[:3]}; leave those facts out, or give "
-            "them as keep= with target='selective'"
-        )
 
 
 def _kept_directions(
