@@ -326,6 +326,6 @@ def test_a_setting_that_cannot_be_meant_is_refused(settings, match):
 
 def test_an_option_that_is_dropped_would_be_caught(monkeypatch, tmp_path):
     """The walk sees a verb that forgets to pass an option on."""
-    monkeypatch.setattr(cli.unlearn, "_recipe", lambda *a: SimpleNamespace(roles=()))
+    monkeypatch.setattr(cli.unlearn, "recipe_of", lambda *a: SimpleNamespace(roles=()))
     with pytest.raises(AssertionError, match=r"recipe.*set_"):
         test_every_option_changes_what_is_asked_for("unlearn", monkeypatch, tmp_path)
