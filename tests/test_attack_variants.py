@@ -32,10 +32,15 @@ from tests.teachable_models import blank, facts, pupil, splits
 from tests.tiny import tiny
 
 
+def never_longer(monkeypatch) -> None:
+    """Trainings of so few steps that they teach nothing are not repeated with more."""
+    monkeypatch.setattr(tuning, "_nearest", lambda trials, results: None)
+
+
 def given(monkeypatch, attack) -> list[Tuning]:
     """The tunings that an attack trains with; nothing is trained."""
     seen: list[Tuning] = []
-    monkeypatch.setattr(tuning, "_nearest", lambda trials, results: None)
+    never_longer(monkeypatch)
     monkeypatch.setattr(tuning, "tune", lambda s, d, t, **rest: seen.append(t) or tuning.TuningLog((), 0))
     attack(pupil(), splits())
     return seen
@@ -84,7 +89,8 @@ def test_early_layers_are_a_share_of_all_and_at_least_one(monkeypatch):
     found = given(monkeypatch, early_mlps(rates=(1e-3,), shares=(0.1, 0.5, 1.0)))
     assert [(one.how, one.layers) for one in found] == [("mlps", (0,)), ("mlps", (0, 1))]
     monkeypatch.undo()
-    assert early_mlps(rates=(1e-3,), steps=2)(pupil(), splits()).settings[:2] == (
+    never_longer(monkeypatch)
+    assert early_mlps(rates=(1e-3,), steps=2)(pupil(), splits()).settings == (
         "lr=0.001 step=1 layers=1", "lr=0.001 step=2 layers=1",
     )  # fmt: skip
 
@@ -136,9 +142,10 @@ def test_invented_facts_are_asked_in_every_fifth():
     assert all(len(part.train) == 32 for part in parts)
 
 
-def test_four_fifths_train_longer_so_that_each_fact_is_seen_as_often():
+def test_four_fifths_train_longer_so_that_each_fact_is_seen_as_often(monkeypatch):
+    never_longer(monkeypatch)
     ((attack,),) = [built(("rtt_four_fifths",), Setup("standard"))]
-    assert attack.options["steps"] == 64 and rtt_four_fifths(rates=(1e-3,), steps=2)(pupil(), splits()).settings[:2] == (
+    assert attack.options["steps"] == 64 and rtt_four_fifths(rates=(1e-3,), steps=2)(pupil(), splits()).settings == (
         "lr=0.001 step=1", "lr=0.001 step=2",
     )  # fmt: skip
 

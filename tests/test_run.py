@@ -442,9 +442,9 @@ def test_a_file_that_cannot_be_meant_is_refused_before_anything_is_done(name, tm
 def test_files_of_facts_are_left_to_the_step_that_reads_them(tmp_path):
     (tmp_path / "facts").mkdir()
     for value in ("mine.jsonl", "facts", "capitals+symbols", "code"):
-        verb._check_names("project", {"forget": value} if value != "facts" else {"forget": str(tmp_path / value)})
+        verb._check_sources("project", {"forget": value} if value != "facts" else {"forget": str(tmp_path / value)})
     with pytest.raises(UnknownName, match=r"--retain='capitol'; did you mean 'capitals'"):
-        verb._check_names("project", {"forget": "capitals", "retain": "capitol"})
+        verb._check_sources("project", {"forget": "capitals", "retain": "capitol"})
 
 
 def test_a_value_of_another_kind_names_its_step(file):

@@ -237,12 +237,12 @@ def _check_with(commands: dict[str, Any]) -> Callable[[Step], None]:
         if isinstance(command, Verb):
             with during(place, f"while the options of {place} were checked"):
                 command.check(context)
-                _check_names(step.verb, context.params)
+                _check_sources(step.verb, context.params)
 
     return check
 
 
-def _check_names(verb: str, values: Mapping[str, Any]) -> None:
+def _check_sources(verb: str, values: Mapping[str, Any]) -> None:
     """Refuse names of facts, texts and recipes that do not exist, and settings that a recipe does not have.
 
     Files are left to the step that reads them: an earlier one may write them.
